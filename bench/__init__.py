@@ -1,0 +1,1 @@
+"""Side-by-side measurements, their recorded results and their plots."""

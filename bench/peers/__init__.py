@@ -1,0 +1,1 @@
+"""Adapters around other projects, so that every number has a neighbor."""

@@ -1,0 +1,6 @@
+// warploom._native: the one extension module. Each room of csrc/ binds its own functions; nothing here includes torch.
+#include <pybind11/pybind11.h>
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "warploom's native code; every function has a pure-Python twin";
+}

@@ -1,0 +1,1 @@
+"""Requests, pages, scheduler, runner, sampling, text, and the `LLM` facade."""
