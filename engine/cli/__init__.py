@@ -1,1 +1,82 @@
-"""The command line: one file a verb."""
+"""The command line: one file a verb, imported only when it is called.
+
+`warploom --help` prints the table below and imports nothing else, so it answers at once. A verb is a module of this
+folder with `run(argv) -> exit code`; its flags are the fields of a dataclass, read by tyro.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+VERBS = {
+    "demo": "the whole loom in a few minutes: corpus, tokenizer, training, samples",
+    "data": "turn text into token files",
+    "tokenizer": "train a tokenizer; encode, decode, show",
+    "train": "train a model from a dataset directory or a text file",
+    "eval": "loss, perplexity and bits per byte",
+    "generate": "continue a prompt, or a file of prompts",
+    "chat": "talk to a model in the terminal",
+    "serve": "HTTP server and playground page",
+    "ladder": "train each rung from a bare MLP to a MoE Llama, side by side",
+    "inspect": "look inside: a model's sizes, a text's tokens, attention maps",
+    "bench": "measure against peers and the machine's limits",
+    "export": "write a model for other tools",
+    "doctor": "what this machine is, and what is missing",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. User errors are one line on stderr and exit 2; Ctrl-C exits 130."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        return _print_version()
+    verb, rest = argv[0], argv[1:]
+    if verb not in available():
+        print(f"warploom: {verb!r} is not a verb; choose one of: {', '.join(available())}", file=sys.stderr)
+        return 2
+    try:
+        return import_module(f".{verb}", __name__).run(rest) or 0
+    except KeyboardInterrupt:
+        print("\nwarploom: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        sys.stderr.close()
+        return 141
+    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        print(f"warploom {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def available() -> dict[str, str]:
+    """Verbs that exist here, with what they do."""
+    return {verb: does for verb, does in VERBS.items() if find_spec(f"{__name__}.{verb}")}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {does}" for verb, does in available().items()]
+    return "\n".join(
+        [
+            "warploom: train language models from raw text, and serve them",
+            "",
+            "usage: warploom VERB [flags]",
+            "",
+            *lines,
+        ]
+        + ["", "warploom VERB --help explains a verb's flags."]
+    )
+
+
+def _print_version() -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"warploom {version('warploom')}")
+    except PackageNotFoundError:
+        print("warploom (not installed: running from source)")
+    return 0

@@ -1,0 +1,7 @@
+"""`python -m warploom.engine.cli VERB` is `warploom VERB`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,261 @@
+"""Model directories: the unit of exchange.
+
+    config.json  model.safetensors  tokenizer.json  generation_config.json
+
+Anything that trains writes one, anything that serves reads one, and `transformers` opens the same files: names and
+layouts are the published ones (`architectures.py` translates). Writing is atomic: a reader sees the old directory or
+the new one. Reading maps the file into memory and copies each tensor once, to where it will live.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..tokenizer import load_tokenizer
+from .architectures import describe, dtype_name, ignorable, pieces, understand
+from .config import ModelConfig
+from .device import DTYPES, pick_device
+from .model import Transformer
+
+SHARD_BYTES = 5 * 10**9
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "<|im_end|>")
+
+
+def save_model(
+    model: Transformer,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    *,
+    weights: Literal["safetensors", "bin"] = "safetensors",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model directory that `load_model` and `transformers.AutoModelForCausalLM` open."""
+    config, directory = model.config, Path(directory)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocab_size is {config.vocab_size}"
+        )
+    tensors = _published(model)
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        if weights == "bin":
+            torch.save(tensors, staging / "pytorch_model.bin")
+        else:
+            _save_shards(tensors, staging, shard_bytes)
+        ids = _special_ids(tokenizer)
+        _write_json(staging / "generation_config.json", ids)
+        description = describe(config) | ids | {"dtype": dtype_name(model.embedding.weight.dtype)}
+        _write_json(staging / "config.json", description)
+    return directory
+
+
+def load_model(
+    directory: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[Transformer, Any]:
+    """The model of a directory, ready to evaluate, and its tokenizer (None where it has none).
+
+    `dtype=None` keeps the stored number format.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    device = pick_device(device)
+    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, "
+            f"but config.json says vocab_size={config.vocab_size}"
+        )
+    with open_weights(directory) as weights:
+        model = _assemble(config, weights, device, DTYPES.get(dtype, dtype))
+    return model.eval(), tokenizer
+
+
+def load_config(directory: str | os.PathLike) -> ModelConfig:
+    """The architecture of a model directory, without its weights."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    return understand(_read_json(path))
+
+
+# Reading
+
+
+class Weights:
+    """Published tensors by name, read from mapped files only when asked for."""
+
+    def __init__(self, sources: dict[str, Any], path: Path) -> None:
+        self.sources, self.path = sources, path
+        self.read: set[str] = set()
+
+    def __call__(self, name: str) -> Tensor:
+        short = name.split(".", 1)[1]  # bare backbones are published without their leading "model."
+        found = next((key for key in (name, short) if key in self.sources), None)
+        if found is None:
+            raise ValueError(f"{self.path} has no tensor {name!r}, which config.json calls for")
+        self.read.add(found)
+        source = self.sources[found]
+        return source if isinstance(source, Tensor) else source.get_tensor(found)
+
+    def unread(self) -> list[str]:
+        return [name for name in self.sources if name not in self.read and not ignorable(name)]
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[Weights]:
+    """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
+    index, single, pickled = (
+        directory / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+    )
+    with ExitStack() as stack:
+        if index.exists():
+            places = _read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise ValueError(f"{index} has no field 'weight_map'")
+            files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
+            yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
+        elif single.exists():
+            file = _open(single, stack)
+            yield Weights(dict.fromkeys(file.keys(), file), single)
+        elif pickled.exists():
+            try:
+                state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:
+                raise ValueError(f"{pickled} is not a readable state dictionary: {_first_line(error)}") from error
+            yield Weights(dict(state), pickled)
+        else:
+            raise ValueError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
+
+
+def _open(path: Path, stack: ExitStack) -> Any:
+    if not path.exists():
+        raise ValueError(f"{path} is missing, though the index names it")
+    try:
+        return stack.enter_context(safe_open(path, "pt"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from error
+
+
+def _assemble(config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype | None) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config)
+    names = [name for name, _ in model.named_parameters()]
+    filled = {}
+    for piece in pieces(config, names):
+        stored = weights(piece.theirs[0]).dtype
+        target = torch.empty(model.get_parameter(piece.ours).shape, dtype=dtype or stored, device=device)
+        piece.fill(target, weights)
+        if not _finite(target):
+            raise ValueError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
+        filled[piece.ours] = target
+    model.load_state_dict(filled, assign=True)
+    extra = [name for name in weights.unread() if not (config.tie_embeddings and name == "lm_head.weight")]
+    if extra:
+        raise ValueError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+    return model
+
+
+def _finite(tensor: Tensor) -> bool:
+    """One pass; the sum of finite numbers can only overflow in narrow formats, so it is taken in float32."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+# Writing
+
+
+def _published(model: Transformer) -> dict[str, Tensor]:
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        name: tensor.cpu()
+        for piece in pieces(model.config, list(state))
+        for name, tensor in piece.split(state[piece.ours])
+    }
+
+
+def _save_shards(tensors: dict[str, Tensor], directory: Path, shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and _bytes(shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": _bytes(tensors.values())}, "weight_map": places}
+    _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A staging directory whose files take their place in `directory` when the block ends well, or vanish.
+
+    A new directory appears whole, by one rename. In an existing one each file is renamed over its predecessor,
+    config.json last, and weights of the former model are removed, so that two models never mix.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a model is written to a directory")
+    staging = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if not directory.exists():
+            os.rename(staging, directory)
+            return
+        written = sorted(os.listdir(staging), key=lambda name: name == "config.json")
+        for name in written:
+            os.replace(staging / name, directory / name)
+        for stale in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model.bin")]:
+            if stale.name not in written:
+                stale.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    special = getattr(tokenizer, "special_tokens", None) or {}
+    end = next((special[name] for name in END_OF_TEXT if name in special), None)
+    return {"bos_token_id": special.get("<s>", special.get("<BOS>", end)), "eos_token_id": end}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
