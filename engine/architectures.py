@@ -135,7 +135,7 @@ def _describe_llama_like(c: ModelConfig, kind: str) -> dict[str, Any]:
 
 
 def understand(values: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` that a published config.json describes; what we would compute differently is refused by name."""
+    """The `ModelConfig` a published config.json describes; what we would compute differently is refused by name."""
     kind = values.get("model_type")
     if kind == "warploom":
         return ModelConfig.from_dict(values["warploom"])
@@ -169,9 +169,12 @@ def _understand_llama_like(v: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind == "qwen3":
         _refuse_unless(v, "attention_bias", (False, None))
     theta, scaling = _understand_rope(v)
+    head_dim = v.get("head_dim")
+    if head_dim == _need(v, "hidden_size") // _need(v, "num_attention_heads"):
+        head_dim = None  # what follows from other fields stays unsaid
     fields = dict(
         vocab_size=_need(v, "vocab_size"), d_model=_need(v, "hidden_size"), n_layers=_need(v, "num_hidden_layers"),
-        n_heads=_need(v, "num_attention_heads"), n_kv_heads=v.get("num_key_value_heads"), head_dim=v.get("head_dim"),
+        n_heads=_need(v, "num_attention_heads"), n_kv_heads=v.get("num_key_value_heads"), head_dim=head_dim,
         d_ff=_need(v, "intermediate_size"), max_seq_len=_need(v, "max_position_embeddings"),
         norm_eps=v.get("rms_norm_eps", 1e-6), tie_embeddings=v.get("tie_word_embeddings", False), bias=bias,
         rope_theta=theta, rope_scaling=scaling, sliding_window=_understand_window(v, kind), qk_norm=kind == "qwen3",

@@ -203,7 +203,7 @@ class ModelConfig:
 
         if not self.n_experts:
             return dense(1)
-        expert = self.d_model * inner + self.ff_size * self.d_model
+        expert = 3 * self.d_model * self.ff_size
         visited = self.experts_per_token if active else self.n_experts
         shared = dense(self.n_shared_experts) if self.n_shared_experts else 0
         return self.d_model * self.n_experts + visited * expert + shared

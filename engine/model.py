@@ -208,13 +208,14 @@ class MoE(nn.Module):
 
     Parameters grow with the number of experts, cost per token only with how many it visits. Two losses keep the router
     honest: one rewards equal load, one keeps its logits small. With one expert a token this is the Switch Transformer.
+    Experts are always gated: `ffn` names the function of their gate.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
         self.router = Linear(c.d_model, c.n_experts)
-        self.w_gate_up = nn.Parameter(torch.empty(c.n_experts, c.ff_size * (2 if c.gated else 1), c.d_model))
+        self.w_gate_up = nn.Parameter(torch.empty(c.n_experts, 2 * c.ff_size, c.d_model))
         self.w_down = nn.Parameter(torch.empty(c.n_experts, c.d_model, c.ff_size))
         self.shared = make_feed_forward(c, c.ff_size * c.n_shared_experts) if c.n_shared_experts else None
         self.reset_parameters()
@@ -223,14 +224,13 @@ class MoE(nn.Module):
         nn.init.normal_(self.w_gate_up, std=self.config.d_model**-0.5)
         nn.init.normal_(self.w_down, std=_output_std(self.config.ff_size, self.config))
 
-    def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.Routing]:
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c = self.config
-        x_NC = x_BTC.flatten(0, -2)
-        y_NC, routing = kernels.moe(
-            x_NC, self.router(x_NC), self.w_gate_up, self.w_down, c.experts_per_token,
-            scoring=c.router, normalize=c.normalize_experts and c.experts_per_token > 1, activation=c.ffn,
+        y_BTC, routing = kernels.moe(
+            x_BTC, self.router(x_BTC), self.w_gate_up, self.w_down, c.experts_per_token,
+            score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1,
+            activation="silu" if c.ffn == "swiglu" else c.ffn,
         )  # fmt: skip
-        y_BTC = y_NC.view_as(x_BTC)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), routing
 
 
@@ -264,7 +264,7 @@ class Losses:
     cross_entropy: Tensor
     balance: Tensor | None = None
     router_z: Tensor | None = None
-    expert_load: Tensor | None = None  # (layers, experts): the fraction of tokens each expert received
+    expert_load: Tensor | None = None  # (layers, experts): how many tokens each expert received
     total: Tensor | None = None
 
 
@@ -334,9 +334,9 @@ class Transformer(nn.Module):
         )  # fmt: skip
         if not routings:
             return Losses(entropy, total=entropy)
-        balance = torch.stack([routing.balance_loss for routing in routings]).mean()
-        router_z = torch.stack([routing.z_loss for routing in routings]).mean()
-        load = torch.stack([routing.load for routing in routings])
+        balance = torch.stack([routing.load_balance for routing in routings]).mean()
+        router_z = torch.stack([routing.z for routing in routings]).mean()
+        load = torch.stack([routing.tokens_per_expert for routing in routings])
         total = entropy + c.balance_loss * balance + c.router_z_loss * router_z
         return Losses(entropy, balance, router_z, load, total)
 
@@ -378,7 +378,7 @@ class Transformer(nn.Module):
     def _table(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Position tables are made once a device, not stored: a checkpoint holds only what was learned."""
         if self.device not in self._tables:
-            with torch.device("cpu"):
+            with torch.device("cpu"), torch.inference_mode(False):  # so that they outlive the context that asked first
                 self._tables[self.device] = tuple(table.to(self.device) for table in make())
         return self._tables[self.device]
 

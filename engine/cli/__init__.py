@@ -6,6 +6,7 @@ folder with `run(argv) -> exit code`; its flags are the fields of a dataclass, r
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. User errors are one line on stderr and exit 2; Ctrl-C exits 130."""
+    """Run one verb. User errors are one line on stderr and exit 2 (WARPLOOM_DEBUG=1: a traceback); Ctrl-C exits 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 141
     except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        if os.environ.get("WARPLOOM_DEBUG"):
+            raise
         print(f"warploom {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

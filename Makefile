@@ -1,0 +1,57 @@
+# warploom: `make demo` and `make test` do everything, set-up included. The rest is for those who work on it.
+#
+#   make demo        a small model of your own in a few minutes
+#   make test        the whole test suite
+#   make bench       micro-benchmarks of single functions
+#   make lint        ruff
+#   make clean       remove what the others made
+#
+# PYTHON=python3.12 chooses the interpreter, ARGS="…" passes flags on: make demo ARGS="--steps 200"
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+export PYTHONPATH :=
+export WARPLOOM_REQUIRE_NATIVE := 1
+
+.PHONY: demo test bench lint format clean
+
+demo: .venv/ready-base
+	$(BIN)/warploom demo $(ARGS)
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/ready-dev
+	$(BIN)/python -m pytest bench/micro $(ARGS)
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info *.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp a set of extras: set-up runs again only when the sources of the build change.
+.venv/ready-base: $(SOURCES) | .venv/bin/python
+	@echo "installing warploom and what it needs (a few minutes the first time: PyTorch is large)"
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+.venv/ready-dev: $(SOURCES) | .venv/bin/python
+	@echo "installing warploom with its test extras (a few minutes the first time)"
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $@ .venv/ready-base
+
+.venv/bin/python:
+	@echo "creating .venv with $(PYTHON)"
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint constraints.txt pip setuptools wheel pybind11 ninja

@@ -1,0 +1,94 @@
+"""What this machine is, which backend runs each op, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = {  # what it is for, and how to get it
+    "torch": ("everything", "pip install torch"),
+    "numpy": ("everything", "pip install numpy"),
+    "triton": ("fused GPU kernels", 'pip install "warploom[kernels]" (Linux)'),
+    "safetensors": ("model directories", "pip install safetensors"),
+    "regex": ("custom tokenizer patterns", "pip install regex"),
+    "matplotlib": ("plots", "pip install matplotlib"),
+    "transformers": ("benchmarks and parity tests", 'pip install "warploom[bench]"'),
+    "tiktoken": ("tokenizer benchmarks", 'pip install "warploom[bench]"'),
+    "datasets": ("downloading datasets", 'pip install "warploom[data]"'),
+    "llguidance": ("JSON and regex constrained output", 'pip install "warploom[serve]"'),
+    "fastapi": ("the HTTP server", 'pip install "warploom[serve]"'),
+    "gradio": ("the playground page", 'pip install "warploom[ui]"'),
+}
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="warploom doctor", description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="also measure matmul and memory rates (seconds)")
+    options = parser.parse_args(argv)
+
+    import torch
+
+    from ..device import device_name, memory_bytes, pick_device, pick_dtype
+
+    device = pick_device()
+    _section("machine")
+    _row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    _row("device", f"{device}: {device_name(device)}, {memory_bytes(device) / 2**30:.0f} GiB")
+    _row("threads", str(torch.get_num_threads()))
+    _row("matrix format", str(pick_dtype(None, device)).removeprefix("torch."))
+    if options.measure:
+        _measure(device)
+    _native_row()
+    _ops(device)
+    _section("packages")
+    for name, (purpose, how) in PACKAGES.items():
+        _row(name, _installed(name) or f"missing: {purpose}; {how}")
+    return 0
+
+
+def _measure(device) -> None:
+    import torch
+
+    from ..device import measured_copy_bytes, measured_matmul_flops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        rate = measured_matmul_flops(device, dtype) / 1e12
+        _row(f"matmul {str(dtype).removeprefix('torch.')}", f"{rate:.2f} TFLOP/s")
+    _row("copy", f"{measured_copy_bytes(device) / 1e9:.1f} GB/s read plus written")
+
+
+def _native_row() -> None:
+    try:
+        from ... import _native
+
+        _row("C++ extension", _native.__file__)
+    except ImportError:
+        compiler = shutil.which("c++") or shutil.which("g++")
+        how = "reinstall warploom" if compiler else "install a C++ compiler (Debian: apt install g++), then reinstall"
+        _row("C++ extension", f"missing: the pure-Python twins run instead, slowly; {how}")
+
+
+def _ops(device) -> None:
+    from ... import kernels
+
+    _section("ops")
+    for op in kernels.ops():
+        fused = op.fused is not None and device.type == "cuda" and _installed("triton")
+        _row(op.name, "triton" if fused else "eager")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _section(title: str) -> None:
+    print(f"\n{title}")
+
+
+def _row(name: str, value: str) -> None:
+    print(f"  {name:22} {value}")
