@@ -1,1 +1,45 @@
 """One file an op: an eager reference, a fused Triton twin, and the `Op` record that ties them."""
+
+from .adamw import adamw_step
+from .attention import attention
+from .basics import scaled_dot_product_attention, silu, softmax
+from .cross_entropy import cross_entropy
+from .int8_linear import int8_linear, quantize_int8
+from .linear_cross_entropy import linear_cross_entropy
+from .moe import MoEAux, moe
+from .op import Budget, Case, Maker, Op, backend, ops
+from .paged_attention import paged_attention
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope, rope_tables
+from .sample import sample
+from .swiglu import swiglu, swiglu_packed
+from .write_pages import write_pages
+
+__all__ = [
+    "Budget",
+    "Case",
+    "Maker",
+    "MoEAux",
+    "Op",
+    "adamw_step",
+    "add_rms_norm",
+    "attention",
+    "backend",
+    "cross_entropy",
+    "int8_linear",
+    "linear_cross_entropy",
+    "moe",
+    "ops",
+    "paged_attention",
+    "quantize_int8",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "sample",
+    "scaled_dot_product_attention",
+    "silu",
+    "softmax",
+    "swiglu",
+    "swiglu_packed",
+    "write_pages",
+]

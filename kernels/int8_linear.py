@@ -1,0 +1,55 @@
+"""A linear layer whose weights are 8-bit integers with one scale a row.
+
+When a model decodes one token at a time, each step reads every weight once and does almost nothing with it: the time is
+the bytes. Integers of 8 bits halve them against bfloat16. Each output row is divided by its largest magnitude over 127
+and rounded, and that scale multiplies the finished dot product, outside the sum.
+
+M rows, C input channels, F output features.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .op import Case, Op
+
+
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (F, C) as int8 and a float32 scale (F,); multiplied back, each entry is off by at most scale / 2."""
+    scale_F = weight.float().abs().amax(-1) / 127
+    safe_F1 = scale_F.where(scale_F > 0, 1.0).unsqueeze(-1)
+    return (weight.float() / safe_F1).round().clamp(-127, 127).to(torch.int8), scale_F
+
+
+def _int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (…, C) · weightᵀ · scale + bias for an int8 `weight` (F, C) and its `scale` (F,), accumulated in float32."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = F.linear(x.to(wide), weight.to(wide)) * scale.to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def _int8_linear_eager(x, weight, scale, bias=None):
+    y = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _batch(m, M, C, F_, bias=False):
+    weight, scale = quantize_int8(m.normal(F_, C, dtype=torch.float32, grad=False))
+    return m.normal(M, C), weight, scale, *([m.normal(F_)] if bias else [])
+
+
+int8_linear = Op(
+    name="int8_linear",
+    reference=_int8_linear,
+    eager=_int8_linear_eager,
+    cases=[
+        Case("one row", lambda m: _batch(m, 1, 64, 48)),
+        Case("bias and tails", lambda m: _batch(m, 3, 72, 40, bias=True)),
+        Case("more rows", lambda m: _batch(m, 20, 64, 32)),
+        Case("1x4096x14336", lambda m: _batch(m, 1, 4096, 14336), bench=True),
+        Case("16x4096x14336", lambda m: _batch(m, 16, 4096, 14336), bench=True),
+    ],
+    traffic=lambda x, weight, scale, bias=None: (weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight), 0),
+    flops=lambda x, weight, scale, bias=None: (2 * x.numel() * len(weight), 2 * x.numel() * len(weight)),
+)

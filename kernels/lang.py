@@ -1,0 +1,43 @@
+"""Triton, or a stand-in where it is not installed, so that every file imports on every machine.
+
+The stand-in accepts what happens at import time (`@triton.jit`, `tl.constexpr` in a signature) and nothing more: a
+kernel decorated by it can never be launched, and dispatch never tries to.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Absent:
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return args[0] if len(args) == 1 and callable(args[0]) else self
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def cdiv(a: int, b: int) -> int:
+    """How many tiles of b cover a."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a reference computes: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,205 @@
+"""What an op is: a reference, a fused twin and a spec; and the choice between them.
+
+An `Op` ties together everything one needs to know about a fused operation. `reference` is the text to read and the
+oracle to beat: plain PyTorch, differentiable, exact in float64. `fused` is the Triton twin with the same signature.
+`eager` is optional: where PyTorch has something faster with the same meaning (on a CPU, say), the eager path calls it
+instead of the reference; tests hold it to the same oracle. The rest of the record is the spec from which parity tests,
+gradient checks, budgets and roofline rows are generated, so an op that exists is an op that is checked.
+
+Calling an `Op` runs the path that `backend` selects:
+
+    with backend("eager"): ...     # PyTorch only
+    with backend("triton"): ...    # the fused twins; on a CPU this needs TRITON_INTERPRET=1
+    with backend("auto"): ...      # the default: fused on a GPU, eager elsewhere
+
+`WARPLOOM_BACKEND` sets the default of the process.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .lang import HAS_TRITON, INTERPRET
+
+BACKENDS = ("auto", "triton", "eager")
+_REGISTRY: dict[str, "Op"] = {}
+
+
+def _valid_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; valid are {', '.join(BACKENDS)}")
+    return name
+
+
+_backend = _valid_backend(os.environ.get("WARPLOOM_BACKEND", "auto"), "WARPLOOM_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops called inside on one backend: "eager", "triton" or "auto". Holds for the whole process."""
+    global _backend
+    before, _backend = _backend, _valid_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def ops() -> list["Op"]:
+    """Every op of the package, in alphabetical order."""
+    return [_REGISTRY[name] for name in sorted(_REGISTRY)]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call of an op worth testing or timing.
+
+    `make` receives a `Maker` and returns the positional arguments; `options` are the keyword arguments, or those
+    of them that are no tensors: `make` may end with a mapping of more.
+    """
+
+    name: str
+    make: Callable[["Maker"], tuple]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bench: bool = False
+    """Too large for the interpreter: timed on a GPU, and compiled ahead of time for its budget."""
+    expanded: bool = False
+    """The gradient arrives expanded with stride 0, as from `.sum().backward()`."""
+
+    def build(self, maker: "Maker") -> tuple[list, dict]:
+        """The arguments and keyword arguments of the call."""
+        *args, last = self.make(maker)
+        if isinstance(last, dict):
+            return args, {**self.options, **last}
+        return [*args, last], dict(self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a kernel may cost. Stack bytes are spills: the default forbids them."""
+
+    registers: int = 255
+    stack: int = 0
+    shared: int = 227 * 1024
+    wgmma: bool = False
+    """Must use the Hopper tensor-core instructions on sm_90."""
+    vector: bool = False
+    """Must access global memory 16 bytes at a time."""
+
+
+class Maker:
+    """Makes the tensors of a case: the same numbers on every device and in every dtype, up to rounding."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0):
+        self.dtype, self.device = dtype, torch.device(device)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype=None, grad: bool = True):
+        """Gaussian numbers; a leaf that wants a gradient unless told otherwise."""
+        x = self._draw(torch.randn, shape) * scale + shift
+        return x.to(self.device, dtype or self.dtype).requires_grad_(grad)
+
+    def strided(self, *shape: int, grad: bool = True):
+        """The same, but every other column of a tensor twice as wide."""
+        x = self._draw(torch.randn, (*shape[:-1], 2 * shape[-1]))
+        return x.to(self.device, self.dtype)[..., ::2].detach().requires_grad_(grad)
+
+    def padded(self, *shape: int, grad: bool = True):
+        """The same, but with rows that are the head of longer rows: unit stride inside, a gap between."""
+        x = self._draw(torch.randn, (*shape[:-1], shape[-1] + 8))
+        return x.to(self.device, self.dtype)[..., : shape[-1]].detach().requires_grad_(grad)
+
+    def integers(self, low: int, high: int, *shape: int, dtype=torch.int64):
+        """Uniform integers in [low, high)."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
+
+    def tensor(self, values, dtype=None):
+        """These very values."""
+        return torch.tensor(values, dtype=dtype).to(self.device)
+
+    def _draw(self, sampler, shape):
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta")
+        if self.device.type == "cuda" and torch.Size(shape).numel() > 1 << 24:
+            return sampler(shape, device=self.device)  # too large to draw on the host and copy
+        return sampler(shape, generator=self.generator)
+
+
+@dataclass(eq=False, kw_only=True)
+class Op:
+    """A fused operation: call it like its reference. See the module's docstring for the idea."""
+
+    reference: Callable
+    fused: Callable | None = None
+    eager: Callable | None = None
+    name: str = ""
+    cases: list[Case] = field(default_factory=list)
+    mutates: tuple[str, ...] = ()
+    """Parameters written in place; tests compare them as if they were returned."""
+    autocast: bool = False
+    """Under autocast, floating-point inputs are cast to its dtype first, as for a matrix product."""
+    traffic: Callable | None = None
+    """(*args, **options) -> bytes that forward and backward must move: the roofline's denominator."""
+    flops: Callable | None = None
+    """(*args, **options) -> floating-point operations of forward and backward."""
+    budget: Budget | Mapping[str, Budget] = Budget()
+    """For every kernel the op launches, or by kernel name."""
+
+    def __post_init__(self):
+        functools.update_wrapper(self, self.reference, updated=())
+        self.name = self.name or self.reference.__name__
+        self.__name__ = self.__qualname__ = self.name
+        _REGISTRY[self.name] = self
+
+    def __call__(self, *args, **kwargs):
+        device = _device_of(args)
+        if self.autocast and torch.is_autocast_enabled(device.type):
+            args = _cast(args, torch.get_autocast_dtype(device.type))
+            with torch.autocast(device.type, enabled=False):
+                return self._run(device, args, kwargs)
+        return self._run(device, args, kwargs)
+
+    def _run(self, device, args, kwargs):
+        if not self._takes_fused(device, args):
+            return (self.eager or self.reference)(*args, **kwargs)
+        if device.type != "cuda" or torch.compiler.is_compiling() or device.index == torch.cuda.current_device():
+            return self.fused(*args, **kwargs)
+        with torch.cuda.device(device):
+            return self.fused(*args, **kwargs)
+
+    def _takes_fused(self, device: torch.device, args: tuple) -> bool:
+        if _backend == "eager":
+            return False
+        double = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args)
+        if _backend == "auto":
+            return device.type == "cuda" and HAS_TRITON and self.fused is not None and not double
+        if not HAS_TRITON:
+            raise ValueError('backend is "triton", but triton is not installed; valid here are auto and eager')
+        if self.fused is None:
+            raise ValueError(f'backend is "triton", but {self.name} has no fused twin; valid for it are auto and eager')
+        if double:
+            raise ValueError(f'backend is "triton", but {self.name} got float64; valid are float32, bfloat16, float16')
+        if device.type == "cpu" and not INTERPRET:
+            raise ValueError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
+        return True
+
+
+def _device_of(args: tuple) -> torch.device:
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            return x.device
+    raise ValueError("an op needs at least one tensor among its positional arguments")
+
+
+def _cast(args: tuple, dtype: torch.dtype) -> tuple:
+    return tuple(
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in args
+    )

@@ -1,0 +1,86 @@
+"""Attention over a paged K/V cache, for prefill chunks and decode rows in one batch.
+
+Keys and values live in pages of a fixed number of tokens; a sequence's row of the page table lists its pages in
+order, so memory never has to be contiguous and a prefix can be shared. Sequence b brings its newest `query_lens[b]`
+tokens (one when it decodes, a chunk when it prefills); they are the last of its `context_lens[b]` cached tokens,
+whose keys and values are already written. Queries of all sequences lie end to end; rows past the last sequence are
+padding and get zeros.
+
+T tokens of the batch, N sequences, H query heads, K key heads, D head dim, P pages of `page` tokens.
+"""
+
+import torch
+
+from .attention import attention
+from .op import Case, Op
+
+
+def _paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_lens: torch.Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence)."""
+    return _each_sequence(
+        attention.reference, q, k_pages, v_pages, page_table, context_lens, query_lens, window, softcap, scale
+    )
+
+
+def _paged_attention_eager(
+    q, k_pages, v_pages, page_table, context_lens, query_lens, *, window=None, softcap=None, scale=None
+):
+    return _each_sequence(
+        attention.eager, q, k_pages, v_pages, page_table, context_lens, query_lens, window, softcap, scale
+    )
+
+
+def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_lens, window, softcap, scale):
+    page = k_pages.shape[1]
+    out_THD = torch.zeros_like(q)
+    start = 0
+    for pages, context, queries in zip(page_table, context_lens.tolist(), query_lens.tolist()):
+        if queries == 0:
+            continue
+        pages = pages[: -(-context // page)].long()
+        k, v = (cache[pages].flatten(0, 1)[None, :context].to(q.dtype) for cache in (k_pages, v_pages))
+        rows = slice(start, start + queries)
+        out_THD[rows] = attend(q[None, rows], k, v, window=window, softcap=softcap, scale=scale)[0]
+        start += queries
+    return out_THD
+
+
+def _batch(m, contexts, queries, H, K, D, page, padding=0):
+    """Sequences with these lengths, in pages handed out back to front."""
+    per_sequence = max(-(-c // page) for c in contexts)
+    total = per_sequence * len(contexts) + 1
+    table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)
+    pages = (m.normal(total, page, K, D, grad=False) for _ in range(2))
+    lengths = (torch.tensor(x, dtype=torch.int32).to(m.device) for x in (contexts, queries))
+    return m.normal(sum(queries) + padding, H, D, grad=False), *pages, table, *lengths
+
+
+paged_attention = Op(
+    name="paged_attention",
+    reference=_paged_attention,
+    eager=_paged_attention_eager,
+    cases=[
+        Case("decode", lambda m: _batch(m, [1, 9, 40], [1, 1, 1], 4, 2, 32, 16)),
+        Case("prefill", lambda m: _batch(m, [5, 19], [5, 19], 2, 1, 32, 16)),
+        Case("chunks and decode", lambda m: _batch(m, [33, 7, 20], [1, 7, 6], 4, 1, 64, 16, padding=3)),
+        Case("window, cap", lambda m: _batch(m, [30, 12], [2, 12], 2, 2, 32, 8), {"window": 6, "softcap": 4.0}),
+        Case(
+            "32 decodes at 4096",
+            lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16),
+            bench=True,
+        ),
+        Case("prefill of 4096", lambda m: _batch(m, [4096], [4096], 32, 8, 128, 16), bench=True),
+    ],
+    traffic=lambda q, k_pages, v_pages, *_, **__: (2 * q.nbytes + k_pages.nbytes + v_pages.nbytes, 0),
+)

@@ -1,0 +1,160 @@
+"""Rotary position embedding: position as a rotation, so that a dot product sees only distances.
+
+Each query and key is read as D/2 points in a plane; the point i of a token at position p turns by p · θ_i, with
+frequencies θ_i falling geometrically from 1 to 1/theta. A query at p and a key at s then meet at the angle (p − s) ·
+θ_i, whatever p and s are. The backward is the same rotation the other way.
+
+Two pairings exist: half-split (i with i + D/2, as Llama's released weights) and interleaved (2i with 2i + 1, as the
+paper). Tables hold D/2 columns and may be narrower than the head (2 · columns < D): the rest of the head passes
+through. Longer contexts than were trained come from turning more slowly: `rope_tables` knows linear, NTK, YaRN and
+Llama-3 scaling, with the same formulas, rounded in the same places, as `transformers`.
+
+B batch, T time, H query heads, K key heads, D head dim, R = half the rotary dim.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .lang import wide
+from .op import Case, Op
+
+
+def rope_tables(
+    head_dim: int, max_len: int, theta: float = 10_000.0, scaling: Mapping | None = None, device=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables (max_len, head_dim / 2) of cos(p · θ_i) and sin(p · θ_i) in float32.
+
+    `scaling` is the mapping found in a model's config.json: `rope_type` ("linear", "ntk", "dynamic", "yarn", "llama3"
+    or "default"), `factor`, and what else the type needs. YaRN's attention factor is multiplied into both tables.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rope_tables: head_dim is {head_dim}; it must be even: a rotation turns pairs")
+    frequencies, attention_factor = _frequencies(head_dim, max_len, float(theta), scaling or {}, device)
+    angles = torch.arange(max_len, dtype=torch.float32, device=device)[:, None] * frequencies
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def _frequencies(dim: int, max_len: int, theta: float, scaling: Mapping, device) -> tuple[torch.Tensor, float]:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    if kind == "default":
+        return 1.0 / theta**exponents, 1.0
+    if kind not in ("linear", "ntk", "dynamic", "yarn", "llama3"):
+        raise ValueError(f"rope_type is {kind!r}; valid are default, linear, ntk, dynamic, yarn, llama3")
+    factor = float(_required(scaling, kind, "factor"))
+    if kind == "linear":
+        return (1.0 / theta**exponents) / factor, 1.0
+    if kind == "ntk":
+        return 1.0 / (theta * factor ** (dim / (dim - 2))) ** exponents, 1.0
+    original = _required(scaling, kind, "original_max_position_embeddings")
+    if kind == "dynamic":
+        stretch = factor * max(max_len, original) / original - (factor - 1)
+        return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
+    if kind == "llama3":
+        return _llama3(1.0 / theta**exponents, factor, original, scaling), 1.0
+    return _yarn(theta**exponents, dim, theta, factor, original, scaling)
+
+
+def _llama3(frequencies, factor, original, scaling):
+    """Long waves turn `factor` times slower, short ones as before, and a ramp joins the two."""
+    low, high = _required(scaling, "llama3", "low_freq_factor"), _required(scaling, "llama3", "high_freq_factor")
+    wavelength = 2 * math.pi / frequencies
+    slow = torch.where(wavelength > original / low, frequencies / factor, frequencies)
+    ramp = (original / wavelength - low) / (high - low)
+    blended = (1 - ramp) * slow / factor + ramp * slow
+    between = ~(wavelength < original / high) & ~(wavelength > original / low)
+    return torch.where(between, blended, slow)
+
+
+def _yarn(periods, dim, theta, factor, original, scaling):
+    """Waves that turn often within the trained context stay; those that turn less than once are interpolated."""
+
+    def column(turns):
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def magnitude(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = column(scaling.get("beta_fast") or 32), column(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0.0
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=periods.device) - low) / (high - low)).clamp(0, 1)
+    keep = 1 - ramp
+    frequencies = 1.0 / (factor * periods) * (1 - keep) + 1.0 / periods * keep
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention_factor = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1)
+    return frequencies, float(attention_factor)
+
+
+def _required(scaling: Mapping, kind: str, key: str):
+    if scaling.get(key) is None:
+        raise ValueError(f"rope scaling {kind!r} needs the field {key!r}; it has {', '.join(scaling)}")
+    return scaling[key]
+
+
+def _rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates queries (…, T, H, D) and keys (…, T, K, D) by the table rows of `positions` (…, T), or of 0 … T−1."""
+    cos_TR, sin_TR = (cos[: q.shape[-3]], sin[: q.shape[-3]]) if positions is None else (cos[positions], sin[positions])
+    return _rotate(q, cos_TR, sin_TR, interleaved), _rotate(k, cos_TR, sin_TR, interleaved)
+
+
+def _rotate(x, cos_TR, sin_TR, interleaved):
+    rotary = 2 * cos_TR.shape[-1]
+    c, s = cos_TR.unsqueeze(-2).to(wide(x)), sin_TR.unsqueeze(-2).to(wide(x))
+    turning = x[..., :rotary].to(c.dtype)
+    if interleaved:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+    else:
+        a, b = turning.chunk(2, -1)
+        turned = torch.cat((a * c - b * s, b * c + a * s), -1)
+    return torch.cat((turned.to(x.dtype), x[..., rotary:]), -1) if rotary < x.shape[-1] else turned.to(x.dtype)
+
+
+def _tables(m, length, half):
+    return tuple(m.normal(length, half, dtype=torch.float32, grad=False) for _ in range(2))
+
+
+rope = Op(
+    name="rope",
+    reference=_rope,
+    cases=[
+        Case("grouped heads", lambda m: (m.normal(2, 5, 4, 16), m.normal(2, 5, 2, 16), *_tables(m, 8, 8))),
+        Case(
+            "interleaved",
+            lambda m: (m.normal(2, 5, 3, 16), m.normal(2, 5, 1, 16), *_tables(m, 8, 8)),
+            {"interleaved": True},
+        ),
+        Case(
+            "ragged positions",
+            lambda m: (m.normal(7, 2, 24), m.normal(7, 2, 24), *_tables(m, 30, 12), m.integers(0, 30, 7)),
+        ),
+        Case("part of the head", lambda m: (m.normal(1, 4, 2, 24), m.normal(1, 4, 2, 24), *_tables(m, 4, 8))),
+        Case("padded rows", lambda m: (m.padded(2, 3, 2, 16), m.padded(2, 3, 2, 16), *_tables(m, 3, 8))),
+        Case(
+            "expanded gradient",
+            lambda m: (m.normal(2, 3, 2, 16), m.normal(2, 3, 2, 16), *_tables(m, 3, 8)),
+            expanded=True,
+        ),
+        Case(
+            "8x4096, 32 and 8 heads of 128",
+            lambda m: (m.normal(8, 4096, 32, 128), m.normal(8, 4096, 8, 128), *_tables(m, 4096, 64)),
+            bench=True,
+        ),
+    ],
+    traffic=lambda q, k, *_, **__: (2 * (q.nbytes + k.nbytes), 2 * (q.nbytes + k.nbytes)),
+    flops=lambda q, k, *_, **__: (3 * (q.numel() + k.numel()), 3 * (q.numel() + k.numel())),
+)
