@@ -16,12 +16,13 @@ from .op import Case, Op
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """activation(gate) · up, computed in float32; `activation` is "silu", "gelu" (tanh form) or "relu2"."""
+    """activation(gate) · up, computed in float32; `activation` is "silu", "gelu" (tanh form), "relu" or "relu2"."""
     dtype = wide(gate)
     return (_activation(activation)(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
