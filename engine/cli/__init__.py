@@ -63,16 +63,8 @@ def available() -> dict[str, str]:
 def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:{width}}  {does}" for verb, does in available().items()]
-    return "\n".join(
-        [
-            "warploom: train language models from raw text, and serve them",
-            "",
-            "usage: warploom VERB [flags]",
-            "",
-            *lines,
-        ]
-        + ["", "warploom VERB --help explains a verb's flags."]
-    )
+    head = ["warploom: train language models from raw text, and serve them", "", "usage: warploom VERB [flags]", ""]
+    return "\n".join([*head, *lines, "", "warploom VERB --help explains a verb's flags."])
 
 
 def _print_version() -> int:
