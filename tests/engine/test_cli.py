@@ -1,0 +1,81 @@
+"""The command line: quick to answer, clear when it cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from warploom.engine.cli import available, main
+from warploom.engine.config import ModelConfig
+from warploom.engine.hub import load_model, save_model
+from warploom.engine.model import Transformer
+
+SMALL = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return save_model(Transformer(SMALL), tmp_path / "model")
+
+
+def test_help_answers_without_importing_anything_heavy():
+    code = (
+        "import sys; from warploom.engine.cli import main; assert main(['--help']) == 0;"
+        "heavy = {'torch', 'numpy', 'transformers', 'tyro', 'rich', 'gradio', 'warploom._native'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert all(verb in shown.stdout for verb in available())
+
+
+def test_the_module_is_the_command():
+    shown = subprocess.run(
+        [sys.executable, "-m", "warploom.engine.cli", "inspect", "model", "gpt2-124m"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0 and "124,439,808" in shown.stdout
+
+
+@pytest.mark.parametrize("verb", sorted(available()))
+def test_every_verb_explains_its_flags(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_an_unknown_verb_names_the_known_ones(capsys):
+    assert main(["trian"]) == 2
+    assert "'trian' is not a verb; choose one of:" in capsys.readouterr().err
+
+
+def test_a_user_error_is_one_line_and_exit_2(capsys, tmp_path):
+    assert main(["inspect", "model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("warploom inspect: ") and "no config.json" in error and error.count("\n") == 1
+
+
+def test_inspect_model_reads_a_directory(directory, capsys):
+    assert main(["inspect", "model", str(directory)]) == 0
+    assert f"{SMALL.parameter_count():,}" in capsys.readouterr().out
+
+
+def test_doctor_tells_the_backend_of_every_op(capsys):
+    from warploom import kernels
+
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert all(op.name in shown for op in kernels.ops()) and str(torch.__version__) in shown
+
+
+def test_export_to_bin_is_a_model_transformers_and_we_open(directory, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    assert main(["export", str(directory), str(tmp_path / "bin"), "--to", "bin"]) == 0
+    assert "pytorch_model.bin" in os.listdir(tmp_path / "bin")
+    tokens = torch.arange(20)[None]
+    ours = load_model(directory, device="cpu")[0](tokens)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bin")(tokens).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(load_model(tmp_path / "bin", device="cpu")[0](tokens), ours)
