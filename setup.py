@@ -34,7 +34,6 @@ native = Pybind11Extension(
 native.optional = not os.environ.get("WARPLOOM_REQUIRE_NATIVE")
 
 
-
 class RoomsOnly(build_py):
     """The root holds no modules of the package: without this, setup.py itself would be installed."""
 
@@ -43,7 +42,8 @@ class RoomsOnly(build_py):
 
 
 setup(
-    packages=["warploom"] + [f"warploom.{name}" for room in ROOMS for name in find_packages(include=[room, f"{room}.*"])],
+    packages=["warploom"]
+    + [f"warploom.{name}" for room in ROOMS for name in find_packages(include=[room, f"{room}.*"])],
     package_dir={"warploom": "."},
     ext_modules=[native],
     cmdclass={"build_ext": build_ext, "build_py": RoomsOnly},
