@@ -4,14 +4,14 @@
     AdamW     w -= lr · m̂/(√v̂ + ε) + lr·λ·w      a step size of its own for every weight (Loshchilov & Hutter, 2019)
     Muon      w -= lr · s · orthogonal(m) + lr·λ·w   a step of equal size in every direction of a matrix (Jordan, 2024)
 
-AdamW divides the mean gradient m by the root of the mean squared gradient v, so each weight moves by about `lr` whatever
-the gradient's scale; both means start at zero and are corrected for it (the hats). The decay λ acts on the weight itself
-and not through the gradient, where the division would distort it.
+AdamW divides the mean gradient m by the root of the mean squared gradient v, so each weight moves by about `lr`
+whatever the gradient's scale; both means start at zero and are corrected for it (the hats). The decay λ acts on the
+weight itself and not through the gradient, where the division would distort it.
 
-Muon notes that a matrix's gradient has a few strong directions which drown the rest. It replaces the momentum m = U S Vᵀ
-by U Vᵀ: all singular values one. Five steps of an odd polynomial, applied to the matrix by products alone, come close
-enough. Embeddings, heads and vectors stay with AdamW; s = 0.2·√max(rows, columns) gives both kinds of step the same
-root mean square, so that they share one learning rate (Liu et al., 2025).
+Muon notes that a matrix's gradient has a few strong directions which drown the rest. It replaces the momentum
+m = U S Vᵀ by U Vᵀ: all singular values one. Five steps of an odd polynomial, applied to the matrix by products alone,
+come close enough. Embeddings, heads and vectors stay with AdamW; s = 0.2·√max(rows, columns) gives both kinds of step
+the same root mean square, so that they share one learning rate (Liu et al., 2025).
 """
 
 from __future__ import annotations
@@ -184,10 +184,10 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def parameter_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not; embeddings and the head are matrices that Muon must leave alone."""
+    """Matrices decay, vectors (norms, biases) do not; embeddings and the head are tables, which Muon leaves alone."""
     matrices, tables, vectors = [], [], []
     for name, p in named:
-        is_table = any(part in name.split(".") for part in ("embedding", "embed", "tokens", "positions", "head"))
+        is_table = name.split(".")[0] in ("embedding", "positions", "head")
         (vectors if p.ndim < 2 else tables if is_table else matrices).append(p)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},

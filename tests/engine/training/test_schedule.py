@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ def test_every_schedule_starts_at_zero_peaks_after_warmup_and_ends_where_it_says
     assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1.0 == max(rates)
     end = 1.0 if name == "constant" else 0.1
     assert rates[100:] == [end] * 50
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_cosine_follows_its_formula():
