@@ -93,7 +93,8 @@ def find_ninja():
 
 
 setup(
-    packages=["warploom"] + [f"warploom.{name}" for room in ROOMS for name in find_packages(include=[room, f"{room}.*"])],
+    packages=["warploom"]
+    + [f"warploom.{name}" for room in ROOMS for name in find_packages(include=[room, f"{room}.*"])],
     package_dir={"warploom": "."},
     ext_modules=[native],
     cmdclass={"build_ext": NinjaBuild, "build_py": RoomsOnly},

@@ -1,0 +1,240 @@
+"""Byte-level BPE: any text becomes ids, no text is unknown, and frequent strings become single ids.
+
+This file is the public face. The work is done by one of two engines that give identical results: the C++ extension
+(csrc/), or the pure-Python twin (reference.py), which `WARPLOOM_NATIVE=0` selects and which also stands in where the
+extension was not built.
+"""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .base import Allowed, Tokenizer
+from .byte_alphabet import to_text
+from .patterns import compile_pattern, pattern_name, pattern_source, safe_cut
+from .reference import Merges, PythonBPE, count_words, tie_key, train_merges
+from .sources import Corpus, documents, read_pieces, write_text
+from .specials import cut_stream, finder
+
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
+END_OF_TEXT = "<|endoftext|>"
+
+Progress = Callable[[int, int], None]
+
+
+class BPETokenizer(Tokenizer):
+    """A byte-level byte-pair-encoding tokenizer.
+
+    vocab: the id of each token, all 256 single bytes among them.
+    merges: pairs of tokens in the order in which they were learned.
+    special_tokens: markers outside the text, with their ids.
+    pattern: how text is cut before merging; a name from `PATTERNS` or a regular expression.
+    whole_words: look a piece up in the vocabulary before merging it (Llama 3's `ignore_merges`).
+    normalizer: a Unicode normalization form applied to text first (Qwen's NFC), or None.
+    """
+
+    def __init__(
+        self,
+        vocab: dict[bytes, int],
+        merges: Merges,
+        special_tokens: dict[str, int] | None = None,
+        pattern: str = "gpt4",
+        *,
+        whole_words: bool = False,
+        normalizer: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(special_tokens, chat_template)
+        compile_pattern(pattern)
+        _check_vocabulary(vocab, merges, self.special.ids)
+        if normalizer is not None and normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(NORMALIZERS)}")
+        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
+        self._tokens = {token_id: token for token, token_id in vocab.items()}
+        self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
+        self.json_extras: dict = {}  # parts of a loaded tokenizer.json that do not change ids, kept for saving
+        self._engine = PythonBPE(self._vocab, self._merges, pattern, whole_words, self._normalize)
+
+    @classmethod
+    def train(
+        cls,
+        corpus: Corpus,
+        vocab_size: int,
+        pattern: str = "gpt4",
+        special_tokens: Iterable[str] = (END_OF_TEXT,),
+        threads: int | None = None,
+        *,
+        ties: str = "bytes",
+        min_frequency: int = 1,
+        max_token_length: int | None = None,
+        progress: Progress | None = None,
+    ) -> "BPETokenizer":
+        """Learn a vocabulary: 256 bytes, then merges, then special tokens, `vocab_size` in all.
+
+        corpus: a path, a list of paths, or an iterable of texts; read as a stream, so its size is no limit.
+        special_tokens: never merged across; where they stand in the corpus they separate documents.
+        ties: among equally frequent pairs, "bytes" takes the lexicographically greatest (the classic course rule),
+            "hf" and "ids" the smallest ids as Hugging Face's and Karpathy's trainers number them.
+        min_frequency: pairs rarer than this are not merged.
+        max_token_length: no token gets more bytes than this.
+        progress: called with (merges so far, merges wanted).
+        """
+        specials = list(dict.fromkeys(special_tokens))
+        num_merges = vocab_size - 256 - len(specials)
+        if num_merges < 0:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; 256 bytes and {len(specials)} special tokens need at least "
+                f"{256 + len(specials)}"
+            )
+        if min_frequency < 1:
+            raise ValueError(f"min_frequency is {min_frequency}; it must be at least 1")
+        if max_token_length is not None and max_token_length < 1:
+            raise ValueError(f"max_token_length is {max_token_length}; it must be at least 1, or None")
+        tie_key(ties)
+        compile_pattern(pattern)
+        counts = _count_corpus(corpus, pattern, specials)
+        merges = train_merges(counts, num_merges, ties, min_frequency, max_token_length, progress)
+        tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+        ids = {token: len(tokens) + i for i, token in enumerate(specials)}
+        return cls({token: i for i, token in enumerate(tokens)}, merges, ids, pattern)
+
+    @classmethod
+    def from_tiktoken(
+        cls, path: str | Path, pattern: str = "gpt4", special_tokens: dict[str, int] | None = None
+    ) -> "BPETokenizer":
+        """Load a tiktoken rank file: lines of a base64 token and its rank."""
+        from .files import read_tiktoken
+
+        return read_tiktoken(path, pattern, special_tokens)
+
+    def to_tiktoken(self, path: str | Path) -> None:
+        """Write a tiktoken rank file (special tokens and pattern are not part of the format)."""
+        from .files import tiktoken_lines
+
+        write_text(path, tiktoken_lines(self))
+
+    @classmethod
+    def from_gpt2_files(
+        cls,
+        vocab_json: str | Path,
+        merges_txt: str | Path,
+        special_tokens: Iterable[str] = (END_OF_TEXT,),
+        pattern: str = "gpt2",
+    ) -> "BPETokenizer":
+        """Load GPT-2's `vocab.json` and `merges.txt`."""
+        from .files import read_gpt2_files
+
+        return read_gpt2_files(vocab_json, merges_txt, special_tokens, pattern)
+
+    # -- what is in the vocabulary ----------------------------------------------------------------------------------
+
+    @property
+    def vocab(self) -> dict[bytes, int]:
+        """Ordinary tokens (as bytes) and their ids."""
+        return self._vocab
+
+    @property
+    def merges(self) -> Merges:
+        """Merged pairs of tokens, in the order learned."""
+        return self._merges
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._tokens.get(token_id)
+        if token is not None:
+            return token
+        special = self.special.texts.get(token_id)
+        if special is None:
+            raise self._bad_id(token_id)
+        return special.encode()
+
+    def id_of(self, token: str | bytes) -> int | None:
+        if isinstance(token, str):
+            if token in self.special.ids:
+                return self.special.ids[token]
+            token = token.encode()
+        return self._vocab.get(token)
+
+    def _set_special_tokens(self, ids: dict[str, int]) -> None:
+        _check_vocabulary(self._vocab, [], ids)
+        super()._set_special_tokens(ids)
+
+    # -- text to ids ------------------------------------------------------------------------------------------------
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        return self._engine.encode(text)
+
+    def _safe_cut(self, text: str, limit: int) -> int:
+        return safe_cut(text, limit) if pattern_name(self.pattern) else 0
+
+    def _normalize(self, text: str) -> str:
+        return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
+
+    def encode_with_offsets(
+        self, text: str, allowed_special: Allowed = "none"
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the span of characters it touches (of the normalized text, if there is a normalizer)."""
+        return super().encode_with_offsets(self._normalize(text), allowed_special)
+
+    # -- keeping ----------------------------------------------------------------------------------------------------
+
+    def _to_json(self) -> dict:
+        regex_split = {
+            "type": "Split",
+            "pattern": {"Regex": pattern_source(self.pattern)},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        if pattern_name(self.pattern) == "gpt2":
+            pre_tokenizer = {**byte_level, "use_regex": True}
+        else:
+            pre_tokenizer = {"type": "Sequence", "pretokenizers": [regex_split, {**byte_level, "use_regex": False}]}
+        return {
+            "normalizer": {"type": self.normalizer} if self.normalizer else None,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": self.json_extras.get("post_processor"),
+            "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": self.whole_words,
+                "vocab": {to_text(token): token_id for token, token_id in self._vocab.items()},
+                "merges": [[to_text(left), to_text(right)] for left, right in self._merges],
+            },
+        }
+
+
+def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[str, int]) -> None:
+    for byte in range(256):
+        if bytes([byte]) not in vocab:
+            raise ValueError(f"vocab lacks the single byte 0x{byte:02x}; a byte-level vocabulary holds all 256")
+    ids = set(vocab.values())
+    if len(ids) != len(vocab):
+        raise ValueError("vocab gives one id to several tokens; each token needs an id of its own")
+    if min(ids) < 0 or max(ids) >= 1 << 28:
+        raise ValueError(f"vocab has ids from {min(ids)} to {max(ids)}; ids go from 0 to {(1 << 28) - 1}")
+    for left, right in merges:
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise ValueError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
+    for token, token_id in specials.items():
+        if token_id in ids and vocab.get(token.encode()) != token_id:
+            raise ValueError(f"special token {token!r} has id {token_id}, which vocab gives to another token")
+
+
+def _count_corpus(corpus: Corpus, pattern: str, specials: list[str]) -> Counter[bytes]:
+    """Words and their counts, in one pass over the corpus as a stream."""
+    cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
+    find = finder(frozenset(specials))
+    counts: Counter[bytes] = Counter()
+    for document in documents(corpus):
+        pieces = read_pieces(document) if isinstance(document, Path) else [document]
+        for block in cut_stream(pieces, specials, cut, 1 << 20):
+            count_words(find.split(block), pattern, counts)
+    return counts

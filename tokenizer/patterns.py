@@ -1,0 +1,94 @@
+r"""Pretokenization: cutting text into the pieces that BPE never merges across.
+
+A pattern is a regular expression; its successive matches are the pieces. Without it BPE would spend its vocabulary on
+"dog.", "dog!" and "dog?"; with it, "dog" is learned once. Three patterns are known by name and have hand-written
+scanners in C++ (csrc/scanner.hpp); any other goes through the `regex` module. Text between matches is a piece too, so
+no byte is ever lost.
+
+`gpt2`   letters, digits and signs apart, each with at most one leading space; English contractions apart.
+`gpt4`   the same with any case of contraction, digits in groups of three, and newlines that end a piece.
+`o200k`  words also break where a lowercase letter meets an uppercase one; a contraction stays with its word.
+`qwen2`  gpt4 with single digits.
+"""
+
+from functools import lru_cache
+
+import regex
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+
+PATTERNS: dict[str, str] = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "gpt4": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
+    "o200k": "|".join(
+        [
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?",
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?",
+            r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _TAIL,
+        ]
+    ),
+    "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
+}
+
+# Other spellings of the same languages, found in published tokenizers.
+_ALIASES = {
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL: "gpt4",
+}
+
+
+def pattern_source(pattern: str) -> str:
+    """The regular expression that a pattern's name (or a regular expression itself) stands for."""
+    return PATTERNS.get(pattern, pattern)
+
+
+def pattern_name(source: str) -> str | None:
+    """The name of the scanner that splits exactly as `source` does, if there is one."""
+    if source in PATTERNS:
+        return source
+    return next((name for name, known in PATTERNS.items() if known == source), _ALIASES.get(source))
+
+
+@lru_cache(maxsize=64)
+def compile_pattern(pattern: str) -> regex.Pattern:
+    """Compile a pattern, or say in one sentence what is wrong with it."""
+    try:
+        return regex.compile(pattern_source(pattern))
+    except regex.error as error:
+        names = ", ".join(PATTERNS)
+        raise ValueError(
+            f"pattern {pattern!r} is not a valid regular expression ({error}); known names: {names}"
+        ) from None
+
+
+def split(text: str, pattern: str) -> list[str]:
+    """The pieces of `text`, in order; joined they give `text` back."""
+    pieces, position = [], 0
+    for match in compile_pattern(pattern).finditer(text):
+        start, end = match.span()
+        if start > position:
+            pieces.append(text[position:start])
+        if end > start:
+            pieces.append(text[start:end])
+        position = end
+    if position < len(text):
+        pieces.append(text[position:])
+    return pieces
+
+
+_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])[^\p{L}\p{N}\p{M}']")
+
+
+def safe_cut(text: str, limit: int) -> int:
+    """The last position up to `limit` where a named pattern always cuts, whatever stands before or after; 0 if none.
+
+    A letter or digit followed by space or punctuation ends a piece in each of the named patterns; an apostrophe might
+    begin a contraction and a combining mark might continue a word, so they are no such place. One character after the
+    position must be known, which is why a stream holds a little back.
+    """
+    match = _CUT.search(text, 0, min(limit + 1, len(text)))
+    return match.start() if match else 0

@@ -1,0 +1,182 @@
+"""Byte-pair encoding in plain Python: the text to read, the oracle of the C++ extension, and its stand-in.
+
+Training: count the distinct words; look at every word as a sequence of bytes; find the most frequent pair of
+neighbors; make it a token; replace it everywhere; repeat. Two ideas keep that from being quadratic. An index from each
+pair to the words that hold it means that a merge touches only those words. And a lazy heap finds the next pair: entries
+are allowed to go stale, and one that is popped with an outdated count is pushed back with the true one. (A pair's count
+grows only in the step that creates its newer half; after that it only falls, so no entry is ever too low.)
+
+Encoding: start from a word's bytes and apply the earliest learned merge that fits, leftmost first, until none does.
+With the candidates in a heap and the pieces in a linked list that is n log n in the length of the word.
+"""
+
+import heapq
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+
+from .byte_alphabet import HF_ORDER
+from .patterns import split
+
+Merges = list[tuple[bytes, bytes]]
+
+_CACHE_LIMIT = 1 << 16
+
+
+def count_words(texts: Iterable[str], pattern: str, counts: Counter[bytes] | None = None) -> Counter[bytes]:
+    """How often each distinct piece occurs: all that training needs to know about a corpus."""
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(split(text, pattern))
+    counts = Counter() if counts is None else counts
+    for word, count in words.items():
+        counts[word.encode()] += count
+    return counts
+
+
+def tie_key(ties: str) -> Callable[[bytes, int], object]:
+    """How equally frequent pairs are ranked: a key of each half (its bytes, its id); the smallest pair of keys wins.
+
+    `bytes` prefers the lexicographically greatest bytes, `ids` the smallest ids, and `hf` the smallest ids too, with
+    single bytes in the order in which Hugging Face's byte alphabet lists them.
+    """
+    if ties == "bytes":
+        return lambda token, _: (*(255 - byte for byte in token), 256)
+    if ties == "ids":
+        return lambda _, token_id: token_id
+    if ties == "hf":
+        return lambda _, token_id: HF_ORDER[token_id] if token_id < 256 else token_id
+    raise ValueError(f'ties is {ties!r}; it must be "bytes", "hf" or "ids"')
+
+
+def train_merges(
+    counts: dict[bytes, int],
+    num_merges: int,
+    ties: str = "bytes",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Merges:
+    """The merges that byte-pair encoding learns from word counts, in order."""
+    rank = tie_key(ties)
+    tokens = [bytes([byte]) for byte in range(256)]
+    words = [list(word) for word in counts]
+    weights = list(counts.values())
+    pair_counts: Counter[tuple[int, int]] = Counter()
+    words_of: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in itertools.pairwise(word):
+            pair_counts[pair] += weights[index]
+            words_of[pair].add(index)
+
+    def entry(pair: tuple[int, int]) -> tuple:
+        left, right = pair
+        return -pair_counts[pair], rank(tokens[left], left), rank(tokens[right], right), pair
+
+    heap = [entry(pair) for pair in pair_counts]
+    heapq.heapify(heap)
+    merges: Merges = []
+    while heap and len(merges) < num_merges:
+        negative, *_, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count < max(min_frequency, 1):
+            continue
+        if count != -negative:
+            heapq.heappush(heap, entry(pair))
+            continue
+        left, right = tokens[pair[0]], tokens[pair[1]]
+        if max_token_length is not None and len(left) + len(right) > max_token_length:
+            continue
+        new = len(tokens)
+        tokens.append(left + right)
+        merges.append((left, right))
+        changed: set[tuple[int, int]] = set()
+        for index in words_of.pop(pair):
+            before, after = words[index], merge_pair(words[index], pair, new)
+            words[index] = after
+            for old in itertools.pairwise(before):
+                pair_counts[old] -= weights[index]
+            for fresh in itertools.pairwise(after):
+                pair_counts[fresh] += weights[index]
+                if new in fresh:
+                    changed.add(fresh)
+                    words_of[fresh].add(index)
+        pair_counts[pair] = 0
+        for fresh in changed:
+            heapq.heappush(heap, entry(fresh))
+        if progress:
+            progress(len(merges), num_merges)
+    return merges
+
+
+def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with each occurrence of the pair, from the left, replaced by `new`."""
+    out: list[int] = []
+    i = 0
+    while i < len(word):
+        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+class PythonBPE:
+    """Encoding and decoding with a list of merges; what `warploom._native.BPE` does, in Python."""
+
+    def __init__(
+        self, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool, normalize: Callable[[str], str]
+    ) -> None:
+        self.pattern = pattern
+        self.whole_words = vocab if whole_words else {}
+        self.byte_ids = [vocab[bytes([byte])] for byte in range(256)]
+        self.ranks: dict[tuple[int, int], tuple[int, int]] = {}
+        for rank, (left, right) in enumerate(merges):
+            self.ranks.setdefault((vocab[left], vocab[right]), (rank, vocab[left + right]))
+        self._normalize = normalize
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text."""
+        ids: list[int] = []
+        cache = self._cache
+        for piece in split(self._normalize(text), self.pattern):
+            word = cache.get(piece)
+            if word is None:
+                word = self.encode_word(piece.encode())
+                if len(cache) >= _CACHE_LIMIT:
+                    cache.clear()
+                if len(piece) < 64:
+                    cache[piece] = word
+            ids += word
+        return ids
+
+    def encode_word(self, word: bytes) -> list[int]:
+        """Ids of one piece."""
+        if word in self.whole_words:
+            return [self.whole_words[word]]
+        ids = [self.byte_ids[byte] for byte in word]
+        after = list(range(1, len(ids) + 1))  # a linked list over positions; a merged position holds id -1
+        before = list(range(-1, len(ids) - 1))
+        ranks = self.ranks
+        heap = [(ranks[pair][0], i, pair) for i, pair in enumerate(itertools.pairwise(ids)) if pair in ranks]
+        heapq.heapify(heap)
+        while heap:
+            _, i, pair = heapq.heappop(heap)
+            j = after[i]
+            if j == len(ids) or (ids[i], ids[j]) != pair:
+                continue
+            ids[i], ids[j] = ranks[pair][1], -1
+            after[i] = after[j]
+            if after[i] < len(ids):
+                before[after[i]] = i
+                self._offer(heap, i, (ids[i], ids[after[i]]))
+            if before[i] >= 0:
+                self._offer(heap, before[i], (ids[before[i]], ids[i]))
+        return [token_id for token_id in ids if token_id >= 0]
+
+    def _offer(self, heap: list, position: int, pair: tuple[int, int]) -> None:
+        if pair in self.ranks:
+            heapq.heappush(heap, (self.ranks[pair][0], position, pair))

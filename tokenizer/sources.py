@@ -1,0 +1,93 @@
+"""Where text comes from and where files go: corpora as streams, outputs that appear whole or not at all."""
+
+import codecs
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+Corpus = str | Path | Iterable[str | Path]
+
+_CHUNK = 1 << 20
+
+
+def documents(corpus: Corpus) -> Iterator[str | Path]:
+    """The documents of a corpus: a Path is a file, a str is text.
+
+    A corpus is a path, a list of paths, or an iterable of texts. In a list of strings, all of which name existing
+    files, the strings are paths; a list in which only some do is refused, because it is more likely a slip.
+    """
+    if isinstance(corpus, (str, Path)):
+        yield existing(corpus)
+        return
+    if isinstance(corpus, (list, tuple)) and corpus and all(isinstance(item, str) for item in corpus):
+        are_files = [_is_file(item) for item in corpus]
+        if all(are_files):
+            yield from map(Path, corpus)
+            return
+        if any(are_files):
+            missing = corpus[are_files.index(False)]
+            raise ValueError(f"corpus names files, but {missing[:100]!r} is not one")
+    for item in corpus:
+        if isinstance(item, Path):
+            yield existing(item)
+        elif isinstance(item, str):
+            yield item
+        else:
+            raise ValueError(f"corpus holds a {type(item).__name__}; it must hold texts (str) or paths")
+
+
+def existing(path: str | Path) -> Path:
+    """The path, if it is a file."""
+    if not _is_file(path):
+        shown = str(path) if len(str(path)) < 100 else str(path)[:100] + "…"
+        raise ValueError(f"corpus {shown!r} is not a file; pass a path, a list of paths, or an iterable of texts")
+    return Path(path)
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return len(str(path)) < 4096 and os.path.isfile(path)
+    except ValueError:  # a NUL byte
+        return False
+
+
+def read_pieces(path: str | Path, size: int = _CHUNK) -> Iterator[str]:
+    """The text of a UTF-8 file, a piece at a time; newlines stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(size)
+            held = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                where = position - held + error.start
+                raise ValueError(f"{path} is not valid UTF-8 at byte {where}: {error.reason}") from None
+            if text:
+                yield text
+            if not data:
+                return
+            position += len(data)
+
+
+@contextmanager
+def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when everything was written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic_writer(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,27 @@
+"""Streaming decode: tokens in, text out, never half a character.
+
+A byte-level token may end in the middle of a character (an emoji is four bytes, often two tokens). The decoder keeps
+the unfinished bytes until the rest arrives, so what it has returned so far is always valid text, and all pushes
+together equal `decode` of all ids.
+"""
+
+import codecs
+from collections.abc import Callable
+
+
+class StreamDecoder:
+    """Turns token ids into text one at a time; made by `tokenizer.stream()`."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], errors: str = "replace") -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; often one word, sometimes empty."""
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What an unfinished character at the end decodes to; resets the stream."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
