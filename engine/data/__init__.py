@@ -1,1 +1,21 @@
 """Text to tokens on disk to batches."""
+
+from .corpus import Corpus, open_corpus
+from .loader import Batch, Epochs, PackedDocuments, RandomWindows, get_batch, open_loader, prefetch
+from .tokens import TokenData, TokenSplit, text_of, write_token_data
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Epochs",
+    "PackedDocuments",
+    "RandomWindows",
+    "TokenData",
+    "TokenSplit",
+    "get_batch",
+    "open_corpus",
+    "open_loader",
+    "prefetch",
+    "text_of",
+    "write_token_data",
+]

@@ -1,0 +1,252 @@
+"""Where text comes from: a corpus is something that can be read again and again, document by document.
+
+Two questions have to be answered before any token is made, and both are answered here.
+
+*Which text belongs to which split?* A model must not be judged on text it has seen, so a split is decided by
+document: the hash of a document's beginning gives it a *place* in [0, 1), and the splits are intervals of places. The
+hash needs no second pass and no list of documents, does not move when documents are added, and sends copies of one
+file to the same side. A corpus of a few long documents (a novel) is too coarse for that: there, the place of a passage
+is how far into its document it lies, so that validation is the novel's end.
+
+*How does a file larger than memory pass through?* As passages of about a megabyte. They are cut where no tokenizer
+would have joined the two sides (a line end before a word), so the tokens of the passages are the tokens of the whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PASSAGE = 1 << 20  # characters; a corpus of any size passes through memory in pieces of about this
+FEW = 100  # below this many documents, splits are cut inside each document
+SEAMS = [re.compile(seam) for seam in (r"(?<=\n)(?=\w)", r"(?<=\w)(?= \w)", r"(?<=\n)")]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A stretch of one document: `place` in [0, 1) decides its split, `ends` says that its document is complete."""
+
+    text: str
+    place: float
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A named source of documents. `read` starts over at each call; a document is an iterator of blocks of text."""
+
+    name: str
+    read: Callable[[], Iterator[Iterable[str]]]
+
+    def passages(self) -> Iterator[Passage]:
+        """The whole text in order, cut into passages, each with its place."""
+        lengths = [sum(map(len, blocks)) for blocks in itertools.islice(self.read(), FEW)]
+        if not any(lengths):
+            raise ValueError(f"the corpus {self.name} is empty: there is no text to train on")
+        few = len(lengths) < FEW
+        for index, blocks in enumerate(self.read()):
+            yield from _long_document(blocks, lengths[index]) if few else _one_of_many(blocks)
+
+
+def _one_of_many(blocks: Iterable[str]) -> Iterator[Passage]:
+    place = None
+    for text, ends in _mark_last(cut(blocks, PASSAGE)):
+        if place is None:
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()
+            place = int.from_bytes(digest, "big") / 2**48
+        yield Passage(text, place, ends)
+
+
+def _long_document(blocks: Iterable[str], length: int) -> Iterator[Passage]:
+    size = min(PASSAGE, max(1, length // 200))
+    done = 0
+    for text, ends in _mark_last(cut(blocks, size)):
+        yield Passage(text, (done + len(text) / 2) / length, ends)
+        done += len(text)
+
+
+def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """Re-cut blocks of text into passages of `size` to 2 `size` characters that end at a seam where there is one."""
+    held = ""
+    for block in blocks:
+        held += block
+        while len(held) > 2 * size:
+            end = _seam(held, size)
+            yield held[:end]
+            held = held[end:]
+    if held:
+        yield held
+
+
+def _seam(text: str, size: int) -> int:
+    for seam in SEAMS:
+        if found := seam.search(text, size, 2 * size):
+            return found.start()
+    return size
+
+
+def _mark_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    items = iter(items)
+    for held in items:
+        for item in items:
+            yield held, False
+            held = item
+        yield held, True
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def stdlib(limit: int | None = None) -> Corpus:
+    """The Python standard library of the running interpreter: real text on every machine, with no download."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+
+    def read() -> Iterator[Iterable[str]]:
+        skipped = {"site-packages", "dist-packages", "__pycache__"}
+        paths = (path.relative_to(root) for path in root.rglob("*.py"))
+        paths = sorted((path for path in paths if not skipped & set(path.parts)), key=lambda path: path.parts)
+        texts = (_source_text(root / path) for path in paths)
+        return ([text] for text in itertools.islice(filter(None, texts), limit))
+
+    return Corpus("stdlib", read)
+
+
+def _source_text(path: Path) -> str | None:
+    """The file as text, or None when it is a table in disguise: character maps, escaped bytes, very long lines."""
+    try:
+        text = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except (UnicodeDecodeError, OSError):
+        return None
+    lines = text.count("\n") + 1
+    letters = sum(character.isalpha() or character.isspace() for character in text[:20_000])
+    dense = letters < 0.6 * min(len(text), 20_000) or ("\\x" in text and text.count("\\x") * 50 > len(text))
+    foreign = len(text.encode()) > 1.1 * len(text)
+    return None if len(text) < 200 or len(text) > 120 * lines or dense or foreign else text
+
+
+def files(patterns: Iterable[str | Path], field: str = "text", limit: int | None = None) -> Corpus:
+    """Local files: `.txt` (and any other text) is one document each, `.jsonl` one a line; either may be `.gz`.
+
+    `patterns` are paths, folders or globs; `field` names the text in a JSON line.
+    """
+    paths = expand(patterns)
+
+    def read() -> Iterator[Iterable[str]]:
+        return itertools.islice((document for path in paths for document in _documents(path, field)), limit)
+
+    return Corpus(str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", read)
+
+
+def expand(patterns: Iterable[str | Path]) -> list[Path]:
+    """Paths, folders and globs as a sorted list of files."""
+    found: dict[Path, None] = {}
+    for pattern in map(str, patterns):
+        path = Path(pattern)
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        else:
+            matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        if not matches:
+            raise ValueError(
+                f"no file matches {pattern!r}: give a text file, a folder, or a glob such as 'texts/*.txt'"
+            )
+        found.update(dict.fromkeys(matches))
+    if not found:
+        raise ValueError("no files were given: source 'file' needs at least one path or glob in --files")
+    return list(found)
+
+
+def _documents(path: Path, field: str) -> Iterator[Iterable[str]]:
+    name = path.name.removesuffix(".gz")
+    if not name.endswith((".jsonl", ".ndjson")):
+        yield _blocks(path)
+        return
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number} is not a JSON object with a field {field!r}") from error
+        if not isinstance(text, str):
+            raise ValueError(f"{path}:{number}: field {field!r} must be a string, not {type(text).__name__}")
+        yield [text]
+
+
+def _open(path: Path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8", newline="")
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    with _open(path) as file, _explained(path):
+        while block := file.read(PASSAGE):
+            if "\0" in block:
+                raise ValueError(f"{path} is a binary file (it contains zero bytes), not text")
+            yield block
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with _open(path) as file, _explained(path):
+        yield from file
+
+
+class _explained:
+    """Turns a failure to decode or decompress into one sentence about the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, UnicodeDecodeError):
+            raise ValueError(
+                f"{self.path} is a binary file or not UTF-8 text (byte {error.start} of a block)"
+            ) from error
+        if isinstance(error, (gzip.BadGzipFile, EOFError)):
+            raise ValueError(f"{self.path} is not a complete gzip file: {error}") from error
+
+
+HUB = {
+    "tinystories": {"path": "roneneldan/TinyStories"},
+    "openwebtext": {"path": "Skylion007/openwebtext"},
+    "wikitext": {"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1"},
+}
+
+
+def hub(source: str, limit: int | None = None, data_files: dict | list | str | None = None, kind: str | None = None):
+    """A public data set, streamed by `datasets` (nothing is kept on disk); `data_files` reads local copies instead."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"source {source!r} needs the package datasets: pip install 'warploom[data]'") from error
+    where = HUB[source] if data_files is None else {"path": kind or "json", "data_files": data_files}
+
+    def read() -> Iterator[Iterable[str]]:
+        rows = datasets.load_dataset(**where, split="train", streaming=True)
+        return ([row["text"]] for row in itertools.islice(rows, limit))
+
+    return Corpus(source, read)
+
+
+def open_corpus(source: str, patterns: Iterable[str | Path] = (), limit: int | None = None) -> Corpus:
+    """The corpus that `warploom data --source … --files … --num-samples …` names."""
+    if source == "stdlib":
+        return stdlib(limit)
+    if source == "file":
+        return files(patterns, limit=limit)
+    if source in HUB:
+        return hub(source, limit)
+    raise ValueError(f"source {source!r} is not known; choose one of: stdlib, file, {', '.join(HUB)}")

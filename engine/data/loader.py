@@ -1,0 +1,275 @@
+"""From token files to batches: four orders in which to walk through the same array.
+
+Every loader is a pure function of the step: `loader.batch(step)` draws what step `step` trains on from a counter-based
+generator keyed by (seed, step). So there is no iterator to save: the state of a loader *is* the step number, a resumed
+run neither replays nor skips, and neither the number of prefetching workers nor the number of ranks can change the
+order. A rank takes its share of the rows of the same global batch.
+
+    RandomWindows    B windows anywhere in the text, with replacement: the classic for pretraining
+    Epochs           every window once per epoch, shuffled or in order; `stride` < T makes the windows overlap
+    PackedDocuments  whole documents side by side in a row, with the borders (`cu_seqlens`) that keep them apart
+
+Shapes: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .tokens import TokenSplit
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Inputs and the tokens that follow them. With `cu_seqlens`, flattened rows hold documents that must not mix."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    positions_BT: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """A micro-batch: some rows of this batch."""
+        T = self.tokens_BT.shape[1]
+        borders = self.cu_seqlens
+        if borders is not None:
+            borders = borders[(borders >= start * T) & (borders <= stop * T)] - start * T
+        positions = None if self.positions_BT is None else self.positions_BT[start:stop]
+        return Batch(self.tokens_BT[start:stop], self.targets_BT[start:stop], positions, borders)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; pinned first where that makes the copy asynchronous."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return Batch(*map(move, (self.tokens_BT, self.targets_BT, self.positions_BT, self.cu_seqlens)))
+
+
+class Loader(Protocol):
+    """What the trainer asks of a loader."""
+
+    batch_size: int
+    context: int
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step`, the same at every call."""
+        ...
+
+
+def generator(seed: int, *counter: int) -> np.random.Generator:
+    """A generator that depends on (seed, counter) and on nothing else."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counter])))
+
+
+def get_batch(
+    tokens: np.ndarray,
+    batch_size: int,
+    context_length: int,
+    device: str | torch.device = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T): `batch_size` uniformly drawn windows of a token array; targets are one token ahead."""
+    _require_length(len(tokens), context_length)
+    starts_B = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
+    batch = _windows(tokens, starts_B, context_length)
+    return batch.tokens_BT.to(device), batch.targets_BT.to(device)
+
+
+def _windows(tokens: np.ndarray, starts_B: np.ndarray, T: int) -> Batch:
+    window_BT = tokens[starts_B[:, None] + np.arange(T + 1)].astype(np.int64)
+    both = torch.from_numpy(window_BT)
+    return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+
+
+def _require_length(length: int, T: int) -> None:
+    if length < T + 1:
+        raise ValueError(
+            f"the text has {length} tokens, too few for one window of context_length {T} and its next token: "
+            f"give more text or a context_length of at most {max(length - 1, 0)}"
+        )
+
+
+class RandomWindows:
+    """Windows that start anywhere, drawn anew at each step."""
+
+    def __init__(self, split: TokenSplit, batch_size: int, context: int, seed: int = 0) -> None:
+        _require_length(len(split), context)
+        self.tokens, self.batch_size, self.context, self.seed = split.tokens, batch_size, context, seed
+
+    def __len__(self) -> int:
+        return max(1, len(self.tokens) // (self.batch_size * self.context))
+
+    def batch(self, step: int) -> Batch:
+        starts_B = generator(self.seed, step).integers(len(self.tokens) - self.context, size=self.batch_size)
+        return _windows(self.tokens, starts_B, self.context)
+
+
+class _Rows:
+    """Rows numbered 0 to n-1 walked through once an epoch; the last batch of an epoch runs on into the next."""
+
+    batch_size: int
+    seed: int
+    shuffle: bool
+
+    def __init__(self) -> None:
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def count(self, epoch: int) -> int:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return max(1, self.count(0) // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        kept_epoch, order = self._order
+        if kept_epoch != epoch:
+            count = self.count(epoch)
+            order = generator(self.seed, epoch).permutation(count) if self.shuffle else np.arange(count)
+            self._order = (epoch, order)
+        return order
+
+    def row_numbers(self, step: int) -> np.ndarray:
+        """Which rows step `step` uses: the epochs' orders end to end, cut into batches."""
+        rows, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.count(0)
+        epochs = rows // count
+        return np.concatenate([self.order(int(epoch))[rows[epochs == epoch] % count] for epoch in np.unique(epochs)])
+
+
+class Epochs(_Rows):
+    """Every window once an epoch. `stride` is the distance between windows: T by default, less to overlap them."""
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        batch_size: int,
+        context: int,
+        seed: int = 0,
+        stride: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        _require_length(len(split), context)
+        if stride is not None and stride < 1:
+            raise ValueError(f"stride must be at least 1 token, not {stride}")
+        self.tokens, self.batch_size, self.context, self.seed = split.tokens, batch_size, context, seed
+        self.stride, self.shuffle = stride or context, shuffle
+
+    def count(self, epoch: int) -> int:
+        return (len(self.tokens) - self.context - 1) // self.stride + 1
+
+    def batch(self, step: int) -> Batch:
+        return _windows(self.tokens, self.row_numbers(step) * self.stride, self.context)
+
+
+class PackedDocuments(_Rows):
+    """Rows made of whole documents, each starting at position 0; a document longer than a row is cut into rows.
+
+    Pieces are fitted longest first into the fullest row that has room (best fit), once, for all epochs; what remains of
+    a row is padding without a target. Epochs shuffle the rows.
+    """
+
+    def __init__(self, split: TokenSplit, batch_size: int, context: int, seed: int = 0, shuffle: bool = True) -> None:
+        super().__init__()
+        self.tokens, self.batch_size, self.context, self.seed = split.tokens, batch_size, context, seed
+        self.shuffle = shuffle
+        self.packed = pack(split.starts, len(split.tokens), context)
+        if not self.packed:
+            raise ValueError("no document has two tokens, so there is nothing to predict")
+
+    def count(self, epoch: int) -> int:
+        return len(self.packed)
+
+    def batch(self, step: int) -> Batch:
+        B, T = self.batch_size, self.context
+        tokens_BT, targets_BT = np.zeros((B, T), np.int64), np.full((B, T), IGNORE, np.int64)
+        positions_BT, borders = np.zeros((B, T), np.int64), [0]
+        for row, number in enumerate(self.row_numbers(step)):
+            at = 0
+            for start, length in self.packed[number]:
+                piece = np.asarray(self.tokens[start : start + length + 1], np.int64)
+                tokens_BT[row, at : at + length] = piece[:-1]
+                targets_BT[row, at : at + length] = piece[1:]
+                positions_BT[row, at : at + length] = np.arange(length)
+                at += length
+                borders.append(row * T + at)
+            if at < T:
+                positions_BT[row, at:] = np.arange(T - at)
+                borders.append((row + 1) * T)
+        arrays = (tokens_BT, targets_BT, positions_BT, np.array(borders, np.int32))
+        return Batch(*map(torch.from_numpy, arrays))
+
+
+def pack(starts: np.ndarray, total: int, T: int) -> list[list[tuple[int, int]]]:
+    """Rows of (start, inputs) pieces: at most T inputs a row, every piece followed by its own last target."""
+    ends = np.append(starts[1:], total)
+    pieces = [
+        (int(at), int(min(T, end - 1 - at)))
+        for start, end in zip(starts, ends)
+        for at in range(int(start), int(end) - 1, T)
+    ]
+    pieces.sort(key=lambda piece: -piece[1])
+    rows: list[list[tuple[int, int]]] = []
+    open_rows: list[list[int]] = [[] for _ in range(T + 1)]  # row numbers by the room they have left
+    roomy = 0  # bit r is set when a row with r tokens of room exists: the tightest fit is its lowest set bit
+    for piece in pieces:
+        fitting = roomy >> piece[1] << piece[1]
+        if fitting:
+            room = (fitting & -fitting).bit_length() - 1
+            number = open_rows[room].pop()
+            roomy &= ~(1 << room) if not open_rows[room] else -1
+            rows[number].append(piece)
+        else:
+            room, number = T, len(rows)
+            rows.append([piece])
+        left = room - piece[1]
+        if left:
+            open_rows[left].append(number)
+            roomy |= 1 << left
+    return rows
+
+
+def open_loader(kind: str, split: TokenSplit, batch_size: int, context: int, seed: int, stride: int | None = None):
+    """The loader that `--order` names."""
+    if kind == "random":
+        return RandomWindows(split, batch_size, context, seed)
+    if kind in ("epochs", "sequential"):
+        return Epochs(split, batch_size, context, seed, stride, shuffle=kind == "epochs")
+    if kind == "packed":
+        return PackedDocuments(split, batch_size, context, seed)
+    raise ValueError(f"order must be random, epochs, sequential or packed, not {kind!r}")
+
+
+def prefetch(loader: Loader, start: int, device: torch.device, workers: int = 1) -> Iterator[Batch]:
+    """Batches from step `start` on, made by `workers` threads ahead of their use (0: made when asked for)."""
+    if workers == 0:
+        step = start
+        while True:
+            yield loader.batch(step).to(device)
+            step += 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+        queue: collections.deque[Future[Batch]] = collections.deque()
+        step = start
+        while True:
+            while len(queue) < workers + 1:
+                queue.append(pool.submit(loader.batch, step))
+                step += 1
+            yield queue.popleft().result().to(device)

@@ -1,0 +1,239 @@
+"""Token files: a split is one flat array of token ids on disk, `train.bin`, which training maps into memory.
+
+A file has no header (uint16 or uint32, little-endian, as other small trainers write it too); `meta.json` beside it
+says what the ids mean, and `train.starts` (int64) where each document begins. Writing takes constant memory: passages
+arrive, are encoded a few megabytes at a time on all cores, and are appended. The directory appears by rename, complete
+or not at all, together with the tokenizer that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .corpus import Corpus, Passage
+
+SPLITS = ("train", "val", "test")
+BATCH = 4 << 20  # characters encoded at a time
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What one split holds."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    """UTF-8 bytes of its text: what bits per byte are measured against."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Meta:
+    """`meta.json`: everything a reader needs to know about the token files beside it."""
+
+    source: str
+    dtype: str
+    vocab_size: int
+    end_of_document: int | None
+    """Token written after each document, if the tokenizer has one."""
+    tokenizer_sha256: str
+    splits: dict[str, SplitInfo] = field(default_factory=dict)
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """One split, mapped from disk: `tokens` in order, `starts` of the documents."""
+
+    name: str
+    tokens: np.ndarray
+    starts: np.ndarray
+    bytes: int
+    sha256: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TokenData:
+    """A directory of token files, as `warploom data` writes it."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        path = self.directory / "meta.json"
+        try:
+            raw = json.loads(path.read_text())
+            splits = {name: SplitInfo(**info) for name, info in raw.pop("splits").items()}
+            self.meta = Meta(**raw, splits=splits)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.directory} is no token directory: it has no meta.json") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def split(self, name: str) -> TokenSplit:
+        """The tokens of 'train', 'val' or 'test'."""
+        if name not in self.meta.splits:
+            raise ValueError(f"split {name!r} is not in {self.directory}; it has: {', '.join(self.meta.splits)}")
+        info = self.meta.splits[name]
+        path = self.directory / f"{name}.bin"
+        dtype = np.dtype(self.meta.dtype)
+        if not path.is_file() or path.stat().st_size != info.tokens * dtype.itemsize:
+            raise ValueError(f"{path} is missing or truncated: meta.json promises {info.tokens} tokens of {dtype}")
+        tokens = np.memmap(path, dtype, "r") if info.tokens else np.empty(0, dtype)
+        starts = np.fromfile(self.directory / f"{name}.starts", np.int64)
+        return TokenSplit(name, tokens, starts, info.bytes, info.sha256)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that made these tokens."""
+        from ...tokenizer import load_tokenizer
+
+        return load_tokenizer(self.directory)
+
+
+def write_token_data(
+    corpus: Corpus,
+    tokenizer: Any,
+    out: str | Path,
+    splits: Sequence[float] = (0.8, 0.1, 0.1),
+    threads: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> TokenData:
+    """Encode a corpus into `out`/{train,val,test}.bin. `on_progress` hears the number of bytes read so far."""
+    edges = split_edges(splits)
+    out = Path(out)
+    with directory_for(out) as scratch:
+        tokenizer.save(scratch)
+        vocab_size = tokenizer.vocab_size
+        dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        end = getattr(tokenizer, "special_tokens", {}).get(END)
+        writers = [_Writer(scratch / name, dtype, end) for name in SPLITS]
+        read = 0
+        for index, group in _groups(corpus.passages(), edges):
+            ids, offsets = _encode([passage.text for passage in group], tokenizer, threads)
+            for passage, begin, stop in zip(group, offsets[:-1], offsets[1:]):
+                size = len(passage.text.encode("utf-8", "surrogatepass"))
+                writers[index].add(ids[begin:stop], passage.ends, size)
+                read += size
+            if on_progress:
+                on_progress(read)
+        meta = Meta(
+            source=corpus.name,
+            dtype=dtype,
+            vocab_size=vocab_size,
+            end_of_document=end,
+            tokenizer_sha256=file_hash(scratch / "tokenizer.json"),
+            splits={name: writer.close() for name, writer in zip(SPLITS, writers)},
+        )
+        (scratch / "meta.json").write_text(json.dumps(asdict(meta), indent=2))
+    return TokenData(out)
+
+
+def split_edges(splits: Sequence[float]) -> np.ndarray:
+    """(0.8, 0.1, 0.1) -> the places where one split ends and the next begins."""
+    parts = np.asarray(splits, dtype=float)
+    if len(parts) not in (1, 2, 3) or (parts < 0).any() or parts[0] == 0 or not np.isclose(parts.sum(), 1):
+        raise ValueError(f"splits must be one to three shares (train, val, test) that sum to 1, not {list(splits)}")
+    return np.cumsum(parts)[:-1]
+
+
+def text_of(corpus: Corpus, split: int = 0, splits: Sequence[float] = (0.8, 0.1, 0.1)) -> Iterator[str]:
+    """The text of one split alone: what a tokenizer may be trained on."""
+    edges = split_edges(splits)
+    return (passage.text for passage in corpus.passages() if _index(passage, edges) == split)
+
+
+def _index(passage: Passage, edges: np.ndarray) -> int:
+    return int(np.searchsorted(edges, passage.place, side="right"))
+
+
+def _groups(passages: Iterator[Passage], edges: np.ndarray) -> Iterator[tuple[int, list[Passage]]]:
+    """Passages of the same split, gathered until there is enough to keep all cores busy; order is kept in a split."""
+    waiting: list[list[Passage]] = [[] for _ in range(len(edges) + 1)]
+    sizes = [0] * len(waiting)
+    for passage in passages:
+        index = _index(passage, edges)
+        waiting[index].append(passage)
+        sizes[index] += len(passage.text)
+        if sizes[index] >= BATCH:
+            yield index, waiting[index]
+            waiting[index], sizes[index] = [], 0
+    yield from ((index, group) for index, group in enumerate(waiting) if group)
+
+
+def _encode(texts: list[str], tokenizer: Any, threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+    if hasattr(tokenizer, "encode_batch_array"):
+        return tokenizer.encode_batch_array(texts, threads=threads)
+    pieces = [np.asarray(tokenizer.encode(text), dtype=np.uint32) for text in texts]
+    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
+
+
+class _Writer:
+    """Appends documents to one split's files, hashing as it goes."""
+
+    def __init__(self, stem: Path, dtype: str, end: int | None) -> None:
+        self.file = open(stem.with_suffix(".bin"), "wb")  # noqa: SIM115
+        self.starts_file = open(stem.with_suffix(".starts"), "wb")  # noqa: SIM115
+        self.dtype, self.hash = dtype, hashlib.sha256()
+        self.end = np.array([] if end is None else [end], dtype)
+        self.tokens = self.documents = self.bytes = 0
+        self.between = True
+
+    def add(self, ids: np.ndarray, ends: bool, size: int) -> None:
+        if self.between:
+            self.starts_file.write(np.int64(self.tokens).tobytes())
+            self.documents += 1
+        for part in (ids.astype(self.dtype, copy=False), self.end if ends else self.end[:0]):
+            raw = part.tobytes()
+            self.file.write(raw)
+            self.hash.update(raw)
+            self.tokens += len(part)
+        self.bytes += size
+        self.between = ends
+
+    def close(self) -> SplitInfo:
+        self.file.close()
+        self.starts_file.close()
+        return SplitInfo(self.tokens, self.documents, self.bytes, self.hash.hexdigest())
+
+
+@contextmanager
+def directory_for(out: Path) -> Iterator[Path]:
+    """A scratch directory beside `out` that takes its place when the block succeeds and vanishes when it fails."""
+    if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
+        raise ValueError(f"{out} exists and is no token directory: give an --out that is new or empty")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if out.exists():
+            old = out.with_name(f".{out.name}.{os.getpid()}.old")
+            out.rename(old)
+            scratch.rename(out)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""The run card: what a run was and what came of it, for people (`RUN.md`), programs (`run.json`), eyes (`loss.png`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..device import device_name
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the run ran on."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code, if it runs from a repository."""
+    try:
+        here = Path(__file__).parent
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def write_card(directory: Path, run: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """`run.json`, `RUN.md` and `loss.png` of a run."""
+    replace_text(directory / "run.json", json.dumps(run, indent=1, default=str) + "\n")
+    replace_text(directory / "RUN.md", _markdown(run))
+    draw_losses(history, directory / "loss.png")
+
+
+def _markdown(run: dict[str, Any]) -> str:
+    result, model, config = run["result"], run["model"], run["config"]
+    bits = result.get("bits_per_byte")
+    rows = [
+        ("model", f"{run['parameters']:,} parameters, {model['n_layers']} layers, width {model['d_model']}"),
+        ("data", f"{run['data']['source']}: {run['data']['train_tokens']:,} training tokens"),
+        ("training", f"{result['steps']} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s"),
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['utilization']:.0%} of the measured matmul"),
+        ("validation loss", f"{result['val_loss']:.4f}" if result["val_loss"] is not None else "not measured"),
+        ("bits per byte", f"{bits:.4f}" if bits is not None else "not measured"),
+        ("hardware", f"{run['hardware']['device']}, {run['hardware']['threads']} threads, {run['dtype']}"),
+        ("code", f"{run['commit'] or 'unknown commit'}, torch {run['hardware']['torch']}, seed {config['seed']}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    samples = "\n".join(
+        f"Step {sample['step']}:\n\n```text\n{sample['prompt']}{sample['text']}\n```\n"
+        for sample in run["samples"][-3:]
+    )
+    return f"# {directory_title(config['out'])}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n\n{samples}"
+
+
+def directory_title(path: str) -> str:
+    return Path(path).name or "run"
+
+
+def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss over the steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    val = [(line["step"], line["val_loss"]) for line in history if "loss" not in line and "val_loss" in line]
+    if train:
+        axes.plot(*zip(*train), color="#9ecae1", linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val), color="#08519c", marker="o", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend(frameon=False)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,209 @@
+"""Checkpoints: everything the next step depends on, or nothing.
+
+A run is a function of its last step's state, so a checkpoint that holds all of it makes a killed run end exactly as an
+uninterrupted one would. `checkpoints/step-N/` holds
+
+    model.safetensors config.json tokenizer.json   a model directory like any other: the weights, float32
+    optimizer.pt                                   the optimizer's state
+    scheduler.pt                                   loss scale, averaged weights, generators' states
+    state.json                                     step, counters, and the SHA-256 of every file above
+
+It is written under another name, flushed to disk, and renamed: a name `step-N` means a complete checkpoint. A file that
+was torn or changed afterwards no longer matches its hash, and the checkpoint before it is used instead. Writing happens
+in a thread on copies of the tensors, so that training waits for a copy and not for a disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.tokens import file_hash
+
+
+def save_checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, path_or_file: str | os.PathLike | BinaryIO
+) -> None:
+    """Weights, optimizer and step in one file, for loops of one's own. A path is replaced atomically."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    if not isinstance(path_or_file, (str, os.PathLike)):
+        torch.save(state, path_or_file)
+        return
+    path = Path(path_or_file)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path_or_file: str | os.PathLike | BinaryIO, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> int:
+    """Restore what `save_checkpoint` wrote; returns the step."""
+    try:
+        state = torch.load(path_or_file, map_location="cpu", weights_only=True)
+        weights, moments, step = state["model"], state["optimizer"], state["step"]
+    except (RuntimeError, EOFError, KeyError, TypeError, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path_or_file} is no checkpoint: {str(error).splitlines()[0]}") from error
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        optimizer.load_state_dict(moments)
+    return step
+
+
+def generators() -> dict[str, Any]:
+    """The state of every generator a step may draw from, as tensors and numbers."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Put every generator back to where `generators` found it."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU that later training steps cannot change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(snapshot, value))
+    return value
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: writes them in a thread, keeps the last few, finds the last good one."""
+
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        self.folder, self.keep_last = folder, keep_last
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def save(
+        self, step: int, write_model: Callable[[Path], None], tensors: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Write `tensors` as NAME.pt and `state` as state.json beside a model directory, in the background.
+
+        `write_model` and `tensors` must own what they write: copies, not live tensors.
+        """
+        self.wait()
+
+        def write() -> None:
+            try:
+                self._write(step, write_model, tensors, state)
+            except BaseException as error:  # handed to the training thread, which raises it
+                self._failure = error
+
+        self._writer = threading.Thread(target=write, name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; raises what went wrong with it."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            if isinstance(failure, OSError):
+                raise ValueError(
+                    f"saving a checkpoint to {self.folder} failed: {failure.strerror or failure}; "
+                    f"the one before it is intact"
+                ) from failure
+            raise failure
+
+    def _write(self, step: int, write_model: Callable[[Path], None], tensors: dict, state: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f".step-{step}.partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            write_model(scratch)
+            for name, value in tensors.items():
+                torch.save(value, scratch / f"{name}.pt")
+            hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
+            (scratch / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
+            for path in scratch.iterdir():
+                _flush(path)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+            os.rename(scratch, self.path(step))
+            _flush(self.folder)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        for old in self.steps()[self.keep_last :]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, newest first."""
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def latest(self, on_bad: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
+        """The newest complete checkpoint and its state.json; damaged ones are named to `on_bad` and passed over."""
+        for step in self.steps():
+            try:
+                return self.path(step), verify(self.path(step))
+            except ValueError as error:
+                on_bad(f"skipped a damaged checkpoint: {error}")
+        return None
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose every file is as it was written, else a ValueError that names the file."""
+    path = directory / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        hashes = state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or unreadable") from error
+    for name, expected in hashes.items():
+        if not (directory / name).is_file() or file_hash(directory / name) != expected:
+            raise ValueError(f"{directory / name} is missing or not what was saved")
+    return state
+
+
+def load_tensors(directory: Path, name: str) -> Any:
+    """One of the NAME.pt files of a checkpoint."""
+    return torch.load(directory / f"{name}.pt", map_location="cpu", weights_only=True)
+
+
+def _flush(path: Path) -> None:
+    """Make a file or folder outlive a power cut, where the system offers it."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

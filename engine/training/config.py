@@ -1,0 +1,156 @@
+"""What a training run is: one dataclass, from which come the flags, the saved JSON and the defaults.
+
+No torch is imported here, so that `warploom train --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. `batch_size` counts the rows of one optimizer step over all micro-batches and processes, so what
+    a run computes does not depend on how it is cut up."""
+
+    data: str
+    """A dataset directory (`warploom data`), a text file, a folder or glob of text files, or 'stdlib'."""
+    out: str = "runs/train"
+    """Where the run goes: a model directory with its checkpoints, log and curves."""
+
+    model: ModelConfig | None = None
+    """The architecture; None = `preset` with the tokenizer's vocabulary."""
+    preset: str = "llama-tiny"
+    """A known architecture to start from."""
+    init_from: str | None = None
+    """A model directory whose weights to start from (fine-tuning)."""
+    tokenizer: str = "bpe"
+    """For raw text: bpe, char or word (trained on the training split), or a directory with a tokenizer.json."""
+    splits: tuple[float, ...] = (0.9, 0.1)
+    """For raw text: shares of train, validation and test."""
+
+    steps: int | None = None
+    """Optimizer steps. With none of steps, epochs, tokens, minutes: 1000."""
+    epochs: float | None = None
+    """Passes over the training split, instead of steps."""
+    tokens: int | None = None
+    """Training tokens, instead of steps."""
+    minutes: float | None = None
+    """Wall-clock budget, instead of steps; the schedule stretches to fit. Not exactly repeatable, by nature."""
+    batch_size: int = 16
+    """Rows of one optimizer step, over all micro-batches and processes."""
+    grad_accum_steps: int = 1
+    """Micro-batches one step is cut into; memory falls, the result stays."""
+    context: int | None = None
+    """Tokens a row; None = the model's max_seq_len."""
+    order: Literal["random", "epochs", "sequential", "packed"] = "random"
+    """random windows; each window once an epoch, shuffled or in order; or whole documents, kept apart from each other."""
+    stride: int | None = None
+    """Distance between windows for epochs and sequential; None = context, less = overlapping."""
+    num_workers: int = 1
+    """Threads that prepare batches ahead; does not change their order. 0 = none."""
+
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """adamw; muon (matrices orthogonalized, the rest adamw); sgd with 1/sqrt(t) decay."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Learning rate at the end; None = a tenth of lr."""
+    warmup: int | None = None
+    """Steps of linear warm-up from 0; None = a twentieth of the run, at most 500."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors never decay."""
+    beta1: float = 0.9
+    """Memory of the mean gradient."""
+    beta2: float = 0.95
+    """Memory of the mean squared gradient."""
+    eps: float = 1e-8
+    """Added to the root of the mean squared gradient."""
+    clip: float = 1.0
+    """Largest joint norm of the gradients; 0 = no clipping."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of log²Z, which keeps logits from drifting."""
+    ema: float = 0.0
+    """Decay of a running average of the weights, which is what gets evaluated and saved; 0 = off."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Format of activations and of the weights they meet; masters stay float32. auto = bfloat16 where it is fast."""
+    compile: bool = False
+    """torch.compile each block."""
+    recompute: bool = False
+    """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
+    seed: int = 0
+    """Of the weights, the order of the data, dropout and samples."""
+
+    save_every: int = 500
+    """Steps between checkpoints; 0 = only at the end or when stopped."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    eval_every: int = 250
+    """Steps between evaluations; 0 = only at the end."""
+    eval_batches: int = 20
+    """Batches one evaluation reads; 0 = the whole validation split."""
+    sample_every: int = 0
+    """Steps between samples of text; 0 = only at the end."""
+    sample_prompt: str | None = None
+    """What samples continue; None = the start of the validation text."""
+    sample_tokens: int = 64
+    """Tokens of a sample."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite; fewer are skipped and counted."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the package tensorboard)."""
+    wandb: str | None = None
+    """Also report to this Weights & Biases project (needs the package wandb)."""
+    resume: bool = False
+    """Continue from the last complete checkpoint in `out`; without one, start."""
+    overwrite: bool = False
+    """Replace a run that is already in `out`."""
+
+    def __post_init__(self) -> None:
+        budgets = [name for name in ("steps", "epochs", "tokens", "minutes") if getattr(self, name) is not None]
+        _require(len(budgets) < 2, f"give one of steps, epochs, tokens and minutes, not {' and '.join(budgets)}")
+        for name in (*budgets, "batch_size", "grad_accum_steps", "log_every", "max_bad_steps", "lr", "keep_last"):
+            _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("num_workers", "save_every", "eval_every", "eval_batches", "sample_every", "clip", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+        _require(self.context is None or self.context > 0, f"context must be more than 0, not {self.context}")
+        _require(0 <= self.ema < 1, f"ema must be in [0, 1), not {self.ema}")
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        _require(
+            self.batch_size % self.grad_accum_steps == 0,
+            f"batch_size={self.batch_size} must be a multiple of grad_accum_steps={self.grad_accum_steps}",
+        )
+        _require(not (self.resume and self.overwrite), "give one of resume and overwrite, not both")
+        for field in dataclasses.fields(self):
+            choices = CHOICES.get(field.name)
+            value = getattr(self, field.name)
+            _require(choices is None or value in choices, f"{field.name} must be one of {choices}, not {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+CHOICES = {
+    "order": ("random", "epochs", "sequential", "packed"),
+    "optimizer": ("adamw", "muon", "sgd"),
+    "schedule": ("cosine", "linear", "wsd", "constant"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

@@ -1,0 +1,119 @@
+"""How good is a model? Three scales for the same number.
+
+    loss            mean negative log-likelihood of a token, in nats
+    perplexity      e^loss: as unsure as if choosing evenly among so many tokens
+    bits per byte   loss in bits, spread over the bytes of text that the tokens stand for
+
+Only bits per byte compares across tokenizers: a larger vocabulary makes tokens fewer and each harder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.loader import IGNORE, Batch, Epochs
+from ..data.tokens import TokenSplit
+from ..model import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The quality of a model on some text."""
+
+    loss: float
+    bits_per_byte: float | None
+    """None where tokens do not stand for bytes (a word tokenizer that drops what it does not know)."""
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits}"
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray | None:
+    """How many bytes of text each token stands for (0 for special tokens), or None if that has no meaning."""
+    if tokenizer is None or not hasattr(tokenizer, "token_bytes"):
+        return None
+    special = set(getattr(tokenizer, "special_tokens", {}).values())
+    try:
+        return np.array([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    except (NotImplementedError, ValueError, KeyError, AttributeError):
+        return None
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: Iterable[Batch], bytes_of: np.ndarray | None = None) -> Evaluation:
+    """Mean loss over every target of `batches`."""
+    was_training = model.training
+    model.eval()
+    total, tokens, size = 0.0, 0, 0
+    for batch in batches:
+        counted = batch.targets_BT != IGNORE
+        count = int(counted.sum())
+        moved = batch.to(model.device)
+        total += float(losses(model, moved).cross_entropy) * count
+        tokens += count
+        if bytes_of is not None:
+            size += int(bytes_of[batch.targets_BT[counted].numpy()].sum())
+    model.train(was_training)
+    if not tokens:
+        raise ValueError("there is nothing to evaluate: the text has no token with a successor")
+    mean = total / tokens
+    return Evaluation(mean, total / math.log(2) / size if size else None, tokens)
+
+
+def losses(model: Transformer, batch: Batch, **options: float):
+    """The model's losses on a batch; documents packed into one row are kept apart."""
+    if batch.cu_seqlens is None:
+        return model.losses(batch.tokens_BT, batch.targets_BT, **options)
+    flat = (1, batch.tokens_BT.numel())
+    return model.losses(
+        batch.tokens_BT.view(flat),
+        batch.targets_BT.view(flat),
+        positions=batch.positions_BT.view(flat),
+        attend=within_documents(batch.cu_seqlens, batch.tokens_BT.shape[1]),
+        **options,
+    )
+
+
+def within_documents(cu_seqlens: torch.Tensor, longest: int):
+    """An `attend` for rows laid end to end: a token sees the tokens before it in its own document."""
+    from ... import kernels
+
+    def attend(q_1NHD, k_1NKD, v_1NKD, layer):
+        o_NHD = kernels.attention(
+            q_1NHD[0], k_1NKD[0], v_1NKD[0], window=layer.window, softcap=layer.softcap, scale=layer.scale,
+            cu_seqlens=cu_seqlens, max_seqlen=longest,
+        )  # fmt: skip
+        return o_NHD[None]
+
+    return attend
+
+
+def validation_batches(split: TokenSplit, batch_size: int, context: int, limit: int = 0) -> Iterable[Batch]:
+    """Every window of a split in order, or `limit` batches spread evenly over it; the last window may be short."""
+    context = min(context, len(split) - 1)
+    if context < 1:
+        return
+    windows = Epochs(split, 1, context, shuffle=False)
+    count = windows.count(0)
+    numbers = np.arange(count)
+    if limit and count > limit * batch_size:
+        numbers = np.linspace(0, count - 1, limit * batch_size).astype(int)
+    for start in range(0, len(numbers), batch_size):
+        rows = [windows.batch(int(number)) for number in numbers[start : start + batch_size]]
+        yield Batch(torch.cat([row.tokens_BT for row in rows]), torch.cat([row.targets_BT for row in rows]))
+    rest = count * context
+    if not limit and rest < len(split) - 1:
+        tail = torch.from_numpy(np.asarray(split.tokens[rest:], np.int64))[None]
+        yield Batch(tail[:, :-1], tail[:, 1:])

@@ -1,0 +1,210 @@
+"""Optimizers: three rules for turning a gradient g into a step of the weights w.
+
+    SGDDecay  w -= lr/√t · g                     the rule the theory of convex optimization knows best
+    AdamW     w -= lr · m̂/(√v̂ + ε) + lr·λ·w      a step size of its own for every weight (Loshchilov & Hutter, 2019)
+    Muon      w -= lr · s · orthogonal(m) + lr·λ·w   a step of equal size in every direction of a matrix (Jordan, 2024)
+
+AdamW divides the mean gradient m by the root of the mean squared gradient v, so each weight moves by about `lr`
+whatever the gradient's scale; both means start at zero and are corrected for it (the hats). The decay λ acts on the
+weight itself and not through the gradient, where the division would distort it.
+
+Muon notes that a matrix's gradient has a few strong directions which drown the rest. It replaces the momentum
+m = U S Vᵀ by U Vᵀ: all singular values one. Five steps of an odd polynomial, applied to the matrix by products alone,
+come close enough. Embeddings, heads and vectors stay with AdamW; s = 0.2·√max(rows, columns) gives both kinds of step
+the same root mean square, so that they share one learning rate (Liu et al., 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class SGDDecay(torch.optim.Optimizer):
+    """Plain gradient descent whose step shrinks with the root of the step number."""
+
+    def __init__(self, params: Params, lr: float = 1e-1) -> None:
+        _check(lr=lr)
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                p.add_(p.grad, alpha=-group["lr"] / math.sqrt(state["step"]))
+        return loss
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay. One fused pass over all weights where torch has one (CPU, CUDA)."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        _check(lr=lr, eps=eps, weight_decay=weight_decay)
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] must be in [0, 1), not {beta}")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            self._adamw(group, [p for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        grads, means, squares, steps = zip(
+            *((p.grad, *(self.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step"))) for p in params)
+        )
+        torch._foreach_add_(steps, 1.0)
+        beta1, beta2 = group["betas"]
+        settings = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        settings["weight_decay"] = group["weight_decay"]
+        if params[0].device.type in ("cpu", "cuda"):
+            torch._fused_adamw_(params, grads, means, squares, [], steps, amsgrad=False, maximize=False, **settings)
+            return
+        for p, grad, mean, square, step in zip(params, grads, means, squares, steps):
+            adamw_update(p, grad, mean, square, float(step), **settings)
+
+
+def adamw_update(
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: float,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW in place, as the paper writes it: the text to read, and the path without a fused pass."""
+    p.mul_(1 - lr * weight_decay)
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    scale = (square / (1 - beta2**step)).sqrt_().add_(eps)
+    p.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
+
+
+class Muon(AdamW):
+    """AdamW whose matrices take orthogonalized steps. A group with `orthogonal=False` stays with AdamW altogether."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {momentum}")
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self.defaults |= {"momentum": momentum, "orthogonal": True}
+        for group in self.param_groups:
+            group.setdefault("momentum", momentum)
+            group.setdefault("orthogonal", True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in params if group["orthogonal"] and p.ndim >= 2]
+            self._adamw(group, [p for p in params if not (group["orthogonal"] and p.ndim >= 2)])
+            for p in matrices:
+                self._muon(group, p)
+        return loss
+
+    def _muon(self, group: dict[str, Any], p: Tensor) -> None:
+        state, momentum = self.state[p], group["momentum"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        ahead = p.grad.lerp(mean, momentum)  # Nesterov: where the momentum will be
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        size = 0.2 * math.sqrt(max(p.shape[-2:]))
+        p.add_(orthogonalize(ahead).to(p.dtype), alpha=-group["lr"] * size)
+
+
+# Chosen by Jordan for a steep slope at zero: small singular values grow 3.4-fold a step, all end between 0.7 and 1.2.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = torch.bfloat16) -> Tensor:
+    """Nearly U Vᵀ of the last two dimensions' U S Vᵀ, by Newton–Schulz iteration: matrix products and nothing else."""
+    a, b, c = QUINTIC
+    x = matrix.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients together so that their joint 2-norm is at most `max_norm`; returns the norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def parameter_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not; embeddings and the head are tables, which Muon leaves alone."""
+    matrices, tables, vectors = [], [], []
+    for name, p in named:
+        is_table = name.split(".")[0] in ("embedding", "positions", "head")
+        (vectors if p.ndim < 2 else tables if is_table else matrices).append(p)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": tables, "weight_decay": weight_decay, "orthogonal": False},
+        {"params": vectors, "weight_decay": 0.0, "orthogonal": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _evaluate(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, not {value}")

@@ -1,0 +1,100 @@
+"""Before the first step: find or make the token files, the tokenizer and the architecture that a run asks for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from ..data.corpus import Corpus, files, stdlib
+from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
+from ..hub import load_config
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run is made of."""
+
+    data: TokenData
+    tokenizer: Any
+    model: ModelConfig
+
+
+def prepare(config: TrainConfig, note: Callable[[str], None]) -> Materials:
+    """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data."""
+    data = open_data(config, note)
+    tokenizer = data.tokenizer()
+    model = load_config(config.init_from) if config.init_from else config.model
+    if model is None:
+        model = ModelConfig.preset(config.preset, vocab_size=tokenizer.vocab_size)
+        if config.context and config.context > model.max_seq_len:
+            model = model.replace(max_seq_len=config.context)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of the "
+            f"tokenizer that made {data.directory}"
+        )
+    if config.context and config.context > model.max_seq_len:
+        raise ValueError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
+    if config.init_from:
+        _check_same_tokenizer(Path(config.init_from), data)
+    return Materials(data, tokenizer, model)
+
+
+def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
+    path = directory / "tokenizer.json"
+    if path.is_file() and file_hash(path) != data.meta.tokenizer_sha256:
+        raise ValueError(
+            f"{data.directory} was tokenized with another tokenizer than {directory}: "
+            f"make the dataset with --tokenizer {directory}"
+        )
+
+
+def open_data(config: TrainConfig, note: Callable[[str], None]) -> TokenData:
+    """The dataset directory `config.data` names, or one made of the text it names."""
+    if (Path(config.data) / "meta.json").is_file():
+        return TokenData(config.data)
+    made = Path(config.out) / "data"
+    if config.resume and (made / "meta.json").is_file():
+        return TokenData(made)
+    corpus = stdlib() if config.data == "stdlib" else files([config.data])
+    tokenizer = open_tokenizer(config, corpus, note)
+    note(f"tokenizing {corpus.name} …")
+    if made.exists():
+        shutil.rmtree(made)
+    data = write_token_data(corpus, tokenizer, made, config.splits)
+    sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
+    note(f"tokens: {sizes}")
+    return data
+
+
+def open_tokenizer(config: TrainConfig, corpus: Corpus, note: Callable[[str], None]) -> Any:
+    """The tokenizer a run names: one on disk, or one trained on the corpus's training split."""
+    source = config.init_from if config.init_from and config.tokenizer == "bpe" else config.tokenizer
+    vocab_size = (config.model or ModelConfig.preset(config.preset)).vocab_size
+    return make_tokenizer(source, text_of(corpus, 0, config.splits), vocab_size, note)
+
+
+def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str], None]) -> Any:
+    """`bpe`, `char` or `word` trained on `text`; a directory, tokenizer.json or tiktoken file loaded."""
+    from ... import tokenizer as tokenizers
+
+    if source == "char":
+        return tokenizers.CharTokenizer.train(text)
+    if source == "word":
+        return tokenizers.WordTokenizer.train(text, vocab_size)
+    if source == "bpe":
+        note(f"training a BPE tokenizer of {vocab_size} tokens …")
+        return tokenizers.BPETokenizer.train(text, vocab_size, pattern="gpt4", special_tokens=(END,))
+    path = Path(source)
+    if path.suffix == ".tiktoken":
+        return tokenizers.BPETokenizer.from_tiktoken(path, pattern="gpt4", special_tokens={})
+    if (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
+        return tokenizers.BPETokenizer.from_gpt2_files(path / "vocab.json", path / "merges.txt")
+    if path.exists():
+        return tokenizers.load_tokenizer(path)
+    raise ValueError(f"tokenizer {source!r} is neither bpe, char, word nor a file or directory that exists")

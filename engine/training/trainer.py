@@ -1,0 +1,474 @@
+"""The training loop.
+
+    for each step:
+        read the step's rows, a pure function of (seed, step)
+        loss and gradients, micro-batch by micro-batch, in bfloat16; gradients add up in float32
+        clip, set the learning rate, step the optimizer, round the masters back into the model
+        now and then: evaluate and keep the best, save a checkpoint, write a sample
+
+Everything else here keeps that loop honest: it can be stopped and killed at any moment and resumes to the same bits, a
+step that is not finite is skipped and counted, and whoever wants to watch is told (`watch.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import math
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import generate
+from ..data.loader import IGNORE, Batch, open_loader, prefetch
+from ..device import measured_matmul_flops, pick_device, pick_dtype
+from ..hub import load_model, save_model
+from ..model import Transformer
+from .card import commit, hardware, write_card
+from .checkpoint import Checkpoints, generators, load_tensors, restore_generators, snapshot
+from .config import TrainConfig
+from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
+from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
+from .precision import Average, LossScale, Masters, assembled
+from .prepare import Materials, prepare
+from .schedule import SCHEDULES
+from .watch import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a run. `directory` holds the best model by validation loss."""
+
+    directory: Path
+    val_loss: float | None
+    evaluation: Evaluation | None
+    """The best evaluation, over the whole validation split or `eval_batches` of it."""
+    history: list[dict[str, Any]]
+    """The lines of log.jsonl: training losses (`loss`) and evaluations (`val_loss` without `loss`)."""
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    stopped_by: str | None = None
+    """The signal that ended the run early, if one did; its state is saved and `resume` continues it."""
+
+
+def train(config: TrainConfig, watchers: Iterable[Watcher] = ()) -> TrainResult:
+    """Run `config` to its end, or until SIGINT or SIGTERM; `watchers` hear what happens on the way."""
+    trainer = Trainer(config, list(watchers))
+    with trainer.interruptible():
+        return trainer.run()
+
+
+class Trainer:
+    """One run: its materials, its state, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, watchers: list[Watcher]) -> None:
+        self.config, self.watchers = config, watchers
+        self.out = Path(config.out)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last)
+        self._make_room()
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.materials: Materials = prepare(config, self.note)
+        model_config = self.materials.model
+        self.context = config.context or model_config.max_seq_len
+        self.train_split = self.materials.data.split("train")
+        self.loader = open_loader(
+            config.order, self.train_split, config.batch_size, self.context, config.seed, config.stride
+        )
+        self.steps = self._count_steps()
+        self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
+        torch.manual_seed(config.seed)
+        self.model = self._make_model().to(self.device).train()
+        self.masters = Masters(self.model, self.dtype)
+        self.average = Average(self.masters, config.ema)
+        self.optimizer = self._make_optimizer()
+        self.scale = LossScale(self.dtype)
+        self.bytes_of = token_bytes(self.materials.tokenizer)
+        self.step, self.tokens, self.seconds, self.bad_steps, self.bad_run = 0, 0, 0.0, 0, 0
+        self.best: Evaluation | None = None
+        self.samples: list[dict[str, Any]] = []
+        self.stop_signal: str | None = None
+        self.spikes = Spikes()
+        self.step_seconds: deque[float] = deque(maxlen=50)
+        if config.resume:
+            self._resume()
+        self.log = JsonLog(self.out / "log.jsonl", config.log_every, self.step)
+        self.watchers = [*watchers, self.log]
+        if config.tensorboard:
+            self.watchers.append(TensorBoard(self.out))
+        if config.wandb:
+            self.watchers.append(Wandb(config.wandb))
+
+    # Setting up
+
+    def _make_room(self) -> None:
+        config = self.config
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out={config.out} is a file; a run is written to a directory")
+        if self.checkpoints.steps() and not config.resume:
+            if not config.overwrite:
+                raise ValueError(
+                    f"{config.out} already holds a run (step {self.checkpoints.steps()[0]}): "
+                    f"continue it with resume, replace it with overwrite, or choose another out"
+                )
+            shutil.rmtree(self.checkpoints.folder)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def _count_steps(self) -> int:
+        config, tokens_a_step = self.config, self.config.batch_size * self.context
+        if config.minutes is not None:
+            return 10**9  # replaced by an estimate as soon as the pace is known
+        if config.epochs is not None:
+            return max(1, math.ceil(config.epochs * len(self.loader)))
+        if config.tokens is not None:
+            return max(1, math.ceil(config.tokens / tokens_a_step))
+        return config.steps or 1000
+
+    def _make_model(self) -> Transformer:
+        if self.config.init_from:
+            model, _ = load_model(self.config.init_from, device="cpu", dtype=torch.float32)
+        else:
+            model = Transformer(self.materials.model)
+        for block in model.blocks:
+            if self.config.recompute:
+                block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            if self.config.compile:
+                block.compile()
+        return model
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = parameter_groups(self.masters.named.items(), config.weight_decay)
+        if config.optimizer == "sgd":
+            return SGDDecay(self.masters.named.values(), config.lr)
+        cls = Muon if config.optimizer == "muon" else AdamW
+        return cls(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+    def describe(self) -> dict[str, Any]:
+        """What this run is, as `run.json` says it."""
+        meta = self.materials.data.meta
+        return {
+            "config": self.config.to_dict(),
+            "model": self.materials.model.to_dict(),
+            "parameters": sum(p.numel() for p in self.masters.named.values()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "steps": self.steps,
+            "data": {
+                "source": meta.source,
+                "train_tokens": len(self.train_split),
+                "train_sha256": self.train_split.sha256,
+                "tokenizer_sha256": meta.tokenizer_sha256,
+            },
+            "hardware": hardware(self.device),
+            "commit": commit(),
+        }
+
+    # The loop
+
+    def run(self) -> TrainResult:
+        """Train until the budget is used or a signal arrives."""
+        self.tell("started", self.describe())
+        began = time.perf_counter() - self.seconds
+        batches = prefetch(self.loader, self.step, self.device, self.config.num_workers)
+        try:
+            while self.step < self.steps and not self.stop_signal:
+                tick = time.perf_counter()
+                progress = self._one_step(next(batches))
+                now = time.perf_counter()
+                self.step_seconds.append(now - tick)
+                self.seconds = now - began
+                self._fit_to_budget()
+                self._report(*progress)
+                self._now_and_then()
+                self.seconds = time.perf_counter() - began
+                if len(self.step_seconds) == 1:
+                    gc.collect()
+                    gc.freeze()  # what exists now lives as long as the run: no need to search it for garbage
+            return self._finish()
+        finally:
+            batches.close()
+            gc.unfreeze()
+            self.checkpoints.wait()
+            self.tell("finished")
+
+    def _one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
+        """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
+        loss, load = self.accumulate(batch)
+        parameters = list(self.masters.named.values())
+        self.scale.unscale(parameters)
+        norm = float(clip_grad_norm(parameters, self.config.clip or math.inf))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        lr = self.learning_rate(self.step + 1)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.masters.publish()
+            self.average.update()
+        self.masters.zero_grad()
+        self._judge(finite, loss, norm)
+        self.step += 1
+        self.tokens += batch.tokens_BT.numel()
+        return loss, norm, lr, load
+
+    def accumulate(self, batch: Batch) -> tuple[float, Tensor | None]:
+        """Add up gradients over micro-batches, each weighted by its share of the step's targets."""
+        rows = self.config.batch_size // self.config.grad_accum_steps
+        targets = (batch.targets_BT != IGNORE).sum()
+        loss, load = torch.zeros((), device=self.device), None
+        for start in range(0, self.config.batch_size, rows):
+            micro = batch.rows(start, start + rows)
+            share = (micro.targets_BT != IGNORE).sum() / targets
+            parts = losses(self.model, micro, label_smoothing=self.config.label_smoothing, z_loss=self.config.z_loss)
+            (parts.total * (share * self.scale.value)).backward()
+            loss += parts.cross_entropy.detach().float() * share
+            load = parts.expert_load
+        return float(loss), load
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update number `step`, counted from 1."""
+        config = self.config
+        least = config.lr / 10 if config.min_lr is None else config.min_lr
+        return SCHEDULES[config.schedule](step, config.lr, least, self.warmup, self.steps)
+
+    def _fit_to_budget(self) -> None:
+        """With a budget of time, the number of steps is what the pace so far promises."""
+        if self.config.minutes is None:
+            return
+        share = self.seconds / (60 * self.config.minutes)
+        self.steps = self.step if share >= 1 else max(self.step + 1, int(self.step / share))
+        self.warmup = min(500, self.steps // 20) if self.config.warmup is None else self.config.warmup
+
+    def _judge(self, finite: bool, loss: float, norm: float) -> None:
+        overflow = not finite and self.scale.active and self.scale.value > 1
+        self.scale.update(finite)
+        if finite:
+            self.bad_run = 0
+            if spike := self.spikes.judge(loss):
+                self.note(f"step {self.step + 1}: {spike}")
+        elif not overflow:
+            self.bad_steps, self.bad_run = self.bad_steps + 1, self.bad_run + 1
+            self.note(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}")
+            if self.bad_run >= self.config.max_bad_steps:
+                raise ValueError(
+                    f"{self.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "
+                    f"{self.step + 1}, loss {loss}, gradient norm {norm}): lower lr={self.config.lr}, lengthen the "
+                    f"warmup, or train in float32; the last checkpoint is in {self.checkpoints.folder}"
+                )
+
+    def _now_and_then(self) -> None:
+        config, last = self.config, self.step >= self.steps
+        if last or (config.eval_every and self.step % config.eval_every == 0):
+            self._evaluate()
+        if last or (config.sample_every and self.step % config.sample_every == 0):
+            self._sample()
+        if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
+            self._save()
+
+    def _report(self, loss: float, norm: float, lr: float, load: Tensor | None) -> None:
+        pace = sum(self.step_seconds) / len(self.step_seconds)
+        speed = self.config.batch_size * self.context / pace
+        experts = None
+        if load is not None:
+            shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
+            experts = (float(shares.min()), float(shares.max()))
+        self.speed, self.utilization = speed, speed * self.flops_per_token / self.peak
+        progress = Progress(
+            step=self.step, steps=self.steps, loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
+            tokens_per_second=speed, seconds=self.seconds, seconds_left=(self.steps - self.step) * pace,
+            utilization=self.utilization, val_loss=self.best.loss if self.best else None,
+            bad_steps=self.bad_steps, expert_load=experts,
+        )  # fmt: skip
+        self.tell("stepped", progress)
+
+    @functools.cached_property
+    def peak(self) -> float:
+        return measured_matmul_flops(self.device, self.dtype)
+
+    @functools.cached_property
+    def flops_per_token(self) -> float:
+        return self.materials.model.flops_per_token(self.context)
+
+    # Evaluating, sampling, saving
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights, if there are any."""
+        if not self.average.weights:
+            yield
+            return
+        live = {name: p.detach().clone() for name, p in self.masters.named.items()}
+        self.masters.load(self.average.weights)
+        try:
+            yield
+        finally:
+            self.masters.load(live)
+
+    def _evaluate(self) -> None:
+        split = self._validation_split()
+        if split is None:
+            return
+        batches = validation_batches(split, self.config.batch_size, self.context, self.config.eval_batches)
+        with self.averaged():
+            found = evaluate(self.model, batches, self.bytes_of)
+        self.tell("evaluated", self.step, found)
+        if self.best is None or found.loss < self.best.loss:
+            self.best = found
+            save_model(assembled(self.model, self.average.best_weights()), self.out, self.materials.tokenizer)
+
+    def _validation_split(self):
+        data = self.materials.data
+        split = data.split("val") if "val" in data.meta.splits else None
+        return split if split is not None and len(split) >= 2 else None
+
+    def _sample(self) -> None:
+        tokenizer, split = self.materials.tokenizer, self._validation_split()
+        if self.config.sample_prompt:
+            prompt = tokenizer.encode(self.config.sample_prompt)
+        else:
+            prompt = [int(token) for token in np.asarray((split or self.train_split).tokens[:16])]
+        prompt = prompt[-(self.context // 2) :]
+        was_training = self.model.training
+        self.model.eval()
+        with self.averaged():
+            tokens = list(
+                generate(self.model, prompt, self.config.sample_tokens, temperature=0.8, seed=self.config.seed)
+            )
+        self.model.train(was_training)
+        sample = {"step": self.step, "prompt": tokenizer.decode(prompt), "text": tokenizer.decode(tokens)}
+        self.samples.append(sample)
+        self.tell("sampled", self.step, sample["prompt"], sample["text"])
+
+    def _save(self) -> None:
+        weights = snapshot({name: p.detach() for name, p in self.masters.named.items()})
+        tensors = {
+            "optimizer": snapshot(self.optimizer.state_dict()),
+            "scheduler": {
+                "loss_scale": (self.scale.value, self.scale.calm),
+                "average": snapshot(self.average.weights),
+                "generators": generators(),
+            },
+        }
+        state = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "bad_steps": [self.bad_steps, self.bad_run],
+            "recent_losses": list(self.spikes.recent),
+            "best": None if self.best is None else [self.best.loss, self.best.bits_per_byte, self.best.tokens],
+            "samples": self.samples,
+            "run": self.describe(),
+        }
+        model, tokenizer = assembled(self.model, weights), self.materials.tokenizer
+        self.checkpoints.save(self.step, lambda directory: save_model(model, directory, tokenizer), tensors, state)
+
+    def _resume(self) -> None:
+        found = self.checkpoints.latest(self.note)
+        if found is None:
+            self.note(f"no checkpoint to resume in {self.checkpoints.folder}: starting from the beginning")
+            return
+        directory, state = found
+        self._check_same_run(directory, state["run"])
+        saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
+        self.masters.load(dict(saved.named_parameters()))
+        self.optimizer.load_state_dict(load_tensors(directory, "optimizer"))
+        extra = load_tensors(directory, "scheduler")
+        self.scale.value, self.scale.calm = extra["loss_scale"]
+        for name, weight in extra["average"].items():
+            self.average.weights[name].copy_(weight)
+        restore_generators(extra["generators"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.bad_steps, self.bad_run = state["bad_steps"]
+        self.spikes.recent.extend(state["recent_losses"])
+        self.best = None if state["best"] is None else Evaluation(*state["best"])
+        self.samples = state["samples"]
+        self.note(f"resuming from {directory} at step {self.step}")
+
+    def _check_same_run(self, directory: Path, before: dict[str, Any]) -> None:
+        now = self.describe()
+        for field, value in before["model"].items():
+            if now["model"][field] != value:
+                raise ValueError(
+                    f"{directory} was trained with {field}={value!r}, but this run asks for "
+                    f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
+                )
+        for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
+            if now["data"][key] != before["data"][key]:
+                raise ValueError(f"{directory} was trained with {what} than {self.materials.data.directory} holds")
+        if before["config"]["optimizer"] != self.config.optimizer:
+            raise ValueError(
+                f"{directory} was trained with optimizer={before['config']['optimizer']!r}, not "
+                f"{self.config.optimizer!r}"
+            )
+
+    def _finish(self) -> TrainResult:
+        if self.stop_signal:
+            if not self.checkpoints.steps() or self.checkpoints.steps()[0] != self.step:
+                self.checkpoints.wait()
+            self.note(
+                f"stopped by {self.stop_signal} at step {self.step} of {self.steps}; saved to "
+                f"{self.checkpoints.path(self.step)}: resume continues from there"
+            )
+        if self.best is None:
+            save_model(assembled(self.model, self.average.best_weights()), self.out, self.materials.tokenizer)
+        self.checkpoints.wait()
+        result = TrainResult(
+            directory=self.out,
+            val_loss=self.best.loss if self.best else None,
+            evaluation=self.best,
+            history=self.log.lines,
+            steps=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            tokens_per_second=self.speed if self.step_seconds else 0.0,
+            stopped_by=self.stop_signal,
+        )
+        outcome = {
+            "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "val_loss": result.val_loss,
+            "bits_per_byte": self.best.bits_per_byte if self.best else None, "stopped_by": self.stop_signal,
+            "tokens_per_second": result.tokens_per_second, "bad_steps": self.bad_steps,
+            "utilization": self.utilization if self.step_seconds else 0.0,
+        }  # fmt: skip
+        write_card(self.out, {**self.describe(), "result": outcome, "samples": self.samples}, result.history)
+        return result
+
+    # Telling and being told
+
+    def tell(self, event: str, *details: Any) -> None:
+        """Report an event to every watcher."""
+        for watcher in self.watchers:
+            getattr(watcher, event)(*details)
+
+    def note(self, text: str) -> None:
+        self.tell("noted", text)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self.stop_signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = signal.Signals(number).name
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

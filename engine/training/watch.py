@@ -1,0 +1,286 @@
+"""Watching a run: the trainer reports what happens, watchers decide what to do with it.
+
+A `Watcher` has one method a kind of event, all empty: override the ones you need and pass it to `train(config,
+watchers=[…])`. Those here write a line now and then, draw the live panel, keep `log.jsonl`, and forward to TensorBoard
+or Weights & Biases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is known after a step."""
+
+    step: int
+    steps: int
+    """Steps in all (an estimate, where the budget is time)."""
+    loss: float
+    """Cross-entropy of this step's tokens."""
+    lr: float
+    grad_norm: float
+    tokens: int
+    """Tokens trained on so far."""
+    tokens_per_second: float
+    seconds: float
+    """Time of this run, evaluation and saving included."""
+    seconds_left: float
+    utilization: float
+    """Matrix FLOPs per second, as a share of a large matrix product measured on this machine."""
+    val_loss: float | None = None
+    bad_steps: int = 0
+    expert_load: tuple[float, float] | None = None
+    """Least and most loaded expert, as multiples of an equal share."""
+
+
+class Watcher:
+    """Hears what a run does. All methods are optional."""
+
+    def started(self, run: dict[str, Any]) -> None:
+        """The run begins: what it is, as `run.json` will say."""
+
+    def stepped(self, progress: Progress) -> None:
+        """A step is done."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """The validation split was read."""
+
+    def sampled(self, step: int, prompt: str, text: str) -> None:
+        """The model wrote `text` after `prompt`."""
+
+    def noted(self, text: str) -> None:
+        """Something worth a sentence happened."""
+
+    def finished(self) -> None:
+        """The run ended, in whatever way."""
+
+
+def duration(seconds: float) -> str:
+    """125 → '2m05s'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+
+
+class Lines(Watcher):
+    """Plain lines, for logs: the first steps, then one about every ten seconds."""
+
+    def __init__(self, every_seconds: float = 10.0, stream: TextIO | None = None) -> None:
+        self.every_seconds, self.stream = every_seconds, stream or sys.stderr
+        self.next = 0.0
+
+    def stepped(self, p: Progress) -> None:
+        if p.seconds < self.next and p.step != p.steps:
+            return
+        self.next = p.seconds + self.every_seconds
+        self.noted(
+            f"step {p.step}/{p.steps}  loss {p.loss:.4f}  lr {p.lr:.2e}  norm {p.grad_norm:.2f}  "
+            f"{p.tokens_per_second:,.0f} tok/s  {p.utilization:.0%} of peak  {duration(p.seconds_left)} left"
+        )
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self.noted(f"step {step}: validation {evaluation}")
+
+    def sampled(self, step: int, prompt: str, text: str) -> None:
+        self.noted(f"step {step}, sample: {prompt[-40:]!r} → {text!r}")
+
+    def noted(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class Panel(Watcher):
+    """One live panel on a terminal: where the run is, how the loss falls, how fast, how long still."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=4)
+        self.losses: list[float] = []
+        self.last: Progress | None = None
+        self.evaluation: Evaluation | None = None
+        self.memory = ""
+        self.live.start()
+
+    def stepped(self, progress: Progress) -> None:
+        self.losses.append(progress.loss)
+        self.last = progress
+        self.live.update(self._draw())
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+
+    def sampled(self, step: int, prompt: str, text: str) -> None:
+        from rich.text import Text
+
+        self.console.print(
+            Text(f"step {step}: ", "dim") + Text(prompt[-60:], "dim") + Text(text, "green"), highlight=False
+        )
+
+    def noted(self, text: str) -> None:
+        self.console.print(text, style="yellow", markup=False, highlight=False)
+
+    def finished(self) -> None:
+        self.live.stop()
+
+    def _draw(self):
+        from rich.panel import Panel as Box
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        p = self.last
+        table = Table.grid(padding=(0, 2))
+        table.add_row("loss", f"[bold]{p.loss:.4f}[/]", sparkline(self.losses, 40))
+        if self.evaluation is not None:
+            table.add_row("validation", f"{self.evaluation.loss:.4f}", str(self.evaluation).split(", ", 1)[1])
+        table.add_row("speed", f"{p.tokens_per_second:,.0f} tok/s", f"{p.utilization:.0%} of this machine's matmul")
+        table.add_row("rate", f"{p.lr:.2e}", f"gradient norm {p.grad_norm:.2f}")
+        if p.expert_load:
+            table.add_row("experts", f"{p.expert_load[0]:.2f}–{p.expert_load[1]:.2f}", "× equal share of tokens")
+        table.add_row("memory", memory_in_use(), f"{p.tokens:,} tokens seen")
+        table.add_row("time", duration(p.seconds), f"{duration(p.seconds_left)} left")
+        table.add_row("", "", ProgressBar(total=p.steps, completed=p.step, width=40))
+        return Box(table, title=f"step {p.step} of {p.steps}", width=88)
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Numbers as a row of bars, each the mean of its share of them."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    edges = [len(values) * i // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / (high - low or 1))] for mean in means)
+
+
+def memory_in_use() -> str:
+    """Peak memory of the accelerator, or of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
+
+
+class JsonLog(Watcher):
+    """`log.jsonl`: one object a logged step or evaluation. A resumed run continues the file from its own step."""
+
+    def __init__(self, path: Path, every: int, start: int) -> None:
+        self.every = every
+        kept = [line for line in self.read(path) if line["step"] <= start] if start else []
+        self.lines: list[dict[str, Any]] = []
+        self.file = open(path, "w")  # noqa: SIM115
+        for line in kept:
+            self._write(line)
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """The lines of a log; a last line that a crash cut short is dropped."""
+        lines = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def stepped(self, progress: Progress) -> None:
+        if progress.step % self.every == 0 or progress.step in (1, progress.steps):
+            self._write({key: _short(value) for key, value in asdict(progress).items() if value is not None})
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self._write({"step": step, "val_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte})
+
+    def finished(self) -> None:
+        self.file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+class Spikes:
+    """Notices a loss far above the recent ones: more than six deviations over their mean."""
+
+    def __init__(self, window: int = 100) -> None:
+        self.recent: deque[float] = deque(maxlen=window)
+
+    def judge(self, loss: float) -> str | None:
+        """A sentence when `loss` is a spike."""
+        found = None
+        if len(self.recent) == self.recent.maxlen:
+            mean = sum(self.recent) / len(self.recent)
+            deviation = (sum((x - mean) ** 2 for x in self.recent) / len(self.recent)) ** 0.5
+            if loss > mean + 6 * max(deviation, 0.01):
+                found = f"the loss jumped to {loss:.3f}; the last {len(self.recent)} averaged {mean:.3f}"
+        self.recent.append(loss)
+        return found
+
+
+class TensorBoard(Watcher):
+    """Event files for TensorBoard in `OUT/tensorboard`."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("tensorboard=True needs the package tensorboard: pip install tensorboard") from error
+        self.writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def stepped(self, progress: Progress) -> None:
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "utilization"):
+            self.writer.add_scalar(name, getattr(progress, name), progress.step)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self.writer.add_scalar("val_loss", evaluation.loss, step)
+
+    def finished(self) -> None:
+        self.writer.close()
+
+
+class Wandb(Watcher):
+    """A Weights & Biases run."""
+
+    def __init__(self, project: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("wandb=PROJECT needs the package wandb: pip install wandb") from error
+        self.project, self.wandb = project, wandb
+
+    def started(self, run: dict[str, Any]) -> None:
+        self.run = self.wandb.init(project=self.project, config=run)
+
+    def stepped(self, progress: Progress) -> None:
+        self.run.log({key: value for key, value in asdict(progress).items() if value is not None}, step=progress.step)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self.run.log({"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}, step=step)
+
+    def finished(self) -> None:
+        self.run.finish()

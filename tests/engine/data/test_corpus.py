@@ -1,0 +1,100 @@
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from warploom.engine.data import corpus
+from warploom.engine.data.corpus import cut, files, open_corpus, stdlib
+
+
+def texts(source):
+    return ["".join(blocks) for blocks in source.read()]
+
+
+def test_text_json_lines_gzip_and_globs_are_read_as_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("first\r\n", newline="")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "second"}) + "\n\n" + json.dumps({"text": "third"}))
+    with gzip.open(tmp_path / "c.txt.gz", "wt") as file:
+        file.write("fourth")
+    assert texts(files([tmp_path / "*"])) == ["first\r\n", "second", "third", "fourth"]
+    assert texts(files([tmp_path])) == texts(files([tmp_path / "*"]))
+    assert texts(files([tmp_path / "b.jsonl"], limit=1)) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"text\0more", "is a binary file"),
+        ("a.txt", b"\xff\xfe\x80", "not UTF-8"),
+        ("a.jsonl", b'{"body": "x"}', "has? ?a field 'text'|with a field 'text'"),
+        ("a.jsonl", b'{"text": 3}', "must be a string"),
+        ("a.txt.gz", b"not gzip", "not a complete gzip"),
+    ],
+)
+def test_a_bad_file_gets_one_sentence_that_names_it(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as error:
+        list(files([path]).passages())
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_say_what_is_valid(tmp_path):
+    with pytest.raises(ValueError, match="no file matches"):
+        files([tmp_path / "*.txt"])
+    with pytest.raises(ValueError, match="stdlib, file, tinystories"):
+        open_corpus("moon")
+
+
+def test_the_standard_library_is_a_large_corpus_of_python_in_a_fixed_order():
+    first, second = (texts(stdlib(limit=30)) for _ in range(2))
+    assert first == second and len(first) == 30
+    assert sum("import" in text for text in first) > 15
+    assert sum(len(text) for text in texts(stdlib())) > 5_000_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(alphabet="ab \n你.", max_size=300), st.integers(1, 40), st.integers(1, 50))
+def test_cutting_loses_nothing_and_keeps_passages_short(text, size, block):
+    blocks = [text[i : i + block] for i in range(0, len(text), block)]
+    passages = list(cut(blocks, size))
+    assert "".join(passages) == text
+    assert all(0 < len(passage) <= 2 * size for passage in passages)
+
+
+def test_passages_are_cut_before_words_that_begin_a_line():
+    text = "def f():\n    return 1\n" * 50
+    passages = list(cut([text], 100))
+    assert len(passages) > 5
+    assert all(passage.startswith("def") for passage in passages)
+
+
+def test_many_documents_keep_their_place_and_copies_share_it(tmp_path):
+    documents = [f"document {i % 60}" for i in range(120)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    places = {}
+    for passage in files([path]).passages():
+        assert passage.ends
+        assert places.setdefault(passage.text, passage.place) == passage.place
+    assert len(set(places.values())) == 60
+
+
+def test_one_long_document_is_split_by_position(tmp_path):
+    (tmp_path / "novel.txt").write_text("".join(f"line {i}\n" for i in range(2000)))
+    passages = list(files([tmp_path / "novel.txt"]).passages())
+    places = [passage.place for passage in passages]
+    assert places == sorted(places) and places[0] < 0.02 and places[-1] > 0.98
+    assert [passage.ends for passage in passages] == [False] * (len(passages) - 1) + [True]
+
+
+def test_the_hub_sources_stream_local_files_of_the_same_format(tmp_path):
+    pytest.importorskip("datasets", reason="the data extra is not installed")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"story {i}"}) for i in range(5)))
+    source = corpus.hub("tinystories", limit=3, data_files=str(path))
+    assert texts(source) == ["story 0", "story 1", "story 2"] == texts(source)
