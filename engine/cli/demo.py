@@ -1,0 +1,90 @@
+"""The whole loom in a few minutes: corpus → tokenizer → training → samples → a model directory to talk to.
+
+The corpus is the Python standard library of the interpreter that runs this: real text of tens of megabytes that every
+machine already has. Files, not lines, are split between training and validation, so nothing leaks. What comes out is
+a small Llama that completes Python, in a directory that `transformers` opens too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import available
+
+TEMPERATURES = (0.0, 0.5, 0.8, 1.1)
+PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\n\ndef main(", "class TestCase(unittest.TestCase):\n    def test_")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one `--size` trains."""
+
+    preset: str
+    minutes: float
+    batch_size: int
+    lr: float
+
+
+SIZES = {
+    "tiny": Size("llama-tiny", 3.0, 16, 3e-3),
+    "small": Size("llama-15m", 30.0, 32, 2e-3),
+    "moe": Size("moe-tiny", 5.0, 16, 3e-3),
+}
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="warploom demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="what to train (default: tiny, 3 minutes)")
+    parser.add_argument("--out", default="runs/demo", help="where the model goes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the size's minutes")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples (default: 0)")
+    options = parser.parse_args(argv)
+    if options.steps is not None and options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {options.steps}")
+
+    from ..training import TrainConfig, train
+    from .train import watcher
+
+    size = SIZES[options.size]
+    config = TrainConfig(
+        data="stdlib", out=options.out, overwrite=True, preset=size.preset, batch_size=size.batch_size, lr=size.lr,
+        steps=options.steps, minutes=None if options.steps else size.minutes, seed=options.seed, save_every=0,
+        sample_tokens=0,
+    )  # fmt: skip
+    result = train(config, [watcher()])
+    if result.evaluation is not None:
+        print(f"\nheld-out text after {result.steps} steps: {result.evaluation}")
+    show_samples(result.directory, options.seed)
+    print(farewell(result.directory))
+    return 130 if result.stopped_by else 0
+
+
+def show_samples(directory: Path, seed: int) -> None:
+    """Completions of prompts at several temperatures, by the saved model: what anyone who loads it will see."""
+    from ..cache import generate
+    from ..hub import load_model
+
+    model, tokenizer = load_model(directory)
+    for prompt in PROMPTS:
+        print(f"\n{'─' * 20} prompt: {prompt!r}")
+        for temperature in TEMPERATURES:
+            stream = tokenizer.stream()
+            tokens = generate(model, tokenizer.encode(prompt), 48, temperature=temperature, seed=seed)
+            print(f"\n[temperature {temperature}]\n{prompt}", end="")
+            for token in tokens:
+                print(stream.push(token), end="", flush=True)
+            print(stream.finish())
+
+
+def farewell(directory: Path) -> str:
+    lines = [f"the model is in {directory} (loss curve: {directory / 'loss.png'}). Now:"]
+    verbs = {
+        "generate": f'warploom generate --model {directory} --prompt "def read_file("',
+        "chat": f"warploom chat --model {directory}",
+        "serve": f"warploom serve --model {directory}",
+        "inspect": f"warploom inspect model {directory}",
+    }
+    lines += [f"  {command}" for verb, command in verbs.items() if verb in available()]
+    return "\n" + "\n".join(lines)
