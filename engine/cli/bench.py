@@ -7,66 +7,70 @@ its `Options` dataclass through argparse, not tyro: this verb has to run where l
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
-from ...bench.harness import Options, run_bench
+from ... import bench as benches
+from ...bench import table
+from ...bench.harness import Options, Outcome, run_bench
 
 BENCHES = ("kernels", "tokenizer", "train", "serve")
 
 
 def run(argv: list[str]) -> int:
-    """Run the bench (or `all`) that `argv` names; 0 if every part asked for is on record, 1 if one failed."""
-    chooser = argparse.ArgumentParser(prog="warploom bench", description=__doc__.splitlines()[0], add_help=False)
-    chooser.add_argument("bench", choices=(*BENCHES, "all"), help="what to measure")
-    if not argv or argv[0] in ("-h", "--help"):
-        _add_flags(chooser, Options)
-        chooser.add_argument(
-            "-h", "--help", action="help", help="show this help (a bench may have more flags: bench NAME --help)"
-        )
-        chooser.parse_args(argv)
-    bench = chooser.parse_args(argv[:1]).bench
-    try:
-        return max(_run_one(name, argv[1:], alone=bench != "all") for name in (BENCHES if bench == "all" else (bench,)))
-    except ValueError as error:
-        print(f"warploom bench: {error}", file=sys.stderr)
-        return 2
+    """Run the bench that `argv` names, or all there are; 1 if a part failed."""
+    bench = _chooser().parse_args(argv if argv[:1] in (["-h"], ["--help"]) else argv[:1]).bench
+    if bench != "all" and not _exists(bench):
+        there = ", ".join(filter(_exists, BENCHES))
+        raise ValueError(f"there is no {bench!r} bench yet (no {bench}.py in warploom/bench); there are: {there}")
+    begin, failed = time.monotonic(), 0
+    for name in filter(_exists, BENCHES) if bench == "all" else [bench]:
+        spent = (time.monotonic() - begin) / 60
+        failed += _run_one(name, argv[1:], spent)
+    return 1 if failed else 0
 
 
-def _run_one(bench: str, argv: list[str], alone: bool) -> int:
-    module = _module(bench)
-    if module is None:
-        print(
-            f"warploom bench: there is no {bench!r} bench yet; one will appear as warploom/bench/{bench}.py",
-            file=sys.stderr,
-        )
-        return 2 if alone else 0
+def _run_one(bench: str, argv: list[str], spent: float) -> int:
+    """Run one bench with what is left of the minutes; how many of its parts failed."""
+    module = importlib.import_module(_module_name(bench))
     options = _options(bench, getattr(module, "Options", Options), argv)
-    from ...bench import table
-
+    options = dataclasses.replace(options, minutes=options.minutes - spent)
     outcome = run_bench(bench, module.parts(options), options, rooms=getattr(module, "ROOMS", None))
     table.show(outcome.record)
     for part, reason in outcome.failed.items():
-        print(f"{part}: failed: {reason}", file=sys.stderr)
+        print(f"{bench}: {part} failed: {reason}", file=sys.stderr)
     if outcome.stale:
-        print(f"still to measure: {', '.join(outcome.stale)}; the same command goes on", file=sys.stderr)
+        print(f"{bench}: still to measure: {', '.join(outcome.stale)}; the same command goes on there", file=sys.stderr)
     if options.plot and outcome.record.parts:
-        from ...bench import plots
-
-        getattr(module, "draw", plots.draw)(outcome.record, outcome.path.with_suffix(".png"))
-    print(outcome.record.to_json())
-    return 1 if outcome.failed else 0
+        _draw(module, outcome)
+    print(outcome.record.to_json(), flush=True)
+    return len(outcome.failed)
 
 
-def _module(bench: str) -> ModuleType | None:
-    name = f"{__package__.rsplit('.', 2)[0]}.bench.{bench}"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return None
-        raise
+def _draw(module: ModuleType, outcome: Outcome) -> None:
+    from ...bench import plots
+
+    picture = outcome.path.with_suffix(".png")
+    getattr(module, "draw", plots.draw)(outcome.record, picture)
+    print(f"drawn: {picture}", file=sys.stderr)
+
+
+def _exists(bench: str) -> bool:
+    return importlib.util.find_spec(_module_name(bench)) is not None
+
+
+def _module_name(bench: str) -> str:
+    return f"{benches.__name__}.{bench}"
+
+
+def _chooser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="warploom bench", description=__doc__.splitlines()[0])
+    parser.add_argument("bench", choices=(*BENCHES, "all"), help="what to measure; NAME --help shows flags of its own")
+    _add_flags(parser, Options)
+    return parser
 
 
 def _options(bench: str, kind: type[Options], argv: list[str]) -> Options:
