@@ -22,8 +22,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from . import ceilings, environment, peers
+from .memory import PeakMemory
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
-from .timing import Timer, interleave, timer_for
+from .timing import Timer, interleave, synchronize, timer_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -34,7 +35,9 @@ class Options:
 
     results: Path = field(default=RESULTS, metadata={"help": "directory of the records: <device>/<bench>.json"})
     minutes: float = field(default=60.0, metadata={"help": "begin no part that would end later than this"})
-    only: str = field(default="", metadata={"help": "run only the parts whose name contains this (or matches: 'fp8*')"})
+    only: str = field(
+        default="", metadata={"help": "run only the parts whose name is, contains or matches this (fp8*)"}
+    )
     again: bool = field(default=False, metadata={"help": "measure also what is on record and still holds"})
     plot: bool = field(default=False, metadata={"help": "draw <device>/<bench>.png beside the record"})
     device: str = field(default="", metadata={"help": "cpu or cuda; by default cuda where there is one"})
@@ -72,6 +75,32 @@ class Machine:
             self.ceilings[name] = ceilings.measure(name, self.device, self.timer)
         return self.ceilings[name]
 
+    def prepare(
+        self, builders: peers.Builders, ours: str = "ours"
+    ) -> tuple[peers.Contestants, dict[str, dict[str, Value]]]:
+        """Build each contestant and call it once; return the calls, and what building took (`extra` of `compare`).
+
+        `first_seconds` is the time from nothing to the end of the first call; `peak_bytes` the memory it added."""
+        calls: peers.Contestants = {}
+        extra: dict[str, dict[str, Value]] = {}
+        for who, build in builders.items():
+            if isinstance(build, peers.Missing):
+                calls[who] = build
+                continue
+            begin = self.timer.clock()
+            try:
+                with PeakMemory(self.device) as peak:
+                    calls[who] = build()
+                    calls[who]()
+                    synchronize(self.device)
+            except Exception as error:
+                if who == ours:
+                    raise
+                calls[who] = peers.Missing(peers.failure(error))
+                continue
+            extra[who] = {"first_seconds": self.timer.clock() - begin, "peak_bytes": peak.bytes}
+        return calls, extra
+
     def compare(
         self,
         case: str,
@@ -92,15 +121,32 @@ class Machine:
         """
         ready, first, missing = self._warm_up(contestants, warmup, ours)
         samples = interleave(ready, self.timer, rounds=self.rounds, seconds=self.seconds) if ready else {}
+        columns = {who: first.get(who, {}) | dict((extra or {}).get(who, {})) for who in contestants}
+        outcome = {who: samples.get(who) or peers.Missing(missing[who]) for who in contestants}
+        return self.rows(case, outcome, amount=amount, unit=unit, limits=limits, extra=columns, ours=ours)
+
+    def rows(
+        self,
+        case: str,
+        samples: Mapping[str, list[float] | peers.Missing],
+        *,
+        amount: float = 1.0,
+        unit: str = "call",
+        limits: Mapping[str, float] | None = None,
+        extra: Mapping[str, dict[str, Value]] | None = None,
+        ours: str = "ours",
+    ) -> list[Row]:
+        """Rows from seconds a call taken elsewhere (a fresh process, a server), one sample a round and contestant."""
         rates = {name: self.ceiling(name) for name in limits or {}}
+        base = samples.get(ours)
         rows = []
-        for who in contestants:
+        for who, times in samples.items():
             more = dict((extra or {}).get(who, {}))
-            if who in missing:
-                rows.append(Row(case, who, unit=unit, extra=more, missing=missing[who]))
+            if isinstance(times, peers.Missing):
+                rows.append(Row(case, who, unit=unit, extra=more, missing=times.reason))
                 continue
-            seconds = Spread.of(samples[who])
-            paired = [theirs / our for theirs, our in zip(samples[who], samples.get(ours, []))]
+            seconds = Spread.of(times)
+            paired = [theirs / our for theirs, our in zip(times, base)] if isinstance(base, list) else []
             rows.append(
                 Row(
                     case=case,
@@ -110,7 +156,7 @@ class Machine:
                     unit=unit,
                     ratio=Spread.of(paired) if paired and who != ours else None,
                     limits={name: least / seconds.median / rates[name] for name, least in (limits or {}).items()},
-                    extra={"first_seconds": first[who]} | more,
+                    extra=more,
                 )
             )
         return rows
@@ -123,7 +169,7 @@ class Machine:
                 missing[who] = call.reason
                 continue
             try:
-                first[who] = self.timer.sample(call, 1)
+                first[who] = {"first_seconds": self.timer.sample(call, 1)}
                 for _ in range(warmup - 1):
                     self.timer.sample(call, 1)
                 ready[who] = call
@@ -184,6 +230,9 @@ def run_bench(
         started, before = clock(), environment.capture(machine.device)
         try:
             rows = part.run(machine, **part.config)
+        except KeyboardInterrupt:
+            say(f"{bench}: interrupted in {part.name}; finished parts are in {path}")
+            raise
         except Exception as error:
             traceback.print_exc()
             failed[part.name] = peers.failure(error)
@@ -212,7 +261,8 @@ def stale(record: Record, part: Part, now: environment.Environment, code: str) -
 
 
 def _chosen(parts: list[Part], only: str) -> list[Part]:
-    chosen = [part for part in parts if only in part.name or fnmatch(part.name, only)]
+    exact = [part for part in parts if part.name == only]
+    chosen = exact or [part for part in parts if only in part.name or fnmatch(part.name, only)]
     if parts and not chosen:
         raise ValueError(
             f"--only is {only!r}, which names no part; there are: {', '.join(part.name for part in parts)}"

@@ -1,10 +1,13 @@
 """Peak memory of a stretch of code: device memory on a GPU, resident memory of the process on Linux.
 
 Linux keeps the high-water mark of resident memory and lets a process reset its own (`/proc/self/clear_refs`), so the
-peak of one contestant can be read without starting a process for it. Pages freed earlier and not yet returned to
-the system hide growth: build contestants once before you compare their memory, or compare in fresh processes.
+peak of one contestant can be read without starting a process for it. Memory that was freed but not yet returned to the
+system would hide growth, so glibc is asked to return it first. What libraries load on first use still counts for
+whoever comes first: run something before.
 """
 
+import ctypes
+import gc
 import re
 from pathlib import Path
 
@@ -33,6 +36,8 @@ class PeakMemory:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
+        gc.collect()
+        _trim()
         try:
             RESET.write_text("5")
         except OSError:
@@ -53,3 +58,11 @@ def _status(field: str) -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
+
+
+def _trim() -> None:
+    """Let glibc give its free pages back; other C libraries have no such call."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return

@@ -31,7 +31,7 @@ def roofline(
 ) -> None:
     """Operations as points under the machine's roof.
 
-    points: (label, FLOPs a byte, FLOPs a second reached). bandwidth (bytes a second) and peak (FLOPs a second): measured.
+    points: (label, FLOPs a byte, FLOPs a second reached). bandwidth (B/s), peak (FLOP/s): measured.
     """
     figure, (axes,) = _figure(9, 5.5)
     ridge = peak / bandwidth

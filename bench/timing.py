@@ -74,6 +74,14 @@ def timer_for(device: str) -> Timer:
     return CudaTimer() if device == "cuda" else WallTimer()
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def order(names: list[str], turn: int) -> list[str]:
     """Who goes when in round `turn`: rotated every second round, reversed in between.
 

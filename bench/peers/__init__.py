@@ -34,6 +34,7 @@ class Unavailable(Exception):
 
 
 Contestants = dict[str, Callable[[], object] | Missing]
+Builders = dict[str, Callable[[], Callable[[], object]] | Missing]
 
 
 def names(package: str = __name__) -> list[str]:

@@ -37,7 +37,8 @@ def _run_one(bench: str, argv: list[str], spent: float) -> int:
     """Run one bench with what is left of the minutes; how many of its parts failed."""
     module = importlib.import_module(_module_name(bench))
     options = _options(bench, getattr(module, "Options", Options), argv)
-    options = dataclasses.replace(options, minutes=options.minutes - spent)
+    device = options.device or getattr(module, "DEVICE", "")
+    options = dataclasses.replace(options, minutes=options.minutes - spent, device=device)
     outcome = run_bench(bench, module.parts(options), options, rooms=getattr(module, "ROOMS", None))
     table.show(outcome.record)
     for part, reason in outcome.failed.items():
@@ -92,5 +93,5 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
                 type=convert,
                 default=field.default,
                 metavar=convert.__name__.upper(),
-                help=f"{text} (default: %(default)s)",
+                help=f"{text} (default: %(default)s)" if str(field.default) else text,
             )
