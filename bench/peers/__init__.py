@@ -1,1 +1,73 @@
-"""Adapters around other projects, so that every number has a neighbor."""
+"""Adapters around other projects, so that every number has a neighbor.
+
+A peer is a module here. `NEEDS` names what must be importable (default: nothing); a function named after a task
+returns what to time, by the name to print:
+
+    NEEDS = ("transformers",)
+
+    def train(shape) -> dict[str, Callable[[], object]]:
+        import transformers
+        ...
+        return {"transformers": step}
+
+Nothing is registered anywhere: `build("train", shape)` asks every module that has a `train`. A peer that is not
+installed, or fails to build, becomes a `Missing` with its reason, and a row of the table that says so.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why a peer cannot be measured here."""
+
+    reason: str
+
+
+class Unavailable(Exception):
+    """Raised by an adapter that cannot do what is asked, with the reason as one clause."""
+
+
+Contestants = dict[str, Callable[[], object] | Missing]
+Builders = dict[str, Callable[[], Callable[[], object]] | Missing]
+
+
+def names(package: str = __name__) -> list[str]:
+    """The peers there are."""
+    path = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+
+
+def build(
+    task: str, *args: object, only: Iterable[str] | None = None, package: str = __name__, **options: object
+) -> Contestants:
+    """What to time for `task` from every peer that knows it (or those in `only`); each gets the same arguments."""
+    contestants: Contestants = {}
+    for name in names(package) if only is None else only:
+        peer = importlib.import_module(f"{package}.{name}")
+        if hasattr(peer, task):
+            contestants |= _build(peer, name, task, args, options)
+    return contestants
+
+
+def _build(peer: ModuleType, name: str, task: str, args: tuple, options: dict) -> Contestants:
+    absent = [need for need in getattr(peer, "NEEDS", ()) if importlib.util.find_spec(need) is None]
+    if absent:
+        return {name: Missing(f"{' and '.join(absent)} not installed")}
+    try:
+        return dict(getattr(peer, task)(*args, **options))
+    except Unavailable as error:
+        return {name: Missing(str(error))}
+    except Exception as error:  # a broken peer must not cost our own measurement
+        return {name: Missing(failure(error))}
+
+
+def failure(error: BaseException) -> str:
+    """An exception as one short line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

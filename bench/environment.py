@@ -1,0 +1,143 @@
+"""What a number depends on besides the code under test: the machine, its load, the versions, the sources.
+
+Nothing here needs more than the standard library. torch is asked only where it is already imported or where a GPU
+is to be found, so that benches of torch-free rooms stay torch-free.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+
+from .schema import Environment
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("engine", "kernels", "tokenizer", "csrc")
+SOURCES = (".py", ".cpp", ".hpp", ".json")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "tiktoken")
+X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+ARM_FLAGS = ("asimd", "sve", "sve2", "bf16", "i8mm")
+
+
+def find_device() -> str:
+    """`cuda` where torch sees a GPU, else `cpu`."""
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def capture(device: str) -> Environment:
+    """The environment of a measurement on `device` (`cpu` or `cuda`), now."""
+    cpu, flags = _cpu()
+    gpu = _gpu() if device == "cuda" else None
+    commit, dirty = _commit()
+    return Environment(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        device=slug(gpu) if gpu else f"{slug(cpu)}-{_cores()}-cores",
+        cpu=cpu,
+        cpu_flags=flags,
+        cores=_cores(),
+        threads=_threads(),
+        memory_bytes=_memory(),
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        gpu=gpu,
+        driver=_driver() if gpu else None,
+        platform=platform.platform(),
+        versions=_versions(),
+        commit=commit,
+        dirty=dirty,
+    )
+
+
+def fingerprint(bench: str, rooms: tuple[str, ...] = ROOMS) -> str:
+    """A hash of the sources a bench's numbers depend on: its rooms, its own file, and how time is taken.
+
+    Unlike the commit it does not change with documentation or with the results themselves, and it exists without git.
+    """
+    own = [ROOT / "bench" / f"{name}.py" for name in (bench, "timing", "ceilings")]
+    rooms_files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in SOURCES]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in own + rooms_files if path.is_file()):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def slug(name: str) -> str:
+    """A name fit for a folder: `AMD EPYC 9B45` -> `amd-epyc-9b45`."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") or "unknown"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads() -> int:
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS") or _cores())
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@cache
+def _cpu() -> tuple[str, list[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    return name[1].strip() if name else platform.machine(), [flag for flag in X86_FLAGS + ARM_FLAGS if flag in present]
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+@cache
+def _driver() -> str | None:
+    answer = _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0].strip() if answer else None
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit from git; on a machine that got a copy without it, from WARPLOOM_COMMIT."""
+    commit = _ask("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not commit:
+        return os.environ.get("WARPLOOM_COMMIT"), None
+    status = _ask("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/results")
+    return commit.strip(), bool(status and status.strip())
+
+
+def _ask(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,270 @@
+"""The harness every benchmark sits on: parts, comparisons, resumption.
+
+A bench is a module `bench/<name>.py`. Its `parts(options)` lists what it measures, most important first:
+
+    def parts(options):
+        return [Part("float32", duel, config={"dtype": "float32"}, minutes=1)]
+
+    def duel(machine, dtype):
+        contestants = {"ours": our_step(...)} | peers.build("train", ...)
+        return machine.compare("llama-tiny", contestants, amount=4096, unit="tok", limits={f"matmul {dtype}": flops})
+
+`run_bench` runs the parts that are not on record yet, or whose record no longer holds, and saves after each. A run
+that is stopped, by the budget, by Ctrl-C or by losing the machine, has lost at most the part under way.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from . import ceilings, environment, peers
+from .memory import PeakMemory
+from .schema import PartRecord, Record, Row, Spread, Value, load_record
+from .timing import Timer, interleave, synchronize, timer_for
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of any bench; a bench with flags of its own subclasses this as `Options`."""
+
+    results: Path = field(default=RESULTS, metadata={"help": "directory of the records: <device>/<bench>.json"})
+    minutes: float = field(default=60.0, metadata={"help": "begin no part that would end later than this"})
+    only: str = field(
+        default="", metadata={"help": "run only the parts whose name is, contains or matches this (fp8*)"}
+    )
+    again: bool = field(default=False, metadata={"help": "measure also what is on record and still holds"})
+    plot: bool = field(default=False, metadata={"help": "draw <device>/<bench>.png beside the record"})
+    device: str = field(default="", metadata={"help": "cpu or cuda; by default cuda where there is one"})
+    threads: int = field(default=0, metadata={"help": "threads for torch's operators; 0 leaves its choice"})
+    rounds: int = field(default=15, metadata={"help": "rounds of a comparison, at most"})
+    seconds: float = field(
+        default=30.0, metadata={"help": "time for the rounds of one comparison (at least 3 are run)"}
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a bench that is measured, saved and resumed as a whole."""
+
+    name: str
+    run: Callable[..., list[Row]]
+    """Called as `run(machine, **config)`."""
+    config: dict[str, Value] = field(default_factory=dict)
+    """What the result depends on besides the code; changing it makes a record stale."""
+    minutes: float = 0.0
+    """About how long it takes: it is not begun with less of the budget left."""
+
+
+class Machine:
+    """What a part measures with: the device, its timer, its ceilings, and fair comparisons."""
+
+    def __init__(self, device: str = "cpu", timer: Timer | None = None, *, rounds: int = 15, seconds: float = 30.0):
+        self.device, self.timer = device, timer or timer_for(device)
+        self.rounds, self.seconds = rounds, seconds
+        self.ceilings: dict[str, float] = {}
+
+    def ceiling(self, name: str) -> float:
+        """The rate `name` (see `ceilings.RATES`) of this machine, measured once a run."""
+        if name not in self.ceilings:
+            self.ceilings[name] = ceilings.measure(name, self.device, self.timer)
+        return self.ceilings[name]
+
+    def prepare(
+        self, builders: peers.Builders, ours: str = "ours"
+    ) -> tuple[peers.Contestants, dict[str, dict[str, Value]]]:
+        """Build each contestant and call it once; return the calls, and what building took (`extra` of `compare`).
+
+        `first_seconds` is the time from nothing to the end of the first call; `peak_bytes` the memory it added."""
+        calls: peers.Contestants = {}
+        extra: dict[str, dict[str, Value]] = {}
+        for who, build in builders.items():
+            if isinstance(build, peers.Missing):
+                calls[who] = build
+                continue
+            begin = self.timer.clock()
+            try:
+                with PeakMemory(self.device) as peak:
+                    calls[who] = build()
+                    calls[who]()
+                    synchronize(self.device)
+            except Exception as error:
+                if who == ours:
+                    raise
+                calls[who] = peers.Missing(peers.failure(error))
+                continue
+            extra[who] = {"first_seconds": self.timer.clock() - begin, "peak_bytes": peak.bytes}
+        return calls, extra
+
+    def compare(
+        self,
+        case: str,
+        contestants: peers.Contestants,
+        *,
+        amount: float = 1.0,
+        unit: str = "call",
+        limits: Mapping[str, float] | None = None,
+        extra: Mapping[str, dict[str, Value]] | None = None,
+        warmup: int = 2,
+        ours: str = "ours",
+    ) -> list[Row]:
+        """Time the contestants side by side, in alternating order, and return a row for each.
+
+        amount, unit: the work of one call (`rate` is amount a second). limits: for each ceiling, the bytes or FLOPs
+        one call must at least move or do. extra: more columns, by contestant; read after the measurement, so calls
+        may fill it. A contestant that fails in warm-up becomes a row saying so; `ours` failing is an error.
+        """
+        ready, first, missing = self._warm_up(contestants, warmup, ours)
+        samples = interleave(ready, self.timer, rounds=self.rounds, seconds=self.seconds) if ready else {}
+        columns = {who: first.get(who, {}) | dict((extra or {}).get(who, {})) for who in contestants}
+        outcome = {who: samples.get(who) or peers.Missing(missing[who]) for who in contestants}
+        return self.rows(case, outcome, amount=amount, unit=unit, limits=limits, extra=columns, ours=ours)
+
+    def rows(
+        self,
+        case: str,
+        samples: Mapping[str, list[float] | peers.Missing],
+        *,
+        amount: float = 1.0,
+        unit: str = "call",
+        limits: Mapping[str, float] | None = None,
+        extra: Mapping[str, dict[str, Value]] | None = None,
+        ours: str = "ours",
+    ) -> list[Row]:
+        """Rows from seconds a call taken elsewhere (a fresh process, a server), one sample a round and contestant."""
+        rates = {name: self.ceiling(name) for name in limits or {}}
+        base = samples.get(ours)
+        rows = []
+        for who, times in samples.items():
+            more = dict((extra or {}).get(who, {}))
+            if isinstance(times, peers.Missing):
+                rows.append(Row(case, who, unit=unit, extra=more, missing=times.reason))
+                continue
+            seconds = Spread.of(times)
+            paired = [theirs / our for theirs, our in zip(times, base)] if isinstance(base, list) else []
+            rows.append(
+                Row(
+                    case=case,
+                    who=who,
+                    seconds=seconds,
+                    rate=amount / seconds.median,
+                    unit=unit,
+                    ratio=Spread.of(paired) if paired and who != ours else None,
+                    limits={name: least / seconds.median / rates[name] for name, least in (limits or {}).items()},
+                    extra=more,
+                )
+            )
+        return rows
+
+    def _warm_up(self, contestants: peers.Contestants, warmup: int, ours: str) -> tuple[dict, dict, dict]:
+        """The calls that work, the time of each one's very first call, and why the others do not."""
+        ready, first, missing = {}, {}, {}
+        for who, call in contestants.items():
+            if isinstance(call, peers.Missing):
+                missing[who] = call.reason
+                continue
+            try:
+                first[who] = {"first_seconds": self.timer.sample(call, 1)}
+                for _ in range(warmup - 1):
+                    self.timer.sample(call, 1)
+                ready[who] = call
+            except Exception as error:
+                if who == ours:
+                    raise
+                missing[who] = peers.failure(error)
+        return ready, first, missing
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run of a bench ended."""
+
+    record: Record
+    path: Path
+    stale: dict[str, str]
+    """Parts that are still to be measured, and why."""
+    failed: dict[str, str]
+    """Parts that raised, and the sentence they raised."""
+
+
+def run_bench(
+    bench: str,
+    parts: list[Part],
+    options: Options,
+    *,
+    rooms: tuple[str, ...] | None = None,
+    machine: Machine | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> Outcome:
+    """Measure what `bench`'s record lacks, most important first, saving after each part."""
+    begin = clock()
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    machine = machine or Machine(
+        options.device or environment.find_device(), rounds=options.rounds, seconds=options.seconds
+    )
+    now = environment.capture(machine.device)
+    code = environment.fingerprint(bench, rooms or environment.ROOMS)
+    path = Path(options.results) / now.device / f"{bench}.json"
+    record = load_record(path, bench, now.device)
+    due = {part.name: stale(record, part, now, code) for part in _chosen(parts, options.only)}
+    if options.again:
+        due = {name: reason or "asked for again" for name, reason in due.items()}
+    failed: dict[str, str] = {}
+    for part in parts:
+        if not due.get(part.name):
+            continue
+        left = options.minutes * 60 - (clock() - begin)
+        if left <= 0 or part.minutes * 60 > left:
+            say(f"{bench}: {part.name}: left for the next run ({max(left, 0) / 60:.1f} minutes left)")
+            continue
+        say(f"{bench}: {part.name} ({due[part.name]})")
+        started, before = clock(), environment.capture(machine.device)
+        try:
+            rows = part.run(machine, **part.config)
+        except KeyboardInterrupt:
+            say(f"{bench}: interrupted in {part.name}; finished parts are in {path}")
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            failed[part.name] = peers.failure(error)
+            continue
+        took = clock() - started
+        record.parts[part.name] = PartRecord(dict(part.config), code, took, before, dict(machine.ceilings), list(rows))
+        record.save(path)
+        del due[part.name]
+    return Outcome(record, path, {name: reason for name, reason in due.items() if reason}, failed)
+
+
+def stale(record: Record, part: Part, now: environment.Environment, code: str) -> str | None:
+    """Why `part` has to be measured (again); None where its record still holds."""
+    old = record.parts.get(part.name)
+    if old is None:
+        return "not measured yet"
+    if old.config != part.config:
+        return "its configuration changed"
+    if old.code != code:
+        return "the code changed"
+    if old.environment.versions != now.versions:
+        return "the versions changed"
+    if old.environment.threads != now.threads:
+        return "the number of threads changed"
+    return None
+
+
+def _chosen(parts: list[Part], only: str) -> list[Part]:
+    exact = [part for part in parts if part.name == only]
+    chosen = exact or [part for part in parts if only in part.name or fnmatch(part.name, only)]
+    if parts and not chosen:
+        raise ValueError(
+            f"--only is {only!r}, which names no part; there are: {', '.join(part.name for part in parts)}"
+        )
+    return chosen

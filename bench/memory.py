@@ -1,0 +1,68 @@
+"""Peak memory of a stretch of code: device memory on a GPU, resident memory of the process on Linux.
+
+Linux keeps the high-water mark of resident memory and lets a process reset its own (`/proc/self/clear_refs`), so the
+peak of one contestant can be read without starting a process for it. Memory that was freed but not yet returned to the
+system would hide growth, so glibc is asked to return it first. What libraries load on first use still counts for
+whoever comes first: run something before.
+"""
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: …`; then `peak.bytes` is the growth at the highest point (None: unknown)."""
+
+    def __init__(self, device: str):
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        highest = self._highest()
+        if highest is not None and self._before is not None:
+            self.bytes = max(0, highest - self._before)
+
+    def _start(self) -> int | None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        gc.collect()
+        _trim()
+        try:
+            RESET.write_text("5")
+        except OSError:
+            return None
+        return _status("VmRSS")
+
+    def _highest(self) -> int | None:
+        if self.device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return _status("VmHWM")
+
+
+def _status(field: str) -> int | None:
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _trim() -> None:
+    """Let glibc give its free pages back; other C libraries have no such call."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return

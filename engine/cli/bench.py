@@ -1,0 +1,97 @@
+"""`warploom bench`: measure this machine's warploom beside its peers.
+
+A bench is a module of `warploom.bench` with a `parts(options)`; it is imported only when asked for. Flags come from
+its `Options` dataclass through argparse, not tyro: this verb has to run where little more than torch is installed.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from ... import bench as benches
+from ...bench import table
+from ...bench.harness import Options, Outcome, run_bench
+
+BENCHES = ("kernels", "tokenizer", "train", "serve")
+
+
+def run(argv: list[str]) -> int:
+    """Run the bench that `argv` names, or all there are; 1 if a part failed."""
+    bench = _chooser().parse_args(argv if argv[:1] in (["-h"], ["--help"]) else argv[:1]).bench
+    if bench != "all" and not _exists(bench):
+        there = ", ".join(filter(_exists, BENCHES))
+        raise ValueError(f"there is no {bench!r} bench yet (no {bench}.py in warploom/bench); there are: {there}")
+    begin, failed = time.monotonic(), 0
+    for name in filter(_exists, BENCHES) if bench == "all" else [bench]:
+        spent = (time.monotonic() - begin) / 60
+        failed += _run_one(name, argv[1:], spent)
+    return 1 if failed else 0
+
+
+def _run_one(bench: str, argv: list[str], spent: float) -> int:
+    """Run one bench with what is left of the minutes; how many of its parts failed."""
+    module = importlib.import_module(_module_name(bench))
+    options = _options(bench, getattr(module, "Options", Options), argv)
+    device = options.device or getattr(module, "DEVICE", "")
+    options = dataclasses.replace(options, minutes=options.minutes - spent, device=device)
+    outcome = run_bench(bench, module.parts(options), options, rooms=getattr(module, "ROOMS", None))
+    table.show(outcome.record)
+    for part, reason in outcome.failed.items():
+        print(f"{bench}: {part} failed: {reason}", file=sys.stderr)
+    if outcome.stale:
+        print(f"{bench}: still to measure: {', '.join(outcome.stale)}; the same command goes on there", file=sys.stderr)
+    if options.plot and outcome.record.parts:
+        _draw(module, outcome)
+    print(outcome.record.to_json(), flush=True)
+    return len(outcome.failed)
+
+
+def _draw(module: ModuleType, outcome: Outcome) -> None:
+    from ...bench import plots
+
+    picture = outcome.path.with_suffix(".png")
+    getattr(module, "draw", plots.draw)(outcome.record, picture)
+    print(f"drawn: {picture}", file=sys.stderr)
+
+
+def _exists(bench: str) -> bool:
+    return importlib.util.find_spec(_module_name(bench)) is not None
+
+
+def _module_name(bench: str) -> str:
+    return f"{benches.__name__}.{bench}"
+
+
+def _chooser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="warploom bench", description=__doc__.splitlines()[0])
+    parser.add_argument("bench", choices=(*BENCHES, "all"), help="what to measure; NAME --help shows flags of its own")
+    _add_flags(parser, Options)
+    return parser
+
+
+def _options(bench: str, kind: type[Options], argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(prog=f"warploom bench {bench}")
+    _add_flags(parser, kind)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
+    """A flag for each field of the dataclass: its name, type, default and help."""
+    for field in dataclasses.fields(kind):
+        flag, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help", "")
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        else:
+            convert = Path if isinstance(field.default, Path) else type(field.default)
+            parser.add_argument(
+                flag,
+                type=convert,
+                default=field.default,
+                metavar=convert.__name__.upper(),
+                help=f"{text} (default: %(default)s)" if str(field.default) else text,
+            )

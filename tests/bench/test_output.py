@@ -1,0 +1,110 @@
+"""What a person, a program and a picture get from a record."""
+
+import json
+
+import pytest
+
+from warploom.bench import environment, plots, table
+from warploom.bench.schema import PartRecord, Record, Row, Spread
+from warploom.engine.cli import main
+
+
+@pytest.fixture
+def record():
+    rows = [
+        Row("b1", "ours", Spread.of([0.002]), 2e6, "tok", limits={"copy": 0.5}, extra={"peak_bytes": 3 * 10**9}),
+        Row("b1", "slowpeer", Spread.of([0.006]), 667e3, "tok", Spread.of([3.0]), extra={"first_seconds": 41.0}),
+        Row("b1", "absent", missing="absent not installed"),
+    ]
+    part = PartRecord({}, "c0de", 1.0, environment.capture("cpu"), {"copy": 2.5e10, "matmul float32": 2e11}, rows)
+    return Record("fake", "here", parts={"decode": part})
+
+
+def test_a_table_shows_every_row_with_units_and_drops_empty_columns(record):
+    columns, lines = table.cells(record.parts["decode"])
+    assert columns == ["case", "who", "median", "p25–p75", "rate", "ours ÷ it", "% of copy", "first", "peak"]
+    assert lines[0] == ["b1", "ours", "2 ms", "2 ms–2 ms", "2,000,000 tok/s", "", "50.0", "", "3 GB"]
+    assert lines[1][5] == "3.00×" and lines[1][7] == "41 s"
+    assert lines[2][2] == "– absent not installed"
+    assert "copy 25 GB/s · matmul float32 200 GFLOP/s" in table.subtitle(record.parts["decode"])
+
+
+def test_the_plain_and_the_rich_table_say_the_same(record, capsys, monkeypatch):
+    table.show(record)
+    rich = capsys.readouterr().out
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    table.show(record)
+    plain = capsys.readouterr().out
+    for cell in ("slowpeer", "3.00×", "absent not installed", "50.0"):
+        assert cell in rich and cell in plain
+    assert "┃" in rich and "┃" not in plain
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3247.4, "tok/s", "3,247 tok/s"),
+        (1.5e12, "FLOP/s", "1.5 TFLOP/s"),
+        (28.6e9, "B/s", "28.6 GB/s"),
+        (12, "B", "12 B"),
+        (0.5, "x", "0.5 x"),
+    ],
+)
+def test_numbers_carry_the_prefix_one_would_say(value, unit, text):
+    assert table.si(value, unit) == text
+
+
+def test_pictures_are_drawn_without_a_screen(record, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots.draw(record, tmp_path / "here" / "bars.png")
+    plots.roofline([("ours: norm", 0.25, 1e9)], bandwidth=1e10, peak=1e12, path=tmp_path / "roof.png")
+    for path in (tmp_path / "here" / "bars.png", tmp_path / "roof.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no timed row"):
+        plots.draw(Record("fake", "here"), tmp_path / "none.png")
+
+
+@pytest.fixture
+def fake_bench(tmp_path, monkeypatch):
+    """A bench `kernels` of two parts and a flag of its own, in place of the real one."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "kernels.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "from warploom.bench import harness\n"
+        "DEVICE = 'cpu'\n"
+        "@dataclass(frozen=True)\n"
+        "class Options(harness.Options):\n"
+        "    size: int = field(default=2, metadata={'help': 'how large'})\n"
+        "def parts(options):\n"
+        "    run = lambda machine, size: machine.compare('x', {'ours': lambda: sum(range(size))})\n"
+        "    return [harness.Part('sum', run, {'size': options.size}), harness.Part('fails', lambda machine: 1 / 0)]\n"
+    )
+    monkeypatch.setattr("warploom.bench.__path__", [str(tmp_path / "modules")])
+    monkeypatch.delitem(__import__("sys").modules, "warploom.bench.kernels", raising=False)
+    yield tmp_path / "results"
+    __import__("sys").modules.pop("warploom.bench.kernels", None)
+
+
+def test_the_last_line_is_the_record_on_disk(fake_bench, capsys):
+    code = main(["bench", "kernels", "--results", str(fake_bench), "--size", "5", "--only", "sum"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    (path,) = fake_bench.rglob("kernels.json")
+    assert code == 0
+    assert json.loads(last) == json.loads(path.read_text())
+    assert json.loads(last)["parts"]["sum"]["config"] == {"size": 5}
+
+
+def test_a_failed_part_is_told_apart_and_ends_with_exit_code_1(fake_bench, capsys):
+    assert main(["bench", "all", "--results", str(fake_bench)]) == 1
+    captured = capsys.readouterr()
+    assert "fails failed: ZeroDivisionError" in captured.err
+    assert list(json.loads(captured.out.splitlines()[-1])["parts"]) == ["sum"]
+
+
+def test_a_bench_that_is_not_there_and_a_part_that_is_not_there_are_one_sentence(fake_bench, capsys):
+    assert main(["bench", "serve"]) == 2
+    assert capsys.readouterr().err == (
+        "warploom bench: there is no 'serve' bench yet (no serve.py in warploom/bench); there are: kernels\n"
+    )
+    assert main(["bench", "kernels", "--results", str(fake_bench), "--only", "nothing"]) == 2
+    assert "there are: sum, fails" in capsys.readouterr().err
