@@ -81,27 +81,26 @@ class Scheduler:
         """Whether there is nothing to plan and nothing under way."""
         return not self.running and not self._flights and all(sequence.finish_reason for _, sequence in self._waiting)
 
-    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
-        """Refuse, with the numbers, what could never be served."""
+    def fit(self, prompt_length: int, max_tokens: int) -> int:
+        """How many tokens can be generated; refuses, with the numbers, what could never be served."""
         if prompt_length < 1:
             raise ValueError("the prompt is empty: it must have at least 1 token")
         if prompt_length + min(max_tokens, 1) > self.context:
-            raise ValueError(
-                f"the prompt has {prompt_length} tokens, which leaves no room in a context of {self.context}"
-            )
+            raise ValueError(f"the prompt has {prompt_length} tokens, too many for a context of {self.context} tokens")
+        max_tokens = min(max_tokens, self.context - prompt_length)
         needed = self.pool.pages_for(prompt_length + max(max_tokens - 1, 0))
         if needed > self.pool.num_pages:
             raise ValueError(
                 f"a prompt of {prompt_length} tokens with max_tokens={max_tokens} needs {needed} pages "
                 f"of {self.pool.page_size} tokens and the pool has {self.pool.num_pages}: lower it or raise kv_memory"
             )
+        return max_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; its followers come when its prompt is computed."""
         family = (sequence, *sequence.followers)
         for member in family:
-            member.max_tokens = min(member.max_tokens, self.context - member.prompt_length)
-            self.check_fits(member.prompt_length, member.max_tokens)
+            member.max_tokens = self.fit(member.prompt_length, member.max_tokens)
         for member in family:
             member.order = (member.arrival + member.priority * self.patience, next(self._arrivals))
             member.leader = None if member is sequence else sequence
