@@ -213,10 +213,11 @@ class Scheduler:
         return tokens + (UNKNOWN,) * (wanted - len(tokens))
 
     def _drafts(self, sequence: Sequence, wanted: int, budget: int) -> tuple[int, ...]:
-        """Guesses for the tokens after the next one, where there is budget that nobody else needs."""
+        """Guesses for the tokens after the next one, where there are budget and pages that nobody else needs."""
         if self.draft is None or self.depth > 1 or sequence.manual or wanted != sequence.uncomputed:
             return ()
-        most = min(sequence.capacity - sequence.length, budget - len(self.running))
+        room = (len(sequence.pages) + self.pool.num_free) * self.pool.page_size
+        most = min(min(sequence.capacity, room) - sequence.length, budget - len(self.running))
         return tuple(self.draft(sequence, most)) if most > 0 and sequence.generated > 0 else ()
 
     def _make_room(self, sequence: Sequence, start: int, end: int, step: dict[Sequence, _Share]) -> list | None:
