@@ -1,0 +1,159 @@
+"""Pages: the memory of the KV cache, shared, remembered and reused.
+
+The cache of a sequence is cut into pages of `page_size` tokens, and a sequence holds a list of page numbers. That one
+indirection buys four things:
+
+* no fragmentation: any free page serves any sequence, and a sequence wastes at most one page;
+* sharing: a page has a reference count, so forks (`n`, beams) hold the same pages and copy one only when they are about
+  to write into it (copy-on-write);
+* memory: a full page is *published* under the exact text it holds. Whoever later starts with the same text takes the
+  page instead of computing it. A released page stays published until its memory is needed by someone else;
+* forgetting in the right order: released pages queue up in a doubly linked list threaded through the records
+  themselves. The front is the least recently used; taking a page out of the middle (a prefix hit) is O(1).
+
+A published page is found by its chain: its key is (the chain number of the page before it, its own tokens), and the
+predecessor of a first page is the salt. Hashing that key costs one page whatever the length of the text before it, and
+since a dict compares keys on a hit, and chain numbers are never reused, a hit is exact: no crafted hash collision can
+hand one tenant another tenant's cache. A sequence releases its pages last to first, so children are forgotten before
+their parents. Every operation is O(1) a page. Nothing here knows torch: pages are numbers.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import count
+
+Key = tuple[Hashable, tuple[int, ...]]
+
+
+class _Page:
+    """One page's record, and its link in the list of free pages."""
+
+    __slots__ = ("chain", "key", "newer", "number", "older", "references")
+
+    def __init__(self, number: int):
+        self.number = number
+        self.references = 0
+        self.key: Key | None = None  # under which it is published
+        self.chain = 0
+        self.older: _Page = self
+        self.newer: _Page = self
+
+
+class PagePool:
+    """`num_pages` pages of `page_size` tokens, with reference counts and a cache of prefixes."""
+
+    def __init__(self, num_pages: int, page_size: int = 16, cache_prefixes: bool = True):
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"a pool needs num_pages >= 1 and page_size >= 1, got {num_pages} and {page_size}")
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.num_free = 0
+        self._cache_prefixes = cache_prefixes
+        self._published: dict[Key, _Page] = {}
+        self._chains = count(1)
+        self._ring = _Page(-1)  # ring.newer is the oldest free page, ring.older the most recently freed
+        self._pages = [_Page(number) for number in range(num_pages)]
+        for page in self._pages:
+            self._append_free(page)
+
+    def pages_for(self, tokens: int) -> int:
+        """How many pages hold `tokens` tokens."""
+        return -(-tokens // self.page_size)
+
+    def allocate(self) -> int | None:
+        """A page with one reference whose content is undefined, or None when all are held."""
+        if not self.num_free:
+            return None
+        page = self._ring.newer
+        self._unlink_free(page)
+        self._forget(page)
+        page.references = 1
+        return page.number
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """One more holder of each of these held pages."""
+        for number in pages:
+            page = self._pages[number]
+            assert page.references > 0, f"page {number} is free and cannot be shared"
+            page.references += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One holder less of each page; the text in them stays findable until the memory is needed."""
+        for number in reversed(pages):
+            page = self._pages[number]
+            assert page.references > 0, f"page {number} was released more often than held"
+            page.references -= 1
+            if not page.references:
+                self._append_free(page)
+
+    def own(self, number: int) -> bool:
+        """Whether the caller is the only holder and may write into the page; the prefix cache then forgets it."""
+        page = self._pages[number]
+        if page.references > 1:
+            return False
+        self._forget(page)
+        return True
+
+    def match(self, tokens: Sequence[int], salt: Hashable = None) -> tuple[list[int], Hashable]:
+        """The longest published run of full pages that `tokens` starts with, retained, and the chain they end in."""
+        found: list[int] = []
+        chain = self.root(salt)
+        wanted = len(tokens) // self.page_size
+        while len(found) < wanted and (page := self._published.get(self._key(chain, tokens, len(found)))):
+            if not page.references:
+                self._unlink_free(page)
+            page.references += 1
+            found.append(page.number)
+            chain = page.chain
+        return found, chain
+
+    def publish(self, number: int, chain: Hashable, tokens: Sequence[int], index: int) -> Hashable:
+        """Make a computed page, the `index`-th of `tokens`, findable after `chain`; returns the chain up to it."""
+        key = self._key(chain, tokens, index)
+        if known := self._published.get(key):
+            return known.chain  # somebody computed the same text at the same time; theirs stays the one found
+        page = self._pages[number]
+        assert page.references > 0 and page.key is None, f"page {number} cannot be published"
+        page.chain = next(self._chains)
+        if self._cache_prefixes:
+            page.key = key
+            self._published[key] = page
+        return page.chain
+
+    def root(self, salt: Hashable = None) -> Hashable:
+        """The chain of an empty text."""
+        return ("salt", salt)
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        """Assert every invariant, given the page lists of everyone who holds pages. For tests; O(pool)."""
+        expected = [0] * self.num_pages
+        for pages in holders:
+            for number in pages:
+                expected[number] += 1
+        assert [page.references for page in self._pages] == expected, "reference counts disagree with the holders"
+        free, page = [], self._ring.newer
+        while page is not self._ring:
+            free.append(page.number)
+            assert page.newer.older is page and page.older.newer is page
+            page = page.newer
+        assert sorted(free) == [number for number, references in enumerate(expected) if not references]
+        assert len(free) == self.num_free
+        assert all(self._published[key] is page and page.key == key for key, page in self._published.items())
+
+    def _key(self, chain: Hashable, tokens: Sequence[int], index: int) -> Key:
+        return chain, tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+
+    def _forget(self, page: _Page) -> None:
+        if page.key is not None:
+            del self._published[page.key]
+            page.key = None
+
+    def _append_free(self, page: _Page) -> None:
+        newest = self._ring.older
+        page.older, page.newer = newest, self._ring
+        newest.newer = self._ring.older = page
+        self.num_free += 1
+
+    def _unlink_free(self, page: _Page) -> None:
+        page.older.newer, page.newer.older = page.newer, page.older
+        page.older = page.newer = page
+        self.num_free -= 1

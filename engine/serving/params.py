@@ -1,0 +1,135 @@
+"""What a caller may ask of a generation: one frozen record, checked when it is made.
+
+Every field is checked in `__post_init__`, so a request that exists is a request that can be served; what depends on the
+model (context length, vocabulary) is checked when the request meets it, in `requests.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LOGPROBS = 100
+MAX_N = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens, when to stop, and what to report."""
+
+    max_tokens: int | None = 128
+    """Most tokens to generate; None: until the context is full. The context length always limits it too."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int = 0
+    """Keep only the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities reach this sum."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides (or, below zero, multiplies) the logits of tokens already in the prompt or the output."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time it is in the output."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids; -100 bans a token in effect, 100 forces it."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends with any of these tokens, which is not shown in the text."""
+    ignore_eos: bool = False
+    """Go on after the end-of-text token."""
+    seed: int | None = None
+    """Same request and same seed, same tokens; None draws a new seed for each request."""
+    n: int = 1
+    """How many continuations of the prompt to generate."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many most likely alternatives."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    json_schema: dict[str, Any] | str | None = None
+    """The text is JSON that satisfies this schema."""
+    regex: str | None = None
+    """The text matches this regular expression."""
+    choice: tuple[str, ...] | None = None
+    """The text is one of these strings."""
+    echo: bool = False
+    """Put the prompt in front of the text."""
+
+    def __post_init__(self):
+        for name in ("stop", "stop_token_ids", "choice"):
+            value = getattr(self, name)
+            if name != "stop_token_ids" and isinstance(value, str):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, (list, set)):
+                object.__setattr__(self, name, tuple(value))
+        self._check_numbers()
+        self._check_collections()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether the logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar decides which tokens are possible."""
+        return self.json_schema is not None or self.regex is not None or self.choice is not None
+
+    def _check_numbers(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 0)
+        _number("temperature", self.temperature, 0, 100)
+        _integer("top_k", self.top_k, 0)
+        _number("top_p", self.top_p, 0, 1, open_low=True)
+        _number("min_p", self.min_p, 0, 1)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -100, 100)
+        _number("frequency_penalty", self.frequency_penalty, -100, 100)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        _integer("n", self.n, 1, MAX_N)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    def _check_collections(self) -> None:
+        for name in ("stop", "choice"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)):
+                raise ValueError(f"{name} must be strings that are not empty, got {value!r}")
+        if not isinstance(self.stop_token_ids, tuple):
+            raise ValueError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+            for token, bias in self.logit_bias.items():
+                _integer("logit_bias token id", token, 0)
+                _number("logit_bias", bias, -100, 100)
+        if self.choice == ():
+            raise ValueError("choice must offer at least one string, got none")
+        grammars = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) is not None]
+        if len(grammars) > 1:
+            raise ValueError(f"only one of json_schema, regex and choice can be given, got {' and '.join(grammars)}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool)
+    if not valid or value < low or (high is not None and value > high):
+        limits = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high or (open_low and value == low):
+        limits = f"above {low} and at most {high}" if open_low else f"between {low} and {high}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}")

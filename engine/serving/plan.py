@@ -1,0 +1,68 @@
+"""What crosses the line between scheduler and runner: a plan one way, a result the other, and nothing else.
+
+Both are frozen records of plain numbers. A *row* is a slot of the batch: a sequence keeps its row while it runs, so the
+runner can keep what it knows of a row (its parameters, its page table, its last token) on the device.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+UNKNOWN = -1  # stands for a token that the device has sampled and the host has not read yet
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence takes a row: all the runner must know to compute and sample it."""
+
+    row: int
+    params: Any
+    seed: int
+    tokens: tuple[int, ...]
+    prompt_length: int
+    grammar: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One row's part of a step: compute `tokens` at positions `start`…, and sample after each of the last `sampled`."""
+
+    row: int
+    start: int
+    tokens: tuple[int, ...]
+    sampled: int
+    first_page: int  # the row's page table from this index on becomes …
+    pages: tuple[int, ...]  # … these pages
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the runner is to do, in this order: copy pages, take in rows, compute chunks."""
+
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Admission, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()  # (from page, to page)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of a token, and of the most likely ones, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a chunk brought: a token for each sampled position; those after a draft that was wrong mean nothing."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One `ChunkResult` for each chunk of the plan, in its order."""
+
+    chunks: tuple[ChunkResult, ...]

@@ -1,0 +1,83 @@
+"""A sequence: one continuation of one prompt, and how far it has come."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Order = tuple[float, int]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """What the scheduler knows of one continuation. The first part is given, the second is the scheduler's own."""
+
+    tokens: list[int]
+    prompt_length: int
+    params: Any = None
+    seed: int = 0
+    max_tokens: int = 1
+    stop_tokens: frozenset[int] = frozenset()
+    arrival: float = 0.0
+    priority: int = 0  # the smaller, the sooner
+    deadline: float | None = None
+    salt: Any = None  # sequences of different salt never share pages
+    grammar: Any = None
+    listener: Any = None  # whom the engine tells; the scheduler never looks
+    use_cache: bool = True
+    manual: bool = False  # its owner chooses its tokens and ends it (beams); samples are only reported
+    followers: tuple["Sequence", ...] = ()  # the same prompt again: they start when this one has computed it
+    leader: "Sequence | None" = None
+
+    order: Order = (0.0, 0)
+    row: int = -1  # -1: not running
+    announced: bool = False  # whether the runner knows that the row is ours
+    pages: list[int] = field(default_factory=list)
+    told_pages: int = 0  # how many of them the runner knows
+    computed: int = 0  # tokens whose keys and values are in the pages, or will be by the plans under way
+    pending: int = 0  # tokens sampled and not read yet
+    published: int = 0  # pages published to the prefix cache
+    chain: Any = None  # … and where that chain ends
+    cached_tokens: int = 0  # taken from the prefix cache
+    preemptions: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it holds a row and pages."""
+        return self.row >= 0
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are, read or not."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def generated(self) -> int:
+        """How many of them come after the prompt."""
+        return self.length - self.prompt_length
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens will ever have to be in pages: the last one generated need not."""
+        return self.prompt_length + max(self.max_tokens - 1, 0)
+
+    @property
+    def uncomputed(self) -> int:
+        """How many tokens could be computed now."""
+        return min(self.length, self.capacity) - self.computed
+
+    def copy(self, listener: Any = None) -> "Sequence":
+        """The same sequence for another owner, holding nothing yet."""
+        return Sequence(
+            list(self.tokens),
+            self.prompt_length,
+            self.params,
+            self.seed,
+            self.max_tokens,
+            self.stop_tokens,
+            self.arrival,
+            self.priority,
+            self.deadline,
+            self.salt,
+            listener=listener,
+            manual=self.manual,
+        )
