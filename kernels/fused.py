@@ -1,0 +1,102 @@
+"""How a fused op meets PyTorch: direct calls in plain eager, registered operators everywhere else.
+
+A *launcher* is a function that allocates outputs and launches kernels. `torch.compile`, fake tensors and tracing need
+it as an operator with a schema; plain eager does not, and the operator boundary costs tens of microseconds a call. So
+`launcher` registers the function once as `torch.ops.warploom.<name>`, as a traceable operator through which Inductor
+sees the kernels themselves, and calls the function directly whenever the tensors are real.
+
+`Differentiable` joins a forward launcher with its backward in both worlds: an `autograd.Function` for plain eager, the
+operator's registered formula for the rest, from the same two functions.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from .lang import HAS_TRITON, INTERPRET
+
+_REAL = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_real(args: tuple) -> bool:
+    """Whether these tensors hold numbers: not fake, not functional, not any other subclass."""
+    return all(type(x) in _REAL for x in args if isinstance(x, torch.Tensor))
+
+
+def launch(kernel, grid: tuple, *args, **options) -> None:
+    """Runs a kernel on a grid, or records it when the tensors are traced; an empty grid runs nothing."""
+    if 0 in grid:
+        return
+    if not is_real(args):
+        if INTERPRET:
+            return  # fake tensors: there is nothing to compute, and no compiler that would want to look inside
+        kernel = torch.library.wrap_triton(kernel)
+    kernel[grid](*args, **options)
+
+
+class Launcher:
+    """A function that launches kernels, and its twin among PyTorch's operators."""
+
+    def __init__(self, function: Callable, mutates: tuple[str, ...] = ()):
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.operator = None
+        if not HAS_TRITON:
+            return
+        name = function.__name__.strip("_")
+        register = torch.library.custom_op if INTERPRET else torch.library.triton_op
+        self.definition = register(f"warploom::{name}", function, mutates_args=mutates)
+        if INTERPRET:
+            self.definition.register_fake(function)
+        self.operator = getattr(torch.ops.warploom, name).default
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not is_real(args):
+            return self.operator(*args)
+        return self.function(*args)
+
+
+def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ()):
+    """Makes a `Launcher` of a function; `mutates` names the arguments it writes to."""
+    return functools.partial(Launcher, mutates=mutates) if function is None else Launcher(function, mutates)
+
+
+class Differentiable:
+    """A forward launcher with a gradient: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
+
+    def __init__(self, forward: Launcher, save: Callable, backward: Callable):
+        self.forward = forward
+        if forward.operator is not None:
+            forward.definition.register_autograd(
+                backward, setup_context=lambda ctx, inputs, output: save(ctx, inputs, output)
+            )
+        self.function = type(
+            forward.__name__,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(forward.function),
+                "setup_context": staticmethod(save),
+                "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+            },
+        )
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or not is_real(args):
+            return self.forward.operator(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            return self.function.apply(*args)
+        return self.forward.function(*args)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (…, D) as (N, D): a view wherever strides allow one, expanded gradients included."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 3
