@@ -14,7 +14,11 @@ from pathlib import Path
 from . import available
 
 TEMPERATURES = (0.0, 0.5, 0.8, 1.1)
-PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\n\ndef main(", "class TestCase(unittest.TestCase):\n    def test_")
+PROMPTS = (
+    "def __init__(self, ",
+    "import os\nimport sys\n\n\ndef main(",
+    "class TestCase(unittest.TestCase):\n    def test_",
+)
 
 
 @dataclass(frozen=True)

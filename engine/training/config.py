@@ -48,7 +48,7 @@ class TrainConfig:
     context: int | None = None
     """Tokens a row; None = the model's max_seq_len."""
     order: Literal["random", "epochs", "sequential", "packed"] = "random"
-    """random windows; each window once an epoch, shuffled or in order; or whole documents, kept apart from each other."""
+    """Random windows; each window once an epoch, shuffled or in order; or whole documents that ignore each other."""
     stride: int | None = None
     """Distance between windows for epochs and sequential; None = context, less = overlapping."""
     num_workers: int = 1
