@@ -3,7 +3,7 @@
 Everything declarative is in pyproject.toml. This file does what only code can: it maps the folders `engine/`,
 `kernels/`, `tokenizer/`, `bench/` to `warploom.*`, and compiles the C++ extension, with ninja where it is present (in
 parallel, and only what changed). A machine without a C++ compiler still gets a working, slower package: the extension
-is optional, and every native function has a pure-Python twin.
+is optional, and every native function has a pure-Python twin. WARPLOOM_PURE=1 does not even try.
 """
 
 import os
@@ -96,6 +96,6 @@ setup(
     packages=["warploom"]
     + [f"warploom.{name}" for room in ROOMS for name in find_packages(include=[room, f"{room}.*"])],
     package_dir={"warploom": "."},
-    ext_modules=[native],
+    ext_modules=[] if os.environ.get("WARPLOOM_PURE") else [native],
     cmdclass={"build_ext": NinjaBuild, "build_py": RoomsOnly},
 )

@@ -1,0 +1,77 @@
+"""The package as others will get it, and the rules of the house that imports can break."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("engine", "kernels", "tokenizer", "bench")
+FLOORS = [  # from the ground up; a module imports from its own floor or below
+    ("tokenizer", "kernels"),
+    ("engine.config", "engine.device", "engine.model", "engine.cache", "engine.architectures", "engine.hub"),
+    ("engine.data", "engine.training", "engine.serving"),
+    ("engine.server",),
+    ("engine.cli", "bench"),
+]
+STRANGERS = {("engine.training", "engine.serving"), ("tokenizer", "kernels")}  # on one floor, but never of each other
+TORCHLESS = ("tokenizer", "engine.config", "engine.serving.pages", "engine.serving.scheduler", "engine.cli.__init__")
+
+
+def modules() -> dict[str, Path]:
+    paths = (path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "micro" not in path.parts)
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Modules of ours that a module imports, at its top or anywhere inside."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = name.split(".")[: -node.level]
+            target = [*base, *(node.module.split(".") if node.module else [])]
+            found |= {".".join([*target, alias.name]) for alias in node.names} | {".".join(target)}
+    return found
+
+
+def floor(name: str) -> int | None:
+    return next((level for level, rooms in enumerate(FLOORS) if room(name, rooms)), None)
+
+
+def room(name: str, rooms: tuple[str, ...]) -> str | None:
+    return next((room for room in rooms if name == room or name.startswith(room + ".")), None)
+
+
+def test_a_room_imports_only_from_its_own_floor_or_below():
+    everything = tuple(room for rooms in FLOORS for room in rooms)
+    for name, path in modules().items():
+        for target in imports(name, path):
+            here, there = floor(name), floor(target)
+            if here is None or there is None:
+                continue
+            assert there <= here, f"{name} imports {target}, which is on a floor above"
+            pair = (room(name, everything), room(target, everything))
+            assert not {pair, pair[::-1]} & STRANGERS, f"{name} imports {target}; these rooms do not know each other"
+
+
+@pytest.mark.parametrize("name", TORCHLESS)
+def test_what_must_not_know_torch_does_not_import_it(name):
+    code = f"import sys, importlib; importlib.import_module('warploom.{name}'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code.replace(".__init__", "")], check=True)
+
+
+def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "a path with spaces"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "runs", "results"))
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source]
+    subprocess.run(build, check=True, env={**os.environ, "WARPLOOM_PURE": "1"}, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"warploom"}
+    assert "warploom/setup.py" not in names
+    shipped = {name.removeprefix("warploom/") for name in names if name.endswith(".py")}
+    assert shipped == {f"{name.replace('.', '/')}.py" for name in modules()}
