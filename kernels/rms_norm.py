@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .fused import Differentiable, as_rows, launch, launcher, processors
 from .lang import cdiv, next_power_of_2, tl, triton, wide
-from .op import Case, Op
+from .op import Budget, Case, Op
 
 FORWARD_WIDTH, BACKWARD_WIDTH = 16384, 8192
 """The widest row held in registers; beyond, a row is walked in pieces, since holding it would spill."""
@@ -59,7 +59,8 @@ def _forward_kernel(
     eps: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows: one read, one write."""
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = row[:, None]
     cols = tl.arange(0, BLOCK).to(tl.int64)[None, :]
     mask = (rows < N) & (cols < D)
     x = tl.load(x_ptr + rows * x_row + cols * x_col, mask=mask, other=0.0).to(tl.float32)
@@ -68,12 +69,11 @@ def _forward_kernel(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + rows * D + cols, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
     weight = tl.load(weight_ptr + cols * weight_col, mask=cols < D, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    tl.store(inverse_ptr + row, inverse, mask=row < N)
     y = x * inverse[:, None] * weight
     tl.store(y_ptr + rows * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tl.store(inverse_ptr + row, inverse, mask=row < N)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _backward_kernel(
     first = tl.program_id(0).to(tl.int64) * rows_each
     last = tl.minimum(first + rows_each, N)
     share = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=2):  # the next rows arrive while these are worked on
         row = start + tl.arange(0, ROWS)
         rows = row[:, None]
         mask = (rows < last) & inside
@@ -241,7 +241,7 @@ def rms_norm_backward(
     add = dsum is not None
     dsum_rows = as_rows(dsum) if add else dy_rows
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = max(1, min(processors(x.device) * (1 if D > 1024 else 4), N))
+    programs = max(1, min(processors(x.device) * (2 if D > 1024 else 4), N))
     rows_each = cdiv(N, programs)
     partial = torch.empty(programs if want_weight else 0, D, dtype=torch.float32, device=x.device)
     strides = (*dy_rows.stride(), *dsum_rows.stride())
@@ -329,6 +329,7 @@ rms_norm = Op(
         Case("8192x4096", lambda m: (m.normal(8192, 4096), m.normal(4096)), bench=True),
     ],
     traffic=lambda x, weight, eps=1e-6: (2 * x.nbytes, 3 * x.nbytes),
+    budget=Budget(registers=128, vector=True),
     flops=lambda x, weight, eps=1e-6: (4 * x.numel(), 8 * x.numel()),
 )
 
@@ -345,5 +346,6 @@ add_rms_norm = Op(
         Case("8192x4096", lambda m: (m.normal(8192, 4096), m.normal(8192, 4096), m.normal(4096)), bench=True),
     ],
     traffic=lambda x, residual, weight, eps=1e-6: (4 * x.nbytes, 4 * x.nbytes),
+    budget=Budget(registers=128, vector=True),
     flops=lambda x, residual, weight, eps=1e-6: (5 * x.numel(), 9 * x.numel()),
 )

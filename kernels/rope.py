@@ -17,8 +17,9 @@ from collections.abc import Mapping
 
 import torch
 
-from .lang import wide
-from .op import Case, Op
+from .fused import Differentiable, launch, launcher
+from .lang import next_power_of_2, tl, triton, wide
+from .op import Budget, Case, Op
 
 
 def rope_tables(
@@ -124,6 +125,126 @@ def _rotate(x, cos_TR, sin_TR, interleaved):
     return torch.cat((turned.to(x.dtype), x[..., rotary:]), -1) if rotary < x.shape[-1] else turned.to(x.dtype)
 
 
+# ---- fused ----
+
+
+@triton.jit
+def turn(a, b, cos, sin):
+    """The points (a, b) turned by the angle."""
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def turn_heads(
+    x_ptr, y_ptr, heads, x_head, x_dim, y_head, cos, sin,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token: R pairs are turned, the other D − 2R columns are copied."""
+    head = tl.arange(0, HEADS).to(tl.int64)[:, None]
+    if INTERLEAVED:
+        col = tl.arange(0, 2 * HALF).to(tl.int64)[None, :]
+        mask = (head < heads) & (col < 2 * R)
+        x = tl.load(x_ptr + head * x_head + col * x_dim, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(x.reshape([HEADS, HALF, 2]))
+        a, b = turn(a, b, cos, sin)
+        y = tl.join(a, b).reshape([HEADS, 2 * HALF])
+        tl.store(y_ptr + head * y_head + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        col = tl.arange(0, HALF).to(tl.int64)[None, :]
+        mask = (head < heads) & (col < R)
+        a = tl.load(x_ptr + head * x_head + col * x_dim, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + head * x_head + (col + R) * x_dim, mask=mask, other=0.0).to(tl.float32)
+        a, b = turn(a, b, cos, sin)
+        tl.store(y_ptr + head * y_head + col, a.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + head * y_head + col + R, b.to(y_ptr.dtype.element_ty), mask=mask)
+    if REST > 0:
+        col = 2 * R + tl.arange(0, REST).to(tl.int64)[None, :]
+        mask = (head < heads) & (col < D)
+        tl.store(y_ptr + head * y_head + col, tl.load(x_ptr + head * x_head + col * x_dim, mask=mask), mask=mask)
+
+
+@triton.jit
+def angles_of(cos_ptr, sin_ptr, position, table_row, R: tl.constexpr, HALF: tl.constexpr):
+    """The table row of a position, as (1, HALF)."""
+    col = tl.arange(0, HALF)[None, :]
+    place = position.to(tl.int64) * table_row + col
+    cos = tl.load(cos_ptr + place, mask=col < R, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + place, mask=col < R, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
+    T, q_heads, k_heads,
+    q_batch, q_time, q_head, q_dim, k_batch, k_time, k_head, k_dim, table_row,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, POSITIONS: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """One token: its angles are read once for all heads of q and k."""
+    token = tl.program_id(0).to(tl.int64)
+    batch, time = token // T, token % T
+    position = tl.load(positions_ptr + token) if POSITIONS else time
+    cos, sin = angles_of(cos_ptr, sin_ptr, position, table_row, R, HALF)
+    sin = -sin if BACKWARD else sin
+    turn_heads(
+        q_ptr + batch * q_batch + time * q_time, q_out_ptr + token * q_heads * D, q_heads, q_head, q_dim, D, cos, sin,
+        D, R, INTERLEAVED, Q_HEADS, HALF, REST,
+    )  # fmt: skip
+    turn_heads(
+        k_ptr + batch * k_batch + time * k_time, k_out_ptr + token * k_heads * D, k_heads, k_head, k_dim, D, cos, sin,
+        D, R, INTERLEAVED, K_HEADS, HALF, REST,
+    )  # fmt: skip
+
+
+@launcher
+def rope_rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+    backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T, H, D = q.shape[-3:]
+    q_BTHD, k_BTKD = q.reshape(-1, T, H, D), k.reshape(-1, T, *k.shape[-2:])
+    K, R = k.shape[-2], cos.shape[-1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if positions is not None:
+        positions = positions.expand(q.shape[:-2]).reshape(-1)
+    heads = next_power_of_2(max(H, K))
+    launch(
+        _rope_kernel, (q_BTHD.shape[0] * T,),
+        q_BTHD, k_BTKD, cos, sin, q if positions is None else positions, q_out, k_out,
+        T, H, K, *q_BTHD.stride(), *k_BTKD.stride(), cos.stride(0),
+        D=D, R=R, INTERLEAVED=interleaved, BACKWARD=backward, POSITIONS=positions is not None,
+        Q_HEADS=next_power_of_2(H), K_HEADS=next_power_of_2(K), HALF=next_power_of_2(R),
+        REST=next_power_of_2(D - 2 * R) if D > 2 * R else 0,
+        num_warps=max(1, min(8, heads * next_power_of_2(D) // 1024)),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, positions, ctx.interleaved, _ = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _unrotate(ctx, dq, dk):
+    return *rope_rotate(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None, None
+
+
+_turn = Differentiable(rope_rotate, _save, _unrotate)
+
+
+def _rope_fused(q, k, cos, sin, positions=None, interleaved=False):
+    if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} may differ in their heads only")
+    return _turn(q, k, cos, sin, positions, interleaved, False)
+
+
 def _tables(m, length, half):
     return tuple(m.normal(length, half, dtype=torch.float32, grad=False) for _ in range(2))
 
@@ -131,6 +252,7 @@ def _tables(m, length, half):
 rope = Op(
     name="rope",
     reference=_rope,
+    fused=_rope_fused,
     cases=[
         Case("grouped heads", lambda m: (m.normal(2, 5, 4, 16), m.normal(2, 5, 2, 16), *_tables(m, 8, 8))),
         Case(
@@ -156,5 +278,6 @@ rope = Op(
         ),
     ],
     traffic=lambda q, k, *_, **__: (2 * (q.nbytes + k.nbytes), 2 * (q.nbytes + k.nbytes)),
+    budget=Budget(registers=80, vector=True),
     flops=lambda q, k, *_, **__: (3 * (q.numel() + k.numel()), 3 * (q.numel() + k.numel())),
 )

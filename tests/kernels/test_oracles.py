@@ -14,7 +14,7 @@ def floats(result):
 
 
 def double(x):
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype.itemsize == 1:
         return x
     return x.detach().double().requires_grad_(x.requires_grad)
 

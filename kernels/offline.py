@@ -1,0 +1,247 @@
+"""What kernels cost on GPUs that are not there.
+
+Triton's compiler needs no GPU. So: install a driver that only answers "which target?", turn every launch into a
+compilation, and call the real op on meta tensors, which have shapes and strides but no memory. What compiles is
+exactly what would run: same kernels, same tiles, same specialization. A call that asked the device for a value would
+fail on the spot, so this also proves that no op waits for the GPU.
+
+    python -m warploom.kernels.offline [--arch 90] [op ...]        # one line a kernel, then one JSON line
+
+Run it in a process of its own, without TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from .op import Budget, Case, Maker, Op, backend, ops
+
+ARCHITECTURES = (80, 90, 100)
+VECTOR_ACCESS = re.compile(
+    r"(?:ld|st)\.global[^;]*\.v(?:4\.[bf]32|8\.[bf]32|[24]\.b64)|cp\.async\.c[ga][^;]*, 0x10|cp\.async\.bulk"
+)
+SCALAR_ACCESS = re.compile(r"(?:ld|st)\.global[.\w:]*\.b(?:8|16) ")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(slots=True)
+class Cost:
+    """What one kernel of one call takes on one architecture."""
+
+    op: str
+    case: str
+    dtype: str
+    arch: int
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    wgmma: bool
+    vector_accesses: int
+    scalar_accesses: int
+    narrow_products: list[str] = field(default_factory=list)
+    """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
+
+
+class _AbsentDevice:
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int) -> Iterator[list]:
+    """Yields the list of kernels that calls made inside would launch on sm_<arch>; nothing runs."""
+    compiled, launch = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup=False, **options):
+        self.device_caches.clear()  # the cache is keyed by device, and ours changes its architecture
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel)
+        return kernel
+
+    driver.set_active(_AbsentDevice(arch))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+        driver._active = None  # reset_active() would look for a real driver
+
+
+def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
+    """One line for every different kernel that the forward and backward of a case launch."""
+    with backend("triton"), compiling_for(arch) as kernels:
+        args, options = case.build(Maker(dtype, "meta"))
+        result = op(*args, **options)
+        outputs = [x for x in _tensors(result) if x.requires_grad]
+        wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        if outputs and wanted:
+            torch.autograd.grad(outputs, wanted, [torch.empty_like(x) for x in outputs], allow_unused=True)
+    different = {kernel.hash: kernel for kernel in kernels}
+    return [_cost(op, case, dtype, arch, kernel) for kernel in different.values()]
+
+
+def _tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else [x for item in result or () for x in _tensors(item)]
+
+
+def _cost(op, case, dtype, arch, kernel) -> Cost:
+    registers, stack = _resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    return Cost(
+        op=op.name,
+        case=case.name,
+        dtype=str(dtype).removeprefix("torch."),
+        arch=arch,
+        kernel=kernel.metadata.name,
+        warps=kernel.metadata.num_warps,
+        registers=registers,
+        stack=stack,
+        shared=kernel.metadata.shared,
+        wgmma="wgmma.mma_async" in ptx,
+        vector_accesses=len(
+            re.findall(
+                r"(?:ld|st)\.global[^;]*\.v(?:4\.b32|8\.b32|4\.f32|2\.b64|4\.b64)|cp\.async\.c[ga]\.shared\.global[^;]*, 0x?10|cp\.async\.c[ga][^;]*, 16",
+                ptx,
+            )
+        ),
+        scalar_accesses=len(re.findall(r"(?:ld|st)\.global(?:\.L[12][\w:]*)*(?:\.[a-z_]+)*\.b(?:8|16) ", ptx)),
+        narrow_products=narrow_products(kernel.asm["ttir"]),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """32-bit multiplications by a run-time value on the way to an address, as lines of TTIR.
+
+    Sums of column numbers stay small. Products of a program number or a row with a stride do not: those must be 64-bit.
+    """
+    defined = {}
+    for line in ttir.splitlines():
+        match = re.match(r"\s*(%[\w#]+)(?::\d+)? = (.*)", line)
+        if match:
+            defined[match[1]] = match[2]
+    constant = {name for name, text in defined.items() if text.startswith("arith.constant")}
+    found, seen = [], set()
+    queue = [operand for text in defined.values() if text.startswith("tt.addptr") for operand in _operands(text)[1:2]]
+    while queue:
+        name = queue.pop()
+        if name in seen or name not in defined:
+            continue
+        seen.add(name)
+        text = defined[name]
+        if text.startswith(("tt.load", "scf.")):
+            continue
+        operands = _operands(text)
+        narrow = text.startswith("arith.muli") and re.search(r": (?:tensor<[\dx]*x)?i32", text)
+        small = any(operand in constant for operand in operands) and not _reaches_program(operands, defined)
+        if narrow and not small:
+            found.append(f"{name} = {text.split(' loc(')[0]}")
+        queue += operands
+    return found
+
+
+def _reaches_program(names, defined) -> bool:
+    return any(
+        "tt.get_program_id" in defined.get(name, "") or _reaches_program(_operands(defined.get(name, "")), defined)
+        for name in names
+        if not defined.get(name, "").startswith(("tt.load", "scf."))
+    )
+
+
+def _operands(text: str) -> list[str]:
+    return re.findall(r"%[\w#]+", text.split(" : ")[0])
+
+
+def violations(cost: Cost, budget: Budget) -> list[str]:
+    """Sentences, one for each way in which a kernel exceeds its budget."""
+    found = []
+    if cost.registers > budget.registers:
+        found.append(f"{cost.registers} registers, budget {budget.registers}")
+    if cost.stack > budget.stack:
+        found.append(f"{cost.stack} bytes of stack, budget {budget.stack}")
+    if cost.shared > min(budget.shared, SHARED_LIMIT[cost.arch]):
+        found.append(f"{cost.shared} bytes of shared memory, budget {min(budget.shared, SHARED_LIMIT[cost.arch])}")
+    if budget.wgmma and cost.arch == 90 and not cost.wgmma:
+        found.append("no wgmma instruction on sm_90")
+    if budget.vector and not cost.vector_accesses:
+        found.append("no 16-byte access to global memory")
+    found += [f"32-bit address arithmetic: {line}" for line in cost.narrow_products]
+    return found
+
+
+def budget_of(op: Op, kernel: str) -> Budget:
+    return op.budget if isinstance(op.budget, Budget) else op.budget.get(kernel, Budget())
+
+
+def survey(names: list[str], architectures=ARCHITECTURES, dtype=torch.bfloat16) -> Iterator[Cost]:
+    """The costs of every large case of the named ops (of all ops, without names)."""
+    for op in ops():
+        if op.fused is None or (names and op.name not in names):
+            continue
+        for arch in architectures:
+            for case in op.cases:
+                if case.bench:
+                    yield from costs(op, case, dtype, arch)
+
+
+def row(cost: Cost) -> str:
+    """One line of the table."""
+    return (
+        f"{cost.op:20} {cost.case[:26]:26} sm_{cost.arch:<3} {cost.kernel:30} {cost.warps:2} warps"
+        f" {cost.registers:3} registers {cost.stack:3} stack {cost.shared:6} shared {'wgmma' if cost.wgmma else '':5}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help="names of ops; all by default")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90 or 100; all by default"
+    )
+    options = parser.parse_args()
+    rows, broken = [], 0
+    by_name = {op.name: op for op in ops()}
+    for cost in survey(options.ops, options.arch or ARCHITECTURES):
+        found = violations(cost, budget_of(by_name[cost.op], cost.kernel))
+        broken += bool(found)
+        rows.append({**asdict(cost), "violations": found})
+        print(row(cost), "; ".join(found), flush=True)
+    print(json.dumps(rows))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

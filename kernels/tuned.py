@@ -1,0 +1,61 @@
+"""Launch settings found by measuring, checked in per family of devices; an analytic default for everything else.
+
+`tuned.json` maps family → kernel → key → settings. A key describes what the settings may depend on: widths and head
+sizes, never the number of rows, for a row's result must not depend on its neighbors. Nothing is tuned at run time:
+`warploom bench kernels --tune` searches on a GPU and rewrites the file.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+FILE = Path(__file__).with_name("tuned.json")
+_trial: dict[str, dict] = {}
+asked: dict[str, tuple[str, dict]] = {}
+"""For every kernel launched so far: the last key it asked for and its default. The tuner reads this."""
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """The name under which a device's settings are filed: "sm_90" for a Hopper GPU, "none" without one."""
+    if device.type != "cuda":
+        return "none"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"gfx_{major}{minor}" if torch.version.hip else f"sm_{major}{minor}"
+
+
+def tuned(kernel: str, device: torch.device, key: object, default: dict) -> dict:
+    """The settings to launch `kernel` with: those on file for this family and key, over `default`."""
+    asked[kernel] = (str(key), default)
+    if _trial and kernel in _trial:
+        return {**default, **_trial[kernel]}
+    found = _table().get(family(device), {}).get(kernel, {}).get(str(key))
+    return {**default, **found} if found else default
+
+
+@contextmanager
+def trying(kernel: str, settings: dict) -> Iterator[None]:
+    """Launch `kernel` with these settings inside: how the tuner compares them."""
+    _trial[kernel] = settings
+    try:
+        yield
+    finally:
+        del _trial[kernel]
+
+
+def record(device: torch.device, kernel: str, key: str, settings: dict) -> None:
+    """File what the tuner found."""
+    table = _table()
+    table.setdefault(family(device), {}).setdefault(kernel, {})[key] = settings
+    temporary = FILE.with_suffix(".tmp")
+    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    temporary.replace(FILE)
