@@ -1,15 +1,15 @@
-"""What every attention kernel shares: who sees whom, which key blocks a query block walks, and where a tile lies.
+"""What every attention kernel shares: who sees whom, which blocks a block walks, and where a tile lies.
 
 A query at row i of a sequence sits at key position i + shift, where shift = keys - queries: the mask is aligned at the
 end, so a chunk of new queries sees the whole past. `causal` hides the future; `window` hides what is W or more away.
-For a block of BLOCK_M queries that leaves a contiguous run of key blocks, of which only the ones at its two ends (the
-diagonal, the window's edge, the last ragged block) hold a hidden pair. So each kernel walks three runs, a masked one, a
-bare one and a masked one, and blocks outside are never touched.
+For a block of queries that leaves one contiguous run of key blocks, and only those at its ends (the diagonal, the
+window's edge, the ragged last one) hold a hidden pair: blocks outside are never touched, blocks inside never masked.
 
 Ragged batches come as cumulative lengths on the device. Sequence s owns the tiles from `cu[s] // BLOCK + s` on: never
 fewer than it needs, known without reading a length back to the host, so the grid is static.
-"""
 
+Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
+"""
 
 from .lang import tl, triton
 
@@ -31,49 +31,47 @@ def owner_of(tile, cu, sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def place(cu, tiles, batch_heads, heads, group, q_len, k_len, sequences,
-          BLOCK: tl.constexpr, RAGGED: tl.constexpr, LONGEST_LAST: tl.constexpr):
-    """-> (batch, head, first row of the tile, first token of the sequence, its queries, its keys).
+def place(
+    cu, tiles, batch_heads, heads, group, q_len, k_len, sequences,
+    BLOCK: tl.constexpr, RAGGED: tl.constexpr, LONGEST_LAST: tl.constexpr,
+):  # fmt: skip
+    """-> (batch, head, row of the tile, its token, first token of the sequence, its queries, its keys).
 
     Programs start in order, so heads go in groups whose keys and values fit the L2 cache, and in a group the tiles with
     the most work go first: the short ones then fill the gaps at the end, which balances a causal triangle."""
-    pid = tl.program_id(0)
-    first_head = pid // (tiles * group) * group
-    width = tl.minimum(group, batch_heads - first_head)
-    inside = pid % (tiles * group)
-    tile = inside // width
+    pid = tl.program_id(0).to(tl.int64)
+    per_group = tl.cast(tiles, tl.int64) * group
+    first_head = pid // per_group * group
+    width = tl.minimum(batch_heads - first_head, group)
+    inside = pid % per_group
+    tile = (inside // width).to(tl.int32)
     if LONGEST_LAST:
         tile = tiles - 1 - tile
     flat = first_head + inside % width
-    batch = flat // heads
-    head = flat % heads
-    start = 0
+    start = tl.cast(0, tl.int32)
     if RAGGED:
         sequence = owner_of(tile, cu, sequences, BLOCK)
         start = tl.load(cu + sequence).to(tl.int32)
         q_len = tl.load(cu + sequence + 1).to(tl.int32) - start
         k_len = q_len
         tile = tile - (start // BLOCK + sequence)
-    return batch.to(tl.int64), head.to(tl.int64), tile * BLOCK, start, q_len, k_len
+    first = start.to(tl.int64)
+    return flat // heads, flat % heads, tile * BLOCK, first + tile.to(tl.int64) * BLOCK, first, q_len, k_len
 
 
 @triton.jit
 def tile_offsets(rows, stride, BLOCK_D: tl.constexpr):
-    """64-bit element offsets of a (rows, BLOCK_D) tile whose last dimension is contiguous."""
+    """Element offsets of a (rows, BLOCK_D) tile whose last dimension is contiguous."""
     return rows.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
 
 
 @triton.jit
-def load_tile(pointers, rows, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
-    """A tile with zeros outside; masks only where there is an outside."""
-    columns = tl.arange(0, BLOCK_D)
-    if TAIL and BLOCK_D != D:
-        return tl.load(pointers, mask=(rows[:, None] < limit) & (columns[None, :] < D), other=0.0)
-    if TAIL:
-        return tl.load(pointers, mask=rows[:, None] < limit, other=0.0)
+def load_tile(pointers, rows, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile with zeros where it overhangs."""
+    mask = rows[:, None] < limit
     if BLOCK_D != D:
-        return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
-    return tl.load(pointers)
+        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < D)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -118,7 +116,8 @@ def key_run(first, last, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOC
     if CAUSAL:
         end = tl.minimum(end, last + 1)
     if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK * BLOCK
+        begin = tl.maximum(first - WINDOW + 1, 0)
+        begin = tl.multiple_of(begin - begin % BLOCK, BLOCK)
         if not CAUSAL:
             end = tl.minimum(end, last + WINDOW)
     return begin, end
@@ -130,11 +129,12 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
     begin = 0
     end = q_len
     if CAUSAL:
-        begin = tl.maximum(first - shift, 0) // BLOCK * BLOCK
+        begin = tl.maximum(first - shift, 0)
     if WINDOW > 0:
         end = tl.minimum(end, last - shift + WINDOW)
         if not CAUSAL:
-            begin = tl.maximum(first - shift - WINDOW + 1, 0) // BLOCK * BLOCK
+            begin = tl.maximum(first - shift - WINDOW + 1, 0)
+    begin = tl.multiple_of(begin - begin % BLOCK, BLOCK)
     return begin, end
 
 
