@@ -1,9 +1,9 @@
 """Attention backward: dq by blocks of queries, dk and dv by blocks of keys, each summed in a fixed order.
 
-With P the probabilities and dP = dO·Vᵀ, the gradient of the scores is dS = P · (dP − delta), where delta, the row sum of
-P · dP, equals the row sum of O · dO and costs one pass over two tensors. Then dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO. One kernel
-could compute all three if dQ were added up with atomics, in a different order every run. Two kernels compute P twice
-(seven products a block instead of five) and give the same bits every time.
+With P the probabilities and dP = dO·Vᵀ, the gradient of the scores is dS = P · (dP − delta), where delta, the row sum
+of P · dP, equals the row sum of O · dO and costs one pass over two tensors. Then dQ = dS·K, dK = dSᵀ·Q, dV = Pᵀ·dO. One
+kernel could compute all three if dQ were added up with atomics, in a different order every run. Two kernels compute P
+twice (seven products a block instead of five) and give the same bits every time.
 """
 
 from .attention_tiles import (
@@ -29,7 +29,7 @@ def attention_delta_kernel(
     RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta: the row sums of o · do."""
-    batch, head, row, first, token, q_len, k_len = place(
+    batch, head, row, first, _token, q_len, k_len = place(
         cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, RAGGED, False
     )
     if row >= q_len:

@@ -6,8 +6,8 @@ weighted values so far. When a block of keys raises the maximum, sum and values 
 in base 2, because a GPU's exponential is: the scale of the scores and log2(e) are one constant.
 
 Besides o, the log-sum-exp of each row (base 2) is kept: from it the backward recomputes every probability exactly,
-block by block. A row that sees nothing gets o = 0 and lse = +inf, and then has probability 0 everywhere. In float32 (`WIDE`)
-its two terms, the row's peak and the logarithm of its sum, are kept apart: their sum would round at the peak's
+block by block. A row that sees nothing gets o = 0 and lse = +inf, and then has probability 0 everywhere. In float32
+(`WIDE`) its two terms, the row's peak and the logarithm of its sum, are kept apart: their sum would round at the peak's
 magnitude, which for peaked rows is the largest error of all.
 """
 

@@ -17,18 +17,27 @@ CACHED_BYTES = 24 << 20
 """Keys and values of the heads that are worked on at the same time should fit in the L2 cache."""
 
 
+_TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the power of two that holds a head
+    ("forward", 80): {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+    ("forward", 90): {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+    ("forward", 100): {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+    ("dq", 80): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("dq", 90): {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("dq", 100): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("dkdv", 80): {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    ("dkdv", 90): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+}
+
+
 def tile_of(kernel: str, D: int, dtype: torch.dtype, arch: int) -> dict:
     """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv"."""
-    M, N, warps, stages = _TILES(kernel, max(32, next_power_of_2(D)), dtype.itemsize, arch)
+    if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
+        M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
+    else:
+        family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
+        M, N, warps, stages = _TILES[kernel, family][min(256, max(64, next_power_of_2(D)))]
     return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
-
-
-def _TILES(kernel, D, itemsize, arch):
-    if arch == 0:
-        return 32, 32, 4, 2
-    if itemsize == 4:
-        return 32, 32, 4, 2
-    return {"forward": (128, 128, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (32, 128, 8, 3)}[kernel]
 
 
 class _Grid:
@@ -85,16 +94,16 @@ def attention_forward(
     B, T, H, D = q.shape
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
-    lse_SBHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
+    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
     tile = tile_of("forward", D, q.dtype, architecture(q.device))
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
     launch(
         attention_forward_kernel, place.grid,
-        q, k, v, o, lse_SBHT, cu,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse_SBHT.stride()[:3], *place.numbers,
+        q, k, v, o, lse_2BHT, cu,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse_2BHT.stride()[:3], *place.numbers,
         **meaning, **tile,
     )  # fmt: skip
-    return o, lse_SBHT
+    return o, lse_2BHT
 
 
 @launcher
@@ -104,7 +113,7 @@ def attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     o: torch.Tensor,
-    lse_SBHT: torch.Tensor,
+    lse_2BHT: torch.Tensor,
     cu: torch.Tensor | None,
     causal: bool,
     window: int,
@@ -118,9 +127,9 @@ def attention_backward(
     arch = architecture(q.device)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
-    delta_BHT = torch.empty_like(lse_SBHT[0])
+    delta_BHT = torch.empty_like(lse_2BHT[0])
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
-    stats = lse_SBHT.stride()[:3]
+    stats = lse_2BHT.stride()[:3]
 
     tile = tile_of("dq", D, q.dtype, arch)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
@@ -132,7 +141,7 @@ def attention_backward(
     if want_q:
         launch(
             attention_dq_kernel, place.grid,
-            q, k, v, do, lse_SBHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
+            q, k, v, do, lse_2BHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
             **meaning, **tile,
         )  # fmt: skip
     if want_kv:
@@ -140,7 +149,7 @@ def attention_backward(
         place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
         launch(
             attention_dkdv_kernel, place.grid,
-            q, k, v, do, lse_SBHT, delta_BHT, dk, dv, cu,
+            q, k, v, do, lse_2BHT, delta_BHT, dk, dv, cu,
             *strides, *dk.stride()[:3], *dv.stride()[:3], *stats, *place.numbers,
             **meaning, **tile,
         )  # fmt: skip
