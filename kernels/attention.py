@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .attention_fused import attention_fused
 from .lang import wide
 from .op import Case, Op
 
@@ -134,6 +135,7 @@ attention = Op(
     name="attention",
     reference=_attention,
     eager=_attention_eager,
+    fused=attention_fused,
     autocast=True,
     cases=[
         Case("causal", lambda m: _qkv(m, 2, 33, 33, 2, 2, 32)),

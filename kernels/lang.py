@@ -41,3 +41,22 @@ def next_power_of_2(n: int) -> int:
 def wide(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a reference computes: float64 stays, everything narrower becomes float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability of a device as one number: 80, 90, 100; 0 where kernels are interpreted.
+
+    Meta tensors are compiled for whatever target the driver names: that is how budgets are checked without a GPU.
+    """
+    if INTERPRET or not HAS_TRITON:
+        return 0
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+if HAS_TRITON and INTERPRET:
+    from . import interpreter
+
+    interpreter.correct()

@@ -1,0 +1,183 @@
+"""Launching the attention kernels: which tiles, which grid, and how the pieces join PyTorch's autograd.
+
+The tiles below are reasoned, not searched: the largest whose accumulators stay in registers, by head size and
+architecture, each compiled ahead of time and found free of spills.
+
+S statistics (one, or two in float32), B batch, T queries, H query heads, K key heads, D head dim; ragged batches are one batch of all tokens.
+"""
+
+import torch
+
+from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
+from .attention_forward import attention_forward_kernel
+from .fused import Differentiable, launch, launcher
+from .lang import architecture, cdiv, next_power_of_2
+
+CACHED_BYTES = 24 << 20
+"""Keys and values of the heads that are worked on at the same time should fit in the L2 cache."""
+
+
+_TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the power of two that holds a head
+    ("forward", 80): {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+    ("forward", 90): {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+    ("forward", 100): {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+    ("dq", 80): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("dq", 90): {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("dq", 100): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("dkdv", 80): {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    ("dkdv", 90): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+}
+
+
+def tile_of(kernel: str, D: int, dtype: torch.dtype, arch: int) -> dict:
+    """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv"."""
+    if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
+        M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
+    else:
+        family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
+        M, N, warps, stages = _TILES[kernel, family][min(256, max(64, next_power_of_2(D)))]
+    return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+
+
+class _Grid:
+    """Programs for every tile of every head, and the numbers by which a program finds its own."""
+
+    def __init__(self, q, k, cu, block, heads, length, keep):
+        B, D = q.shape[0], q.shape[3]
+        sequences = 0 if cu is None else cu.shape[0] - 1
+        tiles = length // block + sequences if sequences else cdiv(length, block)
+        shared = heads // k.shape[2]
+        group = shared * max(1, CACHED_BYTES // max(1, 2 * keep * D * q.itemsize))
+        self.grid = (tiles * B * heads,)
+        self.numbers = (tiles, B * heads, heads, min(group, B * heads), q.shape[1], k.shape[1], sequences)
+
+
+def _even(x: torch.Tensor) -> torch.Tensor:
+    """x with neighboring elements in its last dimension: what is expanded or strided there is copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _meaning(q, k, cu, causal, window, softcap, scale):
+    D = q.shape[3]
+    return {
+        "SHARE": q.shape[2] // k.shape[2],
+        "SCALE": scale,
+        "SOFTCAP": softcap,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "RAGGED": cu is not None,
+        "D": D,
+        "BLOCK_D": max(16, next_power_of_2(D)),
+        "WIDE": q.dtype == torch.float32,
+    }
+
+
+def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
+    """Room for a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
+    make = torch.empty if cu is None else torch.zeros
+    return make(x.shape, dtype=x.dtype, device=x.device)
+
+
+@launcher
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _even(q), _even(k), _even(v)
+    B, T, H, D = q.shape
+    o = _blank(q, cu)
+    meaning = _meaning(q, k, cu, causal, window, softcap, scale)
+    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
+    tile = tile_of("forward", D, q.dtype, architecture(q.device))
+    place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
+    launch(
+        attention_forward_kernel, place.grid,
+        q, k, v, o, lse_2BHT, cu,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse_2BHT.stride()[:3], *place.numbers,
+        **meaning, **tile,
+    )  # fmt: skip
+    return o, lse_2BHT
+
+
+@launcher
+def attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse_2BHT: torch.Tensor,
+    cu: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    want_q: bool,
+    want_kv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v = _even(do), _even(q), _even(k), _even(v)
+    H, D = q.shape[2:]
+    arch = architecture(q.device)
+    meaning = _meaning(q, k, cu, causal, window, softcap, scale)
+    dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
+    delta_BHT = torch.empty_like(lse_2BHT[0])
+    strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
+    stats = lse_2BHT.stride()[:3]
+
+    tile = tile_of("dq", D, q.dtype, arch)
+    place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
+    launch(
+        attention_delta_kernel, place.grid,
+        o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *place.numbers,
+        RAGGED=meaning["RAGGED"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
+    )  # fmt: skip
+    if want_q:
+        launch(
+            attention_dq_kernel, place.grid,
+            q, k, v, do, lse_2BHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
+            **meaning, **tile,
+        )  # fmt: skip
+    if want_kv:
+        tile = tile_of("dkdv", D, q.dtype, arch)
+        place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
+        launch(
+            attention_dkdv_kernel, place.grid,
+            q, k, v, do, lse_2BHT, delta_BHT, dk, dv, cu,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], *stats, *place.numbers,
+            **meaning, **tile,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu, *ctx.meaning = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, cu, *output)
+
+
+def _gradient(ctx, do, _):
+    if do is None:
+        return (None,) * 8
+    q, k, v, cu, o, lse = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    dq, dk, dv = attention_backward(do, q, k, v, o, lse, cu, *ctx.meaning, wants[0], wants[1] or wants[2])
+    return *(dx if want else None for dx, want in zip((dq, dk, dv), wants)), *(None,) * 5
+
+
+_attend = Differentiable(attention_forward, _save, _gradient)
+
+
+def attention_fused(q, k, v, *, causal=True, window=None, softcap=None, scale=None, cu_seqlens=None, max_seqlen=None):
+    """The fused twin of `attention`: same arguments, same meaning."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    meaning = (cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
+    if q.dim() == 4:
+        return _attend(q, k, v, *meaning)[0]
+    return _attend(q[None], k[None], v[None], *meaning)[0][0]
