@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -74,6 +75,30 @@ def fingerprint(bench: str, rooms: tuple[str, ...] = ROOMS) -> str:
 def slug(name: str) -> str:
     """A name fit for a folder: `AMD EPYC 9B45` -> `amd-epyc-9b45`."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") or "unknown"
+
+
+class OtherWork:
+    """How busy everyone else kept the machine since this object was made (Linux)."""
+
+    def __init__(self) -> None:
+        self.begin, self.all, self.own = time.monotonic(), _busy_seconds(), sum(os.times()[:4])
+
+    def share(self) -> float | None:
+        """Processor time of other processes, over the time all cores had."""
+        busy = _busy_seconds()
+        if busy is None or self.all is None:
+            return None
+        theirs = busy - self.all - (sum(os.times()[:4]) - self.own)
+        had = (time.monotonic() - self.begin) * (os.cpu_count() or 1)
+        return round(min(1.0, max(0.0, theirs / had)), 3) if had > 0 else None
+
+
+def _busy_seconds() -> float | None:
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _cores() -> int:

@@ -227,7 +227,7 @@ def run_bench(
             say(f"{bench}: {part.name}: left for the next run ({max(left, 0) / 60:.1f} minutes left)")
             continue
         say(f"{bench}: {part.name} ({due[part.name]})")
-        started, before = clock(), environment.capture(machine.device)
+        started, before, others = clock(), environment.capture(machine.device), environment.OtherWork()
         try:
             rows = part.run(machine, **part.config)
         except KeyboardInterrupt:
@@ -237,8 +237,15 @@ def run_bench(
             traceback.print_exc()
             failed[part.name] = peers.failure(error)
             continue
-        took = clock() - started
-        record.parts[part.name] = PartRecord(dict(part.config), code, took, before, dict(machine.ceilings), list(rows))
+        record.parts[part.name] = PartRecord(
+            config=dict(part.config),
+            code=code,
+            took=clock() - started,
+            others=others.share(),
+            environment=before,
+            ceilings=dict(machine.ceilings),
+            rows=list(rows),
+        )
         record.save(path)
         del due[part.name]
     return Outcome(record, path, {name: reason for name, reason in due.items() if reason}, failed)

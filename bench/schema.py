@@ -30,6 +30,8 @@ class Spread:
     """75th percentile."""
     mad: float
     """Median absolute deviation from the median."""
+    least: float
+    """The smallest sample: what a quiet machine would say."""
     count: int
     """Samples behind the figures."""
 
@@ -38,7 +40,8 @@ class Spread:
         """The spread of `samples` (at least one)."""
         middle = median(samples)
         low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [middle] * 3
-        return cls(middle, low, high, median(abs(sample - middle) for sample in samples), len(samples))
+        mad = median(abs(sample - middle) for sample in samples)
+        return cls(middle, low, high, mad, min(samples), len(samples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class PartRecord:
     """Fingerprint of the sources the numbers depend on."""
     took: float
     """Seconds the whole part took, builds and warm-up included."""
+    others: float | None
+    """Share of the machine's cores that other processes used meanwhile: 0 is a quiet machine."""
     environment: Environment
     ceilings: dict[str, float]
     """Rates measured in the same run: bytes a second for `copy` and `read`, FLOPs a second for `matmul …`."""

@@ -3,6 +3,7 @@
 from .schema import PartRecord, Record, Row, Value
 
 PREFIXED = {"B", "FLOP"}
+NOISY = 1.25
 FIRST = ("first_seconds", "peak_bytes")
 
 
@@ -41,7 +42,13 @@ def subtitle(part: PartRecord) -> str:
     commit = (machine.commit or "no commit")[:9] + ("+changes" if machine.dirty else "")
     rates = [f"{name} {si(rate, 'FLOP/s' if 'matmul' in name else 'B/s')}" for name, rate in part.ceilings.items()]
     where = machine.gpu or f"{machine.cpu}, {machine.threads} threads"
-    return " · ".join([machine.date, where, f"load {machine.load}", commit, *rates])
+    busy = "" if part.others is None else f"others used {100 * part.others:.0f} % of the machine"
+    return " · ".join(filter(None, [machine.date, where, busy, commit, *rates, _noise(part)]))
+
+
+def _noise(part: PartRecord) -> str:
+    apart = max((row.seconds.high / row.seconds.low for row in part.rows if row.seconds), default=1.0)
+    return f"NOISY: quartiles up to {apart:.1f}× apart, measure again" if apart > NOISY else ""
 
 
 def cells(part: PartRecord) -> tuple[list[str], list[list[str]]]:

@@ -8,6 +8,8 @@ norm clipped to 1: a plain PyTorch loop as one would write it first, and `transf
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from . import peers
 from .harness import Machine, Options, Part
@@ -95,15 +97,26 @@ def duel(
 
 
 def ours(shape: Shape) -> Callable[[], object]:
-    """Our step: fused losses that never hold the full logits, one fused AdamW pass."""
-    import torch
+    """The step of `warploom train`, as a run takes it: masters, clipping, schedule, checks, its own AdamW."""
+    from ..engine.data.loader import Batch
+    from ..engine.training import TrainConfig
+    from ..engine.training.trainer import Trainer
 
-    from ..engine.model import Transformer
+    folder = TemporaryDirectory()
+    text = Path(folder.name) / "text.txt"
+    text.write_text("A run is made of some text; the batches timed here are others. " * 100)
+    config = TrainConfig(
+        data=str(text), tokenizer="char", out=f"{folder.name}/run", model=shape.model, batch_size=shape.batch,
+        context=shape.time, lr=3e-4, warmup=0, steps=10**6, device=shape.device, dtype=shape.dtype,
+    )  # fmt: skip
+    trainer = Trainer(config, [])
+    batches = (Batch(tokens, targets) for tokens, targets in shape.batches())
 
-    torch.manual_seed(0)
-    with torch.device(shape.device):
-        model = Transformer(shape.model)
-    return step_of(model, shape, lambda tokens, targets: model.loss(tokens, targets))
+    def step() -> float:
+        return trainer._one_step(next(batches))[0]
+
+    step.folder = folder  # the run's directory lives as long as the step
+    return step
 
 
 def step_of(model, shape: Shape, loss_of: Callable) -> Callable[[], object]:

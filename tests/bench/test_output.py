@@ -16,7 +16,7 @@ def record():
         Row("b1", "slowpeer", Spread.of([0.006]), 667e3, "tok", Spread.of([3.0]), extra={"first_seconds": 41.0}),
         Row("b1", "absent", missing="absent not installed"),
     ]
-    part = PartRecord({}, "c0de", 1.0, environment.capture("cpu"), {"copy": 2.5e10, "matmul float32": 2e11}, rows)
+    part = PartRecord({}, "c0de", 1.0, 0.25, environment.capture("cpu"), {"copy": 2.5e10, "matmul float32": 2e11}, rows)
     return Record("fake", "here", parts={"decode": part})
 
 
@@ -26,7 +26,15 @@ def test_a_table_shows_every_row_with_units_and_drops_empty_columns(record):
     assert lines[0] == ["b1", "ours", "2 ms", "2 ms–2 ms", "2,000,000 tok/s", "", "50.0", "", "3 GB"]
     assert lines[1][5] == "3.00×" and lines[1][7] == "41 s"
     assert lines[2][2] == "– absent not installed"
+    assert "others used 25 % of the machine" in table.subtitle(record.parts["decode"])
     assert "copy 25 GB/s · matmul float32 200 GFLOP/s" in table.subtitle(record.parts["decode"])
+
+
+def test_a_noisy_part_is_called_noisy(record):
+    part = record.parts["decode"]
+    assert "NOISY" not in table.subtitle(part)
+    part.rows.append(Row("b1", "jumpy", Spread.of([1.0, 1.0, 2.0, 2.0])))
+    assert "NOISY: quartiles up to 2.0× apart" in table.subtitle(part)
 
 
 def test_the_plain_and_the_rich_table_say_the_same(record, capsys, monkeypatch):

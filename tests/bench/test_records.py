@@ -7,7 +7,7 @@ import pytest
 
 from warploom.bench import environment, harness
 from warploom.bench.harness import Machine, Options, Part, run_bench, stale
-from warploom.bench.schema import PartRecord, Record, Row, Spread, load_record
+from warploom.bench.schema import Record, Row, Spread, load_record
 from warploom.bench.timing import WallTimer
 
 
@@ -176,4 +176,11 @@ def test_the_environment_says_what_a_number_depends_on():
     assert now.versions["python"].startswith("3.")
     assert now.device == environment.slug(now.device)
     assert now.gpu is None
-    assert isinstance(PartRecord({}, "", 0.0, now, {}, []).environment.cpu_flags, list)
+
+
+def test_work_of_other_processes_is_told_from_our_own(monkeypatch):
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(environment.time, "monotonic", iter([100.0, 110.0]).__next__)
+    monkeypatch.setattr(environment, "_busy_seconds", iter([50.0, 70.0]).__next__)
+    monkeypatch.setattr(environment.os, "times", iter([(1, 1, 0, 0, 0), (8, 4, 0, 0, 0)]).__next__)
+    assert environment.OtherWork().share() == (20 - 10) / (4 * 10)
