@@ -22,8 +22,9 @@ class TrainConfig:
     out: str = "runs/train"
     """Where the run goes: a model directory with its checkpoints, log and curves."""
 
-    model: ModelConfig | None = None
-    """The architecture; None = `preset` with the tokenizer's vocabulary."""
+    model: ModelConfig | dict[str, Any] | None = None
+    """The architecture, or the fields in which it differs from `preset`. A vocab_size of 0 or none is the tokenizer's,
+    and that of the preset for a tokenizer trained here."""
     preset: str = "llama-tiny"
     """A known architecture to start from."""
     init_from: str | None = None
@@ -48,7 +49,7 @@ class TrainConfig:
     context: int | None = None
     """Tokens a row; None = the model's max_seq_len."""
     order: Literal["random", "epochs", "sequential", "packed"] = "random"
-    """Random windows; each window once an epoch, shuffled or in order; or whole documents that ignore each other."""
+    """Random windows; each window once an epoch, shuffled or not; or whole documents, kept apart from each other."""
     stride: int | None = None
     """Distance between windows for epochs and sequential; None = context, less = overlapping."""
     num_workers: int = 1

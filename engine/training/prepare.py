@@ -28,11 +28,7 @@ def prepare(config: TrainConfig, note: Callable[[str], None]) -> Materials:
     """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data."""
     data = open_data(config, note)
     tokenizer = data.tokenizer()
-    model = load_config(config.init_from) if config.init_from else config.model
-    if model is None:
-        model = ModelConfig.preset(config.preset, vocab_size=tokenizer.vocab_size)
-        if config.context and config.context > model.max_seq_len:
-            model = model.replace(max_seq_len=config.context)
+    model = architecture(config, tokenizer.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the model's vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of the "
@@ -43,6 +39,19 @@ def prepare(config: TrainConfig, note: Callable[[str], None]) -> Materials:
     if config.init_from:
         _check_same_tokenizer(Path(config.init_from), data)
     return Materials(data, tokenizer, model)
+
+
+def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The architecture a run names; `vocab_size` fills in for a vocabulary it leaves open."""
+    if config.init_from:
+        return load_config(config.init_from)
+    if isinstance(config.model, ModelConfig):
+        return config.model
+    changes = dict(config.model or {})
+    changes["vocab_size"] = changes.get("vocab_size") or vocab_size
+    if config.context:
+        changes.setdefault("max_seq_len", config.context)
+    return ModelConfig.from_dict({**ModelConfig.preset(config.preset).to_dict(), **changes})
 
 
 def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
@@ -75,7 +84,7 @@ def open_data(config: TrainConfig, note: Callable[[str], None]) -> TokenData:
 def open_tokenizer(config: TrainConfig, corpus: Corpus, note: Callable[[str], None]) -> Any:
     """The tokenizer a run names: one on disk, or one trained on the corpus's training split."""
     source = config.init_from if config.init_from and config.tokenizer == "bpe" else config.tokenizer
-    vocab_size = (config.model or ModelConfig.preset(config.preset)).vocab_size
+    vocab_size = architecture(config, ModelConfig.preset(config.preset).vocab_size).vocab_size
     return make_tokenizer(source, text_of(corpus, 0, config.splits), vocab_size, note)
 
 

@@ -206,6 +206,7 @@ class Trainer:
 
     def _one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
         """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
+        torch.manual_seed(_seed_of(self.config.seed, self.step))  # dropout, too, is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
         self.scale.unscale(parameters)
@@ -472,3 +473,7 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _seed_of(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])

@@ -1,0 +1,85 @@
+"""Turn text into token files: `warploom data --source stdlib --tokenizer bpe --out data/stdlib`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from .flags import parse
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Tokenize a corpus into DIR/train.bin, val.bin and test.bin. Only the sources tinystories, openwebtext and
+    wikitext use the network: they stream from the Hugging Face hub."""
+
+    out: str
+    """Directory to write."""
+    source: Literal["stdlib", "file", "tinystories", "openwebtext", "wikitext"] = "file"
+    """stdlib = Python's standard library on this machine; file = --files; the others are public data sets."""
+    files: tuple[str, ...] = ()
+    """Text files, folders or globs: .txt, .jsonl (field "text"), either with .gz."""
+    num_samples: int | None = None
+    """Read only the first so many documents."""
+    tokenizer: str = "bpe"
+    """bpe, char or word (trained on the training split), or a directory or file to load."""
+    vocab_size: int = 8192
+    """Size of a tokenizer trained here."""
+    splits: tuple[float, ...] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test."""
+    threads: int | None = None
+    """Threads that encode; None = all cores."""
+
+
+def run(argv: list[str]) -> int:
+    flags = parse(Flags, argv, "data")
+    from ..data import open_corpus, text_of, write_token_data
+    from ..training.prepare import make_tokenizer
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    corpus = open_corpus(flags.source, flags.files, flags.num_samples)
+    if flags.source in ("tinystories", "openwebtext", "wikitext"):
+        note(f"streaming {corpus.name} from the Hugging Face hub")
+    tokenizer = make_tokenizer(flags.tokenizer, text_of(corpus, 0, flags.splits), flags.vocab_size, note)
+    with _progress(corpus.name) as advance:
+        data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
+    for name, info in data.meta.splits.items():
+        rate = info.bytes / info.tokens if info.tokens else 0
+        print(f"{name}: {info.tokens:,} tokens of {info.documents:,} documents, {rate:.2f} bytes a token")
+    return 0
+
+
+class _progress:
+    """A bar with the rate on a terminal, a line every ten seconds in a log."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.began, self.next = name, time.perf_counter(), 10.0
+        self.bar = None
+
+    def __enter__(self):
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+            columns = (SpinnerColumn(), TextColumn(f"tokenizing {self.name}"), DownloadColumn(), TransferSpeedColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task(self.name, total=None)
+        return self
+
+    def __call__(self, done: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done)
+            return
+        seconds = time.perf_counter() - self.began
+        if seconds > self.next:
+            self.next = seconds + 10
+            print(f"tokenized {done / 1e6:.0f} MB, {done / 1e6 / seconds:.1f} MB/s", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,63 @@
+"""How good is a model on some text? `warploom eval --model DIR --data DATASET_OR_FILE`."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from .flags import parse
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Loss, perplexity and bits per byte of a model on a split of a dataset, or on a whole text file."""
+
+    model: tyro.conf.Positional[str]
+    """A model directory."""
+    data: tyro.conf.Positional[str]
+    """A dataset directory made with the model's tokenizer, or a text file."""
+    split: str = "val"
+    """Which split of a dataset directory."""
+    context: int | None = None
+    """Tokens a window; None = the model's max_seq_len."""
+    batch_size: int = 16
+    """Windows at a time."""
+    limit: int = 0
+    """Read only this many batches, spread evenly; 0 = everything."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16, float16."""
+
+
+def run(argv: list[str]) -> int:
+    flags = parse(Flags, argv, "eval")
+    from ..data import TokenData, write_token_data
+    from ..data.corpus import files
+    from ..data.tokens import file_hash
+    from ..device import pick_device, pick_dtype
+    from ..hub import load_model
+    from ..training.evaluate import evaluate, token_bytes, validation_batches
+
+    device = pick_device(flags.device)
+    model, tokenizer = load_model(flags.model, device, pick_dtype(flags.dtype, device))
+    if tokenizer is None:
+        raise ValueError(f"{flags.model} has no tokenizer.json, so there is no text to measure it on")
+    with tempfile.TemporaryDirectory() as scratch:
+        if (Path(flags.data) / "meta.json").is_file():
+            data, name = TokenData(flags.data), flags.split
+            if data.meta.tokenizer_sha256 != file_hash(Path(flags.model) / "tokenizer.json"):
+                raise ValueError(f"{flags.data} was tokenized with another tokenizer than {flags.model} has")
+        else:
+            data, name = write_token_data(files([flags.data]), tokenizer, Path(scratch) / "tokens", (1.0,)), "train"
+        split = data.split(name)
+        if len(split) < 2:
+            raise ValueError(f"{flags.data} has {len(split)} tokens in {name!r}: at least 2 are needed")
+        context = min(flags.context or model.config.max_seq_len, model.config.max_seq_len)
+        batches = validation_batches(split, flags.batch_size, context, flags.limit)
+        found = evaluate(model, batches, token_bytes(tokenizer))
+    print(f"{found} ({found.tokens:,} tokens)")
+    return 0

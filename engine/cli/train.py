@@ -1,0 +1,123 @@
+"""Train a model: `warploom train DATA --out DIR`, from a dataset directory or straight from text files.
+
+Every field of `TrainConfig` and of `ModelConfig` is a flag. `--preset` and `--config FILE.toml` set their defaults,
+flags override both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..config import ModelConfig
+from ..training.config import TrainConfig
+from .flags import parse
+
+
+@dataclass(frozen=True)
+class RunFlags(TrainConfig):
+    """What to train on, for how long, and how."""
+
+    data: tyro.conf.Positional[str]
+    """A dataset directory (`warploom data`), a text file, a folder or glob of text files, or 'stdlib'."""
+    model: tyro.conf.Suppress[None] = None
+    init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A model directory whose weights to start from (fine-tuning)."""
+    config: str | None = None
+    """A TOML file with any of these flags as `name = value`, for example `batch_size = 32`."""
+
+    def __post_init__(self) -> None:
+        """Checked when it becomes a TrainConfig."""
+
+
+@dataclass(frozen=True)
+class ModelFlags(ModelConfig):
+    """The architecture; every default is the preset's."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table, and the size of a tokenizer trained here; 0 = as the tokenizer (or preset) has."""
+    rope_scaling: str | None = None
+    """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"dynamic"|"yarn"|"llama3", "factor": …, …}."""
+
+    def __post_init__(self) -> None:
+        """Checked when it becomes a ModelConfig."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Train a model: a dataset directory or a text file in, a model directory out."""
+
+    run: RunFlags
+    model: ModelFlags
+
+
+def run(argv: list[str]) -> int:
+    config = read(argv)
+    from ..training.trainer import train
+    from ..training.watch import Lines, Panel
+
+    watcher = Panel() if sys.stderr.isatty() else Lines()
+    try:
+        result = train(config, [watcher])
+    finally:
+        watcher.finished()
+    if result.stopped_by:
+        return 130 if result.stopped_by == "SIGINT" else 143
+    print(f"{result.directory}: {result.evaluation or 'no validation text'}")
+    return 0
+
+
+def read(argv: list[str]) -> TrainConfig:
+    """The run that a command line describes."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--preset")
+    known, _ = early.parse_known_args(argv)
+    settings = _read_toml(known.config) if known.config else {}
+    preset = known.preset or settings.get("preset", TrainConfig.preset)
+    flags = parse(Flags, argv, "train", _defaults(preset, settings))
+    chosen = {field.name: getattr(flags.run, field.name) for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{**chosen, "preset": preset, "model": _model(flags.model)})
+
+
+def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)}
+    of_run = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
+    unknown = sorted(set(settings) - of_model - of_run)
+    if unknown:
+        raise ValueError(f"the configuration has no field {', '.join(unknown)}")
+    shape = {**ModelConfig.preset(preset).to_dict(), "vocab_size": 0}
+    shape |= {key: value for key, value in settings.items() if key in of_model}
+    if shape["rope_scaling"] is not None:
+        shape["rope_scaling"] = json.dumps(shape["rope_scaling"])
+    run_settings = {key: value for key, value in settings.items() if key in of_run}
+    return Flags(RunFlags(**{"data": tyro.MISSING, **run_settings}), ModelFlags(**shape))
+
+
+def _model(flags: ModelFlags) -> dict[str, Any]:
+    """The fields of a ModelConfig; vocab_size 0 waits for the tokenizer."""
+    fields = dataclasses.asdict(flags)
+    if fields["rope_scaling"] is None:
+        return fields
+    try:
+        return {**fields, "rope_scaling": json.loads(fields["rope_scaling"])}
+    except ValueError as error:
+        raise ValueError(f"rope_scaling must be JSON, not {fields['rope_scaling']!r}: {error}") from error
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error

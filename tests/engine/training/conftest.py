@@ -1,0 +1,68 @@
+import random
+
+import pytest
+
+from warploom.engine.training import TrainConfig, Watcher
+
+TINY = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32}
+
+
+class Recorder(Watcher):
+    """Remembers what a run told."""
+
+    def __init__(self):
+        self.steps, self.evaluations, self.samples, self.notes, self.done = [], [], [], [], 0
+
+    def stepped(self, progress):
+        self.steps.append(progress)
+
+    def evaluated(self, step, evaluation):
+        self.evaluations.append((step, evaluation))
+
+    def sampled(self, step, prompt, text):
+        self.samples.append((step, prompt, text))
+
+    def noted(self, text):
+        self.notes.append(text)
+
+    def finished(self):
+        self.done += 1
+
+    @property
+    def losses(self):
+        return [progress.loss for progress in self.steps]
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory):
+    """A text with structure to learn: sums."""
+    draw = random.Random(0)
+    lines = (f"{a} and {b} make {a + b}.\n" for a, b in ((draw.randrange(50), draw.randrange(50)) for _ in range(900)))
+    path = tmp_path_factory.mktemp("story") / "sums.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def tiny(story, tmp_path):
+    """A TrainConfig of a run that takes a second."""
+
+    def make(out="run", **changes):
+        settings = {
+            "data": str(story), "out": str(tmp_path / out), "model": TINY, "tokenizer": "char", "steps": 12,
+            "batch_size": 4, "eval_every": 6, "eval_batches": 2, "save_every": 5, "sample_tokens": 4,
+            "dtype": "float32", "device": "cpu", "log_every": 1,
+        }  # fmt: skip
+        return TrainConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+def recorders():
+    return Recorder
