@@ -7,18 +7,23 @@ flags override both.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..config import ModelConfig
 from ..training.config import TrainConfig
 from .flags import parse
+
+if TYPE_CHECKING:
+    from ..training.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,25 @@ class Flags:
 def run(argv: list[str]) -> int:
     config = read(argv)
     from ..training.trainer import train
-    from ..training.watch import Lines, Panel
 
-    watcher = Panel() if sys.stderr.isatty() else Lines()
-    try:
+    with watching() as watcher:
         result = train(config, [watcher])
-    finally:
-        watcher.finished()
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     print(f"{result.directory}: {result.evaluation or 'no validation text'}")
     return 0
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Watcher]:
+    """The live panel on a terminal, plain lines elsewhere; the terminal is left as it was found."""
+    from ..training.watch import Lines, Panel
+
+    watcher = Panel() if sys.stderr.isatty() else Lines()
+    try:
+        yield watcher
+    finally:
+        watcher.finished()
 
 
 def read(argv: list[str]) -> TrainConfig:
