@@ -1,0 +1,56 @@
+"""What the README tells people to type, typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from warploom.engine.cli import available, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOVEL = "话说天下大势，分久必合，合久必分。The empire, long divided, must unite.\n" * 200
+SHRUNK = {"train": "--steps 4 --d-model 32 --n-layers 1 --max-seq-len 32"}  # the same commands, a smaller model
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("warploom ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.fixture
+def empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_example_runs_as_printed(empty_directory, capsys):
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 40
+    assert (empty_directory / "runs/readme/model.safetensors").exists()
+
+
+def test_the_commands_for_your_own_text_run_in_order(empty_directory, capsys):
+    (empty_directory / "novel.txt").write_text(NOVEL, encoding="utf-8")
+    for verb, *flags in commands():
+        assert main([verb, *flags, *SHRUNK.get(verb, "").split()]) == 0, capsys.readouterr().err
+
+
+def test_every_make_target_and_verb_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks("sh")))):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for verb in set(re.findall(r"`warploom ([a-z]+)", README)):
+        assert verb in available(), verb
+
+
+def test_every_linked_file_exists():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
