@@ -1,4 +1,4 @@
-"""Launching paged attention, and its kernels: prefill chunks and decode rows of one batch, in one grid that never changes.
+"""The kernels of paged attention: prefill chunks and decode rows of one batch, in one grid that never changes.
 
 A decode row is one query against a long context: nothing to compute and everything to read. So the query heads that
 share a key head form one tile (its keys are read once), and the context is cut into segments that are read at the same
