@@ -3,7 +3,7 @@
 The tiles below are reasoned, not searched: the largest whose accumulators stay in registers, by head size and
 architecture, each compiled ahead of time and found free of spills.
 
-S statistics (one, or two in float32), B batch, T queries, H query heads, K key heads, D head dim; ragged batches are one batch of all tokens.
+B batch, T queries, S keys, H query heads, K key heads, D head dim; a ragged batch is one sequence of all its tokens.
 """
 
 import torch

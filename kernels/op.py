@@ -160,7 +160,7 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         device = _device_of(args)
-        if self.autocast and torch.is_autocast_enabled(device.type):
+        if self.autocast and device.type != "meta" and torch.is_autocast_enabled(device.type):
             args = _cast(args, torch.get_autocast_dtype(device.type))
             with torch.autocast(device.type, enabled=False):
                 return self._run(device, args, kwargs)

@@ -13,6 +13,7 @@ import torch
 
 from .attention import attention
 from .op import Case, Op
+from .paged_attention_fused import paged_attention_fused
 
 
 def _paged_attention(
@@ -26,22 +27,37 @@ def _paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence)."""
-    return _each_sequence(
-        attention.reference, q, k_pages, v_pages, page_table, context_lens, query_lens, window, softcap, scale
-    )
+    """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence).
+
+    The cached keys and values are the pages' times `k_scale` and `v_scale`, for pages narrower than their contents."""
+    options = {"window": window, "softcap": softcap, "scale": scale}
+    cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
+    return _each_sequence(attention.reference, q, *cache, options)
 
 
 def _paged_attention_eager(
-    q, k_pages, v_pages, page_table, context_lens, query_lens, *, window=None, softcap=None, scale=None
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    context_lens,
+    query_lens,
+    *,
+    window=None,
+    softcap=None,
+    scale=None,
+    k_scale=1.0,
+    v_scale=1.0,
 ):
-    return _each_sequence(
-        attention.eager, q, k_pages, v_pages, page_table, context_lens, query_lens, window, softcap, scale
-    )
+    options = {"window": window, "softcap": softcap, "scale": scale}
+    cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
+    return _each_sequence(attention.eager, q, *cache, options)
 
 
-def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_lens, window, softcap, scale):
+def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale, options):
     page = k_pages.shape[1]
     out_THD = torch.zeros_like(q)
     start = 0
@@ -51,17 +67,17 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
         pages = pages[: -(-context // page)].long()
         k, v = (cache[pages].flatten(0, 1)[None, :context].to(q.dtype) for cache in (k_pages, v_pages))
         rows = slice(start, start + queries)
-        out_THD[rows] = attend(q[None, rows], k, v, window=window, softcap=softcap, scale=scale)[0]
+        out_THD[rows] = attend(q[None, rows], k * k_scale, v, **options)[0] * v_scale
         start += queries
     return out_THD
 
 
-def _batch(m, contexts, queries, H, K, D, page, padding=0):
+def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None):
     """Sequences with these lengths, in pages handed out back to front."""
     per_sequence = max(-(-c // page) for c in contexts)
     total = per_sequence * len(contexts) + 1
     table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)
-    pages = (m.normal(total, page, K, D, grad=False) for _ in range(2))
+    pages = (m.normal(total, page, K, D, dtype=dtype, grad=False) for _ in range(2))
     lengths = (torch.tensor(x, dtype=torch.int32).to(m.device) for x in (contexts, queries))
     return m.normal(sum(queries) + padding, H, D, grad=False), *pages, table, *lengths
 
@@ -70,10 +86,18 @@ paged_attention = Op(
     name="paged_attention",
     reference=_paged_attention,
     eager=_paged_attention_eager,
+    fused=paged_attention_fused,
     cases=[
         Case("decode", lambda m: _batch(m, [1, 9, 40], [1, 1, 1], 4, 2, 32, 16)),
         Case("prefill", lambda m: _batch(m, [5, 19], [5, 19], 2, 1, 32, 16)),
         Case("chunks and decode", lambda m: _batch(m, [33, 7, 20], [1, 7, 6], 4, 1, 64, 16, padding=3)),
+        Case("three heads a key head", lambda m: _batch(m, [21, 3, 0], [9, 1, 0], 6, 2, 40, 8)),
+        Case("segments", lambda m: _batch(m, [600, 257], [1, 1], 2, 1, 16, 64)),
+        Case(
+            "float8 pages",
+            lambda m: _batch(m, [33, 20], [1, 6], 4, 2, 32, 16, dtype=torch.float8_e4m3fn),
+            {"k_scale": 0.5, "v_scale": 2.0},
+        ),
         Case("window, cap", lambda m: _batch(m, [30, 12], [2, 12], 2, 2, 32, 8), {"window": 6, "softcap": 4.0}),
         Case(
             "32 decodes at 4096",

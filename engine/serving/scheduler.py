@@ -186,7 +186,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, budget: int, step: dict[Sequence, _Share]) -> int:
         """Give a running sequence its part of the step, as far as budget and pages go; how many tokens that is."""
         wanted = min(sequence.uncomputed, budget)
-        if wanted <= 0:
+        if wanted <= 0 or (sequence.grammar is not None and sequence.pending):  # a grammar must see the token first
             return 0
         tokens = self._tokens(sequence, wanted)
         tokens += self._drafts(sequence, wanted, budget - wanted)
@@ -214,11 +214,12 @@ class Scheduler:
 
     def _drafts(self, sequence: Sequence, wanted: int, budget: int) -> tuple[int, ...]:
         """Guesses for the tokens after the next one, where there are budget and pages that nobody else needs."""
-        if self.draft is None or self.depth > 1 or sequence.manual or wanted != sequence.uncomputed:
+        if self.draft is None or self.depth > 1 or sequence.manual or sequence.grammar is not None:
             return ()
         room = (len(sequence.pages) + self.pool.num_free) * self.pool.page_size
         most = min(min(sequence.capacity, room) - sequence.length, budget - len(self.running))
-        return tuple(self.draft(sequence, most)) if most > 0 and sequence.generated > 0 else ()
+        decoding = wanted == sequence.uncomputed and sequence.generated > 0
+        return tuple(self.draft(sequence, most)) if decoding and most > 0 else ()
 
     def _make_room(self, sequence: Sequence, start: int, end: int, step: dict[Sequence, _Share]) -> list | None:
         """Pages of its own for positions start to end, and the copies that takes; None if it lost its row instead."""

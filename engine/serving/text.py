@@ -79,7 +79,11 @@ class TextStream:
         """The text that this token makes certain; nothing after a stop string."""
         if self._decoder is None or token in self._hidden or self.stopped:
             return ""
-        return self._say(self._stops.push(self._decoder.push(token)))
+        try:
+            text = self._decoder.push(token)
+        except ValueError:  # a row of the model's table that the tokenizer has no token for
+            return ""
+        return self._say(self._stops.push(text))
 
     def finish(self) -> str:
         """The end of the text: whatever was kept back."""

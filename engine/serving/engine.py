@@ -1,0 +1,319 @@
+"""The engine: one loop that plans, computes and tells.
+
+`step()` is the whole loop body: take in what others asked for, launch as many plans as may be under way, read the
+oldest result, hand every new token to its listener. Whoever waits for a result may drive the loop by hand (`LLM.generate`);
+a server starts the thread instead. `submit` and `cancel` may be called from any thread at any moment:
+they check, leave a note and return; the loop acts on the notes between two steps. A step that fails ends
+the requests it was computing, with the error, and nobody else's.
+"""
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import TypeVar
+
+from .outputs import EngineError, Metrics, Output, Piece
+from .params import SamplingParams
+from .plan import ChunkResult
+from .runner import Runner
+from .scheduler import Scheduler
+from .sequence import Sequence
+from .text import TextStream
+
+Result = TypeVar("Result")
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Stream:
+    """One continuation under way, seen from its caller's side."""
+
+    def __init__(self, sequence: Sequence, text: TextStream, index: int, tell: Callable[[Piece], None]):
+        self.sequence, self.index = sequence, index
+        self.metrics = Metrics(sequence.arrival, seed=sequence.seed)
+        self.logprobs: list = []
+        self.prompt_logprobs: list = []
+        self.error: Exception | None = None
+        self.finished = False
+        self._text, self._tell = text, tell
+        if text.text:
+            tell(Piece(text.text, index=index))
+
+    def receive(self, tokens: tuple[int, ...], result: ChunkResult, now: float) -> bool:
+        """Take in new tokens; whether a stop string has come."""
+        self.prompt_logprobs += result.prompt_logprobs
+        if not tokens:
+            return False
+        if self.metrics.first_token is None:
+            self.metrics.first_token = now
+            self.metrics.cached_tokens = self.sequence.cached_tokens
+        pieces = []
+        for number, token in enumerate(tokens, 1):
+            pieces.append(self._text.push(token))
+            if self._text.stopped:
+                tokens = tokens[:number]
+                break
+        logprobs = result.logprobs[: len(tokens)]
+        self.logprobs += logprobs
+        self.metrics.generated_tokens += len(tokens)
+        self._tell(Piece("".join(pieces), tokens, None, logprobs, self.index))
+        return self._text.stopped
+
+    def end(self, reason: str, now: float) -> None:
+        """No more tokens will come."""
+        self.finished = True
+        self.metrics.finished = now
+        self.metrics.preemptions = self.sequence.preemptions
+        self._tell(Piece(self._text.finish(), (), reason, (), self.index))
+
+    def output(self) -> Output:
+        """The whole of it, once it has finished."""
+        sequence, params = self.sequence, self.sequence.params
+        start = sequence.prompt_length
+        return Output(
+            self._text.text,
+            tuple(sequence.tokens[start : start + self.metrics.generated_tokens]),
+            sequence.finish_reason,
+            tuple(sequence.tokens[:start]),
+            None if params.logprobs is None else tuple(self.logprobs),
+            None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            self.metrics,
+        )
+
+
+class Generation:
+    """A submitted request: its `n` streams, and the pieces they have brought."""
+
+    def __init__(self, engine: "Engine"):
+        self._engine = engine
+        self.streams: list[Stream] = []
+        self.pieces: SimpleQueue[Piece] = SimpleQueue()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all continuations have ended."""
+        return all(stream.finished for stream in self.streams)
+
+    def cancel(self) -> None:
+        """Stop generating; from any thread, at any moment, more than once."""
+        self._engine.cancel(self)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces as they come, until all continuations have ended; leaving early cancels."""
+        ended = 0
+        try:
+            while ended < len(self.streams):
+                self._engine.pump(self)
+                piece = self.pieces.get()
+                ended += piece.finish_reason is not None
+                yield piece
+            self._raise_error()
+        finally:
+            self.cancel()
+
+    def result(self) -> Output:
+        """Wait for the end, and return all of it."""
+        self._engine.wait(self)
+        self._raise_error()
+        first, *others = (stream.output() for stream in self.streams)
+        if not others:
+            return first
+        return Output(**{name: getattr(first, name) for name in Output.__slots__ if name != "others"}, others=(*others,))
+
+    def _raise_error(self) -> None:
+        error = next((stream.error for stream in self.streams if stream.error), None)
+        if error:
+            raise EngineError(f"the engine failed while computing this request: {error}") from error
+
+
+class Engine:
+    """One model, one pool, one loop."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer=None, eos: frozenset[int] = frozenset()):
+        self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, eos
+        self.failures = 0
+        self.last_error: Exception | None = None
+        self.generated_tokens = 0
+        self._notes: deque[Callable[[], None]] = deque()
+        self._flights: deque = deque()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        salt: object = None,
+        grammar: Callable[[], object] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> Generation:
+        """Ask for a generation; raises ValueError for what could never be served. `deadline` is in seconds from now."""
+        self._check(tokens, params)
+        now = time.monotonic()
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        generation = Generation(self)
+        limit = self.scheduler.context if params.max_tokens is None else params.max_tokens
+        limit = self.scheduler.fit(len(tokens), limit)
+        for index in range(params.n):
+            sequence = Sequence(list(tokens), len(tokens), params, _nth_seed(seed, index), limit)
+            sequence.stop_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+            sequence.arrival, sequence.priority, sequence.salt = now, priority, salt
+            sequence.deadline = None if deadline is None else now + deadline
+            sequence.grammar = grammar() if grammar else None
+            sequence.use_cache = params.prompt_logprobs is None
+            sequence.listener = Stream(sequence, self._text(tokens, params), index, on_piece or generation.pieces.put)
+            generation.streams.append(sequence.listener)
+        first, *others = (stream.sequence for stream in generation.streams)
+        first.followers = tuple(others)
+        self._leave_note(lambda: self.scheduler.add(first))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a generation wherever it is; its pages are free before the next step."""
+        if not generation.finished:
+            self._leave_note(lambda: self._cancel_now(generation))
+
+    def step(self) -> bool:
+        """One turn of the loop; False when there is nothing to do."""
+        with self._lock:
+            try:
+                return self._turn()
+            except Exception as error:
+                self._fail(error)
+                return True
+
+    def call(self, action: Callable[[], Result]) -> Result:
+        """Do something with the scheduler between two steps."""
+        with self._lock:
+            self._read_notes()
+            result = action()
+            self._tell_ended()
+        self._wake.set()
+        return result
+
+    def drive(self, until: Callable[[], bool]) -> None:
+        """Turn the loop, or wait for the thread that does, until a condition holds."""
+        while not until():
+            if self._thread is None:
+                self.step()
+            else:
+                time.sleep(0.0005)
+
+    def pump(self, generation: Generation) -> None:
+        """Drive the loop until the generation has a piece to read, unless the thread does that."""
+        while self._thread is None and generation.pieces.empty() and not generation.finished:
+            self.step()
+
+    def wait(self, generation: Generation) -> None:
+        """Return when the generation has ended."""
+        self.drive(lambda: generation.finished)
+
+    def start(self) -> None:
+        """Run the loop in a thread of its own from now on."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._loop, name="warploom-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in; what is under way can be driven by hand again."""
+        thread, self._stopping = self._thread, True
+        if thread is not None:
+            self._wake.set()
+            thread.join()
+            self._thread = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests will be served: the thread, if there is one, is running."""
+        return self._thread is None or self._thread.is_alive()
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            if not self.step():
+                self._wake.wait()
+
+    def _turn(self) -> bool:
+        self._read_notes()
+        while plan := self.scheduler.plan(time.monotonic()):
+            self._flights.append(self.runner.launch(plan))
+        self._tell_ended()
+        if not self._flights:
+            return False
+        result = self.runner.collect(self._flights.popleft())
+        now = time.monotonic()
+        for sequence, tokens, chunk in self.scheduler.commit(result):
+            self.generated_tokens += len(tokens)
+            stopped = sequence.listener.receive(tokens, chunk, now)
+            if stopped or (sequence.grammar is not None and sequence.grammar.finished):
+                self._stop(sequence)
+        self._tell_ended()
+        return True
+
+    def _read_notes(self) -> None:
+        while self._notes:
+            self._notes.popleft()()
+
+    def _tell_ended(self) -> None:
+        ended, self.scheduler.ended = self.scheduler.ended, []
+        for sequence in ended:
+            if not sequence.listener.finished:
+                sequence.listener.end(sequence.finish_reason, time.monotonic())
+
+    def _stop(self, sequence: Sequence) -> None:
+        """The text says stop; that counts even if the last token allowed has just come."""
+        if sequence.finish_reason is not None:
+            sequence.finish_reason = "stop"
+        self.scheduler.finish(sequence, "stop")
+
+    def _fail(self, error: Exception) -> None:
+        """The step went wrong: end what it was computing, keep everything else."""
+        self.failures += 1
+        self.last_error = error
+        self._flights.clear()
+        self.scheduler.abort("error")
+        for sequence in self.scheduler.ended:
+            if sequence.finish_reason == "error":
+                sequence.listener.error = error
+        self._tell_ended()
+
+    def _cancel_now(self, generation: Generation) -> None:
+        for stream in generation.streams:
+            self.scheduler.finish(stream.sequence, "cancelled")
+
+    def _leave_note(self, note: Callable[[], None]) -> None:
+        self._notes.append(note)
+        self._wake.set()
+
+    def _text(self, tokens: list[int], params: SamplingParams) -> TextStream:
+        if self.tokenizer is None:
+            return TextStream(None)
+        start = self.tokenizer.decode(tokens) if params.echo else ""
+        hidden = {*params.stop_token_ids, *self.eos}
+        return TextStream(self.tokenizer.stream(), params.stop, hidden, start)
+
+    def _check(self, tokens: list[int], params: SamplingParams) -> None:
+        vocabulary = self.runner.model.config.vocab_size
+        for name, ids in (("prompt", tokens), ("stop_token_ids", params.stop_token_ids)):
+            wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+            if wrong is not None:
+                raise ValueError(f"{name} has token id {wrong}, but the vocabulary has {vocabulary} tokens")
+        wrong = next((token for token in params.logit_bias or () if token >= vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"logit_bias has token id {wrong}, but the vocabulary has {vocabulary} tokens")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop needs a tokenizer, and this model has none; use stop_token_ids")
+
+
+def _nth_seed(seed: int, index: int) -> int:
+    """The seed of the index-th continuation: the request's own for the first."""
+    mixed = (seed + index * _GOLDEN) % 2**64
+    return mixed - 2**64 if mixed >= 2**63 else mixed

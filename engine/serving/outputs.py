@@ -1,0 +1,64 @@
+"""What a caller gets back: pieces while it streams, an `Output` at the end."""
+
+from dataclasses import dataclass, field
+
+from .plan import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What became certain at one moment: text that may be shown, and the tokens that came."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None  # set in the last piece
+    logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0  # which of the `n` continuations
+
+
+@dataclass(slots=True)
+class Metrics:
+    """When things happened (one monotonic clock, in seconds) and what they took."""
+
+    arrival: float
+    first_token: float | None = None
+    finished: float | None = None
+    seed: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate of the tokens after the first."""
+        if self.generated_tokens < 2 or self.finished is None or self.finished <= self.first_token:
+            return None
+        return (self.generated_tokens - 1) / (self.finished - self.first_token)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One continuation of one prompt; with `n` above 1, the further ones are in `others`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop", "length", "cancelled" or "error"
+    prompt_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # from the second token of the prompt on
+    metrics: Metrics = field(default_factory=lambda: Metrics(0.0))
+    others: tuple["Output", ...] = ()
+
+    @property
+    def choices(self) -> tuple["Output", ...]:
+        """All `n` continuations, this one first."""
+        return (self, *self.others)
+
+
+class EngineError(RuntimeError):
+    """The engine failed while it computed a request; other requests go on."""

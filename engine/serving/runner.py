@@ -1,0 +1,185 @@
+"""The runner: a plan in, a result out.
+
+All chunks of a step, prompts and decodes alike, lie end to end in one row of tokens, and the model runs over it once.
+Its `attend` writes the new keys and values into pages and lets every chunk look at its own sequence through the page
+table; nothing else in the model knows that there are several sequences. Then the head runs on the few positions that
+sample.
+
+What does not change from step to step stays in place, by row: page tables, sampling settings, the tokens themselves. So
+a step needs a few small arrays from the host, and a token that was sampled by the step before is read on
+the device, before the host has seen it.
+
+A result must not depend on the company. Every product here gives a row the same bits in any batch once the batch has
+some minimum of rows, which is measured once (`steady_rows`) and reached by padding; attention goes query by query.
+
+T tokens of the step, N chunks, R sampled positions.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
+from .quantize import Head
+from .sampling import RowSettings, describe, penalize
+from .store import PageStore
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step under way: what was planned, and what is being computed."""
+
+    plan: StepPlan
+    sampled: Tensor  # token ids, R
+    spans: list[range]  # of R, for each chunk
+    logprobs: dict[int, list[TokenLogprob]]  # by chunk
+    prompt_logprobs: dict[int, list[TokenLogprob]]
+
+
+class Runner:
+    """Runs plans on one model and the pages of its cache."""
+
+    def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head | None = None):
+        self.model, self.store = model, store
+        self.head = head or Head(model)
+        self.device = model.device
+        self.settings = RowSettings(max_batch, self.device)
+        self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
+        self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
+        self.rows: list[Admission | None] = [None] * max_batch
+        self.steady = steady_rows(model.embedding.weight.dtype) if self.device.type == "cpu" else 1
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a plan and wait for the result."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Flight:
+        """Start computing a plan; on a GPU this returns before it is done."""
+        if self.model.training:
+            self.model.eval()
+        self.store.copy(plan.copies)
+        for admission in plan.admitted:
+            self._admit(admission)
+        for chunk in plan.chunks:
+            self.table[chunk.row, chunk.first_page : chunk.first_page + len(chunk.pages)] = chunk.pages
+        hidden_TC = self._forward(plan.chunks)
+        return self._sample(plan, hidden_TC)
+
+    @torch.inference_mode()
+    def collect(self, flight: Flight) -> StepResult:
+        """Wait for a step, and report it."""
+        sampled = flight.sampled.tolist()
+        results = []
+        for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
+            tokens = tuple(sampled[span.start : span.stop])
+            grammar = self.rows[chunk.row].grammar
+            if grammar is not None and tokens:
+                grammar.accept(tokens[0])
+            logprobs = tuple(flight.logprobs.get(index, ()))
+            results.append(ChunkResult(tokens, logprobs, tuple(flight.prompt_logprobs.get(index, ()))))
+        return StepResult(tuple(results))
+
+    def _admit(self, admission: Admission) -> None:
+        row = admission.row
+        self.rows[row] = admission
+        self.settings.admit(row, admission.params, admission.seed)
+        self.tokens[row, : len(admission.tokens)] = torch.tensor(admission.tokens, dtype=torch.int32)
+
+    def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """The hidden states of all chunks' tokens, end to end."""
+        counts = [len(chunk.tokens) for chunk in chunks]
+        T, rows = sum(counts), np.array([chunk.row for chunk in chunks])
+        padded = max(T, self.steady)
+        tokens, positions = np.zeros(padded, dtype=np.int64), np.zeros(padded, dtype=np.int64)
+        tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
+        positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
+        row_T = np.repeat(rows, counts)
+        tokens_T, positions_T = self._to_device(tokens), self._to_device(positions)
+        where = self._to_device(row_T), positions_T[:T]
+        if UNKNOWN in tokens[:T]:
+            tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
+        self.tokens[where] = tokens_T[:T].int()
+        attend = self.store.attend(self.table, rows, row_T, positions, np.array(counts, dtype=np.int32))
+        return self.model.hidden(tokens_T[None], positions_T[None], attend)[0]
+
+    def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
+        ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
+        edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
+        spans = [range(a, b) for a, b in zip(edges, edges[1:])]
+        flight = Flight(plan, torch.empty(0, dtype=torch.int64), spans, {}, {})
+        self._score_prompts(flight, hidden_TC, ends)
+        places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
+        if not places:
+            return flight
+        rows = [chunk.row for chunk, _, _ in places]
+        index_R = self._to_device(np.array(rows))
+        positions = np.array([chunk.start + len(chunk.tokens) + 1 + i for chunk, _, i in places])
+        positions_R = self._to_device(positions)
+        logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
+        changed_RV = self._change(logits_RV, rows, positions)
+        flight.sampled = self.settings.choose(changed_RV, rows, index_R, positions_R)
+        self.tokens[index_R, positions_R] = flight.sampled.int()
+        self._describe(flight, logits_RV)
+        return flight
+
+    def _logits(self, hidden_TC: Tensor, places: np.ndarray) -> Tensor:
+        padded = np.zeros(max(len(places), self.steady), dtype=np.int64)
+        padded[: len(places)] = places
+        return self.head(hidden_TC[self._to_device(padded)])[: len(places)].float()
+
+    def _change(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
+        """The logits after grammar, bias and penalties, for the rows that ask for them."""
+        changed = [
+            r for r, row in enumerate(rows) if self.settings.params[row].penalized
+            or row in self.settings.bias or self.rows[row].grammar is not None
+        ]  # fmt: skip
+        if not changed:
+            return logits_RV
+        logits_RV = logits_RV.clone()
+        for r in changed:
+            row, params, admission = rows[r], self.settings.params[rows[r]], self.rows[rows[r]]
+            if params.penalized:
+                prompt, output = self.tokens[row, : positions[r]].long().tensor_split([admission.prompt_length])
+                logits_RV[r] = penalize(logits_RV[r], params, prompt, output)
+            if row in self.settings.bias:
+                tokens, values = self.settings.bias[row]
+                logits_RV[r, tokens] += values
+            if admission.grammar is not None:
+                admission.grammar.mask(logits_RV[r])
+        return logits_RV
+
+    def _describe(self, flight: Flight, logits_RV: Tensor) -> None:
+        for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
+            top = self.settings.params[chunk.row].logprobs
+            if chunk.sampled and top is not None:
+                rows = slice(span.start, span.stop)
+                flight.logprobs[index] = describe(logits_RV[rows], flight.sampled[rows], top)
+
+    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
+        for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
+            top = self.settings.params[chunk.row].prompt_logprobs
+            count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
+            if top is None or count <= 0:
+                continue
+            first = int(end) - len(chunk.tokens)
+            logits = self._logits(hidden_TC, np.arange(first, first + count))
+            targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
+            flight.prompt_logprobs[index] = describe(logits, targets, top)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+@cache
+def steady_rows(dtype: torch.dtype) -> int:
+    """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))
+    whole = x @ weights.T
+    differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
+    return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)

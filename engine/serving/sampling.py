@@ -1,0 +1,67 @@
+"""From logits to tokens: everything a request may ask for, row by row in one batch.
+
+The rows of a step belong to different requests, each with its own parameters. `RowSettings` keeps these in tensors with one
+entry a row of the batch, written when a sequence takes the row; a step gathers the entries of the rows that sample.
+The order is fixed: grammar, bias and penalties change the logits; temperature, top-k, top-p and min-p narrow the
+choice; a counter-based draw keyed by (seed, position) chooses. No step of it looks at another row, so what a request
+gets depends on the request alone. Log-probabilities are the model's own: of the logits before anything changed them.
+
+R rows that sample, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from .params import SamplingParams
+from .plan import TokenLogprob
+
+_FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+
+
+class RowSettings:
+    """The sampling parameters of every row of the batch, as tensors on the device."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.numbers = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in _FIELDS.items()}
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.params: list[SamplingParams] = [SamplingParams()] * rows
+        self.bias: dict[int, tuple[Tensor, Tensor]] = {}
+        self.device = device
+
+    def admit(self, row: int, params: SamplingParams, seed: int) -> None:
+        """A new sequence takes the row."""
+        for name, tensor in self.numbers.items():
+            tensor[row] = getattr(params, name)
+        self.seeds[row] = seed
+        self.params[row] = params
+        self.bias.pop(row, None)
+        if params.logit_bias:
+            tokens = torch.tensor(list(params.logit_bias), device=self.device)
+            self.bias[row] = tokens, torch.tensor(list(params.logit_bias.values()), device=self.device)
+
+    def choose(self, logits_RV: Tensor, rows: list[int], index_R: Tensor, positions_R: Tensor) -> Tensor:
+        """One token for each row of logits; `positions_R` are where the tokens will stand."""
+        if all(self.params[row].greedy for row in rows):
+            return logits_RV.argmax(-1)
+        settings = [tensor[index_R] for tensor in self.numbers.values()]
+        return kernels.sample(logits_RV, *settings, self.seeds[index_R], positions_R)
+
+
+def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: Tensor) -> Tensor:
+    """The logits of one row after its repetition, presence and frequency penalties."""
+    counts_V = torch.bincount(output, minlength=len(logits_V))[: len(logits_V)]
+    if params.repetition_penalty != 1:
+        seen_V = (counts_V > 0).scatter(0, prompt, True)
+        factor = params.repetition_penalty
+        logits_V = torch.where(seen_V, torch.where(logits_V > 0, logits_V / factor, logits_V * factor), logits_V)
+    return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
+
+
+def describe(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob]:
+    """The log-probabilities of the tokens and of the `top` most likely ones, by the model alone."""
+    logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
+    chosen = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
+    best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+    pairs = zip(tokens_R.tolist(), chosen, best.indices.tolist(), best.values.tolist())
+    return [TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in pairs]
