@@ -65,6 +65,29 @@ def test_what_must_not_know_torch_does_not_import_it(name):
     subprocess.run([sys.executable, "-c", code.replace(".__init__", "")], check=True)
 
 
+def test_everything_runs_without_triton_and_without_the_extension():
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["warploom._native"] = None  # as if neither were installed
+import torch
+from warploom import kernels
+from warploom.engine import ModelConfig, Transformer, generate
+from warploom.tokenizer import BPETokenizer
+tokenizer = BPETokenizer.train(["low lower lowest"] * 9, vocab_size=262)
+model = Transformer(ModelConfig(vocab_size=262, d_model=32, n_layers=1, n_heads=2, n_experts=2))
+model.loss(torch.arange(8)[None], torch.arange(8)[None]).backward()
+assert tokenizer.decode(list(generate(model, tokenizer.encode("low"), 3))) is not None
+with kernels.backend("triton"):
+    try:
+        model(torch.arange(8)[None])
+    except ValueError as error:
+        assert "triton is not installed" in str(error), error
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+
+
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "a path with spaces"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "runs", "results"))

@@ -78,7 +78,9 @@ class _Search:
         error = next((beam.listener.error for beam in self.beams if beam.finish_reason), None)
         if any(beam.finish_reason for beam in self.beams):
             raise EngineError(f"the engine failed while computing a beam: {error}") from error
-        candidates = [(beam.listener.score + value, beam, token) for beam in self.beams for token, value in beam.listener.best]
+        candidates = [
+            (beam.listener.score + value, beam, token) for beam in self.beams for token, value in beam.listener.best
+        ]
         candidates.sort(key=lambda candidate: -candidate[0])
         for score, beam, token in candidates[: self.width]:
             if token in self.eos or last:

@@ -120,7 +120,9 @@ class Generation:
         first, *others = (stream.output() for stream in self.streams)
         if not others:
             return first
-        return Output(**{name: getattr(first, name) for name in Output.__slots__ if name != "others"}, others=(*others,))
+        return Output(
+            **{name: getattr(first, name) for name in Output.__slots__ if name != "others"}, others=(*others,)
+        )
 
     def _raise_error(self) -> None:
         error = next((stream.error for stream in self.streams if stream.error), None)

@@ -1,29 +1,16 @@
 """The loop, and everything that makes it exact, watchable and hard to kill."""
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig
-from .evaluate import Evaluation, evaluate
-from .optim import AdamW, Muon, SGDDecay, clip_grad_norm
-from .schedule import constant_schedule, cosine_schedule, linear_schedule, wsd_schedule
-from .trainer import TrainResult, train
-from .watch import Progress, Watcher
+from ..lazy import lazily
 
-__all__ = [
-    "AdamW",
-    "Evaluation",
-    "Muon",
-    "Progress",
-    "SGDDecay",
-    "TrainConfig",
-    "TrainResult",
-    "Watcher",
-    "clip_grad_norm",
-    "constant_schedule",
-    "cosine_schedule",
-    "evaluate",
-    "linear_schedule",
-    "load_checkpoint",
-    "save_checkpoint",
-    "train",
-    "wsd_schedule",
-]
+__getattr__, __all__ = lazily(
+    __name__,
+    {
+        "checkpoint": ("load_checkpoint", "save_checkpoint"),
+        "config": ("TrainConfig",),
+        "evaluate": ("Evaluation",),
+        "optim": ("AdamW", "Muon", "SGDDecay", "clip_grad_norm"),
+        "schedule": ("constant_schedule", "cosine_schedule", "linear_schedule", "wsd_schedule"),
+        "trainer": ("TrainResult", "train"),
+        "watch": ("Progress", "Watcher"),
+    },
+)
