@@ -1,1 +1,17 @@
-"""Requests, pages, scheduler, runner, sampling, text, and the `LLM` facade."""
+"""Requests, pages, scheduler, runner, sampling, text, and the `LLM` facade.
+
+`pages`, `plan`, `sequence`, `scheduler`, `params` and `text` import no torch; the names below are loaded on first use.
+"""
+
+from .outputs import EngineError, Metrics, Output, Piece
+from .params import SamplingParams
+
+__all__ = ["LLM", "EngineError", "Metrics", "Output", "Piece", "SamplingParams"]
+
+
+def __getattr__(name: str):
+    if name == "LLM":
+        from .llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,10 @@
 """The engine: one loop that plans, computes and tells.
 
 `step()` is the whole loop body: take in what others asked for, launch as many plans as may be under way, read the
-oldest result, hand every new token to its listener. Whoever waits for a result may drive the loop by hand (`LLM.generate`);
-a server starts the thread instead. `submit` and `cancel` may be called from any thread at any moment:
-they check, leave a note and return; the loop acts on the notes between two steps. A step that fails ends
-the requests it was computing, with the error, and nobody else's.
+oldest result, hand every new token to its listener. Whoever waits for a result may drive the loop by hand, as
+`LLM.generate` does; a server starts the thread instead. `submit` and `cancel` may be called from any thread at any
+moment: they check, leave a note and return; the loop acts on the notes between two steps. A step that fails ends the
+requests it was computing, with the error, and nobody else's.
 """
 
 import secrets

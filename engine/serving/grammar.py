@@ -1,9 +1,9 @@
 """Structured output: only tokens that keep the text inside a grammar are possible.
 
-`llguidance` compiles a JSON schema, a regular expression or a list of choices into a matcher that says, before each token,
-which tokens may come. Compiling happens on the caller's side, before the request reaches the loop, and within
-a time limit: a hostile schema costs its sender an error and nobody else a step. When the grammar is
-complete the request ends, whether or not the model would have gone on.
+`llguidance` compiles a JSON schema, a regular expression or a list of choices into a matcher that says, before each
+token, which tokens may come. Compiling happens on the caller's side, before the request reaches the loop, and within a
+time limit: a hostile schema costs its sender an error and nobody else a step. When the grammar is complete the request
+ends, whether or not the model would have gone on.
 """
 
 import json
@@ -89,14 +89,17 @@ def _source(matcher, field: str, value) -> str:
 
 @lru_cache(maxsize=4)
 def _vocabulary(tokenizer, size: int):
-    """The tokenizer's tokens as llguidance wants them: bytes by id, special ones marked by a byte that text never has."""
+    """The tokens as llguidance wants them: bytes by id, special ones marked by a byte that text never has."""
     import llguidance
+
+    special = tuple(tokenizer.special_tokens.values())
+    token_bytes = tuple(_token_bytes(tokenizer, token, special) for token in range(size))
 
     class Tokens:
         eos_token_id = tokenizer.eos_id
         bos_token_id = None
-        special_token_ids = tuple(tokenizer.special_tokens.values())
-        tokens = tuple(_token_bytes(tokenizer, token, special_token_ids) for token in range(size))
+        special_token_ids = special
+        tokens = token_bytes
 
         def __call__(self, text):
             return tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"))

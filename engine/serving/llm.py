@@ -8,7 +8,8 @@ through the one engine, so calls from several threads share its batches.
 """
 
 import os
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from .grammar import compile_grammar
 from .outputs import Output, Piece
 from .pages import PagePool
 from .params import SamplingParams
-from .quantize import Head, quantized
+from .quantize import Head
 from .runner import Runner
 from .scheduler import Scheduler
 from .speculation import NGramDraft
@@ -34,8 +35,8 @@ Prompt = str | Items[int]
 class LLM:
     """Generates with a model directory or a `Transformer`.
 
-    `kv_memory` bounds the cache in bytes (default: a quarter of the memory that is free, or what `max_batch` full
-    contexts need). `quantize="int8"` keeps weights in 8 bits. `speculate` is how many tokens an n-gram lookup may guess ahead: it
+    `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
+    `quantize="int8"` keeps weights in 8 bits. `speculate` is how many tokens an n-gram lookup may guess ahead: it
     changes the speed, not the output. `step_tokens` bounds the tokens of one step.
     """
 
@@ -61,8 +62,6 @@ class LLM:
         self.config = self.model.config
         self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
         head = Head(self.model)
-        if quantize:
-            self.model, head = quantized(self.model)
         where = self.model.device
         cache_dtype = self.model.embedding.weight.dtype
         pages = _count_pages(self.config, page_size, cache_dtype, where, kv_memory, max_batch, self.max_context)

@@ -1,6 +1,5 @@
 """The head, as the runner calls it."""
 
-import torch
 from torch import Tensor
 
 

@@ -17,6 +17,7 @@ T tokens of the step, N chunks, R sampled positions.
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ class Runner:
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
         edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
-        spans = [range(a, b) for a, b in zip(edges, edges[1:])]
+        spans = [range(a, b) for a, b in pairwise(edges)]
         flight = Flight(plan, torch.empty(0, dtype=torch.int64), spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
         places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]

@@ -1,10 +1,10 @@
 """From logits to tokens: everything a request may ask for, row by row in one batch.
 
-The rows of a step belong to different requests, each with its own parameters. `RowSettings` keeps these in tensors with one
-entry a row of the batch, written when a sequence takes the row; a step gathers the entries of the rows that sample.
-The order is fixed: grammar, bias and penalties change the logits; temperature, top-k, top-p and min-p narrow the
-choice; a counter-based draw keyed by (seed, position) chooses. No step of it looks at another row, so what a request
-gets depends on the request alone. Log-probabilities are the model's own: of the logits before anything changed them.
+The rows of a step belong to different requests, each with its own parameters. `RowSettings` keeps these in tensors with
+one entry a row of the batch, written when a sequence takes the row; a step gathers those of the rows that sample. The
+order is fixed: penalties, bias and grammar change the logits; temperature, top-k, top-p and min-p narrow the choice; a
+counter-based draw keyed by (seed, position) chooses. No part of it looks at another row, so what a request gets
+depends on the request alone. Log-probabilities are the model's own: of the logits before anything changed them.
 
 R rows that sample, V vocabulary.
 """

@@ -1,0 +1,210 @@
+"""Claims about what the engine generates."""
+
+import random
+
+import pytest
+import torch
+
+from warploom.engine.hub import save_model
+from warploom.engine.serving import LLM, SamplingParams
+
+VOCABULARY = 97
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+CHOICES = {"max_tokens": [0, 1, 3, 6], "temperature": [-1, 0, 1, 1], "n": [1, 1, 2], "stop_token_ids": [(), (3,)]}
+
+
+def prompts_of(lengths, seed=0):
+    generator = random.Random(seed)
+    return [[generator.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def ids(outputs):
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_greedy_is_token_identical_to_transformers_through_preemption_and_prefix_hits(shape, tiny_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model(shape)
+    save_model(model, tmp_path / "model")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    prompts = prompts_of([1, 7, 30, 16, 45, 3, 33])
+    prompts += [[*prompts[4][:32], 5, 6], prompts[4]]
+    expected = []
+    for prompt in prompts:
+        tokens, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)
+        out = peer.generate(
+            tokens, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        expected.append(tuple(out[0, len(prompt) :].tolist()))
+    memory = 9 * 8 * model.config.kv_bytes_per_token(4)
+    llm = LLM(tmp_path / "model", kv_memory=memory, page_size=8, step_tokens=24, max_batch=6)
+    assert ids(llm.generate(prompts, GREEDY)) == expected
+    again = llm.generate(prompts, GREEDY)
+    assert ids(again) == expected
+    assert llm.engine.scheduler.preemptions > 0
+    assert max(output.metrics.cached_tokens for output in again) > 0
+
+
+def test_a_request_with_a_seed_gets_the_same_tokens_in_any_company(model):
+    """Alone, in a batch of 64, after a prefix hit, after preemption, in chunks of any size, after a restart."""
+    prompts = prompts_of(random.Random(1).choices(range(1, 60), k=64))
+    params = [
+        SamplingParams(
+            max_tokens=16, temperature=0.9, top_k=20 * (i % 2), top_p=0.95, seed=i, frequency_penalty=i % 3 / 9
+        )
+        for i in range(64)
+    ]
+    llm = LLM(model)
+    together = ids(llm.generate(prompts, params))
+    assert ids(llm.generate(prompts, params)) == together, "after a prefix hit"
+    chosen = [3, 17, 40]
+    assert [llm.generate(prompts[i], params[i]).token_ids for i in chosen] == [together[i] for i in chosen], "alone"
+    cost = model.config.kv_bytes_per_token(4)
+    for budget, page_size, batch in [(7, 4, 5), (70, 8, 64)]:
+        small = LLM(model, step_tokens=budget, page_size=page_size, max_batch=batch, kv_memory=cost * 120)
+        assert ids(small.generate(prompts, params)) == together, f"in chunks of {budget}"
+        assert small.engine.scheduler.preemptions > 0
+
+
+def test_guessing_ahead_changes_the_steps_and_not_the_tokens(model):
+    prompts = [[*range(10), *range(10), *range(5)], *prompts_of([20, 9])]
+    params = SamplingParams(max_tokens=40, temperature=0.3, seed=5, presence_penalty=0.2, logprobs=2)
+    for chosen in (GREEDY, params):
+        plain, guessing = LLM(model), LLM(model, speculate=4)
+        expected, outputs = plain.generate(prompts, chosen), guessing.generate(prompts, chosen)
+        assert ids(outputs) == ids(expected)
+        assert [len(output.logprobs or ()) for output in outputs] == [len(output.logprobs or ()) for output in expected]
+
+
+def test_paged_logits_equal_those_without_a_cache(model):
+    (prompt,) = prompts_of([50])
+    output = LLM(model, page_size=4, step_tokens=7, max_batch=7).generate(
+        prompt, SamplingParams(temperature=0, max_tokens=30, logprobs=3, prompt_logprobs=1, ignore_eos=True)
+    )
+    tokens = torch.tensor([[*prompt, *output.token_ids]])
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(model(tokens)[0].double(), -1)
+    said = [entry.logprob for entry in (*output.prompt_logprobs, *output.logprobs)]
+    expected = logprobs[:-1].gather(-1, tokens[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(said, dtype=torch.float64), expected, atol=2e-5, rtol=0)
+    best = logprobs[len(prompt) - 1].topk(3)
+    assert [token for token, _ in output.logprobs[0].top] == best.indices.tolist()
+
+
+def test_scores_are_those_of_the_trainers_forward(model, tokenizer):
+    llm = LLM(model, tokenizer)
+    texts = ["a short one", "another text, which is a little longer"]
+    for text, scores in zip(texts, llm.score(texts)):
+        tokens = torch.tensor([tokenizer.encode(text)])
+        with torch.inference_mode():
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        assert -sum(scores) / len(scores) == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_beam_search_finds_what_exhaustive_bookkeeping_finds(model):
+    (prompt,) = prompts_of([11])
+    width, steps = 3, 5
+    llm = LLM(model, page_size=4)
+    beams = [(0.0, prompt)]
+    for _ in range(steps):
+        grown = []
+        for score, tokens in beams:
+            with torch.inference_mode():
+                logprobs = torch.log_softmax(model(torch.tensor([tokens]))[0, -1].double(), -1)
+            grown += [(score + value.item(), [*tokens, token]) for token, value in enumerate(logprobs)]
+        beams = sorted(grown, key=lambda beam: -beam[0])[:width]
+    found = llm.beam_search(prompt, beam_width=width, max_tokens=steps)
+    assert ids(found) == [tuple(tokens[len(prompt) :]) for _, tokens in beams]
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+
+
+def test_n_continuations_share_their_prompt_and_differ_by_seed(model):
+    llm = LLM(model, page_size=4)
+    (prompt,) = prompts_of([21])
+    output = llm.generate(prompt, SamplingParams(n=4, seed=1, max_tokens=20))
+    assert len({choice.token_ids for choice in output.choices}) == 4
+    assert output.token_ids == llm.generate(prompt, SamplingParams(seed=1, max_tokens=20)).token_ids
+
+
+def test_text_ends_before_a_stop_string_and_the_pieces_join_to_the_text(model, tokenizer):
+    llm = LLM(model, tokenizer)
+    whole = llm.generate("hello", SamplingParams(seed=4, max_tokens=40, ignore_eos=True))
+    stop = whole.text[10:13]
+    params = SamplingParams(seed=4, max_tokens=40, stop=(stop,), echo=True, logprobs=0)
+    pieces = list(llm.stream("hello", params))
+    output = llm.generate("hello", params)
+    assert output.text == "hello" + whole.text[: whole.text.index(stop)] == "".join(piece.text for piece in pieces)
+    assert output.finish_reason == pieces[-1].finish_reason == "stop"
+    assert len(output.token_ids) == len(output.logprobs) == sum(len(piece.token_ids) for piece in pieces)
+
+
+def test_bias_bans_and_forces_tokens(model):
+    llm = LLM(model)
+    forced = llm.generate([1, 2, 3], SamplingParams(logit_bias={42: 100.0}, max_tokens=5))
+    assert set(forced.token_ids) == {42}
+    free = llm.generate([1, 2, 3], GREEDY).token_ids
+    banned = llm.generate([1, 2, 3], SamplingParams(temperature=0, logit_bias={free[0]: -100.0}, max_tokens=12))
+    assert free[0] not in banned.token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "empty"),
+        ([1] * 300, {}, "300 tokens, too many for a context of 256"),
+        ([97], {}, "token id 97, but the vocabulary has 97"),
+        ([1], {"stop_token_ids": (500,)}, "stop_token_ids has token id 500"),
+        ([1], {"logit_bias": {500: 1.0}}, "logit_bias has token id 500"),
+        ([1] * 200, {}, "needs 16 pages of 16 tokens and the pool has 8"),
+        ([1], {"stop": ("x",)}, "stop needs a tokenizer"),
+        ("text", {}, "no tokenizer"),
+    ],
+)
+def test_bad_input_is_refused_clearly_while_the_others_go_on(model, prompt, params, message):
+    llm = LLM(model, kv_memory=8 * 16 * model.config.kv_bytes_per_token(4))
+    going = llm.submit([1, 2, 3], GREEDY)
+    with pytest.raises(ValueError, match=message):
+        llm.submit(prompt, SamplingParams(**params))
+    assert len(going.result().token_ids) == 12
+
+
+def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkeypatch):
+    llm = LLM(model)
+    failing = llm.submit([1, 2, 3], GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "launch", lambda plan: 1 / 0)
+        llm.engine.step()
+    with pytest.raises(RuntimeError, match="division by zero"):
+        failing.result()
+    assert len(llm.generate([1, 2, 3], GREEDY).token_ids) == 12
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+
+
+def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_alive(tiny_model):
+    model = tiny_model(d_model=16, n_layers=1, n_heads=2, d_ff=64, vocab_size=31)
+    memory = 60 * 4 * model.config.kv_bytes_per_token(4)
+    llm = LLM(model, page_size=4, kv_memory=memory, max_batch=256, step_tokens=2048)
+    generator, alive, asked, refused = random.Random(0), [], 0, 0
+    while asked < 10_000 or alive:
+        for _ in range(generator.randrange(200) if asked < 10_000 else 0):
+            asked += 1
+            lowest = -1 if generator.random() < 0.1 else 0
+            prompt = [generator.randrange(lowest, 31) for _ in range(generator.choice([0, 1, 2, 5, 9, 300]))]
+            chosen = {name: generator.choice(values) for name, values in CHOICES.items()}
+            options = {"deadline": generator.choice([None, None, 0.02]), "priority": generator.randrange(3)}
+            try:
+                alive.append(llm.submit(prompt, SamplingParams(**chosen), **options))
+            except ValueError:
+                refused += 1
+        for generation in generator.sample(alive, len(alive) // 4):
+            generation.cancel()
+        llm.engine.step()
+        alive = [generation for generation in alive if not generation.finished]
+    scheduler = llm.engine.scheduler
+    scheduler.check()
+    assert refused > 1000 and llm.engine.failures == 0
+    assert scheduler.idle and scheduler.pool.num_free == scheduler.pool.num_pages
+    assert len(llm.generate([1, 2], GREEDY).token_ids) == 12
