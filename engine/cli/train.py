@@ -12,13 +12,16 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..config import ModelConfig
 from ..training.config import TrainConfig
 from .flags import parse
+
+if TYPE_CHECKING:
+    from ..training.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,19 @@ class Flags:
 def run(argv: list[str]) -> int:
     config = read(argv)
     from ..training.trainer import train
-    from ..training.watch import Lines, Panel
 
-    watcher = Panel() if sys.stderr.isatty() else Lines()
-    try:
-        result = train(config, [watcher])
-    finally:
-        watcher.finished()
+    result = train(config, [watcher()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     print(f"{result.directory}: {result.evaluation or 'no validation text'}")
     return 0
+
+
+def watcher() -> Watcher:
+    """A live panel on a terminal, plain lines in a log."""
+    from ..training.watch import Lines, Panel
+
+    return Panel() if sys.stderr.isatty() else Lines()
 
 
 def read(argv: list[str]) -> TrainConfig:
