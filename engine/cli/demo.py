@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"--steps must be at least 1, not {options.steps}")
 
     from ..training import TrainConfig, train
-    from .train import watching
+    from .train import watcher
 
     size = SIZES[options.size]
     config = TrainConfig(
@@ -57,8 +57,7 @@ def run(argv: list[str]) -> int:
         steps=options.steps, minutes=None if options.steps else size.minutes, seed=options.seed, save_every=0,
         sample_tokens=0,
     )  # fmt: skip
-    with watching() as watcher:
-        result = train(config, [watcher])
+    result = train(config, [watcher()])
     if result.evaluation is not None:
         print(f"\nheld-out text after {result.steps} steps: {result.evaluation}")
     show_samples(result.directory, options.seed)

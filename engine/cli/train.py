@@ -7,11 +7,9 @@ flags override both.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,24 +65,18 @@ def run(argv: list[str]) -> int:
     config = read(argv)
     from ..training.trainer import train
 
-    with watching() as watcher:
-        result = train(config, [watcher])
+    result = train(config, [watcher()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     print(f"{result.directory}: {result.evaluation or 'no validation text'}")
     return 0
 
 
-@contextlib.contextmanager
-def watching() -> Iterator[Watcher]:
-    """The live panel on a terminal, plain lines elsewhere; the terminal is left as it was found."""
+def watcher() -> Watcher:
+    """A live panel on a terminal, plain lines in a log."""
     from ..training.watch import Lines, Panel
 
-    watcher = Panel() if sys.stderr.isatty() else Lines()
-    try:
-        yield watcher
-    finally:
-        watcher.finished()
+    return Panel() if sys.stderr.isatty() else Lines()
 
 
 def read(argv: list[str]) -> TrainConfig:
