@@ -11,10 +11,15 @@ no master, and a `seed`: then rounding is stochastic, up with the probability of
 count on average instead of vanishing.
 """
 
+import math
+
 import torch
 
-from .op import Case, Op
-from .philox import random_bits
+from .fused import launch, launcher
+from .lang import cdiv, tl, triton
+from .op import Budget, Case, Op
+from .philox import philox_bits, random_bits
+from .tuned import tuned
 
 
 def _adamw_step(
@@ -60,6 +65,112 @@ def round_stochastically(x: torch.Tensor, seed: int, step: int | torch.Tensor) -
     return bits.view(torch.float32).where(x.isfinite(), x).to(torch.bfloat16)
 
 
+# ---- fused ----
+
+
+@triton.jit
+def _number(x, x_ptr, POINTER: tl.constexpr):
+    """A number that came as itself or in a tensor, as float32."""
+    return tl.load(x_ptr).to(tl.float32) if POINTER else tl.full([], x, tl.float32)
+
+
+@triton.jit
+def _step_kernel(
+    param_ptr, grad_ptr, m_ptr, v_ptr, master_ptr,
+    lr, step, grad_scale, lr_ptr, step_ptr, scale_ptr, seed, n,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr, DECAY: tl.constexpr,
+    LR_POINTER: tl.constexpr, STEP_POINTER: tl.constexpr, SCALE_POINTER: tl.constexpr,
+    MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    mask = i < n
+    lr, step = _number(lr, lr_ptr, LR_POINTER), _number(step, step_ptr, STEP_POINTER)
+    grad_scale = _number(grad_scale, scale_ptr, SCALE_POINTER)
+    # 1 − βᵗ loses its digits in float32 when β is near one
+    correction1 = (1 - tl.exp2(step.to(tl.float64) * LOG_BETA1)).to(tl.float32)
+    correction2 = tl.sqrt((1 - tl.exp2(step.to(tl.float64) * LOG_BETA2)).to(tl.float32))
+    g = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32) * grad_scale
+    m = tl.load(m_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load((master_ptr if MASTER else param_ptr) + i, mask=mask, other=0.0).to(tl.float32)
+    m += (1 - BETA1) * (g - m)
+    v = BETA2 * v + (1 - BETA2) * g * g
+    w = w * (1 - lr * DECAY) - (lr / correction1) * (m / (tl.sqrt(v) / correction2 + EPS))
+    tl.store(m_ptr + i, m.to(m_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + i, v.to(v_ptr.dtype.element_ty), mask=mask)
+    if MASTER:
+        tl.store(master_ptr + i, w, mask=mask)
+    if STOCHASTIC:
+        noise = philox_bits(tl.full([], seed, tl.int64), step.to(tl.int64), first, BLOCK) & 0xFFFF
+        bits = (w.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+        w = tl.where(tl.abs(w) < float("inf"), bits.to(tl.float32, bitcast=True), w)
+    tl.store(param_ptr + i, w.to(param_ptr.dtype.element_ty), mask=mask)
+
+
+@launcher(mutates=("param", "exp_avg", "exp_avg_sq", "master"))
+def adamw_launch(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    master: torch.Tensor | None,
+    lr: float,
+    step: float,
+    grad_scale: float,
+    lr_tensor: torch.Tensor | None,
+    step_tensor: torch.Tensor | None,
+    scale_tensor: torch.Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None,
+) -> None:
+    n = param.numel()
+    stochastic = seed is not None and param.dtype == torch.bfloat16
+    tensors = lr_tensor, step_tensor, scale_tensor
+    given = [x is not None for x in tensors]
+    tile = tuned("adamw_step", param.device, "any", {"BLOCK": 2048, "num_warps": 8})
+    launch(
+        _step_kernel, (cdiv(n, tile["BLOCK"]),),
+        param, grad, exp_avg, exp_avg_sq, param if master is None else master,
+        lr, step, grad_scale, *(param if x is None else x for x in tensors), seed if stochastic else 0, n,
+        BETA1=beta1, BETA2=beta2, LOG_BETA1=math.log2(beta1) if beta1 else -1e4, LOG_BETA2=math.log2(beta2),
+        EPS=eps, DECAY=weight_decay, LR_POINTER=given[0], STEP_POINTER=given[1], SCALE_POINTER=given[2],
+        MASTER=master is not None, STOCHASTIC=stochastic, **tile,
+    )  # fmt: skip
+
+
+def _adamw_step_fused(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    lr,
+    step,
+    *,
+    beta1=0.9,
+    beta2=0.95,
+    eps=1e-8,
+    weight_decay=0.0,
+    grad_scale=1.0,
+    master=None,
+    seed=None,
+):
+    if not all(x.is_contiguous() for x in (param, exp_avg, exp_avg_sq, param if master is None else master)):
+        raise ValueError("adamw_step: parameter, moments and master must be contiguous: they are updated in place")
+    numbers = lr, step, grad_scale
+    floats = (0.0 if isinstance(x, torch.Tensor) else float(x) for x in numbers)
+    tensors = (x if isinstance(x, torch.Tensor) else None for x in numbers)
+    with torch.no_grad():
+        adamw_launch(
+            param, grad.contiguous(), exp_avg, exp_avg_sq, master, *floats, *tensors,
+            beta1, beta2, eps, weight_decay, seed,
+        )  # fmt: skip
+
+
 def _state(m, *shape, **options):
     return (
         *(m.normal(*shape, grad=False) for _ in range(3)),
@@ -85,14 +196,17 @@ def _traffic(param, grad, exp_avg, exp_avg_sq, *_, master=None, **__):
 adamw_step = Op(
     name="adamw_step",
     reference=_adamw_step,
+    fused=_adamw_step_fused,
     mutates=("param", "exp_avg", "exp_avg_sq", "master"),
     cases=[
         Case("first step", lambda m: _state(m, 5, 33, step=1)),
         Case("decay and clip", lambda m: _state(m, 100, weight_decay=0.1, grad_scale=m.tensor(0.3))),
         Case("tensors for scalars", lambda m: _state(m, 64, lr=m.tensor(1e-2), step=m.tensor(4.0))),
         Case("master weights", lambda m: _mixed(m, 7, 19)),
+        Case("stochastic rounding", lambda m: _state(m, 70, seed=11)),
         Case("empty", lambda m: _state(m, 0)),
         Case("4096x14336", lambda m: _mixed(m, 4096, 14336), bench=True),
     ],
     traffic=_traffic,
+    budget=Budget(registers=64, vector=True),
 )

@@ -13,8 +13,10 @@ N rows, V classes.
 
 import torch
 
-from .lang import wide
-from .op import Case, Op
+from .fused import Differentiable, as_rows, launch, launcher
+from .lang import next_power_of_2, tl, triton, wide
+from .op import Budget, Case, Op
+from .tuned import tuned
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -54,6 +56,183 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction is {reduction!r}; valid are {', '.join(REDUCTIONS)}")
 
 
+# ---- fused ----
+
+
+@triton.jit
+def capped(x, CAP: tl.constexpr):
+    """c · tanh(x / c), with tanh as 2 σ(2x) − 1."""
+    return CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1) if CAP is not None else x
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, x_col, V, SMOOTHING: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The logsumexp of a row of logits, and their sum if smoothing needs it. One exponential a logit, in base 2."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    highest = -float("inf")
+    sums = tl.zeros([BLOCK], tl.float32)
+    totals = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK).to(tl.int64)
+        x = tl.load(row_ptr + cols * x_col, mask=cols < V, other=-float("inf")).to(tl.float32)
+        if CAP is not None:
+            x = tl.where(cols < V, capped(x, CAP), -float("inf"))
+        higher = tl.maximum(highest, tl.max(x, 0))
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # a block of nothing but −inf has no scale
+        sums = sums * tl.exp2((highest - base) * LOG2E) + tl.exp2((x - base) * LOG2E)
+        highest = higher
+        if SMOOTHING > 0:
+            totals += tl.where(cols < V, x, 0.0)
+    return highest + tl.log(tl.sum(sums, 0)), tl.sum(totals, 0)
+
+
+@triton.jit
+def row_loss(picked, V, lse, total, SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr):
+    """The loss of a row, given the logit of its target and its statistics."""
+    picked = capped(picked.to(tl.float32), CAP)
+    loss = lse - (1 - SMOOTHING) * picked + Z * lse * lse
+    return loss - SMOOTHING * (total / V) if SMOOTHING > 0 else loss
+
+
+@triton.jit
+def row_gradient(
+    row_ptr, out_ptr, x_col, out_col, V, target, lse, upstream,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes upstream · d loss / d logits, formed in float32 and rounded once; `out` may be the row itself."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    slope = upstream * (1 + 2 * Z * lse)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK).to(tl.int64)
+        x = capped(tl.load(row_ptr + cols * x_col, mask=cols < V, other=0.0).to(tl.float32), CAP)
+        grad = slope * tl.exp2((x - lse) * LOG2E)
+        if SMOOTHING > 0:
+            grad -= upstream * (SMOOTHING / V)
+        grad = tl.where(cols == target, grad - upstream * (1 - SMOOTHING), grad)
+        if CAP is not None:
+            grad *= 1 - (x / CAP) * (x / CAP)
+        tl.store(out_ptr + cols * out_col, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def _loss_kernel(
+    x_ptr, target_ptr, loss_ptr, lse_ptr, V, x_row, x_col, ignore_index,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+    else:
+        lse, total = row_statistics(x_ptr + row * x_row, x_col, V, SMOOTHING, CAP, BLOCK)
+        tl.store(lse_ptr + row, lse)
+        picked = tl.load(x_ptr + row * x_row + target * x_col)
+        tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
+
+
+@triton.jit
+def _gradient_kernel(
+    x_ptr, target_ptr, lse_ptr, upstream_ptr, dx_ptr, V, x_row, x_col, upstream_stride, ignore_index,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+    out_ptr = dx_ptr + row * V
+    if target == ignore_index:
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK).to(tl.int64)
+            tl.store(out_ptr + cols, tl.zeros([BLOCK], dx_ptr.dtype.element_ty), mask=cols < V)
+    else:
+        row_gradient(
+            x_ptr + row * x_row,
+            out_ptr,
+            x_col,
+            1,
+            V,
+            target,
+            tl.load(lse_ptr + row),
+            upstream,
+            SMOOTHING,
+            Z,
+            CAP,
+            BLOCK,
+        )
+
+
+def tile_of(kernel: str, x: torch.Tensor) -> dict:
+    """Pieces of 4096 columns: 16 numbers a thread, so that each thread's two loads are as wide as they get."""
+    width = next_power_of_2(x.shape[-1])
+    block = min(4096, max(width, 128))
+    return tuned(kernel, x.device, width, {"BLOCK": block, "num_warps": max(4, block // 512)})
+
+
+@launcher
+def cross_entropy_forward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x_NV = as_rows(logits)
+    losses, lse = (torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
+    launch(
+        _loss_kernel, (len(x_NV),), x_NV, targets.reshape(-1), losses, lse, x_NV.shape[1], *x_NV.stride(), ignore_index,
+        SMOOTHING=label_smoothing, Z=z_loss, CAP=softcap, **tile_of("cross_entropy_forward", x_NV),
+    )  # fmt: skip
+    return losses, lse
+
+
+@launcher
+def cross_entropy_backward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    upstream: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    x_NV, upstream_N = as_rows(logits), upstream.reshape(-1)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch(
+        _gradient_kernel, (len(x_NV),), x_NV, targets.reshape(-1), lse, upstream_N, gradient,
+        x_NV.shape[1], *x_NV.stride(), upstream_N.stride(0), ignore_index,
+        SMOOTHING=label_smoothing, Z=z_loss, CAP=softcap, **tile_of("cross_entropy_backward", x_NV),
+    )  # fmt: skip
+    return gradient
+
+
+def _save(ctx, inputs, output):
+    logits, targets, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _gradient(ctx, upstream, _):
+    if upstream is None:
+        return None, None, None, None, None, None
+    logits, targets, lse = ctx.saved_tensors
+    return cross_entropy_backward(logits, targets, lse, upstream, *ctx.options), None, None, None, None, None
+
+
+_losses = Differentiable(cross_entropy_forward, _save, _gradient)
+
+
+def _cross_entropy_fused(
+    logits, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
+):
+    check_reduction(reduction)
+    losses, _ = _losses(logits, targets, ignore_index, float(label_smoothing), float(z_loss), softcap)
+    return losses if reduction == "none" else reduce(losses, targets != ignore_index, reduction)
+
+
 def _rows(m, N, V, scale=1.0, ignored=True):
     targets = m.integers(0, V, N)
     if ignored and N > 1 and m.device.type != "meta":
@@ -72,6 +251,7 @@ def _peaked(m, N, V):
 cross_entropy = Op(
     name="cross_entropy",
     reference=_cross_entropy,
+    fused=_cross_entropy_fused,
     cases=[
         Case("tail", lambda m: _rows(m, 5, 100)),
         Case("one row", lambda m: _rows(m, 1, 33)),
@@ -87,5 +267,6 @@ cross_entropy = Op(
         Case("8192x128256", lambda m: _rows(m, 8192, 128256), bench=True),
     ],
     traffic=lambda logits, *_, **__: (logits.nbytes, 2 * logits.nbytes),
+    budget=Budget(registers=96, vector=True),
     flops=lambda logits, *_, **__: (4 * logits.numel(), 4 * logits.numel()),
 )

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy import check_reduction, cross_entropy, reduce
-from .lang import wide
-from .op import Case, Op
+from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
+from .fused import Differentiable, launch, launcher
+from .lang import tl, triton, wide
+from .op import Budget, Case, Op
 
 
 class Options(NamedTuple):
@@ -130,6 +131,146 @@ def _slab(logits_SV, targets_S, options, scale_S):
     return losses_S, grad.to(logits_SV.dtype)
 
 
+# ---- fused ----
+
+
+@triton.jit
+def _slab_kernel(
+    x_ptr, target_ptr, loss_ptr, upstream_ptr, V, x_row, upstream_stride, ignore_index,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss and then, over the logits themselves, their gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * x_row
+    target = tl.load(target_ptr + row).to(tl.int64)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                cols = start + tl.arange(0, BLOCK).to(tl.int64)
+                tl.store(row_ptr + cols, tl.zeros([BLOCK], x_ptr.dtype.element_ty), mask=cols < V)
+    else:
+        picked = tl.load(row_ptr + target)
+        tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
+        lse, total = row_statistics(row_ptr, 1, V, SMOOTHING, CAP, BLOCK)
+        tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
+        if GRADIENT:
+            upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+            row_gradient(row_ptr, row_ptr, 1, 1, V, target, lse, upstream, SMOOTHING, Z, CAP, BLOCK)
+
+
+def gpu_rows_per_slab(V: int) -> int:
+    """Half a billion logits: a slab of 1 GB in bfloat16, tall enough for matrix products at full speed."""
+    return max(128, (1 << 29) // V // 128 * 128)
+
+
+def _add_product(sum_VC, a_VS, b_SC):
+    """sum += a · b, accumulated in float32: on a GPU within the product itself, without a pass of its own."""
+    if sum_VC.is_cuda and a_VS.dtype != torch.float32:
+        torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
+    else:
+        sum_VC += a_VS @ b_SC
+
+
+def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidden, want_weight):
+    """As `_walk`, with one slab of memory for all chunks; gradients that nobody wants are empty."""
+    ignore_index, smoothing, z_loss, softcap = options
+    (N, C), V = hidden_NC.shape, len(weight_VC)
+    device = hidden_NC.device
+    losses_N = torch.empty(N, dtype=torch.float32, device=device)
+    d_hidden_NC = torch.empty(N if want_hidden else 0, C, dtype=hidden_NC.dtype, device=device)
+    d_weight_VC = torch.zeros(V if want_weight else 0, C, dtype=torch.float32, device=device)
+    step = min(gpu_rows_per_slab(V), max(N, 1))
+    slab = torch.empty(step, V, dtype=hidden_NC.dtype, device=device)
+    upstream_N = losses_N if upstream_N is None else upstream_N
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        logits_SV = torch.mm(hidden_NC[rows], weight_VC.T, out=slab[: rows.stop - start])
+        launch(
+            _slab_kernel, (rows.stop - start,), logits_SV, targets_N[rows], losses_N[rows], upstream_N[rows],
+            V, V, upstream_N.stride(0), ignore_index,
+            SMOOTHING=smoothing, Z=z_loss, CAP=softcap, GRADIENT=want_hidden or want_weight,
+            **tile_of("linear_cross_entropy", logits_SV),
+        )  # fmt: skip
+        if want_hidden:
+            torch.mm(logits_SV, weight_VC, out=d_hidden_NC[rows])
+        if want_weight:
+            _add_product(d_weight_VC, logits_SV.T, hidden_NC[rows])
+    return losses_N, d_hidden_NC, d_weight_VC.to(weight_VC.dtype)
+
+
+@launcher
+def linear_cross_entropy_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    counted_N = targets != ignore_index
+    options = ignore_index, label_smoothing, z_loss, softcap
+    if reduction == "none":
+        return _walk_fused(hidden, weight, targets, None, options, False, False)
+    share = torch.ones((), device=hidden.device) if reduction == "sum" else 1 / counted_N.sum().clamp(min=1)
+    upstream_N = share.float().expand(len(targets))
+    losses_N, *gradients = _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)
+    return reduce(losses_N, counted_N, reduction), *gradients
+
+
+@launcher
+def linear_cross_entropy_backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    upstream: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = ignore_index, label_smoothing, z_loss, softcap
+    return _walk_fused(hidden, weight, targets, upstream, options, want_hidden, want_weight)[1:]
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, targets, *ctx.options, ctx.reduction, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*((hidden, weight, targets) if ctx.reduction == "none" else output[1:]))
+
+
+def _gradient(ctx, upstream, *_):
+    nothing = (None,) * 8
+    if upstream is None:
+        return None, None, *nothing
+    wanted = ctx.needs_input_grad[:2]
+    if ctx.reduction == "none":
+        gradients = linear_cross_entropy_backward(*ctx.saved_tensors, upstream, *ctx.options, *wanted)
+    else:
+        gradients = [g * upstream.to(g.dtype) for g in ctx.saved_tensors]
+    return *(g if want else None for g, want in zip(gradients, wanted)), *nothing
+
+
+_loss = Differentiable(linear_cross_entropy_forward, _save, _gradient)
+
+
+def _linear_cross_entropy_fused(
+    hidden, weight, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
+):
+    check_reduction(reduction)
+    flat_NC, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    wants = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    options = ignore_index, float(label_smoothing), float(z_loss), softcap, reduction
+    loss = _loss(flat_NC, weight, targets_N, *options, *wants)[0]
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
 def _batch(m, N, C, V, scale=1.0):
     targets = m.integers(0, V, N)
     if m.device.type != "meta":
@@ -145,6 +286,7 @@ linear_cross_entropy = Op(
     name="linear_cross_entropy",
     reference=_linear_cross_entropy,
     eager=_linear_cross_entropy_eager,
+    fused=_linear_cross_entropy_fused,
     autocast=True,
     cases=[
         Case("tail", lambda m: _batch(m, 7, 24, 100)),
@@ -156,5 +298,6 @@ linear_cross_entropy = Op(
         Case("8192x4096x128256", lambda m: _batch(m, 8192, 4096, 128256), bench=True),
     ],
     traffic=lambda hidden, weight, *_, **__: (hidden.nbytes + weight.nbytes, 2 * (hidden.nbytes + weight.nbytes)),
+    budget=Budget(registers=96, vector=True),
     flops=lambda *args, **__: (_cost(*args), 2 * _cost(*args)),
 )

@@ -1,15 +1,16 @@
 """Random numbers without state: Philox-4x32-10, a function of (seed, position, index) and nothing else.
 
-A counter-based generator scrambles a counter under a key: ten rounds of multiplying, xoring and swapping make 128
-bits that pass every known test. There is no stream to advance, so the number that token 17 of request A sees does not
-depend on who else is in the batch, and any device computes the same bits. Salmon et al., SC 2011.
+A counter-based generator scrambles a counter under a key: ten rounds of multiplying, xoring and swapping make 128 bits
+that pass every known test. There is no stream to advance, so the number that token 17 of request A sees does not depend
+on who else is in the batch, and any device computes the same bits. Salmon et al., SC 2011.
 
-The key is the 64-bit seed. The counter is (block, position low, position high, 0), and each block of 1024 indices
-shares 256 counters: index i takes output word (i mod 1024) / 256 of counter 256 · (i / 1024) + i mod 256, so that a
-kernel reads four contiguous runs of columns from one scramble.
+The key is the 64-bit seed, the counter is (index / 4, position low, position high, 0), and index i takes output word
+i mod 4: four neighbors share a scramble.
 """
 
 import torch
+
+from .lang import tl, triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -19,14 +20,13 @@ LOW = 0xFFFFFFFF
 
 def random_bits(seeds: torch.Tensor, positions: torch.Tensor, n: int) -> torch.Tensor:
     """32 random bits, as int64, for every row's (seed, position) and every index below n: (rows, n)."""
-    index = torch.arange(n, device=seeds.device)
-    block = index // 1024 * 256 + index % 256
+    counter = torch.arange(-(-n // 4), device=seeds.device)
     seeds, positions = seeds.long().unsqueeze(-1), positions.long().unsqueeze(-1)
-    words = _philox(block, positions & LOW, (positions >> 32) & LOW, seeds & LOW, (seeds >> 32) & LOW)
-    return torch.stack(words, -1).gather(-1, (index % 1024 // 256).expand(len(seeds), n).unsqueeze(-1)).squeeze(-1)
+    words = _scramble(counter, positions & LOW, (positions >> 32) & LOW, seeds & LOW, (seeds >> 32) & LOW)
+    return torch.stack(words, -1).flatten(-2)[:, :n]
 
 
-def _philox(c0, c1, c2, k0, k1):
+def _scramble(c0, c1, c2, k0, k1):
     c3 = torch.zeros_like(c0)
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wraps past 2⁶³: the bits are still those of the product
@@ -35,6 +35,43 @@ def _philox(c0, c1, c2, k0, k1):
     return torch.broadcast_tensors(c0, c1, c2, c3)
 
 
-def uniform(bits: torch.Tensor) -> torch.Tensor:
-    """Floats strictly inside (0, 1): 23 bits and a half, which float32 holds exactly."""
-    return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+def exponential(bits: torch.Tensor) -> torch.Tensor:
+    """Exponentially distributed float32 numbers, −log(1 − v) of a uniform v.
+
+    Of many such numbers the smallest counts, so v keeps all 32 bits near zero, and there a series replaces the
+    logarithm of 1 − v, which would round them away.
+    """
+    v = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return torch.where(v < 1 / 64, v * (1 + v * (0.5 + v * (1 / 3 + v * 0.25))), -torch.log(1 - v))
+
+
+# ---- fused ----
+
+
+@triton.jit
+def philox_bits(seed, position, first, COUNT: tl.constexpr):
+    """`random_bits` of indices first … first + COUNT − 1, as uint32; `first` and COUNT are multiples of four."""
+    c0 = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
+    zero = c0 ^ c0
+    c1 = zero + (position & 0xFFFFFFFF).to(tl.uint32)
+    c2 = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c3 = zero
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    m0 = tl.full([1], 0xD2511F53, tl.uint32)
+    m1 = tl.full([1], 0xCD9E8D57, tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, m0), c0 * m0
+        high1, low1 = tl.umulhi(c2, m1), c2 * m1
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = k0 + tl.full([], 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full([], 0xBB67AE85, tl.uint32)
+    return tl.join(tl.join(c0, c2), tl.join(c1, c3)).reshape([COUNT])
+
+
+@triton.jit
+def philox_exponential(seed, position, first, COUNT: tl.constexpr):
+    """`exponential` of the same."""
+    bits = philox_bits(seed, position, first, COUNT)
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
+    return tl.where(v < 0.015625, v * (1 + v * (0.5 + v * (0.3333333333333333 + v * 0.25))), -tl.log(1 - v))

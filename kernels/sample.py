@@ -4,9 +4,15 @@ Greedy is temperature 0. Otherwise, logits / temperature become probabilities p;
 the smallest set of largest whose share of what top_k left reaches top_p, `min_p` those with p ≥ min_p · max p. Each
 is a threshold on p, so all tokens that tie with the last one kept are kept.
 
-The draw is an exponential race: token i finishes at −log(u_i) / p_i, and the first to finish wins with probability
-p_i. No sum, no cumulative table, and u_i comes from `philox` at (seed, position, i): same request, same token, in any
-batch, on any device.
+The draw is an exponential race: token i finishes at e_i / p_i, with e_i exponentially distributed, and the first to
+finish wins with probability p_i. No sum, no cumulative table, and e_i comes from `philox` at (seed, position, i):
+same request, same token, in any batch, on any device.
+
+The fused twin never sorts. It draws a winner among all tokens, then asks whether that winner is kept: how many
+tokens, and how much of the probability, lie above it? If it is not kept, nothing as small as it is kept either, so
+the race is run again among the tokens above it. That ends after a few rounds with exactly the token that a race among
+the kept ones would have given. (Only `top_k` with `top_p` needs the k-th largest value itself, for the share that is
+left; a bisection over the bits of a float finds it.)
 
 B rows, V tokens.
 """
@@ -15,8 +21,11 @@ import math
 
 import torch
 
-from .op import Case, Op
-from .philox import random_bits, uniform
+from .fused import launch, launcher
+from .lang import next_power_of_2, tl, triton
+from .op import Budget, Case, Op
+from .philox import exponential, philox_exponential, random_bits
+from .tuned import tuned
 
 
 def _sample(
@@ -34,9 +43,9 @@ def _sample(
     """
     x_BV = logits.float()
     greedy_B = x_BV.argmax(-1)
-    x_BV = x_BV / temperature.float().where(temperature > 0, 1.0)[:, None]
+    x_BV = x_BV * (1 / temperature.float().where(temperature > 0, 1.0))[:, None]
     kept_BV = _kept(x_BV, top_k, top_p.float(), min_p.float())
-    race_BV = x_BV - torch.log(-torch.log(uniform(random_bits(seeds, positions, x_BV.shape[1]))))
+    race_BV = x_BV - torch.log(exponential(random_bits(seeds, positions, x_BV.shape[1])))
     drawn_B = race_BV.masked_fill(~kept_BV, -math.inf).argmax(-1)
     return drawn_B.where(temperature > 0, greedy_B)
 
@@ -56,6 +65,146 @@ def _kept(x_BV, top_k, top_p, min_p):
     return weights_BV >= threshold_B1.where((top_p < 1)[:, None], kth_B1.maximum(min_p.double()[:, None]))
 
 
+# ---- fused ----
+
+
+@triton.jit
+def _ordered(x):
+    """Floats as integers in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
+    """The largest scaled logit and the first token that has it."""
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    where = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+        where = tl.where(x > best, col, where)
+        best = tl.maximum(best, x)
+    highest = tl.max(best, 0)
+    return highest, tl.min(tl.where(best == highest, where, 2147483647), 0)
+
+
+@triton.jit
+def _above(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
+    """How many scaled logits exceed `floor`, and how many reach it; the weight of each of the two sets."""
+    more = tl.zeros([BLOCK], tl.int32)
+    reach = tl.zeros([BLOCK], tl.int32)
+    weight_more = tl.zeros([BLOCK], tl.float32)
+    weight_reach = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+        weight = tl.exp(x - highest)
+        more += tl.where(x > floor, 1, 0)
+        reach += tl.where((x >= floor) & (col < V), 1, 0)
+        weight_more += tl.where(x > floor, weight, 0.0)
+        weight_reach += tl.where(x >= floor, weight, 0.0)
+    return tl.sum(more, 0), tl.sum(reach, 0), tl.sum(weight_more, 0), tl.sum(weight_reach, 0)
+
+
+@triton.jit
+def _kth_largest(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
+    """The k-th largest scaled logit, by bisection over the order of floats."""
+    low = tl.full([], -2139095041, tl.int64)  # the order of −inf
+    high = _ordered(highest).to(tl.int64)
+    while low < high:  # the largest value that at least k logits reach
+        middle = low + (high - low + 1) // 2
+        count = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, V, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            x = (
+                tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32)
+                * scale
+            )
+            count += tl.where((_ordered(x) >= middle) & (col < V), 1, 0)
+        enough = tl.sum(count, 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    order = low.to(tl.int32)
+    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _race(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.constexpr):
+    """The winner among tokens above `floor`: its place and its scaled logit."""
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    where = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+        finish = x - tl.log(philox_exponential(seed, position, start, BLOCK))
+        finish = tl.where(x > floor, finish, -float("inf"))
+        where = tl.where(finish > best, col, where)
+        best = tl.maximum(best, finish)
+    first = tl.max(best, 0)
+    token = tl.min(tl.where(best == first, where, 2147483647), 0)
+    return token, tl.load(row_ptr + token.to(tl.int64) * col_stride).to(tl.float32) * scale
+
+
+@triton.jit
+def _sample_kernel(
+    x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, token_ptr,
+    V, x_row, x_col, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + row * x_row
+    temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    scale = tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(temperature > 0, temperature, 1.0))
+    highest, token = _row_maximum(row_ptr, x_col, V, scale, BLOCK)
+    if temperature > 0:
+        top_k = tl.load(top_k_ptr + row).to(tl.int32)
+        top_p = tl.load(top_p_ptr + row).to(tl.float32)
+        min_p = tl.load(min_p_ptr + row).to(tl.float32)
+        seed, position = tl.load(seed_ptr + row).to(tl.int64), tl.load(position_ptr + row).to(tl.int64)
+        limit = tl.where((top_k > 0) & (top_k < V), top_k, V)
+        least = highest + tl.log(min_p)  # min_p · max p, as a logit; −inf when min_p is 0
+        mass = tl.full([], float("inf"), tl.float32)
+        if top_p < 1:
+            kth = tl.full([], -float("inf"), tl.float32)
+            if limit < V:
+                kth = _kth_largest(row_ptr, x_col, V, scale, highest, limit, BLOCK)
+            _, _, _, left = _above(row_ptr, x_col, V, scale, highest, kth, BLOCK)
+            mass = top_p * left
+        floor = tl.full([], -float("inf"), tl.float32)
+        searching = True
+        while searching:
+            token, x = _race(row_ptr, x_col, V, scale, seed, position, floor, BLOCK)
+            searching = x < least
+            if (limit < V) | (top_p < 1):
+                more, _, weight, _ = _above(row_ptr, x_col, V, scale, highest, x, BLOCK)
+                searching = searching | (more >= limit) | (weight >= mass)
+            searching = searching & (x < highest)
+            floor = x
+    tl.store(token_ptr + row, token.to(tl.int64))
+
+
+@launcher
+def sample_tokens(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    B, V = logits.shape
+    tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
+    width = next_power_of_2(V)
+    block = min(4096, max(width, 128))
+    tile = tuned("sample", logits.device, width, {"BLOCK": block, "num_warps": max(4, block // 256)})
+    launch(
+        _sample_kernel, (B,), logits, temperature, top_k, top_p, min_p, seeds, positions, tokens,
+        V, *logits.stride(), **tile,
+    )  # fmt: skip
+    return tokens
+
+
 def _rows(m, V, temperature, top_k, top_p, min_p, scale=2.0, positions=None):
     B = len(temperature)
     fills = (m.tensor(x, dtype=torch.float32) for x in (temperature, top_p, min_p))
@@ -69,6 +218,7 @@ def _rows(m, V, temperature, top_k, top_p, min_p, scale=2.0, positions=None):
 sample = Op(
     name="sample",
     reference=_sample,
+    fused=sample_tokens,
     cases=[
         Case("greedy", lambda m: _rows(m, 100, [0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3)),
         Case("plain", lambda m: _rows(m, 1500, [1.0, 0.7, 2.0], [0] * 3, [1.0] * 3, [0.0] * 3)),
@@ -83,5 +233,6 @@ sample = Op(
         ),
         Case("64x128256", lambda m: _rows(m, 128256, [0.8] * 64, [50] * 64, [0.9] * 64, [0.0] * 64), bench=True),
     ],
+    budget=Budget(registers=128, vector=True),
     traffic=lambda logits, *_: (logits.nbytes, 0),
 )

@@ -156,7 +156,7 @@ def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 def test_philox_gives_the_published_numbers():
     # The known-answer vector of Random123 for an all-zero key and counter.
-    words = random_bits(torch.tensor([0]), torch.tensor([0]), 1024)[0, ::256]
+    words = random_bits(torch.tensor([0]), torch.tensor([0]), 4)[0]
     assert [hex(w) for w in words.tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
