@@ -7,7 +7,7 @@ id stands for (`token_bytes`). Everything else here follows from that: special t
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -164,7 +164,7 @@ class Tokenizer(ABC):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, joined."""
-        return b"".join(map(self.token_bytes, ids.tolist() if isinstance(ids, np.ndarray) else ids))
+        return b"".join(map(self.token_bytes, id_array(ids, self._bad_id).tolist()))
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD, or as `errors` says (see `bytes.decode`)."""
@@ -204,3 +204,17 @@ def default_threads(threads: int | None) -> int:
     if threads < 1:
         raise ValueError(f"threads is {threads}; it must be at least 1, or None for every core")
     return threads
+
+
+def id_array(ids: Iterable[int], bad_id: Callable[[object], ValueError]) -> np.ndarray:
+    """Ids in whatever form as a flat array of whole numbers."""
+    if not isinstance(ids, np.ndarray):
+        ids = list(ids)
+        try:
+            ids = np.array(ids, dtype=np.int64)
+        except (OverflowError, TypeError, ValueError):
+            wrong = next((i for i in ids if not isinstance(i, (int, np.integer)) or abs(i) >= 1 << 63), ids)
+            raise bad_id(wrong) from None
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"ids must be a flat sequence of whole numbers, not {ids.ndim} dimensions of {ids.dtype}")
+    return ids

@@ -6,21 +6,20 @@ extension was not built.
 """
 
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .base import Allowed, Tokenizer
+import numpy as np
+
+from . import native
+from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
 from .patterns import compile_pattern, pattern_name, pattern_source, safe_cut
-from .reference import Merges, PythonBPE, count_words, tie_key, train_merges
-from .sources import Corpus, documents, read_pieces, write_text
-from .specials import cut_stream, finder
+from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
+from .sources import Corpus, atomic_writer, write_text
 
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 END_OF_TEXT = "<|endoftext|>"
-
-Progress = Callable[[int, int], None]
 
 
 class BPETokenizer(Tokenizer):
@@ -54,7 +53,13 @@ class BPETokenizer(Tokenizer):
         self._tokens = {token_id: token for token, token_id in vocab.items()}
         self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
         self.json_extras: dict = {}  # parts of a loaded tokenizer.json that do not change ids, kept for saving
-        self._engine = PythonBPE(self._vocab, self._merges, pattern, whole_words, self._normalize)
+        self._native = native.extension()
+        if self._native:
+            self._engine = native.build_encoder(self._native, self._vocab, self._merges, pattern, whole_words)
+        else:
+            self._engine = PythonBPE(self._vocab, self._merges, pattern, whole_words)
+        self._scans = bool(self._native and pattern_name(pattern) and not normalizer)  # text can go straight to C++
+        self._special_tokens_changed()
 
     @classmethod
     def train(
@@ -93,8 +98,11 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"max_token_length is {max_token_length}; it must be at least 1, or None")
         tie_key(ties)
         compile_pattern(pattern)
-        counts = _count_corpus(corpus, pattern, specials)
-        merges = train_merges(counts, num_merges, ties, min_frequency, max_token_length, progress)
+        rules = (num_merges, ties, min_frequency, max_token_length, progress)
+        if module := native.extension():
+            merges = native.train_merges(module, corpus, pattern, specials, default_threads(threads), *rules)
+        else:
+            merges = train_merges(count_words(corpus, pattern, specials), *rules)
         tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
         ids = {token: len(tokens) + i for i, token in enumerate(specials)}
         return cls({token: i for i, token in enumerate(tokens)}, merges, ids, pattern)
@@ -158,14 +166,88 @@ class BPETokenizer(Tokenizer):
     def _set_special_tokens(self, ids: dict[str, int]) -> None:
         _check_vocabulary(self._vocab, [], ids)
         super()._set_special_tokens(ids)
+        self._special_tokens_changed()
+
+    def _special_tokens_changed(self) -> None:
+        self._finders: dict[frozenset[str], object] = {}
+        self._decoder = None
+        self._wide = self.dtype.itemsize == 4
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        return self._engine.encode(text)
+        text = self._normalize(text)
+        if not self._native:
+            return self._engine.encode(text)
+        if pattern_name(self.pattern):
+            return self._engine.encode(text, None)
+        return self._engine.encode_pieces(text, native.byte_ends(text, self.pattern), self._wide).tolist()
+
+    def _finder(self, allowed_special: Allowed) -> object | None:
+        """The native finder of the special tokens a call allows."""
+        if isinstance(allowed_special, str) and allowed_special == "none":
+            return None
+        allowed = self.special.allowed(allowed_special)
+        if not allowed:
+            return None
+        key = frozenset(allowed)
+        if key not in self._finders:
+            self._finders[key] = self._native.Specials([(token.encode(), i) for token, i in allowed.items()])
+        return self._finders[key]
+
+    def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
+        if not self._scans:
+            return super().encode(text, allowed_special)
+        return self._engine.encode(text, self._finder(allowed_special))
+
+    def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
+        if not self._scans:
+            return super().encode_array(text, allowed_special, threads)
+        return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads), self._wide)
+
+    def encode_batch(
+        self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
+    ) -> list[list[int]]:
+        if not self._scans:
+            return super().encode_batch(texts, allowed_special, threads)
+        return self._engine.encode_batch(texts, self._finder(allowed_special), default_threads(threads))
+
+    def encode_batch_array(
+        self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if not self._scans:
+            return super().encode_batch_array(texts, allowed_special, threads)
+        finder = self._finder(allowed_special)
+        return self._engine.encode_batch_array(texts, finder, default_threads(threads), self._wide)
+
+    def encode_file(
+        self, path: str | Path, out: str | Path, threads: int | None = None, allowed_special: Allowed = "none"
+    ) -> int:
+        if not self._scans:
+            return super().encode_file(path, out, threads, allowed_special)
+        finder, threads, total = self._finder(allowed_special), default_threads(threads), 0
+        with atomic_writer(out) as file:
+            for block in native.file_blocks(self._native, path, finder):
+                ids = self._engine.encode_array(block, finder, threads, self._wide)
+                file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
+                total += len(ids)
+        return total
+
+    def count(self, text: str, allowed_special: Allowed = "none") -> int:
+        if not self._scans:
+            return super().count(text, allowed_special)
+        return self._engine.count(text, self._finder(allowed_special), default_threads(None))
 
     def _safe_cut(self, text: str, limit: int) -> int:
         return safe_cut(text, limit) if pattern_name(self.pattern) else 0
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids, joined."""
+        if not self._native:
+            return super().decode_bytes(ids)
+        if self._decoder is None:
+            self._decoder = native.build_decoder(self._native, self._tokens, self.special.texts)
+        return self._decoder.decode(id_array(ids, self._bad_id))
 
     def _normalize(self, text: str) -> str:
         return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
@@ -226,15 +308,3 @@ def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[st
     for token, token_id in specials.items():
         if token_id in ids and vocab.get(token.encode()) != token_id:
             raise ValueError(f"special token {token!r} has id {token_id}, which vocab gives to another token")
-
-
-def _count_corpus(corpus: Corpus, pattern: str, specials: list[str]) -> Counter[bytes]:
-    """Words and their counts, in one pass over the corpus as a stream."""
-    cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
-    find = finder(frozenset(specials))
-    counts: Counter[bytes] = Counter()
-    for document in documents(corpus):
-        pieces = read_pieces(document) if isinstance(document, Path) else [document]
-        for block in cut_stream(pieces, specials, cut, 1 << 20):
-            count_words(find.split(block), pattern, counts)
-    return counts

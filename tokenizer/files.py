@@ -245,7 +245,7 @@ def read_tiktoken(path: str | Path, pattern: str, special_tokens: dict[str, int]
 
 def _implied_merges(vocab: dict[bytes, int], by_rank: list[bytes]) -> list[tuple[bytes, bytes]] | None:
     tokens = {token_id: token for token, token_id in vocab.items()}
-    engine = PythonBPE(vocab, [], "gpt4", False, lambda text: text)
+    engine = PythonBPE(vocab, [], "gpt4", False)
     merges = []
     for token in by_rank:
         if len(token) == 1:

@@ -14,24 +14,31 @@ import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from .byte_alphabet import HF_ORDER
-from .patterns import split
+from .patterns import pattern_name, safe_cut, split
+from .sources import Corpus, documents, read_pieces
+from .specials import cut_stream, finder
 
 Merges = list[tuple[bytes, bytes]]
+WordCounts = dict[bytes, int]
+Progress = Callable[[int, int], None]
 
 _CACHE_LIMIT = 1 << 16
 
 
-def count_words(texts: Iterable[str], pattern: str, counts: Counter[bytes] | None = None) -> Counter[bytes]:
-    """How often each distinct piece occurs: all that training needs to know about a corpus."""
-    words: Counter[str] = Counter()
-    for text in texts:
-        words.update(split(text, pattern))
-    counts = Counter() if counts is None else counts
-    for word, count in words.items():
-        counts[word.encode()] += count
-    return counts
+def count_words(corpus: Corpus, pattern: str, specials: Iterable[str] = ()) -> WordCounts:
+    """How often each distinct piece of a corpus occurs: all that training needs to know about it."""
+    cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
+    find = finder(frozenset(specials))
+    counts: Counter[str] = Counter()
+    for document in documents(corpus):
+        pieces = read_pieces(document) if isinstance(document, Path) else [document]
+        for block in cut_stream(pieces, specials, cut, 1 << 20):
+            for stretch in find.split(block):
+                counts.update(split(stretch, pattern))
+    return {word.encode(): count for word, count in counts.items()}
 
 
 def tie_key(ties: str) -> Callable[[bytes, int], object]:
@@ -50,12 +57,12 @@ def tie_key(ties: str) -> Callable[[bytes, int], object]:
 
 
 def train_merges(
-    counts: dict[bytes, int],
+    counts: WordCounts,
     num_merges: int,
     ties: str = "bytes",
     min_frequency: int = 1,
     max_token_length: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Merges:
     """The merges that byte-pair encoding learns from word counts, in order."""
     rank = tie_key(ties)
@@ -126,23 +133,21 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 class PythonBPE:
     """Encoding and decoding with a list of merges; what `warploom._native.BPE` does, in Python."""
 
-    def __init__(
-        self, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool, normalize: Callable[[str], str]
-    ) -> None:
+    def __init__(self, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool) -> None:
         self.pattern = pattern
         self.whole_words = vocab if whole_words else {}
         self.byte_ids = [vocab[bytes([byte])] for byte in range(256)]
         self.ranks: dict[tuple[int, int], tuple[int, int]] = {}
         for rank, (left, right) in enumerate(merges):
             self.ranks.setdefault((vocab[left], vocab[right]), (rank, vocab[left + right]))
-        self._normalize = normalize
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text."""
+        text.encode()  # a lone surrogate is an error
         ids: list[int] = []
         cache = self._cache
-        for piece in split(self._normalize(text), self.pattern):
+        for piece in split(text, self.pattern):
             word = cache.get(piece)
             if word is None:
                 word = self.encode_word(piece.encode())

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import regex
 
-from .base import Allowed, Tokenizer
+from .base import Allowed, Tokenizer, id_array
 from .sources import Corpus, documents, read_pieces
 from .specials import cut_stream, finder
 
@@ -177,7 +176,7 @@ class WordTokenizer(_Vocabulary):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The words, with a space between each two."""
-        return b" ".join(map(self.token_bytes, ids.tolist() if isinstance(ids, np.ndarray) else ids))
+        return b" ".join(map(self.token_bytes, id_array(ids, self._bad_id).tolist()))
 
     def stream(self):
         """A decoder that takes ids one by one."""

@@ -1,0 +1,239 @@
+// Python's door to the tokenizer: strings in, lists and NumPy arrays out, the interpreter lock released in between.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "decoder.hpp"
+#include "encoder.hpp"
+#include "text.hpp"
+
+namespace py = pybind11;
+
+namespace warploom {
+
+void bind_training(py::module_& module);
+
+namespace {
+
+template <class T>
+py::array_t<T> to_array(T* data, size_t size) {
+    py::capsule owner(data, [](void* memory) { std::free(memory); });
+    return py::array_t<T>(static_cast<py::ssize_t>(size), data, owner);
+}
+
+template <class Id>
+py::array to_array(IdBuffer<Id>& ids) {
+    size_t size = ids.size;
+    ids.reserve(1);
+    return to_array(ids.release(), size);
+}
+
+class Bpe {
+public:
+    Bpe(std::vector<TokenId> byte_ids, std::vector<TokenId> left, std::vector<TokenId> right, std::vector<TokenId> merged,
+        const std::string& pattern, std::vector<std::pair<std::string, TokenId>> whole_words)
+        : encoder_(Merges(byte_ids, left, right, merged), pattern_of(pattern), std::move(whole_words)) {}
+
+    ~Bpe() {
+        for (PyObject* number : numbers_) Py_XDECREF(number);
+    }
+
+    // Everything below: `specials` is a Specials or None; `wide` asks for uint32 instead of uint16.
+
+    py::list encode(py::handle text, const Specials* specials) {
+        Text utf8(text);
+        IdBuffer<uint32_t> ids;
+        run(std::vector<TextView>{utf8.view}, specials, 1, ids, nullptr);
+        return to_list(ids.data(), ids.size);
+    }
+
+    py::array encode_array(py::handle text, const Specials* specials, unsigned threads, bool wide) const {
+        Text utf8(text);
+        return wide ? one_array<uint32_t>(utf8, specials, threads) : one_array<uint16_t>(utf8, specials, threads);
+    }
+
+    size_t count(py::handle text, const Specials* specials, unsigned threads) const {
+        Text utf8(text);
+        IdBuffer<uint16_t> ids;
+        run(std::vector<TextView>{utf8.view}, specials, threads, ids, nullptr);
+        return ids.size;
+    }
+
+    py::list encode_batch(const py::sequence& texts, const Specials* specials, unsigned threads) {
+        IdBuffer<uint32_t> ids;
+        std::vector<uint64_t> ends;
+        run_many(texts, specials, threads, ids, ends);
+        py::list lists(ends.size());
+        for (size_t i = 0; i < ends.size(); ++i) {
+            uint64_t begin = i ? ends[i - 1] : 0;
+            lists[i] = to_list(ids.data() + begin, ends[i] - begin);
+        }
+        return lists;
+    }
+
+    py::tuple encode_batch_array(const py::sequence& texts, const Specials* specials, unsigned threads, bool wide) const {
+        return wide ? many_arrays<uint32_t>(texts, specials, threads) : many_arrays<uint16_t>(texts, specials, threads);
+    }
+
+    // Ids of a text cut elsewhere: `ends` are byte offsets.
+    py::array encode_pieces(py::handle text, const std::vector<uint64_t>& ends, bool wide) const {
+        Text utf8(text);
+        uint64_t last = 0;
+        for (uint64_t end : ends) {
+            if (end <= last || end > utf8.view.size) throw py::value_error("ends must rise and stay inside the text");
+            last = end;
+        }
+        return wide ? pieces_array<uint32_t>(utf8, ends) : pieces_array<uint16_t>(utf8, ends);
+    }
+
+private:
+    template <class Id>
+    void run(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+             std::vector<uint64_t>* ends) const {
+        size_t total = 0;
+        for (const TextView& text : texts) total += text.size;
+        constexpr size_t kSmall = 1 << 12;  // letting the lock go costs more than encoding so little
+        if (total < kSmall) {
+            encoder_.encode(texts, specials, 1, ids, ends, [] {});
+            return;
+        }
+        py::gil_scoped_release unlocked;
+        encoder_.encode(texts, specials, threads, ids, ends, check_signals);
+    }
+
+    template <class Id>
+    void run_many(const py::sequence& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+                  std::vector<uint64_t>& ends) const {
+        std::vector<Text> owners;
+        std::vector<TextView> views;
+        owners.reserve(texts.size());
+        views.reserve(texts.size());
+        for (py::handle text : texts) {
+            owners.emplace_back(text);
+            views.push_back(owners.back().view);
+        }
+        run(views, specials, threads, ids, &ends);
+    }
+
+    template <class Id>
+    py::array one_array(const Text& text, const Specials* specials, unsigned threads) const {
+        IdBuffer<Id> ids;
+        run(std::vector<TextView>{text.view}, specials, threads, ids, nullptr);
+        return to_array(ids);
+    }
+
+    template <class Id>
+    py::tuple many_arrays(const py::sequence& texts, const Specials* specials, unsigned threads) const {
+        IdBuffer<Id> ids;
+        std::vector<uint64_t> ends;
+        run_many(texts, specials, threads, ids, ends);
+        py::array_t<int64_t> offsets(static_cast<py::ssize_t>(ends.size() + 1));
+        int64_t* offset = offsets.mutable_data();
+        offset[0] = 0;
+        for (size_t i = 0; i < ends.size(); ++i) offset[i + 1] = static_cast<int64_t>(ends[i]);
+        return py::make_tuple(to_array(ids), offsets);
+    }
+
+    template <class Id>
+    py::array pieces_array(const Text& text, const std::vector<uint64_t>& ends) const {
+        IdBuffer<Id> ids;
+        {
+            py::gil_scoped_release unlocked;
+            encoder_.encode_pieces(text.view, ends.data(), ends.size(), ids);
+        }
+        return to_array(ids);
+    }
+
+    // Each id becomes a Python int once; lists share them, which is several times faster than making new ones.
+    py::list to_list(const uint32_t* ids, size_t count) {
+        py::object list = py::reinterpret_steal<py::object>(PyList_New(static_cast<Py_ssize_t>(count)));
+        if (!list) throw py::error_already_set();
+        for (size_t i = 0; i < count; ++i) {
+            if (ids[i] >= numbers_.size()) numbers_.resize(ids[i] + 1 + numbers_.size() / 2, nullptr);
+            PyObject*& number = numbers_[ids[i]];
+            if (!number && !(number = PyLong_FromUnsignedLong(ids[i]))) throw py::error_already_set();
+            Py_INCREF(number);
+            PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), number);
+        }
+        return py::reinterpret_steal<py::list>(list.release());
+    }
+
+    Encoder encoder_;
+    std::vector<PyObject*> numbers_;  // guarded by the interpreter lock
+};
+
+template <class Id>
+py::bytes decode_ids(const Decoder& decoder, const Id* ids, size_t count) {
+    py::object bytes;
+    char* out;
+    uint64_t size = decoder.size_of(ids, count);
+    bytes = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+    if (!bytes) throw py::error_already_set();
+    out = PyBytes_AS_STRING(bytes.ptr());
+    {
+        py::gil_scoped_release unlocked;
+        decoder.write(ids, count, out, size);
+    }
+    return py::reinterpret_steal<py::bytes>(bytes.release());
+}
+
+py::bytes decode_array(const Decoder& decoder, const py::array& ids) {
+    auto decode_as = [&](auto zero) {
+        using Id = decltype(zero);
+        py::array_t<Id, py::array::c_style> typed = py::reinterpret_borrow<py::array>(ids);
+        return decode_ids(decoder, typed.data(), static_cast<size_t>(typed.size()));
+    };
+    if (ids.dtype().kind() == 'u' && ids.itemsize() == 2) return decode_as(uint16_t{});
+    if (ids.dtype().kind() == 'u' && ids.itemsize() == 4) return decode_as(uint32_t{});
+    if (ids.dtype().kind() != 'u' && ids.dtype().kind() != 'i' && ids.size() > 0)
+        throw py::value_error("ids must be whole numbers, not " + std::string(py::str(ids.dtype())));
+    return decode_as(int64_t{});
+}
+
+py::array_t<uint64_t> split(py::handle text, const std::string& pattern) {
+    Text utf8(text);
+    std::vector<uint64_t> all;
+    std::vector<uint32_t> ends(256 + kSplitMargin);
+    Split state{utf8.view.data, 0, utf8.view.size, utf8.view.size};
+    SplitFunction next = split_function(pattern_of(pattern));
+    while (true) {
+        uint64_t base = state.position;
+        size_t count = next(state, ends.data(), 256);
+        if (count == 0) break;
+        for (size_t i = 0; i < count; ++i) all.push_back(base + ends[i]);
+    }
+    return py::array_t<uint64_t>(static_cast<py::ssize_t>(all.size()), all.data());
+}
+
+}  // namespace
+
+void bind_tokenizer(py::module_& module) {
+    py::class_<Specials>(module, "Specials").def(py::init<std::vector<std::pair<std::string, TokenId>>>());
+
+    py::class_<Bpe>(module, "BPE")
+        .def(py::init<std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>,
+                      const std::string&, std::vector<std::pair<std::string, TokenId>>>())
+        .def("encode", &Bpe::encode)
+        .def("encode_array", &Bpe::encode_array)
+        .def("count", &Bpe::count)
+        .def("encode_batch", &Bpe::encode_batch)
+        .def("encode_batch_array", &Bpe::encode_batch_array)
+        .def("encode_pieces", &Bpe::encode_pieces);
+
+    py::class_<Decoder>(module, "Decoder")
+        .def(py::init<const std::vector<std::string>&, std::vector<bool>>())
+        .def("decode", &decode_array);
+
+    module.def("split", &split, "Byte offsets of the ends of a text's pieces.");
+    module.def("stream_cut", [](py::handle text, const Specials* specials) { return stream_cut(Text(text).view, specials); },
+               "Up to where a text that goes on may be treated as if it ended there.");
+    module.def("first_invalid_utf8", [](py::handle text) {
+        Text utf8(text);
+        return first_invalid_utf8(utf8.view.data, utf8.view.size);
+    });
+    module.def("instruction_set", &instruction_set);
+    module.def("use_instruction_set", &use_instruction_set);
+    bind_training(module);
+}
+
+}  // namespace warploom

@@ -1,0 +1,135 @@
+// The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
+//
+// A look-up is bound by memory latency, not by work, so pieces are taken 64 at a time: first the keys of all are made
+// and their buckets requested, then the answers are collected. Ids of known words are written without asking how many
+// there are: always four, of which the next word overwrites the superfluous.
+//
+// A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
+// short texts are grouped into segments. Threads are started per call and joined before it returns, so nothing of this
+// survives into a forked child.
+#pragma once
+
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "splitter.hpp"
+#include "word_cache.hpp"
+
+namespace warploom {
+
+// Memory for ids that grows by reallocation and can be handed over to NumPy.
+template <class Id>
+class IdBuffer {
+public:
+    IdBuffer() = default;
+    IdBuffer(IdBuffer&& other) noexcept { *this = std::move(other); }
+    IdBuffer& operator=(IdBuffer&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size, other.size);
+        std::swap(capacity_, other.capacity_);
+        return *this;
+    }
+    ~IdBuffer() { std::free(data_); }
+
+    // Room for `count` more ids; returns where they go.
+    Id* reserve(size_t count) {
+        if (size + count > capacity_) resize(size + count + capacity_ / 2);
+        return data_ + size;
+    }
+    void push(Id id) { *reserve(1) = id, ++size; }
+    Id* data() { return data_; }
+    Id* release() {
+        if (size < capacity_ / 8 * 7) resize(size ? size : 1);
+        capacity_ = size = 0;
+        return std::exchange(data_, nullptr);
+    }
+
+    size_t size = 0;
+
+private:
+    void resize(size_t capacity) {
+        void* data = std::realloc(data_, capacity * sizeof(Id));
+        if (!data) throw std::bad_alloc();
+        data_ = static_cast<Id*>(data);
+        capacity_ = capacity;
+    }
+    Id* data_ = nullptr;
+    size_t capacity_ = 0;
+};
+
+struct TextView {
+    const uint8_t* data;
+    size_t size;
+};
+
+// Special tokens that the caller allows, and where they stand in a text.
+class Specials {
+public:
+    explicit Specials(std::vector<std::pair<std::string, TokenId>> tokens);
+
+    struct Found {
+        size_t begin, end;
+        TokenId id;
+    };
+    // The leftmost special token from `begin` on, the longest where several begin; begin == end if there is none.
+    Found next(TextView text, size_t begin) const;
+
+    size_t longest() const { return tokens_.empty() ? 1 : tokens_[0].first.size(); }
+
+private:
+    std::vector<std::pair<std::string, TokenId>> tokens_;  // longest first
+    bool starts_[256] = {};
+    int only_start_ = -1;  // the byte that all of them begin with, if they do
+};
+
+// A stretch of ordinary text; a special token if begin == limit; an empty text if there is no text.
+struct Segment {
+    const uint8_t* text;
+    uint64_t begin, limit, size;
+    TokenId special;
+    bool ends_text;
+};
+
+// Cuts a text at its special tokens, and where it may be cut into pieces of about `segment_size`.
+void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments);
+
+// Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.
+uint64_t stream_cut(TextView text, const Specials* specials);
+
+class Encoder {
+public:
+    // whole_words: pieces that are looked up before merging (empty for most vocabularies).
+    Encoder(Merges merges, Pattern pattern, std::vector<std::pair<std::string, TokenId>> whole_words);
+
+    // Called now and then on the calling thread; throws to stop the work.
+    using Checkpoint = std::function<void()>;
+
+    // Ids of many texts, one after another, and the number of ids up to each text's end.
+    template <class Id>
+    void encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+                std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const;
+
+    // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
+    template <class Id>
+    void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
+
+private:
+    template <class Id>
+    void encode_segment(const Segment& segment, WordCache& cache, IdBuffer<Id>& ids) const;
+    template <class Id>
+    void look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, WordCache& cache,
+                 IdBuffer<Id>& ids) const;
+    template <class Id>
+    Id* encode_new(const uint8_t* word, size_t length, WordCache& cache, Id* out) const;
+
+    Merges merges_;
+    Pattern pattern_;
+    std::vector<std::pair<std::string, TokenId>> whole_words_;  // sorted
+    mutable CachePool caches_;
+};
+
+}  // namespace warploom

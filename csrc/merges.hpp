@@ -1,0 +1,81 @@
+// Merging: the bytes of one word become token ids.
+//
+// The rule: of all neighboring pairs that are a learned merge, apply the earliest learned one, leftmost first; repeat.
+// A word has few bytes, so for short ones a linear scan for the best pair beats any cleverness. A run without spaces can
+// have a million, and there the scan would be quadratic: long words use a queue with one bucket per merge. A merge makes
+// pairs whose merges were learned later, so buckets fill ahead of the one being emptied, and each position is visited
+// about once: linear time, whatever the text.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace warploom {
+
+using Symbol = uint32_t;  // 0..255 are bytes, then each merged token in the order of its first merge
+using TokenId = uint32_t;
+
+constexpr uint32_t kNoRank = 0xFFFFFFFF;
+
+// The rank (place among the merges) of a pair of symbols. Eight bytes an entry: 21 bits for each symbol, 22 for the rank.
+class PairTable {
+public:
+    void build(const std::vector<Symbol>& left, const std::vector<Symbol>& right);
+
+    uint32_t rank(Symbol left, Symbol right) const {
+        uint64_t key = static_cast<uint64_t>(left) << 21 | right;
+        for (uint64_t slot = key * kMultiplier >> shift_;; slot = (slot + 1) & mask_) {
+            uint64_t entry = slots_[slot];
+            if (entry >> 22 == key) return static_cast<uint32_t>(entry & kRankMask);
+            if (entry == kEmpty) return kNoRank;
+        }
+    }
+
+    uint32_t byte_rank(uint8_t left, uint8_t right) const { return bytes_[left << 8 | right]; }
+
+private:
+    static constexpr uint64_t kEmpty = ~0ull, kRankMask = (1u << 22) - 1, kMultiplier = 0x9E3779B97F4A7C15ull;
+    std::vector<uint64_t> slots_;
+    std::vector<uint32_t> bytes_;  // pairs of single bytes, where most look-ups go
+    uint64_t mask_ = 0;
+    int shift_ = 63;
+};
+
+// Memory that `Merges::encode` works in, kept between words.
+struct MergeScratch {
+    struct Waiting {
+        uint32_t position, next;
+    };
+    std::vector<Symbol> symbols;
+    std::vector<uint32_t> after, before;
+    std::vector<Waiting> waiting;                // entries of all buckets
+    std::vector<uint32_t> first, last, ranks;    // of each bucket; `ranks` is a heap of the buckets that are not empty
+    std::vector<uint32_t> positions;
+};
+
+class Merges {
+public:
+    // Token ids of the 256 bytes, and of each merge its two halves and its result.
+    Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left, const std::vector<TokenId>& right,
+           const std::vector<TokenId>& merged);
+
+    // Writes the ids of a word and returns how many there are (at most `size`).
+    size_t encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
+
+private:
+    static constexpr size_t kShort = 48;
+
+    size_t encode_short(const uint8_t* word, size_t size, TokenId* ids) const;
+    size_t encode_long(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
+    void offer(MergeScratch& s, uint32_t position, uint32_t rank) const;
+    void take_bucket(MergeScratch& s, uint32_t rank) const;
+
+    PairTable pairs_;
+    std::vector<Symbol> left_, right_, result_;  // of each merge
+    std::vector<TokenId> ids_;                   // of each symbol
+    bool ordered_ = true;                        // each token has one merge, learned after those of its halves
+};
+
+}  // namespace warploom

@@ -1,0 +1,90 @@
+// The block splitter for AVX2: two halves of 32 bytes.
+#include "split_masks.hpp"
+#include "splitter.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+// Only code of this file is compiled for these instructions: no standard header may come after this line.
+#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+
+namespace warploom {
+namespace avx2 {
+
+struct Bytes64 {
+    __m256i low, high;
+};
+
+static inline uint64_t mask_of(__m256i low, __m256i high) {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
+           static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
+}
+
+static inline __m256i in_range(__m256i bytes, char from, char count) {
+    __m256i offset = _mm256_sub_epi8(bytes, _mm256_set1_epi8(from));
+    return _mm256_cmpeq_epi8(_mm256_min_epu8(offset, _mm256_set1_epi8(static_cast<char>(count - 1))), offset);
+}
+
+static inline uint64_t in_range(Bytes64 bytes, char from, char count) {
+    return mask_of(in_range(bytes.low, from, count), in_range(bytes.high, from, count));
+}
+
+static inline uint64_t equal(Bytes64 bytes, char byte) {
+    __m256i all = _mm256_set1_epi8(byte);
+    return mask_of(_mm256_cmpeq_epi8(bytes.low, all), _mm256_cmpeq_epi8(bytes.high, all));
+}
+
+static inline void classify(const uint8_t* text, Masks& m) {
+    Bytes64 bytes = {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(text)),
+                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text + 32))};
+    __m256i fold = _mm256_set1_epi8(0x20);
+    m.letter = in_range(Bytes64{_mm256_or_si256(bytes.low, fold), _mm256_or_si256(bytes.high, fold)}, 'a', 26);
+    m.upper = in_range(bytes, 'A', 26);
+    m.digit = in_range(bytes, '0', 10);
+    m.blank = equal(bytes, ' ');
+    m.other_space = in_range(bytes, '\t', 5);
+    m.newline = equal(bytes, '\n') | equal(bytes, '\r');
+    m.apostrophe = equal(bytes, '\'');
+    m.slash = equal(bytes, '/');
+    m.high = mask_of(bytes.low, bytes.high);
+}
+
+// Appends base + i for each bit i, eight at a time so that the number of bits is hard to mispredict.
+static inline size_t emit(uint64_t bits, uint32_t base, uint32_t* out, size_t count) {
+    out += count;
+    size_t n = static_cast<size_t>(__builtin_popcountll(bits));
+    do {
+        for (int i = 0; i < 8; ++i) {
+            *out++ = base + static_cast<uint32_t>(_tzcnt_u64(bits));
+            bits &= bits - 1;
+        }
+    } while (bits);
+    return count + n;
+}
+
+#include "split_blocks.hpp"
+
+}  // namespace avx2
+
+SplitFunction split_avx2(Pattern pattern) {
+    if (pattern == Pattern::kGpt2) return avx2::split_blocks<Pattern::kGpt2>;
+    if (pattern == Pattern::kGpt4) return avx2::split_blocks<Pattern::kGpt4>;
+    if (pattern == Pattern::kQwen2) return avx2::split_blocks<Pattern::kQwen2>;
+    return avx2::split_blocks<Pattern::kO200k>;
+}
+
+bool has_avx2() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+
+}  // namespace warploom
+
+#else
+
+namespace warploom {
+SplitFunction split_avx2(Pattern) { return nullptr; }
+bool has_avx2() { return false; }
+}  // namespace warploom
+
+#endif

@@ -1,0 +1,118 @@
+"""The C++ extension, if there is one: how it is found, fed with a vocabulary, and given corpora.
+
+`WARPLOOM_NATIVE=0` in the environment, or an extension that was not built, leaves the pure-Python twin.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .byte_alphabet import HF_ORDER
+from .patterns import compile_pattern, pattern_name
+from .reference import Merges, Progress, WordCounts, count_words
+from .sources import Corpus, documents
+
+_BLOCK = 8 << 20
+
+
+def extension() -> ModuleType | None:
+    """The module `warploom._native`, or None where the twin is to be used."""
+    if os.environ.get("WARPLOOM_NATIVE", "1") == "0":
+        return None
+    try:
+        from .. import _native
+    except ImportError:
+        return None
+    return _native if hasattr(_native, "BPE") else None
+
+
+def build_encoder(native: ModuleType, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool) -> Any:
+    """A native encoder for a vocabulary; for a pattern it has no scanner for, only `encode_pieces` may be used."""
+    return native.BPE(
+        [vocab[bytes([byte])] for byte in range(256)],
+        [vocab[left] for left, _ in merges],
+        [vocab[right] for _, right in merges],
+        [vocab[left + right] for left, right in merges],
+        pattern_name(pattern) or "gpt4",
+        list(vocab.items()) if whole_words else [],
+    )
+
+
+def build_decoder(native: ModuleType, tokens: dict[int, bytes], specials: dict[int, str]) -> Any:
+    """A native decoder: the bytes of each id, in an array."""
+    every = {**{token_id: token.encode() for token_id, token in specials.items()}, **tokens}
+    size = 1 + max(every)
+    return native.Decoder([every.get(i, b"") for i in range(size)], [i in every for i in range(size)])
+
+
+def byte_ends(text: str, pattern: str) -> list[int]:
+    """Where the pieces of a text end, in bytes of its UTF-8."""
+    ends = [position for match in compile_pattern(pattern).finditer(text) for position in match.span()]
+    ends = sorted({*ends, len(text)} - {0})
+    if text.isascii():
+        return ends
+    sizes, size, start = [], 0, 0
+    for end in ends:
+        size += len(text[start:end].encode())
+        sizes.append(size)
+        start = end
+    return sizes
+
+
+def file_blocks(native: ModuleType, path: str | Path, specials: Any, size: int = _BLOCK) -> Iterator[memoryview]:
+    """A UTF-8 file as blocks that can be encoded one by one; a block is valid until the next one is asked for."""
+    buffer = bytearray(size)
+    held = done = 0
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            if held == len(buffer):  # no place to cut in all of it: look at twice as much
+                buffer = buffer + bytearray(len(buffer))
+            got = file.readinto(memoryview(buffer)[held:])
+            held += got
+            view = memoryview(buffer)[:held]
+            cut = native.stream_cut(view, specials) if got else held
+            if not cut and got:
+                continue
+            invalid = native.first_invalid_utf8(view[:cut])
+            if invalid < cut:
+                raise ValueError(f"{path} is not valid UTF-8 at byte {done + invalid}")
+            if cut:
+                yield view[:cut]
+            if not got:
+                return
+            buffer[: held - cut] = view[cut:]
+            held, done = held - cut, done + cut
+
+
+def train_merges(
+    native: ModuleType,
+    corpus: Corpus,
+    pattern: str,
+    specials: list[str],
+    threads: int,
+    num_merges: int,
+    ties: str,
+    min_frequency: int,
+    max_token_length: int | None,
+    progress: Progress | None,
+) -> Merges:
+    """The merges of a corpus; what `reference.train_merges` does."""
+    name = pattern_name(pattern)
+    counter = native.WordCounter(name or "gpt4", threads)
+    finder = native.Specials([(token.encode(), 0) for token in specials]) if specials else None
+    if name:
+        for document in documents(corpus):
+            for block in file_blocks(native, document, finder) if isinstance(document, Path) else [document]:
+                counter.add(block, finder)
+    else:
+        counts: WordCounts = count_words(corpus, pattern, specials)
+        counter.add_words(list(counts.items()))
+    pairs = counter.train(num_merges, ties, min_frequency, max_token_length or 1 << 62, HF_ORDER, progress)
+    tokens = [bytes([byte]) for byte in range(256)]
+    merges = []
+    for left, right in pairs:
+        merges.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
+    return merges
