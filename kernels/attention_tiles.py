@@ -56,7 +56,8 @@ def place(
         k_len = q_len
         tile = tile - (start // BLOCK + sequence)
     first = start.to(tl.int64)
-    return flat // heads, flat % heads, tile * BLOCK, first + tile.to(tl.int64) * BLOCK, first, q_len, k_len
+    row = tile.to(tl.int64) * BLOCK
+    return flat // heads, flat % heads, row.to(tl.int32), first + row, first, q_len, k_len
 
 
 @triton.jit

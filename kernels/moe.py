@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .lang import wide
+from .moe_fused import moe_fused
 from .op import Case, Op
 from .swiglu import swiglu_packed
 
@@ -37,10 +38,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor, MoEAux]:
     """Weights and numbers of each token's `top_k` experts (T, top_k), and statistics; ties go to the lower number."""
     E = router_logits.shape[-1]
-    if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"moe: score is {score!r}; valid are softmax and sigmoid")
-    if not 1 <= top_k <= E:
-        raise ValueError(f"moe: top_k is {top_k} with {E} experts; it must be between 1 and {E}")
+    _check(E, top_k, score)
     logits_TE = router_logits.to(wide(router_logits))
     scores_TE = torch.softmax(logits_TE, -1) if score == "softmax" else torch.sigmoid(logits_TE)
     order_TE = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices
@@ -49,6 +47,13 @@ def route(
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
     return weights_TK, experts_TK, _statistics(logits_TE, scores_TE, experts_TK, score)
+
+
+def _check(E, top_k, score):
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"moe: score is {score!r}; valid are softmax and sigmoid")
+    if not 1 <= top_k <= E:
+        raise ValueError(f"moe: top_k is {top_k} with {E} experts; it must be between 1 and {E}")
 
 
 def _statistics(logits_TE, scores_TE, experts_TK, score):
@@ -103,6 +108,12 @@ def _moe_eager(x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", n
     return y_TC.to(x.dtype).view(x.shape), aux
 
 
+def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
+    _check(router_logits.shape[-1], top_k, options.get("score", "softmax"))
+    y, *aux = moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options)
+    return y, MoEAux(*aux)
+
+
 def _batch(m, T, C, E, F_, logits=None):
     router = m.normal(T, E, dtype=torch.float32) if logits is None else logits
     return m.normal(T, C), router, m.normal(E, 2 * F_, C, scale=C**-0.5), m.normal(E, C, F_, scale=F_**-0.5)
@@ -117,6 +128,7 @@ moe = Op(
     name="moe",
     reference=_moe,
     eager=_moe_eager,
+    fused=_moe_fused,
     cases=[
         Case("top 2 of 4", lambda m: (*_batch(m, 9, 32, 4, 24), 2)),
         Case("switch", lambda m: (*_batch(m, 7, 32, 4, 16), 1), {"normalize": False}),

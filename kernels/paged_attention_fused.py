@@ -85,7 +85,7 @@ def paged_attention_kernel(
     q, k_pages, v_pages, table, contexts, starts, o, partial, stats,
     stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
-    sequences, splits, k_scale, v_scale,
+    sequences, splits, decoding, k_scale, v_scale,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -97,7 +97,6 @@ def paged_attention_kernel(
     k_pages += head * stride_kh
     v_pages += head * stride_vh
     columns = tl.arange(0, BLOCK_D)
-    decoding = sequences * splits
     if pid < decoding:
         sequence = pid // splits
         split = pid % splits
@@ -196,7 +195,7 @@ def _tile(G: int, D: int, dtype: torch.dtype, arch: int) -> dict:
         return {"DECODE_M": rows, "CHUNK_M": max(16, rows), "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:
         return {"DECODE_M": rows, "CHUNK_M": max(16, rows), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    block = 64 if D <= 128 else 32
+    block = 64 if D <= (128 if arch >= 90 else 64) else 32
     return {"DECODE_M": rows, "CHUNK_M": max(64, rows), "BLOCK_N": block, "num_warps": 4, "num_stages": 3}
 
 
@@ -233,7 +232,7 @@ def paged_attention_forward(
         q, k_pages, v_pages, page_table, context_lens, starts, o_THD, partial, stats,
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
-        N, splits, k_scale, v_scale,
+        N, splits, N * splits, k_scale, v_scale,
         SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, **shape, **tile,
     )  # fmt: skip
     launch(

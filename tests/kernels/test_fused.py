@@ -44,7 +44,7 @@ def run(op, case, function, maker, convert=lambda x: x):
 
 
 def gradient(seeds, x, expanded):
-    if expanded:
+    if expanded and x.dim():
         return seeds.normal(1, grad=False).to(x.dtype).expand(x.shape)
     return seeds.normal(*x.shape, grad=False).to(x.dtype)
 
