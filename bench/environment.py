@@ -64,12 +64,16 @@ def fingerprint(bench: str, rooms: tuple[str, ...] = ROOMS) -> str:
     Unlike the commit it does not change with documentation or with the results themselves, and it exists without git.
     """
     own = [ROOT / "bench" / f"{name}.py" for name in (bench, "timing", "ceilings")]
-    rooms_files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in SOURCES]
+    rooms_files = [path for room in rooms for path in _below(ROOT / room) if path.suffix in SOURCES]
     digest = hashlib.sha256()
     for path in sorted(path for path in own + rooms_files if path.is_file()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def _below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.rglob("*"))
 
 
 def slug(name: str) -> str:

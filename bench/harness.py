@@ -111,17 +111,21 @@ class Machine:
         limits: Mapping[str, float] | None = None,
         extra: Mapping[str, dict[str, Value]] | None = None,
         warmup: int = 2,
+        least: int = 3,
         ours: str = "ours",
     ) -> list[Row]:
         """Time the contestants side by side, in alternating order, and return a row for each.
 
         amount, unit: the work of one call (`rate` is amount a second). limits: for each ceiling, the bytes or FLOPs
         one call must at least move or do. extra: more columns, by contestant; read after the measurement, so calls
-        may fill it. A contestant that fails in warm-up becomes a row saying so; `ours` failing is an error.
+        may fill it. warmup, least: calls before the first round, and rounds even where the time is up; fewer for
+        calls of many seconds. A contestant that fails in warm-up becomes a row saying so; `ours` failing is an error.
         """
-        ready, first, missing = self._warm_up(contestants, warmup, ours)
-        samples = interleave(ready, self.timer, rounds=self.rounds, seconds=self.seconds) if ready else {}
-        columns = {who: first.get(who, {}) | dict((extra or {}).get(who, {})) for who in contestants}
+        ready, times, missing = self._warm_up(contestants, warmup, ours)
+        budget = {"rounds": self.rounds, "seconds": self.seconds, "least": least}
+        samples = interleave(ready, self.timer, **budget, estimates={who: times[who][-1] for who in ready})
+        first = {who: {"first_seconds": times[who][0]} if who in ready else {} for who in contestants}
+        columns = {who: first[who] | dict((extra or {}).get(who, {})) for who in contestants}
         outcome = {who: samples.get(who) or peers.Missing(missing[who]) for who in contestants}
         return self.rows(case, outcome, amount=amount, unit=unit, limits=limits, extra=columns, ours=ours)
 
@@ -161,23 +165,23 @@ class Machine:
             )
         return rows
 
-    def _warm_up(self, contestants: peers.Contestants, warmup: int, ours: str) -> tuple[dict, dict, dict]:
-        """The calls that work, the time of each one's very first call, and why the others do not."""
-        ready, first, missing = {}, {}, {}
+    def _warm_up(self, contestants: peers.Contestants, calls: int, ours: str) -> tuple[dict, dict, dict]:
+        """The calls that work, how long each took at first, and why the others do not."""
+        ready: dict[str, Callable[[], object]] = {}
+        times: dict[str, list[float]] = {}
+        missing: dict[str, str] = {}
         for who, call in contestants.items():
             if isinstance(call, peers.Missing):
                 missing[who] = call.reason
                 continue
             try:
-                first[who] = {"first_seconds": self.timer.sample(call, 1)}
-                for _ in range(warmup - 1):
-                    self.timer.sample(call, 1)
+                times[who] = [self.timer.sample(call, 1) for _ in range(max(1, calls))]
                 ready[who] = call
             except Exception as error:
                 if who == ours:
                     raise
                 missing[who] = peers.failure(error)
-        return ready, first, missing
+        return ready, times, missing
 
 
 @dataclass(frozen=True, slots=True)

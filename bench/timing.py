@@ -92,10 +92,19 @@ def order(names: list[str], turn: int) -> list[str]:
 
 
 def interleave(
-    calls: dict[str, Call], timer: Timer, *, rounds: int, seconds: float, least: int = 3
+    calls: dict[str, Call],
+    timer: Timer,
+    *,
+    rounds: int,
+    seconds: float,
+    least: int = 3,
+    estimates: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Samples of each call, one a round, for at most `rounds` rounds or about `seconds` (but `least` rounds)."""
-    repeats = {name: timer.calls(timer.sample(call, 1)) for name, call in calls.items()}
+    """Samples of each call, one a round, for at most `rounds` rounds or about `seconds` (but `least` rounds).
+
+    estimates: what each call takes, where that is known already; else each is called once to find out."""
+    known = estimates or {name: timer.sample(call, 1) for name, call in calls.items()}
+    repeats = {name: timer.calls(known[name]) for name in calls}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = timer.clock()
     with _no_collection():

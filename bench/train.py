@@ -15,7 +15,7 @@ from . import peers
 from .harness import Machine, Options, Part
 from .schema import Row
 
-ROOMS = ("engine", "kernels", "csrc")
+ROOMS = ("engine/config.py", "engine/model.py", "engine/training", "kernels", "csrc")
 SLOW_BF16 = 1.2  # a CPU whose bf16 product is not this much faster than its float32 one emulates it
 
 
