@@ -2,8 +2,8 @@
 
 Every beam is a sequence of the scheduler whose tokens are chosen here instead of sampled. In each round all beams
 report the best next tokens and their log-probabilities; of all extensions the best survive. A beam that survives more
-than once is forked: the copies share its pages until they write. A beam that ends is set aside with its score, the sum of
-its log-probabilities divided by its length to the power of `length_penalty`.
+than once is forked: the copies share its pages until they write. A beam that ends is set aside with its score, the sum
+of its log-probabilities divided by its length to the power of `length_penalty`.
 """
 
 from __future__ import annotations

@@ -81,8 +81,7 @@ def _source(matcher, field: str, value) -> str:
             return matcher.grammar_from_regex(value)
         if field == "choice":
             return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in value))
-        schema = json.loads(value) if isinstance(value, str) else value
-        return matcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+        return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
     except ValueError as error:
         raise ValueError(f"{field} cannot be compiled: {error}") from None
 

@@ -4,9 +4,9 @@ Every field is checked in `__post_init__`, so a request that exists is a request
 model (context length, vocabulary) is checked when the request meets it, in `requests.py`.
 """
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 MAX_LOGPROBS = 100
 MAX_N = 256
@@ -48,8 +48,8 @@ class SamplingParams:
     """Report the log-probability of each token and of this many most likely alternatives."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
-    json_schema: dict[str, Any] | str | None = None
-    """The text is JSON that satisfies this schema."""
+    json_schema: str | None = None
+    """The text is JSON that satisfies this schema (in code, a dict will do)."""
     regex: str | None = None
     """The text matches this regular expression."""
     choice: tuple[str, ...] | None = None
@@ -64,6 +64,8 @@ class SamplingParams:
                 object.__setattr__(self, name, (value,))
             elif isinstance(value, (list, set)):
                 object.__setattr__(self, name, tuple(value))
+        if isinstance(self.json_schema, (dict, bool)):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         self._check_numbers()
         self._check_collections()
 

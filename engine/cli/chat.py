@@ -1,0 +1,165 @@
+"""Talk to a model in the terminal.
+
+    warploom chat --model DIR
+    echo "What is a loom?" | warploom chat --model DIR
+
+The conversation is formatted by the model's own chat template, or a plain one. When it outgrows the context, the oldest
+exchanges are forgotten first; the system prompt never is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..serving.options import LLMOptions
+from ..serving.params import SamplingParams
+from .flags import parse
+
+HELP = """\
+/temp V     temperature: 0 is always the most likely token
+/topk V     only the V most likely tokens; 0 for all
+/topp V     only the most likely tokens that reach this probability together
+/tokens V   most tokens of an answer
+/system T   what the model is told before everything; empty to remove it
+/save F     write the conversation to a JSON file
+/reset      forget the conversation
+/help       this list
+quit, exit  leave"""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk to a model in the terminal."""
+
+    llm: LLMOptions
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=256, temperature=0.8))
+    system: str = ""
+    """What the model is told before everything."""
+    prompt: str | None = None
+    """Say this, print the answer, and leave."""
+
+
+def run(argv: list[str]) -> int:
+    """The verb `chat`."""
+    options = parse(ChatOptions, argv, "chat")
+    chat = Chat(options.llm.open(), options.sampling, options.system)
+    if options.prompt is not None:
+        return chat.say(options.prompt)
+    if sys.stdin.isatty():
+        print(f"{options.llm.model}: say something, or /help")
+    return chat.loop()
+
+
+class Chat:
+    """A conversation: its messages, how to sample, and what the commands change."""
+
+    def __init__(self, llm, params: SamplingParams, system: str = ""):
+        self.llm, self.params, self.system = llm, params, system
+        self.messages: list[dict[str, str]] = []
+        self._commands: dict[str, Callable[[str], str]] = {
+            "/temp": lambda text: self._set("temperature", float, text),
+            "/topk": lambda text: self._set("top_k", int, text),
+            "/topp": lambda text: self._set("top_p", float, text),
+            "/tokens": lambda text: self._set("max_tokens", int, text),
+            "/system": self._set_system,
+            "/save": self._save,
+            "/reset": lambda _: self._reset(),
+            "/help": lambda _: HELP,
+        }
+
+    def loop(self) -> int:
+        """Read lines until the end, "quit" or "exit"."""
+        for line in _lines():
+            line = line.strip()
+            if line in ("quit", "exit"):
+                return 0
+            if line.startswith("/"):
+                print(self.command(line))
+            elif line:
+                self.say(line)
+        return 0
+
+    def command(self, line: str) -> str:
+        """Obey a slash command; the answer is what to show."""
+        name, _, rest = line.partition(" ")
+        if name not in self._commands:
+            return f"{name} is not a command; /help lists them"
+        try:
+            return self._commands[name](rest.strip())
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def say(self, text: str) -> int:
+        """Say something and stream the answer; Ctrl-C cuts it short."""
+        self.messages.append({"role": "user", "content": text})
+        answer, status = "", 0
+        try:
+            for piece in self.llm.stream(self.prompt(), self.params):
+                answer += piece.text
+                print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            status = 130
+        except ValueError as error:
+            self.messages.pop()
+            print(f"chat: {error}", file=sys.stderr)
+            return 2
+        print()
+        self.messages.append({"role": "assistant", "content": answer})
+        return status
+
+    def prompt(self) -> list[int]:
+        """The conversation as tokens, without its oldest exchanges if they no longer fit beside the answer."""
+        context = self.llm.max_context
+        room = context - min(self.params.max_tokens or 1, context // 2)
+        while len(tokens := self.llm.encode_chat(self._all_messages())) > room and len(self.messages) > 1:
+            del self.messages[: 2 if self.messages[0]["role"] == "user" else 1]
+        return tokens
+
+    def _all_messages(self) -> list[dict[str, str]]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
+
+    def _set(self, name: str, kind: Callable, text: str) -> str:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{name} needs a number, got {text!r}") from None
+        self.params = dataclasses.replace(self.params, **{name: value})
+        return f"{name} is {value}"
+
+    def _set_system(self, text: str) -> str:
+        self.system = text
+        return "the system prompt is set" if text else "there is no system prompt"
+
+    def _save(self, name: str) -> str:
+        if not name:
+            return "/save needs a file name"
+        path = Path(name)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(self._all_messages(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return f"saved {len(self.messages)} messages to {path}"
+
+    def _reset(self) -> str:
+        self.messages.clear()
+        return "the conversation is forgotten"
+
+
+def _lines() -> Iterator[str]:
+    """Lines of a person at a terminal, with a prompt and history, or of a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its history)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return

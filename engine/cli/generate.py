@@ -1,0 +1,216 @@
+"""Continue a prompt, or every prompt of a file.
+
+    warploom generate --model DIR --prompt "Once upon a time"
+    warploom generate --model DIR --prompts-file prompts.jsonl --out results.jsonl
+
+A prompts file has one prompt a line: a JSON string, an object with "prompt" and any sampling parameters of its own, or,
+in a file that does not end in .jsonl, plain text. Results are appended as they come, one JSON object a line with the
+prompt's `index`; run the same command again after an interruption and it does what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..serving.options import LLMOptions
+from ..serving.params import SamplingParams
+from .flags import parse
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a prompt, or every prompt of a file."""
+
+    llm: LLMOptions
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    prompt: str | None = None
+    """The text to continue; without it and without a prompts file, standard input."""
+    prompts_file: Path | None = None
+    """One prompt a line: JSONL, or plain text."""
+    out: Path | None = None
+    """Where results of a prompts file go, as JSONL; by default standard output."""
+    beam_width: int | None = None
+    """Search with this many beams instead of sampling."""
+    length_penalty: float = 1.0
+    """Beam scores are divided by length to this power."""
+
+
+def run(argv: list[str]) -> int:
+    """The verb `generate`."""
+    options = parse(GenerateOptions, argv, "generate")
+    if options.prompt is not None and options.prompts_file is not None:
+        raise ValueError("give --prompt or --prompts-file, not both")
+    if options.out is not None and options.prompts_file is None:
+        raise ValueError("--out is where the results of --prompts-file go; a single prompt is answered on the screen")
+    if options.beam_width is not None and options.prompts_file is not None:
+        raise ValueError("--beam-width works with --prompt, not with --prompts-file")
+    if options.prompts_file is not None:
+        return _continue_file(options)
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    llm = options.llm.open()
+    if options.beam_width is not None:
+        return _search(llm, prompt, options)
+    return _stream(llm, prompt, options.sampling)
+
+
+def _stream(llm, prompt: str, params: SamplingParams) -> int:
+    if params.n > 1:
+        for number, output in enumerate(llm.generate(prompt, params).choices, 1):
+            print(f"── {number} of {params.n} ({output.finish_reason})\n{output.text}")
+        return 0
+    for piece in llm.stream(prompt, params):
+        print(piece.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _search(llm, prompt: str, options: GenerateOptions) -> int:
+    max_tokens = options.sampling.max_tokens or llm.max_context
+    for output in llm.beam_search(prompt, options.beam_width, max_tokens, options.length_penalty):
+        print(output.text)
+    return 0
+
+
+def _continue_file(options: GenerateOptions) -> int:
+    """Answer every prompt of the file that has no answer yet."""
+    jobs = _read_prompts(options.prompts_file, options.sampling)
+    done = _read_results(options.out)
+    missing = [(index, prompt, params) for index, (prompt, params) in enumerate(jobs) if index not in done]
+    if done:
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} prompts are answered already", file=sys.stderr)
+    if not missing:
+        return 0
+    llm = options.llm.open()
+    file = sys.stdout if options.out is None else open(options.out, "a", encoding="utf-8")  # noqa: SIM115
+    progress = _Progress(len(missing))
+    try:
+        for index, output in _answers(llm, missing):
+            print(json.dumps(_result(index, output, llm), ensure_ascii=False), file=file, flush=True)
+            progress.advance(sum(len(choice.token_ids) for choice in output.choices))
+    except KeyboardInterrupt:
+        where = "" if options.out is None else f" in {options.out}; the same command does the rest"
+        print(f"\nstopped: {progress.done} of {len(missing)} answers are saved{where}", file=sys.stderr)
+        return 130
+    finally:
+        progress.close()
+        if options.out is not None:
+            file.close()
+    return 0
+
+
+def _answers(llm, jobs: list[tuple[int, Any, SamplingParams]]):
+    """(index, output) of all jobs as they finish, with enough of them submitted to fill the batch."""
+    queue, running = iter(jobs), {}
+    try:
+        while True:
+            for index, prompt, params in queue:
+                try:
+                    running[index] = llm.submit(prompt, params)
+                except ValueError as error:
+                    raise ValueError(f"prompt {index}: {error}") from None
+                if len(running) >= 2 * llm.engine.scheduler.max_batch:
+                    break
+            if not running:
+                return
+            llm.engine.step()
+            for index in [index for index, generation in running.items() if generation.finished]:
+                yield index, running.pop(index).result()
+    finally:
+        for generation in running.values():
+            generation.cancel()
+
+
+def _result(index: int, output, llm) -> dict[str, Any]:
+    choices = [
+        {"text": choice.text, "finish_reason": choice.finish_reason, "tokens": len(choice.token_ids)}
+        | ({} if llm.tokenizer else {"token_ids": list(choice.token_ids)})
+        | ({} if choice.logprobs is None else {"logprobs": [entry.logprob for entry in choice.logprobs]})
+        for choice in output.choices
+    ]
+    return {"index": index, **choices[0], **({"others": choices[1:]} if len(choices) > 1 else {})}
+
+
+def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, SamplingParams]]:
+    """The file's prompts with their parameters; a mistake names its line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix not in (".jsonl", ".json"):
+        return [(line, params) for line in lines if line]
+    jobs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            jobs.append(_read_prompt(json.loads(line), params))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+    return jobs
+
+
+def _read_prompt(value: Any, params: SamplingParams) -> tuple[Any, SamplingParams]:
+    if isinstance(value, (str, list)):
+        return value, params
+    if not isinstance(value, dict) or "prompt" not in value:
+        raise ValueError('a line must be a JSON string or an object with "prompt"')
+    changes = {name: given for name, given in value.items() if name not in ("prompt", "index")}
+    known = {entry.name for entry in dataclasses.fields(SamplingParams)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a sampling parameter; they are: {', '.join(sorted(known))}")
+    return value["prompt"], dataclasses.replace(params, **changes)
+
+
+def _read_results(path: Path | None) -> set[int]:
+    """Which prompts are answered in the output file; a line torn by an interruption is taken out of it."""
+    if path is None or not path.exists():
+        return set()
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(whole, encoding="utf-8")
+        os.replace(partial, path)
+    try:
+        return {json.loads(line)["index"] for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a file of results: move it away, or choose another --out") from None
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.tokens = total, 0, 0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=total, rate="")
+            self._bar.start()
+
+    def advance(self, tokens: int) -> None:
+        """One more prompt is answered."""
+        self.done += 1
+        self.tokens += tokens
+        now = time.monotonic()
+        rate = f"{self.tokens / max(now - self._start, 1e-9):,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, rate=rate)
+        elif now - self._last >= 10 or self.done == self.total:
+            self._last = now
+            print(f"{self.done} of {self.total} prompts, {rate}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,44 @@
+"""The settings of an `LLM` as a dataclass: what the command line and the server show as flags. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+
+@dataclass(frozen=True)
+class LLMOptions:
+    """Which model to load, and how to run it."""
+
+    model: str
+    """The model directory."""
+    device: str | None = None
+    """Where to run: auto, cpu, cuda, cuda:0, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Number format of weights and cache; by default as stored."""
+    max_batch: int = 64
+    """Most sequences computed together."""
+    kv_memory: int | None = None
+    """Bytes for keys and values; by default what max_batch full contexts need, as far as memory goes."""
+    page_size: int = 16
+    """Tokens a page of the cache."""
+    quantize: Literal["int8"] | None = None
+    """Keep weights in 8 bits."""
+    step_tokens: int | None = None
+    """Most tokens computed in one step."""
+    max_context: int | None = None
+    """Longest sequence to serve; by default the model's own limit."""
+    speculate: int = 0
+    """Tokens to guess ahead by n-gram lookup; changes the speed, not the output."""
+    prefix_cache: bool = True
+    """Reuse what is already computed of a prompt's beginning."""
+
+    def open(self) -> LLM:
+        """Load the model."""
+        from .llm import LLM
+
+        return LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})

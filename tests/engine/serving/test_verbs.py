@@ -1,0 +1,91 @@
+"""Claims about the verbs `generate` and `chat`."""
+
+import io
+import json
+
+import pytest
+
+from warploom.engine.cli import main
+from warploom.engine.hub import save_model
+
+
+@pytest.fixture(scope="module")
+def directory(tiny_model, tokenizer, tmp_path_factory):
+    return str(
+        save_model(tiny_model(vocab_size=tokenizer.vocab_size), tmp_path_factory.mktemp("m") / "model", tokenizer)
+    )
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, type_in):
+    flags = ["generate", "--model", directory, "--seed", "1", "--max-tokens", "8"]
+    assert main([*flags, "--prompt", "hello"]) == 0
+    said = capsys.readouterr().out
+    type_in("hello")
+    assert main(flags) == 0
+    assert capsys.readouterr().out == said and len(said) > 1
+    assert main([*flags, "--prompt", "hello", "--beam-width", "2"]) == 0
+
+
+def test_generate_answers_a_file_and_goes_on_where_it_was_stopped(directory, tmp_path, capsys):
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps(f"prompt {i}") for i in range(5)] + [json.dumps({"prompt": "own", "max_tokens": 2, "n": 2})]
+    source.write_text("\n".join(lines))
+    command = ["generate", "--model", directory, "--prompts-file", str(source), "--out", str(out), "--seed", "1"]
+    assert main([*command, "--max-tokens", "6", "--ignore-eos"]) == 0
+    whole = out.read_text()
+    results = {result["index"]: result for result in map(json.loads, whole.splitlines())}
+    assert sorted(results) == list(range(6))
+    assert results[0]["tokens"] == 6 and results[5]["tokens"] == 2 and len(results[5]["others"]) == 1
+    kept = whole.splitlines(keepends=True)[:3]
+    out.write_text("".join(kept) + '{"index": 9, "te')
+    assert main([*command, "--max-tokens", "6", "--ignore-eos"]) == 0
+    assert sorted(out.read_text().splitlines()) == sorted(whole.splitlines())
+    assert "3 of 6 prompts are answered already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "x", "--temperature", "-1"], "temperature must be a number between 0 and 100, got -1"),
+        (["--prompt", "x", "--prompts-file", "y"], "not both"),
+        (["--prompt", "x", "--out", "y"], "--prompts-file"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x" * 300], "300 tokens, too many for a context of 256"),
+    ],
+)
+def test_generate_refuses_with_one_line(directory, flags, message, capsys):
+    assert main(["generate", "--model", directory, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_chat_works_through_a_pipe_and_obeys_its_commands(directory, tmp_path, capsys, type_in):
+    saved = tmp_path / "talk.json"
+    type_in(
+        f"/system be brief\n/temp 0\n/topk 5\n/topp 0.9\n/tokens 4\nhello\n/temp hot\n/save {saved}\n/nonsense\nexit\nlost"
+    )
+    assert main(["chat", "--model", directory]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "temperature is 0.0" in lines and "temperature needs a number, got 'hot'" in lines
+    assert "/nonsense is not a command; /help lists them" in lines
+    messages = json.loads(saved.read_text())
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[2]["content"] in "\n".join(lines)
+
+
+def test_chat_forgets_the_oldest_exchange_but_never_the_system_prompt(directory):
+    from warploom.engine.cli.chat import Chat
+    from warploom.engine.serving import LLM, SamplingParams
+
+    chat = Chat(LLM(directory), SamplingParams(max_tokens=20), system="keep me")
+    turns = [(role, i) for i in range(4) for role in ("user", "assistant")]
+    chat.messages = [{"role": role, "content": f"{role} {i} " + "x" * 30} for role, i in turns]
+    chat.messages.append({"role": "user", "content": "the question"})
+    text = chat.llm.tokenizer.decode(chat.prompt())
+    assert "keep me" in text and "the question" in text and "user 0" not in text
+    assert chat.messages[0]["role"] == "user" and len(chat.prompt()) <= 256 - 20
