@@ -106,7 +106,7 @@ class TrainConfig:
     sample_prompt: str | None = None
     """What samples continue; None = the start of the validation text."""
     sample_tokens: int = 64
-    """Tokens of a sample."""
+    """Tokens of a sample; 0 = no samples."""
     log_every: int = 10
     """Steps between lines of the log."""
     max_bad_steps: int = 10

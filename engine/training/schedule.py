@@ -1,5 +1,6 @@
 """Learning rates as functions of the step: no state, so nothing to save and nothing to get out of step.
 
+`step` may be any measure of progress, as long as `warmup` and `total` are in the same unit: a share of time will do.
 Every schedule rises linearly from 0 at step 0 to `max_lr` at step `warmup`, because Adam's first estimates of the
 gradient's scale are poor and full-sized steps taken on them do lasting harm. What follows differs:
 
@@ -17,30 +18,30 @@ from collections.abc import Callable
 DECAY_SHARE = 0.2  # of `total`: the cool-down of wsd
 
 
-def cosine_schedule(step: int, max_lr: float, min_lr: float, warmup: int, total: int) -> float:
+def cosine_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
     """Half a cosine from `max_lr` at `warmup` to `min_lr` at `total`, and `min_lr` ever after."""
     return _warm_then(lambda part: (1 + math.cos(math.pi * part)) / 2, step, max_lr, min_lr, warmup, total)
 
 
-def linear_schedule(step: int, max_lr: float, min_lr: float, warmup: int, total: int) -> float:
+def linear_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
     """A straight line from `max_lr` at `warmup` to `min_lr` at `total`."""
     return _warm_then(lambda part: 1 - part, step, max_lr, min_lr, warmup, total)
 
 
-def constant_schedule(step: int, max_lr: float, min_lr: float, warmup: int, total: int) -> float:
+def constant_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
     """`max_lr` after the warm-up, without end."""
     return _warm_then(lambda part: 1.0, step, max_lr, max_lr, warmup, total)
 
 
-def wsd_schedule(step: int, max_lr: float, min_lr: float, warmup: int, total: int) -> float:
+def wsd_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
     """Warm up, stay at `max_lr`, and fall in a straight line to `min_lr` over the last fifth of the steps."""
-    start = max(warmup, total - round(DECAY_SHARE * total))
+    start = max(warmup, (1 - DECAY_SHARE) * total)
     if step <= start:
         return constant_schedule(step, max_lr, min_lr, warmup, total)
     return linear_schedule(step, max_lr, min_lr, start, total)
 
 
-SCHEDULES: dict[str, Callable[[int, float, float, int, int], float]] = {
+SCHEDULES: dict[str, Callable[[float, float, float, float, float], float]] = {
     "cosine": cosine_schedule,
     "linear": linear_schedule,
     "wsd": wsd_schedule,
@@ -48,7 +49,7 @@ SCHEDULES: dict[str, Callable[[int, float, float, int, int], float]] = {
 }
 
 
-def _warm_then(shape: Callable[[float], float], step: int, max_lr: float, min_lr: float, warmup: int, total: int):
+def _warm_then(shape: Callable[[float], float], step: float, max_lr: float, min_lr: float, warmup: float, total: float):
     if step < warmup:
         return max_lr * step / warmup
     if step >= total:

@@ -240,10 +240,12 @@ class Trainer:
         return float(loss), load
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update number `step`, counted from 1."""
-        config = self.config
+        """The rate of update number `step`, counted from 1; with a budget of time, of the share of it that is used."""
+        config, warmup, total = self.config, self.warmup, self.steps
+        if config.minutes is not None and config.warmup is None:
+            step, warmup, total = self.seconds / (60 * config.minutes), 0.05, 1.0
         least = config.lr / 10 if config.min_lr is None else config.min_lr
-        return SCHEDULES[config.schedule](step, config.lr, least, self.warmup, self.steps)
+        return SCHEDULES[config.schedule](step, config.lr, least, warmup, total)
 
     def _fit_to_budget(self) -> None:
         """With a budget of time, the number of steps is what the pace so far promises."""
@@ -251,7 +253,6 @@ class Trainer:
             return
         share = self.seconds / (60 * self.config.minutes)
         self.steps = self.step if share >= 1 else max(self.step + 1, int(self.step / share))
-        self.warmup = min(500, self.steps // 20) if self.config.warmup is None else self.config.warmup
 
     def _judge(self, finite: bool, loss: float, norm: float) -> None:
         overflow = not finite and self.scale.active and self.scale.value > 1
@@ -274,7 +275,7 @@ class Trainer:
         config, last = self.config, self.step >= self.steps
         if last or (config.eval_every and self.step % config.eval_every == 0):
             self._evaluate()
-        if last or (config.sample_every and self.step % config.sample_every == 0):
+        if config.sample_tokens and (last or (config.sample_every and self.step % config.sample_every == 0)):
             self._sample()
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
             self._save()

@@ -113,10 +113,10 @@ class Panel(Watcher):
         self.losses: list[float] = []
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
-        self.memory = ""
-        self.live.start()
 
     def stepped(self, progress: Progress) -> None:
+        if not self.live.is_started:
+            self.live.start()
         self.losses.append(progress.loss)
         self.last = progress
         self.live.update(self._draw())
