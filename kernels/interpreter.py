@@ -40,8 +40,10 @@ def correct() -> None:
             return TensorHandle(_widen(source.data), tl.float32)
         if pair == (tl.float32, tl.bfloat16):
             return TensorHandle(_narrow(source.data), tl.bfloat16)
+        if source.dtype.scalar.is_int() and target.scalar == tl.bfloat16:
+            return cast_impl(self, cast(self, source, tl.float32), tl.bfloat16)
         return cast(self, source, target)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
-    for name in ("create_fp_ext", "create_fp_trunc"):
+    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"):
         setattr(InterpreterBuilder, name, cast_impl)

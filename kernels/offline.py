@@ -139,41 +139,25 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def narrow_products(ttir: str) -> list[str]:
-    """32-bit multiplications by a run-time value on the way to an address, as lines of TTIR.
+    """32-bit products that are offsets into memory, as lines of TTIR: beyond 2³¹ elements they would wrap.
 
-    Sums of column numbers stay small. Products of a program number or a row with a stride do not: those must be 64-bit.
+    An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors are
+    mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all.
     """
-    defined = {}
-    for line in ttir.splitlines():
-        match = re.match(r"\s*(%[\w#]+)(?::\d+)? = (.*)", line)
-        if match:
-            defined[match[1]] = match[2]
-    constant = {name for name, text in defined.items() if text.startswith("arith.constant")}
+    defined = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ttir, re.MULTILINE))
+    pending = [operand for text in defined.values() if text.startswith("tt.addptr") for operand in _operands(text)[1:2]]
     found, seen = [], set()
-    queue = [operand for text in defined.values() if text.startswith("tt.addptr") for operand in _operands(text)[1:2]]
-    while queue:
-        name = queue.pop()
-        if name in seen or name not in defined:
+    while pending:
+        name = pending.pop()
+        text = defined.get(name, "tt.load")
+        if name in seen or text.startswith(("tt.load", "scf.")):
             continue
         seen.add(name)
-        text = defined[name]
-        if text.startswith(("tt.load", "scf.")):
-            continue
-        operands = _operands(text)
-        narrow = text.startswith("arith.muli") and re.search(r": (?:tensor<[\dx]*x)?i32", text)
-        small = any(operand in constant for operand in operands) and not _reaches_program(operands, defined)
-        if narrow and not small:
+        if not text.startswith("arith.muli"):
+            pending += _operands(text)
+        elif re.search(r": (?:tensor<[\dx]*x)?i32", text):
             found.append(f"{name} = {text.split(' loc(')[0]}")
-        queue += operands
     return found
-
-
-def _reaches_program(names, defined) -> bool:
-    return any(
-        "tt.get_program_id" in defined.get(name, "") or _reaches_program(_operands(defined.get(name, "")), defined)
-        for name in names
-        if not defined.get(name, "").startswith(("tt.load", "scf."))
-    )
 
 
 def _operands(text: str) -> list[str]:

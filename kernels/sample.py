@@ -196,8 +196,8 @@ def sample_tokens(
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
     width = next_power_of_2(V)
-    block = min(4096, max(width, 128))
-    tile = tuned("sample", logits.device, width, {"BLOCK": block, "num_warps": max(4, block // 256)})
+    block = min(8192, max(width, 128))
+    tile = tuned("sample", logits.device, width, {"BLOCK": block, "num_warps": max(4, block // 512)})
     launch(
         _sample_kernel, (B,), logits, temperature, top_k, top_p, min_p, seeds, positions, tokens,
         V, *logits.stride(), **tile,
