@@ -19,9 +19,9 @@ from typing import Any
 from . import peers
 from .harness import Machine, Options, Part
 from .schema import Row, Value
-from .timing import WallTimer
 
 ROOMS = ("engine/config.py", "engine/model.py", "engine/serving", "kernels", "csrc")
+PAGE = 16
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -56,8 +56,12 @@ class Job:
     device: str
     batch: int
     """Most requests at a time."""
-    context: int
-    """Longest prompt with its output."""
+    lengths: tuple[int, ...]
+    """Tokens of the `batch` longest requests, output included: what the cache has to hold at most."""
+
+    def pages(self, size: int) -> int:
+        """Pages of `size` tokens for them."""
+        return sum(-(-length // size) for length in self.lengths)
 
 
 def parts(options: Options) -> list[Part]:
@@ -66,7 +70,7 @@ def parts(options: Options) -> list[Part]:
 
     if (options.device or find_device()) == "cuda":
         shape = {"preset": "qwen3-0.6b", "dtype": "bfloat16"}
-        protocol = {"requests": 256, "prompt": "100-1024", "output": "100-1024", "batch": 256}
+        protocol = {"requests": 256, "prompt": "100-1024", "output": "100-1024", "batch": 256, "int8": False}
         fixed, minutes = {"prompt": "128", "output": "256"}, 2.0
     else:
         shape = {"preset": "llama-tiny", "dtype": "bfloat16", "d_model": 512, "n_layers": 8, "n_heads": 8}
@@ -83,35 +87,52 @@ def parts(options: Options) -> list[Part]:
 
 
 def serve(
-    machine: Machine, preset: str, dtype: str, requests: int, prompt: str, output: str, batch: int, **overrides: int
+    machine: Machine,
+    preset: str,
+    dtype: str,
+    requests: int,
+    prompt: str,
+    output: str,
+    batch: int,
+    int8: bool = True,
+    **overrides: int,
 ) -> list[Row]:
-    """Ours, in full precision and with int8 weights, against every peer on one workload."""
+    """Ours (and ours with int8 weights) against every peer on one workload."""
     from ..engine.config import ModelConfig
 
     config = ModelConfig.preset(preset, **overrides)
     work = workload(requests, span(prompt), span(output), config.vocab_size)
-    prefill = all(request.tokens == 1 for request in work)
-    amount = sum(len(request.prompt) if prefill else request.tokens for request in work)
     case = f"{preset if not overrides else 'llama'} {dtype}, {requests} × {prompt}→{output}"
-    limits = _limits(config, dtype, work, batch, prefill)
-    rates = Machine(machine.device, WallTimer(), rounds=machine.rounds, seconds=machine.seconds)
+    limits = bounds(config, dtype, work, batch)
+    machine = machine.by_the_wall()
     for name in limits:
-        rates.ceilings[name] = machine.ceiling(name)
+        machine.ceiling(name)
     with TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         _save_random(config, dtype, machine.device, directory)
-        job = Job(directory, dtype, machine.device, batch, max(len(r.prompt) + r.tokens for r in work))
-        builders = {"ours": partial(ours, job), "ours int8": partial(ours, job, quantize="int8")}
-        builders |= peers.build("serve", job)
-        replies: dict[str, list[Reply]] = {}
-        ready, extra = rates.prepare({who: _started(build, work) for who, build in builders.items()})
-        calls = {who: _answering(call, work, replies, who) for who, call in ready.items()}
-        try:
-            rows = rates.compare(case, calls, amount=amount, unit="tok", limits=limits, extra=extra, warmup=1, least=1)
-        finally:
-            for call in ready.values():
-                getattr(getattr(call, "func", None), "close", lambda: None)()
-        return [replace(row, extra=row.extra | _notes(replies.get(row.who), replies["ours"])) for row in rows]
+        lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
+        job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]))
+        builders = {"ours": partial(ours, job)} | ({"ours int8": partial(ours, job, quantize="int8")} if int8 else {})
+        rows, replies = _contest(machine, case, builders | peers.build("serve", job), work, limits)
+    light = bounds(config, dtype, work, batch, weight_bytes=1)
+    rows = [_against(row, limits, light) if row.who == "ours int8" else row for row in rows]
+    return [replace(row, extra=row.extra | _notes(replies.get(row.who), replies["ours"])) for row in rows]
+
+
+def _contest(
+    machine: Machine, case: str, builders: peers.Builders, work: list[Request], limits: dict[str, float]
+) -> tuple[list[Row], dict[str, list[Reply]]]:
+    """Start every server with one short request, then time all of them on the whole workload."""
+    replies: dict[str, list[Reply]] = {}
+    started, extra = machine.prepare({who: _starting(build, work) for who, build in builders.items()})
+    calls = {who: _answering(call, work, replies, who) for who, call in started.items()}
+    amount = sum(len(request.prompt) if _prefill(work) else request.tokens for request in work)
+    try:
+        rows = machine.compare(case, calls, amount=amount, unit="tok", limits=limits, extra=extra, warmup=1, least=1)
+    finally:
+        for call in started.values():
+            getattr(getattr(call, "func", None), "close", lambda: None)()
+    return rows, replies
 
 
 def workload(count: int, prompt: tuple[int, int], output: tuple[int, int], vocab_size: int) -> list[Request]:
@@ -131,10 +152,13 @@ def span(text: str) -> tuple[int, int]:
 
 def ours(job: Job, quantize: str | None = None) -> Server:
     """`LLM`, as a caller uses it, without the prefix cache."""
+    from ..engine.hub import load_config
     from ..engine.serving import LLM, SamplingParams
 
+    config = load_config(job.directory)
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=quantize,
+        kv_memory=job.pages(PAGE) * PAGE * config.kv_bytes_per_token(ELEMENT[job.dtype]), page_size=PAGE,
         prefix_cache=False,  # the same prompts come back in every round
     )  # fmt: skip
 
@@ -148,15 +172,26 @@ def ours(job: Job, quantize: str | None = None) -> Server:
     return run
 
 
-def _limits(config: Any, dtype: str, work: list[Request], batch: int, prefill: bool) -> dict[str, float]:
-    """The least this workload must compute (prefill) or read (decode)."""
-    if prefill:
+def bounds(
+    config: Any, dtype: str, work: list[Request], batch: int, weight_bytes: int | None = None
+) -> dict[str, float]:
+    """The least a workload must compute (prefill) or read (decode), by the ceiling it is held against."""
+    if _prefill(work):
         tokens = sum(len(request.prompt) for request in work)
         return {f"matmul {dtype}": tokens * config.flops_per_token(len(work[0].prompt), training=False)}
     steps = max(max(request.tokens for request in work), -(-sum(request.tokens for request in work) // batch))
-    weights = config.parameter_count(active=True, embeddings=False) * ELEMENT[dtype]
-    kept = sum(request.tokens * (len(request.prompt) + request.tokens / 2) for request in work)
-    return {"read": steps * weights + kept * config.kv_bytes_per_token(ELEMENT[dtype])}
+    weights = config.parameter_count(active=True, embeddings=False) * (weight_bytes or ELEMENT[dtype])
+    past = sum(request.tokens * (len(request.prompt) + request.tokens / 2) for request in work)
+    return {"read": steps * weights + past * config.kv_bytes_per_token(ELEMENT[dtype])}
+
+
+def _prefill(work: list[Request]) -> bool:
+    return all(request.tokens == 1 for request in work)
+
+
+def _against(row: Row, counted: dict[str, float], true: dict[str, float]) -> Row:
+    """A row whose shares were counted with one amount of work, held against another."""
+    return replace(row, limits={name: share * true[name] / counted[name] for name, share in row.limits.items()})
 
 
 def _save_random(config: Any, dtype: str, device: str, directory: Path) -> None:
@@ -171,7 +206,7 @@ def _save_random(config: Any, dtype: str, device: str, directory: Path) -> None:
     save_model(model.to(getattr(torch, dtype)), directory)
 
 
-def _started(build: Callable[[], Server] | peers.Missing, work: list[Request]):
+def _starting(build: Callable[[], Server] | peers.Missing, work: list[Request]):
     """A builder whose call answers one short request: what a cold start to the first token takes."""
     if isinstance(build, peers.Missing):
         return build

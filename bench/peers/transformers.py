@@ -2,6 +2,7 @@
 
 NEEDS = ("torch", "transformers")
 PAGE = 256  # tokens; theirs by default
+STATIC = 128  # rows of a padded batch: with more, its cache would not fit beside the others'
 
 
 def train(shape, compiled: bool = False):
@@ -60,7 +61,8 @@ def static(job):
 
     def run(requests):
         begin = time.perf_counter()
-        groups = [requests[i : i + job.batch] for i in range(0, len(requests), job.batch)]
+        size = min(job.batch, STATIC)
+        groups = [requests[i : i + size] for i in range(0, len(requests), size)]
         with torch.inference_mode():
             return [reply for group in groups for reply in answer(group, begin)]
 
@@ -75,7 +77,7 @@ def continuous(job):
 
     from ..serve import Reply
 
-    pages = job.batch * -(-job.context // PAGE) + 8
+    pages = job.pages(PAGE) + 8
     manager = loaded(job).init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
         ContinuousBatchingConfig(

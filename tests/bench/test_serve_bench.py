@@ -4,7 +4,7 @@ import pytest
 
 from warploom.bench import peers
 from warploom.bench.harness import Machine, Options
-from warploom.bench.serve import Reply, Request, _answering, _limits, _notes, parts, serve, span, workload
+from warploom.bench.serve import Reply, Request, _answering, _notes, bounds, parts, serve, span, workload
 from warploom.engine.config import ModelConfig
 
 TINY = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 64}
@@ -54,9 +54,13 @@ def test_the_bound_counts_weights_once_a_step_and_each_token_s_own_past():
     weights = 4 * config.parameter_count(embeddings=False)
     past = sum(10 + index + 0.5 for index in range(8)) * config.kv_bytes_per_token(4)
     one = [Request([0] * 10, 8)]
-    assert _limits(config, "float32", one, batch=1, prefill=False) == {"read": 8 * weights + past}
-    assert _limits(config, "float32", one * 4, batch=4, prefill=False) == {"read": 8 * weights + 4 * past}
-    assert _limits(config, "float32", one * 4, batch=2, prefill=False) == {"read": 16 * weights + 4 * past}
+    assert bounds(config, "bfloat16", one, 1, weight_bytes=1)["read"] == 8 * weights / 4 + past / 2
+    assert bounds(config, "float32", [Request([0] * 10, 1)] * 2, 2) == {
+        "matmul float32": 20 * config.flops_per_token(10, training=False)
+    }
+    assert bounds(config, "float32", one, batch=1) == {"read": 8 * weights + past}
+    assert bounds(config, "float32", one * 4, batch=4) == {"read": 8 * weights + 4 * past}
+    assert bounds(config, "float32", one * 4, batch=2) == {"read": 16 * weights + 4 * past}
 
 
 def test_latencies_are_percentiles_over_requests():
