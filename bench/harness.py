@@ -19,12 +19,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from . import ceilings, environment, peers
 from .memory import PeakMemory
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
-from .timing import Timer, interleave, synchronize, timer_for
+from .timing import Timer, WallTimer, interleave, synchronize, timer_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -68,12 +69,19 @@ class Machine:
         self.device, self.timer = device, timer or timer_for(device)
         self.rounds, self.seconds = rounds, seconds
         self.ceilings: dict[str, float] = {}
+        self.measure = partial(ceilings.measure, device=self.device, timer=self.timer)
 
     def ceiling(self, name: str) -> float:
         """The rate `name` (see `ceilings.RATES`) of this machine, measured once a run."""
         if name not in self.ceilings:
-            self.ceilings[name] = ceilings.measure(name, self.device, self.timer)
+            self.ceilings[name] = self.measure(name)
         return self.ceilings[name]
+
+    def by_the_wall(self) -> "Machine":
+        """The same machine with the monotonic clock: for whole systems with threads and streams of their own."""
+        twin = Machine(self.device, WallTimer(), rounds=self.rounds, seconds=self.seconds)
+        twin.ceilings, twin.measure = self.ceilings, self.measure
+        return twin
 
     def prepare(
         self, builders: peers.Builders, ours: str = "ours"

@@ -45,7 +45,7 @@ class CudaTimer:
         import torch
 
         self.torch, self.min_sample, self.clock = torch, min_sample, time.perf_counter
-        cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.evict = torch.ones(max(4 * cache_bytes, 256 * 2**20) // 4, device="cuda")
 
     def calls(self, estimate: float) -> int:

@@ -56,7 +56,7 @@ def build(
 
 
 def _build(peer: ModuleType, name: str, task: str, args: tuple, options: dict) -> Contestants:
-    absent = [need for need in getattr(peer, "NEEDS", ()) if importlib.util.find_spec(need) is None]
+    absent = [need for need in getattr(peer, "NEEDS", ()) if not _installed(need)]
     if absent:
         return {name: Missing(f"{' and '.join(absent)} not installed")}
     try:
@@ -65,6 +65,13 @@ def _build(peer: ModuleType, name: str, task: str, args: tuple, options: dict) -
         return {name: Missing(str(error))}
     except Exception as error:  # a broken peer must not cost our own measurement
         return {name: Missing(failure(error))}
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a parent package is absent, or was replaced by a stub
+        return False
 
 
 def failure(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Hugging Face `transformers`: the library most people train and generate with."""
 
 NEEDS = ("torch", "transformers")
+PAGE = 256  # tokens; theirs by default
+STATIC = 128  # rows of a padded batch: with more, its cache would not fit beside the others'
 
 
 def train(shape, compiled: bool = False):
@@ -18,6 +20,97 @@ def train(shape, compiled: bool = False):
         return step_of(model, shape, lambda tokens, _: run(input_ids=tokens, labels=tokens, use_cache=False).loss)
 
     return {"transformers compiled" if compiled else "transformers": build}
+
+
+def serve(job):
+    """`generate` on static, left-padded batches, and their continuous batching."""
+    return {
+        "transformers": lambda: static(job),
+        "transformers continuous": lambda: continuous(job),
+    }
+
+
+def static(job):
+    """Batches in the order of arrival; each runs until its longest request is done."""
+    import time
+
+    import torch
+
+    from ..serve import Reply
+
+    model = loaded(job)
+
+    def answer(requests, begin):
+        longest = max(len(request.prompt) for request in requests)
+        padding = [[0] * (longest - len(request.prompt)) for request in requests]
+        tokens = torch.tensor([pad + r.prompt for pad, r in zip(padding, requests)], device=job.device)
+        mask = torch.tensor([[0] * len(pad) + [1] * len(r.prompt) for pad, r in zip(padding, requests)])
+        times = []
+
+        def note(ids, scores, **_):
+            times.append(time.perf_counter() - begin)
+            return torch.zeros(len(requests), dtype=torch.bool, device=ids.device)
+
+        count = max(request.tokens for request in requests)
+        out = model.generate(
+            tokens, attention_mask=mask.to(job.device), do_sample=False, max_new_tokens=count, min_new_tokens=count,
+            pad_token_id=0, eos_token_id=None, stopping_criteria=[note],
+        )  # fmt: skip
+        new = out[:, longest:].tolist()
+        return [Reply(ids[: r.tokens], times[: r.tokens]) for ids, r in zip(new, requests)]
+
+    def run(requests):
+        begin = time.perf_counter()
+        size = min(job.batch, STATIC)
+        groups = [requests[i : i + size] for i in range(0, len(requests), size)]
+        with torch.inference_mode():
+            return [reply for group in groups for reply in answer(group, begin)]
+
+    return run
+
+
+def continuous(job):
+    """Their continuous batching, started once and kept running, with a cache that holds the whole batch."""
+    import time
+
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    from ..serve import Reply
+
+    pages = job.pages(PAGE) + 8
+    manager = loaded(job).init_continuous_batching(
+        GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=pages, max_requests_per_batch=job.batch, allow_block_sharing=False
+        ),
+    )
+    manager.start()
+
+    def run(requests):
+        begin = time.perf_counter()
+        names = [manager.add_request(r.prompt, max_new_tokens=r.tokens, record_timestamps=True) for r in requests]
+        done = {}
+        while len(done) < len(names):
+            result = manager.get_result(timeout=60)
+            if result is None or result.error:
+                raise RuntimeError(result.error if result else "no answer within a minute")
+            done[result.request_id] = result
+        replies = [done[name] for name in names]
+        return [Reply(list(reply.generated_tokens), [t - begin for t in reply.timestamps or []]) for reply in replies]
+
+    run.close = lambda: manager.stop(block=True, timeout=10)
+    return run
+
+
+def loaded(job):
+    """Their model from the directory that we wrote."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = getattr(torch, job.dtype)
+    return AutoModelForCausalLM.from_pretrained(job.directory, dtype=dtype).to(job.device).eval()
 
 
 def causal_lm(config):

@@ -17,7 +17,7 @@ def package(tmp_path, monkeypatch):
         "__init__": "",
         "_helper": "def race(n): raise AssertionError('not a peer')",
         "works": "def race(n, fast=False): return {'works': lambda: n, 'works too': lambda: fast}",
-        "absent": "NEEDS = ('no_such_package',)\ndef race(n): raise AssertionError('must not be called')",
+        "absent": "NEEDS = ('no_such.package',)\ndef race(n): raise AssertionError('must not be called')",
         "broken": "def race(n, fast=False): return 1 / 0",
         "declines": "from warploom.bench.peers import *\ndef race(n, fast=False): raise Unavailable('needs a GPU')",
         "elsewhere": "def swim(n): return {'elsewhere': n}",
@@ -32,7 +32,7 @@ def test_every_module_that_knows_the_task_takes_part(package):
     built = peers.build("race", 7, package=package, fast=True)
     assert set(built) == {"works", "works too", "absent", "broken", "declines"}
     assert (built["works"](), built["works too"]()) == (7, True)
-    assert built["absent"] == peers.Missing("no_such_package not installed")
+    assert built["absent"] == peers.Missing("no_such.package not installed")
     assert built["broken"] == peers.Missing("ZeroDivisionError: division by zero")
     assert built["declines"] == peers.Missing("needs a GPU")
 

@@ -1,0 +1,242 @@
+"""Serving speed: many requests of random tokens, answered together.
+
+The shared protocol: a fixed seed, prompt and output lengths uniform in a range, random token ids on random weights, end
+of text ignored, greedy, nothing remembered from one round to the next. Its size is scaled to the device. Beside it,
+batches of 1, 8 and 32 requests of one length show the two ends of the scale: weights read for one token, and for many.
+
+The bound is bandwidth: every step reads all weights once, and the keys and values of each request. Shares are those
+bytes over the read rate measured in the same run. Every contestant loads the same model directory, and must return as
+many tokens as were asked for; `agrees` is the share of requests whose tokens are the same as ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from . import peers
+from .harness import Machine, Options, Part
+from .schema import Row, Value
+
+ROOMS = ("engine/config.py", "engine/model.py", "engine/serving", "kernels", "csrc")
+PAGE = 16
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and how many tokens to generate."""
+
+    prompt: list[int]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back for a request, and when: seconds after the whole workload was submitted."""
+
+    tokens: list[int]
+    times: list[float]
+    """When each token, or at least the first and the last, was there; empty where a contestant cannot say."""
+
+
+Server = Callable[[list[Request]], list[Reply]]
+"""Answers a workload; may have a `close()` that ends its threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a contestant serves with."""
+
+    directory: Path
+    """The model directory."""
+    dtype: str
+    device: str
+    batch: int
+    """Most requests at a time."""
+    lengths: tuple[int, ...]
+    """Tokens of the `batch` longest requests, output included: what the cache has to hold at most."""
+
+    def pages(self, size: int) -> int:
+        """Pages of `size` tokens for them."""
+        return sum(-(-length // size) for length in self.lengths)
+
+
+def parts(options: Options) -> list[Part]:
+    """On a GPU the 0.6B shape under the whole protocol first; on a CPU a 30M model and a protocol scaled to it."""
+    from .environment import find_device
+
+    if (options.device or find_device()) == "cuda":
+        shape = {"preset": "qwen3-0.6b", "dtype": "bfloat16"}
+        protocol = {"requests": 256, "prompt": "100-1024", "output": "100-1024", "batch": 256, "int8": False}
+        fixed, minutes = {"prompt": "128", "output": "256"}, 2.0
+    else:
+        shape = {"preset": "llama-tiny", "dtype": "bfloat16", "d_model": 512, "n_layers": 8, "n_heads": 8}
+        shape |= {"n_kv_heads": 8, "vocab_size": 8192, "max_seq_len": 512}
+        protocol = {"requests": 32, "prompt": "16-160", "output": "16-160", "batch": 32}
+        fixed, minutes = {"prompt": "128", "output": "64"}, 1.5
+    batches = {size: {"requests": size, "batch": size} for size in (1, 8, 32)}
+    return [
+        Part("mixed", serve, shape | protocol, minutes=2 * minutes),
+        *(Part(f"batch {size}", serve, shape | fixed | batch, minutes=minutes) for size, batch in batches.items()),
+        Part("prefill 32", serve, shape | batches[32] | {"prompt": "128", "output": "1"}, minutes=minutes),
+        Part("batch 8 float32", serve, shape | fixed | batches[8] | {"dtype": "float32"}, minutes=minutes),
+    ]
+
+
+def serve(
+    machine: Machine,
+    preset: str,
+    dtype: str,
+    requests: int,
+    prompt: str,
+    output: str,
+    batch: int,
+    int8: bool = True,
+    **overrides: int,
+) -> list[Row]:
+    """Ours (and ours with int8 weights) against every peer on one workload."""
+    from ..engine.config import ModelConfig
+
+    config = ModelConfig.preset(preset, **overrides)
+    work = workload(requests, span(prompt), span(output), config.vocab_size)
+    case = f"{preset if not overrides else 'llama'} {dtype}, {requests} × {prompt}→{output}"
+    limits = bounds(config, dtype, work, batch)
+    machine = machine.by_the_wall()
+    for name in limits:
+        machine.ceiling(name)
+    with TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        _save_random(config, dtype, machine.device, directory)
+        lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
+        job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]))
+        builders = {"ours": partial(ours, job)} | ({"ours int8": partial(ours, job, quantize="int8")} if int8 else {})
+        rows, replies = _contest(machine, case, builders | peers.build("serve", job), work, limits)
+    light = bounds(config, dtype, work, batch, weight_bytes=1)
+    rows = [_against(row, limits, light) if row.who == "ours int8" else row for row in rows]
+    return [replace(row, extra=row.extra | _notes(replies.get(row.who), replies["ours"])) for row in rows]
+
+
+def _contest(
+    machine: Machine, case: str, builders: peers.Builders, work: list[Request], limits: dict[str, float]
+) -> tuple[list[Row], dict[str, list[Reply]]]:
+    """Start every server with one short request, then time all of them on the whole workload."""
+    replies: dict[str, list[Reply]] = {}
+    started, extra = machine.prepare({who: _starting(build, work) for who, build in builders.items()})
+    calls = {who: _answering(call, work, replies, who) for who, call in started.items()}
+    amount = sum(len(request.prompt) if _prefill(work) else request.tokens for request in work)
+    try:
+        rows = machine.compare(case, calls, amount=amount, unit="tok", limits=limits, extra=extra, warmup=1, least=1)
+    finally:
+        for call in started.values():
+            getattr(getattr(call, "func", None), "close", lambda: None)()
+    return rows, replies
+
+
+def workload(count: int, prompt: tuple[int, int], output: tuple[int, int], vocab_size: int) -> list[Request]:
+    """`count` requests with lengths uniform in the (inclusive) ranges, the same on every machine."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    prompts, outputs = draw.integers(*prompt, count, endpoint=True), draw.integers(*output, count, endpoint=True)
+    return [Request(draw.integers(vocab_size, size=length).tolist(), int(n)) for length, n in zip(prompts, outputs)]
+
+
+def span(text: str) -> tuple[int, int]:
+    """`100-1024` as its two ends; `128` is both."""
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+def ours(job: Job, quantize: str | None = None) -> Server:
+    """`LLM`, as a caller uses it, without the prefix cache."""
+    from ..engine.hub import load_config
+    from ..engine.serving import LLM, SamplingParams
+
+    config = load_config(job.directory)
+    llm = LLM(
+        job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=quantize,
+        kv_memory=job.pages(PAGE) * PAGE * config.kv_bytes_per_token(ELEMENT[job.dtype]), page_size=PAGE,
+        prefix_cache=False,  # the same prompts come back in every round
+    )  # fmt: skip
+
+    def run(requests: list[Request]) -> list[Reply]:
+        params = [SamplingParams(max_tokens=r.tokens, temperature=0.0, ignore_eos=True) for r in requests]
+        outputs = llm.generate([request.prompt for request in requests], params)
+        start = min(output.metrics.arrival for output in outputs)
+        ends = [(output.metrics.first_token, output.metrics.finished) for output in outputs]
+        return [Reply(list(out.token_ids), [end - start for end in both]) for out, both in zip(outputs, ends)]
+
+    return run
+
+
+def bounds(
+    config: Any, dtype: str, work: list[Request], batch: int, weight_bytes: int | None = None
+) -> dict[str, float]:
+    """The least a workload must compute (prefill) or read (decode), by the ceiling it is held against."""
+    if _prefill(work):
+        tokens = sum(len(request.prompt) for request in work)
+        return {f"matmul {dtype}": tokens * config.flops_per_token(len(work[0].prompt), training=False)}
+    steps = max(max(request.tokens for request in work), -(-sum(request.tokens for request in work) // batch))
+    weights = config.parameter_count(active=True, embeddings=False) * (weight_bytes or ELEMENT[dtype])
+    past = sum(request.tokens * (len(request.prompt) + request.tokens / 2) for request in work)
+    return {"read": steps * weights + past * config.kv_bytes_per_token(ELEMENT[dtype])}
+
+
+def _prefill(work: list[Request]) -> bool:
+    return all(request.tokens == 1 for request in work)
+
+
+def _against(row: Row, counted: dict[str, float], true: dict[str, float]) -> Row:
+    """A row whose shares were counted with one amount of work, held against another."""
+    return replace(row, limits={name: share * true[name] / counted[name] for name, share in row.limits.items()})
+
+
+def _save_random(config: Any, dtype: str, device: str, directory: Path) -> None:
+    import torch
+
+    from ..engine.hub import save_model
+    from ..engine.model import Transformer
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Transformer(config)
+    save_model(model.to(getattr(torch, dtype)), directory)
+
+
+def _starting(build: Callable[[], Server] | peers.Missing, work: list[Request]):
+    """A builder whose call answers one short request: what a cold start to the first token takes."""
+    if isinstance(build, peers.Missing):
+        return build
+    first = [Request(work[0].prompt[:16], 1)]
+    return lambda: partial(build(), first)
+
+
+def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]], who: str):
+    """The call to time: the whole workload, by the server that was started; its replies are kept and counted."""
+    if isinstance(started, peers.Missing):
+        return started
+
+    def call() -> None:
+        replies[who] = started.func(work)
+        short = [(len(reply.tokens), request.tokens) for reply, request in zip(replies[who], work)]
+        if wrong := [pair for pair in short if pair[0] != pair[1]]:
+            raise ValueError(f"returned {wrong[0][0]} tokens where {wrong[0][1]} were asked for")
+
+    return call
+
+
+def _notes(replies: list[Reply] | None, reference: list[Reply]) -> dict[str, Value]:
+    """Latencies, and agreement with our tokens."""
+    if not replies:
+        return {}
+    notes: dict[str, Value] = {}
+    timed = [reply for reply in replies if reply.times]
+    gaps = [(r.times[-1] - r.times[0]) / (len(r.tokens) - 1) for r in timed if len(r.tokens) > 1]
+    for name, values in (("ttft", [reply.times[0] for reply in timed]), ("gap", gaps)):
+        for percent in (50, 99) if values else ():
+            notes[f"{name}_p{percent}_seconds"] = sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+    same = sum(reply.tokens == other.tokens for reply, other in zip(replies, reference))
+    return notes | {"agrees": same / len(replies)}

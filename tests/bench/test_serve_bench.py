@@ -1,0 +1,81 @@
+"""The serving bench asks everyone for the same tokens, checks that they came, and knows what reading them costs."""
+
+import pytest
+
+from warploom.bench import peers
+from warploom.bench.harness import Machine, Options
+from warploom.bench.serve import Reply, Request, _answering, _notes, bounds, parts, serve, span, workload
+from warploom.engine.config import ModelConfig
+
+TINY = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 64}
+
+
+def test_the_shared_protocol_is_the_same_everywhere():
+    work = workload(256, (100, 1024), (100, 1024), 1000)
+    assert work == workload(256, (100, 1024), (100, 1024), 1000)
+    assert all(100 <= len(request.prompt) <= 1024 and 100 <= request.tokens <= 1024 for request in work)
+    assert all(0 <= token < 1000 for request in work for token in request.prompt)
+    assert {request.tokens for request in workload(9, span("7"), span("7-7"), 5)} == {7}
+
+
+def test_greedy_answers_agree_with_transformers_and_everyone_is_timed():
+    machine = Machine("cpu", rounds=1)
+    machine.ceilings["read"] = 1e10
+    rows = serve(machine, "llama-tiny", "float32", requests=5, prompt="3-12", output="2-9", batch=2, **TINY)
+    found = {row.who: row for row in rows}
+    assert {"ours", "ours int8", "transformers"} <= set(found)
+    for who in ("ours", "transformers", "transformers continuous"):
+        row = found.get(who)
+        if row is None or (row.missing and "not installed" in row.missing):
+            continue
+        assert row.missing is None
+        assert row.extra["agrees"] == 1.0
+        assert 0 < row.extra["ttft_p50_seconds"] <= row.extra["ttft_p99_seconds"]
+        assert row.rate > 0 and row.limits["read"] > 0
+
+
+def test_a_contestant_that_returns_too_few_tokens_is_no_contestant():
+    def stingy(requests):
+        return [Reply([1], []) for _ in requests]
+
+    def started():
+        return None
+
+    started.func = stingy
+    call = _answering(started, [Request([1, 2], 3)], {}, "stingy")
+    with pytest.raises(ValueError, match="returned 1 tokens where 3 were asked for"):
+        call()
+    gone = peers.Missing("gone")
+    assert _answering(gone, [], {}, "gone") is gone
+
+
+def test_the_bound_counts_weights_once_a_step_and_each_token_s_own_past():
+    config = ModelConfig.preset("llama-tiny", **TINY)
+    weights = 4 * config.parameter_count(embeddings=False)
+    past = sum(10 + index + 0.5 for index in range(8)) * config.kv_bytes_per_token(4)
+    one = [Request([0] * 10, 8)]
+    assert bounds(config, "bfloat16", one, 1, weight_bytes=1)["read"] == 8 * weights / 4 + past / 2
+    assert bounds(config, "float32", [Request([0] * 10, 1)] * 2, 2) == {
+        "matmul float32": 20 * config.flops_per_token(10, training=False)
+    }
+    assert bounds(config, "float32", one, batch=1) == {"read": 8 * weights + past}
+    assert bounds(config, "float32", one * 4, batch=4) == {"read": 8 * weights + 4 * past}
+    assert bounds(config, "float32", one * 4, batch=2) == {"read": 16 * weights + 4 * past}
+
+
+def test_latencies_are_percentiles_over_requests():
+    replies = [Reply([1, 2, 3], [float(first), first + 4.0]) for first in range(1, 101)]
+    notes = _notes(replies, [*replies[:99], Reply([9], [])])
+    assert (notes["ttft_p50_seconds"], notes["ttft_p99_seconds"], notes["gap_p50_seconds"]) == (51.0, 100.0, 2.0)
+    assert notes["agrees"] == 0.99
+
+
+def test_the_whole_protocol_comes_first_on_a_gpu_and_every_part_fits_its_model():
+    for device in ("cpu", "cuda"):
+        listed = parts(Options(device=device))
+        assert listed[0].name == "mixed"
+        for part in listed:
+            settings = {name: value for name, value in part.config.items() if name in TINY}
+            config = ModelConfig.preset(part.config["preset"], **settings)
+            assert span(part.config["prompt"])[1] + span(part.config["output"])[1] <= config.max_seq_len
+    assert parts(Options(device="cuda"))[0].config["requests"] == 256
