@@ -100,8 +100,8 @@ def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, 
 
 
 def rows_per_slab(V: int) -> int:
-    """About four million logits at a time: they stay in a CPU's cache between the product and the gradient."""
-    return max(64, (1 << 22) // V)
+    """About a million logits stay in a CPU's cache from product to gradient; fewer rows would re-read d weight too often."""
+    return max(256, (1 << 20) // V)
 
 
 def _slab(logits_SV, targets_S, options, scale_S):
