@@ -140,6 +140,7 @@ attention = Op(
     reference=_attention,
     eager=_attention_eager,
     fused=attention_fused,
+    rows=("q", "k", "v"),
     autocast=True,
     cases=[
         Case("causal", lambda m: _qkv(m, 2, 33, 33, 2, 2, 32)),

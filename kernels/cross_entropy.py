@@ -252,6 +252,7 @@ cross_entropy = Op(
     name="cross_entropy",
     reference=_cross_entropy,
     fused=_cross_entropy_fused,
+    rows=("logits", "targets"),
     cases=[
         Case("tail", lambda m: _rows(m, 5, 100)),
         Case("one row", lambda m: _rows(m, 1, 33)),

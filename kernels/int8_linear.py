@@ -119,6 +119,7 @@ int8_linear = Op(
     reference=_int8_linear,
     eager=_int8_linear_eager,
     fused=_int8_linear_fused,
+    rows=("x",),
     cases=[
         Case("one row", lambda m: _batch(m, 1, 64, 48)),
         Case("bias and tails", lambda m: _batch(m, 3, 72, 40, bias=True)),

@@ -142,7 +142,8 @@ def narrow_products(ttir: str) -> list[str]:
     """32-bit products that are offsets into memory, as lines of TTIR: beyond 2³¹ elements they would wrap.
 
     An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors are
-    mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all.
+    mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all,
+    and a product with a truth value makes nothing larger.
     """
     defined = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ttir, re.MULTILINE))
     pending = [operand for text in defined.values() if text.startswith("tt.addptr") for operand in _operands(text)[1:2]]
@@ -153,7 +154,8 @@ def narrow_products(ttir: str) -> list[str]:
         if name in seen or text.startswith(("tt.load", "scf.")):
             continue
         seen.add(name)
-        if not text.startswith("arith.muli"):
+        masking = any(re.match(r"arith.extui .*i1>? to", defined.get(factor, "")) for factor in _operands(text))
+        if masking or not text.startswith("arith.muli"):
             pending += _operands(text)
         elif re.search(r": (?:tensor<[\dx]*x)?i32", text):
             found.append(f"{name} = {text.split(' loc(')[0]}")

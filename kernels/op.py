@@ -143,6 +143,8 @@ class Op:
     cases: list[Case] = field(default_factory=list)
     mutates: tuple[str, ...] = ()
     """Parameters written in place; tests compare them as if they were returned."""
+    rows: tuple[str, ...] = ()
+    """Parameters whose first dimension counts rows that do not influence each other, to the last bit."""
     autocast: bool = False
     """Under autocast, floating-point inputs are cast to its dtype first, as for a matrix product."""
     traffic: Callable | None = None

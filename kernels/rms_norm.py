@@ -317,6 +317,7 @@ rms_norm = Op(
     reference=_rms_norm,
     eager=_rms_norm_eager,
     fused=_rms_norm_fused,
+    rows=("x", "residual"),
     cases=[
         Case("tail", lambda m: (m.normal(5, 100), m.normal(100))),
         Case("one row", lambda m: (m.normal(1, 64), m.normal(64))),
@@ -338,6 +339,7 @@ add_rms_norm = Op(
     reference=_add_rms_norm,
     eager=_add_rms_norm_eager,
     fused=_add_rms_norm_fused,
+    rows=("x", "residual"),
     cases=[
         Case("tail", lambda m: (m.normal(5, 100), m.normal(5, 100), m.normal(100))),
         Case("padded rows", lambda m: (m.padded(2, 3, 48), m.padded(2, 3, 48), m.normal(48))),

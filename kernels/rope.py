@@ -253,6 +253,7 @@ rope = Op(
     name="rope",
     reference=_rope,
     fused=_rope_fused,
+    rows=("q", "k", "positions"),
     cases=[
         Case("grouped heads", lambda m: (m.normal(2, 5, 4, 16), m.normal(2, 5, 2, 16), *_tables(m, 8, 8))),
         Case(

@@ -219,6 +219,7 @@ sample = Op(
     name="sample",
     reference=_sample,
     fused=sample_tokens,
+    rows=("logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions"),
     cases=[
         Case("greedy", lambda m: _rows(m, 100, [0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3)),
         Case("plain", lambda m: _rows(m, 1500, [1.0, 0.7, 2.0], [0] * 3, [1.0] * 3, [0.0] * 3)),

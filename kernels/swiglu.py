@@ -200,6 +200,7 @@ swiglu = Op(
     reference=_swiglu,
     eager=_swiglu_eager,
     fused=_swiglu_fused,
+    rows=("gate", "up", "gate_up"),
     cases=[
         Case("tail", lambda m: (m.normal(3, 100), m.normal(3, 100))),
         Case("gelu", lambda m: (m.normal(3, 64), m.normal(3, 64)), {"activation": "gelu"}),
@@ -223,6 +224,7 @@ swiglu_packed = Op(
     reference=_swiglu_packed,
     eager=_swiglu_packed_eager,
     fused=_swiglu_packed_fused,
+    rows=("gate", "up", "gate_up"),
     cases=[
         Case("tail", lambda m: (m.normal(3, 104),)),
         Case("padded rows", lambda m: (m.padded(2, 3, 64),)),

@@ -1,0 +1,124 @@
+"""Fused ops are citizens of PyTorch: registered, compiled, autocast, differentiable in any subset of their inputs."""
+
+import pytest
+import torch
+
+from warploom.kernels import Maker, backend, ops
+from warploom.kernels import fused as framework
+
+from .test_fused import DEVICE, parameters, pytestmark, run, tensors  # noqa: F401
+from .test_oracles import differentiable, small_cases
+
+FUSED = [op for op in ops() if op.fused is not None]
+
+
+def each_op(wanted=lambda op: True):
+    """Every fused op with the first case of its tests."""
+    return pytest.mark.parametrize("op", [op for op in FUSED if wanted(op)], ids=lambda op: op.name)
+
+
+def has_gradient(op):
+    return differentiable(op, op.cases[0])
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """Collects the registered operators, and their inputs, of the launchers that are called."""
+    seen = []
+    direct_call, differentiable_call = framework.Launcher.__call__, framework.Differentiable.__call__
+
+    def record(launcher, args):
+        seen.append((launcher.operator, tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)))
+
+    def call(self, *args):
+        record(self, args)
+        return direct_call(self, *args)
+
+    def call_differentiable(self, *args):
+        record(self.forward, args)
+        return differentiable_call(self, *args)
+
+    monkeypatch.setattr(framework.Launcher, "__call__", call)
+    monkeypatch.setattr(framework.Differentiable, "__call__", call_differentiable)
+    return seen
+
+
+@each_op()
+def test_every_registered_operator_passes_opcheck(op, operators):
+    with backend("triton"):
+        run(op, op.cases[0], op, Maker(torch.float32, DEVICE))
+    assert operators
+    for operator, inputs in list(operators):
+        torch.library.opcheck(operator, inputs)
+
+
+@each_op()
+def test_compiling_changes_no_bit_and_breaks_no_graph(op):
+    case = op.cases[0]
+
+    def call(*args, **options):
+        return op(*args, **options)
+
+    with backend("triton"):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        expected, expected_grads = run(op, case, op, Maker(torch.float32, DEVICE))
+        ours, our_grads = run(op, case, compiled, Maker(torch.float32, DEVICE))
+    for a, b in zip([*expected, *expected_grads], [*ours, *our_grads]):
+        assert torch.equal(a, b)
+
+
+@each_op(has_gradient)
+def test_any_one_input_alone_gets_the_gradient_it_gets_among_all(op):
+    args, options = op.cases[0].build(Maker(torch.float32, DEVICE))
+    wanted = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def gradients(chosen):
+        mine = [x.detach().requires_grad_(i in chosen) if i in wanted else x for i, x in enumerate(args)]
+        result = [x for x in tensors(op(*mine, **options)) if x.requires_grad]
+        return torch.autograd.grad(sum(x.square().sum() for x in result), [mine[i] for i in chosen])
+
+    with backend("triton"):
+        together = gradients(wanted)
+        for i, expected in zip(wanted, together):
+            torch.testing.assert_close(gradients([i])[0], expected, rtol=1e-6, atol=1e-7)
+
+
+@each_op(lambda op: op.autocast)
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_inputs(op):
+    def gradients(cast, **autocast):
+        args, options = op.cases[0].build(Maker(torch.float32, DEVICE))
+        leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        with torch.autocast(DEVICE, torch.bfloat16, **autocast):
+            out = op(*(cast(x) for x in args), **options)
+        return out, torch.autograd.grad(out.float().square().sum(), leaves)
+
+    def narrow(x):
+        return x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    with backend("triton"):
+        out, grads = gradients(lambda x: x, enabled=True)
+        expected, expected_grads = gradients(narrow, enabled=False)
+    assert torch.equal(out, expected)
+    assert all(g.dtype == torch.float32 for g in grads)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads))
+
+
+def has_rows(op, case):
+    return op.fused is not None and op.rows and "cu_seqlens" not in case.build(Maker())[1]
+
+
+@small_cases(has_rows)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(op, case):
+    args, options = case.build(Maker(torch.bfloat16, DEVICE))
+    names = list(parameters(op))
+    rowwise = [i for i in range(len(args)) if names[i] in op.rows and args[i] is not None]
+    count = len(args[rowwise[0]])
+    with backend("triton"):
+        together = [x for x in tensors(op(*args, **options)) if x.dim() and len(x) == count]
+        for row in range(count):
+            alone = [x[row : row + 1] if i in rowwise else x for i, x in enumerate(args)]
+            ours = [x for x in tensors(op(*alone, **options)) if x.dim() and len(x) == 1]
+            assert len(ours) == len(together) or count == 1
+            for a, b in zip(ours, together):
+                assert torch.equal(a[0], b[row])

@@ -1,0 +1,71 @@
+"""What kernels cost on GPUs that are not there, held to each op's budget. The compiler runs in the background meanwhile."""
+
+import json
+
+import pytest
+
+from warploom.kernels import Budget, ops
+from warploom.kernels.lang import HAS_TRITON
+
+if not HAS_TRITON:
+    pytest.skip("needs triton's compiler", allow_module_level=True)
+
+from warploom.kernels.offline import ARCHITECTURES, Cost, budget_of, narrow_products, violations
+
+
+@pytest.fixture(scope="module")
+def costs(surveys):
+    """name of a survey → what every kernel of it costs."""
+    found = {}
+    for name, (process, path) in surveys.items():
+        process.wait(timeout=280)
+        last = path.read_text().strip().splitlines()[-1]
+        assert last.startswith("["), path.read_text()[-3000:]
+        found[name] = [Cost(**{k: v for k, v in row.items() if k != "violations"}) for row in json.loads(last)]
+    return found
+
+
+def has_large_case(op):
+    return op.fused is not None and any(case.bench for case in op.cases)
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if has_large_case(op)], ids=lambda op: op.name)
+def test_large_cases_stay_within_the_budget_on_every_architecture(op, costs):
+    mine = [cost for cost in costs["large"] if cost.op == op.name]
+    assert {cost.arch for cost in mine} == set(ARCHITECTURES)
+    broken = {f"{c.kernel} sm_{c.arch}": violations(c, budget_of(op, c.kernel)) for c in mine}
+    assert not {kernel: found for kernel, found in broken.items() if found}
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
+def test_small_cases_compile_and_compute_addresses_in_64_bits(op, costs):
+    mine = [cost for cost in costs["small"] if cost.op == op.name]
+    assert mine
+    assert not {cost.kernel: cost.narrow_products for cost in mine if cost.narrow_products}
+
+
+def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
+    narrow = """
+      %pid = tt.get_program_id x : i32
+      %range = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32>
+      %offset = arith.muli %pid, %stride : i32
+      %0 = tt.splat %offset : i32 -> tensor<64xi32>
+      %1 = arith.addi %0, %range : tensor<64xi32>
+      %2 = tt.addptr %x, %1 : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
+    """
+    assert narrow_products(narrow) == ["%offset = arith.muli %pid, %stride : i32"]
+    assert (
+        narrow_products(narrow.replace("%offset = arith.muli %pid, %stride : i32", "%offset = arith.muli %a, %b : i64"))
+        == []
+    )
+
+
+def test_a_kernel_over_its_budget_is_told_what_it_exceeds():
+    cost = Cost("op", "case", "bfloat16", 90, "kernel", 4, 80, 16, 1000, False, 0, 0)
+    found = violations(cost, Budget(registers=64, wgmma=True, vector=True))
+    assert [sentence.split(",")[0] for sentence in found] == [
+        "80 registers",
+        "16 bytes of stack",
+        "no wgmma instruction on sm_90",
+        "no 16-byte access to global memory",
+    ]
