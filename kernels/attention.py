@@ -21,7 +21,7 @@ from .attention_cpu import serves as staircase_serves
 from .attention_cpu import staircase_attention
 from .attention_fused import attention_fused
 from .lang import wide
-from .op import Case, Op
+from .op import Budget, Case, Op
 
 
 def visible(T: int, S: int, causal: bool, window: int | None, device=None) -> torch.Tensor:
@@ -120,6 +120,11 @@ def _qkv(m, B, T, S, H, K, D, scale=1.0):
     return m.normal(B, T, H, D, scale=scale), m.normal(B, S, K, D, scale=scale), m.normal(B, S, K, D)
 
 
+def _packed(m, B, T, H, K, D):
+    """Views into one projection, as a model makes them."""
+    return m.normal(B, T, H + 2 * K, D, grad=False).split((H, K, K), 2)
+
+
 def _ragged(m, lengths, H, K, D):
     T = sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(m.device, torch.int32)
@@ -150,14 +155,28 @@ attention = Op(
         Case("one and one", lambda m: _qkv(m, 1, 1, 1, 2, 1, 32)),
         Case("queries at the end", lambda m: _qkv(m, 1, 7, 40, 2, 1, 32)),
         Case("more queries than keys", lambda m: _qkv(m, 1, 9, 4, 2, 1, 32)),
+        Case("lengths of 113 and 203", lambda m: _qkv(m, 1, 113, 203, 1, 1, 16)),
+        Case("head of 256", lambda m: _qkv(m, 1, 5, 9, 1, 1, 256)),
         Case("window", lambda m: _qkv(m, 1, 40, 40, 2, 1, 32), {"window": 5}),
+        Case("window over many blocks", lambda m: _qkv(m, 1, 100, 130, 1, 1, 16), {"window": 40}),
+        Case("window to both sides", lambda m: _qkv(m, 1, 90, 70, 1, 1, 16), {"window": 20, "causal": False}),
+        Case("heads of a packed projection", lambda m: _packed(m, 1, 20, 4, 2, 32)),
+        Case("every other column", lambda m: tuple(m.strided(1, 12, 2, 16) for _ in range(3))),
         Case("soft cap", lambda m: _qkv(m, 1, 20, 20, 2, 1, 32, 3.0), {"softcap": 5.0, "scale": 0.3}),
         Case("peaked", lambda m: _qkv(m, 1, 20, 20, 1, 1, 32, 8.0)),
         Case("ragged", lambda m: _ragged(m, (1, 20, 13), 2, 1, 32)),
+        Case(
+            "ragged, empty sequences and a tail",
+            lambda m: (*_ragged(m, (40, 9, 3), 2, 2, 16)[:3], {"cu_seqlens": m.tensor([0, 0, 40, 40, 49])}),
+            {"window": 8},
+        ),
         Case("expanded gradient", lambda m: _qkv(m, 1, 17, 17, 2, 1, 32), expanded=True),
         Case("8192 causal, 32 and 8 heads of 128", lambda m: _qkv(m, 2, 8192, 8192, 32, 8, 128), bench=True),
         Case("8192 causal, 16 heads of 64", lambda m: _qkv(m, 4, 8192, 8192, 16, 16, 64), bench=True),
     ],
     traffic=lambda q, k, v, **_: (2 * q.nbytes + 2 * k.nbytes, 4 * q.nbytes + 4 * k.nbytes),
+    budget=dict.fromkeys(
+        ("attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel"), Budget(wgmma=True)
+    ),
     flops=lambda q, k, v, **o: (4 * q.shape[-1] * _pairs(q, k, **o), 10 * q.shape[-1] * _pairs(q, k, **o)),
 )

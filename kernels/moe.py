@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .lang import wide
 from .moe_fused import moe_fused
-from .op import Case, Op
+from .op import Budget, Case, Op
 from .swiglu import swiglu_packed
 
 
@@ -140,6 +140,9 @@ moe = Op(
         Case("32768 tokens, 8 of 128 experts", lambda m: (*_batch(m, 32768, 2048, 128, 768), 8), bench=True),
         Case("128 tokens, 8 of 128 experts", lambda m: (*_batch(m, 128, 2048, 128, 768), 8), bench=True),
     ],
+    budget={
+        f"moe_{name}_kernel": Budget(wgmma=True, vector=True) for name in ("gate", "rows", "gate_backward", "weights")
+    },
     traffic=lambda x, logits, up, down, k, **_: (2 * x.nbytes + up.nbytes + down.nbytes, 0),
     flops=lambda *args, **_: (_flops(*args), 2 * _flops(*args)),
 )

@@ -112,6 +112,28 @@ def moe_combine_kernel(
 
 
 @triton.jit
+def _through_gate(
+    dh, weight, place, end, begin, F, gate_up, dgate_up, weighted, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr
+):
+    """What follows from dh = dy · W_down, WIDTH features from `begin` on; returns each row's sum of dh · h."""
+    feature = begin + tl.arange(0, WIDTH)
+    mask = (place[:, None] < end) & (feature[None, :] < F)
+    narrow = place.to(tl.int64)[:, None] * F + feature[None, :]
+    wide = narrow + place.to(tl.int64)[:, None] * F
+    gate = tl.load(gate_up + wide, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + wide + F, mask=mask, other=0.0).to(tl.float32)
+    value, slope = activate(gate, ACTIVATION)
+    h = value * up
+    share = tl.sum(dh * h, 1)
+    dtype = dgate_up.dtype.element_ty
+    tl.store(weighted + narrow, (weight[:, None] * h).to(dtype), mask=mask)
+    dh *= weight[:, None]
+    tl.store(dgate_up + wide, (dh * up * slope).to(dtype), mask=mask)
+    tl.store(dgate_up + wide + F, (dh * value).to(dtype), mask=mask)
+    return share
+
+
+@triton.jit
 def moe_gate_backward_kernel(
     dy, w_down, order, offsets, weights, gate_up, dgate_up, weighted, dweights,
     E, C, F, A, columns, stride_dt, stride_dc, stride_we, stride_wc, stride_wf,
@@ -141,20 +163,16 @@ def moe_gate_backward_kernel(
         mask = (channel[:, None] < C - c) & (feature[None, :] < F)
         matrix = tl.load(w_tile + step * stride_wc, mask=mask, other=0.0)
         dh = tl.dot(rows, matrix, dh, input_precision="ieee")
-    mask = (place[:, None] < end) & (feature[None, :] < F)
-    wide = place.to(tl.int64)[:, None] * (2 * tl.cast(F, tl.int64)) + feature[None, :]
-    gate = tl.load(gate_up + wide, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + wide + F, mask=mask, other=0.0).to(tl.float32)
-    value, slope = activate(gate, ACTIVATION)
-    weight = tl.load(weights + assignment, mask=place < end, other=0.0)[:, None]
-    h = value * up
-    share = tl.sum(dh * h, 1)
+    weight = tl.load(weights + assignment, mask=place < end, other=0.0)
+    left, right = dh.reshape([BLOCK_M, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
+    share = _through_gate(
+        left, weight, place, end, column * BLOCK_N, F, gate_up, dgate_up, weighted, ACTIVATION, BLOCK_N // 2
+    )
+    share += _through_gate(
+        right, weight, place, end, column * BLOCK_N + BLOCK_N // 2, F, gate_up, dgate_up, weighted,
+        ACTIVATION, BLOCK_N // 2,
+    )  # fmt: skip
     tl.store(dweights + column * A + assignment, share, mask=place < end)
-    dh *= weight
-    dtype = dgate_up.dtype.element_ty
-    tl.store(dgate_up + wide, (dh * up * slope).to(dtype), mask=mask)
-    tl.store(dgate_up + wide + F, (dh * value).to(dtype), mask=mask)
-    tl.store(weighted + place.to(tl.int64)[:, None] * F + feature[None, :], (weight * h).to(dtype), mask=mask)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Launching the kernels of the mixture of experts, and how the pieces join PyTorch's autograd.
 
-Forward: route and count, prefix sums, scatter, the gated product, the way back, the combination. Kept for the backward: the
-gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all of it.
+Forward: route and count, prefix sums, scatter, the gated product, the way back, the combination. Kept for the backward:
+the gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all of it.
 
 T tokens, C channels, E experts, F features of an expert, K = top_k, A = T · K assignments.
 """
@@ -21,7 +21,7 @@ from .moe_route import moe_route_backward_kernel, moe_route_kernel, moe_scatter_
 from .tuned import tuned
 
 LARGE = 128
-"""Assignments per expert from which tiles of 128 rows pay; below, 64. Both use the same instructions, so the same bits."""
+"""Assignments per expert from which tiles of 128 rows pay; below, 64. Both use the same instructions: the same bits."""
 
 
 def _tile(kernel: str, x: torch.Tensor, assignments: int, experts: int) -> dict:
@@ -34,6 +34,8 @@ def _tile(kernel: str, x: torch.Tensor, assignments: int, experts: int) -> dict:
         M, N, K, warps, stages = 64, 32, 32, 8, 2
     else:
         M, N, K = 128 if large else 64, 128, 64
+        if kernel == "moe_gate_backward" or (kernel == "moe_gate" and arch < 90):
+            N = 64  # two products, or an epilogue of five tables: at 128 columns they spill
         warps, stages = 8 if large else 4, 3 if arch >= 90 else 2
     sizes = {"BLOCK_N": N, "BLOCK_K": K, "num_warps": warps, "num_stages": stages}
     key = f"{'large' if large else 'small'} {str(x.dtype)[6:]}"
@@ -67,7 +69,7 @@ def moe_forward(
     torch.Tensor,
     torch.Tensor,
 ]:
-    (T, C), E, F, A = x.shape, logits.shape[1], w_down.shape[2], x.shape[0] * top_k
+    C, E, F, A = x.shape[1], logits.shape[1], w_down.shape[2], x.shape[0] * top_k
     weights_TK, experts_TK, order_A, offsets_E, counts_E, balance, z = _route(logits, top_k, softmax, normalize)
     block_e = max(16, next_power_of_2(E))
 

@@ -82,9 +82,10 @@ def moe_scatter_kernel(
     begin = tl.load(begins + block * E + expert, mask=expert < E, other=0).to(tl.int32)
     for k in tl.static_range(TOP_K):
         index = tl.load(experts + row * TOP_K + k, mask=row < T, other=-1)
-        here = (index[:, None] == expert[None, :]).to(tl.int32)
-        place = tl.sum((begin[None, :] + tl.cumsum(here, 0) - 1) * here, 1)
-        begin += tl.sum(here, 0)
+        here = index[:, None] == expert[None, :]
+        count = here.to(tl.int32)
+        place = tl.sum(tl.where(here, begin[None, :] + tl.cumsum(count, 0) - 1, 0), 1)
+        begin += tl.sum(count, 0)
         tl.store(order + place.to(tl.int64), (row * TOP_K + k).to(tl.int32), mask=row < T)
 
 

@@ -12,7 +12,7 @@ T tokens of the batch, N sequences, H query heads, K key heads, D head dim, P pa
 import torch
 
 from .attention import attention
-from .op import Case, Op
+from .op import Budget, Case, Op
 from .paged_attention_fused import paged_attention_fused
 
 
@@ -106,5 +106,6 @@ paged_attention = Op(
         ),
         Case("prefill of 4096", lambda m: _batch(m, [4096], [4096], 32, 8, 128, 16), bench=True),
     ],
+    budget={"paged_attention_kernel": Budget(wgmma=True)},
     traffic=lambda q, k_pages, v_pages, *_, **__: (2 * q.nbytes + k_pages.nbytes + v_pages.nbytes, 0),
 )
