@@ -26,13 +26,25 @@ X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx51
 ARM_FLAGS = ("asimd", "sve", "sve2", "bf16", "i8mm")
 
 
-def find_device() -> str:
-    """`cuda` where torch sees a GPU, else `cpu`."""
+def find_device(asked: str = "") -> str:
+    """The device asked for, if it is there; without a wish, `cuda` where torch sees a GPU and else `cpu`."""
+    if asked not in ("", "cpu", "cuda"):
+        raise ValueError(f"device is {asked!r}; it must be cpu or cuda")
+    if asked == "cpu":
+        return asked
+    if _sees_gpu():
+        return "cuda"
+    if asked:
+        raise ValueError("device is 'cuda', but torch sees no CUDA GPU here; use cpu")
+    return "cpu"
+
+
+def _sees_gpu() -> bool:
     try:
         import torch
     except ImportError:
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        return False
+    return torch.cuda.is_available()
 
 
 def capture(device: str) -> Environment:
@@ -46,7 +58,7 @@ def capture(device: str) -> Environment:
         cpu=cpu,
         cpu_flags=flags,
         cores=_cores(),
-        threads=_threads(),
+        threads=threads(),
         memory_bytes=_memory(),
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         gpu=gpu,
@@ -109,7 +121,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Threads that torch's operators use; an estimate before torch is loaded."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS") or _cores())
 

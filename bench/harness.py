@@ -17,36 +17,41 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from . import ceilings, environment, peers
 from .memory import PeakMemory
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
 from .timing import Timer, WallTimer, interleave, synchronize, timer_for
 
-RESULTS = Path(__file__).resolve().parent / "results"
+IN_CHECKOUT = (environment.ROOT / "pyproject.toml").is_file()
+RESULTS = environment.ROOT / "bench" / "results" if IN_CHECKOUT else Path("bench-results")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of any bench; a bench with flags of its own subclasses this as `Options`."""
+    """What the command line asks of any bench: a flag a field, with its line of `--help`.
 
-    results: Path = field(default=RESULTS, metadata={"help": "directory of the records: <device>/<bench>.json"})
-    minutes: float = field(default=60.0, metadata={"help": "begin no part that would end later than this"})
-    only: str = field(
-        default="", metadata={"help": "run only the parts whose name is, contains or matches this (fp8*)"}
-    )
-    again: bool = field(default=False, metadata={"help": "measure also what is on record and still holds"})
-    plot: bool = field(default=False, metadata={"help": "draw <device>/<bench>.png beside the record"})
-    device: str = field(default="", metadata={"help": "cpu or cuda; by default cuda where there is one"})
-    threads: int = field(default=0, metadata={"help": "threads for torch's operators; 0 leaves its choice"})
-    rounds: int = field(default=15, metadata={"help": "rounds of a comparison, at most"})
-    seconds: float = field(
-        default=30.0, metadata={"help": "time for the rounds of one comparison (at least 3 are run)"}
-    )
+    A bench with flags of its own subclasses this, and calls the class `Options` too."""
+
+    results: Annotated[Path, "directory of the records: <device>/<bench>.json"] = RESULTS
+    minutes: Annotated[float, "begin no part that would end later than this"] = 60.0
+    only: Annotated[str, "run only the parts whose name is, contains or matches this (fp8*)"] = ""
+    again: Annotated[bool, "measure also what is on record and still holds"] = False
+    plot: Annotated[bool, "draw <device>/<bench>.png beside the record"] = False
+    device: Annotated[str, "cpu or cuda; by default cuda where there is one"] = ""
+    threads: Annotated[int, "threads for torch's operators; 0 leaves its choice"] = 0
+    rounds: Annotated[int, "rounds of a comparison, at most"] = 15
+    seconds: Annotated[float, "time for the rounds of one comparison (a few are run anyway)"] = 30.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("threads", 0), ("seconds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,15 @@ class Machine:
         self.rounds, self.seconds = rounds, seconds
         self.ceilings: dict[str, float] = {}
         self.measure = partial(ceilings.measure, device=self.device, timer=self.timer)
+
+    @classmethod
+    def asked_for(cls, options: Options) -> "Machine":
+        """The machine as the command line wants it used."""
+        if options.threads:
+            import torch
+
+            torch.set_num_threads(options.threads)
+        return cls(environment.find_device(options.device), rounds=options.rounds, seconds=options.seconds)
 
     def ceiling(self, name: str) -> float:
         """The rate `name` (see `ceilings.RATES`) of this machine, measured once a run."""
@@ -216,32 +230,24 @@ def run_bench(
 ) -> Outcome:
     """Measure what `bench`'s record lacks, most important first, saving after each part."""
     begin = clock()
-    if options.threads:
-        import torch
-
-        torch.set_num_threads(options.threads)
-    machine = machine or Machine(
-        options.device or environment.find_device(), rounds=options.rounds, seconds=options.seconds
-    )
+    machine = machine or Machine.asked_for(options)
     now = environment.capture(machine.device)
     code = environment.fingerprint(bench, rooms or environment.ROOMS)
     path = Path(options.results) / now.device / f"{bench}.json"
     record = load_record(path, bench, now.device)
-    due = {part.name: stale(record, part, now, code) for part in _chosen(parts, options.only)}
-    if options.again:
-        due = {name: reason or "asked for again" for name, reason in due.items()}
+    parts = [_with_threads(part, options.threads) for part in _chosen(parts, options.only)]
+    due = {part.name: stale(record, part, now, code) or ("again" if options.again else None) for part in parts}
     failed: dict[str, str] = {}
     for part in parts:
-        if not due.get(part.name):
+        if not due[part.name]:
             continue
-        left = options.minutes * 60 - (clock() - begin)
-        if left <= 0 or part.minutes * 60 > left:
-            say(f"{bench}: {part.name}: left for the next run ({max(left, 0) / 60:.1f} minutes left)")
+        left = options.minutes - (clock() - begin) / 60
+        if left <= 0 or part.minutes > left:
+            say(f"{bench}: {part.name}: left for the next run ({max(left, 0):.1f} minutes left)")
             continue
-        say(f"{bench}: {part.name} ({due[part.name]})")
-        started, before, others = clock(), environment.capture(machine.device), environment.OtherWork()
+        say(f"{bench}: {part.name} ({due[part.name]}" + (f", about {part.minutes:g} min)" if part.minutes else ")"))
         try:
-            rows = part.run(machine, **part.config)
+            record.parts[part.name] = _measure(part, machine, code, clock)
         except KeyboardInterrupt:
             say(f"{bench}: interrupted in {part.name}; finished parts are in {path}")
             raise
@@ -249,17 +255,8 @@ def run_bench(
             traceback.print_exc()
             failed[part.name] = peers.failure(error)
             continue
-        record.parts[part.name] = PartRecord(
-            config=dict(part.config),
-            code=code,
-            took=clock() - started,
-            others=others.share(),
-            environment=before,
-            ceilings=dict(machine.ceilings),
-            rows=list(rows),
-        )
         record.save(path)
-        del due[part.name]
+        due[part.name] = None
     return Outcome(record, path, {name: reason for name, reason in due.items() if reason}, failed)
 
 
@@ -274,9 +271,26 @@ def stale(record: Record, part: Part, now: environment.Environment, code: str) -
         return "the code changed"
     if old.environment.versions != now.versions:
         return "the versions changed"
-    if old.environment.threads != now.threads:
-        return "the number of threads changed"
     return None
+
+
+def _measure(part: Part, machine: Machine, code: str, clock: Callable[[], float]) -> PartRecord:
+    started, before, others = clock(), environment.capture(machine.device), environment.OtherWork()
+    rows = part.run(machine, **{name: value for name, value in part.config.items() if name != "threads"})
+    return PartRecord(
+        config=dict(part.config),
+        code=code,
+        took=clock() - started,
+        others=others.share(),
+        environment=replace(before, threads=environment.threads()),  # known once torch has been loaded
+        ceilings=dict(machine.ceilings),
+        rows=list(rows),
+    )
+
+
+def _with_threads(part: Part, threads: int) -> Part:
+    """A part measured with a number of threads of one's own choice is another measurement."""
+    return replace(part, config={**part.config, "threads": threads}) if threads else part
 
 
 def _chosen(parts: list[Part], only: str) -> list[Part]:

@@ -68,7 +68,7 @@ def parts(options: Options) -> list[Part]:
     """On a GPU the 0.6B shape under the whole protocol first; on a CPU a 30M model and a protocol scaled to it."""
     from .environment import find_device
 
-    if (options.device or find_device()) == "cuda":
+    if find_device(options.device) == "cuda":
         shape = {"preset": "qwen3-0.6b", "dtype": "bfloat16"}
         protocol = {"requests": 256, "prompt": "100-1024", "output": "100-1024", "batch": 256, "int8": False}
         fixed, minutes = {"prompt": "128", "output": "256"}, 2.0

@@ -1,4 +1,4 @@
-"""A record as a table for people: rich on a terminal that has it, plain columns elsewhere."""
+"""A record as a table for people: rich where it is installed, plain columns elsewhere, Markdown for the docs."""
 
 from .schema import PartRecord, Record, Row, Value
 
@@ -63,6 +63,13 @@ def cells(part: PartRecord) -> tuple[list[str], list[list[str]]]:
     lines = [_line(row, limits, extras) for row in part.rows]
     filled = [index for index in range(len(columns)) if any(line[index] for line in lines)]
     return [columns[index] for index in filled], [[line[index] for index in filled] for line in lines]
+
+
+def markdown(part: PartRecord) -> str:
+    """The table for a page of documentation, with the machine and the commit above it."""
+    columns, lines = cells(part)
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join([subtitle(part), "", *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def plain(title: str, under: str, columns: list[str], lines: list[list[str]]) -> str:

@@ -52,7 +52,7 @@ def parts(options: Options) -> list[Part]:
     """On a CPU the demo's model and a 24M one, on a GPU the shapes the world knows; compiled peers come last."""
     from .environment import find_device
 
-    if (options.device or find_device()) == "cuda":
+    if find_device(options.device) == "cuda":
         return _gpu_parts()
     tiny = {"preset": "llama-tiny", "batch": 16, "time": 256}
     larger = tiny | {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 8192}

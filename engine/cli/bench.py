@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 import sys
 import time
-from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 from ... import bench as benches
 from ...bench import table
@@ -82,16 +82,11 @@ def _options(bench: str, kind: type[Options], argv: list[str]) -> Options:
 
 def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
     """A flag for each field of the dataclass: its name, type, default and help."""
-    for field in dataclasses.fields(kind):
-        flag, text = f"--{field.name.replace('_', '-')}", field.metadata.get("help", "")
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        default, (convert, *text) = getattr(kind, name), get_args(hint) or (hint,)
+        flag, text = f"--{name.replace('_', '-')}", " ".join(text)
+        if convert is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         else:
-            convert = Path if isinstance(field.default, Path) else type(field.default)
-            parser.add_argument(
-                flag,
-                type=convert,
-                default=field.default,
-                metavar=convert.__name__.upper(),
-                help=f"{text} (default: %(default)s)" if str(field.default) else text,
-            )
+            shown = f"{text} (default: {default})" if str(default) else text
+            parser.add_argument(flag, type=convert, default=default, metavar=convert.__name__.upper(), help=shown)

@@ -78,12 +78,13 @@ def fake_bench(tmp_path, monkeypatch):
     """A bench `speed` of two parts and a flag of its own, in place of the real ones."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "speed.py").write_text(
-        "from dataclasses import dataclass, field\n"
+        "from dataclasses import dataclass\n"
+        "from typing import Annotated\n"
         "from warploom.bench import harness\n"
         "DEVICE = 'cpu'\n"
         "@dataclass(frozen=True)\n"
         "class Options(harness.Options):\n"
-        "    size: int = field(default=2, metadata={'help': 'how large'})\n"
+        "    size: Annotated[int, 'how large'] = 2\n"
         "def parts(options):\n"
         "    run = lambda machine, size: machine.compare('x', {'ours': lambda: sum(range(size))})\n"
         "    return [harness.Part('sum', run, {'size': options.size}), harness.Part('fails', lambda machine: 1 / 0)]\n"
@@ -117,3 +118,31 @@ def test_a_bench_that_is_not_there_and_a_part_that_is_not_there_are_one_sentence
     )
     assert main(["bench", "speed", "--results", str(fake_bench), "--only", "nothing"]) == 2
     assert "there are: sum, fails" in capsys.readouterr().err
+
+
+def test_markdown_is_one_table_row_a_contestant(record):
+    text = table.markdown(record.parts["decode"])
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert rows[1].startswith("| --- | --- |")
+    assert rows[3].startswith("| b1 | slowpeer | 6 ms |")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--device", "tpu"], "device is 'tpu'; it must be cpu or cuda"),
+        (["--rounds", "0"], "rounds is 0; it must be at least 1"),
+        (["--threads", "-1"], "threads is -1; it must be at least 0"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(fake_bench, capsys, flags, sentence):
+    assert main(["bench", "speed", "--results", str(fake_bench), *flags]) == 2
+    assert capsys.readouterr().err == f"warploom bench: {sentence}\n"
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(environment, "_sees_gpu", lambda: False)
+    assert environment.find_device() == "cpu"
+    with pytest.raises(ValueError, match="torch sees no CUDA GPU here"):
+        environment.find_device("cuda")

@@ -93,9 +93,17 @@ def test_a_part_is_stale_when_what_its_numbers_depend_on_changed(bench):
     assert stale(record, part, now, "other") == "the code changed"
     newer = dataclasses.replace(now, versions=now.versions | {"torch": "99"})
     assert stale(record, part, newer, code) == "the versions changed"
-    assert stale(record, part, dataclasses.replace(now, threads=99), code) == "the number of threads changed"
     elsewhere = dataclasses.replace(now, commit="f00", dirty=True, load=7.0, date="2030-01-01T00:00:00Z")
     assert stale(record, part, elsewhere, code) is None
+
+
+def test_another_number_of_threads_is_another_measurement(bench):
+    part = bench.part("a", size=1)
+    bench.run([part])
+    outcome = bench.run([part], threads=2)
+    assert bench.ran == ["a"]
+    assert outcome.record.parts["a"].config == {"size": 1, "threads": 2}
+    assert outcome.record.parts["a"].rows[0].extra == {"size": 1}
 
 
 def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(bench, monkeypatch):

@@ -70,7 +70,8 @@ def test_latencies_are_percentiles_over_requests():
     assert notes["agrees"] == 0.99
 
 
-def test_the_whole_protocol_comes_first_on_a_gpu_and_every_part_fits_its_model():
+def test_the_whole_protocol_comes_first_on_a_gpu_and_every_part_fits_its_model(monkeypatch):
+    monkeypatch.setattr("warploom.bench.environment._sees_gpu", lambda: True)
     for device in ("cpu", "cuda"):
         listed = parts(Options(device=device))
         assert listed[0].name == "mixed"

@@ -69,7 +69,8 @@ def test_the_plain_peer_computes_what_transformers_computes():
     torch.testing.assert_close(plain(tokens, targets), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_parts_name_real_shapes_and_builders_exist_for_each_device():
+def test_parts_name_real_shapes_on_each_device(monkeypatch):
+    monkeypatch.setattr("warploom.bench.environment._sees_gpu", lambda: True)
     for device in ("cpu", "cuda"):
         for part in parts(Options(device=device)):
             settings = dict(part.config)
