@@ -12,7 +12,7 @@ import pytest
 from warploom.engine.training import train
 from warploom.engine.training.checkpoint import Checkpoints
 
-STEPS = 120
+STEPS = 40
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def hashes(out):
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tiny, processes):
     model = {**tiny().model, "dropout": 0.1}
-    whole = tiny("whole", model=model, steps=STEPS, save_every=3, eval_every=20, dtype="bfloat16")
+    whole = tiny("whole", model=model, steps=STEPS, save_every=3, eval_every=9, dtype="bfloat16")
     killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"), resume=True)
     untouched = processes.Process(target=train, args=(whole,))
     untouched.start()
     draw, kills = random.Random(0), 0
     checkpoints = Checkpoints(Path(killed.out) / "checkpoints")
-    while kills < 6:
+    while kills < 5:
         process = processes.Process(target=train, args=(dataclasses.replace(killed, num_workers=kills % 4),))
         process.start()
         before = checkpoints.steps()[:1]
