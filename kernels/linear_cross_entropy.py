@@ -100,7 +100,7 @@ def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, 
 
 
 def rows_per_slab(V: int) -> int:
-    """About a million logits stay in a CPU's cache from product to gradient; fewer rows would re-read d weight too often."""
+    """About a million logits stay in a CPU's cache; yet fewer rows would read and write d weight too often."""
     return max(256, (1 << 20) // V)
 
 

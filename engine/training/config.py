@@ -86,6 +86,8 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of activations and of the weights they meet; masters stay float32. auto = bfloat16 where it is fast."""
+    fsdp: int = 1
+    """Under torchrun: processes that share one copy of weights and optimizer state; copies are made along the rest."""
     compile: bool = False
     """torch.compile each block."""
     recompute: bool = False
@@ -123,7 +125,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         budgets = [name for name in ("steps", "epochs", "tokens", "minutes") if getattr(self, name) is not None]
         _require(len(budgets) < 2, f"give one of steps, epochs, tokens and minutes, not {' and '.join(budgets)}")
-        for name in (*budgets, "batch_size", "grad_accum_steps", "log_every", "max_bad_steps", "lr", "keep_last"):
+        for name in (
+            *budgets,
+            "batch_size",
+            "grad_accum_steps",
+            "log_every",
+            "max_bad_steps",
+            "lr",
+            "keep_last",
+            "fsdp",
+        ):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
         for name in ("num_workers", "save_every", "eval_every", "eval_batches", "sample_every", "clip", "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")

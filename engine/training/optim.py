@@ -173,12 +173,16 @@ def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = to
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their joint 2-norm is at most `max_norm`; returns the norm before."""
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norm: Tensor | None = None) -> Tensor:
+    """Scale all gradients together so that their joint 2-norm is at most `max_norm`; returns the norm before.
+
+    `norm` is the joint norm where these parameters are but a part of those that are clipped together.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if norm is None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

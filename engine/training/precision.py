@@ -52,6 +52,14 @@ class Masters:
             master.copy_(weights[name])
         self.publish()
 
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this process keeps of a tensor shaped like a weight: here, all of it."""
+        return whole
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor of which this process keeps `part`."""
+        return part
+
     def zero_grad(self) -> None:
         for master in self.named.values():
             master.grad = None

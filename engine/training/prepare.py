@@ -24,9 +24,12 @@ class Materials:
     model: ModelConfig
 
 
-def prepare(config: TrainConfig, note: Callable[[str], None]) -> Materials:
-    """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data."""
-    data = open_data(config, note)
+def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = False) -> Materials:
+    """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data.
+
+    With `reuse`, tokens that are already there are not made again.
+    """
+    data = open_data(config, note, reuse)
     tokenizer = data.tokenizer()
     model = architecture(config, tokenizer.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
@@ -63,12 +66,12 @@ def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
         )
 
 
-def open_data(config: TrainConfig, note: Callable[[str], None]) -> TokenData:
+def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> TokenData:
     """The dataset directory `config.data` names, or one made of the text it names."""
     if (Path(config.data) / "meta.json").is_file():
         return TokenData(config.data)
     made = Path(config.out) / "data"
-    if config.resume and (made / "meta.json").is_file():
+    if reuse and (made / "meta.json").is_file():
         return TokenData(made)
     corpus = stdlib() if config.data == "stdlib" else files([config.data])
     tokenizer = open_tokenizer(config, corpus, note)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import math
+import os
 import shutil
 import signal
 import threading
@@ -40,7 +41,8 @@ from .checkpoint import Checkpoints, generators, load_tensors, restore_generator
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .precision import Average, LossScale, Masters, assembled
+from .parallel import Team, load_optimizer, make_masters, whole_optimizer, whole_weights
+from .precision import Average, LossScale, assembled
 from .prepare import Materials, prepare
 from .schedule import SCHEDULES
 from .watch import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher
@@ -75,13 +77,16 @@ class Trainer:
     """One run: its materials, its state, and the loop over them."""
 
     def __init__(self, config: TrainConfig, watchers: list[Watcher]) -> None:
-        self.config, self.watchers = config, watchers
+        self.device = _own_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.team = Team(self.device, config.fsdp, config.batch_size // config.grad_accum_steps)
+        self.config, self.watchers = config, watchers if self.team.leads else []
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last)
-        self._make_room()
-        self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, self.device)
-        self.materials: Materials = prepare(config, self.note)
+        with self.team.leader_first():
+            if self.team.leads:
+                self._make_room()
+            self.materials: Materials = prepare(config, self.note, reuse=config.resume or not self.team.leads)
         model_config = self.materials.model
         self.context = config.context or model_config.max_seq_len
         self.train_split = self.materials.data.split("train")
@@ -92,7 +97,7 @@ class Trainer:
         self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
         torch.manual_seed(config.seed)
         self.model = self._make_model().to(self.device).train()
-        self.masters = Masters(self.model, self.dtype)
+        self.masters = make_masters(self.model, self.dtype, self.team)
         self.average = Average(self.masters, config.ema)
         self.optimizer = self._make_optimizer()
         self.scale = LossScale(self.dtype)
@@ -105,12 +110,8 @@ class Trainer:
         self.step_seconds: deque[float] = deque(maxlen=50)
         if config.resume:
             self._resume()
-        self.log = JsonLog(self.out / "log.jsonl", config.log_every, self.step)
-        self.watchers = [*watchers, self.log]
-        if config.tensorboard:
-            self.watchers.append(TensorBoard(self.out))
-        if config.wandb:
-            self.watchers.append(Wandb(config.wandb))
+        self.log = JsonLog(self.out / "log.jsonl", config.log_every, self.step) if self.team.leads else None
+        self.watchers = self._all_watchers()
 
     # Setting up
 
@@ -149,11 +150,20 @@ class Trainer:
                 block.compile()
         return model
 
+    def _all_watchers(self) -> list[Watcher]:
+        if not self.team.leads:
+            return []
+        chosen = [TensorBoard(self.out)] if self.config.tensorboard else []
+        chosen += [Wandb(self.config.wandb)] if self.config.wandb else []
+        return [*self.watchers, self.log, *chosen]
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         groups = parameter_groups(self.masters.named.items(), config.weight_decay)
         if config.optimizer == "sgd":
             return SGDDecay(self.masters.named.values(), config.lr)
+        if config.optimizer == "muon" and config.fsdp > 1:
+            raise ValueError("optimizer='muon' needs whole matrices: use adamw with fsdp > 1")
         cls = Muon if config.optimizer == "muon" else AdamW
         return cls(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
@@ -163,8 +173,9 @@ class Trainer:
         return {
             "config": self.config.to_dict(),
             "model": self.materials.model.to_dict(),
-            "parameters": sum(p.numel() for p in self.masters.named.values()),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": self.team.size,
             "steps": self.steps,
             "data": {
                 "source": meta.source,
@@ -209,8 +220,9 @@ class Trainer:
         torch.manual_seed(_seed_of(self.config.seed, self.step))  # dropout, too, is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
+        self.team.add_gradients(self.masters)
         self.scale.unscale(parameters)
-        norm = float(clip_grad_norm(parameters, self.config.clip or math.inf))
+        norm = float(clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters)))
         finite = math.isfinite(loss) and math.isfinite(norm)
         lr = self.learning_rate(self.step + 1)
         if finite:
@@ -231,13 +243,17 @@ class Trainer:
         targets = (batch.targets_BT != IGNORE).sum()
         loss, load = torch.zeros((), device=self.device), None
         for start in range(0, self.config.batch_size, rows):
-            micro = batch.rows(start, start + rows)
+            micro = self.team.share(batch.rows(start, start + rows))
             share = (micro.targets_BT != IGNORE).sum() / targets
             parts = losses(self.model, micro, label_smoothing=self.config.label_smoothing, z_loss=self.config.z_loss)
             (parts.total * (share * self.scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
-        return float(loss), load
+        loss, stops, seconds = self.team.total(float(loss), bool(self.stop_signal), self.seconds)
+        if stops:
+            self.stop_signal = self.stop_signal or "another process"
+        self.seconds = seconds / self.team.size  # all processes agree on how much time has passed
+        return loss, load
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`, counted from 1; with a budget of time, of the share of it that is used."""
@@ -329,7 +345,13 @@ class Trainer:
         self.tell("evaluated", self.step, found)
         if self.best is None or found.loss < self.best.loss:
             self.best = found
-            save_model(assembled(self.model, self.average.best_weights()), self.out, self.materials.tokenizer)
+            self._publish()
+
+    def _publish(self) -> None:
+        """Write the weights of now to OUT as a model directory."""
+        weights = whole_weights(self.masters, self.average.best_weights())
+        if self.team.leads:
+            save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
 
     def _validation_split(self):
         data = self.materials.data
@@ -355,15 +377,18 @@ class Trainer:
         self.tell("sampled", self.step, sample["prompt"], sample["text"])
 
     def _save(self) -> None:
-        weights = snapshot({name: p.detach() for name, p in self.masters.named.items()})
+        weights = {name: p.detach() for name, p in self.masters.named.items()}
+        weights = snapshot(whole_weights(self.masters, weights))
         tensors = {
-            "optimizer": snapshot(self.optimizer.state_dict()),
+            "optimizer": snapshot(whole_optimizer(self.masters, self.optimizer)),
             "scheduler": {
                 "loss_scale": (self.scale.value, self.scale.calm),
-                "average": snapshot(self.average.weights),
+                "average": snapshot(whole_weights(self.masters, self.average.weights)),
                 "generators": generators(),
             },
         }
+        if not self.team.leads:
+            return
         state = {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -385,11 +410,11 @@ class Trainer:
         self._check_same_run(directory, state["run"])
         saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
         self.masters.load(dict(saved.named_parameters()))
-        self.optimizer.load_state_dict(load_tensors(directory, "optimizer"))
+        load_optimizer(self.masters, self.optimizer, load_tensors(directory, "optimizer"))
         extra = load_tensors(directory, "scheduler")
         self.scale.value, self.scale.calm = extra["loss_scale"]
         for name, weight in extra["average"].items():
-            self.average.weights[name].copy_(weight)
+            self.average.weights[name].copy_(self.masters.part(name, weight))
         restore_generators(extra["generators"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.bad_steps, self.bad_run = state["bad_steps"]
@@ -424,13 +449,13 @@ class Trainer:
                 f"{self.checkpoints.path(self.step)}: resume continues from there"
             )
         if self.best is None:
-            save_model(assembled(self.model, self.average.best_weights()), self.out, self.materials.tokenizer)
+            self._publish()
         self.checkpoints.wait()
         result = TrainResult(
             directory=self.out,
             val_loss=self.best.loss if self.best else None,
             evaluation=self.best,
-            history=self.log.lines,
+            history=self.log.lines if self.log else [],
             steps=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
@@ -443,7 +468,8 @@ class Trainer:
             "tokens_per_second": result.tokens_per_second, "bad_steps": self.bad_steps,
             "utilization": self.utilization if self.step_seconds else 0.0,
         }  # fmt: skip
-        write_card(self.out, {**self.describe(), "result": outcome, "samples": self.samples}, result.history)
+        if self.team.leads:
+            write_card(self.out, {**self.describe(), "result": outcome, "samples": self.samples}, result.history)
         return result
 
     # Telling and being told
@@ -478,3 +504,12 @@ class Trainer:
 
 def _seed_of(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def _own_device(name: str) -> torch.device:
+    """Under torchrun, each process of a machine has a GPU of its own."""
+    device = pick_device(name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device

@@ -221,7 +221,7 @@ class JsonLog(Watcher):
 
 
 def _short(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 class Spikes:
