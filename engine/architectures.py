@@ -81,7 +81,7 @@ CLASSES = {
 def architecture_of(config: ModelConfig) -> str:
     """Which published architecture this configuration is, if any."""
     c = config
-    if c.logit_softcap or c.attention_softcap or c.n_shared_experts:
+    if c.logit_softcap or c.attention_softcap or c.n_shared_experts or (c.rope_scaling or {}).get("rope_type") == "ntk":
         return "warploom"
     if (c.norm, c.position, c.bias) == ("layernorm", "learned", True) and c.ffn in ("gelu", "relu"):
         plain = not (c.qk_norm or c.n_experts or c.sliding_window or c.head_dim or c.qkv_bias is False)

@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ModelConfig:
     rope_theta: float = 1e4
     """Base of the rotary wavelengths."""
     rope_scaling: dict[str, Any] | None = None
-    """Longer contexts than trained for: {"rope_type": "linear"|"dynamic"|"yarn"|"llama3", "factor": …, …}."""
+    """Longer contexts than trained for: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", "factor": …, …}."""
     sliding_window: int | None = None
     """Each token sees itself and this many less one before it; None = everything before it."""
     attention_softcap: float | None = None

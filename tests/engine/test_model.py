@@ -22,6 +22,7 @@ VARIANTS = {
     "soft-capped": dict(attention_softcap=5.0, logit_softcap=3.0),
     "sinusoidal": dict(position="sinusoidal", norm="none", ffn="relu2"),
     "no positions": dict(position="none"),
+    "ntk": dict(rope_scaling={"rope_type": "ntk", "factor": 4.0}),
     "mixtral": dict(n_experts=4),
     "switch with a shared expert": dict(n_experts=4, experts_per_token=1, n_shared_experts=1, router="sigmoid"),
 }
