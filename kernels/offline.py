@@ -28,6 +28,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from .op import Budget, Case, Maker, Op, backend, ops
+from .verify import tensors
 
 ARCHITECTURES = (80, 90, 100)
 VECTOR_ACCESS = re.compile(
@@ -96,16 +97,12 @@ def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
     with backend("triton"), compiling_for(arch) as kernels:
         args, options = case.build(Maker(dtype, "meta"))
         result = op(*args, **options)
-        outputs = [x for x in _tensors(result) if x.requires_grad]
+        outputs = [x for x in tensors(result) if x.requires_grad]
         wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
         if outputs and wanted:
             torch.autograd.grad(outputs, wanted, [torch.empty_like(x) for x in outputs], allow_unused=True)
     different = {kernel.hash: kernel for kernel in kernels}
     return [_cost(op, case, dtype, arch, kernel) for kernel in different.values()]
-
-
-def _tensors(result):
-    return [result] if isinstance(result, torch.Tensor) else [x for item in result or () for x in _tensors(item)]
 
 
 def _cost(op, case, dtype, arch, kernel) -> Cost:
@@ -141,9 +138,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def narrow_products(ttir: str) -> list[str]:
     """32-bit products that are offsets into memory, as lines of TTIR: beyond 2³¹ elements they would wrap.
 
-    An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors are
-    mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all,
-    and a product with a truth value makes nothing larger.
+    An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors
+    are mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all, and a
+    product with a truth value makes nothing larger.
     """
     defined = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ttir, re.MULTILINE))
     pending = [operand for text in defined.values() if text.startswith("tt.addptr") for operand in _operands(text)[1:2]]

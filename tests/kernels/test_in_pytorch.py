@@ -5,8 +5,9 @@ import torch
 
 from warploom.kernels import Maker, backend, ops
 from warploom.kernels import fused as framework
+from warploom.kernels.verify import call, parameters, tensors
 
-from .test_fused import DEVICE, parameters, pytestmark, run, tensors  # noqa: F401
+from .test_fused import DEVICE, pytestmark  # noqa: F401
 from .test_oracles import differentiable, small_cases
 
 FUSED = [op for op in ops() if op.fused is not None]
@@ -30,7 +31,7 @@ def operators(monkeypatch):
     def record(launcher, args):
         seen.append((launcher.operator, tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)))
 
-    def call(self, *args):
+    def call_launcher(self, *args):
         record(self, args)
         return direct_call(self, *args)
 
@@ -38,7 +39,7 @@ def operators(monkeypatch):
         record(self.forward, args)
         return differentiable_call(self, *args)
 
-    monkeypatch.setattr(framework.Launcher, "__call__", call)
+    monkeypatch.setattr(framework.Launcher, "__call__", call_launcher)
     monkeypatch.setattr(framework.Differentiable, "__call__", call_differentiable)
     return seen
 
@@ -46,7 +47,7 @@ def operators(monkeypatch):
 @each_op()
 def test_every_registered_operator_passes_opcheck(op, operators):
     with backend("triton"):
-        run(op, op.cases[0], op, Maker(torch.float32, DEVICE))
+        call(op, op.cases[0], op, Maker(torch.float32, DEVICE))
     assert operators
     for operator, inputs in list(operators):
         torch.library.opcheck(operator, inputs)
@@ -56,14 +57,14 @@ def test_every_registered_operator_passes_opcheck(op, operators):
 def test_compiling_changes_no_bit_and_breaks_no_graph(op):
     case = op.cases[0]
 
-    def call(*args, **options):
+    def plain(*args, **options):
         return op(*args, **options)
 
     with backend("triton"):
         torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        expected, expected_grads = run(op, case, op, Maker(torch.float32, DEVICE))
-        ours, our_grads = run(op, case, compiled, Maker(torch.float32, DEVICE))
+        compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+        expected, expected_grads = call(op, case, op, Maker(torch.float32, DEVICE))
+        ours, our_grads = call(op, case, compiled, Maker(torch.float32, DEVICE))
     for a, b in zip([*expected, *expected_grads], [*ours, *our_grads]):
         assert torch.equal(a, b)
 
@@ -111,7 +112,7 @@ def has_rows(op, case):
 @small_cases(has_rows)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(op, case):
     args, options = case.build(Maker(torch.bfloat16, DEVICE))
-    names = list(parameters(op))
+    names = parameters(op)
     rowwise = [i for i in range(len(args)) if names[i] in op.rows and args[i] is not None]
     count = len(args[rowwise[0]])
     with backend("triton"):

@@ -1,4 +1,4 @@
-"""What kernels cost on GPUs that are not there, held to each op's budget. The compiler runs in the background meanwhile."""
+"""What kernels cost on GPUs that are not there, held to each op's budget."""
 
 import json
 
@@ -54,10 +54,7 @@ def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
       %2 = tt.addptr %x, %1 : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
     """
     assert narrow_products(narrow) == ["%offset = arith.muli %pid, %stride : i32"]
-    assert (
-        narrow_products(narrow.replace("%offset = arith.muli %pid, %stride : i32", "%offset = arith.muli %a, %b : i64"))
-        == []
-    )
+    assert narrow_products(narrow.replace("%stride : i32", "%stride : i64")) == []
 
 
 def test_a_kernel_over_its_budget_is_told_what_it_exceeds():

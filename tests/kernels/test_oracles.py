@@ -4,19 +4,12 @@ import pytest
 import torch
 
 from warploom.kernels import Maker, backend, ops
+from warploom.kernels.verify import double, tensors
 
 
 def floats(result):
     """The floating-point tensors of whatever an op returned, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result] if result.is_floating_point() else []
-    return [x for item in result or () for x in floats(item)]
-
-
-def double(x):
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype.itemsize == 1:
-        return x
-    return x.detach().double().requires_grad_(x.requires_grad)
+    return [x for x in tensors(result) if x.is_floating_point()]
 
 
 def small_cases(wanted=lambda op, case: True):
