@@ -59,28 +59,36 @@ size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScrat
 }
 
 size_t Merges::encode_short(const uint8_t* word, size_t size, TokenId* ids) const {
-    Symbol symbols[kShort + 1];
-    uint32_t ranks[kShort + 1];  // of the pair that begins at each symbol
+    Symbol symbols[kShort];
+    uint32_t ranks[kShort];  // of the pair that begins at each symbol; kNoRank where there is none
+    uint64_t alive = size == 64 ? ~0ull : (1ull << size) - 1;  // where a symbol begins
     for (size_t i = 0; i < size; ++i) symbols[i] = word[i];
     for (size_t i = 0; i + 1 < size; ++i) ranks[i] = pairs_.byte_rank(word[i], word[i + 1]);
-    ranks[size - 1] = ranks[size] = kNoRank;
-    while (size > 1) {
+    ranks[size - 1] = kNoRank;
+    while (true) {
+        uint32_t rank = ranks[0];
         size_t best = 0;
-        for (size_t i = 1; i + 1 < size; ++i)
-            if (ranks[i] < ranks[best]) best = i;
-        uint32_t rank = ranks[best];
-        if (rank == kNoRank) break;
-        symbols[best] = result_[rank];
-        --size;
-        for (size_t i = best + 1; i < size; ++i) {
-            symbols[i] = symbols[i + 1];
-            ranks[i] = ranks[i + 1];
+        for (size_t i = 1; i < size; ++i) {  // nothing moves when symbols merge, so this loop has the same length each time
+            bool better = ranks[i] < rank;
+            rank = better ? ranks[i] : rank;
+            best = better ? i : best;
         }
-        if (best > 0) ranks[best - 1] = pairs_.rank(symbols[best - 1], symbols[best]);
-        if (best + 1 < size) ranks[best] = pairs_.rank(symbols[best], symbols[best + 1]);
+        if (rank == kNoRank) break;
+        uint64_t behind = alive & (~1ull << best);  // not empty: the right half is there
+        size_t right = static_cast<size_t>(__builtin_ctzll(behind));
+        behind &= behind - 1;
+        alive &= ~(1ull << right);
+        symbols[best] = result_[rank];
+        ranks[right] = kNoRank;
+        ranks[best] = behind ? pairs_.rank(symbols[best], symbols[__builtin_ctzll(behind)]) : kNoRank;
+        if (uint64_t before = alive & ((1ull << best) - 1)) {
+            size_t left = 63 - static_cast<size_t>(__builtin_clzll(before));
+            ranks[left] = pairs_.rank(symbols[left], symbols[best]);
+        }
     }
-    for (size_t i = 0; i < size; ++i) ids[i] = ids_[symbols[i]];
-    return size;
+    size_t count = 0;
+    for (; alive; alive &= alive - 1) ids[count++] = ids_[symbols[__builtin_ctzll(alive)]];
+    return count;
 }
 
 namespace {
