@@ -51,6 +51,8 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
         result_.push_back(symbol_of[merged[i]]);
         ordered_ = ordered_ && left_[i] < result_[i] && right_[i] < result_[i];
     }
+    for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
+    for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
     pairs_.build(left_, right_);
 }
 
@@ -78,7 +80,7 @@ size_t Merges::encode_short(const uint8_t* word, size_t size, TokenId* ids) cons
         size_t right = static_cast<size_t>(__builtin_ctzll(behind));
         behind &= behind - 1;
         alive &= ~(1ull << right);
-        symbols[best] = result_[rank];
+        symbols[best] = result(rank);
         ranks[right] = kNoRank;
         ranks[best] = behind ? pairs_.rank(symbols[best], symbols[__builtin_ctzll(behind)]) : kNoRank;
         if (uint64_t before = alive & ((1ull << best) - 1)) {
@@ -87,7 +89,7 @@ size_t Merges::encode_short(const uint8_t* word, size_t size, TokenId* ids) cons
         }
     }
     size_t count = 0;
-    for (; alive; alive &= alive - 1) ids[count++] = ids_[symbols[__builtin_ctzll(alive)]];
+    for (; alive; alive &= alive - 1) ids[count++] = id(symbols[__builtin_ctzll(alive)]);
     return count;
 }
 
@@ -139,7 +141,7 @@ size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, Merge
         std::pop_heap(s.ranks.begin(), s.ranks.end(), std::greater<>());
         s.ranks.pop_back();
         take_bucket(s, rank);
-        Symbol left = left_[rank], right = right_[rank], result = result_[rank];
+        Symbol left = left_[rank], right = right_[rank], result = this->result(rank);
         for (size_t k = 0; k < s.positions.size(); ++k) {
             uint32_t i = s.positions[k], j = s.after[i];
             if (s.symbols[i] != left || j >= length || s.symbols[j] != right) continue;
@@ -162,7 +164,7 @@ size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, Merge
         }
     }
     size_t count = 0;
-    for (uint32_t i = 0; i < length; i = s.after[i]) ids[count++] = ids_[s.symbols[i]];
+    for (uint32_t i = 0; i < length; i = s.after[i]) ids[count++] = id(s.symbols[i]);
     return count;
 }
 
