@@ -28,6 +28,7 @@ py::array to_array(IdBuffer<Id>& ids) {
     return to_array(ids.release(), size);
 }
 
+template <class Id>
 class Bpe {
 public:
     Bpe(std::vector<TokenId> byte_ids, std::vector<TokenId> left, std::vector<TokenId> right, std::vector<TokenId> merged,
@@ -38,31 +39,32 @@ public:
         for (PyObject* number : numbers_) Py_XDECREF(number);
     }
 
-    // Everything below: `specials` is a Specials or None; `wide` asks for uint32 instead of uint16.
+    // `specials` is a Specials or None in everything below.
 
     py::list encode(py::handle text, const Specials* specials) {
         Text utf8(text);
-        IdBuffer<uint32_t> ids;
-        run(std::vector<TextView>{utf8.view}, specials, 1, ids, nullptr);
+        IdBuffer<Id> ids;
+        run({utf8.view}, specials, 1, ids, nullptr);
         return to_list(ids.data(), ids.size);
     }
 
-    py::array encode_array(py::handle text, const Specials* specials, unsigned threads, bool wide) const {
+    py::array encode_array(py::handle text, const Specials* specials, unsigned threads) const {
         Text utf8(text);
-        return wide ? one_array<uint32_t>(utf8, specials, threads) : one_array<uint16_t>(utf8, specials, threads);
+        IdBuffer<Id> ids;
+        run({utf8.view}, specials, threads, ids, nullptr);
+        return to_array(ids);
     }
 
     size_t count(py::handle text, const Specials* specials, unsigned threads) const {
         Text utf8(text);
-        IdBuffer<uint16_t> ids;
-        run(std::vector<TextView>{utf8.view}, specials, threads, ids, nullptr);
+        IdBuffer<Id> ids;
+        run({utf8.view}, specials, threads, ids, nullptr);
         return ids.size;
     }
 
     py::list encode_batch(const py::sequence& texts, const Specials* specials, unsigned threads) {
-        IdBuffer<uint32_t> ids;
-        std::vector<uint64_t> ends;
-        run_many(texts, specials, threads, ids, ends);
+        IdBuffer<Id> ids;
+        std::vector<uint64_t> ends = run_many(texts, specials, threads, ids);
         py::list lists(ends.size());
         for (size_t i = 0; i < ends.size(); ++i) {
             uint64_t begin = i ? ends[i - 1] : 0;
@@ -71,39 +73,45 @@ public:
         return lists;
     }
 
-    py::tuple encode_batch_array(const py::sequence& texts, const Specials* specials, unsigned threads, bool wide) const {
-        return wide ? many_arrays<uint32_t>(texts, specials, threads) : many_arrays<uint16_t>(texts, specials, threads);
+    py::tuple encode_batch_array(const py::sequence& texts, const Specials* specials, unsigned threads) const {
+        IdBuffer<Id> ids;
+        std::vector<uint64_t> ends = run_many(texts, specials, threads, ids);
+        py::array_t<int64_t> offsets(static_cast<py::ssize_t>(ends.size() + 1));
+        int64_t* offset = offsets.mutable_data();
+        offset[0] = 0;
+        for (size_t i = 0; i < ends.size(); ++i) offset[i + 1] = static_cast<int64_t>(ends[i]);
+        return py::make_tuple(to_array(ids), offsets);
     }
 
     // Ids of a text cut elsewhere: `ends` are byte offsets.
-    py::array encode_pieces(py::handle text, const std::vector<uint64_t>& ends, bool wide) const {
+    py::array encode_pieces(py::handle text, const std::vector<uint64_t>& ends) const {
         Text utf8(text);
         uint64_t last = 0;
         for (uint64_t end : ends) {
             if (end <= last || end > utf8.view.size) throw py::value_error("ends must rise and stay inside the text");
             last = end;
         }
-        return wide ? pieces_array<uint32_t>(utf8, ends) : pieces_array<uint16_t>(utf8, ends);
+        IdBuffer<Id> ids;
+        {
+            py::gil_scoped_release unlocked;
+            encoder_.encode_pieces(utf8.view, ends.data(), ends.size(), ids);
+        }
+        return to_array(ids);
     }
 
 private:
-    template <class Id>
     void run(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
              std::vector<uint64_t>* ends) const {
         size_t total = 0;
         for (const TextView& text : texts) total += text.size;
         constexpr size_t kSmall = 1 << 12;  // letting the lock go costs more than encoding so little
-        if (total < kSmall) {
-            encoder_.encode(texts, specials, 1, ids, ends, [] {});
-            return;
-        }
+        if (total < kSmall) return encoder_.encode(texts, specials, 1, ids, ends, [] {});
         py::gil_scoped_release unlocked;
         encoder_.encode(texts, specials, threads, ids, ends, check_signals);
     }
 
-    template <class Id>
-    void run_many(const py::sequence& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
-                  std::vector<uint64_t>& ends) const {
+    std::vector<uint64_t> run_many(const py::sequence& texts, const Specials* specials, unsigned threads,
+                                   IdBuffer<Id>& ids) const {
         std::vector<Text> owners;
         std::vector<TextView> views;
         owners.reserve(texts.size());
@@ -112,40 +120,13 @@ private:
             owners.emplace_back(text);
             views.push_back(owners.back().view);
         }
-        run(views, specials, threads, ids, &ends);
-    }
-
-    template <class Id>
-    py::array one_array(const Text& text, const Specials* specials, unsigned threads) const {
-        IdBuffer<Id> ids;
-        run(std::vector<TextView>{text.view}, specials, threads, ids, nullptr);
-        return to_array(ids);
-    }
-
-    template <class Id>
-    py::tuple many_arrays(const py::sequence& texts, const Specials* specials, unsigned threads) const {
-        IdBuffer<Id> ids;
         std::vector<uint64_t> ends;
-        run_many(texts, specials, threads, ids, ends);
-        py::array_t<int64_t> offsets(static_cast<py::ssize_t>(ends.size() + 1));
-        int64_t* offset = offsets.mutable_data();
-        offset[0] = 0;
-        for (size_t i = 0; i < ends.size(); ++i) offset[i + 1] = static_cast<int64_t>(ends[i]);
-        return py::make_tuple(to_array(ids), offsets);
-    }
-
-    template <class Id>
-    py::array pieces_array(const Text& text, const std::vector<uint64_t>& ends) const {
-        IdBuffer<Id> ids;
-        {
-            py::gil_scoped_release unlocked;
-            encoder_.encode_pieces(text.view, ends.data(), ends.size(), ids);
-        }
-        return to_array(ids);
+        run(views, specials, threads, ids, &ends);
+        return ends;
     }
 
     // Each id becomes a Python int once; lists share them, which is several times faster than making new ones.
-    py::list to_list(const uint32_t* ids, size_t count) {
+    py::list to_list(const Id* ids, size_t count) {
         py::object list = py::reinterpret_steal<py::object>(PyList_New(static_cast<Py_ssize_t>(count)));
         if (!list) throw py::error_already_set();
         for (size_t i = 0; i < count; ++i) {
@@ -158,9 +139,22 @@ private:
         return py::reinterpret_steal<py::list>(list.release());
     }
 
-    Encoder encoder_;
+    Encoder<Id> encoder_;
     std::vector<PyObject*> numbers_;  // guarded by the interpreter lock
 };
+
+template <class Id>
+void bind_bpe(py::module_& module, const char* name) {
+    py::class_<Bpe<Id>>(module, name)
+        .def(py::init<std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>,
+                      const std::string&, std::vector<std::pair<std::string, TokenId>>>())
+        .def("encode", &Bpe<Id>::encode)
+        .def("encode_array", &Bpe<Id>::encode_array)
+        .def("count", &Bpe<Id>::count)
+        .def("encode_batch", &Bpe<Id>::encode_batch)
+        .def("encode_batch_array", &Bpe<Id>::encode_batch_array)
+        .def("encode_pieces", &Bpe<Id>::encode_pieces);
+}
 
 template <class Id>
 py::bytes decode_ids(const Decoder& decoder, const Id* ids, size_t count) {
@@ -210,15 +204,8 @@ py::array_t<uint64_t> split(py::handle text, const std::string& pattern) {
 void bind_tokenizer(py::module_& module) {
     py::class_<Specials>(module, "Specials").def(py::init<std::vector<std::pair<std::string, TokenId>>>());
 
-    py::class_<Bpe>(module, "BPE")
-        .def(py::init<std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>,
-                      const std::string&, std::vector<std::pair<std::string, TokenId>>>())
-        .def("encode", &Bpe::encode)
-        .def("encode_array", &Bpe::encode_array)
-        .def("count", &Bpe::count)
-        .def("encode_batch", &Bpe::encode_batch)
-        .def("encode_batch_array", &Bpe::encode_batch_array)
-        .def("encode_pieces", &Bpe::encode_pieces);
+    bind_bpe<uint16_t>(module, "BPE16");
+    bind_bpe<uint32_t>(module, "BPE32");
 
     py::class_<Decoder>(module, "Decoder")
         .def(py::init<const std::vector<std::string>&, std::vector<bool>>())

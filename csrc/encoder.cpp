@@ -14,28 +14,13 @@ namespace {
 
 constexpr size_t kPiecesAtOnce = 1024, kGroup = 64, kSegment = 1 << 20, kSmallSegment = 1 << 17;
 
-const WordCache::Bucket kNowhere = [] {  // where words that are too long for a key are looked up, in vain
-    WordCache::Bucket bucket{};
+// Where words that are too long for a key are looked up, in vain.
+template <class Id>
+const typename WordCache<Id>::Bucket kNowhere = [] {
+    typename WordCache<Id>::Bucket bucket{};
     for (auto& entry : bucket.entry) entry.key = {~0ull, ~0ull};
     return bucket;
 }();
-
-inline void copy_four(const uint32_t* ids, uint32_t* out) {
-    uint64_t low, high;
-    std::memcpy(&low, ids, 8);
-    std::memcpy(&high, ids + 2, 8);
-    high &= static_cast<uint64_t>(WordCache::kIdMask) << 32 | 0xFFFFFFFF;
-    std::memcpy(out, &low, 8);
-    std::memcpy(out + 2, &high, 8);
-}
-
-inline void copy_four(const uint32_t* ids, uint16_t* out) {
-    uint64_t low, high;
-    std::memcpy(&low, ids, 8);
-    std::memcpy(&high, ids + 2, 8);
-    uint64_t packed = (low & 0xFFFF) | (low >> 16 & 0xFFFF0000) | (high & 0xFFFF) << 32 | (high >> 32 & 0xFFFF) << 48;
-    std::memcpy(out, &packed, 8);
-}
 
 }  // namespace
 
@@ -94,84 +79,100 @@ uint64_t stream_cut(TextView text, const Specials* specials) {
     return begin;
 }
 
-Encoder::Encoder(Merges merges, Pattern pattern, std::vector<std::pair<std::string, TokenId>> whole_words)
+template <class Id>
+Encoder<Id>::Encoder(Merges merges, Pattern pattern, std::vector<std::pair<std::string, TokenId>> whole_words)
     : merges_(std::move(merges)), pattern_(pattern), whole_words_(std::move(whole_words)) {
     std::sort(whole_words_.begin(), whole_words_.end());
 }
 
-// A word the first cache does not know: ask the second one, or merge, and remember.
 template <class Id>
-Id* Encoder::encode_new(const uint8_t* word, size_t length, WordCache& cache, Id* out) const {
+Id* Encoder<Id>::encode_long(const uint8_t* word, size_t length, uint64_t hash, Cache& cache, Id* out) const {
+    const typename Cache::LongWord* known = cache.find_long(word, length, hash);
+    if (!known) return encode_unknown(word, length, cache, out);
+    std::memcpy(out, known->ids(), known->count * sizeof(Id));
+    return out + known->count;
+}
+
+// Merges a word and remembers it.
+template <class Id>
+Id* Encoder<Id>::encode_unknown(const uint8_t* word, size_t length, Cache& cache, Id* out) const {
+    if (cache.ids.size() < length) cache.ids.resize(length);
     size_t count = 0;
-    const TokenId* ids = length > 4 ? cache.find_long(word, length, count) : nullptr;
-    if (!ids) {
-        if (cache.ids.size() < length) cache.ids.resize(length);
-        auto same = [&](const auto& known) { return known.first.compare(0, std::string::npos, reinterpret_cast<const char*>(word), length); };
-        auto found = std::partition_point(whole_words_.begin(), whole_words_.end(), [&](const auto& known) { return same(known) < 0; });
-        if (found != whole_words_.end() && same(*found) == 0) {
-            cache.ids[0] = found->second;
-            count = 1;
-        } else {
-            count = merges_.encode(word, length, cache.ids.data(), cache.scratch);
-        }
-        ids = cache.ids.data();
-        if (length <= kKeyBytes && count <= 4) cache.insert(copy_key(word, length), ids, count);
-        else cache.insert_long(word, length, ids, count);
+    if (!whole_words_.empty()) {
+        std::string piece(reinterpret_cast<const char*>(word), length);
+        auto found = std::lower_bound(whole_words_.begin(), whole_words_.end(), std::make_pair(piece, TokenId{0}));
+        if (found != whole_words_.end() && found->first == piece) cache.ids[count++] = found->second;
     }
-    for (size_t i = 0; i < count; ++i) out[i] = static_cast<Id>(ids[i]);
+    if (count == 0) count = merges_.encode(word, length, cache.ids.data(), cache.scratch);
+    cache.insert(word, length, cache.ids.data(), count);
+    for (size_t i = 0; i < count; ++i) out[i] = static_cast<Id>(cache.ids[i]);
     return out + count;
 }
 
 // Appends the ids of consecutive pieces; `readable` bytes of text may be loaded.
 template <class Id>
-void Encoder::look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, WordCache& cache,
-                      IdBuffer<Id>& ids) const {
+void Encoder<Id>::look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, Cache& cache,
+                          IdBuffer<Id>& ids) const {
     WordKey keys[kGroup];
-    const WordCache::Bucket* buckets[kGroup];
+    const typename Cache::Bucket* buckets[kGroup];
+    uint64_t hashes[kGroup];   // of long words
+    uint8_t long_ones[kGroup];
     uint32_t begin = 0;
     for (size_t first = 0; first < count; first += kGroup) {
         const uint32_t* group = ends + first;
-        size_t n = std::min(kGroup, count - first);
+        const size_t n = std::min(kGroup, count - first);
+        const bool roomy = group[n - 1] + size_t{16} <= readable;
+        size_t longs = 0;
         uint32_t start = begin;
-        if (group[n - 1] + size_t{16} <= readable) {
-            for (size_t i = 0; i < n; ++i) {
-                uint32_t length = group[i] - start;
-                keys[i] = load_key(text + start, length <= kKeyBytes ? length : 0);
-                const WordCache::Bucket* bucket = cache.bucket_of(keys[i]);
-                buckets[i] = length <= kKeyBytes ? bucket : &kNowhere;
-                __builtin_prefetch(buckets[i]);
-                start = group[i];
+        for (size_t i = 0; i < n; ++i) {
+            const uint8_t* word = text + start;
+            size_t length = group[i] - start;
+            start = group[i];
+            if (__builtin_expect(length > kKeyBytes, 0)) {
+                hashes[i] = hash_word(word, length);
+                __builtin_prefetch(cache.slot_of(hashes[i]));
+                long_ones[longs++] = static_cast<uint8_t>(i);
+                buckets[i] = &kNowhere<Id>;
+                keys[i] = {0, 0};
+                continue;
             }
-        } else {
-            for (size_t i = 0; i < n; ++i) {
-                uint32_t length = group[i] - start;
-                keys[i] = copy_key(text + start, length <= kKeyBytes ? length : 0);
-                buckets[i] = length <= kKeyBytes ? cache.bucket_of(keys[i]) : &kNowhere;
-                start = group[i];
-            }
+            keys[i] = __builtin_expect(roomy, 1) ? load_key(word, length) : copy_key(word, length);
+            buckets[i] = cache.bucket_of(keys[i]);
+            __builtin_prefetch(buckets[i]);
         }
-        Id* out = ids.reserve(group[n - 1] - begin + 4);
+        for (size_t k = 0; k < longs; ++k) __builtin_prefetch(cache.record_at(cache.slot_of(hashes[long_ones[k]])));
+
+        Id* out = ids.reserve(group[n - 1] - begin + 16 / sizeof(Id));
         Id* const from = out;
         for (size_t i = 0; i < n; ++i) {
-            const WordCache::Entry* entry = &buckets[i]->entry[!(buckets[i]->entry[0].key == keys[i])];
-            if (__builtin_expect(entry->key == keys[i], 1)) {
-                copy_four(entry->ids, out);
-                out += entry->count();
-            } else {
-                const WordCache::Bucket* table = cache.table();
-                out = encode_new(text + begin, group[i] - begin, cache, out);
-                if (cache.table() != table)  // the table has grown and moved
-                    for (size_t j = i + 1; j < n; ++j)
-                        if (buckets[j] != &kNowhere) buckets[j] = cache.bucket_of(keys[j]);
-            }
+            const typename Cache::Entry* entry = &buckets[i]->entry[!(buckets[i]->entry[0].key == keys[i])];
+            const uint8_t* word = text + begin;
+            size_t length = group[i] - begin;
             begin = group[i];
+            if (__builtin_expect(!(entry->key == keys[i]), 0)) {
+                if (length > kKeyBytes) {
+                    out = encode_long(word, length, hashes[i], cache, out);
+                    continue;
+                }
+                entry = cache.find_beside(keys[i]);
+                if (!entry) {
+                    const auto* table = cache.table();
+                    out = encode_long(word, length, hash_key(keys[i]), cache, out);
+                    if (cache.table() != table)  // it has grown and moved
+                        for (size_t j = i + 1; j < n; ++j)
+                            if (buckets[j] != &kNowhere<Id>) buckets[j] = cache.bucket_of(keys[j]);
+                    continue;
+                }
+            }
+            std::memcpy(out, entry->ids, 16);
+            out += entry->count();
         }
         ids.size += static_cast<size_t>(out - from);
     }
 }
 
 template <class Id>
-void Encoder::encode_segment(const Segment& segment, WordCache& cache, IdBuffer<Id>& ids) const {
+void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const {
     if (segment.begin == segment.limit) {
         ids.push(static_cast<Id>(segment.special));
         return;
@@ -189,7 +190,7 @@ void Encoder::encode_segment(const Segment& segment, WordCache& cache, IdBuffer<
 }
 
 template <class Id>
-void Encoder::encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
                      std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
     uint64_t total = 0;
     for (const TextView& text : texts) total += text.size;
@@ -209,7 +210,7 @@ void Encoder::encode(const std::vector<TextView>& texts, const Specials* special
         IdBuffer<Id> ids;
         std::vector<uint64_t> ends;
     };
-    auto run = [&](Task& task, WordCache& cache) {
+    auto run = [&](Task& task, Cache& cache) {
         for (size_t i = task.first; i < task.last; ++i) {
             const Segment& segment = segments[i];
             if (segment.text) encode_segment(segment, cache, task.ids);
@@ -228,7 +229,7 @@ void Encoder::encode(const std::vector<TextView>& texts, const Specials* special
     }
 
     if (threads == 1) {
-        std::unique_ptr<WordCache> cache = caches_.take();
+        std::unique_ptr<Cache> cache = caches_.take();
         Task whole{0, 0, std::move(ids), {}};
         for (const Task& task : tasks) {
             whole.first = task.first;
@@ -248,7 +249,7 @@ void Encoder::encode(const std::vector<TextView>& texts, const Specials* special
     std::condition_variable changed;
     auto work = [&] {
         try {
-            std::unique_ptr<WordCache> cache = caches_.take();
+            std::unique_ptr<Cache> cache = caches_.take();
             for (size_t i; (i = next++) < tasks.size();) run(tasks[i], *cache);
             caches_.give_back(std::move(cache));
         } catch (...) {
@@ -295,8 +296,8 @@ void Encoder::encode(const std::vector<TextView>& texts, const Specials* special
 }
 
 template <class Id>
-void Encoder::encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const {
-    std::unique_ptr<WordCache> cache = caches_.take();
+void Encoder<Id>::encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const {
+    std::unique_ptr<Cache> cache = caches_.take();
     std::vector<uint32_t> relative(kPiecesAtOnce);
     uint64_t base = 0;
     for (size_t first = 0; first < count;) {
@@ -313,11 +314,7 @@ void Encoder::encode_pieces(TextView text, const uint64_t* ends, size_t count, I
     caches_.give_back(std::move(cache));
 }
 
-template void Encoder::encode(const std::vector<TextView>&, const Specials*, unsigned, IdBuffer<uint16_t>&,
-                              std::vector<uint64_t>*, const Checkpoint&) const;
-template void Encoder::encode(const std::vector<TextView>&, const Specials*, unsigned, IdBuffer<uint32_t>&,
-                              std::vector<uint64_t>*, const Checkpoint&) const;
-template void Encoder::encode_pieces(TextView, const uint64_t*, size_t, IdBuffer<uint16_t>&) const;
-template void Encoder::encode_pieces(TextView, const uint64_t*, size_t, IdBuffer<uint32_t>&) const;
+template class Encoder<uint16_t>;
+template class Encoder<uint32_t>;
 
 }  // namespace warploom

@@ -2,7 +2,7 @@
 //
 // A look-up is bound by memory latency, not by work, so pieces are taken 64 at a time: first the keys of all are made
 // and their buckets requested, then the answers are collected. Ids of known words are written without asking how many
-// there are: always four, of which the next word overwrites the superfluous.
+// there are: always 16 bytes, of which the next word overwrites the superfluous.
 //
 // A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
 // short texts are grouped into segments. Threads are started per call and joined before it returns, so nothing of this
@@ -100,6 +100,7 @@ void cut_segments(TextView text, const Specials* specials, size_t segment_size, 
 // Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.
 uint64_t stream_cut(TextView text, const Specials* specials);
 
+template <class Id>
 class Encoder {
 public:
     // whole_words: pieces that are looked up before merging (empty for most vocabularies).
@@ -109,27 +110,25 @@ public:
     using Checkpoint = std::function<void()>;
 
     // Ids of many texts, one after another, and the number of ids up to each text's end.
-    template <class Id>
     void encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
                 std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const;
 
     // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
-    template <class Id>
     void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
 
 private:
-    template <class Id>
-    void encode_segment(const Segment& segment, WordCache& cache, IdBuffer<Id>& ids) const;
-    template <class Id>
-    void look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, WordCache& cache,
+    using Cache = WordCache<Id>;
+
+    void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    void look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, Cache& cache,
                  IdBuffer<Id>& ids) const;
-    template <class Id>
-    Id* encode_new(const uint8_t* word, size_t length, WordCache& cache, Id* out) const;
+    Id* encode_long(const uint8_t* word, size_t length, uint64_t hash, Cache& cache, Id* out) const;
+    Id* encode_unknown(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
 
     Merges merges_;
     Pattern pattern_;
     std::vector<std::pair<std::string, TokenId>> whole_words_;  // sorted
-    mutable CachePool caches_;
+    mutable CachePool<Cache> caches_;
 };
 
 }  // namespace warploom

@@ -51,6 +51,8 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
         result_.push_back(symbol_of[merged[i]]);
         ordered_ = ordered_ && left_[i] < result_[i] && right_[i] < result_[i];
     }
+    for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
+    for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
     pairs_.build(left_, right_);
 }
 
@@ -59,28 +61,36 @@ size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScrat
 }
 
 size_t Merges::encode_short(const uint8_t* word, size_t size, TokenId* ids) const {
-    Symbol symbols[kShort + 1];
-    uint32_t ranks[kShort + 1];  // of the pair that begins at each symbol
+    Symbol symbols[kShort];
+    uint32_t ranks[kShort];  // of the pair that begins at each symbol; kNoRank where there is none
+    uint64_t alive = size == 64 ? ~0ull : (1ull << size) - 1;  // where a symbol begins
     for (size_t i = 0; i < size; ++i) symbols[i] = word[i];
     for (size_t i = 0; i + 1 < size; ++i) ranks[i] = pairs_.byte_rank(word[i], word[i + 1]);
-    ranks[size - 1] = ranks[size] = kNoRank;
-    while (size > 1) {
+    ranks[size - 1] = kNoRank;
+    while (true) {
+        uint32_t rank = ranks[0];
         size_t best = 0;
-        for (size_t i = 1; i + 1 < size; ++i)
-            if (ranks[i] < ranks[best]) best = i;
-        uint32_t rank = ranks[best];
-        if (rank == kNoRank) break;
-        symbols[best] = result_[rank];
-        --size;
-        for (size_t i = best + 1; i < size; ++i) {
-            symbols[i] = symbols[i + 1];
-            ranks[i] = ranks[i + 1];
+        for (size_t i = 1; i < size; ++i) {  // nothing moves when symbols merge, so this loop has the same length each time
+            bool better = ranks[i] < rank;
+            rank = better ? ranks[i] : rank;
+            best = better ? i : best;
         }
-        if (best > 0) ranks[best - 1] = pairs_.rank(symbols[best - 1], symbols[best]);
-        if (best + 1 < size) ranks[best] = pairs_.rank(symbols[best], symbols[best + 1]);
+        if (rank == kNoRank) break;
+        uint64_t behind = alive & (~1ull << best);  // not empty: the right half is there
+        size_t right = static_cast<size_t>(__builtin_ctzll(behind));
+        behind &= behind - 1;
+        alive &= ~(1ull << right);
+        symbols[best] = result(rank);
+        ranks[right] = kNoRank;
+        ranks[best] = behind ? pairs_.rank(symbols[best], symbols[__builtin_ctzll(behind)]) : kNoRank;
+        if (uint64_t before = alive & ((1ull << best) - 1)) {
+            size_t left = 63 - static_cast<size_t>(__builtin_clzll(before));
+            ranks[left] = pairs_.rank(symbols[left], symbols[best]);
+        }
     }
-    for (size_t i = 0; i < size; ++i) ids[i] = ids_[symbols[i]];
-    return size;
+    size_t count = 0;
+    for (; alive; alive &= alive - 1) ids[count++] = id(symbols[__builtin_ctzll(alive)]);
+    return count;
 }
 
 namespace {
@@ -131,7 +141,7 @@ size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, Merge
         std::pop_heap(s.ranks.begin(), s.ranks.end(), std::greater<>());
         s.ranks.pop_back();
         take_bucket(s, rank);
-        Symbol left = left_[rank], right = right_[rank], result = result_[rank];
+        Symbol left = left_[rank], right = right_[rank], result = this->result(rank);
         for (size_t k = 0; k < s.positions.size(); ++k) {
             uint32_t i = s.positions[k], j = s.after[i];
             if (s.symbols[i] != left || j >= length || s.symbols[j] != right) continue;
@@ -154,7 +164,7 @@ size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, Merge
         }
     }
     size_t count = 0;
-    for (uint32_t i = 0; i < length; i = s.after[i]) ids[count++] = ids_[s.symbols[i]];
+    for (uint32_t i = 0; i < length; i = s.after[i]) ids[count++] = id(s.symbols[i]);
     return count;
 }
 

@@ -72,9 +72,15 @@ private:
     void offer(MergeScratch& s, uint32_t position, uint32_t rank) const;
     void take_bucket(MergeScratch& s, uint32_t rank) const;
 
+    // In a vocabulary that BPE learned the merge of rank r makes symbol 256 + r, and mostly symbol s has id s: then
+    // nothing need be loaded, and encoding a new word is mostly waiting for loads.
+    Symbol result(uint32_t rank) const { return plain_results_ ? 256 + rank : result_[rank]; }
+    TokenId id(Symbol symbol) const { return plain_ids_ && symbol >= 256 ? symbol : ids_[symbol]; }
+
     PairTable pairs_;
     std::vector<Symbol> left_, right_, result_;  // of each merge
     std::vector<TokenId> ids_;                   // of each symbol
+    bool plain_results_ = true, plain_ids_ = true;
     bool ordered_ = true;                        // each token has one merge, learned after those of its halves
 };
 

@@ -1,73 +1,129 @@
 #include "word_cache.hpp"
 
+#include <cstdlib>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace warploom {
 
-void WordCache::Free::operator()(Bucket* buckets) const { ::operator delete(buckets, std::align_val_t{64}); }
+void* allocate_zeroed(size_t size) {
+    constexpr size_t kHuge = 2 << 20;
+    size_t alignment = size >= kHuge ? kHuge : 64;
+#if defined(_WIN32)
+    void* memory = _aligned_malloc(size, alignment);
+#else
+    void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+#endif
+    if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+    if (size >= kHuge) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    std::memset(memory, 0, size);
+    return memory;
+}
 
-WordCache::WordCache() { resize(kFirstBits); }
+void release(void* memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    std::free(memory);
+#endif
+}
 
-void WordCache::resize(int bits) {
-    size_t size = size_t{1} << bits;
-    void* memory = ::operator new(size * sizeof(Bucket), std::align_val_t{64});
-    std::memset(memory, 0, size * sizeof(Bucket));
-    std::unique_ptr<Bucket[], Free> old = std::move(buckets_);
+template <class Id>
+WordCache<Id>::WordCache() : slots_(kFirstSlots) {
+    resize(kFirstBits);
+}
+
+template <class Id>
+WordCache<Id>::~WordCache() {
+    release(buckets_);
+}
+
+template <class Id>
+void WordCache<Id>::resize(int bits) {
+    Bucket* old = buckets_;
     size_t old_size = old ? size_t{1} << bits_ : 0;
-    buckets_.reset(static_cast<Bucket*>(memory));
+    buckets_ = static_cast<Bucket*>(allocate_zeroed((size_t{1} << bits) * sizeof(Bucket)));
     bits_ = bits;
     shift_ = 64 - bits;
     inserted_ = 0;
     for (size_t i = 0; i < old_size; ++i)
         for (const Entry& entry : old[i].entry)
-            if (entry.key.high) insert(entry.key, entry.ids, entry.count());
+            if (entry.key.high) insert_short(entry.key, entry.ids);
+    release(old);
 }
 
-void WordCache::insert(WordKey key, const TokenId* ids, size_t count) {
-    if (inserted_ >= size_t{1} << bits_ && bits_ < kLastBits) resize(bits_ + 2 < kLastBits ? bits_ + 2 : kLastBits);
-    Bucket& bucket = buckets_[hash_key(key) >> shift_];
-    Entry& entry = bucket.entry[bucket.entry[0].key.high != 0];  // who came first stays: frequent words come early
+template <class Id>
+void WordCache<Id>::insert_short(WordKey key, const Id* ids) {
+    uint64_t place = hash_key(key) >> shift_;
+    Entry* free = nullptr;
+    for (uint64_t near : {place, place ^ 1})
+        for (Entry& entry : buckets_[near].entry)
+            if (!free && !entry.key.high) free = &entry;
+    Entry& entry = free ? *free : buckets_[place].entry[1];  // who came first stays: frequent words come early
     entry.key = key;
-    for (size_t i = 0; i < 4; ++i) entry.ids[i] = i < count ? ids[i] & kIdMask : 0;
-    entry.ids[3] |= static_cast<uint32_t>(count) << 29;
+    std::memcpy(entry.ids, ids, sizeof entry.ids);
     ++inserted_;
 }
 
-uint64_t hash_word(const uint8_t* word, size_t length) {
-    uint64_t hash = length;
-    for (; length > 15; word += 15, length -= 15) hash = hash_key({hash, 0}) ^ hash_key(copy_key(word, 15));
-    return hash_key({hash, 1}) ^ hash_key(copy_key(word, length));
+template <class Id>
+void WordCache<Id>::insert(const uint8_t* word, size_t length, const TokenId* ids, size_t count) {
+    if (length > kKeyBytes || count > kInline) return insert_long(word, length, ids, count);
+    if (inserted_ * 4 >= size_t{3} << bits_ && bits_ < kLastBits) resize(bits_ + 2 < kLastBits ? bits_ + 2 : kLastBits);
+    Id packed[kInline + 1] = {};
+    for (size_t i = 0; i < count; ++i) packed[i] = static_cast<Id>(ids[i]);
+    packed[kInline] = static_cast<Id>(count);
+    insert_short(copy_key(word, length), packed);
 }
 
-const TokenId* WordCache::find_long(const uint8_t* word, size_t length, size_t& count) const {
-    if (long_words_.empty() || length > kLongest) return nullptr;
-    uint64_t hash = hash_word(word, length);
-    for (size_t slot = hash % kLongSlots;; slot = (slot + 1) % kLongSlots) {
-        const LongWord& known = long_words_[slot];
-        if (known.length == 0) return nullptr;
-        if (known.hash != hash || known.length != length) continue;
-        if (std::memcmp(arena_.data() + known.place, word, length) != 0) continue;
-        count = known.count;
-        return reinterpret_cast<const TokenId*>(arena_.data() + known.place + (length + 3) / 4 * 4);
+template <class Id>
+const typename WordCache<Id>::LongWord* WordCache<Id>::find_long(const uint8_t* word, size_t length, uint64_t hash) const {
+    for (size_t slot = hash & (slots_.size() - 1);; slot = (slot + 1) & (slots_.size() - 1)) {
+        const LongWord* known = record_at(&slots_[slot]);
+        if (!known) return nullptr;
+        if (known->hash == hash && known->length == length && std::memcmp(known->bytes(), word, length) == 0) return known;
     }
 }
 
-void WordCache::insert_long(const uint8_t* word, size_t length, const TokenId* ids, size_t count) {
+template <class Id>
+void WordCache<Id>::insert_long(const uint8_t* word, size_t length, const TokenId* ids, size_t count) {
     if (length > kLongest) return;
-    if (long_words_.empty() || long_count_ >= kLongLimit || arena_.size() > kArenaLimit) {
-        long_words_.assign(kLongSlots, LongWord{});
-        long_count_ = 0;
+    if (arena_.size() > kArenaLimit || long_count_ * 2 >= kLastSlots) {
+        slots_.assign(slots_.size(), 0);
         arena_.clear();
+        long_count_ = 0;
     }
-    uint64_t hash = hash_word(word, length);
-    size_t slot = hash % kLongSlots;
-    while (long_words_[slot].length) slot = (slot + 1) % kLongSlots;
-    size_t place = arena_.size(), ids_place = place + (length + 3) / 4 * 4;
-    arena_.resize(ids_place + count * sizeof(TokenId));
-    std::memcpy(arena_.data() + place, word, length);
-    std::memcpy(arena_.data() + ids_place, ids, count * sizeof(TokenId));
-    long_words_[slot] = {hash, static_cast<uint32_t>(place), static_cast<uint32_t>(length), static_cast<uint32_t>(count)};
+    if (long_count_ * 2 >= slots_.size()) grow_slots();
+    size_t place = arena_.size();
+    arena_.resize(place + (sizeof(LongWord) + count * sizeof(Id) + length + 7) / 8);
+    LongWord* record = new (arena_.data() + place)
+        LongWord{hash_word(word, length), static_cast<uint32_t>(length), static_cast<uint32_t>(count)};
+    Id* kept = const_cast<Id*>(record->ids());
+    for (size_t i = 0; i < count; ++i) kept[i] = static_cast<Id>(ids[i]);
+    std::memcpy(kept + count, word, length);
+    size_t slot = record->hash & (slots_.size() - 1);
+    while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
+    slots_[slot] = static_cast<uint32_t>(place + 1);
     ++long_count_;
 }
+
+template <class Id>
+void WordCache<Id>::grow_slots() {
+    std::vector<uint32_t> old(slots_.size() * 4);
+    old.swap(slots_);
+    for (uint32_t place : old) {
+        if (!place) continue;
+        size_t slot = record_at(&place)->hash & (slots_.size() - 1);
+        while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
+        slots_[slot] = place;
+    }
+}
+
+template class WordCache<uint16_t>;
+template class WordCache<uint32_t>;
 
 }  // namespace warploom

@@ -211,10 +211,12 @@ def id_array(ids: Iterable[int], bad_id: Callable[[object], ValueError]) -> np.n
     if not isinstance(ids, np.ndarray):
         ids = list(ids)
         try:
-            ids = np.array(ids, dtype=np.int64)
-        except (OverflowError, TypeError, ValueError):
-            wrong = next((i for i in ids if not isinstance(i, (int, np.integer)) or abs(i) >= 1 << 63), ids)
-            raise bad_id(wrong) from None
+            array = np.array(ids) if ids else np.empty(0, np.int64)
+        except (OverflowError, ValueError):
+            array = np.array(ids, dtype=object)
+        if array.dtype.kind not in "iu":
+            raise bad_id(next((i for i in ids if not isinstance(i, (int, np.integer)) or abs(i) >= 1 << 63), ids))
+        ids = array
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"ids must be a flat sequence of whole numbers, not {ids.ndim} dimensions of {ids.dtype}")
     return ids

@@ -54,12 +54,18 @@ class BPETokenizer(Tokenizer):
         self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
         self.json_extras: dict = {}  # parts of a loaded tokenizer.json that do not change ids, kept for saving
         self._native = native.extension()
-        if self._native:
-            self._engine = native.build_encoder(self._native, self._vocab, self._merges, pattern, whole_words)
-        else:
-            self._engine = PythonBPE(self._vocab, self._merges, pattern, whole_words)
         self._scans = bool(self._native and pattern_name(pattern) and not normalizer)  # text can go straight to C++
-        self._special_tokens_changed()
+        self._build_engine()
+
+    def _build_engine(self) -> None:
+        """What encodes and decodes; special tokens have a say in how wide ids are."""
+        self._finders: dict[frozenset[str], object] = {}
+        self._decoder = None
+        parts = (self._vocab, self._merges, self.pattern, self.whole_words)
+        if self._native:
+            self._engine = native.build_encoder(self._native, *parts, wide=self.dtype.itemsize == 4)
+        else:
+            self._engine = PythonBPE(*parts)
 
     @classmethod
     def train(
@@ -166,12 +172,7 @@ class BPETokenizer(Tokenizer):
     def _set_special_tokens(self, ids: dict[str, int]) -> None:
         _check_vocabulary(self._vocab, [], ids)
         super()._set_special_tokens(ids)
-        self._special_tokens_changed()
-
-    def _special_tokens_changed(self) -> None:
-        self._finders: dict[frozenset[str], object] = {}
-        self._decoder = None
-        self._wide = self.dtype.itemsize == 4
+        self._build_engine()
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class BPETokenizer(Tokenizer):
             return self._engine.encode(text)
         if pattern_name(self.pattern):
             return self._engine.encode(text, None)
-        return self._engine.encode_pieces(text, native.byte_ends(text, self.pattern), self._wide).tolist()
+        return self._engine.encode_pieces(text, native.byte_ends(text, self.pattern)).tolist()
 
     def _finder(self, allowed_special: Allowed) -> object | None:
         """The native finder of the special tokens a call allows."""
@@ -203,7 +204,7 @@ class BPETokenizer(Tokenizer):
     def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
         if not self._scans:
             return super().encode_array(text, allowed_special, threads)
-        return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads), self._wide)
+        return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads))
 
     def encode_batch(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
@@ -218,7 +219,7 @@ class BPETokenizer(Tokenizer):
         if not self._scans:
             return super().encode_batch_array(texts, allowed_special, threads)
         finder = self._finder(allowed_special)
-        return self._engine.encode_batch_array(texts, finder, default_threads(threads), self._wide)
+        return self._engine.encode_batch_array(texts, finder, default_threads(threads))
 
     def encode_file(
         self, path: str | Path, out: str | Path, threads: int | None = None, allowed_special: Allowed = "none"
@@ -228,7 +229,7 @@ class BPETokenizer(Tokenizer):
         finder, threads, total = self._finder(allowed_special), default_threads(threads), 0
         with atomic_writer(out) as file:
             for block in native.file_blocks(self._native, path, finder):
-                ids = self._engine.encode_array(block, finder, threads, self._wide)
+                ids = self._engine.encode_array(block, finder, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total += len(ids)
         return total

@@ -25,12 +25,17 @@ def extension() -> ModuleType | None:
         from .. import _native
     except ImportError:
         return None
-    return _native if hasattr(_native, "BPE") else None
+    return _native if hasattr(_native, "BPE16") else None
 
 
-def build_encoder(native: ModuleType, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool) -> Any:
-    """A native encoder for a vocabulary; for a pattern it has no scanner for, only `encode_pieces` may be used."""
-    return native.BPE(
+def build_encoder(
+    native: ModuleType, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool, wide: bool
+) -> Any:
+    """A native encoder for a vocabulary; for a pattern it has no scanner for, only `encode_pieces` may be used.
+
+    wide: ids are uint32 instead of uint16.
+    """
+    return (native.BPE32 if wide else native.BPE16)(
         [vocab[bytes([byte])] for byte in range(256)],
         [vocab[left] for left, _ in merges],
         [vocab[right] for _, right in merges],

@@ -1,0 +1,304 @@
+"""The C++ extension: the same results as the twin and as `regex`, whatever the machine, the threads and the input."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from warploom.tokenizer import PATTERNS, BPETokenizer
+from warploom.tokenizer.native import byte_ends, extension, train_merges
+from warploom.tokenizer.reference import PythonBPE, count_words
+from warploom.tokenizer.reference import train_merges as train_twin
+
+native = extension()
+pytestmark = pytest.mark.skipif(native is None, reason="the extension is not built, or WARPLOOM_NATIVE=0")
+
+ROOT = Path(__file__).resolve().parents[2]
+PIECES = [
+    "the",
+    " dog",
+    "'s",
+    "'",
+    "\n",
+    " ",
+    "  ",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "can't",
+    "DON'T",
+    "'ll",
+    "x=",
+    "(a)",
+    "12345",
+]
+PIECES += [
+    "Foo",
+    "fooBar",
+    "...\n",
+    "//\n/",
+    "é",
+    " 你好",
+    "\u3000",
+    "ſ",
+    "'ſ",
+    "\u0301",
+    "中A",
+    "ǅ",
+    "👍",
+    " \u0301a",
+    "²",
+]
+
+
+def ready(isa: str) -> bool:
+    try:
+        native.use_instruction_set(isa)
+    except ValueError:
+        return False
+    finally:
+        native.use_instruction_set("best")
+    return True
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    if not ready(request.param):
+        pytest.skip(f"this machine or build has no {request.param}")
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set("best")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pieces_are_those_of_regex(isa, pattern, texts, noise):
+    for text in [*texts, *(noise(seed, 150) for seed in range(200))]:
+        assert native.split(text, pattern).tolist() == byte_ends(text, pattern)
+
+    @settings(deadline=None, max_examples=150)
+    @given(st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join))
+    def check(text):
+        assert native.split(text, pattern).tolist() == byte_ends(text, pattern)
+
+    check()
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "o200k"])
+def test_every_character_of_unicode_is_classed_as_regex_does(pattern):
+    for start in range(0, 0x110000, 0x8000):
+        codes = [code for code in range(start, start + 0x8000) if not 0xD800 <= code < 0xE000]
+        text = "".join(f"a{chr(code)}B {chr(code)}" for code in codes)
+        assert native.split(text, pattern).tolist() == byte_ends(text, pattern)
+
+
+def test_the_class_table_is_what_its_script_writes():
+    script = ROOT / "csrc" / "make_unicode_classes.py"
+    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
+
+
+def test_ids_equal_the_twins(tok, texts, noise):
+    twin = PythonBPE(tok.vocab, tok.merges, tok.pattern, whole_words=False)
+    for text in [*texts, "".join(texts) * 20, *(noise(seed, 300) for seed in range(50))]:
+        assert tok.encode(text) == twin.encode(text)
+        assert tok.encode_array(text, threads=3).tolist() == twin.encode(text)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_any_list_of_merges_is_applied_like_the_twin_does(data):
+    vocab = {bytes([byte]): 255 - byte for byte in range(256)}
+    merges = []
+    for _ in range(data.draw(st.integers(0, 12))):  # in no order that training would give, with repeated results
+        token = st.sampled_from(sorted(t for t in vocab if len(t) > 1 or t in b"ab"))
+        left, right = data.draw(token), data.draw(token)
+        merges.append((left, right))
+        vocab.setdefault(left + right, len(vocab))
+    merges = data.draw(st.permutations(merges))
+    pattern, whole = r"(?s).+", data.draw(st.booleans())
+    tok, twin = BPETokenizer(vocab, merges, {}, pattern, whole_words=whole), PythonBPE(vocab, merges, pattern, whole)
+    for text in data.draw(st.lists(st.text("ab", min_size=1, max_size=100), max_size=4)):
+        assert tok.encode(text) == twin.encode(text)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.text("ab é'1", max_size=30), max_size=6),
+    st.sampled_from(["bytes", "hf", "ids"]),
+    st.sampled_from(["gpt2", "gpt4", "o200k", r"\w"]),
+    st.integers(1, 3),
+)
+def test_training_equals_the_twins(corpus, ties, pattern, threads):
+    options = (60, ties, 1, 6, None)
+    twin = train_twin(count_words(corpus, pattern), *options)
+    assert train_merges(native, corpus, pattern, [], threads, *options) == twin
+
+
+def test_training_does_not_depend_on_threads_or_on_how_the_corpus_is_cut(tmp_path, texts, monkeypatch):
+    text = "<|endoftext|>".join(texts) * 30
+    (tmp_path / "corpus.txt").write_bytes(text.encode())
+    one = BPETokenizer.train([text], 600, threads=1)
+    monkeypatch.setattr("warploom.tokenizer.native._BLOCK", 1000)
+    assert BPETokenizer.train(tmp_path / "corpus.txt", 600, threads=3).merges == one.merges
+    twin = train_twin(count_words([text], "gpt4", ["<|endoftext|>"]), 600 - 257)
+    assert one.merges == twin
+
+
+def test_a_file_is_encoded_alike_in_small_blocks(tok, tmp_path, texts, monkeypatch):
+    text = "<|endoftext|>".join(texts) * 3
+    (tmp_path / "text").write_bytes(text.encode())
+    for size in (64, 1000, 1 << 20):
+        monkeypatch.setattr("warploom.tokenizer.native._BLOCK", size)
+        tok.encode_file(tmp_path / "text", tmp_path / "ids", allowed_special="all")
+        assert np.fromfile(tmp_path / "ids", dtype="<u2").tolist() == tok.encode(text, allowed_special="all")
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_its_place(tok, tmp_path):
+    (tmp_path / "bad").write_bytes(b"a word " * 500 + b"\xff" + b" more" * 10)
+    with pytest.raises(ValueError, match="not valid UTF-8 at byte 3500"):
+        tok.encode_file(tmp_path / "bad", tmp_path / "ids")
+    assert not list(tmp_path.glob("*ids*"))
+
+
+@pytest.mark.timeout(60)
+def test_a_megabyte_without_a_break_is_no_trap(tok):
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)
+    for text in ("a" * 1_000_000, "".join(letters), "1" * 1_000_000, " " * 1_000_000, "你" * 300_000, "é" * 500_000):
+        assert tok.decode(tok.encode_array(text)) == text
+
+
+def test_eight_threads_share_one_tokenizer(tok, texts):
+    everything = "".join(texts) * 5
+    expected = tok.encode(everything)
+    with ThreadPoolExecutor(8) as pool:
+        for ids in pool.map(lambda _: tok.encode_array(everything, threads=2), range(32)):
+            assert ids.tolist() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_encodes_while_its_parent_does(tok, texts):
+    text = "".join(texts) * 10
+    expected, stop = tok.encode(text), threading.Event()
+    busy = threading.Thread(target=lambda: [tok.encode_array(text, threads=2) for _ in iter(stop.is_set, True)])
+    busy.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if tok.encode_array(text, threads=2).tolist() == expected else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        busy.join()
+
+
+def test_training_stops_at_a_signal(texts):
+    def interrupt(done, total):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        BPETokenizer.train(texts, 700, progress=interrupt)
+
+
+def test_what_a_progress_callback_raises_comes_out(texts):
+    def fail(done, total):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        BPETokenizer.train(texts, 700, progress=fail)
+
+
+def test_any_bytes_decode_as_python_decodes_them(tok):
+    draw = random.Random(0)
+    for _ in range(1000):
+        data = draw.randbytes(draw.randrange(40))
+        ids = [tok.vocab[bytes([byte])] for byte in data]
+        assert tok.decode_bytes(ids) == data and tok.decode(ids) == data.decode(errors="replace")
+        stream = tok.stream()
+        assert "".join(map(stream.push, ids)) + stream.finish() == data.decode(errors="replace")
+    for bad in ([-1], [1 << 70], [tok.vocab_size], [1.5], ["a"], np.array([0.5]), np.zeros((2, 2), int), [None]):
+        with pytest.raises(ValueError):
+            tok.decode(bad)
+
+
+def test_many_ids_are_as_wide_as_they_must_be(tok):
+    wide = BPETokenizer(tok.vocab, tok.merges, {"<|far|>": 70_000}, tok.pattern)
+    assert wide.encode_array("hello").dtype == np.uint32 and wide.encode("hello") == tok.encode("hello")
+    assert wide.encode("a<|far|>", allowed_special="all")[-1] == 70_000
+    with pytest.raises(ValueError, match="60000"):
+        wide.decode([60_000])
+
+
+def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own, where the package is importable as here."""
+    import warploom.tokenizer
+
+    path = os.pathsep.join([str(Path(next(iter(warploom.tokenizer.__path__))).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_selects_the_twin():
+    code = (
+        "from warploom.tokenizer import BPETokenizer as B; t = B.train(['aa aa'], 258); print(type(t._engine).__name__)"
+    )
+    assert run_alone(code, WARPLOOM_NATIVE="0").stdout == "PythonBPE\n"
+    assert run_alone(code, WARPLOOM_NATIVE="1").stdout == "BPE16\n"
+
+
+def test_importing_the_tokenizer_imports_no_torch():
+    code = "import sys, warploom.tokenizer; print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    assert run_alone(code).stdout == "[]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stream_of_any_length_takes_little_memory():
+    code = """
+import os
+from warploom.tokenizer import BPETokenizer
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+line = "It was the best of times, it was the worst of times, naïve 你好 words.\\n" * 100
+tok = BPETokenizer.train([line], 400)
+def pieces(size):
+    for _ in range(size // len(line.encode())): yield line
+for _ in tok.encode_iterable(pieces(2_000_000)): pass
+before = resident()
+for _ in tok.encode_iterable(pieces(50_000_000)): pass
+print(resident() - before)
+"""
+    done = run_alone(code)
+    assert int(done.stdout) < 2 << 20, done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets RLIMIT_AS")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer reserves memory of its own")
+def test_too_little_memory_is_a_memory_error():
+    code = """
+import resource
+from warploom.tokenizer import BPETokenizer
+tok = BPETokenizer.train(["a"], 257)
+text = "ab " * 30_000_000
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), used + (40 << 20)))
+try: tok.encode_array(text, threads=1)
+except MemoryError: print("MemoryError")
+"""
+    assert run_alone(code).stdout == "MemoryError\n"
+
+
+def test_batches_keep_their_order_and_their_borders(tok, noise):
+    texts = [noise(seed, random.Random(seed).randrange(400)) for seed in range(500)]
+    ids, offsets = tok.encode_batch_array(texts, threads=3)
+    assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == tok.encode_batch(texts) == list(map(tok.encode, texts))
+    empty, offsets = tok.encode_batch_array([])
+    assert len(empty) == 0 and offsets.tolist() == [0]
