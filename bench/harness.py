@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 from . import ceilings, environment, peers
-from .memory import PeakMemory
+from .memory import PeakMemory, release
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
 from .timing import Timer, WallTimer, interleave, synchronize, timer_for
 
@@ -275,6 +275,7 @@ def stale(record: Record, part: Part, now: environment.Environment, code: str) -
 
 
 def _measure(part: Part, machine: Machine, code: str, clock: Callable[[], float]) -> PartRecord:
+    release(machine.device)  # what the part before has left
     started, before, others = clock(), environment.capture(machine.device), environment.OtherWork()
     rows = part.run(machine, **{name: value for name, value in part.config.items() if name != "threads"})
     return PartRecord(

@@ -6,6 +6,7 @@ system would hide growth, so glibc is asked to return it first. What libraries l
 whoever comes first: run something before.
 """
 
+import contextlib
 import ctypes
 import gc
 import re
@@ -30,14 +31,12 @@ class PeakMemory:
             self.bytes = max(0, highest - self._before)
 
     def _start(self) -> int | None:
+        release(self.device)
         if self.device == "cuda":
             import torch
 
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
-        gc.collect()
-        _trim()
         try:
             RESET.write_text("5")
         except OSError:
@@ -52,17 +51,22 @@ class PeakMemory:
         return _status("VmHWM")
 
 
+def release(device: str) -> None:
+    """Give back what nobody uses any more: garbage, the C library's free pages, the GPU allocator's cache."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has such a call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _status(field: str) -> int | None:
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
-
-
-def _trim() -> None:
-    """Let glibc give its free pages back; other C libraries have no such call."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return

@@ -5,7 +5,8 @@ with everything its numbers depend on (configuration, code fingerprint, environm
 that a later run can tell whether it still holds or must be measured again. A part's `Row`s are what the table shows:
 one contestant on one case.
 
-Amounts are in base units (seconds, bytes, FLOPs, tokens); only the table uses prefixes.
+Amounts are in base units (seconds, bytes, FLOPs, tokens); only the table uses prefixes. Whoever changes a field raises
+`SCHEMA`: a record of another schema is begun anew.
 """
 
 import dataclasses

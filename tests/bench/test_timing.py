@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from warploom.bench import peers
 from warploom.bench.harness import Machine
+from warploom.bench.memory import RESET, PeakMemory
 from warploom.bench.schema import Spread
 from warploom.bench.timing import WallTimer, host_seconds, interleave, order
 
@@ -123,6 +124,17 @@ def test_a_spread_brackets_its_median_and_stays_within_the_samples(samples):
     assert spread.median - tiny <= spread.high <= max(samples) + tiny
     assert spread.count == len(samples)
     assert 0 <= spread.mad <= max(samples) - min(samples)
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak of resident memory")
+def test_peak_memory_is_the_growth_at_the_highest_point():
+    with PeakMemory("cpu") as peak:
+        block = b"x" * (64 * 2**20)
+        del block
+    assert 0.9 * 64 * 2**20 < peak.bytes < 1.5 * 64 * 2**20
+    with PeakMemory("cpu") as peak:
+        pass
+    assert peak.bytes < 8 * 2**20
 
 
 def test_host_seconds_is_the_mean_cost_of_a_call():
