@@ -68,7 +68,8 @@ def run(argv: list[str]) -> int:
     result = train(config, [watcher()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
-    print(f"{result.directory}: {result.evaluation or 'no validation text'}")
+    if result.history:  # only the leader of many processes has one
+        print(f"{result.directory}: {result.evaluation or 'no validation text'}")
     return 0
 
 

@@ -41,7 +41,8 @@ class Team:
             raise ValueError(f"a micro-batch of {batch_rows} rows cannot be shared by {self.size} processes evenly")
         if self.size == 1:
             return
-        if not dist.is_initialized():
+        self.joined = not dist.is_initialized()
+        if self.joined:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if fsdp > 1:
             shape = (self.size // fsdp, fsdp)
@@ -61,6 +62,11 @@ class Team:
         yield
         if self.leads:
             self.wait()
+
+    def leave(self) -> None:
+        """End what joining began."""
+        if self.size > 1 and self.joined:
+            dist.destroy_process_group()
 
     def wait(self) -> None:
         if self.size > 1:
@@ -147,6 +153,11 @@ def _slice_collector(part: Tensor):
         p.grad = None
 
     return collect
+
+
+def restarted() -> bool:
+    """Did torchrun start this process again after a failure? Then the run continues from its last checkpoint."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def make_masters(model: Transformer, dtype: torch.dtype, team: Team) -> Masters:

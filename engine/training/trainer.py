@@ -41,7 +41,7 @@ from .checkpoint import Checkpoints, generators, load_tensors, restore_generator
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .parallel import Team, load_optimizer, make_masters, whole_optimizer, whole_weights
+from .parallel import Team, load_optimizer, make_masters, restarted, whole_optimizer, whole_weights
 from .precision import Average, LossScale, assembled
 from .prepare import Materials, prepare
 from .schedule import SCHEDULES
@@ -84,9 +84,10 @@ class Trainer:
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last)
         with self.team.leader_first():
+            again = config.resume or restarted()
             if self.team.leads:
-                self._make_room()
-            self.materials: Materials = prepare(config, self.note, reuse=config.resume or not self.team.leads)
+                self._make_room(again)
+            self.materials: Materials = prepare(config, self.note, reuse=again or not self.team.leads)
         model_config = self.materials.model
         self.context = config.context or model_config.max_seq_len
         self.train_split = self.materials.data.split("train")
@@ -108,18 +109,18 @@ class Trainer:
         self.stop_signal: str | None = None
         self.spikes = Spikes()
         self.step_seconds: deque[float] = deque(maxlen=50)
-        if config.resume:
+        if again:
             self._resume()
         self.log = JsonLog(self.out / "log.jsonl", config.log_every, self.step) if self.team.leads else None
         self.watchers = self._all_watchers()
 
     # Setting up
 
-    def _make_room(self) -> None:
+    def _make_room(self, again: bool) -> None:
         config = self.config
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out={config.out} is a file; a run is written to a directory")
-        if self.checkpoints.steps() and not config.resume:
+        if self.checkpoints.steps() and not again:
             if not config.overwrite:
                 raise ValueError(
                     f"{config.out} already holds a run (step {self.checkpoints.steps()[0]}): "
@@ -214,6 +215,7 @@ class Trainer:
             gc.unfreeze()
             self.checkpoints.wait()
             self.tell("finished")
+            self.team.leave()
 
     def _one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
         """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
