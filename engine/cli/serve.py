@@ -73,9 +73,9 @@ def run(argv: list[str]) -> int:
     server = loader.server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, **options))
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
     if not keys and not ipaddress.ip_address(address).is_loopback:
         print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
+    print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
     server.run(sockets=[listener])
     if loader.error:
         raise loader.error

@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("LANGSMITH_TRACING", "false")
 
-import asyncio
 import socket
 import threading
 import time
@@ -13,18 +12,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
-uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
-httpx = pytest.importorskip("httpx", reason="the tests of the server need httpx")
-
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
-from warploom.engine.server.app import create_app
 from warploom.engine.server.config import ServerConfig
 from warploom.engine.serving import LLM
 from warploom.tokenizer import BPETokenizer
 
-CONTEXT = 256
+CONTEXT = 320
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\ntools: {{ tools | tojson }} answer with <tool_call>JSON</tool_call><|im_end|>\n"
@@ -56,6 +50,10 @@ class Server:
     """A server in a thread, and what tests want to know of it."""
 
     def __init__(self, make, config: ServerConfig, keys=()):
+        import uvicorn
+
+        from warploom.engine.server.app import create_app
+
         self.app = create_app(make, config, keys)
         self.bridge = self.app.state.bridge
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
@@ -117,10 +115,6 @@ def server():
 
 @pytest.fixture
 def client(server):
+    httpx = pytest.importorskip("httpx", reason="these tests need httpx")
     with httpx.Client(base_url=server.url, timeout=30) as client:
         yield client
-
-
-@pytest.fixture
-def run():
-    return asyncio.run
