@@ -1,0 +1,131 @@
+"""Put a model behind HTTP. `warploom serve --model DIR`, then http://127.0.0.1:8000."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..server.config import ServerConfig
+from .flags import parse
+
+KEYS = "WARPLOOM_API_KEYS"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """An OpenAI-compatible server for one model, with a playground page."""
+
+    model: str
+    """A model directory."""
+    host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 is every one this machine has."""
+    port: int = 8000
+    """The port to listen at; 0 takes a free one."""
+    api_key: tuple[str, ...] = ()
+    """Keys that clients may use; others can read them in the list of processes, so prefer the next flag."""
+    api_key_file: Path | None = None
+    """A file with a key a line (# begins a comment). The environment's WARPLOOM_API_KEYS, with commas, adds to it."""
+    server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    dtype: str | None = None
+    """float32, bfloat16, float16; None = as the model is stored."""
+    max_batch: int = 64
+    """Most continuations that are computed together."""
+    max_context: int | None = None
+    """Most tokens of prompt and continuation; None = the model's own limit."""
+    kv_memory: int | None = None
+    """Bytes for the cache of keys and values; None = what a full batch needs, as far as memory goes."""
+    page_size: int = 16
+    """Tokens a page of the cache."""
+    step_tokens: int | None = None
+    """Most tokens computed in one step; None = 512 on a CPU, 8192 on a GPU."""
+    quantize: str | None = None
+    """int8 keeps weights in 8 bits."""
+    speculate: int = 0
+    """Tokens to guess ahead from the text so far; changes the speed alone."""
+
+
+def run(argv: list[str]) -> int:
+    flags = parse(Flags, argv, "serve")
+    try:
+        import uvicorn
+
+        from ..server.app import create_app
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
+    from ..hub import load_config
+
+    load_config(flags.model)  # a wrong directory is told at once, before the server listens
+    config, keys = named(flags), api_keys(flags)
+    listener = listen(flags.host, flags.port)
+    loader = Loader(flags)
+    options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 60}
+    drain = max(int(config.drain_timeout), 1)
+    app = create_app(loader, config, keys)
+    server = loader.server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, **options))
+    address, port = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    if not keys and not ipaddress.ip_address(address).is_loopback:
+        print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
+    print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
+    server.run(sockets=[listener])
+    if loader.error:
+        raise loader.error
+    return 0
+
+
+class Loader:
+    """Builds the engine; a mistake in the flags that shows only then stops the server."""
+
+    def __init__(self, flags: Flags) -> None:
+        self._flags = flags
+        self.server: Any = None
+        self.error: ValueError | None = None
+
+    def __call__(self) -> Any:
+        from ..device import pick_device
+        from ..serving import LLM
+
+        flags = self._flags
+        names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate")
+        try:
+            return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
+        except ValueError as error:
+            self.error, self.server.should_exit = error, True
+            raise
+
+
+def named(flags: Flags) -> ServerConfig:
+    """The server's configuration, with a name for the model."""
+    return replace(flags.server, name=flags.server.name or Path(flags.model).resolve().name)
+
+
+def api_keys(flags: Flags) -> tuple[str, ...]:
+    """The keys from the flags, the file and the environment."""
+    keys = [*flags.api_key, *os.environ.get(KEYS, "").split(",")]
+    if flags.api_key_file is not None:
+        lines = flags.api_key_file.read_text().splitlines()
+        written = [line.strip() for line in lines if not line.lstrip().startswith("#")]
+        if not any(written):
+            raise ValueError(f"api_key_file {flags.api_key_file} has no key in it")
+        keys += written
+    return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be between 0 and 65535, got {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None

@@ -1,0 +1,172 @@
+"""The application: routes, errors, the door, and the life of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from . import schemas
+from .bridge import Bridge
+from .config import ServerConfig
+from .errors import APIError, from_validation
+from .guard import Guard
+from .metrics import Metrics
+from .pages import docs_page, landing_page
+from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from .schemas import answers
+from .service import FINGERPRINT, Service
+
+REFUSALS = (400, 404, 413, 429, 500, 503, 504)
+
+
+def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys: tuple[str, ...] = ()) -> FastAPI:
+    """The ASGI application of one engine. `make()` builds its `LLM`, in a thread, once the server listens."""
+    config = config or ServerConfig()
+    config = replace(config, name=config.name or "warploom")
+    if any(not key for key in keys):
+        raise ValueError("an API key must not be empty")
+    bridge = Bridge(make, config)
+    metrics = Metrics(bridge)
+    service = Service(bridge, config, metrics)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        await bridge.start()
+        yield
+        await bridge.stop()
+
+    app = FastAPI(
+        title="warploom",
+        version=FINGERPRINT.removeprefix("warploom-"),
+        description="A language model behind the OpenAI protocol.",
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.bridge, app.state.service, app.state.metrics = bridge, service, metrics
+    _add_errors(app)
+    _add_model_routes(app, service)
+    _add_other_routes(app, bridge, metrics)
+    _add_page(app, service, config)
+    app.add_middleware(Guard, config=config, keys=keys, metrics=metrics)
+    if config.cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        allowed = {"allow_origins": config.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **allowed, expose_headers=["x-request-id"])
+    _describe(app)
+    return app
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    generating = {"tags": ["generate"]}
+
+    @app.post("/v1/completions", responses=answers(schemas.Completion, *REFUSALS, stream=True), **generating)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text or token ids, or a list of either. With `stream`, server-sent events."""
+        return await service.complete(body, request)
+
+    @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, *REFUSALS, stream=True), **generating)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """The next message of a conversation. With `stream`, server-sent events."""
+        return await service.chat(body, request)
+
+    @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **generating)
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """Rows of token ids, or texts, in; the rows with their continuations, and those as text, out."""
+        return await service.generate(body, request)
+
+    @app.get("/v1/models", responses=answers(schemas.ModelList), tags=["model"])
+    async def models() -> Response:
+        """The model that is served."""
+        return JSONResponse({"object": "list", "data": service.models()})
+
+    @app.get("/v1/models/{model:path}", responses=answers(schemas.Model, 404), tags=["model"])
+    async def model(model: str) -> Response:
+        """The model, by its name."""
+        service.check_model(model)
+        return JSONResponse(service.models()[0])
+
+    @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """A text, or a conversation as the model reads it, as token ids."""
+        return await service.tokenize(body)
+
+    @app.post("/detokenize", responses=answers(schemas.Detokenized, 400, 404, 413, 503), tags=["model"])
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """Token ids as text."""
+        return await service.detokenize(body)
+
+
+def _add_other_routes(app: FastAPI, bridge: Bridge, metrics: Metrics) -> None:
+    unhealthy = {503: {"model": schemas.Health}, 200: {"model": schemas.Health}}
+
+    @app.get("/health", responses=unhealthy, tags=["server"])
+    async def health() -> Response:
+        """200 if requests are served, else 503 and why not. Needs no key."""
+        ready = bridge.engine_ready
+        return JSONResponse({"status": "ok" if ready else bridge.state}, 200 if ready else 503)
+
+    text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 401: {"model": schemas.ErrorAnswer}}
+
+    @app.get("/metrics", responses=text, response_class=Response, tags=["server"])
+    async def show_metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(metrics.text(), headers={"content-type": metrics.content_type})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """The routes and their fields, on one page that loads nothing from elsewhere."""
+        return HTMLResponse(docs_page(app.openapi()))
+
+
+def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> None:
+    if config.ui:
+        from .playground import available, mount
+
+        if available():
+            return mount(app, service)
+
+    @app.get("/", include_in_schema=False)
+    async def landing() -> Response:
+        """What there is, and how to get the page."""
+        return HTMLResponse(landing_page(config))
+
+
+def _add_errors(app: FastAPI) -> None:
+    def answer(error: APIError) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    async def known(_: Request, error: APIError) -> Response:
+        return answer(error)
+
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        return answer(from_validation(error.errors()))
+
+    async def http(_: Request, error: HTTPException) -> Response:
+        return answer(APIError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+    app.add_exception_handler(APIError, known)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _describe(app: FastAPI) -> None:
+    """FastAPI documents a 422 that we never send: mistakes in a body are OpenAI's 400."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            for path in describe()["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        return app.openapi_schema
+
+    app.openapi = openapi

@@ -1,0 +1,39 @@
+"""What a server may be told: one record; the flags of `warploom serve` and the docs come from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Limits, keys and names of one server."""
+
+    name: str = ""
+    """The model's name in requests; those that name another one get 404. Empty: its directory's name."""
+    max_queue: int = 256
+    """Continuations that may wait for a place in the batch; beyond that, requests get 429."""
+    request_timeout: float = 600.0
+    """Seconds a request may take, waiting included."""
+    drain_timeout: float = 30.0
+    """Seconds that requests under way get to finish when the server is told to stop."""
+    stall_timeout: float = 300.0
+    """Seconds without any progress after which the engine counts as dead."""
+    max_body: int = 4 << 20
+    """Most bytes of a request's body; beyond that, 413."""
+    max_tokens: int | None = None
+    """Most tokens a request may generate; None: as many as the context holds."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call this server from a browser; none by default."""
+    ui: bool = True
+    """The playground page at / (needs gradio)."""
+    log: bool = True
+    """Write a line of JSON to stderr for each request."""
+
+    def __post_init__(self) -> None:
+        lowest = {"max_queue": 0, "request_timeout": 0.001, "drain_timeout": 0, "stall_timeout": 1, "max_body": 1024}
+        for name, low in lowest.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, or None for no limit, got {self.max_tokens}")

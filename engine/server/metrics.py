@@ -1,0 +1,104 @@
+"""What operators watch: Prometheus metrics, named as the leaders name theirs, with our prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from .bridge import Bridge, Event, Flow
+
+LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+COUNTS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+STATES = ("loading", "ready", "restarting", "stopping", "failed")
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, bridge: Bridge) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Engine(bridge))
+        self.ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self.itl = self._histogram("inter_token_latency_seconds", "Between the pieces of a stream.")
+        self.tpot = self._histogram("request_time_per_output_token_seconds", "A request's mean after its first token.")
+        self.e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.")
+        self.prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt.", COUNTS)
+        self.length = self._histogram("request_generation_tokens", "Tokens of a continuation.", COUNTS)
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self.cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self.finished = self._counter("request_success", "Continuations that ended, by why.", "finished_reason")
+        self.http = self._counter("http_requests", "HTTP requests.", "method", "route", "status")
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+    def stream(self, events: list[Event], last: dict[int, float]) -> None:
+        """The gaps between the pieces of a stream; `last` remembers when each continuation spoke."""
+        for index, piece, now in events:
+            if piece.token_ids:
+                if index in last:
+                    self.itl.observe(now - last[index])
+                last[index] = now
+
+    def request(self, flow: Flow) -> None:
+        """A request that has been answered."""
+        for generation in flow.generations:
+            leader = generation.streams[0]
+            length = leader.sequence.prompt_length
+            self.prompt_length.observe(length)
+            self.prompt_tokens.inc(length)
+            self.cache_queries.inc(length)
+            self.cache_hits.inc(leader.metrics.cached_tokens)
+        for stream in flow.streams:
+            self._continuation(stream.metrics, stream.sequence.finish_reason or "cancelled")
+
+    def _continuation(self, metrics: Any, reason: str) -> None:
+        self.finished.labels(reason).inc()
+        self.length.observe(metrics.generated_tokens)
+        if metrics.first_token is not None:
+            self.ttft.observe(metrics.first_token - metrics.arrival)
+        if metrics.finished is not None:
+            self.e2e.observe(metrics.finished - metrics.arrival)
+        if rate := metrics.tokens_per_second:
+            self.tpot.observe(1 / rate)
+
+    def _histogram(self, name: str, says: str, buckets: tuple[float, ...] = LATENCY) -> Histogram:
+        return Histogram(f"warploom:{name}", says, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, says: str, *labels: str) -> Counter:
+        return Counter(f"warploom:{name}", says, labels, registry=self.registry)
+
+
+class _Engine:
+    """Gauges read from the engine when somebody asks."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def collect(self) -> Iterator[Metric]:
+        bridge = self._bridge
+        state = GaugeMetricFamily("warploom:engine_state", "1 for the state the engine is in.", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], name == bridge.state)
+        yield state
+        yield CounterMetricFamily("warploom:engine_restarts", "Engines built anew.", bridge.restarts)
+        if bridge.llm is None:
+            return
+        engine = bridge.llm.engine
+        scheduler, pool = engine.scheduler, engine.scheduler.pool
+        running = len(scheduler.running)
+        used = 1 - pool.num_free / pool.num_pages
+        yield GaugeMetricFamily("warploom:num_requests_running", "Continuations in the batch.", running)
+        waiting = max(bridge.open - running, 0)
+        yield GaugeMetricFamily("warploom:num_requests_waiting", "Continuations that wait for a place.", waiting)
+        yield GaugeMetricFamily("warploom:kv_cache_usage_perc", "Part of the cache's pages in use, 0 to 1.", used)
+        yield CounterMetricFamily("warploom:num_preemptions", "Sequences that gave up pages.", scheduler.preemptions)
+        yield CounterMetricFamily("warploom:generation_tokens", "Tokens generated.", engine.generated_tokens)
+        yield CounterMetricFamily("warploom:engine_failures", "Steps that failed.", engine.failures)

@@ -1,0 +1,158 @@
+"""The shapes of answers, for `/openapi.json` and `/docs`; `answers.py` builds them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+Reason = Literal["stop", "length", "tool_calls"]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What went wrong."""
+
+    error: ErrorBody
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Reason | None
+
+
+class Completion(BaseModel):
+    """The continuations of the prompts, those of the first prompt first."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenScore(TopToken):
+    top_logprobs: list[TopToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenScore] | None
+    refusal: None
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class CalledTool(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    tool_calls: list[CalledTool] | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason
+
+
+class ChatCompletion(BaseModel):
+    """The assistant's next message, `n` times."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Generated(BaseModel):
+    """Each row's prompt and continuation as token ids; the continuation's text; why it ended."""
+
+    idx: list[list[int]]
+    text: list[str]
+    finish_reason: list[str]
+
+
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str]
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class Health(BaseModel):
+    """ "ok", or why requests are not served."""
+
+    status: str
+
+
+def answers(model: type[BaseModel], *statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: what it answers, and with which statuses it can refuse."""
+    described: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in (*statuses, 401)}
+    described[200] = {"model": model}
+    if stream:
+        described[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    return described

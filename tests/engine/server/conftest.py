@@ -1,0 +1,120 @@
+"""A small model behind a real server: uvicorn in a thread, a real socket, real clients."""
+
+import os
+
+os.environ.setdefault("LANGSMITH_TRACING", "false")
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from warploom.engine.config import ModelConfig
+from warploom.engine.model import Transformer
+from warploom.engine.server.config import ServerConfig
+from warploom.engine.serving import LLM
+from warploom.tokenizer import BPETokenizer
+
+CONTEXT = 320
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\ntools: {{ tools | tojson }} answer with <tool_call>JSON</tool_call><|im_end|>\n"
+    "{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> BPETokenizer:
+    """Every byte is a token, so that a random model often ends in the middle of a character."""
+    specials = {token: 256 + number for number, token in enumerate(SPECIALS)}
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, [], specials, "gpt4")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    config = ModelConfig(vocab_size=260, d_model=32, n_layers=2, n_heads=2, max_seq_len=CONTEXT)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(1.5)
+    return model.eval()
+
+
+class Server:
+    """A server in a thread, and what tests want to know of it."""
+
+    def __init__(self, make, config: ServerConfig, keys=()):
+        import uvicorn
+
+        from warploom.engine.server.app import create_app
+
+        self.app = create_app(make, config, keys)
+        self.bridge = self.app.state.bridge
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=5))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def start(self) -> "Server":
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the server did not stop"
+
+    @property
+    def pool(self):
+        return self.bridge.llm.engine.scheduler.pool
+
+    def wait(self, condition, seconds: float = 20) -> None:
+        """Until the condition holds; fails if it never does."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.005)
+
+    def wait_ready(self) -> "Server":
+        self.wait(lambda: self.bridge.state == "ready")
+        return self
+
+    def assert_nothing_left(self) -> None:
+        """No continuation is under way, and every page is free again."""
+        self.wait(lambda: not self.bridge.open and self.bridge.llm.engine.scheduler.idle)
+        assert not self.bridge.flows
+        scheduler = self.bridge.llm.engine.scheduler
+        self.bridge.llm.engine.call(scheduler.check)
+        assert self.pool.num_free == self.pool.num_pages
+
+
+@contextmanager
+def serving(make=None, keys=(), max_batch: int = 16, **config):
+    """A running server of its own for a test."""
+    make = make or (lambda: LLM(make_model(), make_tokenizer(), max_batch=max_batch))
+    config = {"name": "tiny", "log": False, "ui": False, **config}
+    server = Server(make, ServerConfig(**config), keys).start()
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The server that most tests share."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client

@@ -1,0 +1,165 @@
+"""Who may enter and how much they may carry; what the log and the metrics tell afterwards."""
+
+import json
+import re
+
+import pytest
+
+from .conftest import serving
+
+httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+
+KEYS = ("first-key", "second-key")
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with serving(keys=KEYS, max_body=2000, max_tokens=50) as server:
+        yield server
+
+
+@pytest.fixture
+def stranger(guarded):
+    with httpx.Client(base_url=guarded.url, timeout=20) as client:
+        yield client
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_every_route_but_health_asks_for_a_key(guarded, stranger):
+    paths = guarded.app.openapi()["paths"]
+    for path in [*paths, "/", "/docs", "/openapi.json", "/nothing/here"]:
+        method = next(iter(paths.get(path, {"get": 0})))
+        answer = stranger.request(method, path.replace("{model}", "tiny"))
+        if path == "/health":
+            assert answer.status_code == 200
+            continue
+        assert answer.status_code == 401, path
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    for wrong in ("-", "first-ke", "first-key2", "First-key"):
+        assert stranger.get("/v1/models", headers=bearer(wrong)).status_code == 401
+
+
+def test_each_key_opens_and_browsers_may_send_it_as_a_password(stranger):
+    for key in KEYS:
+        assert stranger.get("/v1/models", headers=bearer(key)).status_code == 200
+        assert stranger.get("/docs", auth=("anybody", key)).status_code == 200
+    assert stranger.get("/docs", headers={"authorization": "Basic !!!"}).status_code == 401
+
+
+def test_keys_do_not_share_cached_prefixes(guarded, stranger):
+    def cached(key):
+        body = {"prompt": "the same long prompt, page after page, again", "max_tokens": 1}
+        answer = stranger.post("/v1/completions", json=body, headers=bearer(key))
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached(KEYS[0]), cached(KEYS[1]), cached(KEYS[0])] == [0, 0, 32]
+
+
+def test_a_body_that_is_too_large_is_refused_announced_or_not(stranger):
+    huge = json.dumps({"prompt": "x" * 5000}).encode()
+    headers = {**bearer(KEYS[0]), "content-type": "application/json"}
+    announced = stranger.post("/v1/completions", content=huge, headers=headers)
+    chunked = stranger.post("/v1/completions", content=iter([huge[:1500], huge[1500:]]), headers=headers)
+    for answer in (announced, chunked):
+        assert answer.status_code == 413 and "2000 bytes" in answer.json()["error"]["message"]
+
+
+def test_the_servers_own_limit_of_tokens_holds(stranger):
+    def ask(**body):
+        return stranger.post("/v1/completions", json={"prompt": "x", **body}, headers=bearer(KEYS[0]))
+
+    assert "at most 50" in ask(max_tokens=51).json()["error"]["message"]
+    message = {"messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
+    answer = stranger.post("/v1/chat/completions", json=message, headers=bearer(KEYS[0]))
+    assert answer.json()["usage"]["completion_tokens"] == 50
+
+
+def test_no_other_web_page_may_call_it_unless_it_is_named(client):
+    ask = {"origin": "https://elsewhere.example", "access-control-request-method": "POST"}
+    answer = client.options("/v1/completions", headers=ask)
+    assert answer.status_code == 405 and "access-control-allow-origin" not in answer.headers
+    with serving(cors_origins=("https://elsewhere.example",)) as server:
+        allowed = httpx.options(f"{server.url}/v1/completions", headers=ask)
+        assert allowed.headers["access-control-allow-origin"] == "https://elsewhere.example"
+        other = httpx.options(f"{server.url}/v1/completions", headers={**ask, "origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_malformed_bodies_are_400_in_openais_shape(client):
+    def answer(content, kind="application/json"):
+        return client.post("/v1/chat/completions", content=content, headers={"content-type": kind})
+
+    depth = b'{"messages":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"messages": []}', b'{"messages": NaN}', depth):
+        refused = answer(content)
+        assert refused.status_code == 400, content[:30]
+        assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer(b'{"messages":[{"role":"user","content":"x"}]}', "text/plain").status_code == 400
+    lone = client.post("/v1/completions", content=rb'{"prompt":"\ud800"}', headers={"content-type": "application/json"})
+    assert lone.status_code == 400
+
+
+def test_requests_carry_an_id_from_the_client_or_a_new_one(client):
+    assert client.get("/health", headers={"x-request-id": "my-id.1"}).headers["x-request-id"] == "my-id.1"
+    forged = client.get("/health", headers={"x-request-id": 'bad"id'}).headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{24}", forged)
+    answer = client.post("/v1/completions", json={"prompt": "x"}, headers={"x-request-id": "abc"})
+    assert answer.json()["id"] == "cmpl-abc"
+
+
+def test_the_log_has_a_line_of_json_for_each_request_and_no_prompt(capfd):
+    with serving(log=True) as server:
+        body = {"prompt": "very private words", "max_tokens": 3, "user": "ann"}
+        httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "r1"})
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line["request_id"] == "r1"]
+    assert line["status"] == 200 and line["prompt_tokens"] == 18 and line["user"] == "ann" and line["seconds"] > 0
+    assert "private" not in json.dumps(lines)
+
+
+def test_metrics_are_prometheus_and_count_what_happened(client):
+    parser = pytest.importorskip("prometheus_client.parser", reason="needs prometheus-client")
+
+    def scrape():
+        families = parser.text_string_to_metric_families(client.get("/metrics").text)
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+    before = scrape()
+    body = {"prompt": "measure me, a prompt of some pages in length", "max_tokens": 10, "ignore_eos": True}
+    client.post("/v1/completions", json=body)
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        answer.read()
+    after = scrape()
+
+    def grown(name, *labels):
+        key = (f"warploom:{name}", *labels)
+        return after.get(key, 0) - before.get(key, 0)
+
+    assert grown("generation_tokens_total") == 20
+    assert grown("prompt_tokens_total") == 2 * 44 and grown("prefix_cache_hits_total") == 32
+    assert grown("time_to_first_token_seconds_count") == 2 and grown("e2e_request_latency_seconds_count") == 2
+    assert 0 < grown("inter_token_latency_seconds_count") <= 9
+    assert grown("request_success_total", "length") == 2
+    assert grown("http_requests_total", "POST", "/v1/completions", "200") == 2
+    assert after["warploom:num_requests_running",] == 0 and after["warploom:kv_cache_usage_perc",] == 0
+
+
+def test_the_pages_load_nothing_from_elsewhere(client):
+    for path in ("/docs", "/"):
+        page = client.get(path)
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+        assert not re.findall(r"""(?:src|href)=['"]?(?:https?:)?//""", page.text)
+    assert "chat/completions" in client.get("/docs").text
+
+
+def test_ids_in_ids_out(client):
+    answer = client.post("/generate/", json={"idx": [[0]], "max_new_tokens": 5, "seed": 1}).json()
+    assert len(answer["idx"]) == 1 and answer["idx"][0][0] == 0 and 1 < len(answer["idx"][0]) <= 6
+    texts = client.post("/generate/", json={"prompt": "hi", "max_new_tokens": 5}).json()
+    assert texts["idx"][0][:2] == [104, 105] and isinstance(texts["text"][0], str)
+    assert client.post("/generate/", json={}).status_code == 400
+    assert client.post("/generate", json={"idx": [[0]]}, follow_redirects=True).status_code == 200

@@ -1,0 +1,242 @@
+"""What goes wrong: clients that leave, queues that fill, steps that fail, servers that stop."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+from warploom.engine.serving import LLM
+
+from .conftest import make_model, make_tokenizer, serving
+
+httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+
+LONG = {"prompt": "go on", "max_tokens": 240, "ignore_eos": True, "stream": True}
+
+
+class SlowLLM(LLM):
+    """A model whose every step takes a while, like a large one's."""
+
+    def __init__(self, seconds: float = 0.02, **options):
+        super().__init__(make_model(), make_tokenizer(), **options)
+        launch = self.engine.runner.launch
+
+        def slow_launch(plan):
+            time.sleep(seconds)
+            return launch(plan)
+
+        self.engine.runner.launch = slow_launch
+
+
+@pytest.fixture
+def slow():
+    with serving(lambda: SlowLLM(max_batch=4), max_queue=4) as server:
+        yield server
+
+
+def test_a_client_that_leaves_mid_stream_stops_its_generation_at_once(slow):
+    with httpx.Client(base_url=slow.url) as client, client.stream("POST", "/v1/completions", json=LONG) as answer:
+        next(answer.iter_lines())
+    slow.wait(lambda: not slow.bridge.open, seconds=2)
+    slow.assert_nothing_left()
+    assert slow.bridge.llm.engine.generated_tokens < 100, "it was cancelled, not finished"
+
+
+def test_a_client_that_leaves_before_the_answer_stops_its_generation_too(slow):
+    with httpx.Client(base_url=slow.url, timeout=0.2) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json={**LONG, "stream": False, "n": 3})
+    slow.wait(lambda: not slow.bridge.open, seconds=2)
+    slow.assert_nothing_left()
+    assert slow.bridge.llm.engine.generated_tokens < 300
+
+
+def test_a_full_queue_answers_429_and_when_to_come_back(slow):
+    async def ask(client):
+        answer = await client.post("/v1/completions", json={**LONG, "stream": False, "max_tokens": 20})
+        return answer.status_code, answer.headers.get("retry-after"), answer.json()
+
+    async def rush():
+        async with httpx.AsyncClient(base_url=slow.url, timeout=60) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(30)))
+
+    answers = asyncio.run(rush())
+    served = [answer for answer in answers if answer[0] == 200]
+    refused = [answer for answer in answers if answer[0] == 429]
+    assert len(served) + len(refused) == 30 and len(served) >= 8 and refused
+    assert all(int(wait) >= 1 and body["error"]["code"] == "queue_full" for _, wait, body in refused)
+    slow.assert_nothing_left()
+    too_many = httpx.post(f"{slow.url}/v1/completions", json={"prompt": "x", "n": 9})
+    assert too_many.status_code == 400 and "at most 8" in too_many.json()["error"]["message"]
+
+
+def test_the_event_loop_answers_while_the_engine_computes():
+    with serving(lambda: SlowLLM(seconds=0.4)) as server, httpx.Client(base_url=server.url) as client:
+        busy = threading.Thread(
+            target=lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 4})
+        )
+        busy.start()
+        server.wait(lambda: server.bridge.open)
+        start, answered = time.monotonic(), 0
+        while server.bridge.open and time.monotonic() - start < 1:
+            answered += client.get("/health").status_code == 200
+        busy.join()
+        assert answered > 5, "while a step of 0.4 s is computed, many requests are answered"
+
+
+def test_a_request_that_takes_too_long_is_told_so_and_frees_its_pages():
+    with serving(lambda: SlowLLM(), request_timeout=0.3) as server, httpx.Client(base_url=server.url) as client:
+        whole = client.post("/v1/completions", json={**LONG, "stream": False})
+        assert whole.status_code == 504 and "0.3 s" in whole.json()["error"]["message"]
+        assert whole.headers["x-should-retry"] == "false"
+        with client.stream("POST", "/v1/completions", json=LONG) as answer:
+            last = [line for line in answer.iter_lines() if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_timeout"
+        server.assert_nothing_left()
+
+
+def test_a_failed_step_fails_its_requests_and_nobody_elses():
+    with serving() as server, httpx.Client(base_url=server.url) as client:
+        runner = server.bridge.llm.engine.runner
+        launch = runner.launch
+
+        def fail_once(plan):
+            runner.launch = launch
+            raise RuntimeError("secret: /root/weights is on fire")
+
+        runner.launch = fail_once
+        answer = client.post("/v1/completions", json={"prompt": "x"})
+        assert answer.status_code == 500 and "secret" not in answer.text and "Traceback" not in answer.text
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        server.assert_nothing_left()
+
+
+def test_a_broken_engine_restarts_once_and_then_health_stays_503():
+    made = []
+
+    def make():
+        made.append(LLM(make_model(), make_tokenizer()))
+        return made[-1]
+
+    def burn(plan):
+        raise RuntimeError("on fire")
+
+    def break_it(client):
+        made[-1].engine.runner.launch = burn
+        return [client.post("/v1/completions", json={"prompt": "x"}).status_code for _ in range(3)]
+
+    with serving(make) as server, httpx.Client(base_url=server.url, timeout=20) as client:
+        assert break_it(client) == [500, 500, 500]
+        server.wait(lambda: len(made) == 2 and server.bridge.state == "ready")
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200, "it has been built anew"
+        break_it(client)
+        server.wait(lambda: server.bridge.state == "failed")
+        health, refused = client.get("/health"), client.post("/v1/completions", json={"prompt": "x"})
+        assert health.status_code == 503 and health.json() == {"status": "failed"}
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_unavailable"
+        assert "warploom:engine_restarts_total 1.0" in client.get("/metrics").text
+
+
+def test_a_dead_engine_thread_fails_those_who_wait(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with serving() as server, httpx.Client(base_url=server.url, timeout=20) as client:
+
+        def die(plan):
+            raise SystemExit
+
+        server.bridge.llm.engine.runner.launch = die
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 500
+        server.wait(lambda: server.bridge.restarts == 1 and server.bridge.state == "ready")
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+def test_while_the_model_loads_health_is_503_and_so_are_requests():
+    loading = threading.Event()
+
+    def make():
+        loading.wait(20)
+        return LLM(make_model(), make_tokenizer())
+
+    from .conftest import Server, ServerConfig
+
+    server = Server(make, ServerConfig(name="tiny", log=False, ui=False)).start()
+    try:
+        with httpx.Client(base_url=server.url, timeout=20) as client:
+            assert client.get("/health").json() == {"status": "loading"}
+            refused = client.post("/v1/completions", json={"prompt": "x"})
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert client.get("/v1/models").status_code == 200 and client.get("/metrics").status_code == 200
+            loading.set()
+            server.wait_ready()
+            assert client.get("/health").json() == {"status": "ok"}
+    finally:
+        loading.set()
+        server.stop()
+
+
+def test_stopping_lets_requests_under_way_finish():
+    with serving(lambda: SlowLLM()) as server:
+        body = {**LONG, "stream": False, "max_tokens": 40}
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body)))
+        asking.start()
+        server.wait(lambda: server.bridge.open)
+        server.stop()
+        asking.join()
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 40
+
+
+def test_hundreds_of_vanishing_clients_leave_no_trace():
+    async def vanish(host, port, number):
+        reader, writer = await asyncio.open_connection(host, port)
+        body = json.dumps({**LONG, "seed": number}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        )
+        writer.write(head.encode() + b"\r\n\r\n" + body[: None if number % 5 else number % len(body)])
+        await writer.drain()
+        if number % 5 and number % 3:
+            await asyncio.wait_for(reader.read(200 + number), 30)
+        writer.transport.abort() if number % 2 else writer.close()
+
+    async def rush(server):
+        host, port = server.socket.getsockname()
+        for start in range(0, 300, 50):
+            await asyncio.gather(*(vanish(host, port, start + number) for number in range(50)))
+
+    with serving(max_queue=1000) as server:
+        asyncio.run(rush(server))
+        server.assert_nothing_left()
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+def test_two_hundred_streams_at_once_are_complete_correct_and_none_starves():
+    body = {"prompt": "together", "max_tokens": 24, "ignore_eos": True, "temperature": 0.8}
+
+    async def ask(client, seed):
+        text, ended = "", False
+        async with client.stream("POST", "/v1/completions", json={**body, "stream": True, "seed": seed}) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                ended = ended or line == "data: [DONE]"
+        return text, ended
+
+    async def rush(url):
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, seed) for seed in range(200)))
+
+    with serving(max_batch=64) as server:
+        answers = asyncio.run(rush(server.url))
+        server.assert_nothing_left()
+        alone = [
+            httpx.post(f"{server.url}/v1/completions", json={**body, "seed": seed}).json()["choices"][0]["text"]
+            for seed in range(0, 200, 23)
+        ]
+    assert all(ended for _, ended in answers)
+    assert [text for text, _ in answers[::23]] == alone

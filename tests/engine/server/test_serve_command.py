@@ -1,0 +1,94 @@
+"""`warploom serve` as a user starts and stops it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from warploom.engine.cli import main
+from warploom.engine.hub import save_model
+
+from .conftest import make_model, make_tokenizer
+
+httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_model(make_model(), tmp_path_factory.mktemp("models") / "small", make_tokenizer())
+
+
+def start(*flags, **environment):
+    command = [sys.executable, "-m", "warploom.engine.cli", "serve", "--port", "0", "--no-ui", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line + process.stderr.read()
+    return process, found.group()
+
+
+def wait_ready(url):
+    for _ in range(400):
+        answer = httpx.get(f"{url}/health", timeout=20)
+        if answer.status_code == 200:
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("the server never became ready")
+
+
+def test_it_serves_a_directory_under_its_name_and_drains_when_told_to_stop(directory, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfrom-file\n")
+    process, url = start("--model", str(directory), "--api-key-file", str(keys), WARPLOOM_API_KEYS="one, two")
+    try:
+        wait_ready(url)
+        assert url.startswith("http://127.0.0.1:"), "nobody else is let in unless told to"
+        for key in ("from-file", "one", "two"):
+            models = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).json()
+            assert models["data"][0]["id"] == "small"
+        body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body, headers={"authorization": "Bearer one"}
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert [line for line in lines if line][-1] == "data: [DONE]", "what was under way is finished"
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+    log = process.stderr.read()
+    assert "Traceback" not in log and "from-file" not in log
+
+
+def test_listening_wider_without_a_key_is_warned_about(directory):
+    process, _ = start("--model", str(directory), "--host", "0.0.0.0")
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+    assert "WARNING: whoever reaches this address can use it" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "nowhere"], "nowhere"),
+        (["--port", "99999"], "port must be between 0 and 65535, got 99999"),
+        (["--host", "256.1.1.1"], "cannot listen at 256.1.1.1"),
+        (["--max-queue", "-1"], "max_queue must be at least 0, got -1"),
+        (["--api-key-file", os.devnull], "has no key in it"),
+        (["--quantize", "int3"], "quantize must be None or 'int8', got 'int3'"),
+        (["--kv-memory", "10", "--port", "0"], "kv_memory=10 bytes is less than one page"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_2(flags, says, directory, capsys):
+    flags = flags if "--model" in flags else ["--model", str(directory), *flags]
+    assert main(["serve", "--no-ui", *(flags if "--port" in flags else [*flags, "--port", "0"])]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.splitlines()[-1].startswith("warploom serve: ")
