@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Small ones to train from nothing, on a laptop.
-    "llama-tiny": dict(vocab_size=4096, d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, max_seq_len=256),
+    "llama-tiny": dict(vocab_size=2048, d_model=192, n_layers=4, n_heads=6, n_kv_heads=2, max_seq_len=256),
     "moe-tiny": dict(
-        vocab_size=4096, d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, max_seq_len=256, d_ff=384, n_experts=8
+        vocab_size=2048, d_model=192, n_layers=4, n_heads=6, n_kv_heads=2, max_seq_len=256, d_ff=256, n_experts=8,
     ),
     "llama-15m": dict(vocab_size=32_000, d_model=288, n_layers=6, n_heads=6, d_ff=768, max_seq_len=256),
     "llama-110m": dict(vocab_size=32_000, d_model=768, n_layers=12, n_heads=12, d_ff=2048, max_seq_len=1024),

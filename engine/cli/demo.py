@@ -32,15 +32,17 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size("llama-tiny", 3.0, 16, 3e-3),
-    "small": Size("llama-15m", 30.0, 32, 2e-3),
-    "moe": Size("moe-tiny", 5.0, 16, 3e-3),
+    "tiny": Size("llama-tiny", 3.5, 16, 1e-2),
+    "small": Size("llama-15m", 30.0, 32, 5e-3),
+    "moe": Size("moe-tiny", 5.0, 16, 1e-2),
 }
 
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="warploom demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="what to train (default: tiny, 3 minutes)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="tiny", help="what to train (default: tiny, under five minutes on two cores)"
+    )
     parser.add_argument("--out", default="runs/demo", help="where the model goes (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the size's minutes")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples (default: 0)")
@@ -53,9 +55,9 @@ def run(argv: list[str]) -> int:
 
     size = SIZES[options.size]
     config = TrainConfig(
-        data="stdlib", out=options.out, overwrite=True, preset=size.preset, batch_size=size.batch_size, lr=size.lr,
-        steps=options.steps, minutes=None if options.steps else size.minutes, seed=options.seed, save_every=0,
-        sample_tokens=0,
+        data="stdlib", out=options.out, overwrite=True, preset=size.preset, optimizer="muon", lr=size.lr,
+        batch_size=size.batch_size, steps=options.steps, minutes=None if options.steps else size.minutes,
+        seed=options.seed, save_every=0, sample_tokens=0,
     )  # fmt: skip
     result = train(config, [watcher()])
     if result.evaluation is not None:
