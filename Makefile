@@ -3,6 +3,7 @@
 #   make demo        a small model of your own in a few minutes
 #   make test        the whole test suite
 #   make bench       micro-benchmarks of single functions
+#   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9
 #   make lint        ruff
 #   make clean       remove what the others made
 #
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 9
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
@@ -17,7 +19,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 
 demo: .venv/ready-base
 	$(BIN)/warploom demo $(ARGS)
@@ -27,6 +29,11 @@ test: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(BIN)/python -m pytest bench/micro $(ARGS)
+
+gpu:
+	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom
+	-WARPLOOM_REQUIRE_NATIVE= $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH="$(CURDIR)/build/path" $(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

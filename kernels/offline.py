@@ -203,6 +203,29 @@ def row(cost: Cost) -> str:
     )
 
 
+def markdown(costs: list[Cost]) -> str:
+    """The costs as a table: a line a kernel, the largest over its cases and architectures."""
+    lines = ["| op | kernel | warps | registers on sm_80 / 90 / 100 | spilled bytes | shared memory | wgmma on sm_90 |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for op, kernel in dict.fromkeys((cost.op, cost.kernel) for cost in costs):
+        mine = [cost for cost in costs if (cost.op, cost.kernel) == (op, kernel)]
+        registers = (max(c.registers for c in mine if c.arch == arch) for arch in ARCHITECTURES)
+        warps = "/".join(str(warps) for warps in sorted({c.warps for c in mine}))
+        stack, shared = max(c.stack for c in mine), max(c.shared for c in mine) / 1024
+        wgmma = "yes" if any(c.wgmma for c in mine) else ""
+        columns = (
+            f"`{op}`",
+            f"`{kernel.strip('_')}`",
+            warps,
+            " / ".join(map(str, registers)),
+            stack,
+            f"{shared:.0f} KiB",
+            wgmma,
+        )
+        lines.append(f"| {' | '.join(map(str, columns))} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="names of ops; all by default")
@@ -210,16 +233,23 @@ def main() -> int:
         "--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90 or 100; all by default"
     )
     parser.add_argument("--small", action="store_true", help="compile the small cases of the tests; no budget")
+    parser.add_argument("--table", action="store_true", help="for people: no JSON line at the end")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/kernels.md instead")
     options = parser.parse_args()
-    rows, broken = [], 0
+    found_costs, rows, broken = [], [], 0
     by_name = {op.name: op for op in ops()}
     for cost in survey(options.ops, options.arch or ARCHITECTURES, small=options.small):
         budget = Budget(stack=1 << 20) if options.small else budget_of(by_name[cost.op], cost.kernel)
         found = violations(cost, budget)
         broken += bool(found)
+        found_costs.append(cost)
         rows.append({**asdict(cost), "violations": found})
-        print(row(cost), "; ".join(found), flush=True)
-    print(json.dumps(rows))
+        if not options.markdown:
+            print(row(cost), "; ".join(found), flush=True)
+    if options.markdown:
+        print(markdown(found_costs))
+    elif not options.table:
+        print(json.dumps(rows))
     return 1 if broken else 0
 
 

@@ -1,4 +1,4 @@
-"""Is a fused twin right? The question tests ask in the interpreter and benchmarks ask on a GPU before they time anything.
+"""Is a fused twin right? Tests ask it in the interpreter, benchmarks on a GPU before they time anything.
 
 The rule: our largest error is at most twice that of the same formula in eager PyTorch at the same precision, both
 measured against float64, plus a floor of a few roundings of the result. Gradients are held to the same.
@@ -22,9 +22,9 @@ def errors(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[str]:
     for kind, mine, plain, true in zip(("result", "gradient"), ours, eager, exact):
         if len(mine) != len(true):
             found.append(f"{len(mine)} {kind}s instead of {len(true)}")
-        found += [
-            f"{kind} {i}: {text}" for i, three in enumerate(zip(mine, plain, true)) if (text := _wrong(*three, dtype))
-        ]
+        for i, three in enumerate(zip(mine, plain, true)):
+            wrong = _wrong(*three, dtype)
+            found += [f"{kind} {i}: {wrong}"] if wrong else []
     return found
 
 

@@ -1,5 +1,7 @@
 """Fused ops are citizens of PyTorch: registered, compiled, autocast, differentiable in any subset of their inputs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,6 +69,11 @@ def test_compiling_changes_no_bit_and_breaks_no_graph(op):
         ours, our_grads = call(op, case, compiled, Maker(torch.float32, DEVICE))
     for a, b in zip([*expected, *expected_grads], [*ours, *our_grads]):
         assert torch.equal(a, b)
+
+
+def test_the_documentation_names_every_fused_op():
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    assert not [op.name for op in FUSED if f"`{op.name}`" not in text]
 
 
 @each_op(has_gradient)

@@ -14,15 +14,13 @@ from warploom.kernels.offline import ARCHITECTURES, Cost, budget_of, narrow_prod
 
 
 @pytest.fixture(scope="module")
-def costs(surveys):
-    """name of a survey → what every kernel of it costs."""
-    found = {}
-    for name, (process, path) in surveys.items():
-        process.wait(timeout=280)
-        last = path.read_text().strip().splitlines()[-1]
-        assert last.startswith("["), path.read_text()[-3000:]
-        found[name] = [Cost(**{k: v for k, v in row.items() if k != "violations"}) for row in json.loads(last)]
-    return found
+def costs(survey):
+    """What every kernel costs, in the large cases and in the small ones."""
+    return {name: [cost_of(row) for row in json.loads(survey(name))] for name in ("large", "small")}
+
+
+def cost_of(row):
+    return Cost(**{name: value for name, value in row.items() if name != "violations"})
 
 
 def has_large_case(op):
@@ -66,3 +64,9 @@ def test_a_kernel_over_its_budget_is_told_what_it_exceeds():
         "no wgmma instruction on sm_90",
         "no 16-byte access to global memory",
     ]
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
+def test_a_compiler_sees_the_kernels_and_no_opaque_operator(op, survey):
+    kernels, opaque = json.loads(survey("trace"))[op.name]
+    assert kernels >= 1 and not opaque

@@ -1,0 +1,223 @@
+"""Every fused op beside its peers: right first, then how near to the machine's limit.
+
+On a GPU, each op is first held to its oracle on the device, then timed at its large shapes, forward, and forward with
+backward, against PyTorch eager, `torch.compile`, and whatever peers know the op. A memory-bound op is measured against
+the copy bandwidth of this very run, a product against its matmul rate.
+
+Without a GPU nothing is timed. What can be known is printed: registers, spills and shared memory of every kernel on
+three architectures, from a compiler that needs no device.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import kernels
+from ..kernels import tuning, verify
+from ..kernels.op import Case, Maker, Op, backend, ops
+from . import environment, harness, peers
+from .harness import Machine, Part
+from .schema import Row
+from .timing import WallTimer, synchronize
+
+ROOMS = ("kernels",)
+IMPORTANCE = (
+    "attention",
+    "linear_cross_entropy",
+    "moe",
+    "paged_attention",
+    "rms_norm",
+    "swiglu_packed",
+    "rope",
+    "adamw_step",
+    "sample",
+)
+
+
+@dataclass(frozen=True)
+class Options(harness.Options):
+    """What `warploom bench kernels` is asked."""
+
+    budgets: bool = field(default=False, metadata={"help": "print what each kernel costs, compiled for absent GPUs"})
+    tune: bool = field(default=False, metadata={"help": "search launch settings on this GPU and file the best"})
+    dtype: str = field(default="bfloat16", metadata={"help": "precision of the inputs"})
+
+
+def parts(options: Options) -> list[Part]:
+    """Correctness of every op, then its speed, most important ops first."""
+    device = options.device or environment.find_device()
+    if options.budgets or device != "cuda":
+        if device != "cuda":
+            print("no GPU here: nothing is timed; these are static budgets, by the compiler alone", file=sys.stderr)
+        print_budgets()
+        return []
+    fused = sorted((op for op in ops() if op.fused is not None), key=_rank)
+    if options.tune:
+        return [Part(f"tune {op.name}", tune, {"op": op.name, "dtype": options.dtype}, 2) for op in fused if _large(op)]
+    right = [Part(f"right: {op.name}", check, {"op": op.name}, 0.2) for op in fused]
+    fast = [
+        Part(f"{op.name} {pass_}", compare, {"op": op.name, "pass_": pass_, "dtype": options.dtype}, 0.5)
+        for op in fused
+        for pass_ in (("forward", "both") if _trains(op) else ("forward",))
+        if _large(op)
+    ]
+    return right + fast
+
+
+def print_budgets() -> None:
+    """The table of `warploom.kernels.offline`, from a process of its own: the interpreter must be off in it."""
+    command = [sys.executable, "-m", f"{kernels.__name__}.offline", "--table"]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, check=False)
+
+
+def check(machine: Machine, op: str) -> list[Row]:
+    """Raises unless every small case of the op is as right on this device as eager PyTorch is."""
+    found, count = [], 0
+    for case in _op(op).cases:
+        if case.bench:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            count += 1
+            found += [f"{case.name} ({dtype}): {text}" for text in verify.errors(_op(op), case, dtype, machine.device)]
+    if found:
+        raise AssertionError(f"{op} is wrong in {len(found)} of {count} checks: " + "; ".join(found[:5]))
+    return [Row(case="small cases", who="ours", extra={"checks": count, "wrong": 0})]
+
+
+def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
+    """The op's large cases, ours beside the others."""
+    rows = []
+    for case in _large(_op(op)):
+        args, options = case.build(Maker(getattr(torch, dtype), machine.device))
+        moved, done = _work(_op(op), args, options, pass_)
+        intense = done > 100 * moved
+        contestants = _contestants(_op(op), args, options, pass_)
+        rows += machine.compare(
+            case.name,
+            contestants,
+            amount=done if intense else moved,
+            unit="FLOP" if intense else "B",
+            limits={f"matmul {dtype}": done} if intense else {"copy": moved},
+            extra={"ours": {"host_us": host_microseconds(_op(op), machine)}},
+        )
+        del contestants, args
+        if machine.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contestants:
+    def on(name):
+        def call(*args, **options):
+            with backend(name):
+                return op(*args, **options)
+
+        return call
+
+    eager = op.eager or op.reference
+    calls = {"ours": on("triton"), "torch eager": eager, "torch.compile": torch.compile(eager)}
+    calls |= peers.build("kernel", op.name, args, options)
+    return {
+        who: call if isinstance(call, peers.Missing) else _step(call, args, options, pass_)
+        for who, call in calls.items()
+    }
+
+
+def _step(function, args: list, options: dict, pass_: str):
+    """The call to time: without a graph, or with one and its gradients."""
+    wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def forward():
+        with torch.no_grad():
+            return function(*args, **options)
+
+    def both():
+        out = [x for x in verify.tensors(function(*args, **options)) if x.requires_grad]
+        torch.autograd.grad(out, wanted, [ones(x) for x in out])
+
+    ones = _remembered(torch.ones_like)
+    return forward if pass_ == "forward" else both
+
+
+def _remembered(make):
+    """The same gradient each time, so that filling it is not timed."""
+    made = {}
+
+    def get(x):
+        key = tuple(x.shape), x.dtype
+        if key not in made:
+            made[key] = make(x.detach())
+        return made[key]
+
+    return get
+
+
+def host_microseconds(op: Op, machine: Machine, calls: int = 200) -> float:
+    """What one call costs the host: the time to enqueue it on inputs too small to keep the device busy."""
+    args, options = op.cases[0].build(Maker(torch.bfloat16, machine.device))
+    step = _step(op, args, options, "forward")
+    with backend("triton"):
+        step()
+        synchronize(machine.device)
+        seconds = WallTimer().sample(step, calls)
+        synchronize(machine.device)
+    return seconds * 1e6
+
+
+def tune(machine: Machine, op: str, dtype: str) -> list[Row]:
+    """Searches the launch settings of the op's kernels at its large cases, and files what is faster."""
+    rows = []
+    for case in _large(_op(op)):
+        args, options = case.build(Maker(getattr(torch, dtype), machine.device))
+        step = _step(_op(op), args, options, "both" if _trains(_op(op)) else "forward")
+        with backend("triton"):
+            for kernel, seconds, best, settings in tuning.search(step, machine.timer, args[0].device):
+                rows.append(
+                    Row(f"{case.name}: {kernel}", "ours", extra={"gain": seconds / best, "settings": str(settings)})
+                )
+    return rows
+
+
+def draw(record, path) -> None:
+    """A roofline of every timed case."""
+    from .plots import roofline
+
+    points, ceilings = [], {}
+    for name, part in record.parts.items():
+        ceilings |= part.ceilings
+        op, _, pass_ = name.partition(" ")
+        for row in part.rows:
+            if row.seconds and row.who in ("ours", "torch.compile"):
+                case = next(case for case in _op(op).cases if case.name == row.case)
+                moved, done = _work(_op(op), *case.build(Maker(torch.bfloat16, "meta")), pass_)
+                points.append((f"{row.who}: {op}", max(done, 1) / moved, max(done, 1) / row.seconds.median))
+    peak = ceilings.get("matmul bfloat16", 0.0)
+    if not points or not peak or "copy" not in ceilings:
+        raise ValueError("a roofline needs a memory-bound op and a product on record; run the bench without --only")
+    roofline(points, bandwidth=ceilings["copy"], peak=peak, path=path, title=f"warploom kernels, {record.device}")
+
+
+def _op(name: str) -> Op:
+    return getattr(kernels, name)
+
+
+def _large(op: Op) -> list[Case]:
+    return [case for case in op.cases if case.bench]
+
+
+def _trains(op: Op) -> bool:
+    args, _ = op.cases[0].build(Maker())
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+
+
+def _rank(op: Op) -> tuple:
+    return IMPORTANCE.index(op.name) if op.name in IMPORTANCE else len(IMPORTANCE), op.name
+
+
+def _work(op: Op, args: list, options: dict, pass_: str) -> tuple[float, float]:
+    """The bytes a call must move and the FLOPs it must do."""
+    both = [work(*args, **options) if work else (0, 0) for work in (op.traffic, op.flops)]
+    return tuple(pair[0] + (pair[1] if pass_ == "both" else 0) for pair in both)

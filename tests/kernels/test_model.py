@@ -1,0 +1,40 @@
+"""The one model on the fused kernels: it trains and generates as it does in eager PyTorch."""
+
+import pytest
+import torch
+
+from warploom.engine.cache import generate
+from warploom.engine.config import ModelConfig
+from warploom.engine.model import Transformer
+from warploom.kernels import backend
+
+from .test_fused import pytestmark  # noqa: F401
+
+DENSE = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "qk_norm": True}
+SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
+
+
+def train(config, name, steps=2):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**config))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    tokens = torch.randint(0, 61, (2, 9))
+    losses = []
+    with backend(name):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        written = generate(model.eval(), tokens[0, :5].tolist(), 3, temperature=0.0)
+    return losses, list(written)
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["llama", "mixtral"])
+def test_a_model_learns_and_writes_the_same_on_both_backends(config):
+    losses, text = train(config, "triton")
+    expected, expected_text = train(config, "eager")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
+    assert text == expected_text
