@@ -48,6 +48,14 @@ public:
         return to_list(ids.data(), ids.size);
     }
 
+    // The same without special tokens, as a bare C function: for a short text, the usual door costs more than encoding.
+    py::object bare_encode(const py::object& self) {
+        static PyMethodDef method = {"encode", &Bpe::bare_call, METH_O, "Token ids of a text."};
+        py::capsule holder(this, [](PyObject* capsule) { Py_DECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule))); });
+        PyCapsule_SetContext(holder.ptr(), py::object(self).release().ptr());
+        return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, holder.ptr(), nullptr));
+    }
+
     py::array encode_array(py::handle text, const Specials* specials, unsigned threads) const {
         Text utf8(text);
         IdBuffer<Id> ids;
@@ -100,6 +108,19 @@ public:
     }
 
 private:
+    static PyObject* bare_call(PyObject* holder, PyObject* text) {
+        try {
+            return static_cast<Bpe*>(PyCapsule_GetPointer(holder, nullptr))->encode(text, nullptr).release().ptr();
+        } catch (py::error_already_set& error) {
+            error.restore();
+        } catch (const std::bad_alloc&) {
+            PyErr_NoMemory();
+        } catch (const std::exception& error) {
+            PyErr_SetString(PyExc_ValueError, error.what());
+        }
+        return nullptr;
+    }
+
     void run(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
              std::vector<uint64_t>* ends) const {
         size_t total = 0;
@@ -149,6 +170,7 @@ void bind_bpe(py::module_& module, const char* name) {
         .def(py::init<std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>,
                       const std::string&, std::vector<std::pair<std::string, TokenId>>>())
         .def("encode", &Bpe<Id>::encode)
+        .def("bare_encode", [](const py::object& self) { return self.cast<Bpe<Id>&>().bare_encode(self); })
         .def("encode_array", &Bpe<Id>::encode_array)
         .def("count", &Bpe<Id>::count)
         .def("encode_batch", &Bpe<Id>::encode_batch)

@@ -117,11 +117,14 @@ void Encoder<Id>::look_up(const uint8_t* text, size_t readable, const uint32_t* 
     const typename Cache::Bucket* buckets[kGroup];
     uint64_t hashes[kGroup];   // of long words
     uint8_t long_ones[kGroup];
+    // Keys are loaded 16 bytes at a time; words in the last 16 bytes of the text are loaded from a copy with room behind.
+    uint8_t tail[32] = {};
+    const size_t tail_begin = readable < 16 ? 0 : readable - 15;
+    std::memcpy(tail, text + tail_begin, readable - tail_begin);
     uint32_t begin = 0;
     for (size_t first = 0; first < count; first += kGroup) {
         const uint32_t* group = ends + first;
         const size_t n = std::min(kGroup, count - first);
-        const bool roomy = group[n - 1] + size_t{16} <= readable;
         size_t longs = 0;
         uint32_t start = begin;
         for (size_t i = 0; i < n; ++i) {
@@ -136,7 +139,8 @@ void Encoder<Id>::look_up(const uint8_t* text, size_t readable, const uint32_t* 
                 keys[i] = {0, 0};
                 continue;
             }
-            keys[i] = __builtin_expect(roomy, 1) ? load_key(word, length) : copy_key(word, length);
+            if (__builtin_expect(start - length >= tail_begin, 0)) word = tail + (start - length - tail_begin);
+            keys[i] = load_key(word, length);
             buckets[i] = cache.bucket_of(keys[i]);
             __builtin_prefetch(buckets[i]);
         }
@@ -192,6 +196,13 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
 template <class Id>
 void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
                      std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
+    if (texts.size() == 1 && !specials && texts[0].size < kSmallSegment) {
+        std::unique_ptr<Cache> cache = caches_.take();
+        if (texts[0].size) encode_segment({texts[0].data, 0, texts[0].size, texts[0].size, 0, true}, *cache, ids);
+        if (ends) ends->push_back(ids.size);
+        caches_.give_back(std::move(cache));
+        return;
+    }
     uint64_t total = 0;
     for (const TextView& text : texts) total += text.size;
     threads = static_cast<unsigned>(std::min<uint64_t>(threads, total / kSmallSegment + 1));

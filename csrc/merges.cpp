@@ -6,7 +6,11 @@
 
 namespace warploom {
 
-void PairTable::build(const std::vector<Symbol>& left, const std::vector<Symbol>& right) {
+void PairTable::build(const std::vector<Symbol>& left, const std::vector<Symbol>& right, size_t symbols) {
+    lefts_.assign(symbols / 64 + 1, 0);
+    rights_.assign(symbols / 64 + 1, 0);
+    for (Symbol symbol : left) lefts_[symbol >> 6] |= 1ull << (symbol & 63);
+    for (Symbol symbol : right) rights_[symbol >> 6] |= 1ull << (symbol & 63);
     size_t size = 64;
     shift_ = 58;
     while (size < left.size() * 2) size *= 2, --shift_;
@@ -53,7 +57,7 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
     }
     for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
     for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
-    pairs_.build(left_, right_);
+    pairs_.build(left_, right_, ids_.size());
 }
 
 size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const {

@@ -66,6 +66,7 @@ class BPETokenizer(Tokenizer):
             self._engine = native.build_encoder(self._native, *parts, wide=self.dtype.itemsize == 4)
         else:
             self._engine = PythonBPE(*parts)
+        self._encode_bare = self._engine.bare_encode() if self._scans else None
 
     @classmethod
     def train(
@@ -197,6 +198,8 @@ class BPETokenizer(Tokenizer):
         return self._finders[key]
 
     def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
+        if self._encode_bare and allowed_special == "none":
+            return self._encode_bare(text)
         if not self._scans:
             return super().encode(text, allowed_special)
         return self._engine.encode(text, self._finder(allowed_special))

@@ -1,0 +1,342 @@
+"""Tokenizer speed: encoding, decoding and training beside every tokenizer that can be installed.
+
+All contestants get the same merges (GPT-2's, where --gpt2 or WARPLOOM_GPT2 names a folder with `vocab.json` and
+`merges.txt`; else ones trained here) and the same texts: this Python's own sources, and each `*.txt` of --texts.
+`one thread` cases are measured in CPU seconds, so that a peer that starts threads of its own gains nothing by it; the
+others by the clock on the wall. `first_seconds` is the first call of a fresh tokenizer, its caches cold; `load_seconds`
+what making it took. `exact` says whether a peer's ids equal ours, which tests compare with tiktoken and tokenizers.
+"""
+
+import json
+import os
+import random
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ..tokenizer import PATTERNS, BPETokenizer
+from . import peers
+from .harness import Machine, Part
+from .harness import Options as Common
+from .memory import PeakMemory
+from .schema import Row
+from .timing import WallTimer
+
+ROOMS = ("tokenizer", "csrc")
+DEVICE = "cpu"
+
+
+@dataclass(frozen=True)
+class Options(Common):
+    """The common flags, and where merges and texts come from."""
+
+    gpt2: str = field(
+        default=os.environ.get("WARPLOOM_GPT2", ""), metadata={"help": "folder of GPT-2's vocab.json and merges.txt"}
+    )
+    texts: str = field(default="", metadata={"help": "folder of further texts to measure, each a UTF-8 *.txt"})
+    megabytes: float = field(default=8.0, metadata={"help": "how much of each text is encoded"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contestant gets."""
+
+    tokenizer: BPETokenizer
+    directory: Path
+    """Holds tokenizer.json and ranks.tiktoken."""
+    text: str
+    documents: list[str]
+    threads: int = 1
+
+    @property
+    def json(self) -> Path:
+        return self.directory / "tokenizer.json"
+
+    @property
+    def ranks(self) -> Path:
+        return self.directory / "ranks.tiktoken"
+
+    @property
+    def pattern(self) -> str:
+        return PATTERNS[self.tokenizer.pattern]
+
+    def fresh(self) -> BPETokenizer:
+        """Our tokenizer with cold caches."""
+        ours = self.tokenizer
+        return BPETokenizer(ours.vocab, ours.merges, ours.special_tokens, ours.pattern)
+
+
+def parts(options: Options) -> list[Part]:
+    """Encoding first; what takes minutes last."""
+    texts = (
+        ["python", *sorted(path.stem for path in Path(options.texts).glob("*.txt"))] if options.texts else ["python"]
+    )
+    merges = {"merges": "gpt2" if options.gpt2 else "own", "megabytes": options.megabytes}
+    whole = [
+        Part(f"{task} {text}", partial(encode, options, task), {"text": text, **merges}, minutes=0.6)
+        for task in ("arrays", "lists", "documents", "two threads")
+        for text in texts
+    ]
+    return [
+        *whole,
+        Part("small", partial(small, options), merges, minutes=0.2),
+        Part("decode", partial(decode, options), {"text": "python", **merges}, minutes=0.3),
+        Part("adversarial", partial(adversarial, options), merges, minutes=1),
+        *(Part(f"train {text}", partial(train, options), {"text": text}, minutes=2) for text in texts),
+        Part("gigabyte", partial(gigabyte, options), merges, minutes=2),
+    ]
+
+
+# -- texts and merges -------------------------------------------------------------------------------------------------
+
+
+def text_of(options: Options, name: str, megabytes: float) -> str:
+    """The first megabytes of a text."""
+    size = int(megabytes * 1e6)
+    if name != "python":
+        return (Path(options.texts) / f"{name}.txt").read_bytes()[:size].decode("utf-8", "ignore")
+    sources, length = [], 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" not in path.parts:
+            sources.append(path.read_bytes().decode("utf-8", "ignore"))
+            length += len(sources[-1])
+        if length >= size:
+            break
+    return "".join(sources).encode()[:size].decode("utf-8", "ignore")
+
+
+def work_of(options: Options, text: str, threads: int = 1) -> Work:
+    """The merges, in every format, and the text, whole and in documents of a kilobyte."""
+    if options.gpt2:
+        folder = Path(options.gpt2)
+        tokenizer = BPETokenizer.from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
+    else:
+        tokenizer = BPETokenizer.train([text_of(options, "python", 20)], 32_000, "gpt2")
+    directory = Path(tempfile.mkdtemp(prefix="warploom-bench-"))
+    tokenizer.save(directory)
+    tokenizer.to_tiktoken(directory / "ranks.tiktoken")
+    documents = [text[start : start + 1000] for start in range(0, len(text), 1000)]
+    return Work(tokenizer, directory, text, documents, threads)
+
+
+def one_thread(machine: Machine) -> Machine:
+    """A machine that measures CPU seconds."""
+    return Machine("cpu", WallTimer(time.process_time), rounds=machine.rounds, seconds=machine.seconds)
+
+
+def compared(
+    machine: Machine, case: str, builders: peers.Builders, amount: float, unit: str, same: Callable | None = None
+) -> list[Row]:
+    """Rows of a comparison, cold first calls and memory among the columns; `same` judges a result beside ours."""
+    results: dict[str, object] = {}
+    calls, extra = prepared(machine, builders)
+    kept = {who: call if isinstance(call, peers.Missing) else _keep(call, results, who) for who, call in calls.items()}
+    rows = machine.compare(case, kept, amount=amount, unit=unit, extra=extra)
+    if same is None:
+        return rows
+    return [
+        replace(row, extra=row.extra | {"exact": bool(same(results[row.who], results["ours"]))})
+        if row.who in results and row.missing is None
+        else row
+        for row in rows
+    ]
+
+
+def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contestants, dict[str, dict]]:
+    """Each contestant's call, made once; how long loading and the first call took, and the memory the call added."""
+    calls: peers.Contestants = {}
+    extra: dict[str, dict] = {}
+    clock = machine.timer.clock
+    for who, build in builders.items():
+        calls[who] = build
+        if isinstance(build, peers.Missing):
+            continue
+        try:
+            begin = clock()
+            calls[who] = build()
+            loaded = clock()
+            with PeakMemory("cpu") as peak:
+                calls[who]()
+                done = clock()
+        except Exception as error:
+            if who == "ours":
+                raise
+            calls[who] = peers.Missing(peers.failure(error))
+            continue
+        extra[who] = {"load_seconds": loaded - begin, "first_seconds": done - loaded, "peak_bytes": peak.bytes}
+    return calls, extra
+
+
+def _keep(call: Callable[[], object], results: dict[str, object], who: str) -> Callable[[], None]:
+    def step() -> None:
+        results[who] = call()
+
+    return step
+
+
+def same_ids(theirs: object, ours: object) -> bool:
+    """Whether two results hold the same ids, as arrays or lists, whole or one a document."""
+    return np.array_equal(_flat(theirs), _flat(ours))
+
+
+def _flat(ids: object) -> np.ndarray:
+    if isinstance(ids, tuple):
+        ids = ids[0]
+    if isinstance(ids, bytes):
+        return np.frombuffer(ids, dtype="<u4")
+    if isinstance(ids, np.ndarray):
+        return ids
+    ids = list(ids)
+    if ids and hasattr(ids[0], "ids"):
+        ids = [encoding.ids for encoding in ids]
+    if ids and not isinstance(ids[0], (int, np.integer)):
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in ids])
+    return np.asarray(ids, dtype=np.int64)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def encode(options: Options, task: str, machine: Machine, text: str, megabytes: float, merges: str) -> list[Row]:
+    """One large text to an array or a list, on one thread or two; or the same text as documents of a kilobyte."""
+    threads = 2 if task == "two threads" else 1
+    work = work_of(options, text_of(options, text, megabytes), threads)
+    size = len(work.text.encode())
+    measure = machine if threads > 1 else one_thread(machine)
+
+    def ours() -> Callable[[], object]:
+        tok = work.fresh()
+        if task == "lists":
+            return lambda: tok.encode(work.text)
+        if task == "documents":
+            return lambda: tok.encode_batch_array(work.documents, threads=1)
+        return lambda: tok.encode_array(work.text, threads=threads)
+
+    name = {"arrays": "encode_array", "lists": "encode_list", "documents": "encode_documents"}.get(task, "encode_array")
+    case = f"{text}, {size / 1e6:.0f} MB, " + {"documents": "1 KB documents", "two threads": "2 threads"}.get(
+        task, task
+    )
+    rows = compared(measure, case, {"ours": ours} | peers.build(name, work), size, "B", same_ids)
+    if task != "two threads":
+        return rows
+    tok = work.fresh()
+    batch = {
+        "ours": lambda: lambda: tok.encode_batch_array(work.documents, threads=2),
+        "ours, 1 thread": lambda: lambda: tok.encode_batch_array(work.documents, threads=1),
+    }
+    single = {"ours": ours, "ours, 1 thread": lambda: lambda: tok.encode_array(work.text, threads=1)}
+    rows += compared(machine, f"{text}, 1 or 2 threads", single, size, "B")
+    return rows + compared(machine, f"{text}, 1 KB documents, 1 or 2 threads", batch, size, "B")
+
+
+def small(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:
+    """One short call, as a server makes many."""
+    work = work_of(options, "The quick brown fox jumps ov")
+    tok = work.fresh()
+    builders = {"ours": lambda: lambda: tok.encode(work.text)} | peers.build("encode_list", work)
+    return compared(machine, "28 bytes to a list", builders, 1, "call", same_ids)
+
+
+def decode(options: Options, machine: Machine, text: str, megabytes: float, merges: str) -> list[Row]:
+    """Ids back to bytes."""
+    work = work_of(options, text_of(options, text, megabytes))
+    ids = work.tokenizer.encode_array(work.text)
+    builders = {"ours": lambda: lambda: work.tokenizer.decode_bytes(ids)} | peers.build("decode", work, ids)
+    size = len(work.text.encode())
+    return compared(one_thread(machine), f"{text}, {size / 1e6:.0f} MB", builders, size, "B", lambda a, b: a == b)
+
+
+def adversarial(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:
+    """A megabyte without a break: where quadratic encoders take minutes, and backtracking patterns crash."""
+    draw = random.Random(0)
+    texts = {
+        "one letter": "a" * 1_000_000,
+        "random letters": "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)),
+        "digits": "".join(draw.choices("0123456789", k=1_000_000)),
+        "spaces": " " * 1_000_000,
+        "ideographs": "".join(chr(draw.randrange(0x4E00, 0x9FA0)) for _ in range(333_333)),
+    }
+    rows = []
+    for name, text in texts.items():
+        work = work_of(options, text)
+        builders = {"ours": partial(_ours_array, work)} | peers.build("encode_array", work)
+        rows += compared(one_thread(machine), f"1 MB of {name}", builders, len(text.encode()), "B", same_ids)
+    return rows
+
+
+def _ours_array(work: Work) -> Callable[[], object]:
+    tok = work.fresh()
+    return lambda: tok.encode_array(work.text, threads=1)
+
+
+def train(options: Options, machine: Machine, text: str) -> list[Row]:
+    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds."""
+    rows = []
+    corpus = text_of(options, text, 32)
+    size = len(corpus.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "corpus.txt"
+        path.write_bytes(corpus.encode())
+        for vocab_size in (1_000, 10_000, 32_000):
+            ours = partial(BPETokenizer.train, path, vocab_size, "gpt4", (), 1, ties="hf")
+            builders = {"ours": lambda ours=ours: ours} | peers.build(
+                "train_tokenizer", path, vocab_size, PATTERNS["gpt4"]
+            )
+            measure = Machine("cpu", WallTimer(time.process_time), rounds=3, seconds=60)
+            calls, extra = prepared(measure, builders)
+            case = f"{text}, {size / 1e6:.0f} MB, vocabulary {vocab_size}"
+            rows += measure.compare(case, calls, amount=size, unit="B", extra=extra, warmup=1, least=1)
+    return rows
+
+
+def gigabyte(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:
+    """A gigabyte of text as a file: memory and time to train on it and to encode it, in a process of their own."""
+    rows = []
+    for task in ("train", "encode_file"):
+        done = _alone(options, task)
+        samples = {"ours": [done["seconds"]]}
+        extra = {"ours": {"peak_bytes": done["peak_bytes"], "resident_bytes": done["resident_bytes"]}}
+        rows += machine.rows(f"1 GB, {task}", samples, amount=done["bytes"], unit="B", extra=extra)
+    return rows
+
+
+def _alone(options: Options, task: str) -> dict:
+    """Run one gigabyte task in a fresh process; its time and memory."""
+    import subprocess
+
+    code = f"from {__name__} import gigabyte_task; gigabyte_task({task!r}, {options.gpt2!r}, {options.texts!r})"
+    path = os.pathsep.join([str(Path(__file__).absolute().parents[2]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gigabyte_task(task: str, gpt2: str, texts: str) -> None:
+    """Make a file of a gigabyte, train on it or encode it, and print time and memory as JSON."""
+    import resource
+
+    options = Options(gpt2=gpt2, texts=texts)
+    text = text_of(options, "python", 8).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path, size = Path(folder) / "text", 0
+        with open(path, "wb") as file:
+            while size < 1_000_000_000:
+                size += file.write(text)
+        tokenizer = work_of(options, "x").tokenizer
+        begin = time.perf_counter()
+        with PeakMemory("cpu") as peak:
+            if task == "train":
+                BPETokenizer.train(path, 32_000)
+            else:
+                tokenizer.encode_file(path, Path(folder) / "ids")
+        seconds = time.perf_counter() - begin
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "bytes": size, "peak_bytes": peak.bytes, "resident_bytes": resident}))
