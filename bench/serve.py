@@ -1,14 +1,16 @@
 """Serving speed: many requests of random tokens, answered together.
 
-The shared protocol: a fixed seed, prompt and output lengths uniform in a range, random token ids on random weights, end
-of text ignored, greedy, nothing remembered from one round to the next. Its size is scaled to the device. Beside it,
-batches of 1, 8 and 32 requests of one length show the two ends of the scale: weights read for one token, and for many.
+The shared protocol: a fixed seed, prompt and output lengths uniform in a range, random token ids on random weights,
+end of text ignored, greedy. Prompts begin differently in every round, so that no cache of prefixes helps. Its size is
+scaled to the device. Beside it, batches of 1, 8 and 32 requests of one length show the two ends of the scale: weights
+read for one token, and for many.
 
 The bound is bandwidth: every step reads all weights once, and the keys and values of each request. Shares are those
 bytes over the read rate measured in the same run. Every contestant loads the same model directory, and must return as
 many tokens as were asked for; `agrees` is the share of requests whose tokens are the same as ours.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +22,9 @@ from . import peers
 from .harness import Machine, Options, Part
 from .schema import Row, Value
 
-ROOMS = ("engine/config.py", "engine/model.py", "engine/serving", "kernels", "csrc")
+ROOMS = ("engine/config.py", "engine/model.py", "engine/serving", "engine/server", "kernels", "csrc")
 PAGE = 16
+FIRST = 32  # tokens a prompt may begin with: one a round
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -63,6 +66,13 @@ class Job:
         """Pages of `size` tokens for them."""
         return sum(-(-length // size) for length in self.lengths)
 
+    @property
+    def kv_memory(self) -> int:
+        """Bytes of cache for them."""
+        from ..engine.hub import load_config
+
+        return self.pages(PAGE) * PAGE * load_config(self.directory).kv_bytes_per_token(ELEMENT[self.dtype])
+
 
 def parts(options: Options) -> list[Part]:
     """On a GPU the 0.6B shape under the whole protocol first; on a CPU a 30M model and a protocol scaled to it."""
@@ -70,7 +80,7 @@ def parts(options: Options) -> list[Part]:
 
     if find_device(options.device) == "cuda":
         shape = {"preset": "qwen3-0.6b", "dtype": "bfloat16"}
-        protocol = {"requests": 256, "prompt": "100-1024", "output": "100-1024", "batch": 256, "int8": False}
+        protocol = {"requests": 256, "prompt": "100-1024", "output": "100-1024", "batch": 256, "also": ""}
         fixed, minutes = {"prompt": "128", "output": "256"}, 2.0
     else:
         shape = {"preset": "llama-tiny", "dtype": "bfloat16", "d_model": 512, "n_layers": 8, "n_heads": 8}
@@ -94,10 +104,10 @@ def serve(
     prompt: str,
     output: str,
     batch: int,
-    int8: bool = True,
+    also: str = "int8 http",
     **overrides: int,
 ) -> list[Row]:
-    """Ours (and ours with int8 weights) against every peer on one workload."""
+    """Ours (also with int8 weights, and behind HTTP) against every peer on one workload."""
     from ..engine.config import ModelConfig
 
     config = ModelConfig.preset(preset, **overrides)
@@ -112,7 +122,9 @@ def serve(
         _save_random(config, dtype, machine.device, directory)
         lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
         job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]))
-        builders = {"ours": partial(ours, job)} | ({"ours int8": partial(ours, job, quantize="int8")} if int8 else {})
+        builders = {"ours": partial(ours, job)} | {
+            f"ours {name}": partial(VARIANTS[name], job) for name in also.split()
+        }
         rows, replies = _contest(machine, case, builders | peers.build("serve", job), work, limits)
     light = bounds(config, dtype, work, batch, weight_bytes=1)
     rows = [_against(row, limits, light) if row.who == "ours int8" else row for row in rows]
@@ -125,6 +137,7 @@ def _contest(
     """Start every server with one short request, then time all of them on the whole workload."""
     replies: dict[str, list[Reply]] = {}
     started, extra = machine.prepare({who: _starting(build, work) for who, build in builders.items()})
+    extra.get("ours http", {}).pop("peak_bytes", None)  # its memory is another process's
     calls = {who: _answering(call, work, replies, who) for who, call in started.items()}
     amount = sum(len(request.prompt) if _prefill(work) else request.tokens for request in work)
     try:
@@ -151,15 +164,12 @@ def span(text: str) -> tuple[int, int]:
 
 
 def ours(job: Job, quantize: str | None = None) -> Server:
-    """`LLM`, as a caller uses it, without the prefix cache."""
-    from ..engine.hub import load_config
+    """`LLM`, as a caller uses it."""
     from ..engine.serving import LLM, SamplingParams
 
-    config = load_config(job.directory)
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=quantize,
-        kv_memory=job.pages(PAGE) * PAGE * config.kv_bytes_per_token(ELEMENT[job.dtype]), page_size=PAGE,
-        prefix_cache=False,  # the same prompts come back in every round
+        kv_memory=job.kv_memory, page_size=PAGE,
     )  # fmt: skip
 
     def run(requests: list[Request]) -> list[Reply]:
@@ -170,6 +180,27 @@ def ours(job: Job, quantize: str | None = None) -> Server:
         return [Reply(list(out.token_ids), [end - start for end in both]) for out, both in zip(outputs, ends)]
 
     return run
+
+
+def behind_http(job: Job) -> Server:
+    """`warploom serve`, asked by as many clients as there are requests."""
+    from .over_http import generate_all, start
+
+    flags = {"dtype": job.dtype, "device": job.device, "max-batch": job.batch, "kv-memory": job.kv_memory}
+    flags |= {"max-queue": 4096, "page-size": PAGE}
+    address, stop = start(
+        str(job.directory), *(text for name, value in flags.items() for text in (f"--{name}", str(value)))
+    )
+
+    def run(requests: list[Request]) -> list[Reply]:
+        answers = generate_all(address, [request.prompt for request in requests], [r.tokens for r in requests])
+        return [Reply(tokens, []) for tokens in answers]
+
+    run.close = stop
+    return run
+
+
+VARIANTS = {"int8": partial(ours, quantize="int8"), "http": behind_http}
 
 
 def bounds(
@@ -219,8 +250,11 @@ def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]
     if isinstance(started, peers.Missing):
         return started
 
+    turn = itertools.count()
+
     def call() -> None:
-        replies[who] = started.func(work)
+        first = next(turn) % FIRST
+        replies[who] = started.func([replace(request, prompt=[first, *request.prompt[1:]]) for request in work])
         short = [(len(reply.tokens), request.tokens) for reply, request in zip(replies[who], work)]
         if wrong := [pair for pair in short if pair[0] != pair[1]]:
             raise ValueError(f"returned {wrong[0][0]} tokens where {wrong[0][1]} were asked for")

@@ -49,7 +49,11 @@ def build(
     """What to time for `task` from every peer that knows it (or those in `only`); each gets the same arguments."""
     contestants: Contestants = {}
     for name in names(package) if only is None else only:
-        peer = importlib.import_module(f"{package}.{name}")
+        try:
+            peer = importlib.import_module(f"{package}.{name}")
+        except Exception as error:  # a peer that cannot even be imported
+            contestants[name] = Missing(failure(error))
+            continue
         if hasattr(peer, task):
             contestants |= _build(peer, name, task, args, options)
     return contestants

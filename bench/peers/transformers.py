@@ -80,9 +80,7 @@ def continuous(job):
     pages = job.pages(PAGE) + 8
     manager = loaded(job).init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-        ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=pages, max_requests_per_batch=job.batch, allow_block_sharing=False
-        ),
+        ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_requests_per_batch=job.batch),
     )
     manager.start()
 

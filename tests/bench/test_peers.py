@@ -20,6 +20,7 @@ def package(tmp_path, monkeypatch):
         "absent": "NEEDS = ('no_such.package',)\ndef race(n): raise AssertionError('must not be called')",
         "broken": "def race(n, fast=False): return 1 / 0",
         "declines": "from warploom.bench.peers import *\ndef race(n, fast=False): raise Unavailable('needs a GPU')",
+        "torn": "import no_such_package",
         "elsewhere": "def swim(n): return {'elsewhere': n}",
     }
     for name, source in sources.items():
@@ -30,16 +31,17 @@ def package(tmp_path, monkeypatch):
 
 def test_every_module_that_knows_the_task_takes_part(package):
     built = peers.build("race", 7, package=package, fast=True)
-    assert set(built) == {"works", "works too", "absent", "broken", "declines"}
+    assert set(built) == {"works", "works too", "absent", "broken", "declines", "torn"}
     assert (built["works"](), built["works too"]()) == (7, True)
     assert built["absent"] == peers.Missing("no_such.package not installed")
     assert built["broken"] == peers.Missing("ZeroDivisionError: division by zero")
+    assert built["torn"] == peers.Missing("ModuleNotFoundError: No module named 'no_such_package'")
     assert built["declines"] == peers.Missing("needs a GPU")
 
 
 def test_only_chooses_and_an_unknown_task_has_no_peers(package):
     assert set(peers.build("race", 7, package=package, only=["absent"])) == {"absent"}
-    assert peers.build("fly", package=package) == {}
+    assert set(peers.build("fly", package=package)) == {"torn"}
 
 
 def test_the_peers_here_can_be_listed_without_loading_what_they_wrap():

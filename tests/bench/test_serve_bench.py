@@ -1,9 +1,12 @@
 """The serving bench asks everyone for the same tokens, checks that they came, and knows what reading them costs."""
 
+from functools import partial
+
 import pytest
 
 from warploom.bench import peers
 from warploom.bench.harness import Machine, Options
+from warploom.bench.over_http import start
 from warploom.bench.serve import Reply, Request, _answering, _notes, bounds, parts, serve, span, workload
 from warploom.engine.config import ModelConfig
 
@@ -24,25 +27,34 @@ def test_greedy_answers_agree_with_transformers_and_everyone_is_timed():
     rows = serve(machine, "llama-tiny", "float32", requests=5, prompt="3-12", output="2-9", batch=2, **TINY)
     found = {row.who: row for row in rows}
     assert {"ours", "ours int8", "transformers"} <= set(found)
-    for who in ("ours", "transformers", "transformers continuous"):
+    for who in ("ours", "ours http", "transformers", "transformers continuous"):
         row = found.get(who)
         if row is None or (row.missing and "not installed" in row.missing):
             continue
         assert row.missing is None
         assert row.extra["agrees"] == 1.0
-        assert 0 < row.extra["ttft_p50_seconds"] <= row.extra["ttft_p99_seconds"]
+        assert who == "ours http" or 0 < row.extra["ttft_p50_seconds"] <= row.extra["ttft_p99_seconds"]
         assert row.rate > 0 and row.limits["read"] > 0
+
+
+def test_every_round_asks_something_new():
+    asked = []
+
+    def answer(requests):
+        asked.append([request.prompt for request in requests])
+        return [Reply([0], []) for _ in requests]
+
+    call = _answering(partial(answer, []), [Request([9, 9], 1), Request([8, 9], 1)], {}, "x")
+    for _ in range(3):
+        call()
+    assert asked == [[[turn, 9], [turn, 9]] for turn in range(3)]
 
 
 def test_a_contestant_that_returns_too_few_tokens_is_no_contestant():
     def stingy(requests):
         return [Reply([1], []) for _ in requests]
 
-    def started():
-        return None
-
-    started.func = stingy
-    call = _answering(started, [Request([1, 2], 3)], {}, "stingy")
+    call = _answering(partial(stingy, []), [Request([1, 2], 3)], {}, "stingy")
     with pytest.raises(ValueError, match="returned 1 tokens where 3 were asked for"):
         call()
     gone = peers.Missing("gone")
@@ -80,3 +92,9 @@ def test_the_whole_protocol_comes_first_on_a_gpu_and_every_part_fits_its_model(m
             config = ModelConfig.preset(part.config["preset"], **settings)
             assert span(part.config["prompt"])[1] + span(part.config["output"])[1] <= config.max_seq_len
     assert parts(Options(device="cuda"))[0].config["requests"] == 256
+
+
+def test_a_server_that_does_not_start_is_quoted(tmp_path):
+    pytest.importorskip("uvicorn")
+    with pytest.raises(RuntimeError, match=r"config\.json"):
+        start(str(tmp_path))
