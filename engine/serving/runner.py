@@ -104,7 +104,7 @@ class Runner:
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self.tokens[where] = tokens_T[:T].int()
-        attend = self.store.attend(self.table, rows, row_T, positions, np.array(counts, dtype=np.int32))
+        attend = self.store.attend(self.table, rows, positions, np.array(counts, dtype=np.int32))
         return self.model.hidden(tokens_T[None], positions_T[None], attend)[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
