@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "block.hpp"
+#include "sample.hpp"
 #include "workers.hpp"
 
 namespace py = pybind11;
@@ -49,6 +50,18 @@ void bind_serving(py::module_& module) {
            uintptr_t v, int64_t v_stride, uintptr_t out, int heads, int window, float softcap, float scale) {
             write_pages(pages, step, at<float>(k), at<float>(v), k_stride, v_stride);
             attend_pages(pages, step, Look{heads, window, softcap, scale}, at<float>(q), q_stride, at<float>(out));
+        },
+        Release());
+
+    module.def(
+        "sample",
+        [](uintptr_t logits, int rows, int vocabulary, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
+           uintptr_t min_p, uintptr_t seeds, uintptr_t positions, uintptr_t out) {
+            Workers::shared().run(rows, [&](int row) {
+                const Draw draw{at<float>(temperature)[row], at<int32_t>(top_k)[row], at<float>(top_p)[row],
+                                at<float>(min_p)[row],       at<int64_t>(seeds)[row], at<int64_t>(positions)[row]};
+                at<int64_t>(out)[row] = sample_row(at<float>(logits) + size_t(row) * vocabulary, vocabulary, draw);
+            });
         },
         Release());
 

@@ -7,6 +7,7 @@ import torch
 from warploom import kernels
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.quantize import NativeLinear
+from warploom.engine.serving.sampling import _sample_native
 from warploom.engine.serving.store import HAS_NATIVE, KernelAttend, NativeAttend, PageStore
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
@@ -101,3 +102,20 @@ def test_the_number_of_workers_changes_no_token(tiny_model):
     for threads in (4, 1, 2):
         _native.set_workers(threads)
         assert llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids == expected
+
+
+def test_a_draw_in_cpp_is_the_kernels_draw():
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 400, 2500
+    logits = torch.randn(rows, vocabulary, generator=generator) * 3
+
+    def uniform(low, high):
+        return torch.empty(rows).uniform_(low, high, generator=generator)
+
+    temperature = uniform(0.1, 2.0) * (uniform(0, 1) > 0.1)
+    top_k = torch.randint(0, 60, (rows,), generator=generator, dtype=torch.int32) * (uniform(0, 1) > 0.5)
+    top_p, min_p = uniform(0.05, 1.5).clamp(max=1), uniform(-0.1, 0.1).clamp(min=0)
+    seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+    positions = torch.randint(0, 2**40, (rows,), generator=generator)
+    settings = temperature, top_k.int(), top_p, min_p, seeds, positions
+    assert torch.equal(_sample_native(logits, *settings), kernels.sample(logits, *settings))
