@@ -30,10 +30,17 @@ struct Philox {
     }
 };
 
-// weights = exp(logits / temperature − largest); the largest is returned.
-WARPLOOM_CLONES float weigh(const float* logits, int n, float temperature, float* weights) {
+// An exponentially distributed number, −log(1 − v) of a uniform v, exact where v is small.
+inline float exponential(uint32_t bits) {
+    const float v = std::min((float(bits) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
+    if (v < 1.0f / 64) return v * (1 + v * (0.5f + v * (1.0f / 3 + v * 0.25f)));
+    return -std::log(1 - v);
+}
+
+// weights = exp(logits · heat − largest); the largest is returned.
+WARPLOOM_CLONES float weigh(const float* logits, int n, float heat, float* weights) {
     float peak = -INFINITY;
-    for (int i = 0; i < n; ++i) peak = std::max(peak, weights[i] = logits[i] / temperature);
+    for (int i = 0; i < n; ++i) peak = std::max(peak, weights[i] = logits[i] * heat);
     int i = 0;
     for (; i + 16 <= n; i += 16) store(weights + i, exp(load(weights + i) - peak));
     for (; i < n; ++i) weights[i] = std::exp(weights[i] - peak);
@@ -76,34 +83,27 @@ int64_t sample_row(const float* logits, int vocabulary, const Draw& draw) {
     if (!(draw.temperature > 0)) return std::max_element(logits, logits + vocabulary) - logits;
     thread_local std::vector<float> weights;
     weights.resize(vocabulary);
-    const float peak = weigh(logits, vocabulary, draw.temperature, weights.data());
+    const float heat = 1 / draw.temperature;
+    const float peak = weigh(logits, vocabulary, heat, weights.data());
     const float floor = kept_from(weights, draw);
     const Philox random(draw.seed, draw.position);
 
-    // A race: token i arrives at −log(u_i) / weight_i, and the first wins. As −log(u) > 1 − u, most tokens are seen to be
-    // late without a logarithm.
+    // A race: token i arrives at e_i / weight_i, and the first wins. As −log(1 − v) ≥ v, most tokens are seen to be late
+    // without a logarithm.
     int64_t winner = std::max_element(weights.begin(), weights.end()) - weights.begin();
     float best = -INFINITY, limit = INFINITY;
     const auto enter = [&](int i, uint32_t bits) {
-        if (!(weights[i] >= floor)) return;
-        const float u = (float(bits >> 9) + 0.5f) * 0x1p-23f;
-        if (1 - u > weights[i] * limit) return;
-        const float key = logits[i] / draw.temperature - std::log(-std::log(u));
-        if (key > best || (key == best && i < winner)) {
-            best = key, winner = i;
-            limit = std::exp(peak - best) * 1.0001f;
-        }
+        if (!(weights[i] >= floor) || float(bits) * 0x1p-32f > weights[i] * limit) return;
+        const float key = logits[i] * heat - std::log(exponential(bits));
+        if (key > best) best = key, winner = i, limit = std::exp(peak - best) * 1.0001f;
     };
-    for (int block = 0; block < vocabulary; block += 1024)
-        for (int column = 0; column < std::min(256, vocabulary - block); ++column) {
-            const int i = block + column;
-            uint32_t bits[4];
-            float heaviest = 0;
-            for (int w = 0; w < 4 && i + w * 256 < vocabulary; ++w) heaviest = std::max(heaviest, weights[i + w * 256]);
-            if (heaviest < floor) continue;
-            random.words(uint32_t(block / 4 + column), bits);
-            for (int w = 0; w < 4 && i + w * 256 < vocabulary; ++w) enter(i + w * 256, bits[w]);
-        }
+    for (int i = 0; i < vocabulary; i += 4) {
+        const int count = std::min(4, vocabulary - i);
+        if (*std::max_element(&weights[i], &weights[i] + count) < floor) continue;
+        uint32_t bits[4];
+        random.words(uint32_t(i / 4), bits);
+        for (int w = 0; w < count; ++w) enter(i + w, bits[w]);
+    }
     return winner;
 }
 

@@ -48,7 +48,7 @@ def exact_distribution(logits, params: SamplingParams, prompt=(), output=()):
         {"repetition_penalty": 1.7},
         {"presence_penalty": 1.2, "frequency_penalty": -0.4},
         {"logit_bias": {3: 2.5, 7: -100.0}},
-        {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 1},
+        {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "logit_bias": {3: 1}},
     ],
     ids=lambda changes: ", ".join(changes),
 )  # fmt: skip
