@@ -70,10 +70,16 @@ def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: T
     return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
 
 
-def describe(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob]:
-    """The log-probabilities of the tokens and of the `top` most likely ones, by the model alone."""
-    logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
-    chosen = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
-    best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
-    pairs = zip(tokens_R.tolist(), chosen, best.indices.tolist(), best.values.tolist())
-    return [TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in pairs]
+class Logprobs:
+    """The log-probabilities of tokens and of the `top` most likely ones, by the model alone; read when they are there."""
+
+    def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
+        logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
+        self._tokens, self._chosen = tokens_R, logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
+        self._best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+
+    def read(self) -> tuple[TokenLogprob, ...]:
+        """One entry a row; waits for the device."""
+        columns = self._tokens, self._chosen, self._best.indices, self._best.values
+        rows = zip(*(column.tolist() for column in columns))
+        return tuple(TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in rows)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warploom.engine.serving.params import SamplingParams
-from warploom.engine.serving.sampling import RowSettings, describe, penalize
+from warploom.engine.serving.sampling import Logprobs, RowSettings, penalize
 
 V, DRAWS = 24, 100_000
 
@@ -90,7 +90,7 @@ def test_different_rows_of_a_batch_keep_their_own_settings():
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), st.integers(0, 5))
 def test_reported_logprobs_are_the_models_own_and_best_first(values, top):
     logits = torch.tensor([values])
-    (entry,) = describe(logits, torch.tensor([1]), top)
+    (entry,) = Logprobs(logits, torch.tensor([1]), top).read()
     expected = torch.log_softmax(logits.double(), -1)[0]
     assert entry.logprob == pytest.approx(expected[1].item(), abs=1e-5)
     assert [value for _, value in entry.top] == pytest.approx(
