@@ -23,11 +23,11 @@ from .grammar import compile_grammar
 from .outputs import Output, Piece
 from .pages import PagePool
 from .params import SamplingParams
-from .quantize import Head
+from .quantize import Head, quantized
 from .runner import Runner
 from .scheduler import Scheduler
 from .speculation import NGramDraft
-from .store import PageStore
+from .store import PageStore, set_workers
 
 Prompt = str | Items[int]
 
@@ -62,8 +62,10 @@ class LLM:
         self.config = self.model.config
         self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
         head = Head(self.model)
-        where = self.model.device
-        cache_dtype = self.model.embedding.weight.dtype
+        where, cache_dtype = self.model.device, self.model.embedding.weight.dtype
+        set_workers()
+        if quantize:
+            self.model, head = quantized(self.model)
         pages = _count_pages(self.config, page_size, cache_dtype, where, kv_memory, max_batch, self.max_context)
         store = PageStore(self.config, pages, page_size, cache_dtype, where)
         runner = Runner(self.model, store, max_batch=max_batch, context=self.max_context, head=head)

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
+from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
 from .quantize import Head
-from .sampling import RowSettings, describe, penalize
+from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore
 
 
@@ -36,8 +36,8 @@ class Flight:
     plan: StepPlan
     sampled: Tensor  # token ids, R
     spans: list[range]  # of R, for each chunk
-    logprobs: dict[int, list[TokenLogprob]]  # by chunk
-    prompt_logprobs: dict[int, list[TokenLogprob]]
+    logprobs: dict[int, Logprobs]  # by chunk
+    prompt_logprobs: dict[int, Logprobs]
 
 
 class Runner:
@@ -80,8 +80,15 @@ class Runner:
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
-            logprobs = tuple(flight.logprobs.get(index, ()))
-            results.append(ChunkResult(tokens, logprobs, tuple(flight.prompt_logprobs.get(index, ()))))
+            results.append(
+                ChunkResult(
+                    tokens,
+                    *(
+                        kind[index].read() if index in kind else ()
+                        for kind in (flight.logprobs, flight.prompt_logprobs)
+                    ),
+                )
+            )
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
@@ -104,7 +111,7 @@ class Runner:
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self.tokens[where] = tokens_T[:T].int()
-        attend = self.store.attend(self.table, rows, row_T, positions, np.array(counts, dtype=np.int32))
+        attend = self.store.attend(self.table, rows, positions, np.array(counts, dtype=np.int32))
         return self.model.hidden(tokens_T[None], positions_T[None], attend)[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
@@ -158,7 +165,7 @@ class Runner:
             top = self.settings.params[chunk.row].logprobs
             if chunk.sampled and top is not None:
                 rows = slice(span.start, span.stop)
-                flight.logprobs[index] = describe(logits_RV[rows], flight.sampled[rows], top)
+                flight.logprobs[index] = Logprobs(logits_RV[rows], flight.sampled[rows], top)
 
     def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
@@ -169,7 +176,7 @@ class Runner:
             first = int(end) - len(chunk.tokens)
             logits = self._logits(hidden_TC, np.arange(first, first + count))
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
-            flight.prompt_logprobs[index] = describe(logits, targets, top)
+            flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import kernels
 from .params import SamplingParams
 from .plan import TokenLogprob
+from .store import HAS_NATIVE, _native
 
 _FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
@@ -44,8 +45,19 @@ class RowSettings:
         """One token for each row of logits; `positions_R` are where the tokens will stand."""
         if all(self.params[row].greedy for row in rows):
             return logits_RV.argmax(-1)
-        settings = [tensor[index_R] for tensor in self.numbers.values()]
-        return kernels.sample(logits_RV, *settings, self.seeds[index_R], positions_R)
+        settings = [tensor[index_R] for tensor in (*self.numbers.values(), self.seeds)]
+        if HAS_NATIVE and self.device.type == "cpu":
+            return _sample_native(logits_RV, *settings, positions_R)
+        return kernels.sample(logits_RV, *settings, positions_R)
+
+
+def _sample_native(logits_RV: Tensor, *settings: Tensor) -> Tensor:
+    """The same draw in C++."""
+    logits_RV = logits_RV.float().contiguous()
+    tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
+    addresses = (tensor.data_ptr() for tensor in settings)
+    _native.sample(logits_RV.data_ptr(), *logits_RV.shape, *addresses, tokens_R.data_ptr())
+    return tokens_R
 
 
 def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: Tensor) -> Tensor:
@@ -58,10 +70,16 @@ def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: T
     return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
 
 
-def describe(logits_RV: Tensor, tokens_R: Tensor, top: int) -> list[TokenLogprob]:
-    """The log-probabilities of the tokens and of the `top` most likely ones, by the model alone."""
-    logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
-    chosen = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
-    best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
-    pairs = zip(tokens_R.tolist(), chosen, best.indices.tolist(), best.values.tolist())
-    return [TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in pairs]
+class Logprobs:
+    """The log-probabilities of tokens and of the `top` most likely ones, by the model alone; read when they are there."""
+
+    def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
+        logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
+        self._tokens, self._chosen = tokens_R, logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
+        self._best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+
+    def read(self) -> tuple[TokenLogprob, ...]:
+        """One entry a row; waits for the device."""
+        columns = self._tokens, self._chosen, self._best.indices, self._best.values
+        rows = zip(*(column.tolist() for column in columns))
+        return tuple(TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in rows)

@@ -5,8 +5,6 @@ read of it is one run of memory. On a CPU with the native extension, writing and
 reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ try:
 except ImportError:  # the extension is optional
     _native = None
 
+HAS_NATIVE = hasattr(_native, "attend_pages")
+
 
 class PageStore:
     """Keys and values in `num_pages` pages."""
@@ -26,7 +26,11 @@ class PageStore:
         shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
         self.page_size = page_size
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.native = device.type == "cpu" and hasattr(_native, "attend_pages") and dtype in _NATIVE
+        self.layers = None
+        if HAS_NATIVE and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+            sizes = dtype == torch.bfloat16, page_size, config.kv_heads, config.head_size
+            sides = zip(self.keys, self.values)
+            self.layers = [_native.Pages(keys.data_ptr(), values.data_ptr(), *sizes) for keys, values in sides]
 
     @staticmethod
     def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
@@ -40,33 +44,67 @@ class PageStore:
             for pages in (self.keys, self.values):
                 pages[:, targets] = pages[:, sources]
 
-    def attend(
-        self, table: np.ndarray, rows: np.ndarray, row_T: np.ndarray, positions: np.ndarray, counts: np.ndarray
-    ) -> Callable[[Tensor, Tensor, Tensor, object], Tensor]:
-        """The attention of one step: chunks of `counts` tokens of these rows, ending at these positions."""
-        T, ends = len(row_T), np.cumsum(counts)
+    def attend(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray):
+        """The attention of one step: chunks of `counts` tokens of these rows at these positions, then padding."""
+        T, ends = int(counts.sum()), np.cumsum(counts)
         contexts = (positions[ends - 1] + 1).astype(np.int32)
+        tables = np.ascontiguousarray(table[rows, : -(-int(contexts.max()) // self.page_size)])
+        sequences = np.zeros(len(positions), dtype=np.int32)
+        sequences[:T] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         slots = np.full(len(positions), -1, dtype=np.int64)
         where = positions[:T]
-        slots[:T] = table[row_T, where // self.page_size].astype(np.int64) * self.page_size + where % self.page_size
-        tables = np.ascontiguousarray(table[rows, : -(-int(contexts.max()) // self.page_size)])
-        return self._generic(slots, tables, contexts, counts)
+        slots[:T] = tables[sequences[:T], where // self.page_size].astype(np.int64) * self.page_size
+        slots[:T] += where % self.page_size
+        if self.layers is not None:
+            return NativeAttend(self.layers, positions, sequences, slots, tables)
+        return KernelAttend(self, slots, tables, contexts, counts)
 
-    def _generic(self, slots, tables, contexts, counts) -> Callable:
-        device = self.keys.device
-        slots, tables, contexts, counts = (
-            torch.from_numpy(array).to(device, non_blocking=True) for array in (slots, tables, contexts, counts)
+
+class KernelAttend:
+    """`attend` by the kernels, on any device."""
+
+    def __init__(self, store: PageStore, slots, tables, contexts, counts):
+        self.store = store
+        self.arrays = tuple(
+            torch.from_numpy(array).to(store.keys.device, non_blocking=True)
+            for array in (slots, tables, contexts, counts)
         )
 
-        def attend(q_BTHD, k_BTKD, v_BTKD, layer):
-            keys, values = self.keys[layer.index], self.values[layer.index]
-            kernels.write_pages(k_BTKD[0], v_BTKD[0], keys, values, slots)
-            return kernels.paged_attention(
-                q_BTHD[0], keys, values, tables, contexts, counts,
-                window=layer.window, softcap=layer.softcap, scale=layer.scale,
-            )[None]  # fmt: skip
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
+        keys, values = self.store.keys[layer.index], self.store.values[layer.index]
+        slots, *batch = self.arrays
+        kernels.write_pages(k_BTKD[0], v_BTKD[0], keys, values, slots)
+        o_THD = kernels.paged_attention(
+            q_BTHD[0], keys, values, *batch, window=layer.window, softcap=layer.softcap, scale=layer.scale
+        )
+        return o_THD[None]
 
-        return attend
+
+class NativeAttend:
+    """`attend` in C++; what it points to lives as long as it does."""
+
+    def __init__(self, layers: list, positions, sequences, slots, tables):
+        self.layers = layers
+        self.arrays = positions, sequences, slots, tables
+        addresses = (array.ctypes.data for array in self.arrays)
+        self.step = _native.Step(len(positions), *addresses, tables.shape[1])
+
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
+        q, k, v = (_rows(x) for x in (q_BTHD, k_BTKD, v_BTKD))
+        o_BTHD = torch.zeros(q_BTHD.shape)
+        sides = (number for x in (q, k, v) for number in (x.data_ptr(), x.stride(1)))
+        limits = layer.window or 0, layer.softcap or 0.0, layer.scale
+        _native.attend_pages(self.layers[layer.index], self.step, *sides, o_BTHD.data_ptr(), q.shape[2], *limits)
+        return o_BTHD.to(q_BTHD.dtype)
 
 
-_NATIVE = {torch.float32: 0, torch.bfloat16: 1}
+def set_workers() -> None:
+    """Let the C++ kernels use as many threads as torch does."""
+    if HAS_NATIVE:
+        _native.set_workers(torch.get_num_threads())
+
+
+def _rows(x_BTHD: Tensor) -> Tensor:
+    """Float rows whose heads lie side by side; the rows themselves may lie apart."""
+    x = x_BTHD.float()
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()

@@ -79,6 +79,24 @@ def test_guessing_ahead_changes_the_steps_and_not_the_tokens(model):
         assert [len(output.logprobs or ()) for output in outputs] == [len(output.logprobs or ()) for output in expected]
 
 
+def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tokenizer):
+    """What a GPU does: two steps under way, tokens handed from one to the next on the device."""
+    model = LLM(model, tokenizer).model
+    prompts = prompts_of([9, 30, 2, 17, 41, 5])
+    params = [
+        SamplingParams(max_tokens=20, seed=i, presence_penalty=i / 9, logprobs=i % 2, n=1 + i % 2) for i in range(6)
+    ]
+    memory = 14 * 8 * model.config.kv_bytes_per_token(4)
+    outputs = []
+    for depth in (1, 2, 3):
+        llm = LLM(model, tokenizer, step_tokens=20, max_batch=5, kv_memory=memory, page_size=8)
+        llm.engine.scheduler.depth = depth
+        outputs.append([output.choices for output in llm.generate(prompts, params)])
+        assert llm.engine.scheduler.preemptions > 0
+    said = [[(c.token_ids, c.text, c.logprobs) for choices in each for c in choices] for each in outputs]
+    assert [entry[:2] for entry in said[0]] == [entry[:2] for entry in said[1]] == [entry[:2] for entry in said[2]]
+
+
 def test_paged_logits_equal_those_without_a_cache(model):
     (prompt,) = prompts_of([50])
     output = LLM(model, page_size=4, step_tokens=7, max_batch=7).generate(

@@ -66,9 +66,8 @@ def test_generate_refuses_with_one_line(directory, flags, message, capsys):
 
 def test_chat_works_through_a_pipe_and_obeys_its_commands(directory, tmp_path, capsys, type_in):
     saved = tmp_path / "talk.json"
-    type_in(
-        f"/system be brief\n/temp 0\n/topk 5\n/topp 0.9\n/tokens 4\nhello\n/temp hot\n/save {saved}\n/nonsense\nexit\nlost"
-    )
+    settings = "/system be brief\n/temp 0\n/topk 5\n/topp 0.9\n/tokens 4\n"
+    type_in(f"{settings}hello\n/temp hot\n/save {saved}\n/nonsense\nexit\nlost")
     assert main(["chat", "--model", directory]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "temperature is 0.0" in lines and "temperature needs a number, got 'hot'" in lines

@@ -1,0 +1,100 @@
+// What Python sees of the serving kernels. Tensors come as addresses: the Python side owns them and checks their shapes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "block.hpp"
+#include "sample.hpp"
+#include "workers.hpp"
+
+namespace py = pybind11;
+
+namespace warploom {
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Norm make_norm(const std::string& kind, float eps, std::vector<float> weight, std::vector<float> bias) {
+    const NormKind kinds = kind == "rmsnorm" ? NormKind::rms : kind == "layernorm" ? NormKind::layer : NormKind::none;
+    return Norm{kinds, eps, std::move(weight), std::move(bias)};
+}
+
+Activation activation_of(const std::string& name) {
+    if (name == "swiglu") return Activation::swiglu;
+    if (name == "gelu") return Activation::gelu;
+    return name == "relu" ? Activation::relu : Activation::relu2;
+}
+
+}  // namespace
+
+void bind_serving(py::module_& module) {
+    using Release = py::call_guard<py::gil_scoped_release>;
+    module.def("set_workers", [](int threads) { Workers::shared().resize(threads); }, Release(), py::arg("threads"));
+
+    py::class_<Step>(module, "Step")
+        .def(py::init([](int tokens, uintptr_t positions, uintptr_t sequences, uintptr_t slots, uintptr_t table,
+                         int width) {
+            return Step{tokens, at<int64_t>(positions), at<int32_t>(sequences), at<int64_t>(slots),
+                        at<int32_t>(table), width};
+        }));
+    py::class_<Pages>(module, "Pages")
+        .def(py::init([](uintptr_t keys, uintptr_t values, bool half, int page_size, int kv_heads, int head_dim) {
+            return Pages{at<void>(keys), at<void>(values), half, page_size, kv_heads, head_dim};
+        }));
+    module.def(
+        "attend_pages",
+        [](const Pages& pages, const Step& step, uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
+           uintptr_t v, int64_t v_stride, uintptr_t out, int heads, int window, float softcap, float scale) {
+            write_pages(pages, step, at<float>(k), at<float>(v), k_stride, v_stride);
+            attend_pages(pages, step, Look{heads, window, softcap, scale}, at<float>(q), q_stride, at<float>(out));
+        },
+        Release());
+
+    module.def(
+        "sample",
+        [](uintptr_t logits, int rows, int vocabulary, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
+           uintptr_t min_p, uintptr_t seeds, uintptr_t positions, uintptr_t out) {
+            Workers::shared().run(rows, [&](int row) {
+                const Draw draw{at<float>(temperature)[row], at<int32_t>(top_k)[row], at<float>(top_p)[row],
+                                at<float>(min_p)[row],       at<int64_t>(seeds)[row], at<int64_t>(positions)[row]};
+                at<int64_t>(out)[row] = sample_row(at<float>(logits) + size_t(row) * vocabulary, vocabulary, draw);
+            });
+        },
+        Release());
+
+    py::class_<Int8Matrix, std::shared_ptr<Int8Matrix>>(module, "Int8Matrix")
+        .def(py::init([](uintptr_t weight, int outputs, int columns, uintptr_t bias) {
+                 return std::make_shared<Int8Matrix>(at<float>(weight), outputs, columns, at<float>(bias));
+             }),
+             Release())
+        .def("multiply",
+             [](const Int8Matrix& self, uintptr_t x, int rows, uintptr_t y) {
+                 self.multiply(at<float>(x), rows, at<float>(y));
+             },
+             Release());
+
+    py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
+    py::class_<Block>(module, "Block")
+        .def(py::init([](int width, int heads, int kv_heads, int head_dim, int hidden, int window, float softcap,
+                         float scale, float qk_eps, const std::string& activation, Norm attention_norm, Norm ffn_norm,
+                         std::vector<float> q_norm, std::vector<float> k_norm, std::shared_ptr<Int8Matrix> qkv,
+                         std::shared_ptr<Int8Matrix> output, std::shared_ptr<Int8Matrix> up,
+                         std::shared_ptr<Int8Matrix> down) {
+            BlockShape shape{width,   heads, kv_heads, head_dim, hidden,
+                             window,  softcap, scale,  qk_eps,   activation_of(activation)};
+            return new Block(shape, std::move(attention_norm), std::move(ffn_norm), std::move(q_norm),
+                             std::move(k_norm), std::move(qkv), std::move(output), std::move(up), std::move(down));
+        }))
+        .def("run",
+             [](const Block& self, uintptr_t stream, uintptr_t delta, const Step& step, const Pages& pages,
+                uintptr_t cos, uintptr_t sin, int columns) {
+                 self.run(at<float>(stream), at<float>(delta), step, pages,
+                          Rotation{at<float>(cos), at<float>(sin), columns});
+             },
+             Release());
+}
+
+}  // namespace warploom

@@ -1,0 +1,150 @@
+#include "block.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lanes.hpp"
+#include "workers.hpp"
+
+namespace warploom {
+
+namespace {
+
+// Rows are shared out in runs: one row is too little to hand to another thread.
+template <class Work>
+void each_row(int rows, const Work& work) {
+    constexpr int run = 4;
+    Workers::shared().run((rows + run - 1) / run, [&](int task) {
+        for (int row = task * run; row < std::min(rows, (task + 1) * run); ++row) work(row);
+    });
+}
+
+WARPLOOM_CLONES void normalize(const float* x, float* y, int n, NormKind kind, float eps, const float* weight,
+                               const float* bias) {
+    float mean = 0;
+    if (kind == NormKind::none) {
+        std::copy(x, x + n, y);
+        return;
+    }
+    if (kind == NormKind::layer) {
+        f16 total = {};
+        int i = 0;
+        for (; i + 16 <= n; i += 16) total += load(x + i);
+        mean = sum(total);
+        for (; i < n; ++i) mean += x[i];
+        mean /= float(n);
+    }
+    f16 squares = {};
+    int i = 0;
+    for (; i + 16 <= n; i += 16) squares += (load(x + i) - mean) * (load(x + i) - mean);
+    float square = sum(squares);
+    for (; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
+    const float inverse = 1.0f / std::sqrt(square / float(n) + eps);
+    for (i = 0; i < n; ++i) y[i] = (x[i] - mean) * inverse * weight[i] + (bias ? bias[i] : 0.0f);
+}
+
+void normalize(const Norm& norm, const float* x, float* y, int n) {
+    normalize(x, y, n, norm.kind, norm.eps, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data());
+}
+
+WARPLOOM_CLONES void add(float* x, const float* y, int n) {
+    for (int i = 0; i < n; ++i) x[i] += y[i];
+}
+
+WARPLOOM_INLINE f16 sigmoid(f16 x) { return 1.0f / (1.0f + exp(-x)); }
+
+// 0.5 · (1 + tanh(u)) is sigmoid(2 u): GELU by its tanh formula without a tanh.
+WARPLOOM_INLINE f16 gelu(f16 x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+WARPLOOM_INLINE f16 activate(Activation kind, f16 x) {
+    if (kind == Activation::gelu) return gelu(x);
+    const f16 positive = select(x > f16{}, x, f16{});
+    return kind == Activation::relu ? positive : positive * positive;
+}
+
+// The hidden layer of a feed-forward in place; `up` holds gate and up when it is gated. The last lanes may be padding.
+WARPLOOM_CLONES void activate(Activation kind, float* up, int hidden) {
+    for (int i = 0; i < hidden; i += 16) {
+        float x[16] = {}, y[16] = {};
+        const int n = std::min(16, hidden - i);
+        std::copy(up + i, up + i + n, x);
+        if (kind == Activation::swiglu) {
+            std::copy(up + hidden + i, up + hidden + i + n, y);
+            const f16 gate = load(x);
+            store(x, gate * sigmoid(gate) * load(y));
+        } else {
+            store(x, activate(kind, load(x)));
+        }
+        std::copy(x, x + n, up + i);
+    }
+}
+
+// Half-split pairs: column i turns with column i + columns.
+WARPLOOM_CLONES void rotate(float* x, int heads, int D, const float* cos, const float* sin, int columns) {
+    for (int h = 0; h < heads; ++h, x += D)
+        for (int i = 0; i < columns; ++i) {
+            const float a = x[i], b = x[i + columns];
+            x[i] = a * cos[i] - b * sin[i];
+            x[i + columns] = b * cos[i] + a * sin[i];
+        }
+}
+
+}  // namespace
+
+Block::Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<float> q_norm,
+             std::vector<float> k_norm, std::shared_ptr<Int8Matrix> qkv, std::shared_ptr<Int8Matrix> output,
+             std::shared_ptr<Int8Matrix> up, std::shared_ptr<Int8Matrix> down)
+    : shape_(shape), attention_norm_(std::move(attention_norm)), ffn_norm_(std::move(ffn_norm)),
+      q_norm_(std::move(q_norm)), k_norm_(std::move(k_norm)), qkv_(std::move(qkv)), output_(std::move(output)),
+      up_(std::move(up)), down_(std::move(down)) {}
+
+// Norms and rotation of one token's queries and keys.
+void Block::turn(float* qkv, int64_t position, const Rotation& rotation) const {
+    const int D = shape_.head_dim;
+    for (int h = 0; h < shape_.heads + shape_.kv_heads && !q_norm_.empty(); ++h) {
+        const auto& weight = h < shape_.heads ? q_norm_ : k_norm_;
+        normalize(qkv + h * D, qkv + h * D, D, NormKind::rms, shape_.qk_eps, weight.data(), nullptr);
+    }
+    if (rotation.columns)
+        rotate(qkv, shape_.heads + shape_.kv_heads, D, rotation.cos + position * rotation.columns,
+               rotation.sin + position * rotation.columns, rotation.columns);
+}
+
+void Block::run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const {
+    thread_local std::vector<float> normed, qkv, gathered, hidden;
+    thread_local Int8Rows quantized;
+    const int T = step.tokens, C = shape_.width, D = shape_.head_dim, wide = qkv_->outputs();
+    const int H = shape_.heads, K = shape_.kv_heads, inner = up_->outputs();
+    normed.resize(size_t(T) * C), qkv.resize(size_t(T) * wide), gathered.resize(size_t(T) * H * D);
+    hidden.resize(size_t(T) * inner);
+    auto& rows = quantized;  // the caller's, whichever thread works on it
+    float *x = normed.data(), *q = qkv.data(), *o = gathered.data(), *f = hidden.data();
+
+    const auto add_norm_quantize = [&](const Norm& norm) {
+        rows.resize(T, C);
+        each_row(T, [&](int t) {
+            add(stream + size_t(t) * C, delta + size_t(t) * C, C);
+            normalize(norm, stream + size_t(t) * C, x + size_t(t) * C, C);
+            rows.quantize(t, x + size_t(t) * C, C);
+        });
+    };
+    add_norm_quantize(attention_norm_);
+    qkv_->multiply(rows, q);
+    each_row(T, [&](int t) { turn(q + size_t(t) * wide, step.positions[t], rotation); });
+    write_pages(pages, step, q + H * D, q + (H + K) * D, wide, wide);
+    attend_pages(pages, step, Look{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
+    rows.resize(T, H * D);
+    each_row(T, [&](int t) { rows.quantize(t, o + size_t(t) * H * D, H * D); });
+    output_->multiply(rows, delta);
+
+    add_norm_quantize(ffn_norm_);
+    up_->multiply(rows, f);
+    rows.resize(T, shape_.hidden);
+    each_row(T, [&](int t) {
+        activate(shape_.activation, f + size_t(t) * inner, shape_.hidden);
+        rows.quantize(t, f + size_t(t) * inner, shape_.hidden);
+    });
+    down_->multiply(rows, delta);
+}
+
+}  // namespace warploom

@@ -1,0 +1,217 @@
+#include "int8_matrix.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "lanes.hpp"
+#include "workers.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#define WARPLOOM_X86 1
+#endif
+
+namespace warploom {
+
+namespace {
+
+constexpr int kLanes = 16;       // outputs of one vector
+constexpr int kBlock = 4;        // vectors of outputs of one task
+constexpr int kQuad = kGroup / 4;  // steps of four columns in a group
+
+struct Tile {
+    const uint8_t* weights;  // of the first vector of outputs
+    size_t stride;           // bytes from one vector of outputs to the next
+    int groups, columns;
+};
+
+// The plain meaning of the kernel: sums of integers group by group, then of floats. `y` is (rows, vectors, 16).
+WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Int8Rows& x, int row, int rows, float* y) {
+    for (int r = 0; r < rows; ++r) {
+        const int8_t* values = x.values.data() + size_t(row + r) * t.columns;
+        for (int v = 0; v < vectors; ++v) {
+            float total[kLanes] = {};
+            for (int g = 0; g < t.groups; ++g) {
+                int32_t sums[kLanes];
+                const uint8_t* w = t.weights + v * t.stride + size_t(g) * kGroup * kLanes;
+                std::fill(sums, sums + kLanes, x.starts[size_t(row + r) * t.groups + g]);
+                for (int k = 0; k < kGroup; ++k)
+                    for (int lane = 0; lane < kLanes; ++lane)
+                        sums[lane] += int32_t(w[(k / 4) * 64 + lane * 4 + k % 4]) * values[g * kGroup + k];
+                const float scale = x.scales[size_t(row + r) * t.groups + g];
+                for (int lane = 0; lane < kLanes; ++lane) total[lane] = std::fma(float(sums[lane]), scale, total[lane]);
+            }
+            std::memcpy(y + (r * vectors + v) * kLanes, total, sizeof total);
+        }
+    }
+}
+
+#ifdef WARPLOOM_X86
+// ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
+template <int ROWS, int VECTORS>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile_vnni(const Tile& t, const Int8Rows& x,
+                                                                                      int row, float* y, int width) {
+    __m512 total[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
+    const int8_t* values = x.values.data() + size_t(row) * t.columns;
+    const float* scales = x.scales.data() + size_t(row) * t.groups;
+    const int32_t* starts = x.starts.data() + size_t(row) * t.groups;
+    for (int g = 0; g < t.groups; ++g) {
+        __m512i sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_set1_epi32(starts[size_t(r) * t.groups + g]);
+        const uint8_t* w = t.weights + size_t(g) * kGroup * kLanes;
+        const int8_t* a = values + g * kGroup;
+#pragma GCC unroll 4
+        for (int k = 0; k < kQuad; ++k) {
+            __m512i weight[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) weight[v] = _mm512_loadu_si512(w + v * t.stride + k * 64);
+            for (int r = 0; r < ROWS; ++r) {
+                int32_t four;
+                std::memcpy(&four, a + size_t(r) * t.columns + k * 4, 4);
+                const __m512i activation = _mm512_set1_epi32(four);
+                for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weight[v], activation);
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 scale = _mm512_set1_ps(scales[size_t(r) * t.groups + g]);
+            for (int v = 0; v < VECTORS; ++v)
+                total[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, total[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * width + v) * kLanes, total[r][v]);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void multiply_vnni(const Tile& t, int vectors,
+                                                                                   const Int8Rows& x, int row, int rows,
+                                                                                   float* y) {
+    for (int v = 0; v < vectors;) {
+        const Tile part{t.weights + v * t.stride, t.stride, t.groups, t.columns};
+        float* out = y + v * kLanes;
+        if (rows == 1 && v + 4 <= vectors) {
+            tile_vnni<1, 4>(part, x, row, out, vectors);
+            v += 4;
+        } else if (v + 2 <= vectors) {
+            switch (rows) {
+                case 1: tile_vnni<1, 2>(part, x, row, out, vectors); break;
+                case 2: tile_vnni<2, 2>(part, x, row, out, vectors); break;
+                case 3: tile_vnni<3, 2>(part, x, row, out, vectors); break;
+                case 4: tile_vnni<4, 2>(part, x, row, out, vectors); break;
+                case 5: tile_vnni<5, 2>(part, x, row, out, vectors); break;
+                default: tile_vnni<6, 2>(part, x, row, out, vectors);
+            }
+            v += 2;
+        } else {
+            for (int r = 0; r < rows; ++r) tile_vnni<1, 1>(part, x, row + r, out + r * vectors * kLanes, vectors);
+            v += 1;
+        }
+    }
+}
+#endif
+
+using Multiply = void (*)(const Tile&, int, const Int8Rows&, int, int, float*);
+
+Multiply pick_multiply() {
+#ifdef WARPLOOM_X86
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+        return multiply_vnni;
+#endif
+    return multiply_plain;
+}
+
+const Multiply multiply_rows = pick_multiply();
+constexpr int kRows = 6;  // rows of activations of one tile
+
+WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t& total) {
+    float peak = 0;
+    for (int i = 0; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
+    const float scale = peak / 127, inverse = peak > 0 ? 127 / peak : 0;
+    int32_t sum = 0;
+    for (int i = 0; i < n; ++i) {
+        const int value = int(std::nearbyint(x[i] * inverse));
+        to[i] = int8_t(value);
+        sum += value;
+    }
+    for (int i = n; i < kGroup; ++i) to[i] = 0;
+    total = sum;
+    return scale;
+}
+
+}  // namespace
+
+void Int8Rows::resize(int r, int c) {
+    rows = r, columns = (c + kGroup - 1) / kGroup * kGroup;
+    values.resize(size_t(rows) * columns);
+    scales.resize(size_t(rows) * (columns / kGroup));
+    starts.resize(scales.size());
+}
+
+void Int8Rows::quantize(int row, const float* x, int n) {
+    const int groups = columns / kGroup;
+    for (int g = 0; g < groups; ++g) {
+        const size_t at = size_t(row) * groups + g;
+        int32_t total;
+        int8_t* to = values.data() + size_t(row) * columns + g * kGroup;
+        scales[at] = quantize_group(x + g * kGroup, std::min(kGroup, n - g * kGroup), to, total);
+        starts[at] = -128 * total;
+    }
+}
+
+Int8Matrix::Int8Matrix(const float* weight, int outputs, int columns, const float* bias)
+    : outputs_(outputs), columns_(columns), groups_((columns + kGroup - 1) / kGroup) {
+    const int vectors = (outputs + kLanes - 1) / kLanes;
+    const size_t bytes = size_t(vectors) * kLanes * groups_ * kGroup;
+    memory_.reset(new uint8_t[bytes + 64]);
+    weights_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+    std::memset(weights_, 128, bytes);
+    scales_.assign(size_t(vectors) * kLanes, 0.0f), bias_.assign(scales_.size(), 0.0f);
+    if (bias) std::copy(bias, bias + outputs, bias_.begin());
+    Workers::shared().run(vectors, [&](int vector) {
+        for (int lane = 0; lane < kLanes && vector * kLanes + lane < outputs; ++lane) {
+            const int n = vector * kLanes + lane;
+            const float* row = weight + size_t(n) * columns;
+            float peak = 0;
+            for (int c = 0; c < columns; ++c) peak = std::max(peak, std::fabs(row[c]));
+            scales_[n] = peak / 127;
+            uint8_t* to = weights_ + size_t(vector) * kLanes * groups_ * kGroup + lane * 4;
+            for (int c = 0; c < columns && peak > 0; ++c)
+                to[(c / 4) * 64 + c % 4] = uint8_t(128 + int(std::nearbyint(row[c] / scales_[n])));
+        }
+    });
+}
+
+void Int8Matrix::multiply(const Int8Rows& x, float* y) const {
+    const int vectors = (outputs_ + kLanes - 1) / kLanes;
+    Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
+        block(x, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
+    });
+}
+
+void Int8Matrix::multiply(const float* x, int rows, float* y) const {
+    thread_local Int8Rows quantized;
+    quantized.resize(rows, columns_);
+    for (int row = 0; row < rows; ++row) quantized.quantize(row, x + size_t(row) * columns_, columns_);
+    multiply(quantized, y);
+}
+
+void Int8Matrix::block(const Int8Rows& x, int first, int count, float* y) const {
+    const size_t stride = size_t(kLanes) * groups_ * kGroup;
+    const Tile tile{weights_ + first * stride, stride, groups_, groups_ * kGroup};
+    float part[kRows * kBlock * kLanes];
+    const int from = first * kLanes, to = std::min(outputs_, (first + count) * kLanes);
+    for (int row = 0; row < x.rows; row += kRows) {
+        const int rows = std::min(kRows, x.rows - row);
+        multiply_rows(tile, count, x, row, rows, part);
+        for (int r = 0; r < rows; ++r)
+            for (int n = from; n < to; ++n)
+                y[size_t(row + r) * outputs_ + n] = part[r * count * kLanes + n - from] * scales_[n] + bias_[n];
+    }
+}
+
+}  // namespace warploom

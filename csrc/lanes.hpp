@@ -1,0 +1,103 @@
+// Sixteen floats at a time, in whatever registers the CPU has.
+//
+// The code is written once with the compiler's vector types and compiled for several CPUs (WARPLOOM_CLONES), of which the
+// loader picks one. Sums are taken in a fixed order, so a result does not depend on the neighbours of its row.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_ADDRESS__)
+#define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WARPLOOM_CLONES
+#endif
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined: no call passes one
+#endif
+#define WARPLOOM_INLINE inline __attribute__((always_inline))
+
+namespace warploom {
+
+typedef float f16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef float f8 __attribute__((vector_size(32), aligned(4)));
+typedef float f4 __attribute__((vector_size(16), aligned(4)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+WARPLOOM_INLINE float widen(float x) { return x; }
+WARPLOOM_INLINE float widen(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+WARPLOOM_INLINE void narrow(float x, float& y) { y = x; }
+WARPLOOM_INLINE void narrow(float x, bfloat16& y) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    y.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+WARPLOOM_INLINE f16 load(const float* p) {
+    f16 x;
+    std::memcpy(&x, p, 64);
+    return x;
+}
+WARPLOOM_INLINE f16 load(const bfloat16* p) {
+    h16 bits;
+    std::memcpy(&bits, p, 32);
+    u16 wide = __builtin_convertvector(bits, u16) << 16;
+    f16 x;
+    std::memcpy(&x, &wide, 64);
+    return x;
+}
+WARPLOOM_INLINE void store(float* p, f16 x) { std::memcpy(p, &x, 64); }
+
+WARPLOOM_INLINE float sum(f16 x) {
+    f8 a, b;
+    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    a += b;
+    f4 c, d;
+    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    c += d;
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+WARPLOOM_INLINE f16 select(i16 mask, f16 yes, f16 no) { return mask ? yes : no; }
+
+// exp(x) to about one unit in the last place, 0 far below and infinity far above.
+WARPLOOM_INLINE f16 exp(f16 x) {
+    const f16 low = f16{} - 87.3f, high = f16{} + 88.7f;
+    f16 y = select(x < low, low, select(x > high, high, x));
+    const f16 shift = f16{} + 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
+    f16 n = (y * 1.44269504f + shift) - shift;
+    f16 r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    f16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i16 exponent = (__builtin_convertvector(n, i16) + 127) << 23;
+    f16 scale;
+    std::memcpy(&scale, &exponent, 64);
+    return select(x < low, f16{}, p * scale);
+}
+
+template <class T>
+WARPLOOM_INLINE float dot(const float* a, const T* b, int n) {
+    f16 total = {};
+    int i = 0;
+    for (; i + 16 <= n; i += 16) total += load(a + i) * load(b + i);
+    float tail = 0;
+    for (; i < n; ++i) tail += a[i] * widen(b[i]);
+    return sum(total) + tail;
+}
+
+}  // namespace warploom

@@ -1,0 +1,41 @@
+// Attention over keys and values that lie in pages, read where they lie.
+#pragma once
+#include <cstdint>
+
+#include "lanes.hpp"
+
+namespace warploom {
+
+// The tokens of one step: where each stands, whose it is, and where its keys and values go.
+struct Step {
+    int tokens;
+    const int64_t* positions;  // (tokens)
+    const int32_t* sequences;  // (tokens): rows of the page table
+    const int64_t* slots;      // (tokens): page · page size + offset; negative writes nothing
+    const int32_t* table;      // (sequences, width): pages
+    int width;
+};
+
+// The pages of one layer: (pages, page size, kv heads, head dim), float32 or bfloat16.
+struct Pages {
+    void* keys;
+    void* values;
+    bool half;
+    int page_size, kv_heads, head_dim;
+};
+
+struct Look {
+    int heads;
+    int window;     // how many keys a query sees, itself included; 0: all before it
+    float softcap;  // 0: none
+    float scale;
+};
+
+// Writes k and v, rows of kv_heads · head_dim floats `k_stride` and `v_stride` apart, into the pages.
+void write_pages(const Pages&, const Step&, const float* k, const float* v, int64_t k_stride, int64_t v_stride);
+
+// Every token's queries (rows `q_stride` apart) over all keys up to their own position; `out` is (tokens, heads, D).
+// Each query is computed alone, page by page from the first, so its bits depend on nothing but its own sequence.
+void attend_pages(const Pages&, const Step&, const Look&, const float* q, int64_t q_stride, float* out);
+
+}  // namespace warploom

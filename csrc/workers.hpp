@@ -1,0 +1,54 @@
+// Workers: a few threads that share loops of a few microseconds.
+//
+// A decoding step is some sixty loops over small pieces of work, each too short to wake a sleeping thread for. So workers
+// look for the next loop for a moment before they sleep, and tasks are handed out one by one: where the machine
+// is busy and a worker does not get to run, the caller simply does its tasks too.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace warploom {
+
+class Workers {
+public:
+    static Workers& shared();
+
+    // How many threads work on a loop, the caller included.
+    void resize(int threads);
+    int size() const { return int(threads_.size()) + 1; }
+
+    // Calls work(task) for every task below `tasks`, in any order, and returns when all are done.
+    template <class Work>
+    void run(int tasks, const Work& work) {
+        if (tasks <= 1 || threads_.empty() || !caller_.try_lock()) {
+            for (int task = 0; task < tasks; ++task) work(task);
+            return;
+        }
+        std::lock_guard<std::mutex> held(caller_, std::adopt_lock);
+        start(tasks, [](const void* w, int task) { (*static_cast<const Work*>(w))(task); }, &work);
+    }
+
+    ~Workers() { resize(1); }
+
+private:
+    using Call = void (*)(const void*, int);
+
+    void start(int tasks, Call call, const void* work);
+    void take();
+    void serve();
+
+    std::vector<std::thread> threads_;
+    std::mutex caller_, sleep_;
+    std::condition_variable wake_;
+    std::atomic<unsigned> epoch_{0};
+    std::atomic<int> next_{0}, inside_{0}, asleep_{0};
+    std::atomic<bool> open_{false}, stop_{false};
+    int tasks_ = 0, owner_ = 0;
+    Call call_ = nullptr;
+    const void* work_ = nullptr;
+};
+
+}  // namespace warploom
