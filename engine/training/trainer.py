@@ -235,7 +235,7 @@ class Trainer:
         return self._agree(float(loss)), load
 
     def _agree(self, loss: float) -> float:
-        """What all processes must know alike: the step's loss, how much time has passed, whether one was told to stop."""
+        """What all processes must know alike: the loss, how much time has passed, whether one was told to stop."""
         seconds = time.perf_counter() - self.began
         loss, stops, seconds = self.team.total(loss, bool(self.told_to_stop), seconds)
         self.seconds = seconds / self.team.size
