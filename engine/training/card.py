@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..device import device_name
+
+if TYPE_CHECKING:
+    from .trainer import Trainer, TrainResult
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -25,6 +29,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
     """The commit of this code, if it runs from a repository."""
     try:
@@ -35,11 +40,41 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def write_card(directory: Path, run: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def describe(run: Trainer) -> dict[str, Any]:
+    """What this run is, as `run.json` says it."""
+    meta = run.materials.data.meta
+    return {
+        "config": run.config.to_dict(),
+        "model": run.materials.model.to_dict(),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "processes": run.team.size,
+        "steps": run.steps,
+        "data": {
+            "source": meta.source,
+            "train_tokens": len(run.train_split),
+            "train_sha256": run.train_split.sha256,
+            "tokenizer_sha256": meta.tokenizer_sha256,
+        },
+        "hardware": hardware(run.device),
+        "commit": commit(),
+    }
+
+
+def write_card(
+    directory: Path, run: dict[str, Any], result: TrainResult, utilization: float, samples: list[dict[str, Any]]
+) -> None:
     """`run.json`, `RUN.md` and `loss.png` of a run."""
+    bits = result.evaluation.bits_per_byte if result.evaluation else None
+    outcome = {
+        "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "val_loss": result.val_loss,
+        "bits_per_byte": bits, "stopped_by": result.stopped_by, "tokens_per_second": result.tokens_per_second,
+        "utilization": utilization,
+    }  # fmt: skip
+    run = {**run, "result": outcome, "samples": samples}
     replace_text(directory / "run.json", json.dumps(run, indent=1, default=str) + "\n")
     replace_text(directory / "RUN.md", _markdown(run))
-    draw_losses(history, directory / "loss.png")
+    draw_losses(result.history, directory / "loss.png")
 
 
 def _markdown(run: dict[str, Any]) -> str:

@@ -18,8 +18,6 @@ import gc
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -36,14 +34,16 @@ from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
 from ..hub import load_model, save_model
 from ..model import Transformer
-from .card import commit, hardware, write_card
-from .checkpoint import Checkpoints, generators, load_tensors, restore_generators, snapshot
+from .card import describe, write_card
+from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
+from .interrupts import interruptible
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .parallel import Team, load_optimizer, make_masters, restarted, whole_optimizer, whole_weights
+from .parallel import Team, make_masters, restarted, whole_weights
 from .precision import Average, LossScale, assembled
 from .prepare import Materials, prepare
+from .resume import resume_run, save_run
 from .schedule import SCHEDULES
 from .watch import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher
 
@@ -69,7 +69,7 @@ class TrainResult:
 def train(config: TrainConfig, watchers: Iterable[Watcher] = ()) -> TrainResult:
     """Run `config` to its end, or until SIGINT or SIGTERM; `watchers` hear what happens on the way."""
     trainer = Trainer(config, list(watchers))
-    with trainer.interruptible():
+    with interruptible(trainer.stop):
         return trainer.run()
 
 
@@ -106,11 +106,14 @@ class Trainer:
         self.step, self.tokens, self.seconds, self.bad_steps, self.bad_run = 0, 0, 0.0, 0, 0
         self.best: Evaluation | None = None
         self.samples: list[dict[str, Any]] = []
+        self.told_to_stop: str | None = None
         self.stop_signal: str | None = None
+        self.speed = self.utilization = 0.0
+        self.began = time.perf_counter()
         self.spikes = Spikes()
         self.step_seconds: deque[float] = deque(maxlen=50)
         if again:
-            self._resume()
+            resume_run(self)
         self.log = JsonLog(self.out / "log.jsonl", config.log_every, self.step) if self.team.leads else None
         self.watchers = self._all_watchers()
 
@@ -168,47 +171,25 @@ class Trainer:
         cls = Muon if config.optimizer == "muon" else AdamW
         return cls(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
-    def describe(self) -> dict[str, Any]:
-        """What this run is, as `run.json` says it."""
-        meta = self.materials.data.meta
-        return {
-            "config": self.config.to_dict(),
-            "model": self.materials.model.to_dict(),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "processes": self.team.size,
-            "steps": self.steps,
-            "data": {
-                "source": meta.source,
-                "train_tokens": len(self.train_split),
-                "train_sha256": self.train_split.sha256,
-                "tokenizer_sha256": meta.tokenizer_sha256,
-            },
-            "hardware": hardware(self.device),
-            "commit": commit(),
-        }
-
     # The loop
 
     def run(self) -> TrainResult:
         """Train until the budget is used or a signal arrives."""
-        self.tell("started", self.describe())
-        began = time.perf_counter() - self.seconds
+        self.tell("started", describe(self))
+        self.began = time.perf_counter() - self.seconds
         batches = prefetch(self.loader, self.step, self.device, self.config.num_workers)
         try:
             while self.step < self.steps and not self.stop_signal:
                 tick = time.perf_counter()
                 progress = self._one_step(next(batches))
-                now = time.perf_counter()
-                self.step_seconds.append(now - tick)
-                self.seconds = now - began
+                self.step_seconds.append(time.perf_counter() - tick)
                 self._fit_to_budget()
                 self._report(*progress)
                 self._now_and_then()
-                self.seconds = time.perf_counter() - began
                 if len(self.step_seconds) == 1:
                     gc.collect()
                     gc.freeze()  # what exists now lives as long as the run: no need to search it for garbage
+            self.seconds = time.perf_counter() - self.began
             return self._finish()
         finally:
             batches.close()
@@ -251,11 +232,22 @@ class Trainer:
             (parts.total * (share * self.scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
-        loss, stops, seconds = self.team.total(float(loss), bool(self.stop_signal), self.seconds)
+        return self._agree(float(loss)), load
+
+    def _agree(self, loss: float) -> float:
+        """What all processes must know alike: the loss, how much time has passed, whether one was told to stop."""
+        seconds = time.perf_counter() - self.began
+        loss, stops, seconds = self.team.total(loss, bool(self.told_to_stop), seconds)
+        self.seconds = seconds / self.team.size
         if stops:
-            self.stop_signal = self.stop_signal or "another process"
-        self.seconds = seconds / self.team.size  # all processes agree on how much time has passed
-        return loss, load
+            self.stop_signal = self.told_to_stop or "another process"
+        return loss
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step at hand, or the next one where other processes have to be told."""
+        self.told_to_stop = reason
+        if self.team.size == 1:
+            self.stop_signal = reason
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`, counted from 1; with a budget of time, of the share of it that is used."""
@@ -296,7 +288,7 @@ class Trainer:
         if config.sample_tokens and (last or (config.sample_every and self.step % config.sample_every == 0)):
             self._sample()
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
-            self._save()
+            save_run(self)
 
     def _report(self, loss: float, norm: float, lr: float, load: Tensor | None) -> None:
         pace = sum(self.step_seconds) / len(self.step_seconds)
@@ -378,81 +370,14 @@ class Trainer:
         self.samples.append(sample)
         self.tell("sampled", self.step, sample["prompt"], sample["text"])
 
-    def _save(self) -> None:
-        weights = {name: p.detach() for name, p in self.masters.named.items()}
-        weights = snapshot(whole_weights(self.masters, weights))
-        tensors = {
-            "optimizer": snapshot(whole_optimizer(self.masters, self.optimizer)),
-            "scheduler": {
-                "loss_scale": (self.scale.value, self.scale.calm),
-                "average": snapshot(whole_weights(self.masters, self.average.weights)),
-                "generators": generators(),
-            },
-        }
-        if not self.team.leads:
-            return
-        state = {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "bad_steps": [self.bad_steps, self.bad_run],
-            "recent_losses": list(self.spikes.recent),
-            "best": None if self.best is None else [self.best.loss, self.best.bits_per_byte, self.best.tokens],
-            "samples": self.samples,
-            "run": self.describe(),
-        }
-        model, tokenizer = assembled(self.model, weights), self.materials.tokenizer
-        self.checkpoints.save(self.step, lambda directory: save_model(model, directory, tokenizer), tensors, state)
-
-    def _resume(self) -> None:
-        found = self.checkpoints.latest(self.note)
-        if found is None:
-            self.note(f"no checkpoint to resume in {self.checkpoints.folder}: starting from the beginning")
-            return
-        directory, state = found
-        self._check_same_run(directory, state["run"])
-        saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
-        self.masters.load(dict(saved.named_parameters()))
-        load_optimizer(self.masters, self.optimizer, load_tensors(directory, "optimizer"))
-        extra = load_tensors(directory, "scheduler")
-        self.scale.value, self.scale.calm = extra["loss_scale"]
-        for name, weight in extra["average"].items():
-            self.average.weights[name].copy_(self.masters.part(name, weight))
-        restore_generators(extra["generators"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.bad_steps, self.bad_run = state["bad_steps"]
-        self.spikes.recent.extend(state["recent_losses"])
-        self.best = None if state["best"] is None else Evaluation(*state["best"])
-        self.samples = state["samples"]
-        self.note(f"resuming from {directory} at step {self.step}")
-
-    def _check_same_run(self, directory: Path, before: dict[str, Any]) -> None:
-        now = self.describe()
-        for field, value in before["model"].items():
-            if now["model"][field] != value:
-                raise ValueError(
-                    f"{directory} was trained with {field}={value!r}, but this run asks for "
-                    f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
-                )
-        for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
-            if now["data"][key] != before["data"][key]:
-                raise ValueError(f"{directory} was trained with {what} than {self.materials.data.directory} holds")
-        if before["config"]["optimizer"] != self.config.optimizer:
-            raise ValueError(
-                f"{directory} was trained with optimizer={before['config']['optimizer']!r}, not "
-                f"{self.config.optimizer!r}"
-            )
-
     def _finish(self) -> TrainResult:
+        self.checkpoints.wait()
         if self.stop_signal:
-            if not self.checkpoints.steps() or self.checkpoints.steps()[0] != self.step:
-                self.checkpoints.wait()
-            self.note(
-                f"stopped by {self.stop_signal} at step {self.step} of {self.steps}; saved to "
-                f"{self.checkpoints.path(self.step)}: resume continues from there"
-            )
+            saved = self.checkpoints.path(self.step)
+            what = f"saved to {saved}: resume continues from there" if saved.exists() else "there was nothing to save"
+            self.note(f"stopped by {self.stop_signal} at step {self.step} of {self.steps}; {what}")
         if self.best is None:
             self._publish()
-        self.checkpoints.wait()
         result = TrainResult(
             directory=self.out,
             val_loss=self.best.loss if self.best else None,
@@ -461,17 +386,11 @@ class Trainer:
             steps=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
-            tokens_per_second=self.speed if self.step_seconds else 0.0,
+            tokens_per_second=self.speed,
             stopped_by=self.stop_signal,
         )
-        outcome = {
-            "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "val_loss": result.val_loss,
-            "bits_per_byte": self.best.bits_per_byte if self.best else None, "stopped_by": self.stop_signal,
-            "tokens_per_second": result.tokens_per_second, "bad_steps": self.bad_steps,
-            "utilization": self.utilization if self.step_seconds else 0.0,
-        }  # fmt: skip
         if self.team.leads:
-            write_card(self.out, {**self.describe(), "result": outcome, "samples": self.samples}, result.history)
+            write_card(self.out, describe(self), result, self.utilization, self.samples)
         return result
 
     # Telling and being told
@@ -483,25 +402,6 @@ class Trainer:
 
     def note(self, text: str) -> None:
         self.tell("noted", text)
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step; a second SIGINT ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: Any) -> None:
-            if self.stop_signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number).name
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _seed_of(seed: int, step: int) -> int:
