@@ -19,6 +19,7 @@ from .errors import APIError, from_validation
 from .guard import Guard
 from .metrics import Metrics
 from .pages import docs_page, landing_page
+from .playground import Playground, available
 from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .schemas import answers
 from .service import FINGERPRINT, Service
@@ -40,6 +41,8 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await bridge.start()
         yield
+        if playground:
+            await playground.close()
         await bridge.stop()
 
     app = FastAPI(
@@ -54,7 +57,7 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     _add_errors(app)
     _add_model_routes(app, service)
     _add_other_routes(app, bridge, metrics)
-    _add_page(app, service, config)
+    playground = _add_page(app, service, config)
     app.add_middleware(Guard, config=config, keys=keys, metrics=metrics)
     if config.cors_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -127,17 +130,19 @@ def _add_other_routes(app: FastAPI, bridge: Bridge, metrics: Metrics) -> None:
         return HTMLResponse(docs_page(app.openapi()))
 
 
-def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> None:
-    if config.ui:
-        from .playground import available, mount
-
-        if available():
-            return mount(app, service)
+def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> Playground | None:
+    """What is at /: the playground, or how to get it. The playground takes whatever no other route does."""
+    if config.ui and available():
+        playground = Playground(service)
+        app.router.default = playground
+        return playground
 
     @app.get("/", include_in_schema=False)
     async def landing() -> Response:
         """What there is, and how to get the page."""
         return HTMLResponse(landing_page(config))
+
+    return None
 
 
 def _add_errors(app: FastAPI) -> None:

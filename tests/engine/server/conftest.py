@@ -46,6 +46,20 @@ def make_model(seed: int = 0) -> Transformer:
     return model.eval()
 
 
+class SlowLLM(LLM):
+    """A model whose every step takes a while, like a large one's."""
+
+    def __init__(self, seconds: float = 0.02, **options):
+        super().__init__(make_model(), make_tokenizer(), **options)
+        launch = self.engine.runner.launch
+
+        def slow_launch(plan):
+            time.sleep(seconds)
+            return launch(plan)
+
+        self.engine.runner.launch = slow_launch
+
+
 class Server:
     """A server in a thread, and what tests want to know of it."""
 

@@ -7,28 +7,15 @@ import time
 
 import pytest
 
+from warploom.engine.server.config import ServerConfig
 from warploom.engine.serving import LLM
 
-from .conftest import make_model, make_tokenizer, serving
+from .conftest import Server, SlowLLM, make_model, make_tokenizer, serving
 
 httpx = pytest.importorskip("httpx", reason="these tests need httpx")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
 LONG = {"prompt": "go on", "max_tokens": 240, "ignore_eos": True, "stream": True}
-
-
-class SlowLLM(LLM):
-    """A model whose every step takes a while, like a large one's."""
-
-    def __init__(self, seconds: float = 0.02, **options):
-        super().__init__(make_model(), make_tokenizer(), **options)
-        launch = self.engine.runner.launch
-
-        def slow_launch(plan):
-            time.sleep(seconds)
-            return launch(plan)
-
-        self.engine.runner.launch = slow_launch
 
 
 @pytest.fixture
@@ -159,8 +146,6 @@ def test_while_the_model_loads_health_is_503_and_so_are_requests():
     def make():
         loading.wait(20)
         return LLM(make_model(), make_tokenizer())
-
-    from .conftest import Server, ServerConfig
 
     server = Server(make, ServerConfig(name="tiny", log=False, ui=False)).start()
     try:

@@ -1,0 +1,158 @@
+"""The page, as a person uses it: a real browser types, watches, presses Stop, moves a slider."""
+
+import json
+import shutil
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+from .conftest import SlowLLM, make_model, serving
+
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+
+
+@pytest.fixture(scope="module")
+def page_server():
+    pytest.importorskip("gradio", reason="the playground needs gradio")
+    with serving(lambda: SlowLLM(0.03), ui=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    switches = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    switches += " disable-component-update disable-sync disable-dev-shm-usage window-size=1280,1000"
+    for switch in switches.split():
+        options.add_argument(f"--{switch}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.implicitly_wait(20)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(browser, page_server):
+    browser.get(page_server.url)
+    assert find(browser, "#message textarea, #message input").is_displayed()
+    return browser
+
+
+def find(browser, selector):
+    return browser.find_element("css selector", selector)
+
+
+def open_tab(browser, name):
+    browser.find_element("xpath", f"//button[@role='tab'][contains(., '{name}')]").click()
+
+
+def test_a_prompt_streams_tokens_and_stop_ends_them(page, page_server):
+    open_tab(page, "Complete")
+    find(page, "#prompt textarea").send_keys(" and on")
+    find(page, "#start").click()
+    page_server.wait(lambda: page.find_elements("css selector", "#tokens .loom-tokens > span"))
+    few = len(page.find_elements("css selector", "#tokens .loom-tokens > span"))
+    page_server.wait(lambda: len(page.find_elements("css selector", "#tokens .loom-tokens > span")) > few)
+    assert "tokens/s" in find(page, "#speed").text
+    find(page, "#stop").click()
+    page_server.wait(lambda: not page_server.bridge.open, seconds=3)
+    page_server.assert_nothing_left()
+    shown = find(page, "#tokens .loom-tokens")
+    assert shown.text.startswith("Once upon a time and on")
+    assert len(shown.find_elements("css selector", "span > b > u")) >= 5, "each token has its alternatives"
+
+
+def test_a_chat_answers_with_the_length_that_the_slider_says(page, page_server):
+    box = find(page, "#max-tokens input[type=number]")
+    page.execute_script("arguments[0].value = 7; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))", box)
+    page.execute_script("arguments[0].dispatchEvent(new Event('change', {bubbles: true}))", box)
+    slider = find(page, "#temperature input[type=range]")
+    before = slider.get_attribute("value")
+    slider.send_keys("\ue014\ue014")  # two presses of the right arrow
+    assert slider.get_attribute("value") != before
+    find(page, "#message textarea, #message input").send_keys("hello")
+    find(page, "#send").click()
+    page_server.wait(lambda: "tokens ·" in find(page, "#chat-speed").text and not page_server.bridge.open)
+    count = int(find(page, "#chat-speed").text.split()[0])
+    assert 1 <= count <= 7
+    assert "hello" in find(page, "#chat").text
+    page_server.assert_nothing_left()
+
+
+def test_the_attention_map_has_a_cell_for_each_pair_of_tokens(page):
+    open_tab(page, "Attention")
+    text = find(page, "#attention-text textarea, #attention-text input")
+    text.clear()
+    text.send_keys("abcde")
+    find(page, "#draw").click()
+    find(page, "#heat svg rect")
+    assert len(page.find_elements("css selector", "#heat svg rect.cell")) == 5 * 6 // 2
+
+
+def test_the_page_asks_nobody_but_its_own_server(page, page_server):
+    hosts = set()
+    for entry in page.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = urlsplit(message["params"]["request"]["url"])
+            hosts |= {url.netloc} if url.scheme in ("http", "https", "ws", "wss") else set()
+    assert hosts == {urlsplit(page_server.url).netloc}
+    assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_page_fits_a_phone(page):
+    page.set_window_size(500, 900)
+    try:
+        page.refresh()
+        find(page, "#message")
+        assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    finally:
+        page.set_window_size(1280, 1000)
+
+
+def test_attention_maps_are_what_the_model_attends_with():
+    """Against attention weights in float64, through the model's own logits: same maps, same output."""
+    from warploom.engine.server.views import attention_maps
+
+    model = make_model()
+    tokens = list(b"attention")
+    maps = attention_maps(model, tokens)
+    assert len(maps) == model.config.n_layers
+    for weights_HTS in maps:
+        assert torch.allclose(weights_HTS.sum(-1), torch.ones(()))
+        assert not weights_HTS.triu(1).any()
+
+    def attend(q, k, v, layer):
+        return torch.einsum("hts,bshd->bthd", maps[layer.index], v)
+
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        assert torch.allclose(model(ids, attend=attend), model(ids), atol=1e-4)
+
+
+def test_without_gradio_the_server_runs_and_says_how_to_get_the_page(monkeypatch):
+    httpx = pytest.importorskip("httpx", reason="needs httpx")
+    import warploom.engine.server.app as app
+
+    monkeypatch.setattr(app, "available", lambda: False)
+    with serving(ui=True) as server:
+        assert "pip install gradio" in httpx.get(server.url).text
+    with serving(ui=False) as server:
+        page = httpx.get(server.url).text
+        assert "--no-ui" in page and "pip install" not in page
+
+
+def test_unknown_routes_under_v1_are_openais_errors_even_with_the_page(page_server):
+    httpx = pytest.importorskip("httpx", reason="needs httpx")
+    unknown = httpx.post(f"{page_server.url}/v1/embeddings", json={})
+    assert unknown.status_code == 404 and unknown.json()["error"]["type"] == "not_found_error"
+    assert httpx.get(f"{page_server.url}/v1/completions").status_code == 405
+    assert httpx.get(f"{page_server.url}/health").status_code == 200
