@@ -53,7 +53,7 @@ def static(job):
 
         count = max(request.tokens for request in requests)
         out = model.generate(
-            tokens, attention_mask=mask.to(job.device), do_sample=False, max_new_tokens=count, min_new_tokens=count,
+            tokens, attention_mask=mask.to(job.device), do_sample=False, max_new_tokens=count,
             pad_token_id=0, eos_token_id=None, stopping_criteria=[note],
         )  # fmt: skip
         new = out[:, longest:].tolist()
