@@ -12,7 +12,7 @@ The fused twin never sorts. It draws a winner among all tokens, then asks whethe
 tokens, and how much of the probability, lie above it? If it is not kept, nothing as small as it is kept either, so
 the race is run again among the tokens above it. That ends after a few rounds with exactly the token that a race among
 the kept ones would have given. (Only `top_k` with `top_p` needs the k-th largest value itself, for the share that is
-left; a bisection over the bits of a float finds it.)
+left. The k-th largest of the maxima of some thousand groups of tokens is at most a few steps below it.)
 
 B rows, V tokens.
 """
@@ -76,8 +76,14 @@ def _ordered(x):
 
 
 @triton.jit
+def _float_of(order):
+    """The float at a place of that order."""
+    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
-    """The largest scaled logit and the first token that has it."""
+    """The largest scaled logit, the first token that has it, and the maxima of BLOCK interleaved groups of tokens."""
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
@@ -86,14 +92,14 @@ def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
         where = tl.where(x > best, col, where)
         best = tl.maximum(best, x)
     highest = tl.max(best, 0)
-    return highest, tl.min(tl.where(best == highest, where, 2147483647), 0)
+    return highest, tl.min(tl.where(best == highest, where, 2147483647), 0), best
 
 
 @triton.jit
-def _above(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
-    """How many scaled logits exceed `floor`, and how many reach it; the weight of each of the two sets."""
+def _survey(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
+    """Of the scaled logits above `floor`: how many, the least, their weight; and the weight of those that reach it."""
     more = tl.zeros([BLOCK], tl.int32)
-    reach = tl.zeros([BLOCK], tl.int32)
+    least = tl.full([BLOCK], float("inf"), tl.float32)
     weight_more = tl.zeros([BLOCK], tl.float32)
     weight_reach = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
@@ -101,32 +107,42 @@ def _above(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
         x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
         weight = tl.exp(x - highest)
         more += tl.where(x > floor, 1, 0)
-        reach += tl.where((x >= floor) & (col < V), 1, 0)
+        least = tl.minimum(least, tl.where(x > floor, x, float("inf")))
         weight_more += tl.where(x > floor, weight, 0.0)
         weight_reach += tl.where(x >= floor, weight, 0.0)
-    return tl.sum(more, 0), tl.sum(reach, 0), tl.sum(weight_more, 0), tl.sum(weight_reach, 0)
+    return tl.sum(more, 0), tl.min(least, 0), tl.sum(weight_more, 0), tl.sum(weight_reach, 0)
 
 
 @triton.jit
-def _kth_largest(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
-    """The k-th largest scaled logit, by bisection over the order of floats."""
-    low = tl.full([], -2139095041, tl.int64)  # the order of −inf
+def _kth_group(best, k):
+    """The k-th largest of the groups' maxima, by bisection over the order of floats.
+
+    It is no larger than that of all tokens, and as the k largest tokens rarely share a group, nearly always equal.
+    """
+    order = _ordered(best).to(tl.int64)
+    low, high = tl.min(order, 0), tl.max(order, 0)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum(tl.where(order >= middle, 1, 0), 0) >= k
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+    return _float_of(low.to(tl.int32))
+
+
+@triton.jit
+def _kth_token(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
+    """The k-th largest scaled logit, by the same bisection over the whole row: for k too large for the groups."""
+    low = tl.full([], -2139095041, tl.int64)  # the place of −inf
     high = _ordered(highest).to(tl.int64)
-    while low < high:  # the largest value that at least k logits reach
+    while low < high:
         middle = low + (high - low + 1) // 2
         count = tl.zeros([BLOCK], tl.int32)
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            x = (
-                tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32)
-                * scale
-            )
-            count += tl.where((_ordered(x) >= middle) & (col < V), 1, 0)
+            x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32)
+            count += tl.where((_ordered(x * scale) >= middle) & (col < V), 1, 0)
         enough = tl.sum(count, 0) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    order = low.to(tl.int32)
-    return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+    return _float_of(low.to(tl.int32))
 
 
 @triton.jit
@@ -155,7 +171,7 @@ def _sample_kernel(
     row_ptr = x_ptr + row * x_row
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     scale = tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(temperature > 0, temperature, 1.0))
-    highest, token = _row_maximum(row_ptr, x_col, V, scale, BLOCK)
+    highest, token, best = _row_maximum(row_ptr, x_col, V, scale, BLOCK)
     if temperature > 0:
         top_k = tl.load(top_k_ptr + row).to(tl.int32)
         top_p = tl.load(top_p_ptr + row).to(tl.float32)
@@ -167,8 +183,14 @@ def _sample_kernel(
         if top_p < 1:
             kth = tl.full([], -float("inf"), tl.float32)
             if limit < V:
-                kth = _kth_largest(row_ptr, x_col, V, scale, highest, limit, BLOCK)
-            _, _, _, left = _above(row_ptr, x_col, V, scale, highest, kth, BLOCK)
+                if (limit.to(tl.int64) * limit <= 32 * BLOCK) | (V <= BLOCK):
+                    kth = _kth_group(best, limit)
+                else:
+                    kth = _kth_token(row_ptr, x_col, V, scale, highest, limit, BLOCK)
+            more, above, _, left = _survey(row_ptr, x_col, V, scale, highest, kth, BLOCK)
+            while (limit < V) & (more >= limit):
+                kth = above
+                more, above, _, left = _survey(row_ptr, x_col, V, scale, highest, kth, BLOCK)
             mass = top_p * left
         floor = tl.full([], -float("inf"), tl.float32)
         searching = True
@@ -176,7 +198,7 @@ def _sample_kernel(
             token, x = _race(row_ptr, x_col, V, scale, seed, position, floor, BLOCK)
             searching = x < least
             if (limit < V) | (top_p < 1):
-                more, _, weight, _ = _above(row_ptr, x_col, V, scale, highest, x, BLOCK)
+                more, _, weight, _ = _survey(row_ptr, x_col, V, scale, highest, x, BLOCK)
                 searching = searching | (more >= limit) | (weight >= mass)
             searching = searching & (x < highest)
             floor = x
@@ -226,6 +248,7 @@ sample = Op(
         Case("top k", lambda m: _rows(m, 300, [1.0] * 4, [1, 5, 50, 400], [1.0] * 4, [0.0] * 4)),
         Case("top p", lambda m: _rows(m, 300, [1.0, 0.5, 1.5, 1.0], [0] * 4, [0.1, 0.5, 0.9, 1.0], [0.0] * 4)),
         Case("top k and top p", lambda m: _rows(m, 300, [1.0, 0.8, 1.5], [3, 20, 100], [0.5, 0.9, 0.95], [0.0] * 3)),
+        Case("large k", lambda m: _rows(m, 9000, [1.0, 1.3], [600, 40], [0.99, 0.9], [0.0] * 2)),
         Case("min p", lambda m: _rows(m, 300, [1.0, 2.0], [0] * 2, [1.0] * 2, [0.1, 0.01])),
         Case("all at once", lambda m: _rows(m, 1100, [1.2, 0.0, 0.9], [40, 7, 0], [0.9, 0.5, 0.8], [0.02, 0.1, 0.05])),
         Case(

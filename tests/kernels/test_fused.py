@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from warploom.kernels import Maker, backend, verify
+from warploom.kernels import Maker, backend, rms_norm, sample, verify
 from warploom.kernels.lang import HAS_TRITON, INTERPRET
 
 from .test_oracles import small_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not HAS_TRITON or (DEVICE == "cpu" and not INTERPRET), reason="needs triton and TRITON_INTERPRET=1 or a GPU"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not HAS_TRITON or (DEVICE == "cpu" and not INTERPRET), reason="needs triton and TRITON_INTERPRET=1 or a GPU"
+    ),
+    pytest.mark.filterwarnings("ignore:.* encountered in (exp|log|subtract|matmul):RuntimeWarning"),  # log(0) is meant
+]
 
 
 def fused_cases():
@@ -37,9 +40,22 @@ def test_the_same_call_gives_the_same_bits(op, case):
         assert torch.equal(a, b)
 
 
-def test_a_wrong_twin_is_caught():
-    from warploom.kernels import rms_norm
+@pytest.mark.parametrize("kind", ["spread", "flat", "tied", "masked"])
+def test_sampling_without_a_sort_draws_the_tokens_of_sampling_with_one(kind):
+    random = torch.Generator().manual_seed(len(kind))
+    B, V = 6, 333
+    logits = torch.randn(B, V, generator=random) * (0.2 if kind == "flat" else 3)
+    logits = logits.round() if kind == "tied" else logits
+    if kind == "masked":
+        logits[:, ::3] = -float("inf")
+    temperature, top_p, min_p = torch.rand(3, B, generator=random) * torch.tensor([2.0, 1.0, 0.1])[:, None]
+    top_k, seeds, positions = (torch.randint(0, high, (B,), generator=random) for high in (80, 2**62, 1000))
+    settings = [x.to(DEVICE) for x in (logits, temperature, top_k, top_p, min_p, seeds, positions)]
+    with backend("triton"):
+        assert torch.equal(sample(*settings), sample.reference(*settings))
 
+
+def test_a_wrong_twin_is_caught():
     case = rms_norm.cases[0]
     right = rms_norm.fused
     try:

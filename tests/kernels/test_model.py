@@ -10,7 +10,15 @@ from warploom.kernels import backend
 
 from .test_fused import pytestmark  # noqa: F401
 
-DENSE = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "qk_norm": True}
+DENSE = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "max_seq_len": 32,
+    "qk_norm": True,
+}
 SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
 
 
