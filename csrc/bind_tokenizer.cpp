@@ -51,7 +51,9 @@ public:
     // The same without special tokens, as a bare C function: for a short text, the usual door costs more than encoding.
     py::object bare_encode(const py::object& self) {
         static PyMethodDef method = {"encode", &Bpe::bare_call, METH_O, "Token ids of a text."};
-        py::capsule holder(this, [](PyObject* capsule) { Py_DECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule))); });
+        py::capsule holder(this, kHolder, [](PyObject* capsule) {
+            Py_DECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
+        });
         PyCapsule_SetContext(holder.ptr(), py::object(self).release().ptr());
         return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, holder.ptr(), nullptr));
     }
@@ -108,9 +110,11 @@ public:
     }
 
 private:
+    static constexpr const char* kHolder = "warploom.BPE";
+
     static PyObject* bare_call(PyObject* holder, PyObject* text) {
         try {
-            return static_cast<Bpe*>(PyCapsule_GetPointer(holder, nullptr))->encode(text, nullptr).release().ptr();
+            return static_cast<Bpe*>(PyCapsule_GetPointer(holder, kHolder))->encode(text, nullptr).release().ptr();
         } catch (py::error_already_set& error) {
             error.restore();
         } catch (const std::bad_alloc&) {

@@ -241,6 +241,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
 
     if (threads == 1) {
         std::unique_ptr<Cache> cache = caches_.take();
+        cache->scratch.checkpoint = &checkpoint;
         Task whole{0, 0, std::move(ids), {}};
         for (const Task& task : tasks) {
             whole.first = task.first;
@@ -248,20 +249,28 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
             run(whole, *cache);
             if (tasks.size() > 1) checkpoint();
         }
+        cache->scratch.checkpoint = nullptr;
         ids = std::move(whole.ids);
         if (ends) ends->insert(ends->end(), whole.ends.begin(), whole.ends.end());
         caches_.give_back(std::move(cache));
         return;
     }
 
+    struct Stopped {};
     std::atomic<size_t> next{0}, finished{0};
+    std::atomic<bool> stopped{false};
+    const Checkpoint stop_if_asked = [&] {
+        if (stopped) throw Stopped();
+    };
     std::exception_ptr failure;
     std::mutex mutex;
     std::condition_variable changed;
     auto work = [&] {
         try {
             std::unique_ptr<Cache> cache = caches_.take();
+            cache->scratch.checkpoint = &stop_if_asked;
             for (size_t i; (i = next++) < tasks.size();) run(tasks[i], *cache);
+            cache->scratch.checkpoint = nullptr;
             caches_.give_back(std::move(cache));
         } catch (...) {
             std::lock_guard<std::mutex> lock(mutex);
@@ -287,6 +296,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
             lock.lock();
         }
     } catch (...) {
+        stopped = true;
         next = tasks.size();
         join();
         throw;

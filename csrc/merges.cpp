@@ -147,6 +147,7 @@ size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, Merge
         take_bucket(s, rank);
         Symbol left = left_[rank], right = right_[rank], result = this->result(rank);
         for (size_t k = 0; k < s.positions.size(); ++k) {
+            if (k % (1 << 18) == (1 << 18) - 1 && s.checkpoint) (*s.checkpoint)();
             uint32_t i = s.positions[k], j = s.after[i];
             if (s.symbols[i] != left || j >= length || s.symbols[j] != right) continue;
             s.symbols[i] = result;

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -57,6 +58,7 @@ struct MergeScratch {
     std::vector<Waiting> waiting;                // entries of all buckets
     std::vector<uint32_t> first, last, ranks;    // of each bucket; `ranks` is a heap of the buckets that are not empty
     std::vector<uint32_t> positions;
+    const std::function<void()>* checkpoint = nullptr;  // called now and then within a very long word; throws to stop
 };
 
 class Merges {

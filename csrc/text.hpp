@@ -17,6 +17,8 @@ struct Text {
     explicit Text(pybind11::handle text) {
         constexpr Py_ssize_t kLong = 1 << 12;
         if (!PyUnicode_Check(text.ptr())) {
+            if (!PyObject_CheckBuffer(text.ptr()))
+                throw pybind11::type_error("text must be a str, not " + std::string(Py_TYPE(text.ptr())->tp_name));
             if (PyObject_GetBuffer(text.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw pybind11::error_already_set();
             view = {static_cast<const uint8_t*>(buffer.buf), static_cast<size_t>(buffer.len)};
             return;

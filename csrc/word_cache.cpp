@@ -73,7 +73,7 @@ void WordCache<Id>::insert_short(WordKey key, const Id* ids) {
 template <class Id>
 void WordCache<Id>::insert(const uint8_t* word, size_t length, const TokenId* ids, size_t count) {
     if (length > kKeyBytes || count > kInline) return insert_long(word, length, ids, count);
-    if (inserted_ * 4 >= size_t{3} << bits_ && bits_ < kLastBits) resize(bits_ + 2 < kLastBits ? bits_ + 2 : kLastBits);
+    if (inserted_ * 2 >= size_t{1} << bits_ && bits_ < kLastBits) resize(bits_ + 2 < kLastBits ? bits_ + 2 : kLastBits);
     Id packed[kInline + 1] = {};
     for (size_t i = 0; i < count; ++i) packed[i] = static_cast<Id>(ids[i]);
     packed[kInline] = static_cast<Id>(count);

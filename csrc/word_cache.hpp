@@ -112,10 +112,16 @@ public:
     const Bucket* table() const { return buckets_; }
     const Bucket* bucket_of(WordKey key) const { return buckets_ + (hash_key(key) >> shift_); }
 
-    // A word that was not in its bucket may be in the one beside it; nullptr if it is not.
-    const Entry* find_beside(WordKey key) const {
-        for (const Entry& entry : buckets_[(hash_key(key) >> shift_) ^ 1].entry)
-            if (entry.key == key) return &entry;
+    // A word that was not in its bucket may be in the one beside it (nullptr if it is not). It then changes places with
+    // one at home, so that words which are looked up often end up there.
+    const Entry* find_beside(WordKey key) {
+        uint64_t place = hash_key(key) >> shift_;
+        for (Entry& entry : buckets_[place ^ 1].entry)
+            if (entry.key == key) {
+                Entry& home = buckets_[place].entry[1];
+                std::swap(entry, home);
+                return &home;
+            }
         return nullptr;
     }
 
