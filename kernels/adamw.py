@@ -75,6 +75,14 @@ def _number(x, x_ptr, POINTER: tl.constexpr):
 
 
 @triton.jit
+def _one_minus_power(step, LOG_BETA: tl.constexpr):
+    """1 − βᵗ; near zero by a series, since the subtraction would leave few digits when β is near one."""
+    y = step * LOG_BETA
+    series = -y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y / 720)))))
+    return tl.where(y > -0.25, series, 1 - tl.exp(y))
+
+
+@triton.jit
 def _step_kernel(
     param_ptr, grad_ptr, m_ptr, v_ptr, master_ptr,
     lr, step, grad_scale, lr_ptr, step_ptr, scale_ptr, seed, n,
@@ -88,9 +96,8 @@ def _step_kernel(
     mask = i < n
     lr, step = _number(lr, lr_ptr, LR_POINTER), _number(step, step_ptr, STEP_POINTER)
     grad_scale = _number(grad_scale, scale_ptr, SCALE_POINTER)
-    # 1 − βᵗ loses its digits in float32 when β is near one
-    correction1 = (1 - tl.exp2(step.to(tl.float64) * LOG_BETA1)).to(tl.float32)
-    correction2 = tl.sqrt((1 - tl.exp2(step.to(tl.float64) * LOG_BETA2)).to(tl.float32))
+    correction1 = _one_minus_power(step, LOG_BETA1)
+    correction2 = tl.sqrt(_one_minus_power(step, LOG_BETA2))
     g = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32) * grad_scale
     m = tl.load(m_ptr + i, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + i, mask=mask, other=0.0).to(tl.float32)
@@ -137,7 +144,7 @@ def adamw_launch(
         _step_kernel, (cdiv(n, tile["BLOCK"]),),
         param, grad, exp_avg, exp_avg_sq, param if master is None else master,
         lr, step, grad_scale, *(param if x is None else x for x in tensors), seed if stochastic else 0, n,
-        BETA1=beta1, BETA2=beta2, LOG_BETA1=math.log2(beta1) if beta1 else -1e4, LOG_BETA2=math.log2(beta2),
+        BETA1=beta1, BETA2=beta2, LOG_BETA1=math.log(beta1) if beta1 else -1e4, LOG_BETA2=math.log(beta2),
         EPS=eps, DECAY=weight_decay, LR_POINTER=given[0], STEP_POINTER=given[1], SCALE_POINTER=given[2],
         MASTER=master is not None, STOCHASTIC=stochastic, **tile,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def _int8_linear_eager(x, weight, scale, bias=None):
 # ---- fused ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr,
     M, F, C, x_row, x_col, weight_row, weight_col,

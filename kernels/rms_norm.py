@@ -71,7 +71,7 @@ def _add_rms_norm_eager(x, residual, weight, eps=1e-6):
 # ---- fused ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, inverse_ptr,
     N, D, x_row, x_col, residual_row, residual_col, weight_col,
@@ -95,7 +95,7 @@ def _forward_kernel(
     tl.store(y_ptr + rows * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_wide_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, inverse_ptr,
     N, D, x_row, x_col, residual_row, residual_col, weight_col,
@@ -127,7 +127,7 @@ def _forward_wide_kernel(
         tl.store(y_ptr + row * D + cols, (x * inverse * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_each"])
 def _backward_kernel(
     x_ptr, weight_ptr, inverse_ptr, dy_ptr, dsum_ptr, dx_ptr, partial_ptr,
     N, D, rows_each, x_row, x_col, weight_col, dy_row, dy_col, dsum_row, dsum_col,
@@ -159,7 +159,7 @@ def _backward_kernel(
         tl.store(place, tl.sum(share, 0), mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _backward_wide_kernel(
     x_ptr, weight_ptr, inverse_ptr, dy_ptr, dsum_ptr, dx_ptr,
     N, D, x_row, x_col, weight_col, dy_row, dy_col, dsum_row, dsum_col,
@@ -188,7 +188,7 @@ def _backward_wide_kernel(
         tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_each"])
 def _weight_wide_kernel(
     x_ptr, inverse_ptr, dy_ptr, partial_ptr,
     N, D, rows_each, x_row, x_col, dy_row, dy_col, BLOCK: tl.constexpr,

@@ -174,7 +174,7 @@ def angles_of(cos_ptr, sin_ptr, position, table_row, R: tl.constexpr, HALF: tl.c
     return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
     T, q_heads, k_heads,

@@ -72,7 +72,7 @@ def activate(g, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gate_kernel(
     gate_ptr, up_ptr, y_ptr,
     N, F, gate_row, gate_col, up_row, up_col,
@@ -87,7 +87,7 @@ def _gate_kernel(
     tl.store(y_ptr + rows * F + cols, (value * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gate_backward_kernel(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
     N, F, gate_row, gate_col, up_row, up_col, dy_row, dy_col, dgate_row, dup_row,
