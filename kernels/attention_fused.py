@@ -8,6 +8,7 @@ B batch, T queries, S keys, H query heads, K key heads, D head dim; a ragged bat
 
 import torch
 
+from . import attention_hopper
 from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from .attention_forward import attention_forward_kernel
 from .fused import Differentiable, launch, launcher
@@ -95,10 +96,14 @@ def attention_forward(
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
-    tile = tile_of("forward", D, q.dtype, architecture(q.device))
+    hopper = attention_hopper.applies(q, k, v)
+    if hopper:
+        attention_hopper.prepare()
+    kernel = attention_hopper.attention_hopper_kernel if hopper else attention_forward_kernel
+    tile = attention_hopper.tile_of(D) if hopper else tile_of("forward", D, q.dtype, architecture(q.device))
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
     launch(
-        attention_forward_kernel, place.grid,
+        kernel, place.grid,
         q, k, v, o, lse_2BHT, cu,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse_2BHT.stride()[:3], *place.numbers,
         **meaning, **tile,

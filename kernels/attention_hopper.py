@@ -1,0 +1,115 @@
+"""Attention forward on Hopper: copies and arithmetic by different warps.
+
+An H100 multiplies tiles faster than a program can both fetch them and take exponentials. So the work is split by role. One
+warp group only asks the copy engine (TMA) for tiles of keys and values, described once by base, shape and strides;
+two others multiply and take exponentials, one half of the queries each, so that while one waits for the tensor cores
+the other keeps them busy. Triton makes the split by itself (`warp_specialize`) if the loop is plain: one loop, no
+branch inside, no early return. Hence two differences from the portable kernel. Every block is masked, by one comparison
+with each row's last visible key: cheap, where the exponentials are the bottleneck. And a tile without work walks no keys.
+
+The copy engine fills with zeros what lies outside of a sequence or beyond a head, so tails and odd head sizes need no care.
+"""
+
+import os
+
+import torch
+
+from .attention_tiles import LOG2E, capped, key_run, place, store_tile, tile_offsets
+from .lang import HAS_TRITON, architecture, tl, triton
+
+enabled = os.environ.get("WARPLOOM_HOPPER", "1") != "0"
+"""WARPLOOM_HOPPER=0 runs the portable kernels on Hopper too."""
+
+
+@triton.jit
+def attention_hopper_kernel(
+    q, k, v, o, lse, cu,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_ls, stride_lb, stride_lh,
+    tiles, batch_heads, heads, group, q_len, k_len, sequences,
+    SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As `attention_forward_kernel`, argument for argument."""
+    UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
+    batch, head, row, first, token, q_len, k_len = place(
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, RAGGED, CAUSAL
+    )
+    idle = row >= q_len
+    token = tl.where(idle, 0, token)
+    q_base = q + batch * stride_qb + head * stride_qh + token * stride_qt
+    k_base = k + batch * stride_kb + head // SHARE * stride_kh + token * stride_kt
+    v_base = v + batch * stride_vb + head // SHARE * stride_vh + token * stride_vt
+    queries = tl.make_tensor_descriptor(q_base, [tl.maximum(q_len, 1), D], [stride_qt, 1], [BLOCK_M, BLOCK_D])
+    keys = tl.make_tensor_descriptor(k_base, [tl.maximum(k_len, 1), D], [stride_kt, 1], [BLOCK_N, BLOCK_D])
+    values = tl.make_tensor_descriptor(v_base, [tl.maximum(k_len, 1), D], [stride_vt, 1], [BLOCK_N, BLOCK_D])
+    q_tile = queries.load([row, 0])
+
+    own = tl.arange(0, BLOCK_M)
+    rows = row + own
+    position = row + k_len - q_len
+    begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
+    end = tl.where(idle, begin, end)
+    last = rows * 0 + (k_len - 1)
+    if CAUSAL:
+        last = tl.minimum(last, rows + (k_len - q_len))
+    elif WINDOW > 0:
+        last = tl.minimum(last, rows + (k_len - q_len + WINDOW - 1))
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for key in tl.range(begin, end, BLOCK_N, warp_specialize=True):
+        here = key + tl.arange(0, BLOCK_N)
+        k_block = keys.load([key, 0])
+        scores = tl.dot(q_tile, tl.trans(k_block))
+        if SOFTCAP > 0:
+            scores = capped(scores, SCALE, SOFTCAP)
+        seen = here[None, :] <= last[:, None]
+        if WINDOW > 0:
+            seen = seen & (here[None, :] > (rows + (k_len - q_len - WINDOW))[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * UNIT)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(scores * UNIT - base[:, None])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink + tl.sum(p, 1)
+        peak = new_peak
+        v_block = values.load([key, 0])
+        acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None])
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    o_base = o + batch * stride_ob + head * stride_oh + first * stride_ot
+    store_tile(o_base + tile_offsets(own, stride_ot, BLOCK_D), acc, rows, q_len, D, BLOCK_D)
+    norm = tl.where(empty, float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    tl.store(lse + batch * stride_lb + head * stride_lh + first + own, norm, mask=rows < q_len)
+
+
+def applies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the copy engine can address these tensors, and this device has one that we know."""
+    if not enabled or architecture(q.device) != 90:
+        return False
+    return q.dtype.itemsize == 2 and q.shape[3] <= 128 and all(map(_addressable, (q, k, v)))
+
+
+def _addressable(x: torch.Tensor) -> bool:
+    """The copy engine wants neighbors in the last dimension, and all else at multiples of 16 bytes."""
+    steps = (*x.stride()[:3], x.storage_offset())
+    return x.numel() > 0 and x.stride(3) == 1 and all(n * x.itemsize % 16 == 0 for n in steps)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Room on the device for the descriptors that programs write."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def prepare() -> None:
+    """To be called before a launch, in its thread: Triton asks this thread's allocator for the descriptors' room."""
+    if HAS_TRITON:
+        triton.set_allocator(_scratch)
+
+
+def tile_of(D: int) -> dict:
+    """Four warps, which the compiler multiplies by three; more, and it ignores the split."""
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
