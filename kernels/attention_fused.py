@@ -67,11 +67,16 @@ def _meaning(q, k, cu, causal, window, softcap, scale):
         "SOFTCAP": softcap,
         "CAUSAL": causal,
         "WINDOW": window,
-        "RAGGED": cu is not None,
+        "HALVINGS": 0 if cu is None else halvings(cu.shape[0] - 1),
         "D": D,
         "BLOCK_D": max(16, next_power_of_2(D)),
         "WIDE": q.dtype == torch.float32,
     }
+
+
+def halvings(sequences: int) -> int:
+    """Steps of a bisection among so many; at least one, which says that there is something to search."""
+    return max(1, (sequences - 1).bit_length())
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
@@ -141,7 +146,7 @@ def attention_backward(
     launch(
         attention_delta_kernel, place.grid,
         o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *place.numbers,
-        RAGGED=meaning["RAGGED"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
+        HALVINGS=meaning["HALVINGS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
     )  # fmt: skip
     if want_q:
         launch(

@@ -14,6 +14,7 @@ T tokens, N sequences, H query heads, K key heads, G = H / K, D head dim, P page
 
 import torch
 
+from .attention_fused import halvings
 from .attention_tiles import LOG2E, capped, owner_of, visible
 from .fused import launch, launcher
 from .lang import architecture, cdiv, next_power_of_2, tl, triton
@@ -88,7 +89,7 @@ def paged_attention_kernel(
     sequences, splits, decoding, k_scale, v_scale,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVINGS: tl.constexpr, DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -128,7 +129,7 @@ def paged_attention_kernel(
     else:
         BLOCK_Q: tl.constexpr = CHUNK_M // SHARE
         tile_number = pid - decoding
-        sequence = owner_of(tile_number, starts, sequences, BLOCK_Q)
+        sequence = owner_of(tile_number, starts, sequences, BLOCK_Q, HALVINGS)
         begin_token = tl.load(starts + sequence).to(tl.int32)
         queries = tl.load(starts + sequence + 1).to(tl.int32) - begin_token
         token = (tile_number - (begin_token // BLOCK_Q + sequence)).to(tl.int64) * BLOCK_Q
@@ -233,7 +234,7 @@ def paged_attention_forward(
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
         N, splits, N * splits, k_scale, v_scale,
-        SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, **shape, **tile,
+        SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, HALVINGS=halvings(N), **shape, **tile,
     )  # fmt: skip
     launch(
         paged_attention_sum_kernel, (N, H),
