@@ -8,7 +8,7 @@ branch inside, no early return. Hence two differences from the portable kernel. 
 comparison with each row's last visible key: cheap, where exponentials are the bottleneck. And a tile without work
 walks no keys.
 
-The copy engine fills with zeros what lies outside of a sequence or beyond a head: tails and odd head sizes need no care.
+The copy engine fills with zeros what lies outside of a sequence or a head: tails and odd head sizes need no care.
 """
 
 import os

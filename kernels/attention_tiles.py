@@ -6,8 +6,8 @@ For a block of queries that leaves one contiguous run of key blocks, and only th
 window's edge, the ragged last one) hold a hidden pair: blocks outside are never touched, blocks inside never masked.
 
 Ragged batches come as cumulative lengths on the device. Sequence s owns the tiles from `cu[s] // BLOCK + s` on: never
-fewer than it needs, known without reading a length back to the host, so the grid is static. HALVINGS, 0 for batches that
-are not ragged, is how many steps the search for a tile's sequence takes.
+fewer than it needs, known without reading a length back to the host, so the grid is static. HALVINGS, 0 for a batch
+that is not ragged, is how many steps the search for a tile's sequence takes.
 
 Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
 """
