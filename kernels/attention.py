@@ -175,8 +175,9 @@ attention = Op(
         Case("8192 causal, 16 heads of 64", lambda m: _qkv(m, 4, 8192, 8192, 16, 16, 64), bench=True),
     ],
     traffic=lambda q, k, v, **_: (2 * q.nbytes + 2 * k.nbytes, 4 * q.nbytes + 4 * k.nbytes),
-    budget=dict.fromkeys(
-        ("attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel"), Budget(wgmma=True)
-    ),
+    budget={
+        f"attention_{name}_kernel": Budget(wgmma=True, vector=name != "hopper")
+        for name in ("forward", "hopper", "dq", "dkdv")
+    },
     flops=lambda q, k, v, **o: (4 * q.shape[-1] * _pairs(q, k, **o), 10 * q.shape[-1] * _pairs(q, k, **o)),
 )

@@ -26,11 +26,11 @@ def attention_delta_kernel(
     o, do, delta, cu,
     stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, stride_lb, stride_lh,
     tiles, batch_heads, heads, group, q_len, k_len, sequences,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HALVINGS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta: the row sums of o · do."""
     batch, head, row, first, _token, q_len, k_len = place(
-        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, RAGGED, False
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, HALVINGS, False
     )
     if row >= q_len:
         return
@@ -50,13 +50,13 @@ def attention_dq_kernel(
     stride_db, stride_dt, stride_dh, stride_dqb, stride_dqt, stride_dqh, stride_ls, stride_lb, stride_lh,
     tiles, batch_heads, heads, group, q_len, k_len, sequences,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVINGS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of queries walks over the keys it sees."""
     UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, q_len, k_len = place(
-        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, RAGGED, CAUSAL
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, HALVINGS, CAUSAL
     )
     if row >= q_len:
         return
@@ -107,14 +107,14 @@ def attention_dkdv_kernel(
     stride_ls, stride_lb, stride_lh,
     tiles, batch_heads, heads, group, q_len, k_len, sequences,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVINGS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys walks over the queries that see it, head after head of those that share it, in one loop:
     a loop in a loop cost 45 registers. Keys are the rows here, so that P and dS feed their products from registers."""
     UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, key, first, token, q_len, k_len = place(
-        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_N, RAGGED, False
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_N, HALVINGS, False
     )
     if key >= k_len:
         return

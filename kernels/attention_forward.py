@@ -22,12 +22,12 @@ def attention_forward_kernel(
     stride_ob, stride_ot, stride_oh, stride_ls, stride_lb, stride_lh,
     tiles, batch_heads, heads, group, q_len, k_len, sequences,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVINGS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, q_len, k_len = place(
-        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, RAGGED, CAUSAL
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, HALVINGS, CAUSAL
     )
     if row >= q_len:
         return

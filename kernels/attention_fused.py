@@ -13,6 +13,7 @@ from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, a
 from .attention_forward import attention_forward_kernel
 from .fused import Differentiable, launch, launcher
 from .lang import architecture, cdiv, next_power_of_2
+from .tuned import tuned
 
 CACHED_BYTES = 24 << 20
 """Keys and values of the heads that are worked on at the same time should fit in the L2 cache."""
@@ -31,14 +32,16 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
 }
 
 
-def tile_of(kernel: str, D: int, dtype: torch.dtype, arch: int) -> dict:
+def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv"."""
+    arch = architecture(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
         M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
     else:
         family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
         M, N, warps, stages = _TILES[kernel, family][min(256, max(64, next_power_of_2(D)))]
-    return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}", default)
 
 
 class _Grid:
@@ -67,11 +70,16 @@ def _meaning(q, k, cu, causal, window, softcap, scale):
         "SOFTCAP": softcap,
         "CAUSAL": causal,
         "WINDOW": window,
-        "RAGGED": cu is not None,
+        "HALVINGS": 0 if cu is None else halvings(cu.shape[0] - 1),
         "D": D,
         "BLOCK_D": max(16, next_power_of_2(D)),
         "WIDE": q.dtype == torch.float32,
     }
+
+
+def halvings(sequences: int) -> int:
+    """Steps of a bisection among so many; at least one, which says that there is something to search."""
+    return max(1, (sequences - 1).bit_length())
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
@@ -100,7 +108,7 @@ def attention_forward(
     if hopper:
         attention_hopper.prepare()
     kernel = attention_hopper.attention_hopper_kernel if hopper else attention_forward_kernel
-    tile = attention_hopper.tile_of(D) if hopper else tile_of("forward", D, q.dtype, architecture(q.device))
+    tile = attention_hopper.tile_of(D, q.dtype, q.device) if hopper else tile_of("forward", D, q.dtype, q.device)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
     launch(
         kernel, place.grid,
@@ -129,19 +137,18 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     do, q, k, v = _even(do), _even(q), _even(k), _even(v)
     H, D = q.shape[2:]
-    arch = architecture(q.device)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
     delta_BHT = torch.empty_like(lse_2BHT[0])
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
 
-    tile = tile_of("dq", D, q.dtype, arch)
+    tile = tile_of("dq", D, q.dtype, q.device)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
     launch(
         attention_delta_kernel, place.grid,
         o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *place.numbers,
-        RAGGED=meaning["RAGGED"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
+        HALVINGS=meaning["HALVINGS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
     )  # fmt: skip
     if want_q:
         launch(
@@ -150,7 +157,7 @@ def attention_backward(
             **meaning, **tile,
         )  # fmt: skip
     if want_kv:
-        tile = tile_of("dkdv", D, q.dtype, arch)
+        tile = tile_of("dkdv", D, q.dtype, q.device)
         place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
         launch(
             attention_dkdv_kernel, place.grid,

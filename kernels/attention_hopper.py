@@ -1,13 +1,14 @@
 """Attention forward on Hopper: copies and arithmetic by different warps.
 
-An H100 multiplies tiles faster than a program can both fetch them and take exponentials. So the work is split by role. One
-warp group only asks the copy engine (TMA) for tiles of keys and values, described once by base, shape and strides;
+An H100 multiplies tiles faster than a program can both fetch them and take exponentials. So the work is split by role.
+One warp group only asks the copy engine (TMA) for tiles of keys and values, described once by base, shape and strides;
 two others multiply and take exponentials, one half of the queries each, so that while one waits for the tensor cores
 the other keeps them busy. Triton makes the split by itself (`warp_specialize`) if the loop is plain: one loop, no
-branch inside, no early return. Hence two differences from the portable kernel. Every block is masked, by one comparison
-with each row's last visible key: cheap, where the exponentials are the bottleneck. And a tile without work walks no keys.
+branch inside, no early return. Hence two differences from the portable kernel. Every block is masked, by one
+comparison with each row's last visible key: cheap, where exponentials are the bottleneck. And a tile without work
+walks no keys.
 
-The copy engine fills with zeros what lies outside of a sequence or beyond a head, so tails and odd head sizes need no care.
+The copy engine fills with zeros what lies outside of a sequence or a head: tails and odd head sizes need no care.
 """
 
 import os
@@ -16,6 +17,7 @@ import torch
 
 from .attention_tiles import LOG2E, capped, key_run, place, store_tile, tile_offsets
 from .lang import HAS_TRITON, architecture, tl, triton
+from .tuned import tuned
 
 enabled = os.environ.get("WARPLOOM_HOPPER", "1") != "0"
 """WARPLOOM_HOPPER=0 runs the portable kernels on Hopper too."""
@@ -28,13 +30,13 @@ def attention_hopper_kernel(
     stride_ob, stride_ot, stride_oh, stride_ls, stride_lb, stride_lh,
     tiles, batch_heads, heads, group, q_len, k_len, sequences,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVINGS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """As `attention_forward_kernel`, argument for argument."""
     UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, q_len, k_len = place(
-        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, RAGGED, CAUSAL
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_M, HALVINGS, CAUSAL
     )
     idle = row >= q_len
     token = tl.where(idle, 0, token)
@@ -110,6 +112,7 @@ def prepare() -> None:
         triton.set_allocator(_scratch)
 
 
-def tile_of(D: int) -> dict:
-    """Four warps, which the compiler multiplies by three; more, and it ignores the split."""
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+def tile_of(D: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """Four warps, which the compiler multiplies by three; with more it ignores the split."""
+    default = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+    return tuned("attention_hopper", device, f"{D} {str(dtype)[6:]}", default)

@@ -6,7 +6,8 @@ For a block of queries that leaves one contiguous run of key blocks, and only th
 window's edge, the ragged last one) hold a hidden pair: blocks outside are never touched, blocks inside never masked.
 
 Ragged batches come as cumulative lengths on the device. Sequence s owns the tiles from `cu[s] // BLOCK + s` on: never
-fewer than it needs, known without reading a length back to the host, so the grid is static.
+fewer than it needs, known without reading a length back to the host, so the grid is static. HALVINGS, 0 for a batch
+that is not ragged, is how many steps the search for a tile's sequence takes.
 
 Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
 """
@@ -17,23 +18,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def owner_of(tile, cu, sequences, BLOCK: tl.constexpr):
-    """The sequence that owns a tile of a ragged batch: the last s with cu[s] // BLOCK + s <= tile."""
-    low = 0
-    high = sequences
-    while high - low > 1:
+def owner_of(tile, cu, sequences, BLOCK: tl.constexpr, HALVINGS: tl.constexpr):
+    """The sequence that owns a tile of a ragged batch, by bisection: the last s with cu[s] // BLOCK + s <= tile.
+
+    A fixed number of halvings without a branch: a loop that ends when it is done defeats warp specialization."""
+    low = tl.cast(0, tl.int32)
+    high = tl.cast(sequences, tl.int32)
+    for _ in tl.static_range(HALVINGS):
         middle = (low + high) // 2
-        if tl.load(cu + middle) // BLOCK + middle <= tile:
-            low = middle
-        else:
-            high = middle
+        here = tl.load(cu + middle) // BLOCK + middle <= tile
+        low = tl.where(here, middle, low)
+        high = tl.where(here, high, middle)
     return low
 
 
 @triton.jit
 def place(
     cu, tiles, batch_heads, heads, group, q_len, k_len, sequences,
-    BLOCK: tl.constexpr, RAGGED: tl.constexpr, LONGEST_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, HALVINGS: tl.constexpr, LONGEST_LAST: tl.constexpr,
 ):  # fmt: skip
     """-> (batch, head, row of the tile, its token, first token of the sequence, its queries, its keys).
 
@@ -49,8 +51,8 @@ def place(
         tile = tiles - 1 - tile
     flat = first_head + inside % width
     start = tl.cast(0, tl.int32)
-    if RAGGED:
-        sequence = owner_of(tile, cu, sequences, BLOCK)
+    if HALVINGS > 0:
+        sequence = owner_of(tile, cu, sequences, BLOCK, HALVINGS)
         start = tl.load(cu + sequence).to(tl.int32)
         q_len = tl.load(cu + sequence + 1).to(tl.int32) - start
         k_len = q_len

@@ -1,7 +1,7 @@
 """Routing without a sort: who goes to which expert, and where in the line.
 
-The grouped product wants the assignments (token, choice) of each expert side by side. Sorting them would do; counting is
-enough. Every block of tokens counts its assignments to each expert while it routes; prefix sums over experts and
+The grouped product wants the assignments (token, choice) of each expert side by side. Sorting them would do; counting
+is enough. Every block of tokens counts its assignments to each expert while it routes; prefix sums over experts and
 blocks turn counts into the place where each block's assignments begin; and a second pass over the same blocks puts
 each assignment at its block's beginning plus its rank within the block. No atomics, so the order is always the same,
 and no length ever travels to the host.

@@ -14,9 +14,11 @@ T tokens, N sequences, H query heads, K key heads, G = H / K, D head dim, P page
 
 import torch
 
+from .attention_fused import halvings
 from .attention_tiles import LOG2E, capped, owner_of, visible
 from .fused import launch, launcher
 from .lang import architecture, cdiv, next_power_of_2, tl, triton
+from .tuned import tuned
 
 SPLITS = 32
 """A context is cut into at most this many segments."""
@@ -88,7 +90,7 @@ def paged_attention_kernel(
     sequences, splits, decoding, k_scale, v_scale,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALVINGS: tl.constexpr, DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -128,7 +130,7 @@ def paged_attention_kernel(
     else:
         BLOCK_Q: tl.constexpr = CHUNK_M // SHARE
         tile_number = pid - decoding
-        sequence = owner_of(tile_number, starts, sequences, BLOCK_Q)
+        sequence = owner_of(tile_number, starts, sequences, BLOCK_Q, HALVINGS)
         begin_token = tl.load(starts + sequence).to(tl.int32)
         queries = tl.load(starts + sequence + 1).to(tl.int32) - begin_token
         token = (tile_number - (begin_token // BLOCK_Q + sequence)).to(tl.int64) * BLOCK_Q
@@ -188,15 +190,16 @@ def paged_attention_sum_kernel(
     tl.store(o + first * stride_ot + head * stride_oh + columns, acc.to(o.dtype.element_ty), mask=columns < D)
 
 
-def _tile(G: int, D: int, dtype: torch.dtype, arch: int) -> dict:
+def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
     rows = max(16, next_power_of_2(G))
-    if arch == 0:
-        return {"DECODE_M": rows, "CHUNK_M": max(16, rows), "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if dtype == torch.float32:
-        return {"DECODE_M": rows, "CHUNK_M": max(16, rows), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    block = 64 if D <= (128 if arch >= 90 else 64) else 32
-    return {"DECODE_M": rows, "CHUNK_M": max(64, rows), "BLOCK_N": block, "num_warps": 4, "num_stages": 3}
+    arch = architecture(device)
+    if arch == 0 or dtype == torch.float32:
+        chunk, block, stages = 16, 32, 1
+    else:
+        chunk, block, stages = 64, 64 if (128 if arch >= 90 else 64) >= D else 32, 3
+    default = {"CHUNK_M": max(chunk, rows), "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
+    return {"DECODE_M": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
 
 
 @launcher
@@ -221,7 +224,7 @@ def paged_attention_forward(
     o_THD = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts = torch.zeros(N + 1, dtype=torch.int32, device=q.device)
     starts[1:] = query_lens.cumsum(0)
-    tile = _tile(G, D, q.dtype, architecture(q.device))
+    tile = _tile(G, D, q.dtype, q.device)
     longest = min(width * page, window or width * page)
     splits = min(SPLITS, cdiv(longest, SEGMENT))
     partial = torch.empty(N, H, splits, D, dtype=torch.float32, device=q.device)
@@ -233,7 +236,7 @@ def paged_attention_forward(
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
         N, splits, N * splits, k_scale, v_scale,
-        SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, **shape, **tile,
+        SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, HALVINGS=halvings(N), **shape, **tile,
     )  # fmt: skip
     launch(
         paged_attention_sum_kernel, (N, H),

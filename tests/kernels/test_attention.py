@@ -1,0 +1,80 @@
+"""Attention's Hopper kernel, and what paged attention and the experts promise beyond their cases."""
+
+import pytest
+import torch
+
+from warploom.kernels import Maker, attention, attention_hopper, backend, moe, paged_attention
+from warploom.kernels.lang import HAS_TRITON, INTERPRET
+
+on_cpu = not torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON or (on_cpu and not INTERPRET), reason="needs triton and TRITON_INTERPRET=1 or a GPU"
+)
+DEVICE = "cpu" if on_cpu else "cuda"
+CASES = [case for case in attention.cases if not case.bench]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The Hopper kernel, wherever we are, where the copy engine could address the tensors."""
+    if not on_cpu and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU, or none")
+    if on_cpu:
+        calls = []
+        monkeypatch.setattr(attention_hopper, "architecture", lambda device: 90)
+        monkeypatch.setattr(attention_hopper, "tile_of", lambda *_: {"BLOCK_M": 32, "BLOCK_N": 32})
+        monkeypatch.setattr(attention_hopper, "prepare", lambda: calls.append(1))
+        return calls
+    return None
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_hopper_kernel_computes_what_the_portable_one_does(case, hopper, monkeypatch):
+    args, options = case.build(Maker(torch.bfloat16, DEVICE))
+    with backend("triton"):
+        ours = attention(*args, **options)
+        monkeypatch.setattr(attention_hopper, "enabled", False)
+        portable = attention(*args, **options)
+    torch.testing.assert_close(ours.detach(), portable.detach(), atol=2**-7, rtol=2**-7)
+    assert not on_cpu or bool(hopper) == (case.name != "head of 256")
+
+
+def pages_of(contexts, K=2, D=16, page=4, width=None):
+    """A cache for these sequences, and the page table that finds it."""
+    m = Maker(torch.bfloat16, DEVICE)
+    width = width or max(-(-c // page) for c in contexts)
+    table = torch.arange(len(contexts) * width, dtype=torch.int32).flip(0).view(len(contexts), width).to(DEVICE)
+    return *(m.normal(len(contexts) * width, page, K, D, grad=False) for _ in range(2)), table
+
+
+def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch():
+    contexts, queries = [700, 33, 5, 300], [1, 9, 1, 0]
+    k_pages, v_pages, table = pages_of(contexts)
+    lens = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (contexts, queries)]
+    q = Maker(torch.bfloat16, DEVICE, seed=1).normal(sum(queries) + 2, 4, 16, grad=False)
+    with backend("triton"):
+        together = paged_attention(q, k_pages, v_pages, table, *lens)
+        start = 0
+        for i, (context, n) in enumerate(zip(contexts, queries)):
+            own = slice(i, i + 1)
+            pages = table[own, : -(-context // 4)]
+            alone = paged_attention(q[start : start + n], k_pages, v_pages, pages, lens[0][own], lens[1][own])
+            assert torch.equal(alone, together[start : start + n])
+            start += n
+    assert not together[start:].any()
+
+
+@pytest.mark.parametrize("tokens", [0, 5], ids=["no tokens", "most experts empty"])
+def test_experts_nobody_chose_cost_nothing_and_get_no_gradient(tokens):
+    m = Maker(torch.float32, DEVICE)
+    logits = torch.zeros(tokens, 8, device=DEVICE)
+    logits[:, 6] = 3.0
+    x, up, down = m.normal(tokens, 16), m.normal(8, 16, 16), m.normal(8, 16, 8)
+    with backend("triton"):
+        y, aux = moe(x, logits, up, down, 1)
+        y.sum().backward()
+    assert aux.tokens_per_expert.tolist() == [0] * 6 + [tokens, 0]
+    assert y.shape == (tokens, 16)
+    for weight in (up, down):
+        assert not weight.grad[:6].any() and not weight.grad[7].any()
+        assert bool(weight.grad[6].any()) == (tokens > 0)
