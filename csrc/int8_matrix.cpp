@@ -186,18 +186,11 @@ Int8Matrix::Int8Matrix(const float* weight, int outputs, int columns, const floa
     });
 }
 
-void Int8Matrix::multiply(const Int8Rows& x, float* y) const {
+void Int8Matrix::multiply(const Rows& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
-        block(x, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
+        block(*x.int8, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
     });
-}
-
-void Int8Matrix::multiply(const float* x, int rows, float* y) const {
-    thread_local Int8Rows quantized;
-    quantized.resize(rows, columns_);
-    for (int row = 0; row < rows; ++row) quantized.quantize(row, x + size_t(row) * columns_, columns_);
-    multiply(quantized, y);
 }
 
 void Int8Matrix::block(const Int8Rows& x, int first, int count, float* y) const {
