@@ -53,6 +53,10 @@ WARPLOOM_CLONES void multiply_block(const bfloat16* weights, size_t stride, int 
     tiles(weights, stride, vectors, columns, x, x_stride, rows, y);
 }
 
+WARPLOOM_CLONES void finish(const float* part, const float* bias, int n, float* y) {
+    for (int i = 0; i < n; ++i) y[i] = part[i] + bias[i];
+}
+
 }  // namespace
 
 template <class T>
@@ -86,8 +90,7 @@ void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
             multiply_block(weights_ + first * stride, stride, count, columns_, x.values + row * x.stride, x.stride,
                            rows, part);
             for (int r = 0; r < rows; ++r)
-                for (int n = from; n < to; ++n)
-                    y[size_t(row + r) * outputs_ + n] = part[r * count * kLanes + n - from] + bias_[n];
+                finish(part + r * count * kLanes, &bias_[from], to - from, y + size_t(row + r) * outputs_ + from);
         }
     });
 }

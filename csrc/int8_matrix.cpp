@@ -143,6 +143,10 @@ WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t&
     return scale;
 }
 
+WARPLOOM_CLONES void finish(const float* part, const float* scales, const float* bias, int n, float* y) {
+    for (int i = 0; i < n; ++i) y[i] = part[i] * scales[i] + bias[i];
+}
+
 }  // namespace
 
 void Int8Rows::resize(int r, int c) {
@@ -202,8 +206,8 @@ void Int8Matrix::block(const Int8Rows& x, int first, int count, float* y) const 
         const int rows = std::min(kRows, x.rows - row);
         multiply_rows(tile, count, x, row, rows, part);
         for (int r = 0; r < rows; ++r)
-            for (int n = from; n < to; ++n)
-                y[size_t(row + r) * outputs_ + n] = part[r * count * kLanes + n - from] * scales_[n] + bias_[n];
+            finish(part + r * count * kLanes, &scales_[from], &bias_[from], to - from,
+                   y + size_t(row + r) * outputs_ + from);
     }
 }
 

@@ -4,9 +4,9 @@ Decoding reads every weight once a token, so its speed is the weights' bytes, an
 overhead. `serving_model` gives a twin of the model whose blocks are one C++ call each, with weights packed in the order
 in which they are read. A product there gives a row the same bits in any batch.
 
-In 8 bits, weights have a scale a row, and activations are quantized as they arrive in groups of 64 columns. A block with
-experts is not known to C++: only its linear layers are replaced, and only in 8 bits. Without the extension, or on a
-GPU, the model serves as it is, and 8-bit layers are `kernels.int8_linear`.
+In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A block
+with experts is not known to C++: only its linear layers are replaced, and only in 8 bits. Without the extension, or on
+a GPU, the model serves as it is, and 8-bit layers are `kernels.int8_linear`.
 """
 
 import copy
