@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "block.hpp"
+#include "dense_matrix.hpp"
+#include "int8_matrix.hpp"
 #include "sample.hpp"
 #include "workers.hpp"
 
@@ -20,6 +22,14 @@ T* at(uintptr_t address) {
 Norm make_norm(const std::string& kind, float eps, std::vector<float> weight, std::vector<float> bias) {
     const NormKind kinds = kind == "rmsnorm" ? NormKind::rms : kind == "layernorm" ? NormKind::layer : NormKind::none;
     return Norm{kinds, eps, std::move(weight), std::move(bias)};
+}
+
+std::shared_ptr<Matrix> make_matrix(const std::string& format, uintptr_t weight, int outputs, int columns,
+                                    uintptr_t bias) {
+    const float *w = at<float>(weight), *b = at<float>(bias);
+    if (format == "int8") return std::make_shared<Int8Matrix>(w, outputs, columns, b);
+    if (format == "bfloat16") return std::make_shared<DenseMatrix<bfloat16>>(w, outputs, columns, b);
+    return std::make_shared<DenseMatrix<float>>(w, outputs, columns, b);
 }
 
 Activation activation_of(const std::string& name) {
@@ -65,13 +75,10 @@ void bind_serving(py::module_& module) {
         },
         Release());
 
-    py::class_<Int8Matrix, std::shared_ptr<Int8Matrix>>(module, "Int8Matrix")
-        .def(py::init([](uintptr_t weight, int outputs, int columns, uintptr_t bias) {
-                 return std::make_shared<Int8Matrix>(at<float>(weight), outputs, columns, at<float>(bias));
-             }),
-             Release())
+    py::class_<Matrix, std::shared_ptr<Matrix>>(module, "Matrix")
+        .def(py::init(&make_matrix), Release())
         .def("multiply",
-             [](const Int8Matrix& self, uintptr_t x, int rows, uintptr_t y) {
+             [](const Matrix& self, uintptr_t x, int rows, uintptr_t y) {
                  self.multiply(at<float>(x), rows, at<float>(y));
              },
              Release());
@@ -80,9 +87,9 @@ void bind_serving(py::module_& module) {
     py::class_<Block>(module, "Block")
         .def(py::init([](int width, int heads, int kv_heads, int head_dim, int hidden, int window, float softcap,
                          float scale, float qk_eps, const std::string& activation, Norm attention_norm, Norm ffn_norm,
-                         std::vector<float> q_norm, std::vector<float> k_norm, std::shared_ptr<Int8Matrix> qkv,
-                         std::shared_ptr<Int8Matrix> output, std::shared_ptr<Int8Matrix> up,
-                         std::shared_ptr<Int8Matrix> down) {
+                         std::vector<float> q_norm, std::vector<float> k_norm, std::shared_ptr<Matrix> qkv,
+                         std::shared_ptr<Matrix> output, std::shared_ptr<Matrix> up,
+                         std::shared_ptr<Matrix> down) {
             BlockShape shape{width,   heads, kv_heads, head_dim, hidden,
                              window,  softcap, scale,  qk_eps,   activation_of(activation)};
             return new Block(shape, std::move(attention_norm), std::move(ffn_norm), std::move(q_norm),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "int8_matrix.hpp"
 #include "lanes.hpp"
 #include "workers.hpp"
 
@@ -92,8 +93,8 @@ WARPLOOM_CLONES void rotate(float* x, int heads, int D, const float* cos, const 
 }  // namespace
 
 Block::Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<float> q_norm,
-             std::vector<float> k_norm, std::shared_ptr<Int8Matrix> qkv, std::shared_ptr<Int8Matrix> output,
-             std::shared_ptr<Int8Matrix> up, std::shared_ptr<Int8Matrix> down)
+             std::vector<float> k_norm, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,
+             std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down)
     : shape_(shape), attention_norm_(std::move(attention_norm)), ffn_norm_(std::move(ffn_norm)),
       q_norm_(std::move(q_norm)), k_norm_(std::move(k_norm)), qkv_(std::move(qkv)), output_(std::move(output)),
       up_(std::move(up)), down_(std::move(down)) {}
@@ -117,34 +118,32 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
     const int H = shape_.heads, K = shape_.kv_heads, inner = up_->outputs();
     normed.resize(size_t(T) * C), qkv.resize(size_t(T) * wide), gathered.resize(size_t(T) * H * D);
     hidden.resize(size_t(T) * inner);
-    auto& rows = quantized;  // the caller's, whichever thread works on it
+    auto& int8 = quantized;  // the caller's, whichever thread works on it
     float *x = normed.data(), *q = qkv.data(), *o = gathered.data(), *f = hidden.data();
 
-    const auto add_norm_quantize = [&](const Norm& norm) {
-        rows.resize(T, C);
+    // What each matrix is given, row by row: made by `make(row)`, and in 8 bits too where the matrix wants that.
+    const auto feed = [&](const Matrix& matrix, const float* values, int64_t stride, float* y, const auto& make) {
+        const int n = matrix.columns();
+        if (matrix.wants_int8()) int8.resize(T, n);
         each_row(T, [&](int t) {
+            make(t);
+            if (matrix.wants_int8()) int8.quantize(t, values + t * stride, n);
+        });
+        matrix.multiply(Rows{values, stride, T, &int8}, y);
+    };
+    const auto join_and_normalize = [&](const Norm& norm) {
+        return [&](int t) {
             add(stream + size_t(t) * C, delta + size_t(t) * C, C);
             normalize(norm, stream + size_t(t) * C, x + size_t(t) * C, C);
-            rows.quantize(t, x + size_t(t) * C, C);
-        });
+        };
     };
-    add_norm_quantize(attention_norm_);
-    qkv_->multiply(rows, q);
+    feed(*qkv_, x, C, q, join_and_normalize(attention_norm_));
     each_row(T, [&](int t) { turn(q + size_t(t) * wide, step.positions[t], rotation); });
     write_pages(pages, step, q + H * D, q + (H + K) * D, wide, wide);
     attend_pages(pages, step, Look{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
-    rows.resize(T, H * D);
-    each_row(T, [&](int t) { rows.quantize(t, o + size_t(t) * H * D, H * D); });
-    output_->multiply(rows, delta);
-
-    add_norm_quantize(ffn_norm_);
-    up_->multiply(rows, f);
-    rows.resize(T, shape_.hidden);
-    each_row(T, [&](int t) {
-        activate(shape_.activation, f + size_t(t) * inner, shape_.hidden);
-        rows.quantize(t, f + size_t(t) * inner, shape_.hidden);
-    });
-    down_->multiply(rows, delta);
+    feed(*output_, o, H * D, delta, [](int) {});
+    feed(*up_, x, C, f, join_and_normalize(ffn_norm_));
+    feed(*down_, f, inner, delta, [&](int t) { activate(shape_.activation, f + size_t(t) * inner, shape_.hidden); });
 }
 
 }  // namespace warploom

@@ -1,9 +1,9 @@
-// One layer of the model in one call: norm, attention over pages, norm, feed-forward, with 8-bit weights.
+// One layer of the model in one call: norm, attention over pages, norm, feed-forward.
 #pragma once
 #include <memory>
 #include <vector>
 
-#include "int8_matrix.hpp"
+#include "matrix.hpp"
 #include "paged_attention.hpp"
 
 namespace warploom {
@@ -34,8 +34,8 @@ struct Rotation {  // (max length, columns) of cosines and sines; no columns: no
 class Block {
 public:
     Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<float> q_norm, std::vector<float> k_norm,
-          std::shared_ptr<Int8Matrix> qkv, std::shared_ptr<Int8Matrix> output, std::shared_ptr<Int8Matrix> up,
-          std::shared_ptr<Int8Matrix> down);
+          std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output, std::shared_ptr<Matrix> up,
+          std::shared_ptr<Matrix> down);
 
     void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const;
 
@@ -45,7 +45,7 @@ private:
     BlockShape shape_;
     Norm attention_norm_, ffn_norm_;
     std::vector<float> q_norm_, k_norm_;
-    std::shared_ptr<Int8Matrix> qkv_, output_, up_, down_;
+    std::shared_ptr<Matrix> qkv_, output_, up_, down_;
 };
 
 }  // namespace warploom

@@ -143,6 +143,10 @@ WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t&
     return scale;
 }
 
+WARPLOOM_CLONES void finish(const float* part, const float* scales, const float* bias, int n, float* y) {
+    for (int i = 0; i < n; ++i) y[i] = part[i] * scales[i] + bias[i];
+}
+
 }  // namespace
 
 void Int8Rows::resize(int r, int c) {
@@ -186,18 +190,11 @@ Int8Matrix::Int8Matrix(const float* weight, int outputs, int columns, const floa
     });
 }
 
-void Int8Matrix::multiply(const Int8Rows& x, float* y) const {
+void Int8Matrix::multiply(const Rows& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
-        block(x, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
+        block(*x.int8, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
     });
-}
-
-void Int8Matrix::multiply(const float* x, int rows, float* y) const {
-    thread_local Int8Rows quantized;
-    quantized.resize(rows, columns_);
-    for (int row = 0; row < rows; ++row) quantized.quantize(row, x + size_t(row) * columns_, columns_);
-    multiply(quantized, y);
 }
 
 void Int8Matrix::block(const Int8Rows& x, int first, int count, float* y) const {
@@ -209,8 +206,8 @@ void Int8Matrix::block(const Int8Rows& x, int first, int count, float* y) const 
         const int rows = std::min(kRows, x.rows - row);
         multiply_rows(tile, count, x, row, rows, part);
         for (int r = 0; r < rows; ++r)
-            for (int n = from; n < to; ++n)
-                y[size_t(row + r) * outputs_ + n] = part[r * count * kLanes + n - from] * scales_[n] + bias_[n];
+            finish(part + r * count * kLanes, &scales_[from], &bias_[from], to - from,
+                   y + size_t(row + r) * outputs_ + from);
     }
 }
 

@@ -12,6 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "matrix.hpp"
+
 namespace warploom {
 
 constexpr int kGroup = 64;
@@ -27,19 +29,16 @@ struct Int8Rows {
     void quantize(int row, const float* x, int n);
 };
 
-class Int8Matrix {
+class Int8Matrix : public Matrix {
 public:
     // `weight` is (outputs, columns), `bias` (outputs) or null.
     Int8Matrix(const float* weight, int outputs, int columns, const float* bias);
 
-    int outputs() const { return outputs_; }
-    int columns() const { return columns_; }
-
-    // y (rows, outputs) = x · weightᵀ · scale + bias, shared among the workers.
-    void multiply(const Int8Rows& x, float* y) const;
-
-    // The same for float rows, which are quantized first.
-    void multiply(const float* x, int rows, float* y) const;
+    int outputs() const override { return outputs_; }
+    int columns() const override { return columns_; }
+    bool wants_int8() const override { return true; }
+    using Matrix::multiply;
+    void multiply(const Rows& x, float* y) const override;
 
 private:
     void block(const Int8Rows& x, int first, int count, float* y) const;

@@ -10,7 +10,7 @@ namespace warploom {
 
 namespace {
 
-// Scratch of one thread: a key or value widened, scores of one page, and running sums for the heads of a group.
+// Scratch of one thread: the scaled queries, a key widened, scores of one page, and running sums for the heads of a group.
 struct Scratch {
     std::vector<float> query, row, scores, totals, peaks;
 };
@@ -23,6 +23,16 @@ WARPLOOM_INLINE const float* widened(const T* from, int n, float* to) {
     return to;
 }
 WARPLOOM_INLINE const float* widened(const float* from, int, float*) { return from; }
+
+// Adds weighted values to sixteen times N sums, which stay in registers over the whole page.
+template <class T, int N>
+WARPLOOM_INLINE void gather(const T* values, int64_t stride, const float* weights, int count, float* out) {
+    f16 total[N];
+    for (int i = 0; i < N; ++i) total[i] = load(out + 16 * i);
+    for (int j = 0; j < count; ++j)
+        for (int i = 0; i < N; ++i) total[i] += load(values + j * stride + 16 * i) * weights[j];
+    for (int i = 0; i < N; ++i) store(out + 16 * i, total[i]);
+}
 
 // One page of keys for all heads of a group: scores, then the running maximum, sum and weighted values.
 template <class T>
@@ -59,15 +69,14 @@ WARPLOOM_INLINE void visit_page(const Pages& pages, const Look& look, const floa
         }
         s.totals[g] += sum(total);
     }
-    for (int j = 0; j < count; ++j) {
-        const float* value = widened(values + j * stride, D, s.row.data());
-        for (int g = 0; g < group; ++g) {
-            const float weight = scores[g * padded + j];
-            float* mine = out + g * D;
-            int d = 0;
-            for (; d + 16 <= D; d += 16) store(mine + d, load(mine + d) + load(value + d) * weight);
-            for (; d < D; ++d) mine[d] += value[d] * weight;
-        }
+    for (int g = 0; g < group; ++g) {
+        const float* weights = scores + g * padded;
+        float* mine = out + g * D;
+        int d = 0;
+        for (; d + 64 <= D; d += 64) gather<T, 4>(values + d, stride, weights, count, mine + d);
+        for (; d + 16 <= D; d += 16) gather<T, 1>(values + d, stride, weights, count, mine + d);
+        for (; d < D; ++d)
+            for (int j = 0; j < count; ++j) mine[d] += widen(values[j * stride + d]) * weights[j];
     }
 }
 

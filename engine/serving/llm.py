@@ -23,7 +23,7 @@ from .grammar import compile_grammar
 from .outputs import Output, Piece
 from .pages import PagePool
 from .params import SamplingParams
-from .quantize import Head, quantized
+from .quantize import serving_model
 from .runner import Runner
 from .scheduler import Scheduler
 from .speculation import NGramDraft
@@ -61,14 +61,12 @@ class LLM:
         self.model, self.tokenizer = _open(model, tokenizer, device, dtype)
         self.config = self.model.config
         self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
-        head = Head(self.model)
         where, cache_dtype = self.model.device, self.model.embedding.weight.dtype
         set_workers()
-        if quantize:
-            self.model, head = quantized(self.model)
+        served, head = serving_model(self.model, quantize)
         pages = _count_pages(self.config, page_size, cache_dtype, where, kv_memory, max_batch, self.max_context)
         store = PageStore(self.config, pages, page_size, cache_dtype, where)
-        runner = Runner(self.model, store, max_batch=max_batch, context=self.max_context, head=head)
+        runner = Runner(served, store, max_batch=max_batch, context=self.max_context, head=head)
         scheduler = Scheduler(
             PagePool(pages, page_size, prefix_cache),
             max_batch=max_batch,

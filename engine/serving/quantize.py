@@ -1,14 +1,16 @@
-"""Weights in 8 bits, on a CPU.
+"""The model as it serves: on a CPU, its blocks and its head in C++; with `quantize="int8"`, in 8 bits.
 
-Decoding reads every weight once a token, so its speed is the weights' bytes. `quantized(model)` gives a model whose
-blocks are C++ twins of `Block`: one call a layer, weights in int8 with a scale a row, activations quantized as they
-arrive in groups of 64 columns. Integer sums are exact, so a row's result is the same in any batch.
+Decoding reads every weight once a token, so its speed is the weights' bytes, and everything between the products is
+overhead. `serving_model` gives a twin of the model whose blocks are one C++ call each, with weights packed in the order
+in which they are read. A product there gives a row the same bits in any batch.
 
-Where a block is one that C++ does not know (experts), its linear layers alone are replaced; where the extension is
-missing, by `kernels.int8_linear`. Embedding and norms stay as they are.
+In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A block
+with experts is not known to C++: only its linear layers are replaced, and only in 8 bits. Without the extension, or on
+a GPU, the model serves as it is, and 8-bit layers are `kernels.int8_linear`.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +19,20 @@ from ... import kernels
 from ..model import Block, Linear, Transformer
 from .store import HAS_NATIVE, NativeAttend, _native
 
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
 
 class Head:
-    """Hidden states to logits, by the model's own head."""
+    """Hidden states to logits: by the model's own head, or by a linear layer that stands for it."""
 
-    def __init__(self, model: Transformer):
-        self.model = model
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
-
-
-class Int8Head:
-    """The head in 8 bits."""
-
-    def __init__(self, model: Transformer):
-        self.linear = int8_linear(model.head_weight, None)
+    def __init__(self, model: Transformer, linear: nn.Module | None = None):
+        self.model, self.linear = model, linear
         self.softcap = model.config.logit_softcap
+        self.needs_padding = not isinstance(linear, NativeLinear)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self.linear is None:
+            return self.model.logits(hidden)
         logits = self.linear(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -53,12 +50,12 @@ class Int8Linear(nn.Module):
 
 
 class NativeLinear(nn.Module):
-    """A linear layer in 8 bits in C++."""
+    """A linear layer in C++."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: str = "int8"):
         super().__init__()
         self.outputs = weight.shape[0]
-        self.matrix = native_matrix(weight, bias)
+        self.matrix = native_matrix(weight, bias, form)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
@@ -70,19 +67,19 @@ class NativeLinear(nn.Module):
 class NativeBlock(nn.Module):
     """A whole layer in C++: the twin of `Block`."""
 
-    def __init__(self, block: Block, config):
+    def __init__(self, block: Block, config, form: str):
         super().__init__()
         c, attention, ffn = config, block.attention, block.ffn
         self.index = attention.index
         self.tables = None
         if c.position == "rope":
             self.tables = kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
-        up = ffn.gate_up if c.gated else ffn.up
+        layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
         self.native = _native.Block(
             c.d_model, c.n_heads, c.kv_heads, c.head_size, c.ff_size, attention.window or 0, attention.softcap or 0.0,
             attention.scale, c.norm_eps, c.ffn, _native_norm(block.attention_norm, c), _native_norm(block.ffn_norm, c),
             _floats(getattr(attention.q_norm, "weight", None)), _floats(getattr(attention.k_norm, "weight", None)),
-            *(native_matrix(layer.weight, layer.bias) for layer in (attention.qkv, attention.output, up, ffn.down)),
+            *(native_matrix(layer.weight, layer.bias, form) for layer in layers),
         )  # fmt: skip
 
     def forward(self, stream: Tensor, delta: Tensor, rotate, attend: NativeAttend):
@@ -93,40 +90,39 @@ class NativeBlock(nn.Module):
         return stream, delta, None
 
 
-def quantized(model: Transformer) -> tuple[Transformer, Int8Head]:
-    """A copy of the model with 8-bit weights, and its head; what is not quantized is shared."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    native = HAS_NATIVE and model.device.type == "cpu"
-    for index, block in enumerate(model.blocks):
-        if native and not model.config.n_experts:
-            twin.blocks[index] = NativeBlock(block, model.config)
-        else:
-            _replace_linears(twin.blocks[index])
-    if native:
+def serving_model(model: Transformer, quantize: str | None) -> tuple[Transformer, Head]:
+    """The model as it is served, and its head; what need not change is shared with the original."""
+    form = quantize or FORMATS.get(model.embedding.weight.dtype)
+    native = HAS_NATIVE and model.device.type == "cpu" and form is not None
+    whole_blocks = native and not model.config.n_experts
+    if quantize is None and not whole_blocks:
+        return model, Head(model)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    if whole_blocks:
+        twin.blocks = nn.ModuleList(NativeBlock(block, model.config, form) for block in model.blocks)
         twin.norm = copy.deepcopy(model.norm).float()
-    return twin, Int8Head(model)
+    else:
+        shared = {id(tensor): tensor for tensor in model.parameters()}
+        twin.blocks = copy.deepcopy(model.blocks, shared)
+        _replace_linears(twin.blocks, NativeLinear if native else Int8Linear)
+    head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
+    return twin, Head(model, head)
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The fastest 8-bit linear layer there is here."""
-    native = HAS_NATIVE and weight.device.type == "cpu"
-    return (NativeLinear if native else Int8Linear)(weight, bias)
-
-
-def native_matrix(weight: Tensor, bias: Tensor | None):
+def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
     """A weight as C++ keeps it."""
     rows = weight.detach().float().contiguous()
     offset = None if bias is None else bias.detach().float().contiguous()
-    return _native.Int8Matrix(rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
+    return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
 
 
-def _replace_linears(module: nn.Module) -> None:
+def _replace_linears(module: nn.Module, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     for name, child in module.named_children():
         if isinstance(child, Linear):
-            setattr(module, name, int8_linear(child.weight, child.bias))
+            setattr(module, name, kind(child.weight, child.bias))
         else:
-            _replace_linears(child)
+            _replace_linears(child, kind)
 
 
 def _native_norm(norm: nn.Module, config):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
-from .quantize import Head
+from .quantize import Head, NativeBlock
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore
 
@@ -43,15 +43,17 @@ class Flight:
 class Runner:
     """Runs plans on one model and the pages of its cache."""
 
-    def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head | None = None):
+    def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head):
         self.model, self.store = model, store
-        self.head = head or Head(model)
+        self.head = head
         self.device = model.device
         self.settings = RowSettings(max_batch, self.device)
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
-        self.steady = steady_rows(model.embedding.weight.dtype) if self.device.type == "cpu" else 1
+        steady = steady_rows(model.embedding.weight.dtype) if self.device.type == "cpu" else 1
+        self.least_tokens = 1 if isinstance(model.blocks[0], NativeBlock) else steady
+        self.least_samples = steady if head.needs_padding else 1
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for the result."""
@@ -101,7 +103,7 @@ class Runner:
         """The hidden states of all chunks' tokens, end to end."""
         counts = [len(chunk.tokens) for chunk in chunks]
         T, rows = sum(counts), np.array([chunk.row for chunk in chunks])
-        padded = max(T, self.steady)
+        padded = max(T, self.least_tokens)
         tokens, positions = np.zeros(padded, dtype=np.int64), np.zeros(padded, dtype=np.int64)
         tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
         positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
@@ -135,7 +137,7 @@ class Runner:
         return flight
 
     def _logits(self, hidden_TC: Tensor, places: np.ndarray) -> Tensor:
-        padded = np.zeros(max(len(places), self.steady), dtype=np.int64)
+        padded = np.zeros(max(len(places), self.least_samples), dtype=np.int64)
         padded[: len(places)] = places
         return self.head(hidden_TC[self._to_device(padded)])[: len(places)].float()
 

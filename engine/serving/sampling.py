@@ -71,7 +71,7 @@ def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: T
 
 
 class Logprobs:
-    """The log-probabilities of tokens and of the `top` most likely ones, by the model alone; read when they are there."""
+    """The log-probabilities of tokens and of the `top` most likely ones, by the model alone."""
 
     def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)

@@ -1,0 +1,35 @@
+// A weight matrix in its own precision, float32 or bfloat16, summed in float32.
+//
+// Weights lie as (N / 16, C, 16 outputs): a vector of outputs advances down the columns together, each lane one chain of
+// fused multiply-adds from the first column to the last. The order never changes, so neither do the bits.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "lanes.hpp"
+#include "matrix.hpp"
+
+namespace warploom {
+
+template <class T>
+class DenseMatrix : public Matrix {
+public:
+    DenseMatrix(const float* weight, int outputs, int columns, const float* bias);
+
+    int outputs() const override { return outputs_; }
+    int columns() const override { return columns_; }
+    bool wants_int8() const override { return false; }
+    using Matrix::multiply;
+    void multiply(const Rows& x, float* y) const override;
+
+private:
+    int outputs_, columns_;
+    std::unique_ptr<uint8_t[]> memory_;
+    T* weights_;
+    std::vector<float> bias_;
+};
+
+extern template class DenseMatrix<float>;
+extern template class DenseMatrix<bfloat16>;
+
+}  // namespace warploom
