@@ -64,3 +64,17 @@ def test_a_dataset_of_another_tokenizer_is_refused(story, tmp_path, capsys):
     assert main(["eval", out, str(tmp_path / "word")]) == 2
     assert main(["train", str(tmp_path / "word"), "--from", out, "--out", str(tmp_path / "b")]) == 2
     assert capsys.readouterr().err.count("another tokenizer") == 2
+
+
+def test_tokenizers_of_others_are_read_where_a_tokenizer_is_asked_for(tmp_path):
+    from warploom.engine.training.prepare import make_tokenizer
+    from warploom.tokenizer import BPETokenizer
+
+    text = "low lower lowest newer newest wider " * 20
+    ours = BPETokenizer.train([text], 270, pattern="gpt4")
+    ours.save(tmp_path / "ours")
+    ours.to_tiktoken(tmp_path / "ours.tiktoken")
+    for source in (tmp_path / "ours", tmp_path / "ours" / "tokenizer.json", tmp_path / "ours.tiktoken"):
+        assert make_tokenizer(str(source), [], 0, print).encode(text) == ours.encode(text)
+    with pytest.raises(ValueError, match="neither bpe, char, word nor"):
+        make_tokenizer("nowhere", [], 0, print)
