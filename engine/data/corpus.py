@@ -226,7 +226,9 @@ HUB = {
 }
 
 
-def hub(source: str, limit: int | None = None, data_files: dict | list | str | None = None, kind: str | None = None):
+def hub(
+    source: str, limit: int | None = None, data_files: dict | list | str | None = None, kind: str | None = None
+) -> Corpus:
     """A public data set, streamed by `datasets` (nothing is kept on disk); `data_files` reads local copies instead."""
     try:
         import datasets
@@ -235,10 +237,27 @@ def hub(source: str, limit: int | None = None, data_files: dict | list | str | N
     where = HUB[source] if data_files is None else {"path": kind or "json", "data_files": data_files}
 
     def read() -> Iterator[Iterable[str]]:
-        rows = datasets.load_dataset(**where, split="train", streaming=True)
-        return ([row["text"]] for row in itertools.islice(rows, limit))
+        rows = (row["text"] for row in datasets.load_dataset(**where, split="train", streaming=True))
+        documents = articles(rows) if source == "wikitext" else ([text] for text in rows)
+        return itertools.islice(documents, limit)
 
     return Corpus(source, read)
+
+
+TITLE = re.compile(r"\s*= [^=].*[^=] =\s*$")
+
+
+def articles(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Wikitext comes as lines; an article begins at its title, ` = Title = ` (sections have more equals signs)."""
+    article: list[str] = []
+    for line in lines:
+        if article and TITLE.match(line):
+            yield article
+            article = []
+        if article or line.strip():
+            article.append(line)
+    if article:
+        yield article
 
 
 def open_corpus(source: str, patterns: Iterable[str | Path] = (), limit: int | None = None) -> Corpus:

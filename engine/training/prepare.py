@@ -32,6 +32,8 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     data = open_data(config, note, reuse)
     tokenizer = data.tokenizer()
     model = architecture(config, tokenizer.vocab_size)
+    if config.init_from:
+        _check_same_tokenizer(Path(config.init_from), data)
     if model.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the model's vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of the "
@@ -39,8 +41,6 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
         )
     if config.context and config.context > model.max_seq_len:
         raise ValueError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
-    if config.init_from:
-        _check_same_tokenizer(Path(config.init_from), data)
     return Materials(data, tokenizer, model)
 
 

@@ -191,12 +191,22 @@ class Trainer:
                     gc.freeze()  # what exists now lives as long as the run: no need to search it for garbage
             self.seconds = time.perf_counter() - self.began
             return self._finish()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(self._how_to_shrink()) from error
         finally:
             batches.close()
             gc.unfreeze()
             self.checkpoints.wait()
             self.tell("finished")
             self.team.leave()
+
+    def _how_to_shrink(self) -> str:
+        config, rows = self.config, self.config.batch_size // self.config.grad_accum_steps
+        ways = [f"raise grad_accum_steps={config.grad_accum_steps}"] if rows > self.team.size else []
+        ways += ["set recompute"] if not config.recompute else []
+        ways += [f"shorten context={self.context}"]
+        ways += ["share the state with fsdp"] if self.team.size > config.fsdp else []
+        return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
     def _one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
         """One optimizer step: (loss, gradient norm, learning rate, expert load)."""

@@ -1,0 +1,80 @@
+"""The verbs train, data and eval, as typed."""
+
+import json
+
+import pytest
+
+from warploom.engine.cli import main
+from warploom.engine.cli.train import read
+from warploom.engine.data import TokenData
+
+SHAPE = {"d-model": 16, "n-layers": 1, "n-heads": 2, "n-kv-heads": 1, "max-seq-len": 16}
+TINY = [f"--{name}={value}" for name, value in {**SHAPE, "batch-size": 2, "sample-tokens": 0}.items()]
+
+
+def test_a_text_file_becomes_a_dataset_a_model_and_a_number(story, tmp_path, capsys):
+    data, out = str(tmp_path / "data"), str(tmp_path / "run")
+    assert main(["data", "--source", "file", "--files", str(story), "--tokenizer", "char", "--out", data]) == 0
+    assert set(TokenData(data).meta.splits) == {"train", "val", "test"}
+    assert main(["train", data, "--out", out, "--steps", "4", "--device", "cpu", "--dtype", "float32", *TINY]) == 0
+    assert main(["eval", out, data, "--split", "test", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert main(["eval", out, str(story), "--limit", "2", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bits per byte") == 3 and "val:" in shown
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["model"]["d_model"] == 16 and run["config"]["steps"] == 4
+
+
+def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
+    (tmp_path / "run.toml").write_text('data = "x"\npreset = "gpt2-124m"\nn_layers = 3\nlr = 0.5\nsteps = 7\n')
+    config = read(["--config", str(tmp_path / "run.toml"), "--lr", "0.25", "--from", "base"])
+    assert (config.data, config.lr, config.steps, config.init_from) == ("x", 0.25, 7, "base")
+    assert config.model["n_layers"] == 3 and config.model["norm"] == "layernorm" and config.model["d_model"] == 768
+    scaled = read(["x", "--rope-scaling", '{"rope_type": "linear", "factor": 2.0}'])
+    assert scaled.model["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["train", "x", "--stepz", "3"], "--stepz"),
+        (["train", "x", "--steps", "many"], "--steps"),
+        (["train"], "dataset directory"),
+        (["train", "no-such-file.txt"], "no file matches 'no-such-file.txt'"),
+        (["train", "x", "--rope-scaling", "linear"], "rope_scaling must be JSON"),
+        (["train", "x", "--preset", "llama-9b"], "preset 'llama-9b' is not known"),
+        (["data", "--out", "y"], "no files were given"),
+        (["eval", "no-model", "x"], "no-model is not a directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith(f"warploom {argv[0]}: ")
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(story, tmp_path, capsys):
+    for kind in ("char", "word"):
+        data = str(tmp_path / kind)
+        assert main(["data", "--files", str(story), "--tokenizer", kind, "--out", data]) == 0
+    out = str(tmp_path / "run")
+    assert main(["train", str(tmp_path / "char"), "--out", out, "--steps", "1", "--device", "cpu", *TINY]) == 0
+    capsys.readouterr()
+    assert main(["eval", out, str(tmp_path / "word")]) == 2
+    assert main(["train", str(tmp_path / "word"), "--from", out, "--out", str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err.count("another tokenizer") == 2
+
+
+def test_tokenizers_of_others_are_read_where_a_tokenizer_is_asked_for(tmp_path):
+    from warploom.engine.training.prepare import make_tokenizer
+    from warploom.tokenizer import BPETokenizer
+
+    text = "low lower lowest newer newest wider " * 20
+    ours = BPETokenizer.train([text], 270, pattern="gpt4")
+    ours.save(tmp_path / "ours")
+    ours.to_tiktoken(tmp_path / "ours.tiktoken")
+    for source in (tmp_path / "ours", tmp_path / "ours" / "tokenizer.json", tmp_path / "ours.tiktoken"):
+        assert make_tokenizer(str(source), [], 0, print).encode(text) == ours.encode(text)
+    with pytest.raises(ValueError, match="neither bpe, char, word nor"):
+        make_tokenizer("nowhere", [], 0, print)
