@@ -56,6 +56,8 @@ class Cost:
     scalar_accesses: int
     narrow_products: list[str] = field(default_factory=list)
     """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
+    failure: str = ""
+    """What the compiler said if it gave up."""
 
 
 class _AbsentDevice:
@@ -165,6 +167,8 @@ def _operands(text: str) -> list[str]:
 
 def violations(cost: Cost, budget: Budget) -> list[str]:
     """Sentences, one for each way in which a kernel exceeds its budget."""
+    if cost.failure:
+        return [f"does not compile: {cost.failure}"]
     found = []
     if cost.registers > budget.registers:
         found.append(f"{cost.registers} registers, budget {budget.registers}")
@@ -191,8 +195,14 @@ def survey(names: list[str], architectures=ARCHITECTURES, dtype=torch.bfloat16, 
             continue
         for arch in architectures:
             for case in op.cases:
-                if case.bench != small:
+                if case.bench == small:
+                    continue
+                try:
                     yield from costs(op, case, dtype, arch)
+                except Exception as error:  # one kernel that does not compile must not hide the others
+                    name = str(dtype).removeprefix("torch.")
+                    said = f"{type(error).__name__}: {error}".splitlines()[0]
+                    yield Cost(op.name, case.name, name, arch, "(none)", 0, 0, 0, 0, False, 0, 0, failure=said)
 
 
 def row(cost: Cost) -> str:
@@ -209,7 +219,7 @@ def markdown(costs: list[Cost]) -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for op, kernel in dict.fromkeys((cost.op, cost.kernel) for cost in costs):
         mine = [cost for cost in costs if (cost.op, cost.kernel) == (op, kernel)]
-        registers = (max(c.registers for c in mine if c.arch == arch) for arch in ARCHITECTURES)
+        registers = (max((c.registers for c in mine if c.arch == arch), default="–") for arch in ARCHITECTURES)
         warps = "/".join(str(warps) for warps in sorted({c.warps for c in mine}))
         stack, shared = max(c.stack for c in mine), max(c.shared for c in mine) / 1024
         wgmma = "yes" if any(c.wgmma for c in mine) else ""
