@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "int8_matrix.hpp"
 #include "lanes.hpp"
 #include "workers.hpp"
 
@@ -113,23 +112,23 @@ void Block::turn(float* qkv, int64_t position, const Rotation& rotation) const {
 
 void Block::run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const {
     thread_local std::vector<float> normed, qkv, gathered, hidden;
-    thread_local Int8Rows quantized;
+    thread_local Rows prepared;
     const int T = step.tokens, C = shape_.width, D = shape_.head_dim, wide = qkv_->outputs();
     const int H = shape_.heads, K = shape_.kv_heads, inner = up_->outputs();
     normed.resize(size_t(T) * C), qkv.resize(size_t(T) * wide), gathered.resize(size_t(T) * H * D);
     hidden.resize(size_t(T) * inner);
-    auto& int8 = quantized;  // the caller's, whichever thread works on it
+    auto& rows = prepared;  // the caller's, whichever thread works on it
     float *x = normed.data(), *q = qkv.data(), *o = gathered.data(), *f = hidden.data();
 
-    // What each matrix is given, row by row: made by `make(row)`, and in 8 bits too where the matrix wants that.
+    // What each matrix is given, row by row: made by `make(row)`, then prepared in the matrix's format.
     const auto feed = [&](const Matrix& matrix, const float* values, int64_t stride, float* y, const auto& make) {
         const int n = matrix.columns();
-        if (matrix.wants_int8()) int8.resize(T, n);
+        rows.point(values, stride, T, n, matrix.format());
         each_row(T, [&](int t) {
             make(t);
-            if (matrix.wants_int8()) int8.quantize(t, values + t * stride, n);
+            rows.prepare(t, n);
         });
-        matrix.multiply(Rows{values, stride, T, &int8}, y);
+        matrix.multiply(rows, y);
     };
     const auto join_and_normalize = [&](const Norm& norm) {
         return [&](int t) {

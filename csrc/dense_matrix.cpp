@@ -2,8 +2,14 @@
 
 #include <algorithm>
 
-#include "int8_matrix.hpp"
 #include "workers.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#define WARPLOOM_X86 1
+#endif
 
 namespace warploom {
 
@@ -13,45 +19,106 @@ constexpr int kLanes = 16;  // outputs of one vector
 constexpr int kBlock = 4;   // vectors of outputs of one task
 constexpr int kRows = 6;    // rows of activations of one tile
 
+// A block of outputs for some rows: `stride` weights from one vector of outputs to the next; y is (rows, vectors, 16).
+template <class T>
+struct Task {
+    const T* weights;
+    size_t stride;
+    int vectors, columns;
+    const T* x;
+    int64_t x_stride;
+    int rows;
+    float* y;
+};
+
+// The weights of two columns side by side: the lower halves of the words, and the upper.
+WARPLOOM_INLINE void widen_pair(const bfloat16* weights, f16& first, f16& second) {
+    u16 bits;
+    std::memcpy(&bits, weights, 64);
+    const u16 low = bits << 16, high = bits & 0xffff0000u;
+    std::memcpy(&first, &low, 64), std::memcpy(&second, &high, 64);
+}
+
 // ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
-template <class T, int ROWS, int VECTORS>
-WARPLOOM_INLINE void tile(const T* weights, size_t stride, int columns, const float* x, int64_t x_stride, float* y,
-                          int width) {
+template <int ROWS, int VECTORS>
+WARPLOOM_INLINE void tile(const Task<float>& t, const float* weights, const float* x, float* y) {
     f16 total[ROWS][VECTORS] = {};
-    for (int c = 0; c < columns; ++c) {
+    for (int c = 0; c < t.columns; ++c) {
         f16 weight[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * stride + size_t(c) * kLanes);
+        for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * t.stride + size_t(c) * kLanes);
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) total[r][v] += weight[v] * x[r * x_stride + c];
+            for (int v = 0; v < VECTORS; ++v) total[r][v] += weight[v] * x[r * t.x_stride + c];
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(y + (r * width + v) * kLanes, total[r][v]);
+        for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
 }
 
-template <class T>
-WARPLOOM_INLINE void tiles(const T* weights, size_t stride, int vectors, int columns, const float* x, int64_t x_stride,
-                           int rows, float* y) {
-    if (rows == 1 && vectors == kBlock) return tile<T, 1, kBlock>(weights, stride, columns, x, x_stride, y, vectors);
-    int v = 0;
-    for (; v + 2 <= vectors && rows == kRows; v += 2)
-        tile<T, kRows, 2>(weights + v * stride, stride, columns, x, x_stride, y + v * kLanes, vectors);
-    for (; v + 2 <= vectors && rows == 4; v += 2)
-        tile<T, 4, 2>(weights + v * stride, stride, columns, x, x_stride, y + v * kLanes, vectors);
-    for (; v < vectors; ++v)
-        for (int r = 0; r < rows; ++r)
-            tile<T, 1, 1>(weights + v * stride, stride, columns, x + r * x_stride, x_stride,
-                          y + (r * vectors + v) * kLanes, vectors);
+template <int ROWS, int VECTORS>
+WARPLOOM_INLINE void tile(const Task<bfloat16>& t, const bfloat16* weights, const bfloat16* x, float* y) {
+    f16 total[ROWS][VECTORS] = {};
+    for (int c = 0; c < t.columns; c += 2) {
+        f16 first[VECTORS], second[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) widen_pair(weights + v * t.stride + size_t(c) * kLanes, first[v], second[v]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) {
+                total[r][v] += first[v] * widen(x[r * t.x_stride + c]);
+                total[r][v] += second[v] * widen(x[r * t.x_stride + c + 1]);
+            }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
 }
 
-WARPLOOM_CLONES void multiply_block(const float* weights, size_t stride, int vectors, int columns, const float* x,
-                                    int64_t x_stride, int rows, float* y) {
-    tiles(weights, stride, vectors, columns, x, x_stride, rows, y);
-}
+#ifdef WARPLOOM_X86
+#define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
-WARPLOOM_CLONES void multiply_block(const bfloat16* weights, size_t stride, int vectors, int columns, const float* x,
-                                    int64_t x_stride, int rows, float* y) {
-    tiles(weights, stride, vectors, columns, x, x_stride, rows, y);
+template <int ROWS, int VECTORS>
+WARPLOOM_BF16 inline void tile_bf16(const Task<bfloat16>& t, const bfloat16* weights, const bfloat16* x, float* y) {
+    __m512 total[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
+    for (int c = 0; c < t.columns; c += 2) {
+        __m512bh weight[VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            weight[v] = (__m512bh)_mm512_loadu_si512(weights + v * t.stride + size_t(c) * kLanes);
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * t.x_stride + c, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * t.vectors + v) * kLanes, total[r][v]);
 }
+#endif
+
+// Which tiles cover a block: whole blocks for a single row, pairs of vectors for several.
+#define WARPLOOM_TILES(TILE)                                                                              \
+    if (t.rows == 1 && t.vectors == kBlock) return TILE<1, kBlock>(t, t.weights, t.x, t.y);               \
+    int v = 0;                                                                                            \
+    for (; v + 2 <= t.vectors && t.rows == kRows; v += 2)                                                 \
+        TILE<kRows, 2>(t, t.weights + v * t.stride, t.x, t.y + v * kLanes);                               \
+    for (; v + 2 <= t.vectors && t.rows == 4; v += 2)                                                     \
+        TILE<4, 2>(t, t.weights + v * t.stride, t.x, t.y + v * kLanes);                                   \
+    for (; v < t.vectors; ++v)                                                                            \
+        for (int r = 0; r < t.rows; ++r)                                                                  \
+            TILE<1, 1>(t, t.weights + v * t.stride, t.x + r * t.x_stride, t.y + (r * t.vectors + v) * kLanes);
+
+WARPLOOM_CLONES void run_plain(const Task<float>& t) { WARPLOOM_TILES(tile) }
+WARPLOOM_CLONES void run_plain(const Task<bfloat16>& t) { WARPLOOM_TILES(tile) }
+void run(const Task<float>& t) { run_plain(t); }
+
+#ifdef WARPLOOM_X86
+WARPLOOM_BF16 void run_bf16(const Task<bfloat16>& t) { WARPLOOM_TILES(tile_bf16) }
+const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+void run(const Task<bfloat16>& t) { (has_bf16 ? run_bf16 : static_cast<void (*)(const Task<bfloat16>&)>(run_plain))(t); }
+#else
+void run(const Task<bfloat16>& t) { run_plain(t); }
+#endif
+
+const float* prepared(const Rows& x, const float*) { return x.values; }
+const bfloat16* prepared(const Rows& x, const bfloat16*) { return x.halves.data(); }
 
 WARPLOOM_CLONES void finish(const float* part, const float* bias, int n, float* y) {
     for (int i = 0; i < n; ++i) y[i] = part[i] + bias[i];
@@ -61,35 +128,38 @@ WARPLOOM_CLONES void finish(const float* part, const float* bias, int n, float* 
 
 template <class T>
 DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const float* bias)
-    : outputs_(outputs), columns_(columns) {
+    : outputs_(outputs), columns_(columns), padded_(sizeof(T) == 2 ? (columns + 1) / 2 * 2 : columns) {
+    constexpr int together = sizeof(T) == 2 ? 2 : 1;  // columns that lie side by side
     const int vectors = (outputs + kLanes - 1) / kLanes;
-    const size_t bytes = size_t(vectors) * kLanes * columns * sizeof(T);
+    const size_t bytes = size_t(vectors) * kLanes * padded_ * sizeof(T);
     memory_.reset(new uint8_t[bytes + 64]());
     weights_ = reinterpret_cast<T*>(memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64);
     bias_.assign(size_t(vectors) * kLanes, 0.0f);
     if (bias) std::copy(bias, bias + outputs, bias_.begin());
     Workers::shared().run(vectors, [&](int vector) {
+        T* to = weights_ + size_t(vector) * kLanes * padded_;
         for (int lane = 0; lane < kLanes && vector * kLanes + lane < outputs; ++lane)
             for (int c = 0; c < columns; ++c)
                 narrow(weight[size_t(vector * kLanes + lane) * columns + c],
-                       weights_[(size_t(vector) * columns + c) * kLanes + lane]);
+                       to[c / together * kLanes * together + lane * together + c % together]);
     });
 }
 
 template <class T>
 void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
-    const size_t stride = size_t(columns_) * kLanes;
+    const size_t stride = size_t(padded_) * kLanes;
+    const int64_t x_stride = sizeof(T) == 2 ? padded_ : x.stride;
+    const T* rows = prepared(x, static_cast<const T*>(nullptr));
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
         const int first = task * kBlock, count = std::min(kBlock, vectors - first);
         const int from = first * kLanes, to = std::min(outputs_, (first + count) * kLanes);
         float part[kRows * kBlock * kLanes];
-        for (int row = 0, rows; row < x.count; row += rows) {
+        for (int row = 0, taken; row < x.count; row += taken) {
             const int left = x.count - row;
-            rows = left >= kRows ? kRows : left >= 4 ? 4 : 1;
-            multiply_block(weights_ + first * stride, stride, count, columns_, x.values + row * x.stride, x.stride,
-                           rows, part);
-            for (int r = 0; r < rows; ++r)
+            taken = left >= kRows ? kRows : left >= 4 ? 4 : 1;
+            run(Task<T>{weights_ + first * stride, stride, count, padded_, rows + row * x_stride, x_stride, taken, part});
+            for (int r = 0; r < taken; ++r)
                 finish(part + r * count * kLanes, &bias_[from], to - from, y + size_t(row + r) * outputs_ + from);
         }
     });
@@ -97,14 +167,5 @@ void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
 
 template class DenseMatrix<float>;
 template class DenseMatrix<bfloat16>;
-
-void Matrix::multiply(const float* x, int rows, float* y) const {
-    thread_local Int8Rows quantized;
-    if (wants_int8()) {
-        quantized.resize(rows, columns());
-        for (int row = 0; row < rows; ++row) quantized.quantize(row, x + size_t(row) * columns(), columns());
-    }
-    multiply(Rows{x, columns(), rows, &quantized}, y);
-}
 
 }  // namespace warploom

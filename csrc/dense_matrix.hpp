@@ -1,12 +1,13 @@
 // A weight matrix in its own precision, float32 or bfloat16, summed in float32.
 //
-// Weights lie as (N / 16, C, 16 outputs): a vector of outputs advances down the columns together, each lane one chain of
-// fused multiply-adds from the first column to the last. The order never changes, so neither do the bits.
+// Weights lie as (N / 16, C, 16 outputs), bfloat16 in pairs of columns (N / 16, C / 2, 16 outputs, 2): a vector of
+// outputs advances down the columns together, each lane one chain of multiply-adds from the first column to the
+// last. The order never changes, so neither do the bits. bfloat16 weights meet activations rounded to bfloat16, as they
+// do in PyTorch; where the CPU multiplies such pairs in one instruction, that one is used.
 #pragma once
 #include <memory>
 #include <vector>
 
-#include "lanes.hpp"
 #include "matrix.hpp"
 
 namespace warploom {
@@ -18,12 +19,12 @@ public:
 
     int outputs() const override { return outputs_; }
     int columns() const override { return columns_; }
-    bool wants_int8() const override { return false; }
+    Format format() const override { return sizeof(T) == 2 ? Format::halves : Format::floats; }
     using Matrix::multiply;
     void multiply(const Rows& x, float* y) const override;
 
 private:
-    int outputs_, columns_;
+    int outputs_, columns_, padded_;
     std::unique_ptr<uint8_t[]> memory_;
     T* weights_;
     std::vector<float> bias_;

@@ -29,9 +29,9 @@ struct Tile {
 };
 
 // The plain meaning of the kernel: sums of integers group by group, then of floats. `y` is (rows, vectors, 16).
-WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Int8Rows& x, int row, int rows, float* y) {
+WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y) {
     for (int r = 0; r < rows; ++r) {
-        const int8_t* values = x.values.data() + size_t(row + r) * t.columns;
+        const int8_t* values = x.int8.data() + size_t(row + r) * t.columns;
         for (int v = 0; v < vectors; ++v) {
             float total[kLanes] = {};
             for (int g = 0; g < t.groups; ++g) {
@@ -52,12 +52,12 @@ WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Int8Rows& 
 #ifdef WARPLOOM_X86
 // ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
 template <int ROWS, int VECTORS>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile_vnni(const Tile& t, const Int8Rows& x,
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile_vnni(const Tile& t, const Rows& x,
                                                                                       int row, float* y, int width) {
     __m512 total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
-    const int8_t* values = x.values.data() + size_t(row) * t.columns;
+    const int8_t* values = x.int8.data() + size_t(row) * t.columns;
     const float* scales = x.scales.data() + size_t(row) * t.groups;
     const int32_t* starts = x.starts.data() + size_t(row) * t.groups;
     for (int g = 0; g < t.groups; ++g) {
@@ -88,7 +88,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void multiply_vnni(const Tile& t, int vectors,
-                                                                                   const Int8Rows& x, int row, int rows,
+                                                                                   const Rows& x, int row, int rows,
                                                                                    float* y) {
     for (int v = 0; v < vectors;) {
         const Tile part{t.weights + v * t.stride, t.stride, t.groups, t.columns};
@@ -114,7 +114,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void multiply_vn
 }
 #endif
 
-using Multiply = void (*)(const Tile&, int, const Int8Rows&, int, int, float*);
+using Multiply = void (*)(const Tile&, int, const Rows&, int, int, float*);
 
 Multiply pick_multiply() {
 #ifdef WARPLOOM_X86
@@ -128,44 +128,11 @@ Multiply pick_multiply() {
 const Multiply multiply_rows = pick_multiply();
 constexpr int kRows = 6;  // rows of activations of one tile
 
-WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t& total) {
-    float peak = 0;
-    for (int i = 0; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
-    const float scale = peak / 127, inverse = peak > 0 ? 127 / peak : 0;
-    int32_t sum = 0;
-    for (int i = 0; i < n; ++i) {
-        const int value = int(std::nearbyint(x[i] * inverse));
-        to[i] = int8_t(value);
-        sum += value;
-    }
-    for (int i = n; i < kGroup; ++i) to[i] = 0;
-    total = sum;
-    return scale;
-}
-
 WARPLOOM_CLONES void finish(const float* part, const float* scales, const float* bias, int n, float* y) {
     for (int i = 0; i < n; ++i) y[i] = part[i] * scales[i] + bias[i];
 }
 
 }  // namespace
-
-void Int8Rows::resize(int r, int c) {
-    rows = r, columns = (c + kGroup - 1) / kGroup * kGroup;
-    values.resize(size_t(rows) * columns);
-    scales.resize(size_t(rows) * (columns / kGroup));
-    starts.resize(scales.size());
-}
-
-void Int8Rows::quantize(int row, const float* x, int n) {
-    const int groups = columns / kGroup;
-    for (int g = 0; g < groups; ++g) {
-        const size_t at = size_t(row) * groups + g;
-        int32_t total;
-        int8_t* to = values.data() + size_t(row) * columns + g * kGroup;
-        scales[at] = quantize_group(x + g * kGroup, std::min(kGroup, n - g * kGroup), to, total);
-        starts[at] = -128 * total;
-    }
-}
 
 Int8Matrix::Int8Matrix(const float* weight, int outputs, int columns, const float* bias)
     : outputs_(outputs), columns_(columns), groups_((columns + kGroup - 1) / kGroup) {
@@ -193,17 +160,17 @@ Int8Matrix::Int8Matrix(const float* weight, int outputs, int columns, const floa
 void Int8Matrix::multiply(const Rows& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
-        block(*x.int8, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
+        block(x, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
     });
 }
 
-void Int8Matrix::block(const Int8Rows& x, int first, int count, float* y) const {
+void Int8Matrix::block(const Rows& x, int first, int count, float* y) const {
     const size_t stride = size_t(kLanes) * groups_ * kGroup;
     const Tile tile{weights_ + first * stride, stride, groups_, groups_ * kGroup};
     float part[kRows * kBlock * kLanes];
     const int from = first * kLanes, to = std::min(outputs_, (first + count) * kLanes);
-    for (int row = 0; row < x.rows; row += kRows) {
-        const int rows = std::min(kRows, x.rows - row);
+    for (int row = 0; row < x.count; row += kRows) {
+        const int rows = std::min(kRows, x.count - row);
         multiply_rows(tile, count, x, row, rows, part);
         for (int r = 0; r < rows; ++r)
             finish(part + r * count * kLanes, &scales_[from], &bias_[from], to - from,

@@ -16,19 +16,6 @@
 
 namespace warploom {
 
-constexpr int kGroup = 64;
-
-// Activations in 8 bits: rows of `columns` (padded to whole groups), a scale and a starting sum for each group.
-struct Int8Rows {
-    int rows = 0, columns = 0;
-    std::vector<int8_t> values;
-    std::vector<float> scales;
-    std::vector<int32_t> starts;
-
-    void resize(int rows, int columns);
-    void quantize(int row, const float* x, int n);
-};
-
 class Int8Matrix : public Matrix {
 public:
     // `weight` is (outputs, columns), `bias` (outputs) or null.
@@ -36,12 +23,12 @@ public:
 
     int outputs() const override { return outputs_; }
     int columns() const override { return columns_; }
-    bool wants_int8() const override { return true; }
+    Format format() const override { return Format::int8; }
     using Matrix::multiply;
     void multiply(const Rows& x, float* y) const override;
 
 private:
-    void block(const Int8Rows& x, int first, int count, float* y) const;
+    void block(const Rows& x, int first, int count, float* y) const;
 
     int outputs_, columns_, groups_;
     std::unique_ptr<uint8_t[]> memory_;

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
 from .quantize import Head, NativeBlock
 from .sampling import Logprobs, RowSettings, penalize
-from .store import PageStore
+from .store import PageStore, to_device
 
 
 @dataclass(slots=True)
@@ -55,6 +56,10 @@ class Runner:
         self.least_tokens = 1 if isinstance(model.blocks[0], NativeBlock) else steady
         self.least_samples = steady if head.needs_padding else 1
 
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and not model.config.n_experts:
+            self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
+
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for the result."""
         return self.collect(self.launch(plan))
@@ -82,15 +87,8 @@ class Runner:
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
-            results.append(
-                ChunkResult(
-                    tokens,
-                    *(
-                        kind[index].read() if index in kind else ()
-                        for kind in (flight.logprobs, flight.prompt_logprobs)
-                    ),
-                )
-            )
+            reports = (kind.get(index) for kind in (flight.logprobs, flight.prompt_logprobs))
+            results.append(ChunkResult(tokens, *(report.read() if report else () for report in reports)))
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
@@ -113,8 +111,10 @@ class Runner:
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self.tokens[where] = tokens_T[:T].int()
-        attend = self.store.attend(self.table, rows, positions, np.array(counts, dtype=np.int32))
-        return self.model.hidden(tokens_T[None], positions_T[None], attend)[0]
+        layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
+        if self.graphs is not None and padded == len(chunks):
+            return self.graphs(tokens_T, positions_T, layout)
+        return self.model.hidden(tokens_T[None], positions_T[None], self.store.attend(layout))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
@@ -181,8 +181,7 @@ class Runner:
             flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
 
 @cache

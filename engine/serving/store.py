@@ -5,6 +5,8 @@ read of it is one run of memory. On a CPU with the native extension, writing and
 reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,8 +46,8 @@ class PageStore:
             for pages in (self.keys, self.values):
                 pages[:, targets] = pages[:, sources]
 
-    def attend(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray):
-        """The attention of one step: chunks of `counts` tokens of these rows at these positions, then padding."""
+    def layout(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> "Layout":
+        """Where the tokens of a step lie: chunks of `counts` tokens of these rows at these positions, then padding."""
         T, ends = int(counts.sum()), np.cumsum(counts)
         contexts = (positions[ends - 1] + 1).astype(np.int32)
         tables = np.ascontiguousarray(table[rows, : -(-int(contexts.max()) // self.page_size)])
@@ -55,20 +57,37 @@ class PageStore:
         where = positions[:T]
         slots[:T] = tables[sequences[:T], where // self.page_size].astype(np.int64) * self.page_size
         slots[:T] += where % self.page_size
+        return Layout(positions, sequences, slots, tables, contexts, counts)
+
+    def attend(self, layout: "Layout") -> "NativeAttend | KernelAttend":
+        """The attention of one step."""
         if self.layers is not None:
-            return NativeAttend(self.layers, positions, sequences, slots, tables)
-        return KernelAttend(self, slots, tables, contexts, counts)
+            return NativeAttend(self.layers, layout)
+        return KernelAttend(self, layout.tensors(self.keys.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A step's tokens (T) and sequences (N) as arrays; a negative slot is padding."""
+
+    positions: np.ndarray  # (T)
+    sequences: np.ndarray  # (T): whose token it is
+    slots: np.ndarray  # (T): page · page size + offset
+    tables: np.ndarray  # (N, pages of the longest)
+    contexts: np.ndarray  # (N): tokens to look at, the new ones included
+    counts: np.ndarray  # (N): new ones
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What the kernels ask for: slots, tables, contexts, counts."""
+        arrays = self.slots, self.tables, self.contexts, self.counts
+        return tuple(to_device(array, device) for array in arrays)
 
 
 class KernelAttend:
     """`attend` by the kernels, on any device."""
 
-    def __init__(self, store: PageStore, slots, tables, contexts, counts):
-        self.store = store
-        self.arrays = tuple(
-            torch.from_numpy(array).to(store.keys.device, non_blocking=True)
-            for array in (slots, tables, contexts, counts)
-        )
+    def __init__(self, store: PageStore, arrays: tuple[Tensor, ...]):
+        self.store, self.arrays = store, arrays
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         keys, values = self.store.keys[layer.index], self.store.values[layer.index]
@@ -83,11 +102,10 @@ class KernelAttend:
 class NativeAttend:
     """`attend` in C++; what it points to lives as long as it does."""
 
-    def __init__(self, layers: list, positions, sequences, slots, tables):
-        self.layers = layers
-        self.arrays = positions, sequences, slots, tables
-        addresses = (array.ctypes.data for array in self.arrays)
-        self.step = _native.Step(len(positions), *addresses, tables.shape[1])
+    def __init__(self, layers: list, layout: Layout):
+        self.layers, self.layout = layers, layout
+        arrays = layout.positions, layout.sequences, layout.slots, layout.tables
+        self.step = _native.Step(len(layout.positions), *(a.ctypes.data for a in arrays), layout.tables.shape[1])
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         q, k, v = (_rows(x) for x in (q_BTHD, k_BTKD, v_BTKD))
@@ -96,6 +114,12 @@ class NativeAttend:
         limits = layer.window or 0, layer.softcap or 0.0, layer.scale
         _native.attend_pages(self.layers[layer.index], self.step, *sides, o_BTHD.data_ptr(), q.shape[2], *limits)
         return o_BTHD.to(q_BTHD.dtype)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor there, without waiting for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def set_workers() -> None:

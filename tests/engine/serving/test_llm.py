@@ -7,6 +7,7 @@ import torch
 
 from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.graphs import DecodeGraphs
 
 VOCABULARY = 97
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -95,6 +96,23 @@ def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tok
         assert llm.engine.scheduler.preemptions > 0
     said = [[(c.token_ids, c.text, c.logprobs) for choices in each for c in choices] for each in outputs]
     assert [entry[:2] for entry in said[0]] == [entry[:2] for entry in said[1]] == [entry[:2] for entry in said[2]]
+
+
+def test_decoding_through_padded_fixed_buffers_changes_no_token(model):
+    """All of the CUDA-graph path but the recording, which is left out here."""
+    prompts = prompts_of([9, 30, 2, 17, 41, 5])
+    expected = ids(LLM(model).generate(prompts, GREEDY))
+    llm = LLM(model, max_batch=5)
+    runner = llm.engine.runner
+    runner.model, runner.store.layers, runner.least_tokens, recorded = model, None, 1, []
+
+    def record(run):
+        recorded.append(run)
+        return run
+
+    runner.graphs = DecodeGraphs(model, runner.store, 5, runner.table.shape[1], record)
+    assert ids(llm.generate(prompts, GREEDY)) == expected
+    assert len(recorded) == len(runner.graphs.replays) >= 2, "one recording a size"
 
 
 def test_paged_logits_equal_those_without_a_cache(model):

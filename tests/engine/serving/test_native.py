@@ -28,7 +28,7 @@ def ragged_step(store, dtype, H, K, D):
     positions = np.concatenate([*spans, [0, 0]])
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, len(positions), heads, D).to(dtype) for heads in (H, K, K))
-    return store.attend(table, np.arange(4), positions, counts), q, k, v
+    return store.attend(store.layout(table, np.arange(4), positions, counts)), q, k, v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
