@@ -50,6 +50,7 @@ def describe(run: Trainer) -> dict[str, Any]:
         "dtype": str(run.dtype).removeprefix("torch."),
         "processes": run.team.size,
         "steps": run.steps,
+        "micro_batches": run.micro_batches,
         "data": {
             "source": meta.source,
             "train_tokens": len(run.train_split),

@@ -45,7 +45,7 @@ class TrainConfig:
     batch_size: int = 16
     """Rows of one optimizer step, over all micro-batches and processes."""
     grad_accum_steps: int = 1
-    """Micro-batches one step is cut into; memory falls, the result stays."""
+    """Micro-batches one step is cut into; memory falls, the result stays. 0 = as few as the free memory allows."""
     context: int | None = None
     """Tokens a row; None = the model's max_seq_len."""
     order: Literal["random", "epochs", "sequential", "packed"] = "random"
@@ -128,7 +128,6 @@ class TrainConfig:
         for name in (
             *budgets,
             "batch_size",
-            "grad_accum_steps",
             "log_every",
             "max_bad_steps",
             "lr",
@@ -136,13 +135,22 @@ class TrainConfig:
             "fsdp",
         ):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("num_workers", "save_every", "eval_every", "eval_batches", "sample_every", "clip", "weight_decay"):
+        for name in (
+            "grad_accum_steps",
+            "num_workers",
+            "save_every",
+            "eval_every",
+            "eval_batches",
+            "sample_every",
+            "clip",
+            "weight_decay",
+        ):
             _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         _require(self.context is None or self.context > 0, f"context must be more than 0, not {self.context}")
         _require(0 <= self.ema < 1, f"ema must be in [0, 1), not {self.ema}")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
         _require(
-            self.batch_size % self.grad_accum_steps == 0,
+            self.batch_size % (self.grad_accum_steps or 1) == 0,
             f"batch_size={self.batch_size} must be a multiple of grad_accum_steps={self.grad_accum_steps}",
         )
         _require(not (self.resume and self.overwrite), "give one of resume and overwrite, not both")

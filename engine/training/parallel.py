@@ -85,6 +85,14 @@ class Team:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def most(self, value: float) -> float:
+        """The largest of all processes' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
     def add_gradients(self, masters: Masters) -> None:
         """Sum the gradients of replicas (slices arrive summed)."""
         if self.size == 1 or self.fsdp > 1:

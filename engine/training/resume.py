@@ -57,6 +57,8 @@ def resume_run(run: Trainer) -> None:
     run.masters.load(dict(saved.named_parameters()))
     load_optimizer(run.masters, run.optimizer, load_tensors(directory, "optimizer"))
     extra = load_tensors(directory, "scheduler")
+    if run.config.grad_accum_steps == 0:  # the same cut gives the same bits
+        run.micro_batches = state["run"]["micro_batches"]
     run.scale.value, run.scale.calm = extra["loss_scale"]
     for name, weight in extra["average"].items():
         run.average.weights[name].copy_(run.masters.part(name, weight))

@@ -39,6 +39,7 @@ from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
 from .interrupts import interruptible
+from .memory import fewest_micro_batches
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
 from .parallel import Team, make_masters, restarted, whole_weights
 from .precision import Average, LossScale, assembled
@@ -79,7 +80,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, watchers: list[Watcher]) -> None:
         self.device = _own_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.team = Team(self.device, config.fsdp, config.batch_size // config.grad_accum_steps)
+        self.team = Team(self.device, config.fsdp, config.batch_size // (config.grad_accum_steps or 1))
         self.config, self.watchers = config, watchers if self.team.leads else []
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last)
@@ -112,6 +113,7 @@ class Trainer:
         self.began = time.perf_counter()
         self.spikes = Spikes()
         self.step_seconds: deque[float] = deque(maxlen=50)
+        self.micro_batches = config.grad_accum_steps or fewest_micro_batches(self)
         if again:
             resume_run(self)
         self.log = JsonLog(self.out / "log.jsonl", config.log_every, self.step) if self.team.leads else None
@@ -201,8 +203,8 @@ class Trainer:
             self.team.leave()
 
     def _how_to_shrink(self) -> str:
-        config, rows = self.config, self.config.batch_size // self.config.grad_accum_steps
-        ways = [f"raise grad_accum_steps={config.grad_accum_steps}"] if rows > self.team.size else []
+        config, rows = self.config, self.config.batch_size // self.micro_batches
+        ways = [f"raise grad_accum_steps={self.micro_batches}"] if rows > self.team.size else []
         ways += ["set recompute"] if not config.recompute else []
         ways += [f"shorten context={self.context}"]
         ways += ["share the state with fsdp"] if self.team.size > config.fsdp else []
@@ -232,7 +234,7 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> tuple[float, Tensor | None]:
         """Add up gradients over micro-batches, each weighted by its share of the step's targets."""
-        rows = self.config.batch_size // self.config.grad_accum_steps
+        rows = self.config.batch_size // self.micro_batches
         targets = (batch.targets_BT != IGNORE).sum()
         loss, load = torch.zeros((), device=self.device), None
         for start in range(0, self.config.batch_size, rows):

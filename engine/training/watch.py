@@ -123,6 +123,8 @@ class Panel(Watcher):
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
+        if self.last is not None:
+            self.live.update(self._draw())
 
     def sampled(self, step: int, prompt: str, text: str) -> None:
         from rich.text import Text
