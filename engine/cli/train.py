@@ -47,7 +47,7 @@ class ModelFlags(ModelConfig):
     vocab_size: int = 0
     """Rows of the embedding table, and the size of a tokenizer trained here; 0 = as the tokenizer (or preset) has."""
     rope_scaling: str | None = None
-    """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", "factor": …, …}."""
+    """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
 
     def __post_init__(self) -> None:
         """Checked when it becomes a ModelConfig."""
