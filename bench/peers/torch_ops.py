@@ -5,8 +5,14 @@ NEEDS = ("torch",)
 
 def kernel(op, args, options):
     """PyTorch's own fused way to do what the op does, if it has one."""
-    make = {"attention": _attention, "moe": _grouped_experts, "adamw_step": _fused_adamw}.get(op)
-    return make(args, options) if make else {}
+    known = {"attention": _attention, "moe": _grouped_experts, "adamw_step": _fused_adamw, "rms_norm": _rms_norm}
+    return known[op](args, options) if op in known else {}
+
+
+def _rms_norm(args, options):
+    import torch.nn.functional as F
+
+    return {"torch F.rms_norm": lambda x, weight, eps=1e-6: F.rms_norm(x, x.shape[-1:], weight, eps)}
 
 
 def _attention(args, options):
