@@ -16,6 +16,7 @@ Calling an `Op` runs the path that `backend` selects:
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -161,25 +162,26 @@ class Op:
         _REGISTRY[self.name] = self
 
     def __call__(self, *args, **kwargs):
-        device = _device_of(args)
+        device = _device_of(self.name, args, kwargs)
         if self.autocast and device.type != "meta" and torch.is_autocast_enabled(device.type):
-            args = _cast(args, torch.get_autocast_dtype(device.type))
+            dtype = torch.get_autocast_dtype(device.type)
+            args, kwargs = [_cast(x, dtype) for x in args], {name: _cast(x, dtype) for name, x in kwargs.items()}
             with torch.autocast(device.type, enabled=False):
                 return self._run(device, args, kwargs)
         return self._run(device, args, kwargs)
 
     def _run(self, device, args, kwargs):
-        if not self._takes_fused(device, args):
+        if not self._takes_fused(device, args, kwargs):
             return (self.eager or self.reference)(*args, **kwargs)
         if device.type != "cuda" or torch.compiler.is_compiling() or device.index == torch.cuda.current_device():
             return self.fused(*args, **kwargs)
         with torch.cuda.device(device):
             return self.fused(*args, **kwargs)
 
-    def _takes_fused(self, device: torch.device, args: tuple) -> bool:
+    def _takes_fused(self, device, args, kwargs) -> bool:
         if _backend == "eager":
             return False
-        double = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args)
+        double = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in (*args, *kwargs.values()))
         if _backend == "auto":
             return device.type == "cuda" and HAS_TRITON and self.fused is not None and not double
         if not HAS_TRITON:
@@ -193,15 +195,15 @@ class Op:
         return True
 
 
-def _device_of(args: tuple) -> torch.device:
-    for x in args:
+def _device_of(name: str, args, kwargs) -> torch.device:
+    for x in (*args, *kwargs.values()):
         if isinstance(x, torch.Tensor):
             return x.device
-    raise ValueError("an op needs at least one tensor among its positional arguments")
-
-
-def _cast(args: tuple, dtype: torch.dtype) -> tuple:
-    return tuple(
-        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in args
+    raise ValueError(
+        f"{name} got no tensor; it needs {', '.join(inspect.signature(_REGISTRY[name].reference).parameters)}"
     )
+
+
+def _cast(x, dtype: torch.dtype):
+    narrowable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if narrowable else x

@@ -215,6 +215,13 @@ def test_int8_weights_come_back_within_half_a_step():
     torch.testing.assert_close(kernels.int8_linear(x, q, scale), x @ (q * scale[:, None]).T, atol=1e-5, rtol=1e-5)
 
 
+def test_arguments_may_be_named():
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(kernels.rms_norm(x=x, weight=weight, eps=1e-5), kernels.rms_norm(x, weight, 1e-5))
+    with pytest.raises(ValueError, match="rms_norm got no tensor; it needs x, weight, eps"):
+        kernels.rms_norm()
+
+
 def test_mistakes_are_named():
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="3 query heads over 2 key heads"):
