@@ -68,6 +68,17 @@ class BPETokenizer(Tokenizer):
             self._engine = PythonBPE(*parts)
         self._encode_bare = self._engine.bare_encode() if self._scans else None
 
+    def __getstate__(self) -> dict:
+        """Everything but the engine, so that tokenizers can be copied and sent to other processes."""
+        rebuilt = ("_native", "_engine", "_encode_bare", "_finders", "_decoder")
+        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._native = native.extension()
+        self._scans = bool(self._native and pattern_name(self.pattern) and not self.normalizer)
+        self._build_engine()
+
     @classmethod
     def train(
         cls,

@@ -1,6 +1,9 @@
 """What BPETokenizer promises, against `tiktoken` and `tokenizers` as independent judges."""
 
+import base64
+import copy
 import json
+import pickle
 import unicodedata
 
 import numpy as np
@@ -140,6 +143,21 @@ def test_saving_and_loading_changes_nothing(tok, tmp_path):
     ranked = BPETokenizer.from_tiktoken(tmp_path / "ranks", tok.pattern, tok.special_tokens)
     assert (ranked.vocab, ranked.merges) == (tok.vocab, tok.merges)
     tok.chat_template = None
+
+
+def test_a_rank_file_with_tokens_no_merge_reaches_is_followed_as_tiktoken_does(tmp_path):
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256, b"de": 257, b"def": 258, b"ef": 259}
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (tmp_path / "ranks").write_text("".join(lines))
+    tok = BPETokenizer.from_tiktoken(tmp_path / "ranks", "gpt4")
+    peer = tiktoken.Encoding("test", pat_str=PATTERNS["gpt4"], mergeable_ranks=ranks, special_tokens={})
+    for text in ("abc", " abc", "abcdef abc", "def ef defef deef"):
+        assert tok.encode(text) == peer.encode(text)
+
+
+def test_copies_and_other_processes_get_the_same_tokenizer(tok):
+    for copied in (copy.deepcopy(tok), pickle.loads(pickle.dumps(tok))):
+        assert copied.encode("it's a copy") == tok.encode("it's a copy") and copied.vocab == tok.vocab
 
 
 def test_gpt2_files_load(tok, tmp_path):
