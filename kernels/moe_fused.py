@@ -233,8 +233,14 @@ _experts = Differentiable(moe_forward, _save, _gradient)
 
 
 def moe_fused(x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu"):
-    """-> (y, load_balance, z, tokens_per_expert), of which the fused twin of `moe` makes its result."""
+    """-> (y, load_balance, z, tokens_per_expert), of which the fused twin of `moe` makes its result.
+
+    Under autocast the products run in its dtype, as a linear layer's would; routing never does."""
+    kind = x.device.type
     tensors = x.flatten(0, -2), router_logits.flatten(0, -2), w_gate_up, w_down
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = tensors[0].to(dtype), tensors[1], w_gate_up.to(dtype), w_down.to(dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     y, balance, z, counts = _experts(*tensors, top_k, score == "softmax", normalize, activation, save)[:4]
-    return y.view(x.shape), balance, z, counts
+    return y.view(x.shape).to(x.dtype), balance, z, counts

@@ -78,3 +78,16 @@ def test_experts_nobody_chose_cost_nothing_and_get_no_gradient(tokens):
     for weight in (up, down):
         assert not weight.grad[:6].any() and not weight.grad[7].any()
         assert bool(weight.grad[6].any()) == (tokens > 0)
+
+
+def test_under_autocast_experts_multiply_in_its_precision_and_route_in_full():
+    m = Maker(torch.float32, DEVICE)
+    x, logits, up, down = m.normal(6, 16), m.normal(6, 4), m.normal(4, 16, 16), m.normal(4, 16, 8)
+    with backend("triton"):
+        low = [t.detach().bfloat16() for t in (x, up, down)]
+        expected, _ = moe(low[0], logits.detach(), low[1], low[2], 2)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y, _ = moe(x, logits, up, down, 2)
+        y.sum().backward()
+    assert y.dtype == torch.float32 and torch.equal(y.detach(), expected.float())
+    assert x.grad.dtype == up.grad.dtype == logits.grad.dtype == torch.float32
