@@ -1,10 +1,13 @@
 """Attention's Hopper kernel, and what paged attention and the experts promise beyond their cases."""
 
+import contextlib
+
 import pytest
 import torch
 
 from warploom.kernels import Maker, attention, attention_hopper, backend, moe, paged_attention
 from warploom.kernels.lang import HAS_TRITON, INTERPRET
+from warploom.kernels.tuned import trying
 
 on_cpu = not torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
@@ -37,6 +40,20 @@ def test_the_hopper_kernel_computes_what_the_portable_one_does(case, hopper, mon
         portable = attention(*args, **options)
     torch.testing.assert_close(ours.detach(), portable.detach(), atol=2**-7, rtol=2**-7)
     assert not on_cpu or bool(hopper) == (case.name != "head of 256")
+
+
+def test_a_length_of_1023_over_1024_keys_is_no_special_case():
+    q, k, v, do = (Maker(torch.float32, DEVICE, seed=i).normal(1, 1023 + (i in (1, 2)), 1, 16) for i in range(4))
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = attention.reference(*doubles)
+    with contextlib.ExitStack() as stack, backend("triton"):
+        for kernel in ("forward", "dq", "dkdv") if on_cpu else ():  # few large tiles: the interpreter pays by the tile
+            stack.enter_context(trying(f"attention_{kernel}", {"BLOCK_M": 256, "BLOCK_N": 256}))
+        ours = attention(q, k, v)
+        grads = torch.autograd.grad(ours, (q, k, v), do.detach())
+    torch.testing.assert_close(ours.double(), exact, atol=2e-6, rtol=1e-5)
+    for mine, true in zip(grads, torch.autograd.grad(exact, doubles, do.detach().double())):
+        torch.testing.assert_close(mine.double(), true, atol=1e-5, rtol=1e-5)
 
 
 def pages_of(contexts, K=2, D=16, page=4, width=None):
