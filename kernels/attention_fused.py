@@ -31,17 +31,30 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
     ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
 }
 
+_ROOMIER = {  # instead, where a cap, a ragged batch or the lack of a causal mask takes the last registers
+    ("forward", 90, True, True): (128, 32, 8, 2),
+    ("dq", 80, False, False): (128, 32, 8, 2),
+    ("dkdv", 90, True, False): (32, 128, 8, 2),
+    ("dkdv", 90, True, True): (16, 64, 8, 1),
+}
 
-def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv"."""
+
+def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain: bool = True) -> dict:
+    """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv".
+
+    `plain` is a causal batch that is neither ragged nor capped: what is more takes registers."""
     arch = architecture(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
         M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
     else:
         family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
         M, N, warps, stages = _TILES[kernel, family][min(256, max(64, next_power_of_2(D)))]
+        if not plain:
+            M, N, warps, stages = _ROOMIER.get((kernel, family, D > 64, D > 128), (M, N, warps, stages))
+        elif (kernel, family) == ("dkdv", 90) and D > 64 and D not in (128, 256):
+            M //= 2  # the mask of an odd head size takes registers too
     default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
-    return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}", default)
+    return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
 
 
 class _Grid:
@@ -104,11 +117,12 @@ def attention_forward(
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
+    plain = causal and cu is None and softcap == 0
     hopper = attention_hopper.applies(q, k, v)
     if hopper:
         attention_hopper.prepare()
     kernel = attention_hopper.attention_hopper_kernel if hopper else attention_forward_kernel
-    tile = attention_hopper.tile_of(D, q.dtype, q.device) if hopper else tile_of("forward", D, q.dtype, q.device)
+    tile = attention_hopper.tile_of(D, q.dtype, q.device) if hopper else tile_of("forward", D, q.dtype, q.device, plain)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
     launch(
         kernel, place.grid,
@@ -140,10 +154,11 @@ def attention_backward(
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
     delta_BHT = torch.empty_like(lse_2BHT[0])
+    plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
 
-    tile = tile_of("dq", D, q.dtype, q.device)
+    tile = tile_of("dq", D, q.dtype, q.device, plain)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
     launch(
         attention_delta_kernel, place.grid,
@@ -157,7 +172,7 @@ def attention_backward(
             **meaning, **tile,
         )  # fmt: skip
     if want_kv:
-        tile = tile_of("dkdv", D, q.dtype, q.device)
+        tile = tile_of("dkdv", D, q.dtype, q.device, plain)
         place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
         launch(
             attention_dkdv_kernel, place.grid,
