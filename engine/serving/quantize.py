@@ -26,14 +26,12 @@ class Head:
     """Hidden states to logits: by the model's own head, or by a linear layer that stands for it."""
 
     def __init__(self, model: Transformer, linear: nn.Module | None = None):
-        self.model, self.linear = model, linear
-        self.softcap = model.config.logit_softcap
+        self.logits = model.logits if linear is None else linear
+        self.softcap = None if linear is None else model.config.logit_softcap
         self.needs_padding = not isinstance(linear, NativeLinear)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.linear is None:
-            return self.model.logits(hidden)
-        logits = self.linear(hidden)
+        logits = self.logits(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

@@ -5,6 +5,7 @@ read of it is one run of memory. On a CPU with the native extension, writing and
 reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
 """
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ try:
 except ImportError:  # the extension is optional
     _native = None
 
-HAS_NATIVE = hasattr(_native, "attend_pages")
+HAS_NATIVE = hasattr(_native, "attend_pages") and os.environ.get("WARPLOOM_NATIVE") != "0"
 
 
 class PageStore:
