@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     if flags.source in ("tinystories", "openwebtext", "wikitext"):
         note(f"streaming {corpus.name} from the Hugging Face hub")
     tokenizer = make_tokenizer(flags.tokenizer, text_of(corpus, 0, flags.splits), flags.vocab_size, note)
-    with _progress(corpus.name) as advance:
+    with Bar(corpus.name) as advance:
         data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
     for name, info in data.meta.splits.items():
         rate = info.bytes / info.tokens if info.tokens else 0
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-class _progress:
+class Bar:
     """A bar with the rate on a terminal, a line every ten seconds in a log."""
 
     def __init__(self, name: str) -> None:

@@ -22,6 +22,7 @@ import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,22 +202,15 @@ def _lines(path: Path) -> Iterator[str]:
         yield from file
 
 
-class _explained:
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     """Turns a failure to decode or decompress into one sentence about the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            raise ValueError(
-                f"{self.path} is a binary file or not UTF-8 text (byte {error.start} of a block)"
-            ) from error
-        if isinstance(error, (gzip.BadGzipFile, EOFError)):
-            raise ValueError(f"{self.path} is not a complete gzip file: {error}") from error
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is a binary file or not UTF-8 text (byte {error.start} of a block)") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
 
 
 HUB = {

@@ -247,7 +247,9 @@ def pack(starts: np.ndarray, total: int, T: int) -> list[list[tuple[int, int]]]:
     return rows
 
 
-def open_loader(kind: str, split: TokenSplit, batch_size: int, context: int, seed: int, stride: int | None = None):
+def open_loader(
+    kind: str, split: TokenSplit, batch_size: int, context: int, seed: int, stride: int | None = None
+) -> Loader:
     """The loader that `--order` names."""
     if kind == "random":
         return RandomWindows(split, batch_size, context, seed)

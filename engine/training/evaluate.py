@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ... import kernels
 from ..data.loader import IGNORE, Batch, Epochs
 from ..data.tokens import TokenSplit
 from ..model import Transformer
@@ -88,7 +89,6 @@ def losses(model: Transformer, batch: Batch, **options: float):
 
 def within_documents(cu_seqlens: torch.Tensor, longest: int):
     """An `attend` for rows laid end to end: a token sees the tokens before it in its own document."""
-    from ... import kernels
 
     def attend(q_1NHD, k_1NKD, v_1NKD, layer):
         o_NHD = kernels.attention(

@@ -86,4 +86,4 @@ def test_a_packed_document_has_the_loss_it_has_alone(changes):
         if flat_targets[start] != IGNORE:
             part = model.loss(flat_tokens[None, start:stop], flat_targets[None, start:stop])
             alone += part.item() * int(stop - start)
-    assert float(packed) == pytest.approx(alone / count, rel=1e-5)
+    assert packed.item() == pytest.approx(alone / count, rel=1e-5)
