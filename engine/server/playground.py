@@ -93,11 +93,12 @@ def _blocks(gradio: Any, service: Service) -> Any:
     config = llm.config
     about = f"{config.parameter_count():,} parameters · {config.n_layers} layers · context {llm.max_context:,} tokens"
     with gradio.Blocks(title=f"{service.config.name} · warploom", analytics_enabled=False) as blocks:
-        with gradio.Sidebar(label="Settings", position="right", width=330):
-            gradio.Markdown("### How to choose tokens")
-            settings = _settings(gradio, llm.max_context)
         gradio.HTML(f"<div class=loom-title><b>{escape(service.config.name)}</b><span>{about}</span></div>")
-        with gradio.Tabs():
+        with gradio.Row():
+            main = gradio.Column(scale=3, min_width=340)
+            with gradio.Column(scale=1, min_width=290):
+                settings = _settings(gradio, llm.max_context)
+        with main, gradio.Tabs():
             with gradio.Tab("Chat"):
                 _chat_tab(gradio, service, settings)
             with gradio.Tab("Complete"):
@@ -111,13 +112,13 @@ def _settings(gradio: Any, context: int) -> list[Any]:
     slider = gradio.Slider
     longest = max(context - 1, 2)
     return [
-        slider(0.1, 2.0, 0.8, step=0.05, label="Temperature: low is sure, high is bold", elem_id="temperature"),
-        slider(0, 200, 0, step=1, label="Top-k: only the k likeliest (0: all)"),
-        slider(0.05, 1.0, 0.95, step=0.01, label="Top-p: the likely ones up to this sum"),
-        slider(0.0, 1.0, 0.0, step=0.01, label="Min-p: this fraction of the likeliest"),
+        slider(0.1, 2.0, 0.8, step=0.05, label="Temperature", elem_id="temperature"),
+        slider(0, 200, 0, step=1, label="Top-k (0: all)"),
+        slider(0.05, 1.0, 0.95, step=0.01, label="Top-p"),
+        slider(0.0, 1.0, 0.0, step=0.01, label="Min-p"),
         slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty"),
         slider(1, longest, min(200, longest), step=1, label="Max new tokens", elem_id="max-tokens"),
-        gradio.Number(None, label="Seed (empty: a new one each time)", precision=0, elem_id="seed"),
+        gradio.Number(-1, label="Seed (-1: a new one each time)", precision=0, elem_id="seed"),
     ]
 
 
@@ -251,7 +252,7 @@ def _params(chosen: tuple) -> SamplingParams:
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=penalty,
-        seed=None if seed is None else int(seed),
+        seed=None if seed is None or seed < 0 else int(seed),
         logprobs=5,
     )
 

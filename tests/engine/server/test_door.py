@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -163,3 +164,13 @@ def test_ids_in_ids_out(client):
     assert texts["idx"][0][:2] == [104, 105] and isinstance(texts["text"][0], str)
     assert client.post("/generate/", json={}).status_code == 400
     assert client.post("/generate", json={"idx": [[0]]}, follow_redirects=True).status_code == 200
+
+
+def test_the_dashboard_and_the_docs_name_only_metrics_that_exist(client):
+    docs = Path(__file__).parents[3] / "docs"
+    client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    there = set(re.findall(r"^warploom:\w+", client.get("/metrics").text, re.MULTILINE))
+    there |= {name.removesuffix("_bucket") for name in there}
+    for file in ("grafana.json", "deploy.md"):
+        named = set(re.findall(r"warploom:[a-z]\w+", (docs / file).read_text()))
+        assert named and named <= there, named - there
