@@ -57,14 +57,78 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
     }
     for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
     for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
+    lengths_.assign(ids_.size(), 0);
+    std::fill_n(lengths_.begin(), 256, 1);
+    for (bool found = true; found;) {  // once, unless merges come before those of their halves
+        found = false;
+        for (size_t i = 0; i < result_.size(); ++i) {
+            if (lengths_[result_[i]] || !lengths_[left_[i]] || !lengths_[right_[i]]) continue;
+            lengths_[result_[i]] = lengths_[left_[i]] + lengths_[right_[i]];
+            found = true;
+        }
+        if (ordered_) break;
+    }
     pairs_.build(left_, right_, ids_.size());
 }
 
-size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const {
-    return size <= kShort ? encode_short(word, size, ids) : encode_long(word, size, ids, scratch);
+size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& s) const {
+    if (size <= kShort) {
+        Symbol symbols[kShort];
+        size_t count = encode_short(word, size, symbols);
+        for (size_t i = 0; i < count; ++i) ids[i] = id(symbols[i]);
+        return count;
+    }
+    if (size >= 0xFFFFFFFF) throw std::invalid_argument("a piece of text without a break has 4 GiB or more");
+    s.joined.clear();
+    for (size_t begin = 0; begin < size; begin += kBlock) {
+        encode_block(word + begin, std::min(kBlock, size - begin), s.block, s);
+        if (begin % (kBlock << 8) == 0 && begin && s.checkpoint) (*s.checkpoint)();
+        if (begin == 0) {
+            s.joined = s.block;
+        } else if (!join(word + begin, s)) {  // merges reach so far across that blocks do not help
+            encode_block(word, size, s.joined, s);
+            break;
+        }
+    }
+    for (size_t i = 0; i < s.joined.size(); ++i) ids[i] = id(s.joined[i]);
+    return s.joined.size();
 }
 
-size_t Merges::encode_short(const uint8_t* word, size_t size, TokenId* ids) const {
+// Whether two tokens at a border are what their bytes become on their own.
+bool Merges::stay(Symbol left, Symbol right, const uint8_t* border, MergeScratch& s) const {
+    const uint8_t* begin = border - lengths_[left];
+    size_t size = lengths_[left] + lengths_[right];
+    if (size <= kShort) {
+        Symbol symbols[kShort];
+        return encode_short(begin, size, symbols) == 2 && symbols[0] == left && symbols[1] == right;
+    }
+    encode_block(begin, size, s.pair, s);
+    return s.pair.size() == 2 && s.pair[0] == left && s.pair[1] == right;
+}
+
+// Appends the block that begins at the border to what is joined; false if a window of bearable size does not suffice.
+bool Merges::join(const uint8_t* border, MergeScratch& s) const {
+    const uint8_t *begin = border, *end = border;
+    size_t left = s.joined.size(), right = 0;  // the window replaces joined[left..] and block[..right]
+    s.window.clear();
+    while (true) {
+        bool fits_left = left == 0 || (s.window.empty() ? stay(s.joined[left - 1], s.block[0], border, s)
+                                                        : stay(s.joined[left - 1], s.window.front(), begin, s));
+        bool fits_right = s.window.empty() ? fits_left : right == s.block.size() || stay(s.window.back(), s.block[right], end, s);
+        if (fits_left && fits_right) break;
+        size_t wider = end - begin + 16;
+        while (left > 0 && static_cast<size_t>(border - begin) < wider) begin -= lengths_[s.joined[--left]];
+        while (right < s.block.size() && static_cast<size_t>(end - border) < wider) end += lengths_[s.block[right++]];
+        if (static_cast<size_t>(end - begin) > kWidest) return false;
+        encode_block(begin, static_cast<size_t>(end - begin), s.window, s);
+    }
+    s.joined.resize(left);
+    s.joined.insert(s.joined.end(), s.window.begin(), s.window.end());
+    s.joined.insert(s.joined.end(), s.block.begin() + static_cast<ptrdiff_t>(right), s.block.end());
+    return true;
+}
+
+size_t Merges::encode_short(const uint8_t* word, size_t size, Symbol* out) const {
     Symbol symbols[kShort];
     uint32_t ranks[kShort];  // of the pair that begins at each symbol; kNoRank where there is none
     uint64_t alive = size == 64 ? ~0ull : (1ull << size) - 1;  // where a symbol begins
@@ -93,7 +157,7 @@ size_t Merges::encode_short(const uint8_t* word, size_t size, TokenId* ids) cons
         }
     }
     size_t count = 0;
-    for (; alive; alive &= alive - 1) ids[count++] = id(symbols[__builtin_ctzll(alive)]);
+    for (; alive; alive &= alive - 1) out[count++] = symbols[__builtin_ctzll(alive)];
     return count;
 }
 
@@ -125,8 +189,7 @@ void Merges::take_bucket(MergeScratch& s, uint32_t rank) const {
     if (!ordered_) std::sort(s.positions.begin(), s.positions.end());
 }
 
-size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& s) const {
-    if (size >= kEnd) throw std::invalid_argument("a piece of text without a break has 4 GiB or more");
+void Merges::encode_block(const uint8_t* word, size_t size, std::vector<Symbol>& out, MergeScratch& s) const {
     uint32_t length = static_cast<uint32_t>(size);
     s.symbols.assign(word, word + size);
     s.after.resize(size);
@@ -168,9 +231,8 @@ size_t Merges::encode_long(const uint8_t* word, size_t size, TokenId* ids, Merge
             }
         }
     }
-    size_t count = 0;
-    for (uint32_t i = 0; i < length; i = s.after[i]) ids[count++] = id(s.symbols[i]);
-    return count;
+    out.clear();
+    for (uint32_t i = 0; i < length; i = s.after[i]) out.push_back(s.symbols[i]);
 }
 
 }  // namespace warploom

@@ -58,6 +58,7 @@ struct MergeScratch {
     std::vector<Waiting> waiting;                // entries of all buckets
     std::vector<uint32_t> first, last, ranks;    // of each bucket; `ranks` is a heap of the buckets that are not empty
     std::vector<uint32_t> positions;
+    std::vector<Symbol> block, joined, window, pair;
     const std::function<void()>* checkpoint = nullptr;  // called now and then within a very long word; throws to stop
 };
 
@@ -71,10 +72,12 @@ public:
     size_t encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
 
 private:
-    static constexpr size_t kShort = 48;
+    static constexpr size_t kShort = 48, kBlock = 1024, kWidest = 8 * kBlock;
 
-    size_t encode_short(const uint8_t* word, size_t size, TokenId* ids) const;
-    size_t encode_long(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
+    size_t encode_short(const uint8_t* word, size_t size, Symbol* symbols) const;
+    void encode_block(const uint8_t* word, size_t size, std::vector<Symbol>& symbols, MergeScratch& scratch) const;
+    bool join(const uint8_t* border, MergeScratch& scratch) const;
+    bool stay(Symbol left, Symbol right, const uint8_t* border, MergeScratch& scratch) const;
     void offer(MergeScratch& s, uint32_t position, uint32_t rank) const;
     void take_bucket(MergeScratch& s, uint32_t rank) const;
 
@@ -86,6 +89,7 @@ private:
     PairTable pairs_;
     std::vector<Symbol> left_, right_, result_;  // of each merge
     std::vector<TokenId> ids_;                   // of each symbol
+    std::vector<uint32_t> lengths_;              // of each symbol, in bytes
     bool plain_results_ = true, plain_ids_ = true;
     bool ordered_ = true;                        // each token has one merge, learned after those of its halves
 };
