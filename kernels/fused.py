@@ -10,6 +10,7 @@ operator's registered formula for the rest, from the same two functions.
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,12 @@ import torch
 from .lang import HAS_TRITON, INTERPRET
 
 _REAL = (torch.Tensor, torch.nn.Parameter)
+
+# Registering operators imports half of the compiler, a second or two. Where nothing could launch a kernel (torch for
+# the CPU, no interpreter) nobody would call them; WARPLOOM_OPERATORS=1 registers them all the same, to trace for a GPU.
+REGISTERS = HAS_TRITON and bool(
+    INTERPRET or torch.version.cuda or torch.version.hip or os.environ.get("WARPLOOM_OPERATORS")
+)
 
 
 def is_real(args: tuple) -> bool:
@@ -42,7 +49,7 @@ class Launcher:
         functools.update_wrapper(self, function)
         self.function = function
         self.operator = None
-        if not HAS_TRITON:
+        if not REGISTERS:
             return
         name = function.__name__.strip("_")
         register = torch.library.custom_op if INTERPRET else torch.library.triton_op
