@@ -18,7 +18,7 @@ def test_float16_trains_with_a_scaled_loss_and_follows_the_float32_curve(tiny, r
     curves = []
     for dtype in ("float32", "float16"):
         recorder = recorders()
-        train(tiny(dtype, dtype=dtype, steps=20, eval_every=0), [recorder])
+        train(tiny(dtype, dtype=dtype, steps=6, batch_size=2, eval_every=0), [recorder])
         curves.append(recorder.losses)
         assert not any("skipped" in note for note in recorder.notes)
     assert curves[1] == pytest.approx(curves[0], rel=0.02)
