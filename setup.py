@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 
 ROOMS = ["engine", "kernels", "tokenizer", "bench"]
 
-flags = ["-O3", "-Wall", "-Wextra"] if os.name == "posix" else ["/O2"]
+flags = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"] if os.name == "posix" else ["/O2"]
 link = []
 if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension under ASan and UBSan
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
