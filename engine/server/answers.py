@@ -15,7 +15,6 @@ from typing import Any
 from ..serving import Piece
 from .bridge import Event, Flow
 
-
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time
 
 
