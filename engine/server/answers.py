@@ -15,10 +15,12 @@ from typing import Any
 from ..serving import Piece
 from .bridge import Event, Flow
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time
+
 
 def to_json(value: Any) -> bytes:
     """Compact JSON, with text as it is."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _encode(value).encode()
 
 
 def server_sent(value: Any) -> bytes:

@@ -223,6 +223,8 @@ class Bridge:
 
     def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], salt: Any) -> None:
         llm, index = self.llm, 0
+        if llm is None:  # it broke while this request waited for a thread
+            raise errors.unavailable(self.state)
         for tokens, params in asks(llm):
             on_piece = partial(self._post, llm.engine, flow, index)
             flow.prompt_tokens += len(tokens)
