@@ -4,6 +4,7 @@
 #   make test        the whole test suite
 #   make bench       micro-benchmarks of single functions
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9
+#   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
 #   make lint        ruff
 #   make clean       remove what the others made
 #
@@ -19,7 +20,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test bench gpu sanitize lint format clean
 
 demo: .venv/ready-base
 	$(BIN)/warploom demo $(ARGS)
@@ -34,6 +35,13 @@ gpu:
 	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom
 	-WARPLOOM_REQUIRE_NATIVE= $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH="$(CURDIR)/build/path" $(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(ARGS)
+
+sanitize: .venv/ready-dev
+	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 \
+		$(BIN)/python -m pytest tests/tokenizer --timeout 1000 -k "not leak" $(ARGS)
+	$(BIN)/python setup.py -q build_ext --inplace --force
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

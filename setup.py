@@ -28,7 +28,7 @@ if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension u
 native = Pybind11Extension(
     "warploom._native",
     sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-    depends=sorted(str(path) for path in Path("csrc").glob("*.hpp")),
+    depends=sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in (".hpp", ".inc")),
     cxx_std=17,
     extra_compile_args=flags,
     extra_link_args=link,

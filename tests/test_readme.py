@@ -11,7 +11,9 @@ from warploom.engine.cli import available, main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOVEL = "话说天下大势，分久必合，合久必分。The empire, long divided, must unite.\n" * 200
-SHRUNK = {"train": "--steps 4 --d-model 32 --n-layers 1 --max-seq-len 32"}  # the same commands, a smaller model
+SHRUNK = {
+    "train": "--steps 4 --d-model 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --max-seq-len 32"
+}  # the same commands, a smaller model
 
 
 def blocks(language: str) -> list[str]:

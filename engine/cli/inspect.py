@@ -1,4 +1,4 @@
-"""Look inside: `inspect model` shows what a model is made of, without making it."""
+"""Look inside: `inspect model` shows what a model is made of, without making it; `inspect tokens` how a text splits."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def show_model(options: argparse.Namespace) -> None:
     _row("cache, full context", _gib(config.kv_bytes_per_token() * config.max_seq_len))
 
 
+def show_tokens(options: argparse.Namespace) -> None:
+    """How a text splits into tokens: their ids, and the characters each covers."""
+    from ...tokenizer import load_tokenizer
+    from . import tokenizer
+
+    tokenizer.show_tokens(load_tokenizer(options.tokenizer), options.text)
+
+
+def _tokens_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", help="what to split")
+    parser.add_argument("--tokenizer", required=True, help="a model directory, or a tokenizer.json")
+
+
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=f"a model directory, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("--sequence", type=int, help="length at which attention is counted (default: max_seq_len)")
@@ -58,7 +71,10 @@ def _config_of(name: str) -> ModelConfig:
     return load_config(name)
 
 
-TOPICS: dict[str, tuple[Callable, Callable]] = {"model": (show_model, _model_flags)}
+TOPICS: dict[str, tuple[Callable, Callable]] = {
+    "model": (show_model, _model_flags),
+    "tokens": (show_tokens, _tokens_flags),
+}
 
 
 def _gib(count: float) -> str:
