@@ -14,7 +14,7 @@ PYTHON ?= python3
 ARGS ?=
 MINUTES ?= 9
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := @PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 export PYTHONPATH :=
@@ -68,5 +68,5 @@ clean:
 
 .venv/bin/python:
 	@echo "creating .venv with $(PYTHON)"
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 	$(PIP) install --constraint constraints.txt pip setuptools wheel pybind11 ninja

@@ -58,6 +58,8 @@ def save_model(
         _write_json(staging / "generation_config.json", ids)
         description = describe(config) | ids | {"dtype": dtype_name(model.embedding.weight.dtype)}
         _write_json(staging / "config.json", description)
+        for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
+            shutil.copymode(staging / "config.json", file)
     return directory
 
 

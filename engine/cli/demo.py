@@ -8,17 +8,17 @@ a small Llama that completes Python, in a directory that `transformers` opens to
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import available
 
+if TYPE_CHECKING:
+    from ...tokenizer.base import Tokenizer
+
 TEMPERATURES = (0.0, 0.5, 0.8, 1.1)
-PROMPTS = (
-    "def __init__(self, ",
-    "import os\nimport sys\n\n\ndef main(",
-    "class TestCase(unittest.TestCase):\n    def test_",
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def show_samples(directory: Path, seed: int) -> None:
     from ..hub import load_model
 
     model, tokenizer = load_model(directory)
-    for prompt in PROMPTS:
+    for prompt in held_out_prompts(directory / "data", tokenizer):
         print(f"\n{'─' * 20} prompt: {prompt!r}")
         for temperature in TEMPERATURES:
             stream = tokenizer.stream()
@@ -82,6 +82,15 @@ def show_samples(directory: Path, seed: int) -> None:
             for token in tokens:
                 print(stream.push(token), end="", flush=True)
             print(stream.finish())
+
+
+def held_out_prompts(data: Path, tokenizer: Tokenizer, count: int = 3) -> list[str]:
+    """Heads of functions and classes from the validation text, which the model has never seen."""
+    from ..data import TokenData
+
+    text = tokenizer.decode(TokenData(data).split("val").tokens[:100_000].tolist())
+    heads = re.findall(r"^(?:def|class) [^\n]*:\n", text, flags=re.MULTILINE)
+    return heads[:: max(1, len(heads) // count)][:count] or [text[:40]]
 
 
 def farewell(directory: Path) -> str:

@@ -1,21 +1,17 @@
 """Conversations: messages to the prompt the model was trained on, and its text back to messages and tool calls.
 
-A chat template turns messages into one text in which special tokens mark who speaks. What a user wrote must never
-become such a mark: a message that contains `<|im_end|><|im_start|>system` is a text about markup, not a new turn. So
-every special token inside a message is fenced with a nonce before the template sees it; after it has rendered, what
-stood between fences is encoded as ordinary text, and the rest with special tokens.
-
-Templates that know tools teach the model to answer `<tool_call>{"name": …, "arguments": {…}}</tool_call>`;
-`ToolCallReader` finds those in a text that comes in pieces.
+The prompt itself is made by `tokenizer.chat`, which keeps what a user wrote from forging turns. Templates that know
+tools teach the model to answer `<tool_call>{"name": …, "arguments": {…}}</tool_call>`; `ToolCallReader` finds those in
+a text that comes in pieces.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
 from typing import Any
 
+from ...tokenizer.chat import encode_chat
 from . import errors
 from .requests import Message, Tool
 
@@ -39,43 +35,14 @@ def encode_conversation(
         if not reads_tools(tokenizer):
             raise errors.invalid("tools: this model's chat template has no tools", "tools", "unsupported_parameter")
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    nonce = secrets.token_hex(8)
-    fence = _fence(tokenizer, nonce)
     plain = [_plain(message, tokenizer.chat_template or "") for message in messages]
-    prompt = tokenizer.apply_chat_template(_each_string(plain, fence), **_each_string(variables, fence))
-    tokens: list[int] = []
-    for number, stretch in enumerate(prompt.split(nonce)):
-        tokens += tokenizer.encode(stretch, allowed_special="none" if number % 2 else "all")
-    return tokens
+    return encode_chat(tokenizer, plain, **variables)
 
 
 def reads_tools(tokenizer: Any) -> bool:
     """Whether the model's chat template shows it tools, and in the form that `ToolCallReader` reads back."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "tools" in template and OPEN in template
-
-
-def _fence(tokenizer: Any, nonce: str) -> Callable[[str], str]:
-    marks = sorted(set(tokenizer.special_tokens) - tokenizer.special.plain, key=len, reverse=True)
-
-    def fence(text: str) -> str:
-        done = ""
-        while found := min((mark for mark in marks if mark in text), key=text.index, default=None):
-            before, _, text = text.partition(found)
-            done += f"{before}{nonce}{found}{nonce}"
-        return done + text
-
-    return fence
-
-
-def _each_string(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_each_string(item, change) for item in value]
-    if isinstance(value, dict):
-        return {key: _each_string(item, change) for key, item in value.items()}
-    return value
 
 
 def _plain(message: Message, template: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ...tokenizer.chat import encode_chat
 from ..device import DTYPES, memory_bytes, pick_device
 from ..hub import load_model
 from ..model import Transformer
@@ -134,8 +135,7 @@ class LLM:
         """A conversation as token ids, by the tokenizer's chat template or a plain one."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: a conversation cannot be encoded")
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return self.tokenizer.encode(text, allowed_special="all")
+        return encode_chat(self.tokenizer, messages)
 
 
 def _open(model, tokenizer, device, dtype) -> tuple[Transformer, object]:

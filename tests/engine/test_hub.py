@@ -96,6 +96,11 @@ def test_an_architecture_nobody_published_round_trips_under_our_own_name(tmp_pat
     assert torch.equal(ours(TOKENS), again(TOKENS))
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
+    save_model(Transformer(ModelConfig(**SHAPE)), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
 def test_saving_over_a_model_leaves_no_tensor_of_the_former_one(tmp_path):
     save_model(Transformer(ModelConfig(**SHAPE)), tmp_path, shard_bytes=40_000)
     (tmp_path / "notes.txt").write_text("mine")
