@@ -25,8 +25,10 @@ export WARPLOOM_REQUIRE_NATIVE := 1
 demo: .venv/ready-base
 	$(BIN)/warploom demo $(ARGS)
 
+# Two processes: PyTorch's operator checks have been seen to fail in one that had already served, trained and forked.
 test: .venv/ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
+	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 bench: .venv/ready-dev
 	$(BIN)/python -m pytest bench/micro $(ARGS)
