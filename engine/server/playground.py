@@ -198,7 +198,7 @@ def _attention_tab(gradio: Any, service: Service) -> None:
         tokens = llm.encode(text or "")[: min(MAP_TOKENS, llm.max_context)]
         if not tokens:
             raise gradio.Error("the text is empty", print_exception=False)
-        weights_HTS = attention_maps(llm.model, tokens)[int(layer) - 1]
+        weights_HTS = attention_maps(llm.plain_model, tokens)[int(layer) - 1]
         weights_TS = weights_HTS[int(head) - 1] if head else weights_HTS.mean(0)
         return heat_map([words.text(token) for token in tokens], weights_TS.tolist())
 

@@ -7,6 +7,7 @@ It puts the pieces together (model, pages, scheduler, runner, engine) and offers
 through the one engine, so calls from several threads share its batches.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -59,6 +60,7 @@ class LLM:
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
+        self._source = model
         self.model, self.tokenizer = _open(model, tokenizer, device, dtype)
         self.config = self.model.config
         self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
@@ -77,6 +79,12 @@ class LLM:
             draft=NGramDraft(speculate) if speculate else None,
         )
         self.engine = Engine(scheduler, runner, self.tokenizer, _end_tokens(self.tokenizer))
+
+    @functools.cached_property
+    def plain_model(self) -> Transformer:
+        """The model with every step in PyTorch, to look inside; read again if it came from a directory."""
+        given = self._source
+        return given.eval() if isinstance(given, Transformer) else load_model(given, self.model.device)[0]
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
