@@ -86,6 +86,10 @@ def test_a_run_changes_its_number_of_processes_at_a_checkpoint(tiny, together):
         torch.testing.assert_close(moments[index]["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("WARPLOOM_ELASTIC"),
+    reason="gloo's reconnection after a killed rank depends on timing: WARPLOOM_ELASTIC=1 runs it",
+)
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
     whole = tiny("whole", steps=60, save_every=4, eval_every=0)
     together(whole)
