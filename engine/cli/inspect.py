@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from ..config import PRESETS, ModelConfig
 
 MAP_TOKENS = 96  # more could not be read on one picture
+FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei", "Noto Sans")
 
 
 def run(argv: list[str]) -> int:
@@ -94,7 +96,10 @@ def _habit(weights_TS) -> str:
 def _draw_heads(weights_HTS, names: list[str], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
 
+    installed = {font.name for font in fontManager.ttflist}
+    small = dict(fontsize=6, family=[name for name in FONTS if name in installed], parse_math=False)
     heads, across = len(weights_HTS), min(4, len(weights_HTS))
     down, side = -(-heads // across), 1.2 + 0.17 * len(names)
     figure = Figure(figsize=(side * across, side * down + 0.4), layout="constrained")
@@ -106,10 +111,12 @@ def _draw_heads(weights_HTS, names: list[str], title: str, path: Path) -> None:
             continue
         image = panel.imshow(weights_HTS[head], cmap="magma", vmin=0, vmax=1)
         panel.set_title(f"head {head + 1}", fontsize=9)
-        panel.set_xticks(range(len(names)), names, rotation=90, fontsize=6, family="monospace", parse_math=False)
-        panel.set_yticks(range(len(names)), names, fontsize=6, family="monospace", parse_math=False)
+        panel.set_xticks(range(len(names)), names, rotation=90, **small)
+        panel.set_yticks(range(len(names)), names, **small)
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="share of attention")
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():  # a character no installed font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=130)
 
 
 def _visible(text: str) -> str:
