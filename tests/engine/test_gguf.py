@@ -60,6 +60,27 @@ def test_transformers_reads_the_file_and_computes_the_same(name, tmp_path):
     torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k", "qwen2"])
+@pytest.mark.parametrize("name", [*CONFIGS, "llama3", "yarn", "mixtral"])
+@torch.no_grad()
+def test_llama_cpp_reads_the_file_splits_and_computes_the_same(name, pattern, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is built from source")
+    scaled = {
+        "llama3": dict(rope_scaling=LLAMA3),
+        "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+        "mixtral": dict(n_experts=4),
+    }
+    tokenizer = BPETokenizer.train([SENTENCE], 280, pattern=pattern, special_tokens=("<|endoftext|>",))
+    ours = build(**{**CONFIGS, **scaled}[name])
+    save_gguf(ours, tmp_path / "m.gguf", tokenizer)
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
+    ids = theirs.tokenize(SENTENCE.encode(), add_bos=False)
+    assert ids == tokenizer.encode(SENTENCE)
+    theirs.eval(ids[:60])
+    found = torch.from_numpy(theirs.scores[: len(ids[:60])].copy())
+    torch.testing.assert_close(found, ours(torch.tensor([ids[:60]]))[0], atol=1e-3, rtol=1e-4)
+
+
 def test_metadata_and_vocabulary_are_what_llama_cpp_looks_for(tmp_path):
     tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
     save_gguf(build(), tmp_path / "m.gguf", tokenizer)
