@@ -79,6 +79,7 @@ Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair
     constexpr size_t kMost = 100'000;  // of a larger vocabulary the first, which are the most frequent
     size_t known = 0;
     born_with_ = std::make_unique<Cache>();
+    born_with_->expect(16 << 20, nullptr);  // a large text brings words of its own: their room now spares moving later
     merges_.each_whole([&](const std::string& token, TokenId token_id) {
         if (token.size() > kKeyBytes || known == kMost) return;
         Id id = static_cast<Id>(token_id);

@@ -91,7 +91,7 @@ template <class Id>
 void WordCache<Id>::expect(size_t text_size, const WordCache* vocabulary) {
     if (vocabulary && text_size >= kLargeText && bits_ < vocabulary->bits_) return resize(vocabulary->bits_, vocabulary);
     int bits = bits_;
-    while (bits < kLastBits - 1 && (size_t{64} << bits) < text_size) ++bits;
+    while (bits < kLastBits && (size_t{64} << bits) < text_size) ++bits;
     if (bits > bits_) resize(bits);
 }
 
