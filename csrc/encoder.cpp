@@ -138,7 +138,6 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
     SplitFunction split_next = split_function(pattern_);
     LookUp<Id> look_up = look_up_function<Id>();
     if (cache.ends.empty()) cache.ends.resize(kPiecesAtOnce + kSplitMargin);
-    cache.expect(segment.limit - segment.begin, born_with_.get());
     Split split{segment.text, segment.begin, segment.limit, segment.size};
     while (true) {
         const uint8_t* text = segment.text + split.position;
@@ -199,6 +198,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     if (threads == 1) {
         std::unique_ptr<Cache> cache = caches_.take();
         cache->scratch.checkpoint = &checkpoint;
+        cache->expect(total, born_with_.get());
         Task whole{0, 0, std::move(ids), {}};
         for (const Task& task : tasks) {
             whole.first = task.first;
@@ -226,6 +226,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
         try {
             std::unique_ptr<Cache> cache = caches_.take();
             cache->scratch.checkpoint = &stop_if_asked;
+            cache->expect(total / threads, born_with_.get());
             for (size_t i; (i = next++) < tasks.size();) run(tasks[i], *cache);
             cache->scratch.checkpoint = nullptr;
             caches_.give_back(std::move(cache));
@@ -261,16 +262,26 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     join();
     if (failure) std::rethrow_exception(failure);
 
-    uint64_t count = ids.size;
-    for (Task& task : tasks) count += task.ids.size;
-    ids.reserve(count - ids.size);
+    // Fresh memory costs as much as encoding a third of what fills it: threads share that too.
+    std::vector<uint64_t> places{ids.size};
     for (Task& task : tasks) {
         if (ends)
-            for (uint64_t end : task.ends) ends->push_back(ids.size + end);
-        if (task.ids.size) std::memcpy(ids.data() + ids.size, task.ids.data(), task.ids.size * sizeof(Id));
-        ids.size += task.ids.size;
-        task.ids = IdBuffer<Id>();
+            for (uint64_t end : task.ends) ends->push_back(places.back() + end);
+        places.push_back(places.back() + task.ids.size);
     }
+    ids.reserve(places.back() - ids.size);
+    ids.size = places.back();
+    next = 0;
+    auto gather = [&] {
+        for (size_t i; (i = next++) < tasks.size(); tasks[i].ids = IdBuffer<Id>())
+            if (tasks[i].ids.size) std::memcpy(ids.data() + places[i], tasks[i].ids.data(), tasks[i].ids.size * sizeof(Id));
+    };
+    try {
+        for (unsigned i = 1; i < threads && total > kSegment; ++i) workers.emplace_back(gather);
+    } catch (...) {  // fewer threads than wished for do the same work
+    }
+    gather();
+    join();
 }
 
 template <class Id>
