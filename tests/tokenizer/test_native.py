@@ -95,7 +95,7 @@ def test_pieces_are_those_of_regex(isa, pattern, texts, noise):
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k"])
 def test_every_character_of_unicode_is_classed_as_regex_does(pattern):
-    """Assigned or not: after a letter and before one; in the planes that are used, also twice and among digits and signs."""
+    """Assigned or not: after a letter and before one; in used planes also twice, and among digits and signs."""
     for start in range(0, 0x110000, 0x8000):
         codes = [code for code in range(start, start + 0x8000) if not 0xD800 <= code < 0xE000]
         more = pattern == "gpt4" and (start < 0x38000 or start == 0xE0000)
