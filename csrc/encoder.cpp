@@ -12,15 +12,7 @@ namespace warploom {
 
 namespace {
 
-constexpr size_t kPiecesAtOnce = 1024, kGroup = 64, kSegment = 1 << 20, kSmallSegment = 1 << 17;
-
-// Where words that are too long for a key are looked up, in vain.
-template <class Id>
-const typename WordCache<Id>::Bucket kNowhere = [] {
-    typename WordCache<Id>::Bucket bucket{};
-    for (auto& entry : bucket.entry) entry.key = {~0ull, ~0ull};
-    return bucket;
-}();
+constexpr size_t kPiecesAtOnce = 1024, kSegment = 1 << 20, kSmallSegment = 1 << 17;
 
 }  // namespace
 
@@ -80,99 +72,61 @@ uint64_t stream_cut(TextView text, const Specials* specials) {
 }
 
 template <class Id>
-Encoder<Id>::Encoder(Merges merges, Pattern pattern, std::vector<std::pair<std::string, TokenId>> whole_words)
-    : merges_(std::move(merges)), pattern_(pattern), whole_words_(std::move(whole_words)) {
-    std::sort(whole_words_.begin(), whole_words_.end());
+Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words)
+    : merges_(std::move(merges)), pattern_(pattern), divides_(whole_words.empty()) {
+    for (const auto& [token, id] : whole_words) whole_words_.add(token, id);
+    if (!divides_) return;
+    constexpr size_t kMost = 100'000;  // of a larger vocabulary the first, which are the most frequent
+    size_t known = 0;
+    born_with_ = std::make_unique<Cache>();
+    born_with_->expect(16 << 20, nullptr);  // a large text brings words of its own: their room now spares moving later
+    merges_.each_whole([&](const std::string& token, TokenId token_id) {
+        if (token.size() > kKeyBytes || known == kMost) return;
+        Id id = static_cast<Id>(token_id);
+        born_with_->insert(reinterpret_cast<const uint8_t*>(token.data()), token.size(), &id, 1);
+        ++known;
+    });
+    if (known < kMost / 10) born_with_.reset();  // too few to be worth it
 }
 
+// A word that is not at home in the cache; `end` is where the text ends.
 template <class Id>
-Id* Encoder<Id>::encode_long(const uint8_t* word, size_t length, uint64_t hash, Cache& cache, Id* out) const {
-    const typename Cache::LongWord* known = cache.find_long(word, length, hash);
-    if (!known) return encode_unknown(word, length, cache, out);
-    std::memcpy(out, known->ids(), known->count * sizeof(Id));
-    return out + known->count;
+Id* Encoder<Id>::encode_aside(const uint8_t* word, size_t length, const uint8_t* end, Cache& cache, Id* out) const {
+    if (length > kKeyBytes) {
+        const typename Cache::LongWord* known = cache.find_long(word, length);
+        if (!known) return encode_new(word, length, cache, out);
+        std::memcpy(out, known->ids(), known->count * sizeof(Id));
+        return out + known->count;
+    }
+    WordKey key = key_of(word, length, end);
+    if (const typename Cache::Entry* entry = cache.find(key)) return cache.put(*entry, out);
+    uint64_t gaps = divides_ ? merges_.gaps(word, length) : 0;
+    if (!gaps) return encode_new(word, length, cache, out);
+    Id* const from = out;
+    size_t begin = 0;
+    for (gaps |= 1ull << (length - 1); gaps; gaps &= gaps - 1) {
+        size_t next = static_cast<size_t>(__builtin_ctzll(gaps)) + 1;
+        out = encode_aside(word + begin, next - begin, end, cache, out);
+        begin = next;
+    }
+    cache.insert(word, length, from, static_cast<size_t>(out - from));
+    return out;
 }
 
 // Merges a word and remembers it.
 template <class Id>
-Id* Encoder<Id>::encode_unknown(const uint8_t* word, size_t length, Cache& cache, Id* out) const {
-    if (cache.ids.size() < length) cache.ids.resize(length);
-    size_t count = 0;
-    if (!whole_words_.empty()) {
-        std::string piece(reinterpret_cast<const char*>(word), length);
-        auto found = std::lower_bound(whole_words_.begin(), whole_words_.end(), std::make_pair(piece, TokenId{0}));
-        if (found != whole_words_.end() && found->first == piece) cache.ids[count++] = found->second;
+Id* Encoder<Id>::encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const {
+    size_t count = 1;
+    const TokenId* whole = divides_ ? nullptr : whole_words_.find(word, length);
+    if (whole) {
+        *out = static_cast<Id>(*whole);
+    } else {
+        if (cache.ids.size() < length) cache.ids.resize(length);
+        count = merges_.encode(word, length, cache.ids.data(), cache.scratch);
+        for (size_t i = 0; i < count; ++i) out[i] = static_cast<Id>(cache.ids[i]);
     }
-    if (count == 0) count = merges_.encode(word, length, cache.ids.data(), cache.scratch);
-    cache.insert(word, length, cache.ids.data(), count);
-    for (size_t i = 0; i < count; ++i) out[i] = static_cast<Id>(cache.ids[i]);
+    cache.insert(word, length, out, count);
     return out + count;
-}
-
-// Appends the ids of consecutive pieces; `readable` bytes of text may be loaded.
-template <class Id>
-void Encoder<Id>::look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, Cache& cache,
-                          IdBuffer<Id>& ids) const {
-    WordKey keys[kGroup];
-    const typename Cache::Bucket* buckets[kGroup];
-    uint64_t hashes[kGroup];   // of long words
-    uint8_t long_ones[kGroup];
-    // Keys are loaded 16 bytes at a time; words in the last 16 bytes of the text are loaded from a copy with room behind.
-    uint8_t tail[32] = {};
-    const size_t tail_begin = readable < 16 ? 0 : readable - 15;
-    std::memcpy(tail, text + tail_begin, readable - tail_begin);
-    uint32_t begin = 0;
-    for (size_t first = 0; first < count; first += kGroup) {
-        const uint32_t* group = ends + first;
-        const size_t n = std::min(kGroup, count - first);
-        size_t longs = 0;
-        uint32_t start = begin;
-        for (size_t i = 0; i < n; ++i) {
-            const uint8_t* word = text + start;
-            size_t length = group[i] - start;
-            start = group[i];
-            if (__builtin_expect(length > kKeyBytes, 0)) {
-                hashes[i] = hash_word(word, length);
-                __builtin_prefetch(cache.slot_of(hashes[i]));
-                long_ones[longs++] = static_cast<uint8_t>(i);
-                buckets[i] = &kNowhere<Id>;
-                keys[i] = {0, 0};
-                continue;
-            }
-            if (__builtin_expect(start - length >= tail_begin, 0)) word = tail + (start - length - tail_begin);
-            keys[i] = load_key(word, length);
-            buckets[i] = cache.bucket_of(keys[i]);
-            __builtin_prefetch(buckets[i]);
-        }
-        for (size_t k = 0; k < longs; ++k) __builtin_prefetch(cache.record_at(cache.slot_of(hashes[long_ones[k]])));
-
-        Id* out = ids.reserve(group[n - 1] - begin + 16 / sizeof(Id));
-        Id* const from = out;
-        for (size_t i = 0; i < n; ++i) {
-            const typename Cache::Entry* entry = &buckets[i]->entry[!(buckets[i]->entry[0].key == keys[i])];
-            const uint8_t* word = text + begin;
-            size_t length = group[i] - begin;
-            begin = group[i];
-            if (__builtin_expect(!(entry->key == keys[i]), 0)) {
-                if (length > kKeyBytes) {
-                    out = encode_long(word, length, hashes[i], cache, out);
-                    continue;
-                }
-                entry = cache.find_beside(keys[i]);
-                if (!entry) {
-                    const auto* table = cache.table();
-                    out = encode_long(word, length, hash_key(keys[i]), cache, out);
-                    if (cache.table() != table)  // it has grown and moved
-                        for (size_t j = i + 1; j < n; ++j)
-                            if (buckets[j] != &kNowhere<Id>) buckets[j] = cache.bucket_of(keys[j]);
-                    continue;
-                }
-            }
-            std::memcpy(out, entry->ids, 16);
-            out += entry->count();
-        }
-        ids.size += static_cast<size_t>(out - from);
-    }
 }
 
 template <class Id>
@@ -182,6 +136,7 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
         return;
     }
     SplitFunction split_next = split_function(pattern_);
+    LookUp<Id> look_up = look_up_function<Id>();
     if (cache.ends.empty()) cache.ends.resize(kPiecesAtOnce + kSplitMargin);
     Split split{segment.text, segment.begin, segment.limit, segment.size};
     while (true) {
@@ -189,7 +144,7 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
         size_t readable = segment.size - split.position;
         size_t count = split_next(split, cache.ends.data(), kPiecesAtOnce);
         if (count == 0) return;
-        look_up(text, readable, cache.ends.data(), count, cache, ids);
+        look_up(*this, text, readable, cache.ends.data(), count, cache, ids);
     }
 }
 
@@ -208,6 +163,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     threads = static_cast<unsigned>(std::min<uint64_t>(threads, total / kSmallSegment + 1));
     size_t segment_size = std::min<uint64_t>(kSegment, std::max<uint64_t>(kSmallSegment, total / threads / 8));
 
+    if (threads == 1) ids.reserve(total / 3);  // about what it takes: growing copies what is there
     std::vector<Segment> segments;
     for (const TextView& text : texts) {
         size_t before = segments.size();
@@ -242,6 +198,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     if (threads == 1) {
         std::unique_ptr<Cache> cache = caches_.take();
         cache->scratch.checkpoint = &checkpoint;
+        cache->expect(total, born_with_.get());
         Task whole{0, 0, std::move(ids), {}};
         for (const Task& task : tasks) {
             whole.first = task.first;
@@ -269,6 +226,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
         try {
             std::unique_ptr<Cache> cache = caches_.take();
             cache->scratch.checkpoint = &stop_if_asked;
+            cache->expect(total / threads, born_with_.get());
             for (size_t i; (i = next++) < tasks.size();) run(tasks[i], *cache);
             cache->scratch.checkpoint = nullptr;
             caches_.give_back(std::move(cache));
@@ -304,21 +262,32 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     join();
     if (failure) std::rethrow_exception(failure);
 
-    uint64_t count = ids.size;
-    for (Task& task : tasks) count += task.ids.size;
-    ids.reserve(count - ids.size);
+    // Fresh memory costs as much as encoding a third of what fills it: threads share that too.
+    std::vector<uint64_t> places{ids.size};
     for (Task& task : tasks) {
         if (ends)
-            for (uint64_t end : task.ends) ends->push_back(ids.size + end);
-        if (task.ids.size) std::memcpy(ids.data() + ids.size, task.ids.data(), task.ids.size * sizeof(Id));
-        ids.size += task.ids.size;
-        task.ids = IdBuffer<Id>();
+            for (uint64_t end : task.ends) ends->push_back(places.back() + end);
+        places.push_back(places.back() + task.ids.size);
     }
+    ids.reserve(places.back() - ids.size);
+    ids.size = places.back();
+    next = 0;
+    auto gather = [&] {
+        for (size_t i; (i = next++) < tasks.size(); tasks[i].ids = IdBuffer<Id>())
+            if (tasks[i].ids.size) std::memcpy(ids.data() + places[i], tasks[i].ids.data(), tasks[i].ids.size * sizeof(Id));
+    };
+    try {
+        for (unsigned i = 1; i < threads && total > kSegment; ++i) workers.emplace_back(gather);
+    } catch (...) {  // fewer threads than wished for do the same work
+    }
+    gather();
+    join();
 }
 
 template <class Id>
 void Encoder<Id>::encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const {
     std::unique_ptr<Cache> cache = caches_.take();
+    LookUp<Id> look_up = look_up_function<Id>();
     std::vector<uint32_t> relative(kPiecesAtOnce);
     uint64_t base = 0;
     for (size_t first = 0; first < count;) {
@@ -328,13 +297,15 @@ void Encoder<Id>::encode_pieces(TextView text, const uint64_t* ends, size_t coun
             ++n;
         }
         if (n == 0) throw std::length_error("a piece of text without a break has 4 GiB or more");
-        look_up(text.data + base, text.size - base, relative.data(), n, *cache, ids);
+        look_up(*this, text.data + base, text.size - base, relative.data(), n, *cache, ids);
         first += n;
         base = ends[first - 1];
     }
     caches_.give_back(std::move(cache));
 }
 
+template class IdBuffer<uint16_t>;
+template class IdBuffer<uint32_t>;
 template class Encoder<uint16_t>;
 template class Encoder<uint32_t>;
 

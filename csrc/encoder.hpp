@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "splitter.hpp"
+#include "vocabulary.hpp"
 #include "word_cache.hpp"
 
 namespace warploom {
@@ -61,6 +62,9 @@ private:
     size_t capacity_ = 0;
 };
 
+extern template class IdBuffer<uint16_t>;
+extern template class IdBuffer<uint32_t>;
+
 struct TextView {
     const uint8_t* data;
     size_t size;
@@ -104,7 +108,7 @@ template <class Id>
 class Encoder {
 public:
     // whole_words: pieces that are looked up before merging (empty for most vocabularies).
-    Encoder(Merges merges, Pattern pattern, std::vector<std::pair<std::string, TokenId>> whole_words);
+    Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words);
 
     // Called now and then on the calling thread; throws to stop the work.
     using Checkpoint = std::function<void()>;
@@ -116,19 +120,30 @@ public:
     // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
     void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
 
+    // What look_up.hpp asks for: ids of a word that is not at home in the cache, where the text goes on to `end`; and the
+    // merges, if words may be cut where no token reaches across.
+    Id* encode_aside(const uint8_t* word, size_t length, const uint8_t* end, WordCache<Id>& cache, Id* out) const;
+    const Merges* divides() const { return divides_ ? &merges_ : nullptr; }
+
 private:
     using Cache = WordCache<Id>;
 
     void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
-    void look_up(const uint8_t* text, size_t readable, const uint32_t* ends, size_t count, Cache& cache,
-                 IdBuffer<Id>& ids) const;
-    Id* encode_long(const uint8_t* word, size_t length, uint64_t hash, Cache& cache, Id* out) const;
-    Id* encode_unknown(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
+    Id* encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
 
     Merges merges_;
     Pattern pattern_;
-    std::vector<std::pair<std::string, TokenId>> whole_words_;  // sorted
+    bool divides_;           // whether words may be cut where no token reaches across
+    Vocabulary whole_words_;  // pieces that are looked up before merging
+    std::unique_ptr<Cache> born_with_;  // what caches for large texts know from the beginning
     mutable CachePool<Cache> caches_;
 };
+
+// The look-up loop of the chosen instruction set.
+template <class Id>
+using LookUp = void (*)(const Encoder<Id>&, const uint8_t* text, size_t readable, const uint32_t* ends, size_t count,
+                        WordCache<Id>&, IdBuffer<Id>&);
+template <class Id>
+LookUp<Id> look_up_function();
 
 }  // namespace warploom

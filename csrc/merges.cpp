@@ -57,18 +57,42 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
     }
     for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
     for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
-    lengths_.assign(ids_.size(), 0);
-    std::fill_n(lengths_.begin(), 256, 1);
+    std::vector<std::string> bytes = spell();
+    for (const std::string& token : bytes) lengths_.push_back(static_cast<uint32_t>(token.size()));
+    for (size_t i = 0; i < result_.size(); ++i) {
+        const std::string &before = bytes[left_[i]], &after = bytes[right_[i]];
+        if (before.empty() || after.empty()) continue;  // never comes about
+        uint8_t a = static_cast<uint8_t>(before.back()), b = static_cast<uint8_t>(after.front());
+        joints_[(a | b << 8) >> 6] |= 1ull << (a & 63);
+    }
+    pairs_.build(left_, right_, ids_.size());
+}
+
+// The bytes of each symbol; none for what needs itself to come about.
+std::vector<std::string> Merges::spell() const {
+    std::vector<std::string> bytes(ids_.size());
+    for (size_t i = 0; i < 256; ++i) bytes[i] = static_cast<char>(i);
     for (bool found = true; found;) {  // once, unless merges come before those of their halves
         found = false;
         for (size_t i = 0; i < result_.size(); ++i) {
-            if (lengths_[result_[i]] || !lengths_[left_[i]] || !lengths_[right_[i]]) continue;
-            lengths_[result_[i]] = lengths_[left_[i]] + lengths_[right_[i]];
+            if (!bytes[result_[i]].empty() || bytes[left_[i]].empty() || bytes[right_[i]].empty()) continue;
+            bytes[result_[i]] = bytes[left_[i]] + bytes[right_[i]];
             found = true;
         }
         if (ordered_) break;
     }
-    pairs_.build(left_, right_, ids_.size());
+    return bytes;
+}
+
+void Merges::each_whole(const std::function<void(const std::string&, TokenId)>& visit) const {
+    std::vector<std::string> bytes = spell();
+    Symbol symbols[kShort];
+    for (Symbol symbol = 0; symbol < bytes.size(); ++symbol) {
+        const std::string& token = bytes[symbol];
+        if (token.empty() || token.size() > kShort) continue;
+        size_t count = encode_short(reinterpret_cast<const uint8_t*>(token.data()), token.size(), symbols);
+        if (count == 1 && symbols[0] == symbol) visit(token, id(symbol));
+    }
 }
 
 size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& s) const {

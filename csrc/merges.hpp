@@ -68,12 +68,39 @@ public:
     Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left, const std::vector<TokenId>& right,
            const std::vector<TokenId>& merged);
 
+    // Where a word falls apart: no merge ever joins two tokens between bytes at i and i + 1, so what stands before and
+    // what stands after can be encoded, and remembered, on their own. The characters of most scripts fall apart in a
+    // vocabulary that learned little of them. Bit i for each of up to 64 bytes, but for the last.
+    uint64_t gaps(const uint8_t* word, size_t size) const {
+        uint64_t gaps = 0;
+        for (size_t i = 0; i + 1 < size; ++i) {
+            unsigned pair = word[i] | word[i + 1] << 8;
+            gaps |= (~joints_[pair >> 6] >> (pair & 63) & 1) << i;
+        }
+        return gaps;
+    }
+
+    // A bit for each pair of bytes, the first of them the lower eight bits of its place, at which a merge joins two tokens.
+    const uint64_t* joints() const { return joints_; }
+
+    // The length of the first part of a word that falls apart, of the whole word if it does not.
+    size_t first_part(const uint8_t* word, size_t size) const {
+        for (size_t at = 0; at + 1 < size; at += 63)
+            if (uint64_t gaps = this->gaps(word + at, size - at < 64 ? size - at : 64))
+                return at + static_cast<size_t>(__builtin_ctzll(gaps)) + 1;
+        return size;
+    }
+
+    // Calls visit(bytes, id) for each token that its own bytes become.
+    void each_whole(const std::function<void(const std::string&, TokenId)>& visit) const;
+
     // Writes the ids of a word and returns how many there are (at most `size`).
     size_t encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
 
 private:
     static constexpr size_t kShort = 48, kBlock = 1024, kWidest = 8 * kBlock;
 
+    std::vector<std::string> spell() const;
     size_t encode_short(const uint8_t* word, size_t size, Symbol* symbols) const;
     void encode_block(const uint8_t* word, size_t size, std::vector<Symbol>& symbols, MergeScratch& scratch) const;
     bool join(const uint8_t* border, MergeScratch& scratch) const;
@@ -90,6 +117,7 @@ private:
     std::vector<Symbol> left_, right_, result_;  // of each merge
     std::vector<TokenId> ids_;                   // of each symbol
     std::vector<uint32_t> lengths_;              // of each symbol, in bytes
+    uint64_t joints_[1 << 10] = {};
     bool plain_results_ = true, plain_ids_ = true;
     bool ordered_ = true;                        // each token has one merge, learned after those of its halves
 };

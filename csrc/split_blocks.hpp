@@ -1,5 +1,4 @@
-// Splitting 64 ASCII bytes at once. Included by one file per instruction set, inside a namespace of its own, after
-// `classify` and `emit` are defined there (split_avx512.cpp, split_avx2.cpp, splitter.cpp).
+// Splitting 64 bytes at once. Included by loops.hpp, once per instruction set.
 //
 // Each class of characters becomes a 64-bit mask, bit i for byte i. Shifting a mask left by one asks about the previous
 // character, so "a letter that does not follow a letter or a blank" is `letter & ~((letter | blank) << 1)`: the rules of
@@ -7,8 +6,11 @@
 //
 // A block always begins where a piece begins, so no state is carried from block to block, and the piece that is still
 // open at the end of a block is simply looked at again. What cannot be decided inside the block is marked in
-// `uncertain`: its last characters (their right neighbors are missing), what touches a byte above 127, some runs of
-// spaces. Starts are believed up to the first such place; there the exact scanner takes over for a piece or more.
+// `uncertain`: its last characters (their right neighbors are missing), some runs of spaces, some characters beyond ASCII.
+// Starts are believed up to the first such place; there the exact scanner takes over for a piece or more.
+//
+// A character of several bytes sets the bits of all of them, so that the same algebra holds: classes change only where
+// characters begin. What the algebra cannot say of such a character is left to the scanner (`decode`).
 
 // Bits below i.
 static inline uint64_t below(unsigned i) { return i >= 64 ? ~0ull : (1ull << i) - 1; }
@@ -34,6 +36,36 @@ static inline uint64_t cut_contractions(const uint8_t* text, uint64_t starts, ui
         if (j < 64) starts |= 1ull << j;
     }
     return starts;
+}
+
+// Adds the characters beyond ASCII to the masks, and leaves in `high` only the first that the masks cannot hold: one that
+// the block cuts in two; a space, which must go whole to the word behind it; a digit where digits are counted; for o200k
+// a letter or mark that is neither upper nor lower case.
+template <Pattern pattern>
+static inline void decode(const uint8_t* text, Masks& m) {
+    uint64_t high = m.high;
+    if (pattern != Pattern::kO200k) {
+        uint64_t whole = m.ideograph & ~0ull >> 2, span = whole | whole << 1 | whole << 2;
+        m.letter |= span;
+        m.wide[3] |= whole;
+        high &= ~span;
+    }
+    while (high) {
+        unsigned i = static_cast<unsigned>(__builtin_ctzll(high)), first = text[i];
+        unsigned length = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+        m.high = high;
+        if (i + length > 64) return;
+        uint8_t bits = character_at(text + i, text + 64).bits;
+        if (bits & kSpace || (pattern != Pattern::kGpt2 && bits & kDigit)) return;
+        if (pattern == Pattern::kO200k && (bits & kUpper) && (bits & kLower)) return;
+        uint64_t span = ((1ull << length) - 1) << i;
+        m.letter |= bits & kLetter ? span : 0;  // which of them is hard to predict
+        m.digit |= bits & kDigit ? span : 0;
+        if (pattern == Pattern::kO200k) m.upper |= bits & kUpper ? span : 0;
+        m.wide[length] |= 1ull << i;
+        high &= ~span;
+    }
+    m.high = 0;
 }
 
 static inline uint64_t gpt2_starts(const uint8_t* text, const Masks& m, uint64_t valid) {
@@ -95,6 +127,8 @@ static inline uint64_t gpt4_starts(const uint8_t* text, const Masks& m, uint64_t
     if (trusted < 64 && trusted > 0 && space >> (trusted - 1) & 1) trusted = __builtin_ctzll(run_start(space, trusted - 1)) + 1;
 
     uint64_t lead = (flat | sign_start) << 1;  // a word takes the space or sign before it along
+    if (uint64_t wide = sign_start & (m.wide[2] | m.wide[3] | m.wide[4]))
+        lead = (lead & ~(wide << 1)) | (wide & m.wide[2]) << 2 | (wide & m.wide[3]) << 3 | (wide & m.wide[4]) << 4;
     starts |= m.letter & ~(m.letter << 1 | lead);
     starts |= digit_starts<pattern>(m.digit);
     if (!o200k) return cut_contractions(text, starts, m.apostrophe & (sign_start | 1), true);
@@ -121,7 +155,8 @@ static size_t split_blocks(Split& split, uint32_t* ends, size_t capacity) {
         Masks m;
         classify(block, m);
         unsigned trusted = last ? 64 : 61;
-        if (m.high) {  // the two characters before it are looked at with it
+        if (m.high) decode<pattern>(block, m);
+        if (m.high) {  // undecided: the two characters before it are looked at with it
             unsigned high = __builtin_ctzll(m.high);
             if (high < trusted + 1) trusted = high ? high - 1 : 0;
         }
@@ -142,7 +177,7 @@ static size_t split_blocks(Split& split, uint32_t* ends, size_t capacity) {
         while (at < limit && count < capacity) {
             at = static_cast<uint64_t>(next_piece<pattern>(text + at, text + size) - text);
             ends[count++] = static_cast<uint32_t>(at);
-            if (at + 1 >= size || (text[at] | text[at + 1]) < 0x80) break;
+            if (pattern != Pattern::kO200k || at + 1 >= size || (text[at] | text[at + 1]) < 0x80) break;
         }
     }
     split.position += at;

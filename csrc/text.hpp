@@ -3,14 +3,18 @@
 
 #include <pybind11/pybind11.h>
 
-#include "encoder.hpp"
+#include "kernels.hpp"
 
 namespace warploom {
 
 // The UTF-8 bytes of a str, or of any object that lends bytes. Those of a long str that is not ASCII are made for this
 // object only: CPython would keep them as long as the string.
 struct Text {
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
     pybind11::object owner;
+    std::unique_ptr<uint8_t, Free> made;
     TextView view;
     Py_buffer buffer{};
 
@@ -31,12 +35,27 @@ struct Text {
             view = {reinterpret_cast<const uint8_t*>(data), static_cast<size_t>(size)};
             return;
         }
-        owner = pybind11::reinterpret_steal<pybind11::object>(PyUnicode_AsUTF8String(text.ptr()));
-        if (!owner) throw pybind11::error_already_set();
-        view = {reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(owner.ptr())),
-                static_cast<size_t>(PyBytes_GET_SIZE(owner.ptr()))};
+        const auto* object = reinterpret_cast<const PyCompactUnicodeObject*>(text.ptr());
+        if (PyUnicode_IS_COMPACT(text.ptr()) && object->utf8) {  // made already, for somebody else
+            owner = pybind11::reinterpret_borrow<pybind11::object>(text);
+            view = {reinterpret_cast<const uint8_t*>(object->utf8), static_cast<size_t>(object->utf8_length)};
+            return;
+        }
+        const void* data = PyUnicode_DATA(text.ptr());
+        size_t count = static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr())), size;
+        int kind = PyUnicode_KIND(text.ptr());
+        made.reset(static_cast<uint8_t*>(std::malloc(count * (kind == 4 ? 4 : kind + 1) + 64)));
+        if (!made) throw std::bad_alloc();
+        if (kind == 1) size = kernels().utf8_of_1(static_cast<const uint8_t*>(data), count, made.get());
+        else if (kind == 2) size = kernels().utf8_of_2(static_cast<const uint16_t*>(data), count, made.get());
+        else size = kernels().utf8_of_4(static_cast<const uint32_t*>(data), count, made.get());
+        if (size == kNoUtf8) {  // a lone surrogate: Python says where
+            PyUnicode_AsUTF8String(text.ptr());
+            throw pybind11::error_already_set();
+        }
+        view = {made.get(), size};
     }
-    Text(Text&& other) noexcept : owner(std::move(other.owner)), view(other.view), buffer(other.buffer) {
+    Text(Text&& other) noexcept : owner(std::move(other.owner)), made(std::move(other.made)), view(other.view), buffer(other.buffer) {
         other.buffer = Py_buffer{};
     }
     Text(const Text&) = delete;

@@ -9,29 +9,51 @@
 
 namespace warploom {
 
-void* allocate_zeroed(size_t size) {
-    constexpr size_t kHuge = 2 << 20;
-    size_t alignment = size >= kHuge ? kHuge : 64;
-#if defined(_WIN32)
-    void* memory = _aligned_malloc(size, alignment);
-#else
-    void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-#endif
-    if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
-    if (size >= kHuge) madvise(memory, size, MADV_HUGEPAGE);
-#endif
-    std::memset(memory, 0, size);
-    return memory;
+namespace {
+constexpr size_t kHuge = 2 << 20;
 }
 
-void release(void* memory) {
+#if defined(__linux__)
+void* allocate_zeroed(size_t size) {
+    if (size < kHuge) {
+        void* memory = std::aligned_alloc(128, size);
+        if (!memory) throw std::bad_alloc();
+        return std::memset(memory, 0, size);
+    }
+    // Fresh pages are zero; a multiple of huge pages begins at one of them once the surplus is given back.
+    char* raw = static_cast<char*>(mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (raw == MAP_FAILED) throw std::bad_alloc();
+    size_t head = (kHuge - reinterpret_cast<uintptr_t>(raw) % kHuge) % kHuge;
+    if (head) munmap(raw, head);
+    if (head != kHuge) munmap(raw + head + size, kHuge - head);
+    madvise(raw + head, size, MADV_HUGEPAGE);
+    return raw + head;
+}
+
+void release(void* memory, size_t size) {
+    if (!memory) return;
+    if (size < kHuge) std::free(memory);
+    else munmap(memory, size);
+}
+#else
+void* allocate_zeroed(size_t size) {
+#if defined(_WIN32)
+    void* memory = _aligned_malloc(size, 128);
+#else
+    void* memory = std::aligned_alloc(128, size);
+#endif
+    if (!memory) throw std::bad_alloc();
+    return std::memset(memory, 0, size);
+}
+
+void release(void* memory, size_t) {
 #if defined(_WIN32)
     _aligned_free(memory);
 #else
     std::free(memory);
 #endif
 }
+#endif
 
 template <class Id>
 WordCache<Id>::WordCache() : slots_(kFirstSlots) {
@@ -40,70 +62,99 @@ WordCache<Id>::WordCache() : slots_(kFirstSlots) {
 
 template <class Id>
 WordCache<Id>::~WordCache() {
-    release(buckets_);
+    release(entries_, sizeof(Entry) << bits_);
 }
 
 template <class Id>
-void WordCache<Id>::resize(int bits) {
-    Bucket* old = buckets_;
+void WordCache<Id>::resize(int bits, const WordCache* like) {
+    Entry* old = entries_;
     size_t old_size = old ? size_t{1} << bits_ : 0;
-    buckets_ = static_cast<Bucket*>(allocate_zeroed((size_t{1} << bits) * sizeof(Bucket)));
+    entries_ = static_cast<Entry*>(allocate_zeroed(sizeof(Entry) << bits));
     bits_ = bits;
     shift_ = 64 - bits;
     inserted_ = 0;
+    if (like) {
+        std::memcpy(entries_, like->entries_, sizeof(Entry) << bits);
+        inserted_ = like->inserted_;
+    }
     for (size_t i = 0; i < old_size; ++i)
-        for (const Entry& entry : old[i].entry)
-            if (entry.key.high) insert_short(entry.key, entry.ids);
-    release(old);
+        if (old[i].key.high && !(like && find(old[i].key))) insert_short(old[i].key, old[i].ids);
+    release(old, old_size * sizeof(Entry));
+}
+
+template <class Id>
+void WordCache<Id>::checkpoint() const {
+    if (scratch.checkpoint) (*scratch.checkpoint)();
+}
+
+template <class Id>
+void WordCache<Id>::expect(size_t text_size, const WordCache* vocabulary) {
+    if (vocabulary && text_size >= kLargeText && bits_ < vocabulary->bits_) return resize(vocabulary->bits_, vocabulary);
+    int bits = bits_;
+    while (bits < kLastBits && (size_t{64} << bits) < text_size) ++bits;
+    if (bits > bits_) resize(bits);
 }
 
 template <class Id>
 void WordCache<Id>::insert_short(WordKey key, const Id* ids) {
-    uint64_t place = hash_key(key) >> shift_;
-    Entry* free = nullptr;
-    for (uint64_t near : {place, place ^ 1})
-        for (Entry& entry : buckets_[near].entry)
-            if (!free && !entry.key.high) free = &entry;
-    Entry& entry = free ? *free : buckets_[place].entry[1];  // who came first stays: frequent words come early
-    entry.key = key;
-    std::memcpy(entry.ids, ids, sizeof entry.ids);
+    uint64_t home = hash_key(key) >> shift_, place = home ^ 1;  // who came first stays: frequent words come early
+    for (uint64_t step = 4; step-- > 0;)
+        if (!entries_[home ^ step].key.high) place = home ^ step;
+    entries_[place].key = key;
+    std::memcpy(entries_[place].ids, ids, sizeof entries_[place].ids);
     ++inserted_;
 }
 
 template <class Id>
-void WordCache<Id>::insert(const uint8_t* word, size_t length, const TokenId* ids, size_t count) {
-    if (length > kKeyBytes || count > kInline) return insert_long(word, length, ids, count);
+void WordCache<Id>::insert(const uint8_t* word, size_t length, const Id* ids, size_t count) {
+    if (length > kKeyBytes) return insert_long(word, length, ids, count);
     if (inserted_ * 2 >= size_t{1} << bits_ && bits_ < kLastBits) resize(bits_ + 2 < kLastBits ? bits_ + 2 : kLastBits);
     Id packed[kInline + 1] = {};
-    for (size_t i = 0; i < count; ++i) packed[i] = static_cast<Id>(ids[i]);
+    if (count <= kInline) {
+        std::memcpy(packed, ids, count * sizeof(Id));
+    } else {
+        uint32_t place = static_cast<uint32_t>(reserve(kMargin * sizeof(Id)));
+        std::memcpy(arena_.data() + place, ids, count * sizeof(Id));
+        std::memcpy(packed, &place, sizeof place);
+    }
     packed[kInline] = static_cast<Id>(count);
     insert_short(copy_key(word, length), packed);
 }
 
 template <class Id>
-const typename WordCache<Id>::LongWord* WordCache<Id>::find_long(const uint8_t* word, size_t length, uint64_t hash) const {
-    for (size_t slot = hash & (slots_.size() - 1);; slot = (slot + 1) & (slots_.size() - 1)) {
-        const LongWord* known = record_at(&slots_[slot]);
-        if (!known) return nullptr;
+const typename WordCache<Id>::LongWord* WordCache<Id>::find_long(const uint8_t* word, size_t length) const {
+    uint64_t hash = hash_word(word, length);
+    for (size_t slot = hash & (slots_.size() - 1); slots_[slot]; slot = (slot + 1) & (slots_.size() - 1)) {
+        const LongWord* known = record_at(slots_[slot]);
         if (known->hash == hash && known->length == length && std::memcmp(known->bytes(), word, length) == 0) return known;
     }
+    return nullptr;
 }
 
+// A place in the arena, which is emptied when it is full: what it held must be merged again.
 template <class Id>
-void WordCache<Id>::insert_long(const uint8_t* word, size_t length, const TokenId* ids, size_t count) {
-    if (length > kLongest) return;
+size_t WordCache<Id>::reserve(size_t size) {
     if (arena_.size() > kArenaLimit || long_count_ * 2 >= kLastSlots) {
         slots_.assign(slots_.size(), 0);
         arena_.clear();
         long_count_ = 0;
+        for (size_t i = 0; i < size_t{1} << bits_; ++i)
+            if (entries_[i].count() > kInline) entries_[i] = {};
     }
-    if (long_count_ * 2 >= slots_.size()) grow_slots();
     size_t place = arena_.size();
-    arena_.resize(place + (sizeof(LongWord) + count * sizeof(Id) + length + 7) / 8);
+    arena_.resize(place + (size + 7) / 8);
+    return place;
+}
+
+template <class Id>
+void WordCache<Id>::insert_long(const uint8_t* word, size_t length, const Id* ids, size_t count) {
+    if (length > kLongest) return;
+    size_t place = reserve(sizeof(LongWord) + count * sizeof(Id) + length);
+    if (long_count_ * 2 >= slots_.size()) grow_slots();
     LongWord* record = new (arena_.data() + place)
         LongWord{hash_word(word, length), static_cast<uint32_t>(length), static_cast<uint32_t>(count)};
     Id* kept = const_cast<Id*>(record->ids());
-    for (size_t i = 0; i < count; ++i) kept[i] = static_cast<Id>(ids[i]);
+    std::memcpy(kept, ids, count * sizeof(Id));
     std::memcpy(kept + count, word, length);
     size_t slot = record->hash & (slots_.size() - 1);
     while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
@@ -117,7 +168,7 @@ void WordCache<Id>::grow_slots() {
     old.swap(slots_);
     for (uint32_t place : old) {
         if (!place) continue;
-        size_t slot = record_at(&place)->hash & (slots_.size() - 1);
+        size_t slot = record_at(place)->hash & (slots_.size() - 1);
         while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
         slots_[slot] = place;
     }

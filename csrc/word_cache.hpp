@@ -1,13 +1,13 @@
 // The word cache: most words of a text have been seen before, and then their ids need only be copied.
 //
 // A word of up to 15 bytes and its length fit in 16 bytes, and its ids and their number in 16 more: an entry is half a
-// cache line, and a bucket of two entries is one line. Finding a word costs one multiplication and one memory access,
-// and since the place is known from the word alone, the access can be requested dozens of words ahead (`bucket_of` +
-// prefetch). A full bucket overflows into its neighbor. Longer words, and words of more ids, are kept in a second table:
-// slots of eight bytes, and a record of ids and bytes for each word in an arena.
+// cache line. Finding a word costs two multiplications and one memory access, and since the place is known from the word
+// alone, the access can be requested dozens of words ahead (`home_of` + prefetch). A word whose home is taken lives in
+// one of the three places beside it. Where there are more ids than fit, the entry says where in an arena they are.
+// Longer words have a table of their own: slots of four bytes, and a record of ids and bytes for each in the arena.
 //
-// Bounded: the first table grows with use up to 8 MiB, then new words replace old ones; the second is emptied when its
-// arena reaches 16 MiB. A cache belongs to one thread at a time (CachePool lends them): there is nothing to lock.
+// Bounded: the first table grows with use up to 8 MiB, then new words replace old ones; the arena is emptied when it
+// reaches 16 MiB. A cache belongs to one thread at a time (CachePool lends them): there is nothing to lock.
 #pragma once
 
 #include <atomic>
@@ -16,87 +16,26 @@
 #include <vector>
 
 #include "merges.hpp"
+#include "word_key.hpp"
 
 namespace warploom {
 
-struct WordKey {
-    uint64_t low, high;  // the bytes, and the length in the topmost byte
-    bool operator==(const WordKey& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
-};
-
-constexpr size_t kKeyBytes = 15;
-
-inline uint64_t mix(uint64_t a, uint64_t b) {
-    __extension__ using Wide = unsigned __int128;
-    Wide product = static_cast<Wide>(a ^ 0x9E3779B97F4A7C15ull) * (b ^ 0xD6E8FEB86659FD93ull);
-    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-}
-
-inline uint64_t hash_key(WordKey key) { return mix(key.low, key.high); }
-
-// Which bits of 16 loaded bytes belong to a word of each length.
-struct KeyMasks {
-    WordKey of[kKeyBytes + 1];
-    KeyMasks() {
-        for (size_t n = 0; n <= kKeyBytes; ++n) {
-            of[n].low = n >= 8 ? ~0ull : (1ull << 8 * n) - 1;
-            of[n].high = n <= 8 ? 0 : (1ull << 8 * (n - 8)) - 1;
-        }
-    }
-};
-
-inline const KeyMasks key_masks;
-
-// The key of a word whose first byte is followed by at least 15 readable ones.
-inline WordKey load_key(const uint8_t* word, size_t length) {
-    WordKey key;
-    std::memcpy(&key, word, 16);
-    const WordKey& mask = key_masks.of[length];
-    return {key.low & mask.low, (key.high & mask.high) | static_cast<uint64_t>(length) << 56};
-}
-
-// The key of a word that may be the last thing in memory.
-inline WordKey copy_key(const uint8_t* word, size_t length) {
-    uint8_t bytes[16] = {};
-    std::memcpy(bytes, word, length);
-    bytes[15] = static_cast<uint8_t>(length);
-    WordKey key;
-    std::memcpy(&key, bytes, 16);
-    return key;
-}
-
-// The hash of a word of any length.
-inline uint64_t hash_word(const uint8_t* word, size_t length) {
-    if (length <= kKeyBytes) return hash_key(copy_key(word, length));
-    uint64_t hash = length, a, b;
-    for (size_t i = 0; i + 16 < length; i += 16) {
-        std::memcpy(&a, word + i, 8);
-        std::memcpy(&b, word + i + 8, 8);
-        hash = mix(hash ^ a, b);
-    }
-    std::memcpy(&a, word + length - 16, 8);
-    std::memcpy(&b, word + length - 8, 8);
-    return mix(hash ^ a, b);
-}
-
 // Memory in huge pages where the system has them: a look-up then never waits for an address translation.
 void* allocate_zeroed(size_t size);
-void release(void* memory);
+void release(void* memory, size_t size);
 
 // Id: uint16_t for vocabularies of up to 65536 tokens, else uint32_t.
 template <class Id>
 class WordCache {
 public:
     static constexpr size_t kInline = 16 / sizeof(Id) - 1;  // ids in an entry; the last place holds their number
+    static constexpr size_t kMargin = 16;                   // `put` needs room for so many ids, however few it writes
     static constexpr size_t kLongest = 1024;                // longer words are not kept
 
     struct Entry {
         WordKey key;
         Id ids[kInline + 1];
         size_t count() const { return ids[kInline]; }
-    };
-    struct alignas(64) Bucket {
-        Entry entry[2];
     };
     struct LongWord {  // in the arena, followed by its ids and its bytes
         uint64_t hash;
@@ -109,51 +48,77 @@ public:
     ~WordCache();
     WordCache(const WordCache&) = delete;
 
-    const Bucket* table() const { return buckets_; }
-    const Bucket* bucket_of(WordKey key) const { return buckets_ + (hash_key(key) >> shift_); }
+    const Entry* table() const { return entries_; }
+    unsigned shift() const { return static_cast<unsigned>(shift_); }
+    const Entry* home_of(WordKey key) const { return entries_ + (hash_key(key) >> shift_); }
 
-    // A word that was not in its bucket may be in the one beside it (nullptr if it is not). It then changes places with
-    // one at home, so that words which are looked up often end up there.
+    // A word that is not at home may be beside it (nullptr if it is not). It then changes places with the one that is,
+    // so that words which are looked up often end up at home.
     const Entry* find_beside(WordKey key) {
-        uint64_t place = hash_key(key) >> shift_;
-        for (Entry& entry : buckets_[place ^ 1].entry)
-            if (entry.key == key) {
-                Entry& home = buckets_[place].entry[1];
-                std::swap(entry, home);
-                return &home;
+        uint64_t home = hash_key(key) >> shift_;
+        for (uint64_t step = 1; step < 4; ++step)
+            if (entries_[home ^ step].key == key) {
+                std::swap(entries_[home ^ step], entries_[home]);
+                return entries_ + home;
             }
         return nullptr;
     }
-
-    // Long words are found in three steps, so that many can be under way at once: the slot, the record, the comparison.
-    const uint32_t* slot_of(uint64_t hash) const { return slots_.data() + (hash & (slots_.size() - 1)); }
-    const LongWord* record_at(const uint32_t* slot) const {
-        return *slot ? reinterpret_cast<const LongWord*>(arena_.data() + (*slot - 1)) : nullptr;
+    const Entry* find(WordKey key) {
+        const Entry* home = home_of(key);
+        return home->key == key ? home : find_beside(key);
     }
-    const LongWord* find_long(const uint8_t* word, size_t length, uint64_t hash) const;
 
-    void insert(const uint8_t* word, size_t length, const TokenId* ids, size_t count);
+    // Writes the ids of an entry: always 16 bytes, of which the next word overwrites the superfluous.
+    Id* put(const Entry& entry, Id* out) const {
+        size_t count = entry.count();
+        if (__builtin_expect(count > kInline, 0)) std::memcpy(out, arena_.data() + place_in(entry), kMargin * sizeof(Id));
+        else std::memcpy(out, entry.ids, 16);
+        return out + count;
+    }
+
+    const LongWord* find_long(const uint8_t* word, size_t length) const;
+
+    void insert(const uint8_t* word, size_t length, const Id* ids, size_t count);
+
+    // Stops work on an endless word if the user asked for it.
+    void checkpoint() const;
+
+    // Makes room at once for the words of a text of this many bytes. Where that is much, the cache also takes over the
+    // words of a table that knows the vocabulary, if it has not seen many yet: a third of the new words of a text are
+    // tokens, and copying all of these costs less than finding some.
+    void expect(size_t text_size, const WordCache* vocabulary);
 
     MergeScratch scratch;
     std::vector<TokenId> ids;    // of the word being encoded
-    std::vector<uint32_t> ends;  // of the pieces being looked up
+    std::vector<uint32_t> ends;  // of the pieces of a text
 
 private:
-    static constexpr int kFirstBits = 10, kLastBits = 17;
+    static constexpr int kFirstBits = 11, kLastBits = 18;
+    static constexpr size_t kLargeText = 1 << 19;
     static constexpr size_t kFirstSlots = 1 << 10, kLastSlots = 1 << 18, kArenaLimit = (16 << 20) / 8;
 
-    void resize(int bits);
+    void resize(int bits, const WordCache* like = nullptr);
     void insert_short(WordKey key, const Id* ids);
-    void insert_long(const uint8_t* word, size_t length, const TokenId* ids, size_t count);
+    static uint32_t place_in(const Entry& entry) {
+        uint32_t place;
+        std::memcpy(&place, entry.ids, sizeof place);
+        return place;
+    }
+    size_t reserve(size_t size);
+    void insert_long(const uint8_t* word, size_t length, const Id* ids, size_t count);
+    const LongWord* record_at(uint32_t slot) const { return reinterpret_cast<const LongWord*>(arena_.data() + (slot - 1)); }
     void grow_slots();
 
-    Bucket* buckets_ = nullptr;
+    Entry* entries_ = nullptr;
     int bits_ = 0, shift_ = 0;
     size_t inserted_ = 0;
     std::vector<uint32_t> slots_;  // one more than a place in the arena; 0 for none
     std::vector<uint64_t> arena_;
     size_t long_count_ = 0;
 };
+
+extern template class WordCache<uint16_t>;
+extern template class WordCache<uint32_t>;
 
 // Lends caches: each is used by one thread at a time and stays warm between calls. Lock-free, so that a process may
 // fork at any moment; a child that finds a slot lost to a parent's thread just makes a new cache.

@@ -93,11 +93,13 @@ def test_pieces_are_those_of_regex(isa, pattern, texts, noise):
     check()
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "o200k"])
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k"])
 def test_every_character_of_unicode_is_classed_as_regex_does(pattern):
+    """Assigned or not: after a letter and before one; in used planes also twice, and among digits and signs."""
     for start in range(0, 0x110000, 0x8000):
         codes = [code for code in range(start, start + 0x8000) if not 0xD800 <= code < 0xE000]
-        text = "".join(f"a{chr(code)}B " for code in codes)
+        more = pattern == "gpt4" and (start < 0x38000 or start == 0xE0000)
+        text = "".join(f"a{c}B {c}{c}1 !{c}b\n" if more else f"a{c}B " for c in map(chr, codes))
         assert native.split(text, pattern).tolist() == byte_ends(text, pattern)
 
 
@@ -126,7 +128,7 @@ def test_any_list_of_merges_is_applied_like_the_twin_does(data):
     merges = data.draw(st.permutations(merges))
     pattern, whole = r"(?s).+", data.draw(st.booleans())
     tok, twin = BPETokenizer(vocab, merges, {}, pattern, whole_words=whole), PythonBPE(vocab, merges, pattern, whole)
-    for text in data.draw(st.lists(st.text("ab", min_size=1, max_size=100), max_size=4)):
+    for text in data.draw(st.lists(st.text("abc", min_size=1, max_size=100), max_size=4)):  # at a c, words fall apart
         long = text * data.draw(st.integers(1, 40))  # beyond a kilobyte, words are encoded in blocks
         assert tok.encode(text) == twin.encode(text) and tok.encode(long) == twin.encode(long)
 
@@ -341,6 +343,47 @@ try: tok.encode_array(text, threads=1)
 except MemoryError: print("MemoryError")
 """
     assert run_alone(code).stdout == "MemoryError\n"
+
+
+def words_of_many_scripts(count: int) -> str:
+    """Distinct words, many longer than a cache entry holds, some of them of characters no token joins."""
+    draw = random.Random(1)
+    alphabets = [
+        "abcdefghijklmnopqrst",
+        "абвгдежзиклмноп",
+        "你好世界天气今日的是不了",
+        "ABCdefg",
+        "éàüßñ",
+        "ひらがなカタカナ",
+        "👍👩🏽",
+    ]
+    words = ("".join(draw.choices(draw.choice(alphabets), k=draw.choice([2, 4, 6, 9, 20, 70]))) for _ in range(count))
+    return "".join(word + draw.choice([" ", " ", ", ", "\n", "  ", "\u3000", "\xa0"]) for word in words)
+
+
+def test_a_large_text_gives_the_ids_of_the_twin_whatever_the_machine(isa):
+    """Large enough that a cache is born with the vocabulary, which is large enough to be worth it."""
+    source = "".join(path.read_text("utf-8", "ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60])
+    tok = BPETokenizer.train([source, words_of_many_scripts(3000)], 12_000, "gpt4")
+    text = words_of_many_scripts(20_000) + source[:300_000]
+    assert len(text.encode()) > 1 << 20
+    expected = PythonBPE(tok.vocab, tok.merges, tok.pattern, whole_words=False).encode(text)
+    for _ in range(2):  # cold, then warm
+        assert tok.encode_array(text, threads=1).tolist() == expected
+    assert tok.encode_array(text, threads=2).tolist() == expected
+    assert tok.decode(expected) == text
+
+
+@pytest.mark.parametrize("beyond", ["é", "你", "👍"])
+def test_strings_of_any_width_are_read_as_their_utf8(isa, tok, beyond):
+    """CPython keeps characters in one, two or four bytes; long strings are turned to UTF-8 here."""
+    draw = random.Random(2)
+    for alphabet in ("a" * 40 + beyond, "aé" + beyond, beyond, "a\0\x7f\x80߿ࠀ\uffff\U00010000\U0010ffff" + beyond):
+        for size in range(5000, 5020):
+            text = "".join(draw.choices([c for c in alphabet if c <= beyond], k=size))
+            assert tok.encode_array(text).tolist() == tok.encode_array(text.encode()).tolist()
+    with pytest.raises(UnicodeEncodeError, match="surrogates"):
+        tok.encode("é" * 5000 + "\ud800" + beyond)
 
 
 def test_batches_keep_their_order_and_their_borders(tok, noise):

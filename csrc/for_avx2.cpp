@@ -1,6 +1,6 @@
-// The block splitter for AVX2: two halves of 32 bytes.
-#include "split_masks.hpp"
-#include "splitter.hpp"
+// The loops for AVX2: two halves of 32 bytes.
+#include "kernels.hpp"
+#include "masks.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
@@ -47,6 +47,7 @@ static inline void classify(const uint8_t* text, Masks& m) {
     m.apostrophe = equal(bytes, '\'');
     m.slash = equal(bytes, '/');
     m.high = mask_of(bytes.low, bytes.high);
+    m.ideograph = in_range(bytes, '\xE5', 4) | in_range(bytes, '\xEB', 2);
 }
 
 // Appends base + i for each bit i, eight at a time so that the number of bits is hard to mispredict.
@@ -62,20 +63,21 @@ static inline size_t emit(uint64_t bits, uint32_t base, uint32_t* out, size_t co
     return count + n;
 }
 
-#include "split_blocks.hpp"
+static inline uint64_t gaps_in(const Merges& merges, const uint8_t* word, size_t size) { return merges.gaps(word, size); }
+
+template <class Unit>
+static inline size_t many_to_utf8(const Unit*, size_t, uint8_t*&) {
+    return 0;
+}
+
+#include "loops.hpp"
 
 }  // namespace avx2
 
-SplitFunction split_avx2(Pattern pattern) {
-    if (pattern == Pattern::kGpt2) return avx2::split_blocks<Pattern::kGpt2>;
-    if (pattern == Pattern::kGpt4) return avx2::split_blocks<Pattern::kGpt4>;
-    if (pattern == Pattern::kQwen2) return avx2::split_blocks<Pattern::kQwen2>;
-    return avx2::split_blocks<Pattern::kO200k>;
-}
-
-bool has_avx2() {
+const Kernels* kernels_for_avx2() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    return here ? avx2::kernels_named("avx2") : nullptr;
 }
 
 }  // namespace warploom
@@ -83,8 +85,7 @@ bool has_avx2() {
 #else
 
 namespace warploom {
-SplitFunction split_avx2(Pattern) { return nullptr; }
-bool has_avx2() { return false; }
+const Kernels* kernels_for_avx2() { return nullptr; }
 }  // namespace warploom
 
 #endif
