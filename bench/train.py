@@ -113,7 +113,7 @@ def ours(shape: Shape) -> Callable[[], object]:
     batches = (Batch(tokens, targets) for tokens, targets in shape.batches())
 
     def step() -> float:
-        return trainer._one_step(next(batches))[0]
+        return trainer.one_step(next(batches))[0]
 
     step.folder = folder  # the run's directory lives as long as the step
     return step

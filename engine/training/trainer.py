@@ -183,7 +183,7 @@ class Trainer:
         try:
             while self.step < self.steps and not self.stop_signal:
                 tick = time.perf_counter()
-                progress = self._one_step(next(batches))
+                progress = self.one_step(next(batches))
                 self.step_seconds.append(time.perf_counter() - tick)
                 self._fit_to_budget()
                 self._report(*progress)
@@ -210,7 +210,7 @@ class Trainer:
         ways += ["share the state with fsdp"] if self.team.size > config.fsdp else []
         return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
-    def _one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
+    def one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
         """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
         torch.manual_seed(_seed_of(self.config.seed, self.step))  # dropout, too, is a function of the step
         loss, load = self.accumulate(batch)
