@@ -74,6 +74,12 @@ void bind_format(py::module_& module, const std::string& format) {
                    py::gil_scoped_release unlocked;
                    task.run();
                });
+    module.def(("attend_" + format).c_str(), [](int rows, int queries, int before, int keys, float scale,
+                                                Address scores, Address weights, Address d_weights) {
+        const Attend<T> task{rows, queries, before, keys, scale, at<float>(scores), at<T>(weights), at<T>(d_weights)};
+        py::gil_scoped_release unlocked;
+        task.run();
+    });
 }
 
 }  // namespace

@@ -207,6 +207,21 @@ def turn(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
     return _Turn.apply(q, k, cos, sin, positions)
 
 
+def attend(scores: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> None:
+    """Softmax of scores (R, rows, S) into `weights`: row r sees the keys up to S - queries + r % queries."""
+    _attend(weights, queries, scale, scores.data_ptr(), 0)
+
+
+def unattend(weights: torch.Tensor, d_weights: torch.Tensor, queries: int, scale: float) -> None:
+    """The gradient of those weights becomes the gradient of the scores, in place."""
+    _attend(weights, queries, scale, 0, d_weights.data_ptr())
+
+
+def _attend(weights, queries, scale, scores, d_weights):
+    rows, S = weights.numel() // weights.shape[-1], weights.shape[-1]
+    _call("attend", weights, rows, queries, S - queries, S, scale, scores, weights.data_ptr(), d_weights)
+
+
 def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
     """Losses of the rows; given each row's upstream gradient, the logits are replaced by theirs."""
     losses_N, targets_N = torch.empty(len(logits_NV)), targets_N.contiguous()
