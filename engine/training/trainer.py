@@ -35,7 +35,7 @@ from ..device import measured_matmul_flops, pick_device, pick_dtype
 from ..hub import load_model, save_model
 from ..model import Transformer
 from .card import describe, write_card
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, saving
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
 from .interrupts import interruptible
@@ -358,7 +358,8 @@ class Trainer:
         """Write the weights of now to OUT as a model directory."""
         weights = whole_weights(self.masters, self.average.best_weights())
         if self.team.leads:
-            save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
+            with saving(f"the model to {self.out}", self.out, "resume goes on from the last checkpoint"):
+                save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
 
     def _validation_split(self):
         data = self.materials.data
