@@ -63,13 +63,8 @@ def parts(options: Options) -> list[Part]:
     small = tiny | {"n_layers": 4, "d_model": 128, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 128}
     small |= {"batch": 12, "time": 64}  # nanoGPT's example for a CPU
     shapes = {"llama-tiny": tiny, "llama-24m": larger, "characters": small}
-    return [
-        *(Part(f"{name} {dtype}", duel, shape, minutes=1.5) for name, shape in shapes.items()),
-        *(
-            Part(f"{name} {dtype} compiled", duel, shape | {"compiled": True}, minutes=3)
-            for name, shape in shapes.items()
-        ),
-    ]
+    parts = [Part(f"{name} {dtype}", duel, shape, minutes=1.5) for name, shape in shapes.items()]
+    return parts + [replace(p, name=f"{p.name} compiled", config=p.config | {"compiled": True}) for p in parts]
 
 
 def _gpu_parts() -> list[Part]:
