@@ -49,19 +49,22 @@ class Shape:
 
 
 def parts(options: Options) -> list[Part]:
-    """On a CPU the demo's model and a 24M one, on a GPU the shapes the world knows; compiled peers come last."""
+    """On a CPU the demo's model, a 24M one and a small one over characters, in the format that is fast there; on a GPU
+    the shapes the world knows. Compiled peers come last."""
     from .environment import find_device
 
     if find_device(options.device) == "cuda":
         return _gpu_parts()
-    tiny = {"preset": "llama-tiny", "batch": 16, "time": 256}
+    from ..engine.device import pick_dtype
+
+    dtype = str(pick_dtype("auto", "cpu")).removeprefix("torch.")
+    tiny = {"preset": "llama-tiny", "batch": 16, "time": 256, "dtype": dtype}
     larger = tiny | {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 8192}
-    return [
-        Part("llama-tiny bfloat16", duel, tiny | {"dtype": "bfloat16"}, minutes=1),
-        Part("llama-tiny float32", duel, tiny | {"dtype": "float32"}, minutes=1.5),
-        Part("llama-24m bfloat16", duel, larger | {"dtype": "bfloat16"}, minutes=2),
-        Part("llama-tiny bfloat16 compiled", duel, tiny | {"dtype": "bfloat16", "compiled": True}, minutes=3),
-    ]
+    small = tiny | {"n_layers": 4, "d_model": 128, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 128}
+    small |= {"batch": 12, "time": 64}  # nanoGPT's example for a CPU
+    shapes = {"llama-tiny": tiny, "llama-24m": larger, "characters": small}
+    parts = [Part(f"{name} {dtype}", duel, shape, minutes=1.5) for name, shape in shapes.items()]
+    return parts + [replace(p, name=f"{p.name} compiled", config=p.config | {"compiled": True}) for p in parts]
 
 
 def _gpu_parts() -> list[Part]:
@@ -113,7 +116,7 @@ def ours(shape: Shape) -> Callable[[], object]:
     batches = (Batch(tokens, targets) for tokens, targets in shape.batches())
 
     def step() -> float:
-        return trainer._one_step(next(batches))[0]
+        return trainer.one_step(next(batches))[0]
 
     step.folder = folder  # the run's directory lives as long as the step
     return step

@@ -58,6 +58,28 @@ WARPLOOM_INLINE f16 load(const bfloat16* p) {
     return x;
 }
 WARPLOOM_INLINE void store(float* p, f16 x) { std::memcpy(p, &x, 64); }
+WARPLOOM_INLINE void store(bfloat16* p, f16 x) {  // as `narrow`
+    u16 wide;
+    std::memcpy(&wide, &x, 64);
+    const h16 bits = __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, h16);
+    std::memcpy(p, &bits, 32);
+}
+
+// The first n of sixteen lanes; the others are zero.
+template <class T>
+WARPLOOM_INLINE f16 load(const T* p, int n) {
+    if (n >= 16) return load(p);
+    float x[16] = {};
+    for (int i = 0; i < n; ++i) x[i] = widen(p[i]);
+    return load(x);
+}
+template <class T>
+WARPLOOM_INLINE void store(T* p, f16 x, int n) {
+    if (n >= 16) return store(p, x);
+    float y[16];
+    store(y, x);
+    for (int i = 0; i < n; ++i) narrow(y[i], p[i]);
+}
 
 WARPLOOM_INLINE float sum(f16 x) {
     f8 a, b;

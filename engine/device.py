@@ -47,10 +47,14 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: torch.device | st
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bfloat16 in hardware (tensor cores, AMX tiles, AVX512-bf16)?"""
+    """Does this device multiply bfloat16 faster than float32 (tensor cores, AMX tiles, AMD's AVX512-bf16)?
+
+    Intel's AVX512-bf16 alone does not: without AMX (a virtual machine may hide it) it runs at half the float32 rate.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
+    flags = cpu_flags() if device.type == "cpu" else frozenset()
+    return "amx_bf16" in flags or {"avx512_bf16", "sse4a"} <= flags  # sse4a: AMD alone has it
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import passes_cpu
+
 LONGEST = 512
 BLOCK = 64
 
@@ -50,6 +52,13 @@ def _by_token(x_RGTD: Tensor, B: int) -> Tensor:
     return x_RGTD.view(B, R // B, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, R // B * G, D)
 
 
+def _weights(scores_RGnS: Tensor, scale: float) -> Tensor:
+    n, S = scores_RGnS.shape[-2:]
+    future = torch.ones(n, n, dtype=torch.bool).triu(1)
+    scores_RGnS[..., S - n :].masked_fill_(future, float("-inf"))
+    return torch.softmax(scores_RGnS.mul_(scale), -1)
+
+
 class _Staircase(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BTHD, k_BTKD, v_BTKD, scale):
@@ -59,17 +68,19 @@ class _Staircase(torch.autograd.Function):
         k, v = (_by_key_head(x, K)[:, 0] for x in (k_BTKD, v_BTKD))
         R, G = q.shape[:2]
         o, kept = torch.empty_like(q), []
-        wide_q, wide_k = q.float() * scale, k.float()
+        wide_q, wide_k, native = q.float(), k.float(), passes_cpu.serves(q)
         for start, end in _steps(T):
             n = end - start
-            scores = torch.bmm(wide_q[:, :, start:end].reshape(R, G * n, D), wide_k[:, :end].mT).view(R, G, n, end)
-            future = torch.ones(n, n, dtype=torch.bool).triu(1)
-            scores[..., start:].masked_fill_(future, float("-inf"))
-            weights = torch.softmax(scores, -1).to(q.dtype).view(R, G * n, end)
+            scores = torch.bmm(wide_q[:, :, start:end].reshape(R, G * n, D), wide_k[:, :end].mT)
+            if native:
+                weights = torch.empty_like(scores, dtype=q.dtype)
+                passes_cpu.attend(scores, weights, n, scale)
+            else:
+                weights = _weights(scores.view(R, G, n, end), scale).to(q.dtype).view(R, G * n, end)
             o[:, :, start:end] = torch.bmm(weights, v[:, :end]).view(R, G, n, D)
             kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.native = scale, native
         return _by_token(o, B)
 
     @staticmethod
@@ -85,12 +96,16 @@ class _Staircase(torch.autograd.Function):
             upstream = do[:, :, start:end].reshape(R, G * n, D)
             dv[:, :end].baddbmm_(weights.mT, upstream)
             d_weights = torch.bmm(upstream, v[:, :end].mT)
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            if ctx.native:
+                d_scores = d_weights
+                passes_cpu.unattend(weights, d_weights, n, ctx.scale)
+            else:
+                d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype) * ctx.scale
             dq[:, :, start:end] = torch.bmm(d_scores, k[:, :end]).view(R, G, n, D)
             dk[:, :end].baddbmm_(d_scores.mT, q[:, :, start:end].reshape(R, G * n, D))
         return (
-            _by_token(dq.mul_(ctx.scale), B),
-            _by_token(dk.mul_(ctx.scale)[:, None], B),
+            _by_token(dq, B),
+            _by_token(dk[:, None], B),
             _by_token(dv[:, None], B),
             None,
         )

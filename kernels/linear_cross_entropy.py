@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from . import passes_cpu
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
 from .fused import Differentiable, launch, launcher
 from .lang import tl, triton, wide
@@ -95,7 +96,7 @@ def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, 
         if want_hidden:
             torch.mm(d_logits_SV, weight_VC, out=d_hidden_NC[rows])
         if want_weight:
-            d_weight_VC += d_logits_SV.T @ hidden_NC[rows]
+            _add_product(d_weight_VC, d_logits_SV.T, hidden_NC[rows])
     return losses_N, d_hidden_NC, None if d_weight_VC is None else d_weight_VC.to(weight_VC.dtype)
 
 
@@ -107,6 +108,9 @@ def rows_per_slab(V: int) -> int:
 def _slab(logits_SV, targets_S, options, scale_S):
     """Losses of a slab and, given each row's upstream gradient, the gradient of its logits."""
     ignore_index, smoothing, z_loss, softcap, _ = options
+    if softcap is None and passes_cpu.serves(logits_SV):
+        losses_S = passes_cpu.entropy(logits_SV, targets_S, scale_S, ignore_index, smoothing, z_loss)
+        return losses_S, logits_SV
     dtype = wide(logits_SV)
     x = logits_SV if softcap is None else softcap * torch.tanh(logits_SV.to(dtype) / softcap)
     counted_S = targets_S != ignore_index
@@ -166,9 +170,11 @@ def gpu_rows_per_slab(V: int) -> int:
 
 
 def _add_product(sum_VC, a_VS, b_SC):
-    """sum += a · b, accumulated in float32: on a GPU within the product itself, without a pass of its own."""
+    """sum += a · b, accumulated in the wide format: where possible within the product, without a pass of its own."""
     if sum_VC.is_cuda and a_VS.dtype != torch.float32:
         torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
+    elif a_VS.dtype == sum_VC.dtype:
+        sum_VC.addmm_(a_VS, b_SC)
     else:
         sum_VC += a_VS @ b_SC
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import torch
 
+from . import passes_cpu
 from .fused import Differentiable, launch, launcher
 from .lang import next_power_of_2, tl, triton, wide
 from .op import Budget, Case, Op
@@ -123,6 +124,13 @@ def _rotate(x, cos_TR, sin_TR, interleaved):
         a, b = turning.chunk(2, -1)
         turned = torch.cat((a * c - b * s, b * c + a * s), -1)
     return torch.cat((turned.to(x.dtype), x[..., rotary:]), -1) if rotary < x.shape[-1] else turned.to(x.dtype)
+
+
+def _rope_eager(q, k, cos, sin, positions=None, interleaved=False):
+    plain = cos.dtype == sin.dtype == torch.float32 and cos.stride() == sin.stride() and cos.stride(1) == 1
+    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and passes_cpu.serves(q, k):
+        return passes_cpu.turn(q, k, cos, sin, positions)
+    return _rope(q, k, cos, sin, positions, interleaved)
 
 
 # ---- fused ----
@@ -252,6 +260,7 @@ def _tables(m, length, half):
 rope = Op(
     name="rope",
     reference=_rope,
+    eager=_rope_eager,
     fused=_rope_fused,
     rows=("q", "k", "positions"),
     cases=[

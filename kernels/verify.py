@@ -1,4 +1,4 @@
-"""Is a fused twin right? Tests ask it in the interpreter, benchmarks on a GPU before they time anything.
+"""Is a fused twin, or an eager one, right? Tests ask it on a CPU, benchmarks on a GPU before they time anything.
 
 The rule: our largest error is at most twice that of the same formula in eager PyTorch at the same precision, both
 measured against float64, plus a floor of a few roundings of the result. Gradients are held to the same.
@@ -12,11 +12,11 @@ import torch
 from .op import Case, Maker, Op, backend
 
 
-def errors(op: Op, case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    """Sentences, one for each result or gradient of a case that is wrong; none where all is well."""
+def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "triton") -> list[str]:
+    """Sentences, one for each result or gradient of a case that is wrong on backend `path`; none if all is well."""
     exact = call(op, case, op.reference, Maker(dtype), double)
     eager = call(op, case, op.reference, Maker(dtype, device))
-    with backend("triton"):
+    with backend(path):
         ours = call(op, case, op, Maker(dtype, device))
     found = []
     for kind, mine, plain, true in zip(("result", "gradient"), ours, eager, exact):

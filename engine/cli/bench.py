@@ -17,7 +17,7 @@ from ... import bench as benches
 from ...bench import table
 from ...bench.harness import Options, Outcome, run_bench
 
-BENCHES = ("kernels", "tokenizer", "train", "serve")
+BENCHES = ("kernels", "tokenizer", "train", "serve", "data", "kills")
 
 
 def run(argv: list[str]) -> int:

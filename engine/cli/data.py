@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .flags import parse
@@ -13,7 +15,8 @@ from .flags import parse
 @dataclass(frozen=True)
 class Flags:
     """Tokenize a corpus into DIR/train.bin, val.bin and test.bin. Only the sources tinystories, openwebtext and
-    wikitext use the network: they stream from the Hugging Face hub."""
+    wikitext use the network: they are downloaded from the Hugging Face hub to DIR.download, which is removed at the
+    end; interrupted, the same command goes on."""
 
     out: str
     """Directory to write."""
@@ -41,15 +44,17 @@ def run(argv: list[str]) -> int:
     def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    corpus = open_corpus(flags.source, flags.files, flags.num_samples)
+    keep = Path(f"{flags.out}.download")
+    corpus = open_corpus(flags.source, flags.files, flags.num_samples, keep)
     if flags.source in ("tinystories", "openwebtext", "wikitext"):
-        note(f"streaming {corpus.name} from the Hugging Face hub")
+        note(f"downloading {corpus.name} from the Hugging Face hub to {keep}; interrupted, the same command goes on")
     tokenizer = make_tokenizer(flags.tokenizer, text_of(corpus, 0, flags.splits), flags.vocab_size, note)
     with Bar(corpus.name) as advance:
         data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
     for name, info in data.meta.splits.items():
         rate = info.bytes / info.tokens if info.tokens else 0
         print(f"{name}: {info.tokens:,} tokens of {info.documents:,} documents, {rate:.2f} bytes a token")
+    shutil.rmtree(keep, ignore_errors=True)
     return 0
 
 

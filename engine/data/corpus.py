@@ -168,10 +168,13 @@ def expand(patterns: Iterable[str | Path]) -> list[Path]:
 
 
 def _documents(path: Path, field: str) -> Iterator[Iterable[str]]:
-    name = path.name.removesuffix(".gz")
-    if not name.endswith((".jsonl", ".ndjson")):
-        yield _blocks(path)
-        return
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+        return ([text] for text in json_texts(path, field))
+    return iter([_blocks(path)])
+
+
+def json_texts(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file with one JSON object a line."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -181,7 +184,7 @@ def _documents(path: Path, field: str) -> Iterator[Iterable[str]]:
             raise ValueError(f"{path}:{number} is not a JSON object with a field {field!r}") from error
         if not isinstance(text, str):
             raise ValueError(f"{path}:{number}: field {field!r} must be a string, not {type(text).__name__}")
-        yield [text]
+        yield text
 
 
 def _open(path: Path):
@@ -213,53 +216,16 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a complete gzip file: {error}") from error
 
 
-HUB = {
-    "tinystories": {"path": "roneneldan/TinyStories"},
-    "openwebtext": {"path": "Skylion007/openwebtext"},
-    "wikitext": {"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1"},
-}
-
-
-def hub(
-    source: str, limit: int | None = None, data_files: dict | list | str | None = None, kind: str | None = None
+def open_corpus(
+    source: str, patterns: Iterable[str | Path] = (), limit: int | None = None, keep: str | Path = "download"
 ) -> Corpus:
-    """A public data set, streamed by `datasets` (nothing is kept on disk); `data_files` reads local copies instead."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"source {source!r} needs the package datasets: pip install 'warploom[data]'") from error
-    where = HUB[source] if data_files is None else {"path": kind or "json", "data_files": data_files}
+    """The corpus that `warploom data --source … --files … --num-samples …` names; downloads go to the folder `keep`."""
+    from .hub import HUB, hub
 
-    def read() -> Iterator[Iterable[str]]:
-        rows = (row["text"] for row in datasets.load_dataset(**where, split="train", streaming=True))
-        documents = articles(rows) if source == "wikitext" else ([text] for text in rows)
-        return itertools.islice(documents, limit)
-
-    return Corpus(source, read)
-
-
-TITLE = re.compile(r"\s*= [^=].*[^=] =\s*$")
-
-
-def articles(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Wikitext comes as lines; an article begins at its title, ` = Title = ` (sections have more equals signs)."""
-    article: list[str] = []
-    for line in lines:
-        if article and TITLE.match(line):
-            yield article
-            article = []
-        if article or line.strip():
-            article.append(line)
-    if article:
-        yield article
-
-
-def open_corpus(source: str, patterns: Iterable[str | Path] = (), limit: int | None = None) -> Corpus:
-    """The corpus that `warploom data --source … --files … --num-samples …` names."""
     if source == "stdlib":
         return stdlib(limit)
     if source == "file":
         return files(patterns, limit=limit)
     if source in HUB:
-        return hub(source, limit)
+        return hub(source, keep, limit)
     raise ValueError(f"source {source!r} is not known; choose one of: stdlib, file, {', '.join(HUB)}")

@@ -104,7 +104,7 @@ def _require_length(length: int, T: int) -> None:
     if length < T + 1:
         raise ValueError(
             f"the text has {length} tokens, too few for one window of context_length {T} and its next token: "
-            f"give more text or a context_length of at most {max(length - 1, 0)}"
+            f"give more text or a context of at most {max(length - 1, 0)}"
         )
 
 

@@ -15,12 +15,13 @@ in a thread on copies of the tensors, so that training waits for a copy and not 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,11 +137,6 @@ class Checkpoints:
             self._writer = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            if isinstance(failure, OSError):
-                raise ValueError(
-                    f"saving a checkpoint to {self.folder} failed: {failure.strerror or failure}; "
-                    f"the one before it is intact"
-                ) from failure
             raise failure
 
     def _write(self, step: int, write_model: Callable[[Path], None], tensors: dict, state: dict) -> None:
@@ -148,16 +144,17 @@ class Checkpoints:
         scratch = self.folder / f".step-{step}.partial"
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            write_model(scratch)
-            for name, value in tensors.items():
-                torch.save(value, scratch / f"{name}.pt")
-            hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
-            (scratch / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
-            for path in scratch.iterdir():
-                _flush(path)
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            os.rename(scratch, self.path(step))
-            _flush(self.folder)
+            with saving(f"a checkpoint to {self.folder}", self.folder, "the one before it is intact"):
+                write_model(scratch)
+                for name, value in tensors.items():
+                    torch.save(value, scratch / f"{name}.pt")
+                hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
+                (scratch / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
+                for path in scratch.iterdir():
+                    _flush(path)
+                shutil.rmtree(self.path(step), ignore_errors=True)
+                os.rename(scratch, self.path(step))
+                _flush(self.folder)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -207,3 +204,14 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def saving(what: str, folder: Path, comfort: str) -> Iterator[None]:
+    """Turns a failed write into one sentence: the writers of tensors do not say that a disk is full."""
+    try:
+        yield
+    except Exception as error:
+        full = shutil.disk_usage(folder).free < 1 << 20
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"saving {what} failed: {reason}; {comfort}") from error

@@ -72,7 +72,10 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
         return TokenData(config.data)
     made = Path(config.out) / "data"
     if reuse and (made / "meta.json").is_file():
-        return TokenData(made)
+        data = TokenData(made)
+        if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
+            raise ValueError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
+        return data
     corpus = stdlib() if config.data == "stdlib" else files([config.data])
     tokenizer = open_tokenizer(config, corpus, note)
     note(f"tokenizing {corpus.name} …")

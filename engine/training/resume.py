@@ -73,15 +73,15 @@ def resume_run(run: Trainer) -> None:
 
 def _check_same_run(run: Trainer, directory: Path, before: dict[str, Any]) -> None:
     now = describe(run)
+    for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
+        if now["data"][key] != before["data"][key]:
+            raise ValueError(f"{directory} was trained with {what} than {run.materials.data.directory} holds")
     for field, value in before["model"].items():
         if now["model"][field] != value:
             raise ValueError(
                 f"{directory} was trained with {field}={value!r}, but this run asks for "
                 f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
             )
-    for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
-        if now["data"][key] != before["data"][key]:
-            raise ValueError(f"{directory} was trained with {what} than {run.materials.data.directory} holds")
     if before["config"]["optimizer"] != run.config.optimizer:
         raise ValueError(
             f"{directory} was trained with optimizer={before['config']['optimizer']!r}, not {run.config.optimizer!r}"

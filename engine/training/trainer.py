@@ -35,7 +35,7 @@ from ..device import measured_matmul_flops, pick_device, pick_dtype
 from ..hub import load_model, save_model
 from ..model import Transformer
 from .card import describe, write_card
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, saving
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
 from .interrupts import interruptible
@@ -183,7 +183,7 @@ class Trainer:
         try:
             while self.step < self.steps and not self.stop_signal:
                 tick = time.perf_counter()
-                progress = self._one_step(next(batches))
+                progress = self.one_step(next(batches))
                 self.step_seconds.append(time.perf_counter() - tick)
                 self._fit_to_budget()
                 self._report(*progress)
@@ -210,7 +210,7 @@ class Trainer:
         ways += ["share the state with fsdp"] if self.team.size > config.fsdp else []
         return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
-    def _one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
+    def one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
         """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
         torch.manual_seed(_seed_of(self.config.seed, self.step))  # dropout, too, is a function of the step
         loss, load = self.accumulate(batch)
@@ -358,7 +358,8 @@ class Trainer:
         """Write the weights of now to OUT as a model directory."""
         weights = whole_weights(self.masters, self.average.best_weights())
         if self.team.leads:
-            save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
+            with saving(f"the model to {self.out}", self.out, "resume goes on from the last checkpoint"):
+                save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
 
     def _validation_split(self):
         data = self.materials.data

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.engine.data import corpus
 from warploom.engine.data.corpus import cut, files, open_corpus, stdlib
 
 
@@ -90,20 +89,3 @@ def test_one_long_document_is_split_by_position(tmp_path):
     places = [passage.place for passage in passages]
     assert places == sorted(places) and places[0] < 0.02 and places[-1] > 0.98
     assert [passage.ends for passage in passages] == [False] * (len(passages) - 1) + [True]
-
-
-def test_the_hub_sources_stream_local_files_of_the_same_format(tmp_path):
-    pytest.importorskip("datasets", reason="the data extra is not installed")
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"story {i}"}) for i in range(5)))
-    source = corpus.hub("tinystories", limit=3, data_files=str(path))
-    assert texts(source) == ["story 0", "story 1", "story 2"] == texts(source)
-
-
-def test_wikitext_lines_are_joined_into_articles(tmp_path):
-    pytest.importorskip("datasets", reason="the data extra is not installed")
-    lines = ["", " = Cats = \n", "", " They purr . \n", " = = Kinds = = \n", " Many . \n", " = Dogs = \n", " = = = \n"]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    found = texts(corpus.hub("wikitext", data_files=str(path)))
-    assert found == ["".join(lines[1:6]), "".join(lines[6:])]

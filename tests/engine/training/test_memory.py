@@ -26,7 +26,7 @@ def test_live_tensors_counts_storages_once_and_until_they_die():
 def test_predicted_memory_is_within_a_tenth_of_what_a_whole_step_takes(tiny, dtype, optimizer):
     trainer = Trainer(tiny(batch_size=24, dtype=dtype, optimizer=optimizer), [])
     line, batch = predict(trainer), trainer.loader.batch(0)
-    trainer._one_step(batch)  # makes the moments
+    trainer.one_step(batch)  # makes the moments
     moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
     standing = [*trainer.model.parameters(), *trainer.masters.named.values()]
     standing += [value for value in moments if isinstance(value, torch.Tensor)]
