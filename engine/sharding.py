@@ -93,6 +93,11 @@ def layout(config: ModelConfig, name: str) -> Layout:
     return known.get(re.sub(r"^blocks\.\d+\.", "", name), Layout())
 
 
+def layouts(model: Transformer) -> dict[str, Layout]:
+    """How each of a model's parameters is cut, by name."""
+    return {name: layout(model.config, name) for name, _ in model.named_parameters()}
+
+
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
     """Can this architecture be cut into so many pieces? Else a ValueError says what stands against it."""
     c = config

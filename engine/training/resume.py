@@ -11,7 +11,7 @@ from ..hub import load_model, save_model
 from .card import describe
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
 from .evaluate import Evaluation
-from .parallel import load_optimizer, whole_optimizer, whole_weights
+from .pieces import map_optimizer, whole_weights
 from .precision import assembled
 
 if TYPE_CHECKING:
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 def save_run(run: Trainer) -> None:
     """Write a checkpoint of a run: every process contributes its part, the leader writes."""
     weights = {name: p.detach() for name, p in run.masters.named.items()}
-    weights = snapshot(whole_weights(run.masters, weights))
+    weights = snapshot(whole_weights(run.pieces, weights))
+    whole = map_optimizer(
+        run.masters, run.optimizer, run.optimizer.state_dict(), lambda name, _, part: run.pieces.whole(name, part)
+    )
     tensors = {
-        "optimizer": snapshot(whole_optimizer(run.masters, run.optimizer)),
+        "optimizer": snapshot(whole),
         "scheduler": {
             "loss_scale": (run.scale.value, run.scale.calm),
-            "average": snapshot(whole_weights(run.masters, run.average.weights)),
+            "average": snapshot(whole_weights(run.pieces, run.average.weights)),
             "generators": generators(),
         },
     }
@@ -54,14 +57,17 @@ def resume_run(run: Trainer) -> None:
     directory, state = found
     _check_same_run(run, directory, state["run"])
     saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
-    run.masters.load(dict(saved.named_parameters()))
-    load_optimizer(run.masters, run.optimizer, load_tensors(directory, "optimizer"))
+    run.masters.load({name: run.pieces.part(name, p) for name, p in saved.named_parameters()})
+    moments = load_tensors(directory, "optimizer")
+    run.optimizer.load_state_dict(
+        map_optimizer(run.masters, run.optimizer, moments, lambda name, _, whole: run.pieces.part(name, whole))
+    )
     extra = load_tensors(directory, "scheduler")
     if run.config.grad_accum_steps == 0:  # the same cut gives the same bits
         run.micro_batches = state["run"]["micro_batches"]
     run.scale.value, run.scale.calm = extra["loss_scale"]
     for name, weight in extra["average"].items():
-        run.average.weights[name].copy_(run.masters.part(name, weight))
+        run.average.weights[name].copy_(run.pieces.part(name, weight))
     restore_generators(extra["generators"])
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     run.bad_steps, run.bad_run = state["bad_steps"]

@@ -61,11 +61,14 @@ def state(config, step):
 
 
 def test_replicas_and_shards_train_as_one_process_does(tiny, together):
-    one = tiny("one", steps=20, save_every=10, order="packed", grad_accum_steps=2)  # rows with unequal targets
+    model = {**tiny().model, "n_kv_heads": 2}
+    one = tiny(
+        "one", model=model, steps=20, save_every=10, order="packed", grad_accum_steps=2
+    )  # rows with unequal targets
     train(one)
-    for name, fsdp in (("replicas", 1), ("shards", 2)):
-        config = dataclasses.replace(one, out=one.out.replace("one", name), fsdp=fsdp)
-        assert together(config) == pytest.approx(losses(one), abs=1e-6)
+    for name, grid in (("copies", {"dp": 2}), ("slices", {"fsdp": 2}), ("pieces", {"tp": 2})):
+        config = dataclasses.replace(one, out=one.out.replace("one", name), **grid)
+        assert together(config) == pytest.approx(losses(one), abs=1e-6), name
 
 
 def test_a_run_changes_its_number_of_processes_at_a_checkpoint(tiny, together):
@@ -86,10 +89,6 @@ def test_a_run_changes_its_number_of_processes_at_a_checkpoint(tiny, together):
         torch.testing.assert_close(moments[index]["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.skipif(
-    not os.environ.get("WARPLOOM_ELASTIC"),
-    reason="gloo's reconnection after a killed rank depends on timing: WARPLOOM_ELASTIC=1 runs it",
-)
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
     whole = tiny("whole", steps=60, save_every=4, eval_every=0)
     together(whole)
