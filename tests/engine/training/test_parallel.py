@@ -30,22 +30,30 @@ def free_port():
 
 
 @pytest.fixture
-def together(monkeypatch):
-    """Runs a config in two processes."""
+def pair(monkeypatch):
+    """Runs a script in two processes; returns how they ended."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.hub"])
-    script = str(Path(__file__).with_name("member.py"))
 
-    def run(config):
-        port = free_port()
-        places = [{"RANK": rank, "SIZE": 2, "PORT": port, "CONFIG": config} for rank in range(2)]
-        team = [context.Process(target=runpy.run_path, args=(script, place)) for place in places]
+    def run(script, **globals_):
+        path = str(Path(__file__).with_name(script))
+        team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in range(2)]
         for process in team:
             process.start()
         for process in team:
             process.join(120)
-        assert [process.exitcode for process in team] == [0, 0]
+        return [process.exitcode for process in team]
+
+    return run
+
+
+@pytest.fixture
+def together(pair):
+    """Runs a config in two processes."""
+
+    def run(config):
+        assert pair("member.py", SIZE=2, PORT=free_port(), CONFIG=config) == [0, 0]
         return losses(config)
 
     return run
@@ -87,6 +95,12 @@ def test_a_run_changes_its_number_of_processes_at_a_checkpoint(tiny, together):
     moments, expected = state(shards, 16)[1], state(steady, 16)[1]
     for index, entry in expected.items():
         torch.testing.assert_close(moments[index]["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+def test_processes_do_not_wait_for_the_dead_whose_addresses_torchrun_keeps(pair):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert pair("generation.py", PORT=store.port, DOOMED=1) == [1, -signal.SIGKILL]
+    assert pair("generation.py", PORT=store.port, DOOMED=None) == [0, 0]
 
 
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
