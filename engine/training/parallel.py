@@ -22,6 +22,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from ..sharding import Layout, check, layouts, shard
 from .config import TrainConfig
 from .precision import Masters
 from .rendezvous import join
+from .shards import ShardWriter
 
 AXES = ("dp", "fsdp", "ep", "tp")
 BUCKET = 1 << 24  # numbers added up at once: many small messages are slow, one large one needs a copy of everything
@@ -60,9 +62,16 @@ class Team:
         self.joined = not dist.is_initialized()
         generation = join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") if self.joined else 1
         self.restarted = bool(self.most(self.restarted or generation > 1))
-        self.mesh = dist.device_mesh.init_device_mesh(
-            device.type, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes)
-        )
+        self.mesh = self._make_mesh(device.type)
+        self.host_mesh = self._make_mesh("cpu") if device.type != "cpu" and self.splits_state else self.mesh
+        self.shard_writer = ShardWriter() if self.splits_state else None
+
+    def _make_mesh(self, kind: str) -> dist.DeviceMesh:
+        return dist.init_device_mesh(kind, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
+
+    def mesh_of(self, device: torch.device) -> dist.DeviceMesh:
+        """The grid, for tensors on the run's device or for copies in the memory of its host."""
+        return self.mesh if device.type == self.device.type else self.host_mesh
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """This process and those that differ from it along one axis; None if there are none."""
@@ -96,6 +105,14 @@ class Team:
         """End what joining began, when all is well: with a process that died one cannot even part."""
         if self.size > 1 and self.joined:
             dist.destroy_process_group()
+
+    def told(self, value: Any) -> Any:
+        """What the leader says, in every process."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def wait(self) -> None:
         if self.size > 1:

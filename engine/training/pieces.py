@@ -59,7 +59,9 @@ class Pieces:
         dims = {"dp": None, "fsdp": where.stream, "ep": where.ep, "tp": where.tp}
         places = [Replicate() if dim is None else Shard(dim) for dim in dims.values()]
         stride = torch.empty(whole, device="meta").stride()
-        return DTensor.from_local(part, self.team.mesh, places, run_check=False, shape=whole, stride=stride)
+        return DTensor.from_local(
+            part, self.team.mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
+        )
 
     def _rank(self, axis: str) -> int:
         return 0 if self.team.mesh is None else self.team.mesh.get_local_rank(axis)
@@ -75,13 +77,31 @@ def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> dict[str, Tenso
     return found
 
 
+def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
+    """Every tensor of the state that this process keeps, by (kind, name of weight): to be saved, or to be filled."""
+    parts = {("model", name): p.detach() for name, p in masters.named.items()}
+    parts |= {("average", name): part for name, part in average.items()}
+    for name, p in masters.named.items():
+        parts |= {(key, name): part for key, part in optimizer.state.get(p, {}).items() if is_moment(part)}
+    return parts
+
+
+def state_blocks(pieces: Pieces, parts: dict) -> dict[str, Tensor]:
+    """The same, cut into blocks that know where they lie."""
+    return {
+        f"{kind}.{key}": block
+        for (kind, name), part in parts.items()
+        for key, block in pieces.blocks(name, part).items()
+    }
+
+
 def map_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dict, change) -> dict:
-    """An optimizer's `state_dict` whose tensors shaped like a weight went through `change(name of weight, key, it)`."""
+    """An optimizer's `state_dict` whose tensors shaped like a weight went through `change(name of weight, it)`."""
     names = {id(p): name for name, p in masters.named.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     moments = {
         index: {
-            key: change(order[index], key, value) if value is None or is_moment(value) else value
+            key: change(order[index], value) if value is None or is_moment(value) else value
             for key, value in entry.items()
         }
         for index, entry in state["state"].items()

@@ -84,7 +84,7 @@ class Trainer:
         self.team = Team(self.device, config)
         self.config, self.watchers = config, watchers if self.team.leads else []
         self.out = Path(config.out)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last, self.team.leads)
         with self.team.leader_first():
             again = config.resume or self.team.restarted
             if self.team.leads:
