@@ -210,8 +210,8 @@ class ExpertParallelMoE(Part, MoE):
         normalize = c.normalize_experts and c.experts_per_token > 1
         weights_TK, experts_TK, aux = route(self.router(x_TC), c.experts_per_token, c.router, normalize)
         everyone = (gather(spread(x_TC, self.tp), self.group), gather(spread(weights_TK, self.tp), self.group))
-        y_TC = scatter(self._answers(*everyone, concatenate(experts_TK, self.group)), self.group)
-        y_BTC = add_up(y_TC, self.tp).view_as(x_BTC)
+        y_TC = self._answers(*everyone, concatenate(experts_TK, self.group))
+        y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
     def _answers(self, x_TC: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:

@@ -70,13 +70,34 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_replicas_and_shards_train_as_one_process_does(tiny, together):
+def test_copies_slices_and_pieces_train_as_one_process_does(tiny, together):
     unequal = {"order": "packed", "grad_accum_steps": 2}  # rows with more and with fewer targets
     one = tiny("one", model=PAIRED, steps=20, save_every=10, **unequal)
     train(one)
     for name, grid in (("copies", {"dp": 2}), ("slices", {"fsdp": 2}), ("pieces", {"tp": 2})):
         config = dataclasses.replace(one, out=one.out.replace("one", name), **grid)
         assert together(config) == pytest.approx(losses(one), abs=1e-6), name
+
+
+def test_experts_and_pieces_of_experts_train_as_one_process_does(tiny, together):
+    experts = {"n_experts": 4, "d_ff": 64, "balance_loss": 0.0}  # which each process would judge by its own rows
+    one = tiny("one", model={**PAIRED, **experts}, steps=20, save_every=50)
+    train(one)
+    for grid in ({"ep": 2}, {"tp": 2}):
+        config = dataclasses.replace(one, out=one.out.replace("one", str(*grid)), **grid)
+        assert together(config) == pytest.approx(losses(one), abs=1e-6), grid
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"dp": 2, "tp": 2}, "dp=2 × fsdp=1 × ep=1 × tp=2 needs 4 processes, but this run has 1"),
+        ({"fsdp": 2}, "fsdp=2 .* needs 2 processes, but this run has 1"),
+    ],
+)
+def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train(tiny(**changes))
 
 
 @pytest.mark.parametrize("grid", [{"fsdp": 2}, {"tp": 2}], ids=lambda grid: next(iter(grid)))
@@ -113,12 +134,12 @@ def test_processes_do_not_wait_for_the_dead_whose_addresses_torchrun_keeps(pair)
 
 
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
-    whole = tiny("whole", steps=60, save_every=4, eval_every=0)
+    whole = tiny("whole", steps=60, save_every=4, eval_every=0, fsdp=2)
     together(whole)
     out = Path(whole.out).with_name("restarted")
     model = [f"--{name.replace('_', '-')}={value}" for name, value in whole.model.items()]
     flags = ["--tokenizer=char", "--steps=60", "--batch-size=4", "--save-every=4", "--eval-every=0", "--dtype=float32"]
-    flags += ["--sample-tokens=4", "--device=cpu", "--log-every=1", "--eval-batches=2", *model]
+    flags += ["--fsdp=2", "--sample-tokens=4", "--device=cpu", "--log-every=1", "--eval-batches=2", *model]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     launch += ["--max-restarts=2", "-m", "warploom.engine.cli", "train", whole.data, f"--out={out}", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -131,8 +152,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same
     output, _ = agent.communicate(timeout=200)
     assert agent.returncode == 0, output
     assert "resuming from" in output
-    weights = "checkpoints/step-60/model.safetensors"
-    assert digest(out / weights) == digest(Path(whole.out) / weights)
+    assert digest(out / "model.safetensors") == digest(Path(whole.out) / "model.safetensors")
 
 
 def _member_of(agent, rank):
