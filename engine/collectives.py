@@ -54,7 +54,7 @@ class _Even(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.size = group.size()
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx, grad):

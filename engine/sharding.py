@@ -93,6 +93,11 @@ def layout(config: ModelConfig, name: str) -> Layout:
     return known.get(re.sub(r"^blocks\.\d+\.", "", name), Layout())
 
 
+def layouts(model: Transformer) -> dict[str, Layout]:
+    """How each of a model's parameters is cut, by name."""
+    return {name: layout(model.config, name) for name, _ in model.named_parameters()}
+
+
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
     """Can this architecture be cut into so many pieces? Else a ValueError says what stands against it."""
     c = config
@@ -205,8 +210,8 @@ class ExpertParallelMoE(Part, MoE):
         normalize = c.normalize_experts and c.experts_per_token > 1
         weights_TK, experts_TK, aux = route(self.router(x_TC), c.experts_per_token, c.router, normalize)
         everyone = (gather(spread(x_TC, self.tp), self.group), gather(spread(weights_TK, self.tp), self.group))
-        y_TC = scatter(self._answers(*everyone, concatenate(experts_TK, self.group)), self.group)
-        y_BTC = add_up(y_TC, self.tp).view_as(x_BTC)
+        y_TC = self._answers(*everyone, concatenate(experts_TK, self.group))
+        y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
     def _answers(self, x_TC: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:

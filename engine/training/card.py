@@ -46,9 +46,9 @@ def describe(run: Trainer) -> dict[str, Any]:
     return {
         "config": run.config.to_dict(),
         "model": run.materials.model.to_dict(),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": sum(shape.numel() for shape in run.pieces.shapes.values()),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "processes": run.team.size,
+        "processes": run.team.axes,
         "steps": run.steps,
         "micro_batches": run.micro_batches,
         "data": {

@@ -8,6 +8,8 @@ uninterrupted one would. `checkpoints/step-N/` holds
     scheduler.pt                                   loss scale, averaged weights, generators' states
     state.json                                     step, counters, and the SHA-256 of every file above
 
+Where weights are spread over processes, `shards/` stands for the model directory and the moments (`shards.py`).
+
 It is written under another name, flushed to disk, and renamed: a name `step-N` means a complete checkpoint. A file that
 was torn or changed afterwards no longer matches its hash, and the checkpoint before it is used instead. Writing happens
 in a thread on copies of the tensors, so that training waits for a copy and not for a disk.
@@ -102,10 +104,13 @@ def snapshot(value: Any) -> Any:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: writes them in a thread, keeps the last few, finds the last good one."""
+    """The `checkpoints/` folder of a run: writes them in a thread, keeps the last few, finds the last good one.
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    Where every process writes a part, the one that `leads` makes the whole appear.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, leads: bool = True) -> None:
+        self.folder, self.keep_last, self.leads = folder, keep_last, leads
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -113,17 +118,28 @@ class Checkpoints:
         return self.folder / f"step-{step}"
 
     def save(
-        self, step: int, write_model: Callable[[Path], None], tensors: dict[str, Any], state: dict[str, Any]
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        state: dict[str, Any],
+        *,
+        write_model: Callable[[Path], None] | None = None,
+        write_shards: Callable[[Path], dict[str, str]] | None = None,
     ) -> None:
-        """Write `tensors` as NAME.pt and `state` as state.json beside a model directory, in the background.
+        """Write `tensors` as NAME.pt and `state` as state.json, beside a model directory or shards, in the background.
 
-        `write_model` and `tensors` must own what they write: copies, not live tensors.
+        All of them must own what they write: copies, not live tensors. `write_shards` waits for those of all
+        processes and tells their hashes.
         """
         self.wait()
+        scratch = self.folder / f".step-{step}.partial"
+        if self.leads:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
         def write() -> None:
             try:
-                self._write(step, write_model, tensors, state)
+                self._write(step, scratch, write_model, write_shards, tensors, state)
             except BaseException as error:  # handed to the training thread, which raises it
                 self._failure = error
 
@@ -139,16 +155,17 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _write(self, step: int, write_model: Callable[[Path], None], tensors: dict, state: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f".step-{step}.partial"
-        shutil.rmtree(scratch, ignore_errors=True)
+    def _write(self, step: int, scratch: Path, write_model, write_shards, tensors: dict, state: dict) -> None:
         try:
             with saving(f"a checkpoint to {self.folder}", self.folder, "the one before it is intact"):
-                write_model(scratch)
+                hashes = write_shards(scratch) if write_shards else {}
+                if not self.leads:
+                    return
+                if write_model:
+                    write_model(scratch)
                 for name, value in tensors.items():
                     torch.save(value, scratch / f"{name}.pt")
-                hashes = {path.name: file_hash(path) for path in sorted(scratch.iterdir())}
+                hashes |= {path.name: file_hash(path) for path in sorted(scratch.iterdir()) if path.is_file()}
                 (scratch / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
                 for path in scratch.iterdir():
                     _flush(path)
@@ -156,7 +173,8 @@ class Checkpoints:
                 os.rename(scratch, self.path(step))
                 _flush(self.folder)
         except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if self.leads:
+                shutil.rmtree(scratch, ignore_errors=True)
             raise
         for old in self.steps()[self.keep_last :]:
             shutil.rmtree(self.path(old), ignore_errors=True)
@@ -212,6 +230,7 @@ def saving(what: str, folder: Path, comfort: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        error = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)  # of many processes
         full = shutil.disk_usage(folder).free < 1 << 20
         reason = "No space left on device" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"saving {what} failed: {reason}; {comfort}") from error

@@ -86,8 +86,14 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of activations and of the weights they meet; masters stay float32. auto = bfloat16 where it is fast."""
+    dp: int | None = None
+    """Under torchrun: copies of the whole state; None = as many as the processes that fsdp, ep and tp leave."""
     fsdp: int = 1
-    """Under torchrun: processes that share one copy of weights and optimizer state; copies are made along the rest."""
+    """Processes that each keep a slice of all weights and optimizer state, and train on rows of their own."""
+    tp: int = 1
+    """Processes that each keep some heads, features and words, and train on the same rows."""
+    ep: int = 1
+    """Processes that each keep some experts, and train on rows of their own."""
     compile: bool = False
     """torch.compile each block."""
     recompute: bool = False
@@ -133,6 +139,8 @@ class TrainConfig:
             "lr",
             "keep_last",
             "fsdp",
+            "tp",
+            "ep",
         ):
             _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
         for name in (
@@ -146,6 +154,7 @@ class TrainConfig:
             "weight_decay",
         ):
             _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+        _require(self.dp is None or self.dp > 0, f"dp must be more than 0, not {self.dp}")
         _require(self.context is None or self.context > 0, f"context must be more than 0, not {self.context}")
         _require(0 <= self.ema < 1, f"ema must be in [0, 1), not {self.ema}")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}")

@@ -117,7 +117,7 @@ def predict(run: Trainer) -> MemoryLine:
 
 def fewest_micro_batches(run: Trainer) -> int:
     """Into how many micro-batches a step must be cut to fit the memory that is free, the same in all processes."""
-    total, size = run.config.batch_size, run.team.size
+    total, size = run.config.batch_size, run.team.readers
     cuts = [n for n in range(1, total + 1) if total % n == 0 and total // n % size == 0]
     if total // size < 4:
         return 1

@@ -4,20 +4,25 @@ Every process reads the same global batch (a pure function of the step) and take
 the data does not depend on how many processes there are, and each knows how many targets the whole step has: gradients
 are sums over rows divided by that number, and summing them over processes gives what one process would have computed.
 
-The world is a grid of `dp` × `fsdp` processes. Along `dp`, processes hold copies of the state and add up their
-gradients. Along `fsdp`, they share one copy: each keeps a slice of every weight, gradient and moment (PyTorch's
-`fully_shard`, block by block) and gathers a block's weights just before it is needed. Since AdamW acts on each number
-alone, a slice is all that an optimizer needs to see.
+The processes form a grid with four axes:
 
-A checkpoint is written whole, by one process, in the same format whatever the grid was: a run saved by two processes
-resumes in one, or in eight.
+    dp      copies: the same weights, other rows; gradients are added up after the step
+    fsdp    slices: other rows; each keeps a slice of every weight, gradient and moment, and gathers a block's weights
+            just before it needs them (PyTorch's `fully_shard`, block by block)
+    ep      experts: other rows; each owns some experts of every layer, the rest is copied as along dp
+    tp      pieces: the same rows; each owns some heads, features and words (`sharding.py`)
+
+Since AdamW acts on each number alone, a piece is all that an optimizer needs to see. Slices are taken along the width
+of the stream, pieces and experts along other dimensions: so what a process keeps of a matrix is always one block of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,34 +30,67 @@ from torch import Tensor
 
 from ..data.loader import Batch
 from ..model import Transformer
+from ..sharding import Layout, check, layouts, shard
+from .config import TrainConfig
 from .precision import Masters
+from .rendezvous import join
+from .shards import ShardWriter
+
+AXES = ("dp", "fsdp", "ep", "tp")
+BUCKET = 1 << 24  # numbers added up at once: many small messages are slow, one large one needs a copy of everything
 
 
 class Team:
-    """This process's place among those of the run, and the little they say to each other."""
+    """This process's place among those of the run, and the little they say to each other.
 
-    def __init__(self, device: torch.device, fsdp: int, batch_rows: int) -> None:
+    `restarted`: has torchrun started the processes again after a failure, here or on another machine? Then the run
+    continues from its last checkpoint.
+    """
+
+    def __init__(self, device: torch.device, config: TrainConfig) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        self.fsdp, self.mesh, self.device = fsdp, None, device
-        if self.size % fsdp:
-            raise ValueError(f"fsdp={fsdp} does not divide the {self.size} processes of this run")
-        if batch_rows % self.size:
-            raise ValueError(f"a micro-batch of {batch_rows} rows cannot be shared by {self.size} processes evenly")
+        self.device, self.mesh = device, None
+        self.axes = _grid(config, self.size)
+        self.readers = self.size // self.axes["tp"]
+        rows = config.batch_size // (config.grad_accum_steps or 1)
+        if rows % self.readers:
+            raise ValueError(f"a micro-batch of {rows} rows cannot be shared by {self.readers} processes evenly")
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if self.size == 1:
             return
         self.joined = not dist.is_initialized()
-        if self.joined:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if fsdp > 1:
-            shape = (self.size // fsdp, fsdp)
-            mesh = torch.distributed.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=("dp", "fsdp"))
-            self.mesh = mesh if shape[0] > 1 else mesh["fsdp"]
+        generation = join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") if self.joined else 1
+        self.restarted = bool(self.most(self.restarted or generation > 1))
+        self.mesh = self._make_mesh(device.type)
+        self.host_mesh = self._make_mesh("cpu") if device.type != "cpu" and self.splits_state else self.mesh
+        self.shard_writer = ShardWriter() if self.splits_state else None
+
+    def _make_mesh(self, kind: str) -> dist.DeviceMesh:
+        return dist.init_device_mesh(kind, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
+
+    def mesh_of(self, device: torch.device) -> dist.DeviceMesh:
+        """The grid, for tensors on the run's device or for copies in the memory of its host."""
+        return self.mesh if device.type == self.device.type else self.host_mesh
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """This process and those that differ from it along one axis; None if there are none."""
+        return self.mesh.get_group(axis) if self.axes[axis] > 1 else None
 
     @property
     def leads(self) -> bool:
         """Is this the process that writes files and talks to people?"""
         return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """The number of this process's share of the rows; processes along tp have the same."""
+        return self.rank // self.axes["tp"]
+
+    @property
+    def splits_state(self) -> bool:
+        """Does no process have the whole state?"""
+        return self.size > self.axes["dp"]
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -64,9 +102,17 @@ class Team:
             self.wait()
 
     def leave(self) -> None:
-        """End what joining began."""
+        """End what joining began, when all is well: with a process that died one cannot even part."""
         if self.size > 1 and self.joined:
             dist.destroy_process_group()
+
+    def told(self, value: Any) -> Any:
+        """What the leader says, in every process."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def wait(self) -> None:
         if self.size > 1:
@@ -74,8 +120,8 @@ class Team:
 
     def share(self, batch: Batch) -> Batch:
         """The rows of a micro-batch that are this process's."""
-        rows = len(batch.tokens_BT) // self.size
-        return batch if self.size == 1 else batch.rows(self.rank * rows, (self.rank + 1) * rows)
+        rows = len(batch.tokens_BT) // self.readers
+        return batch if self.readers == 1 else batch.rows(self.reader * rows, (self.reader + 1) * rows)
 
     def total(self, *values: float) -> list[float]:
         """Sums over all processes, the same in each of them."""
@@ -94,64 +140,93 @@ class Team:
         return tensor.item()
 
     def add_gradients(self, masters: Masters) -> None:
-        """Sum the gradients of replicas (slices arrive summed)."""
-        if self.size == 1 or self.fsdp > 1:
-            return
-        grads = [p.grad for p in masters.named.values() if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
+        """Sum the gradients of processes that keep the same numbers for other rows (slices arrive summed)."""
+        for axis in ("dp", "ep"):
+            group = self.group(axis)
+            if group is None:
+                continue
+            copies = [p for name, p in masters.named.items() if axis == "dp" or masters.layouts[name].ep is None]
+            for grads in _buckets([p.grad for p in copies if p.grad is not None]):
+                flat = torch.cat([grad.flatten() for grad in grads])
+                dist.all_reduce(flat, group=group)
+                for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+                    grad.copy_(part.view_as(grad))
 
     def norm(self, masters: Masters) -> Tensor:
-        """The joint 2-norm of all gradients, slices of other processes included."""
-        grads = [p.grad for p in masters.named.values() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        if self.fsdp > 1:
-            squared = norm.double().square()
-            dist.all_reduce(squared, group=self.mesh.get_group("fsdp"))
-            norm = squared.sqrt().to(norm.dtype)
-        return norm
+        """The joint 2-norm of all gradients, those of other processes included: each number counts once."""
+        held = [(name, p.grad) for name, p in masters.named.items() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in held]))
+        if not self.splits_state:
+            return torch.linalg.vector_norm(norms)
+        copies = torch.tensor([self.copies(masters.layouts[name]) for name, _ in held], device=norms.device)
+        squared = (norms.double().square() / copies).sum()
+        dist.all_reduce(squared)
+        return squared.sqrt().to(norms.dtype)
+
+    def copies(self, where: Layout) -> int:
+        """How many processes keep the same numbers of a parameter."""
+        pieces = self.axes["fsdp"]
+        pieces *= self.axes["ep"] if where.ep is not None else 1
+        pieces *= self.axes["tp"] if where.tp is not None else 1
+        return self.size // pieces
 
 
-class ShardedMasters(Masters):
+def _grid(config: TrainConfig, size: int) -> dict[str, int]:
+    """The length of each axis; copies are made of what the others leave, unless dp says how many."""
+    others = config.fsdp * config.ep * config.tp
+    axes = {"dp": config.dp or max(1, size // others), "fsdp": config.fsdp, "ep": config.ep, "tp": config.tp}
+    if math.prod(axes.values()) != size:
+        product = " × ".join(f"{axis}={length}" for axis, length in axes.items())
+        raise ValueError(f"{product} needs {math.prod(axes.values())} processes, but this run has {size}")
+    return axes
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket, size = [], 0
+    for grad in grads:
+        if bucket and size + grad.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(grad)
+        size += grad.numel()
+    if bucket:
+        yield bucket
+
+
+def take_piece(model: Transformer, team: Team) -> Transformer:
+    """Of a whole model, what this process computes with (slices along fsdp come later, from `fully_shard`)."""
+    config, slices = model.config, team.axes["fsdp"]
+    check(config, team.axes["tp"], team.axes["ep"])
+    if config.d_model % slices:
+        raise ValueError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
+    return shard(model, team.group("tp"), team.group("ep"))
+
+
+class SlicedMasters(Masters):
     """Slices of the float32 weights, of which `fully_shard` gathers rounded copies block by block."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype, team: Team) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+        from torch.distributed.tensor import Shard
 
         if dtype == torch.float16:
             raise ValueError("fsdp trains in bfloat16 or float32, not in float16")
         self.model, self.dtype = model, torch.float32
+        self.layouts = layouts(model)
+        dimension = {p: self.layouts[name].stream for name, p in model.named_parameters()}
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (*model.blocks, model):
-            fully_shard(module, mesh=team.mesh, mp_policy=policy)
+            fully_shard(
+                module, mesh=team.mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p])
+            )
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         for method in ("losses", "hidden", "logits"):
             register_fsdp_forward_method(model, method)
-        self.sharded = dict(model.named_parameters())
-        self.named = {name: p.detach().to_local() for name, p in self.sharded.items()}
-        for name, p in self.sharded.items():
+        sliced = dict(model.named_parameters())
+        self.named = {name: p.detach().to_local() for name, p in sliced.items()}
+        for name, p in sliced.items():
             p.register_post_accumulate_grad_hook(_slice_collector(self.named[name]))
-
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        for name, part in self.named.items():
-            part.copy_(self.part(name, weights[name]))
-
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        from torch.distributed.tensor import distribute_tensor
-
-        like = self.sharded[name]
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements).to_local()
-
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
-        like = self.sharded[name]
-        place = {"shape": like.shape, "stride": like.stride()}
-        return DTensor.from_local(part, like.device_mesh, like.placements, **place).full_tensor()
 
 
 def _slice_collector(part: Tensor):
@@ -163,40 +238,6 @@ def _slice_collector(part: Tensor):
     return collect
 
 
-def restarted() -> bool:
-    """Did torchrun start this process again after a failure? Then the run continues from its last checkpoint."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def make_masters(model: Transformer, dtype: torch.dtype, team: Team) -> Masters:
-    """The trained weights of this process: all of them, or its slices."""
-    return ShardedMasters(model, dtype, team) if team.fsdp > 1 else Masters(model, dtype)
-
-
-def whole_weights(masters: Masters, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights (or averages of them) as any other program knows them."""
-    return {name: masters.whole(name, part) for name, part in weights.items()}
-
-
-def whole_optimizer(masters: Masters, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's state with whole tensors in the place of slices."""
-    return _map_state(masters, optimizer, optimizer.state_dict(), masters.whole)
-
-
-def load_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Give this process its part of a whole optimizer state."""
-    optimizer.load_state_dict(_map_state(masters, optimizer, state, masters.part))
-
-
-def _map_state(masters: Masters, optimizer: torch.optim.Optimizer, state: dict, change) -> dict:
-    names = {id(p): name for name, p in masters.named.items()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    moments = {
-        index: {key: change(order[index], value) if _is_moment(value) else value for key, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": moments}
-
-
-def _is_moment(value) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+    """The trained weights of this process: all that its model has, or slices of it."""
+    return SlicedMasters(model, dtype, team) if team.axes["fsdp"] > 1 else Masters(model, dtype)

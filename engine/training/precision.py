@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ..model import Transformer
+from ..sharding import layouts
 
 
 class Masters:
     """The trained weights in float32, by name, behind a model that computes in `dtype`."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.layouts = model, dtype, layouts(model)
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         self._rounded = list(self.named.values())
         if dtype == torch.float32:
@@ -47,18 +48,10 @@ class Masters:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights by name."""
+        """Take over weights by name; where a run spreads them over processes, this process's part of each."""
         for name, master in self.named.items():
             master.copy_(weights[name])
         self.publish()
-
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """What this process keeps of a tensor shaped like a weight: here, all of it."""
-        return whole
-
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The tensor of which this process keeps `part`."""
-        return part
 
     def zero_grad(self) -> None:
         for master in self.named.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,26 +12,17 @@ from ..hub import load_model, save_model
 from .card import describe
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
 from .evaluate import Evaluation
-from .parallel import load_optimizer, whole_optimizer, whole_weights
+from .pieces import map_optimizer, state_blocks, state_parts
 from .precision import assembled
+from .shards import FOLDER, read_shards
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
 def save_run(run: Trainer) -> None:
-    """Write a checkpoint of a run: every process contributes its part, the leader writes."""
-    weights = {name: p.detach() for name, p in run.masters.named.items()}
-    weights = snapshot(whole_weights(run.masters, weights))
-    tensors = {
-        "optimizer": snapshot(whole_optimizer(run.masters, run.optimizer)),
-        "scheduler": {
-            "loss_scale": (run.scale.value, run.scale.calm),
-            "average": snapshot(whole_weights(run.masters, run.average.weights)),
-            "generators": generators(),
-        },
-    }
-    if not run.team.leads:
+    """Write a checkpoint of a run: whole by the leader where one process has all, else by all, each its part."""
+    if not (run.team.leads or run.team.splits_state):
         return
     state = {
         "tokens": run.tokens,
@@ -41,27 +33,38 @@ def save_run(run: Trainer) -> None:
         "samples": run.samples,
         "run": describe(run),
     }
+    moments, average = run.optimizer.state_dict(), run.average.weights
+    scheduler = {"loss_scale": (run.scale.value, run.scale.calm), "generators": generators()}
+    if run.team.splits_state:
+        copies = snapshot(state_parts(run.masters, run.optimizer, average))
+        tensors = {
+            "optimizer": snapshot(map_optimizer(run.masters, run.optimizer, moments, lambda *_: None)),
+            "scheduler": {**scheduler, "average": dict.fromkeys(average)},
+        }
+        write = functools.partial(run.team.shard_writer.write, state_blocks(run.pieces, copies))
+        run.checkpoints.save(run.step, tensors, state, write_shards=write)
+        return
+    weights = snapshot({name: p.detach() for name, p in run.masters.named.items()})
+    tensors = {"optimizer": snapshot(moments), "scheduler": {**scheduler, "average": snapshot(average)}}
     model, tokenizer = assembled(run.model, weights), run.materials.tokenizer
-    run.checkpoints.save(run.step, lambda directory: save_model(model, directory, tokenizer), tensors, state)
+    run.checkpoints.save(
+        run.step, tensors, state, write_model=lambda directory: save_model(model, directory, tokenizer)
+    )
 
 
 def resume_run(run: Trainer) -> None:
     """Put a run back to its last complete checkpoint."""
-    found = run.checkpoints.latest(run.note)
+    found = run.team.told(run.checkpoints.latest(run.note) if run.team.leads else None)
     if found is None:
         run.note(f"no checkpoint to resume in {run.checkpoints.folder}: starting from the beginning")
         return
     directory, state = found
     _check_same_run(run, directory, state["run"])
-    saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
-    run.masters.load(dict(saved.named_parameters()))
-    load_optimizer(run.masters, run.optimizer, load_tensors(directory, "optimizer"))
+    _load_state(run, directory)
     extra = load_tensors(directory, "scheduler")
     if run.config.grad_accum_steps == 0:  # the same cut gives the same bits
         run.micro_batches = state["run"]["micro_batches"]
     run.scale.value, run.scale.calm = extra["loss_scale"]
-    for name, weight in extra["average"].items():
-        run.average.weights[name].copy_(run.masters.part(name, weight))
     restore_generators(extra["generators"])
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     run.bad_steps, run.bad_run = state["bad_steps"]
@@ -69,6 +72,25 @@ def resume_run(run: Trainer) -> None:
     run.best = None if state["best"] is None else Evaluation(*state["best"])
     run.samples = state["samples"]
     run.note(f"resuming from {directory} at step {run.step}")
+
+
+def _load_state(run: Trainer, directory: Path) -> None:
+    """Weights, moments and averages: this process's part of each, whoever wrote them."""
+    masters, pieces, moments = run.masters, run.pieces, load_tensors(directory, "optimizer")
+    average = load_tensors(directory, "scheduler")["average"]
+    if not (directory / FOLDER).is_dir():
+        saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
+        masters.load({name: pieces.part(name, p) for name, p in saved.named_parameters()})
+        moments = map_optimizer(masters, run.optimizer, moments, lambda name, whole: pieces.part(name, whole))
+        run.optimizer.load_state_dict(moments)
+        for name, weight in average.items():
+            run.average.weights[name].copy_(pieces.part(name, weight))
+        return
+    empty = map_optimizer(masters, run.optimizer, moments, lambda name, _: torch.zeros_like(masters.named[name]))
+    run.optimizer.load_state_dict(empty)
+    wanted = {name: run.average.weights[name] for name in average}
+    read_shards(directory, state_blocks(pieces, state_parts(masters, run.optimizer, wanted)))
+    masters.publish()
 
 
 def _check_same_run(run: Trainer, directory: Path, before: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batc
 from .interrupts import interruptible
 from .memory import fewest_micro_batches
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .parallel import Team, make_masters, restarted, whole_weights
+from .parallel import Team, make_masters, take_piece
+from .pieces import Pieces, whole_weights
 from .precision import Average, LossScale, assembled
 from .prepare import Materials, prepare
 from .resume import resume_run, save_run
@@ -80,12 +81,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, watchers: list[Watcher]) -> None:
         self.device = _own_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.team = Team(self.device, config.fsdp, config.batch_size // (config.grad_accum_steps or 1))
+        self.team = Team(self.device, config)
         self.config, self.watchers = config, watchers if self.team.leads else []
         self.out = Path(config.out)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last, self.team.leads)
         with self.team.leader_first():
-            again = config.resume or restarted()
+            again = config.resume or self.team.restarted
             if self.team.leads:
                 self._make_room(again)
             self.materials: Materials = prepare(config, self.note, reuse=again or not self.team.leads)
@@ -98,8 +99,11 @@ class Trainer:
         self.steps = self._count_steps()
         self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
         torch.manual_seed(config.seed)
-        self.model = self._make_model().to(self.device).train()
+        whole = self._make_model()
+        shapes = {name: p.shape for name, p in whole.named_parameters()}
+        self.model = take_piece(whole, self.team).to(self.device).train()
         self.masters = make_masters(self.model, self.dtype, self.team)
+        self.pieces = Pieces(self.team, shapes, self.masters)
         self.average = Average(self.masters, config.ema)
         self.optimizer = self._make_optimizer()
         self.scale = LossScale(self.dtype)
@@ -168,8 +172,8 @@ class Trainer:
         groups = parameter_groups(self.masters.named.items(), config.weight_decay)
         if config.optimizer == "sgd":
             return SGDDecay(self.masters.named.values(), config.lr)
-        if config.optimizer == "muon" and config.fsdp > 1:
-            raise ValueError("optimizer='muon' needs whole matrices: use adamw with fsdp > 1")
+        if config.optimizer == "muon" and self.team.splits_state:
+            raise ValueError("optimizer='muon' needs whole matrices: use adamw with fsdp, tp or ep")
         cls = Muon if config.optimizer == "muon" else AdamW
         return cls(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
@@ -192,7 +196,9 @@ class Trainer:
                     gc.collect()
                     gc.freeze()  # what exists now lives as long as the run: no need to search it for garbage
             self.seconds = time.perf_counter() - self.began
-            return self._finish()
+            result = self._finish()
+            self.team.leave()
+            return result
         except torch.OutOfMemoryError as error:
             raise ValueError(self._how_to_shrink()) from error
         finally:
@@ -200,19 +206,18 @@ class Trainer:
             gc.unfreeze()
             self.checkpoints.wait()
             self.tell("finished")
-            self.team.leave()
 
     def _how_to_shrink(self) -> str:
         config, rows = self.config, self.config.batch_size // self.micro_batches
-        ways = [f"raise grad_accum_steps={self.micro_batches}"] if rows > self.team.size else []
+        ways = [f"raise grad_accum_steps={self.micro_batches}"] if rows > self.team.readers else []
         ways += ["set recompute"] if not config.recompute else []
         ways += [f"shorten context={self.context}"]
-        ways += ["share the state with fsdp"] if self.team.size > config.fsdp else []
+        ways += ["share the state with fsdp"] if self.team.axes["dp"] > 1 else []
         return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
     def one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
         """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
-        torch.manual_seed(_seed_of(self.config.seed, self.step))  # dropout, too, is a function of the step
+        torch.manual_seed(_seed_of(self.config.seed, self.step, self.team.reader))  # dropout is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
         self.team.add_gradients(self.masters)
@@ -244,7 +249,7 @@ class Trainer:
             (parts.total * (share * self.scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
-        return self._agree(float(loss)), load
+        return self._agree(float(loss) / self.team.axes["tp"]), load
 
     def _agree(self, loss: float) -> float:
         """What all processes must know alike: the loss, how much time has passed, whether one was told to stop."""
@@ -309,7 +314,7 @@ class Trainer:
         if load is not None:
             shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
             experts = (float(shares.min()), float(shares.max()))
-        self.speed, self.utilization = speed, speed * self.flops_per_token / self.peak
+        self.speed, self.utilization = speed, speed * self.flops_per_token / (self.peak * self.team.size)
         progress = Progress(
             step=self.step, steps=self.steps, loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
             tokens_per_second=speed, seconds=self.seconds, seconds_left=(self.steps - self.step) * pace,
@@ -356,7 +361,7 @@ class Trainer:
 
     def _publish(self) -> None:
         """Write the weights of now to OUT as a model directory."""
-        weights = whole_weights(self.masters, self.average.best_weights())
+        weights = whole_weights(self.pieces, self.average.best_weights())
         if self.team.leads:
             with saving(f"the model to {self.out}", self.out, "resume goes on from the last checkpoint"):
                 save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
@@ -418,8 +423,10 @@ class Trainer:
         self.tell("noted", text)
 
 
-def _seed_of(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def _seed_of(seed: int, step: int, reader: int) -> int:
+    """Processes that read the same rows drop the same numbers, others do not."""
+    sequence = np.random.SeedSequence([seed, step], spawn_key=(reader,) if reader else ())
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def _own_device(name: str) -> torch.device:

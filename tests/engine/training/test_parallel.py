@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from warploom.engine.hub import save_model
 from warploom.engine.training import train
-from warploom.engine.training.checkpoint import Checkpoints, load_tensors
+from warploom.engine.training.checkpoint import Checkpoints
+from warploom.engine.training.trainer import Trainer
 from warploom.engine.training.watch import JsonLog
+
+PAIRED = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}  # heads for two
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -30,22 +33,30 @@ def free_port():
 
 
 @pytest.fixture
-def together(monkeypatch):
-    """Runs a config in two processes."""
+def pair(monkeypatch):
+    """Runs a script in two processes; returns how they ended."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.hub"])
-    script = str(Path(__file__).with_name("member.py"))
 
-    def run(config):
-        port = free_port()
-        places = [{"RANK": rank, "SIZE": 2, "PORT": port, "CONFIG": config} for rank in range(2)]
-        team = [context.Process(target=runpy.run_path, args=(script, place)) for place in places]
+    def run(script, **globals_):
+        path = str(Path(__file__).with_name(script))
+        team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in range(2)]
         for process in team:
             process.start()
         for process in team:
             process.join(120)
-        assert [process.exitcode for process in team] == [0, 0]
+        return [process.exitcode for process in team]
+
+    return run
+
+
+@pytest.fixture
+def together(pair):
+    """Runs a config in two processes."""
+
+    def run(config):
+        assert pair("member.py", SIZE=2, PORT=free_port(), CONFIG=config) == [0, 0]
         return losses(config)
 
     return run
@@ -55,48 +66,80 @@ def losses(config):
     return [line["loss"] for line in JsonLog.read(Path(config.out) / "log.jsonl") if "loss" in line]
 
 
-def state(config, step):
-    directory = Path(config.out) / "checkpoints" / f"step-{step}"
-    return load_file(directory / "model.safetensors"), load_tensors(directory, "optimizer")["state"]
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_replicas_and_shards_train_as_one_process_does(tiny, together):
-    one = tiny("one", steps=20, save_every=10, order="packed", grad_accum_steps=2)  # rows with unequal targets
+def test_copies_slices_and_pieces_train_as_one_process_does(tiny, together):
+    unequal = {"order": "packed", "grad_accum_steps": 2}  # rows with more and with fewer targets
+    one = tiny("one", model=PAIRED, steps=20, save_every=10, **unequal)
     train(one)
-    for name, fsdp in (("replicas", 1), ("shards", 2)):
-        config = dataclasses.replace(one, out=one.out.replace("one", name), fsdp=fsdp)
-        assert together(config) == pytest.approx(losses(one), abs=1e-6)
+    for name, grid in (("copies", {"dp": 2}), ("slices", {"fsdp": 2}), ("pieces", {"tp": 2})):
+        config = dataclasses.replace(one, out=one.out.replace("one", name), **grid)
+        assert together(config) == pytest.approx(losses(one), abs=1e-6), name
 
 
-def test_a_run_changes_its_number_of_processes_at_a_checkpoint(tiny, together):
-    one = tiny("one", steps=16, save_every=8, keep_last=9)
+def test_experts_and_pieces_of_experts_train_as_one_process_does(tiny, together):
+    experts = {"n_experts": 4, "d_ff": 64, "balance_loss": 0.0}  # which each process would judge by its own rows
+    one = tiny("one", model={**PAIRED, **experts}, steps=20, save_every=50)
     train(one)
-    shards = dataclasses.replace(one, out=one.out.replace("one", "moved"), steps=8, schedule="constant", fsdp=2)
-    steady = dataclasses.replace(one, out=one.out.replace("one", "steady"), schedule="constant")
-    train(steady)
-    together(shards)
-    saved = state(shards, 8)
-    train(dataclasses.replace(shards, resume=True, fsdp=1, steps=8, keep_last=9))
-    again = state(shards, 8)
-    assert all(torch.equal(saved[0][name], again[0][name]) for name in saved[0])
-    train(dataclasses.replace(shards, resume=True, fsdp=1, steps=12))
-    assert together(dataclasses.replace(shards, resume=True, steps=16)) == pytest.approx(losses(steady), abs=1e-6)
-    moments, expected = state(shards, 16)[1], state(steady, 16)[1]
-    for index, entry in expected.items():
-        torch.testing.assert_close(moments[index]["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-6)
+    for grid in ({"ep": 2}, {"tp": 2}):
+        config = dataclasses.replace(one, out=one.out.replace("one", str(*grid)), **grid)
+        assert together(config) == pytest.approx(losses(one), abs=1e-6), grid
 
 
-@pytest.mark.skipif(
-    not os.environ.get("WARPLOOM_ELASTIC"),
-    reason="gloo's reconnection after a killed rank depends on timing: WARPLOOM_ELASTIC=1 runs it",
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"dp": 2, "tp": 2}, "dp=2 × fsdp=1 × ep=1 × tp=2 needs 4 processes, but this run has 1"),
+        ({"fsdp": 2}, "fsdp=2 .* needs 2 processes, but this run has 1"),
+    ],
 )
+def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train(tiny(**changes))
+
+
+@pytest.mark.parametrize("grid", [{"fsdp": 2}, {"tp": 2}], ids=lambda grid: next(iter(grid)))
+def test_a_run_changes_its_processes_at_a_checkpoint(tiny, together, tmp_path, grid):
+    steady = tiny("steady", model=PAIRED, steps=16, schedule="constant", eval_every=0, save_every=50, ema=0.9)
+    train(steady)
+    two = dataclasses.replace(steady, out=str(tmp_path / "moved"), steps=6, **grid)
+    together(two)
+    saved = Path(two.out) / "checkpoints" / "step-6"
+    assert len(list((saved / "shards").glob("*.safetensors"))) == 2 and not list(saved.glob("model*"))
+    one = dataclasses.replace(steady, out=two.out, resume=True)
+    resumed = Trainer(dataclasses.replace(one, steps=6), [])
+    with resumed.averaged():
+        save_model(resumed.model, tmp_path / "alone")
+    assert digest(tmp_path / "alone" / "model.safetensors") == digest(Path(two.out) / "model.safetensors")
+    train(dataclasses.replace(one, steps=11))
+    assert together(dataclasses.replace(one, **grid)) == pytest.approx(losses(steady), abs=1e-6)
+
+
+def test_a_torn_shard_is_passed_over_with_a_message(tiny, together, recorder):
+    config = tiny("torn", fsdp=2, steps=8, save_every=4)
+    together(config)
+    shard = next((Path(config.out) / "checkpoints" / "step-8" / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    train(dataclasses.replace(config, fsdp=1, steps=9, resume=True), [recorder])
+    assert any("skipped a damaged checkpoint" in note and shard.name in note for note in recorder.notes)
+    assert any("resuming" in note and "step-4" in note for note in recorder.notes)
+
+
+def test_processes_do_not_wait_for_the_dead_whose_addresses_torchrun_keeps(pair):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert pair("generation.py", PORT=store.port, DOOMED=1) == [1, -signal.SIGKILL]
+    assert pair("generation.py", PORT=store.port, DOOMED=None) == [0, 0]
+
+
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
-    whole = tiny("whole", steps=60, save_every=4, eval_every=0)
+    whole = tiny("whole", steps=60, save_every=4, eval_every=0, fsdp=2)
     together(whole)
     out = Path(whole.out).with_name("restarted")
     model = [f"--{name.replace('_', '-')}={value}" for name, value in whole.model.items()]
     flags = ["--tokenizer=char", "--steps=60", "--batch-size=4", "--save-every=4", "--eval-every=0", "--dtype=float32"]
-    flags += ["--sample-tokens=4", "--device=cpu", "--log-every=1", "--eval-batches=2", *model]
+    flags += ["--fsdp=2", "--sample-tokens=4", "--device=cpu", "--log-every=1", "--eval-batches=2", *model]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     launch += ["--max-restarts=2", "-m", "warploom.engine.cli", "train", whole.data, f"--out={out}", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -109,11 +152,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same
     output, _ = agent.communicate(timeout=200)
     assert agent.returncode == 0, output
     assert "resuming from" in output
-    digests = [
-        hashlib.sha256((folder / "checkpoints/step-60/model.safetensors").read_bytes()).hexdigest()
-        for folder in (Path(whole.out), out)
-    ]
-    assert digests[0] == digests[1]
+    assert digest(out / "model.safetensors") == digest(Path(whole.out) / "model.safetensors")
 
 
 def _member_of(agent, rank):

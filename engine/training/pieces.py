@@ -1,0 +1,113 @@
+"""What a process keeps of a run's state, and the whole that other programs know.
+
+A weight, its moments and its running average have one shape and are cut alike: by `tp` and `ep` as `sharding.layout`
+says, by `fsdp` along the width of the stream. So a piece is one block of each matrix that is packed in the weight, and
+PyTorch's DTensor, told where that block lies, can find the whole of it or write it to a checkpoint that any other grid
+of processes reads (`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..sharding import share_of
+from .parallel import Team
+from .precision import Masters
+
+
+class Pieces:
+    """Translates between this process's part of tensors shaped like weights and the whole, by the weights' names."""
+
+    def __init__(self, team: Team, whole: dict[str, torch.Size], masters: Masters) -> None:
+        self.team, self.shapes, self.layouts = team, whole, masters.layouts
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this process keeps of a whole tensor."""
+        where, axes = self.layouts[name], self.team.axes
+        if where.tp is not None and axes["tp"] > 1:
+            whole = where.cut(whole, self._rank("tp"), axes["tp"])
+        for axis, dim in (("ep", where.ep), ("fsdp", where.stream)):
+            if dim is not None and axes[axis] > 1:
+                share = share_of(whole.shape[dim], self._rank(axis), axes[axis])
+                whole = whole[(slice(None),) * dim + (share,)]
+        return whole.clone(memory_format=torch.contiguous_format) if self.team.splits_state else whole
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor of which this process keeps `part`; every process must ask."""
+        if not self.team.splits_state:
+            return part
+        blocks = [block.full_tensor() for block in self.blocks(name, part).values()]
+        return torch.cat(blocks, self.layouts[name].tp or 0)
+
+    def blocks(self, name: str, part: Tensor) -> dict[str, Tensor]:
+        """Views of a part, one a packed matrix, each knowing where in the whole matrix it lies."""
+        where, axes, whole = self.layouts[name], self.team.axes, self.shapes[name]
+        if where.tp is None:
+            return {name: self._placed(name, part, whole)}
+        shares = [share_of(length, self._rank("tp"), axes["tp"]) for length in where.parts]
+        views = part.split([share.stop - share.start for share in shares], where.tp)
+        sizes = [torch.Size([*whole[: where.tp], length, *whole[where.tp + 1 :]]) for length in where.parts]
+        return {f"{name}.{i}": self._placed(name, view, size) for i, (view, size) in enumerate(zip(views, sizes))}
+
+    def _placed(self, name: str, part: Tensor, whole: torch.Size) -> Tensor:
+        if not self.team.splits_state:
+            return part
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        where = self.layouts[name]
+        dims = {"dp": None, "fsdp": where.stream, "ep": where.ep, "tp": where.tp}
+        places = [Replicate() if dim is None else Shard(dim) for dim in dims.values()]
+        stride = torch.empty(whole, device="meta").stride()
+        return DTensor.from_local(
+            part, self.team.mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
+        )
+
+    def _rank(self, axis: str) -> int:
+        return 0 if self.team.mesh is None else self.team.mesh.get_local_rank(axis)
+
+
+def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights (or averages of them) as any other program knows them: the leader gets them, the others only help."""
+    found = {}
+    for name, part in weights.items():
+        whole = pieces.whole(name, part)
+        if pieces.team.leads:
+            found[name] = whole.cpu() if pieces.team.splits_state else whole
+    return found
+
+
+def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
+    """Every tensor of the state that this process keeps, by (kind, name of weight): to be saved, or to be filled."""
+    parts = {("model", name): p.detach() for name, p in masters.named.items()}
+    parts |= {("average", name): part for name, part in average.items()}
+    for name, p in masters.named.items():
+        parts |= {(key, name): part for key, part in optimizer.state.get(p, {}).items() if is_moment(part)}
+    return parts
+
+
+def state_blocks(pieces: Pieces, parts: dict) -> dict[str, Tensor]:
+    """The same, cut into blocks that know where they lie."""
+    return {
+        f"{kind}.{key}": block
+        for (kind, name), part in parts.items()
+        for key, block in pieces.blocks(name, part).items()
+    }
+
+
+def map_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dict, change) -> dict:
+    """An optimizer's `state_dict` whose tensors shaped like a weight went through `change(name of weight, it)`."""
+    names = {id(p): name for name, p in masters.named.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        index: {
+            key: change(order[index], value) if value is None or is_moment(value) else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def is_moment(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
