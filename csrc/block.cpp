@@ -137,8 +137,11 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
         };
     };
     feed(*qkv_, x, C, q, join_and_normalize(attention_norm_));
-    each_row(T, [&](int t) { turn(q + size_t(t) * wide, step.positions[t], rotation); });
-    write_pages(pages, step, q + H * D, q + (H + K) * D, wide, wide);
+    each_row(T, [&](int t) {
+        float* mine = q + size_t(t) * wide;
+        turn(mine, step.positions[t], rotation);
+        write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);
+    });
     attend_pages(pages, step, Look{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
     feed(*output_, o, H * D, delta, [](int) {});
     feed(*up_, x, C, f, join_and_normalize(ffn_norm_));

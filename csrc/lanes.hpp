@@ -90,6 +90,20 @@ WARPLOOM_INLINE f16 exp(f16 x) {
     return select(x < low, f16{}, p * scale);
 }
 
+// bfloat16 by pairs: of 32 numbers, those at even places (the lower halves of the words) and those at odd ones.
+WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {
+    u16 bits;
+    std::memcpy(&bits, p, 64);
+    const u16 low = bits << 16, high = bits & 0xffff0000u;
+    std::memcpy(&even, &low, 64), std::memcpy(&odd, &high, 64);
+}
+
+WARPLOOM_INLINE float largest(f16 x) {
+    float peak = x[0];
+    for (int i = 1; i < 16; ++i) peak = peak < x[i] ? x[i] : peak;
+    return peak;
+}
+
 template <class T>
 WARPLOOM_INLINE float dot(const float* a, const T* b, int n) {
     f16 total = {};
