@@ -99,9 +99,14 @@ WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {
 }
 
 WARPLOOM_INLINE float largest(f16 x) {
-    float peak = x[0];
-    for (int i = 1; i < 16; ++i) peak = peak < x[i] ? x[i] : peak;
-    return peak;
+    f8 a, b;
+    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    a = a > b ? a : b;
+    f4 c, d;
+    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    c = c > d ? c : d;
+    const float e = c[0] > c[1] ? c[0] : c[1], f = c[2] > c[3] ? c[2] : c[3];
+    return e > f ? e : f;
 }
 
 template <class T>

@@ -13,12 +13,41 @@ namespace {
 constexpr int kQueries = 16;  // queries of one task: they share the pages that it reads
 constexpr int kSpan = 32;     // numbers read together; heads are padded to whole spans
 
+#define WARPLOOM_EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define WARPLOOM_ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define WARPLOOM_ZIP(a, b, i)                                                                                       \
+    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
+                            i + 6, i + 22, i + 7, i + 23)
+
 // Keys and values as they are read: spans of 32 as two vectors. In bfloat16 these hold the even and the odd places, so
 // queries are laid out the same way, and outputs laid back.
 WARPLOOM_INLINE void load_span(const float* p, f16& a, f16& b) { a = load(p), b = load(p + 16); }
 WARPLOOM_INLINE void load_span(const bfloat16* p, f16& a, f16& b) { widen_pairs(p, a, b); }
-WARPLOOM_INLINE int place(int d, const float*) { return d; }
-WARPLOOM_INLINE int place(int d, const bfloat16*) { return d / kSpan * kSpan + d % 2 * 16 + d % kSpan / 2; }
+
+// A row of D numbers, times a factor, as `load_span` would give it; and back.
+template <class T>
+WARPLOOM_INLINE void lay_out(const float* row, int D, float factor, float* to) {
+    for (int d = 0; d < D; d += kSpan) {
+        float span[kSpan] = {};
+        std::copy(row + d, row + std::min(D, d + kSpan), span);
+        const f16 a = load(span) * factor, b = load(span + 16) * factor;
+        constexpr bool apart = sizeof(T) == 2;
+        store(to + d, apart ? WARPLOOM_EVENS(a, b) : a);
+        store(to + d + 16, apart ? WARPLOOM_ODDS(a, b) : b);
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void lay_back(const float* from, int D, float factor, float* row) {
+    for (int d = 0; d < D; d += kSpan) {
+        const f16 a = load(from + d) * factor, b = load(from + d + 16) * factor;
+        constexpr bool apart = sizeof(T) == 2;
+        float span[kSpan];
+        store(span, apart ? WARPLOOM_ZIP(a, b, 0) : a);
+        store(span + 16, apart ? WARPLOOM_ZIP(a, b, 8) : b);
+        std::copy(span, span + std::min(kSpan, D - d), row + d);
+    }
+}
 
 // Scratch of one thread, for the queries of a task (Q) and one page; D padded to whole spans.
 struct Scratch {
@@ -135,8 +164,10 @@ WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D,
             load_span(rows + d, a, b);
             store(to + d, a), store(to + d + 16, b);
         }
-        if (d < D) std::fill(to + d, to + padded, 0.0f);
-        for (; d < D; ++d) to[place(d, rows)] = widen(rows[d]);
+        if (d == D) continue;
+        float rest[kSpan];
+        for (int i = 0; d + i < D; ++i) rest[i] = widen(rows[d + i]);
+        lay_out<T>(rest, D - d, 1, to + d);
     }
 }
 
@@ -146,14 +177,13 @@ WARPLOOM_INLINE void attend_run(const Pages& pages, const Step& step, const Look
                                 int64_t q_stride, int first, int tokens, int kv, Scratch& s, float* out) {
     const int size = pages.page_size, group = look.heads / pages.kv_heads, Q = tokens * group;
     const int D = pages.head_dim, padded = (D + kSpan - 1) / kSpan * kSpan;
-    const T* kind = nullptr;
-    s.queries.assign(Q * padded, 0.0f), s.outputs.assign(Q * padded, 0.0f);
+    s.queries.resize(Q * padded), s.outputs.assign(Q * padded, 0.0f);
     s.scores.resize(Q * ((size + 15) / 16 * 16));
     s.totals.assign(Q * 16, 0.0f), s.peaks.assign(Q, -INFINITY);
     s.from.resize(Q), s.to.resize(Q);
     for (int i = 0; i < Q; ++i) {
         const float* query = q + (first + i / group) * q_stride + (kv * group + i % group) * D;
-        for (int d = 0; d < D; ++d) s.queries[i * padded + place(d, kind)] = query[d] * look.scale;
+        lay_out<T>(query, D, look.scale, &s.queries[i * padded]);
     }
     const int64_t least = step.positions[first] + 1, end = least + tokens - 1;
     const int64_t begin = look.window > 0 ? std::max<int64_t>(0, least - look.window) : 0;
@@ -181,7 +211,7 @@ WARPLOOM_INLINE void attend_run(const Pages& pages, const Step& step, const Look
     for (int i = 0; i < Q; ++i) {
         float* mine = out + (int64_t(first + i / group) * look.heads + kv * group + i % group) * D;
         const float whole = 1 / sum(load(&s.totals[i * 16]));
-        for (int d = 0; d < D; ++d) mine[d] = s.outputs[i * padded + place(d, kind)] * whole;
+        lay_back<T>(&s.outputs[i * padded], D, whole, mine);
     }
 }
 
