@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
-from .quantize import Head, NativeBlock
+from .quantize import Head, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device
 
@@ -53,7 +53,7 @@ class Runner:
         self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
         steady = steady_rows(model.embedding.weight.dtype) if self.device.type == "cpu" else 1
-        self.least_tokens = 1 if isinstance(model.blocks[0], NativeBlock) else steady
+        self.least_tokens = 1 if isinstance(model, NativeTransformer) else steady
         self.least_samples = steady if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
