@@ -61,6 +61,8 @@ class Job:
     """Most requests at a time."""
     lengths: tuple[int, ...]
     """Tokens of the `batch` longest requests, output included: what the cache has to hold at most."""
+    quantize: str | None = None
+    """Whose weights are rounded to 8 bits."""
 
     def pages(self, size: int) -> int:
         """Pages of `size` tokens for them."""

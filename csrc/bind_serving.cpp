@@ -6,6 +6,7 @@
 #include "dense_matrix.hpp"
 #include "int8_matrix.hpp"
 #include "sample.hpp"
+#include "transformer.hpp"
 #include "workers.hpp"
 
 namespace py = pybind11;
@@ -58,19 +59,21 @@ void bind_serving(py::module_& module) {
         "attend_pages",
         [](const Pages& pages, const Step& step, uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
            uintptr_t v, int64_t v_stride, uintptr_t out, int heads, int window, float softcap, float scale) {
-            write_pages(pages, step, at<float>(k), at<float>(v), k_stride, v_stride);
+            for (int t = 0; t < step.tokens; ++t)
+                write_page(pages, step.slots[t], at<float>(k) + t * k_stride, at<float>(v) + t * v_stride);
             attend_pages(pages, step, Look{heads, window, softcap, scale}, at<float>(q), q_stride, at<float>(out));
         },
         Release());
 
     module.def(
         "sample",
-        [](uintptr_t logits, int rows, int vocabulary, uintptr_t temperature, uintptr_t top_k, uintptr_t top_p,
-           uintptr_t min_p, uintptr_t seeds, uintptr_t positions, uintptr_t out) {
-            Workers::shared().run(rows, [&](int row) {
+        [](uintptr_t logits, int count, int vocabulary, uintptr_t rows, uintptr_t temperature, uintptr_t top_k,
+           uintptr_t top_p, uintptr_t min_p, uintptr_t seeds, uintptr_t positions, uintptr_t out) {
+            Workers::shared().run(count, [&](int i) {
+                const int64_t row = at<int64_t>(rows)[i];
                 const Draw draw{at<float>(temperature)[row], at<int32_t>(top_k)[row], at<float>(top_p)[row],
-                                at<float>(min_p)[row],       at<int64_t>(seeds)[row], at<int64_t>(positions)[row]};
-                at<int64_t>(out)[row] = sample_row(at<float>(logits) + size_t(row) * vocabulary, vocabulary, draw);
+                                at<float>(min_p)[row],       at<int64_t>(seeds)[row], at<int64_t>(positions)[i]};
+                at<int64_t>(out)[i] = sample_row(at<float>(logits) + size_t(i) * vocabulary, vocabulary, draw);
             });
         },
         Release());
@@ -84,7 +87,7 @@ void bind_serving(py::module_& module) {
              Release());
 
     py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
-    py::class_<Block>(module, "Block")
+    py::class_<Block, std::shared_ptr<Block>>(module, "Block")
         .def(py::init([](int width, int heads, int kv_heads, int head_dim, int hidden, int window, float softcap,
                          float scale, float qk_eps, const std::string& activation, Norm attention_norm, Norm ffn_norm,
                          std::vector<float> q_norm, std::vector<float> k_norm, std::shared_ptr<Matrix> qkv,
@@ -94,12 +97,18 @@ void bind_serving(py::module_& module) {
                              window,  softcap, scale,  qk_eps,   activation_of(activation)};
             return new Block(shape, std::move(attention_norm), std::move(ffn_norm), std::move(q_norm),
                              std::move(k_norm), std::move(qkv), std::move(output), std::move(up), std::move(down));
+        }));
+    py::class_<Transformer>(module, "Transformer")
+        .def(py::init([](int width, uintptr_t embedding, bool half, uintptr_t positions, bool half_positions,
+                         std::vector<std::shared_ptr<Block>> blocks, Norm norm) {
+            return new Transformer(width, Table{at<void>(embedding), half}, Table{at<void>(positions), half_positions},
+                                   std::move(blocks), std::move(norm));
         }))
         .def("run",
-             [](const Block& self, uintptr_t stream, uintptr_t delta, const Step& step, const Pages& pages,
-                uintptr_t cos, uintptr_t sin, int columns) {
-                 self.run(at<float>(stream), at<float>(delta), step, pages,
-                          Rotation{at<float>(cos), at<float>(sin), columns});
+             [](const Transformer& self, uintptr_t tokens, const Step& step, const std::vector<Pages>& pages,
+                uintptr_t cos, uintptr_t sin, int columns, uintptr_t hidden) {
+                 self.run(at<int64_t>(tokens), step, pages, Rotation{at<float>(cos), at<float>(sin), columns},
+                          at<float>(hidden));
              },
              Release());
 }

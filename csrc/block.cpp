@@ -10,15 +10,6 @@ namespace warploom {
 
 namespace {
 
-// Rows are shared out in runs: one row is too little to hand to another thread.
-template <class Work>
-void each_row(int rows, const Work& work) {
-    constexpr int run = 4;
-    Workers::shared().run((rows + run - 1) / run, [&](int task) {
-        for (int row = task * run; row < std::min(rows, (task + 1) * run); ++row) work(row);
-    });
-}
-
 WARPLOOM_CLONES void normalize(const float* x, float* y, int n, NormKind kind, float eps, const float* weight,
                                const float* bias) {
     float mean = 0;
@@ -91,6 +82,11 @@ WARPLOOM_CLONES void rotate(float* x, int heads, int D, const float* cos, const 
 
 }  // namespace
 
+void join_and_normalize(const Norm& norm, float* stream, const float* delta, int n, float* normed) {
+    add(stream, delta, n);
+    normalize(norm, stream, normed, n);
+}
+
 Block::Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<float> q_norm,
              std::vector<float> k_norm, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,
              std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down)
@@ -130,18 +126,21 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
         });
         matrix.multiply(rows, y);
     };
-    const auto join_and_normalize = [&](const Norm& norm) {
+    const auto join = [&](const Norm& norm) {
         return [&](int t) {
-            add(stream + size_t(t) * C, delta + size_t(t) * C, C);
-            normalize(norm, stream + size_t(t) * C, x + size_t(t) * C, C);
+            const size_t at = size_t(t) * C;
+            join_and_normalize(norm, stream + at, delta + at, C, x + at);
         };
     };
-    feed(*qkv_, x, C, q, join_and_normalize(attention_norm_));
-    each_row(T, [&](int t) { turn(q + size_t(t) * wide, step.positions[t], rotation); });
-    write_pages(pages, step, q + H * D, q + (H + K) * D, wide, wide);
+    feed(*qkv_, x, C, q, join(attention_norm_));
+    each_row(T, [&](int t) {
+        float* mine = q + size_t(t) * wide;
+        turn(mine, step.positions[t], rotation);
+        write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);
+    });
     attend_pages(pages, step, Look{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
     feed(*output_, o, H * D, delta, [](int) {});
-    feed(*up_, x, C, f, join_and_normalize(ffn_norm_));
+    feed(*up_, x, C, f, join(ffn_norm_));
     feed(*down_, f, inner, delta, [&](int t) { activate(shape_.activation, f + size_t(t) * inner, shape_.hidden); });
 }
 

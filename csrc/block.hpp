@@ -17,6 +17,9 @@ struct Norm {
     std::vector<float> weight, bias;
 };
 
+// What has come joins the stream, of which `normed` becomes the norm.
+void join_and_normalize(const Norm& norm, float* stream, const float* delta, int n, float* normed);
+
 struct BlockShape {
     int width, heads, kv_heads, head_dim, hidden;
     int window;

@@ -17,53 +17,52 @@ namespace {
 
 constexpr int kLanes = 16;  // outputs of one vector
 constexpr int kBlock = 4;   // vectors of outputs of one task
-constexpr int kRows = 6;    // rows of activations of one tile
+constexpr int kRows = 6;    // rows of activations of one tile, at most
+constexpr int kMany = 24;   // rows from which on a block's weights are widened once, not tile by tile
 
 // A block of outputs for some rows: `stride` weights from one vector of outputs to the next; y is (rows, vectors, 16).
-template <class T>
+template <class T, class X>
 struct Task {
     const T* weights;
     size_t stride;
     int vectors, columns;
-    const T* x;
+    const X* x;
     int64_t x_stride;
     int rows;
     float* y;
 };
 
-// The weights of two columns side by side: the lower halves of the words, and the upper.
-WARPLOOM_INLINE void widen_pair(const bfloat16* weights, f16& first, f16& second) {
-    u16 bits;
-    std::memcpy(&bits, weights, 64);
-    const u16 low = bits << 16, high = bits & 0xffff0000u;
-    std::memcpy(&first, &low, 64), std::memcpy(&second, &high, 64);
-}
-
 // ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
 template <int ROWS, int VECTORS>
-WARPLOOM_INLINE void tile(const Task<float>& t, const float* weights, const float* x, float* y) {
+WARPLOOM_INLINE void tile(const Task<float, float>& t, const float* weights, float* y) {
     f16 total[ROWS][VECTORS] = {};
     for (int c = 0; c < t.columns; ++c) {
         f16 weight[VECTORS];
         for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * t.stride + size_t(c) * kLanes);
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) total[r][v] += weight[v] * x[r * t.x_stride + c];
+            for (int v = 0; v < VECTORS; ++v) total[r][v] += weight[v] * t.x[r * t.x_stride + c];
     }
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
 }
 
 template <int ROWS, int VECTORS>
-WARPLOOM_INLINE void tile(const Task<bfloat16>& t, const bfloat16* weights, const bfloat16* x, float* y) {
+WARPLOOM_INLINE void tile(const Task<bfloat16, float>& t, const bfloat16* weights, float* y) {
     f16 total[ROWS][VECTORS] = {};
-    for (int c = 0; c < t.columns; c += 2) {
+    int c = 0;
+    for (; c + 2 <= t.columns; c += 2) {
         f16 first[VECTORS], second[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) widen_pair(weights + v * t.stride + size_t(c) * kLanes, first[v], second[v]);
+        for (int v = 0; v < VECTORS; ++v) widen_pairs(weights + v * t.stride + size_t(c) * kLanes, first[v], second[v]);
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) {
-                total[r][v] += first[v] * widen(x[r * t.x_stride + c]);
-                total[r][v] += second[v] * widen(x[r * t.x_stride + c + 1]);
+                total[r][v] += first[v] * t.x[r * t.x_stride + c];
+                total[r][v] += second[v] * t.x[r * t.x_stride + c + 1];
             }
+    }
+    for (int v = 0; v < VECTORS && c < t.columns; ++v) {  // an odd last column
+        f16 first, none;
+        widen_pairs(weights + v * t.stride + size_t(c) * kLanes, first, none);
+        for (int r = 0; r < ROWS; ++r) total[r][v] += first * t.x[r * t.x_stride + c];
     }
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
@@ -73,7 +72,7 @@ WARPLOOM_INLINE void tile(const Task<bfloat16>& t, const bfloat16* weights, cons
 #define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 template <int ROWS, int VECTORS>
-WARPLOOM_BF16 inline void tile_bf16(const Task<bfloat16>& t, const bfloat16* weights, const bfloat16* x, float* y) {
+WARPLOOM_BF16 inline void tile(const Task<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
     __m512 total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
@@ -83,7 +82,7 @@ WARPLOOM_BF16 inline void tile_bf16(const Task<bfloat16>& t, const bfloat16* wei
             weight[v] = (__m512bh)_mm512_loadu_si512(weights + v * t.stride + size_t(c) * kLanes);
         for (int r = 0; r < ROWS; ++r) {
             int32_t pair;
-            std::memcpy(&pair, x + r * t.x_stride + c, 4);
+            std::memcpy(&pair, t.x + r * t.x_stride + c, 4);
             const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
             for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
         }
@@ -93,35 +92,58 @@ WARPLOOM_BF16 inline void tile_bf16(const Task<bfloat16>& t, const bfloat16* wei
 }
 #endif
 
-// Which tiles cover a block: whole blocks for a single row, pairs of vectors for several.
-#define WARPLOOM_TILES(TILE)                                                                              \
-    if (t.rows == 1 && t.vectors == kBlock) return TILE<1, kBlock>(t, t.weights, t.x, t.y);               \
-    int v = 0;                                                                                            \
-    for (; v + 2 <= t.vectors && t.rows == kRows; v += 2)                                                 \
-        TILE<kRows, 2>(t, t.weights + v * t.stride, t.x, t.y + v * kLanes);                               \
-    for (; v + 2 <= t.vectors && t.rows == 4; v += 2)                                                     \
-        TILE<4, 2>(t, t.weights + v * t.stride, t.x, t.y + v * kLanes);                                   \
-    for (; v < t.vectors; ++v)                                                                            \
-        for (int r = 0; r < t.rows; ++r)                                                                  \
-            TILE<1, 1>(t, t.weights + v * t.stride, t.x + r * t.x_stride, t.y + (r * t.vectors + v) * kLanes);
+// Few rows take whole blocks of four vectors, more rows pairs of them: the sums fill the registers either way.
+#define WARPLOOM_COVER(ROWS, WIDE)                                                              \
+    for (; v + WIDE <= t.vectors; v += WIDE)                                                    \
+        tile<ROWS, WIDE>(t, t.weights + v * t.stride, t.y + v * kLanes);                        \
+    for (; v < t.vectors; ++v) tile<ROWS, 1>(t, t.weights + v * t.stride, t.y + v * kLanes);    \
+    break;
+#define WARPLOOM_TILES                        \
+    int v = 0;                                \
+    switch (t.rows) {                         \
+        case 1: WARPLOOM_COVER(1, 4)          \
+        case 2: WARPLOOM_COVER(2, 4)          \
+        case 3: WARPLOOM_COVER(3, 4)          \
+        case 4: WARPLOOM_COVER(4, 4)          \
+        case 5: WARPLOOM_COVER(5, 2)          \
+        default: WARPLOOM_COVER(6, 2)         \
+    }
 
-WARPLOOM_CLONES void run_plain(const Task<float>& t) { WARPLOOM_TILES(tile) }
-WARPLOOM_CLONES void run_plain(const Task<bfloat16>& t) { WARPLOOM_TILES(tile) }
-void run(const Task<float>& t) { run_plain(t); }
+WARPLOOM_CLONES void run(const Task<float, float>& t) { WARPLOOM_TILES }
+WARPLOOM_CLONES void run(const Task<bfloat16, float>& t) { WARPLOOM_TILES }
 
 #ifdef WARPLOOM_X86
-WARPLOOM_BF16 void run_bf16(const Task<bfloat16>& t) { WARPLOOM_TILES(tile_bf16) }
-const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
-void run(const Task<bfloat16>& t) { (has_bf16 ? run_bf16 : static_cast<void (*)(const Task<bfloat16>&)>(run_plain))(t); }
+WARPLOOM_BF16 void run(const Task<bfloat16, bfloat16>& t) { WARPLOOM_TILES }
+const bool pairs_are_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
-void run(const Task<bfloat16>& t) { run_plain(t); }
+void run(const Task<bfloat16, bfloat16>&) {}
+const bool pairs_are_fast = false;
 #endif
-
-const float* prepared(const Rows& x, const float*) { return x.values; }
-const bfloat16* prepared(const Rows& x, const bfloat16*) { return x.halves.data(); }
 
 WARPLOOM_CLONES void finish(const float* part, const float* bias, int n, float* y) {
     for (int i = 0; i < n; ++i) y[i] = part[i] + bias[i];
+}
+
+WARPLOOM_CLONES void widen_block(const bfloat16* from, size_t count, float* to) {
+    for (size_t i = 0; i < count; i += 2 * kLanes) {
+        f16 first, second;
+        widen_pairs(from + i, first, second);
+        store(to + i, first), store(to + i + kLanes, second);
+    }
+}
+
+// All rows with one block, a tile at a time, in tiles as equal as can be.
+template <class T, class X>
+void sweep(Task<T, X> task, int rows, const float* bias, int width, float* y, int64_t y_stride) {
+    float part[kRows * kBlock * kLanes];
+    task.y = part;
+    for (int tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
+        task.rows = (rows + tiles - 1) / tiles;
+        run(task);
+        for (int r = 0; r < task.rows; ++r, y += y_stride) finish(part + r * task.vectors * kLanes, bias, width, y);
+        rows -= task.rows;
+        task.x += task.rows * task.x_stride;
+    }
 }
 
 }  // namespace
@@ -146,22 +168,33 @@ DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const
 }
 
 template <class T>
+Format DenseMatrix<T>::format() const {
+    return sizeof(T) == 2 && pairs_are_fast ? Format::halves : Format::floats;
+}
+
+template <class T>
 void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     const size_t stride = size_t(padded_) * kLanes;
-    const int64_t x_stride = sizeof(T) == 2 ? padded_ : x.stride;
-    const T* rows = prepared(x, static_cast<const T*>(nullptr));
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
-        const int first = task * kBlock, count = std::min(kBlock, vectors - first);
-        const int from = first * kLanes, to = std::min(outputs_, (first + count) * kLanes);
-        float part[kRows * kBlock * kLanes];
-        for (int row = 0, taken; row < x.count; row += taken) {
-            const int left = x.count - row;
-            taken = left >= kRows ? kRows : left >= 4 ? 4 : 1;
-            run(Task<T>{weights_ + first * stride, stride, count, padded_, rows + row * x_stride, x_stride, taken, part});
-            for (int r = 0; r < taken; ++r)
-                finish(part + r * count * kLanes, &bias_[from], to - from, y + size_t(row + r) * outputs_ + from);
+        const int first = task * kBlock, count = std::min(kBlock, vectors - first), from = first * kLanes;
+        const int width = std::min(outputs_ - from, count * kLanes);
+        const T* weights = weights_ + first * stride;
+        const auto go = [&](const auto* w, const auto* rows, int columns, int64_t x_stride) {
+            using Kind = Task<std::decay_t<decltype(*w)>, std::decay_t<decltype(*rows)>>;
+            sweep(Kind{w, stride, count, columns, rows, x_stride, 0, nullptr}, x.count, &bias_[from], width, y + from,
+                  outputs_);
+        };
+        if constexpr (sizeof(T) == 2) {
+            if (x.format == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
+            if (x.count >= kMany) {
+                thread_local std::vector<float> wide;
+                wide.resize(stride * kBlock);
+                widen_block(weights, stride * count, wide.data());
+                return go(wide.data(), x.values, columns_, x.stride);
+            }
         }
+        go(weights, x.values, columns_, x.stride);
     });
 }
 

@@ -50,10 +50,12 @@ WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Rows& x, i
 }
 
 #ifdef WARPLOOM_X86
-// ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
+#define WARPLOOM_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+// ROWS × VECTORS integer sums in registers: each weight vector loaded serves all rows, each activation all vectors. After
+// each group they join float sums, which may lie in memory.
 template <int ROWS, int VECTORS>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile_vnni(const Tile& t, const Rows& x,
-                                                                                      int row, float* y, int width) {
+WARPLOOM_VNNI inline void tile_vnni(const Tile& t, const Rows& x, int row, float* y, int width) {
     __m512 total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
@@ -66,7 +68,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_set1_epi32(starts[size_t(r) * t.groups + g]);
         const uint8_t* w = t.weights + size_t(g) * kGroup * kLanes;
         const int8_t* a = values + g * kGroup;
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int k = 0; k < kQuad; ++k) {
             __m512i weight[VECTORS];
             for (int v = 0; v < VECTORS; ++v) weight[v] = _mm512_loadu_si512(w + v * t.stride + k * 64);
@@ -87,29 +89,20 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) inline void tile
         for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * width + v) * kLanes, total[r][v]);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void multiply_vnni(const Tile& t, int vectors,
-                                                                                   const Rows& x, int row, int rows,
-                                                                                   float* y) {
-    for (int v = 0; v < vectors;) {
-        const Tile part{t.weights + v * t.stride, t.stride, t.groups, t.columns};
-        float* out = y + v * kLanes;
-        if (rows == 1 && v + 4 <= vectors) {
-            tile_vnni<1, 4>(part, x, row, out, vectors);
-            v += 4;
-        } else if (v + 2 <= vectors) {
-            switch (rows) {
-                case 1: tile_vnni<1, 2>(part, x, row, out, vectors); break;
-                case 2: tile_vnni<2, 2>(part, x, row, out, vectors); break;
-                case 3: tile_vnni<3, 2>(part, x, row, out, vectors); break;
-                case 4: tile_vnni<4, 2>(part, x, row, out, vectors); break;
-                case 5: tile_vnni<5, 2>(part, x, row, out, vectors); break;
-                default: tile_vnni<6, 2>(part, x, row, out, vectors);
-            }
-            v += 2;
-        } else {
-            for (int r = 0; r < rows; ++r) tile_vnni<1, 1>(part, x, row + r, out + r * vectors * kLanes, vectors);
-            v += 1;
-        }
+#define WARPLOOM_COVER(ROWS, WIDE)                                                                        \
+    for (; v + WIDE <= vectors; v += WIDE)                                                                \
+        tile_vnni<ROWS, WIDE>({t.weights + v * t.stride, t.stride, t.groups, t.columns}, x, row, y + v * kLanes, vectors); \
+    for (; v < vectors; ++v)                                                                              \
+        tile_vnni<ROWS, 1>({t.weights + v * t.stride, t.stride, t.groups, t.columns}, x, row, y + v * kLanes, vectors);    \
+    break;
+
+WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y) {
+    int v = 0;
+    switch (rows) {
+        case 1: WARPLOOM_COVER(1, 4)
+        case 2: WARPLOOM_COVER(2, 4)
+        case 3: WARPLOOM_COVER(3, 4)
+        default: WARPLOOM_COVER(4, 4)
     }
 }
 #endif
@@ -126,7 +119,7 @@ Multiply pick_multiply() {
 }
 
 const Multiply multiply_rows = pick_multiply();
-constexpr int kRows = 6;  // rows of activations of one tile
+constexpr int kRows = 4;  // rows of activations of one tile
 
 WARPLOOM_CLONES void finish(const float* part, const float* scales, const float* bias, int n, float* y) {
     for (int i = 0; i < n; ++i) y[i] = part[i] * scales[i] + bias[i];
@@ -169,8 +162,8 @@ void Int8Matrix::block(const Rows& x, int first, int count, float* y) const {
     const Tile tile{weights_ + first * stride, stride, groups_, groups_ * kGroup};
     float part[kRows * kBlock * kLanes];
     const int from = first * kLanes, to = std::min(outputs_, (first + count) * kLanes);
-    for (int row = 0; row < x.count; row += kRows) {
-        const int rows = std::min(kRows, x.count - row);
+    for (int row = 0, rows, tiles = (x.count + kRows - 1) / kRows; tiles > 0; row += rows, --tiles) {
+        rows = (x.count - row + tiles - 1) / tiles;  // as equal as can be
         multiply_rows(tile, count, x, row, rows, part);
         for (int r = 0; r < rows; ++r)
             finish(part + r * count * kLanes, &scales_[from], &bias_[from], to - from,

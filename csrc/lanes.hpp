@@ -112,6 +112,25 @@ WARPLOOM_INLINE f16 exp(f16 x) {
     return select(x < low, f16{}, p * scale);
 }
 
+// bfloat16 by pairs: of 32 numbers, those at even places (the lower halves of the words) and those at odd ones.
+WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {
+    u16 bits;
+    std::memcpy(&bits, p, 64);
+    const u16 low = bits << 16, high = bits & 0xffff0000u;
+    std::memcpy(&even, &low, 64), std::memcpy(&odd, &high, 64);
+}
+
+WARPLOOM_INLINE float largest(f16 x) {
+    f8 a, b;
+    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    a = a > b ? a : b;
+    f4 c, d;
+    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    c = c > d ? c : d;
+    const float e = c[0] > c[1] ? c[0] : c[1], f = c[2] > c[3] ? c[2] : c[3];
+    return e > f ? e : f;
+}
+
 template <class T>
 WARPLOOM_INLINE float dot(const float* a, const T* b, int n) {
     f16 total = {};

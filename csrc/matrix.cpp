@@ -7,19 +7,30 @@ namespace warploom {
 
 namespace {
 
+typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
+
+// `n` ≤ 64 numbers to 8 bits with a scale of their own, which is returned; `total` becomes their sum.
 WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t& total) {
-    float peak = 0;
-    for (int i = 0; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
-    const float scale = peak / 127, inverse = peak > 0 ? 127 / peak : 0;
-    int32_t sum = 0;
-    for (int i = 0; i < n; ++i) {
-        const int value = int(std::nearbyint(x[i] * inverse));
-        to[i] = int8_t(value);
-        sum += value;
+    float group[kGroup] = {};
+    std::copy(x, x + n, group);
+    f16 part[kGroup / 16], most = {};
+    for (int i = 0; i < kGroup / 16; ++i) {
+        part[i] = load(group + 16 * i);
+        const f16 size = part[i] < 0.0f ? -part[i] : part[i];
+        most = select(size > most, size, most);
     }
-    for (int i = n; i < kGroup; ++i) to[i] = 0;
-    total = sum;
-    return scale;
+    const float peak = largest(most), inverse = peak > 0 ? 127 / peak : 0;
+    i16 sums = {};
+    for (int i = 0; i < kGroup / 16; ++i) {
+        const f16 shift = f16{} + 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
+        const i16 value = __builtin_convertvector((part[i] * inverse + shift) - shift, i16);
+        const b16 narrow = __builtin_convertvector(value, b16);
+        std::memcpy(to + 16 * i, &narrow, 16);
+        sums += value;
+    }
+    total = 0;
+    for (int i = 0; i < 16; ++i) total += sums[i];
+    return peak / 127;
 }
 
 WARPLOOM_CLONES void round_row(const float* x, int n, bfloat16* to) {

@@ -10,138 +10,259 @@ namespace warploom {
 
 namespace {
 
-// Scratch of one thread: the scaled queries, a key widened, scores of one page, and running sums for the heads of a group.
+constexpr int kQueries = 16;  // queries of one task: they share the pages that it reads
+constexpr int kSpan = 32;     // numbers read together; heads are padded to whole spans
+
+#define WARPLOOM_EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define WARPLOOM_ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define WARPLOOM_ZIP(a, b, i)                                                                                       \
+    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
+                            i + 6, i + 22, i + 7, i + 23)
+
+// Keys and values as they are read: spans of 32 as two vectors. In bfloat16 these hold the even and the odd places, so
+// queries are laid out the same way, and outputs laid back.
+WARPLOOM_INLINE void load_span(const float* p, f16& a, f16& b) { a = load(p), b = load(p + 16); }
+WARPLOOM_INLINE void load_span(const bfloat16* p, f16& a, f16& b) { widen_pairs(p, a, b); }
+
+// A row of D numbers, times a factor, as `load_span` would give it; and back.
+template <class T>
+WARPLOOM_INLINE void lay_out(const float* row, int D, float factor, float* to) {
+    for (int d = 0; d < D; d += kSpan) {
+        float span[kSpan] = {};
+        std::copy(row + d, row + std::min(D, d + kSpan), span);
+        const f16 a = load(span) * factor, b = load(span + 16) * factor;
+        constexpr bool apart = sizeof(T) == 2;
+        store(to + d, apart ? WARPLOOM_EVENS(a, b) : a);
+        store(to + d + 16, apart ? WARPLOOM_ODDS(a, b) : b);
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void lay_back(const float* from, int D, float factor, float* row) {
+    for (int d = 0; d < D; d += kSpan) {
+        const f16 a = load(from + d) * factor, b = load(from + d + 16) * factor;
+        constexpr bool apart = sizeof(T) == 2;
+        float span[kSpan];
+        store(span, apart ? WARPLOOM_ZIP(a, b, 0) : a);
+        store(span + 16, apart ? WARPLOOM_ZIP(a, b, 8) : b);
+        std::copy(span, span + std::min(kSpan, D - d), row + d);
+    }
+}
+
+// Scratch of one thread, for the queries of a task (Q) and one page; D padded to whole spans.
 struct Scratch {
-    std::vector<float> query, row, scores, totals, peaks;
+    std::vector<float> queries, outputs;  // (Q, D)
+    std::vector<float> scores;            // (Q, page), padded to 16
+    std::vector<float> totals, peaks;     // (Q, 16), (Q)
+    std::vector<float> keys, values;      // (page, D), widened
+    std::vector<int> from, to;            // (Q): the keys of this page that a query sees
 };
 
-template <class T>
-WARPLOOM_INLINE const float* widened(const T* from, int n, float* to) {
-    int i = 0;
-    for (; i + 16 <= n; i += 16) store(to + i, load(from + i));
-    for (; i < n; ++i) to[i] = widen(from[i]);
-    return to;
+// Lane by lane sums of two vectors' halves, quarters, … : four dot products end side by side.
+#define WARPLOOM_BY_FOUR(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+WARPLOOM_INLINE f16 add_halves(f16 x, f16 y) {
+    return __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(0, 16, 1, 17)) +
+           __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(2, 18, 3, 19));
 }
-WARPLOOM_INLINE const float* widened(const float* from, int, float*) { return from; }
-
-// Adds weighted values to sixteen times N sums, which stay in registers over the whole page.
-template <class T, int N>
-WARPLOOM_INLINE void gather(const T* values, int64_t stride, const float* weights, int count, float* out) {
-    f16 total[N];
-    for (int i = 0; i < N; ++i) total[i] = load(out + 16 * i);
-    for (int j = 0; j < count; ++j)
-        for (int i = 0; i < N; ++i) total[i] += load(values + j * stride + 16 * i) * weights[j];
-    for (int i = 0; i < N; ++i) store(out + 16 * i, total[i]);
+WARPLOOM_INLINE f16 add_quarters(f16 x, f16 y) {
+    return __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(0, 1, 16, 17)) +
+           __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(2, 3, 18, 19));
+}
+WARPLOOM_INLINE f16 add_lanes(f16 x, f16 y) {
+    return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
-// One page of keys for all heads of a group: scores, then the running maximum, sum and weighted values.
+// A query with four keys (or fewer: the last is repeated): four partial sums in each quarter of a vector.
 template <class T>
-WARPLOOM_INLINE void visit_page(const Pages& pages, const Look& look, const float* queries, int group, int64_t page,
-                                int kv, int from, int to, Scratch& s, float* out) {
-    const int D = pages.head_dim, count = to - from, padded = (count + 15) / 16 * 16;
-    const int64_t stride = int64_t(pages.kv_heads) * D;
-    const int64_t first = (page * pages.page_size + from) * stride + int64_t(kv) * D;
-    const T* keys = static_cast<const T*>(pages.keys) + first;
-    const T* values = static_cast<const T*>(pages.values) + first;
-    float* scores = s.scores.data();
-    for (int j = 0; j < count; ++j) {
-        const float* key = widened(keys + j * stride, D, s.row.data());
-        for (int g = 0; g < group; ++g) scores[g * padded + j] = dot(queries + g * D, key, D);
-    }
-    for (int g = 0; g < group; ++g) {
-        float* mine = scores + g * padded;
-        if (look.softcap > 0)
-            for (int j = 0; j < count; ++j) mine[j] = look.softcap * std::tanh(mine[j] / look.softcap);
-        float peak = s.peaks[g];
-        for (int j = 0; j < count; ++j) peak = std::max(peak, mine[j]);
-        for (int j = count; j < padded; ++j) mine[j] = -INFINITY;
-        f16 total = {};
-        for (int j = 0; j < padded; j += 16) {
-            f16 weight = exp(load(mine + j) - peak);
-            store(mine + j, weight);
-            total += weight;
+WARPLOOM_INLINE f16 meet_four(const float* query, const T* keys, int64_t stride, int count, int D) {
+    const T* key[4];
+    for (int j = 0; j < 4; ++j) key[j] = keys + std::min(j, count - 1) * stride;
+    f16 total[4] = {};
+    for (int d = 0; d < D; d += kSpan) {
+        const f16 first = load(query + d), second = load(query + d + 16);
+        for (int j = 0; j < 4; ++j) {
+            f16 a, b;
+            load_span(key[j] + d, a, b);
+            total[j] += first * a;
+            total[j] += second * b;
         }
-        if (peak > s.peaks[g]) {
-            const float shrink = std::exp(s.peaks[g] - peak);
-            s.totals[g] *= shrink;
-            for (int d = 0; d < D; ++d) out[g * D + d] *= shrink;
-            s.peaks[g] = peak;
-        }
-        s.totals[g] += sum(total);
     }
-    for (int g = 0; g < group; ++g) {
-        const float* weights = scores + g * padded;
-        float* mine = out + g * D;
+    return add_quarters(add_halves(total[0], total[1]), add_halves(total[2], total[3]));
+}
+
+// The scores of a query with `count` keys, sixteen at a time; what is stored beyond them means nothing.
+template <class T>
+WARPLOOM_INLINE void meet(const float* query, const T* keys, int64_t stride, int count, int D, float* scores) {
+    for (int j = 0; j < count; j += 16) {
+        f16 four[4];
+        for (int i = 0; i < 4; ++i) {
+            const int first = std::min(j + 4 * i, count - 1);
+            four[i] = meet_four(query, keys + first * stride, stride, count - first, D);
+        }
+        store(scores + j, add_lanes(add_lanes(four[0], four[1]), add_lanes(four[2], four[3])));
+    }
+}
+
+// Adds weighted values to N spans of an output, which stay in registers over the whole page.
+template <int N, class T>
+WARPLOOM_INLINE void gather(const T* values, int64_t stride, const float* weights, int from, int to, float* out) {
+    f16 total[2 * N];
+    for (int i = 0; i < 2 * N; ++i) total[i] = load(out + 16 * i);
+    for (int j = from; j < to; ++j)
+        for (int i = 0; i < N; ++i) {
+            f16 a, b;
+            load_span(values + j * stride + kSpan * i, a, b);
+            total[2 * i] += a * weights[j];
+            total[2 * i + 1] += b * weights[j];
+        }
+    for (int i = 0; i < 2 * N; ++i) store(out + 16 * i, total[i]);
+}
+
+// One query and one page: the scores become weights, and the running maximum, sum and weighted values go on.
+template <class T>
+WARPLOOM_INLINE void visit(const Look& look, const T* keys, const T* values, int64_t stride, int page, int D, int q,
+                           Scratch& s) {
+    const int from = s.from[q], to = s.to[q], padded = (page + 15) / 16 * 16, end = (to + 15) / 16 * 16;
+    float *scores = &s.scores[q * padded], *out = &s.outputs[q * D], *totals = &s.totals[q * 16];
+    meet(&s.queries[q * D], keys, stride, to, D, scores);
+    if (look.softcap > 0)
+        for (int j = 0; j < to; ++j) scores[j] = look.softcap * std::tanh(scores[j] / look.softcap);
+    std::fill(scores, scores + from, -INFINITY);
+    std::fill(scores + to, scores + end, -INFINITY);
+    f16 best = load(scores);
+    for (int j = 16; j < end; j += 16) {
+        const f16 more = load(scores + j);
+        best = select(more > best, more, best);
+    }
+    const float peak = std::max(s.peaks[q], largest(best));
+    if (peak > s.peaks[q]) {
+        const float shrink = std::exp(s.peaks[q] - peak);
+        for (int d = 0; d < D; d += 16) store(out + d, load(out + d) * shrink);
+        store(totals, load(totals) * shrink);
+        s.peaks[q] = peak;
+    }
+    f16 total = load(totals);
+    for (int j = 0; j < end; j += 16) {
+        const f16 weight = exp(load(scores + j) - peak);
+        store(scores + j, weight);
+        total += weight;
+    }
+    store(totals, total);
+    int d = 0;
+    for (; d + 2 * kSpan <= D; d += 2 * kSpan) gather<2>(values + d, stride, scores, from, to, out + d);
+    for (; d < D; d += kSpan) gather<1>(values + d, stride, scores, from, to, out + d);
+}
+
+// Rows of one page, widened and padded, laid out as `load_span` reads them.
+template <class T>
+WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D, int padded, float* to) {
+    for (int j = 0; j < count; ++j, rows += stride, to += padded) {
         int d = 0;
-        for (; d + 64 <= D; d += 64) gather<T, 4>(values + d, stride, weights, count, mine + d);
-        for (; d + 16 <= D; d += 16) gather<T, 1>(values + d, stride, weights, count, mine + d);
-        for (; d < D; ++d)
-            for (int j = 0; j < count; ++j) mine[d] += widen(values[j * stride + d]) * weights[j];
+        for (; d + kSpan <= D; d += kSpan) {
+            f16 a, b;
+            load_span(rows + d, a, b);
+            store(to + d, a), store(to + d + 16, b);
+        }
+        if (d == D) continue;
+        float rest[kSpan];
+        for (int i = 0; d + i < D; ++i) rest[i] = widen(rows[d + i]);
+        lay_out<T>(rest, D - d, 1, to + d);
     }
 }
 
+// `tokens` neighbors of one sequence from token `first` on, all heads of one group.
 template <class T>
-WARPLOOM_INLINE void attend_one(const Pages& pages, const Step& step, const Look& look, const float* q, int token,
-                                int kv, Scratch& s, float* out) {
-    const int D = pages.head_dim, group = look.heads / pages.kv_heads, size = pages.page_size;
-    s.query.resize(group * D), s.row.resize(D + 16), s.scores.resize(group * (size + 16));
-    s.totals.assign(group, 0.0f), s.peaks.assign(group, -INFINITY);
-    for (int i = 0; i < group * D; ++i) s.query[i] = q[i] * look.scale;
-    std::fill(out, out + group * D, 0.0f);
-    const int64_t end = step.positions[token] + 1;
-    const int64_t begin = look.window > 0 ? std::max<int64_t>(0, end - look.window) : 0;
-    const int32_t* table = step.table + int64_t(step.sequences[token]) * step.width;
-    for (int64_t at = begin; at < end; at = (at / size + 1) * size) {
-        const int from = int(at % size), to = int(std::min<int64_t>(size, from + end - at));
-        visit_page<T>(pages, look, s.query.data(), group, table[at / size], kv, from, to, s, out);
+WARPLOOM_INLINE void attend_run(const Pages& pages, const Step& step, const Look& look, const float* q,
+                                int64_t q_stride, int first, int tokens, int kv, Scratch& s, float* out) {
+    const int size = pages.page_size, group = look.heads / pages.kv_heads, Q = tokens * group;
+    const int D = pages.head_dim, padded = (D + kSpan - 1) / kSpan * kSpan;
+    s.queries.resize(Q * padded), s.outputs.assign(Q * padded, 0.0f);
+    s.scores.resize(Q * ((size + 15) / 16 * 16));
+    s.totals.assign(Q * 16, 0.0f), s.peaks.assign(Q, -INFINITY);
+    s.from.resize(Q), s.to.resize(Q);
+    for (int i = 0; i < Q; ++i) {
+        const float* query = q + (first + i / group) * q_stride + (kv * group + i % group) * D;
+        lay_out<T>(query, D, look.scale, &s.queries[i * padded]);
     }
-    for (int g = 0; g < group; ++g)
-        for (int d = 0; d < D; ++d) out[g * D + d] /= s.totals[g];
-}
-
-WARPLOOM_CLONES void attend_float(const Pages& p, const Step& t, const Look& l, const float* q, int i, int kv,
-                                  Scratch& s, float* out) {
-    attend_one<float>(p, t, l, q, i, kv, s, out);
-}
-
-WARPLOOM_CLONES void attend_half(const Pages& p, const Step& t, const Look& l, const float* q, int i, int kv,
-                                 Scratch& s, float* out) {
-    attend_one<bfloat16>(p, t, l, q, i, kv, s, out);
-}
-
-template <class T>
-void write_rows(T* pages, const float* rows, const Step& step, int width, int64_t stride) {
-    for (int t = 0; t < step.tokens; ++t) {
-        if (step.slots[t] < 0) continue;
-        T* to = pages + step.slots[t] * width;
-        for (int i = 0; i < width; ++i) narrow(rows[t * stride + i], to[i]);
+    const int64_t least = step.positions[first] + 1, end = least + tokens - 1;
+    const int64_t begin = look.window > 0 ? std::max<int64_t>(0, least - look.window) : 0;
+    const int32_t* table = step.table + int64_t(step.sequences[first]) * step.width;
+    const int64_t stride = int64_t(pages.kv_heads) * D;
+    for (int64_t at = begin / size * size; at < end; at += size) {
+        for (int i = 0; i < Q; ++i) {
+            const int64_t last = least + i / group, since = look.window > 0 ? last - look.window : 0;
+            s.from[i] = int(std::max<int64_t>(0, since - at)), s.to[i] = int(std::min<int64_t>(size, last - at));
+        }
+        const int64_t offset = int64_t(table[at / size]) * size * stride + int64_t(kv) * D;
+        const T *keys = static_cast<const T*>(pages.keys) + offset, *values = static_cast<const T*>(pages.values) + offset;
+        if (Q == 1 && D == padded) {
+            visit(look, keys, values, stride, size, D, 0, s);
+            continue;
+        }
+        const int count = int(std::min<int64_t>(size, end - at));
+        s.keys.resize(size * padded), s.values.resize(size * padded);
+        widen_rows(keys, stride, count, D, padded, s.keys.data());
+        widen_rows(values, stride, count, D, padded, s.values.data());
+        for (int i = 0; i < Q; ++i)
+            if (s.from[i] < s.to[i])
+                visit<float>(look, s.keys.data(), s.values.data(), padded, size, padded, i, s);
+    }
+    for (int i = 0; i < Q; ++i) {
+        float* mine = out + (int64_t(first + i / group) * look.heads + kv * group + i % group) * D;
+        const float whole = 1 / sum(load(&s.totals[i * 16]));
+        lay_back<T>(&s.outputs[i * padded], D, whole, mine);
     }
 }
+
+WARPLOOM_CLONES void attend_float(const Pages& p, const Step& t, const Look& l, const float* q, int64_t stride,
+                                  int first, int tokens, int kv, Scratch& s, float* out) {
+    attend_run<float>(p, t, l, q, stride, first, tokens, kv, s, out);
+}
+
+WARPLOOM_CLONES void attend_half(const Pages& p, const Step& t, const Look& l, const float* q, int64_t stride,
+                                 int first, int tokens, int kv, Scratch& s, float* out) {
+    attend_run<bfloat16>(p, t, l, q, stride, first, tokens, kv, s, out);
+}
+
+WARPLOOM_CLONES void round_to(const float* from, int n, bfloat16* to) {
+    for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
+}
+WARPLOOM_CLONES void round_to(const float* from, int n, float* to) { std::copy(from, from + n, to); }
 
 }  // namespace
 
-void write_pages(const Pages& pages, const Step& step, const float* k, const float* v, int64_t k_stride,
-                 int64_t v_stride) {
+void write_page(const Pages& pages, int64_t slot, const float* k, const float* v) {
+    if (slot < 0) return;
     const int width = pages.kv_heads * pages.head_dim;
     if (pages.half) {
-        write_rows(static_cast<bfloat16*>(pages.keys), k, step, width, k_stride);
-        write_rows(static_cast<bfloat16*>(pages.values), v, step, width, v_stride);
+        round_to(k, width, static_cast<bfloat16*>(pages.keys) + slot * width);
+        round_to(v, width, static_cast<bfloat16*>(pages.values) + slot * width);
     } else {
-        write_rows(static_cast<float*>(pages.keys), k, step, width, k_stride);
-        write_rows(static_cast<float*>(pages.values), v, step, width, v_stride);
+        round_to(k, width, static_cast<float*>(pages.keys) + slot * width);
+        round_to(v, width, static_cast<float*>(pages.values) + slot * width);
     }
 }
 
 void attend_pages(const Pages& pages, const Step& step, const Look& look, const float* q, int64_t q_stride,
                   float* out) {
-    const int D = pages.head_dim, K = pages.kv_heads, group = look.heads / K;
-    Workers::shared().run(step.tokens * K, [&](int task) {
+    const int K = pages.kv_heads, most = std::max(1, kQueries / (look.heads / K));
+    thread_local std::vector<int> starts;  // of runs: neighbors of one sequence
+    auto& runs = starts;                   // the caller's, whichever thread works on it
+    runs.clear();
+    int tokens = 0;
+    for (; tokens < step.tokens && step.slots[tokens] >= 0; ++tokens) {
+        const bool on = tokens > 0 && step.sequences[tokens] == step.sequences[tokens - 1] &&
+                        step.positions[tokens] == step.positions[tokens - 1] + 1;
+        if (!on || tokens - runs.back() == most) runs.push_back(tokens);
+    }
+    const int count = int(runs.size());
+    runs.push_back(tokens);  // what follows is padding
+    Workers::shared().run(count * K, [&](int task) {
         thread_local Scratch scratch;
-        const int token = task / K, kv = task % K;
-        float* mine = out + (int64_t(token) * look.heads + kv * group) * D;
-        if (step.slots[token] < 0) return;  // padding
-        const float* queries = q + token * q_stride + kv * group * D;
-        (pages.half ? attend_half : attend_float)(pages, step, look, queries, token, kv, scratch, mine);
+        const int first = runs[task / K];
+        (pages.half ? attend_half : attend_float)(pages, step, look, q, q_stride, first, runs[task / K + 1] - first,
+                                                  task % K, scratch, out);
     });
 }
 

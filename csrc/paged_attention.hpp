@@ -31,11 +31,13 @@ struct Look {
     float scale;
 };
 
-// Writes k and v, rows of kv_heads · head_dim floats `k_stride` and `v_stride` apart, into the pages.
-void write_pages(const Pages&, const Step&, const float* k, const float* v, int64_t k_stride, int64_t v_stride);
+// Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none.
+void write_page(const Pages&, int64_t slot, const float* k, const float* v);
 
 // Every token's queries (rows `q_stride` apart) over all keys up to their own position; `out` is (tokens, heads, D).
-// Each query is computed alone, page by page from the first, so its bits depend on nothing but its own sequence.
+// Padding (negative slots) comes last and is left alone. Neighbors of one sequence share the reading of its pages, but
+// each query is computed by itself, page by page from the first and in one order of additions, so its bits depend
+// on nothing but its own sequence.
 void attend_pages(const Pages&, const Step&, const Look&, const float* q, int64_t q_stride, float* out);
 
 }  // namespace warploom

@@ -47,6 +47,20 @@ WARPLOOM_CLONES float weigh(const float* logits, int n, float heat, float* weigh
     return peak;
 }
 
+// Where the largest logit stands, the first of equals.
+WARPLOOM_CLONES int64_t first_largest(const float* logits, int n) {
+    f16 most = f16{} - INFINITY;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const f16 more = load(logits + i);
+        most = select(more > most, more, most);
+    }
+    float peak = largest(most);
+    for (; i < n; ++i) peak = std::max(peak, logits[i]);
+    const int64_t at = std::find(logits, logits + n, peak) - logits;
+    return at < n ? at : 0;  // none where nothing is a number
+}
+
 // The weight of the last token that top-p keeps: of the largest weights, the fewest that hold the share `top_p`.
 float smallest_of_share(const std::vector<float>& weights, float floor, float top_p) {
     double mass = 0;
@@ -80,7 +94,7 @@ float kept_from(const std::vector<float>& weights, const Draw& draw) {
 }  // namespace
 
 int64_t sample_row(const float* logits, int vocabulary, const Draw& draw) {
-    if (!(draw.temperature > 0)) return std::max_element(logits, logits + vocabulary) - logits;
+    if (!(draw.temperature > 0)) return first_largest(logits, vocabulary);
     thread_local std::vector<float> weights;
     weights.resize(vocabulary);
     const float heat = 1 / draw.temperature;

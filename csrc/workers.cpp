@@ -10,12 +10,24 @@ static int getpid() { return 0; }
 namespace warploom {
 
 namespace {
+constexpr int brisk = 200;  // pauses, some microseconds
 constexpr auto patience = std::chrono::microseconds(80);  // longer than the Python between two layers
 
 inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_ia32_pause();
 #endif
+}
+
+// Waits a little, but not on a core that the awaited thread may need: on a busy machine both may share one.
+template <class Done>
+void wait_until(const Done& done) {
+    for (int i = 0; !done(); ++i) {
+        if (i < brisk)
+            pause();
+        else
+            std::this_thread::yield();
+    }
 }
 }  // namespace
 
@@ -53,7 +65,7 @@ void Workers::start(int tasks, Call call, const void* work) {
     }
     take();
     open_.store(false);  // whoever comes now stays out; wait for those inside
-    while (inside_.load() > 0) pause();
+    wait_until([&] { return inside_.load() == 0; });
 }
 
 void Workers::take() {
@@ -67,8 +79,7 @@ void Workers::serve() {
         if (open_.load()) take();
         inside_.fetch_sub(1);
         auto deadline = std::chrono::steady_clock::now() + patience;
-        while (epoch_.load() == seen && std::chrono::steady_clock::now() < deadline)
-            for (int i = 0; i < 32 && epoch_.load(std::memory_order_relaxed) == seen; ++i) pause();
+        wait_until([&] { return epoch_.load() != seen || std::chrono::steady_clock::now() > deadline; });
         if (epoch_.load() == seen) {
             std::unique_lock<std::mutex> lock(sleep_);
             asleep_.fetch_add(1);

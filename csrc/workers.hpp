@@ -4,6 +4,7 @@
 // look for the next loop for a moment before they sleep, and tasks are handed out one by one: where the machine
 // is busy and a worker does not get to run, the caller simply does its tasks too.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -50,5 +51,14 @@ private:
     Call call_ = nullptr;
     const void* work_ = nullptr;
 };
+
+// Calls work(row) for every row. Rows are shared out in runs: one row is too little to hand to another thread.
+template <class Work>
+void each_row(int rows, const Work& work) {
+    constexpr int run = 4;
+    Workers::shared().run((rows + run - 1) / run, [&](int task) {
+        for (int row = task * run; row < std::min(rows, (task + 1) * run); ++row) work(row);
+    });
+}
 
 }  // namespace warploom

@@ -66,7 +66,7 @@ class LLM:
         self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
         where, cache_dtype = self.model.device, self.model.embedding.weight.dtype
         set_workers()
-        self.model, head = serving_model(self.model, quantize)
+        self.model, head = serving_model(self.model, quantize, release=not isinstance(model, Transformer))
         pages = _count_pages(self.config, page_size, cache_dtype, where, kv_memory, max_batch, self.max_context)
         store = PageStore(self.config, pages, page_size, cache_dtype, where)
         runner = Runner(self.model, store, max_batch=max_batch, context=self.max_context, head=head)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
-from .quantize import Head, NativeBlock
+from .quantize import Head, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device
 
@@ -52,9 +52,8 @@ class Runner:
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
-        steady = steady_rows(model.embedding.weight.dtype) if self.device.type == "cpu" else 1
-        self.least_tokens = 1 if isinstance(model.blocks[0], NativeBlock) else steady
-        self.least_samples = steady if head.needs_padding else 1
+        self.least_tokens = 1 if isinstance(model, NativeTransformer) else self._steady_rows()
+        self.least_samples = self._steady_rows() if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and not model.config.n_experts:
@@ -179,6 +178,9 @@ class Runner:
             logits = self._logits(hidden_TC, np.arange(first, first + count))
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
             flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
+
+    def _steady_rows(self) -> int:
+        return steady_rows(self.model.embedding.weight.dtype) if self.device.type == "cpu" else 1
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)

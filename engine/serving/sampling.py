@@ -43,20 +43,20 @@ class RowSettings:
 
     def choose(self, logits_RV: Tensor, rows: list[int], index_R: Tensor, positions_R: Tensor) -> Tensor:
         """One token for each row of logits; `positions_R` are where the tokens will stand."""
+        if HAS_NATIVE and self.device.type == "cpu":
+            return _sample_native(logits_RV, index_R, *self.numbers.values(), self.seeds, positions_R)
         if all(self.params[row].greedy for row in rows):
             return logits_RV.argmax(-1)
         settings = [tensor[index_R] for tensor in (*self.numbers.values(), self.seeds)]
-        if HAS_NATIVE and self.device.type == "cpu":
-            return _sample_native(logits_RV, *settings, positions_R)
         return kernels.sample(logits_RV, *settings, positions_R)
 
 
-def _sample_native(logits_RV: Tensor, *settings: Tensor) -> Tensor:
-    """The same draw in C++."""
+def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Tensor:
+    """The same draw in C++, which looks the settings up by itself."""
     logits_RV = logits_RV.float().contiguous()
     tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
-    addresses = (tensor.data_ptr() for tensor in settings)
-    _native.sample(logits_RV.data_ptr(), *logits_RV.shape, *addresses, tokens_R.data_ptr())
+    addresses = (tensor.data_ptr() for tensor in (index_R, *settings, tokens_R))
+    _native.sample(logits_RV.data_ptr(), *logits_RV.shape, *addresses)
     return tokens_R
 
 

@@ -118,4 +118,4 @@ def test_a_draw_in_cpp_is_the_kernels_draw():
     seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
     positions = torch.randint(0, 2**40, (rows,), generator=generator)
     settings = temperature, top_k.int(), top_p, min_p, seeds, positions
-    assert torch.equal(_sample_native(logits, *settings), kernels.sample(logits, *settings))
+    assert torch.equal(_sample_native(logits, torch.arange(rows), *settings), kernels.sample(logits, *settings))
