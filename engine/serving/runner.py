@@ -36,6 +36,7 @@ class Flight:
 
     plan: StepPlan
     sampled: Tensor  # token ids, R
+    foreseen: Tensor  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
     logprobs: dict[int, Logprobs]  # by chunk
     prompt_logprobs: dict[int, Logprobs]
@@ -81,9 +82,12 @@ class Runner:
     def collect(self, flight: Flight) -> StepResult:
         """Wait for a step, and report it."""
         sampled = flight.sampled.tolist()
+        drafts = any(len(span) > 1 for span in flight.spans)
+        foreseen = flight.foreseen.tolist() if drafts else ()
         results = []
         for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
-            tokens = tuple(sampled[span.start : span.stop])
+            right = next((i for i, place in enumerate(span[:-1]) if not foreseen[place]), len(span) - 1)
+            tokens = tuple(sampled[span.start : span.start + right + 1])
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
@@ -120,7 +124,7 @@ class Runner:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
         edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
         spans = [range(a, b) for a, b in pairwise(edges)]
-        flight = Flight(plan, torch.empty(0, dtype=torch.int64), spans, {}, {})
+        flight = Flight(plan, *(torch.empty(0, dtype=torch.int64) for _ in "sf"), spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
         places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
         if not places:
@@ -132,6 +136,7 @@ class Runner:
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
         changed_RV = self._change(logits_RV, rows, positions)
         flight.sampled = self.settings.choose(changed_RV, rows, index_R, positions_R)
+        flight.foreseen = self.tokens[index_R, positions_R] == flight.sampled
         self.tokens[index_R, positions_R] = flight.sampled.int()
         self._describe(flight, logits_RV)
         return flight

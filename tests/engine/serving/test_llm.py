@@ -73,14 +73,46 @@ def test_a_request_with_a_seed_gets_the_same_tokens_in_any_company(tiny_model, s
         assert small.engine.scheduler.preemptions > 0
 
 
-def test_guessing_ahead_changes_the_steps_and_not_the_tokens(model):
-    prompts = [[*range(10), *range(10), *range(5)], *prompts_of([20, 9])]
-    params = SamplingParams(max_tokens=40, temperature=0.3, seed=5, presence_penalty=0.2, logprobs=2)
-    for chosen in (GREEDY, params):
-        plain, guessing = LLM(model), LLM(model, speculate=4)
-        expected, outputs = plain.generate(prompts, chosen), guessing.generate(prompts, chosen)
-        assert ids(outputs) == ids(expected)
-        assert [len(output.logprobs or ()) for output in outputs] == [len(output.logprobs or ()) for output in expected]
+@pytest.mark.parametrize("guesser", ["text", "small", "itself"])
+def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokenizer, guesser):
+    """Any temperature, penalties, logprobs, `n`, stop strings, grammars, prefix hits, preemption, cancellation."""
+    model, small = tiny_model(vocab_size=99), tiny_model("gpt2", seed=1, n_layers=1, vocab_size=99)
+    ways = {"text": {"speculate": 4}, "small": {"draft": small}, "itself": {"draft": model, "draft_tokens": 3}}
+    prompts = ["over and over and over and ", *prompts_of([20, 9, 33, 1, 47, 16, 5])]
+    params = [
+        SamplingParams(max_tokens=30, temperature=[0, 0.3, 1.0][i % 3], seed=i, presence_penalty=i % 2 / 5,
+                       logprobs=[None, 2][i % 2], n=1 + i % 3 // 2, stop=["zz", "e", "q"][i % 3], ignore_eos=True)
+        for i in range(8)
+    ]  # fmt: skip
+    params[6] = SamplingParams(max_tokens=9, regex="[a-f]{4,20}", seed=3)
+
+    def all_of(llm):
+        lost = llm.submit(prompts[1], params[0])
+        llm.engine.step()
+        lost.cancel()
+        choices = [choice for output in llm.generate(prompts, params) for choice in output.choices]
+        assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+        return [(choice.token_ids, choice.text, choice.finish_reason, choice.logprobs) for choice in choices]
+
+    expected = all_of(LLM(model, tokenizer, page_size=8))
+    caches = [each.config for each in (model, ways[guesser].get("draft")) if each]
+    memory = 14 * 8 * sum(config.kv_bytes_per_token(4) for config in caches)
+    for limits in ({}, {"kv_memory": memory, "step_tokens": 40, "max_batch": 6}):
+        llm = LLM(model, tokenizer, page_size=8, **ways[guesser], **limits)
+        assert all_of(llm) == all_of(llm) == expected
+        scheduler = llm.engine.scheduler
+        assert bool(scheduler.preemptions) == bool(limits) and 0 < scheduler.drafts_right <= scheduler.drafted
+        assert guesser != "itself" or scheduler.drafts_right == scheduler.drafted, "it draws with the same noise"
+
+
+def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="vocabulary of 97 tokens; it has another, of 98"):
+        LLM(model, draft=tiny_model(vocab_size=98))
+    with pytest.raises(ValueError, match="draft reads 100 tokens, not 256: set max_context=100"):
+        LLM(model, draft=tiny_model(max_seq_len=100))
+    with pytest.raises(ValueError, match="give one of them"):
+        LLM(model, draft=model, speculate=2)
 
 
 def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tokenizer):

@@ -28,6 +28,8 @@ def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, ty
     type_in("hello")
     assert main(flags) == 0
     assert capsys.readouterr().out == said and len(said) > 1
+    assert main([*flags, "--prompt", "hello", "--draft", directory, "--draft-tokens", "3"]) == 0
+    assert capsys.readouterr().out == said
     assert main([*flags, "--prompt", "hello", "--beam-width", "2"]) == 0
 
 
