@@ -255,7 +255,10 @@ class Engine:
         for sequence, tokens, chunk in self.scheduler.commit(result):
             self.generated_tokens += len(tokens)
             stopped = sequence.listener.receive(tokens, chunk, now)
-            if stopped or (sequence.grammar is not None and sequence.grammar.finished):
+            if sequence.grammar is not None and sequence.grammar.error is not None:
+                sequence.listener.error = sequence.grammar.error
+                self.scheduler.finish(sequence, "error")
+            elif stopped or (sequence.grammar is not None and sequence.grammar.finished):
                 self._stop(sequence)
         self._tell_ended()
         return True
