@@ -5,18 +5,18 @@ overhead. `serving_model` gives a twin of the model whose blocks are one C++ cal
 in which they are read. A product there gives a row the same bits in any batch.
 
 In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A block
-with experts is not known to C++: only its linear layers are replaced, and only in 8 bits. Without the extension, or on
-a GPU, the model serves as it is, and 8-bit layers are `kernels.int8_linear`.
+with experts is no single call: its products are, and each expert's. Without the extension, or on a GPU, the model
+serves as it is, and 8-bit layers are `kernels.int8_linear`.
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..model import Block, Linear, Transformer
+from ...kernels.moe import route
+from ..model import Block, Linear, MoE, Transformer
 from .store import HAS_NATIVE, NativeAttend, _native
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -88,12 +88,38 @@ class NativeBlock(nn.Module):
         return stream, delta, None
 
 
+class NativeMoE(nn.Module):
+    """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    def __init__(self, moe: MoE, form: str):
+        super().__init__()
+        self.config = c = moe.config
+        self.activation = "silu" if c.ffn == "swiglu" else c.ffn
+        self.router = NativeLinear(moe.router.weight, None, form)
+        pairs = zip(moe.w_gate_up, moe.w_down)
+        self.experts = [tuple(NativeLinear(weight, None, form) for weight in pair) for pair in pairs]
+        self.shared = moe.shared
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        c, x_TC = self.config, x_BTC.flatten(0, -2)
+        normalize = c.normalize_experts and c.experts_per_token > 1
+        weights_TK, experts_TK, routing = route(self.router(x_TC), c.experts_per_token, c.router, normalize)
+        order_A = experts_TK.flatten().argsort(stable=True)
+        pieces = x_TC[order_A // c.experts_per_token].split(routing.tokens_per_expert.tolist())
+        y_AC = torch.cat([
+            down(kernels.swiglu_packed(up(piece), self.activation)) for piece, (up, down) in zip(pieces, self.experts)
+        ])  # fmt: skip
+        y_TKC = y_AC[order_A.argsort()].unflatten(0, (-1, c.experts_per_token)) * weights_TK.unsqueeze(-1)
+        y_BTC = sum(y_TKC.unbind(1)).to(x_BTC.dtype).view_as(x_BTC)  # one after the other, in any batch
+        return y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)
+
+
 def serving_model(model: Transformer, quantize: str | None) -> tuple[Transformer, Head]:
     """The model as it is served, and its head; what need not change is shared with the original."""
     form = quantize or FORMATS.get(model.embedding.weight.dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     whole_blocks = native and not model.config.n_experts
-    if quantize is None and not whole_blocks:
+    if quantize is None and not native:
         return model, Head(model)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
@@ -103,7 +129,7 @@ def serving_model(model: Transformer, quantize: str | None) -> tuple[Transformer
     else:
         shared = {id(tensor): tensor for tensor in model.parameters()}
         twin.blocks = copy.deepcopy(model.blocks, shared)
-        _replace_linears(twin.blocks, NativeLinear if native else Int8Linear)
+        _replace_products(twin.blocks, form, native)
     head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
     return twin, Head(model, head)
 
@@ -115,12 +141,16 @@ def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
     return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
 
 
-def _replace_linears(module: nn.Module, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+def _replace_products(module: nn.Module, form: str, native: bool) -> None:
     for name, child in module.named_children():
+        if native and isinstance(child, MoE):
+            child = NativeMoE(child, form)
+            setattr(module, name, child)
         if isinstance(child, Linear):
-            setattr(module, name, kind(child.weight, child.bias))
+            layer = NativeLinear(child.weight, child.bias, form) if native else Int8Linear(child.weight, child.bias)
+            setattr(module, name, layer)
         else:
-            _replace_linears(child, kind)
+            _replace_products(child, form, native)
 
 
 def _native_norm(norm: nn.Module, config):

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model import Linear
 from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
-from .quantize import Head, NativeBlock
+from .quantize import Head, Int8Linear
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device
 
@@ -54,7 +55,8 @@ class Runner:
         self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
         steady = steady_rows(model.embedding.weight.dtype) if self.device.type == "cpu" else 1
-        self.least_tokens = 1 if isinstance(model.blocks[0], NativeBlock) else steady
+        by_torch = any(isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules())
+        self.least_tokens = steady if by_torch else 1
         self.least_samples = steady if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None

@@ -1,6 +1,11 @@
 """Claims about what the engine generates."""
 
+import dataclasses
+import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +14,10 @@ from warploom.engine.device import DTYPES
 from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.graphs import DecodeGraphs
+from warploom.engine.serving.store import HAS_NATIVE
 
 VOCABULARY = 97
+NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
@@ -50,27 +57,61 @@ def test_greedy_is_token_identical_to_transformers_through_preemption_and_prefix
     assert max(output.metrics.cached_tokens for output in again) > 0
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [("llama", "float32"), ("qwen3", "bfloat16"), ("mixtral", "float32")])
-def test_a_request_with_a_seed_gets_the_same_tokens_in_any_company(tiny_model, shape, dtype):
-    """Alone, in a batch of 64, after a prefix hit, after preemption, in chunks of any size, after a restart."""
-    model = tiny_model(shape, dtype=DTYPES[dtype])
-    prompts = prompts_of(random.Random(1).choices(range(1, 60), k=64))
-    params = [
-        SamplingParams(
-            max_tokens=16, temperature=0.9, top_k=20 * (i % 2), top_p=0.95, seed=i, frequency_penalty=i % 3 / 9
-        )
+def seeded_requests():
+    lengths = random.Random(1).choices(range(1, 60), k=64)
+    return prompts_of(lengths), [
+        SamplingParams(16, 0.9, top_k=i % 2 * 20, top_p=0.95, frequency_penalty=i % 3 / 9, seed=i, logprobs=0)
         for i in range(64)
     ]
+
+
+def said(outputs):
+    """Tokens and, where products are ours, to the last bit their log-probabilities."""
+    return [(o.token_ids, [entry.logprob for entry in o.logprobs or () if HAS_NATIVE]) for o in outputs]
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_a_request_with_a_seed_gets_the_same_bits_in_any_company(tiny_model, shape, dtype):
+    """In a batch of 64, alone, after a prefix hit, after preemption, in chunks of any size."""
+    model = tiny_model(shape, dtype=DTYPES[dtype])
+    prompts, params = seeded_requests()
     llm = LLM(model)
-    together = ids(llm.generate(prompts, params))
-    assert ids(llm.generate(prompts, params)) == together, "after a prefix hit"
+    together = said(llm.generate(prompts, params))
+    assert said(llm.generate(prompts, params)) == together, "after a prefix hit"
     chosen = [3, 17, 40]
-    assert [llm.generate(prompts[i], params[i]).token_ids for i in chosen] == [together[i] for i in chosen], "alone"
     cost = model.config.kv_bytes_per_token(DTYPES[dtype].itemsize)
-    for budget, batch in [(7, 5), (70, 64)]:
-        small = LLM(model, step_tokens=budget, max_batch=batch, kv_memory=cost * 128)
-        assert ids(small.generate(prompts, params)) == together, f"in chunks of {budget}"
-        assert small.engine.scheduler.preemptions > 0
+    for budget, batch, members in [(1, 1, chosen), (7, 5, range(0, 64, 4)), (70, 64, range(64))]:
+        small = LLM(model, step_tokens=budget, max_batch=batch, kv_memory=cost * (96 + 5 * batch))
+        again = said(small.generate([prompts[i] for i in members], [params[i] for i in members]))
+        assert again == [together[i] for i in members], f"in chunks of {budget}"
+        assert batch == 1 or small.engine.scheduler.preemptions > 0
+
+
+RESTARTED = """
+import json, sys
+from warploom.engine.serving import LLM, SamplingParams
+prompts, params = json.load(sys.stdin)
+for directory in sys.argv[1:]:
+    outputs = LLM(directory).generate(prompts, [SamplingParams(**chosen) for chosen in params])
+    print(json.dumps([[o.token_ids, [entry.logprob for entry in o.logprobs]] for o in outputs]))
+"""
+
+
+@NEEDS_NATIVE
+def test_a_request_with_a_seed_gets_the_same_bits_after_a_restart(tiny_model, tmp_path):
+    """In a new process, from the model directory."""
+    prompts, params = (each[:9] for each in seeded_requests())
+    models = {"mixtral": torch.float32, "llama": torch.bfloat16}
+    places = [str(save_model(tiny_model(shape, dtype=dtype), tmp_path / shape)) for shape, dtype in models.items()]
+    expected = [[list(t), bits] for place in places for t, bits in said(LLM(place).generate(prompts, params))]
+    asked = json.dumps([prompts, [dataclasses.asdict(chosen) for chosen in params]])
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", RESTARTED, *places]
+    done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [entry for line in done.stdout.splitlines() for entry in json.loads(line)] == expected
 
 
 @pytest.mark.parametrize("guesser", ["text", "small", "itself"])
@@ -92,7 +133,7 @@ def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokeniz
         lost.cancel()
         choices = [choice for output in llm.generate(prompts, params) for choice in output.choices]
         assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
-        return [(choice.token_ids, choice.text, choice.finish_reason, choice.logprobs) for choice in choices]
+        return said(choices), [(choice.text, choice.finish_reason, len(choice.logprobs or ())) for choice in choices]
 
     expected = all_of(LLM(model, tokenizer, page_size=8))
     caches = [each.config for each in (model, ways[guesser].get("draft")) if each]
