@@ -55,6 +55,8 @@ class Flags:
     """The directory of a smaller model of the same vocabulary that guesses ahead; changes the speed alone."""
     draft_tokens: int = 4
     """Tokens the draft model guesses ahead."""
+    tensor_parallel: int = 1
+    """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
 
 
 def run(argv: list[str]) -> int:
@@ -100,7 +102,7 @@ class Loader:
 
         flags = self._flags
         names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate",
-                 "draft", "draft_tokens")  # fmt: skip
+                 "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
         try:
             return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
         except ValueError as error:

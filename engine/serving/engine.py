@@ -187,8 +187,10 @@ class Engine:
         with self._lock:
             try:
                 return self._turn()
-            except Exception as error:
+            except BaseException as error:
                 self._fail(error)
+                if not isinstance(error, Exception):
+                    raise
                 return True
 
     def call(self, action: Callable[[], Result]) -> Result:
@@ -234,8 +236,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests will be served: the thread, if there is one, is running."""
-        return self._thread is None or self._thread.is_alive()
+        """Whether requests will be served: the runner can, and the thread, if there is one, is running."""
+        return self.runner.alive and (self._thread is None or self._thread.is_alive())
 
     def _loop(self) -> None:
         while not self._stopping:

@@ -25,10 +25,8 @@ from .grammar import compile_grammar
 from .outputs import Output, Piece
 from .pages import PagePool
 from .params import SamplingParams
-from .quantize import serving_model
-from .runner import Runner
 from .scheduler import Scheduler
-from .speculation import DraftRunner, guess_later, ngram_draft
+from .speculation import guess_later, make_runner, ngram_draft
 from .store import PageStore, set_workers
 
 Prompt = str | Items[int]
@@ -40,7 +38,8 @@ class LLM:
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
     `quantize="int8"` keeps weights in 8 bits. `step_tokens` bounds the tokens of one step. `speculate` is how many
     tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses `draft_tokens`
-    ahead: either changes the speed, not the output.
+    ahead: either changes the speed, not the output. `tensor_parallel` spreads the model over that many processes, each
+    with a GPU of its own where there are GPUs; `close` ends them.
     """
 
     def __init__(
@@ -60,11 +59,14 @@ class LLM:
         draft: str | os.PathLike | Transformer | None = None,
         draft_tokens: int = 4,
         prefix_cache: bool = True,
+        tensor_parallel: int = 1,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
         if speculate < 0 or draft_tokens < 1:
             raise ValueError(f"speculate must be at least 0 and draft_tokens 1, got {speculate} and {draft_tokens}")
+        if tensor_parallel < 1 or (tensor_parallel > 1 and quantize is not None):
+            raise ValueError(f"tensor_parallel must be at least 1, and 1 with quantize, got {tensor_parallel}")
         if speculate and draft is not None:
             raise ValueError("speculate and draft are two ways to guess ahead: give one of them")
         self._source = model
@@ -74,18 +76,19 @@ class LLM:
         where, cache_dtype = self.model.device, self.model.embedding.weight.dtype
         set_workers()
         models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
-        cost = sum(PageStore.bytes_per_page(model.config, page_size, cache_dtype) for model in models)
+        cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
         pages = _count_pages(cost, page_size, where, kv_memory, max_batch, self.max_context)
 
-        def make_runner(model: Transformer) -> Runner:
-            served, head = serving_model(model, quantize)
-            store = PageStore(model.config, pages, page_size, cache_dtype, where)
-            return Runner(served, store, max_batch=max_batch, context=self.max_context, head=head)
+        options = {"pages": pages, "page_size": page_size, "quantize": quantize}
+        options |= {"max_batch": max_batch, "context": self.max_context}
+        if tensor_parallel == 1:
+            runner = make_runner(models, **options)
+        else:
+            from .parallel import make_team
 
-        runner, *drafts = map(make_runner, models)
+            runner = make_team(models, [model] if draft is None else [model, draft], tensor_parallel, options)
         self.model = runner.model
-        runner = DraftRunner(runner, *drafts) if drafts else runner
-        guess = guess_later if drafts else ngram_draft if speculate else None
+        guess = ngram_draft if speculate else None if draft is None else guess_later
         scheduler = Scheduler(
             PagePool(pages, page_size, prefix_cache),
             max_batch=max_batch,
@@ -93,7 +96,7 @@ class LLM:
             context=self.max_context,
             depth=2 if where.type == "cuda" and guess is None else 1,
             draft=guess,
-            most_drafts=draft_tokens if drafts else speculate,
+            most_drafts=speculate or draft_tokens,
         )
         self.engine = Engine(scheduler, runner, self.tokenizer, _end_tokens(self.tokenizer))
 
@@ -113,6 +116,11 @@ class LLM:
         """The model with every step in PyTorch, to look inside; read again if it came from a directory."""
         given = self._source
         return given.eval() if isinstance(given, Transformer) else load_model(given, self.model.device)[0]
+
+    def close(self) -> None:
+        """Stop the engine, and the processes of `tensor_parallel`; happens by itself when the program ends."""
+        self.engine.stop()
+        self.engine.runner.close()
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""

@@ -119,7 +119,7 @@ def serving_model(model: Transformer, quantize: str | None) -> tuple[Transformer
     form = quantize or FORMATS.get(model.embedding.weight.dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     whole_blocks = native and not model.config.n_experts
-    if quantize is None and not native:
+    if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)

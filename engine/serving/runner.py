@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import Linear
+from ..model import Linear, Transformer
 from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
 from .quantize import Head, Int8Linear
@@ -46,6 +46,8 @@ class Flight:
 class Runner:
     """Runs plans on one model and the pages of its cache."""
 
+    alive = True
+
     def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head):
         self.model, self.store = model, store
         self.head = head
@@ -60,8 +62,11 @@ class Runner:
         self.least_samples = steady if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and not model.config.n_experts:
+        if self.device.type == "cuda" and not model.config.n_experts and type(model) is Transformer:
             self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
+
+    def close(self) -> None:
+        """Nothing of it outlives it."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for the result."""

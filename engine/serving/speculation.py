@@ -16,9 +16,12 @@ Two ways to guess:
 
 from dataclasses import replace
 
+from ..model import Transformer
 from .plan import UNKNOWN, Chunk, StepPlan
+from .quantize import serving_model
 from .runner import Flight, Runner
 from .sequence import Sequence
+from .store import PageStore
 
 
 def ngram_draft(sequence: Sequence, most: int, longest: int = 4, shortest: int = 2, window: int = 2048) -> list[int]:
@@ -42,6 +45,9 @@ def guess_later(sequence: Sequence, most: int) -> list[int]:
 class DraftRunner:
     """A runner that lets a small one run ahead: first it fills in the plan's drafts, then the large one checks them."""
 
+    alive = True
+    close = Runner.close
+
     def __init__(self, runner: Runner, draft: Runner):
         self.model, self.runner, self.draft = runner.model, runner, draft
 
@@ -63,6 +69,20 @@ class DraftRunner:
     def collect(self, flight: Flight):
         """Wait for a step, and report it."""
         return self.runner.collect(flight)
+
+
+def make_runner(
+    models: list[Transformer], *, pages: int, page_size: int, max_batch: int, context: int, quantize: str | None
+) -> Runner | DraftRunner:
+    """A runner for a model, or for a model and its draft, each with a cache of so many pages."""
+    runners = []
+    for model in models:
+        c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
+        ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
+        store = PageStore(ours, pages, page_size, model.embedding.weight.dtype, model.device)
+        served, head = serving_model(model, quantize)
+        runners.append(Runner(served, store, max_batch=max_batch, context=context, head=head))
+    return DraftRunner(*runners) if len(runners) > 1 else runners[0]
 
 
 def _known(chunk: Chunk) -> int:
