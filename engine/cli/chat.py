@@ -3,8 +3,8 @@
     warploom chat --model DIR
     echo "What is a loom?" | warploom chat --model DIR
 
-The conversation is formatted by the model's own chat template, or a plain one. When it outgrows the context, the oldest
-exchanges are forgotten first; the system prompt never is.
+The conversation is formatted by the model's own chat template, or a plain one. When it outgrows the context, the model
+no longer sees the oldest exchanges; it always sees the system prompt, and /save writes everything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..serving.options import LLMOptions
+from ..serving.outputs import EngineError
 from ..serving.params import SamplingParams
 from .flags import parse
 
@@ -50,6 +51,7 @@ def run(argv: list[str]) -> int:
     """The verb `chat`."""
     options = parse(ChatOptions, argv, "chat")
     chat = Chat(options.llm.open(), options.sampling, options.system)
+    chat.llm.engine.start()  # in its own thread, where Ctrl-C does not break a step
     if options.prompt is not None:
         return chat.say(options.prompt)
     if sys.stdin.isatty():
@@ -63,6 +65,7 @@ class Chat:
     def __init__(self, llm, params: SamplingParams, system: str = ""):
         self.llm, self.params, self.system = llm, params, system
         self.messages: list[dict[str, str]] = []
+        self._forgetful = False
         self._commands: dict[str, Callable[[str], str]] = {
             "/temp": lambda text: self._set("temperature", float, text),
             "/topk": lambda text: self._set("top_k", int, text),
@@ -93,7 +96,7 @@ class Chat:
             return f"{name} is not a command; /help lists them"
         try:
             return self._commands[name](rest.strip())
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             return str(error)
 
     def say(self, text: str) -> int:
@@ -106,7 +109,7 @@ class Chat:
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             status = 130
-        except ValueError as error:
+        except (ValueError, EngineError) as error:
             self.messages.pop()
             print(f"chat: {error}", file=sys.stderr)
             return 2
@@ -118,12 +121,16 @@ class Chat:
         """The conversation as tokens, without its oldest exchanges if they no longer fit beside the answer."""
         context = self.llm.max_context
         room = context - min(self.params.max_tokens or 1, context // 2)
-        while len(tokens := self.llm.encode_chat(self._all_messages())) > room and len(self.messages) > 1:
-            del self.messages[: 2 if self.messages[0]["role"] == "user" else 1]
+        first = 0
+        while len(tokens := self.llm.encode_chat(self._messages(first))) > room and first + 2 < len(self.messages):
+            first += 2  # a question and its answer
+        if first and not self._forgetful:
+            print("(the oldest messages no longer fit into the model's context)", file=sys.stderr)
+        self._forgetful = first > 0
         return tokens
 
-    def _all_messages(self) -> list[dict[str, str]]:
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
+    def _messages(self, first: int = 0) -> list[dict[str, str]]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages[first:]
 
     def _set(self, name: str, kind: Callable, text: str) -> str:
         try:
@@ -142,8 +149,11 @@ class Chat:
             return "/save needs a file name"
         path = Path(name)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self._all_messages(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text(json.dumps(self._messages(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise ValueError(f"cannot save to {path}: {error.strerror or error}") from None
         return f"saved {len(self.messages)} messages to {path}"
 
     def _reset(self) -> str:

@@ -5,7 +5,8 @@
 
 A prompts file has one prompt a line: a JSON string, an object with "prompt" and any sampling parameters of its own, or,
 in a file that does not end in .jsonl, plain text. Results are appended as they come, one JSON object a line with the
-prompt's `index`; run the same command again after an interruption and it does what is missing.
+prompt's `index`; run the same command again after an interruption and it does what is missing. A prompt that cannot be
+answered gets an `error` instead, and is tried again the next time; the others go on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ..serving.options import LLMOptions
+from ..serving.outputs import EngineError
 from ..serving.params import SamplingParams
 from .flags import parse
+
+RESULT = '{"index": '  # how each line of results begins
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,12 @@ def _continue_file(options: GenerateOptions) -> int:
         return 0
     llm = options.llm.open()
     file = sys.stdout if options.out is None else open(options.out, "a", encoding="utf-8")  # noqa: SIM115
-    progress = _Progress(len(missing))
+    progress, failed = _Progress(len(missing)), 0
     try:
         for index, output in _answers(llm, missing):
             print(json.dumps(_result(index, output, llm), ensure_ascii=False), file=file, flush=True)
-            progress.advance(sum(len(choice.token_ids) for choice in output.choices))
+            failed += isinstance(output, Exception)
+            progress.advance(0 if isinstance(output, Exception) else sum(len(o.token_ids) for o in output.choices))
     except KeyboardInterrupt:
         where = "" if options.out is None else f" in {options.out}; the same command does the rest"
         print(f"\nstopped: {progress.done} of {len(missing)} answers are saved{where}", file=sys.stderr)
@@ -102,11 +107,13 @@ def _continue_file(options: GenerateOptions) -> int:
         progress.close()
         if options.out is not None:
             file.close()
-    return 0
+    if failed:
+        print(f'{failed} of {len(missing)} prompts could not be answered: see their "error"', file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _answers(llm, jobs: list[tuple[int, Any, SamplingParams]]):
-    """(index, output) of all jobs as they finish, with enough of them submitted to fill the batch."""
+    """(index, output or error) of all jobs as they finish, with enough of them submitted to fill the batch."""
     queue, running = iter(jobs), {}
     try:
         while True:
@@ -114,20 +121,25 @@ def _answers(llm, jobs: list[tuple[int, Any, SamplingParams]]):
                 try:
                     running[index] = llm.submit(prompt, params)
                 except ValueError as error:
-                    raise ValueError(f"prompt {index}: {error}") from None
+                    yield index, error
                 if len(running) >= 2 * llm.engine.scheduler.max_batch:
                     break
             if not running:
                 return
             llm.engine.step()
             for index in [index for index, generation in running.items() if generation.finished]:
-                yield index, running.pop(index).result()
+                try:
+                    yield index, running.pop(index).result()
+                except EngineError as error:
+                    yield index, error
     finally:
         for generation in running.values():
             generation.cancel()
 
 
 def _result(index: int, output, llm) -> dict[str, Any]:
+    if isinstance(output, Exception):
+        return {"index": index, "error": str(output)}
     choices = [
         {"text": choice.text, "finish_reason": choice.finish_reason, "tokens": len(choice.token_ids)}
         | ({} if llm.tokenizer else {"token_ids": list(choice.token_ids)})
@@ -139,7 +151,7 @@ def _result(index: int, output, llm) -> dict[str, Any]:
 
 def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, SamplingParams]]:
     """The file's prompts with their parameters; a mistake names its line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     if path.suffix not in (".jsonl", ".json"):
         return [(line, params) for line in lines if line]
     jobs = []
@@ -154,32 +166,37 @@ def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, Samplin
 
 
 def _read_prompt(value: Any, params: SamplingParams) -> tuple[Any, SamplingParams]:
-    if isinstance(value, (str, list)):
-        return value, params
-    if not isinstance(value, dict) or "prompt" not in value:
-        raise ValueError('a line must be a JSON string or an object with "prompt"')
+    value = value if isinstance(value, dict) else {"prompt": value}
+    prompt = value.get("prompt")
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
+        raise ValueError('a line must be a JSON string, a list of token ids, or an object with one of them as "prompt"')
     changes = {name: given for name, given in value.items() if name not in ("prompt", "index")}
     known = {entry.name for entry in dataclasses.fields(SamplingParams)}
     unknown = sorted(set(changes) - known)
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a sampling parameter; they are: {', '.join(sorted(known))}")
-    return value["prompt"], dataclasses.replace(params, **changes)
+    return prompt, dataclasses.replace(params, **changes)
 
 
 def _read_results(path: Path | None) -> set[int]:
-    """Which prompts are answered in the output file; a line torn by an interruption is taken out of it."""
+    """Which prompts are answered in the output file; errors and a line torn by an interruption are taken out of it."""
     if path is None or not path.exists():
         return set()
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(whole, encoding="utf-8")
-        os.replace(partial, path)
+    *lines, torn = text.split("\n")  # not splitlines, which also splits at what may be in a text
     try:
-        return {json.loads(line)["index"] for line in whole.splitlines()}
+        if not torn.startswith(RESULT[: len(torn)]):
+            raise ValueError
+        entries = [(json.loads(line), line) for line in lines]
+        answered = {entry["index"]: line for entry, line in entries if "error" not in entry}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a file of results: move it away, or choose another --out") from None
+    kept = "".join(f"{line}\n" for line in answered.values())
+    if kept != text:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(kept, encoding="utf-8")
+        os.replace(partial, path)
+    return set(answered)
 
 
 class _Progress:

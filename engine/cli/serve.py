@@ -51,6 +51,12 @@ class Flags:
     """int8 keeps weights in 8 bits."""
     speculate: int = 0
     """Tokens to guess ahead from the text so far; changes the speed alone."""
+    draft: str | None = None
+    """The directory of a smaller model of the same vocabulary that guesses ahead; changes the speed alone."""
+    draft_tokens: int = 4
+    """Tokens the draft model guesses ahead."""
+    tensor_parallel: int = 1
+    """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
 
 
 def run(argv: list[str]) -> int:
@@ -95,7 +101,8 @@ class Loader:
         from ..serving import LLM
 
         flags = self._flags
-        names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate")
+        names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate",
+                 "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
         try:
             return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
         except ValueError as error:

@@ -187,8 +187,10 @@ class Engine:
         with self._lock:
             try:
                 return self._turn()
-            except Exception as error:
+            except BaseException as error:
                 self._fail(error)
+                if not isinstance(error, Exception):
+                    raise
                 return True
 
     def call(self, action: Callable[[], Result]) -> Result:
@@ -234,8 +236,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests will be served: the thread, if there is one, is running."""
-        return self._thread is None or self._thread.is_alive()
+        """Whether requests will be served: the runner can, and the thread, if there is one, is running."""
+        return self.runner.alive and (self._thread is None or self._thread.is_alive())
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -255,7 +257,10 @@ class Engine:
         for sequence, tokens, chunk in self.scheduler.commit(result):
             self.generated_tokens += len(tokens)
             stopped = sequence.listener.receive(tokens, chunk, now)
-            if stopped or (sequence.grammar is not None and sequence.grammar.finished):
+            if sequence.grammar is not None and sequence.grammar.error is not None:
+                sequence.listener.error = sequence.grammar.error
+                self.scheduler.finish(sequence, "error")
+            elif stopped or (sequence.grammar is not None and sequence.grammar.finished):
                 self._stop(sequence)
         self._tell_ended()
         return True

@@ -3,9 +3,11 @@
 `llguidance` compiles a JSON schema, a regular expression or a list of choices into a matcher that says, before each
 token, which tokens may come. Compiling happens on the caller's side, before the request reaches the loop, and within a
 time limit: a hostile schema costs its sender an error and nobody else a step. When the grammar is complete the request
-ends, whether or not the model would have gone on.
+ends, whether or not the model would have gone on; one that grows out of llguidance's limits on the way ends its own
+request, with an error.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,24 +28,29 @@ class Grammar:
 
     def __init__(self, matcher, vocabulary: int):
         self._matcher = matcher
+        self.error: Exception | None = None
         self._mask = np.zeros((vocabulary + 31) // 32, dtype=np.int32)
         self._vocabulary = vocabulary
 
     @property
     def finished(self) -> bool:
         """Whether nothing more can come."""
-        return self._matcher.is_stopped()
+        return self.error is not None or self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
         """The token that was chosen."""
         if not self.finished and not self._matcher.consume_token(token):
-            raise RuntimeError(f"the grammar refused token {token}: {self._matcher.get_error()}")
+            self.error = RuntimeError(f"the grammar refused token {token}: {self._matcher.get_error()}")
 
     def mask(self, logits_V: Tensor) -> None:
         """Make impossible, in place, every token that would leave the grammar."""
         if self.finished:
             return
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        try:
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        except ValueError as error:
+            self.error = error
+            return
         allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocabulary]
         logits_V.masked_fill_(~torch.from_numpy(allowed).bool().to(logits_V.device), -torch.inf)
 
@@ -61,8 +68,11 @@ def compile_grammar(params: SamplingParams, tokenizer, vocabulary: int) -> Calla
     def build():
         source = _source(llguidance.LLMatcher, field, getattr(params, field))
         matcher = llguidance.LLMatcher(_vocabulary(tokenizer, vocabulary), source, log_level=0)
-        if matcher.is_error():
-            raise ValueError(f"{field} cannot be compiled: {matcher.get_error().splitlines()[0]}")
+        trial = matcher.deep_copy()
+        with contextlib.suppress(ValueError):  # what is too large from the start shows here
+            trial.compute_bitmask()
+        if trial.is_error():
+            raise ValueError(f"{field} cannot be compiled: {trial.get_error().splitlines()[0]}")
         return matcher
 
     pool = ThreadPoolExecutor(1)

@@ -25,10 +25,8 @@ from .grammar import compile_grammar
 from .outputs import Output, Piece
 from .pages import PagePool
 from .params import SamplingParams
-from .quantize import serving_model
-from .runner import Runner
 from .scheduler import Scheduler
-from .speculation import NGramDraft
+from .speculation import guess_later, make_runner, ngram_draft
 from .store import PageStore, set_workers
 
 Prompt = str | Items[int]
@@ -38,8 +36,10 @@ class LLM:
     """Generates with a model directory or a `Transformer`.
 
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
-    `quantize="int8"` keeps weights in 8 bits. `speculate` is how many tokens an n-gram lookup may guess ahead: it
-    changes the speed, not the output. `step_tokens` bounds the tokens of one step.
+    `quantize="int8"` keeps weights in 8 bits. `step_tokens` bounds the tokens of one step. `speculate` is how many
+    tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses `draft_tokens`
+    ahead: either changes the speed, not the output. `tensor_parallel` spreads the model over that many processes, each
+    with a GPU of its own where there are GPUs; `close` ends them.
     """
 
     def __init__(
@@ -56,35 +56,73 @@ class LLM:
         step_tokens: int | None = None,
         max_context: int | None = None,
         speculate: int = 0,
+        draft: str | os.PathLike | Transformer | None = None,
+        draft_tokens: int = 4,
         prefix_cache: bool = True,
+        tensor_parallel: int = 1,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
+        if speculate < 0 or draft_tokens < 1:
+            raise ValueError(f"speculate must be at least 0 and draft_tokens 1, got {speculate} and {draft_tokens}")
+        if tensor_parallel < 1 or (tensor_parallel > 1 and quantize is not None):
+            raise ValueError(f"tensor_parallel must be at least 1, and 1 with quantize, got {tensor_parallel}")
+        if speculate and draft is not None:
+            raise ValueError("speculate and draft are two ways to guess ahead: give one of them")
         self._source = model
         self.model, self.tokenizer = _open(model, tokenizer, device, dtype)
         self.config = self.model.config
         self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
         where, cache_dtype = self.model.device, self.model.embedding.weight.dtype
         set_workers()
-        self.model, head = serving_model(self.model, quantize, release=not isinstance(model, Transformer))
-        pages = _count_pages(self.config, page_size, cache_dtype, where, kv_memory, max_batch, self.max_context)
-        store = PageStore(self.config, pages, page_size, cache_dtype, where)
-        runner = Runner(self.model, store, max_batch=max_batch, context=self.max_context, head=head)
+        sources = [model] if draft is None else [model, draft]
+        models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
+        cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
+        pages = _count_pages(cost, page_size, where, kv_memory, max_batch, self.max_context)
+
+        options = {"pages": pages, "page_size": page_size, "quantize": quantize}
+        options |= {"max_batch": max_batch, "context": self.max_context}
+        options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
+        if tensor_parallel == 1:
+            runner = make_runner(models, **options)
+        else:
+            from .parallel import make_team
+
+            runner = make_team(models, sources, tensor_parallel, options)
+        self.model = runner.model
+        guess = ngram_draft if speculate else None if draft is None else guess_later
         scheduler = Scheduler(
             PagePool(pages, page_size, prefix_cache),
             max_batch=max_batch,
             step_tokens=max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch),
             context=self.max_context,
-            depth=2 if where.type == "cuda" and not speculate else 1,
-            draft=NGramDraft(speculate) if speculate else None,
+            depth=2 if where.type == "cuda" and guess is None else 1,
+            draft=guess,
+            most_drafts=speculate or draft_tokens,
         )
         self.engine = Engine(scheduler, runner, self.tokenizer, _end_tokens(self.tokenizer))
+
+    def _open_draft(self, source) -> Transformer:
+        """A model that can guess for ours."""
+        draft, tokenizer = _open(source, None, self.model.device, self.model.embedding.weight.dtype)
+        ours, theirs = self.config.vocab_size, draft.config.vocab_size
+        if ours != theirs or not _same_tokens(self.tokenizer, tokenizer):
+            raise ValueError(f"draft needs the model's vocabulary of {ours} tokens; it has another, of {theirs}")
+        if draft.config.max_seq_len < self.max_context:
+            limit = draft.config.max_seq_len
+            raise ValueError(f"draft reads {limit} tokens, not {self.max_context}: set max_context={limit}")
+        return draft
 
     @functools.cached_property
     def plain_model(self) -> Transformer:
         """The model with every step in PyTorch, to look inside; read again if it came from a directory."""
         given = self._source
         return given.eval() if isinstance(given, Transformer) else load_model(given, self.model.device)[0]
+
+    def close(self) -> None:
+        """Stop the engine, and the processes of `tensor_parallel`; happens by itself when the program ends."""
+        self.engine.stop()
+        self.engine.runner.close()
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
@@ -168,9 +206,13 @@ def _end_tokens(tokenizer) -> frozenset[int]:
     return frozenset({*(() if end is None else (end,)), *(specials[name] for name in names if name in specials)})
 
 
-def _count_pages(config, page_size, dtype, device, kv_memory, max_batch, context) -> int:
-    """As many pages as memory allows, and no more than a full batch could fill."""
-    cost = PageStore.bytes_per_page(config, page_size, dtype)
+def _same_tokens(ours, theirs) -> bool:
+    """Whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
+    return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
+
+
+def _count_pages(cost, page_size, device, kv_memory, max_batch, context) -> int:
+    """As many pages of that many bytes as memory allows, and no more than a full batch could fill."""
     enough = max_batch * -(-context // page_size)
     if kv_memory is None:
         free = torch.cuda.mem_get_info(device)[0] * 0.85 if device.type == "cuda" else memory_bytes(device) / 4

@@ -34,6 +34,12 @@ class LLMOptions:
     """Longest sequence to serve; by default the model's own limit."""
     speculate: int = 0
     """Tokens to guess ahead by n-gram lookup; changes the speed, not the output."""
+    draft: str | None = None
+    """The directory of a smaller model of the same vocabulary that guesses ahead; changes the speed, not the output."""
+    draft_tokens: int = 4
+    """Tokens the draft model guesses ahead."""
+    tensor_parallel: int = 1
+    """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
     prefix_cache: bool = True
     """Reuse what is already computed of a prompt's beginning."""
 

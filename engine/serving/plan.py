@@ -7,7 +7,7 @@ runner can keep what it knows of a row (its parameters, its page table, its last
 from dataclasses import dataclass
 from typing import Any
 
-UNKNOWN = -1  # stands for a token that the device has sampled and the host has not read yet
+UNKNOWN = -1  # stands for a token that the device has sampled or guessed, and the host has not read yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,10 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One row's part of a step: compute `tokens` at positions `start`…, and sample after each of the last `sampled`."""
+    """One row's part of a step: compute `tokens` at positions `start`…, and sample after each of the last `sampled`.
+
+    All but the first of those are drafts: guesses at what the sample before them will be.
+    """
 
     row: int
     start: int
@@ -54,7 +57,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What a chunk brought: a token for each sampled position; those after a draft that was wrong mean nothing."""
+    """What a chunk brought: if it samples, one token, and one more for each draft that proved right."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -4,19 +4,19 @@ Decoding reads every weight once a token, so its speed is the weights' bytes, an
 overhead. `serving_model` gives a twin of the model that is one C++ call from tokens to hidden states, and a head that is
 another, with weights packed in the order in which they are read. A product there gives a row the same bits in any batch.
 
-In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A model
-with experts is not known to C++: only its linear layers are replaced, and only in 8 bits. Without the extension, or on
-a GPU, the model serves as it is, and 8-bit layers are `kernels.int8_linear`.
+In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A block
+with experts is no single call: its products are, and each expert's. Without the extension, or on a GPU, the model
+serves as it is, and 8-bit layers are `kernels.int8_linear`.
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..model import Block, Linear, Transformer, sinusoids
+from ...kernels.moe import route
+from ..model import Block, Linear, MoE, Transformer, sinusoids
 from .store import HAS_NATIVE, NativeAttend, _native
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -97,6 +97,32 @@ class NativeTransformer:
         return hidden_BTC
 
 
+class NativeMoE(nn.Module):
+    """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    def __init__(self, moe: MoE, form: str):
+        super().__init__()
+        self.config = c = moe.config
+        self.activation = "silu" if c.ffn == "swiglu" else c.ffn
+        self.router = NativeLinear(moe.router.weight, None, form)
+        pairs = zip(moe.w_gate_up, moe.w_down)
+        self.experts = [tuple(NativeLinear(weight, None, form) for weight in pair) for pair in pairs]
+        self.shared = moe.shared
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        c, x_TC = self.config, x_BTC.flatten(0, -2)
+        normalize = c.normalize_experts and c.experts_per_token > 1
+        weights_TK, experts_TK, routing = route(self.router(x_TC), c.experts_per_token, c.router, normalize)
+        order_A = experts_TK.flatten().argsort(stable=True)
+        pieces = x_TC[order_A // c.experts_per_token].split(routing.tokens_per_expert.tolist())
+        y_AC = torch.cat([
+            down(kernels.swiglu_packed(up(piece), self.activation)) for piece, (up, down) in zip(pieces, self.experts)
+        ])  # fmt: skip
+        y_TKC = y_AC[order_A.argsort()].unflatten(0, (-1, c.experts_per_token)) * weights_TK.unsqueeze(-1)
+        y_BTC = sum(y_TKC.unbind(1)).to(x_BTC.dtype).view_as(x_BTC)  # one after the other, in any batch
+        return y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)
+
+
 def serving_model(
     model: Transformer, quantize: str | None, release: bool = False
 ) -> tuple[Transformer | NativeTransformer, Head]:
@@ -107,17 +133,16 @@ def serving_model(
     dtype = model.embedding.weight.dtype
     form = quantize or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
-    whole = native and not model.config.n_experts and dtype in FORMATS
-    if quantize is None and not whole:
+    if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
     head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
-    if whole:
+    if native and not model.config.n_experts and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     shared = {id(tensor): tensor for tensor in model.parameters()}
     twin.blocks = copy.deepcopy(model.blocks, shared)
-    _replace_linears(twin.blocks, NativeLinear if native else Int8Linear)
+    _replace_products(twin.blocks, form, native)
     return twin, Head(model, head)
 
 
@@ -144,12 +169,16 @@ def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
     return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
 
 
-def _replace_linears(module: nn.Module, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+def _replace_products(module: nn.Module, form: str, native: bool) -> None:
     for name, child in module.named_children():
+        if native and isinstance(child, MoE):
+            child = NativeMoE(child, form)
+            setattr(module, name, child)
         if isinstance(child, Linear):
-            setattr(module, name, kind(child.weight, child.bias))
+            layer = NativeLinear(child.weight, child.bias, form) if native else Int8Linear(child.weight, child.bias)
+            setattr(module, name, layer)
         else:
-            _replace_linears(child, kind)
+            _replace_products(child, form, native)
 
 
 def _native_norm(norm: nn.Module, config):

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model import Linear, Transformer
 from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
-from .quantize import Head, NativeTransformer
+from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device
 
@@ -36,6 +37,7 @@ class Flight:
 
     plan: StepPlan
     sampled: Tensor  # token ids, R
+    foreseen: Tensor  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
     logprobs: dict[int, Logprobs]  # by chunk
     prompt_logprobs: dict[int, Logprobs]
@@ -43,6 +45,8 @@ class Flight:
 
 class Runner:
     """Runs plans on one model and the pages of its cache."""
+
+    alive = True
 
     def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head):
         self.model, self.store = model, store
@@ -52,12 +56,18 @@ class Runner:
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
-        self.least_tokens = 1 if isinstance(model, NativeTransformer) else self._steady_rows()
+        by_torch = not isinstance(model, NativeTransformer) and any(
+            isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
+        )
+        self.least_tokens = self._steady_rows() if by_torch else 1
         self.least_samples = self._steady_rows() if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and not model.config.n_experts:
+        if self.device.type == "cuda" and not model.config.n_experts and type(model) is Transformer:
             self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
+
+    def close(self) -> None:
+        """Nothing of it outlives it."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for the result."""
@@ -80,9 +90,12 @@ class Runner:
     def collect(self, flight: Flight) -> StepResult:
         """Wait for a step, and report it."""
         sampled = flight.sampled.tolist()
+        drafts = any(len(span) > 1 for span in flight.spans)
+        foreseen = flight.foreseen.tolist() if drafts else ()
         results = []
         for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
-            tokens = tuple(sampled[span.start : span.stop])
+            right = next((i for i, place in enumerate(span[:-1]) if not foreseen[place]), len(span) - 1)
+            tokens = tuple(sampled[span.start : span.start + right + 1])
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
@@ -119,7 +132,7 @@ class Runner:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
         edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
         spans = [range(a, b) for a, b in pairwise(edges)]
-        flight = Flight(plan, torch.empty(0, dtype=torch.int64), spans, {}, {})
+        flight = Flight(plan, *(torch.empty(0, dtype=torch.int64) for _ in "sf"), spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
         places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
         if not places:
@@ -131,6 +144,7 @@ class Runner:
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
         changed_RV = self._change(logits_RV, rows, positions)
         flight.sampled = self.settings.choose(changed_RV, rows, index_R, positions_R)
+        flight.foreseen = self.tokens[index_R, positions_R] == flight.sampled
         self.tokens[index_R, positions_R] = flight.sampled.int()
         self._describe(flight, logits_RV)
         return flight

@@ -56,15 +56,16 @@ class Scheduler:
         patience: float = 30.0,
         depth: int = 1,
         draft: Draft | None = None,
+        most_drafts: int = 4,
     ):
         if max_batch < 1 or step_tokens < max_batch:
             raise ValueError(f"step_tokens must be at least max_batch, and that 1; got {step_tokens} and {max_batch}")
         self.pool = pool
         self.max_batch, self.step_tokens, self.context = max_batch, step_tokens, context
-        self.patience, self.depth, self.draft = patience, depth, draft
+        self.patience, self.depth, self.draft, self.most_drafts = patience, depth, draft, most_drafts
         self.running: list[Sequence] = []
         self.ended: list[Sequence] = []  # since somebody last looked and cleared it
-        self.preemptions = 0
+        self.preemptions = self.drafted = self.drafts_right = 0
         self._waiting: list[tuple[Order, Sequence]] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._rows = list(range(max_batch - 1, -1, -1))
@@ -217,7 +218,7 @@ class Scheduler:
         if self.draft is None or self.depth > 1 or sequence.manual or sequence.grammar is not None:
             return ()
         room = (len(sequence.pages) + self.pool.num_free) * self.pool.page_size
-        most = min(min(sequence.capacity, room) - sequence.length, budget - len(self.running))
+        most = min(self.most_drafts, min(sequence.capacity, room) - sequence.length, budget - len(self.running))
         decoding = wanted == sequence.uncomputed and sequence.generated > 0
         return tuple(self.draft(sequence, most)) if decoding and most > 0 else ()
 
@@ -291,16 +292,17 @@ class Scheduler:
         return True
 
     def _learn(self, sequence: Sequence, share: _Share, result: ChunkResult) -> tuple[int, ...]:
-        """Append what was sampled, as far as the drafts agree and nothing ends the sequence; returns what is new."""
-        chunk, tokens = share.chunk, result.tokens
-        sampled = tokens[: 1 + _agreeing(chunk, tokens)] if chunk.sampled else ()
+        """Append what was sampled, as far as nothing ends the sequence; returns what is new."""
+        chunk, sampled = share.chunk, result.tokens
         room = sequence.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
         ends = [i + 1 for i, token in enumerate(sampled) if token in sequence.stop_tokens]
         new = () if sequence.manual else sampled[: min([room, *ends])]
         sequence.tokens += new
         sequence.pending -= chunk.sampled > 0
+        self.drafted += max(chunk.sampled - 1, 0)
+        self.drafts_right += max(len(sampled) - 1, 0)
         if sequence.running and sequence.preemptions == share.epoch:
-            wasted = chunk.sampled - len(sampled)
+            wasted = chunk.sampled - len(sampled)  # drafts that were wrong
             sequence.computed -= wasted
             self._publish(sequence, min(chunk.start + len(chunk.tokens) - wasted, len(sequence.tokens)))
         if sequence.computed >= sequence.prompt_length:
@@ -357,9 +359,3 @@ class Scheduler:
 def _computed_before(sequence: Sequence, step: dict[Sequence, _Share]) -> int:
     """How many of its tokens are in pages before the step being planned: what it could be copied from."""
     return step[sequence].chunk.start if sequence in step else sequence.computed
-
-
-def _agreeing(chunk: Chunk, tokens: tuple[int, ...]) -> int:
-    """How many drafts, the last tokens of the chunk, turned out to be what was sampled."""
-    drafts = chunk.tokens[len(chunk.tokens) - chunk.sampled + 1 :]
-    return next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))

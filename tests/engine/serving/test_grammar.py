@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving import LLM, EngineError, SamplingParams, grammar
 
 pytest.importorskip("llguidance")
 
@@ -61,3 +61,20 @@ def test_what_cannot_be_compiled_is_refused_and_the_engine_goes_on(llm, params):
 def test_without_a_tokenizer_a_grammar_is_refused(model):
     with pytest.raises(ValueError, match="need a tokenizer"):
         LLM(model).generate([1], SamplingParams(regex="a"))
+
+
+def test_a_grammar_that_outgrows_its_limits_ends_its_own_request_and_nobody_elses(llm):
+    strict, free = SamplingParams(choice=tuple(f"c{i}" for i in range(3000))), SamplingParams(seed=2, max_tokens=9)
+    alone = llm.generate("b", free)
+    failing, going = llm.submit("a", strict), llm.submit("b", free)
+    with pytest.raises(EngineError, match="max is 2000"):
+        failing.result()
+    assert going.result().token_ids == alone.token_ids and llm.engine.failures == 0
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+
+
+def test_a_grammar_that_takes_too_long_to_compile_is_refused(llm, monkeypatch):
+    monkeypatch.setattr(grammar, "TIME_LIMIT", 0.0)
+    many = {f"p{i}": {"type": "string", "pattern": "^(a|b){1,500}$"} for i in range(300)}
+    with pytest.raises(ValueError, match="json_schema takes more than 0 seconds"):
+        llm.generate("x", SamplingParams(json_schema={"type": "object", "properties": many}))

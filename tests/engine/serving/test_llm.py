@@ -1,6 +1,11 @@
 """Claims about what the engine generates."""
 
+import dataclasses
+import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +14,10 @@ from warploom.engine.device import DTYPES
 from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.graphs import DecodeGraphs
+from warploom.engine.serving.store import HAS_NATIVE
 
 VOCABULARY = 97
+NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
@@ -50,37 +57,103 @@ def test_greedy_is_token_identical_to_transformers_through_preemption_and_prefix
     assert max(output.metrics.cached_tokens for output in again) > 0
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [("llama", "float32"), ("qwen3", "bfloat16"), ("mixtral", "float32")])
-def test_a_request_with_a_seed_gets_the_same_tokens_in_any_company(tiny_model, shape, dtype):
-    """Alone, in a batch of 64, after a prefix hit, after preemption, in chunks of any size, after a restart."""
-    model = tiny_model(shape, dtype=DTYPES[dtype])
-    prompts = prompts_of(random.Random(1).choices(range(1, 60), k=64))
-    params = [
-        SamplingParams(
-            max_tokens=16, temperature=0.9, top_k=20 * (i % 2), top_p=0.95, seed=i, frequency_penalty=i % 3 / 9
-        )
+def seeded_requests():
+    lengths = random.Random(1).choices(range(1, 60), k=64)
+    return prompts_of(lengths), [
+        SamplingParams(16, 0.9, top_k=i % 2 * 20, top_p=0.95, frequency_penalty=i % 3 / 9, seed=i, logprobs=0)
         for i in range(64)
     ]
+
+
+def said(outputs):
+    """Tokens and, where products are ours, to the last bit their log-probabilities."""
+    return [(o.token_ids, [entry.logprob for entry in o.logprobs or () if HAS_NATIVE]) for o in outputs]
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_a_request_with_a_seed_gets_the_same_bits_in_any_company(tiny_model, shape, dtype):
+    """In a batch of 64, alone, after a prefix hit, after preemption, in chunks of any size."""
+    model = tiny_model(shape, dtype=DTYPES[dtype])
+    prompts, params = seeded_requests()
     llm = LLM(model)
-    together = ids(llm.generate(prompts, params))
-    assert ids(llm.generate(prompts, params)) == together, "after a prefix hit"
+    together = said(llm.generate(prompts, params))
+    assert said(llm.generate(prompts, params)) == together, "after a prefix hit"
     chosen = [3, 17, 40]
-    assert [llm.generate(prompts[i], params[i]).token_ids for i in chosen] == [together[i] for i in chosen], "alone"
     cost = model.config.kv_bytes_per_token(DTYPES[dtype].itemsize)
-    for budget, batch in [(7, 5), (70, 64)]:
-        small = LLM(model, step_tokens=budget, max_batch=batch, kv_memory=cost * 128)
-        assert ids(small.generate(prompts, params)) == together, f"in chunks of {budget}"
-        assert small.engine.scheduler.preemptions > 0
+    for budget, batch, members in [(1, 1, chosen), (7, 5, range(0, 64, 4)), (70, 64, range(64))]:
+        small = LLM(model, step_tokens=budget, max_batch=batch, kv_memory=cost * (96 + 5 * batch))
+        again = said(small.generate([prompts[i] for i in members], [params[i] for i in members]))
+        assert again == [together[i] for i in members], f"in chunks of {budget}"
+        assert batch == 1 or small.engine.scheduler.preemptions > 0
 
 
-def test_guessing_ahead_changes_the_steps_and_not_the_tokens(model):
-    prompts = [[*range(10), *range(10), *range(5)], *prompts_of([20, 9])]
-    params = SamplingParams(max_tokens=40, temperature=0.3, seed=5, presence_penalty=0.2, logprobs=2)
-    for chosen in (GREEDY, params):
-        plain, guessing = LLM(model), LLM(model, speculate=4)
-        expected, outputs = plain.generate(prompts, chosen), guessing.generate(prompts, chosen)
-        assert ids(outputs) == ids(expected)
-        assert [len(output.logprobs or ()) for output in outputs] == [len(output.logprobs or ()) for output in expected]
+RESTARTED = """
+import json, sys
+from warploom.engine.serving import LLM, SamplingParams
+prompts, params = json.load(sys.stdin)
+for directory in sys.argv[1:]:
+    outputs = LLM(directory).generate(prompts, [SamplingParams(**chosen) for chosen in params])
+    print(json.dumps([[o.token_ids, [entry.logprob for entry in o.logprobs]] for o in outputs]))
+"""
+
+
+@NEEDS_NATIVE
+def test_a_request_with_a_seed_gets_the_same_bits_after_a_restart(tiny_model, tmp_path):
+    """In a new process, from the model directory."""
+    prompts, params = (each[:9] for each in seeded_requests())
+    models = {"mixtral": torch.float32, "llama": torch.bfloat16}
+    places = [str(save_model(tiny_model(shape, dtype=dtype), tmp_path / shape)) for shape, dtype in models.items()]
+    expected = [[list(t), bits] for place in places for t, bits in said(LLM(place).generate(prompts, params))]
+    asked = json.dumps([prompts, [dataclasses.asdict(chosen) for chosen in params]])
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", RESTARTED, *places]
+    done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [entry for line in done.stdout.splitlines() for entry in json.loads(line)] == expected
+
+
+@pytest.mark.parametrize("guesser", ["text", "small", "itself"])
+def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokenizer, guesser):
+    """Any temperature, penalties, logprobs, `n`, stop strings, grammars, prefix hits, preemption, cancellation."""
+    model, small = tiny_model(vocab_size=99), tiny_model("gpt2", seed=1, n_layers=1, vocab_size=99)
+    ways = {"text": {"speculate": 4}, "small": {"draft": small}, "itself": {"draft": model, "draft_tokens": 3}}
+    prompts = ["over and over and over and ", *prompts_of([20, 9, 33, 1, 47, 16, 5])]
+    params = [
+        SamplingParams(max_tokens=30, temperature=[0, 0.3, 1.0][i % 3], seed=i, presence_penalty=i % 2 / 5,
+                       logprobs=[None, 2][i % 2], n=1 + i % 3 // 2, stop=["zz", "e", "q"][i % 3], ignore_eos=True)
+        for i in range(8)
+    ]  # fmt: skip
+    params[6] = SamplingParams(max_tokens=9, regex="[a-f]{4,20}", seed=3)
+
+    def all_of(llm):
+        lost = llm.submit(prompts[1], params[0])
+        llm.engine.step()
+        lost.cancel()
+        choices = [choice for output in llm.generate(prompts, params) for choice in output.choices]
+        assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+        return said(choices), [(choice.text, choice.finish_reason, len(choice.logprobs or ())) for choice in choices]
+
+    expected = all_of(LLM(model, tokenizer, page_size=8))
+    caches = [each.config for each in (model, ways[guesser].get("draft")) if each]
+    memory = 14 * 8 * sum(config.kv_bytes_per_token(4) for config in caches)
+    for limits in ({}, {"kv_memory": memory, "step_tokens": 40, "max_batch": 6}):
+        llm = LLM(model, tokenizer, page_size=8, **ways[guesser], **limits)
+        assert all_of(llm) == all_of(llm) == expected
+        scheduler = llm.engine.scheduler
+        assert bool(scheduler.preemptions) == bool(limits) and 0 < scheduler.drafts_right <= scheduler.drafted
+        assert guesser != "itself" or scheduler.drafts_right == scheduler.drafted, "it draws with the same noise"
+
+
+def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="vocabulary of 97 tokens; it has another, of 98"):
+        LLM(model, draft=tiny_model(vocab_size=98))
+    with pytest.raises(ValueError, match="draft reads 100 tokens, not 256: set max_context=100"):
+        LLM(model, draft=tiny_model(max_seq_len=100))
+    with pytest.raises(ValueError, match="give one of them"):
+        LLM(model, draft=model, speculate=2)
 
 
 def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tokenizer):

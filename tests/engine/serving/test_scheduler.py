@@ -53,7 +53,9 @@ class PageReader:
         sampled = [next_token(seen[: i + 1], self.seeds[chunk.row]) for i in range(end - chunk.sampled, end)]
         if sampled:
             self.last[chunk.row] = sampled[-1]
-        return ChunkResult(tuple(sampled))
+        drafts = chunk.tokens[len(tokens) - chunk.sampled + 1 :]
+        wrong = [i for i, draft in enumerate(drafts) if draft != sampled[i]]
+        return ChunkResult(tuple(sampled[: wrong[0] + 1] if wrong else sampled))
 
 
 def draft(sequence, most):

@@ -28,6 +28,8 @@ def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, ty
     type_in("hello")
     assert main(flags) == 0
     assert capsys.readouterr().out == said and len(said) > 1
+    assert main([*flags, "--prompt", "hello", "--draft", directory, "--draft-tokens", "3"]) == 0
+    assert capsys.readouterr().out == said
     assert main([*flags, "--prompt", "hello", "--beam-width", "2"]) == 0
 
 
@@ -46,6 +48,24 @@ def test_generate_answers_a_file_and_goes_on_where_it_was_stopped(directory, tmp
     assert main([*command, "--max-tokens", "6", "--ignore-eos"]) == 0
     assert sorted(out.read_text().splitlines()) == sorted(whole.splitlines())
     assert "3 of 6 prompts are answered already" in capsys.readouterr().err
+
+
+def test_generate_says_what_cannot_be_answered_and_goes_on(directory, tmp_path, capsys):
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    command = ["generate", "--model", directory, "--prompts-file", str(source), "--out", str(out), "--max-tokens", "3"]
+    source.write_text('"first"\n""\n{"prompt": [1, 2]}\n"' + "x" * 300 + '"\n"a line\u2028break"\n')
+    assert main([*command, "--echo"]) == 1
+    results = {result["index"]: result for result in map(json.loads, out.read_text().split("\n")[:-1])}
+    assert "empty" in results[1]["error"] and "300 tokens, too many" in results[3]["error"]
+    assert all(results[i]["tokens"] for i in (0, 2, 4)) and "2 of 5 prompts" in capsys.readouterr().err
+    source.write_text(source.read_text().replace('""', '"not empty any more"').replace("x" * 300, "short"))
+    assert main(command) == 0
+    assert "3 of 5 prompts are answered already" in capsys.readouterr().err
+    answered = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert sorted(result["index"] for result in answered) == [0, 1, 2, 3, 4]
+    precious = tmp_path / "precious.txt"
+    precious.write_text("not results")
+    assert main([*command, "--out", str(precious)]) == 2 and precious.read_text() == "not results"
 
 
 @pytest.mark.parametrize(
@@ -87,4 +107,4 @@ def test_chat_forgets_the_oldest_exchange_but_never_the_system_prompt(directory)
     chat.messages.append({"role": "user", "content": "the question"})
     text = chat.llm.tokenizer.decode(chat.prompt())
     assert "keep me" in text and "the question" in text and "user 0" not in text
-    assert chat.messages[0]["role"] == "user" and len(chat.prompt()) <= 256 - 20
+    assert len(chat.prompt()) <= 256 - 20 and len(chat.messages) == 9, "it is still there to be saved"
