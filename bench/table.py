@@ -36,6 +36,22 @@ def show(record: Record) -> None:
             print(plain(title, subtitle(part), columns, lines))
 
 
+def brief(record: Record) -> list[str]:
+    """A line for each of our rows: the time, the rate, the share of each limit, and the ratio to every peer."""
+    lines = []
+    for name, part in record.parts.items():
+        for row in part.rows:
+            if row.seconds is None or not row.who.startswith("ours"):
+                continue
+            peers = [f"{p.ratio.median:.2f}× {p.who}" for p in part.rows if p.case == row.case and p.ratio]
+            shares = [f"{100 * share:.0f} % of {limit}" for limit, share in row.limits.items()]
+            rate = si(row.rate, f"{row.unit}/s") if row.rate else ""
+            who = "" if row.who == "ours" else f" ({row.who})"
+            told = [f"{name}, {row.case}{who}: {duration(row.seconds.median)}", rate, *shares]
+            lines.append("  " + " · ".join(filter(None, [*told, *(peers if row.who == "ours" else [])])))
+    return lines
+
+
 def subtitle(part: PartRecord) -> str:
     """The machine, the commit and the ceilings of a part, in one line."""
     machine = part.environment
