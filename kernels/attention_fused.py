@@ -29,30 +29,26 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
     ("dkdv", 80): {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     ("dkdv", 90): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
-}
-
-_ROOMIER = {  # instead, where a cap, a ragged batch or the lack of a causal mask takes the last registers
-    ("forward", 90, True, True): (128, 32, 8, 2),
-    ("dq", 80, False, False): (128, 32, 8, 2),
-    ("dkdv", 90, True, False): (32, 128, 8, 2),
-    ("dkdv", 90, True, True): (16, 64, 8, 1),
+    # instead, where a cap, a ragged batch, an odd head size or the lack of a causal mask takes the last registers
+    ("forward", 90, "other"): {256: (128, 32, 8, 2)},
+    ("dq", 80, "other"): {64: (128, 32, 8, 2)},
+    ("dkdv", 90, "other"): {128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
 }
 
 
 def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain: bool = True) -> dict:
     """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv".
 
-    `plain` is a causal batch that is neither ragged nor capped: what is more takes registers."""
+    `plain` is a causal batch that is neither ragged nor capped: what is more takes registers, as does a head size that
+    is no power of two."""
+    plain = plain and next_power_of_2(D) == D
     arch = architecture(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
         M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
     else:
         family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
-        M, N, warps, stages = _TILES[kernel, family][min(256, max(64, next_power_of_2(D)))]
-        if not plain:
-            M, N, warps, stages = _ROOMIER.get((kernel, family, D > 64, D > 128), (M, N, warps, stages))
-        elif (kernel, family) == ("dkdv", 90) and D > 64 and D not in (128, 256):
-            M //= 2  # the mask of an odd head size takes registers too
+        tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))
+        M, N, warps, stages = tiles[min(256, max(64, next_power_of_2(D)))]
     default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
     return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
 

@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from .attention_tiles import LOG2E, capped, key_run, place, store_tile, tile_offsets
+from .attention_tiles import LOG2E, capped, head_of, key_run, place, store_tile, tile_of_head
 from .lang import HAS_TRITON, architecture, tl, triton
 from .tuned import tuned
 
@@ -40,9 +40,9 @@ def attention_hopper_kernel(
     )
     idle = row >= q_len
     token = tl.where(idle, 0, token)
-    q_base = q + batch * stride_qb + head * stride_qh + token * stride_qt
-    k_base = k + batch * stride_kb + head // SHARE * stride_kh + token * stride_kt
-    v_base = v + batch * stride_vb + head // SHARE * stride_vh + token * stride_vt
+    q_base = head_of(q, batch, head, token, stride_qb, stride_qt, stride_qh)
+    k_base = head_of(k, batch, head // SHARE, token, stride_kb, stride_kt, stride_kh)
+    v_base = head_of(v, batch, head // SHARE, token, stride_vb, stride_vt, stride_vh)
     queries = tl.make_tensor_descriptor(q_base, [tl.maximum(q_len, 1), D], [stride_qt, 1], [BLOCK_M, BLOCK_D])
     keys = tl.make_tensor_descriptor(k_base, [tl.maximum(k_len, 1), D], [stride_kt, 1], [BLOCK_N, BLOCK_D])
     values = tl.make_tensor_descriptor(v_base, [tl.maximum(k_len, 1), D], [stride_vt, 1], [BLOCK_N, BLOCK_D])
@@ -82,8 +82,8 @@ def attention_hopper_kernel(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    o_base = o + batch * stride_ob + head * stride_oh + first * stride_ot
-    store_tile(o_base + tile_offsets(own, stride_ot, BLOCK_D), acc, rows, q_len, D, BLOCK_D)
+    o_at = tile_of_head(o, batch, head, first, own, stride_ob, stride_ot, stride_oh, BLOCK_D)
+    store_tile(o_at, acc, rows, q_len, D, BLOCK_D)
     norm = tl.where(empty, float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(lse + batch * stride_lb + head * stride_lh + first + own, norm, mask=rows < q_len)
 

@@ -1,12 +1,12 @@
 """Penalties: tokens that a row has already seen become less likely.
 
 Three of them, each row with its own. `repetition` divides positive logits and multiplies negative ones of whatever
-stands in the prompt or the output so far (CTRL, 2019); `presence` and `frequency` subtract, once and once an occurrence,
-from tokens of the output alone (OpenAI's). 1, 0 and 0 leave a row as it is.
+stands in the prompt or the output so far (CTRL, 2019); `presence` and `frequency` subtract, once and once an
+occurrence, from tokens of the output alone (OpenAI's). 1, 0 and 0 leave a row as it is.
 
-A table of counts, rows × vocabulary, would have to be kept, grown with each token and mended whenever a speculated token
-is taken back. The row's tokens are there anyway: so each program, which owns a run of the vocabulary, counts those of
-them that fall into it (a histogram in shared memory, whole numbers, so the order is no matter) and nothing is kept.
+A table of counts, rows × vocabulary, would have to be kept, grown with each token and mended whenever a speculated
+token is taken back. The row's tokens are there anyway: so each program, which owns a run of the vocabulary, counts
+those of them that fall into it (a histogram of whole numbers: the order is no matter), and nothing is kept.
 
 What follows is `sample`; and the log-probability of what was drawn, by the model alone, is
 `-cross_entropy(logits, tokens, reduction="none")`: one launch each, and the host waits for none.
