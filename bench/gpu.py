@@ -4,7 +4,7 @@ For a machine on which nothing can be installed (torch, triton and numpy are eno
 may never have run before. A wrong address costs a process its GPU for good; a barrier nobody reaches hangs it. So
 nothing runs in this process:
 
-1. each op is held to its oracle, in each precision, by a process of its own (`warploom.kernels.verify`), several at once;
+1. each op is held to its oracle, in each precision, by a process of its own (`warploom.kernels.verify`), many at once;
 2. the tests that need a GPU run where pytest is there;
 3. the benches run, most important first; one whose process dies is started again, without the part that killed it.
 
@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..kernels import tuned
 from . import environment, harness, table
 from .schema import load_record
 
@@ -74,8 +75,9 @@ class Session:
         """Copy what there is to the second folder: flat, without what is only of use here."""
         if self.copy is not None:
             self.copy.mkdir(parents=True, exist_ok=True)
-            for path in (path for kind in WHOLE_FILES for path in self.folder.glob(kind)):
-                shutil.copy(path, self.copy)
+            for path in [*(path for kind in WHOLE_FILES for path in self.folder.glob(kind)), tuned.FILE]:
+                if path.exists():
+                    shutil.copy(path, self.copy)
 
 
 def _stop(process: subprocess.Popen) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from .. import kernels
 from ..kernels import attention_hopper, tuning, verify
+from ..kernels.lang import architecture
 from ..kernels.op import Case, Maker, Op, backend, ops
 from . import environment, harness, peers
 from .harness import Machine, Part
@@ -237,15 +238,15 @@ def host_microseconds(op: Op, machine: Machine, calls: int = 200) -> float:
 
 def tune(machine: Machine, op: str, dtype: str) -> list[Row]:
     """Searches the launch settings of the op's kernels at its large cases, and files what is faster."""
-    rows = []
+    rows, done = [], set()
     for case in _large(_op(op)):
         args, options = case.build(Maker(getattr(torch, dtype), machine.device))
         step = _step(_op(op), args, options, "both" if _trains(_op(op)) else "forward")
+        prune = tuning.pruned_by_compiler(op, case.name, dtype, architecture(args[0].device))
         with backend("triton"):
-            for kernel, seconds, best, settings in tuning.search(step, machine.timer, args[0].device):
-                rows.append(
-                    Row(f"{case.name}: {kernel}", "ours", extra={"gain": seconds / best, "settings": str(settings)})
-                )
+            for kernel, seconds, best, settings in tuning.search(step, machine.timer, args[0].device, prune, done):
+                extra = {"default_seconds": seconds, "best_seconds": best, "settings": str(settings)}
+                rows.append(Row(f"{case.name}: {kernel}", "ours", extra=extra))
     return rows
 
 
