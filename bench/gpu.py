@@ -33,7 +33,8 @@ from .schema import load_record
 
 ROOT = environment.ROOT
 DTYPES = ("bfloat16", "float32", "float16")
-PORTABLE = "attention without Hopper's kernels"
+CASES = 8
+"""How many cases of an op one process checks: compiling them takes most of its time."""
 TESTS = ("test_gpu.py", "test_attention_and_experts.py", "test_model.py", "test_in_pytorch.py")
 BENCHES = (("kernels", 0.55, 2.0), ("train", 0.5, 3.0), ("serve", 1.0, 5.0), ("kernels", 1.0, 2.0), ("train", 1.0, 3.0))
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
@@ -114,14 +115,19 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(time.monotonic() + 60 * options.minutes, folder, options.out)
     found = check_ops(session)
-    if PORTABLE in found and not found[PORTABLE] and any(found.get(f"attention {dtype}") for dtype in DTYPES):
-        say("attention is wrong with its Hopper kernels and right without them: they are off from here on")
-        session.environment["WARPLOOM_HOPPER"] = "0"
-        found = {name: ended for name, ended in found.items() if not name.startswith("attention ")}
-        found |= check_ops(session, only="attention")
     wrong = {name: ended for name, ended in found.items() if ended}
+    if any(name.startswith("attention ") for name in wrong) and "WARPLOOM_HOPPER" not in session.environment:
+        session.environment["WARPLOOM_HOPPER"] = "0"
+        portable = check_ops(session, "attention ")
+        if any(portable.values()):
+            del session.environment["WARPLOOM_HOPPER"]  # it is wrong in any case
+        else:
+            say("attention is right without its Hopper kernels and wrong with them: they are off from here on")
+    broken = {name.split()[0] for name in wrong}
+    if "WARPLOOM_HOPPER" in session.environment:
+        broken -= {"attention"}
     tests = run_tests(session)
-    skipped = sorted({name.split()[0] for name in wrong if name != PORTABLE})
+    skipped = sorted(broken)
     if options.tune:
         measure(session, "kernels", 0.9, 9.0, options.results, ["--tune", "--skip", ",".join(skipped)])
     for name, share, limit in BENCHES:
@@ -141,34 +147,31 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def op_names() -> list[str]:
-    """The ops that have kernels, most important first."""
+def check_names() -> list[str]:
+    """A name for each op, precision and share of the op's cases, most important first: `attention bfloat16 1/3`."""
     from .kernels import fused_ops
 
-    return [op.name for op in fused_ops()]
+    shares = {op.name: max(1, round(sum(not case.bench for case in op.cases) / CASES)) for op in fused_ops()}
+    return [f"{op} {dtype} {i + 1}/{n}" for dtype in DTYPES for op, n in shares.items() for i in range(n)]
 
 
 def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """Each op and precision → how its check ended; "" is right. What is on record as right is not run again."""
+    """How the check of each name that begins so ended; "" is right. What is on record as right is not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
     known = json.loads(path.read_text()) if path.exists() else {}
     right = set(known.get(code, []))
-    names = [f"{op} {dtype}" for dtype in DTYPES for op in op_names() if only in ("", op)]
-    due = [name for name in names if name not in right] + ([] if only or PORTABLE in right else [PORTABLE])
+    names = [name for name in check_names() if name.startswith(only)]
 
     def check(name: str) -> tuple[str, str]:
-        op, _, dtype = name.partition(" ")
-        alone = Session(session.deadline, session.folder, session.copy, dict(session.environment))
-        if name == PORTABLE:
-            dtype, alone.environment["WARPLOOM_HOPPER"] = DTYPES[0], "0"
-        command = [sys.executable, "-m", "warploom.kernels.verify", op, "--dtype", dtype, "--device", "cuda"]
-        printed, ended = alone.run(command, 180)
+        op, dtype, share = name.split()
+        command = [sys.executable, "-m", "warploom.kernels.verify", op, "--dtype", dtype, "--share", share]
+        printed, ended = session.run([*command, "--device", "cuda"], 120)
         lines = [line for line in printed.splitlines() if line.strip()]
         return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended else ""
 
-    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 2) - 2))) as pool:
-        found = dict(pool.map(check, due))
+    with ThreadPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
+        found = dict(pool.map(check, [name for name in names if name not in right]))
     right |= {name for name, ended in found.items() if not ended}
     path.write_text(json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
     session.keep()

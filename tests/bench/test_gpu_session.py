@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from warploom import kernels
 from warploom.bench import environment, gpu
-from warploom.bench.gpu import PORTABLE, Session, check_ops
+from warploom.bench.gpu import Session, check_names, check_ops
 from warploom.bench.schema import load_record
 
 BENCH = """
@@ -71,7 +72,7 @@ def machine(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Session, "run", run)
     monkeypatch.setattr(gpu, "device_name", lambda: "Fake GPU")
-    monkeypatch.setattr(gpu, "op_names", lambda: ["attention", "moe"])
+    monkeypatch.setattr(gpu, "check_names", lambda: ["attention bfloat16 1/1", "moe bfloat16 1/2", "moe bfloat16 2/2"])
     monkeypatch.setattr(gpu, "draw", lambda session: None)
     Machine.asked = asked
     return Machine
@@ -89,39 +90,48 @@ def test_a_process_that_hangs_or_crashes_is_ended_and_told_so(session):
 
 
 def test_wrong_ops_are_not_timed_and_what_was_right_is_not_checked_again(machine, tmp_path, capsys):
-    machine.answers = lambda command, _: (
-        ("moe bfloat16, switch: bad", "exit 1") if "verify moe" in command else ("", "")
-    )
+    bad = "moe bfloat16, switch: bad", "exit 1"
+    machine.answers = lambda command, _: bad if "verify moe" in command else ("", "")
     arguments = ["--results", str(tmp_path), "--minutes", "0.5"]
     assert gpu.main(arguments) == 1
     assert any("bench kernels" in command and "--skip moe" in command for command in machine.asked)
-    assert "moe bfloat16: exit 1: moe bfloat16, switch: bad" in capsys.readouterr().out
+    assert "moe bfloat16 1/2: exit 1: moe bfloat16, switch: bad" in capsys.readouterr().out
     machine.asked.clear()
     gpu.main(arguments)
     checked = [command for command in machine.asked if "verify" in command]
     assert checked and all("verify moe" in command for command in checked)
 
 
-def test_the_portable_attention_stands_in_for_a_hopper_kernel_that_hangs(machine, tmp_path):
+@pytest.mark.parametrize("portable", [True, False], ids=["portable right", "both wrong"])
+def test_the_portable_attention_stands_in_for_a_hopper_kernel_that_hangs(machine, tmp_path, portable):
     seen = {}
 
     def answers(command, environment):
         off = environment.get("WARPLOOM_HOPPER") == "0"
-        seen[command.split(" --minutes")[0]] = off
-        return ("", "") if off or "verify attention" not in command else ("", "stopped after 180 s")
+        seen[command.split(" --minutes")[0]] = off, "--skip attention" in command
+        return ("", "stopped after 120 s") if "verify attention" in command and not (off and portable) else ("", "")
 
     machine.answers = answers
-    assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 0
-    assert seen["warploom.engine.cli bench kernels"] and seen["warploom.engine.cli bench train"]
+    assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 1
+    assert seen["warploom.engine.cli bench kernels"] == (portable, not portable)
+    assert seen["warploom.engine.cli bench train"][0] == portable
 
 
 def test_checks_are_on_record_by_the_code_they_checked(machine, session, monkeypatch):
     session.folder.mkdir()
-    assert set(check_ops(session)) == {f"{op} {dtype}" for op in ("attention", "moe") for dtype in gpu.DTYPES} | {
-        PORTABLE
-    }
+    assert check_ops(session) == dict.fromkeys(gpu.check_names(), "")
     monkeypatch.setattr(environment, "fingerprint", lambda *_: "other code")
     machine.asked.clear()
     check_ops(session)
-    assert len(machine.asked) == 7 and len(json.loads((session.folder / "checks.json").read_text())) == 2
+    assert len(machine.asked) == 3 and len(json.loads((session.folder / "checks.json").read_text())) == 2
     assert (session.copy / "checks.json").exists()
+
+
+def test_every_case_of_every_op_has_its_share_in_the_checks():
+    names = check_names()
+    for op in kernels.ops():
+        small = [case for case in op.cases if not case.bench]
+        for dtype in gpu.DTYPES if op.fused else ():
+            shares = [name.split()[2] for name in names if name.startswith(f"{op.name} {dtype} ")]
+            parts = [small[int(share.split("/")[0]) - 1 :: int(share.split("/")[1])] for share in shares]
+            assert sum(map(len, parts)) == len(small)
