@@ -112,13 +112,13 @@ def attention_forward(
     B, T, H, D = q.shape
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
-    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
+    whole = 4 * cdiv(T, 4)  # each row of statistics begins at a multiple of 16 bytes
+    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, whole, dtype=torch.float32, device=q.device)
     plain = causal and cu is None and softcap == 0
-    hopper = attention_hopper.applies(q, k, v)
-    if hopper:
-        attention_hopper.prepare()
-    kernel = attention_hopper.attention_hopper_kernel if hopper else attention_forward_kernel
-    tile = attention_hopper.tile_of(D, q.dtype, q.device) if hopper else tile_of("forward", D, q.dtype, q.device, plain)
+    if attention_hopper.applies("forward", q, k, v):
+        kernel, tile = attention_hopper.prepare("forward", D, q.dtype, q.device)
+    else:
+        kernel, tile = attention_forward_kernel, tile_of("forward", D, q.dtype, q.device, plain)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
     launch(
         kernel, place.grid,
@@ -154,7 +154,10 @@ def attention_backward(
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
 
-    tile = tile_of("dq", D, q.dtype, q.device, plain)
+    if cu is None and attention_hopper.applies("dq", q, k, v, do):
+        kernel, tile = attention_hopper.prepare("dq", D, q.dtype, q.device)
+    else:
+        kernel, tile = attention_dq_kernel, tile_of("dq", D, q.dtype, q.device, plain)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
     launch(
         attention_delta_kernel, place.grid,
@@ -163,7 +166,7 @@ def attention_backward(
     )  # fmt: skip
     if want_q:
         launch(
-            attention_dq_kernel, place.grid,
+            kernel, place.grid,
             q, k, v, do, lse_2BHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
             **meaning, **tile,
         )  # fmt: skip
