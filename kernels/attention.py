@@ -177,7 +177,7 @@ attention = Op(
     traffic=lambda q, k, v, **_: (2 * q.nbytes + 2 * k.nbytes, 4 * q.nbytes + 4 * k.nbytes),
     budget={
         f"attention_{name}_kernel": Budget(wgmma=True, vector="hopper" not in name)
-        for name in ("forward", "hopper", "hopper_dq", "dq", "dkdv")
+        for name in ("forward", "hopper", "hopper_dq", "hopper_dkdv", "dq", "dkdv")
     },
     flops=lambda q, k, v, **o: (4 * q.shape[-1] * _pairs(q, k, **o), 10 * q.shape[-1] * _pairs(q, k, **o)),
 )

@@ -171,10 +171,13 @@ def attention_backward(
             **meaning, **tile,
         )  # fmt: skip
     if want_kv:
-        tile = tile_of("dkdv", D, q.dtype, q.device, plain)
+        if cu is None and attention_hopper.applies("dkdv", q, k, v, do):
+            kernel, tile = attention_hopper.prepare("dkdv", D, q.dtype, q.device)
+        else:
+            kernel, tile = attention_dkdv_kernel, tile_of("dkdv", D, q.dtype, q.device, plain)
         place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
         launch(
-            attention_dkdv_kernel, place.grid,
+            kernel, place.grid,
             q, k, v, do, lse_2BHT, delta_BHT, dk, dv, cu,
             *strides, *dk.stride()[:3], *dv.stride()[:3], *stats, *place.numbers,
             **meaning, **tile,

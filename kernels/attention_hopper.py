@@ -1,4 +1,4 @@
-"""Attention on Hopper, forward and the gradient of the queries: copies and arithmetic by different warps.
+"""Attention on Hopper, forward and backward: copies and arithmetic by different warps.
 
 An H100 multiplies tiles faster than a program can both fetch them and take exponentials. So the work is split by role.
 One warp group only asks the copy engine (TMA) for tiles of keys and values, described once by base, shape and strides;
@@ -15,12 +15,12 @@ import os
 
 import torch
 
-from .attention_tiles import LOG2E, capped, head_of, key_run, place, store_tile, tile_of_head
+from .attention_tiles import LOG2E, capped, head_of, key_run, place, query_run, store_tile, tile_of_head
 from .lang import HAS_TRITON, architecture, tl, triton
 from .tuned import tuned
 
 enabled = os.environ.get("WARPLOOM_HOPPER", "1")
-"""WARPLOOM_HOPPER=0 runs the portable kernels on Hopper too, WARPLOOM_HOPPER=forward for the backward only."""
+"""WARPLOOM_HOPPER=0 runs the portable kernels on Hopper too; forward,dq,dkdv names those to replace."""
 
 
 @triton.jit
@@ -167,10 +167,78 @@ def attention_hopper_dq_kernel(
     store_tile(dq_at, acc * SCALE, rows, q_len, D, BLOCK_D)
 
 
+@triton.jit
+def attention_hopper_dkdv_kernel(
+    q, k, v, do, lse, delta, dk, dv, cu,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_db, stride_dt, stride_dh, stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+    stride_ls, stride_lb, stride_lh,
+    tiles, batch_heads, heads, group, q_len, k_len, sequences,
+    SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    HALVINGS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As `attention_dkdv_kernel`, argument for argument, for batches that are not ragged.
+
+    Rows behind the last query arrive as zeros and add nothing, keys behind the last are not stored: neither is masked.
+    """
+    UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
+    batch, head, key, _first, _token, q_len, k_len = place(
+        cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_N, HALVINGS, False
+    )
+    own = tl.arange(0, BLOCK_N)
+    keys = key + own
+    k_base = head_of(k, batch, head, 0, stride_kb, stride_kt, stride_kh)
+    v_base = head_of(v, batch, head, 0, stride_vb, stride_vt, stride_vh)
+    k_tile = _described(k_base, k_len, stride_kt, D, BLOCK_N, BLOCK_D).load([key, 0])
+    v_tile = _described(v_base, k_len, stride_vt, D, BLOCK_N, BLOCK_D).load([key, 0])
+    queries = tl.make_tensor_descriptor(
+        q + batch * stride_qb, [heads * SHARE, q_len, D], [stride_qh, stride_qt, 1], [1, BLOCK_M, BLOCK_D]
+    )
+    upstream = tl.make_tensor_descriptor(
+        do + batch * stride_db, [heads * SHARE, q_len, D], [stride_dh, stride_dt, 1], [1, BLOCK_M, BLOCK_D]
+    )
+    norms = tl.make_tensor_descriptor(lse + batch * stride_lb, [heads * SHARE, q_len], [stride_lh, 1], [1, BLOCK_M])
+    means = tl.make_tensor_descriptor(delta + batch * stride_lb, [heads * SHARE, q_len], [stride_lh, 1], [1, BLOCK_M])
+
+    begin, end = query_run(key, key + BLOCK_N - 1, q_len, k_len - q_len, CAUSAL, WINDOW, BLOCK_M)
+    blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for turn in tl.range(0, blocks * SHARE, warp_specialize=True):
+        q_head = (head * SHARE).to(tl.int32) + turn // blocks
+        row = begin + turn % blocks * BLOCK_M
+        q_block = queries.load([q_head, row, 0]).reshape(BLOCK_M, BLOCK_D)
+        do_block = upstream.load([q_head, row, 0]).reshape(BLOCK_M, BLOCK_D)
+        norm = norms.load([q_head, row])
+        mean = means.load([q_head, row])
+        scores = tl.dot(k_tile, tl.trans(q_block))
+        if SOFTCAP > 0:
+            scores = capped(scores, SCALE, SOFTCAP)
+        p = tl.exp2(scores * UNIT - norm)
+        there = row + (k_len - q_len) + tl.arange(0, BLOCK_M)
+        if CAUSAL:
+            p = tl.where(keys[:, None] <= there[None, :], p, 0.0)
+        if WINDOW > 0:
+            p = tl.where(keys[:, None] > (there - WINDOW)[None, :], p, 0.0)
+            if not CAUSAL:
+                p = tl.where(keys[:, None] < (there + WINDOW)[None, :], p, 0.0)
+        dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc)
+        dp = tl.dot(v_tile, tl.trans(do_block))
+        ds = p * (dp - mean)
+        if SOFTCAP > 0:
+            ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
+        dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc)
+    dk_at = tile_of_head(dk, batch, head, key, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
+    dv_at = tile_of_head(dv, batch, head, key, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)
+    store_tile(dk_at, dk_acc * SCALE, keys, k_len, D, BLOCK_D)
+    store_tile(dv_at, dv_acc, keys, k_len, D, BLOCK_D)
+
+
 def applies(kernel: str, *tensors: torch.Tensor) -> bool:
     """Whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
     q = tensors[0]
-    if enabled not in ("1", kernel) or architecture(q.device) != 90:
+    if (enabled != "1" and kernel not in enabled.split(",")) or architecture(q.device) != 90:
         return False
     return q.dtype.itemsize == 2 and q.shape[3] <= 128 and all(map(_addressable, tensors))
 
@@ -187,8 +255,8 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 
 
 def prepare(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """The kernel to launch, for "forward" or "dq", and its tile. To be called before each launch, in its thread: Triton
-    asks this thread's allocator for the descriptors' room."""
+    """The kernel to launch, for "forward", "dq" or "dkdv", and its tile. To be called before each launch, in its
+    thread: Triton asks this thread's allocator for the descriptors' room."""
     if HAS_TRITON:
         triton.set_allocator(_scratch)
     return KERNELS[kernel], tile_of(kernel, D, dtype, device)
@@ -196,9 +264,9 @@ def prepare(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> tu
 
 def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     """Four warps, which the compiler multiplies by three; with more it ignores the split."""
-    keys = 128 if kernel == "forward" else 64
-    default = {"BLOCK_M": 128, "BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
+    M, N = {"forward": (128, 128), "dq": (128, 64), "dkdv": (64 if D <= 64 else 32, 128)}[kernel]
+    default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": 4, "num_stages": 2}
     return tuned(f"attention_hopper_{kernel}", device, f"{D} {str(dtype)[6:]}", default)
 
 
-KERNELS = {"forward": attention_hopper_kernel, "dq": attention_hopper_dq_kernel}
+KERNELS = {"forward": attention_hopper_kernel, "dq": attention_hopper_dq_kernel, "dkdv": attention_hopper_dkdv_kernel}

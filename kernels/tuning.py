@@ -24,6 +24,8 @@ MARGIN = 0.98
 """A change has to be this much faster to be believed."""
 RANGES = {"num_warps": (1, 16), "num_stages": (1, 5)}
 FINALISTS, ROUNDS = 3, 7
+A_FEW_BYTES = 16
+"""Spilled once, outside of the loop, they cost nothing that could be measured."""
 Prune = Callable[[str, list[dict]], list[dict]]
 
 
@@ -74,7 +76,7 @@ def _seconds(step: Callable, timer, kernel: str, settings: dict, calls: int) -> 
 
 
 def pruned_by_compiler(op: str, case: str, dtype: str, arch: int) -> Prune:
-    """Keeps what compiles for an architecture and spills no more than the default (the first of the list)."""
+    """Keeps what compiles for an architecture and spills next to nothing, or no more than the default (the first)."""
 
     def prune(kernel: str, found: list[dict]) -> list[dict]:
         workers = max(1, min(len(found), (os.cpu_count() or 2) - 1))
@@ -83,7 +85,7 @@ def pruned_by_compiler(op: str, case: str, dtype: str, arch: int) -> Prune:
         spilled = {}
         for i, lines in enumerate(_compile_all(requests)):
             spilled |= {i + workers * n: json.loads(line) for n, line in enumerate(lines)}
-        allowed = spilled.get(0) or 0
+        allowed = max(spilled.get(0) or 0, A_FEW_BYTES)
         return [one for n, one in enumerate(found) if n == 0 or _fits(spilled.get(n), allowed)]
 
     return prune
