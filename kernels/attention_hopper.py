@@ -183,7 +183,7 @@ def attention_hopper_dkdv_kernel(
     Rows behind the last query arrive as zeros and add nothing, keys behind the last are not stored: neither is masked.
     """
     UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, key, _first, _token, q_len, k_len = place(
+    batch, head, key, first, _token, q_len, k_len = place(
         cu, tiles, batch_heads, heads, group, q_len, k_len, sequences, BLOCK_N, HALVINGS, False
     )
     own = tl.arange(0, BLOCK_N)
@@ -229,8 +229,8 @@ def attention_hopper_dkdv_kernel(
         if SOFTCAP > 0:
             ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc)
-    dk_at = tile_of_head(dk, batch, head, key, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
-    dv_at = tile_of_head(dv, batch, head, key, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)
+    dk_at = tile_of_head(dk, batch, head, first, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
+    dv_at = tile_of_head(dv, batch, head, first, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)
     store_tile(dk_at, dk_acc * SCALE, keys, k_len, D, BLOCK_D)
     store_tile(dv_at, dv_acc, keys, k_len, D, BLOCK_D)
 
