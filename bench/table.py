@@ -37,18 +37,18 @@ def show(record: Record) -> None:
 
 
 def brief(record: Record) -> list[str]:
-    """A line for each of our rows: the time, the rate, the share of each limit, and the ratio to every peer."""
+    """A line for each of our rows: the time, the rate, the share of each limit, and the ratio to the fastest peer."""
     lines = []
     for name, part in record.parts.items():
         for row in part.rows:
             if row.seconds is None or not row.who.startswith("ours"):
                 continue
-            peers = [f"{p.ratio.median:.2f}× {p.who}" for p in part.rows if p.case == row.case and p.ratio]
-            shares = [f"{100 * share:.0f} % of {limit}" for limit, share in row.limits.items()]
-            rate = si(row.rate, f"{row.unit}/s") if row.rate else ""
+            peers = [(p.ratio.median, p.who) for p in part.rows if p.case == row.case and p.ratio and row.who == "ours"]
+            told = [duration(row.seconds.median), si(row.rate, f"{row.unit}/s") if row.rate else ""]
+            told += [f"{100 * share:.0f} % of {limit}" for limit, share in row.limits.items()]
+            told += [f"{ratio:.2f}× {who}" for ratio, who in sorted(peers)[:1]]
             who = "" if row.who == "ours" else f" ({row.who})"
-            told = [f"{name}, {row.case}{who}: {duration(row.seconds.median)}", rate, *shares]
-            lines.append("  " + " · ".join(filter(None, [*told, *(peers if row.who == "ours" else [])])))
+            lines.append(f"  {name}, {row.case}{who}: {' · '.join(filter(None, told))}")
     return lines
 
 
