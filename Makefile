@@ -3,7 +3,8 @@
 #   make demo        a small model of your own in a few minutes
 #   make test        the whole test suite
 #   make bench       micro-benchmarks of single functions
-#   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9
+#   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
+#                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found
 #   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
 #   make lint        ruff
 #   make clean       remove what the others made
@@ -33,10 +34,12 @@ test: .venv/ready-dev
 bench: .venv/ready-dev
 	$(BIN)/python -m pytest bench/micro $(ARGS)
 
+gpu: export WARPLOOM_REQUIRE_NATIVE :=
+gpu: export PYTHONPATH := $(CURDIR)/build/path$(if $(SITE),:$(SITE))
 gpu:
 	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom
-	-WARPLOOM_REQUIRE_NATIVE= $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH="$(CURDIR)/build/path" $(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(ARGS)
+	-timeout 120 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(ARGS)
 
 sanitize: .venv/ready-dev
 	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force

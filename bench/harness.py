@@ -11,12 +11,18 @@ A bench is a module `bench/<name>.py`. Its `parts(options)` lists what it measur
 
 `run_bench` runs the parts that are not on record yet, or whose record no longer holds, and saves after each. A run
 that is stopped, by the budget, by Ctrl-C or by losing the machine, has lost at most the part under way.
+
+A part may take the whole process down: a kernel that reads a wrong address leaves a GPU no process can use again, and
+one that waits for what never comes hangs. So a part's name stands in a file beside the record while it runs. Who finds
+a name there at the start leaves that part out, and goes on with the others.
 """
 
+import faulthandler
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -47,6 +53,7 @@ class Options:
     threads: Annotated[int, "threads for torch's operators; 0 leaves its choice"] = 0
     rounds: Annotated[int, "rounds of a comparison, at most"] = 15
     seconds: Annotated[float, "time for the rounds of one comparison (a few are run anyway)"] = 30.0
+    limit: Annotated[float, "end the process if one part takes more minutes than this; 0 waits forever"] = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("threads", 0), ("seconds", 0)):
@@ -206,6 +213,10 @@ class Machine:
         return ready, times, missing
 
 
+class DeviceLost(SystemExit):
+    """The GPU no longer answers this process; another one can go on where it stopped."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run of a bench ended."""
@@ -238,8 +249,12 @@ def run_bench(
     parts = [_with_threads(part, options.threads) for part in _chosen(parts, options.only)]
     due = {part.name: stale(record, part, now, code) or ("again" if options.again else None) for part in parts}
     failed: dict[str, str] = {}
+    deadly = Deadly(path.with_suffix(".deadly"), code)
     for part in parts:
         if not due[part.name]:
+            continue
+        if part.name in deadly.names and not options.again:
+            failed[part.name] = "it took its process down; --again tries it once more"
             continue
         left = options.minutes - (clock() - begin) / 60
         if left <= 0 or part.minutes > left:
@@ -247,17 +262,62 @@ def run_bench(
             continue
         say(f"{bench}: {part.name} ({due[part.name]}" + (f", about {part.minutes:g} min)" if part.minutes else ")"))
         try:
-            record.parts[part.name] = _measure(part, machine, code, clock)
+            with deadly.trying(part.name, options.limit):
+                measured = _measure(part, machine, code, clock)
+                Record(bench, now.device, parts={part.name: measured}).to_json()  # refuses what is no number
         except KeyboardInterrupt:
             say(f"{bench}: interrupted in {part.name}; finished parts are in {path}")
             raise
         except Exception as error:
             traceback.print_exc()
             failed[part.name] = peers.failure(error)
+            _insist_on_device(machine.device, deadly, part.name)
             continue
+        record.parts[part.name] = measured
         record.save(path)
         due[part.name] = None
     return Outcome(record, path, {name: reason for name, reason in due.items() if reason}, failed)
+
+
+class Deadly:
+    """The names of parts that took their process down, or are about to show whether they do, in a file."""
+
+    def __init__(self, path: Path, code: str):
+        self.path, self.code = path, code
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.names = {name for line in lines for key, _, name in [line.partition(" ")] if key == code}
+
+    @contextmanager
+    def trying(self, name: str, minutes: float) -> Iterator[None]:
+        """Holds the name while a part runs, and ends the process if that takes longer than some minutes."""
+        self.add(name)
+        if minutes:
+            faulthandler.dump_traceback_later(60 * minutes, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._write(self.names - {name})
+
+    def add(self, name: str) -> None:
+        """From now on the part is known to be deadly."""
+        self._write(self.names | {name})
+
+    def _write(self, names: set[str]) -> None:
+        self.names = names
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{self.code} {name}\n" for name in sorted(names)))
+        if not names:
+            self.path.unlink()
+
+
+def _insist_on_device(device: str, deadly: Deadly, name: str) -> None:
+    """After a failure: can this process still use its GPU?"""
+    try:
+        synchronize(device)
+    except Exception as error:
+        deadly.add(name)
+        raise DeviceLost(f"{name} lost the device: {peers.failure(error)}") from error
 
 
 def stale(record: Record, part: Part, now: environment.Environment, code: str) -> str | None:

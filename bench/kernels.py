@@ -2,7 +2,8 @@
 
 On a GPU, each op is first held to its oracle on the device, then timed at its large shapes, forward, and forward with
 backward, against PyTorch eager, `torch.compile`, and whatever peers know the op. A memory-bound op is measured against
-the copy bandwidth of this very run, a product against its matmul rate.
+the copy bandwidth of this very run, a product against its matmul rate. At these sizes too the result has to be that of
+eager PyTorch, and the same twice: races and offsets that overflow show nowhere else.
 
 Without a GPU nothing is timed. What can be known is printed: registers, spills and shared memory of every kernel on
 three architectures, from a compiler that needs no device.
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import kernels
-from ..kernels import tuning, verify
+from ..kernels import attention_hopper, tuning, verify
+from ..kernels.lang import architecture
 from ..kernels.op import Case, Maker, Op, backend, ops
 from . import environment, harness, peers
 from .harness import Machine, Part
@@ -39,6 +41,8 @@ IMPORTANCE = (
 
 CHECKS = 6
 """Small cases that an op must pass on the device before it is timed."""
+FAR = 0.03
+"""More than a few roundings of bfloat16, relative to the whole tensor."""
 PLAIN = {"attention", "moe", "paged_attention"}
 """Ops whose reference no one would run at size: eager PyTorch's best way stands for it."""
 POINTWISE = {"rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "rope", "cross_entropy", "adamw_step"}
@@ -52,6 +56,7 @@ class Options(harness.Options):
     budgets: bool = field(default=False, metadata={"help": "print what each kernel costs, compiled for absent GPUs"})
     tune: bool = field(default=False, metadata={"help": "search launch settings on this GPU and file the best"})
     dtype: str = field(default="bfloat16", metadata={"help": "precision of the inputs"})
+    skip: str = field(default="", metadata={"help": "ops to leave out, separated by commas"})
 
 
 def parts(options: Options) -> list[Part]:
@@ -62,10 +67,15 @@ def parts(options: Options) -> list[Part]:
             print("no GPU here: nothing is timed; these are static budgets, by the compiler alone", file=sys.stderr)
         print_budgets()
         return []
-    fused = sorted((op for op in ops() if op.fused is not None), key=_rank)
+    fused = [op for op in fused_ops() if op.name not in options.skip.split(",")]
     if options.tune:
         return [Part(f"tune {op.name}", tune, {"op": op.name, "dtype": options.dtype}, 2) for op in fused if _large(op)]
     return [part for op in fused for part in _parts_of(op, options.dtype)]
+
+
+def fused_ops() -> list[Op]:
+    """The ops that have kernels, most important first."""
+    return sorted((op for op in ops() if op.fused is not None), key=_rank)
 
 
 def _parts_of(op: Op, dtype: str) -> list[Part]:
@@ -102,18 +112,55 @@ def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
         moved, done = _work(_op(op), args, options, pass_)
         intense = done > 100 * moved
         contestants = _contestants(_op(op), args, options, pass_)
+        difference = insist(_op(op), args, options, pass_)
         rows += machine.compare(
             case.name,
             contestants,
             amount=done if intense else moved,
             unit="FLOP" if intense else "B",
             limits={f"matmul {dtype}": done} if intense else {"copy": moved},
-            extra={"ours": {"host_us": host_microseconds(_op(op), machine)}},
+            extra={"ours": {"host_us": host_microseconds(_op(op), machine), "difference": difference}},
         )
         del contestants, args
         if machine.device == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+def insist(op: Op, args: list, options: dict, pass_: str) -> float:
+    """How far our results lie from those of eager PyTorch; raises if that is far, or if they change between two runs.
+
+    The distance is ‖ours − eager‖ / ‖eager‖, the largest over results and gradients; of whole numbers, the share that
+    differs (two draws may fall on either side of a rounding)."""
+    if op.mutates:
+        return 0.0  # another call starts from other values
+    with backend("triton"):
+        first, again = (_results(op, args, options, pass_) for _ in range(2))
+    if not all(torch.equal(a, b) for a, b in zip(first, again)):
+        raise AssertionError(f"{op.name}: two runs on the same inputs differ")
+    del again
+    eager = _results(op.eager if op.name in PLAIN else op.reference, args, options, pass_)
+    difference = max(map(_distance, first, eager), default=0.0)
+    if not difference < FAR:
+        raise AssertionError(f"{op.name}: {difference:.3g} away from eager PyTorch")
+    return difference
+
+
+def _results(function, args: list, options: dict, pass_: str) -> list[torch.Tensor]:
+    """What a call returns, and for "both" its gradients."""
+    with torch.set_grad_enabled(pass_ == "both"):
+        results = verify.tensors(function(*args, **options))
+        out = [x for x in results if x.requires_grad]
+        wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        seeds = [torch.ones_like(x) for x in out]
+        return [x.detach() for x in results] + list(torch.autograd.grad(out, wanted, seeds) if out else ())
+
+
+def _distance(ours: torch.Tensor, eager: torch.Tensor) -> float:
+    if not ours.is_floating_point():
+        return (ours != eager).float().mean().item()
+    size = torch.linalg.vector_norm(eager, dtype=torch.float32)
+    return (torch.linalg.vector_norm(ours - eager, dtype=torch.float32) / size.clamp(min=1e-30)).item()
 
 
 def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contestants:
@@ -127,11 +174,25 @@ def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contest
     eager = op.eager if op.name in PLAIN else op.reference
     calls = {"ours": on("triton"), "torch eager": eager}
     calls |= {"torch.compile": torch.compile(eager)} if op.name in POINTWISE else {}
+    calls |= {"ours, portable": _portable(on("triton"))} if op.name == "attention" else {}
     calls |= peers.build("kernel", op.name, args, options)
     return {
         who: call if isinstance(call, peers.Missing) else _step(call, args, options, pass_)
         for who, call in calls.items()
     }
+
+
+def _portable(call):
+    """The same without Hopper's kernels: are they worth having?"""
+
+    def portable(*args, **options):
+        enabled, attention_hopper.enabled = attention_hopper.enabled, "0"
+        try:
+            return call(*args, **options)
+        finally:
+            attention_hopper.enabled = enabled
+
+    return portable
 
 
 def _step(function, args: list, options: dict, pass_: str):
@@ -177,15 +238,15 @@ def host_microseconds(op: Op, machine: Machine, calls: int = 200) -> float:
 
 def tune(machine: Machine, op: str, dtype: str) -> list[Row]:
     """Searches the launch settings of the op's kernels at its large cases, and files what is faster."""
-    rows = []
+    rows, done = [], set()
     for case in _large(_op(op)):
         args, options = case.build(Maker(getattr(torch, dtype), machine.device))
         step = _step(_op(op), args, options, "both" if _trains(_op(op)) else "forward")
+        prune = tuning.pruned_by_compiler(op, case.name, dtype, architecture(args[0].device))
         with backend("triton"):
-            for kernel, seconds, best, settings in tuning.search(step, machine.timer, args[0].device):
-                rows.append(
-                    Row(f"{case.name}: {kernel}", "ours", extra={"gain": seconds / best, "settings": str(settings)})
-                )
+            for kernel, seconds, best, settings in tuning.search(step, machine.timer, args[0].device, prune, done):
+                extra = {"default_seconds": seconds, "best_seconds": best, "settings": str(settings)}
+                rows.append(Row(f"{case.name}: {kernel}", "ours", extra=extra))
     return rows
 
 

@@ -36,6 +36,22 @@ def show(record: Record) -> None:
             print(plain(title, subtitle(part), columns, lines))
 
 
+def brief(record: Record) -> list[str]:
+    """A line for each of our rows: the time, the rate, the share of each limit, and the ratio to the fastest peer."""
+    lines = []
+    for name, part in record.parts.items():
+        for row in part.rows:
+            if row.seconds is None or not row.who.startswith("ours"):
+                continue
+            peers = [(p.ratio.median, p.who) for p in part.rows if p.case == row.case and p.ratio and row.who == "ours"]
+            told = [duration(row.seconds.median), si(row.rate, f"{row.unit}/s") if row.rate else ""]
+            told += [f"{100 * share:.0f} % of {limit}" for limit, share in row.limits.items()]
+            told += [f"{ratio:.2f}× {who}" for ratio, who in sorted(peers)[:1]]
+            who = "" if row.who == "ours" else f" ({row.who})"
+            lines.append(f"  {name}, {row.case}{who}: {' · '.join(filter(None, told))}")
+    return lines
+
+
 def subtitle(part: PartRecord) -> str:
     """The machine, the commit and the ceilings of a part, in one line."""
     machine = part.environment

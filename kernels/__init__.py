@@ -9,6 +9,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .moe import MoEAux, moe
 from .op import Budget, Case, Maker, Op, backend, ops
 from .paged_attention import paged_attention
+from .penalize import penalize
 from .qk_norm_rope_write import qk_norm_rope_write
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_tables
@@ -32,6 +33,7 @@ __all__ = [
     "moe",
     "ops",
     "paged_attention",
+    "penalize",
     "qk_norm_rope_write",
     "quantize_int8",
     "rms_norm",

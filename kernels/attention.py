@@ -132,12 +132,13 @@ def _ragged(m, lengths, H, K, D):
 
 
 def _pairs(q, k, causal=True, window=None, cu_seqlens=None, **_):
-    """How many (query, key) pairs are seen, over batch and heads; a ragged batch counts as one sequence."""
-    T, S = (q.shape[-3], k.shape[-3])
+    """How many (query, key) pairs are seen, over batch and heads; sequences of a ragged batch count as equally long."""
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    T, S = (x.shape[-3] if cu_seqlens is None else x.shape[-3] // sequences for x in (q, k))
     seen = T * S - (T * (T - 1) // 2 if causal else 0)
     if window is not None and window < S:
         seen = min(seen, T * window * (1 if causal else 2))
-    return seen * q.shape[-2] * (q.shape[0] if q.dim() == 4 else 1)
+    return seen * q.shape[-2] * sequences
 
 
 attention = Op(
@@ -172,12 +173,13 @@ attention = Op(
         ),
         Case("expanded gradient", lambda m: _qkv(m, 1, 17, 17, 2, 1, 32), expanded=True),
         Case("8192 causal, 32 and 8 heads of 128", lambda m: _qkv(m, 2, 8192, 8192, 32, 8, 128), bench=True),
+        Case("16 times 1024, ragged, 32 and 8 heads of 128", lambda m: _ragged(m, [1024] * 16, 32, 8, 128), bench=True),
         Case("8192 causal, 16 heads of 64", lambda m: _qkv(m, 4, 8192, 8192, 16, 16, 64), bench=True),
     ],
     traffic=lambda q, k, v, **_: (2 * q.nbytes + 2 * k.nbytes, 4 * q.nbytes + 4 * k.nbytes),
     budget={
-        f"attention_{name}_kernel": Budget(wgmma=True, vector=name != "hopper")
-        for name in ("forward", "hopper", "dq", "dkdv")
+        f"attention_{name}_kernel": Budget(wgmma=True, vector="hopper" not in name)
+        for name in ("forward", "hopper", "hopper_dq", "hopper_dkdv", "dq", "dkdv")
     },
     flops=lambda q, k, v, **o: (4 * q.shape[-1] * _pairs(q, k, **o), 10 * q.shape[-1] * _pairs(q, k, **o)),
 )

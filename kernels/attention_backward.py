@@ -15,7 +15,7 @@ from .attention_tiles import (
     place,
     query_run,
     store_tile,
-    tile_offsets,
+    tile_of_head,
     visible,
 )
 from .lang import tl, triton
@@ -35,10 +35,10 @@ def attention_delta_kernel(
     if row >= q_len:
         return
     own = tl.arange(0, BLOCK_M)
-    o_base = o + batch * stride_ob + head * stride_oh + first * stride_ot
-    do_base = do + batch * stride_db + head * stride_dh + first * stride_dt
-    o_tile = load_tile(o_base + tile_offsets(own, stride_ot, BLOCK_D), row + own, q_len, D, BLOCK_D)
-    do_tile = load_tile(do_base + tile_offsets(own, stride_dt, BLOCK_D), row + own, q_len, D, BLOCK_D)
+    o_at = tile_of_head(o, batch, head, first, own, stride_ob, stride_ot, stride_oh, BLOCK_D)
+    do_at = tile_of_head(do, batch, head, first, own, stride_db, stride_dt, stride_dh, BLOCK_D)
+    o_tile = load_tile(o_at, row + own, q_len, D, BLOCK_D)
+    do_tile = load_tile(do_at, row + own, q_len, D, BLOCK_D)
     products = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(delta + batch * stride_lb + head * stride_lh + first + own, products, mask=row + own < q_len)
 
@@ -62,19 +62,18 @@ def attention_dq_kernel(
         return
     own = tl.arange(0, BLOCK_M)
     rows = row + own
-    q_base = q + batch * stride_qb + head * stride_qh + first * stride_qt
-    do_base = do + batch * stride_db + head * stride_dh + first * stride_dt
+    q_at = tile_of_head(q, batch, head, first, own, stride_qb, stride_qt, stride_qh, BLOCK_D)
+    do_at = tile_of_head(do, batch, head, first, own, stride_db, stride_dt, stride_dh, BLOCK_D)
+    q_tile = load_tile(q_at, rows, q_len, D, BLOCK_D)
+    do_tile = load_tile(do_at, rows, q_len, D, BLOCK_D)
     row_stats = batch * stride_lb + head * stride_lh + first + own
-    q_tile = load_tile(q_base + tile_offsets(own, stride_qt, BLOCK_D), rows, q_len, D, BLOCK_D)
-    do_tile = load_tile(do_base + tile_offsets(own, stride_dt, BLOCK_D), rows, q_len, D, BLOCK_D)
     norm = tl.load(lse + row_stats, mask=rows < q_len, other=float("inf"))
     mean = tl.load(delta + row_stats, mask=rows < q_len, other=0.0)
     if WIDE:
         spread = tl.load(lse + row_stats + stride_ls, mask=rows < q_len, other=0.0)
-    k_tile = k + batch * stride_kb + head // SHARE * stride_kh + token * stride_kt
-    v_tile = v + batch * stride_vb + head // SHARE * stride_vh + token * stride_vt
-    k_tile += tile_offsets(tl.arange(0, BLOCK_N), stride_kt, BLOCK_D)
-    v_tile += tile_offsets(tl.arange(0, BLOCK_N), stride_vt, BLOCK_D)
+    step = tl.arange(0, BLOCK_N)
+    k_tile = tile_of_head(k, batch, head // SHARE, token, step, stride_kb, stride_kt, stride_kh, BLOCK_D)
+    v_tile = tile_of_head(v, batch, head // SHARE, token, step, stride_vb, stride_vt, stride_vh, BLOCK_D)
 
     position = row + k_len - q_len
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
@@ -95,8 +94,8 @@ def attention_dq_kernel(
         if SOFTCAP > 0:
             ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision="ieee")
-    dq_base = dq + batch * stride_dqb + head * stride_dqh + first * stride_dqt
-    store_tile(dq_base + tile_offsets(own, stride_dqt, BLOCK_D), acc * SCALE, rows, q_len, D, BLOCK_D)
+    dq_at = tile_of_head(dq, batch, head, first, own, stride_dqb, stride_dqt, stride_dqh, BLOCK_D)
+    store_tile(dq_at, acc * SCALE, rows, q_len, D, BLOCK_D)
 
 
 @triton.jit
@@ -120,21 +119,22 @@ def attention_dkdv_kernel(
         return
     own = tl.arange(0, BLOCK_N)
     keys = key + own
-    k_base = k + batch * stride_kb + head * stride_kh + first * stride_kt
-    v_base = v + batch * stride_vb + head * stride_vh + first * stride_vt
-    k_tile = load_tile(k_base + tile_offsets(own, stride_kt, BLOCK_D), keys, k_len, D, BLOCK_D)
-    v_tile = load_tile(v_base + tile_offsets(own, stride_vt, BLOCK_D), keys, k_len, D, BLOCK_D)
-    q_tile = q + batch * stride_qb + token * stride_qt + tile_offsets(tl.arange(0, BLOCK_M), stride_qt, BLOCK_D)
-    do_tile = do + batch * stride_db + token * stride_dt + tile_offsets(tl.arange(0, BLOCK_M), stride_dt, BLOCK_D)
+    k_at = tile_of_head(k, batch, head, first, own, stride_kb, stride_kt, stride_kh, BLOCK_D)
+    v_at = tile_of_head(v, batch, head, first, own, stride_vb, stride_vt, stride_vh, BLOCK_D)
+    k_tile = load_tile(k_at, keys, k_len, D, BLOCK_D)
+    v_tile = load_tile(v_at, keys, k_len, D, BLOCK_D)
+    step = tl.arange(0, BLOCK_M)
+    q_tile = tile_of_head(q, batch, 0, token, step, stride_qb, stride_qt, stride_qh, BLOCK_D)
+    do_tile = tile_of_head(do, batch, 0, token, step, stride_db, stride_dt, stride_dh, BLOCK_D)
     row_stats = batch * stride_lb + token
 
     begin, end = query_run(key, key + BLOCK_N - 1, q_len, k_len - q_len, CAUSAL, WINDOW, BLOCK_M)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for step in tl.range(0, blocks * SHARE):
-        q_head = head * SHARE + step // blocks
-        here = begin + tl.cast(step % blocks, tl.int64) * BLOCK_M
+    for turn in tl.range(0, blocks * SHARE):
+        q_head = head * SHARE + turn // blocks
+        here = begin + tl.cast(turn % blocks, tl.int64) * BLOCK_M
         row = here.to(tl.int32)
         rows = row + tl.arange(0, BLOCK_M)
         stats = row_stats + q_head * stride_lh + here + tl.arange(0, BLOCK_M)
@@ -160,7 +160,7 @@ def attention_dkdv_kernel(
         if SOFTCAP > 0:
             ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision="ieee")
-    dk_base = dk + batch * stride_dkb + head * stride_dkh + first * stride_dkt
-    dv_base = dv + batch * stride_dvb + head * stride_dvh + first * stride_dvt
-    store_tile(dk_base + tile_offsets(own, stride_dkt, BLOCK_D), dk_acc * SCALE, keys, k_len, D, BLOCK_D)
-    store_tile(dv_base + tile_offsets(own, stride_dvt, BLOCK_D), dv_acc, keys, k_len, D, BLOCK_D)
+    dk_at = tile_of_head(dk, batch, head, first, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
+    dv_at = tile_of_head(dv, batch, head, first, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)
+    store_tile(dk_at, dk_acc * SCALE, keys, k_len, D, BLOCK_D)
+    store_tile(dv_at, dv_acc, keys, k_len, D, BLOCK_D)

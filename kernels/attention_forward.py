@@ -11,7 +11,7 @@ block by block. A row that sees nothing gets o = 0 and lse = +inf, and then has 
 magnitude, which for peaked rows is the largest error of all.
 """
 
-from .attention_tiles import LOG2E, all_visible, capped, key_run, load_tile, place, store_tile, tile_offsets, visible
+from .attention_tiles import LOG2E, all_visible, capped, key_run, load_tile, place, store_tile, tile_of_head, visible
 from .lang import tl, triton
 
 
@@ -33,12 +33,11 @@ def attention_forward_kernel(
         return
     own = tl.arange(0, BLOCK_M)
     rows = row + own
-    q_base = q + batch * stride_qb + head * stride_qh + first * stride_qt
-    k_base = k + batch * stride_kb + head // SHARE * stride_kh + token * stride_kt
-    v_base = v + batch * stride_vb + head // SHARE * stride_vh + token * stride_vt
-    q_tile = load_tile(q_base + tile_offsets(own, stride_qt, BLOCK_D), rows, q_len, D, BLOCK_D)
-    k_tile = k_base + tile_offsets(tl.arange(0, BLOCK_N), stride_kt, BLOCK_D)
-    v_tile = v_base + tile_offsets(tl.arange(0, BLOCK_N), stride_vt, BLOCK_D)
+    q_at = tile_of_head(q, batch, head, first, own, stride_qb, stride_qt, stride_qh, BLOCK_D)
+    q_tile = load_tile(q_at, rows, q_len, D, BLOCK_D)
+    step = tl.arange(0, BLOCK_N)
+    k_tile = tile_of_head(k, batch, head // SHARE, token, step, stride_kb, stride_kt, stride_kh, BLOCK_D)
+    v_tile = tile_of_head(v, batch, head // SHARE, token, step, stride_vb, stride_vt, stride_vh, BLOCK_D)
 
     position = row + k_len - q_len
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
@@ -65,8 +64,8 @@ def attention_forward_kernel(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    o_base = o + batch * stride_ob + head * stride_oh + first * stride_ot
-    store_tile(o_base + tile_offsets(own, stride_ot, BLOCK_D), acc, rows, q_len, D, BLOCK_D)
+    o_at = tile_of_head(o, batch, head, first, own, stride_ob, stride_ot, stride_oh, BLOCK_D)
+    store_tile(o_at, acc, rows, q_len, D, BLOCK_D)
     peak = tl.where(empty, float("inf"), peak)
     spread = tl.log2(tl.where(empty, 1.0, total))
     stats = lse + batch * stride_lb + head * stride_lh + first + own

@@ -29,30 +29,26 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
     ("dkdv", 80): {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     ("dkdv", 90): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
-}
-
-_ROOMIER = {  # instead, where a cap, a ragged batch or the lack of a causal mask takes the last registers
-    ("forward", 90, True, True): (128, 32, 8, 2),
-    ("dq", 80, False, False): (128, 32, 8, 2),
-    ("dkdv", 90, True, False): (32, 128, 8, 2),
-    ("dkdv", 90, True, True): (16, 64, 8, 1),
+    # instead, where a cap, a ragged batch, an odd head size or the lack of a causal mask takes the last registers
+    ("forward", 90, "other"): {256: (128, 32, 8, 2)},
+    ("dq", 80, "other"): {64: (128, 32, 8, 2)},
+    ("dkdv", 90, "other"): {128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
 }
 
 
 def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain: bool = True) -> dict:
     """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv".
 
-    `plain` is a causal batch that is neither ragged nor capped: what is more takes registers."""
+    `plain` is a causal batch that is neither ragged nor capped: what is more takes registers, as does a head size that
+    is no power of two."""
+    plain = plain and next_power_of_2(D) == D
     arch = architecture(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
         M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
     else:
         family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
-        M, N, warps, stages = _TILES[kernel, family][min(256, max(64, next_power_of_2(D)))]
-        if not plain:
-            M, N, warps, stages = _ROOMIER.get((kernel, family, D > 64, D > 128), (M, N, warps, stages))
-        elif (kernel, family) == ("dkdv", 90) and D > 64 and D not in (128, 256):
-            M //= 2  # the mask of an odd head size takes registers too
+        tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))
+        M, N, warps, stages = tiles[min(256, max(64, next_power_of_2(D)))]
     default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
     return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
 
@@ -116,13 +112,13 @@ def attention_forward(
     B, T, H, D = q.shape
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
-    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, T, dtype=torch.float32, device=q.device)
+    whole = 4 * cdiv(T, 4)  # each row of statistics begins at a multiple of 16 bytes
+    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, whole, dtype=torch.float32, device=q.device)
     plain = causal and cu is None and softcap == 0
-    hopper = attention_hopper.applies(q, k, v)
-    if hopper:
-        attention_hopper.prepare()
-    kernel = attention_hopper.attention_hopper_kernel if hopper else attention_forward_kernel
-    tile = attention_hopper.tile_of(D, q.dtype, q.device) if hopper else tile_of("forward", D, q.dtype, q.device, plain)
+    if attention_hopper.applies("forward", q, k, v):
+        kernel, tile = attention_hopper.prepare("forward", D, q.dtype, q.device)
+    else:
+        kernel, tile = attention_forward_kernel, tile_of("forward", D, q.dtype, q.device, plain)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
     launch(
         kernel, place.grid,
@@ -158,7 +154,10 @@ def attention_backward(
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
 
-    tile = tile_of("dq", D, q.dtype, q.device, plain)
+    if cu is None and attention_hopper.applies("dq", q, k, v, do):
+        kernel, tile = attention_hopper.prepare("dq", D, q.dtype, q.device)
+    else:
+        kernel, tile = attention_dq_kernel, tile_of("dq", D, q.dtype, q.device, plain)
     place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
     launch(
         attention_delta_kernel, place.grid,
@@ -167,15 +166,18 @@ def attention_backward(
     )  # fmt: skip
     if want_q:
         launch(
-            attention_dq_kernel, place.grid,
+            kernel, place.grid,
             q, k, v, do, lse_2BHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
             **meaning, **tile,
         )  # fmt: skip
     if want_kv:
-        tile = tile_of("dkdv", D, q.dtype, q.device, plain)
+        if cu is None and attention_hopper.applies("dkdv", q, k, v, do):
+            kernel, tile = attention_hopper.prepare("dkdv", D, q.dtype, q.device)
+        else:
+            kernel, tile = attention_dkdv_kernel, tile_of("dkdv", D, q.dtype, q.device, plain)
         place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
         launch(
-            attention_dkdv_kernel, place.grid,
+            kernel, place.grid,
             q, k, v, do, lse_2BHT, delta_BHT, dk, dv, cu,
             *strides, *dk.stride()[:3], *dv.stride()[:3], *stats, *place.numbers,
             **meaning, **tile,

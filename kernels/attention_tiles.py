@@ -69,6 +69,18 @@ def tile_offsets(rows, stride, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def head_of(x, batch, head, token, stride_b, stride_t, stride_h):
+    """Where the row of a token begins, in one head."""
+    return x + batch * stride_b + head * stride_h + token * stride_t
+
+
+@triton.jit
+def tile_of_head(x, batch, head, token, rows, stride_b, stride_t, stride_h, BLOCK_D: tl.constexpr):
+    """Pointers to a (rows, BLOCK_D) tile of one head, its rows counted from a token."""
+    return head_of(x, batch, head, token, stride_b, stride_t, stride_h) + tile_offsets(rows, stride_t, BLOCK_D)
+
+
+@triton.jit
 def load_tile(pointers, rows, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile with zeros where it overhangs."""
     mask = rows[:, None] < limit

@@ -47,8 +47,8 @@ def _product_kernel(
     BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of 16 rows, whatever M is: a row's result does not depend on how many there are."""
-    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros([ROWS, BLOCK_F], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -80,7 +80,7 @@ def int8_linear_forward(
     }
     tile = tuned("int8_linear", x.device, f"{next_power_of_2(C)}x{next_power_of_2(F_)}", default)
     launch(
-        _product_kernel, (cdiv(F_, tile["BLOCK_F"]), cdiv(M, 16)),
+        _product_kernel, (cdiv(M, 16), cdiv(F_, tile["BLOCK_F"])),
         x_MC, weight, scale, x if bias is None else bias, y,
         M, F_, C, *x_MC.stride(), *weight.stride(),
         BIAS=bias is not None, ROWS=16, PRECISION="ieee", **tile,

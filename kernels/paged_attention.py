@@ -6,12 +6,16 @@ tokens (one when it decodes, a chunk when it prefills); they are the last of its
 whose keys and values are already written. Queries of all sequences lie end to end; rows past the last sequence are
 padding and get zeros.
 
+Pages may be narrower than what they hold: float8 pages store keys and values divided by one scale a key head (see
+`write_pages`), and both are multiplied back where they cost least, scores after the product and values after the sum.
+
 T tokens of the batch, N sequences, H query heads, K key heads, D head dim, P pages of `page` tokens.
 """
 
 import torch
 
 from .attention import attention
+from .lang import wide
 from .op import Budget, Case, Op
 from .paged_attention_fused import paged_attention_fused
 
@@ -27,12 +31,12 @@ def _paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence).
 
-    The cached keys and values are the pages' times `k_scale` and `v_scale`, for pages narrower than their contents."""
+    The cached keys and values are the pages' times `k_scale` and `v_scale` (K,), 1 if they are left out."""
     options = {"window": window, "softcap": softcap, "scale": scale}
     cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
     return _each_sequence(attention.reference, q, *cache, options)
@@ -49,8 +53,8 @@ def _paged_attention_eager(
     window=None,
     softcap=None,
     scale=None,
-    k_scale=1.0,
-    v_scale=1.0,
+    k_scale=None,
+    v_scale=None,
 ):
     options = {"window": window, "softcap": softcap, "scale": scale}
     cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
@@ -65,21 +69,32 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
         if queries == 0:
             continue
         pages = pages[: -(-context // page)].long()
-        k, v = (cache[pages].flatten(0, 1)[None, :context].to(q.dtype) for cache in (k_pages, v_pages))
+        k, v = (
+            scaled_back(cache[pages].flatten(0, 1)[None, :context], scale, q.dtype)
+            for cache, scale in ((k_pages, k_scale), (v_pages, v_scale))
+        )
         rows = slice(start, start + queries)
-        out_THD[rows] = attend(q[None, rows], k * k_scale, v, **options)[0] * v_scale
+        out_THD[rows] = attend(q[None, rows], k, v, **options)[0]
         start += queries
     return out_THD
 
 
-def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None):
+def scaled_back(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What pages x (…, K, D) stand for, in a dtype."""
+    return x.to(dtype) if scale is None else (x.to(wide(scale)) * scale[:, None]).to(dtype)
+
+
+def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None, scales=None):
     """Sequences with these lengths, in pages handed out back to front."""
     per_sequence = max(-(-c // page) for c in contexts)
     total = per_sequence * len(contexts) + 1
     table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)
     pages = (m.normal(total, page, K, D, dtype=dtype, grad=False) for _ in range(2))
     lengths = (torch.tensor(x, dtype=torch.int32).to(m.device) for x in (contexts, queries))
-    return m.normal(sum(queries) + padding, H, D, grad=False), *pages, table, *lengths
+    tensors = m.normal(sum(queries) + padding, H, D, grad=False), *pages, table, *lengths
+    if scales is None:
+        return tensors
+    return *tensors, {name: m.tensor(scale) for name, scale in zip(("k_scale", "v_scale"), scales)}
 
 
 paged_attention = Op(
@@ -95,13 +110,17 @@ paged_attention = Op(
         Case("segments", lambda m: _batch(m, [600, 257], [1, 1], 2, 1, 16, 64)),
         Case(
             "float8 pages",
-            lambda m: _batch(m, [33, 20], [1, 6], 4, 2, 32, 16, dtype=torch.float8_e4m3fn),
-            {"k_scale": 0.5, "v_scale": 2.0},
+            lambda m: _batch(m, [33, 20], [1, 6], 4, 2, 32, 16, 0, torch.float8_e4m3fn, ([0.5, 0.3], [2.0, 0.7])),
         ),
         Case("window, cap", lambda m: _batch(m, [30, 12], [2, 12], 2, 2, 32, 8), {"window": 6, "softcap": 4.0}),
         Case(
             "32 decodes at 4096",
             lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16),
+            bench=True,
+        ),
+        Case(
+            "32 decodes at 4096, float8",
+            lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16, 0, torch.float8_e5m2, ([0.5] * 8, [2.0] * 8)),
             bench=True,
         ),
         Case("prefill of 4096", lambda m: _batch(m, [4096], [4096], 32, 8, 128, 16), bench=True),

@@ -87,15 +87,16 @@ def paged_attention_kernel(
     q, k_pages, v_pages, table, contexts, starts, o, partial, stats,
     stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
-    sequences, splits, decoding, k_scale, v_scale,
+    sequences, splits, decoding, k_scales, v_scales,
     SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HALVINGS: tl.constexpr, DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    k_scale = tl.cast(k_scale, tl.float32)
-    v_scale = tl.cast(v_scale, tl.float32)
+    k_scale = tl.load(k_scales + head).to(tl.float32) if K_SCALED else tl.full([], 1.0, tl.float32)
+    v_scale = tl.load(v_scales + head).to(tl.float32) if V_SCALED else tl.full([], 1.0, tl.float32)
     k_pages += head * stride_kh
     v_pages += head * stride_vh
     columns = tl.arange(0, BLOCK_D)
@@ -213,8 +214,8 @@ def paged_attention_forward(
     window: int,
     softcap: float,
     scale: float,
-    k_scale: float,
-    v_scale: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     q, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, page_table))
     T, H, D = q.shape
@@ -235,8 +236,9 @@ def paged_attention_forward(
         q, k_pages, v_pages, page_table, context_lens, starts, o_THD, partial, stats,
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
-        N, splits, N * splits, k_scale, v_scale,
+        N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
         SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, HALVINGS=halvings(N), **shape, **tile,
+        K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
     )  # fmt: skip
     launch(
         paged_attention_sum_kernel, (N, H),
@@ -248,11 +250,11 @@ def paged_attention_forward(
 
 def paged_attention_fused(
     q, k_pages, v_pages, page_table, context_lens, query_lens,
-    *, window=None, softcap=None, scale=None, k_scale=1.0, v_scale=1.0,
+    *, window=None, softcap=None, scale=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """The fused twin of `paged_attention`: same arguments, same meaning."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = page_table, context_lens, query_lens
     return paged_attention_forward(
-        q, k_pages, v_pages, *lengths, window or 0, float(softcap or 0.0), scale, float(k_scale), float(v_scale)
+        q, k_pages, v_pages, *lengths, window or 0, float(softcap or 0.0), scale, k_scale, v_scale
     )

@@ -11,12 +11,14 @@ dx = (g − x̂ · mean(g · x̂)) / rms, and dweight is the sum over rows of dy
 N rows, D columns.
 """
 
+from functools import partial
+
 import torch
 
 from . import passes_cpu
 from .fused import Differentiable, as_rows, launch, launcher, processors
 from .lang import cdiv, next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Op
+from .op import Budget, Case, Maker, Op
 
 FORWARD_WIDTH, BACKWARD_WIDTH = 16384, 8192
 """The widest row held in registers; beyond, a row is walked in pieces, since holding it would spill."""
@@ -336,23 +338,32 @@ def _add_rms_norm_fused(x, residual, weight, eps=1e-6):
     return _sum_and_norm(x, residual, weight, eps)[:2]
 
 
+def _cases(tensors: int) -> list[Case]:
+    """The same cases for a norm of one tensor and of the sum of two."""
+
+    def case(name, draw, *shape, **options):
+        return Case(name, lambda m: (*(draw(m, *shape) for _ in range(tensors)), m.normal(shape[-1])), **options)
+
+    return [
+        case("tail", Maker.normal, 5, 100),
+        case("one row", Maker.normal, 1, 64),
+        case("no rows", Maker.normal, 0, 64),
+        case("padded rows", Maker.padded, 2, 3, 48),
+        case("every other column", Maker.strided, 3, 32),
+        case("expanded gradient", Maker.normal, 4, 96, expanded=True),
+        case("large magnitude", partial(Maker.normal, scale=1e4), 3, 128),
+        case("wide", Maker.normal, 2, 17000),
+        case("8192x4096", Maker.normal, 8192, 4096, bench=True),
+    ]
+
+
 rms_norm = Op(
     name="rms_norm",
     reference=_rms_norm,
     eager=_rms_norm_eager,
     fused=_rms_norm_fused,
     rows=("x", "residual"),
-    cases=[
-        Case("tail", lambda m: (m.normal(5, 100), m.normal(100))),
-        Case("one row", lambda m: (m.normal(1, 64), m.normal(64))),
-        Case("no rows", lambda m: (m.normal(0, 64), m.normal(64))),
-        Case("padded rows", lambda m: (m.padded(2, 3, 48), m.normal(48))),
-        Case("every other column", lambda m: (m.strided(3, 32), m.normal(32))),
-        Case("expanded gradient", lambda m: (m.normal(4, 96), m.normal(96)), expanded=True),
-        Case("large magnitude", lambda m: (m.normal(3, 128, scale=1e4), m.normal(128))),
-        Case("wide", lambda m: (m.normal(2, 17000), m.normal(17000))),
-        Case("8192x4096", lambda m: (m.normal(8192, 4096), m.normal(4096)), bench=True),
-    ],
+    cases=_cases(1),
     traffic=lambda x, weight, eps=1e-6: (2 * x.nbytes, 3 * x.nbytes),
     budget=Budget(registers=128, vector=True),
     flops=lambda x, weight, eps=1e-6: (4 * x.numel(), 8 * x.numel()),
@@ -364,13 +375,7 @@ add_rms_norm = Op(
     eager=_add_rms_norm_eager,
     fused=_add_rms_norm_fused,
     rows=("x", "residual"),
-    cases=[
-        Case("tail", lambda m: (m.normal(5, 100), m.normal(5, 100), m.normal(100))),
-        Case("padded rows", lambda m: (m.padded(2, 3, 48), m.padded(2, 3, 48), m.normal(48))),
-        Case("expanded gradient", lambda m: (m.normal(4, 96), m.normal(4, 96), m.normal(96)), expanded=True),
-        Case("wide", lambda m: (m.normal(2, 17000), m.normal(2, 17000), m.normal(17000))),
-        Case("8192x4096", lambda m: (m.normal(8192, 4096), m.normal(8192, 4096), m.normal(4096)), bench=True),
-    ],
+    cases=_cases(2),
     traffic=lambda x, residual, weight, eps=1e-6: (4 * x.nbytes, 4 * x.nbytes),
     budget=Budget(registers=128, vector=True),
     flops=lambda x, residual, weight, eps=1e-6: (5 * x.numel(), 9 * x.numel()),

@@ -163,11 +163,14 @@ class Runner:
         if not changed:
             return logits_RV
         logits_RV = logits_RV.clone()
+        penalized = [r for r in changed if self.settings.params[rows[r]].penalized]
+        if penalized:
+            mine, params = [rows[r] for r in penalized], [self.settings.params[rows[r]] for r in penalized]
+            lengths, prompts = positions[penalized], [self.rows[row].prompt_length for row in mine]
+            past, index = self.tokens[:, : lengths.max()], self._to_device(np.array(penalized))
+            logits_RV[index] = penalize(logits_RV[index], params, past, mine, prompts, lengths)
         for r in changed:
-            row, params, admission = rows[r], self.settings.params[rows[r]], self.rows[rows[r]]
-            if params.penalized:
-                prompt, output = self.tokens[row, : positions[r]].long().tensor_split([admission.prompt_length])
-                logits_RV[r] = penalize(logits_RV[r], params, prompt, output)
+            row, admission = rows[r], self.rows[rows[r]]
             if row in self.settings.bias:
                 tokens, values = self.settings.bias[row]
                 logits_RV[r, tokens] += values

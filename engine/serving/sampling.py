@@ -9,13 +9,14 @@ depends on the request alone. Log-probabilities are the model's own: of the logi
 R rows that sample, V vocabulary.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import kernels
 from .params import SamplingParams
 from .plan import TokenLogprob
-from .store import HAS_NATIVE, _native
+from .store import HAS_NATIVE, _native, to_device
 
 _FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
@@ -60,14 +61,16 @@ def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Ten
     return tokens_R
 
 
-def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: Tensor) -> Tensor:
-    """The logits of one row after its repetition, presence and frequency penalties."""
-    counts_V = torch.bincount(output, minlength=len(logits_V))[: len(logits_V)]
-    if params.repetition_penalty != 1:
-        seen_V = (counts_V > 0).scatter(0, prompt, True)
-        factor = params.repetition_penalty
-        logits_V = torch.where(seen_V, torch.where(logits_V > 0, logits_V / factor, logits_V * factor), logits_V)
-    return logits_V - params.frequency_penalty * counts_V - params.presence_penalty * (counts_V > 0)
+def penalize(
+    logits_RV: Tensor, params: list[SamplingParams], tokens: Tensor, rows: list[int], prompts: list[int], lengths
+) -> Tensor:
+    """The logits after each row's repetition, presence and frequency penalties: one launch, and no wait for it.
+
+    Row r has written the first `lengths[r]` of `tokens[rows[r]]`, of which the first `prompts[r]` are its prompt."""
+    kinds = "repetition_penalty", "presence_penalty", "frequency_penalty"
+    places = (to_device(np.array(x), logits_RV.device) for x in (rows, prompts, lengths))
+    penalties = (np.array([getattr(one, kind) for one in params], dtype=np.float32) for kind in kinds)
+    return kernels.penalize(logits_RV, tokens, *places, *(to_device(x, logits_RV.device) for x in penalties))
 
 
 class Logprobs:

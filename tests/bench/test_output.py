@@ -31,6 +31,11 @@ def test_a_table_shows_every_row_with_units_and_drops_empty_columns(record):
     assert "copy 25 GB/s · matmul float32 200 GFLOP/s" in table.subtitle(record.parts["decode"])
 
 
+def test_in_brief_our_rows_have_a_line_each_with_the_toughest_peer(record):
+    record.parts["decode"].rows.append(Row("b1", "fastpeer", Spread.of([0.001]), 4e6, "tok", Spread.of([0.5])))
+    assert table.brief(record) == ["  decode, b1: 2 ms · 2,000,000 tok/s · 50 % of copy · 0.50× fastpeer"]
+
+
 def test_a_noisy_part_is_called_noisy(record):
     part = record.parts["decode"]
     assert "NOISY" not in table.subtitle(part)

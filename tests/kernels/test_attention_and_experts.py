@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from warploom.kernels import Maker, attention, attention_hopper, backend, moe, paged_attention
+from warploom.kernels import Maker, attention, attention_hopper, backend, moe, paged_attention, verify
 from warploom.kernels.lang import HAS_TRITON, INTERPRET
 from warploom.kernels.tuned import trying
 
@@ -19,27 +19,29 @@ CASES = [case for case in attention.cases if not case.bench]
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The Hopper kernel, wherever we are, where the copy engine could address the tensors."""
+    """The Hopper kernels, wherever the copy engine could address the tensors; yields which of them were asked for."""
     if not on_cpu and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU, or none")
+    asked = []
     if on_cpu:
-        calls = []
         monkeypatch.setattr(attention_hopper, "architecture", lambda device: 90)
-        monkeypatch.setattr(attention_hopper, "tile_of", lambda *_: {"BLOCK_M": 32, "BLOCK_N": 32})
-        monkeypatch.setattr(attention_hopper, "prepare", lambda: calls.append(1))
-        return calls
-    return None
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32}
+        monkeypatch.setattr(attention_hopper, "tile_of", lambda kernel, *_: asked.append(kernel) or tile)
+    return asked
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_hopper_kernel_computes_what_the_portable_one_does(case, hopper, monkeypatch):
-    args, options = case.build(Maker(torch.bfloat16, DEVICE))
+def test_the_hopper_kernels_compute_what_the_portable_ones_do(case, hopper, monkeypatch):
     with backend("triton"):
-        ours = attention(*args, **options)
-        monkeypatch.setattr(attention_hopper, "enabled", False)
-        portable = attention(*args, **options)
-    torch.testing.assert_close(ours.detach(), portable.detach(), atol=2**-7, rtol=2**-7)
-    assert not on_cpu or bool(hopper) == (case.name != "head of 256")
+        ours, grads = verify.call(attention, case, attention, Maker(torch.bfloat16, DEVICE))
+    expected = ["forward", "dq", "dkdv"] if grads and "ragged" not in case.name else ["forward"]
+    assert not on_cpu or hopper == ([] if case.name == "head of 256" else expected)
+    monkeypatch.setattr(attention_hopper, "enabled", "0")
+    with backend("triton"):
+        portable, portable_grads = verify.call(attention, case, attention, Maker(torch.bfloat16, DEVICE))
+    for mine, theirs in zip(ours + grads, portable + portable_grads):
+        size = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(mine / size, theirs / size, atol=2**-7, rtol=2**-7)
 
 
 def test_a_length_of_1023_over_1024_keys_is_no_special_case():

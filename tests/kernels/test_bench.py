@@ -54,25 +54,58 @@ def test_a_large_case_is_timed_forward_and_both_ways_beside_eager_and_compiled(m
         assert ours.extra["host_us"] > 0
 
 
-def test_tuning_climbs_to_the_fastest_settings_and_files_them(tmp_path, monkeypatch):
+@pytest.fixture
+def no_table(tmp_path, monkeypatch):
+    """An empty table of tuned settings, which what a test finds goes to."""
     monkeypatch.setattr(tuned, "FILE", tmp_path / "tuned.json")
     tuned._table.cache_clear()
-    used = {}
+    yield
+    tuned._table.cache_clear()
+
+
+class Timer:
+    """Seconds are a function of the settings that the last call used."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def sample(self, call, calls):
+        call()
+        return self.seconds()
+
+
+def test_tuning_finds_the_fastest_settings_nearby_and_files_them(no_table):
+    used, default = {}, {"BLOCK": 512, "num_warps": 4, "num_stages": 2}
 
     def step():
-        used.update(tuned.tuned("toy", torch.device("cpu"), 64, {"BLOCK": 256, "num_warps": 4}))
+        used.update(tuned.tuned("toy", torch.device("cpu"), 64, default))
 
-    class Timer:
-        def sample(self, call, calls):
-            call()
-            return 1 + abs(used["BLOCK"] - 1024) + abs(used["num_warps"] - 8)
+    def seconds():
+        return 1 + abs(used["BLOCK"] - 1024) + abs(used["num_warps"] - 8)
 
-    ((kernel, before, after, settings),) = tuning.search(step, Timer(), torch.device("cpu"))
-    assert (kernel, settings) == ("toy", {"BLOCK": 1024, "num_warps": 8}) and after < before
+    done = set()
+    ((kernel, before, after, settings),) = tuning.search(step, Timer(seconds), torch.device("cpu"), done=done)
+    assert (kernel, settings) == ("toy", {"BLOCK": 1024, "num_warps": 8, "num_stages": 2}) and after < before
     tuned._table.cache_clear()
     step()
     assert used == settings
-    tuned._table.cache_clear()
+    assert not list(tuning.search(step, Timer(seconds), torch.device("cpu"), done=done))
+
+
+def test_a_search_is_small_enough_for_a_few_minutes():
+    found = tuning.candidates({"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2})
+    assert found[0] == {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    assert len(found) == 33 == len({tuple(one.values()) for one in found})
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton's compiler")
+def test_settings_that_spill_are_never_timed():
+    good, wasteful = {"BLOCK": 2048, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 1}
+    prune = tuning.pruned_by_compiler("adamw_step", "4096x14336", "bfloat16", 90)
+    assert prune("adamw_step", [good, wasteful, {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 1000, "num_warps": 4}]) == [
+        good,
+        {"BLOCK": 1024, "num_warps": 4},
+    ]
 
 
 def test_options_keep_the_flags_of_every_bench():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from warploom.kernels import Maker, backend, rms_norm, sample, verify
+from warploom.kernels import backend, rms_norm, sample, verify
 from warploom.kernels.lang import HAS_TRITON, INTERPRET
 
 from .test_oracles import small_cases
@@ -34,10 +34,7 @@ def test_so_they_are_in_float16(op, case):
 
 @fused_cases()
 def test_the_same_call_gives_the_same_bits(op, case):
-    with backend("triton"):
-        first, second = (verify.call(op, case, op, Maker(torch.bfloat16, DEVICE)) for _ in range(2))
-    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]]):
-        assert torch.equal(a, b)
+    assert not verify.changes(op, case, torch.bfloat16, DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["spread", "flat", "tied", "masked"])

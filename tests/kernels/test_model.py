@@ -8,7 +8,7 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
 from warploom.kernels import backend
 
-from .test_fused import pytestmark  # noqa: F401
+from .test_fused import DEVICE, pytestmark  # noqa: F401
 
 DENSE = {
     "vocab_size": 61,
@@ -24,9 +24,9 @@ SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
 
 def train(config, name, steps=2):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**config))
+    model = Transformer(ModelConfig(**config)).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    tokens = torch.randint(0, 61, (2, 9))
+    tokens = torch.randint(0, 61, (2, 9)).to(DEVICE)
     losses = []
     with backend(name):
         for _ in range(steps):

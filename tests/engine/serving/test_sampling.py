@@ -58,7 +58,8 @@ def test_draws_follow_the_exact_distribution(changes):
     prompt, output = torch.tensor([1, 2, 2]), torch.tensor([2, 5, 5, 9])
     settings = RowSettings(1, torch.device("cpu"))
     settings.admit(0, params, seed=11)
-    changed = penalize(logits, params, prompt, output) if params.penalized else logits.clone()
+    past = torch.cat([torch.tensor([[0] * 7, [*prompt, *output]]), torch.full((2, 2), 3)], 1)
+    changed = penalize(logits[None], [params], past, [1], [3], [7])[0] if params.penalized else logits.clone()
     for tokens, values in settings.bias.values():
         changed[tokens] += values
     index, positions = torch.zeros(DRAWS, dtype=torch.int64), torch.arange(DRAWS)

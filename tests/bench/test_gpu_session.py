@@ -1,0 +1,137 @@
+"""A session on a GPU survives its kernels: rehearsed here with processes that crash, hang and lose their device."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from warploom import kernels
+from warploom.bench import environment, gpu
+from warploom.bench.gpu import Session, check_names, check_ops
+from warploom.bench.schema import load_record
+
+BENCH = """
+import os, sys, time
+from pathlib import Path
+from warploom.bench import harness
+from warploom.bench.harness import Machine, Options, Part, run_bench
+from warploom.bench.schema import Row, Spread
+
+def part(name, action=lambda: None):
+    def measure(machine):
+        action()
+        return [Row(name, "ours", Spread.of([1.0]))]
+    return Part(name, measure)
+
+def lose():
+    def gone(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    harness.synchronize = gone
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+slow = part("hang", lambda: time.sleep(60))
+parts = [part("a"), part("crash", os.abort), part("b"), slow, part("lost", lose), part("c")]
+options = Options(results=Path(sys.argv[1]), device="cpu", limit=0.005)
+outcome = run_bench("fake", parts, options, machine=Machine("cpu"), say=lambda line: None)
+sys.exit(len(outcome.failed))
+"""
+
+
+def test_a_part_that_takes_its_process_down_costs_itself_alone(tmp_path):
+    codes = []
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", BENCH, str(tmp_path)], capture_output=True, timeout=60, check=False
+        )
+        codes.append(done.returncode)
+    (path,) = tmp_path.glob("*/fake.json")
+    assert list(load_record(path, "fake", path.parent.name).parts) == ["a", "b", "c"]
+    assert codes[0] < 0 < codes[1] and codes[2] > 0 and codes[3] == 3
+    names = {line.partition(" ")[2] for line in path.with_suffix(".deadly").read_text().splitlines()}
+    assert names == {"crash", "hang", "lost"}
+
+
+@pytest.fixture
+def session(tmp_path):
+    return Session(time.monotonic() + 60, tmp_path / "results", tmp_path / "out")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A GPU machine with two ops; what each command does is a function of the command and its environment."""
+    asked = []
+
+    class Machine:
+        answers = staticmethod(lambda command, environment: ("", ""))
+
+    def run(session, command, seconds):
+        asked.append(" ".join(command[2:]))
+        return Machine.answers(asked[-1], session.environment)
+
+    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(gpu, "device_name", lambda: "Fake GPU")
+    monkeypatch.setattr(gpu, "check_names", lambda: ["attention bfloat16 1/1", "moe bfloat16 1/2", "moe bfloat16 2/2"])
+    monkeypatch.setattr(gpu, "draw", lambda session: None)
+    Machine.asked = asked
+    return Machine
+
+
+def test_a_process_that_hangs_or_crashes_is_ended_and_told_so(session):
+    session.folder.mkdir()
+    program = "import time; print('begun', flush=True); time.sleep(60)"
+    printed, ended = session.run([sys.executable, "-c", program], 2)
+    assert (printed.partition("\n")[0], ended) == ("begun", "stopped after 2 s")
+    printed, ended = session.run([sys.executable, "-c", "import os; print(1, flush=True); os.abort()"], 30)
+    assert (printed, ended) == ("1\n", "killed by SIGABRT")
+    assert session.run([sys.executable, "-c", ""], 30) == ("", "")
+    assert "os.abort" in (session.copy / "gpu.log").read_text()
+
+
+def test_wrong_ops_are_not_timed_and_what_was_right_is_not_checked_again(machine, tmp_path, capsys):
+    bad = "moe bfloat16, switch: bad", "exit 1"
+    machine.answers = lambda command, _: bad if "verify moe" in command else ("", "")
+    arguments = ["--results", str(tmp_path), "--minutes", "0.5"]
+    assert gpu.main(arguments) == 1
+    assert any("bench kernels" in command and "--skip moe" in command for command in machine.asked)
+    assert "moe bfloat16 1/2: exit 1: moe bfloat16, switch: bad" in capsys.readouterr().out
+    machine.asked.clear()
+    gpu.main(arguments)
+    checked = [command for command in machine.asked if "verify" in command]
+    assert checked and all("verify moe" in command for command in checked)
+
+
+@pytest.mark.parametrize("portable", [True, False], ids=["portable right", "both wrong"])
+def test_the_portable_attention_stands_in_for_a_hopper_kernel_that_hangs(machine, tmp_path, portable):
+    seen = {}
+
+    def answers(command, environment):
+        off = environment.get("WARPLOOM_HOPPER") == "0"
+        seen[command.split(" --minutes")[0]] = off, "--skip attention" in command
+        return ("", "stopped after 120 s") if "verify attention" in command and not (off and portable) else ("", "")
+
+    machine.answers = answers
+    assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 1
+    assert seen["warploom.engine.cli bench kernels"] == (portable, not portable)
+    assert seen["warploom.engine.cli bench train"][0] == portable
+
+
+def test_checks_are_on_record_by_the_code_they_checked(machine, session, monkeypatch):
+    session.folder.mkdir()
+    assert check_ops(session) == dict.fromkeys(gpu.check_names(), "")
+    monkeypatch.setattr(environment, "fingerprint", lambda *_: "other code")
+    machine.asked.clear()
+    check_ops(session)
+    assert len(machine.asked) == 3 and len(json.loads((session.folder / "checks.json").read_text())) == 2
+    assert (session.copy / "checks.json").exists()
+
+
+def test_every_case_of_every_op_has_its_share_in_the_checks():
+    names = check_names()
+    for op in kernels.ops():
+        small = [case for case in op.cases if not case.bench]
+        for dtype in gpu.DTYPES if op.fused else ():
+            shares = [name.split()[2] for name in names if name.startswith(f"{op.name} {dtype} ")]
+            parts = [small[int(share.split("/")[0]) - 1 :: int(share.split("/")[1])] for share in shares]
+            assert sum(map(len, parts)) == len(small)
