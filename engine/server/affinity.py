@@ -81,13 +81,6 @@ class Affinity:
         while len(self._served) > self._remembered:
             self._served.popitem(last=False)
 
-    def forget(self, name: str) -> None:
-        """A replica is gone, and its cache with it."""
-        for block in [block for block, names in self._served.items() if name in names]:
-            self._served[block].pop(name)
-            if not self._served[block]:
-                del self._served[block]
-
     def _holders(self, chain: Chain, names: Sequence[str]) -> set[str]:
         """Those that have served the longest beginning that any of them has."""
         for block in reversed(chain):
