@@ -51,7 +51,7 @@ class Cluster:
         answer = httpx.get(f"{self.url}/health", timeout=20)
         return answer.status_code, answer.json().get("replicas")
 
-    def wait(self, condition, seconds=120):
+    def wait(self, condition, seconds=250):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end and self.process.poll() is None, "waited in vain\n" + "".join(self.log[-5:])
