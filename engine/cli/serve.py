@@ -120,7 +120,7 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
     """The application that hands requests on to replicas, each of which loads the model for itself."""
     flags = loader.flags
     try:
-        from ..server.cluster import create_front
+        from ..server.front import create_front
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
     flags = replace(flags, model=str(Path(flags.model).resolve()), api_key=(), api_key_file=None)
