@@ -23,7 +23,8 @@ class KVCache:
         c = model.config
         self.limit = c.max_seq_len
         self.capacity = min(capacity or self.limit, self.limit)
-        shape = (2, c.n_layers, batch, self.capacity, c.kv_heads, c.head_size)
+        kv_heads = model.blocks[0].attention.heads[1]  # those of this process, where a model is spread over several
+        shape = (2, c.n_layers, batch, self.capacity, kv_heads, c.head_size)
         self.keys, self.values = torch.empty(shape, dtype=dtype or model.embedding.weight.dtype, device=model.device)
         self.length = 0
 

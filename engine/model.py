@@ -328,10 +328,9 @@ class Transformer(nn.Module):
             raise ValueError(f"targets have shape {tuple(targets_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
         c = self.config
         hidden, routings = self._run(tokens_BT, positions, attend)
-        entropy = kernels.linear_cross_entropy(
-            hidden.flatten(0, -2), self.head_weight, targets_BT.flatten(),
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=c.logit_softcap,
-        )  # fmt: skip
+        entropy = self.cross_entropy(
+            hidden.flatten(0, -2), targets_BT.flatten(), label_smoothing=label_smoothing, z_loss=z_loss
+        )
         if not routings:
             return Losses(entropy, total=entropy)
         balance = torch.stack([routing.load_balance for routing in routings]).mean()
@@ -339,6 +338,12 @@ class Transformer(nn.Module):
         load = torch.stack([routing.tokens_per_expert for routing in routings])
         total = entropy + c.balance_loss * balance + c.router_z_loss * router_z
         return Losses(entropy, balance, router_z, load, total)
+
+    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options: float) -> Tensor:
+        """The head and its loss in one."""
+        return kernels.linear_cross_entropy(
+            hidden_NC, self.head_weight, targets_N, softcap=self.config.logit_softcap, **options
+        )
 
     def _run(self, tokens_BT: Tensor, positions: Tensor | None, attend: Attend | None):
         if positions is None:

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("engine", "kernels", "tokenizer", "bench")
 FLOORS = [  # from the ground up; a module imports from its own floor or below
     ("tokenizer", "kernels"),
-    ("engine.config", "engine.device", "engine.model", "engine.cache", "engine.architectures", "engine.hub"),
+    (
+        *("engine.config", "engine.device", "engine.model", "engine.cache", "engine.architectures", "engine.hub"),
+        *("engine.gguf", "engine.attention_maps", "engine.collectives", "engine.sharding"),
+    ),
     ("engine.data", "engine.training", "engine.serving"),
     ("engine.server",),
     ("engine.cli", "bench"),

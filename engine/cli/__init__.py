@@ -21,7 +21,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "serve": "HTTP server and playground page",
     "ladder": "train each rung from a bare MLP to a MoE Llama, side by side",
-    "inspect": "look inside: a model's sizes, a text's tokens",
+    "inspect": "look inside: a model's sizes, a text's tokens, where its heads look",
     "bench": "measure against peers and the machine's limits",
     "export": "write a model for other tools",
     "doctor": "what this machine is, and what is missing",

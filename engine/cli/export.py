@@ -1,30 +1,67 @@
-"""Write a model directory for other tools: `--to hf` (config.json + safetensors), `--to bin` (pytorch_model.bin)."""
+"""Write a model for other tools: `--to hf` (config.json + safetensors), `bin` (pytorch_model.bin), `gguf` (one file for
+llama.cpp and its relatives) or `tiktoken` (the tokenizer's rank file)."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-FORMATS = {"hf": "safetensors", "bin": "bin"}
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="warploom export", description=__doc__)
     parser.add_argument("model", type=Path, help="the model directory to read")
-    parser.add_argument("out", type=Path, help="the directory to write")
-    parser.add_argument("--to", choices=FORMATS, default="hf", help="hf: model.safetensors; bin: pytorch_model.bin")
+    parser.add_argument("out", type=Path, help="the directory to write (hf, bin) or the file (gguf, tiktoken)")
+    parser.add_argument("--to", choices=FORMATS, default="hf", help="what to write (default: hf)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: as stored)"
+        "--dtype", choices=DTYPES, help="number format (default: as stored); q8_0, eight bits, is for gguf alone"
     )
     options = parser.parse_args(argv)
+    if options.dtype == "q8_0" and options.to != "gguf":
+        raise ValueError(f"dtype q8_0 is a format of gguf, not of {options.to}")
+    FORMATS[options.to](options)
+    return 0
 
+
+def _write_directory(options: argparse.Namespace) -> None:
     from ..architectures import architecture_of
     from ..hub import load_model, save_model
 
     model, tokenizer = load_model(options.model, device="cpu", dtype=options.dtype)
-    save_model(model, options.out, tokenizer, weights=FORMATS[options.to])
+    save_model(model, options.out, tokenizer, weights="bin" if options.to == "bin" else "safetensors")
     kind = architecture_of(model.config)
     print(f"wrote {options.out}: {model.config.parameter_count():,} parameters as {kind}")
     if kind == "warploom":
         print("note: no published architecture matches this configuration, so only warploom opens it")
-    return 0
+
+
+def _write_gguf(options: argparse.Namespace) -> None:
+    from ..gguf import save_gguf
+    from ..hub import load_model
+
+    out = _file(options.out, "model.gguf")
+    dtype = "float32" if options.dtype == "q8_0" else options.dtype
+    model, tokenizer = load_model(options.model, device="cpu", dtype=dtype)
+    kind = save_gguf(model, out, tokenizer, options.dtype)
+    print(f"wrote {out}: {model.config.parameter_count():,} parameters as {kind}, {out.stat().st_size / 1e6:,.1f} MB")
+
+
+def _write_tiktoken(options: argparse.Namespace) -> None:
+    from ...tokenizer import BPETokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"a {type(tokenizer).__name__} has no rank file: tiktoken is byte-level BPE")
+    out = _file(options.out, "tokenizer.tiktoken")
+    tokenizer.to_tiktoken(out)
+    print(f"wrote {out}: {len(tokenizer.vocab):,} tokens. Not part of the format, so tell tiktoken yourself:")
+    print(f"  pattern {tokenizer.pattern}, special tokens {tokenizer.special_tokens}")
+
+
+def _file(out: Path, name: str) -> Path:
+    """A file to write: `out` itself, or inside it where that is a directory."""
+    return out / name if out.is_dir() else out
+
+
+FORMATS = {"hf": _write_directory, "bin": _write_directory, "gguf": _write_gguf, "tiktoken": _write_tiktoken}

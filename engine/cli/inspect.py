@@ -1,12 +1,17 @@
-"""Look inside: `inspect model` shows what a model is made of, without making it; `inspect tokens` how a text splits."""
+"""Look inside: `inspect model` shows what a model is made of, without making it; `inspect tokens` how a text splits;
+`inspect attention` where each head looks."""
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from ..config import PRESETS, ModelConfig
+
+MAP_TOKENS = 96  # more could not be read on one picture
+FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei", "Noto Sans")
 
 
 def run(argv: list[str]) -> int:
@@ -51,6 +56,80 @@ def show_tokens(options: argparse.Namespace) -> None:
     tokenizer.show_tokens(load_tokenizer(options.tokenizer), options.text)
 
 
+def show_attention(options: argparse.Namespace) -> None:
+    """Where each head of each layer looks while it reads a prompt: a PNG a layer, a panel a head."""
+    from ..attention_maps import attention_maps
+    from ..hub import load_model
+
+    model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
+    if tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.json, so there is no prompt it could read")
+    tokens = tokenizer.encode(options.prompt)
+    limit = min(model.config.max_seq_len, MAP_TOKENS)
+    if not 0 < len(tokens) <= limit:
+        raise ValueError(f"prompt has {len(tokens)} tokens; a map shows between 1 and {limit}")
+    if not 0 <= options.layer <= model.config.n_layers:
+        raise ValueError(f"layer={options.layer} is not between 1 and {model.config.n_layers} (0 = all)")
+    names = [_visible(tokenizer.decode([token])) for token in tokens]
+    options.out.mkdir(parents=True, exist_ok=True)
+    for layer, weights_HTS in enumerate(attention_maps(model, tokens), 1):
+        if options.layer in (0, layer):
+            path = options.out / f"layer-{layer:02}.png"
+            _draw_heads(weights_HTS.numpy(), names, f"layer {layer}", path)
+            looks = ", ".join(f"{head} {_habit(weights_TS)}" for head, weights_TS in enumerate(weights_HTS, 1))
+            print(f"{path}: head {looks}")
+
+
+def _habit(weights_TS) -> str:
+    """What a head does most, in a word: the share of attention that stays, goes one back, or goes to the first."""
+    later_TS = weights_TS[1:]  # the first token has no choice
+    if not len(later_TS):
+        return "has one token to look at"
+    shares = {
+        "itself": later_TS.diagonal(1).mean(), "the token before": later_TS.diagonal(0).mean(),
+        "the first token": later_TS[:, 0].mean(),
+    }  # fmt: skip
+    place = max(shares, key=shares.get)
+    return f"→ {place} ({shares[place]:.0%})" if shares[place] > 0.3 else "→ spread out"
+
+
+def _draw_heads(weights_HTS, names: list[str], title: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    small = dict(fontsize=6, family=[name for name in FONTS if name in installed], parse_math=False)
+    heads, across = len(weights_HTS), min(4, len(weights_HTS))
+    down, side = -(-heads // across), 1.2 + 0.17 * len(names)
+    figure = Figure(figsize=(side * across, side * down + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}: rows ask, columns answer")
+    for head, panel in enumerate(figure.subplots(down, across, squeeze=False).flat):
+        if head >= heads:
+            panel.set_visible(False)
+            continue
+        image = panel.imshow(weights_HTS[head], cmap="magma", vmin=0, vmax=1)
+        panel.set_title(f"head {head + 1}", fontsize=9)
+        panel.set_xticks(range(len(names)), names, rotation=90, **small)
+        panel.set_yticks(range(len(names)), names, **small)
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, label="share of attention")
+    with warnings.catch_warnings():  # a character no installed font has is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=130)
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∅"
+
+
+def _attention_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model directory")
+    parser.add_argument("--prompt", required=True, help=f"what it reads, at most {MAP_TOKENS} tokens")
+    parser.add_argument("--layer", type=int, default=0, help="one layer, counted from 1 (default: 0, all of them)")
+    parser.add_argument("--out", type=Path, default=Path("attention"), help="folder of the PNGs (default: attention)")
+
+
 def _tokens_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", help="what to split")
     parser.add_argument("--tokenizer", required=True, help="a model directory, or a tokenizer.json")
@@ -74,6 +153,7 @@ def _config_of(name: str) -> ModelConfig:
 TOPICS: dict[str, tuple[Callable, Callable]] = {
     "model": (show_model, _model_flags),
     "tokens": (show_tokens, _tokens_flags),
+    "attention": (show_attention, _attention_flags),
 }
 
 

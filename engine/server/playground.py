@@ -16,13 +16,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse
 
+from ..attention_maps import attention_maps
 from ..serving import SamplingParams
 from .bridge import Ask
 from .conversation import encode_conversation
 from .errors import APIError
 from .requests import Message
 from .service import Service
-from .views import CSS, attention_maps, facts, heat_map, token_view
+from .views import CSS, facts, heat_map, token_view
 
 REDRAW = 0.08  # seconds between two pictures of a growing text
 MAP_TOKENS = 48

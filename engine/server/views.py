@@ -76,30 +76,6 @@ def heat_map(tokens: Sequence[str], weights: Sequence[Sequence[float]]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def attention_maps(model: Any, tokens: list[int]) -> list[Any]:
-    """The attention weights of every layer, `(head, asking token, answering token)`, recomputed in plain steps."""
-    import torch
-
-    maps = []
-
-    def attend(q_BTHD, k_BTKD, v_BTKD, layer):
-        groups = q_BTHD.shape[2] // k_BTKD.shape[2]
-        k_BTHD, v_BTHD = (x.repeat_interleave(groups, dim=2).float() for x in (k_BTKD, v_BTKD))
-        scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD.float(), k_BTHD) * layer.scale
-        if layer.softcap:
-            scores_BHTS = layer.softcap * torch.tanh(scores_BHTS / layer.softcap)
-        here = torch.arange(scores_BHTS.shape[-1], device=scores_BHTS.device)
-        distance_TS = here[:, None] - here[None, :]
-        hidden_TS = (distance_TS < 0) | (distance_TS >= (layer.window or math.inf))
-        weights_BHTS = scores_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1)
-        maps.append(weights_BHTS[0].cpu())
-        return torch.einsum("bhts,bshd->bthd", weights_BHTS, v_BTHD).to(q_BTHD.dtype)
-
-    with torch.no_grad():
-        model.hidden(torch.tensor([tokens], device=model.device), attend=attend)
-    return maps
-
-
 def _token(entry: Any, words: Words) -> str:
     chance = math.exp(entry.logprob)
     rows = dict([*entry.top, (entry.token, entry.logprob)])

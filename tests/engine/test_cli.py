@@ -73,6 +73,19 @@ def test_inspect_tokens_shows_how_a_text_splits(tmp_path, capsys):
     assert "the" in shown and "10 characters, 12 bytes" in shown
 
 
+def test_inspect_attention_draws_a_picture_a_layer(tmp_path, capsys):
+    from warploom.tokenizer import BPETokenizer
+
+    tokenizer = BPETokenizer.train(["the loom weaves the thread"] * 9, vocab_size=270)
+    model = str(save_model(Transformer(SMALL), tmp_path / "model", tokenizer))
+    show = ["inspect", "attention", model, "--out", str(tmp_path / "maps"), "--prompt"]
+    assert main([*show, "the $loom$ 织"]) == 0
+    assert sorted(os.listdir(tmp_path / "maps")) == ["layer-01.png", "layer-02.png"]
+    assert capsys.readouterr().out.count("layer-") == 2
+    assert main([*show, ""]) == 2 and "between 1 and 64" in capsys.readouterr().err
+    assert main([*show, "the", "--layer", "3"]) == 2 and "between 1 and 2" in capsys.readouterr().err
+
+
 def test_doctor_tells_the_backend_of_every_op(capsys):
     from warploom import kernels
 
@@ -90,3 +103,17 @@ def test_export_to_bin_is_a_model_transformers_and_we_open(directory, tmp_path, 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bin")(tokens).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert torch.equal(load_model(tmp_path / "bin", device="cpu")[0](tokens), ours)
+
+
+def test_export_to_tiktoken_splits_as_the_tokenizer_does(tmp_path, capsys):
+    from warploom.tokenizer import BPETokenizer, CharTokenizer
+
+    tokenizer = BPETokenizer.train(["the loom weaves the thread"] * 9, vocab_size=270)
+    tokenizer.save(tmp_path / "bpe")
+    file = tmp_path / "loom.tiktoken"
+    assert main(["export", str(tmp_path / "bpe"), str(file), "--to", "tiktoken"]) == 0
+    again = BPETokenizer.from_tiktoken(file, pattern=tokenizer.pattern, special_tokens={})
+    assert again.encode("weaves the loom 织") == tokenizer.encode("weaves the loom 织")
+    CharTokenizer.train(["abc"]).save(tmp_path / "char")
+    assert main(["export", str(tmp_path / "char"), str(file), "--to", "tiktoken"]) == 2
+    assert "CharTokenizer has no rank file" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_the_page_fits_a_phone(page):
 
 def test_attention_maps_are_what_the_model_attends_with():
     """Against attention weights in float64, through the model's own logits: same maps, same output."""
-    from warploom.engine.server.views import attention_maps
+    from warploom.engine.attention_maps import attention_maps
 
     model = make_model()
     tokens = list(b"attention")
