@@ -1,5 +1,10 @@
-"""Ours behind HTTP: `warploom serve` in a process of its own, asked by as many clients as there are requests."""
+"""Ours behind HTTP: `warploom serve` in a process of its own, asked by as many clients as there are requests.
 
+The clients have to share the machine with the server, so they are frugal: whole answers by `/generate/`, streams read
+as they come and taken apart at the end.
+"""
+
+import asyncio
 import importlib.util
 import json
 import subprocess
@@ -8,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from .peers import Unavailable
@@ -58,6 +63,33 @@ def generate_all(address: str, prompts: list[list[int]], counts: list[int]) -> l
 
     with ThreadPoolExecutor(len(prompts)) as clients:
         return list(clients.map(ask, prompts, counts))
+
+
+def stream_all(address: str, prompts: list[list[int]], counts: list[int]) -> list[tuple[str, int]]:
+    """The same continuations as streams: each one's text, and how many tokens it took."""
+    host, port = address.removeprefix("http://").split(":")
+
+    async def ask(prompt: list[int], count: int) -> tuple[str, int]:
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+        data = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
+        head = "POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.format(len(data)).encode() + data)
+        answer = b"".join([part async for part in _parts(reader)]).decode()
+        writer.close()
+        events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+        text = "".join(choice["text"] for event in events for choice in event["choices"])
+        return text, events[-1]["usage"]["completion_tokens"]
+
+    async def ask_all() -> list[tuple[str, int]]:
+        return await asyncio.gather(*map(ask, prompts, counts))
+
+    return asyncio.run(asyncio.wait_for(ask_all(), PATIENCE))
+
+
+async def _parts(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while part := await reader.read(1 << 20):
+        yield part
 
 
 def _await_health(address: str, process: subprocess.Popen) -> None:

@@ -43,6 +43,8 @@ class Reply:
     tokens: list[int]
     times: list[float]
     """When each token, or at least the first and the last, was there; empty where a contestant cannot say."""
+    text: str = ""
+    """Where there is a tokenizer; of a stream, whose tokens nobody is told, only they are counted."""
 
 
 Server = Callable[[list[Request]], list[Reply]]
@@ -94,6 +96,7 @@ def parts(options: Options) -> list[Part]:
         Part("mixed", serve, shape | protocol, minutes=2 * minutes),
         *(Part(f"batch {size}", serve, shape | fixed | batch, minutes=minutes) for size, batch in batches.items()),
         Part("prefill 32", serve, shape | batches[32] | {"prompt": "128", "output": "1"}, minutes=minutes),
+        Part("http", serve, shape | protocol | {"also": "http stream", "rivals": False}, minutes=2 * minutes),
         Part("batch 8 float32", serve, shape | fixed | batches[8] | {"dtype": "float32"}, minutes=minutes),
     ]
 
@@ -107,9 +110,10 @@ def serve(
     output: str,
     batch: int,
     also: str = "int8 http",
+    rivals: bool = True,
     **overrides: int,
 ) -> list[Row]:
-    """Ours (also with int8 weights, and behind HTTP) against every peer on one workload."""
+    """Ours (also with int8 weights, and behind HTTP) against every peer, or itself alone, on one workload."""
     from ..engine.config import ModelConfig
 
     config = ModelConfig.preset(preset, **overrides)
@@ -121,13 +125,16 @@ def serve(
         machine.ceiling(name)
     with TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
-        _save_random(config, dtype, machine.device, directory)
+        _save_random(
+            config, dtype, machine.device, directory, tokenizer=_tokenizer(config) if "stream" in also else None
+        )
         lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
         job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]))
         builders = {"ours": partial(ours, job)} | {
             f"ours {name}": partial(VARIANTS[name], job) for name in also.split()
         }
-        rows, replies = _contest(machine, case, builders | peers.build("serve", job), work, limits)
+        others = peers.build("serve", job) if rivals else {}
+        rows, replies = _contest(machine, case, builders | others, work, limits)
     light = bounds(config, dtype, work, batch, weight_bytes=1)
     rows = [_against(row, limits, light) if row.who == "ours int8" else row for row in rows]
     return [replace(row, extra=row.extra | _notes(replies.get(row.who), replies["ours"])) for row in rows]
@@ -139,7 +146,8 @@ def _contest(
     """Start every server with one short request, then time all of them on the whole workload."""
     replies: dict[str, list[Reply]] = {}
     started, extra = machine.prepare({who: _starting(build, work) for who, build in builders.items()})
-    extra.get("ours http", {}).pop("peak_bytes", None)  # its memory is another process's
+    for who in ("ours http", "ours stream"):
+        extra.get(who, {}).pop("peak_bytes", None)  # its memory is another process's
     calls = {who: _answering(call, work, replies, who) for who, call in started.items()}
     amount = sum(len(request.prompt) if _prefill(work) else request.tokens for request in work)
     try:
@@ -179,14 +187,15 @@ def ours(job: Job, quantize: str | None = None) -> Server:
         outputs = llm.generate([request.prompt for request in requests], params)
         start = min(output.metrics.arrival for output in outputs)
         ends = [(output.metrics.first_token, output.metrics.finished) for output in outputs]
-        return [Reply(list(out.token_ids), [end - start for end in both]) for out, both in zip(outputs, ends)]
+        times = [[end - start for end in both] for both in ends]
+        return [Reply(list(out.token_ids), each, out.text) for out, each in zip(outputs, times)]
 
     return run
 
 
-def behind_http(job: Job) -> Server:
+def behind_http(job: Job, stream: bool = False) -> Server:
     """`warploom serve`, asked by as many clients as there are requests."""
-    from .over_http import generate_all, start
+    from .over_http import generate_all, start, stream_all
 
     flags = {"dtype": job.dtype, "device": job.device, "max-batch": job.batch, "kv-memory": job.kv_memory}
     flags |= {"max-queue": 4096, "page-size": PAGE}
@@ -195,14 +204,16 @@ def behind_http(job: Job) -> Server:
     )
 
     def run(requests: list[Request]) -> list[Reply]:
-        answers = generate_all(address, [request.prompt for request in requests], [r.tokens for r in requests])
-        return [Reply(tokens, []) for tokens in answers]
+        prompts, counts = [request.prompt for request in requests], [request.tokens for request in requests]
+        if stream:
+            return [Reply([-1] * count, [], text) for text, count in stream_all(address, prompts, counts)]
+        return [Reply(tokens, []) for tokens in generate_all(address, prompts, counts)]
 
     run.close = stop
     return run
 
 
-VARIANTS = {"int8": partial(ours, quantize="int8"), "http": behind_http}
+VARIANTS = {"int8": partial(ours, quantize="int8"), "http": behind_http, "stream": partial(behind_http, stream=True)}
 
 
 def bounds(
@@ -227,7 +238,7 @@ def _against(row: Row, counted: dict[str, float], true: dict[str, float]) -> Row
     return replace(row, limits={name: share * true[name] / counted[name] for name, share in row.limits.items()})
 
 
-def _save_random(config: Any, dtype: str, device: str, directory: Path) -> None:
+def _save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer: Any = None) -> None:
     import torch
 
     from ..engine.hub import save_model
@@ -236,7 +247,16 @@ def _save_random(config: Any, dtype: str, device: str, directory: Path) -> None:
     torch.manual_seed(0)
     with torch.device(device):
         model = Transformer(config)
-    save_model(model.to(getattr(torch, dtype)), directory)
+    save_model(model.to(getattr(torch, dtype)), directory, tokenizer)
+
+
+def _tokenizer(config: Any) -> Any:
+    """One with a text for every token, so that every token of a stream is told: pairs of printable characters."""
+    from ..tokenizer import BPETokenizer
+
+    pairs = [(bytes([a]), bytes([b])) for a in range(33, 127) for b in range(33, 127)][: config.vocab_size - 256]
+    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in pairs)]
+    return BPETokenizer({token: number for number, token in enumerate(tokens)}, pairs, None, "gpt2")
 
 
 def _starting(build: Callable[[], Server] | peers.Missing, work: list[Request]):
@@ -256,8 +276,10 @@ def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]
 
     def call() -> None:
         first = next(turn) % FIRST
-        replies[who] = started.func([replace(request, prompt=[first, *request.prompt[1:]]) for request in work])
-        short = [(len(reply.tokens), request.tokens) for reply, request in zip(replies[who], work)]
+        answers = started.func([replace(request, prompt=[first, *request.prompt[1:]]) for request in work])
+        same = replies.get(who, answers)  # of the first round, in which everyone was asked the same
+        replies[who] = [replace(reply, times=answer.times) for reply, answer in zip(same, answers)]
+        short = [(len(reply.tokens), request.tokens) for reply, request in zip(answers, work)]
         if wrong := [pair for pair in short if pair[0] != pair[1]]:
             raise ValueError(f"returned {wrong[0][0]} tokens where {wrong[0][1]} were asked for")
 
@@ -274,5 +296,5 @@ def _notes(replies: list[Reply] | None, reference: list[Reply]) -> dict[str, Val
     for name, values in (("ttft", [reply.times[0] for reply in timed]), ("gap", gaps)):
         for percent in (50, 99) if values else ():
             notes[f"{name}_p{percent}_seconds"] = sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
-    same = sum(reply.tokens == other.tokens for reply, other in zip(replies, reference))
+    same = sum(r.text == other.text if r.text else r.tokens == other.tokens for r, other in zip(replies, reference))
     return notes | {"agrees": same / len(replies)}

@@ -112,7 +112,7 @@ class ModelConfig:
     qkv_bias: bool | None = None
     """Biases of the query/key/value projection alone (Qwen2); None = as `bias`."""
     dropout: float = 0.0
-    """Probability of dropping an element of the embeddings and of what each sublayer adds to the stream, during training.
+    """Probability of dropping an element of the embeddings and of what each sublayer adds to the stream, in training.
     Attention's weights are never dropped: fused attention holds no table of them."""
 
     def __post_init__(self) -> None:

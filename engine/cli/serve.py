@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ class Flags:
     """Keys that clients may use; others can read them in the list of processes, so prefer the next flag."""
     api_key_file: Path | None = None
     """A file with a key a line (# begins a comment). The environment's WARPLOOM_API_KEYS, with commas, adds to it."""
+    replicas: int = 1
+    """Engines to spread the requests over, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
     device: str = "auto"
     """auto, cpu, cuda, mps."""
@@ -69,13 +72,15 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
     from ..hub import load_config
 
+    if flags.replicas < 1:
+        raise ValueError(f"replicas must be at least 1, got {flags.replicas}")
     load_config(flags.model)  # a wrong directory is told at once, before the server listens
     config, keys = named(flags), api_keys(flags)
     listener = listen(flags.host, flags.port)
     loader = Loader(flags)
     options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 60}
     drain = max(int(config.drain_timeout), 1)
-    app = create_app(loader, config, keys)
+    app = create_app(loader, config, keys) if flags.replicas == 1 else front(loader, config, keys)
     server = loader.server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, **options))
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
@@ -92,22 +97,42 @@ class Loader:
     """Builds the engine; a mistake in the flags that shows only then stops the server."""
 
     def __init__(self, flags: Flags) -> None:
-        self._flags = flags
+        self.flags = flags
         self.server: Any = None
         self.error: ValueError | None = None
 
     def __call__(self) -> Any:
-        from ..device import pick_device
-        from ..serving import LLM
-
-        flags = self._flags
-        names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate",
-                 "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
         try:
-            return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
+            return load(self.flags)
         except ValueError as error:
-            self.error, self.server.should_exit = error, True
+            self.give_up(error)
             raise
+
+    def give_up(self, error: ValueError) -> None:
+        """There is nothing to serve."""
+        self.error, self.server.should_exit = error, True
+
+
+def load(flags: Flags) -> Any:
+    """The engine that the flags describe."""
+    from ..device import pick_device
+    from ..serving import LLM
+
+    names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate",
+             "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
+    return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
+
+
+def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
+    """The application that hands requests on to replicas, each of which loads the model for itself."""
+    flags = loader.flags
+    try:
+        from ..server.front import create_front
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
+    flags = replace(flags, model=str(Path(flags.model).resolve()), api_key=(), api_key_file=None)
+    gpus = flags.device.partition(":")[0] in ("auto", "cuda")
+    return create_front(partial(load, flags), config, keys, flags.replicas, gpus, loader.give_up)
 
 
 def named(flags: Flags) -> ServerConfig:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from . import schemas
@@ -31,8 +32,6 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     """The ASGI application of one engine. `make()` builds its `LLM`, in a thread, once the server listens."""
     config = config or ServerConfig()
     config = replace(config, name=config.name or "warploom")
-    if any(not key for key in keys):
-        raise ValueError("an API key must not be empty")
     bridge = Bridge(make, config)
     metrics = Metrics(bridge)
     service = Service(bridge, config, metrics)
@@ -58,14 +57,17 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     _add_model_routes(app, service)
     _add_other_routes(app, bridge, metrics)
     playground = _add_page(app, service, config)
-    app.add_middleware(Guard, config=config, keys=keys, metrics=metrics)
+    app.add_middleware(Guard, config=config, keys=keys, visits=metrics.visits)
     if config.cors_origins:
-        from starlette.middleware.cors import CORSMiddleware
-
-        allowed = {"allow_origins": config.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
-        app.add_middleware(CORSMiddleware, **allowed, expose_headers=["x-request-id"])
+        app.add_middleware(CORSMiddleware, **allowed_origins(config))
     _describe(app)
     return app
+
+
+def allowed_origins(config: ServerConfig) -> dict[str, Any]:
+    """Which other pages may call this server from a browser, and how."""
+    origins = {"allow_origins": config.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+    return {**origins, "expose_headers": ["x-request-id"]}
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:

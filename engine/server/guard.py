@@ -28,7 +28,6 @@ from starlette.requests import ClientDisconnect
 
 from .config import ServerConfig
 from .errors import APIError
-from .metrics import Metrics
 
 OPEN_ROUTES = {"/health"}
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -40,8 +39,10 @@ Send = Callable[[dict], Awaitable[None]]
 class Guard:
     """ASGI middleware; `record(request)` in the scope is what handlers may add to the log line."""
 
-    def __init__(self, app: Any, config: ServerConfig, keys: tuple[str, ...], metrics: Metrics) -> None:
-        self._app, self._config, self._metrics = app, config, metrics
+    def __init__(self, app: Any, config: ServerConfig, keys: tuple[str, ...], visits: Any) -> None:
+        if any(not key for key in keys):
+            raise ValueError("an API key must not be empty")
+        self._app, self._config, self._visits = app, config, visits
         self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
@@ -96,8 +97,8 @@ class Guard:
         return APIError(413, f"the body is larger than {self._config.max_body} bytes", code="body_too_large")
 
     def _write(self, visit: Visit) -> None:
-        route = getattr(visit.scope.get("route"), "path", None) or "other"
-        self._metrics.http.labels(visit.scope["method"], route, visit.status).inc()
+        route = visit.route or getattr(visit.scope.get("route"), "path", None) or "other"
+        self._visits.labels(visit.scope["method"], route, visit.status).inc()
         if self._config.log:
             print(json.dumps(visit.line()), file=sys.stderr, flush=True)
 
@@ -113,6 +114,7 @@ class Visit:
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         self.record: dict[str, Any] = {}
+        self.route: str | None = None  # where whoever answers knows it, and the scope does not
         scope["visit"] = self
 
     async def send(self, message: dict) -> None:

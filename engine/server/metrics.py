@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from .bridge import Bridge, Event, Flow
 
@@ -33,7 +34,7 @@ class Metrics:
         self.cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.finished = self._counter("request_success", "Continuations that ended, by why.", "finished_reason")
-        self.http = self._counter("http_requests", "HTTP requests.", "method", "route", "status")
+        self.visits = count_visits(self.registry)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
@@ -74,6 +75,37 @@ class Metrics:
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
         return Counter(f"warploom:{name}", says, labels, registry=self.registry)
+
+
+VISITS = "warploom:http_requests"
+
+
+def count_visits(registry: CollectorRegistry) -> Counter:
+    """What the door counts."""
+    return Counter(VISITS, "HTTP requests.", ("method", "route", "status"), registry=registry)
+
+
+def join_replicas(texts: Iterable[tuple[str, str]]) -> bytes:
+    """The metrics of several servers as one text, each with its name as the label `replica`; not what came to doors."""
+    families: dict[str, Metric] = {}
+    for replica, text in texts:
+        for family in text_string_to_metric_families(text):
+            joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                joined.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Given([family for name, family in families.items() if not name.startswith(VISITS)]))
+    return generate_latest(registry)
+
+
+class _Given:
+    """Metrics that somebody else has collected."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
 
 
 class _Engine:

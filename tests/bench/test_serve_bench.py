@@ -37,6 +37,17 @@ def test_greedy_answers_agree_with_transformers_and_everyone_is_timed():
         assert row.rate > 0 and row.limits["read"] > 0
 
 
+def test_streams_over_http_say_what_the_engine_does():
+    machine = Machine("cpu", rounds=1)
+    machine.ceilings["read"] = 1e10
+    shape = TINY | {"vocab_size": 300}
+    protocol = {"requests": 4, "prompt": "3-12", "output": "2-9", "batch": 2, "also": "http stream", "rivals": False}
+    rows = {row.who: row for row in serve(machine, "llama-tiny", "float32", **protocol, **shape)}
+    assert set(rows) == {"ours", "ours http", "ours stream"}
+    if not (rows["ours stream"].missing and "not installed" in rows["ours stream"].missing):
+        assert rows["ours http"].extra["agrees"] == rows["ours stream"].extra["agrees"] == 1.0
+
+
 def test_every_round_asks_something_new():
     asked = []
 

@@ -1,18 +1,23 @@
 """What goes wrong: clients that leave, queues that fill, steps that fail, servers that stop."""
 
 import asyncio
+import gc
 import json
 import threading
 import time
 
 import pytest
 
+from warploom.engine.server.bridge import Flow
 from warploom.engine.server.config import ServerConfig
-from warploom.engine.serving import LLM
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.engine import Generation
+from warploom.engine.serving.sequence import Sequence
 
 from .conftest import Server, SlowLLM, make_model, make_tokenizer, serving
 
 httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+psutil = pytest.importorskip("psutil", reason="memory is watched with psutil")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
 LONG = {"prompt": "go on", "max_tokens": 240, "ignore_eos": True, "stream": True}
@@ -174,7 +179,18 @@ def test_stopping_lets_requests_under_way_finish():
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 40
 
 
-def test_hundreds_of_vanishing_clients_leave_no_trace():
+def left_behind():
+    """What requests are made of, as far as it is still alive."""
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) in (Flow, Generation, Sequence)]
+
+
+def resident():
+    """Bytes of memory this process, server and clients, has."""
+    return psutil.Process().memory_info().rss
+
+
+def test_two_thousand_vanishing_clients_leave_no_trace():
     async def vanish(host, port, number):
         reader, writer = await asyncio.open_connection(host, port)
         body = json.dumps({**LONG, "seed": number}).encode()
@@ -184,21 +200,30 @@ def test_hundreds_of_vanishing_clients_leave_no_trace():
         writer.write(head.encode() + b"\r\n\r\n" + body[: None if number % 5 else number % len(body)])
         await writer.drain()
         if number % 5 and number % 3:
-            await asyncio.wait_for(reader.read(200 + number), 30)
+            await asyncio.wait_for(reader.read(200 + number % 300), 30)
         writer.transport.abort() if number % 2 else writer.close()
 
-    async def rush(server):
+    async def rush(server, numbers):
         host, port = server.socket.getsockname()
-        for start in range(0, 300, 50):
+        for start in numbers:
             await asyncio.gather(*(vanish(host, port, start + number) for number in range(50)))
 
+    before = len(left_behind())
     with serving(max_queue=1000) as server:
-        asyncio.run(rush(server))
+        asyncio.run(rush(server, range(0, 500, 50)))
         server.assert_nothing_left()
-        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}).status_code == 200
+        memory = resident()
+        asyncio.run(rush(server, range(500, 2000, 50)))
+        server.assert_nothing_left()
+        server.wait(lambda: len(left_behind()) <= before)
+        assert resident() - memory < 16 << 20, "1,500 more clients cost less than 11 kB each"
+        engine = server.bridge.llm.engine
+        done = engine.generated_tokens
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+        assert engine.generated_tokens - done <= 3, "nobody else is being served"
 
 
-def test_two_hundred_streams_at_once_are_complete_correct_and_none_starves():
+def test_two_hundred_streams_at_once_are_complete_correct_and_none_starves(monkeypatch):
     body = {"prompt": "together", "max_tokens": 16, "ignore_eos": True, "temperature": 0.8}
 
     async def ask(client, seed):
@@ -217,11 +242,22 @@ def test_two_hundred_streams_at_once_are_complete_correct_and_none_starves():
             return await asyncio.gather(*(ask(client, seed) for seed in range(200)))
 
     with serving(max_batch=64) as server:
+        times, request = [], server.app.state.metrics.request
+
+        def note(flow):
+            times.extend((stream.metrics.arrival, stream.metrics.first_token) for stream in flow.streams)
+            request(flow)
+
+        monkeypatch.setattr(server.app.state.metrics, "request", note)
         answers = asyncio.run(rush(server.url))
         server.assert_nothing_left()
-        alone = [
-            httpx.post(f"{server.url}/v1/completions", json={**body, "seed": seed}).json()["choices"][0]["text"]
-            for seed in range(0, 200, 23)
-        ]
-    assert all(ended for _, ended in answers)
-    assert [text for text, _ in answers[::23]] == alone
+        firsts = [first for _, first in sorted(times)]
+        memory = resident()
+        assert asyncio.run(rush(server.url)) == answers
+        server.assert_nothing_left()
+        assert resident() - memory < 8 << 20, "two hundred more leave nothing behind"
+    alone = LLM(make_model(), make_tokenizer())
+    for seed, (text, ended) in enumerate(answers):
+        params = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=seed)
+        assert ended and text == alone.generate("together", params).text
+    assert len(firsts) == 200 and firsts == sorted(firsts), "first come, first served: nobody is overtaken"
