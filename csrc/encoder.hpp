@@ -67,8 +67,12 @@ extern template class IdBuffer<uint32_t>;
 
 struct TextView {
     const uint8_t* data;
-    size_t size;
+    size_t size;     // in bytes, or in characters that are `width` bytes each
+    int width = 0;   // 1, 2 or 4 where the text is as CPython holds it; 0 where it is UTF-8
 };
+
+// A text of characters turned out to hold a lone surrogate.
+struct NoUtf8 : std::exception {};
 
 // Special tokens that the caller allows, and where they stand in a text.
 class Specials {
@@ -96,9 +100,10 @@ struct Segment {
     uint64_t begin, limit, size;
     TokenId special;
     bool ends_text;
+    int width = 0;  // as in TextView
 };
 
-// Cuts a text at its special tokens, and where it may be cut into pieces of about `segment_size`.
+// Cuts a text at its special tokens (which only UTF-8 may have), and where it may be cut into pieces of about `segment_size`.
 void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments);
 
 // Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.
@@ -129,6 +134,7 @@ private:
     using Cache = WordCache<Id>;
 
     void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    void encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
     Id* encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
 
     Merges merges_;
