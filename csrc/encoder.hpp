@@ -1,8 +1,7 @@
 // The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
 //
-// A look-up is bound by memory latency, not by work, so pieces are taken 64 at a time: first the keys of all are made
-// and their buckets requested, then the answers are collected. Ids of known words are written without asking how many
-// there are: always 16 bytes, of which the next word overwrites the superfluous.
+// Words are looked up 64 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
+// first cut where no token reaches across, then merged, then remembered.
 //
 // A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
 // short texts are grouped into segments. Threads are started per call and joined before it returns, so nothing of this
