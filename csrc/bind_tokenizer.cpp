@@ -42,9 +42,9 @@ public:
     // `specials` is a Specials or None in everything below.
 
     py::list encode(py::handle text, const Specials* specials) {
-        Text utf8(text);
+        Text view(text, !specials);
         IdBuffer<Id> ids;
-        run({utf8.view}, specials, 1, ids, nullptr);
+        run(text, {view.view}, specials, 1, ids, nullptr);
         return to_list(ids.data(), ids.size);
     }
 
@@ -59,16 +59,16 @@ public:
     }
 
     py::array encode_array(py::handle text, const Specials* specials, unsigned threads) const {
-        Text utf8(text);
+        Text view(text, !specials);
         IdBuffer<Id> ids;
-        run({utf8.view}, specials, threads, ids, nullptr);
+        run(text, {view.view}, specials, threads, ids, nullptr);
         return to_array(ids);
     }
 
     size_t count(py::handle text, const Specials* specials, unsigned threads) const {
-        Text utf8(text);
+        Text view(text, !specials);
         IdBuffer<Id> ids;
-        run({utf8.view}, specials, threads, ids, nullptr);
+        run(text, {view.view}, specials, threads, ids, nullptr);
         return ids.size;
     }
 
@@ -125,14 +125,29 @@ private:
         return nullptr;
     }
 
-    void run(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+    // `source`: a text, or a sequence of texts, that `texts` are views of.
+    void run(py::handle source, const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
              std::vector<uint64_t>* ends) const {
         size_t total = 0;
         for (const TextView& text : texts) total += text.size;
         constexpr size_t kSmall = 1 << 12;  // letting the lock go costs more than encoding so little
         if (total < kSmall) return encoder_.encode(texts, specials, 1, ids, ends, [] {});
-        py::gil_scoped_release unlocked;
-        encoder_.encode(texts, specials, threads, ids, ends, check_signals);
+        try {
+            py::gil_scoped_release unlocked;
+            encoder_.encode(texts, specials, threads, ids, ends, check_signals);
+        } catch (const NoUtf8&) {
+            explain(source);
+        }
+    }
+
+    // Lets Python say where a text has a lone surrogate.
+    static void explain(py::handle source) {
+        if (PyUnicode_Check(source.ptr())) {
+            auto utf8 = py::reinterpret_steal<py::object>(PyUnicode_AsUTF8String(source.ptr()));
+            if (!utf8) throw py::error_already_set();
+            return;
+        }
+        for (py::handle text : py::reinterpret_borrow<py::sequence>(source)) explain(text);
     }
 
     std::vector<uint64_t> run_many(const py::sequence& texts, const Specials* specials, unsigned threads,
@@ -142,11 +157,11 @@ private:
         owners.reserve(texts.size());
         views.reserve(texts.size());
         for (py::handle text : texts) {
-            owners.emplace_back(text);
+            owners.emplace_back(text, !specials);
             views.push_back(owners.back().view);
         }
         std::vector<uint64_t> ends;
-        run(views, specials, threads, ids, &ends);
+        run(texts, views, specials, threads, ids, &ends);
         return ends;
     }
 

@@ -8,11 +8,13 @@
 #include <mutex>
 #include <thread>
 
+#include "kernels.hpp"
+
 namespace warploom {
 
 namespace {
 
-constexpr size_t kPiecesAtOnce = 1024, kSegment = 1 << 20, kSmallSegment = 1 << 17;
+constexpr size_t kPiecesAtOnce = 1024, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
 
 }  // namespace
 
@@ -42,7 +44,36 @@ Specials::Found Specials::next(TextView text, size_t begin) const {
     return {text.size, text.size, 0};
 }
 
+namespace {
+
+// As `safe_cut`, but of characters.
+template <class Unit>
+size_t safe_cut_of(const Unit* text, size_t begin, size_t limit) {
+    for (size_t at = limit; at > begin; --at) {
+        if (text[at] == '\'' || (class_of(text[at]) & (kLetter | kDigit | kMark))) continue;
+        if (class_of(text[at - 1]) & (kLetter | kDigit)) return at;
+    }
+    return begin;
+}
+
+void cut_wide(TextView text, size_t segment_size, std::vector<Segment>& segments) {
+    for (size_t begin = 0, limit; begin < text.size; begin = limit) {
+        limit = text.size;
+        if (limit - begin > segment_size + segment_size / 2) {
+            size_t wanted = begin + segment_size;
+            limit = text.width == 1   ? safe_cut_of(text.data, begin, wanted)
+                    : text.width == 2 ? safe_cut_of(reinterpret_cast<const uint16_t*>(text.data), begin, wanted)
+                                      : safe_cut_of(reinterpret_cast<const uint32_t*>(text.data), begin, wanted);
+            if (limit == begin) limit = text.size;
+        }
+        segments.push_back({text.data, begin, limit, text.size, 0, false, text.width});
+    }
+}
+
+}  // namespace
+
 void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments) {
+    if (text.width) return cut_wide(text, std::min(segment_size, kWideSegment), segments);
     size_t begin = 0;
     do {
         Specials::Found special = specials ? specials->next(text, begin) : Specials::Found{text.size, text.size, 0};
@@ -129,8 +160,25 @@ Id* Encoder<Id>::encode_new(const uint8_t* word, size_t length, Cache& cache, Id
     return out + count;
 }
 
+// Characters become UTF-8 a segment at a time, in a buffer that stays in the cache.
+template <class Id>
+void Encoder<Id>::encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const {
+    size_t count = segment.limit - segment.begin, size;
+    const uint8_t* text = segment.text + segment.begin * static_cast<size_t>(segment.width);
+    std::vector<uint8_t>& utf8 = cache.utf8;
+    size_t most = count * static_cast<size_t>(segment.width == 4 ? 4 : segment.width + 1) + 64;
+    if (utf8.size() < most) utf8.resize(most);
+    if (segment.width == 1) size = kernels().utf8_of_1(text, count, utf8.data());
+    else if (segment.width == 2) size = kernels().utf8_of_2(reinterpret_cast<const uint16_t*>(text), count, utf8.data());
+    else size = kernels().utf8_of_4(reinterpret_cast<const uint32_t*>(text), count, utf8.data());
+    if (size == kNoUtf8) throw NoUtf8();
+    encode_segment({utf8.data(), 0, size, size, 0, false}, cache, ids);
+    if (utf8.size() > 8 * kWideSegment) std::vector<uint8_t>().swap(utf8);
+}
+
 template <class Id>
 void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const {
+    if (segment.width) return encode_wide(segment, cache, ids);
     if (segment.begin == segment.limit) {
         ids.push(static_cast<Id>(segment.special));
         return;
@@ -153,7 +201,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
                      std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
     if (texts.size() == 1 && !specials && texts[0].size < kSmallSegment) {
         std::unique_ptr<Cache> cache = caches_.take();
-        if (texts[0].size) encode_segment({texts[0].data, 0, texts[0].size, texts[0].size, 0, true}, *cache, ids);
+        if (texts[0].size) encode_segment({texts[0].data, 0, texts[0].size, texts[0].size, 0, true, texts[0].width}, *cache, ids);
         if (ends) ends->push_back(ids.size);
         caches_.give_back(std::move(cache));
         return;

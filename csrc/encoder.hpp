@@ -1,8 +1,7 @@
 // The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
 //
-// A look-up is bound by memory latency, not by work, so pieces are taken 64 at a time: first the keys of all are made
-// and their buckets requested, then the answers are collected. Ids of known words are written without asking how many
-// there are: always 16 bytes, of which the next word overwrites the superfluous.
+// Words are looked up 64 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
+// first cut where no token reaches across, then merged, then remembered.
 //
 // A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
 // short texts are grouped into segments. Threads are started per call and joined before it returns, so nothing of this
@@ -67,8 +66,12 @@ extern template class IdBuffer<uint32_t>;
 
 struct TextView {
     const uint8_t* data;
-    size_t size;
+    size_t size;     // in bytes, or in characters that are `width` bytes each
+    int width = 0;   // 1, 2 or 4 where the text is as CPython holds it; 0 where it is UTF-8
 };
+
+// A text of characters turned out to hold a lone surrogate.
+struct NoUtf8 : std::exception {};
 
 // Special tokens that the caller allows, and where they stand in a text.
 class Specials {
@@ -96,9 +99,10 @@ struct Segment {
     uint64_t begin, limit, size;
     TokenId special;
     bool ends_text;
+    int width = 0;  // as in TextView
 };
 
-// Cuts a text at its special tokens, and where it may be cut into pieces of about `segment_size`.
+// Cuts a text at its special tokens (which only UTF-8 may have), and where it may be cut into pieces of about `segment_size`.
 void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments);
 
 // Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.
@@ -129,6 +133,7 @@ private:
     using Cache = WordCache<Id>;
 
     void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    void encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
     Id* encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
 
     Merges merges_;

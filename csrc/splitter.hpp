@@ -1,8 +1,8 @@
 // The splitter: text to piece boundaries, many at a time.
 //
-// Where text is ASCII, 64 bytes are classified at once into bit masks, and a few shifts and ands give the places where
-// a piece begins (split_blocks.hpp). Where it is not, the scanners of scanner.hpp go character by character. The block
-// code exists once per instruction set; which one runs is decided at run time, when the first text is split.
+// 64 bytes are classified at once into bit masks, and a few shifts and ands give the places where a piece begins
+// (split_blocks.hpp). Where the masks cannot tell, the scanners of scanner.hpp go character by character. The block code
+// exists once per instruction set; which one runs is decided at run time (kernels.hpp).
 #pragma once
 
 #include <cstddef>

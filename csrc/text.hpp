@@ -3,22 +3,18 @@
 
 #include <pybind11/pybind11.h>
 
-#include "kernels.hpp"
+#include "encoder.hpp"
 
 namespace warploom {
 
 // The UTF-8 bytes of a str, or of any object that lends bytes. Those of a long str that is not ASCII are made for this
-// object only: CPython would keep them as long as the string.
+// object only: CPython would keep them as long as the string. `wide`: its characters will do instead.
 struct Text {
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
     pybind11::object owner;
-    std::unique_ptr<uint8_t, Free> made;
     TextView view;
     Py_buffer buffer{};
 
-    explicit Text(pybind11::handle text) {
+    explicit Text(pybind11::handle text, bool wide = false) {
         constexpr Py_ssize_t kLong = 1 << 12;
         if (!PyUnicode_Check(text.ptr())) {
             if (!PyObject_CheckBuffer(text.ptr()))
@@ -41,21 +37,18 @@ struct Text {
             view = {reinterpret_cast<const uint8_t*>(object->utf8), static_cast<size_t>(object->utf8_length)};
             return;
         }
-        const void* data = PyUnicode_DATA(text.ptr());
-        size_t count = static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr())), size;
-        int kind = PyUnicode_KIND(text.ptr());
-        made.reset(static_cast<uint8_t*>(std::malloc(count * (kind == 4 ? 4 : kind + 1) + 64)));
-        if (!made) throw std::bad_alloc();
-        if (kind == 1) size = kernels().utf8_of_1(static_cast<const uint8_t*>(data), count, made.get());
-        else if (kind == 2) size = kernels().utf8_of_2(static_cast<const uint16_t*>(data), count, made.get());
-        else size = kernels().utf8_of_4(static_cast<const uint32_t*>(data), count, made.get());
-        if (size == kNoUtf8) {  // a lone surrogate: Python says where
-            PyUnicode_AsUTF8String(text.ptr());
-            throw pybind11::error_already_set();
+        if (wide) {
+            owner = pybind11::reinterpret_borrow<pybind11::object>(text);
+            view = {static_cast<const uint8_t*>(PyUnicode_DATA(text.ptr())),
+                    static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr())), static_cast<int>(PyUnicode_KIND(text.ptr()))};
+            return;
         }
-        view = {made.get(), size};
+        owner = pybind11::reinterpret_steal<pybind11::object>(PyUnicode_AsUTF8String(text.ptr()));
+        if (!owner) throw pybind11::error_already_set();
+        view = {reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(owner.ptr())),
+                static_cast<size_t>(PyBytes_GET_SIZE(owner.ptr()))};
     }
-    Text(Text&& other) noexcept : owner(std::move(other.owner)), made(std::move(other.made)), view(other.view), buffer(other.buffer) {
+    Text(Text&& other) noexcept : owner(std::move(other.owner)), view(other.view), buffer(other.buffer) {
         other.buffer = Py_buffer{};
     }
     Text(const Text&) = delete;

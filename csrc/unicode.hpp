@@ -29,6 +29,11 @@ struct UnicodeClasses {
 
 extern const UnicodeClasses unicode_classes;
 
+// The class of a code point; none beyond the last.
+inline uint8_t class_of(uint32_t code) {
+    return code < 0x110000 ? unicode_classes.classes[unicode_classes.block_of[code >> 6] * 64 + (code & 63)] : 0;
+}
+
 // The class of a character and the bytes it takes.
 struct Character {
     uint8_t bits;
