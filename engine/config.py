@@ -112,8 +112,8 @@ class ModelConfig:
     qkv_bias: bool | None = None
     """Biases of the query/key/value projection alone (Qwen2); None = as `bias`."""
     dropout: float = 0.0
-    """Probability of dropping an element of the embeddings and of what each sublayer adds to the stream, in training.
-    Attention's weights are never dropped: fused attention holds no table of them."""
+    """In training, the probability of dropping an element of the embeddings and of what each sublayer adds to the
+    stream. Attention's weights are never dropped: fused attention holds no table of them."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"):
