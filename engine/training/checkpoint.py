@@ -152,7 +152,6 @@ class Checkpoints:
             self._writer = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            failure = next((error for error, _ in getattr(failure, "failures", {}).values()), failure)
             if isinstance(failure, OSError):
                 raise ValueError(
                     f"saving a checkpoint to {self.folder} failed: {failure.strerror or failure}; "
