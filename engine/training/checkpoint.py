@@ -230,7 +230,6 @@ def saving(what: str, folder: Path, comfort: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)  # of many processes
         full = shutil.disk_usage(folder).free < 1 << 20
         reason = "No space left on device" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"saving {what} failed: {reason}; {comfort}") from error

@@ -36,7 +36,6 @@ from .precision import Masters
 from .rendezvous import join
 from .shards import ShardWriter
 
-AXES = ("dp", "fsdp", "ep", "tp")
 BUCKET = 1 << 24  # numbers added up at once: many small messages are slow, one large one needs a copy of everything
 
 
@@ -60,8 +59,8 @@ class Team:
         if self.size == 1:
             return
         self.joined = not dist.is_initialized()
-        generation = join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") if self.joined else 1
-        self.restarted = bool(self.most(self.restarted or generation > 1))
+        follows = self.joined and join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        self.restarted = bool(self.most(self.restarted or follows))
         self.mesh = self._make_mesh(device.type)
         self.host_mesh = self._make_mesh("cpu") if device.type != "cpu" and self.splits_state else self.mesh
         self.shard_writer = ShardWriter() if self.splits_state else None

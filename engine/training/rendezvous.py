@@ -19,13 +19,17 @@ import uuid
 
 import torch.distributed as dist
 
+_times = 0  # that this process has joined: it may train one model after another
 
-def join(backend: str) -> int:
-    """Enter the process group that torchrun describes; returns the number of this generation, from 1."""
+
+def join(backend: str) -> bool:
+    """Enter the process group that torchrun describes; tells whether processes before this one have tried."""
+    global _times
+    _times += 1
     store, rank, size = next(dist.rendezvous("env://"))
     number = _lead(store, size) if rank == 0 else _follow(store, rank)
     dist.init_process_group(backend, store=dist.PrefixStore(f"generation/{number}", store), rank=rank, world_size=size)
-    return number
+    return number > _times
 
 
 def _lead(store: dist.Store, size: int) -> int:

@@ -31,7 +31,10 @@ class ShardWriter:
 
         folder = directory / FOLDER
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(blocks, storage_writer=writer, process_group=self.group)
+        try:
+            dcp.save(blocks, storage_writer=writer, process_group=self.group)
+        except dcp.CheckpointException as failure:  # the same in every process, whoever it befell
+            raise next(error for error, _ in failure.failures.values()) from failure
         own = {f"{FOLDER}/{path.name}": file_hash(path) for path in folder.glob(f"shard-{dist.get_rank() + 1:05}-*")}
         hashes: list[dict[str, str]] = [{}] * dist.get_world_size()
         dist.all_gather_object(hashes, own, group=self.group)

@@ -21,6 +21,7 @@ CASES = {
     "moe": dict(**MOE, n_shared_experts=1),
     "switch": dict(**MOE, experts_per_token=1),
 }
+LONELY = 0.0  # a router whose weights are zero sends every token to the first expert, which one process owns
 
 
 def models(changes, **groups):
@@ -68,10 +69,12 @@ def tensor_parallel(name, changes):
     assert list(generate(piece.eval(), [1, 2, 3], 8)) == list(generate(whole.eval(), [1, 2, 3], 8))
 
 
-def expert_parallel(name, changes):
+def expert_parallel(name, changes, router=1.0):
     """Each process trains on its rows, with its experts: sums over processes are the whole's gradients."""
     group = dist.group.WORLD
     whole, piece = models({**changes, "balance_loss": 0.0}, ep=group)
+    for block in (*whole.blocks, *piece.blocks):
+        block.ffn.router.weight.data *= router
     tokens, targets = batch(4)
     targets[:] = targets.clamp(min=0)
     own = share_of(4, group.rank(), group.size())
@@ -93,4 +96,5 @@ for name, changes in CASES.items():
     tensor_parallel(name, changes)
 for name in ("moe", "switch"):
     expert_parallel(name, CASES[name])
+expert_parallel("lonely", CASES["switch"], router=LONELY)
 dist.destroy_process_group()
