@@ -1,8 +1,9 @@
 """The model as it serves: on a CPU in C++, all layers in one call; with `quantize="int8"`, in 8 bits.
 
 Decoding reads every weight once a token, so its speed is the weights' bytes, and everything between the products is
-overhead. `serving_model` gives a twin of the model that is one C++ call from tokens to hidden states, and a head that is
-another, with weights packed in the order in which they are read. A product there gives a row the same bits in any batch.
+overhead. `serving_model` gives a twin of the model that is one C++ call from tokens to hidden states, and a head that
+is another, with weights packed in the order in which they are read. A product there gives a row the same bits in any
+batch.
 
 In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A model
 with experts is not known to C++: only its linear layers are replaced, and only in 8 bits. Without the extension, or on

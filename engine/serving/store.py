@@ -5,6 +5,7 @@ read of it is one run of memory. On a CPU with the native extension, writing and
 reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class PageStore:
     def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
         self.page_size = page_size
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.layers = None
         if HAS_NATIVE and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
             sizes = dtype == torch.bfloat16, page_size, config.kv_heads, config.head_size
@@ -115,6 +116,13 @@ class NativeAttend:
         limits = layer.window or 0, layer.softcap or 0.0, layer.scale
         _native.attend_pages(self.layers[layer.index], self.step, *sides, o_BTHD.data_ptr(), q.shape[2], *limits)
         return o_BTHD.to(q_BTHD.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU by NumPy, which asks the system for them: memory that no page uses yet is never touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
