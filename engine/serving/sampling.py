@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import kernels
 from .params import SamplingParams
 from .plan import TokenLogprob
-from .store import HAS_NATIVE, _native
+from .store import HAS_NATIVE, _native, to_host
 
 _FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
@@ -62,7 +62,7 @@ def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Ten
 
 def penalize(logits_V: Tensor, params: SamplingParams, prompt: Tensor, output: Tensor) -> Tensor:
     """The logits of one row after its repetition, presence and frequency penalties."""
-    counts_V = torch.bincount(output, minlength=len(logits_V))[: len(logits_V)]
+    counts_V = torch.zeros_like(logits_V, dtype=torch.int64).scatter_add(0, output, torch.ones_like(output))
     if params.repetition_penalty != 1:
         seen_V = (counts_V > 0).scatter(0, prompt, True)
         factor = params.repetition_penalty
@@ -75,11 +75,11 @@ class Logprobs:
 
     def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
-        self._tokens, self._chosen = tokens_R, logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
-        self._best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+        chosen_R = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
+        best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+        self._columns = [to_host(column) for column in (tokens_R, chosen_R, best.indices, best.values)]
 
     def read(self) -> tuple[TokenLogprob, ...]:
         """One entry a row; waits for the device."""
-        columns = self._tokens, self._chosen, self._best.indices, self._best.values
-        rows = zip(*(column.tolist() for column in columns))
+        rows = zip(*(column() for column in self._columns))
         return tuple(TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in rows)

@@ -7,6 +7,7 @@ reads each page where it lies; elsewhere the `kernels` do it. Both give the same
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,21 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor there, without waiting for the copy."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Callable[[], list]:
+    """What gives a tensor's values, once asked. On a GPU they set out now, so that asking waits for no later work."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    landed, event = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+    landed.copy_(tensor, non_blocking=True)
+    event.record()
+
+    def read() -> list:
+        event.synchronize()
+        return landed.tolist()
+
+    return read
 
 
 def set_workers() -> None:
