@@ -92,10 +92,17 @@ def parts(options: Options) -> list[Part]:
         protocol = {"requests": 32, "prompt": "16-160", "output": "16-160", "batch": 32}
         fixed, minutes = {"prompt": "128", "output": "64"}, 1.5
     batches = {size: {"requests": size, "batch": size} for size in (1, 8, 32)}
+    prompts = batches[32] | {"prompt": "128", "output": "1"}
+    small = {"quantize": "int8"}
     return [
         Part("mixed", serve, shape | protocol, minutes=2 * minutes),
         *(Part(f"batch {size}", serve, shape | fixed | batch, minutes=minutes) for size, batch in batches.items()),
-        Part("prefill 32", serve, shape | batches[32] | {"prompt": "128", "output": "1"}, minutes=minutes),
+        *(
+            Part(f"batch {size} int8", serve, shape | fixed | batch | small, minutes=minutes)
+            for size, batch in batches.items()
+        ),
+        Part("prefill 32", serve, shape | prompts, minutes=minutes),
+        Part("prefill 32 int8", serve, shape | prompts | small, minutes=minutes),
         Part("http", serve, shape | protocol | {"also": "http stream", "rivals": False}, minutes=2 * minutes),
         Part("batch 8 float32", serve, shape | fixed | batches[8] | {"dtype": "float32"}, minutes=minutes),
     ]
@@ -109,17 +116,18 @@ def serve(
     prompt: str,
     output: str,
     batch: int,
-    also: str = "int8 http",
+    also: str = "http",
     rivals: bool = True,
+    quantize: str | None = None,
     **overrides: int,
 ) -> list[Row]:
-    """Ours (also with int8 weights, and behind HTTP) against every peer, or itself alone, on one workload."""
+    """Ours (also behind HTTP) against every peer that has weights of the same precision, or itself alone."""
     from ..engine.config import ModelConfig
 
     config = ModelConfig.preset(preset, **overrides)
     work = workload(requests, span(prompt), span(output), config.vocab_size)
-    case = f"{preset if not overrides else 'llama'} {dtype}, {requests} × {prompt}→{output}"
-    limits = bounds(config, dtype, work, batch)
+    case = f"{preset if not overrides else 'llama'} {quantize or dtype}, {requests} × {prompt}→{output}"
+    limits = bounds(config, dtype, work, batch, 1 if quantize else None)
     machine = machine.by_the_wall()
     for name in limits:
         machine.ceiling(name)
@@ -129,14 +137,12 @@ def serve(
             config, dtype, machine.device, directory, tokenizer=_tokenizer(config) if "stream" in also else None
         )
         lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
-        job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]))
+        job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]), quantize)
         builders = {"ours": partial(ours, job)} | {
             f"ours {name}": partial(VARIANTS[name], job) for name in also.split()
         }
         others = peers.build("serve", job) if rivals else {}
         rows, replies = _contest(machine, case, builders | others, work, limits)
-    light = bounds(config, dtype, work, batch, weight_bytes=1)
-    rows = [_against(row, limits, light) if row.who == "ours int8" else row for row in rows]
     return [replace(row, extra=row.extra | _notes(replies.get(row.who), replies["ours"])) for row in rows]
 
 
@@ -173,12 +179,12 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def ours(job: Job, quantize: str | None = None) -> Server:
+def ours(job: Job) -> Server:
     """`LLM`, as a caller uses it."""
     from ..engine.serving import LLM, SamplingParams
 
     llm = LLM(
-        job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=quantize,
+        job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=job.quantize,
         kv_memory=job.kv_memory, page_size=PAGE,
     )  # fmt: skip
 
@@ -198,7 +204,7 @@ def behind_http(job: Job, stream: bool = False) -> Server:
     from .over_http import generate_all, start, stream_all
 
     flags = {"dtype": job.dtype, "device": job.device, "max-batch": job.batch, "kv-memory": job.kv_memory}
-    flags |= {"max-queue": 4096, "page-size": PAGE}
+    flags |= {"max-queue": 4096, "page-size": PAGE} | ({"quantize": job.quantize} if job.quantize else {})
     address, stop = start(
         str(job.directory), *(text for name, value in flags.items() for text in (f"--{name}", str(value)))
     )
@@ -213,7 +219,7 @@ def behind_http(job: Job, stream: bool = False) -> Server:
     return run
 
 
-VARIANTS = {"int8": partial(ours, quantize="int8"), "http": behind_http, "stream": partial(behind_http, stream=True)}
+VARIANTS = {"http": behind_http, "stream": partial(behind_http, stream=True)}
 
 
 def bounds(
@@ -231,11 +237,6 @@ def bounds(
 
 def _prefill(work: list[Request]) -> bool:
     return all(request.tokens == 1 for request in work)
-
-
-def _against(row: Row, counted: dict[str, float], true: dict[str, float]) -> Row:
-    """A row whose shares were counted with one amount of work, held against another."""
-    return replace(row, limits={name: share * true[name] / counted[name] for name, share in row.limits.items()})
 
 
 def _save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer: Any = None) -> None:

@@ -45,7 +45,7 @@ class Linear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        draw(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -64,7 +64,7 @@ class Embedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        draw(self.weight, self.std)
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
@@ -221,8 +221,8 @@ class MoE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.w_gate_up, std=self.config.d_model**-0.5)
-        nn.init.normal_(self.w_down, std=_output_std(self.config.ff_size, self.config))
+        draw(self.w_gate_up, self.config.d_model**-0.5)
+        draw(self.w_down, _output_std(self.config.ff_size, self.config))
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c = self.config
@@ -391,6 +391,12 @@ class Transformer(nn.Module):
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer: Attention) -> Tensor:
     """Training's `attend`: every token sees all tokens before it in its row."""
     return kernels.attention(q_BTHD, k_BTKD, v_BTKD, window=layer.window, softcap=layer.softcap, scale=layer.scale)
+
+
+def draw(weight: Tensor, std: float) -> None:
+    """Fresh normal weights where there is memory: on the meta device, `normal_` would import the whole compiler."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
 
 
 def sinusoids(length: int, width: int) -> Tensor:

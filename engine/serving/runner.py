@@ -15,6 +15,7 @@ some minimum of rows, which is measured once (`steady_rows`) and reached by padd
 T tokens of the step, N chunks, R sampled positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -28,7 +29,7 @@ from .graphs import DecodeGraphs, record_cuda
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
 from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
-from .store import PageStore, to_device
+from .store import PageStore, to_device, to_host
 
 
 @dataclass(slots=True)
@@ -36,8 +37,8 @@ class Flight:
     """A step under way: what was planned, and what is being computed."""
 
     plan: StepPlan
-    sampled: Tensor  # token ids, R
-    foreseen: Tensor  # R: whether a draft stood where the token now stands, and was the same
+    sampled: Callable[[], list[int]]  # token ids, R; waits for them
+    foreseen: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
     logprobs: dict[int, Logprobs]  # by chunk
     prompt_logprobs: dict[int, Logprobs]
@@ -89,9 +90,9 @@ class Runner:
     @torch.inference_mode()
     def collect(self, flight: Flight) -> StepResult:
         """Wait for a step, and report it."""
-        sampled = flight.sampled.tolist()
+        sampled = flight.sampled()
         drafts = any(len(span) > 1 for span in flight.spans)
-        foreseen = flight.foreseen.tolist() if drafts else ()
+        foreseen = flight.foreseen() if drafts else ()
         results = []
         for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
             right = next((i for i, place in enumerate(span[:-1]) if not foreseen[place]), len(span) - 1)
@@ -107,7 +108,7 @@ class Runner:
         row = admission.row
         self.rows[row] = admission
         self.settings.admit(row, admission.params, admission.seed)
-        self.tokens[row, : len(admission.tokens)] = torch.tensor(admission.tokens, dtype=torch.int32)
+        self.tokens[row, : len(admission.tokens)] = self._to_device(np.array(admission.tokens, dtype=np.int32))
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """The hidden states of all chunks' tokens, end to end."""
@@ -132,7 +133,7 @@ class Runner:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
         edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
         spans = [range(a, b) for a, b in pairwise(edges)]
-        flight = Flight(plan, *(torch.empty(0, dtype=torch.int64) for _ in "sf"), spans, {}, {})
+        flight = Flight(plan, list, list, spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
         places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
         if not places:
@@ -143,10 +144,12 @@ class Runner:
         positions_R = self._to_device(positions)
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
         changed_RV = self._change(logits_RV, rows, positions)
-        flight.sampled = self.settings.choose(changed_RV, rows, index_R, positions_R)
-        flight.foreseen = self.tokens[index_R, positions_R] == flight.sampled
-        self.tokens[index_R, positions_R] = flight.sampled.int()
-        self._describe(flight, logits_RV)
+        sampled_R = self.settings.choose(changed_RV, rows, index_R, positions_R)
+        flight.sampled = to_host(sampled_R)
+        if len(places) > sum(map(bool, spans)):  # some chunk has drafts
+            flight.foreseen = to_host(self.tokens[index_R, positions_R] == sampled_R)
+        self.tokens[index_R, positions_R] = sampled_R.int()
+        self._describe(flight, logits_RV, sampled_R)
         return flight
 
     def _logits(self, hidden_TC: Tensor, places: np.ndarray) -> Tensor:
@@ -178,12 +181,12 @@ class Runner:
                 admission.grammar.mask(logits_RV[r])
         return logits_RV
 
-    def _describe(self, flight: Flight, logits_RV: Tensor) -> None:
+    def _describe(self, flight: Flight, logits_RV: Tensor, sampled_R: Tensor) -> None:
         for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
             top = self.settings.params[chunk.row].logprobs
             if chunk.sampled and top is not None:
                 rows = slice(span.start, span.stop)
-                flight.logprobs[index] = Logprobs(logits_RV[rows], flight.sampled[rows], top)
+                flight.logprobs[index] = Logprobs(logits_RV[rows], sampled_R[rows], top)
 
     def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):

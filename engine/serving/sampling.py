@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import kernels
 from .params import SamplingParams
 from .plan import TokenLogprob
-from .store import HAS_NATIVE, _native, to_device
+from .store import HAS_NATIVE, _native, to_device, to_host
 
 _FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
@@ -78,11 +78,11 @@ class Logprobs:
 
     def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
-        self._tokens, self._chosen = tokens_R, logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
-        self._best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+        chosen_R = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
+        best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+        self._columns = [to_host(column) for column in (tokens_R, chosen_R, best.indices, best.values)]
 
     def read(self) -> tuple[TokenLogprob, ...]:
         """One entry a row; waits for the device."""
-        columns = self._tokens, self._chosen, self._best.indices, self._best.values
-        rows = zip(*(column.tolist() for column in columns))
+        rows = zip(*(column() for column in self._columns))
         return tuple(TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in rows)

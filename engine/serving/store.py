@@ -5,7 +5,9 @@ read of it is one run of memory. On a CPU with the native extension, writing and
 reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
 """
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,7 @@ class PageStore:
     def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
         self.page_size = page_size
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.layers = None
         if HAS_NATIVE and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
             sizes = dtype == torch.bfloat16, page_size, config.kv_heads, config.head_size
@@ -117,10 +119,32 @@ class NativeAttend:
         return o_BTHD.to(q_BTHD.dtype)
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU by NumPy, which asks the system for them: memory that no page uses yet is never touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor there, without waiting for the copy."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Callable[[], list]:
+    """What gives a tensor's values, once asked. On a GPU they set out now, so that asking waits for no later work."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    landed, event = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+    landed.copy_(tensor, non_blocking=True)
+    event.record()
+
+    def read() -> list:
+        event.synchronize()
+        return landed.tolist()
+
+    return read
 
 
 def set_workers() -> None:

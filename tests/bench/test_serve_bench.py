@@ -26,7 +26,7 @@ def test_greedy_answers_agree_with_transformers_and_everyone_is_timed():
     machine.ceilings["read"] = 1e10
     rows = serve(machine, "llama-tiny", "float32", requests=5, prompt="3-12", output="2-9", batch=2, **TINY)
     found = {row.who: row for row in rows}
-    assert {"ours", "ours int8", "transformers"} <= set(found)
+    assert {"ours", "ours http", "transformers"} <= set(found)
     for who in ("ours", "ours http", "transformers", "transformers continuous"):
         row = found.get(who)
         if row is None or (row.missing and "not installed" in row.missing):
