@@ -141,8 +141,11 @@ class LLM:
             raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: give one, or one for each")
         generations = []
         try:
-            for prompt, chosen in zip(prompts, each):
-                generations.append(self.submit(prompt, chosen))
+            for index, (prompt, chosen) in enumerate(zip(prompts, each)):
+                try:
+                    generations.append(self.submit(prompt, chosen))
+                except ValueError as error:
+                    raise ValueError(f"prompts[{index}]: {error}") from None
             return [generation.result() for generation in generations]
         finally:
             for generation in generations:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from warploom.engine.cache import KVCache
 from warploom.engine.device import DTYPES
 from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
@@ -190,14 +191,23 @@ def test_decoding_through_padded_fixed_buffers_changes_no_token(model):
     assert len(recorded) == len(runner.graphs.replays) >= 2, "one recording a size"
 
 
-def test_paged_logits_equal_those_without_a_cache(model):
+ALL_SHAPES = [("llama", {}), ("llama", {"sliding_window": 9, "logit_softcap": 6.0, "attention_softcap": 4.0}),
+              ("qwen3", {}), ("mixtral", {}), ("gpt2", {})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "changes"), ALL_SHAPES)
+def test_paged_logits_equal_contiguous_ones_and_those_without_a_cache(tiny_model, shape, changes):
+    model = tiny_model(shape, **changes)
     (prompt,) = prompts_of([50])
     output = LLM(model, page_size=4, step_tokens=7, max_batch=7).generate(
         prompt, SamplingParams(temperature=0, max_tokens=30, logprobs=3, prompt_logprobs=1, ignore_eos=True)
     )
     tokens = torch.tensor([[*prompt, *output.token_ids]])
+    cache = KVCache(model, 1)
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(tokens)[0].double(), -1)
+        pieces = [model(piece, cache.positions(piece.shape[1]), cache)[0] for piece in tokens.split(7, 1)]
+    torch.testing.assert_close(torch.log_softmax(torch.cat(pieces).double(), -1), logprobs, atol=2e-5, rtol=0)
     said = [entry.logprob for entry in (*output.prompt_logprobs, *output.logprobs)]
     expected = logprobs[:-1].gather(-1, tokens[0, 1:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(said, dtype=torch.float64), expected, atol=2e-5, rtol=0)
@@ -205,13 +215,15 @@ def test_paged_logits_equal_those_without_a_cache(model):
     assert [token for token, _ in output.logprobs[0].top] == best.indices.tolist()
 
 
-def test_scores_are_those_of_the_trainers_forward(model, tokenizer):
+@pytest.mark.parametrize(("shape", "changes"), ALL_SHAPES)
+def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, changes):
+    model = tiny_model(shape, **changes)
     llm = LLM(model, tokenizer)
     texts = ["a short one", "another text, which is a little longer"]
     for text, scores in zip(texts, llm.score(texts)):
         tokens = torch.tensor([tokenizer.encode(text)])
         with torch.inference_mode():
-            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+            loss = model.losses(tokens[:, :-1], tokens[:, 1:]).cross_entropy
         assert -sum(scores) / len(scores) == pytest.approx(loss.item(), abs=1e-5)
 
 
@@ -230,6 +242,26 @@ def test_beam_search_finds_what_exhaustive_bookkeeping_finds(model):
     found = llm.beam_search(prompt, beam_width=width, max_tokens=steps)
     assert ids(found) == [tuple(tokens[len(prompt) :]) for _, tokens in beams]
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+
+
+@pytest.mark.parametrize(("shape", "end", "length_penalty"), [("llama", 7, 1.0), ("gpt2", 7, 0.0), ("gpt2", 20, 2.0)])
+def test_beam_search_finds_what_transformers_finds_with_ends_and_length_penalties(
+    tiny_model, tmp_path, shape, end, length_penalty
+):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model(shape)
+    save_model(model, tmp_path / "model")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    llm = LLM(model)
+    llm.engine.eos = frozenset({end})
+    for prompt in prompts_of([9, 30]):
+        found = peer.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), num_beams=4,
+            num_return_sequences=4, do_sample=False, max_new_tokens=12, eos_token_id=end, pad_token_id=end,
+            length_penalty=length_penalty, early_stopping="never",
+        )[:, len(prompt) :].tolist()  # fmt: skip
+        expected = [tuple(tokens[: tokens.index(end) + 1] if end in tokens else tokens) for tokens in found]
+        assert ids(llm.beam_search(prompt, 4, 12, length_penalty)) == expected
 
 
 def test_n_continuations_share_their_prompt_and_differ_by_seed(model):
@@ -271,6 +303,11 @@ def test_bias_bans_and_forces_tokens(model):
         ([1], {"logit_bias": {500: 1.0}}, "logit_bias has token id 500"),
         ([1] * 200, {}, "needs 16 pages of 16 tokens and the pool has 8"),
         ([1], {"stop": ("x",)}, "stop needs a tokenizer"),
+        ([1], {"temperature": -0.5}, "temperature must be a number between 0 and 100, got -0.5"),
+        ([1], {"top_p": 0}, "top_p must be a number above 0 and at most 1, got 0"),
+        ([1], {"top_p": 2}, "top_p must be a number above 0 and at most 1, got 2"),
+        ([1], {"min_p": float("nan")}, "min_p must be a number between 0 and 1, got nan"),
+        ([1], {"n": 0}, "n must be a whole number between 1 and 256, got 0"),
         ("text", {}, "no tokenizer"),
     ],
 )
@@ -278,7 +315,7 @@ def test_bad_input_is_refused_clearly_while_the_others_go_on(model, prompt, para
     llm = LLM(model, kv_memory=8 * 16 * model.config.kv_bytes_per_token(4))
     going = llm.submit([1, 2, 3], GREEDY)
     with pytest.raises(ValueError, match=message):
-        llm.submit(prompt, SamplingParams(**params))
+        llm.generate([[5], prompt], SamplingParams(**params))
     assert len(going.result().token_ids) == 12
 
 
@@ -294,10 +331,12 @@ def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkey
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
 
 
-def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_alive(tiny_model):
+@pytest.mark.parametrize("way", ["plain", "draft"])
+def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_alive(tiny_model, way):
     model = tiny_model(d_model=16, n_layers=1, n_heads=2, d_ff=64, vocab_size=31)
     memory = 60 * 4 * model.config.kv_bytes_per_token(4)
-    llm = LLM(model, page_size=4, kv_memory=memory, max_batch=256, step_tokens=2048)
+    options = {"plain": {"kv_memory": memory}, "draft": {"kv_memory": 2 * memory, "draft": model}}[way]
+    llm = LLM(model, page_size=4, max_batch=256, step_tokens=2048, **options)
     generator, alive, asked, refused = random.Random(0), [], 0, 0
     while asked < 10_000 or alive:
         for _ in range(generator.randrange(200) if asked < 10_000 else 0):
@@ -310,9 +349,11 @@ def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_al
                 alive.append(llm.submit(prompt, SamplingParams(**chosen), **options))
             except ValueError:
                 refused += 1
-        for generation in generator.sample(alive, len(alive) // 4):
+        gone = generator.sample(alive, len(alive) // 4)
+        for generation in gone:
             generation.cancel()
         llm.engine.step()
+        assert all(generation.finished for generation in gone), "one step later, their pages are free"
         alive = [generation for generation in alive if not generation.finished]
     scheduler = llm.engine.scheduler
     scheduler.check()

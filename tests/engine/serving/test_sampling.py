@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from warploom.engine.serving import sampling
 from warploom.engine.serving.params import SamplingParams
 from warploom.engine.serving.sampling import Logprobs, RowSettings, penalize
 
@@ -46,13 +47,21 @@ def exact_distribution(logits, params: SamplingParams, prompt=(), output=()):
         {"top_p": 0.8},
         {"min_p": 0.15},
         {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.2},
+        {"frequency_penalty": 0.7},
         {"presence_penalty": 1.2, "frequency_penalty": -0.4},
         {"logit_bias": {3: 2.5, 7: -100.0}},
+        {"top_k": 9, "top_p": 0.7},
+        {"top_p": 0.9, "min_p": 0.1, "temperature": 1.4},
+        {"top_k": 6, "min_p": 0.2, "frequency_penalty": 0.5},
         {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "logit_bias": {3: 1}},
     ],
     ids=lambda changes: ", ".join(changes),
 )  # fmt: skip
-def test_draws_follow_the_exact_distribution(changes):
+@pytest.mark.parametrize("by", ["native", "eager"])
+def test_draws_follow_the_exact_distribution(changes, by, monkeypatch):
+    if by == "eager":
+        monkeypatch.setattr(sampling, "HAS_NATIVE", False)
     params = SamplingParams(**changes)
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 1.5
     prompt, output = torch.tensor([1, 2, 2]), torch.tensor([2, 5, 5, 9])
