@@ -94,8 +94,8 @@ def fake_bench(tmp_path, monkeypatch):
         "    run = lambda machine, size: machine.compare('x', {'ours': lambda: sum(range(size))})\n"
         "    return [harness.Part('sum', run, {'size': options.size}), harness.Part('fails', lambda machine: 1 / 0)]\n"
     )
-    monkeypatch.setattr("warploom.bench.__path__", [str(tmp_path / "modules")])
     monkeypatch.setattr("warploom.engine.cli.bench.BENCHES", ("speed", "later"))
+    monkeypatch.setattr("warploom.bench.__path__", [str(tmp_path / "modules")])
     yield tmp_path / "results"
     sys.modules.pop("warploom.bench.speed", None)
 
