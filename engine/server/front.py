@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -90,10 +91,13 @@ class Front:
 
     async def _start(self) -> None:
         try:
-            self._handle = await asyncio.to_thread(deploy, self._make, self._config, self._count, self._gpus)
-            mistakes = await self._handle.broadcast("mistake").results_async()
+            handle = await asyncio.to_thread(deploy, self._make, self._config, self._count, self._gpus)
+            mistakes = await handle.broadcast("mistake").results_async()
             if mistake := next(filter(None, mistakes), None):
-                self._on_mistake(ValueError(mistake))
+                return self._on_mistake(ValueError(mistake))
+            self._handle = handle
+        except ConnectionError:
+            self._on_mistake(ValueError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"))
         except Exception:
             logger.exception("the replicas could not be started")
             self._failed = True

@@ -56,6 +56,8 @@ class Guard:
             await self._app(scope, self._bounded(receive), visit.send)
         except APIError as error:
             await visit.refuse(error)
+        except HTTPException as error:
+            await visit.refuse(APIError(error.status_code, str(error.detail)))
         except ClientDisconnect:
             visit.status = visit.status or 499
         except Exception:

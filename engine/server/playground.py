@@ -190,7 +190,7 @@ def _attention_tab(gradio: Any, service: Service) -> None:
     text = gradio.Textbox("The weaver pulled the thread and the loom sang", label="Text", elem_id="attention-text")
     with gradio.Row():
         layer = gradio.Slider(1, config.n_layers, 1, step=1, label="Layer", interactive=config.n_layers > 1)
-        head = gradio.Slider(0, config.n_heads, 0, step=1, label="Head (0: the mean of all)")
+        head = gradio.Slider(0, config.n_heads, 0, step=1, label="Head (0: mean)")
     draw = gradio.Button("Draw", variant="primary", elem_id="draw")
     picture = gradio.HTML(elem_id="heat")
 

@@ -13,7 +13,7 @@ from .answers import Words
 CSS = """
 .loom-title { display: flex; gap: .9rem; align-items: baseline; flex-wrap: wrap; padding: .2rem 0; }
 .loom-title b { font-size: 1.6rem; } .loom-title span { opacity: .65; font-size: .9rem; }
-.loom-tokens { font: 15px/2.1 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+.loom-tokens { font: 15px/2.1 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere;
   padding: .6rem .2rem; }
 .loom-tokens > i { font-style: normal; opacity: .55; }
 .loom-tokens > span { position: relative; border-radius: 4px; padding: .15em 0; cursor: default;

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,20 @@ def test_the_dashboard_and_the_docs_name_only_metrics_that_exist(client):
     for file in ("grafana.json", "deploy.md"):
         named = set(re.findall(r"warploom:[a-z]\w+", (docs / file).read_text()))
         assert named and named <= there, named - there
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_docs_curl_command_works_and_streams_too(server):
+    docs = (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
+    (command,) = re.findall(r"^curl (?:.*\\\n)*.*$", docs, re.MULTILINE)
+    here = command.replace("http://127.0.0.1:8000", server.url)
+
+    def curl(command):
+        return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=30).stdout
+
+    answer = json.loads(curl(here))
+    text = answer["choices"][0]["text"]
+    assert answer["usage"]["completion_tokens"] <= 40 and text
+    lines = curl(here.replace('"seed": 1', '"seed": 1, "stream": true')).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-2]) == text

@@ -81,6 +81,7 @@ def test_listening_wider_without_a_key_is_warned_about(directory):
         (["--model", "nowhere"], "nowhere"),
         (["--port", "99999"], "port must be between 0 and 65535, got 99999"),
         (["--host", "256.1.1.1"], "cannot listen at 256.1.1.1"),
+        (["--replicas", "0"], "replicas must be at least 1, got 0"),
         (["--max-queue", "-1"], "max_queue must be at least 0, got -1"),
         (["--api-key-file", os.devnull], "has no key in it"),
         (["--quantize", "int3"], "quantize must be None or 'int8', got 'int3'"),
