@@ -188,7 +188,8 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
-        return *(_turned(x, *ctx.saved_tensors, -1.0) for x in (dq, dk)), None, None, None
+        tables = ctx.saved_tensors  # once: a recomputed block gives them only once
+        return *(_turned(x, *tables, -1.0) for x in (dq, dk)), None, None, None
 
 
 def _turned(x, cos, sin, positions, sign) -> torch.Tensor:
