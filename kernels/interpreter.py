@@ -3,11 +3,13 @@
 It keeps bfloat16 as raw 16-bit integers. Its matrix product multiplies those integers, and its casts from float32 cut
 bits off where a GPU rounds to the nearest even. And its float32 products depend on the order of the operands, as the
 host's BLAS blocks them: (A·B)ᵀ and Bᵀ·Aᵀ differ, which on a GPU they do not. Here all three do what the hardware does.
+
+And where it would follow any pointer, here an address outside the kernel's arguments is an error that names the kernel.
 """
 
 import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
 def _widen(bits):
@@ -18,6 +20,62 @@ def _narrow(values):
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+class Arena:
+    """The memory a kernel may touch: from the first to the last element of each of its arguments."""
+
+    def __init__(self, kernel: str, arguments) -> None:
+        self.kernel = kernel
+        extents = sorted(self._extents(arguments))
+        self.firsts = np.array([first for first, _ in extents], dtype=np.uint64)
+        # Of overlapping arguments the one that begins last need not be the one that ends last.
+        self.ends = np.maximum.accumulate(np.array([end for _, end in extents], dtype=np.uint64))
+
+    def _extents(self, arguments):
+        for x in arguments:
+            x = getattr(x, "base", x)  # of a tensor descriptor
+            if isinstance(x, tuple):
+                yield from self._extents(x)
+            elif hasattr(x, "data_ptr") and x.numel():
+                span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+                yield x.data_ptr(), x.data_ptr() + span * x.element_size()
+
+    def check(self, addresses: np.ndarray, mask: np.ndarray, size: int, what: str) -> None:
+        """Every address that the mask lets through holds `size` bytes of an argument, or an IndexError says not."""
+        wanted = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)].astype(np.uint64)
+        place = np.searchsorted(self.firsts, wanted, side="right")
+        outside = place == 0
+        if len(self.ends):
+            outside |= wanted + np.uint64(size) > self.ends[np.maximum(place, 1) - 1]
+        if outside.any():
+            raise IndexError(f"{self.kernel} {what} outside its arguments: {outside.sum()} of {wanted.size} addresses")
+
+
+def _watch_addresses() -> None:
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    gather_arguments = GridExecutor._init_args_hst
+    arena = None
+
+    def note_arguments(self, args, kwargs):
+        nonlocal arena
+        here = gather_arguments(self, args, kwargs)
+        arena = Arena(self.fn.__name__, [*here[0], *here[1].values()])
+        return here
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        bits = ptrs.get_element_ty().primitive_bitwidth
+        arena.check(ptrs.data, mask.data, max(1, bits // 8), "reads")
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        arena.check(ptrs.data, mask.data, value.data.dtype.itemsize, "writes")
+        return store(self, ptrs, value, mask, *rest)
+
+    GridExecutor._init_args_hst = note_arguments
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+        create_masked_load, create_masked_store,
+    )  # fmt: skip
 
 
 def correct() -> None:
@@ -45,5 +103,6 @@ def correct() -> None:
         return cast(self, source, target)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    _watch_addresses()
     for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"):
         setattr(InterpreterBuilder, name, cast_impl)

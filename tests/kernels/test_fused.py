@@ -64,3 +64,28 @@ def test_a_wrong_twin_is_caught():
     finally:
         rms_norm.fused = right
     assert [text.split(":")[0] for text in found] == ["result 0", "gradient 0", "gradient 1"]
+
+
+@pytest.mark.skipif(not INTERPRET, reason="on a GPU this is compute-sanitizer's work")
+@pytest.mark.parametrize(("reach", "says"), [(0, None), (1, "reads outside"), (2, "writes outside")])
+def test_an_access_outside_a_kernels_arguments_is_caught(reach, says):
+    """So every test here also proves that its kernels touch nothing else, in tails and odd strides too."""
+    from warploom.kernels.lang import tl, triton
+
+    @triton.jit
+    def copy(x, y, length, READ: tl.constexpr, WRITE: tl.constexpr):
+        lane = tl.arange(0, 16)
+        tl.store(y + lane, tl.load(x + lane, mask=lane < length + READ, other=0.0), mask=lane < length + WRITE)
+
+    x, y = torch.arange(40.0)[10:23], torch.empty(13)
+
+    def run():
+        copy[(1,)](x, y, 13, READ=int(reach == 1), WRITE=int(reach == 2))
+
+    if says is None:
+        run()
+        assert torch.equal(x, y)
+    else:
+        with pytest.raises(Exception, match="copy") as found:
+            run()
+        assert says in str(found.value.__cause__ or found.value)
