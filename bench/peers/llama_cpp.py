@@ -89,5 +89,5 @@ def batching(job):
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
 
-    run.close = close
+    run.close, run.silence = close, silence  # it logs as long as it lives
     return run

@@ -155,7 +155,11 @@ class Runner:
     def _logits(self, hidden_TC: Tensor, places: np.ndarray) -> Tensor:
         padded = np.zeros(max(len(places), self.least_samples), dtype=np.int64)
         padded[: len(places)] = places
-        return self.head(hidden_TC[self._to_device(padded)])[: len(places)].float()
+        if self.device.type == "cpu" and hidden_TC.dtype == torch.float32:
+            hidden_RC = torch.from_numpy(hidden_TC.numpy()[padded])  # torch would wake all its threads for it
+        else:
+            hidden_RC = hidden_TC[self._to_device(padded)]
+        return self.head(hidden_RC)[: len(places)].float()
 
     def _change(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
         """The logits after grammar, bias and penalties, for the rows that ask for them."""
