@@ -282,7 +282,9 @@ def test_importing_the_tokenizer_imports_no_torch():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps what was freed for a while")
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps what was freed for a while"
+)
 def test_a_stream_of_any_length_takes_little_memory():
     code = """
 import os
