@@ -63,14 +63,14 @@ def _watch_addresses() -> None:
         arena = Arena(self.fn.__name__, [*here[0], *here[1].values()])
         return here
 
-    def create_masked_load(self, ptrs, mask, *rest):
+    def create_masked_load(self, ptrs, mask, *rest, **options):
         bits = ptrs.get_element_ty().primitive_bitwidth
         arena.check(ptrs.data, mask.data, max(1, bits // 8), "reads")
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **options)
 
-    def create_masked_store(self, ptrs, value, mask, *rest):
+    def create_masked_store(self, ptrs, value, mask, *rest, **options):
         arena.check(ptrs.data, mask.data, value.data.dtype.itemsize, "writes")
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **options)
 
     GridExecutor._init_args_hst = note_arguments
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
