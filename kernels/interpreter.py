@@ -65,11 +65,11 @@ def _watch_addresses() -> None:
 
     def create_masked_load(self, ptrs, mask, *rest, **options):
         bits = ptrs.get_element_ty().primitive_bitwidth
-        arena.check(ptrs.data, mask.data, max(1, bits // 8), "reads")
+        arena.check(ptrs.data, np.asarray(mask.data), max(1, bits // 8), "reads")
         return load(self, ptrs, mask, *rest, **options)
 
     def create_masked_store(self, ptrs, value, mask, *rest, **options):
-        arena.check(ptrs.data, mask.data, value.data.dtype.itemsize, "writes")
+        arena.check(ptrs.data, np.asarray(mask.data), value.data.dtype.itemsize, "writes")
         return store(self, ptrs, value, mask, *rest, **options)
 
     GridExecutor._init_args_hst = note_arguments
