@@ -97,6 +97,15 @@ def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _statistics(*shape: int, device: torch.device) -> torch.Tensor:
+    """Room for a number a query. Each row begins at a multiple of 16 bytes; what fills it up is zero, for kernels that
+    read whole tiles and multiply what they must not use by zero."""
+    *outer, T = shape
+    whole = 4 * cdiv(T, 4)
+    make = torch.empty if whole == T else torch.zeros
+    return make(*outer, whole, dtype=torch.float32, device=device)
+
+
 @launcher
 def attention_forward(
     q: torch.Tensor,
@@ -112,8 +121,7 @@ def attention_forward(
     B, T, H, D = q.shape
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
-    whole = 4 * cdiv(T, 4)  # each row of statistics begins at a multiple of 16 bytes
-    lse_2BHT = torch.empty(2 if meaning["WIDE"] else 1, B, H, whole, dtype=torch.float32, device=q.device)
+    lse_2BHT = _statistics(2 if meaning["WIDE"] else 1, B, H, T, device=q.device)
     plain = causal and cu is None and softcap == 0
     if attention_hopper.applies("forward", q, k, v):
         kernel, tile = attention_hopper.prepare("forward", D, q.dtype, q.device)
@@ -149,7 +157,7 @@ def attention_backward(
     H, D = q.shape[2:]
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
-    delta_BHT = torch.empty_like(lse_2BHT[0])
+    delta_BHT = _statistics(*lse_2BHT.shape[1:3], q.shape[1], device=q.device)
     plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
