@@ -168,16 +168,16 @@ def test_a_replica_that_dies_fails_its_own_requests_and_is_replaced(cluster):
             return answer.status_code, [*lines][-1]
 
     started = threading.Semaphore(0)
-    with ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(watch, number, started) for number in range(8)]
-        for _ in range(8):
+    with ThreadPoolExecutor(6) as pool:  # no replica is given more than four, and four run at a time
+        streams = [pool.submit(watch, number, started) for number in range(6)]
+        for _ in range(6):
             started.acquire(timeout=30)
         cluster.wait(lambda: all(cluster.metric("num_requests_running").values()))
         victim, survivor = cluster.replicas()
         victim.kill()
         ends = [stream.result(60) for stream in streams]
     broken = [last for _, last in ends if last != "data: [DONE]"]
-    assert {status for status, _ in ends} == {200} and 0 < len(broken) < 8
+    assert {status for status, _ in ends} == {200} and 0 < len(broken) < 6
     assert all(json.loads(last[6:])["error"]["code"] == "engine_error" for last in broken)
     assert cluster.complete("and after", max_tokens=2).status_code == 200, "the other one serves on"
     cluster.wait(lambda: len(cluster.metric("kv_cache_usage_perc")) == 2 and cluster.health() == (200, 2))
