@@ -27,7 +27,7 @@ class LLMOptions:
     page_size: int = 16
     """Tokens a page of the cache."""
     quantize: Literal["int8"] | None = None
-    """Keep weights in 8 bits."""
+    """Keep weights in 8 bits; on a CPU, activations are rounded to 8 bits too, in groups of 64."""
     step_tokens: int | None = None
     """Most tokens computed in one step."""
     max_context: int | None = None
