@@ -149,10 +149,14 @@ class Health(BaseModel):
     status: str
 
 
+# An event of a stream: its data is an object in JSON, or [DONE] at the end.
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
+
 def answers(model: type[BaseModel], *statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route: what it answers, and with which statuses it can refuse."""
     described: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in (*statuses, 401)}
     described[200] = {"model": model}
     if stream:
-        described[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        described[200]["content"] = {"text/event-stream": {"schema": EVENT}}
     return described
