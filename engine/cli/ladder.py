@@ -87,6 +87,7 @@ def run(argv: list[str]) -> int:
     known = {rung.name for rung in RUNGS}
     if unknown := [name for name in flags.rungs if name not in known]:
         raise ValueError(f"rungs: {unknown[0]!r} is none of {', '.join(rung.name for rung in RUNGS)}")
+    from ..training.card import replace_text
     from ..training.trainer import train
     from .train import watcher
 
@@ -102,8 +103,8 @@ def run(argv: list[str]) -> int:
     out = Path(flags.out)
     table = "\n".join(markdown(results))
     title = f"{flags.steps} steps of {flags.batch_size} × {flags.context} tokens each, seed {flags.seed}"
-    (out / "LADDER.md").write_text(f"# Ladder\n\n{title}\n\n{table}\n\n![validation loss](ladder.png)\n", "utf-8")
-    (out / "ladder.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    replace_text(out / "LADDER.md", f"# Ladder\n\n{title}\n\n{table}\n\n![validation loss](ladder.png)\n")
+    replace_text(out / "ladder.json", json.dumps(results, indent=1) + "\n")
     draw(results, out / "ladder.png")
     print(f"\n{title}\n\n{table}\n\ncurves: {out / 'ladder.png'}; a model for each rung in {out}")
     return 0
@@ -162,8 +163,10 @@ def finished(config: TrainConfig) -> bool:
 
 def read(rung: Rung, directory: Path) -> dict[str, Any]:
     """What came of a rung, from its run card and log."""
+    from ..training.watch import JsonLog
+
     card = json.loads((directory / "run.json").read_text("utf-8"))
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text("utf-8").splitlines()]
+    lines = JsonLog.read(directory / "log.jsonl")
     curve = [(line["step"], line["val_loss"]) for line in lines if "loss" not in line and "val_loss" in line]
     result = {name: card["result"][name] for name in ("val_loss", "bits_per_byte", "tokens_per_second")}
     return {"name": rung.name, "lesson": rung.lesson, "parameters": card["parameters"], **result, "curve": curve}
