@@ -30,12 +30,13 @@ llm = LLM(directory, dtype=dtype, device=device, quantize=quantize)
 llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
 """
 BEFORE = """
-import json, resource, sys, time
+import json, sys, time
 clock = begin = time.monotonic
 directory, dtype, device, quantize, prompt = json.loads(sys.argv[1])
 """
 AFTER = """
-print(clock() - begin, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+peak = next((line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")), 0)
+print(clock() - begin, 1024 * int(peak), flush=True)
 """
 
 
