@@ -63,8 +63,8 @@ class LLM:
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
-        counts = {"max_batch": max_batch, "page_size": page_size, "step_tokens": step_tokens, "max_context": max_context}
-        counts |= {"draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
+        counts = {"max_batch": max_batch, "page_size": page_size, "step_tokens": step_tokens}
+        counts |= {"max_context": max_context, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
