@@ -18,7 +18,7 @@ T tokens of the step, N chunks, R sampled positions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -123,15 +123,15 @@ class Runner:
         where = self._to_device(row_T), positions_T[:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
-        self.tokens[where] = tokens_T[:T].int()
+        self._note(*where, tokens_T[:T])
         layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
         if self.graphs is not None and padded == len(chunks):
             return self.graphs(tokens_T, positions_T, layout)
         return self.model.hidden(tokens_T[None], positions_T[None], self.store.attend(layout))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
-        ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
-        edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
+        ends = list(accumulate(len(chunk.tokens) for chunk in plan.chunks))
+        edges = accumulate((chunk.sampled for chunk in plan.chunks), initial=0)
         spans = [range(a, b) for a, b in pairwise(edges)]
         flight = Flight(plan, list, list, spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
@@ -148,7 +148,7 @@ class Runner:
         flight.sampled = to_host(sampled_R)
         if len(places) > sum(map(bool, spans)):  # some chunk has drafts
             flight.foreseen = to_host(self.tokens[index_R, positions_R] == sampled_R)
-        self.tokens[index_R, positions_R] = sampled_R.int()
+        self._note(index_R, positions_R, sampled_R)
         self._describe(flight, logits_RV, sampled_R)
         return flight
 
@@ -192,16 +192,23 @@ class Runner:
                 rows = slice(span.start, span.stop)
                 flight.logprobs[index] = Logprobs(logits_RV[rows], sampled_R[rows], top)
 
-    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
+    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: list[int]) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
             top = self.settings.params[chunk.row].prompt_logprobs
             count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
             if top is None or count <= 0:
                 continue
-            first = int(end) - len(chunk.tokens)
+            first = end - len(chunk.tokens)
             logits = self._logits(hidden_TC, np.arange(first, first + count))
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
             flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
+
+    def _note(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
+        """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""
+        if self.device.type == "cpu":
+            self.tokens.numpy()[rows_N.numpy(), positions_N.numpy()] = tokens_N.numpy()
+        else:
+            self.tokens[rows_N, positions_N] = tokens_N.int()
 
     def _steady_rows(self) -> int:
         return steady_rows(self.model.embedding.weight.dtype) if self.device.type == "cpu" else 1
