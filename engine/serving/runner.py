@@ -18,7 +18,7 @@ T tokens of the step, N chunks, R sampled positions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device, to_host
 
+SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
+
 
 @dataclass(slots=True)
 class Flight:
@@ -40,8 +42,8 @@ class Flight:
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
     foreseen: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
-    logprobs: dict[int, Logprobs]  # by chunk
-    prompt_logprobs: dict[int, Logprobs]
+    logprobs: dict[int, list[Logprobs]]  # by chunk
+    prompt_logprobs: dict[int, list[Logprobs]]
 
 
 class Runner:
@@ -100,8 +102,8 @@ class Runner:
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
-            reports = (kind.get(index) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(ChunkResult(tokens, *(report.read() if report else () for report in reports)))
+            reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
+            results.append(ChunkResult(tokens, *(tuple(chain(*(part.read() for part in each))) for each in reports)))
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
@@ -190,7 +192,7 @@ class Runner:
             top = self.settings.params[chunk.row].logprobs
             if chunk.sampled and top is not None:
                 rows = slice(span.start, span.stop)
-                flight.logprobs[index] = Logprobs(logits_RV[rows], sampled_R[rows], top)
+                flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
 
     def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: list[int]) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
@@ -198,10 +200,12 @@ class Runner:
             count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
             if top is None or count <= 0:
                 continue
-            first = end - len(chunk.tokens)
-            logits = self._logits(hidden_TC, np.arange(first, first + count))
+            places = np.arange(count) + end - len(chunk.tokens)
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
-            flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
+            flight.prompt_logprobs[index] = [
+                Logprobs(self._logits(hidden_TC, places[part]), targets[part], top)
+                for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
+            ]
 
     def _note(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
         """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""

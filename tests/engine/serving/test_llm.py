@@ -218,7 +218,8 @@ def test_paged_logits_equal_contiguous_ones_and_those_without_a_cache(tiny_model
 
 
 @pytest.mark.parametrize(("shape", "changes"), ALL_SHAPES)
-def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, changes):
+def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, changes, monkeypatch):
+    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 9)  # so that the texts take several slices
     model = tiny_model(shape, **changes)
     llm = LLM(model, tokenizer)
     texts = ["a short one", "another text, which is a little longer"]
