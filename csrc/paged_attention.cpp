@@ -51,11 +51,11 @@ WARPLOOM_INLINE void lay_back(const float* from, int D, float factor, float* row
 
 // Scratch of one thread, for the queries of a task (Q) and one page; D padded to whole spans.
 struct Scratch {
-    std::vector<float> queries, outputs;  // (Q, D)
-    std::vector<float> scores;            // (Q, page), padded to 16
-    std::vector<float> totals, peaks;     // (Q, 16), (Q)
-    std::vector<float> keys, values;      // (page, D), widened
-    std::vector<int> from, to;            // (Q): the keys of this page that a query sees
+    Floats queries, outputs;   // (Q, D)
+    Floats scores;             // (Q, page), padded to 16
+    Floats totals, peaks;      // (Q, 16), (Q)
+    Floats keys, values;       // (page, D), widened
+    std::vector<int> from, to; // (Q): the keys of this page that a query sees
 };
 
 // Lane by lane sums of two vectors' halves, quarters, … : four dot products end side by side.
