@@ -322,6 +322,15 @@ def test_bad_input_is_refused_clearly_while_the_others_go_on(model, prompt, para
     assert len(going.result().token_ids) == 12
 
 
+def test_a_deadline_ends_a_request_and_a_priority_lets_one_overtake(model):
+    llm = LLM(model, max_batch=1)
+    late, going = llm.submit([1, 2], GREEDY, deadline=0.0), llm.submit([1], GREEDY)
+    patient, urgent = llm.submit([2], GREEDY, priority=1), llm.submit([3], GREEDY)
+    assert late.result().finish_reason == "cancelled" and not late.result().token_ids
+    ends = [generation.result().metrics.finished for generation in (going, urgent, patient)]
+    assert ends == sorted(ends) and len(patient.result().token_ids) == 12
+
+
 def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkeypatch):
     llm = LLM(model)
     failing = llm.submit([1, 2, 3], GREEDY)
