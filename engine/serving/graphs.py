@@ -34,7 +34,7 @@ class DecodeGraphs:
         """The hidden states of one token of each sequence."""
         T = len(tokens_T)
         size = next(size for size in self.sizes if size >= T)
-        slots, tables, contexts, _ = layout.tensors(self.tokens.device)
+        _, slots, tables, contexts, _ = layout.tensors(self.tokens.device)
         self.slots[:size] = -1
         self.contexts[:size] = self.counts[:size] = 0
         self.tokens[:T], self.positions[:T], self.slots[:T] = tokens_T, positions_T, slots
@@ -45,8 +45,8 @@ class DecodeGraphs:
         return self.replays[size]()[:T]
 
     def _run(self, size: int) -> Tensor:
-        arrays = self.slots[:size], self.tables[:size], self.contexts[:size], self.counts[:size]
-        attend = KernelAttend(self.store, arrays)
+        inputs = self.positions, self.slots, self.tables, self.contexts, self.counts
+        attend = KernelAttend(self.store, *(tensor[:size] for tensor in inputs))
         return self.model.hidden(self.tokens[None, :size], self.positions[None, :size], attend)[0]
 
 

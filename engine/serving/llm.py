@@ -39,7 +39,8 @@ class LLM:
     `quantize="int8"` keeps weights in 8 bits. `step_tokens` bounds the tokens of one step. `speculate` is how many
     tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses `draft_tokens`
     ahead: either changes the speed, not the output. `tensor_parallel` spreads the model over that many processes, each
-    with a GPU of its own where there are GPUs; `close` ends them.
+    with a GPU of its own where there are GPUs; `close` ends them. `batch_invariant=False` lets a GPU's own library
+    multiply: what a request gets may then depend, in the last bits, on its company.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LLM:
         draft_tokens: int = 4,
         prefix_cache: bool = True,
         tensor_parallel: int = 1,
+        batch_invariant: bool = True,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
@@ -80,7 +82,7 @@ class LLM:
         cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
         pages = _count_pages(cost, page_size, where, kv_memory, max_batch, self.max_context)
 
-        options = {"pages": pages, "page_size": page_size, "quantize": quantize}
+        options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
         options |= {"max_batch": max_batch, "context": self.max_context}
         options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
         if tensor_parallel == 1:

@@ -9,8 +9,9 @@ What does not change from step to step stays in place, by row: page tables, samp
 a step needs a few small arrays from the host, and a token that was sampled by the step before is read on
 the device, before the host has seen it.
 
-A result must not depend on the company. Every product here gives a row the same bits in any batch once the batch has
-some minimum of rows, which is measured once (`steady_rows`) and reached by padding; attention goes query by query.
+A result must not depend on the company. Our own products give a row the same bits in any batch, and attention goes
+query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
+(`steady_rows`) and reached by padding.
 
 T tokens of the step, N chunks, R sampled positions.
 """
@@ -64,7 +65,7 @@ class Runner:
         self.least_samples = self._steady_rows() if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and not model.config.n_experts and type(model) is Transformer:
+        if self.device.type == "cuda" and type(model) is Transformer:
             self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
 
     def close(self) -> None:

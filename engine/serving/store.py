@@ -66,7 +66,7 @@ class PageStore:
         """The attention of one step."""
         if self.layers is not None:
             return NativeAttend(self.layers, layout)
-        return KernelAttend(self, layout.tensors(self.keys.device))
+        return KernelAttend(self, *layout.tensors(self.keys.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +81,30 @@ class Layout:
     counts: np.ndarray  # (N): new ones
 
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
-        """What the kernels ask for: slots, tables, contexts, counts."""
-        arrays = self.slots, self.tables, self.contexts, self.counts
+        """What the kernels ask for: positions, slots, tables, contexts, counts."""
+        arrays = self.positions, self.slots, self.tables, self.contexts, self.counts
         return tuple(to_device(array, device) for array in arrays)
 
 
 class KernelAttend:
     """`attend` by the kernels, on any device."""
 
-    def __init__(self, store: PageStore, arrays: tuple[Tensor, ...]):
-        self.store, self.arrays = store, arrays
+    def __init__(self, store: PageStore, positions: Tensor, slots: Tensor, *batch: Tensor):
+        """`batch` is the tables, contexts and counts of the sequences."""
+        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
-        keys, values = self.store.keys[layer.index], self.store.values[layer.index]
-        slots, *batch = self.arrays
-        kernels.write_pages(k_BTKD[0], v_BTKD[0], keys, values, slots)
-        o_THD = kernels.paged_attention(
-            q_BTHD[0], keys, values, *batch, window=layer.window, softcap=layer.softcap, scale=layer.scale
-        )
-        return o_THD[None]
+        kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
+        return self.look(q_BTHD[0], layer)[None]
+
+    def pages(self, layer) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values."""
+        return self.store.keys[layer.index], self.store.values[layer.index]
+
+    def look(self, q_THD: Tensor, layer) -> Tensor:
+        """Attention over what the pages hold by now."""
+        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options)
 
 
 class NativeAttend:
