@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import passes_cpu
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
-from .fused import Differentiable, launch, launcher
+from .fused import Differentiable, is_real, launch, launcher
 from .lang import tl, triton, wide
 from .op import Budget, Case, Op
 
@@ -170,13 +170,17 @@ def gpu_rows_per_slab(V: int) -> int:
 
 
 def _add_product(sum_VC, a_VS, b_SC):
-    """sum += a · b, accumulated in the wide format: where possible within the product, without a pass of its own."""
-    if sum_VC.is_cuda and a_VS.dtype != torch.float32:
-        torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
-    elif a_VS.dtype == sum_VC.dtype:
+    """sum += a · b in the wide format: where possible within the product, without a pass of its own.
+
+    PyTorch 2.11 cannot trace a product that adds to a wider sum, but one with a wider result."""
+    if a_VS.dtype == sum_VC.dtype:
         sum_VC.addmm_(a_VS, b_SC)
-    else:
+    elif sum_VC.device.type == "cpu":
         sum_VC += a_VS @ b_SC
+    elif sum_VC.is_cuda and is_real((sum_VC, a_VS, b_SC)):
+        torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
+    else:
+        sum_VC += torch.mm(a_VS, b_SC, out_dtype=torch.float32)
 
 
 def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidden, want_weight):
