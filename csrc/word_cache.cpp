@@ -4,6 +4,7 @@
 #include <new>
 
 #if defined(__linux__)
+#include <sched.h>
 #include <sys/mman.h>
 #endif
 
@@ -35,6 +36,11 @@ void release(void* memory, size_t size) {
     if (size < kHuge) std::free(memory);
     else munmap(memory, size);
 }
+
+unsigned core() {
+    int number = sched_getcpu();
+    return number < 0 ? 0 : static_cast<unsigned>(number);
+}
 #else
 void* allocate_zeroed(size_t size) {
 #if defined(_WIN32)
@@ -53,6 +59,8 @@ void release(void* memory, size_t) {
     std::free(memory);
 #endif
 }
+
+unsigned core() { return 0; }
 #endif
 
 template <class Id>

@@ -24,6 +24,9 @@ namespace warploom {
 void* allocate_zeroed(size_t size);
 void release(void* memory, size_t size);
 
+// The number of the core this thread runs on; 0 where the system does not say.
+unsigned core();
+
 // Id: uint16_t for vocabularies of up to 65536 tokens, else uint32_t.
 template <class Id>
 class WordCache {
@@ -121,7 +124,8 @@ private:
 extern template class WordCache<uint16_t>;
 extern template class WordCache<uint32_t>;
 
-// Lends caches: each is used by one thread at a time and stays warm between calls. Lock-free, so that a process may
+// Lends caches: each is used by one thread at a time and stays warm between calls. A thread gets the one that its core
+// used last, if it can, since that core's own memory still holds the words seen most. Lock-free, so that a process may
 // fork at any moment; a child that finds a slot lost to a parent's thread just makes a new cache.
 template <class Cache>
 class CachePool {
@@ -130,15 +134,17 @@ public:
         for (auto& slot : slots_) delete slot.load();
     }
     std::unique_ptr<Cache> take() {
-        for (auto& slot : slots_)
+        for (size_t i = 0, here = core(); i < kSlots; ++i) {
+            std::atomic<Cache*>& slot = slots_[(here + i) % kSlots];
             if (slot.load(std::memory_order_relaxed))
                 if (Cache* cache = slot.exchange(nullptr)) return std::unique_ptr<Cache>(cache);
+        }
         return std::make_unique<Cache>();
     }
     void give_back(std::unique_ptr<Cache> cache) {
-        for (auto& slot : slots_) {
+        for (size_t i = 0, here = core(); i < kSlots; ++i) {
             Cache* none = nullptr;
-            if (slot.compare_exchange_strong(none, cache.get())) {
+            if (slots_[(here + i) % kSlots].compare_exchange_strong(none, cache.get())) {
                 cache.release();
                 return;
             }
@@ -146,7 +152,8 @@ public:
     }
 
 private:
-    std::atomic<Cache*> slots_[16] = {};
+    static constexpr size_t kSlots = 16;
+    std::atomic<Cache*> slots_[kSlots] = {};
 };
 
 }  // namespace warploom
