@@ -33,8 +33,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 @triton.jit(do_not_specialize=["M"])
 def _product_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
-    BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. Tiles of the same features come one after the other, to find W in the cache."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -46,14 +47,16 @@ def _product_kernel(
         w_mask, x_mask = (f < F)[:, None] & inside[None, :], (m < M)[None, :] & inside[:, None]
         w = tl.load(weight_ptr + f[:, None] * weight_row + c[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=x_mask, other=0.0)
-        total = tl.dot(w, x, total, input_precision="ieee")
+        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+    if SCALED:
+        total *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[:, None]
     if BIAS:
         total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     y = tl.trans(total).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m[:, None] * F + f[None, :], y, mask=(m < M)[:, None] & (f < F)[None, :])
 
 
-def _tile(x: torch.Tensor, M: int) -> dict:
+def _tile(name: str, x: torch.Tensor, M: int) -> dict:
     """ROWS of x and BLOCK_F features a tile, BLOCK_C channels at a time, by how many rows there are."""
     arch = architecture(x.device)
     size, rows = ("few", 16) if M <= 16 else ("some", 64) if M <= 256 else ("many", 256 if arch >= 90 else 128)
@@ -70,25 +73,33 @@ def _tile(x: torch.Tensor, M: int) -> dict:
             "num_warps": 4,
             "num_stages": 4 if arch >= 90 else 3,
         }
-    return {"ROWS": rows, **tuned("linear", x.device, f"{size} {str(x.dtype)[6:]}", default)}
+    return {"ROWS": rows, **tuned(name, x.device, f"{size} {str(x.dtype)[6:]}", default)}
 
 
 def _even(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@launcher
-def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(
+    name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x · weightᵀ · scale + bias, with the launch settings of the op of that name."""
     x_MC, weight = _even(as_rows(x)), _even(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
-    tile = _tile(x, M)
+    tile = _tile(name, x, M)
     launch(
         _product_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
-        x_MC, weight, x if bias is None else bias, y, M, F, C, x_MC.stride(0), weight.stride(0),
-        BIAS=bias is not None, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
+        x_MC, weight, x if scale is None else scale, x if bias is None else bias, y,
+        M, F, C, x_MC.stride(0), weight.stride(0),
+        SCALED=scale is not None, BIAS=bias is not None, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
     )  # fmt: skip
     return y
+
+
+@launcher
+def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product("linear", x, weight, None, bias)
 
 
 def _save(ctx, inputs, output):
