@@ -109,7 +109,8 @@ class Runner:
         row = admission.row
         self.rows[row] = admission
         self.settings.admit(row, admission.params, admission.seed)
-        self.tokens[row, : len(admission.tokens)] = self._to_device(np.array(admission.tokens, dtype=np.int32))
+        (tokens,) = self._to_device(np.array(admission.tokens, dtype=np.int32))
+        self.tokens[row, : len(tokens)] = tokens
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """The hidden states of all chunks' tokens, end to end."""
@@ -119,16 +120,15 @@ class Runner:
         tokens, positions = np.zeros(padded, dtype=np.int64), np.zeros(padded, dtype=np.int64)
         tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
         positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
-        row_T = np.repeat(rows, counts)
-        tokens_T, positions_T = self._to_device(tokens), self._to_device(positions)
-        where = self._to_device(row_T), positions_T[:T]
+        layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
+        tokens_T, row_T, *step = self._to_device(tokens, np.repeat(rows, counts), *layout.arrays())
+        where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self.tokens[where] = tokens_T[:T].int()
-        layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
         if self.graphs is not None and padded == len(chunks):
-            return self.graphs(tokens_T, positions_T, layout)
-        return self.model.hidden(tokens_T[None], positions_T[None], self.store.attend(layout))[0]
+            return self.graphs(tokens_T, step)
+        return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
@@ -140,9 +140,8 @@ class Runner:
         if not places:
             return flight
         rows = [chunk.row for chunk, _, _ in places]
-        index_R = self._to_device(np.array(rows))
         positions = np.array([chunk.start + len(chunk.tokens) + 1 + i for chunk, _, i in places])
-        positions_R = self._to_device(positions)
+        index_R, positions_R = self._to_device(np.array(rows), positions)
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
         changed_RV = self._change(logits_RV, rows, positions)
         sampled_R = self.settings.choose(changed_RV, rows, index_R, positions_R)
@@ -159,7 +158,7 @@ class Runner:
         if self.device.type == "cpu" and hidden_TC.dtype == torch.float32:
             hidden_RC = torch.from_numpy(hidden_TC.numpy()[padded])  # torch would wake all its threads for it
         else:
-            hidden_RC = hidden_TC[self._to_device(padded)]
+            hidden_RC = hidden_TC[self._to_device(padded)[0]]
         return self.head(hidden_RC)[: len(places)].float()
 
     def _change(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
@@ -175,7 +174,7 @@ class Runner:
         if penalized:
             mine, params = [rows[r] for r in penalized], [self.settings.params[rows[r]] for r in penalized]
             lengths, prompts = positions[penalized], [self.rows[row].prompt_length for row in mine]
-            past, index = self.tokens[:, : lengths.max()], self._to_device(np.array(penalized))
+            past, (index,) = self.tokens[:, : lengths.max()], self._to_device(np.array(penalized))
             logits_RV[index] = penalize(logits_RV[index], params, past, mine, prompts, lengths)
         for r in changed:
             row, admission = rows[r], self.rows[rows[r]]
@@ -207,8 +206,8 @@ class Runner:
     def _steady_rows(self) -> int:
         return steady_rows(self.model.embedding.weight.dtype) if self.device.type == "cpu" else 1
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return to_device(array, self.device)
+    def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
+        return to_device(arrays, self.device)
 
 
 @cache

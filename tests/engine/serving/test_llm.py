@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.fused import SteadyLinear, fused_model
 from warploom.engine.serving.graphs import DecodeGraphs
-from warploom.engine.serving.store import HAS_NATIVE
+from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy
 
 VOCABULARY = 97
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
@@ -191,6 +192,14 @@ def test_the_model_of_a_gpu_in_padded_fixed_buffers_says_the_same_tokens(tiny_mo
     runner.graphs = DecodeGraphs(runner.model, runner.store, 5, runner.table.shape[1], record)
     assert ids(llm.generate(prompts, GREEDY)) == expected
     assert len(recorded) == len(runner.graphs.replays) >= 2, "one recording a size"
+
+
+def test_arrays_that_travel_in_one_parcel_arrive_as_they_were():
+    numbers = np.random.default_rng(0)
+    shapes = [((3,), np.int64), ((5, 7), np.int32), ((0,), np.int64), ((1,), np.float32), ((2, 3), np.int64)]
+    sent = [numbers.integers(-9, 9, shape).astype(kind) for shape, kind in shapes]
+    arrived = _in_one_copy([torch.from_numpy(array) for array in sent], torch.device("cpu"))
+    assert all(np.array_equal(a, b.numpy()) and a.dtype == b.numpy().dtype for a, b in zip(sent, arrived, strict=True))
 
 
 ALL_SHAPES = [("llama", {}), ("llama", {"sliding_window": 9, "logit_softcap": 6.0, "attention_softcap": 4.0}),
