@@ -65,10 +65,15 @@ class LLM:
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
-        if speculate < 0 or draft_tokens < 1:
-            raise ValueError(f"speculate must be at least 0 and draft_tokens 1, got {speculate} and {draft_tokens}")
-        if tensor_parallel < 1 or (tensor_parallel > 1 and quantize is not None):
-            raise ValueError(f"tensor_parallel must be at least 1, and 1 with quantize, got {tensor_parallel}")
+        counts = {"max_batch": max_batch, "page_size": page_size, "step_tokens": step_tokens}
+        counts |= {"max_context": max_context, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if speculate < 0:
+            raise ValueError(f"speculate must be at least 0, got {speculate}")
+        if tensor_parallel > 1 and quantize is not None:
+            raise ValueError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if speculate and draft is not None:
             raise ValueError("speculate and draft are two ways to guess ahead: give one of them")
         self._source = model

@@ -5,9 +5,12 @@ overhead. `serving_model` gives a twin of the model that is one C++ call from to
 is another, with weights packed in the order in which they are read. A product there gives a row the same bits in any
 batch.
 
-In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A block
-with experts is no single call: its products are, and each expert's. Without the extension, or on a GPU, the model
-serves as it is, and 8-bit layers are `kernels.int8_linear`.
+In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns: products
+of whole numbers are four times as many an instruction. What that costs, for a model of 6M parameters trained on code
+and for code it had not seen: log-probabilities move by 0.011 (root mean square; rounding the weights alone moves them
+by 0.008, bfloat16 by 0.003) and perplexity by less than 0.01 %. A block with experts is no single call: its products
+are, and each expert's. Without the extension, or on a GPU, the model serves as it is, and 8-bit layers are
+`kernels.int8_linear`.
 """
 
 import torch

@@ -147,6 +147,8 @@ def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokeniz
         scheduler = llm.engine.scheduler
         assert bool(scheduler.preemptions) == bool(limits) and 0 < scheduler.drafts_right <= scheduler.drafted
         assert guesser != "itself" or scheduler.drafts_right == scheduler.drafted, "it draws with the same noise"
+        metrics = [choice.metrics for output in llm.generate(prompts, params) for choice in output.choices]
+        assert 0 < sum(each.drafts_right for each in metrics) <= sum(each.drafted for each in metrics)
 
 
 def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):

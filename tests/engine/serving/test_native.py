@@ -85,6 +85,22 @@ def test_a_quantized_model_says_nearly_the_same_and_leaves_the_original_alone(ti
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+def test_rounding_activations_too_at_most_doubles_the_error_of_rounding_the_weights(tiny_model, shape):
+    """Against weights that are rounded the same way and meet activations in full."""
+    model, rounded = (tiny_model(shape, vocab_size=500, tie_embeddings=False) for _ in range(2))
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2 and (name.startswith("blocks") or name == "head.weight"):
+                numbers, scale = kernels.quantize_int8(weight)
+                weight.copy_(numbers * scale[:, None])
+    text = [i * i % 487 for i in range(250)]
+    exact, weights, both = (
+        torch.tensor(llm.score(text)) for llm in (LLM(model), LLM(rounded), LLM(model, quantize="int8"))
+    )
+    assert 0 < (both - exact).norm() < 2 * (weights - exact).norm()
+
+
 def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):
     model = tiny_model(dtype=torch.bfloat16)
     prompts = [[(i * j + j) % 97 for j in range(1, 5 + 3 * i)] for i in range(12)]
