@@ -39,8 +39,8 @@ class LLM:
     `quantize="int8"` keeps weights in 8 bits. `step_tokens` bounds the tokens of one step. `speculate` is how many
     tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses `draft_tokens`
     ahead: either changes the speed, not the output. `tensor_parallel` spreads the model over that many processes, each
-    with a GPU of its own where there are GPUs; `close` ends them. `batch_invariant=False` lets a GPU's own library
-    multiply: what a request gets may then depend, in the last bits, on its company.
+    with a GPU of its own where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply
+    as it likes: what a request gets may then depend, in the last bits, on its company.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class LLMOptions:
     tensor_parallel: int = 1
     """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
     batch_invariant: bool = True
-    """A request's tokens do not depend on its company; False lets a GPU's own library multiply."""
+    """A request's tokens do not depend on its company; False lets PyTorch multiply as it likes."""
     prefix_cache: bool = True
     """Reuse what is already computed of a prompt's beginning."""
 

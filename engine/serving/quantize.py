@@ -132,11 +132,13 @@ def serving_model(
     """The model as it is served, and its head; what need not change is shared with the original.
 
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
-    `batch_invariant`, a GPU's products are the library's.
+    `batch_invariant`, products of 16 bits and more are PyTorch's.
     """
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
         return fused_model(model, make), Head(model, make and make(model.head_weight, None))
+    if not batch_invariant and quantize is None:
+        return model, Head(model)
     dtype = model.embedding.weight.dtype
     form = quantize or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None

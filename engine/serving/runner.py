@@ -50,7 +50,9 @@ class Runner:
 
     alive = True
 
-    def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head):
+    def __init__(
+        self, model, store: PageStore, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
+    ):
         self.model, self.store = model, store
         self.head = head
         self.device = model.device
@@ -61,8 +63,10 @@ class Runner:
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
         )
-        self.least_tokens = self._steady_rows() if by_torch else 1
-        self.least_samples = self._steady_rows() if head.needs_padding else 1
+        padded = batch_invariant and self.device.type == "cpu"
+        least = steady_rows(model.embedding.weight.dtype) if padded else 1
+        self.least_tokens = least if by_torch else 1
+        self.least_samples = least if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and type(model) is Transformer:
@@ -202,9 +206,6 @@ class Runner:
             logits = self._logits(hidden_TC, np.arange(first, first + count))
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
             flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
-
-    def _steady_rows(self) -> int:
-        return steady_rows(self.model.embedding.weight.dtype) if self.device.type == "cpu" else 1
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)

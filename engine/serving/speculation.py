@@ -92,7 +92,8 @@ def make_runner(
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
         store = PageStore(ours, pages, page_size, model.embedding.weight.dtype, model.device)
         served, head = serving_model(model, quantize, own, batch_invariant)
-        runners.append(Runner(served, store, max_batch=max_batch, context=context, head=head))
+        sizes = {"max_batch": max_batch, "context": context}
+        runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant))
     return DraftRunner(*runners) if len(runners) > 1 else runners[0]
 
 
