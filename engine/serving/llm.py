@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ...tokenizer.chat import encode_chat
-from ..device import DTYPES, memory_bytes, pick_device
+from ..device import DTYPES, free_bytes, pick_device
 from ..hub import load_model
 from ..model import Transformer
 from .beam import beam_search
@@ -85,7 +85,14 @@ class LLM:
         sources = [model] if draft is None else [model, draft]
         models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
         cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
-        pages = _count_pages(cost, page_size, where, kv_memory, max_batch, self.max_context)
+        step_tokens = max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch)
+        enough = max_batch * -(-self.max_context // page_size)
+        if kv_memory is None:
+            pages = max(1, min(enough, _memory_for_pages(self.model, step_tokens, max_batch) // cost))
+        elif kv_memory < cost:
+            raise ValueError(f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes")
+        else:
+            pages = min(enough, kv_memory // cost)
 
         options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
         options |= {"max_batch": max_batch, "context": self.max_context}
@@ -101,7 +108,7 @@ class LLM:
         scheduler = Scheduler(
             PagePool(pages, page_size, prefix_cache),
             max_batch=max_batch,
-            step_tokens=max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch),
+            step_tokens=step_tokens,
             context=self.max_context,
             depth=2 if where.type == "cuda" and guess is None else 1,
             draft=guess,
@@ -221,15 +228,26 @@ def _same_tokens(ours, theirs) -> bool:
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 
-def _count_pages(cost, page_size, device, kv_memory, max_batch, context) -> int:
-    """As many pages of that many bytes as memory allows, and no more than a full batch could fill."""
-    enough = max_batch * -(-context // page_size)
-    if kv_memory is None:
-        free = torch.cuda.mem_get_info(device)[0] * 0.85 if device.type == "cuda" else memory_bytes(device) / 4
-        return max(1, min(enough, int(free // cost)))
-    if kv_memory < cost:
-        raise ValueError(f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes")
-    return min(enough, kv_memory // cost)
+def _memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
+    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
+    device = model.device
+    free = free_bytes(device)
+    if device.type != "cuda":
+        return free // 2
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    largest_step(model, step_tokens, max_batch)
+    needed = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return max(0, free - needed - free // 10)  # the rest is for what is recorded, compiled and cut in pieces
+
+
+@torch.inference_mode()
+def largest_step(model: Transformer, step_tokens: int, max_batch: int) -> None:
+    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
+    tokens = torch.zeros(1, step_tokens, dtype=torch.int64, device=model.device)
+    hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
+    torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)
 
 
 def _is_prompt(prompts) -> bool:

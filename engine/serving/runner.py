@@ -32,6 +32,9 @@ from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device, to_host
 
+SCORED = 256
+"""Tokens of a prompt whose logits are held at a time: those of a whole step could be gigabytes."""
+
 
 @dataclass(slots=True)
 class Flight:
@@ -41,8 +44,8 @@ class Flight:
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
     foreseen: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
-    logprobs: dict[int, Logprobs]  # by chunk
-    prompt_logprobs: dict[int, Logprobs]
+    logprobs: dict[int, list[Logprobs]]  # by chunk
+    prompt_logprobs: dict[int, list[Logprobs]]
 
 
 class Runner:
@@ -105,8 +108,10 @@ class Runner:
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
-            reports = (kind.get(index) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(ChunkResult(tokens, *(report.read() if report else () for report in reports)))
+            reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
+            results.append(
+                ChunkResult(tokens, *(tuple(one for part in parts for one in part.read()) for parts in reports))
+            )
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
@@ -194,7 +199,7 @@ class Runner:
             top = self.settings.params[chunk.row].logprobs
             if chunk.sampled and top is not None:
                 rows = slice(span.start, span.stop)
-                flight.logprobs[index] = Logprobs(logits_RV[rows], sampled_R[rows], top)
+                flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
 
     def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
@@ -203,9 +208,11 @@ class Runner:
             if top is None or count <= 0:
                 continue
             first = int(end) - len(chunk.tokens)
-            logits = self._logits(hidden_TC, np.arange(first, first + count))
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
-            flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
+            flight.prompt_logprobs[index] = [
+                Logprobs(self._logits(hidden_TC, first + part), targets[part], top)
+                for part in np.split(np.arange(count), range(SCORED, count, SCORED))
+            ]
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)

@@ -17,6 +17,7 @@ from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.fused import SteadyLinear, fused_model
 from warploom.engine.serving.graphs import DecodeGraphs
+from warploom.engine.serving.llm import largest_step
 from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy
 
 VOCABULARY = 97
@@ -194,6 +195,18 @@ def test_the_model_of_a_gpu_in_padded_fixed_buffers_says_the_same_tokens(tiny_mo
     runner.graphs = DecodeGraphs(runner.model, runner.store, 5, runner.table.shape[1], record)
     assert ids(llm.generate(prompts, GREEDY)) == expected
     assert len(recorded) == len(runner.graphs.replays) >= 2, "one recording a size"
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_the_step_that_memory_is_measured_by_needs_no_cache(tiny_model, shape):
+    largest_step(tiny_model(shape), 40, 3)
+
+
+def test_a_prompt_scored_in_pieces_gets_the_same_bits(model, monkeypatch):
+    (prompt,) = prompts_of([50])
+    whole = LLM(model).score(prompt)
+    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 7)
+    assert LLM(model, step_tokens=20, max_batch=2).score(prompt) == whole
 
 
 def test_arrays_that_travel_in_one_parcel_arrive_as_they_were():
