@@ -74,7 +74,7 @@ def int8_linear_forward(
     y = torch.empty(*x.shape[:-1], F_, dtype=x.dtype, device=x.device)
     default = {
         "BLOCK_F": 64 if F_ >= 8192 else 32,
-        "BLOCK_C": min(128, max(32, next_power_of_2(C))),
+        "BLOCK_C": 32 if x.dtype == torch.float32 else min(128, max(32, next_power_of_2(C))),
         "num_warps": 4,
         "num_stages": 4,
     }
