@@ -44,7 +44,8 @@ def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain
     plain = plain and next_power_of_2(D) == D
     arch = architecture(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
-        M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
+        side = 32 if D <= 64 else 16
+        M, N, warps, stages = side, side, 8, 1 if D > 128 else 2
     else:
         family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
         tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))

@@ -24,13 +24,16 @@ LARGE = 128
 """Assignments per expert from which tiles of 128 rows pay; below, 64. Both use the same instructions: the same bits."""
 
 
-def _tile(kernel: str, x: torch.Tensor, assignments: int, experts: int) -> dict:
-    """Tiles of the grouped products: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum."""
+def _tile(kernel: str, x: torch.Tensor, assignments: int, w: torch.Tensor) -> dict:
+    """Tiles of the grouped products: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum.
+
+    Rows of odd widths are read a number at a time, each by an address of its own in two registers: small tiles."""
     arch = architecture(x.device)
-    large = assignments >= LARGE * experts
+    large = assignments >= LARGE * len(w)
+    odd = any(width % 16 for width in w.shape[1:])
     if arch == 0:
         M, N, K, warps, stages = 16, 16, 16, 4, 1
-    elif x.dtype == torch.float32:
+    elif x.dtype == torch.float32 or odd:
         M, N, K, warps, stages = 64, 32, 32, 8, 2
     else:
         M, N, K = 128 if large else 64, 128, 64
@@ -38,7 +41,7 @@ def _tile(kernel: str, x: torch.Tensor, assignments: int, experts: int) -> dict:
             N = 64  # two products, or an epilogue of five tables: at 128 columns they spill
         warps, stages = 8 if large else 4, 3 if arch >= 90 else 2
     sizes = {"BLOCK_N": N, "BLOCK_K": K, "num_warps": warps, "num_stages": stages}
-    key = f"{'large' if large else 'small'} {str(x.dtype)[6:]}"
+    key = f"{'odd' if odd else 'large' if large else 'small'} {str(x.dtype)[6:]}"
     return {"BLOCK_M": M, **tuned(kernel, x.device, key, sizes)}
 
 
@@ -75,7 +78,7 @@ def moe_forward(
 
     gate_up = torch.empty(A if save else 0, 2 * F, dtype=x.dtype, device=x.device)
     h_AF = torch.empty(A, F, dtype=x.dtype, device=x.device)
-    tile = _tile("moe_gate", x, A, E)
+    tile = _tile("moe_gate", x, A, w_down)
     columns = cdiv(F, tile["BLOCK_N"])
     launch(
         moe_gate_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
@@ -119,7 +122,7 @@ def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):
     A, K = a_AK.shape
     E = w.shape[0]
     out = torch.empty(A, N, dtype=a_AK.dtype, device=a_AK.device)
-    tile = _tile(name, a_AK, A, E)
+    tile = _tile(name, a_AK, A, w)
     columns = cdiv(N, tile["BLOCK_N"])
     launch(
         moe_rows_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
@@ -165,7 +168,7 @@ def moe_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (T, C), (E, _, F), A, top_k = x.shape, w_down.shape, order_A.shape[0], weights_TK.shape[1]
     block_e = max(16, next_power_of_2(E))
-    tile = _tile("moe_gate_backward", x, A, E)
+    tile = _tile("moe_gate_backward", x, A, w_down)
     columns = cdiv(F, tile["BLOCK_N"])
     dgate_up = torch.empty_like(gate_up)
     weighted_AF = torch.empty(A, F, dtype=x.dtype, device=x.device)
@@ -202,7 +205,7 @@ def _weights_product(p, q, w, order_A, offsets_E, top_k, gather_p):
     """The gradient of W (E, N, M): for each expert pᵀ · q, where one of the two is by token and gathered."""
     E, N, M = w.shape
     dw = torch.empty(E, N, M, dtype=w.dtype, device=w.device)
-    tile = _tile("moe_weights", q, LARGE * E, E)
+    tile = _tile("moe_weights", q, LARGE * E, w)
     tile = {**tile, "BLOCK_M": tile["BLOCK_N"]}
     columns = cdiv(M, tile["BLOCK_M"])
     launch(

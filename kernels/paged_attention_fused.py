@@ -198,7 +198,8 @@ def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     if arch == 0 or dtype == torch.float32:
         chunk, block, stages = 16, 32, 1
     else:
-        chunk, block, stages = 64, 64 if (128 if arch >= 90 else 64) >= D else 32, 3
+        narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
+        chunk, block, stages = 64, 32 if narrow else 64, 3
     default = {"CHUNK_M": max(chunk, rows), "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
     return {"DECODE_M": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
 

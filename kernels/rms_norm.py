@@ -212,11 +212,13 @@ def _weight_wide_kernel(
 
 
 def _tile(D: int, width: int) -> dict:
-    """Rows and columns of a tile and its warps. By width alone: a row's result must not depend on its neighbors."""
+    """Rows and columns of a tile and its warps. By width alone: a row's result must not depend on its neighbors.
+
+    Rows of odd widths are read a number at a time, each by an address of its own in two registers: fewer of them."""
     if width < D:
         return {"BLOCK": PIECE, "num_warps": 8}
     block = next_power_of_2(D)
-    rows = max(1, min(32, 2048 // block))
+    rows = max(1, min(32, (512 if D % 16 else 2048) // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, min(16, rows * block // 512))}
 
 
