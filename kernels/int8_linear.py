@@ -127,7 +127,10 @@ int8_linear = Op(
         Case("1x4096x14336", lambda m: _batch(m, 1, 4096, 14336), bench=True),
         Case("16x4096x14336", lambda m: _batch(m, 16, 4096, 14336), bench=True),
     ],
-    traffic=lambda x, weight, scale, bias=None: (weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight), 0),
+    traffic=lambda x, weight, scale, bias=None: (
+        weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight),
+        weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight),
+    ),
     budget=Budget(registers=168, vector=True),
     flops=lambda x, weight, scale, bias=None: (2 * x.numel() * len(weight), 2 * x.numel() * len(weight)),
 )

@@ -167,6 +167,9 @@ moe = Op(
     budget={
         f"moe_{name}_kernel": Budget(wgmma=True, vector=True) for name in ("gate", "rows", "gate_backward", "weights")
     },
-    traffic=lambda x, logits, up, down, k, **_: (2 * x.nbytes + up.nbytes + down.nbytes, 0),
+    traffic=lambda x, logits, up, down, k, **_: (
+        2 * x.nbytes + up.nbytes + down.nbytes,
+        3 * x.nbytes + 2 * (up.nbytes + down.nbytes),
+    ),
     flops=lambda *args, **_: (_flops(*args), 2 * _flops(*args)),
 )
