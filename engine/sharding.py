@@ -22,8 +22,7 @@ and sums always have the same order.
 `shard(model, tp, ep)` puts all of this into a `Transformer` from outside. Everything else holds for the result: it
 makes `hidden` states with any `attend` (which sees this process's heads), whole `logits`, and `losses`.
 
-B batch, T time, C width of the stream, N rows, S rows of a slab, V vocabulary of this process, E experts, A visits of
-tokens to experts, K experts a token visits, R processes.
+B batch, T time, C width of the stream, N rows, S rows of a slab, V vocabulary of this process, E experts, R processes.
 """
 
 from __future__ import annotations
@@ -207,26 +206,16 @@ class ExpertParallelMoE(Part, MoE):
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x_TC = self.config, x_BTC.flatten(0, -2)
-        normalize = c.normalize_experts and c.experts_per_token > 1
-        weights_TK, experts_TK, aux = route(self.router(x_TC), c.experts_per_token, c.router, normalize)
-        everyone = (gather(spread(x_TC, self.tp), self.group), gather(spread(weights_TK, self.tp), self.group))
-        y_TC = self._answers(*everyone, concatenate(experts_TK, self.group))
+        logits_TE = self.router(x_TC)
+        options = {"score": c.router, "normalize": c.normalize_experts and c.experts_per_token > 1}
+        _, _, aux = route(logits_TE, c.experts_per_token, *options.values())
+        everyone = (gather(spread(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
+        y_TC, _ = kernels.moe(
+            *everyone, self.w_gate_up, self.w_down, c.experts_per_token,
+            first=self.first, activation=_activation(c), **options,
+        )  # fmt: skip
         y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
-
-    def _answers(self, x_TC: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """What this process's experts say to the tokens that chose them: each visit is a row sure of its expert."""
-        T, K = experts_TK.shape
-        expert_A = experts_TK.flatten() - self.first
-        visits = ((expert_A >= 0) & (expert_A < len(self.w_down))).nonzero()[:, 0]
-        if not len(visits):  # nothing to say; yet the backward pass must come by, since all processes take part in it
-            return x_TC * 0 + (weights_TK.sum() + self.w_gate_up[0, 0, 0] + self.w_down[0, 0, 0]) * 0
-        sure_AE = F.one_hot(expert_A[visits], len(self.w_down)).to(weights_TK.dtype) * 100
-        y_AC, _ = kernels.moe(
-            x_TC[visits // K], sure_AE, self.w_gate_up, self.w_down, 1, activation=_activation(self.config)
-        )
-        y_TKC = y_AC.new_zeros(T * K, y_AC.shape[-1]).index_copy(0, visits, y_AC).view(T, K, -1)
-        return (y_TKC.to(weights_TK.dtype) * weights_TK.unsqueeze(-1)).sum(1).to(x_TC.dtype)
 
 
 def _activation(config: ModelConfig) -> str:

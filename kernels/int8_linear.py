@@ -87,7 +87,10 @@ int8_linear = Op(
         Case("64x4096x14336", lambda m: _batch(m, 64, 4096, 14336), bench=True),
         Case("4096x4096x4096", lambda m: _batch(m, 4096, 4096, 4096), bench=True),
     ],
-    traffic=lambda x, weight, scale, bias=None: (weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight), 0),
+    traffic=lambda x, weight, scale, bias=None: (
+        weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight),
+        weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight),
+    ),
     budget=Budget(registers=255, vector=True, wgmma=True),
     flops=lambda x, weight, scale, bias=None: (2 * x.numel() * len(weight), 2 * x.numel() * len(weight)),
 )

@@ -142,7 +142,8 @@ def _slab(logits_SV, targets_S, options, scale_S):
 @triton.jit
 def _slab_kernel(
     x_ptr, target_ptr, loss_ptr, upstream_ptr, V, x_row, upstream_stride, ignore_index,
-    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and then, over the logits themselves, their gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -157,11 +158,11 @@ def _slab_kernel(
     else:
         picked = tl.load(row_ptr + target)
         tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
-        lse, total = row_statistics(row_ptr, 1, V, SMOOTHING, CAP, BLOCK)
+        lse, total = row_statistics(row_ptr, 1, V, SMOOTHING, CAP, BLOCK, STAGES)
         tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
         if GRADIENT:
             upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
-            row_gradient(row_ptr, row_ptr, 1, 1, V, target, lse, upstream, SMOOTHING, Z, CAP, BLOCK)
+            row_gradient(row_ptr, row_ptr, 1, 1, V, target, lse, upstream, SMOOTHING, Z, CAP, BLOCK, STAGES)
 
 
 def gpu_rows_per_slab(V: int) -> int:

@@ -35,13 +35,14 @@ def launches(op):
     return seen
 
 
+DEVICE = "cuda:0" if torch.version.cuda else "meta"
+
+
 def trace(operator, args):
     """What a compiler sees of a call."""
 
     def on_gpu(x):
-        return torch.empty_strided(
-            x.shape, x.stride(), dtype=x.dtype, device="cuda:0" if torch.version.cuda else "meta"
-        )
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
 
     def run(*given):
         given = iter(given)
