@@ -1,11 +1,8 @@
 #include "encoder.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
-#include <exception>
-#include <future>
-#include <system_error>
+#include <stdexcept>
 
 #include "kernels.hpp"
 
@@ -14,54 +11,6 @@ namespace warploom {
 namespace {
 
 constexpr size_t kPiecesAtOnce = 1024, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
-constexpr auto kBetweenCheckpoints = std::chrono::milliseconds(50);
-
-using Checkpoint = std::function<void()>;
-
-// Calls work(pause) on several threads (fewer if the system has no more), this one among them. Work calls `pause` now and
-// then; here it calls `checkpoint` every 50 ms. Where that or any work throws, the pauses of all others end their work.
-void in_parallel(unsigned threads, const Checkpoint& checkpoint, const std::function<void(const Checkpoint&)>& work) {
-    struct Stopped {};
-    std::atomic<bool> stopped{false};
-    const Checkpoint follow = [&] {
-        if (stopped) throw Stopped();
-    };
-    auto due = std::chrono::steady_clock::now() + kBetweenCheckpoints;
-    const Checkpoint lead = [&] {
-        follow();
-        if (std::chrono::steady_clock::now() < due) return;
-        checkpoint();
-        due = std::chrono::steady_clock::now() + kBetweenCheckpoints;
-    };
-    auto attempt = [&](const Checkpoint& pause) {
-        try {
-            work(pause);
-        } catch (...) {
-            stopped = true;
-            throw;
-        }
-    };
-    std::vector<std::future<void>> others;  // they wait for their threads before they vanish
-    try {
-        while (others.size() + 1 < threads) others.push_back(std::async(std::launch::async, attempt, std::cref(follow)));
-    } catch (const std::system_error&) {
-    }
-    try {
-        attempt(lead);
-        for (auto& other : others)
-            while (other.wait_for(kBetweenCheckpoints) == std::future_status::timeout) checkpoint();
-    } catch (const Stopped&) {
-    } catch (...) {
-        stopped = true;
-        throw;
-    }
-    for (auto& other : others) {
-        try {
-            other.get();
-        } catch (const Stopped&) {
-        }
-    }
-}
 
 }  // namespace
 
@@ -155,16 +104,12 @@ Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair
     for (const auto& [token, id] : whole_words) whole_words_.add(token, id);
     if (!divides_) return;
     constexpr size_t kMost = 100'000;  // of a larger vocabulary the first, which are the most frequent
-    size_t known = 0;
-    born_with_ = std::make_unique<Cache>();
-    born_with_->expect(16 << 20, nullptr);  // a large text brings words of its own: their room now spares moving later
-    merges_.each_whole([&](const std::string& token, TokenId token_id) {
-        if (token.size() > kKeyBytes || known == kMost) return;
-        Id id = static_cast<Id>(token_id);
-        born_with_->insert(reinterpret_cast<const uint8_t*>(token.data()), token.size(), &id, 1);
-        ++known;
+    merges_.each_whole([&](const std::string& token, TokenId id) {
+        if (token.size() > kKeyBytes || tokens_.ids.size() == kMost) return;
+        tokens_.keys.push_back(copy_key(reinterpret_cast<const uint8_t*>(token.data()), token.size()));
+        tokens_.ids.push_back(static_cast<Id>(id));
     });
-    if (known < kMost / 10) born_with_.reset();  // too few to be worth it
+    if (tokens_.ids.size() < kMost / 10) tokens_ = {};  // too few to be worth it
 }
 
 // A word that is not at home in the cache; `end` is where the text ends.
@@ -287,7 +232,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     in_parallel(threads, checkpoint, [&](const Checkpoint& pause) {
         std::unique_ptr<Cache> cache = caches_.take();
         cache->scratch.checkpoint = &pause;
-        cache->expect(total / threads, born_with_.get());
+        cache->expect(total / threads, tokens_);
         for (size_t i; (i = next++) < tasks.size(); pause()) {
             Task task = std::move(tasks[i]);  // of this thread's own: threads that write side by side hinder each other
             IdBuffer<Id>& out = threads == 1 ? ids : task.ids;

@@ -4,17 +4,16 @@
 // first cut where no token reaches across, then merged, then remembered.
 //
 // A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
-// short texts are grouped into segments. Threads are started per call and joined before it returns, so nothing of this
-// survives into a forked child.
+// short texts are grouped into segments.
 #pragma once
 
 #include <cstdlib>
-#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "parallel.hpp"
 #include "splitter.hpp"
 #include "vocabulary.hpp"
 #include "word_cache.hpp"
@@ -114,9 +113,6 @@ public:
     // whole_words: pieces that are looked up before merging (empty for most vocabularies).
     Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words);
 
-    // Called now and then on the calling thread; throws to stop the work.
-    using Checkpoint = std::function<void()>;
-
     // Ids of many texts, one after another, and the number of ids up to each text's end.
     void encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
                 std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const;
@@ -138,9 +134,9 @@ private:
 
     Merges merges_;
     Pattern pattern_;
-    bool divides_;           // whether words may be cut where no token reaches across
+    bool divides_;            // whether words may be cut where no token reaches across
     Vocabulary whole_words_;  // pieces that are looked up before merging
-    std::unique_ptr<Cache> born_with_;  // what caches for large texts know from the beginning
+    KnownWords<Id> tokens_;   // what caches for large texts know from the beginning
     mutable CachePool<Cache> caches_;
 };
 
