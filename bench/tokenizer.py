@@ -25,7 +25,7 @@ from ..tokenizer import PATTERNS, BPETokenizer
 from . import peers
 from .harness import Machine, Part
 from .harness import Options as Common
-from .memory import PeakMemory
+from ..engine.memory import PeakMemory
 from .schema import Row
 from .timing import WallTimer
 
