@@ -2,8 +2,8 @@
 
 A step needs what does not depend on the rows of a micro-batch (gradients, moments) and what grows with them (what the
 backward pass has to keep). So a few small steps tell of all others: take 1, 2, 4, … rows, note the peaks, and draw a
-line through the last two. It bends once, where the backward pass overtakes the optimizer's step as the worst moment;
-so the steps double until the line foretells the next of them, or the next would not fit.
+line through the last two. It bends once, where the backward pass overtakes the optimizer's step as the worst moment; so
+the steps double until rows take most of the memory and the line foretells the next peak, or the next would not fit.
 
 Nothing has to be known about the architecture, the kernels or the optimizer, which takes part with gradients and a rate
 of zero. On a GPU the peak is the allocator's. On a CPU it is what the system has given the process: a third more than
@@ -60,17 +60,14 @@ def predict(run: Trainer, parts: int = 1) -> MemoryLine:
     """
     most = run.config.batch_size // run.team.readers // parts
     peaks: dict[int, int] = {}
+    line, available = MemoryLine(0, 0), -run.team.most(-available_memory(run.device))
     for rows in (2**i for i in range(most.bit_length())):
         peaks[rows] = int(run.team.most(_peak_of(run, rows, parts)))
-        if len(peaks) < 2:
-            continue
-        line = MemoryLine.through(peaks)
-        foretold = len(peaks) > 2 and abs(earlier.peak(rows) / peaks[rows] - 1) < NEAR
-        if foretold or line.peak(2 * rows) > -run.team.most(-available_memory(run.device)):
+        foretold, line = line.peak(rows), MemoryLine.through(peaks)
+        straight = line.per_row * rows > line.fixed and abs(foretold - peaks[rows]) < NEAR * peaks[rows]
+        if straight or line.peak(2 * rows) > available:
             break
-        earlier = line
-    line, copies = MemoryLine.through(peaks), _copies_of_a_save(run)
-    return MemoryLine(line.fixed + copies, line.per_row)
+    return MemoryLine(line.fixed + _copies_of_a_save(run), line.per_row)
 
 
 def _peak_of(run: Trainer, rows: int, parts: int) -> int:

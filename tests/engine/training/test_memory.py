@@ -45,7 +45,9 @@ def test_a_step_is_cut_into_as_few_micro_batches_as_fit(tiny, recorders, monkeyp
     lines = {1: MemoryLine(1000, 100), 2: MemoryLine(1200, 100)}  # in parts, gradients wait for those of the next
     monkeypatch.setattr("warploom.engine.training.memory.predict", lambda run, parts=1: lines[parts])
     for available, cuts in ((1800, 1), (1799, 2), (1600, 2), (1599, 4), (1, 8)):
-        monkeypatch.setattr("warploom.engine.training.memory.available_memory", lambda device: available / 0.9 + 1)
+        monkeypatch.setattr(
+            "warploom.engine.training.memory.available_memory", lambda _, free=available: free / 0.9 + 1
+        )
         recorder, plain = recorders(), recorders()
         settings = {"batch_size": 8, "eval_every": 0, "steps": 2, "overwrite": True}
         result = train(tiny("auto", grad_accum_steps=0, **settings), [recorder])
