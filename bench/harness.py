@@ -31,8 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from ..engine.memory import PeakMemory, release
 from . import ceilings, environment, peers
-from .memory import PeakMemory, release
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
 from .timing import Timer, WallTimer, interleave, synchronize, timer_for
 
