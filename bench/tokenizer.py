@@ -282,7 +282,7 @@ def _ours_array(work: Work) -> Callable[[], object]:
 
 
 def train(options: Options, machine: Machine, text: str) -> list[Row]:
-    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds; who takes a second or more does it once."""
+    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds; slower ones than a second, once."""
     rows = []
     corpus = text_of(options, text, 32)
     size = len(corpus.encode())
