@@ -17,17 +17,17 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..engine.memory import PeakMemory
 from ..tokenizer import PATTERNS, BPETokenizer
 from . import peers
 from .harness import Machine, Part
 from .harness import Options as Common
+from .memory import PeakMemory
 from .schema import Row
 from .timing import WallTimer
 
@@ -139,18 +139,12 @@ def compared(
     machine: Machine, case: str, builders: peers.Builders, amount: float, unit: str, same: Callable | None = None
 ) -> list[Row]:
     """Rows of a comparison, cold first calls and memory among the columns; `same` judges a result beside ours."""
-    results: dict[str, object] = {}
     calls, extra = prepared(machine, builders)
-    kept = {who: call if isinstance(call, peers.Missing) else _keep(call, results, who) for who, call in calls.items()}
-    rows = machine.compare(case, kept, amount=amount, unit=unit, extra=extra)
-    if same is None:
-        return rows
-    return [
-        replace(row, extra=row.extra | {"exact": bool(same(results[row.who], results["ours"]))})
-        if row.who in results and row.missing is None
-        else row
-        for row in rows
-    ]
+    if same is not None:
+        ours = calls["ours"]()
+        for who in extra:
+            extra[who]["exact"] = bool(same(calls[who](), ours))
+    return machine.compare(case, calls, amount=amount, unit=unit, extra=extra)
 
 
 def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contestants, dict[str, dict]]:
@@ -177,13 +171,6 @@ def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contesta
             continue
         extra[who] = {"load_seconds": loaded - begin, "first_seconds": done - begun, "peak_bytes": peak.bytes}
     return calls, extra
-
-
-def _keep(call: Callable[[], object], results: dict[str, object], who: str) -> Callable[[], None]:
-    def step() -> None:
-        results[who] = call()
-
-    return step
 
 
 def same_ids(theirs: object, ours: object) -> bool:
@@ -282,7 +269,7 @@ def _ours_array(work: Work) -> Callable[[], object]:
 
 
 def train(options: Options, machine: Machine, text: str) -> list[Row]:
-    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds; slower ones than a second, once."""
+    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds; whoever takes a second does it once."""
     rows = []
     corpus = text_of(options, text, 32)
     size = len(corpus.encode())

@@ -189,11 +189,12 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
 }
 
 template <class Id>
-void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
-                     std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
-    if (texts.size() == 1 && !specials && texts[0].size < kSmallSegment) {
+void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+                         std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
+    if (texts.count == 1 && !specials && texts.first->size < kSmallSegment) {
         std::unique_ptr<Cache> cache = caches_.take();
-        if (texts[0].size) encode_segment({texts[0].data, 0, texts[0].size, texts[0].size, 0, true, texts[0].width}, *cache, ids);
+        const TextView& text = *texts.first;
+        if (text.size) encode_segment({text.data, 0, text.size, text.size, 0, true, text.width}, *cache, ids);
         if (ends) ends->push_back(ids.size);
         caches_.give_back(std::move(cache));
         return;

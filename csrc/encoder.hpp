@@ -69,6 +69,17 @@ struct TextView {
     int width = 0;   // 1, 2 or 4 where the text is as CPython holds it; 0 where it is UTF-8
 };
 
+// One text or many, that are somebody else's.
+struct Texts {
+    const TextView* first;
+    size_t count;
+
+    Texts(const TextView& one) : first(&one), count(1) {}
+    Texts(const std::vector<TextView>& many) : first(many.data()), count(many.size()) {}
+    const TextView* begin() const { return first; }
+    const TextView* end() const { return first + count; }
+};
+
 // A text of characters turned out to hold a lone surrogate.
 struct NoUtf8 : std::exception {};
 
@@ -114,8 +125,8 @@ public:
     Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words);
 
     // Ids of many texts, one after another, and the number of ids up to each text's end.
-    void encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
-                std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const;
+    void encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids, std::vector<uint64_t>* ends,
+                const Checkpoint& checkpoint) const;
 
     // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
     void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
