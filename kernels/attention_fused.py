@@ -88,8 +88,8 @@ def _meaning(q, k, cu, causal, window, softcap, scale):
 
 
 def halvings(sequences: int) -> int:
-    """Steps of a bisection among so many; at least one, which says that there is something to search."""
-    return max(1, (sequences - 1).bit_length())
+    """Steps of a bisection among so many, in fours: a step too many does nothing, a kernel too many is compiled."""
+    return max(4, 4 * cdiv((sequences - 1).bit_length(), 4))
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:

@@ -93,7 +93,7 @@ def moe_rows_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(place[:, None] < end) & (n[None, :] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def moe_combine_kernel(
     parts, weights, experts, out, T, C, first_expert, end_expert,
     TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, SOME: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -138,7 +138,7 @@ def _through_gate(
     return share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A"])
 def moe_gate_backward_kernel(
     dy, w_down, order, offsets, weights, gate_up, dgate_up, weighted, dweights,
     E, C, F, A, columns, stride_dt, stride_dc, stride_we, stride_wc, stride_wf,

@@ -65,6 +65,26 @@ def test_a_budget_is_that_of_the_settings_on_file_for_the_architecture(tmp_path)
     assert done.stdout.split() == ["8", "2"]
 
 
+BATCHES = """
+import importlib, torch
+from warploom.kernels import Maker, backend, paged_attention
+from warploom.kernels.offline import compiling_for
+
+batch = importlib.import_module("warploom.kernels.paged_attention")._batch
+batches = ([9], [1]), ([900, 40, 16], [1, 1, 1]), ([7000] * 5, [40, 1, 1, 1, 7]), ([64] * 16, [1] * 16)
+with backend("triton"), compiling_for(90) as kernels:
+    for contexts, queries in batches:
+        paged_attention(*batch(Maker(torch.bfloat16, "meta"), contexts, queries, 2, 1, 16, 16))
+print(len({kernel.hash for kernel in kernels}))
+"""
+
+
+def test_a_batch_of_another_size_needs_no_other_kernel():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", BATCHES], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["2"]
+
+
 def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
     narrow = """
       %pid = tt.get_program_id x : i32
