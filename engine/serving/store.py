@@ -52,9 +52,10 @@ class PageStore:
 
     def layout(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> "Layout":
         """Where the tokens of a step lie: chunks of `counts` tokens of these rows at these positions, then padding."""
-        T, ends = int(counts.sum()), np.cumsum(counts)
+        ends = counts.cumsum()
         contexts = (positions[ends - 1] + 1).astype(np.int32)
-        tables = np.ascontiguousarray(table[rows, : -(-int(contexts.max()) // self.page_size)])
+        T, longest = int(ends[-1]), max(contexts.tolist())
+        tables = np.ascontiguousarray(table[rows, : -(-longest // self.page_size)])
         sequences = np.zeros(len(positions), dtype=np.int32)
         sequences[:T] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         slots = np.full(len(positions), -1, dtype=np.int64)
