@@ -152,6 +152,8 @@ moe = Op(
     reference=_moe,
     eager=_moe_eager,
     fused=_moe_fused,
+    rows=("x", "router_logits"),
+    autocast=None,
     cases=[
         Case("top 2 of 4", lambda m: (*_batch(m, 9, 32, 4, 24), 2)),
         Case("switch", lambda m: (*_batch(m, 7, 32, 4, 16), 1), {"normalize": False}),

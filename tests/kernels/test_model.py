@@ -24,7 +24,7 @@ DENSE = {
 SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
 
 
-def train(config, name, steps=2):
+def train(config, name, steps=2, autocast=False):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**config)).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -33,7 +33,8 @@ def train(config, name, steps=2):
     with backend(name):
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                loss = model.loss(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -66,3 +67,9 @@ def test_a_model_serves_the_same_from_pages_on_both_backends(config):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**config)).to(DEVICE)
     assert serve(model, "triton") == serve(model, "eager")
+
+
+def test_so_it_learns_under_autocast():
+    losses, expected = (train(DENSE, name, autocast=True)[0] for name in ("triton", "eager"))
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses[-1] < losses[0]
