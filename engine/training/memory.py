@@ -7,7 +7,8 @@ the steps double until rows take most of the memory and the line foretells the n
 
 Nothing has to be known about the architecture, the kernels or the optimizer, which takes part with gradients and a rate
 of zero. On a GPU the peak is the allocator's. On a CPU it is what the system has given the process: a third more than
-all tensors together is no rarity, for the C library cannot fill every gap that a freed tensor leaves.
+all tensors together is no rarity, for the C library cannot fill every gap that a freed tensor leaves. Which gaps it
+leaves differs from run to run, by a tenth and more; where it leaves none, the prediction is within a tenth.
 
 A save in the middle of a run copies the state; on a CPU the copy lies in the memory that the next step needs too.
 """
