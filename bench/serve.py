@@ -194,10 +194,8 @@ def ours(job: Job, seeded: bool = True, steady: bool = True) -> Server:
 
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=job.quantize,
-        kv_memory=job.kv_memory, page_size=PAGE,
+        kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady,
     )  # fmt: skip
-    if not steady:
-        _forget_the_company(llm)
 
     def run(requests: list[Request]) -> list[Reply]:
         begin, times = time.monotonic(), [[] for _ in requests]
@@ -215,16 +213,6 @@ def ours(job: Job, seeded: bool = True, steady: bool = True) -> Server:
         return [Reply(list(out.token_ids), each, out.text) for out, each in zip(outputs, times)]
 
     return run
-
-
-def _forget_the_company(llm: Any) -> None:
-    """Let the model's products be PyTorch's, unpadded: what steady bits are to be paid against."""
-    from ..engine.serving.quantize import Head
-
-    runner = llm.engine.runner
-    runner.model = llm.plain_model
-    runner.head = Head(runner.model)
-    runner.least_tokens = runner.least_samples = 1
 
 
 def behind_http(job: Job, stream: bool = False) -> Server:

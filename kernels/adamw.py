@@ -139,7 +139,8 @@ def adamw_launch(
     stochastic = seed is not None and param.dtype == torch.bfloat16
     tensors = lr_tensor, step_tensor, scale_tensor
     given = [x is not None for x in tensors]
-    tile = tuned("adamw_step", param.device, "any", {"BLOCK": 2048, "num_warps": 8})
+    key, block = ("stochastic", 1024) if stochastic else ("any", 2048)  # random numbers take registers
+    tile = tuned("adamw_step", param.device, key, {"BLOCK": block, "num_warps": 8})
     launch(
         _step_kernel, (cdiv(n, tile["BLOCK"]),),
         param, grad, exp_avg, exp_avg_sq, param if master is None else master,

@@ -7,6 +7,7 @@ twice (seven products a block instead of five) and give the same bits every time
 """
 
 from .attention_tiles import (
+    COUNTS,
     LOG2E,
     all_visible,
     capped,
@@ -15,13 +16,14 @@ from .attention_tiles import (
     place,
     query_run,
     store_tile,
+    through_cap,
     tile_of_head,
     visible,
 )
 from .lang import tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_delta_kernel(
     o, do, delta, cu,
     stride_ob, stride_ot, stride_oh, stride_db, stride_dt, stride_dh, stride_lb, stride_lh,
@@ -43,7 +45,7 @@ def attention_delta_kernel(
     tl.store(delta + batch * stride_lb + head * stride_lh + first + own, products, mask=row + own < q_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_dq_kernel(
     q, k, v, do, lse, delta, dq, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -82,23 +84,19 @@ def attention_dq_kernel(
         keys = key + tl.arange(0, BLOCK_N)
         k_block = load_tile(k_tile + tl.cast(key, tl.int64) * stride_kt, keys, k_len, D, BLOCK_D)
         v_block = load_tile(v_tile + tl.cast(key, tl.int64) * stride_vt, keys, k_len, D, BLOCK_D)
-        scores = tl.dot(q_tile, tl.trans(k_block), input_precision="ieee")
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(tl.dot(q_tile, tl.trans(k_block), input_precision="ieee"), SCALE, SOFTCAP)
         exponents = scores * UNIT - norm[:, None]
         p = tl.exp2(exponents - spread[:, None] if WIDE else exponents)
         if not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
             p = tl.where(visible((rows + (k_len - q_len))[:, None], keys[None, :], k_len, CAUSAL, WINDOW), p, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_block), input_precision="ieee")
-        ds = p * (dp - mean[:, None])
-        if SOFTCAP > 0:
-            ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
+        ds = through_cap(p * (dp - mean[:, None]), scores, SOFTCAP)
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision="ieee")
     dq_at = tile_of_head(dq, batch, head, first, own, stride_dqb, stride_dqt, stride_dqh, BLOCK_D)
     store_tile(dq_at, acc * SCALE, rows, q_len, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_dkdv_kernel(
     q, k, v, do, lse, delta, dk, dv, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -140,9 +138,7 @@ def attention_dkdv_kernel(
         stats = row_stats + q_head * stride_lh + here + tl.arange(0, BLOCK_M)
         q_block = load_tile(q_tile + (q_head * stride_qh + here * stride_qt), rows, q_len, D, BLOCK_D)
         norm = tl.load(lse + stats, mask=rows < q_len, other=float("inf"))
-        scores = tl.dot(k_tile, tl.trans(q_block), input_precision="ieee")
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(tl.dot(k_tile, tl.trans(q_block), input_precision="ieee"), SCALE, SOFTCAP)
         exponents = scores * UNIT - norm[None, :]
         if WIDE:
             exponents -= tl.load(lse + stats + stride_ls, mask=rows < q_len, other=0.0)[None, :]
@@ -156,9 +152,7 @@ def attention_dkdv_kernel(
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_block), input_precision="ieee")
         mean = tl.load(delta + stats, mask=rows < q_len, other=0.0)
-        ds = p * (dp - mean[None, :])
-        if SOFTCAP > 0:
-            ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
+        ds = through_cap(p * (dp - mean[None, :]), scores, SOFTCAP)
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision="ieee")
     dk_at = tile_of_head(dk, batch, head, first, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
     dv_at = tile_of_head(dv, batch, head, first, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)

@@ -11,11 +11,22 @@ block by block. A row that sees nothing gets o = 0 and lse = +inf, and then has 
 magnitude, which for peaked rows is the largest error of all.
 """
 
-from .attention_tiles import LOG2E, all_visible, capped, key_run, load_tile, place, store_tile, tile_of_head, visible
+from .attention_tiles import (
+    COUNTS,
+    LOG2E,
+    all_visible,
+    capped,
+    key_run,
+    load_tile,
+    place,
+    store_tile,
+    tile_of_head,
+    visible,
+)
 from .lang import tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_forward_kernel(
     q, k, v, o, lse, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -47,9 +58,7 @@ def attention_forward_kernel(
     for key in tl.range(begin, end, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         k_block = load_tile(k_tile + tl.cast(key, tl.int64) * stride_kt, keys, k_len, D, BLOCK_D)
-        scores = tl.dot(q_tile, tl.trans(k_block), input_precision="ieee")
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(tl.dot(q_tile, tl.trans(k_block), input_precision="ieee"), SCALE, SOFTCAP)
         if not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
             seen = visible((rows + (k_len - q_len))[:, None], keys[None, :], k_len, CAUSAL, WINDOW)
             scores = tl.where(seen, scores, float("-inf"))

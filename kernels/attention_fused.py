@@ -44,7 +44,8 @@ def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain
     plain = plain and next_power_of_2(D) == D
     arch = architecture(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
-        M, N, warps, stages = 32, 32, 8, 1 if D > 128 else 2
+        side = 32 if D <= 64 else 16
+        M, N, warps, stages = side, side, 8, 1 if D > 128 else 2
     else:
         family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
         tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))
@@ -87,8 +88,8 @@ def _meaning(q, k, cu, causal, window, softcap, scale):
 
 
 def halvings(sequences: int) -> int:
-    """Steps of a bisection among so many; at least one, which says that there is something to search."""
-    return max(1, (sequences - 1).bit_length())
+    """Steps of a bisection among so many, in fours: a step too many does nothing, a kernel too many is compiled."""
+    return max(4, 4 * cdiv((sequences - 1).bit_length(), 4))
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:

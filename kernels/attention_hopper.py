@@ -15,7 +15,18 @@ import os
 
 import torch
 
-from .attention_tiles import LOG2E, capped, head_of, key_run, place, query_run, store_tile, tile_of_head
+from .attention_tiles import (
+    COUNTS,
+    LOG2E,
+    capped,
+    head_of,
+    key_run,
+    place,
+    query_run,
+    store_tile,
+    through_cap,
+    tile_of_head,
+)
 from .lang import HAS_TRITON, architecture, tl, triton
 from .tuned import tuned
 
@@ -55,7 +66,7 @@ def _seen(here, rows, last, q_len, k_len, WINDOW: tl.constexpr):
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_hopper_kernel(
     q, k, v, o, lse, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -91,9 +102,7 @@ def attention_hopper_kernel(
     for key in tl.range(begin, end, BLOCK_N, warp_specialize=True):
         here = key + tl.arange(0, BLOCK_N)
         k_block = keys.load([key, 0])
-        scores = tl.dot(q_tile, tl.trans(k_block))
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(tl.dot(q_tile, tl.trans(k_block)), SCALE, SOFTCAP)
         scores = tl.where(_seen(here, rows, last, q_len, k_len, WINDOW), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * UNIT)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -112,7 +121,7 @@ def attention_hopper_kernel(
     tl.store(lse + batch * stride_lb + head * stride_lh + first + own, norm, mask=rows < q_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_hopper_dq_kernel(
     q, k, v, do, lse, delta, dq, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -155,19 +164,16 @@ def attention_hopper_dq_kernel(
         v_block = values.load([key, 0])
         scores = tl.dot(q_tile, tl.trans(k_block))
         dp = tl.dot(do_tile, tl.trans(v_block))
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(scores, SCALE, SOFTCAP)
         p = tl.exp2(scores * UNIT - norm[:, None])
         p = tl.where(_seen(here, rows, last, q_len, k_len, WINDOW), p, 0.0)
-        ds = p * (dp - mean[:, None])
-        if SOFTCAP > 0:
-            ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
+        ds = through_cap(p * (dp - mean[:, None]), scores, SOFTCAP)
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc)
     dq_at = tile_of_head(dq, batch, head, first, own, stride_dqb, stride_dqt, stride_dqh, BLOCK_D)
     store_tile(dq_at, acc * SCALE, rows, q_len, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_hopper_dkdv_kernel(
     q, k, v, do, lse, delta, dk, dv, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -212,9 +218,7 @@ def attention_hopper_dkdv_kernel(
         do_block = upstream.load([q_head, row, 0]).reshape(BLOCK_M, BLOCK_D)
         norm = norms.load([q_head, row])
         mean = means.load([q_head, row])
-        scores = tl.dot(k_tile, tl.trans(q_block))
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(tl.dot(k_tile, tl.trans(q_block)), SCALE, SOFTCAP)
         p = tl.exp2(scores * UNIT - norm)
         there = row + (k_len - q_len) + tl.arange(0, BLOCK_M)
         if CAUSAL:
@@ -225,9 +229,7 @@ def attention_hopper_dkdv_kernel(
                 p = tl.where(keys[:, None] < (there + WINDOW)[None, :], p, 0.0)
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc)
         dp = tl.dot(v_tile, tl.trans(do_block))
-        ds = p * (dp - mean)
-        if SOFTCAP > 0:
-            ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
+        ds = through_cap(p * (dp - mean), scores, SOFTCAP)
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc)
     dk_at = tile_of_head(dk, batch, head, first, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
     dv_at = tile_of_head(dv, batch, head, first, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)

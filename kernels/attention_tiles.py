@@ -15,6 +15,8 @@ Products that reach an address are 64-bit; row numbers, which masks compare, are
 from .lang import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
+COUNTS = ("tiles", "batch_heads", "group", "q_len", "k_len", "sequences")
+"""Arguments that change from batch to batch: a kernel that looked at their values would be compiled again and again."""
 
 
 @triton.jit
@@ -155,6 +157,16 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 @triton.jit
 def capped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(SCALE * scores / SOFTCAP), by one exponential that cannot overflow into a NaN."""
-    grown = tl.exp2(scores * (2.0 * SCALE / SOFTCAP * LOG2E))
-    return SOFTCAP - 2.0 * SOFTCAP / (1.0 + grown)
+    """SOFTCAP * tanh(SCALE * scores / SOFTCAP), by one exponential that cannot overflow into a NaN; no cap is 0."""
+    if SOFTCAP > 0:
+        grown = tl.exp2(scores * (2.0 * SCALE / SOFTCAP * LOG2E))
+        scores = SOFTCAP - 2.0 * SOFTCAP / (1.0 + grown)
+    return scores
+
+
+@triton.jit
+def through_cap(ds, scores, SOFTCAP: tl.constexpr):
+    """The gradient of capped scores, carried back through the cap."""
+    if SOFTCAP > 0:
+        ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
+    return ds

@@ -67,14 +67,14 @@ def capped(x, CAP: tl.constexpr):
 
 @triton.jit
 def row_statistics(
-    row_ptr, x_col, V, SMOOTHING: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    row_ptr, x_col, V, SMOOTHING: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     """The logsumexp of a row of logits, and their sum if smoothing needs it. One exponential a logit, in base 2."""
     LOG2E: tl.constexpr = 1.4426950408889634
     highest = -float("inf")
     sums = tl.zeros([BLOCK], tl.float32)
     totals = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK).to(tl.int64)
         x = tl.load(row_ptr + cols * x_col, mask=cols < V, other=-float("inf")).to(tl.float32)
         if CAP is not None:
@@ -99,12 +99,12 @@ def row_loss(picked, V, lse, total, SMOOTHING: tl.constexpr, Z: tl.constexpr, CA
 @triton.jit
 def row_gradient(
     row_ptr, out_ptr, x_col, out_col, V, target, lse, upstream,
-    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes upstream · d loss / d logits, formed in float32 and rounded once; `out` may be the row itself."""
     LOG2E: tl.constexpr = 1.4426950408889634
     slope = upstream * (1 + 2 * Z * lse)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK).to(tl.int64)
         x = capped(tl.load(row_ptr + cols * x_col, mask=cols < V, other=0.0).to(tl.float32), CAP)
         grad = slope * tl.exp2((x - lse) * LOG2E)
@@ -119,7 +119,7 @@ def row_gradient(
 @triton.jit
 def _loss_kernel(
     x_ptr, target_ptr, loss_ptr, lse_ptr, V, x_row, x_col, ignore_index,
-    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int64)
@@ -127,7 +127,7 @@ def _loss_kernel(
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
     else:
-        lse, total = row_statistics(x_ptr + row * x_row, x_col, V, SMOOTHING, CAP, BLOCK)
+        lse, total = row_statistics(x_ptr + row * x_row, x_col, V, SMOOTHING, CAP, BLOCK, STAGES)
         tl.store(lse_ptr + row, lse)
         picked = tl.load(x_ptr + row * x_row + target * x_col)
         tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
@@ -136,7 +136,7 @@ def _loss_kernel(
 @triton.jit
 def _gradient_kernel(
     x_ptr, target_ptr, lse_ptr, upstream_ptr, dx_ptr, V, x_row, x_col, upstream_stride, ignore_index,
-    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int64)
@@ -148,26 +148,17 @@ def _gradient_kernel(
             tl.store(out_ptr + cols, tl.zeros([BLOCK], dx_ptr.dtype.element_ty), mask=cols < V)
     else:
         row_gradient(
-            x_ptr + row * x_row,
-            out_ptr,
-            x_col,
-            1,
-            V,
-            target,
-            tl.load(lse_ptr + row),
-            upstream,
-            SMOOTHING,
-            Z,
-            CAP,
-            BLOCK,
-        )
+            x_ptr + row * x_row, out_ptr, x_col, 1, V, target, tl.load(lse_ptr + row), upstream,
+            SMOOTHING, Z, CAP, BLOCK, STAGES,
+        )  # fmt: skip
 
 
 def tile_of(kernel: str, x: torch.Tensor) -> dict:
-    """Pieces of 4096 columns: 16 numbers a thread, so that each thread's two loads are as wide as they get."""
+    """Pieces of 4096 columns: 16 numbers a thread, so that each thread's two loads are as wide as they get. With more
+    than one of STAGES the next pieces are fetched while one is worked on."""
     width = next_power_of_2(x.shape[-1])
     block = min(4096, max(width, 128))
-    return tuned(kernel, x.device, width, {"BLOCK": block, "num_warps": max(4, block // 512)})
+    return tuned(kernel, x.device, width, {"BLOCK": block, "STAGES": 1, "num_warps": max(4, block // 512)})
 
 
 @launcher

@@ -4,6 +4,7 @@ The stand-in accepts what happens at import time (`@triton.jit`, `tl.constexpr` 
 kernel decorated by it can never be launched, and dispatch never tries to.
 """
 
+import functools
 import os
 
 import torch
@@ -51,9 +52,14 @@ def architecture(device: torch.device) -> int:
     if INTERPRET or not HAS_TRITON:
         return 0
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+        return _capability(device)
     return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 if HAS_TRITON and INTERPRET:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import passes_cpu
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
-from .fused import Differentiable, launch, launcher
+from .fused import Differentiable, is_real, launch, launcher
 from .lang import tl, triton, wide
 from .op import Budget, Case, Op
 
@@ -142,7 +142,8 @@ def _slab(logits_SV, targets_S, options, scale_S):
 @triton.jit
 def _slab_kernel(
     x_ptr, target_ptr, loss_ptr, upstream_ptr, V, x_row, upstream_stride, ignore_index,
-    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and then, over the logits themselves, their gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -157,11 +158,11 @@ def _slab_kernel(
     else:
         picked = tl.load(row_ptr + target)
         tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
-        lse, total = row_statistics(row_ptr, 1, V, SMOOTHING, CAP, BLOCK)
+        lse, total = row_statistics(row_ptr, 1, V, SMOOTHING, CAP, BLOCK, STAGES)
         tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
         if GRADIENT:
             upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
-            row_gradient(row_ptr, row_ptr, 1, 1, V, target, lse, upstream, SMOOTHING, Z, CAP, BLOCK)
+            row_gradient(row_ptr, row_ptr, 1, 1, V, target, lse, upstream, SMOOTHING, Z, CAP, BLOCK, STAGES)
 
 
 def gpu_rows_per_slab(V: int) -> int:
@@ -170,13 +171,17 @@ def gpu_rows_per_slab(V: int) -> int:
 
 
 def _add_product(sum_VC, a_VS, b_SC):
-    """sum += a · b, accumulated in the wide format: where possible within the product, without a pass of its own."""
-    if sum_VC.is_cuda and a_VS.dtype != torch.float32:
-        torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
-    elif a_VS.dtype == sum_VC.dtype:
+    """sum += a · b in the wide format: where possible within the product, without a pass of its own.
+
+    PyTorch 2.11 cannot trace a product that adds to a wider sum, but one with a wider result."""
+    if a_VS.dtype == sum_VC.dtype:
         sum_VC.addmm_(a_VS, b_SC)
-    else:
+    elif sum_VC.device.type == "cpu":
         sum_VC += a_VS @ b_SC
+    elif sum_VC.is_cuda and is_real((sum_VC, a_VS, b_SC)):
+        torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
+    else:
+        sum_VC += torch.mm(a_VS, b_SC, out_dtype=torch.float32)
 
 
 def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidden, want_weight):

@@ -1,9 +1,9 @@
 """Grouped products: every expert's matrix times the rows that chose it, in one launch.
 
-The assignments of expert e lie at places offsets[e] .. offsets[e + 1]. Tile number t belongs to the last expert with
-offsets[e] // BLOCK_M + e <= t: each expert owns at least the tiles it needs, the grid is a fixed upper bound, and
-what is not needed leaves at once. Gathering rows is part of the first product's loads, the gate part of its last
-lines, and nothing is ever padded or copied together.
+The assignments of expert e lie at places offsets[e] .. offsets[e + 1]; `offsets` begins at the first expert that is
+here. Counted from there, tile number t belongs to the last expert with offsets[e] // BLOCK_M + e <= t: each expert owns
+at least the tiles it needs, the grid is a fixed upper bound, and what is not needed leaves at once. Gathering rows is
+part of the first product's loads, the gate part of its last lines, and nothing is ever padded or copied together.
 
 A assignments, C channels, F features, E experts.
 """
@@ -16,11 +16,12 @@ from .swiglu import activate
 def _tile_of_expert(tile, offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """-> (expert, first place of the tile, end of the expert's places); empty tiles begin at the end."""
     number = tl.arange(0, BLOCK_E)
-    begins = tl.load(offsets + number, mask=number < E, other=0)
+    start = tl.load(offsets)
+    begins = tl.load(offsets + number, mask=number < E, other=0) - start
     owned = (number < E) & (begins // BLOCK_M + number <= tile)
     expert = tl.sum(owned.to(tl.int32), 0) - 1
     begin = tl.load(offsets + expert)
-    local = (tile - begin // BLOCK_M - expert).to(tl.int64) * BLOCK_M
+    local = (tile - (begin - start) // BLOCK_M - expert).to(tl.int64) * BLOCK_M
     return expert.to(tl.int64), begin + local, tl.load(offsets + expert + 1)
 
 
@@ -92,19 +93,23 @@ def moe_rows_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(place[:, None] < end) & (n[None, :] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def moe_combine_kernel(
-    parts, weights, out, T, C,
-    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    parts, weights, experts, out, T, C, first_expert, end_expert,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, SOME: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[token]: the (weighted) sum of its choices' rows, first to last."""
+    """out[token]: the (weighted) sum of its choices' rows, first to last; of SOME experts, those that are here."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (token[:, None] < T) & (channel[None, :] < C)
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for choice in tl.static_range(TOP_K):
         assignment = token * TOP_K + choice
-        part = tl.load(parts + assignment[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        here = mask
+        if SOME:
+            expert = tl.load(experts + assignment, mask=token < T, other=-1)
+            here = mask & ((expert >= first_expert) & (expert < end_expert))[:, None]
+        part = tl.load(parts + assignment[:, None] * C + channel[None, :], mask=here, other=0.0).to(tl.float32)
         if WEIGHTED:
             part *= tl.load(weights + assignment, mask=token < T, other=0.0)[:, None]
         acc += part
@@ -133,7 +138,7 @@ def _through_gate(
     return share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A"])
 def moe_gate_backward_kernel(
     dy, w_down, order, offsets, weights, gate_up, dgate_up, weighted, dweights,
     E, C, F, A, columns, stride_dt, stride_dc, stride_we, stride_wc, stride_wf,

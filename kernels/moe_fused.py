@@ -24,13 +24,16 @@ LARGE = 128
 """Assignments per expert from which tiles of 128 rows pay; below, 64. Both use the same instructions: the same bits."""
 
 
-def _tile(kernel: str, x: torch.Tensor, assignments: int, experts: int) -> dict:
-    """Tiles of the grouped products: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum."""
+def _tile(kernel: str, x: torch.Tensor, assignments: int, w: torch.Tensor) -> dict:
+    """Tiles of the grouped products: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum.
+
+    Rows of odd widths are read a number at a time, each by an address of its own in two registers: small tiles."""
     arch = architecture(x.device)
-    large = assignments >= LARGE * experts
+    large = assignments >= LARGE * len(w)
+    odd = any(width % 16 for width in w.shape[1:])
     if arch == 0:
         M, N, K, warps, stages = 16, 16, 16, 4, 1
-    elif x.dtype == torch.float32:
+    elif x.dtype == torch.float32 or odd:
         M, N, K, warps, stages = 64, 32, 32, 8, 2
     else:
         M, N, K = 128 if large else 64, 128, 64
@@ -38,7 +41,7 @@ def _tile(kernel: str, x: torch.Tensor, assignments: int, experts: int) -> dict:
             N = 64  # two products, or an epilogue of five tables: at 128 columns they spill
         warps, stages = 8 if large else 4, 3 if arch >= 90 else 2
     sizes = {"BLOCK_N": N, "BLOCK_K": K, "num_warps": warps, "num_stages": stages}
-    key = f"{'large' if large else 'small'} {str(x.dtype)[6:]}"
+    key = f"{'odd' if odd else 'large' if large else 'small'} {str(x.dtype)[6:]}"
     return {"BLOCK_M": M, **tuned(kernel, x.device, key, sizes)}
 
 
@@ -54,6 +57,7 @@ def moe_forward(
     w_gate_up: torch.Tensor,
     w_down: torch.Tensor,
     top_k: int,
+    first: int,
     softmax: bool,
     normalize: bool,
     activation: str,
@@ -69,13 +73,15 @@ def moe_forward(
     torch.Tensor,
     torch.Tensor,
 ]:
-    C, E, F, A = x.shape[1], logits.shape[1], w_down.shape[2], x.shape[0] * top_k
+    (E, C, F), A = w_down.shape, x.shape[0] * top_k
     weights_TK, experts_TK, order_A, offsets_E, counts_E, balance, z = _route(logits, top_k, softmax, normalize)
+    here = _here(logits, w_down, first)
+    offsets_E = offsets_E if here is None else offsets_E[first : first + E + 1].clone()
     block_e = max(16, next_power_of_2(E))
 
     gate_up = torch.empty(A if save else 0, 2 * F, dtype=x.dtype, device=x.device)
     h_AF = torch.empty(A, F, dtype=x.dtype, device=x.device)
-    tile = _tile("moe_gate", x, A, E)
+    tile = _tile("moe_gate", x, A, w_down)
     columns = cdiv(F, tile["BLOCK_N"])
     launch(
         moe_gate_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
@@ -84,7 +90,7 @@ def moe_forward(
         TOP_K=top_k, ACTIVATION=activation, SAVE=save, BLOCK_E=block_e, **tile,
     )  # fmt: skip
     parts_AC = _rows_product("moe_down", h_AF, w_down, w_down.stride(), C, order_A, offsets_E)
-    y = _combine(parts_AC, weights_TK, x)
+    y = _combine(parts_AC, weights_TK, experts_TK, x, here)
     return y, balance, z, counts_E, weights_TK, experts_TK, order_A, offsets_E, gate_up
 
 
@@ -119,7 +125,7 @@ def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):
     A, K = a_AK.shape
     E = w.shape[0]
     out = torch.empty(A, N, dtype=a_AK.dtype, device=a_AK.device)
-    tile = _tile(name, a_AK, A, E)
+    tile = _tile(name, a_AK, A, w)
     columns = cdiv(N, tile["BLOCK_N"])
     launch(
         moe_rows_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
@@ -129,14 +135,19 @@ def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):
     return out
 
 
-def _combine(parts_AC, weights_TK, x):
+def _here(logits, w, first):
+    """The numbers of the experts whose weights these are: their first and their end; None if all are here."""
+    return None if len(w) == logits.shape[1] else (first, first + len(w))
+
+
+def _combine(parts_AC, weights_TK, experts_TK, x, here):
     """The rows of a token's choices, summed in order; without weights, they count as they are."""
     T, C = x.shape
     out = torch.empty(T, C, dtype=x.dtype, device=x.device)
     launch(
         moe_combine_kernel, (cdiv(T, 4), cdiv(C, 512)),
-        parts_AC, weights_TK, out, T, C,
-        TOP_K=parts_AC.shape[0] // max(T, 1), WEIGHTED=weights_TK is not None, BLOCK_T=4, BLOCK_C=512,
+        parts_AC, weights_TK, experts_TK, out, T, C, *(here or (0, 0)),
+        TOP_K=experts_TK.shape[1], WEIGHTED=weights_TK is not None, SOME=here is not None, BLOCK_T=4, BLOCK_C=512,
     )  # fmt: skip
     return out
 
@@ -156,6 +167,7 @@ def moe_backward(
     order_A: torch.Tensor,
     offsets_E: torch.Tensor,
     gate_up: torch.Tensor,
+    first: int,
     softmax: bool,
     normalize: bool,
     activation: str,
@@ -165,11 +177,13 @@ def moe_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (T, C), (E, _, F), A, top_k = x.shape, w_down.shape, order_A.shape[0], weights_TK.shape[1]
     block_e = max(16, next_power_of_2(E))
-    tile = _tile("moe_gate_backward", x, A, E)
+    here = _here(logits, w_down, first)
+    tile = _tile("moe_gate_backward", x, A, w_down)
     columns = cdiv(F, tile["BLOCK_N"])
     dgate_up = torch.empty_like(gate_up)
     weighted_AF = torch.empty(A, F, dtype=x.dtype, device=x.device)
-    shares = torch.empty(columns, A, dtype=torch.float32, device=x.device)
+    make = torch.empty if here is None else torch.zeros  # what is not computed here is no share of the gradient
+    shares = make(columns, A, dtype=torch.float32, device=x.device)
     launch(
         moe_gate_backward_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         dy, w_down, order_A, offsets_E, weights_TK, gate_up, dgate_up, weighted_AF, shares,
@@ -177,12 +191,13 @@ def moe_backward(
         TOP_K=top_k, ACTIVATION=activation, BLOCK_E=block_e, **tile,
     )  # fmt: skip
 
-    dlogits = torch.empty(T, E, dtype=logits.dtype, device=x.device)
-    rows = _rows_of_route(E)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=x.device)
+    routed = logits.shape[1]
+    rows = _rows_of_route(routed)
     launch(
         moe_route_backward_kernel, (cdiv(T, rows),),
-        logits, weights_TK, experts_TK, shares.sum(0), counts_E, dbalance, dz, dlogits, T, E, *logits.stride(),
-        TOP_K=top_k, SOFTMAX=softmax, NORMALIZE=normalize, ROWS=rows, BLOCK_E=block_e,
+        logits, weights_TK, experts_TK, shares.sum(0), counts_E, dbalance, dz, dlogits, T, routed, *logits.stride(),
+        TOP_K=top_k, SOFTMAX=softmax, NORMALIZE=normalize, ROWS=rows, BLOCK_E=max(16, next_power_of_2(routed)),
     )  # fmt: skip
 
     nothing = x.new_empty(0)
@@ -190,7 +205,7 @@ def moe_backward(
     if want_x:
         by_channel = w_gate_up.stride(0), w_gate_up.stride(2), w_gate_up.stride(1)
         parts_AC = _rows_product("moe_dx", dgate_up, w_gate_up, by_channel, C, order_A, offsets_E)
-        dx = _combine(parts_AC, None, x)
+        dx = _combine(parts_AC, None, experts_TK, x, here)
     if want_gate_up:
         dw_gate_up = _weights_product(dgate_up, x, w_gate_up, order_A, offsets_E, top_k, gather_p=False)
     if want_down:
@@ -202,7 +217,7 @@ def _weights_product(p, q, w, order_A, offsets_E, top_k, gather_p):
     """The gradient of W (E, N, M): for each expert pᵀ · q, where one of the two is by token and gathered."""
     E, N, M = w.shape
     dw = torch.empty(E, N, M, dtype=w.dtype, device=w.device)
-    tile = _tile("moe_weights", q, LARGE * E, E)
+    tile = _tile("moe_weights", q, LARGE * E, w)
     tile = {**tile, "BLOCK_M": tile["BLOCK_N"]}
     columns = cdiv(M, tile["BLOCK_M"])
     launch(
@@ -226,13 +241,15 @@ def _gradient(ctx, dy, dbalance, dz, *_):
     dbalance, dz = (zero if g is None else g for g in (dbalance, dz))
     wants = ctx.needs_input_grad
     grads = moe_backward(dy, dbalance, dz.clone(), x, logits, *rest, *ctx.meaning, wants[0], wants[2], wants[3])
-    return *(g if want else None for g, want in zip(grads, wants)), *(None,) * 5
+    return *(g if want else None for g, want in zip(grads, wants)), *(None,) * 6
 
 
 _experts = Differentiable(moe_forward, _save, _gradient)
 
 
-def moe_fused(x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu"):
+def moe_fused(
+    x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu", first=0
+):
     """-> (y, load_balance, z, tokens_per_expert), of which the fused twin of `moe` makes its result.
 
     Under autocast the products run in its dtype, as a linear layer's would; routing never does."""
@@ -242,5 +259,5 @@ def moe_fused(x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", no
         dtype = torch.get_autocast_dtype(kind)
         tensors = tensors[0].to(dtype), tensors[1], w_gate_up.to(dtype), w_down.to(dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, balance, z, counts = _experts(*tensors, top_k, score == "softmax", normalize, activation, save)[:4]
+    y, balance, z, counts = _experts(*tensors, top_k, first, score == "softmax", normalize, activation, save)[:4]
     return y.view(x.shape).to(x.dtype), balance, z, counts

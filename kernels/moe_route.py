@@ -28,7 +28,7 @@ def _scores(logits, inside, SOFTMAX: tl.constexpr):
     return scores, scores / tl.sum(scores, 1)[:, None], lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def moe_route_kernel(
     logits, weights, experts, counts, probabilities, squares,
     T, E, stride_t, stride_e,
@@ -70,7 +70,7 @@ def moe_route_kernel(
     tl.store(squares + block, tl.sum(tl.where(real, lse * lse, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def moe_scatter_kernel(
     experts, begins, order,
     T, E, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -89,7 +89,7 @@ def moe_scatter_kernel(
         tl.store(order + place.to(tl.int64), (row * TOP_K + k).to(tl.int32), mask=row < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def moe_route_backward_kernel(
     logits, weights, experts, dweights, counts, dbalance, dz, dlogits,
     T, E, stride_t, stride_e,

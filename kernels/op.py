@@ -146,8 +146,9 @@ class Op:
     """Parameters written in place; tests compare them as if they were returned."""
     rows: tuple[str, ...] = ()
     """Parameters whose first dimension counts rows that do not influence each other, to the last bit."""
-    autocast: bool = False
-    """Under autocast, floating-point inputs are cast to its dtype first, as for a matrix product."""
+    autocast: bool | None = False
+    """Under autocast: True casts floating-point inputs to its dtype first, as for a matrix product; False computes as
+    without it, on whatever arrives; None leaves it to the op."""
     traffic: Callable | None = None
     """(*args, **options) -> bytes that forward and backward must move: the roofline's denominator."""
     flops: Callable | None = None
@@ -163,12 +164,13 @@ class Op:
 
     def __call__(self, *args, **kwargs):
         device = _device_of(self.name, args, kwargs)
-        if self.autocast and device.type != "meta" and torch.is_autocast_enabled(device.type):
+        if self.autocast is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
+            return self._run(device, args, kwargs)
+        if self.autocast:
             dtype = torch.get_autocast_dtype(device.type)
             args, kwargs = [_cast(x, dtype) for x in args], {name: _cast(x, dtype) for name, x in kwargs.items()}
-            with torch.autocast(device.type, enabled=False):
-                return self._run(device, args, kwargs)
-        return self._run(device, args, kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return self._run(device, args, kwargs)
 
     def _run(self, device, args, kwargs):
         if not self._takes_fused(device, args, kwargs):

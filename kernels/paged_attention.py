@@ -97,6 +97,13 @@ def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None, scales=No
     return *tensors, {name: m.tensor(scale) for name, scale in zip(("k_scale", "v_scale"), scales)}
 
 
+def _flops(q, k_pages, v_pages, page_table, *_, **__):
+    """As if all sequences brought equally many tokens and filled their pages."""
+    (T, H, D), N = q.shape, len(page_table)
+    pairs = T * (page_table.shape[1] * k_pages.shape[1] - (T // max(N, 1) - 1) / 2)
+    return 4 * D * H * pairs, 0
+
+
 paged_attention = Op(
     name="paged_attention",
     reference=_paged_attention,
@@ -127,4 +134,5 @@ paged_attention = Op(
     ],
     budget={"paged_attention_kernel": Budget(wgmma=True)},
     traffic=lambda q, k_pages, v_pages, *_, **__: (2 * q.nbytes + k_pages.nbytes + v_pages.nbytes, 0),
+    flops=_flops,
 )

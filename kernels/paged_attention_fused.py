@@ -24,6 +24,8 @@ SPLITS = 32
 """A context is cut into at most this many segments."""
 SEGMENT = 256
 """And into none shorter than this: a smaller one is read before a program has started."""
+COUNTS = ("sequences", "splits", "decoding", "stride_table", "stride_sn", "stride_sh")
+"""Arguments that change from step to step: no kernel is compiled for their values, in the middle of serving."""
 
 
 @triton.jit
@@ -46,9 +48,7 @@ def _walk(
         inside = (keys[:, None] < end) & (columns[None, :] < D)
         k_offsets = (page * stride_kp + slot * stride_ks)[:, None] + columns[None, :]
         k = tl.load(k_pages + k_offsets, mask=inside, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * k_scale
-        if SOFTCAP > 0:
-            scores = capped(scores, SCALE, SOFTCAP)
+        scores = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * k_scale, SCALE, SOFTCAP)
         seen = visible(q_pos[:, None], keys[None, :], end, True, WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * UNIT)
@@ -82,7 +82,7 @@ def segment_of(length, SPLITS: tl.constexpr, SEGMENT: tl.constexpr):
     return tl.maximum(SEGMENT, tl.cdiv(tl.cdiv(length, SPLITS), 64) * 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def paged_attention_kernel(
     q, k_pages, v_pages, table, contexts, starts, o, partial, stats,
     stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
@@ -159,7 +159,7 @@ def paged_attention_kernel(
             tl.store(o + offsets, acc.to(o.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS[-2:])
 def paged_attention_sum_kernel(
     partial, stats, contexts, starts, o,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
@@ -198,7 +198,8 @@ def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     if arch == 0 or dtype == torch.float32:
         chunk, block, stages = 16, 32, 1
     else:
-        chunk, block, stages = 64, 64 if (128 if arch >= 90 else 64) >= D else 32, 3
+        narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
+        chunk, block, stages = 64, 32 if narrow else 64, 3
     default = {"CHUNK_M": max(chunk, rows), "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
     return {"DECODE_M": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
 

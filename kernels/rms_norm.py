@@ -23,6 +23,8 @@ from .op import Budget, Case, Maker, Op
 FORWARD_WIDTH, BACKWARD_WIDTH = 16384, 8192
 """The widest row held in registers; beyond, a row is walked in pieces, since holding it would spill."""
 PIECE = 4096
+PASS_WIDTH = 1 << 17
+"""The widest row of which one pass on a CPU adds up the squares: a longer sum in float32 would lose digits."""
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -55,7 +57,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _rms_norm_eager(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    if passes_cpu.serves(x, weight):
+    if x.shape[-1] <= PASS_WIDTH and passes_cpu.serves(x, weight):
         return passes_cpu.norm(x, weight, eps)
     return _Eager.apply(x, weight, eps)
 
@@ -69,7 +71,7 @@ def _add_rms_norm(
 
 
 def _add_rms_norm_eager(x, residual, weight, eps=1e-6):
-    if x.shape == residual.shape and passes_cpu.serves(x, residual, weight):
+    if x.shape == residual.shape and x.shape[-1] <= PASS_WIDTH and passes_cpu.serves(x, residual, weight):
         return passes_cpu.add_norm(x, residual, weight, eps)
     residual = residual + x
     return _rms_norm_eager(residual, weight, eps), residual
@@ -212,11 +214,13 @@ def _weight_wide_kernel(
 
 
 def _tile(D: int, width: int) -> dict:
-    """Rows and columns of a tile and its warps. By width alone: a row's result must not depend on its neighbors."""
+    """Rows and columns of a tile and its warps. By width alone: a row's result must not depend on its neighbors.
+
+    Rows of odd widths are read a number at a time, each by an address of its own in two registers: fewer of them."""
     if width < D:
         return {"BLOCK": PIECE, "num_warps": 8}
     block = next_power_of_2(D)
-    rows = max(1, min(32, 2048 // block))
+    rows = max(1, min(32, (512 if D % 16 else 2048) // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, min(16, rows * block // 512))}
 
 
@@ -353,6 +357,7 @@ def _cases(tensors: int) -> list[Case]:
         case("expanded gradient", Maker.normal, 4, 96, expanded=True),
         case("large magnitude", partial(Maker.normal, scale=1e4), 3, 128),
         case("wide", Maker.normal, 2, 17000),
+        case("256K columns", Maker.normal, 1, 1 << 18),
         case("8192x4096", Maker.normal, 8192, 4096, bench=True),
     ]
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from .lang import architecture
+
 FILE = Path(__file__).with_name("tuned.json")
 _trial: dict[str, dict] = {}
 asked: dict[str, tuple[str, dict]] = {}
@@ -24,13 +26,13 @@ def _table() -> dict:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-@functools.cache
 def family(device: torch.device) -> str:
-    """The name under which a device's settings are filed: "sm_90" for a Hopper GPU, "none" without one."""
-    if device.type != "cuda":
+    """The name under which a device's settings are filed: "sm_90" for a Hopper GPU, "none" without one.
+
+    Meta tensors stand for the GPU that is compiled for, so that budgets hold for what was tuned."""
+    if device.type == "cpu":
         return "none"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"gfx_{major}{minor}" if torch.version.hip else f"sm_{major}{minor}"
+    return f"{'gfx' if torch.version.hip else 'sm'}_{architecture(device)}"
 
 
 def tuned(kernel: str, device: torch.device, key: object, default: dict) -> dict:

@@ -1,7 +1,7 @@
 """Hugging Face `transformers`: the library most people train and generate with."""
 
 NEEDS = ("torch", "transformers")
-PAGE = 256  # tokens; theirs by default
+PAGE = 256  # tokens: theirs, by default
 STATIC = 128  # rows of a padded batch: with more, its cache would not fit beside the others'
 
 
@@ -82,7 +82,7 @@ def continuous(job):
     pages = job.pages(PAGE) + 8
     manager = loaded(job).init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-        ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_requests_per_batch=job.batch),
+        ContinuousBatchingConfig(num_blocks=pages, max_requests_per_batch=job.batch),
     )
     manager.start()
 

@@ -172,10 +172,14 @@ class Trainer:
         groups = parameter_groups(self.masters.named.items(), config.weight_decay)
         if config.optimizer == "sgd":
             return SGDDecay(self.masters.named.values(), config.lr)
-        if config.optimizer == "muon" and self.team.splits_state:
-            raise ValueError("optimizer='muon' needs whole matrices: use adamw with fsdp, tp or ep")
-        cls = Muon if config.optimizer == "muon" else AdamW
-        return cls(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+        settings = {"betas": (config.beta1, config.beta2), "eps": config.eps}
+        if config.optimizer == "adamw":
+            return AdamW(groups, config.lr, **settings)
+        names = {p: name for name, p in self.masters.named.items()}
+        return Muon(
+            groups, config.lr, **settings, dtype=torch.float32 if self.dtype == torch.float32 else torch.bfloat16,
+            on_whole=lambda p, part, rule: self.pieces.on_whole(names[p], part, rule),
+        )  # fmt: skip
 
     # The loop
 

@@ -1,13 +1,14 @@
 """The kernels bench, as far as a machine without a GPU can tell."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from warploom.bench import kernels as bench
 from warploom.bench.harness import Machine
-from warploom.kernels import Case, ops, rms_norm, tuned, tuning
+from warploom.kernels import Case, adamw_step, ops, rms_norm, tuned, tuning
 from warploom.kernels.lang import HAS_TRITON, INTERPRET
 
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
@@ -98,14 +99,27 @@ def test_a_search_is_small_enough_for_a_few_minutes():
     assert len(found) == 33 == len({tuple(one.values()) for one in found})
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton's compiler")
-def test_settings_that_spill_are_never_timed():
-    good, wasteful = {"BLOCK": 2048, "num_warps": 8}, {"BLOCK": 4096, "num_warps": 1}
-    prune = tuning.pruned_by_compiler("adamw_step", "4096x14336", "bfloat16", 90)
-    assert prune("adamw_step", [good, wasteful, {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 1000, "num_warps": 4}]) == [
-        good,
-        {"BLOCK": 1024, "num_warps": 4},
-    ]
+@interpreted
+def test_an_op_is_tuned_from_its_launches_to_the_file_and_settings_that_spill_are_never_timed(no_table, monkeypatch):
+    """The compiler sees the large case, the fake clock a small one of the same name: it likes few threads best."""
+    small = Case(adamw_step.cases[-1].name, adamw_step.cases[3].make, bench=True)
+    monkeypatch.setattr(adamw_step, "cases", [*adamw_step.cases[:-1], small])
+    monkeypatch.setattr(bench, "architecture", lambda device: 90)
+    default, spilling, impossible = ({"BLOCK": b, "num_warps": w} for b, w in ((2048, 8), (4096, 1), (1000, 2)))
+    monkeypatch.setattr(
+        tuning, "candidates", lambda _: [default, spilling, impossible, {"BLOCK": 1024, "num_warps": 4}]
+    )
+    timed = []
+
+    def seconds():
+        timed.append(tuned._trial["adamw_step"])
+        return timed[-1]["num_warps"]
+
+    (row,) = bench.tune(Machine("cpu", Timer(seconds)), "adamw_step", "bfloat16")
+    assert spilling not in timed and impossible not in timed
+    filed = json.loads(tuned.FILE.read_text())["none"]["adamw_step"]["any"]
+    assert filed == {"BLOCK": 1024, "num_warps": 4} and str(filed) == row.extra["settings"]
+    assert (row.extra["default_seconds"], row.extra["best_seconds"]) == (8, 4)
 
 
 def test_options_keep_the_flags_of_every_bench():

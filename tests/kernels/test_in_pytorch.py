@@ -1,11 +1,13 @@
 """Fused ops are citizens of PyTorch: registered, compiled, autocast, differentiable in any subset of their inputs."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from warploom.kernels import Maker, backend, ops
+from warploom.kernels import Maker, backend, ops, rms_norm
 from warploom.kernels import fused as framework
 from warploom.kernels.verify import call, parameters, tensors
 
@@ -71,6 +73,23 @@ def test_compiling_changes_no_bit_and_breaks_no_graph(op):
         assert torch.equal(a, b)
 
 
+def test_a_kernel_runs_on_the_device_of_its_tensors_whichever_is_current(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def guard(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(rms_norm, "fused", lambda x, weight: list(entered))
+    with FakeTensorMode(), backend("triton"):
+        elsewhere, here = (torch.empty(4, device=f"cuda:{index}") for index in (1, 0))
+        assert rms_norm(elsewhere, elsewhere) == [torch.device("cuda:1")] and rms_norm(here, here) == []
+
+
 def test_the_documentation_names_every_fused_op():
     text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
     assert not [op.name for op in FUSED if f"`{op.name}`" not in text]
@@ -110,6 +129,16 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_inp
     assert torch.equal(out, expected)
     assert all(g.dtype == torch.float32 for g in grads)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads))
+
+
+def test_autocast_leaves_alone_what_is_no_product():
+    x, weight = Maker(torch.bfloat16).normal(3, 64), Maker(torch.float32).normal(64)
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    for name in ("eager", "triton"):
+        with backend(name):
+            expected = rms_norm(x, weight)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                assert torch.equal(rms_norm(x, weight), expected)
 
 
 def has_rows(op, case):

@@ -6,6 +6,8 @@ import torch
 from warploom.engine.cache import generate
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.fused import SteadyLinear, fused_model
 from warploom.kernels import backend
 
 from .test_fused import DEVICE, pytestmark  # noqa: F401
@@ -22,7 +24,7 @@ DENSE = {
 SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
 
 
-def train(config, name, steps=2):
+def train(config, name, steps=2, autocast=False):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**config)).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -31,7 +33,8 @@ def train(config, name, steps=2):
     with backend(name):
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                loss = model.loss(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -46,3 +49,27 @@ def test_a_model_learns_and_writes_the_same_on_both_backends(config):
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < losses[0]
     assert text == expected_text
+
+
+def serve(model, name):
+    """Three prompts together, by the model of a GPU, on whatever device there is."""
+    llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
+    runner = llm.engine.runner
+    if DEVICE == "cpu":  # not C++ but the kernels
+        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, SteadyLinear), None, 1
+    with backend(name):
+        outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["llama", "mixtral"])
+def test_a_model_serves_the_same_from_pages_on_both_backends(config):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**config)).to(DEVICE)
+    assert serve(model, "triton") == serve(model, "eager")
+
+
+def test_so_it_learns_under_autocast():
+    losses, expected = (train(DENSE, name, autocast=True)[0] for name in ("triton", "eager"))
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses[-1] < losses[0]

@@ -8,7 +8,7 @@ from warploom import kernels
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.quantize import NativeLinear
 from warploom.engine.serving.sampling import _sample_native
-from warploom.engine.serving.store import HAS_NATIVE, KernelAttend, NativeAttend, PageStore
+from warploom.engine.serving.store import HAS_NATIVE, KernelAttend, NativeAttend, PageStore, to_device
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 
@@ -28,7 +28,8 @@ def ragged_step(store, dtype, H, K, D):
     positions = np.concatenate([*spans, [0, 0]])
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, len(positions), heads, D).to(dtype) for heads in (H, K, K))
-    return store.attend(store.layout(table, np.arange(4), positions, counts)), q, k, v
+    layout = store.layout(table, np.arange(4), positions, counts)
+    return store.attend(layout, to_device(layout.arrays(), store.keys.device)), q, k, v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
