@@ -18,7 +18,9 @@ a name there at the start leaves that part out, and goes on with the others.
 """
 
 import faulthandler
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from ..engine.memory import PeakMemory, release
 from . import ceilings, environment, peers
-from .memory import PeakMemory, release
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
 from .timing import Timer, WallTimer, interleave, synchronize, timer_for
 
@@ -286,6 +288,8 @@ class Deadly:
         self.path, self.code = path, code
         lines = path.read_text().splitlines() if path.exists() else []
         self.names = {name for line in lines for key, _, name in [line.partition(" ")] if key == code}
+        if not self.names:  # of other code, which may have been deadlier
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def trying(self, name: str, minutes: float) -> Iterator[None]:
@@ -294,7 +298,8 @@ class Deadly:
         if minutes:
             faulthandler.dump_traceback_later(60 * minutes, exit=True)
         try:
-            yield
+            with _terminable():
+                yield
         finally:
             faulthandler.cancel_dump_traceback_later()
             self._write(self.names - {name})
@@ -309,6 +314,19 @@ class Deadly:
         self.path.write_text("".join(f"{self.code} {name}\n" for name in sorted(names)))
         if not names:
             self.path.unlink()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Whoever asks the process to end (`timeout`, a shutdown) ends it in order: that is no fault of the part."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _insist_on_device(device: str, deadly: Deadly, name: str) -> None:

@@ -31,6 +31,7 @@ IMPORTANCE = (
     "linear_cross_entropy",
     "moe",
     "paged_attention",
+    "linear",
     "rms_norm",
     "swiglu_packed",
     "rope",
@@ -43,7 +44,7 @@ CHECKS = 6
 """Small cases that an op must pass on the device before it is timed."""
 FAR = 0.03
 """More than a few roundings of bfloat16, relative to the whole tensor."""
-PLAIN = {"attention", "moe", "paged_attention"}
+PLAIN = {"attention", "linear", "moe", "paged_attention"}
 """Ops whose reference no one would run at size: eager PyTorch's best way stands for it."""
 POINTWISE = {"rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "rope", "cross_entropy", "adamw_step"}
 """Ops that `torch.compile` can fuse; for the others it would only cost minutes."""

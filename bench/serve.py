@@ -11,6 +11,7 @@ many tokens as were asked for; `agrees` is the share of requests whose tokens ar
 """
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import peers
+from . import cold_start, peers
 from .harness import Machine, Options, Part
 from .schema import Row, Value
 
@@ -65,6 +66,7 @@ class Job:
     """Tokens of the `batch` longest requests, output included: what the cache has to hold at most."""
     quantize: str | None = None
     """Whose weights are rounded to 8 bits."""
+    temperature: float = 0.0
 
     def pages(self, size: int) -> int:
         """Pages of `size` tokens for them."""
@@ -93,6 +95,7 @@ def parts(options: Options) -> list[Part]:
         fixed, minutes = {"prompt": "128", "output": "64"}, 1.5
     batches = {size: {"requests": size, "batch": size} for size in (1, 8, 32)}
     prompts = batches[32] | {"prompt": "128", "output": "1"}
+    repeatable = batches[32] | {"rivals": False, "temperature": 1.0, "also": "unseeded unsteady"}
     small = {"quantize": "int8"}
     return [
         Part("mixed", serve, shape | protocol, minutes=2 * minutes),
@@ -103,6 +106,11 @@ def parts(options: Options) -> list[Part]:
         ),
         Part("prefill 32", serve, shape | prompts, minutes=minutes),
         Part("prefill 32 int8", serve, shape | prompts | small, minutes=minutes),
+        Part("mixed int8", serve, shape | protocol | small, minutes=2 * minutes),
+        Part("repeatable", serve, shape | fixed | repeatable, minutes=minutes),
+        Part("repeatable float32", serve, shape | fixed | repeatable | {"dtype": "float32"}, minutes=minutes),
+        Part("cold start", cold_start.measure, shape, minutes=1.0),
+        Part("cold start int8", cold_start.measure, shape | small, minutes=1.0),
         Part("http", serve, shape | protocol | {"also": "http stream", "rivals": False}, minutes=2 * minutes),
         Part("batch 8 float32", serve, shape | fixed | batches[8] | {"dtype": "float32"}, minutes=minutes),
     ]
@@ -119,6 +127,7 @@ def serve(
     also: str = "http",
     rivals: bool = True,
     quantize: str | None = None,
+    temperature: float = 0.0,
     **overrides: int,
 ) -> list[Row]:
     """Ours (also behind HTTP) against every peer that has weights of the same precision, or itself alone."""
@@ -137,7 +146,7 @@ def serve(
             config, dtype, machine.device, directory, tokenizer=_tokenizer(config) if "stream" in also else None
         )
         lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
-        job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]), quantize)
+        job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]), quantize, temperature)
         builders = {"ours": partial(ours, job)} | {
             f"ours {name}": partial(VARIANTS[name], job) for name in also.split()
         }
@@ -179,21 +188,28 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def ours(job: Job) -> Server:
-    """`LLM`, as a caller uses it."""
+def ours(job: Job, seeded: bool = True, steady: bool = True) -> Server:
+    """`LLM`, and when each token came."""
     from ..engine.serving import LLM, SamplingParams
 
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=job.quantize,
-        kv_memory=job.kv_memory, page_size=PAGE,
+        kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady,
     )  # fmt: skip
 
     def run(requests: list[Request]) -> list[Reply]:
-        params = [SamplingParams(max_tokens=r.tokens, temperature=0.0, ignore_eos=True) for r in requests]
-        outputs = llm.generate([request.prompt for request in requests], params)
-        start = min(output.metrics.arrival for output in outputs)
-        ends = [(output.metrics.first_token, output.metrics.finished) for output in outputs]
-        times = [[end - start for end in both] for both in ends]
+        begin, times = time.monotonic(), [[] for _ in requests]
+
+        def note(index: int, piece: Any) -> None:
+            times[index] += [time.monotonic() - begin] * len(piece.token_ids)
+
+        generations = []
+        for index, request in enumerate(requests):
+            params = SamplingParams(
+                request.tokens, job.temperature, ignore_eos=True, seed=index if seeded else None
+            )  # fmt: skip
+            generations.append(llm.submit(request.prompt, params, on_piece=partial(note, index)))
+        outputs = [generation.result() for generation in generations]
         return [Reply(list(out.token_ids), each, out.text) for out, each in zip(outputs, times)]
 
     return run
@@ -219,7 +235,10 @@ def behind_http(job: Job, stream: bool = False) -> Server:
     return run
 
 
-VARIANTS = {"http": behind_http, "stream": partial(behind_http, stream=True)}
+VARIANTS = {
+    "http": behind_http, "stream": partial(behind_http, stream=True),
+    "unseeded": partial(ours, seeded=False), "unsteady": partial(ours, steady=False),
+}  # fmt: skip
 
 
 def bounds(
@@ -287,13 +306,21 @@ def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]
     return call
 
 
+def _gaps(reply: Reply) -> list[float]:
+    """Between one token and the next; their mean where only the ends are known."""
+    first, last, count = reply.times[0], reply.times[-1], len(reply.tokens)
+    if len(reply.times) < count:
+        return [(last - first) / (count - 1)]
+    return [later - sooner for sooner, later in itertools.pairwise(reply.times)]
+
+
 def _notes(replies: list[Reply] | None, reference: list[Reply]) -> dict[str, Value]:
     """Latencies, and agreement with our tokens."""
     if not replies:
         return {}
     notes: dict[str, Value] = {}
     timed = [reply for reply in replies if reply.times]
-    gaps = [(r.times[-1] - r.times[0]) / (len(r.tokens) - 1) for r in timed if len(r.tokens) > 1]
+    gaps = [gap for reply in timed if len(reply.tokens) > 1 for gap in _gaps(reply)]
     for name, values in (("ttft", [reply.times[0] for reply in timed]), ("gap", gaps)):
         for percent in (50, 99) if values else ():
             notes[f"{name}_p{percent}_seconds"] = sorted(values)[min(len(values) - 1, len(values) * percent // 100)]

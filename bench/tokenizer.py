@@ -10,12 +10,14 @@ what making it took. `exact` says whether a peer's ids equal ours, which tests c
 import json
 import os
 import random
+import shutil
 import sys
 import sysconfig
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +125,9 @@ def work_of(options: Options, text: str, threads: int = 1) -> Work:
     tokenizer.save(directory)
     tokenizer.to_tiktoken(directory / "ranks.tiktoken")
     documents = [text[start : start + 1000] for start in range(0, len(text), 1000)]
-    return Work(tokenizer, directory, text, documents, threads)
+    work = Work(tokenizer, directory, text, documents, threads)
+    weakref.finalize(work, shutil.rmtree, directory, ignore_errors=True)
+    return work
 
 
 def one_thread(machine: Machine) -> Machine:
@@ -135,18 +139,12 @@ def compared(
     machine: Machine, case: str, builders: peers.Builders, amount: float, unit: str, same: Callable | None = None
 ) -> list[Row]:
     """Rows of a comparison, cold first calls and memory among the columns; `same` judges a result beside ours."""
-    results: dict[str, object] = {}
     calls, extra = prepared(machine, builders)
-    kept = {who: call if isinstance(call, peers.Missing) else _keep(call, results, who) for who, call in calls.items()}
-    rows = machine.compare(case, kept, amount=amount, unit=unit, extra=extra)
-    if same is None:
-        return rows
-    return [
-        replace(row, extra=row.extra | {"exact": bool(same(results[row.who], results["ours"]))})
-        if row.who in results and row.missing is None
-        else row
-        for row in rows
-    ]
+    if same is not None:
+        ours = calls["ours"]()
+        for who in extra:
+            extra[who]["exact"] = bool(same(calls[who](), ours))
+    return machine.compare(case, calls, amount=amount, unit=unit, extra=extra)
 
 
 def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contestants, dict[str, dict]]:
@@ -173,13 +171,6 @@ def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contesta
             continue
         extra[who] = {"load_seconds": loaded - begin, "first_seconds": done - begun, "peak_bytes": peak.bytes}
     return calls, extra
-
-
-def _keep(call: Callable[[], object], results: dict[str, object], who: str) -> Callable[[], None]:
-    def step() -> None:
-        results[who] = call()
-
-    return step
 
 
 def same_ids(theirs: object, ours: object) -> bool:
@@ -278,23 +269,34 @@ def _ours_array(work: Work) -> Callable[[], object]:
 
 
 def train(options: Options, machine: Machine, text: str) -> list[Row]:
-    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds."""
+    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds; whoever takes a second does it once."""
     rows = []
     corpus = text_of(options, text, 32)
     size = len(corpus.encode())
+    measure = Machine("cpu", WallTimer(time.process_time), rounds=3)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "corpus.txt"
+        path, little = Path(folder) / "corpus.txt", Path(folder) / "little.txt"
         path.write_bytes(corpus.encode())
+        little.write_text("What a library loads on first use is not part of what it takes.\n" * 50)
+        prepared(measure, _trainers(little, 300))
         for vocab_size in (1_000, 10_000, 32_000):
-            ours = partial(BPETokenizer.train, path, vocab_size, "gpt4", (), 1, ties="hf")
-            builders = {"ours": lambda ours=ours: ours} | peers.build(
-                "train_tokenizer", path, vocab_size, PATTERNS["gpt4"]
-            )
-            measure = Machine("cpu", WallTimer(time.process_time), rounds=3, seconds=60)
-            calls, extra = prepared(measure, builders)
+            calls, extra = prepared(measure, _trainers(path, vocab_size))
+            samples: dict[str, list[float] | peers.Missing] = {}
+            for who, call in calls.items():
+                if isinstance(call, peers.Missing):
+                    samples[who] = call
+                else:
+                    first = extra[who].pop("first_seconds")
+                    samples[who] = [first] if first > 1 else [measure.timer.sample(call, 1) for _ in range(3)]
             case = f"{text}, {size / 1e6:.0f} MB, vocabulary {vocab_size}"
-            rows += measure.compare(case, calls, amount=size, unit="B", extra=extra, warmup=1, least=1)
+            rows += measure.rows(case, samples, amount=size, unit="B", extra=extra)
     return rows
+
+
+def _trainers(path: Path, vocab_size: int) -> peers.Builders:
+    """Trainings of the same vocabulary by everybody."""
+    ours = partial(BPETokenizer.train, path, vocab_size, "gpt4", (), 1, ties="hf")
+    return {"ours": lambda: ours} | peers.build("train_tokenizer", path, vocab_size, PATTERNS["gpt4"])
 
 
 def gigabyte(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:

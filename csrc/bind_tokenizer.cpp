@@ -44,7 +44,7 @@ public:
     py::list encode(py::handle text, const Specials* specials) {
         Text view(text, !specials);
         IdBuffer<Id> ids;
-        run(text, {view.view}, specials, 1, ids, nullptr);
+        run(text, view.view, specials, 1, ids, nullptr);
         return to_list(ids.data(), ids.size);
     }
 
@@ -61,14 +61,14 @@ public:
     py::array encode_array(py::handle text, const Specials* specials, unsigned threads) const {
         Text view(text, !specials);
         IdBuffer<Id> ids;
-        run(text, {view.view}, specials, threads, ids, nullptr);
+        run(text, view.view, specials, threads, ids, nullptr);
         return to_array(ids);
     }
 
     size_t count(py::handle text, const Specials* specials, unsigned threads) const {
         Text view(text, !specials);
         IdBuffer<Id> ids;
-        run(text, {view.view}, specials, threads, ids, nullptr);
+        run(text, view.view, specials, threads, ids, nullptr);
         return ids.size;
     }
 
@@ -126,7 +126,7 @@ private:
     }
 
     // `source`: a text, or a sequence of texts, that `texts` are views of.
-    void run(py::handle source, const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+    void run(py::handle source, Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
              std::vector<uint64_t>* ends) const {
         size_t total = 0;
         for (const TextView& text : texts) total += text.size;

@@ -21,7 +21,7 @@ std::vector<std::pair<Symbol, Symbol>> learn(WordCounter& counter, uint64_t num_
                                              std::vector<uint32_t> byte_order, const py::object& progress) {
     TrainingRules rules{num_merges, ties_of(ties), min_frequency, max_token_length, std::move(byte_order)};
     py::gil_scoped_release unlocked;
-    return train(counter.total(), rules, [&](uint64_t done) {
+    return train(counter.take(), rules, [&](uint64_t done) {
         check_signals();
         if (progress.is_none()) return;
         py::gil_scoped_acquire lock;
@@ -37,11 +37,8 @@ void bind_training(py::module_& module) {
         .def("add",
              [](WordCounter& counter, py::handle text, const Specials* specials) {
                  Text utf8(text);
-                 {
-                     py::gil_scoped_release unlocked;
-                     counter.add(utf8.view, specials);
-                 }
-                 check_signals();
+                 py::gil_scoped_release unlocked;
+                 counter.add(utf8.view, specials, check_signals);
              })
         .def("add_words",
              [](WordCounter& counter, const std::vector<std::pair<py::bytes, uint64_t>>& words) {

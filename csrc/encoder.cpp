@@ -1,12 +1,8 @@
 #include "encoder.hpp"
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cstring>
-#include <exception>
-#include <mutex>
-#include <thread>
+#include <stdexcept>
 
 #include "kernels.hpp"
 
@@ -108,16 +104,12 @@ Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair
     for (const auto& [token, id] : whole_words) whole_words_.add(token, id);
     if (!divides_) return;
     constexpr size_t kMost = 100'000;  // of a larger vocabulary the first, which are the most frequent
-    size_t known = 0;
-    born_with_ = std::make_unique<Cache>();
-    born_with_->expect(16 << 20, nullptr);  // a large text brings words of its own: their room now spares moving later
-    merges_.each_whole([&](const std::string& token, TokenId token_id) {
-        if (token.size() > kKeyBytes || known == kMost) return;
-        Id id = static_cast<Id>(token_id);
-        born_with_->insert(reinterpret_cast<const uint8_t*>(token.data()), token.size(), &id, 1);
-        ++known;
+    merges_.each_whole([&](const std::string& token, TokenId id) {
+        if (token.size() > kKeyBytes || tokens_.ids.size() == kMost) return;
+        tokens_.keys.push_back(copy_key(reinterpret_cast<const uint8_t*>(token.data()), token.size()));
+        tokens_.ids.push_back(static_cast<Id>(id));
     });
-    if (known < kMost / 10) born_with_.reset();  // too few to be worth it
+    if (tokens_.ids.size() < kMost / 10) tokens_ = {};  // too few to be worth it
 }
 
 // A word that is not at home in the cache; `end` is where the text ends.
@@ -197,11 +189,12 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
 }
 
 template <class Id>
-void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
-                     std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
-    if (texts.size() == 1 && !specials && texts[0].size < kSmallSegment) {
+void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+                         std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
+    if (texts.count == 1 && !specials && texts.first->size < kSmallSegment) {
         std::unique_ptr<Cache> cache = caches_.take();
-        if (texts[0].size) encode_segment({texts[0].data, 0, texts[0].size, texts[0].size, 0, true, texts[0].width}, *cache, ids);
+        const TextView& text = *texts.first;
+        if (text.size) encode_segment({text.data, 0, text.size, text.size, 0, true, text.width}, *cache, ids);
         if (ends) ends->push_back(ids.size);
         caches_.give_back(std::move(cache));
         return;
@@ -209,7 +202,7 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
     uint64_t total = 0;
     for (const TextView& text : texts) total += text.size;
     threads = static_cast<unsigned>(std::min<uint64_t>(threads, total / kSmallSegment + 1));
-    size_t segment_size = std::min<uint64_t>(kSegment, std::max<uint64_t>(kSmallSegment, total / threads / 8));
+    size_t segment_size = std::min<uint64_t>(kSegment, std::max<uint64_t>(kSmallSegment, total / threads / 16));
 
     if (threads == 1) ids.reserve(total / 3);  // about what it takes: growing copies what is there
     std::vector<Segment> segments;
@@ -225,13 +218,6 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
         IdBuffer<Id> ids;
         std::vector<uint64_t> ends;
     };
-    auto run = [&](Task& task, Cache& cache) {
-        for (size_t i = task.first; i < task.last; ++i) {
-            const Segment& segment = segments[i];
-            if (segment.text) encode_segment(segment, cache, task.ids);
-            if (segment.ends_text && ends) task.ends.push_back(task.ids.size);
-        }
-    };
     std::vector<Task> tasks;
     uint64_t bytes = segment_size;
     for (size_t i = 0; i < segments.size(); ++i) {
@@ -243,93 +229,39 @@ void Encoder<Id>::encode(const std::vector<TextView>& texts, const Specials* spe
         bytes += segments[i].limit - segments[i].begin + 16;
     }
 
-    if (threads == 1) {
+    std::atomic<size_t> next{0};
+    in_parallel(threads, checkpoint, [&](const Checkpoint& pause) {
         std::unique_ptr<Cache> cache = caches_.take();
-        cache->scratch.checkpoint = &checkpoint;
-        cache->expect(total, born_with_.get());
-        Task whole{0, 0, std::move(ids), {}};
-        for (const Task& task : tasks) {
-            whole.first = task.first;
-            whole.last = task.last;
-            run(whole, *cache);
-            if (tasks.size() > 1) checkpoint();
+        cache->scratch.checkpoint = &pause;
+        cache->expect(total / threads, tokens_);
+        for (size_t i; (i = next++) < tasks.size(); pause()) {
+            Task task = std::move(tasks[i]);  // of this thread's own: threads that write side by side hinder each other
+            IdBuffer<Id>& out = threads == 1 ? ids : task.ids;
+            for (size_t at = task.first; at < task.last; ++at) {
+                if (segments[at].text) encode_segment(segments[at], *cache, out);
+                if (segments[at].ends_text && ends) task.ends.push_back(out.size);
+            }
+            tasks[i] = std::move(task);
         }
         cache->scratch.checkpoint = nullptr;
-        ids = std::move(whole.ids);
-        if (ends) ends->insert(ends->end(), whole.ends.begin(), whole.ends.end());
         caches_.give_back(std::move(cache));
-        return;
-    }
+    });
 
-    struct Stopped {};
-    std::atomic<size_t> next{0}, finished{0};
-    std::atomic<bool> stopped{false};
-    const Checkpoint stop_if_asked = [&] {
-        if (stopped) throw Stopped();
-    };
-    std::exception_ptr failure;
-    std::mutex mutex;
-    std::condition_variable changed;
-    auto work = [&] {
-        try {
-            std::unique_ptr<Cache> cache = caches_.take();
-            cache->scratch.checkpoint = &stop_if_asked;
-            cache->expect(total / threads, born_with_.get());
-            for (size_t i; (i = next++) < tasks.size();) run(tasks[i], *cache);
-            cache->scratch.checkpoint = nullptr;
-            caches_.give_back(std::move(cache));
-        } catch (...) {
-            std::lock_guard<std::mutex> lock(mutex);
-            failure = std::current_exception();
-            next = tasks.size();
-        }
-        std::lock_guard<std::mutex> lock(mutex);
-        ++finished;
-        changed.notify_one();
-    };
-    std::vector<std::thread> workers;
-    auto join = [&] {
-        for (std::thread& worker : workers) worker.join();
-        workers.clear();
-    };
-    try {
-        for (unsigned i = 0; i < threads; ++i) workers.emplace_back(work);
-        std::unique_lock<std::mutex> lock(mutex);
-        while (finished < threads) {
-            if (changed.wait_for(lock, std::chrono::milliseconds(50), [&] { return finished == threads; })) break;
-            lock.unlock();
-            checkpoint();
-            lock.lock();
-        }
-    } catch (...) {
-        stopped = true;
-        next = tasks.size();
-        join();
-        throw;
-    }
-    join();
-    if (failure) std::rethrow_exception(failure);
-
-    // Fresh memory costs as much as encoding a third of what fills it: threads share that too.
-    std::vector<uint64_t> places{ids.size};
+    std::vector<uint64_t> places{0};
     for (Task& task : tasks) {
         if (ends)
             for (uint64_t end : task.ends) ends->push_back(places.back() + end);
         places.push_back(places.back() + task.ids.size);
     }
-    ids.reserve(places.back() - ids.size);
+    if (threads == 1) return;
+    // Fresh memory costs as much as encoding a third of what fills it: threads share that too.
+    ids.reserve(places.back());
     ids.size = places.back();
     next = 0;
-    auto gather = [&] {
+    in_parallel(total > kSegment ? threads : 1, checkpoint, [&](const Checkpoint&) {
         for (size_t i; (i = next++) < tasks.size(); tasks[i].ids = IdBuffer<Id>())
             if (tasks[i].ids.size) std::memcpy(ids.data() + places[i], tasks[i].ids.data(), tasks[i].ids.size * sizeof(Id));
-    };
-    try {
-        for (unsigned i = 1; i < threads && total > kSegment; ++i) workers.emplace_back(gather);
-    } catch (...) {  // fewer threads than wished for do the same work
-    }
-    gather();
-    join();
+    });
 }
 
 template <class Id>

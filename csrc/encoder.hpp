@@ -4,17 +4,16 @@
 // first cut where no token reaches across, then merged, then remembered.
 //
 // A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
-// short texts are grouped into segments. Threads are started per call and joined before it returns, so nothing of this
-// survives into a forked child.
+// short texts are grouped into segments.
 #pragma once
 
 #include <cstdlib>
-#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "parallel.hpp"
 #include "splitter.hpp"
 #include "vocabulary.hpp"
 #include "word_cache.hpp"
@@ -70,6 +69,17 @@ struct TextView {
     int width = 0;   // 1, 2 or 4 where the text is as CPython holds it; 0 where it is UTF-8
 };
 
+// One text or many, that are somebody else's.
+struct Texts {
+    const TextView* first;
+    size_t count;
+
+    Texts(const TextView& one) : first(&one), count(1) {}
+    Texts(const std::vector<TextView>& many) : first(many.data()), count(many.size()) {}
+    const TextView* begin() const { return first; }
+    const TextView* end() const { return first + count; }
+};
+
 // A text of characters turned out to hold a lone surrogate.
 struct NoUtf8 : std::exception {};
 
@@ -114,12 +124,9 @@ public:
     // whole_words: pieces that are looked up before merging (empty for most vocabularies).
     Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words);
 
-    // Called now and then on the calling thread; throws to stop the work.
-    using Checkpoint = std::function<void()>;
-
     // Ids of many texts, one after another, and the number of ids up to each text's end.
-    void encode(const std::vector<TextView>& texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
-                std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const;
+    void encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids, std::vector<uint64_t>* ends,
+                const Checkpoint& checkpoint) const;
 
     // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
     void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
@@ -138,9 +145,9 @@ private:
 
     Merges merges_;
     Pattern pattern_;
-    bool divides_;           // whether words may be cut where no token reaches across
+    bool divides_;            // whether words may be cut where no token reaches across
     Vocabulary whole_words_;  // pieces that are looked up before merging
-    std::unique_ptr<Cache> born_with_;  // what caches for large texts know from the beginning
+    KnownWords<Id> tokens_;   // what caches for large texts know from the beginning
     mutable CachePool<Cache> caches_;
 };
 

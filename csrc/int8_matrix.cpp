@@ -25,11 +25,16 @@ constexpr int kQuad = kGroup / 4;  // steps of four columns in a group
 struct Tile {
     const uint8_t* weights;  // of the first vector of outputs
     size_t stride;           // bytes from one vector of outputs to the next
+    const float *scales, *bias;
     int groups, columns;
+
+    Tile from(int vector) const {
+        return {weights + vector * stride, stride, scales + vector * kLanes, bias + vector * kLanes, groups, columns};
+    }
 };
 
-// The plain meaning of the kernel: sums of integers group by group, then of floats. `y` is (rows, vectors, 16).
-WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y) {
+// The plain meaning of the kernel: sums of integers group by group, then of floats; rows of `y` lie `width` apart.
+WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y, int width) {
     for (int r = 0; r < rows; ++r) {
         const int8_t* values = x.int8.data() + size_t(row + r) * t.columns;
         for (int v = 0; v < vectors; ++v) {
@@ -44,13 +49,20 @@ WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Rows& x, i
                 const float scale = x.scales[size_t(row + r) * t.groups + g];
                 for (int lane = 0; lane < kLanes; ++lane) total[lane] = std::fma(float(sums[lane]), scale, total[lane]);
             }
-            std::memcpy(y + (r * vectors + v) * kLanes, total, sizeof total);
+            for (int lane = 0, n = v * kLanes; lane < kLanes; ++lane, ++n)
+                y[size_t(r) * width + n] = total[lane] * t.scales[n] + t.bias[n];
         }
     }
 }
 
 #ifdef WARPLOOM_X86
 #define WARPLOOM_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+// sums += weights · activations, four columns a lane. Spelled out: with the intrinsic, GCC 12 copies every sum to another
+// register and back at every step, twice as many instructions as there are products.
+WARPLOOM_VNNI inline void meet(__m512i& sums, __m512i weights, __m512i activations) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(activations));
+}
 
 // ROWS × VECTORS integer sums in registers: each weight vector loaded serves all rows, each activation all vectors. After
 // each group they join float sums, which may lie in memory.
@@ -76,7 +88,7 @@ WARPLOOM_VNNI inline void tile_vnni(const Tile& t, const Rows& x, int row, float
                 int32_t four;
                 std::memcpy(&four, a + size_t(r) * t.columns + k * 4, 4);
                 const __m512i activation = _mm512_set1_epi32(four);
-                for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], weight[v], activation);
+                for (int v = 0; v < VECTORS; ++v) meet(sums[r][v], weight[v], activation);
             }
         }
         for (int r = 0; r < ROWS; ++r) {
@@ -85,18 +97,19 @@ WARPLOOM_VNNI inline void tile_vnni(const Tile& t, const Rows& x, int row, float
                 total[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), scale, total[r][v]);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * width + v) * kLanes, total[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+        const __m512 scale = _mm512_loadu_ps(t.scales + v * kLanes), bias = _mm512_loadu_ps(t.bias + v * kLanes);
+        for (int r = 0; r < ROWS; ++r)
+            _mm512_storeu_ps(y + size_t(r) * width + v * kLanes, _mm512_fmadd_ps(total[r][v], scale, bias));
+    }
 }
 
-#define WARPLOOM_COVER(ROWS, WIDE)                                                                        \
-    for (; v + WIDE <= vectors; v += WIDE)                                                                \
-        tile_vnni<ROWS, WIDE>({t.weights + v * t.stride, t.stride, t.groups, t.columns}, x, row, y + v * kLanes, vectors); \
-    for (; v < vectors; ++v)                                                                              \
-        tile_vnni<ROWS, 1>({t.weights + v * t.stride, t.stride, t.groups, t.columns}, x, row, y + v * kLanes, vectors);    \
+#define WARPLOOM_COVER(ROWS, WIDE)                                                                           \
+    for (; v + WIDE <= vectors; v += WIDE) tile_vnni<ROWS, WIDE>(t.from(v), x, row, y + v * kLanes, width);  \
+    for (; v < vectors; ++v) tile_vnni<ROWS, 1>(t.from(v), x, row, y + v * kLanes, width);                   \
     break;
 
-WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y) {
+WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y, int width) {
     int v = 0;
     switch (rows) {
         case 1: WARPLOOM_COVER(1, 4)
@@ -107,7 +120,7 @@ WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Rows& x, int 
 }
 #endif
 
-using Multiply = void (*)(const Tile&, int, const Rows&, int, int, float*);
+using Multiply = void (*)(const Tile&, int, const Rows&, int, int, float*, int);
 
 Multiply pick_multiply() {
 #ifdef WARPLOOM_X86
@@ -120,10 +133,6 @@ Multiply pick_multiply() {
 
 const Multiply multiply_rows = pick_multiply();
 constexpr int kRows = 4;  // rows of activations of one tile
-
-WARPLOOM_CLONES void finish(const float* part, const float* scales, const float* bias, int n, float* y) {
-    for (int i = 0; i < n; ++i) y[i] = part[i] * scales[i] + bias[i];
-}
 
 }  // namespace
 
@@ -159,15 +168,14 @@ void Int8Matrix::multiply(const Rows& x, float* y) const {
 
 void Int8Matrix::block(const Rows& x, int first, int count, float* y) const {
     const size_t stride = size_t(kLanes) * groups_ * kGroup;
-    const Tile tile{weights_ + first * stride, stride, groups_, groups_ * kGroup};
-    float part[kRows * kBlock * kLanes];
-    const int from = first * kLanes, to = std::min(outputs_, (first + count) * kLanes);
+    const Tile tile = Tile{weights_, stride, scales_.data(), bias_.data(), groups_, groups_ * kGroup}.from(first);
+    const int from = first * kLanes, wide = count * kLanes, here = std::min(outputs_ - from, wide);
+    float part[kRows * kBlock * kLanes];  // for outputs that fill no whole vector
     for (int row = 0, rows, tiles = (x.count + kRows - 1) / kRows; tiles > 0; row += rows, --tiles) {
         rows = (x.count - row + tiles - 1) / tiles;  // as equal as can be
-        multiply_rows(tile, count, x, row, rows, part);
-        for (int r = 0; r < rows; ++r)
-            finish(part + r * count * kLanes, &scales_[from], &bias_[from], to - from,
-                   y + size_t(row + r) * outputs_ + from);
+        float* to = y + size_t(row) * outputs_ + from;
+        multiply_rows(tile, count, x, row, rows, here == wide ? to : part, here == wide ? outputs_ : wide);
+        for (int r = 0; r < rows && here < wide; ++r) std::copy_n(part + r * wide, here, to + size_t(r) * outputs_);
     }
 }
 

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "parallel.hpp"
+
 namespace warploom {
 
 using Symbol = uint32_t;  // 0..255 are bytes, then each merged token in the order of its first merge
@@ -59,7 +61,7 @@ struct MergeScratch {
     std::vector<uint32_t> first, last, ranks;    // of each bucket; `ranks` is a heap of the buckets that are not empty
     std::vector<uint32_t> positions;
     std::vector<Symbol> block, joined, window, pair;
-    const std::function<void()>* checkpoint = nullptr;  // called now and then within a very long word; throws to stop
+    const Checkpoint* checkpoint = nullptr;  // called now and then within a very long word
 };
 
 class Merges {

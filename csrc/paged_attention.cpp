@@ -154,6 +154,12 @@ WARPLOOM_INLINE void visit(const Look& look, const T* keys, const T* values, int
     for (; d < D; d += kSpan) gather<1>(values + d, stride, scores, from, to, out + d);
 }
 
+// Asks memory for numbers that are needed soon.
+template <class T>
+WARPLOOM_INLINE void fetch(const T* numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(numbers + i);
+}
+
 // Rows of one page, widened and padded, laid out as `load_span` reads them.
 template <class T>
 WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D, int padded, float* to) {
@@ -171,58 +177,72 @@ WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D,
     }
 }
 
-// `tokens` neighbors of one sequence from token `first` on, all heads of one group.
+// `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.
+struct Task {
+    int first, tokens, group, groups;
+};
+
 template <class T>
-WARPLOOM_INLINE void attend_run(const Pages& pages, const Step& step, const Look& look, const float* q,
-                                int64_t q_stride, int first, int tokens, int kv, Scratch& s, float* out) {
-    const int size = pages.page_size, group = look.heads / pages.kv_heads, Q = tokens * group;
-    const int D = pages.head_dim, padded = (D + kSpan - 1) / kSpan * kSpan;
-    s.queries.resize(Q * padded), s.outputs.assign(Q * padded, 0.0f);
-    s.scores.resize(Q * ((size + 15) / 16 * 16));
-    s.totals.assign(Q * 16, 0.0f), s.peaks.assign(Q, -INFINITY);
-    s.from.resize(Q), s.to.resize(Q);
-    for (int i = 0; i < Q; ++i) {
-        const float* query = q + (first + i / group) * q_stride + (kv * group + i % group) * D;
-        lay_out<T>(query, D, look.scale, &s.queries[i * padded]);
+WARPLOOM_INLINE void attend_task(const Pages& pages, const Step& step, const Look& look, const float* q,
+                                 int64_t q_stride, const Task& task, Scratch& s, float* out) {
+    const int size = pages.page_size, shared = look.heads / pages.kv_heads, Q = task.tokens * shared;
+    const int D = pages.head_dim, padded = (D + kSpan - 1) / kSpan * kSpan, all = Q * task.groups;
+    const auto place = [&](int i) {  // (token, head) of a query
+        return std::pair<int64_t, int64_t>(task.first + i % Q / shared, (task.group + i / Q) * shared + i % shared);
+    };
+    s.queries.resize(all * padded), s.outputs.assign(all * padded, 0.0f);
+    s.scores.resize(all * ((size + 15) / 16 * 16));
+    s.totals.assign(all * 16, 0.0f), s.peaks.assign(all, -INFINITY);
+    s.from.resize(all), s.to.resize(all);
+    for (int i = 0; i < all; ++i) {
+        const auto [token, head] = place(i);
+        lay_out<T>(q + token * q_stride + head * D, D, look.scale, &s.queries[i * padded]);
     }
-    const int64_t least = step.positions[first] + 1, end = least + tokens - 1;
+    const int64_t least = step.positions[task.first] + 1, end = least + task.tokens - 1;
     const int64_t begin = look.window > 0 ? std::max<int64_t>(0, least - look.window) : 0;
-    const int32_t* table = step.table + int64_t(step.sequences[first]) * step.width;
-    const int64_t stride = int64_t(pages.kv_heads) * D;
+    const int32_t* table = step.table + int64_t(step.sequences[task.first]) * step.width;
+    const int64_t stride = int64_t(pages.kv_heads) * D, whole = size * stride;
+    const T *all_keys = static_cast<const T*>(pages.keys), *all_values = static_cast<const T*>(pages.values);
     for (int64_t at = begin / size * size; at < end; at += size) {
-        for (int i = 0; i < Q; ++i) {
-            const int64_t last = least + i / group, since = look.window > 0 ? last - look.window : 0;
+        for (int i = 0; i < all; ++i) {
+            const int64_t last = least + i % Q / shared, since = look.window > 0 ? last - look.window : 0;
             s.from[i] = int(std::max<int64_t>(0, since - at)), s.to[i] = int(std::min<int64_t>(size, last - at));
         }
-        const int64_t offset = int64_t(table[at / size]) * size * stride + int64_t(kv) * D;
-        const T *keys = static_cast<const T*>(pages.keys) + offset, *values = static_cast<const T*>(pages.values) + offset;
-        if (Q == 1 && D == padded) {
-            visit(look, keys, values, stride, size, D, 0, s);
-            continue;
-        }
         const int count = int(std::min<int64_t>(size, end - at));
-        s.keys.resize(size * padded), s.values.resize(size * padded);
-        widen_rows(keys, stride, count, D, padded, s.keys.data());
-        widen_rows(values, stride, count, D, padded, s.values.data());
-        for (int i = 0; i < Q; ++i)
-            if (s.from[i] < s.to[i])
-                visit<float>(look, s.keys.data(), s.values.data(), padded, size, padded, i, s);
+        for (int g = 0; g < task.groups; ++g) {
+            const int64_t offset = table[at / size] * whole + (task.group + g) * D;
+            const T *keys = all_keys + offset, *values = all_values + offset;
+            if (Q == 1 && D == padded) {
+                if (at + size < end && task.groups == pages.kv_heads) {  // a part of the next page, in order
+                    const int64_t next = table[at / size + 1] * whole + g * size * D;
+                    fetch(all_keys + next, size * D), fetch(all_values + next, size * D);
+                }
+                visit(look, keys, values, stride, size, D, g, s);
+                continue;
+            }
+            s.keys.resize(size * padded), s.values.resize(size * padded);
+            widen_rows(keys, stride, count, D, padded, s.keys.data());
+            widen_rows(values, stride, count, D, padded, s.values.data());
+            for (int i = g * Q; i < (g + 1) * Q; ++i)
+                if (s.from[i] < s.to[i])
+                    visit<float>(look, s.keys.data(), s.values.data(), padded, size, padded, i, s);
+        }
     }
-    for (int i = 0; i < Q; ++i) {
-        float* mine = out + (int64_t(first + i / group) * look.heads + kv * group + i % group) * D;
-        const float whole = 1 / sum(load(&s.totals[i * 16]));
-        lay_back<T>(&s.outputs[i * padded], D, whole, mine);
+    for (int i = 0; i < all; ++i) {
+        const auto [token, head] = place(i);
+        const float share = 1 / sum(load(&s.totals[i * 16]));
+        lay_back<T>(&s.outputs[i * padded], D, share, out + (token * look.heads + head) * D);
     }
 }
 
 WARPLOOM_CLONES void attend_float(const Pages& p, const Step& t, const Look& l, const float* q, int64_t stride,
-                                  int first, int tokens, int kv, Scratch& s, float* out) {
-    attend_run<float>(p, t, l, q, stride, first, tokens, kv, s, out);
+                                  const Task& task, Scratch& s, float* out) {
+    attend_task<float>(p, t, l, q, stride, task, s, out);
 }
 
 WARPLOOM_CLONES void attend_half(const Pages& p, const Step& t, const Look& l, const float* q, int64_t stride,
-                                 int first, int tokens, int kv, Scratch& s, float* out) {
-    attend_run<bfloat16>(p, t, l, q, stride, first, tokens, kv, s, out);
+                                 const Task& task, Scratch& s, float* out) {
+    attend_task<bfloat16>(p, t, l, q, stride, task, s, out);
 }
 
 WARPLOOM_CLONES void round_to(const float* from, int n, bfloat16* to) {
@@ -258,11 +278,13 @@ void attend_pages(const Pages& pages, const Step& step, const Look& look, const 
     }
     const int count = int(runs.size());
     runs.push_back(tokens);  // what follows is padding
-    Workers::shared().run(count * K, [&](int task) {
+    // A page is one run of memory with all heads' keys, so a task takes them all where there are tasks enough.
+    const int parts = count >= 4 * Workers::shared().size() ? 1 : K;
+    Workers::shared().run(count * parts, [&](int number) {
         thread_local Scratch scratch;
-        const int first = runs[task / K];
-        (pages.half ? attend_half : attend_float)(pages, step, look, q, q_stride, first, runs[task / K + 1] - first,
-                                                  task % K, scratch, out);
+        const int run = number / parts, first = runs[run];
+        const Task task{first, runs[run + 1] - first, number % parts, K / parts};
+        (pages.half ? attend_half : attend_float)(pages, step, look, q, q_stride, task, scratch, out);
     });
 }
 

@@ -9,6 +9,8 @@ namespace {
 
 constexpr Symbol kMark = 0xFFFFFFFF;  // between words
 constexpr Symbol kGone = 0xFFFFFFFE;  // where the right half of a merged pair began
+constexpr Symbol kLast = 0x80000000;  // and the length of a token of several bytes, where its last byte stands
+constexpr uint32_t kNone = 0xFFFFFFFF;
 
 struct Place {
     uint32_t position, word;
@@ -17,47 +19,52 @@ struct Place {
 struct Pair {
     Symbol left, right;
     uint64_t count;
-    uint64_t first;  // of its places
-    uint32_t places;
+    uint32_t first, places;  // where its places begin, and how many they are
 };
 
-// The index of each pair, by its two symbols.
+// The index of each pair, by its two symbols. A slot holds a part of the hash; the symbols themselves are in the pair.
 class PairIndex {
 public:
-    PairIndex() : slots_(1 << 16), shift_(64 - 16) {}
-
-    uint32_t& of(Symbol left, Symbol right) {
-        uint64_t key = static_cast<uint64_t>(left) << 32 | right;
-        size_t mask = slots_.size() - 1;
-        for (size_t slot = key * 0x9E3779B97F4A7C15ull >> shift_;; slot = (slot + 1) & mask) {
-            if (slots_[slot].index_plus_one && slots_[slot].key == key) return slots_[slot].index_plus_one;
-            if (slots_[slot].index_plus_one) continue;
-            slots_[slot].key = key;
-            return slots_[slot].index_plus_one;
+    uint32_t find(const std::vector<Pair>& pairs, Symbol left, Symbol right) const {
+        uint64_t hash = hash_of(left, right);
+        for (size_t slot = hash >> shift_;; slot = (slot + 1) & (slots_.size() - 1)) {
+            auto [tag, index] = slots_[slot];
+            if (index == kNone) return kNone;
+            if (tag == tag_of(hash) && pairs[index].left == left && pairs[index].right == right) return index;
         }
     }
 
-    void insert(Symbol left, Symbol right, uint32_t index) {
-        if (++size_ * 2 > slots_.size()) grow();
-        of(left, right) = index + 1;
+    // Adds the last of the pairs, a new one.
+    void insert(const std::vector<Pair>& pairs) {
+        if (pairs.size() * 2 > slots_.size()) return rebuild(pairs);
+        put(pairs.back(), static_cast<uint32_t>(pairs.size() - 1));
+    }
+
+    void rebuild(const std::vector<Pair>& pairs) {
+        shift_ = 64 - 12;
+        while (pairs.size() * 2 > size_t{1} << (64 - shift_)) --shift_;
+        std::vector<Slot>().swap(slots_);
+        slots_.assign(size_t{1} << (64 - shift_), {0, kNone});
+        for (uint32_t i = 0; i < pairs.size(); ++i) put(pairs[i], i);
     }
 
 private:
     struct Slot {
-        uint64_t key;
-        uint32_t index_plus_one;
+        uint32_t tag, index;
     };
-    void grow() {
-        std::vector<Slot> old(slots_.size() * 2);
-        old.swap(slots_);
-        --shift_;
-        for (const Slot& slot : old)
-            if (slot.index_plus_one)
-                of(static_cast<Symbol>(slot.key >> 32), static_cast<Symbol>(slot.key)) = slot.index_plus_one;
+    static uint64_t hash_of(Symbol left, Symbol right) {
+        return (static_cast<uint64_t>(left) << 32 | right) * 0x9E3779B97F4A7C15ull;
     }
-    std::vector<Slot> slots_;
-    int shift_;
-    size_t size_ = 0;
+    static uint32_t tag_of(uint64_t hash) { return static_cast<uint32_t>(hash >> 16); }
+
+    void put(const Pair& pair, uint32_t index) {
+        uint64_t hash = hash_of(pair.left, pair.right);
+        size_t slot = hash >> shift_;
+        while (slots_[slot].index != kNone) slot = (slot + 1) & (slots_.size() - 1);
+        slots_[slot] = {tag_of(hash), index};
+    }
+    std::vector<Slot> slots_ = std::vector<Slot>(1 << 12, {0, kNone});
+    int shift_ = 64 - 12;
 };
 
 // What one step gathers about the neighbors on one side of the merged pair.
@@ -88,15 +95,16 @@ struct Neighbors {
 
 class Trainer {
 public:
-    Trainer(const WordCounts& counts, const TrainingRules& rules) : rules_(rules) {
+    Trainer(WordCounts counts, const TrainingRules& rules) : rules_(rules) {
         for (int byte = 0; byte < 256; ++byte) tokens_.push_back(std::string(1, static_cast<char>(byte)));
-        lay_out(counts);
+        lay_out(std::move(counts));
         count_pairs();
     }
 
     std::vector<std::pair<Symbol, Symbol>> run(const std::function<void(uint64_t)>& progress) {
         std::vector<std::pair<Symbol, Symbol>> merges;
         while (merges.size() < rules_.num_merges) {
+            if (places_.size() > most_places_ || pairs_.size() > most_pairs_) collect();
             uint32_t best;
             if (!pop(best)) break;
             Pair pair = pairs_[best];
@@ -110,10 +118,12 @@ public:
     }
 
 private:
-    void lay_out(const WordCounts& counts) {
+    static constexpr size_t kFewPairs = 1 << 16;
+
+    void lay_out(WordCounts counts) {
         uint64_t size = 1;
         counts.each([&](const uint8_t*, size_t length, uint64_t) { size += length > 1 ? length + 1 : 0; });
-        if (size >= kGone) throw std::length_error("the corpus has 4 GiB or more of distinct words, which is too much to train on");
+        if (size >= kLast - 2) throw std::length_error("the corpus has 2 GiB or more of distinct words, which is too much to train on");
         symbols_.reserve(size);
         symbols_.push_back(kMark);
         counts.each([&](const uint8_t* word, size_t length, uint64_t count) {
@@ -122,8 +132,6 @@ private:
             symbols_.push_back(kMark);
             weights_.push_back(count);
         });
-        start_.resize(symbols_.size());
-        for (size_t i = 0; i < start_.size(); ++i) start_[i] = static_cast<uint32_t>(i);
     }
 
     void count_pairs() {
@@ -140,24 +148,59 @@ private:
             counts[pair] += weights_[place.word];
             ++places[pair];
         });
-        std::vector<uint64_t> next(1 << 16);
-        uint64_t total = 0;
+        std::vector<uint32_t> next(1 << 16);
+        uint32_t total = 0;
         for (uint32_t pair = 0; pair < 1 << 16; ++pair) {
             next[pair] = total;
             total += places[pair];
         }
+        most_places_ = total + size_t{total} / 4;
+        places_.reserve(most_places_ + total / 8);
         places_.resize(total);
         for (uint32_t pair = 0; pair < 1 << 16; ++pair)
             if (places[pair]) add_pair(pair >> 8, pair & 0xFF, counts[pair], next[pair], places[pair]);
         each_pair([&](uint32_t pair, Place place) { places_[next[pair]++] = place; });
     }
 
-    void add_pair(Symbol left, Symbol right, uint64_t count, uint64_t first, uint32_t places) {
+    void add_pair(Symbol left, Symbol right, uint64_t count, uint32_t first, uint32_t places) {
         uint32_t index = static_cast<uint32_t>(pairs_.size());
         pairs_.push_back({left, right, count, first, places});
-        index_.insert(left, right, index);
+        index_.insert(pairs_);
         if (count >= bar_) push(count, index);
         else waiting_.push_back(index);
+    }
+
+    // Forgets places that were merged away, and pairs that have no other. There are never more living places than in the
+    // beginning, so what is left leaves room enough. Pairs lie in the order of their places: all move towards the front.
+    void collect() {
+        std::vector<uint32_t> renamed(pairs_.size(), kNone);
+        uint32_t pairs = 0, places = 0;
+        for (uint32_t i = 0; i < pairs_.size(); ++i) {
+            Pair pair = pairs_[i];
+            uint32_t first = places, left_size = static_cast<uint32_t>(tokens_[pair.left].size());
+            for (uint32_t k = pair.first; pair.count && k < pair.first + pair.places; ++k) {
+                Place place = places_[k];
+                if (symbols_[place.position] == pair.left && symbols_[place.position + left_size] == pair.right)
+                    places_[places++] = place;
+            }
+            if (places == first) continue;
+            renamed[i] = pairs;
+            pairs_[pairs++] = {pair.left, pair.right, pair.count, first, places - first};
+        }
+        pairs_.resize(pairs);
+        places_.resize(places);
+        most_pairs_ = std::max<size_t>(pairs_.size() * 2, kFewPairs);
+        index_.rebuild(pairs_);
+
+        size_t kept = 0;
+        for (Entry entry : heap_)
+            if (renamed[entry.pair] != kNone) heap_[kept++] = {entry.count, renamed[entry.pair]};
+        heap_.resize(kept);
+        std::make_heap(heap_.begin(), heap_.end(), [this](const Entry& a, const Entry& b) { return later(a, b); });
+        kept = 0;
+        for (uint32_t pair : waiting_)
+            if (renamed[pair] != kNone) waiting_[kept++] = renamed[pair];
+        waiting_.resize(kept);
     }
 
     // -- which pair comes next -----------------------------------------------------------------------------------------
@@ -228,14 +271,15 @@ private:
         tokens_.push_back(tokens_[pair.left] + tokens_[pair.right]);
         twins_.clear();
         uint64_t twin_weight = 0;
-        for (uint64_t k = pair.first; k < pair.first + pair.places; ++k) {
+        for (uint32_t k = pair.first; k < pair.first + pair.places; ++k) {
             auto [position, word] = places_[k];
             if (symbols_[position] != pair.left || symbols_[position + left_size] != pair.right) continue;
             uint64_t weight = weights_[word];
             symbols_[position] = made;
             symbols_[position + left_size] = kGone;
-            start_[position + size - 1] = position;
-            uint32_t before = start_[position - 1];
+            symbols_[position + size - 1] = kLast | size;
+            uint32_t before = position - 1;
+            if (symbols_[before] >= kLast && symbols_[before] != kMark) before = position - (symbols_[before] & ~kLast);
             Symbol left = symbols_[before], right = symbols_[position + size];
             if (left == made) {  // the step before this one took (made, left half) for a new pair: it is (made, made)
                 rights_.gained[pair.left] -= weight;
@@ -251,7 +295,7 @@ private:
         make_pairs(lefts_, made, true);
         make_pairs(rights_, made, false);
         if (!twins_.empty()) {
-            uint64_t first = places_.size();
+            uint32_t first = static_cast<uint32_t>(places_.size());
             places_.insert(places_.end(), twins_.begin(), twins_.end());
             add_pair(made, made, twin_weight, first, static_cast<uint32_t>(twins_.size()));
         }
@@ -260,11 +304,12 @@ private:
     }
 
     void lose(Symbol left, Symbol right, uint64_t weight) {
-        if (uint32_t index = index_.of(left, right)) pairs_[index - 1].count -= weight;
+        uint32_t index = index_.find(pairs_, left, right);
+        if (index != kNone) pairs_[index].count -= weight;
     }
 
     void make_pairs(Neighbors& neighbors, Symbol made, bool on_left) {
-        uint64_t total = places_.size();
+        uint32_t total = static_cast<uint32_t>(places_.size());
         for (Symbol symbol : neighbors.symbols) {
             uint32_t places = neighbors.places[symbol];
             if (neighbors.gained[symbol])
@@ -280,10 +325,10 @@ private:
     const TrainingRules& rules_;
     std::vector<std::string> tokens_;
     std::vector<Symbol> symbols_;
-    std::vector<uint32_t> start_;    // for the place of a token's last byte: where the token starts
     std::vector<uint64_t> weights_;  // of words
     std::vector<Pair> pairs_;
     std::vector<Place> places_;
+    size_t most_places_ = 0, most_pairs_ = kFewPairs;  // when there are more, it is time to `collect`
     PairIndex index_;
     std::vector<Entry> heap_;
     std::vector<uint32_t> waiting_;
@@ -294,9 +339,9 @@ private:
 
 }  // namespace
 
-std::vector<std::pair<Symbol, Symbol>> train(const WordCounts& counts, const TrainingRules& rules,
+std::vector<std::pair<Symbol, Symbol>> train(WordCounts counts, const TrainingRules& rules,
                                              const std::function<void(uint64_t)>& progress) {
-    return Trainer(counts, rules).run(progress);
+    return Trainer(std::move(counts), rules).run(progress);
 }
 
 }  // namespace warploom

@@ -1,9 +1,11 @@
 #include "word_cache.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 
 #if defined(__linux__)
+#include <sched.h>
 #include <sys/mman.h>
 #endif
 
@@ -35,6 +37,11 @@ void release(void* memory, size_t size) {
     if (size < kHuge) std::free(memory);
     else munmap(memory, size);
 }
+
+unsigned core() {
+    int number = sched_getcpu();
+    return number < 0 ? 0 : static_cast<unsigned>(number);
+}
 #else
 void* allocate_zeroed(size_t size) {
 #if defined(_WIN32)
@@ -53,6 +60,8 @@ void release(void* memory, size_t) {
     std::free(memory);
 #endif
 }
+
+unsigned core() { return 0; }
 #endif
 
 template <class Id>
@@ -66,19 +75,15 @@ WordCache<Id>::~WordCache() {
 }
 
 template <class Id>
-void WordCache<Id>::resize(int bits, const WordCache* like) {
+void WordCache<Id>::resize(int bits) {
     Entry* old = entries_;
     size_t old_size = old ? size_t{1} << bits_ : 0;
     entries_ = static_cast<Entry*>(allocate_zeroed(sizeof(Entry) << bits));
     bits_ = bits;
     shift_ = 64 - bits;
     inserted_ = 0;
-    if (like) {
-        std::memcpy(entries_, like->entries_, sizeof(Entry) << bits);
-        inserted_ = like->inserted_;
-    }
     for (size_t i = 0; i < old_size; ++i)
-        if (old[i].key.high && !(like && find(old[i].key))) insert_short(old[i].key, old[i].ids);
+        if (old[i].key.high) insert_short(old[i].key, old[i].ids);
     release(old, old_size * sizeof(Entry));
 }
 
@@ -88,11 +93,20 @@ void WordCache<Id>::checkpoint() const {
 }
 
 template <class Id>
-void WordCache<Id>::expect(size_t text_size, const WordCache* vocabulary) {
-    if (vocabulary && text_size >= kLargeText && bits_ < vocabulary->bits_) return resize(vocabulary->bits_, vocabulary);
-    int bits = bits_;
+void WordCache<Id>::expect(size_t text_size, const KnownWords<Id>& tokens) {
+    bool learn = text_size >= kLargeText && !tokens.ids.empty() && !knows_tokens_;
+    int bits = learn ? kLastBits : bits_;  // a large text brings words of its own: their room now spares moving later
     while (bits < kLastBits && (size_t{64} << bits) < text_size) ++bits;
     if (bits > bits_) resize(bits);
+    if (!learn) return;
+    constexpr size_t kAhead = 16;
+    for (size_t i = 0; i < tokens.ids.size(); ++i) {
+        __builtin_prefetch(home_of(tokens.keys[std::min(i + kAhead, tokens.ids.size() - 1)]), 1);
+        Id packed[kInline + 1] = {tokens.ids[i]};
+        packed[kInline] = 1;
+        if (!find(tokens.keys[i])) insert_short(tokens.keys[i], packed);
+    }
+    knows_tokens_ = true;
 }
 
 template <class Id>

@@ -24,6 +24,16 @@ namespace warploom {
 void* allocate_zeroed(size_t size);
 void release(void* memory, size_t size);
 
+// The number of the core this thread runs on; 0 where the system does not say.
+unsigned core();
+
+// Words that each become one id.
+template <class Id>
+struct KnownWords {
+    std::vector<WordKey> keys;
+    std::vector<Id> ids;
+};
+
 // Id: uint16_t for vocabularies of up to 65536 tokens, else uint32_t.
 template <class Id>
 class WordCache {
@@ -83,10 +93,9 @@ public:
     // Stops work on an endless word if the user asked for it.
     void checkpoint() const;
 
-    // Makes room at once for the words of a text of this many bytes. Where that is much, the cache also takes over the
-    // words of a table that knows the vocabulary, if it has not seen many yet: a third of the new words of a text are
-    // tokens, and copying all of these costs less than finding some.
-    void expect(size_t text_size, const WordCache* vocabulary);
+    // Makes room at once for the words of a text of this many bytes. Where that is much, the cache also learns the tokens,
+    // once: a third of the new words of a text are tokens, and learning all costs less than merging some.
+    void expect(size_t text_size, const KnownWords<Id>& tokens);
 
     MergeScratch scratch;
     std::vector<TokenId> ids;    // of the word being encoded
@@ -98,7 +107,7 @@ private:
     static constexpr size_t kLargeText = 1 << 19;
     static constexpr size_t kFirstSlots = 1 << 10, kLastSlots = 1 << 18, kArenaLimit = (16 << 20) / 8;
 
-    void resize(int bits, const WordCache* like = nullptr);
+    void resize(int bits);
     void insert_short(WordKey key, const Id* ids);
     static uint32_t place_in(const Entry& entry) {
         uint32_t place;
@@ -113,6 +122,7 @@ private:
     Entry* entries_ = nullptr;
     int bits_ = 0, shift_ = 0;
     size_t inserted_ = 0;
+    bool knows_tokens_ = false;
     std::vector<uint32_t> slots_;  // one more than a place in the arena; 0 for none
     std::vector<uint64_t> arena_;
     size_t long_count_ = 0;
@@ -121,7 +131,8 @@ private:
 extern template class WordCache<uint16_t>;
 extern template class WordCache<uint32_t>;
 
-// Lends caches: each is used by one thread at a time and stays warm between calls. Lock-free, so that a process may
+// Lends caches: each is used by one thread at a time and stays warm between calls. A thread gets the one that its core
+// used last, if it can, since that core's own memory still holds the words seen most. Lock-free, so that a process may
 // fork at any moment; a child that finds a slot lost to a parent's thread just makes a new cache.
 template <class Cache>
 class CachePool {
@@ -130,15 +141,17 @@ public:
         for (auto& slot : slots_) delete slot.load();
     }
     std::unique_ptr<Cache> take() {
-        for (auto& slot : slots_)
+        for (size_t i = 0, here = core(); i < kSlots; ++i) {
+            std::atomic<Cache*>& slot = slots_[(here + i) % kSlots];
             if (slot.load(std::memory_order_relaxed))
                 if (Cache* cache = slot.exchange(nullptr)) return std::unique_ptr<Cache>(cache);
+        }
         return std::make_unique<Cache>();
     }
     void give_back(std::unique_ptr<Cache> cache) {
-        for (auto& slot : slots_) {
+        for (size_t i = 0, here = core(); i < kSlots; ++i) {
             Cache* none = nullptr;
-            if (slot.compare_exchange_strong(none, cache.get())) {
+            if (slots_[(here + i) % kSlots].compare_exchange_strong(none, cache.get())) {
                 cache.release();
                 return;
             }
@@ -146,7 +159,8 @@ public:
     }
 
 private:
-    std::atomic<Cache*> slots_[16] = {};
+    static constexpr size_t kSlots = 16;
+    std::atomic<Cache*> slots_[kSlots] = {};
 };
 
 }  // namespace warploom

@@ -1,9 +1,7 @@
 #include "word_counter.hpp"
 
 #include <algorithm>
-#include <exception>
-#include <mutex>
-#include <thread>
+#include <stdexcept>
 
 namespace warploom {
 
@@ -113,51 +111,34 @@ void WordCounts::grow_long() {
     }
 }
 
-void WordCounter::add(TextView text, const Specials* specials) {
+void WordCounter::add(TextView text, const Specials* specials, const Checkpoint& checkpoint) {
     std::vector<Segment> segments;
     size_t segment_size = std::min(kSegment, text.size / tables_.size() / 4 + 4096);
     cut_segments(text, specials, segment_size, segments);
 
-    std::atomic<size_t> next{0};
-    std::exception_ptr failure;
-    std::mutex mutex;
-    auto work = [&](WordCounts& table) {
-        try {
-            SplitFunction split_next = split_function(pattern_);
-            std::vector<uint32_t> ends(kPiecesAtOnce + kSplitMargin);
-            for (size_t i; (i = next++) < segments.size();) {
-                const Segment& segment = segments[i];
-                Split split{segment.text, segment.begin, segment.limit, segment.size};
-                while (true) {
-                    const uint8_t* from = segment.text + split.position;
-                    size_t readable = segment.size - split.position;
-                    size_t count = split_next(split, ends.data(), kPiecesAtOnce);
-                    if (count == 0) break;
-                    table.add(from, readable, ends.data(), count);
-                }
+    std::atomic<size_t> next{0}, table{0};
+    in_parallel(static_cast<unsigned>(std::min(tables_.size(), segments.size())), checkpoint, [&](const Checkpoint& pause) {
+        WordCounts& counts = tables_[table++];
+        SplitFunction split_next = split_function(pattern_);
+        std::vector<uint32_t> ends(kPiecesAtOnce + kSplitMargin);
+        for (size_t i; (i = next++) < segments.size(); pause()) {
+            const Segment& segment = segments[i];
+            Split split{segment.text, segment.begin, segment.limit, segment.size};
+            while (true) {
+                const uint8_t* from = segment.text + split.position;
+                size_t readable = segment.size - split.position;
+                size_t count = split_next(split, ends.data(), kPiecesAtOnce);
+                if (count == 0) break;
+                counts.add(from, readable, ends.data(), count);
             }
-        } catch (...) {
-            std::lock_guard<std::mutex> lock(mutex);
-            failure = std::current_exception();
-            next = segments.size();
         }
-    };
-    std::vector<std::thread> workers;
-    try {
-        for (size_t i = 1; i < tables_.size() && i < segments.size(); ++i) workers.emplace_back(work, std::ref(tables_[i]));
-    } catch (...) {  // fewer threads than wished for do the same work
-    }
-    work(tables_[0]);
-    for (std::thread& worker : workers) worker.join();
-    if (failure) std::rethrow_exception(failure);
+    });
 }
 
-const WordCounts& WordCounter::total() {
-    for (size_t i = 1; i < tables_.size(); ++i) {
-        tables_[0].add(tables_[i]);
-        tables_[i] = WordCounts();
-    }
-    return tables_[0];
+WordCounts WordCounter::take() {
+    WordCounts all = std::exchange(tables_[0], WordCounts());
+    for (size_t i = 1; i < tables_.size(); ++i) all.add(std::exchange(tables_[i], WordCounts()));
+    return all;
 }
 
 }  // namespace warploom

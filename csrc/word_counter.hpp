@@ -57,11 +57,11 @@ public:
     WordCounter(Pattern pattern, unsigned threads) : pattern_(pattern), tables_(threads) {}
 
     // Counts a whole text, or a stretch of one that was cut at a safe place. Special tokens separate and are not counted.
-    void add(TextView text, const Specials* specials);
+    void add(TextView text, const Specials* specials, const Checkpoint& checkpoint);
     void add_word(const uint8_t* word, size_t length, uint64_t count) { tables_[0].add(word, length, count); }
 
-    // All counts, added up; nothing may be added afterwards.
-    const WordCounts& total();
+    // All counts, added up and handed over: the counter starts anew.
+    WordCounts take();
 
 private:
     Pattern pattern_;

@@ -106,9 +106,9 @@ def add_up(y: Tensor, group: ProcessGroup | None) -> Tensor:
     return y if group is None else _AddUp.apply(y, group)
 
 
-def even(x: Tensor, group: ProcessGroup) -> Tensor:
+def even(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """x, computed alike in every process behind a `spread`: each contributes an equal share of its gradient."""
-    return _Even.apply(x, group)
+    return x if group is None else _Even.apply(x, group)
 
 
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -174,13 +174,29 @@ class HeadNorm(Part, RMSNorm):
         return kernels.rms_norm(x, spread(self.weight, self.group), self.eps)
 
 
-class TensorParallelMoE(Part, MoE):
-    """Every process has a slice of every expert, and routes alike."""
+def judged_together(
+    aux: kernels.MoEAux, logits_BTE: Tensor, config: ModelConfig, readers: ProcessGroup | None
+) -> kernels.MoEAux:
+    """The router's losses over the rows of all readers: f_e · P_e is no sum over rows, so shares are averaged first."""
+    if readers is None:
+        return aux
+    logits_TE = logits_BTE.flatten(0, -2).to(torch.promote_types(logits_BTE.dtype, torch.float32))
+    scores_TE = torch.softmax(logits_TE, -1) if config.router == "softmax" else torch.sigmoid(logits_TE)
+    mean_E = (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)
+    *mean_E, z = (add_up(spread(torch.cat([mean_E, aux.z[None]]), readers), readers) / readers.size()).unbind()
+    counts_E = concatenate(aux.tokens_per_expert[None], readers).sum(0)
+    share_E = counts_E.to(z.dtype) / counts_E.sum()
+    return kernels.MoEAux(len(share_E) * (share_E * torch.stack(mean_E)).sum(), z, counts_E)
 
-    def __init__(self, whole: MoE, group: ProcessGroup, layouts: dict[str, Layout]) -> None:
-        super().__init__(whole, group)
-        for name, layout in layouts.items():
-            self.keep(name, layout)
+
+class TensorParallelMoE(Part, MoE):
+    """Every process of `tp` has a slice of every expert, and routes alike; without `tp`, the whole of each."""
+
+    def __init__(self, whole: MoE, tp: ProcessGroup | None, readers: ProcessGroup | None) -> None:
+        super().__init__(whole, tp)
+        self.readers = readers
+        for name in ("w_gate_up", "w_down") if tp is not None else ():
+            self.keep(name, layout(whole.config, f"ffn.{name}"))
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x, logits = self.config, spread(x_BTC, self.group), spread(self.router(x_BTC), self.group)
@@ -188,7 +204,7 @@ class TensorParallelMoE(Part, MoE):
             x, logits, self.w_gate_up, self.w_down, c.experts_per_token,
             score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1, activation=_activation(c),
         )  # fmt: skip
-        y_BTC = add_up(y_BTC, self.group)
+        y_BTC, aux = add_up(y_BTC, self.group), judged_together(aux, logits, c, self.readers)
         aux = aux._replace(load_balance=even(aux.load_balance, self.group), z=even(aux.z, self.group))
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
@@ -196,9 +212,9 @@ class TensorParallelMoE(Part, MoE):
 class ExpertParallelMoE(Part, MoE):
     """Every process has rows of its own and some whole experts (or, under `tp`, a slice of some)."""
 
-    def __init__(self, whole: MoE, group: ProcessGroup, tp: ProcessGroup | None) -> None:
+    def __init__(self, whole: MoE, group: ProcessGroup, tp: ProcessGroup | None, readers: ProcessGroup | None) -> None:
         super().__init__(whole, group)
-        self.tp = tp
+        self.tp, self.readers = tp, readers
         own = share_of(whole.config.n_experts, group.rank(), group.size())
         self.first = own.start
         for name in ("w_gate_up", "w_down"):
@@ -215,6 +231,7 @@ class ExpertParallelMoE(Part, MoE):
             first=self.first, activation=_activation(c), **options,
         )  # fmt: skip
         y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
+        aux = judged_together(aux, logits_TE, c, self.readers)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
 
@@ -236,17 +253,23 @@ class VocabParallelTransformer(Part, Transformer):
         )  # fmt: skip
 
 
-def shard(model: Transformer, tp: ProcessGroup | None = None, ep: ProcessGroup | None = None) -> Transformer:
+def shard(
+    model: Transformer,
+    tp: ProcessGroup | None = None,
+    ep: ProcessGroup | None = None,
+    readers: ProcessGroup | None = None,
+) -> Transformer:
     """The piece of `model` that this process of the groups keeps; `model` itself is used up.
 
     `tp` cuts heads, features and vocabulary, and its processes must be given the same rows; `ep` spreads experts over
-    processes that each have rows of their own (equally many).
+    processes that each have rows of their own (equally many). `readers` are all those whose rows together make a
+    micro-batch: the load of experts is judged over all of them.
     """
     check(model.config, 1 if tp is None else tp.size(), 1 if ep is None else ep.size())
     c = model.config
     for block in model.blocks:
         if isinstance(block.ffn, MoE):
-            block.ffn = _shard_experts(block.ffn, tp, ep)
+            block.ffn = _shard_experts(block.ffn, tp, ep, readers)
         elif tp is not None:
             _shard_feed_forward(c, block.ffn, "ffn", tp)
         if tp is not None:
@@ -273,13 +296,12 @@ def _shard_feed_forward(config: ModelConfig, ffn: nn.Module, name: str, group: P
     ffn.down = RowParallel(ffn.down, group, layout(config, f"{name}.down.weight"))
 
 
-def _shard_experts(moe: MoE, tp: ProcessGroup | None, ep: ProcessGroup | None) -> MoE:
-    names = ("w_gate_up", "w_down")
+def _shard_experts(moe: MoE, tp: ProcessGroup | None, ep: ProcessGroup | None, readers: ProcessGroup | None) -> MoE:
     if tp is not None and moe.shared is not None:
         _shard_feed_forward(moe.config, moe.shared, "ffn.shared", tp)
-    if tp is not None:
-        moe = TensorParallelMoE(moe, tp, {name: layout(moe.config, f"ffn.{name}") for name in names})
-    return moe if ep is None else ExpertParallelMoE(moe, ep, tp)
+    if tp is not None or readers is not None:
+        moe = TensorParallelMoE(moe, tp, readers)
+    return moe if ep is None else ExpertParallelMoE(moe, ep, tp, readers)
 
 
 # The loss of a vocabulary in pieces

@@ -5,6 +5,7 @@ from .attention import attention
 from .basics import scaled_dot_product_attention, silu, softmax
 from .cross_entropy import cross_entropy
 from .int8_linear import int8_linear, quantize_int8
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import MoEAux, moe
 from .op import Budget, Case, Maker, Op, backend, ops
@@ -29,6 +30,7 @@ __all__ = [
     "backend",
     "cross_entropy",
     "int8_linear",
+    "linear",
     "linear_cross_entropy",
     "moe",
     "ops",

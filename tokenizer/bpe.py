@@ -242,7 +242,7 @@ class BPETokenizer(Tokenizer):
             return super().encode_file(path, out, threads, allowed_special)
         finder, threads, total = self._finder(allowed_special), default_threads(threads), 0
         with atomic_writer(out) as file:
-            for block in native.file_blocks(self._native, path, finder):
+            for block in native.file_blocks(self._native, path, finder, threads):
                 ids = self._engine.encode_array(block, finder, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total += len(ids)

@@ -14,7 +14,7 @@ from .patterns import compile_pattern, pattern_name
 from .reference import Merges, Progress, WordCounts, count_words
 from .sources import Corpus, documents
 
-_BLOCK = 8 << 20
+_BLOCK = 2 << 20  # of a file, for each thread
 
 
 def extension() -> ModuleType | None:
@@ -66,9 +66,9 @@ def byte_ends(text: str, pattern: str) -> list[int]:
     return sizes
 
 
-def file_blocks(native: ModuleType, path: str | Path, specials: Any, size: int = _BLOCK) -> Iterator[memoryview]:
+def file_blocks(native: ModuleType, path: str | Path, specials: Any, threads: int) -> Iterator[memoryview]:
     """A UTF-8 file as blocks that can be encoded one by one; a block is valid until the next one is asked for."""
-    buffer = bytearray(size)
+    buffer = bytearray(_BLOCK * threads)
     held = done = 0
     with open(path, "rb", buffering=0) as file:
         while True:
@@ -109,7 +109,7 @@ def train_merges(
     finder = native.Specials([(token.encode(), 0) for token in specials]) if specials else None
     if name:
         for document in documents(corpus):
-            for block in file_blocks(native, document, finder) if isinstance(document, Path) else [document]:
+            for block in file_blocks(native, document, finder, threads) if isinstance(document, Path) else [document]:
                 counter.add(block, finder)
     else:
         counts: WordCounts = count_words(corpus, pattern, specials)

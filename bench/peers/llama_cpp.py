@@ -9,6 +9,24 @@ def serve(job):
     return {f"llama.cpp {'q8_0' if job.quantize else job.dtype}": lambda: batching(job)}
 
 
+def cold_start(start):
+    """From nothing to a token by its high-level class, from a GGUF file that is there already."""
+    from ...engine.gguf import save_gguf
+    from ...engine.hub import load_model
+
+    form = "q8_0" if start.quantize else start.dtype
+    path = start.directory / f"{form}.gguf"
+    save_gguf(load_model(start.directory, "cpu", "float32")[0], path, None, form)
+    program = f"""
+import llama_cpp
+begin = clock()
+model = llama_cpp.Llama({str(path)!r}, n_ctx=512, logits_all=False, verbose=False)
+model.eval(prompt)
+model.scores[len(prompt) - 1].argmax()
+"""
+    return {f"llama.cpp {form}": program}
+
+
 def batching(job):
     import ctypes
     import time

@@ -8,6 +8,36 @@ def serve(job):
     return {"OpenVINO GenAI q8_0": lambda: static(job)} if job.quantize else {}
 
 
+def cold_start(start):
+    """From nothing to a token by its pipeline, from a GGUF file that is there already."""
+    if not start.quantize:
+        return {}
+    program = f"""
+import numpy as np, openvino, openvino_genai
+begin = clock()
+pipe = openvino_genai.LLMPipeline({str(gguf(start.directory))!r}, "CPU")
+ids = np.array([prompt], dtype=np.int64)
+inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+pipe.generate(inputs, max_new_tokens=1, ignore_eos=True, do_sample=False)
+"""
+    return {"OpenVINO GenAI q8_0": program}
+
+
+def gguf(directory):
+    """The model as the file that it reads; one without a vocabulary is refused."""
+    from ...engine.gguf import save_gguf
+    from ...engine.hub import load_model
+    from ...tokenizer import BPETokenizer
+
+    model = load_model(directory, "cpu", "float32")[0]
+    letters = [bytes([i]) for i in range(256)]
+    merges = [(a, b) for a in letters for b in letters][: model.config.vocab_size - 257]
+    tokens = {token: index for index, token in enumerate([*letters, *(a + b for a, b in merges)])}
+    path = directory / "openvino.gguf"
+    save_gguf(model, path, BPETokenizer(tokens, merges, {"<|endoftext|>": len(tokens)}, "gpt2"), "q8_0")
+    return path
+
+
 def static(job):
     import time
 
@@ -16,22 +46,13 @@ def static(job):
     import openvino_genai
     import torch
 
-    from ...engine.gguf import save_gguf
-    from ...engine.hub import load_model
-    from ...tokenizer import BPETokenizer
     from ..serve import Reply
     from . import Unavailable
 
     if job.device != "cpu":
         raise Unavailable("measured on a CPU only")
-    model = load_model(job.directory, "cpu", "float32")[0]
-    letters = [bytes([i]) for i in range(256)]
-    merges = [(a, b) for a in letters for b in letters][: model.config.vocab_size - 257]
-    tokens = {token: index for index, token in enumerate([*letters, *(a + b for a, b in merges)])}
-    tokenizer = BPETokenizer(tokens, merges, {"<|endoftext|>": len(tokens)}, "gpt2")  # a file without one is refused
-    path = job.directory / "openvino.gguf"
-    save_gguf(model, path, tokenizer, "q8_0")
-    pipe = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+    path = str(gguf(job.directory))
+    pipe = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
 
     def answer(requests, begin):
         longest = max(len(request.prompt) for request in requests)

@@ -102,6 +102,21 @@ def continuous(job):
     return run
 
 
+def cold_start(start):
+    """From nothing to a token by `generate`, as its documentation begins."""
+    if start.quantize:
+        return {}
+    program = """
+import torch
+begin = clock()
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+tokens = torch.tensor([prompt], device=device)
+model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=1, pad_token_id=0)
+"""
+    return {"transformers": program}
+
+
 def loaded(job):
     """Their model from the directory that we wrote."""
     import torch

@@ -30,7 +30,16 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. User errors are one line on stderr and exit 2 (WARPLOOM_DEBUG=1: a traceback); Ctrl-C exits 130."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output (head, less) has left; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -45,9 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nwarploom: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has left
-        sys.stderr.close()
-        return 141
     except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         if os.environ.get("WARPLOOM_DEBUG"):
             raise

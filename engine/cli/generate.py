@@ -6,7 +6,8 @@
 A prompts file has one prompt a line: a JSON string, an object with "prompt" and any sampling parameters of its own, or,
 in a file that does not end in .jsonl, plain text. Results are appended as they come, one JSON object a line with the
 prompt's `index`; run the same command again after an interruption and it does what is missing. A prompt that cannot be
-answered gets an `error` instead, and is tried again the next time; the others go on.
+answered gets an `error` instead, and is tried again the next time; the others go on. With --logprobs or
+--prompt-logprobs a single prompt is answered by such a JSON object too.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def run(argv: list[str]) -> int:
         raise ValueError("--beam-width works with --prompt, not with --prompts-file")
     if options.prompts_file is not None:
         return _continue_file(options)
+    if options.beam_width is not None:
+        _insist_on_search(options.sampling)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     llm = options.llm.open()
     if options.beam_width is not None:
@@ -64,7 +67,18 @@ def run(argv: list[str]) -> int:
     return _stream(llm, prompt, options.sampling)
 
 
+def _insist_on_search(params: SamplingParams) -> None:
+    """A search draws nothing: what says how to draw must not be given and silently do nothing."""
+    for entry in dataclasses.fields(params):
+        if entry.name not in ("max_tokens", "seed") and getattr(params, entry.name) != entry.default:
+            flag = f"--{entry.name.replace('_', '-')}"
+            raise ValueError(f"{flag} has no meaning for --beam-width, which searches; --max-tokens has")
+
+
 def _stream(llm, prompt: str, params: SamplingParams) -> int:
+    if params.logprobs is not None or params.prompt_logprobs is not None:
+        print(json.dumps(_result(0, llm.generate(prompt, params), llm), ensure_ascii=False))
+        return 0
     if params.n > 1:
         for number, output in enumerate(llm.generate(prompt, params).choices, 1):
             print(f"── {number} of {params.n} ({output.finish_reason})\n{output.text}")
@@ -143,10 +157,19 @@ def _result(index: int, output, llm) -> dict[str, Any]:
     choices = [
         {"text": choice.text, "finish_reason": choice.finish_reason, "tokens": len(choice.token_ids)}
         | ({} if llm.tokenizer else {"token_ids": list(choice.token_ids)})
-        | ({} if choice.logprobs is None else {"logprobs": [entry.logprob for entry in choice.logprobs]})
+        | _logprobs("logprobs", choice.logprobs)
+        | _logprobs("prompt_logprobs", choice.prompt_logprobs)
         for choice in output.choices
     ]
     return {"index": index, **choices[0], **({"others": choices[1:]} if len(choices) > 1 else {})}
+
+
+def _logprobs(name: str, entries) -> dict[str, Any]:
+    """The log-probability of each token, and where they were asked for the most likely ones, as [token id, value]."""
+    if entries is None:
+        return {}
+    best = [[list(pair) for pair in entry.top] for entry in entries]
+    return {name: [entry.logprob for entry in entries]} | ({f"top_{name}": best} if any(best) else {})
 
 
 def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, SamplingParams]]:

@@ -158,6 +158,9 @@ def decode(flags: Decode) -> None:
 
     tokenizer = _load(flags.tokenizer)
     if flags.file is not None:
+        size, width = flags.file.stat().st_size, tokenizer.dtype.itemsize
+        if size % width:
+            raise ValueError(f"{flags.file} has {size:,} bytes; a token file of this tokenizer has {width} for each id")
         ids = np.fromfile(flags.file, dtype=tokenizer.dtype.newbyteorder("<"))
     else:
         ids = list(flags.ids) or [_whole_number(word) for word in sys.stdin.read().split()]

@@ -133,4 +133,7 @@ class _Engine:
         yield GaugeMetricFamily("warploom:kv_cache_usage_perc", "Part of the cache's pages in use, 0 to 1.", used)
         yield CounterMetricFamily("warploom:num_preemptions", "Sequences that gave up pages.", scheduler.preemptions)
         yield CounterMetricFamily("warploom:generation_tokens", "Tokens generated.", engine.generated_tokens)
+        drafted, right = scheduler.drafted, scheduler.drafts_right
+        yield CounterMetricFamily("warploom:spec_decode_num_draft_tokens", "Tokens guessed ahead.", drafted)
+        yield CounterMetricFamily("warploom:spec_decode_num_accepted_tokens", "Guesses that were right.", right)
         yield CounterMetricFamily("warploom:engine_failures", "Steps that failed.", engine.failures)

@@ -65,7 +65,8 @@ class Stream:
         """No more tokens will come."""
         self.finished = True
         self.metrics.finished = now
-        self.metrics.preemptions = self.sequence.preemptions
+        for count in ("preemptions", "drafted", "drafts_right"):
+            setattr(self.metrics, count, getattr(self.sequence, count))
         self._tell(Piece(self._text.finish(), (), reason, (), self.index))
 
     def output(self) -> Output:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .store import KernelAttend, Layout, PageStore
+from .store import KernelAttend, PageStore
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
@@ -30,23 +30,23 @@ class DecodeGraphs:
         self.tables = torch.zeros(max_batch, pages_per_row, dtype=torch.int32, device=device)
         self.replays: dict[int, Callable[[], Tensor]] = {}
 
-    def __call__(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
-        """The hidden states of one token of each sequence."""
+    def __call__(self, tokens_T: Tensor, step: list[Tensor]) -> Tensor:
+        """The hidden states of one token of each sequence; `step` is the layout on the device."""
         T = len(tokens_T)
         size = next(size for size in self.sizes if size >= T)
-        slots, tables, contexts, _ = layout.tensors(self.tokens.device)
+        positions, slots, tables, contexts, counts = step
         self.slots[:size] = -1
         self.contexts[:size] = self.counts[:size] = 0
-        self.tokens[:T], self.positions[:T], self.slots[:T] = tokens_T, positions_T, slots
-        self.contexts[:T], self.counts[:T] = contexts, 1
+        self.tokens[:T], self.positions[:T], self.slots[:T] = tokens_T, positions, slots
+        self.contexts[:T], self.counts[:T] = contexts, counts
         self.tables[:T, : tables.shape[1]] = tables
         if size not in self.replays:
             self.replays[size] = self.record(lambda: self._run(size))
         return self.replays[size]()[:T]
 
     def _run(self, size: int) -> Tensor:
-        arrays = self.slots[:size], self.tables[:size], self.contexts[:size], self.counts[:size]
-        attend = KernelAttend(self.store, arrays)
+        inputs = self.positions, self.slots, self.tables, self.contexts, self.counts
+        attend = KernelAttend(self.store, *(tensor[:size] for tensor in inputs))
         return self.model.hidden(self.tokens[None, :size], self.positions[None, :size], attend)[0]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ...tokenizer.chat import encode_chat
-from ..device import DTYPES, memory_bytes, pick_device
+from ..device import DTYPES, free_bytes, pick_device
 from ..hub import load_model
 from ..model import Transformer
 from .beam import beam_search
@@ -39,7 +39,8 @@ class LLM:
     `quantize="int8"` keeps weights in 8 bits. `step_tokens` bounds the tokens of one step. `speculate` is how many
     tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses `draft_tokens`
     ahead: either changes the speed, not the output. `tensor_parallel` spreads the model over that many processes, each
-    with a GPU of its own where there are GPUs; `close` ends them.
+    with a GPU of its own where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply
+    as it likes: what a request gets may then depend, in the last bits, on its company.
     """
 
     def __init__(
@@ -60,13 +61,19 @@ class LLM:
         draft_tokens: int = 4,
         prefix_cache: bool = True,
         tensor_parallel: int = 1,
+        batch_invariant: bool = True,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
-        if speculate < 0 or draft_tokens < 1:
-            raise ValueError(f"speculate must be at least 0 and draft_tokens 1, got {speculate} and {draft_tokens}")
-        if tensor_parallel < 1 or (tensor_parallel > 1 and quantize is not None):
-            raise ValueError(f"tensor_parallel must be at least 1, and 1 with quantize, got {tensor_parallel}")
+        counts = {"max_batch": max_batch, "page_size": page_size, "step_tokens": step_tokens}
+        counts |= {"max_context": max_context, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if speculate < 0:
+            raise ValueError(f"speculate must be at least 0, got {speculate}")
+        if tensor_parallel > 1 and quantize is not None:
+            raise ValueError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if speculate and draft is not None:
             raise ValueError("speculate and draft are two ways to guess ahead: give one of them")
         self._source = model
@@ -78,9 +85,16 @@ class LLM:
         sources = [model] if draft is None else [model, draft]
         models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
         cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
-        pages = _count_pages(cost, page_size, where, kv_memory, max_batch, self.max_context)
+        step_tokens = max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch)
+        enough = max_batch * -(-self.max_context // page_size)
+        if kv_memory is None:
+            pages = max(1, min(enough, _memory_for_pages(self.model, step_tokens, max_batch) // cost))
+        elif kv_memory < cost:
+            raise ValueError(f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes")
+        else:
+            pages = min(enough, kv_memory // cost)
 
-        options = {"pages": pages, "page_size": page_size, "quantize": quantize}
+        options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
         options |= {"max_batch": max_batch, "context": self.max_context}
         options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
         if tensor_parallel == 1:
@@ -94,7 +108,7 @@ class LLM:
         scheduler = Scheduler(
             PagePool(pages, page_size, prefix_cache),
             max_batch=max_batch,
-            step_tokens=max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch),
+            step_tokens=step_tokens,
             context=self.max_context,
             depth=2 if where.type == "cuda" and guess is None else 1,
             draft=guess,
@@ -214,15 +228,26 @@ def _same_tokens(ours, theirs) -> bool:
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 
-def _count_pages(cost, page_size, device, kv_memory, max_batch, context) -> int:
-    """As many pages of that many bytes as memory allows, and no more than a full batch could fill."""
-    enough = max_batch * -(-context // page_size)
-    if kv_memory is None:
-        free = torch.cuda.mem_get_info(device)[0] * 0.85 if device.type == "cuda" else memory_bytes(device) / 4
-        return max(1, min(enough, int(free // cost)))
-    if kv_memory < cost:
-        raise ValueError(f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes")
-    return min(enough, kv_memory // cost)
+def _memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
+    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
+    device = model.device
+    free = free_bytes(device)
+    if device.type != "cuda":
+        return free // 2
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    largest_step(model, step_tokens, max_batch)
+    needed = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return max(0, free - needed - free // 10)  # the rest is for what is recorded, compiled and cut in pieces
+
+
+@torch.inference_mode()
+def largest_step(model: Transformer, step_tokens: int, max_batch: int) -> None:
+    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
+    tokens = torch.zeros(1, step_tokens, dtype=torch.int64, device=model.device)
+    hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
+    torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)
 
 
 def _is_prompt(prompts) -> bool:

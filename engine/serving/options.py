@@ -40,6 +40,8 @@ class LLMOptions:
     """Tokens the draft model guesses ahead."""
     tensor_parallel: int = 1
     """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
+    batch_invariant: bool = True
+    """A request's tokens do not depend on its company; False lets PyTorch multiply as it likes."""
     prefix_cache: bool = True
     """Reuse what is already computed of a prompt's beginning."""
 

@@ -5,12 +5,13 @@ overhead. `serving_model` gives a twin of the model that is one C++ call from to
 is another, with weights packed in the order in which they are read. A product there gives a row the same bits in any
 batch.
 
-In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns. A block
-with experts is no single call: its products are, and each expert's. Without the extension, or on a GPU, the model
-serves as it is, and 8-bit layers are `kernels.int8_linear`.
+In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns: products
+of whole numbers are four times as many an instruction. What that costs, for a model of 6M parameters trained on code
+and for code it had not seen: log-probabilities move by 0.011 (root mean square; rounding the weights alone moves them
+by 0.008, bfloat16 by 0.003) and perplexity by less than 0.01 %. A block with experts is no single call: its products
+are, and each expert's. Without the extension, or on a GPU, the model serves as it is, and 8-bit layers are
+`kernels.int8_linear`.
 """
-
-import copy
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...kernels.moe import route
 from ..model import Block, Linear, MoE, Transformer, sinusoids
+from .fused import SteadyLinear, fused_model, replace, twin_of
 from .store import HAS_NATIVE, NativeAttend, _native
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -125,12 +127,18 @@ class NativeMoE(nn.Module):
 
 
 def serving_model(
-    model: Transformer, quantize: str | None, release: bool = False
+    model: Transformer, quantize: str | None, release: bool = False, batch_invariant: bool = True
 ) -> tuple[Transformer | NativeTransformer, Head]:
     """The model as it is served, and its head; what need not change is shared with the original.
 
-    `release` lets go of the original's layers as they are packed: it cannot be used afterwards.
+    `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
+    `batch_invariant`, products of 16 bits and more are PyTorch's.
     """
+    if model.device.type == "cuda" and type(model) is Transformer:
+        make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
+        return fused_model(model, make), Head(model, make and make(model.head_weight, None))
+    if not batch_invariant and quantize is None:
+        return model, Head(model)
     dtype = model.embedding.weight.dtype
     form = quantize or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
@@ -139,11 +147,12 @@ def serving_model(
     head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
     if native and not model.config.n_experts and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
-    twin = copy.copy(model)
-    twin._modules = dict(model._modules)
-    shared = {id(tensor): tensor for tensor in model.parameters()}
-    twin.blocks = copy.deepcopy(model.blocks, shared)
-    _replace_products(twin.blocks, form, native)
+    twin = twin_of(model)
+    if native:
+        replace(twin.blocks, MoE, lambda moe: NativeMoE(moe, form))
+        replace(twin.blocks, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
+    else:
+        replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
 
 
@@ -168,18 +177,6 @@ def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
     rows = weight.detach().float().contiguous()
     offset = None if bias is None else bias.detach().float().contiguous()
     return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
-
-
-def _replace_products(module: nn.Module, form: str, native: bool) -> None:
-    for name, child in module.named_children():
-        if native and isinstance(child, MoE):
-            child = NativeMoE(child, form)
-            setattr(module, name, child)
-        if isinstance(child, Linear):
-            layer = NativeLinear(child.weight, child.bias, form) if native else Int8Linear(child.weight, child.bias)
-            setattr(module, name, layer)
-        else:
-            _replace_products(child, form, native)
 
 
 def _native_norm(norm: nn.Module, config):

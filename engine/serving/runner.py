@@ -9,8 +9,9 @@ What does not change from step to step stays in place, by row: page tables, samp
 a step needs a few small arrays from the host, and a token that was sampled by the step before is read on
 the device, before the host has seen it.
 
-A result must not depend on the company. Every product here gives a row the same bits in any batch once the batch has
-some minimum of rows, which is measured once (`steady_rows`) and reached by padding; attention goes query by query.
+A result must not depend on the company. Our own products give a row the same bits in any batch, and attention goes
+query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
+(`steady_rows`) and reached by padding.
 
 T tokens of the step, N chunks, R sampled positions.
 """
@@ -31,6 +32,9 @@ from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device, to_host
 
+SCORED = 256
+"""Tokens of a prompt whose logits are held at a time: those of a whole step could be gigabytes."""
+
 
 @dataclass(slots=True)
 class Flight:
@@ -40,8 +44,8 @@ class Flight:
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
     foreseen: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
-    logprobs: dict[int, Logprobs]  # by chunk
-    prompt_logprobs: dict[int, Logprobs]
+    logprobs: dict[int, list[Logprobs]]  # by chunk
+    prompt_logprobs: dict[int, list[Logprobs]]
 
 
 class Runner:
@@ -49,7 +53,9 @@ class Runner:
 
     alive = True
 
-    def __init__(self, model, store: PageStore, *, max_batch: int, context: int, head: Head):
+    def __init__(
+        self, model, store: PageStore, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
+    ):
         self.model, self.store = model, store
         self.head = head
         self.device = model.device
@@ -60,11 +66,13 @@ class Runner:
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
         )
-        self.least_tokens = self._steady_rows() if by_torch else 1
-        self.least_samples = self._steady_rows() if head.needs_padding else 1
+        padded = batch_invariant and self.device.type == "cpu"
+        least = steady_rows(model.embedding.weight.dtype) if padded else 1
+        self.least_tokens = least if by_torch else 1
+        self.least_samples = least if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and not model.config.n_experts and type(model) is Transformer:
+        if self.device.type == "cuda" and type(model) is Transformer:
             self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
 
     def close(self) -> None:
@@ -100,15 +108,18 @@ class Runner:
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
-            reports = (kind.get(index) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(ChunkResult(tokens, *(report.read() if report else () for report in reports)))
+            reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
+            results.append(
+                ChunkResult(tokens, *(tuple(one for part in parts for one in part.read()) for parts in reports))
+            )
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
         row = admission.row
         self.rows[row] = admission
         self.settings.admit(row, admission.params, admission.seed)
-        self.tokens[row, : len(admission.tokens)] = self._to_device(np.array(admission.tokens, dtype=np.int32))
+        (tokens,) = self._to_device(np.array(admission.tokens, dtype=np.int32))
+        self.tokens[row, : len(tokens)] = tokens
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """The hidden states of all chunks' tokens, end to end."""
@@ -118,16 +129,15 @@ class Runner:
         tokens, positions = np.zeros(padded, dtype=np.int64), np.zeros(padded, dtype=np.int64)
         tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
         positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
-        row_T = np.repeat(rows, counts)
-        tokens_T, positions_T = self._to_device(tokens), self._to_device(positions)
-        where = self._to_device(row_T), positions_T[:T]
+        layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
+        tokens_T, row_T, *step = self._to_device(tokens, np.repeat(rows, counts), *layout.arrays())
+        where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self.tokens[where] = tokens_T[:T].int()
-        layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
         if self.graphs is not None and padded == len(chunks):
-            return self.graphs(tokens_T, positions_T, layout)
-        return self.model.hidden(tokens_T[None], positions_T[None], self.store.attend(layout))[0]
+            return self.graphs(tokens_T, step)
+        return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
         ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
@@ -139,9 +149,8 @@ class Runner:
         if not places:
             return flight
         rows = [chunk.row for chunk, _, _ in places]
-        index_R = self._to_device(np.array(rows))
         positions = np.array([chunk.start + len(chunk.tokens) + 1 + i for chunk, _, i in places])
-        positions_R = self._to_device(positions)
+        index_R, positions_R = self._to_device(np.array(rows), positions)
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
         changed_RV = self._change(logits_RV, rows, positions)
         sampled_R = self.settings.choose(changed_RV, rows, index_R, positions_R)
@@ -158,7 +167,7 @@ class Runner:
         if self.device.type == "cpu" and hidden_TC.dtype == torch.float32:
             hidden_RC = torch.from_numpy(hidden_TC.numpy()[padded])  # torch would wake all its threads for it
         else:
-            hidden_RC = hidden_TC[self._to_device(padded)]
+            hidden_RC = hidden_TC[self._to_device(padded)[0]]
         return self.head(hidden_RC)[: len(places)].float()
 
     def _change(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
@@ -174,7 +183,7 @@ class Runner:
         if penalized:
             mine, params = [rows[r] for r in penalized], [self.settings.params[rows[r]] for r in penalized]
             lengths, prompts = positions[penalized], [self.rows[row].prompt_length for row in mine]
-            past, index = self.tokens[:, : lengths.max()], self._to_device(np.array(penalized))
+            past, (index,) = self.tokens[:, : lengths.max()], self._to_device(np.array(penalized))
             logits_RV[index] = penalize(logits_RV[index], params, past, mine, prompts, lengths)
         for r in changed:
             row, admission = rows[r], self.rows[rows[r]]
@@ -190,7 +199,7 @@ class Runner:
             top = self.settings.params[chunk.row].logprobs
             if chunk.sampled and top is not None:
                 rows = slice(span.start, span.stop)
-                flight.logprobs[index] = Logprobs(logits_RV[rows], sampled_R[rows], top)
+                flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
 
     def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
@@ -199,15 +208,14 @@ class Runner:
             if top is None or count <= 0:
                 continue
             first = int(end) - len(chunk.tokens)
-            logits = self._logits(hidden_TC, np.arange(first, first + count))
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
-            flight.prompt_logprobs[index] = Logprobs(logits, targets, top)
+            flight.prompt_logprobs[index] = [
+                Logprobs(self._logits(hidden_TC, first + part), targets[part], top)
+                for part in np.split(np.arange(count), range(SCORED, count, SCORED))
+            ]
 
-    def _steady_rows(self) -> int:
-        return steady_rows(self.model.embedding.weight.dtype) if self.device.type == "cpu" else 1
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return to_device(array, self.device)
+    def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
+        return to_device(arrays, self.device)
 
 
 @cache

@@ -68,9 +68,10 @@ def penalize(
 
     Row r has written the first `lengths[r]` of `tokens[rows[r]]`, of which the first `prompts[r]` are its prompt."""
     kinds = "repetition_penalty", "presence_penalty", "frequency_penalty"
-    places = (to_device(np.array(x), logits_RV.device) for x in (rows, prompts, lengths))
     penalties = (np.array([getattr(one, kind) for one in params], dtype=np.float32) for kind in kinds)
-    return kernels.penalize(logits_RV, tokens, *places, *(to_device(x, logits_RV.device) for x in penalties))
+    return kernels.penalize(
+        logits_RV, tokens, *to_device((*map(np.array, (rows, prompts, lengths)), *penalties), logits_RV.device)
+    )
 
 
 class Logprobs:

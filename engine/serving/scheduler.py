@@ -299,8 +299,9 @@ class Scheduler:
         new = () if sequence.manual else sampled[: min([room, *ends])]
         sequence.tokens += new
         sequence.pending -= chunk.sampled > 0
-        self.drafted += max(chunk.sampled - 1, 0)
-        self.drafts_right += max(len(sampled) - 1, 0)
+        for counter in (self, sequence):
+            counter.drafted += max(chunk.sampled - 1, 0)
+            counter.drafts_right += max(len(sampled) - 1, 0)
         if sequence.running and sequence.preemptions == share.epoch:
             wasted = chunk.sampled - len(sampled)  # drafts that were wrong
             sequence.computed -= wasted

@@ -38,6 +38,8 @@ class Sequence:
     chain: Any = None  # … and where that chain ends
     cached_tokens: int = 0  # taken from the prefix cache
     preemptions: int = 0
+    drafted: int = 0  # guesses that were checked
+    drafts_right: int = 0
     finish_reason: str | None = None
 
     @property

@@ -80,6 +80,7 @@ def make_runner(
     context: int,
     quantize: str | None,
     release: tuple[bool, ...],
+    batch_invariant: bool,
 ) -> Runner | DraftRunner:
     """A runner for a model, or for a model and its draft, each with a cache of so many pages.
 
@@ -90,8 +91,9 @@ def make_runner(
         c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
         store = PageStore(ours, pages, page_size, model.embedding.weight.dtype, model.device)
-        served, head = serving_model(model, quantize, own)
-        runners.append(Runner(served, store, max_batch=max_batch, context=context, head=head))
+        served, head = serving_model(model, quantize, own, batch_invariant)
+        sizes = {"max_batch": max_batch, "context": context}
+        runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant))
     return DraftRunner(*runners) if len(runners) > 1 else runners[0]
 
 

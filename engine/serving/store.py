@@ -5,9 +5,10 @@ read of it is one run of memory. On a CPU with the native extension, writing and
 reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,11 +63,9 @@ class PageStore:
         slots[:T] += where % self.page_size
         return Layout(positions, sequences, slots, tables, contexts, counts)
 
-    def attend(self, layout: "Layout") -> "NativeAttend | KernelAttend":
-        """The attention of one step."""
-        if self.layers is not None:
-            return NativeAttend(self.layers, layout)
-        return KernelAttend(self, layout.tensors(self.keys.device))
+    def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend":
+        """The attention of one step; `step` is the layout on the device."""
+        return KernelAttend(self, *step) if self.layers is None else NativeAttend(self.layers, layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +79,30 @@ class Layout:
     contexts: np.ndarray  # (N): tokens to look at, the new ones included
     counts: np.ndarray  # (N): new ones
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
-        """What the kernels ask for: slots, tables, contexts, counts."""
-        arrays = self.slots, self.tables, self.contexts, self.counts
-        return tuple(to_device(array, device) for array in arrays)
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What the kernels ask for."""
+        return self.positions, self.slots, self.tables, self.contexts, self.counts
 
 
 class KernelAttend:
     """`attend` by the kernels, on any device."""
 
-    def __init__(self, store: PageStore, arrays: tuple[Tensor, ...]):
-        self.store, self.arrays = store, arrays
+    def __init__(self, store: PageStore, positions: Tensor, slots: Tensor, *batch: Tensor):
+        """`batch` is the tables, contexts and counts of the sequences."""
+        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
-        keys, values = self.store.keys[layer.index], self.store.values[layer.index]
-        slots, *batch = self.arrays
-        kernels.write_pages(k_BTKD[0], v_BTKD[0], keys, values, slots)
-        o_THD = kernels.paged_attention(
-            q_BTHD[0], keys, values, *batch, window=layer.window, softcap=layer.softcap, scale=layer.scale
-        )
-        return o_THD[None]
+        kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
+        return self.look(q_BTHD[0], layer)[None]
+
+    def pages(self, layer) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values."""
+        return self.store.keys[layer.index], self.store.values[layer.index]
+
+    def look(self, q_THD: Tensor, layer) -> Tensor:
+        """Attention over what the pages hold by now."""
+        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options)
 
 
 class NativeAttend:
@@ -126,10 +129,22 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor there, without waiting for the copy."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors there, all in one copy that nobody waits for: a copy each would cost a GPU's host more than
+    the rest of the step."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
+
+
+def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Side by side in memory that the device can read by itself, each at a multiple of 16 bytes; cut apart there."""
+    ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in tensors))
+    parcel = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = [slice(start, start + x.nbytes) for start, x in zip([0, *ends], tensors)]
+    for x, place in zip(tensors, places):
+        parcel[place].view(x.dtype).view(x.shape).copy_(x)
+    parcel = parcel.to(device, non_blocking=True)
+    return [parcel[place].view(x.dtype).view(x.shape) for x, place in zip(tensors, places)]
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:

@@ -1,133 +1,124 @@
-"""How much memory a step will take, before it is taken.
+"""How much memory a run will take, before it is taken.
 
-A micro-batch of r rows needs what does not depend on r (weights, their rounded copies, gradients, two moments) and
-what grows with it (activations kept for the backward pass). So two small steps tell all others: run one row and two
-rows, note the peaks, and draw the line through them. Nothing has to be known about the architecture or the kernels.
+A step needs what does not depend on the rows of a micro-batch (gradients, moments) and what grows with them (what the
+backward pass has to keep). So a few small steps tell of all others: take 1, 2, 4, … rows, note the peaks, and draw a
+line through the last two. It bends once, where the backward pass overtakes the optimizer's step as the worst moment; so
+the steps double until rows take most of the memory and the line foretells the next peak, or the next would not fit.
 
-On a GPU the peak is the allocator's. On a CPU every tensor that an operation returns is watched while it lives; what
-libraries allocate inside an operation is not seen.
+Nothing has to be known about the architecture, the kernels or the optimizer, which takes part with gradients and a rate
+of zero. On a GPU the peak is the allocator's. On a CPU it is what the system has given the process: a third more than
+all tensors together is no rarity, for the C library cannot fill every gap that a freed tensor leaves.
+
+A save in the middle of a run copies the state; on a CPU the copy lies in the memory that the next step needs too.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ..device import memory_bytes
+from ..data.loader import Batch
+from ..memory import PeakMemory
 from .evaluate import losses
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-MARGIN = 0.9  # of the memory that is free: fragments and libraries need some
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, from their birth to their death."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.watch(leaf)
-        return result
-
-    def watch(self, tensor: Tensor) -> None:
-        """Count this tensor's storage until it is freed."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def peak_of(work: Callable[[], None], device: torch.device, standing: list[Tensor]) -> int:
-    """Bytes in use at the worst moment of `work`, the `standing` tensors included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    watch = LiveTensors()
-    for tensor in standing:
-        watch.watch(tensor)
-    with watch:
-        work()
-    return watch.peak
+MARGIN = 0.9  # of the memory that is free
+STEPS = 3  # after which the gaps that freed tensors leave hardly change
+NEAR = 0.03  # a line that foretells a peak this closely is believed
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLine:
-    """Peak bytes of a step as a line over the rows of a micro-batch."""
+    """Bytes that a run takes beyond what it holds before its first step, over the rows of a micro-batch."""
 
     fixed: int
     per_row: int
 
     def peak(self, rows: int) -> int:
-        """Predicted bytes at the worst moment of a step with micro-batches of `rows`."""
+        """The bytes at the worst moment, with micro-batches of `rows`."""
         return self.fixed + rows * self.per_row
 
-    def rows(self, available: int) -> int:
-        """The most rows that stay within `available` bytes."""
-        return max(0, (available - self.fixed) // max(1, self.per_row))
+    @classmethod
+    def through(cls, peaks: dict[int, int]) -> MemoryLine:
+        """The line through the last two of the peaks at numbers of rows."""
+        if len(peaks) == 1:
+            return cls(peaks[1], 0)
+        (fewer, low), (more, high) = list(peaks.items())[-2:]
+        per_row = max(0, (high - low) // (more - fewer))
+        return cls(high - more * per_row, per_row)
 
 
-def measure(step: Callable[[int], None], device: torch.device, standing: list[Tensor]) -> MemoryLine:
-    """The line through the peaks of `step(2)` and `step(4)`; `step(1)` warms up what is made only once."""
-    step(1)
-    two, four = (peak_of(lambda rows=rows: step(rows), device, standing) for rows in (2, 4))
-    per_row = max(1, (four - two) // 2)
-    return MemoryLine(two - 2 * per_row, per_row)
+def predict(run: Trainer, parts: int = 1) -> MemoryLine:
+    """The line of a run whose steps are cut into `parts` micro-batches (all numbers from 3 on need the same).
+
+    Rows are those of one process. The run is as new afterwards.
+    """
+    most = run.config.batch_size // run.team.readers // parts
+    peaks: dict[int, int] = {}
+    line, available = MemoryLine(0, 0), -run.team.most(-available_memory(run.device))
+    for rows in (2**i for i in range(most.bit_length())):
+        peaks[rows] = int(run.team.most(_peak_of(run, rows, parts)))
+        foretold, line = line.peak(rows), MemoryLine.through(peaks)
+        straight = line.per_row * rows > line.fixed and abs(foretold - peaks[rows]) < NEAR * peaks[rows]
+        if straight or line.peak(2 * rows) > available:
+            break
+    return MemoryLine(line.fixed + _copies_of_a_save(run), line.per_row)
 
 
-def predict(run: Trainer) -> MemoryLine:
-    """The line of a run's steps, with gradients and the optimizer's moments, over the rows of one process."""
-    batch = run.loader.batch(0).to(run.device)
+def _peak_of(run: Trainer, rows: int, parts: int) -> int:
+    """Bytes that a run with micro-batches of so many rows takes. The first step makes what all later ones keep."""
+    batch = run.loader.batch(0).rows(0, rows).to(run.device)
+    run.optimizer.state.clear()
+    with PeakMemory(run.device.type) as peak:
+        for _ in range(STEPS):
+            _step(run, batch, min(parts, 3))
+    run.optimizer.state.clear()
+    if peak.bytes is None:
+        raise ValueError("grad_accum_steps=0 needs a system that tells the peak memory of a process: give a number")
+    return peak.bytes
 
-    def step(rows: int) -> None:
-        losses(run.model, batch.rows(0, rows)).total.backward()
-        run.masters.zero_grad()
 
-    masters = list(run.masters.named.values())
-    line = measure(step, run.device, [*run.model.parameters(), *masters])
-    moments = {"adamw": 2, "muon": 2, "sgd": 0}[run.config.optimizer]  # muon: at most two
-    return MemoryLine(line.fixed + moments * sum(p.nbytes for p in masters), line.per_row)
+def _step(run: Trainer, batch: Batch, parts: int) -> None:
+    """A step that changes no weight."""
+    for _ in range(parts):
+        losses(run.model, batch, label_smoothing=run.config.label_smoothing).total.backward()
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in run.masters.named.values():
+        if p.grad is not None:
+            p.grad.zero_()
+    run.optimizer.step()
+    run.masters.publish()
+    run.masters.zero_grad()
+
+
+def _copies_of_a_save(run: Trainer) -> int:
+    """Bytes of the state that a save copies while training goes on, where that is the same memory."""
+    every = run.config.save_every
+    if run.device.type != "cpu" or not 0 < every < run.steps:
+        return 0
+    weights = sum(p.nbytes for p in run.masters.named.values())
+    moments = {"adamw": 2, "muon": 1, "sgd": 0}[run.config.optimizer]
+    return weights * (1 + moments + bool(run.average.weights))
 
 
 def fewest_micro_batches(run: Trainer) -> int:
     """Into how many micro-batches a step must be cut to fit the memory that is free, the same in all processes."""
     total, size = run.config.batch_size, run.team.readers
     cuts = [n for n in range(1, total + 1) if total % n == 0 and total // n % size == 0]
-    if total // size < 4:
-        return 1
-    line, available = predict(run), int(MARGIN * available_memory(run.device))
-    fitting = (n for n in cuts if total // n // size <= line.rows(available))
-    chosen = int(run.team.most(next(fitting, cuts[-1])))
-    peak = line.peak(total // chosen // size)
+    available = int(-run.team.most(-MARGIN * available_memory(run.device)))
+    line, chosen = predict(run), 1
+    if line.peak(total // size) > available and len(cuts) > 1:
+        line = predict(run, cuts[1])
+        chosen = next((n for n in cuts[1:] if line.peak(total // n // size) <= available), cuts[-1])
     run.note(
-        f"grad_accum_steps={chosen}: a step is predicted to take {peak / 2**20:,.0f} MiB "
-        f"of the {available / 2**20:,.0f} MiB that may be used"
+        f"grad_accum_steps={chosen}: training is predicted to take {line.peak(total // chosen // size) / 2**20:,.0f} "
+        f"MiB more, of the {available / 2**20:,.0f} MiB that it may"
     )
     return chosen
 
@@ -137,8 +128,18 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return min(free, left_in_container())
+
+
+def left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the container (a control group with a limit) still allows; files kept in its cache do not count."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        limit, used = ((folder / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+        kept = next(
+            line.split()[1] for line in (folder / "memory.stat").read_text().splitlines() if "inactive_file" in line
+        )
+        return float("inf") if limit == "max" else int(limit) - int(used) + int(kept)
     except (OSError, StopIteration):
-        return memory_bytes(device) // 2
+        return float("inf")

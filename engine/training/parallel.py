@@ -76,6 +76,13 @@ class Team:
         """This process and those that differ from it along one axis; None if there are none."""
         return self.mesh.get_group(axis) if self.axes[axis] > 1 else None
 
+    def make_readers(self) -> dist.ProcessGroup | None:
+        """A group of this process and those that read other rows for the same pieces; None if there are none."""
+        if self.readers == 1:
+            return None
+        tp = self.axes["tp"]
+        return dist.new_subgroups_by_enumeration([list(range(i, self.size, tp)) for i in range(tp)])[0]
+
     @property
     def leads(self) -> bool:
         """Is this the process that writes files and talks to people?"""
@@ -198,7 +205,7 @@ def take_piece(model: Transformer, team: Team) -> Transformer:
     check(config, team.axes["tp"], team.axes["ep"])
     if config.d_model % slices:
         raise ValueError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
-    return shard(model, team.group("tp"), team.group("ep"))
+    return shard(model, team.group("tp"), team.group("ep"), team.make_readers() if config.n_experts else None)
 
 
 class SlicedMasters(Masters):

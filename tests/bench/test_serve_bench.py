@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from warploom.bench import peers
+from warploom.bench import cold_start, peers
 from warploom.bench.harness import Machine, Options
 from warploom.bench.over_http import start
 from warploom.bench.serve import Reply, Request, _answering, _notes, bounds, parts, serve, span, workload
@@ -46,6 +46,25 @@ def test_streams_over_http_say_what_the_engine_does():
     assert set(rows) == {"ours", "ours http", "ours stream"}
     if not (rows["ours stream"].missing and "not installed" in rows["ours stream"].missing):
         assert rows["ours http"].extra["agrees"] == rows["ours stream"].extra["agrees"] == 1.0
+
+
+def test_what_repeatability_costs_is_measured_beside_drawing_freely_and_products_of_pytorch():
+    machine = Machine("cpu", rounds=1)
+    machine.ceilings["read"] = 1e10
+    protocol = {"requests": 4, "prompt": "3-12", "output": "5-9", "batch": 2, "also": "unseeded unsteady"}
+    rows = serve(machine, "llama-tiny", "float32", **protocol, rivals=False, temperature=1.0, **TINY)
+    agrees = {row.who: row.extra["agrees"] for row in rows}
+    assert agrees["ours"] == 1.0 and agrees["ours unseeded"] < 1.0 and "ours unsteady" in agrees
+    assert all(0 < row.extra["gap_p50_seconds"] <= row.extra["gap_p99_seconds"] for row in rows)
+
+
+def test_a_cold_start_is_timed_from_the_process_on_and_from_the_model_on():
+    shape = TINY | {"vocab_size": 300}
+    rows = cold_start.measure(Machine("cpu", rounds=1), "llama-tiny", "float32", rivals=False, **shape)
+    found = {row.who: row for row in rows}
+    assert set(found) == {"ours", "ours generate"} and found["ours generate"].missing is None
+    assert 0 < found["ours"].extra["loaded_seconds"] < found["ours"].seconds.median
+    assert found["ours"].extra["peak_bytes"] > 2**20
 
 
 def test_every_round_asks_something_new():
@@ -101,7 +120,8 @@ def test_the_whole_protocol_comes_first_on_a_gpu_and_every_part_fits_its_model(m
         for part in listed:
             settings = {name: value for name, value in part.config.items() if name in TINY}
             config = ModelConfig.preset(part.config["preset"], **settings)
-            assert span(part.config["prompt"])[1] + span(part.config["output"])[1] <= config.max_seq_len
+            longest = [span(part.config.get(name, "16"))[1] for name in ("prompt", "output")]
+            assert sum(longest) <= config.max_seq_len
     assert parts(Options(device="cuda"))[0].config["requests"] == 256
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from warploom.bench import peers
 from warploom.bench.harness import Machine
-from warploom.bench.memory import RESET, PeakMemory
 from warploom.bench.schema import Spread
 from warploom.bench.timing import WallTimer, host_seconds, interleave, order
+from warploom.engine.memory import RESET, PeakMemory
 
 
 class FakeClock:

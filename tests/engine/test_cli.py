@@ -117,3 +117,10 @@ def test_export_to_tiktoken_splits_as_the_tokenizer_does(tmp_path, capsys):
     CharTokenizer.train(["abc"]).save(tmp_path / "char")
     assert main(["export", str(tmp_path / "char"), str(file), "--to", "tiktoken"]) == 2
     assert "CharTokenizer has no rank file" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "warploom.engine.cli", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == b""

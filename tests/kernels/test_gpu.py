@@ -32,3 +32,23 @@ def test_rows_beyond_two_billion_elements_are_those_of_a_small_tensor():
     with backend("triton"):
         assert torch.equal(kernels.rms_norm(tall, weight)[-8:], kernels.rms_norm(x, weight))
         assert torch.equal(kernels.swiglu(tall, tall)[-8:], kernels.swiglu(x, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_of_a_product_has_the_same_bits_in_every_size_of_batch(dtype):
+    """Tiles grow with the batch; tensor cores are taken to sum alike in all of them."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = (torch.randn(rows, 512, generator=generator, device="cuda").to(dtype) for rows in (4096, 768))
+    experts = [
+        torch.randn(shape, generator=generator, device="cuda").to(dtype) * 0.05
+        for shape in ((8, 512, 512), (8, 512, 256))
+    ]
+    int8 = kernels.quantize_int8(weight)
+    with backend("triton"):
+        for product in (
+            lambda rows: kernels.linear(rows, weight),
+            lambda rows: kernels.int8_linear(rows, *int8),
+            lambda rows: kernels.moe(rows, rows[:, :8].contiguous(), *experts, 2)[0],
+        ):
+            whole = product(x)
+            assert all(torch.equal(product(x[:size]), whole[:size]) for size in (1, 16, 17, 256, 257, 1000))

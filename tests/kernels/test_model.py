@@ -6,6 +6,8 @@ import torch
 from warploom.engine.cache import generate
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.fused import SteadyLinear, fused_model
 from warploom.kernels import backend
 
 from .test_fused import DEVICE, pytestmark  # noqa: F401
@@ -53,3 +55,21 @@ def test_so_it_learns_under_autocast():
     losses, expected = (train(DENSE, name, autocast=True)[0] for name in ("triton", "eager"))
     assert losses == pytest.approx(expected, rel=1e-2)
     assert losses[-1] < losses[0]
+
+
+def serve(model, name):
+    """Three prompts together, by the model of a GPU, on whatever device there is."""
+    llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
+    runner = llm.engine.runner
+    if DEVICE == "cpu":  # not C++ but the kernels
+        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, SteadyLinear), None, 1
+    with backend(name):
+        outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["llama", "mixtral"])
+def test_a_model_serves_the_same_from_pages_on_both_backends(config):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**config)).to(DEVICE)
+    assert serve(model, "triton") == serve(model, "eager")

@@ -230,6 +230,36 @@ def test_encoding_stops_at_a_signal(tok, line, threads):
     assert tok.decode(tok.encode_array(line * 100, threads=threads)) == line * 100
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
+def test_counting_a_corpus_stops_at_a_signal():
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    text = "It was the best of times, it was the worst of times.\n" * 2_000_000
+    before = signal.signal(signal.SIGALRM, stop)
+    merges = []
+    try:
+        with pytest.raises(Stop):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            BPETokenizer.train([text], 300, threads=2, progress=lambda done, total: merges.append(done))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not merges
+
+
+@pytest.mark.parametrize("ties", ["bytes", "hf", "ids"])
+def test_training_goes_on_rightly_where_what_was_merged_is_forgotten(ties):
+    """Enough merges for many sweeps, of words long enough to leave many pairs behind."""
+    words = words_of_many_scripts(1500)
+    rules = (4000, ties, 1, None, None)
+    expected = train_twin(count_words([words], "gpt4"), *rules)
+    assert train_merges(native, [words], "gpt4", [], 1, *rules) == expected
+
+
 def test_what_a_progress_callback_raises_comes_out(texts):
     def fail(done, total):
         raise RuntimeError("enough")

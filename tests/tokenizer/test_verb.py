@@ -48,12 +48,14 @@ def test_other_kinds_are_trained_too(kind, directory):
 
 
 def test_mistakes_are_one_line_and_exit_2(directory, capsys):
+    (directory / "odd.bin").write_bytes(b"\1\0\2")
     for arguments in (
         ["tokenizer", "sing"],
         ["tokenizer", "encode", "--tokenizer", "nowhere", "x"],
         ["tokenizer", "train", "--corpus", "nowhere.txt", "--out", str(directory)],
         ["tokenizer", "decode", "--tokenizer", str(directory), "999999"],
         ["tokenizer", "encode", "--tokenizer", str(directory), "--file", "x"],
+        ["tokenizer", "decode", "--tokenizer", str(directory), "--file", str(directory / "odd.bin")],
     ):
         capsys.readouterr()
         assert main(arguments) == 2

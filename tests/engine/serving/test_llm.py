@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,10 @@ from warploom.engine.cache import KVCache
 from warploom.engine.device import DTYPES
 from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.fused import SteadyLinear, fused_model
 from warploom.engine.serving.graphs import DecodeGraphs
-from warploom.engine.serving.store import HAS_NATIVE
+from warploom.engine.serving.llm import largest_step
+from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy
 
 VOCABULARY = 97
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
@@ -145,6 +148,8 @@ def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokeniz
         scheduler = llm.engine.scheduler
         assert bool(scheduler.preemptions) == bool(limits) and 0 < scheduler.drafts_right <= scheduler.drafted
         assert guesser != "itself" or scheduler.drafts_right == scheduler.drafted, "it draws with the same noise"
+        metrics = [choice.metrics for output in llm.generate(prompts, params) for choice in output.choices]
+        assert 0 < sum(each.drafts_right for each in metrics) <= sum(each.drafted for each in metrics)
 
 
 def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):
@@ -174,21 +179,42 @@ def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tok
     assert [entry[:2] for entry in said[0]] == [entry[:2] for entry in said[1]] == [entry[:2] for entry in said[2]]
 
 
-def test_decoding_through_padded_fixed_buffers_changes_no_token(model):
-    """All of the CUDA-graph path but the recording, which is left out here."""
-    prompts = prompts_of([9, 30, 2, 17, 41, 5])
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_the_model_of_a_gpu_in_padded_fixed_buffers_says_the_same_tokens(tiny_model, shape):
+    """All of the path through CUDA graphs but the recording, which is left out here."""
+    model, prompts = tiny_model(shape), prompts_of([9, 30, 2, 17, 41, 5])
     expected = ids(LLM(model).generate(prompts, GREEDY))
     llm = LLM(model, max_batch=5)
     runner = llm.engine.runner
-    runner.model, runner.store.layers, runner.least_tokens, recorded = model, None, 1, []
+    runner.model, runner.store.layers, runner.least_tokens, recorded = fused_model(model, SteadyLinear), None, 1, []
 
     def record(run):
         recorded.append(run)
         return run
 
-    runner.graphs = DecodeGraphs(model, runner.store, 5, runner.table.shape[1], record)
+    runner.graphs = DecodeGraphs(runner.model, runner.store, 5, runner.table.shape[1], record)
     assert ids(llm.generate(prompts, GREEDY)) == expected
     assert len(recorded) == len(runner.graphs.replays) >= 2, "one recording a size"
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_the_step_that_memory_is_measured_by_needs_no_cache(tiny_model, shape):
+    largest_step(tiny_model(shape), 40, 3)
+
+
+def test_a_prompt_scored_in_pieces_gets_the_same_bits(model, monkeypatch):
+    (prompt,) = prompts_of([50])
+    whole = LLM(model).score(prompt)
+    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 7)
+    assert LLM(model, step_tokens=20, max_batch=2).score(prompt) == whole
+
+
+def test_arrays_that_travel_in_one_parcel_arrive_as_they_were():
+    numbers = np.random.default_rng(0)
+    shapes = [((3,), np.int64), ((5, 7), np.int32), ((0,), np.int64), ((1,), np.float32), ((2, 3), np.int64)]
+    sent = [numbers.integers(-9, 9, shape).astype(kind) for shape, kind in shapes]
+    arrived = _in_one_copy([torch.from_numpy(array) for array in sent], torch.device("cpu"))
+    assert all(np.array_equal(a, b.numpy()) and a.dtype == b.numpy().dtype for a, b in zip(sent, arrived, strict=True))
 
 
 ALL_SHAPES = [("llama", {}), ("llama", {"sliding_window": 9, "logit_softcap": 6.0, "attention_softcap": 4.0}),

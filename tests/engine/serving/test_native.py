@@ -8,7 +8,7 @@ from warploom import kernels
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.quantize import NativeLinear
 from warploom.engine.serving.sampling import _sample_native
-from warploom.engine.serving.store import HAS_NATIVE, KernelAttend, NativeAttend, PageStore
+from warploom.engine.serving.store import HAS_NATIVE, KernelAttend, NativeAttend, PageStore, to_device
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 
@@ -28,7 +28,8 @@ def ragged_step(store, dtype, H, K, D):
     positions = np.concatenate([*spans, [0, 0]])
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, len(positions), heads, D).to(dtype) for heads in (H, K, K))
-    return store.attend(store.layout(table, np.arange(4), positions, counts)), q, k, v
+    layout = store.layout(table, np.arange(4), positions, counts)
+    return store.attend(layout, to_device(layout.arrays(), store.keys.device)), q, k, v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,6 +83,22 @@ def test_a_quantized_model_says_nearly_the_same_and_leaves_the_original_alone(ti
     assert (exact - rounded).abs().mean() < 0.02 * exact.abs().mean()
     assert not torch.equal(exact, rounded)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+def test_rounding_activations_too_at_most_doubles_the_error_of_rounding_the_weights(tiny_model, shape):
+    """Against weights that are rounded the same way and meet activations in full."""
+    model, rounded = (tiny_model(shape, vocab_size=500, tie_embeddings=False) for _ in range(2))
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2 and (name.startswith("blocks") or name == "head.weight"):
+                numbers, scale = kernels.quantize_int8(weight)
+                weight.copy_(numbers * scale[:, None])
+    text = [i * i % 487 for i in range(250)]
+    exact, weights, both = (
+        torch.tensor(llm.score(text)) for llm in (LLM(model), LLM(rounded), LLM(model, quantize="int8"))
+    )
+    assert 0 < (both - exact).norm() < 2 * (weights - exact).norm()
 
 
 def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):

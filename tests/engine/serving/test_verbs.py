@@ -31,6 +31,12 @@ def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, ty
     assert main([*flags, "--prompt", "hello", "--draft", directory, "--draft-tokens", "3"]) == 0
     assert capsys.readouterr().out == said
     assert main([*flags, "--prompt", "hello", "--beam-width", "2"]) == 0
+    capsys.readouterr()
+    assert main([*flags, "--prompt", "hello", "--logprobs", "2", "--prompt-logprobs", "0"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["text"] == said[:-1] and len(result["prompt_logprobs"]) == len("hello") - 1
+    for value, best in zip(result["logprobs"], result["top_logprobs"], strict=True):
+        assert value <= best[0][1] and len(best) == 2 and best[0][1] >= best[1][1]
 
 
 def test_generate_answers_a_file_and_goes_on_where_it_was_stopped(directory, tmp_path, capsys):
@@ -75,6 +81,9 @@ def test_generate_says_what_cannot_be_answered_and_goes_on(directory, tmp_path, 
         (["--prompt", "x", "--prompts-file", "y"], "not both"),
         (["--prompt", "x", "--out", "y"], "--prompts-file"),
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--beam-width", "2", "--top-k", "3"], "--top-k has no meaning for --beam-width"),
+        (["--prompt", "x", "--page-size", "0"], "page_size must be at least 1, got 0"),
+        (["--prompt", "x", "--step-tokens", "0"], "step_tokens must be at least 1, got 0"),
         (["--prompt", "x" * 300], "300 tokens, too many for a context of 256"),
     ],
 )

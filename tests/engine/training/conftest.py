@@ -1,4 +1,7 @@
+import multiprocessing
 import random
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +69,23 @@ def recorder():
 @pytest.fixture
 def recorders():
     return Recorder
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Runs a script in a few processes; returns how they ended."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.hub"])
+
+    def run(script, count=2, **globals_):
+        path = str(Path(__file__).with_name(script))
+        ranks = range(count)
+        team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in ranks]
+        for process in team:
+            process.start()
+        for process in team:
+            process.join(120)
+        return [process.exitcode for process in team]
+
+    return run

@@ -16,19 +16,22 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: …`; then `peak.bytes` is the growth at the highest point (None: unknown)."""
+    """`with PeakMemory(device) as peak: …`; then `peak.bytes` is the growth over `peak.before` at the highest point.
+
+    Both are None where that cannot be known.
+    """
 
     def __init__(self, device: str):
-        self.device, self.bytes = device, None
+        self.device, self.before, self.bytes = device, None, None
 
     def __enter__(self) -> "PeakMemory":
-        self._before = self._start()
+        self.before = self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
         highest = self._highest()
-        if highest is not None and self._before is not None:
-            self.bytes = max(0, highest - self._before)
+        if highest is not None and self.before is not None:
+            self.bytes = max(0, highest - self.before)
 
     def _start(self) -> int | None:
         release(self.device)

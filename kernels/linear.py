@@ -1,0 +1,157 @@
+"""A linear layer that gives a row the same bits in any company.
+
+y = x · Wᵀ + b is one call of cuBLAS, and training makes it. But cuBLAS chooses among its kernels by the number of rows,
+and they sum in different orders: the last bits of a request's logits, and now and then its tokens, would depend on how
+many others are in the batch. Here every output is one sum over the channels, from the first to the last, by the same
+instruction. What the number of rows decides is only how many of them share a tile.
+
+Decoding has few rows, and its time is that of reading W once. So there, a tile is a narrow stripe of W against all the
+rows, several loads ahead of the product. Many rows are a matter of arithmetic, and of tiles as large as registers
+allow. W's features are the rows of each product and the tokens its columns: tensor cores want at least 64 of the
+former, and do with 16 of the latter.
+
+M rows, C input channels, F output features.
+"""
+
+import torch
+import torch.nn.functional as nn
+
+from .fused import Differentiable, as_rows, launch, launcher
+from .lang import architecture, cdiv, tl, triton, wide
+from .op import Budget, Case, Op
+from .tuned import tuned
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (…, C) · weightᵀ + bias for a `weight` (F, C), accumulated in float32."""
+    y = nn.linear(x.to(wide(x)), weight.to(wide(x)), None if bias is None else bias.to(wide(x)))
+    return y.to(x.dtype)
+
+
+# ---- fused ----
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of y. Tiles of the same features come one after the other, to find W in the cache."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    total = tl.zeros([BLOCK_F, ROWS], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        inside = (c >= 0) if WHOLE else (c < C)
+        w_mask, x_mask = (f < F)[:, None] & inside[None, :], (m < M)[None, :] & inside[:, None]
+        w = tl.load(weight_ptr + f[:, None] * weight_row + c[None, :], mask=w_mask, other=0.0)
+        x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=x_mask, other=0.0)
+        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+    if SCALED:
+        total *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[:, None]
+    if BIAS:
+        total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+    y = tl.trans(total).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m[:, None] * F + f[None, :], y, mask=(m < M)[:, None] & (f < F)[None, :])
+
+
+def _tile(name: str, x: torch.Tensor, M: int) -> dict:
+    """ROWS of x and BLOCK_F features a tile, BLOCK_C channels at a time, by how many rows there are."""
+    arch = architecture(x.device)
+    size, rows = ("few", 16) if M <= 16 else ("some", 64) if M <= 256 else ("many", 256 if arch >= 90 else 128)
+    if arch == 0:
+        rows, default = 16, {"BLOCK_F": 16, "BLOCK_C": 16 if size == "few" else 32, "num_warps": 4, "num_stages": 1}
+    elif x.dtype == torch.float32:  # no tensor cores, hence one tile for all: nobody says in which order they sum
+        rows, default = 16, {"BLOCK_F": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3}
+    elif size == "many":
+        default = {"BLOCK_F": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3 if arch >= 90 else 2}
+    else:
+        default = {
+            "BLOCK_F": 64,
+            "BLOCK_C": 128 if arch < 100 else 64,
+            "num_warps": 4,
+            "num_stages": 4 if arch >= 90 else 3,
+        }
+    return {"ROWS": rows, **tuned(name, x.device, f"{size} {str(x.dtype)[6:]}", default)}
+
+
+def _even(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def product(
+    name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x · weightᵀ · scale + bias, with the launch settings of the op of that name."""
+    x_MC, weight = _even(as_rows(x)), _even(weight)
+    (M, C), F = x_MC.shape, len(weight)
+    y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
+    tile = _tile(name, x, M)
+    launch(
+        _product_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
+        x_MC, weight, x if scale is None else scale, x if bias is None else bias, y,
+        M, F, C, x_MC.stride(0), weight.stride(0),
+        SCALED=scale is not None, BIAS=bias is not None, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
+    )  # fmt: skip
+    return y
+
+
+@launcher
+def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product("linear", x, weight, None, bias)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient(ctx, dy):
+    x, weight, bias = ctx.saved_tensors
+    want_x, want_weight, want_bias = ctx.needs_input_grad
+    rows = as_rows(dy)
+    dx = dy @ weight if want_x else None
+    dweight = rows.T @ as_rows(x) if want_weight else None
+    return dx, dweight, rows.sum(0).to(bias.dtype) if want_bias else None
+
+
+_product = Differentiable(linear_forward, _save, _gradient)
+
+
+def _linear_fused(x, weight, bias=None):
+    return _product(x, weight, bias)
+
+
+def _batch(m, M, C, F, bias=False):
+    return m.normal(M, C), m.normal(F, C, scale=C**-0.5), *([m.normal(F)] if bias else [])
+
+
+def _moved(x, weight, bias=None):
+    return x.nbytes + weight.nbytes + x.nbytes // x.shape[-1] * len(weight)
+
+
+linear = Op(
+    name="linear",
+    reference=_linear,
+    eager=nn.linear,
+    fused=_linear_fused,
+    rows=("x",),
+    autocast=True,
+    cases=[
+        Case("one row", lambda m: _batch(m, 1, 64, 48)),
+        Case("bias and tails", lambda m: _batch(m, 3, 72, 40, bias=True)),
+        Case("more than a tile", lambda m: _batch(m, 20, 64, 32)),
+        Case("no rows", lambda m: _batch(m, 0, 32, 32)),
+        Case("strided", lambda m: (m.strided(5, 40), m.strided(24, 40))),
+        Case("batches", lambda m: (m.normal(2, 3, 32), m.normal(48, 32))),
+        Case("large magnitude", lambda m: (m.normal(4, 64, scale=100.0), m.normal(32, 64))),
+        Case("expanded gradient", lambda m: _batch(m, 6, 32, 32, bias=True), expanded=True),
+        Case("1x1024x6144", lambda m: _batch(m, 1, 1024, 6144), bench=True),
+        Case("1x4096x28672", lambda m: _batch(m, 1, 4096, 28672), bench=True),
+        Case("64x4096x28672", lambda m: _batch(m, 64, 4096, 28672), bench=True),
+        Case("8192x4096x4096", lambda m: _batch(m, 8192, 4096, 4096), bench=True),
+    ],
+    traffic=lambda *args, **__: (_moved(*args), 2 * _moved(*args)),
+    flops=lambda x, weight, bias=None: (2 * x.numel() * len(weight), 4 * x.numel() * len(weight)),
+    budget=Budget(registers=255, vector=True, wgmma=True),
+)

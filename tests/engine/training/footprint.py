@@ -1,0 +1,27 @@
+"""Of two processes, one predicts the memory of a run, the other takes it; each writes how many bytes."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from warploom.engine.memory import PeakMemory
+from warploom.engine.training.memory import predict
+from warploom.engine.training.trainer import Trainer
+
+torch.set_num_threads(1)
+warm = {**CONFIG.model, "d_model": 32, "n_layers": 1, "d_ff": 32, "max_seq_len": 16, "vocab_size": 64}  # noqa: F821
+small = dataclasses.replace(CONFIG, out=f"{CONFIG.out}-warm{RANK}", model=warm, batch_size=4, grad_accum_steps=1)  # noqa: F821
+trainer = Trainer(small, [])  # loads the libraries
+trainer.one_step(trainer.loader.batch(0))
+out = f"{CONFIG.out}-{RANK}"  # noqa: F821
+trainer = Trainer(dataclasses.replace(CONFIG, out=out), [])  # noqa: F821
+parts = trainer.config.grad_accum_steps
+if RANK:  # noqa: F821
+    with PeakMemory("cpu") as peak:
+        for step in range(5):
+            trainer.one_step(trainer.loader.batch(step))
+    found = peak.bytes
+else:
+    found = predict(trainer, parts).peak(trainer.config.batch_size // parts)
+Path(f"{out}.bytes").write_text(str(found))
