@@ -258,6 +258,7 @@ class Trainer:
             (parts.total * (share * self.scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
+            del parts  # else what its graph keeps would stand beside that of the next micro-batch
         return self._agree(float(loss) / self.team.axes["tp"]), load
 
     def _agree(self, loss: float) -> float:
