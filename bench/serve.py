@@ -246,8 +246,8 @@ def bounds(
 ) -> dict[str, float]:
     """The least a workload must compute (prefill) or read (decode), by the ceiling it is held against."""
     if _prefill(work):
-        tokens = sum(len(request.prompt) for request in work)
-        return {f"matmul {dtype}": tokens * config.flops_per_token(len(work[0].prompt), training=False)}
+        tokens, name = sum(len(request.prompt) for request in work), "int8" if weight_bytes == 1 else dtype
+        return {f"matmul {name}": tokens * config.flops_per_token(len(work[0].prompt), training=False)}
     steps = max(max(request.tokens for request in work), -(-sum(request.tokens for request in work) // batch))
     weights = config.parameter_count(active=True, embeddings=False) * (weight_bytes or ELEMENT[dtype])
     past = sum(request.tokens * (len(request.prompt) + request.tokens / 2) for request in work)

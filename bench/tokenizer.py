@@ -7,6 +7,7 @@ others by the clock on the wall. `first_seconds` is the first call of a fresh to
 what making it took. `exact` says whether a peer's ids equal ours, which tests compare with tiktoken and tokenizers.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -225,7 +227,25 @@ def encode(options: Options, task: str, machine: Machine, text: str, megabytes: 
     }
     single = {"ours": ours, "ours, 1 thread": lambda: lambda: tok.encode_array(work.text, threads=1)}
     rows += compared(machine, f"{text}, 1 or 2 threads", single, size, "B")
-    return rows + compared(machine, f"{text}, 1 KB documents, 1 or 2 threads", batch, size, "B")
+    rows += compared(machine, f"{text}, 1 KB documents, 1 or 2 threads", batch, size, "B")
+    return rows + python_threads(machine, text, tok, work.text.encode())
+
+
+def python_threads(machine: Machine, name: str, tok: BPETokenizer, text: bytes) -> list[Row]:
+    """Eight Python threads that encode a megabyte at a time; and that hash it: how much of two cores can be had so."""
+    pieces = [text[start : start + 1_000_000] for start in range(0, len(text), 1_000_000)] * 4
+    rows = []
+    with ThreadPoolExecutor(8) as pool:
+        for who, call in {"ours": partial(tok.encode_array, threads=1), "blake2b": hashlib.blake2b}.items():
+            ways = {who: partial(_all, pool.map, call, pieces), f"{who}, 1 thread": partial(_all, map, call, pieces)}
+            case = f"{name}, 1 MB pieces, 1 or 8 Python threads"
+            rows += machine.compare(case, ways, amount=sum(map(len, pieces)), unit="B", ours=who)
+    return rows
+
+
+def _all(mapped: Callable, call: Callable, pieces: list[bytes]) -> None:
+    for _ in mapped(call, pieces):
+        pass
 
 
 def small(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:

@@ -107,7 +107,7 @@ void Block::turn(float* qkv, int64_t position, const Rotation& rotation) const {
 }
 
 void Block::run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const {
-    thread_local std::vector<float> normed, qkv, gathered, hidden;
+    thread_local Floats normed, qkv, gathered, hidden;
     thread_local Rows prepared;
     const int T = step.tokens, C = shape_.width, D = shape_.head_dim, wide = qkv_->outputs();
     const int H = shape_.heads, K = shape_.kv_heads, inner = up_->outputs();

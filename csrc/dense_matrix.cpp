@@ -188,7 +188,7 @@ void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
         if constexpr (sizeof(T) == 2) {
             if (x.format == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
             if (x.count >= kMany) {
-                thread_local std::vector<float> wide;
+                thread_local Floats wide;
                 wide.resize(stride * kBlock);
                 widen_block(weights, stride * count, wide.data());
                 return go(wide.data(), x.values, columns_, x.stride);

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(__SANITIZE_ADDRESS__)
@@ -29,6 +31,20 @@ typedef float f4 __attribute__((vector_size(16), aligned(4)));
 struct bfloat16 {
     uint16_t bits;
 };
+
+// Floats that begin with a cache line: sixteen of them that lie across two lines take two reads.
+template <class T>
+struct InLines {
+    using value_type = T;
+    InLines() = default;
+    template <class Other>
+    InLines(const InLines<Other>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const InLines&) const { return true; }
+    bool operator!=(const InLines&) const { return false; }
+};
+using Floats = std::vector<float, InLines<float>>;
 
 WARPLOOM_INLINE float widen(float x) { return x; }
 WARPLOOM_INLINE float widen(bfloat16 x) {

@@ -51,11 +51,11 @@ WARPLOOM_INLINE void lay_back(const float* from, int D, float factor, float* row
 
 // Scratch of one thread, for the queries of a task (Q) and one page; D padded to whole spans.
 struct Scratch {
-    std::vector<float> queries, outputs;  // (Q, D)
-    std::vector<float> scores;            // (Q, page), padded to 16
-    std::vector<float> totals, peaks;     // (Q, 16), (Q)
-    std::vector<float> keys, values;      // (page, D), widened
-    std::vector<int> from, to;            // (Q): the keys of this page that a query sees
+    Floats queries, outputs;   // (Q, D)
+    Floats scores;             // (Q, page), padded to 16
+    Floats totals, peaks;      // (Q, 16), (Q)
+    Floats keys, values;       // (page, D), widened
+    std::vector<int> from, to; // (Q): the keys of this page that a query sees
 };
 
 // Lane by lane sums of two vectors' halves, quarters, … : four dot products end side by side.
@@ -119,13 +119,10 @@ WARPLOOM_INLINE void gather(const T* values, int64_t stride, const float* weight
     for (int i = 0; i < 2 * N; ++i) store(out + 16 * i, total[i]);
 }
 
-// One query and one page: the scores become weights, and the running maximum, sum and weighted values go on.
-template <class T>
-WARPLOOM_INLINE void visit(const Look& look, const T* keys, const T* values, int64_t stride, int page, int D, int q,
-                           Scratch& s) {
+// A query's scores with one page become weights, and its running maximum, sum and weighted values are brought up to date.
+WARPLOOM_INLINE void weigh(const Look& look, int page, int D, int q, Scratch& s) {
     const int from = s.from[q], to = s.to[q], padded = (page + 15) / 16 * 16, end = (to + 15) / 16 * 16;
     float *scores = &s.scores[q * padded], *out = &s.outputs[q * D], *totals = &s.totals[q * 16];
-    meet(&s.queries[q * D], keys, stride, to, D, scores);
     if (look.softcap > 0)
         for (int j = 0; j < to; ++j) scores[j] = look.softcap * std::tanh(scores[j] / look.softcap);
     std::fill(scores, scores + from, -INFINITY);
@@ -149,9 +146,24 @@ WARPLOOM_INLINE void visit(const Look& look, const T* keys, const T* values, int
         total += weight;
     }
     store(totals, total);
-    int d = 0;
-    for (; d + 2 * kSpan <= D; d += 2 * kSpan) gather<2>(values + d, stride, scores, from, to, out + d);
-    for (; d < D; d += kSpan) gather<1>(values + d, stride, scores, from, to, out + d);
+}
+
+// Queries `first` to `last` and one page, step by step: what one query waits for, the others' sums fill.
+template <class T>
+WARPLOOM_INLINE void visit(const Look& look, const T* keys, const T* values, int64_t stride, int page, int D,
+                           int first, int last, Scratch& s) {
+    const int padded = (page + 15) / 16 * 16;
+    for (int q = first; q < last; ++q)
+        if (s.from[q] < s.to[q])
+            meet(&s.queries[q * D], keys, stride, s.to[q], D, &s.scores[q * padded]);
+    for (int q = first; q < last; ++q)
+        if (s.from[q] < s.to[q]) weigh(look, page, D, q, s);
+    for (int q = first; q < last; ++q) {
+        float *scores = &s.scores[q * padded], *out = &s.outputs[q * D];
+        int d = 0;
+        for (; d + 2 * kSpan <= D; d += 2 * kSpan) gather<2>(values + d, stride, scores, s.from[q], s.to[q], out + d);
+        for (; d < D; d += kSpan) gather<1>(values + d, stride, scores, s.from[q], s.to[q], out + d);
+    }
 }
 
 // Asks memory for numbers that are needed soon.
@@ -209,23 +221,23 @@ WARPLOOM_INLINE void attend_task(const Pages& pages, const Step& step, const Loo
             s.from[i] = int(std::max<int64_t>(0, since - at)), s.to[i] = int(std::min<int64_t>(size, last - at));
         }
         const int count = int(std::min<int64_t>(size, end - at));
-        for (int g = 0; g < task.groups; ++g) {
-            const int64_t offset = table[at / size] * whole + (task.group + g) * D;
-            const T *keys = all_keys + offset, *values = all_values + offset;
-            if (Q == 1 && D == padded) {
+        const int64_t offset = table[at / size] * whole + task.group * D;
+        const T *keys = all_keys + offset, *values = all_values + offset;
+        if (Q == 1 && D == padded) {
+            for (int g = 0; g < task.groups; ++g) {
                 if (at + size < end && task.groups == pages.kv_heads) {  // a part of the next page, in order
                     const int64_t next = table[at / size + 1] * whole + g * size * D;
                     fetch(all_keys + next, size * D), fetch(all_values + next, size * D);
                 }
-                visit(look, keys, values, stride, size, D, g, s);
-                continue;
+                visit(look, keys + g * D, values + g * D, stride, size, D, g, g + 1, s);
             }
-            s.keys.resize(size * padded), s.values.resize(size * padded);
-            widen_rows(keys, stride, count, D, padded, s.keys.data());
-            widen_rows(values, stride, count, D, padded, s.values.data());
-            for (int i = g * Q; i < (g + 1) * Q; ++i)
-                if (s.from[i] < s.to[i])
-                    visit<float>(look, s.keys.data(), s.values.data(), padded, size, padded, i, s);
+            continue;
+        }
+        s.keys.resize(size * padded), s.values.resize(size * padded);
+        for (int g = 0; g < task.groups; ++g) {
+            widen_rows(keys + g * D, stride, count, D, padded, s.keys.data());
+            widen_rows(values + g * D, stride, count, D, padded, s.values.data());
+            visit<float>(look, s.keys.data(), s.values.data(), padded, size, padded, g * Q, (g + 1) * Q, s);
         }
     }
     for (int i = 0; i < all; ++i) {

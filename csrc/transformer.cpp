@@ -28,7 +28,7 @@ Transformer::Transformer(int width, Table embedding, Table positions, std::vecto
 
 void Transformer::run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages,
                       const Rotation& rotation, float* hidden) const {
-    thread_local std::vector<float> streams, deltas;
+    thread_local Floats streams, deltas;
     streams.assign(size_t(step.tokens) * width_, 0.0f), deltas.assign(streams.size(), 0.0f);
     float *stream = streams.data(), *delta = deltas.data();
     each_row(step.tokens, [&](int t) {

@@ -91,18 +91,6 @@ def memory_bytes(device: torch.device | str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def free_bytes(device: torch.device | str) -> int:
-    """Memory of the device that nobody uses; on a CPU, what Linux could give without swapping."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return memory_bytes(device) // 2
-
-
 def synchronize(device: torch.device | str) -> None:
     """Wait until the device has done what it was given."""
     if torch.device(device).type == "cuda":

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code: device memory on a GPU, resident memory of the process on Linux.
+"""Memory: what a stretch of code takes at its peak, and what is left. Of the device on a GPU, else of this machine.
 
 Linux keeps the high-water mark of resident memory and lets a process reset its own (`/proc/self/clear_refs`), so the
 peak of one contestant can be read without starting a process for it. Memory that was freed but not yet returned to the
@@ -9,6 +9,7 @@ whoever comes first: run something before.
 import contextlib
 import ctypes
 import gc
+import os
 import re
 from pathlib import Path
 
@@ -52,6 +53,33 @@ class PeakMemory:
 
             return torch.cuda.max_memory_allocated()
         return _status("VmHWM")
+
+
+def available_memory(device: str) -> int:
+    """Bytes that this process may still take, those it holds unused included."""
+    if device == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: half of what there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return min(free, left_in_container())
+
+
+def left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the container (a control group with a limit) still allows; files kept in its cache do not count."""
+    try:
+        limit, used = ((folder / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+        kept = next(
+            line.split()[1] for line in (folder / "memory.stat").read_text().splitlines() if "inactive_file" in line
+        )
+        return float("inf") if limit == "max" else int(limit) - int(used) + int(kept)
+    except (OSError, StopIteration):
+        return float("inf")
 
 
 def release(device: str) -> None:

@@ -48,9 +48,12 @@ def run(argv: list[str]) -> int:
     corpus = open_corpus(flags.source, flags.files, flags.num_samples, keep)
     if flags.source in ("tinystories", "openwebtext", "wikitext"):
         note(f"downloading {corpus.name} from the Hugging Face hub to {keep}; interrupted, the same command goes on")
-    tokenizer = make_tokenizer(flags.tokenizer, text_of(corpus, 0, flags.splits), flags.vocab_size, note)
-    with Bar(corpus.name) as advance:
-        data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
+    try:
+        tokenizer = make_tokenizer(flags.tokenizer, text_of(corpus, 0, flags.splits), flags.vocab_size, note)
+        with Bar(corpus.name) as advance:
+            data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
+    except ConnectionError as error:
+        raise ValueError(f"{error}; the same command goes on where this one stopped") from error
     for name, info in data.meta.splits.items():
         rate = info.bytes / info.tokens if info.tokens else 0
         print(f"{name}: {info.tokens:,} tokens of {info.documents:,} documents, {rate:.2f} bytes a token")

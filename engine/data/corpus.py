@@ -5,8 +5,8 @@ Two questions have to be answered before any token is made, and both are answere
 *Which text belongs to which split?* A model must not be judged on text it has seen, so a split is decided by
 document: the hash of a document's beginning gives it a *place* in [0, 1), and the splits are intervals of places. The
 hash needs no second pass and no list of documents, does not move when documents are added, and sends copies of one
-file to the same side. A corpus of a few long documents (a novel) is too coarse for that: there, the place of a passage
-is how far into its document it lies, so that validation is the novel's end.
+file to the same side. A corpus of a few documents (a novel) is too coarse for that: there, the place of a passage is
+how far into its document it lies, so that validation is the novel's end; of a short document, how far into the corpus.
 
 *How does a file larger than memory pass through?* As passages of about a megabyte. They are cut where no tokenizer
 would have joined the two sides (a line end before a word), so the tokens of the passages are the tokens of the whole.
@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PASSAGE = 1 << 20  # characters; a corpus of any size passes through memory in pieces of about this
-FEW = 100  # below this many documents, splits are cut inside each document
+FEW = 100  # below this many documents, splits are cut inside each that is long
+LONG = 500  # characters; what is shorter stays whole
 SEAMS = [re.compile(seam) for seam in (r"(?<=\n)(?=\w)", r"(?<=\w)(?= \w)", r"(?<=\n)")]
 
 
@@ -52,9 +53,16 @@ class Corpus:
         lengths = [sum(map(len, blocks)) for blocks in itertools.islice(self.read(), FEW)]
         if not any(lengths):
             raise ValueError(f"the corpus {self.name} is empty: there is no text to train on")
-        few = len(lengths) < FEW
-        for index, blocks in enumerate(self.read()):
-            yield from _long_document(blocks, lengths[index]) if few else _one_of_many(blocks)
+        if len(lengths) == FEW:
+            for blocks in self.read():
+                yield from _one_of_many(blocks)
+            return
+        ends = list(itertools.accumulate(lengths))
+        for blocks, length, end in zip(self.read(), lengths, ends):
+            if length >= LONG:
+                yield from _long_document(blocks, length)
+            elif length:
+                yield Passage("".join(blocks), (end - length / 2) / ends[-1], True)
 
 
 def _one_of_many(blocks: Iterable[str]) -> Iterator[Passage]:
@@ -67,7 +75,7 @@ def _one_of_many(blocks: Iterable[str]) -> Iterator[Passage]:
 
 
 def _long_document(blocks: Iterable[str], length: int) -> Iterator[Passage]:
-    size = min(PASSAGE, max(1, length // 200))
+    size = min(PASSAGE, max(LONG // 10, length // 200))
     done = 0
     for text, ends in _mark_last(cut(blocks, size)):
         yield Passage(text, (done + len(text) / 2) / length, ends)

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from ...tokenizer.chat import encode_chat
-from ..device import DTYPES, free_bytes, pick_device
+from ..device import DTYPES, pick_device
 from ..hub import load_model
+from ..memory import PeakMemory, available_memory
 from ..model import Transformer
 from .beam import beam_search
 from .engine import Engine, Generation
@@ -230,16 +231,13 @@ def _same_tokens(ours, theirs) -> bool:
 
 def _memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
     """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
-    device = model.device
-    free = free_bytes(device)
-    if device.type != "cuda":
-        return free // 2
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    largest_step(model, step_tokens, max_batch)
-    needed = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    return max(0, free - needed - free // 10)  # the rest is for what is recorded, compiled and cut in pieces
+    if model.device.type != "cuda":
+        return available_memory("cpu") // 2
+    with torch.cuda.device(model.device):
+        with PeakMemory("cuda") as peak:
+            largest_step(model, step_tokens, max_batch)
+        free = available_memory("cuda")
+    return max(0, free - peak.bytes - free // 10)  # a tenth for what is recorded, compiled, and cut in pieces
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ T tokens of the step, N chunks, R sampled positions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device, to_host
 
-SCORED = 256
-"""Tokens of a prompt whose logits are held at a time: those of a whole step could be gigabytes."""
+SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
 
 
 @dataclass(slots=True)
@@ -109,9 +108,7 @@ class Runner:
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
             reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(
-                ChunkResult(tokens, *(tuple(one for part in parts for one in part.read()) for parts in reports))
-            )
+            results.append(ChunkResult(tokens, *(tuple(chain(*(part.read() for part in each))) for each in reports)))
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
@@ -134,14 +131,14 @@ class Runner:
         where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
-        self.tokens[where] = tokens_T[:T].int()
+        self._note(*where, tokens_T[:T])
         if self.graphs is not None and padded == len(chunks):
             return self.graphs(tokens_T, step)
         return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
-        ends = np.cumsum([len(chunk.tokens) for chunk in plan.chunks])
-        edges = np.cumsum([0, *(chunk.sampled for chunk in plan.chunks)]).tolist()
+        ends = list(accumulate(len(chunk.tokens) for chunk in plan.chunks))
+        edges = accumulate((chunk.sampled for chunk in plan.chunks), initial=0)
         spans = [range(a, b) for a, b in pairwise(edges)]
         flight = Flight(plan, list, list, spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
@@ -157,7 +154,7 @@ class Runner:
         flight.sampled = to_host(sampled_R)
         if len(places) > sum(map(bool, spans)):  # some chunk has drafts
             flight.foreseen = to_host(self.tokens[index_R, positions_R] == sampled_R)
-        self.tokens[index_R, positions_R] = sampled_R.int()
+        self._note(index_R, positions_R, sampled_R)
         self._describe(flight, logits_RV, sampled_R)
         return flight
 
@@ -201,18 +198,25 @@ class Runner:
                 rows = slice(span.start, span.stop)
                 flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
 
-    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: np.ndarray) -> None:
+    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: list[int]) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
             top = self.settings.params[chunk.row].prompt_logprobs
             count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
             if top is None or count <= 0:
                 continue
-            first = int(end) - len(chunk.tokens)
+            places = np.arange(count) + end - len(chunk.tokens)
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
             flight.prompt_logprobs[index] = [
-                Logprobs(self._logits(hidden_TC, first + part), targets[part], top)
-                for part in np.split(np.arange(count), range(SCORED, count, SCORED))
+                Logprobs(self._logits(hidden_TC, places[part]), targets[part], top)
+                for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
             ]
+
+    def _note(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
+        """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""
+        if self.device.type == "cpu":
+            self.tokens.numpy()[rows_N.numpy(), positions_N.numpy()] = tokens_N.numpy()
+        else:
+            self.tokens[rows_N, positions_N] = tokens_N.int()
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)

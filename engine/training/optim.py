@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Rule = Callable[[Tensor], Tensor]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -114,7 +115,11 @@ def adamw_update(
 
 
 class Muon(AdamW):
-    """AdamW whose matrices take orthogonalized steps. A group with `orthogonal=False` stays with AdamW altogether."""
+    """AdamW whose matrices take orthogonalized steps. A group with `orthogonal=False` stays with AdamW altogether.
+
+    Matrices are orthogonalized in `dtype`. Where this process keeps but a part of them, `on_whole(p, part, rule)` says
+    which part of the rule's result belongs to the parameter p, given its part of what the rule is to see.
+    """
 
     def __init__(
         self,
@@ -124,10 +129,13 @@ class Muon(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+        on_whole: Callable[[Tensor, Tensor, Rule], Tensor] = lambda p, part, rule: rule(part),
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), not {momentum}")
         super().__init__(params, lr, betas, eps, weight_decay)
+        self.dtype, self.on_whole = dtype, on_whole
         self.defaults |= {"momentum": momentum, "orthogonal": True}
         for group in self.param_groups:
             group.setdefault("momentum", momentum)
@@ -151,8 +159,10 @@ class Muon(AdamW):
         mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         ahead = p.grad.lerp(mean, momentum)  # Nesterov: where the momentum will be
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        size = 0.2 * math.sqrt(max(p.shape[-2:]))
-        p.add_(orthogonalize(ahead).to(p.dtype), alpha=-group["lr"] * size)
+        p.add_(self.on_whole(p, ahead, self._level), alpha=-group["lr"])
+
+    def _level(self, matrix: Tensor) -> Tensor:
+        return orthogonalize(matrix, dtype=self.dtype).to(matrix.dtype) * (0.2 * math.sqrt(max(matrix.shape[-2:])))
 
 
 # Chosen by Jordan for a steep slope at zero: small singular values grow 3.4-fold a step, all end between 0.7 and 1.2.

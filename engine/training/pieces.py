@@ -8,6 +8,8 @@ of processes reads (`checkpoint.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,14 @@ class Pieces:
             return part
         blocks = [block.full_tensor() for block in self.blocks(name, part).values()]
         return torch.cat(blocks, self.layouts[name].tp or 0)
+
+    def on_whole(self, name: str, part: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """This process's part of what `rule` makes of the whole matrix; every process must ask, and computes all of it.
+
+        Whole experts are matrices of their own, for which nobody has to be asked.
+        """
+        cut = self.team.axes["fsdp"] > 1 or (self.layouts[name].tp is not None and self.team.axes["tp"] > 1)
+        return self.part(name, rule(self.whole(name, part))) if cut else rule(part)
 
     def blocks(self, name: str, part: Tensor) -> dict[str, Tensor]:
         """Views of a part, one a packed matrix, each knowing where in the whole matrix it lies."""

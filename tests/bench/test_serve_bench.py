@@ -100,6 +100,7 @@ def test_the_bound_counts_weights_once_a_step_and_each_token_s_own_past():
     assert bounds(config, "float32", [Request([0] * 10, 1)] * 2, 2) == {
         "matmul float32": 20 * config.flops_per_token(10, training=False)
     }
+    assert set(bounds(config, "bfloat16", [Request([0], 1)], 1, weight_bytes=1)) == {"matmul int8"}
     assert bounds(config, "float32", one, batch=1) == {"read": 8 * weights + past}
     assert bounds(config, "float32", one * 4, batch=4) == {"read": 8 * weights + 4 * past}
     assert bounds(config, "float32", one * 4, batch=2) == {"read": 16 * weights + 4 * past}

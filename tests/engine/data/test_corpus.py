@@ -89,3 +89,11 @@ def test_one_long_document_is_split_by_position(tmp_path):
     places = [passage.place for passage in passages]
     assert places == sorted(places) and places[0] < 0.02 and places[-1] > 0.98
     assert [passage.ends for passage in passages] == [False] * (len(passages) - 1) + [True]
+
+
+def test_a_few_short_documents_stay_whole_and_share_out_the_splits_among_them(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"document number {i} "}) for i in range(20)))
+    passages = list(files([path]).passages())
+    assert [passage.text for passage in passages] == [f"document number {i} " for i in range(20)]
+    assert [sum(passage.place < edge for passage in passages) for edge in (0.5, 0.8, 0.9)] == [10, 16, 18]

@@ -202,13 +202,6 @@ def test_the_step_that_memory_is_measured_by_needs_no_cache(tiny_model, shape):
     largest_step(tiny_model(shape), 40, 3)
 
 
-def test_a_prompt_scored_in_pieces_gets_the_same_bits(model, monkeypatch):
-    (prompt,) = prompts_of([50])
-    whole = LLM(model).score(prompt)
-    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 7)
-    assert LLM(model, step_tokens=20, max_batch=2).score(prompt) == whole
-
-
 def test_arrays_that_travel_in_one_parcel_arrive_as_they_were():
     numbers = np.random.default_rng(0)
     shapes = [((3,), np.int64), ((5, 7), np.int32), ((0,), np.int64), ((1,), np.float32), ((2, 3), np.int64)]
@@ -242,7 +235,8 @@ def test_paged_logits_equal_contiguous_ones_and_those_without_a_cache(tiny_model
 
 
 @pytest.mark.parametrize(("shape", "changes"), ALL_SHAPES)
-def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, changes):
+def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, changes, monkeypatch):
+    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 9)  # so that the texts take several slices
     model = tiny_model(shape, **changes)
     llm = LLM(model, tokenizer)
     texts = ["a short one", "another text, which is a little longer"]
@@ -343,6 +337,15 @@ def test_bad_input_is_refused_clearly_while_the_others_go_on(model, prompt, para
     with pytest.raises(ValueError, match=message):
         llm.generate([[5], prompt], SamplingParams(**params))
     assert len(going.result().token_ids) == 12
+
+
+def test_a_deadline_ends_a_request_and_a_priority_lets_one_overtake(model):
+    llm = LLM(model, max_batch=1)
+    late, going = llm.submit([1, 2], GREEDY, deadline=0.0), llm.submit([1], GREEDY)
+    patient, urgent = llm.submit([2], GREEDY, priority=1), llm.submit([3], GREEDY)
+    assert late.result().finish_reason == "cancelled" and not late.result().token_ids
+    ends = [generation.result().metrics.finished for generation in (going, urgent, patient)]
+    assert ends == sorted(ends) and len(patient.result().token_ids) == 12
 
 
 def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkeypatch):

@@ -68,5 +68,5 @@ def test_what_cannot_be_spread_is_refused_before_any_process_starts(tiny_model, 
     place = save_model(tiny_model(), tmp_path / "model")
     with pytest.raises(ValueError, match="tp=3 does not divide n_heads=4"):
         LLM(place, tensor_parallel=3)
-    with pytest.raises(ValueError, match="must be 1 with quantize, got 2"):
+    with pytest.raises(ValueError, match="tensor_parallel must be 1 with quantize, got 2"):
         LLM(place, tensor_parallel=2, quantize="int8")

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from warploom.engine.memory import RESET
+from warploom.engine.memory import RESET, left_in_container
 from warploom.engine.training import train
-from warploom.engine.training.memory import MemoryLine, left_in_container, predict
+from warploom.engine.training.memory import MemoryLine, predict
 from warploom.engine.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")

@@ -7,6 +7,7 @@ import pytest
 from warploom.engine.cli import main
 from warploom.engine.cli.train import read
 from warploom.engine.data import TokenData
+from warploom.tokenizer import CharTokenizer
 
 SHAPE = {"d-model": 16, "n-layers": 1, "n-heads": 2, "n-kv-heads": 1, "max-seq-len": 16}
 TINY = [f"--{name}={value}" for name, value in {**SHAPE, "batch-size": 2, "sample-tokens": 0}.items()]
@@ -52,6 +53,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, sentence, tmp_path, monkeyp
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and error.startswith(f"warploom {argv[0]}: ")
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "own"])
+def test_a_download_that_cannot_reach_the_hub_is_one_line(tokenizer, tmp_path, monkeypatch, capsys):
+    def unplugged(*_):
+        raise ConnectionError("Couldn't reach the hub")
+
+    pytest.importorskip("datasets", reason="the data extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    CharTokenizer.train(["abc"]).save(tmp_path / "own")
+    monkeypatch.setattr("warploom.engine.data.hub.download", unplugged)
+    assert main(["data", "--source", "tinystories", "--tokenizer", tokenizer, "--out", "y"]) == 2
+    error = capsys.readouterr().err
+    assert "Couldn't reach the hub; the same command goes on" in error and "Traceback" not in error
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(story, tmp_path, capsys):
