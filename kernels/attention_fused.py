@@ -21,7 +21,7 @@ CACHED_BYTES = 24 << 20
 
 _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the power of two that holds a head
     ("forward", 80): {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-    ("forward", 90): {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+    ("forward", 90): {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 2)},
     ("forward", 100): {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
     ("dq", 80): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     ("dq", 90): {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
@@ -30,7 +30,6 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
     ("dkdv", 90): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     # instead, where a cap, a ragged batch, an odd head size or the lack of a causal mask takes the last registers
-    ("forward", 90, "other"): {256: (128, 32, 8, 2)},
     ("dq", 80, "other"): {64: (128, 32, 8, 2)},
     ("dkdv", 90, "other"): {128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
 }

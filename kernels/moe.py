@@ -114,7 +114,7 @@ def _moe_eager(
     order_A = experts_TK.flatten().argsort(stable=True)[before : before + sum(here)]
     pieces = flat_TC[order_A // top_k].split(here)
     outputs = [
-        F.linear(swiglu_packed.eager(F.linear(piece, w_gate_up[e]), activation), w_down[e])
+        F.linear(swiglu_packed.eager(F.linear(_filled(piece), w_gate_up[e]), activation), w_down[e])[: len(piece)]
         for e, piece in enumerate(pieces)
         if len(piece) or e == 0  # one runs on nothing too: the weights have a gradient, and it is zero
     ]
@@ -122,6 +122,13 @@ def _moe_eager(
     y_TKC = y_AC.new_zeros(experts_TK.numel(), y_AC.shape[-1]).index_copy(0, order_A, y_AC).view(*experts_TK.shape, -1)
     y_TC = (y_TKC.to(weights_TK.dtype) * weights_TK.unsqueeze(-1)).sum(1)
     return y_TC.to(x.dtype).view(x.shape), aux
+
+
+def _filled(piece_TC):
+    """Rows of zeros up to a multiple of 64: on a CPU, oneDNN compiles and keeps a bfloat16 product a number of rows."""
+    if piece_TC.is_cuda or piece_TC.dtype != torch.bfloat16:
+        return piece_TC
+    return F.pad(piece_TC, (0, 0, 0, -len(piece_TC) % 64))
 
 
 def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):

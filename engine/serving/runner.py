@@ -19,7 +19,7 @@ T tokens of the step, N chunks, R sampled positions.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
 from .store import PageStore, to_device, to_host
 
-SCORED = 256
-"""Tokens of a prompt whose logits are held at a time: those of a whole step could be gigabytes."""
+SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
 
 
 @dataclass(slots=True)
@@ -109,9 +108,7 @@ class Runner:
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
             reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(
-                ChunkResult(tokens, *(tuple(one for part in parts for one in part.read()) for parts in reports))
-            )
+            results.append(ChunkResult(tokens, *(tuple(chain(*(part.read() for part in each))) for each in reports)))
         return StepResult(tuple(results))
 
     def _admit(self, admission: Admission) -> None:
@@ -207,11 +204,11 @@ class Runner:
             count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
             if top is None or count <= 0:
                 continue
-            first = end - len(chunk.tokens)
+            places = np.arange(count) + end - len(chunk.tokens)
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
             flight.prompt_logprobs[index] = [
-                Logprobs(self._logits(hidden_TC, first + part), targets[part], top)
-                for part in np.split(np.arange(count), range(SCORED, count, SCORED))
+                Logprobs(self._logits(hidden_TC, places[part]), targets[part], top)
+                for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
             ]
 
     def _note(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..device import device_name
+from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .trainer import Trainer, TrainResult
@@ -83,7 +85,11 @@ def _markdown(run: dict[str, Any]) -> str:
     bits = result.get("bits_per_byte")
     rows = [
         ("model", f"{run['parameters']:,} parameters, {model['n_layers']} layers, width {model['d_model']}"),
-        ("data", f"{run['data']['source']}: {run['data']['train_tokens']:,} training tokens"),
+        (
+            "data",
+            f"{run['data']['source']}: {run['data']['train_tokens']:,} tokens, {run['data']['train_sha256'][:16]}…",
+        ),
+        ("recipe", _recipe(config)),
         ("training", f"{result['steps']} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s"),
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['utilization']:.0%} of the measured matmul"),
         ("validation loss", f"{result['val_loss']:.4f}" if result["val_loss"] is not None else "not measured"),
@@ -97,6 +103,15 @@ def _markdown(run: dict[str, Any]) -> str:
         for sample in run["samples"][-3:]
     )
     return f"# {directory_title(config['out'])}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n\n{samples}"
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    """The settings that decide what was learned, and those that are not their defaults."""
+    always = ("optimizer", "lr", "schedule", "batch_size", "order")
+    default = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    aside = {"data", "out", "model", "seed", "resume", "overwrite", *always}
+    changed = [name for name, value in config.items() if name not in aside and value != default[name]]
+    return ", ".join(f"{name} {config[name]}" for name in (*always, *changed))
 
 
 def directory_title(path: str) -> str:

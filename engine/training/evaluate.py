@@ -53,16 +53,20 @@ def token_bytes(tokenizer: Any) -> np.ndarray | None:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch], bytes_of: np.ndarray | None = None) -> Evaluation:
-    """Mean loss over every target of `batches`."""
+def evaluate(
+    model: Transformer, batches: Iterable[Batch], bytes_of: np.ndarray | None = None, rows: int | None = None
+) -> Evaluation:
+    """Mean loss over every target of `batches`, read so many `rows` at a time."""
     was_training = model.training
     model.eval()
     total, tokens, size = 0.0, 0, 0
     for batch in batches:
         counted = batch.targets_BT != IGNORE
         count = int(counted.sum())
-        moved = batch.to(model.device)
-        total += float(losses(model, moved).cross_entropy) * count
+        for start in range(0, len(batch.tokens_BT), rows or len(batch.tokens_BT)):
+            part = batch.rows(start, start + (rows or len(batch.tokens_BT)))
+            here = int((part.targets_BT != IGNORE).sum())
+            total += float(losses(model, part.to(model.device)).cross_entropy) * here
         tokens += count
         if bytes_of is not None:
             size += int(bytes_of[batch.targets_BT[counted].numpy()].sum())

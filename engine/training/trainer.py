@@ -12,7 +12,6 @@ step that is not finite is skipped and counted, and whoever wants to watch is to
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import math
@@ -20,7 +19,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,25 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import generate
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
-from ..hub import load_model, save_model
+from ..hub import load_model
 from ..model import Transformer
 from .card import describe, write_card
-from .checkpoint import Checkpoints, saving
+from .checkpoint import Checkpoints
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate, losses, token_bytes, validation_batches
+from .evaluate import Evaluation, losses, token_bytes
 from .interrupts import interruptible
 from .memory import fewest_micro_batches
+from .milestones import evaluate_run, publish, write_sample
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
 from .parallel import Team, make_masters, take_piece
-from .pieces import Pieces, whole_weights
-from .precision import Average, LossScale, assembled
+from .pieces import Pieces
+from .precision import Average, LossScale
 from .prepare import Materials, prepare
 from .resume import resume_run, save_run
 from .schedule import SCHEDULES
-from .watch import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher
+from .watch import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher, check_packages
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,8 @@ class Trainer:
         self.dtype = pick_dtype(config.dtype, self.device)
         self.team = Team(self.device, config)
         self.config, self.watchers = config, watchers if self.team.leads else []
+        if self.team.leads:
+            check_packages(config.tensorboard, config.wandb)
         self.out = Path(config.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last, self.team.leads)
         with self.team.leader_first():
@@ -203,8 +204,12 @@ class Trainer:
             result = self._finish()
             self.team.leave()
             return result
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(self._how_to_shrink()) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):  # what torch says on a CPU, without a class for it
+                raise ValueError(self._how_to_shrink()) from error
+            raise
         finally:
             batches.close()
             gc.unfreeze()
@@ -253,6 +258,7 @@ class Trainer:
             (parts.total * (share * self.scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
+            del parts  # else what its graph keeps would stand beside that of the next micro-batch
         return self._agree(float(loss) / self.team.axes["tp"]), load
 
     def _agree(self, loss: float) -> float:
@@ -305,9 +311,9 @@ class Trainer:
     def _now_and_then(self) -> None:
         config, last = self.config, self.step >= self.steps
         if last or (config.eval_every and self.step % config.eval_every == 0):
-            self._evaluate()
+            evaluate_run(self)
         if config.sample_tokens and (last or (config.sample_every and self.step % config.sample_every == 0)):
-            self._sample()
+            write_sample(self)
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
             save_run(self)
 
@@ -336,62 +342,7 @@ class Trainer:
     def flops_per_token(self) -> float:
         return self.materials.model.flops_per_token(self.context)
 
-    # Evaluating, sampling, saving
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model computes with the averaged weights, if there are any."""
-        if not self.average.weights:
-            yield
-            return
-        live = {name: p.detach().clone() for name, p in self.masters.named.items()}
-        self.masters.load(self.average.weights)
-        try:
-            yield
-        finally:
-            self.masters.load(live)
-
-    def _evaluate(self) -> None:
-        split = self._validation_split()
-        if split is None:
-            return
-        batches = validation_batches(split, self.config.batch_size, self.context, self.config.eval_batches)
-        with self.averaged():
-            found = evaluate(self.model, batches, self.bytes_of)
-        self.tell("evaluated", self.step, found)
-        if self.best is None or found.loss < self.best.loss:
-            self.best = found
-            self._publish()
-
-    def _publish(self) -> None:
-        """Write the weights of now to OUT as a model directory."""
-        weights = whole_weights(self.pieces, self.average.best_weights())
-        if self.team.leads:
-            with saving(f"the model to {self.out}", self.out, "resume goes on from the last checkpoint"):
-                save_model(assembled(self.model, weights), self.out, self.materials.tokenizer)
-
-    def _validation_split(self):
-        data = self.materials.data
-        split = data.split("val") if "val" in data.meta.splits else None
-        return split if split is not None and len(split) >= 2 else None
-
-    def _sample(self) -> None:
-        tokenizer, split = self.materials.tokenizer, self._validation_split()
-        if self.config.sample_prompt:
-            prompt = tokenizer.encode(self.config.sample_prompt)
-        else:
-            prompt = [int(token) for token in np.asarray((split or self.train_split).tokens[:16])]
-        prompt = prompt[-(self.context // 2) :]
-        was_training = self.model.training
-        self.model.eval()
-        with self.averaged():
-            tokens = list(
-                generate(self.model, prompt, self.config.sample_tokens, temperature=0.8, seed=self.config.seed)
-            )
-        self.model.train(was_training)
-        sample = {"step": self.step, "prompt": tokenizer.decode(prompt), "text": tokenizer.decode(tokens)}
-        self.samples.append(sample)
-        self.tell("sampled", self.step, sample["prompt"], sample["text"])
+    # The end
 
     def _finish(self) -> TrainResult:
         self.checkpoints.wait()
@@ -400,7 +351,7 @@ class Trainer:
             what = f"saved to {saved}: resume continues from there" if saved.exists() else "there was nothing to save"
             self.note(f"stopped by {self.stop_signal} at step {self.step} of {self.steps}; {what}")
         if self.best is None:
-            self._publish()
+            publish(self)
         result = TrainResult(
             directory=self.out,
             val_loss=self.best.loss if self.best else None,

@@ -12,6 +12,7 @@ import json
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -244,14 +245,19 @@ class Spikes:
         return found
 
 
+def check_packages(tensorboard: bool, wandb: str | None) -> None:
+    """Are the packages here that these watchers need? Asked before anything long begins."""
+    for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
+        if wanted and not find_spec(package):
+            raise ValueError(f"{package}={wanted} needs the package {package}: pip install {package}")
+
+
 class TensorBoard(Watcher):
     """Event files for TensorBoard in `OUT/tensorboard`."""
 
     def __init__(self, directory: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("tensorboard=True needs the package tensorboard: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(directory / "tensorboard"))
 
     def stepped(self, progress: Progress) -> None:
@@ -269,10 +275,8 @@ class Wandb(Watcher):
     """A Weights & Biases run."""
 
     def __init__(self, project: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("wandb=PROJECT needs the package wandb: pip install wandb") from error
+        import wandb
+
         self.project, self.wandb = project, wandb
 
     def started(self, run: dict[str, Any]) -> None:

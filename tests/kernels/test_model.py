@@ -51,6 +51,12 @@ def test_a_model_learns_and_writes_the_same_on_both_backends(config):
     assert text == expected_text
 
 
+def test_so_it_learns_under_autocast():
+    losses, expected = (train(DENSE, name, autocast=True)[0] for name in ("triton", "eager"))
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses[-1] < losses[0]
+
+
 def serve(model, name):
     """Three prompts together, by the model of a GPU, on whatever device there is."""
     llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
@@ -67,9 +73,3 @@ def test_a_model_serves_the_same_from_pages_on_both_backends(config):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**config)).to(DEVICE)
     assert serve(model, "triton") == serve(model, "eager")
-
-
-def test_so_it_learns_under_autocast():
-    losses, expected = (train(DENSE, name, autocast=True)[0] for name in ("triton", "eager"))
-    assert losses == pytest.approx(expected, rel=1e-2)
-    assert losses[-1] < losses[0]

@@ -202,13 +202,6 @@ def test_the_step_that_memory_is_measured_by_needs_no_cache(tiny_model, shape):
     largest_step(tiny_model(shape), 40, 3)
 
 
-def test_a_prompt_scored_in_pieces_gets_the_same_bits(model, monkeypatch):
-    (prompt,) = prompts_of([50])
-    whole = LLM(model).score(prompt)
-    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 7)
-    assert LLM(model, step_tokens=20, max_batch=2).score(prompt) == whole
-
-
 def test_arrays_that_travel_in_one_parcel_arrive_as_they_were():
     numbers = np.random.default_rng(0)
     shapes = [((3,), np.int64), ((5, 7), np.int32), ((0,), np.int64), ((1,), np.float32), ((2, 3), np.int64)]

@@ -34,7 +34,8 @@ def test_a_full_evaluation_counts_every_target_once_and_equals_the_definition(ca
         logits = model(window[:, :-1]).detach().double()
         nll += float(torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum"))
         size += sum(len(tokenizer.token_bytes(i)) for i in window[0, 1:].tolist())
-    assert found.tokens == len(ids) - 1
+    few = evaluate(model, validation_batches(split_of(ids), 3, 16), token_bytes(tokenizer), rows=2)
+    assert few.loss == pytest.approx(found.loss, rel=1e-6) and few.tokens == found.tokens == len(ids) - 1
     assert found.loss == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nll / math.log(2) / size, rel=1e-5)
     assert size == len(TEXT) - len(tokenizer.token_bytes(ids[0]))

@@ -16,6 +16,7 @@ import torch
 from warploom.engine.hub import save_model
 from warploom.engine.training import train
 from warploom.engine.training.checkpoint import Checkpoints
+from warploom.engine.training.milestones import averaged
 from warploom.engine.training.trainer import Trainer
 from warploom.engine.training.watch import JsonLog
 
@@ -98,7 +99,7 @@ def test_a_run_changes_its_processes_at_a_checkpoint(tiny, together, tmp_path, g
     assert len(list((saved / "shards").glob("*.safetensors"))) > 1 and not list(saved.glob("model*"))
     one = dataclasses.replace(steady, out=two.out, resume=True)
     resumed = Trainer(dataclasses.replace(one, steps=6), [])
-    with resumed.averaged():
+    with averaged(resumed):
         save_model(resumed.model, tmp_path / "alone")
     assert digest(tmp_path / "alone" / "model.safetensors") == digest(Path(two.out) / "model.safetensors")
     train(dataclasses.replace(one, steps=11))

@@ -49,7 +49,9 @@ def test_a_run_learns_and_leaves_a_model_directory_a_log_a_curve_and_a_card(tiny
     assert (result.directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     run = json.loads((result.directory / "run.json").read_text())
     assert run["result"]["val_loss"] == result.val_loss and run["config"]["lr"] == 1e-2
-    assert "validation loss" in (result.directory / "RUN.md").read_text()
+    card = (result.directory / "RUN.md").read_text()
+    assert f"validation loss | {result.val_loss:.4f}" in card and "adamw, lr 0.01, schedule cosine" in card
+    assert run["data"]["train_sha256"][:16] in card and recorder.samples[-1][2] in card and "loss.png" in card
     assert result.evaluation.perplexity == pytest.approx(math.exp(result.val_loss))
     assert result.evaluation.bits_per_byte == pytest.approx(result.val_loss / math.log(2))  # a character is a byte here
 
@@ -76,13 +78,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, recorder):
 
 
 def test_what_a_run_computes_does_not_depend_on_how_it_is_cut_up(tiny, recorders):
+    ends = []
+
     def losses(**changes):
         recorder = recorders()
-        train(tiny("-".join(f"{name}{value}" for name, value in changes.items()), **changes), [recorder])
+        ends.append(train(tiny("-".join(f"{name}{value}" for name, value in changes.items()), **changes), [recorder]))
         return recorder.losses
 
     whole = losses(num_workers=1)
     assert losses(num_workers=0) == whole == losses(num_workers=3)
+    assert same(last_weights(ends[0]), last_weights(ends[1])) and same(last_weights(ends[0]), last_weights(ends[2]))
     assert losses(grad_accum_steps=4) == pytest.approx(whole, abs=2e-5)
     assert losses(recompute=True) == pytest.approx(whole, abs=1e-6)
     assert losses(seed=1) != whole

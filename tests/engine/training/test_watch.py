@@ -78,13 +78,23 @@ def test_the_load_of_experts_is_told(tiny, recorder):
     assert 0 <= least < 1 < most <= 4
 
 
-def test_running_out_of_memory_names_the_flags_to_change(tiny, monkeypatch):
-    def too_much(*arguments, **named):
-        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
-
-    monkeypatch.setattr("warploom.engine.training.trainer.losses", too_much)
+@pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 60), lambda: _raise(torch.OutOfMemoryError("1 TiB"))])
+def test_running_out_of_memory_names_the_flags_to_change(tiny, monkeypatch, ask):
+    monkeypatch.setattr("warploom.engine.training.trainer.losses", lambda *_, **__: ask())
     with pytest.raises(ValueError, match=r"out of memory on cpu.*raise grad_accum_steps=1, or set recompute"):
         train(tiny())
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize("changes", [{"tensorboard": True}, {"wandb": "project"}])
+def test_a_missing_package_is_named_before_anything_long_begins(tiny, monkeypatch, changes):
+    monkeypatch.setattr("warploom.engine.training.watch.find_spec", lambda name: None)
+    (package,) = changes
+    with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
+        train(tiny(data="nothing-was-read-yet", **changes))
 
 
 def test_durations_and_sparklines_are_read_at_a_glance():
