@@ -121,9 +121,11 @@ class BPETokenizer(Tokenizer):
             merges = native.train_merges(module, corpus, pattern, specials, default_threads(threads), *rules)
         else:
             merges = train_merges(count_words(corpus, pattern, specials), *rules)
-        tokens = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
-        ids = {token: len(tokens) + i for i, token in enumerate(specials)}
-        return cls({token: i for i, token in enumerate(tokens)}, merges, ids, pattern)
+        vocab = {bytes([byte]): byte for byte in range(256)}
+        for token_id, (left, right) in enumerate(merges, 256):
+            vocab[left + right] = token_id
+        ids = {token: 256 + len(merges) + i for i, token in enumerate(specials)}
+        return cls(vocab, merges, ids, pattern)
 
     @classmethod
     def from_tiktoken(

@@ -114,10 +114,11 @@ def train_merges(
     else:
         counts: WordCounts = count_words(corpus, pattern, specials)
         counter.add_words(list(counts.items()))
-    pairs = counter.train(num_merges, ties, min_frequency, max_token_length or 1 << 62, HF_ORDER, progress)
+    learned = counter.train(num_merges, ties, min_frequency, max_token_length or 1 << 62, HF_ORDER, progress)
+    halves = iter(memoryview(learned))
     tokens = [bytes([byte]) for byte in range(256)]
     merges = []
-    for left, right in pairs:
+    for left, right in zip(halves, halves):
         merges.append((tokens[left], tokens[right]))
         tokens.append(tokens[left] + tokens[right])
     return merges
