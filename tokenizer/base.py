@@ -133,16 +133,26 @@ class Tokenizer(ABC):
             yield from self.encode_array(text, allowed_special).tolist()
 
     def encode_file(
-        self, path: str | Path, out: str | Path, threads: int | None = None, allowed_special: Allowed = "none"
+        self,
+        path: str | Path,
+        out: str | Path,
+        threads: int | None = None,
+        allowed_special: Allowed = "none",
+        progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Encode a UTF-8 text file into a flat file of little-endian ids of `dtype`; returns how many there are."""
+        """Encode a UTF-8 text file into a flat file of little-endian ids of `dtype`; returns how many there are.
+
+        `progress` is called with (bytes read, bytes of the file)."""
         allowed = self.special.allowed(allowed_special)
-        total = 0
+        total = done = 0
         with atomic_writer(out) as file:
             for text in cut_stream(read_pieces(path), allowed, self._safe_cut, 1 << 20):
                 ids = self.encode_array(text, allowed_special, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total += len(ids)
+                if progress:
+                    done += len(text.encode())
+                    progress(done, Path(path).stat().st_size)
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:

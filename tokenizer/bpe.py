@@ -16,7 +16,7 @@ from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
 from .patterns import compile_pattern, pattern_name, pattern_source, safe_cut
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
-from .sources import Corpus, atomic_writer, write_text
+from .sources import Corpus, atomic_writer, size_of, write_text
 
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 END_OF_TEXT = "<|endoftext|>"
@@ -92,6 +92,7 @@ class BPETokenizer(Tokenizer):
         min_frequency: int = 1,
         max_token_length: int | None = None,
         progress: Progress | None = None,
+        reading: Progress | None = None,
     ) -> "BPETokenizer":
         """Learn a vocabulary: 256 bytes, then merges, then special tokens, `vocab_size` in all.
 
@@ -102,6 +103,7 @@ class BPETokenizer(Tokenizer):
         min_frequency: pairs rarer than this are not merged.
         max_token_length: no token gets more bytes than this.
         progress: called with (merges so far, merges wanted).
+        reading: before that, called with (bytes read, bytes of all files; 0 for texts).
         """
         specials = list(dict.fromkeys(special_tokens))
         num_merges = vocab_size - 256 - len(specials)
@@ -118,9 +120,9 @@ class BPETokenizer(Tokenizer):
         compile_pattern(pattern)
         rules = (num_merges, ties, min_frequency, max_token_length, progress)
         if module := native.extension():
-            merges = native.train_merges(module, corpus, pattern, specials, default_threads(threads), *rules)
+            merges = native.train_merges(module, corpus, pattern, specials, default_threads(threads), *rules, reading)
         else:
-            merges = train_merges(count_words(corpus, pattern, specials), *rules)
+            merges = train_merges(count_words(corpus, pattern, specials, reading), *rules)
         vocab = {bytes([byte]): byte for byte in range(256)}
         for token_id, (left, right) in enumerate(merges, 256):
             vocab[left + right] = token_id
@@ -238,16 +240,23 @@ class BPETokenizer(Tokenizer):
         return self._engine.encode_batch_array(texts, finder, default_threads(threads))
 
     def encode_file(
-        self, path: str | Path, out: str | Path, threads: int | None = None, allowed_special: Allowed = "none"
+        self,
+        path: str | Path,
+        out: str | Path,
+        threads: int | None = None,
+        allowed_special: Allowed = "none",
+        progress: Progress | None = None,
     ) -> int:
         if not self._scans:
-            return super().encode_file(path, out, threads, allowed_special)
-        finder, threads, total = self._finder(allowed_special), default_threads(threads), 0
+            return super().encode_file(path, out, threads, allowed_special, progress)
+        finder, threads, total, done = self._finder(allowed_special), default_threads(threads), 0, 0
         with atomic_writer(out) as file:
             for block in native.file_blocks(self._native, path, finder, threads):
                 ids = self._engine.encode_array(block, finder, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
-                total += len(ids)
+                total, done = total + len(ids), done + len(block)
+                if progress:
+                    progress(done, size_of(path))
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from .byte_alphabet import HF_ORDER
 from .patterns import compile_pattern, pattern_name
 from .reference import Merges, Progress, WordCounts, count_words
-from .sources import Corpus, documents
+from .sources import Corpus, documents, size_of
 
 _BLOCK = 2 << 20  # of a file, for each thread
 
@@ -102,17 +102,21 @@ def train_merges(
     min_frequency: int,
     max_token_length: int | None,
     progress: Progress | None,
+    reading: Progress | None,
 ) -> Merges:
     """The merges of a corpus; what `reference.train_merges` does."""
-    name = pattern_name(pattern)
+    name, done, total = pattern_name(pattern), 0, size_of(corpus)
     counter = native.WordCounter(name or "gpt4", threads)
     finder = native.Specials([(token.encode(), 0) for token in specials]) if specials else None
     if name:
         for document in documents(corpus):
             for block in file_blocks(native, document, finder, threads) if isinstance(document, Path) else [document]:
                 counter.add(block, finder)
+                done += len(block)
+                if reading:
+                    reading(done, total)
     else:
-        counts: WordCounts = count_words(corpus, pattern, specials)
+        counts: WordCounts = count_words(corpus, pattern, specials, reading)
         counter.add_words(list(counts.items()))
     learned = counter.train(num_merges, ties, min_frequency, max_token_length or 1 << 62, HF_ORDER, progress)
     halves = iter(memoryview(learned))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .byte_alphabet import HF_ORDER
 from .patterns import pattern_name, safe_cut, split
-from .sources import Corpus, documents, read_pieces
+from .sources import Corpus, documents, read_pieces, size_of
 from .specials import cut_stream, finder
 
 Merges = list[tuple[bytes, bytes]]
@@ -28,8 +28,11 @@ Progress = Callable[[int, int], None]
 _CACHE_LIMIT = 1 << 16
 
 
-def count_words(corpus: Corpus, pattern: str, specials: Iterable[str] = ()) -> WordCounts:
+def count_words(
+    corpus: Corpus, pattern: str, specials: Iterable[str] = (), reading: Progress | None = None
+) -> WordCounts:
     """How often each distinct piece of a corpus occurs: all that training needs to know about it."""
+    done, total = 0, size_of(corpus)
     cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
     find = finder(frozenset(specials))
     counts: Counter[str] = Counter()
@@ -38,6 +41,9 @@ def count_words(corpus: Corpus, pattern: str, specials: Iterable[str] = ()) -> W
         for block in cut_stream(pieces, specials, cut, 1 << 20):
             for stretch in find.split(block):
                 counts.update(split(stretch, pattern))
+            done += len(block.encode()) if reading else 0
+            if reading:
+                reading(done, total)
     return {word.encode(): count for word, count in counts.items()}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,7 +117,7 @@ def train(flags: Train) -> None:
     elif flags.kind == "word":
         tokenizer = WordTokenizer.train(files, flags.vocab_size, flags.min_frequency, flags.lowercase)
     else:
-        with progress("merging") as advance:
+        with progress("reading", "merging") as (reading, merging):
             tokenizer = BPETokenizer.train(
                 files,
                 flags.vocab_size,
@@ -126,7 +127,8 @@ def train(flags: Train) -> None:
                 ties=flags.ties,
                 min_frequency=flags.min_frequency,
                 max_token_length=flags.max_token_length,
-                progress=advance,
+                progress=merging,
+                reading=reading,
             )
     tokenizer.save(flags.out)
     size = sum(path.stat().st_size for path in files) / 1e6
@@ -143,7 +145,8 @@ def encode(flags: Encode) -> None:
         if flags.text is not None:
             raise ValueError("give a text or --file, not both")
         began = time.perf_counter()
-        total = tokenizer.encode_file(flags.file, flags.out, flags.threads, allowed)
+        with progress("encoding") as (advance,):
+            total = tokenizer.encode_file(flags.file, flags.out, flags.threads, allowed, advance)
         size, seconds = flags.file.stat().st_size, time.perf_counter() - began
         rate = f"{size / 1e6 / seconds:.0f} MB/s" if seconds else ""
         print(f"wrote {flags.out}: {total:,} tokens of {size:,} bytes as {tokenizer.dtype}, {rate}")
@@ -194,26 +197,29 @@ def show_tokens(tokenizer, text: str) -> None:
 
 
 @contextmanager
-def progress(what: str) -> Iterator:
-    """A function (done, total) that draws a bar on a terminal and prints a line every ten seconds in a log."""
+def progress(*names: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """For each name a function (done, total) that draws a bar on a terminal, or prints a line every ten seconds."""
     if not sys.stderr.isatty():
         latest = time.perf_counter()
 
-        def line(done: int, total: int) -> None:
+        def line(name: str, done: int, total: int) -> None:
             nonlocal latest
             if time.perf_counter() - latest > 10:
                 latest = time.perf_counter()
-                print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+                print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
-        yield line
+        yield [partial(line, name) for name in names]
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def draw(task: int, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield [partial(draw, bar.add_task(name, total=None, visible=False)) for name in names]
 
 
 def _load(path: Path):

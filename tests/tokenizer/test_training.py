@@ -136,3 +136,19 @@ def test_a_corpus_that_is_not_utf8_is_refused_with_its_place(tmp_path):
     path.write_bytes(b"fine so far, caf\xe9 not")
     with pytest.raises(ValueError, match=r"latin1\.txt is not valid UTF-8 at byte 16"):
         BPETokenizer.train(path, 300)
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_long_work_says_how_far_it_is(tmp_path, monkeypatch, native):
+    monkeypatch.setenv("WARPLOOM_NATIVE", native)
+    texts = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path, text in zip(texts, ("so far, so good " * 500, "näher und näher " * 300)):
+        path.write_text(text)
+    size = sum(path.stat().st_size for path in texts)
+    read, merged, encoded = [], [], []
+    tokenizer = BPETokenizer.train(
+        texts, 270, progress=lambda *at: merged.append(at), reading=lambda *at: read.append(at)
+    )
+    tokenizer.encode_file(texts[0], tmp_path / "ids", progress=lambda *at: encoded.append(at))
+    assert read[-1] == (size, size) and merged[-1] == (13, 13)
+    assert encoded[-1] == (texts[0].stat().st_size,) * 2
