@@ -114,9 +114,10 @@ def _moe_eager(
     order_A = experts_TK.flatten().argsort(stable=True)[before : before + sum(here)]
     pieces = flat_TC[order_A // top_k].split(here)
     outputs = [
-        F.linear(swiglu_packed.eager(F.linear(_filled(piece), w_gate_up[e]), activation), w_down[e])[: len(piece)]
+        F.linear(swiglu_packed.eager(F.linear(_filled(part), w_gate_up[e]), activation), w_down[e])[: len(part)]
         for e, piece in enumerate(pieces)
         if len(piece) or e == 0  # one runs on nothing too: the weights have a gradient, and it is zero
+        for part in _parts(piece)
     ]
     y_AC = torch.cat(outputs)
     y_TKC = y_AC.new_zeros(experts_TK.numel(), y_AC.shape[-1]).index_copy(0, order_A, y_AC).view(*experts_TK.shape, -1)
@@ -124,11 +125,18 @@ def _moe_eager(
     return y_TC.to(x.dtype).view(x.shape), aux
 
 
-def _filled(piece_TC):
-    """Rows of zeros up to a multiple of 64: on a CPU, oneDNN compiles and keeps a bfloat16 product a number of rows."""
-    if piece_TC.is_cuda or piece_TC.dtype != torch.bfloat16:
-        return piece_TC
-    return F.pad(piece_TC, (0, 0, 0, -len(piece_TC) % 64))
+def _parts(piece_TC):
+    """On a CPU, oneDNN compiles and keeps a bfloat16 product for every number of rows that it ever sees. So it sees
+    few: 256 at a time, and of the rest (`_filled`) a multiple of 64."""
+    return piece_TC.split(256) if _is_kept(piece_TC) else [piece_TC]
+
+
+def _filled(part_TC):
+    return F.pad(part_TC, (0, 0, 0, -len(part_TC) % 64)) if _is_kept(part_TC) else part_TC
+
+
+def _is_kept(x):
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):

@@ -102,7 +102,7 @@ def train_merges(
     min_frequency: int,
     max_token_length: int | None,
     progress: Progress | None,
-    reading: Progress | None,
+    reading: Progress | None = None,
 ) -> Merges:
     """The merges of a corpus; what `reference.train_merges` does."""
     name, done, total = pattern_name(pattern), 0, size_of(corpus)

@@ -238,12 +238,12 @@ def test_counting_a_corpus_stops_at_a_signal():
     def stop(*_):
         raise Stop
 
-    text = "It was the best of times, it was the worst of times.\n" * 2_000_000
+    text = "It was the best of times, it was the worst of times.\n" * 4_000_000
     before = signal.signal(signal.SIGALRM, stop)
     merges = []
     try:
         with pytest.raises(Stop):
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
             BPETokenizer.train([text], 300, threads=2, progress=lambda done, total: merges.append(done))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

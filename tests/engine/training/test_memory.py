@@ -17,7 +17,7 @@ RUNS = {
     "moe": {"model": {**LLAMA, "n_experts": 4, "d_ff": 192}},
     "a large vocabulary, in two parts, sgd": {
         "model": {**LLAMA, "n_layers": 2, "vocab_size": 8192}, "grad_accum_steps": 2,
-        "optimizer": "sgd",
+        "optimizer": "sgd", "batch_size": 16,
     },
 }  # fmt: skip
 
