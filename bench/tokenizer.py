@@ -25,11 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..engine.memory import PeakMemory
 from ..tokenizer import PATTERNS, BPETokenizer
 from . import peers
 from .harness import Machine, Part
 from .harness import Options as Common
-from .memory import PeakMemory
 from .schema import Row
 from .timing import WallTimer
 

@@ -1,5 +1,6 @@
 """What a person, a program and a picture get from a record."""
 
+import importlib
 import json
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from warploom.bench import environment, plots, table
 from warploom.bench.schema import PartRecord, Record, Row, Spread
 from warploom.engine.cli import main
+from warploom.engine.cli.bench import BENCHES
 
 
 @pytest.fixture
@@ -98,6 +100,11 @@ def fake_bench(tmp_path, monkeypatch):
     monkeypatch.setattr("warploom.bench.__path__", [str(tmp_path / "modules")])
     yield tmp_path / "results"
     sys.modules.pop("warploom.bench.speed", None)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_is_ready_to_name_its_parts(name):
+    assert callable(importlib.import_module(f"warploom.bench.{name}").parts)
 
 
 def test_the_last_line_is_the_record_on_disk(fake_bench, capsys):
