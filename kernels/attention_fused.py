@@ -11,7 +11,7 @@ import torch
 from . import attention_hopper
 from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from .attention_forward import attention_forward_kernel
-from .fused import Differentiable, launch, launcher
+from .fused import Differentiable, even, launch, launcher
 from .lang import architecture, cdiv, next_power_of_2
 from .tuned import tuned
 
@@ -66,11 +66,6 @@ class _Grid:
         self.numbers = (tiles, B * heads, heads, min(group, B * heads), q.shape[1], k.shape[1], sequences)
 
 
-def _even(x: torch.Tensor) -> torch.Tensor:
-    """x with neighboring elements in its last dimension: what is expanded or strided there is copied."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _meaning(q, k, cu, causal, window, softcap, scale):
     D = q.shape[3]
     return {
@@ -117,7 +112,7 @@ def attention_forward(
     softcap: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _even(q), _even(k), _even(v)
+    q, k, v = even(q), even(k), even(v)
     B, T, H, D = q.shape
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
@@ -153,7 +148,7 @@ def attention_backward(
     want_q: bool,
     want_kv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    do, q, k, v = _even(do), _even(q), _even(k), _even(v)
+    do, q, k, v = even(do), even(q), even(k), even(v)
     H, D = q.shape[2:]
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)

@@ -96,6 +96,11 @@ class Differentiable:
         return self.forward.function(*args)
 
 
+def even(x: torch.Tensor) -> torch.Tensor:
+    """x with neighboring elements in its last dimension: what is expanded or strided there is copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x (…, D) as (N, D): a view wherever strides allow one, expanded gradients included."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

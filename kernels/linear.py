@@ -16,7 +16,7 @@ M rows, C input channels, F output features.
 import torch
 import torch.nn.functional as nn
 
-from .fused import Differentiable, as_rows, launch, launcher
+from .fused import Differentiable, as_rows, even, launch, launcher
 from .lang import architecture, cdiv, tl, triton, wide
 from .op import Budget, Case, Op
 from .tuned import tuned
@@ -76,15 +76,11 @@ def _tile(name: str, x: torch.Tensor, M: int) -> dict:
     return {"ROWS": rows, **tuned(name, x.device, f"{size} {str(x.dtype)[6:]}", default)}
 
 
-def _even(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def product(
     name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x · weightᵀ · scale + bias, with the launch settings of the op of that name."""
-    x_MC, weight = _even(as_rows(x)), _even(weight)
+    x_MC, weight = even(as_rows(x)), even(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
     tile = _tile(name, x, M)

@@ -144,7 +144,7 @@ class Tokenizer(ABC):
 
         `progress` is called with (bytes read, bytes of the file)."""
         allowed = self.special.allowed(allowed_special)
-        total = done = 0
+        total, done, size = 0, 0, Path(path).stat().st_size
         with atomic_writer(out) as file:
             for text in cut_stream(read_pieces(path), allowed, self._safe_cut, 1 << 20):
                 ids = self.encode_array(text, allowed_special, threads)
@@ -152,7 +152,7 @@ class Tokenizer(ABC):
                 total += len(ids)
                 if progress:
                     done += len(text.encode())
-                    progress(done, Path(path).stat().st_size)
+                    progress(done, size)
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:

@@ -16,7 +16,7 @@ from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
 from .patterns import compile_pattern, pattern_name, pattern_source, safe_cut
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
-from .sources import Corpus, atomic_writer, size_of, write_text
+from .sources import Corpus, atomic_writer, write_text
 
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 END_OF_TEXT = "<|endoftext|>"
@@ -249,14 +249,15 @@ class BPETokenizer(Tokenizer):
     ) -> int:
         if not self._scans:
             return super().encode_file(path, out, threads, allowed_special, progress)
-        finder, threads, total, done = self._finder(allowed_special), default_threads(threads), 0, 0
+        finder, threads = self._finder(allowed_special), default_threads(threads)
+        total, done, size = 0, 0, Path(path).stat().st_size
         with atomic_writer(out) as file:
             for block in native.file_blocks(self._native, path, finder, threads):
                 ids = self._engine.encode_array(block, finder, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total, done = total + len(ids), done + len(block)
                 if progress:
-                    progress(done, size_of(path))
+                    progress(done, size)
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:

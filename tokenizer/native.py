@@ -105,7 +105,7 @@ def train_merges(
     reading: Progress | None = None,
 ) -> Merges:
     """The merges of a corpus; what `reference.train_merges` does."""
-    name, done, total = pattern_name(pattern), 0, size_of(corpus)
+    name, done, total = pattern_name(pattern), 0, size_of(corpus) if reading else 0
     counter = native.WordCounter(name or "gpt4", threads)
     finder = native.Specials([(token.encode(), 0) for token in specials]) if specials else None
     if name:

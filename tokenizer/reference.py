@@ -32,7 +32,7 @@ def count_words(
     corpus: Corpus, pattern: str, specials: Iterable[str] = (), reading: Progress | None = None
 ) -> WordCounts:
     """How often each distinct piece of a corpus occurs: all that training needs to know about it."""
-    done, total = 0, size_of(corpus)
+    done, total = 0, size_of(corpus) if reading else 0
     cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
     find = finder(frozenset(specials))
     counts: Counter[str] = Counter()

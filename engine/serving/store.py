@@ -137,8 +137,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors there, all in one copy that nobody waits for: a copy each would cost a GPU's host more than
-    the rest of the step."""
+    """Arrays as tensors there, all in one copy that nobody waits for, instead of one each."""
     tensors = [torch.from_numpy(array) for array in arrays]
     return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
 
