@@ -209,8 +209,8 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, name: str) -> Any:
-    """One of the NAME.pt files of a checkpoint."""
-    return torch.load(directory / f"{name}.pt", map_location="cpu", weights_only=True)
+    """One of the NAME.pt files of a checkpoint; its tensors are read when they are looked at, and only where."""
+    return torch.load(directory / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def _flush(path: Path) -> None:

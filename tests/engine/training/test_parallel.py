@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from warploom.engine.hub import save_model
+from warploom.engine.memory import RESET
+from warploom.engine.model import Transformer
 from warploom.engine.training import train
 from warploom.engine.training.checkpoint import Checkpoints
 from warploom.engine.training.milestones import averaged
+from warploom.engine.training.prepare import prepare
 from warploom.engine.training.trainer import Trainer
 from warploom.engine.training.watch import JsonLog
 
@@ -58,6 +61,23 @@ def test_copies_slices_and_pieces_train_as_one_process_does(tiny, together):
     for name, grid in (("copies", {"dp": 2}), ("slices", {"fsdp": 2}), ("pieces", {"tp": 2})):
         config = dataclasses.replace(one, out=one.out.replace("one", name), **grid)
         assert together(config) == pytest.approx(losses(one), abs=1e-6), name
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
+def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_process_does(tiny, processes):
+    shape = {"d_model": 512, "n_layers": 6, "n_experts": 4, "d_ff": 512}
+    one = tiny("one", model={**PAIRED, **shape})
+    torch.manual_seed(one.seed)
+    whole = Transformer(prepare(one, print).model)
+    numbers = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in whole.parameters())).hexdigest()
+    size = sum(p.nbytes for p in whole.parameters())
+    for grid in ({"fsdp": 2}, {"tp": 2}, {"ep": 2}):
+        out = one.out.replace("one", str(*grid))
+        config = dataclasses.replace(one, out=out, **grid)
+        assert processes("newborn.py", SIZE=2, PORT=free_port(), CONFIG=config) == [0, 0]
+        assert Path(f"{out}.digest").read_text() == numbers, grid
+        taken = [int(Path(f"{out}-{rank}.bytes").read_text()) for rank in (0, 1)]
+        assert size / 2 < max(taken) < 0.7 * size, grid
 
 
 @pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2}, {"fsdp": 2}], ids=lambda grid: next(iter(grid)))
