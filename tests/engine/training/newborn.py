@@ -15,8 +15,9 @@ from warploom.engine.memory import PeakMemory
 from warploom.engine.training.pieces import whole_weights
 from warploom.engine.training.trainer import Trainer
 
-MMAP_THRESHOLD = -3  # of malloc.h
-ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
+for setting in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+    ctypes.CDLL(None).mallopt(setting, 1 << 16)
 small = {**CONFIG.model, "d_model": 32, "d_ff": 32, "n_layers": 1}  # noqa: F821
 Trainer(dataclasses.replace(CONFIG, out=f"{CONFIG.out}-warm", model=small), [])  # loads the libraries  # noqa: F821
 with PeakMemory("cpu") as peak:
