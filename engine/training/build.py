@@ -27,9 +27,7 @@ from .parallel import Team, slice_weights, take_piece
 from .pieces import Pieces, local
 
 
-def build(
-    config: TrainConfig, architecture: ModelConfig, team: Team, dtype: torch.dtype
-) -> tuple[Transformer, Pieces]:
+def build(config: TrainConfig, architecture: ModelConfig, team: Team, dtype: torch.dtype) -> tuple[Transformer, Pieces]:
     """This process's part of the model that a run starts with, in float32, and how it lies in the whole."""
     with torch.device("meta"):
         model = Transformer(architecture)
@@ -57,7 +55,7 @@ def fill(model: Transformer, pieces: Pieces, weights: Iterator[tuple[str, Tensor
 
 
 def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """What `Transformer(architecture)` would draw, number for number; each weight is gone when the next is asked for."""
+    """What `Transformer(architecture)` would draw, number for number, one module after the other."""
     with torch.device("meta"):
         model = Transformer(architecture)
     for path, module in _as_constructed(model):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +55,10 @@ class Team:
         self.readers = self.size // self.axes["tp"]
         rows = config.batch_size // (config.grad_accum_steps or 1)
         if rows % self.readers:
-            raise ValueError(f"a micro-batch of {rows} rows cannot be shared by {self.readers} processes evenly")
+            raise ValueError(
+                f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps or 1} parts makes {rows} "
+                f"rows, which {self.readers} processes cannot share evenly: choose a multiple"
+            )
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if self.size == 1:
             return
@@ -222,6 +226,7 @@ def slice_weights(model: Transformer, dtype: torch.dtype, team: Team) -> None:
         fully_shard(module, mesh=team.mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
     for method in ("losses", "hidden", "logits"):
         register_fsdp_forward_method(model, method)
 

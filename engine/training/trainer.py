@@ -88,6 +88,8 @@ class Trainer:
             again = config.resume or self.team.restarted
             if self.team.leads:
                 self._make_room(again)
+            elif self.team.splits_state and not self.out.is_dir():
+                raise ValueError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             self.materials: Materials = prepare(config, self.note, reuse=again or not self.team.leads)
         model_config = self.materials.model
         self.context = config.context or model_config.max_seq_len
@@ -368,8 +370,11 @@ def _seed_of(seed: int, step: int, reader: int) -> int:
 
 def _own_device(name: str) -> torch.device:
     """Under torchrun, each process of a machine has a GPU of its own."""
-    device = pick_device(name)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device, number = pick_device(name), os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or number is None:
+        return device
+    if int(number) >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)  # before the processes meet: NCCL asks for the current one
     return device

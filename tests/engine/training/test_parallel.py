@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -109,6 +110,16 @@ def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny,
         train(tiny(**changes))
 
 
+def test_a_mistake_of_all_processes_is_said_by_one_of_them_and_by_torchrun(processes, tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert processes("mistake.py", PORT=store.port, OUT=tmp_path / "run") == [2, 2]
+    sentence = "dp=1 × fsdp=1 × ep=1 × tp=3 needs 3 processes, but this run has 2"
+    said = sorted((tmp_path / f"run{rank}.said").read_text() for rank in (0, 1))
+    assert said == ["", f"warploom train: {sentence}\n"]
+    (told,) = tmp_path.glob("run*.json")
+    assert json.loads(told.read_text())["message"]["message"] == sentence
+
+
 @pytest.mark.parametrize("grid", [{"fsdp": 2}, {"tp": 2}, {"dp": 2, "fsdp": 2}], ids="-".join)
 def test_a_run_changes_its_processes_at_a_checkpoint(tiny, together, tmp_path, grid):
     steady = tiny("steady", model=PAIRED, steps=16, schedule="constant", eval_every=0, save_every=50, ema=0.9)
@@ -160,7 +171,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same
     os.kill(victim, signal.SIGKILL)
     output, _ = agent.communicate(timeout=200)
     assert agent.returncode == 0, output
-    assert "resuming from" in output
+    assert "lost another" in output and "resuming from" in output and "Traceback" not in output
     assert digest(out / "model.safetensors") == digest(Path(whole.out) / "model.safetensors")
 
 
