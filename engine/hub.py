@@ -41,22 +41,38 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a model directory that `load_model` and `transformers.AutoModelForCausalLM` open."""
-    config, directory = model.config, Path(directory)
+    ours = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    dtype = model.embedding.weight.dtype
+    return write_model(model.config, ours, dtype, directory, tokenizer, weights=weights, shard_bytes=shard_bytes)
+
+
+def write_model(
+    config: ModelConfig,
+    ours: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    *,
+    weights: Literal["safetensors", "bin"] = "safetensors",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """The same of weights under our names that come one after the other: only those of one file are held at a time."""
+    directory = Path(directory)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocab_size is {config.vocab_size}"
         )
-    tensors = _published(model)
+    tensors = _published(config, ours)
     with replacing(directory) as staging:
         if tokenizer is not None:
             tokenizer.save(staging)
         if weights == "bin":
-            torch.save(tensors, staging / "pytorch_model.bin")
+            torch.save(dict(tensors), staging / "pytorch_model.bin")
         else:
             _save_shards(tensors, staging, shard_bytes)
         ids = _special_ids(tokenizer)
         _write_json(staging / "generation_config.json", ids)
-        description = describe(config) | ids | {"dtype": dtype_name(model.embedding.weight.dtype)}
+        description = describe(config) | ids | {"dtype": dtype_name(dtype)}
         _write_json(staging / "config.json", description)
         for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
             shutil.copymode(staging / "config.json", file)
@@ -185,35 +201,43 @@ def _finite(tensor: Tensor) -> bool:
 # Writing
 
 
-def _published(model: Transformer) -> dict[str, Tensor]:
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {
-        name: tensor.cpu()
-        for piece in pieces(model.config, list(state))
-        for name, tensor in piece.split(state[piece.ours])
-    }
+def _published(config: ModelConfig, ours: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in ours:
+        (piece,) = pieces(config, [name])
+        yield from ((theirs, part.cpu()) for theirs, part in piece.split(tensor))
 
 
-def _save_shards(tensors: dict[str, Tensor], directory: Path, shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and _bytes(shards[-1].values()) + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        return
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": _bytes(tensors.values())}, "weight_map": places}
-    _write_json(directory / "model.safetensors.index.json", index)
+def _save_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:
+    """Files are numbered as they fill; only at the end is it known of how many."""
+    sizes: list[int] = []
+    places: dict[str, int] = {}
+    for shard in _shards(tensors, shard_bytes):
+        places |= dict.fromkeys(shard, len(sizes))
+        save_file(shard, directory / f"{len(sizes)}.safetensors", metadata={"format": "pt"})
+        sizes.append(_bytes(shard))
+    many = len(sizes) > 1
+    names = [
+        f"model-{i + 1:05}-of-{len(sizes):05}.safetensors" if many else "model.safetensors" for i in range(len(sizes))
+    ]
+    for number, name in enumerate(names):
+        os.rename(directory / f"{number}.safetensors", directory / name)
+    if many:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {key: names[i] for key, i in places.items()}}
+        _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and _bytes(shard) + tensor.nbytes > limit:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _bytes(shard: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
 
 
 @contextmanager

@@ -5,19 +5,20 @@ All of it looks at the weights that would be saved: with `ema`, at their running
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ..cache import generate
 from ..data.tokens import TokenSplit
-from ..hub import save_model
+from ..hub import write_model
 from .checkpoint import saving
 from .evaluate import evaluate, validation_batches
 from .pieces import whole_weights
-from .precision import assembled
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -61,9 +62,11 @@ def evaluate_run(run: Trainer) -> None:
 def publish(run: Trainer) -> None:
     """Write the weights of now to OUT as a model directory."""
     weights = whole_weights(run.pieces, run.average.best_weights())
-    if run.team.leads:
-        with saving(f"the model to {run.out}", run.out, "resume goes on from the last checkpoint"):
-            save_model(assembled(run.model, weights), run.out, run.materials.tokenizer)
+    if not run.team.leads:
+        collections.deque(weights, maxlen=0)  # helps the leader to each, keeps none
+        return
+    with saving(f"the model to {run.out}", run.out, "resume goes on from the last checkpoint"):
+        write_model(run.model.config, weights, torch.float32, run.out, run.materials.tokenizer)
 
 
 def write_sample(run: Trainer) -> None:

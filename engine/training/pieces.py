@@ -84,14 +84,9 @@ def local(p: Tensor) -> Tensor:
     return p.to_local() if hasattr(p, "to_local") else p
 
 
-def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights (or averages of them) as any other program knows them: the leader gets them, the others only help."""
-    found = {}
-    for name, part in weights.items():
-        whole = pieces.whole(name, part)
-        if pieces.team.leads:
-            found[name] = whole.cpu() if pieces.team.splits_state else whole
-    return found
+def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights (or averages of them) as any other program knows them, one after the other; every process must ask."""
+    return ((name, pieces.whole(name, part)) for name, part in weights.items())
 
 
 def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:

@@ -69,14 +69,6 @@ def _collector(master: Tensor):
     return collect
 
 
-def assembled(model: Transformer, weights: dict[str, Tensor]) -> Transformer:
-    """A model of the same architecture that owns `weights`, without copying them."""
-    with torch.device("meta"):
-        twin = Transformer(model.config)
-    twin.load_state_dict(weights, assign=True)
-    return twin
-
-
 class LossScale:
     """A factor that lifts float16 gradients out of the range where they vanish; 1 for other formats."""
 

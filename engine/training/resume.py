@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..hub import read_weights, save_model
+from ..hub import read_weights, write_model
 from .card import describe
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
 from .evaluate import Evaluation
 from .pieces import map_optimizer, state_blocks, state_parts, whole_state
-from .precision import assembled
 from .shards import FOLDER, read_shards
 
 if TYPE_CHECKING:
@@ -46,10 +45,12 @@ def save_run(run: Trainer) -> None:
         return
     weights = snapshot({name: p.detach() for name, p in run.masters.named.items()})
     tensors = {"optimizer": snapshot(moments), "scheduler": {**scheduler, "average": snapshot(average)}}
-    model, tokenizer = assembled(run.model, weights), run.materials.tokenizer
-    run.checkpoints.save(
-        run.step, tensors, state, write_model=lambda directory: save_model(model, directory, tokenizer)
-    )
+    config, tokenizer = run.model.config, run.materials.tokenizer
+
+    def write_weights(directory: Path) -> None:
+        write_model(config, weights.items(), torch.float32, directory, tokenizer)
+
+    run.checkpoints.save(run.step, tensors, state, write_model=write_weights)
 
 
 def resume_run(run: Trainer) -> None:

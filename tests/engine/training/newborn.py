@@ -23,7 +23,7 @@ Trainer(dataclasses.replace(CONFIG, out=f"{CONFIG.out}-warm", model=small), []) 
 with PeakMemory("cpu") as peak:
     trainer = Trainer(CONFIG, [])  # noqa: F821
 Path(f"{CONFIG.out}-{RANK}.bytes").write_text(str(peak.bytes))  # noqa: F821
-whole = whole_weights(trainer.pieces, trainer.average.best_weights())
+whole = dict(whole_weights(trainer.pieces, trainer.average.best_weights()))
 if trainer.team.leads:
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole.values()))
     Path(f"{CONFIG.out}.digest").write_text(digest.hexdigest())  # noqa: F821
