@@ -215,13 +215,13 @@ def _save_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_b
         places |= dict.fromkeys(shard, len(sizes))
         save_file(shard, directory / f"{len(sizes)}.safetensors", metadata={"format": "pt"})
         sizes.append(_bytes(shard))
-    many = len(sizes) > 1
-    names = [
-        f"model-{i + 1:05}-of-{len(sizes):05}.safetensors" if many else "model.safetensors" for i in range(len(sizes))
-    ]
+    count = len(sizes)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
     for number, name in enumerate(names):
         os.rename(directory / f"{number}.safetensors", directory / name)
-    if many:
+    if count > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {key: names[i] for key, i in places.items()}}
         _write_json(directory / "model.safetensors.index.json", index)
 

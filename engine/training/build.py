@@ -55,14 +55,19 @@ def fill(model: Transformer, pieces: Pieces, weights: Iterator[tuple[str, Tensor
 
 
 def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """What `Transformer(architecture)` would draw, number for number, one module after the other."""
+    """What `Transformer(architecture)` would draw, number for number, in one room for all: take it before the next."""
     with torch.device("meta"):
         model = Transformer(architecture)
-    for path, module in _as_constructed(model):
-        if hasattr(module, "reset_parameters"):
-            module.to_empty(device="cpu", recurse=False).reset_parameters()
-            yield from ((path + name, p.detach()) for name, p in module.named_parameters(recurse=False))
-            module.to_empty(device="meta", recurse=False)
+    modules = [(path, module) for path, module in _as_constructed(model) if hasattr(module, "reset_parameters")]
+    room = torch.empty(max(sum(p.numel() for p in module.parameters(recurse=False)) for _, module in modules))
+    for path, module in modules:
+        start = 0
+        for name, p in module.named_parameters(recurse=False):
+            numbers = room[start : start + p.numel()].view(p.shape)
+            setattr(module, name, nn.Parameter(numbers))
+            start += p.numel()
+        module.reset_parameters()
+        yield from ((path + name, p.detach()) for name, p in module.named_parameters(recurse=False))
 
 
 def _as_constructed(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
