@@ -62,9 +62,8 @@ def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     room = torch.empty(max(sum(p.numel() for p in module.parameters(recurse=False)) for _, module in modules))
     for path, module in modules:
         start = 0
-        for name, p in module.named_parameters(recurse=False):
-            numbers = room[start : start + p.numel()].view(p.shape)
-            setattr(module, name, nn.Parameter(numbers))
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(room[start : start + p.numel()].view(p.shape)))
             start += p.numel()
         module.reset_parameters()
         yield from ((path + name, p.detach()) for name, p in module.named_parameters(recurse=False))
