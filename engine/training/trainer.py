@@ -302,10 +302,11 @@ class Trainer:
             self.bad_steps, self.bad_run = self.bad_steps + 1, self.bad_run + 1
             self.note(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}")
             if self.bad_run >= self.config.max_bad_steps:
+                saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
                 raise ValueError(
                     f"{self.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "
                     f"{self.step + 1}, loss {loss}, gradient norm {norm}): lower lr={self.config.lr}, lengthen the "
-                    f"warmup, or train in float32; the last checkpoint is in {self.checkpoints.folder}"
+                    f"warmup, or train in float32; last checkpoint: {saved[0] if saved else None}"
                 )
 
     def _now_and_then(self) -> None:
