@@ -19,6 +19,7 @@ import tyro
 
 from ..config import ModelConfig
 from ..training.config import BUDGETS, TrainConfig
+from ..training.failures import one_voice
 from .flags import parse
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ class Flags:
 
 
 def run(argv: list[str]) -> int:
-    config = read(argv)
-    from ..training.trainer import train
+    with one_voice():
+        config = read(argv)
+        from ..training.trainer import train
 
-    result = train(config, [watcher()])
+        result = train(config, [watcher()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     if result.history:  # only the leader of many processes has one

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
-from ..hub import load_model
-from ..model import Transformer
+from .build import build
 from .card import describe, write_card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -40,8 +39,7 @@ from .interrupts import interruptible
 from .memory import fewest_micro_batches
 from .milestones import evaluate_run, publish, write_sample
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .parallel import Team, make_masters, take_piece
-from .pieces import Pieces
+from .parallel import Team, make_masters
 from .precision import Average, LossScale
 from .prepare import Materials, prepare
 from .resume import resume_run, save_run
@@ -90,6 +88,8 @@ class Trainer:
             again = config.resume or self.team.restarted
             if self.team.leads:
                 self._make_room(again)
+            elif self.team.splits_state and not self.out.is_dir():
+                raise ValueError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             self.materials: Materials = prepare(config, self.note, reuse=again or not self.team.leads)
         model_config = self.materials.model
         self.context = config.context or model_config.max_seq_len
@@ -99,12 +99,8 @@ class Trainer:
         )
         self.steps = self._count_steps()
         self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
-        torch.manual_seed(config.seed)
-        whole = self._make_model()
-        shapes = {name: p.shape for name, p in whole.named_parameters()}
-        self.model = take_piece(whole, self.team).to(self.device).train()
+        self.model, self.pieces = build(config, model_config, self.team, self.dtype)
         self.masters = make_masters(self.model, self.dtype, self.team)
-        self.pieces = Pieces(self.team, shapes, self.masters)
         self.average = Average(self.masters, config.ema)
         self.optimizer = self._make_optimizer()
         self.scale = LossScale(self.dtype)
@@ -148,18 +144,6 @@ class Trainer:
         if config.tokens is not None:
             return max(1, math.ceil(config.tokens / tokens_a_step))
         return config.steps or 1000
-
-    def _make_model(self) -> Transformer:
-        if self.config.init_from:
-            model, _ = load_model(self.config.init_from, device="cpu", dtype=torch.float32)
-        else:
-            model = Transformer(self.materials.model)
-        for block in model.blocks:
-            if self.config.recompute:
-                block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-            if self.config.compile:
-                block.compile()
-        return model
 
     def _all_watchers(self) -> list[Watcher]:
         if not self.team.leads:
@@ -391,8 +375,11 @@ def _seed_of(seed: int, step: int, reader: int) -> int:
 
 def _own_device(name: str) -> torch.device:
     """Under torchrun, each process of a machine has a GPU of its own."""
-    device = pick_device(name)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device, number = pick_device(name), os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or number is None:
+        return device
+    if int(number) >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)  # before the processes meet: NCCL asks for the current one
     return device
