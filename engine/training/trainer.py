@@ -210,7 +210,7 @@ class Trainer:
 
     def one_step(self, batch: Batch) -> tuple[float, float, float, tuple[float, ...]]:
         """One optimizer step: (loss, gradient norm, learning rate, least and most loaded expert)."""
-        torch.manual_seed(_seed_of(self.config.seed, self.step, self.team.reader))  # dropout is a function of the step
+        _seed(self.device, self.config.seed, self.step, self.team.reader)  # dropout is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
         self.team.add_gradients(self.masters)
@@ -367,10 +367,13 @@ class Trainer:
         self.tell("noted", text)
 
 
-def _seed_of(seed: int, step: int, reader: int) -> int:
+def _seed(device: torch.device, seed: int, step: int, reader: int) -> None:
     """Processes that read the same rows drop the same numbers, others do not."""
     sequence = np.random.SeedSequence([seed, step], spawn_key=(reader,) if reader else ())
-    return int(sequence.generate_state(1, np.uint64)[0])
+    number = int(sequence.generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(number)  # torch.manual_seed asks all kinds of devices, for half a millisecond
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _own_device(name: str) -> torch.device:
