@@ -1,6 +1,7 @@
 // What Python sees of the training passes. Tensors come as addresses: the Python side owns them and checks their shapes.
 #include <pybind11/pybind11.h>
 
+#include "dense_attention.hpp"
 #include "passes.hpp"
 #include "team.hpp"
 
@@ -19,6 +20,29 @@ T* at(Address address) {
 template <class T>
 Rows<T> rows_of(const py::tuple& x) {
     return {at<T>(x[0].cast<Address>()), x[1].cast<int64_t>()};
+}
+
+template <class T>
+HeadsOf<T> heads_of(const py::handle& x) {
+    const auto [at_, batch, time, head] = x.cast<std::tuple<Address, int64_t, int64_t, int64_t>>();
+    return {at<T>(at_), batch, time, head};
+}
+
+// Forward with q, k, v and out; backward with the gradients of out, q, k and v besides.
+void attention(int batch, int time, int heads, int key_heads, int width, float scale, Address log_sums,
+               const py::args& tensors) {
+    const auto in = [&](int i) { return heads_of<const float>(tensors[i]); };
+    const auto out = [&](int i) { return heads_of<float>(tensors[i]); };
+    const DenseAttention task{batch, time,  heads, key_heads, width, scale,
+                              in(0), in(1), in(2), out(3),    at<float>(log_sums)};
+    if (tensors.size() == 4) {
+        py::gil_scoped_release unlocked;
+        return task.forward();
+    }
+    const auto d_out = in(4);
+    const auto dq = out(5), dk = out(6), dv = out(7);
+    py::gil_scoped_release unlocked;
+    task.backward(d_out, dq, dk, dv);
 }
 
 // Each function is bound once a number format: `norm_forward_float32` and `norm_forward_bfloat16`.
@@ -86,6 +110,7 @@ void bind_format(py::module_& module, const std::string& format) {
 
 void bind_passes(py::module_& module) {
     module.def("borrow_team", [](Address parallel) { team = reinterpret_cast<Parallel>(parallel); });
+    module.def("attention", &attention);
     bind_format<float>(module, "float32");
     bind_format<bfloat16>(module, "bfloat16");
 }

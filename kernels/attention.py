@@ -17,8 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .attention_cpu import serves as staircase_serves
-from .attention_cpu import staircase_attention
+from .attention_cpu import cpu_attention
 from .attention_fused import attention_fused
 from .lang import wide
 from .op import Budget, Case, Op
@@ -78,8 +77,8 @@ def _attention_eager(q, k, v, *, causal=True, window=None, softcap=None, scale=N
     bounded = window is not None and window < S
     plain = (not causal or T == 1) and not bounded
     square = causal and T == S and not bounded
-    if square and staircase_serves(q, k):
-        return staircase_attention(q, k, v, scale)
+    if square and (o := cpu_attention(q, k, v, scale)) is not None:
+        return o
     mask = None if plain or square else visible(T, S, causal, window, q.device)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -183,9 +183,11 @@ class Op:
     def _takes_fused(self, device, args, kwargs) -> bool:
         if _backend == "eager":
             return False
+        if _backend == "auto" and device.type != "cuda":
+            return False
         double = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in (*args, *kwargs.values()))
         if _backend == "auto":
-            return device.type == "cuda" and HAS_TRITON and self.fused is not None and not double
+            return HAS_TRITON and self.fused is not None and not double
         if not HAS_TRITON:
             raise ValueError('backend is "triton", but triton is not installed; valid here are auto and eager')
         if self.fused is None:

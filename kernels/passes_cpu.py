@@ -223,6 +223,16 @@ def _attend(weights, queries, scale, scores, d_weights):
     _call("attend", weights, rows, queries, S - queries, S, scale, scores, weights.data_ptr(), d_weights)
 
 
+def attention(q, k, v, o, log_sums, scale: float, *gradients: torch.Tensor) -> None:
+    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and log_sums (B, H, T).
+
+    Given (do, dq, dk, dv), the gradients instead, from those two."""
+    sizes = *q.shape[:3], k.shape[2], q.shape[3]
+    _native.attention(
+        *sizes, scale, log_sums.data_ptr(), *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, o, *gradients))
+    )
+
+
 def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
     """Losses of the rows; given each row's upstream gradient, the logits are replaced by theirs."""
     losses_N, targets_N = torch.empty(len(logits_NV)), targets_N.contiguous()

@@ -72,7 +72,8 @@ def resume_run(run: Trainer) -> None:
     run.spikes.recent.extend(state["recent_losses"])
     run.best = None if state["best"] is None else Evaluation(*state["best"])
     run.samples = state["samples"]
-    run.note(f"resuming from {directory} at step {run.step}")
+    done = f": all of its {run.steps} steps are done" if run.step >= run.steps else ""
+    run.note(f"resuming from {directory} at step {run.step}{done}")
 
 
 def _load_state(run: Trainer, directory: Path) -> None:

@@ -208,14 +208,16 @@ class Trainer:
         ways += ["share the state with fsdp"] if self.team.axes["dp"] > 1 else []
         return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
-    def one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
-        """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
-        torch.manual_seed(_seed_of(self.config.seed, self.step, self.team.reader))  # dropout is a function of the step
+    def one_step(self, batch: Batch) -> tuple[float, float, float, tuple[float, ...]]:
+        """One optimizer step: (loss, gradient norm, learning rate, least and most loaded expert)."""
+        _seed(self.device, self.config.seed, self.step, self.team.reader)  # dropout is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
         self.team.add_gradients(self.masters)
         self.scale.unscale(parameters)
-        norm = float(clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters)))
+        norm = clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters))
+        loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
+        loss = self._agree(loss / self.team.axes["tp"])
         finite = math.isfinite(loss) and math.isfinite(norm)
         lr = self.learning_rate(self.step + 1)
         if finite:
@@ -228,13 +230,16 @@ class Trainer:
         self._judge(finite, loss, norm)
         self.step += 1
         self.tokens += batch.tokens_BT.numel()
-        return loss, norm, lr, load
+        return loss, norm, lr, tuple(load)
 
-    def accumulate(self, batch: Batch) -> tuple[float, Tensor | None]:
-        """Add up gradients over micro-batches, each weighted by its share of the step's targets."""
+    def accumulate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Add up gradients over micro-batches, each weighted by its share of the step's targets.
+
+        Tells their loss, and the loads of the least and the most loaded expert in the last of them.
+        """
         rows = self.config.batch_size // self.micro_batches
         targets = (batch.targets_BT != IGNORE).sum()
-        loss, load = torch.zeros((), device=self.device), None
+        loss = torch.zeros((), device=self.device)
         for start in range(0, self.config.batch_size, rows):
             micro = self.team.share(batch.rows(start, start + rows))
             share = (micro.targets_BT != IGNORE).sum() / targets
@@ -243,7 +248,10 @@ class Trainer:
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
             del parts  # else what its graph keeps would stand beside that of the next micro-batch
-        return self._agree(float(loss) / self.team.axes["tp"]), load
+        if load is None:
+            return loss, []
+        shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
+        return loss, [shares.min(), shares.max()]
 
     def _agree(self, loss: float) -> float:
         """What all processes must know alike: the loss, how much time has passed, whether one was told to stop."""
@@ -286,10 +294,11 @@ class Trainer:
             self.bad_steps, self.bad_run = self.bad_steps + 1, self.bad_run + 1
             self.note(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}")
             if self.bad_run >= self.config.max_bad_steps:
+                saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
                 raise ValueError(
                     f"{self.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "
                     f"{self.step + 1}, loss {loss}, gradient norm {norm}): lower lr={self.config.lr}, lengthen the "
-                    f"warmup, or train in float32; the last checkpoint is in {self.checkpoints.folder}"
+                    f"warmup, or train in float32; last checkpoint: {saved[0] if saved else None}"
                 )
 
     def _now_and_then(self) -> None:
@@ -301,19 +310,15 @@ class Trainer:
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
             save_run(self)
 
-    def _report(self, loss: float, norm: float, lr: float, load: Tensor | None) -> None:
+    def _report(self, loss: float, norm: float, lr: float, load: tuple[float, ...]) -> None:
         pace = sum(self.step_seconds) / len(self.step_seconds)
         speed = self.config.batch_size * self.context / pace
-        experts = None
-        if load is not None:
-            shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
-            experts = (float(shares.min()), float(shares.max()))
         self.speed, self.utilization = speed, speed * self.flops_per_token / (self.peak * self.team.size)
         progress = Progress(
             step=self.step, steps=self.steps, loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
             tokens_per_second=speed, seconds=self.seconds, seconds_left=(self.steps - self.step) * pace,
             utilization=self.utilization, val_loss=self.best.loss if self.best else None,
-            bad_steps=self.bad_steps, expert_load=experts,
+            bad_steps=self.bad_steps, expert_load=load or None,
         )  # fmt: skip
         self.tell("stepped", progress)
 
@@ -362,10 +367,13 @@ class Trainer:
         self.tell("noted", text)
 
 
-def _seed_of(seed: int, step: int, reader: int) -> int:
+def _seed(device: torch.device, seed: int, step: int, reader: int) -> None:
     """Processes that read the same rows drop the same numbers, others do not."""
     sequence = np.random.SeedSequence([seed, step], spawn_key=(reader,) if reader else ())
-    return int(sequence.generate_state(1, np.uint64)[0])
+    number = int(sequence.generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(number)  # torch.manual_seed asks all kinds of devices, for half a millisecond
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _own_device(name: str) -> torch.device:

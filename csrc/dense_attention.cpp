@@ -1,0 +1,260 @@
+#include "dense_attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lanes.hpp"
+#include "team.hpp"
+
+namespace warploom {
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kQueries = 64;  // queries of a block: four vectors
+constexpr int kKeys = 64;     // keys of a block
+constexpr int kRows = 8;      // rows of a product come in multiples of this
+
+constexpr int kAhead = 16;     // rows that memory is asked for before they are needed
+
+#ifdef __x86_64__
+const int widest = __builtin_cpu_supports("avx512f") ? 4 : 1;  // vectors of a tile that the registers hold
+#else
+const int widest = 1;
+#endif
+
+// Which sums of a product are needed where a block of queries meets the keys of the same tokens.
+enum class Part {
+    all,
+    late_columns,  // rows are keys, columns are queries: those from the row on
+    early_terms,   // rows are queries, sums run over keys: those up to the row
+    late_terms,    // rows are keys, sums run over queries: those from the row on
+};
+
+// c (rows, columns) [+]= a (rows, terms) · b (terms, columns), columns by vectors.
+struct Product {
+    int rows, terms, vectors;
+    const float* a;
+    int64_t a_row, a_term;
+    const float* b;
+    int64_t b_term;
+    float* c;
+    int64_t c_row;
+    bool add;
+};
+
+template <int ROWS, int VECTORS>
+WARPLOOM_INLINE void tile(const Product& p, int row, int vector, int from, int to) {
+    const float *a = p.a + row * p.a_row + from * p.a_term, *b = p.b + vector * kLanes + from * p.b_term;
+    float* c = p.c + row * p.c_row + vector * kLanes;
+    f16 total[ROWS][VECTORS] = {};
+    if (p.add)
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = load(c + r * p.c_row + v * kLanes);
+    for (int term = from; term < to; ++term, a += p.a_term, b += p.b_term) {
+        f16 column[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) column[v] = load(b + v * kLanes);
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) total[r][v] += column[v] * a[r * p.a_row];
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(c + r * p.c_row + v * kLanes, total[r][v]);
+}
+
+WARPLOOM_CLONES void multiply(const Product& p, Part part) {
+    for (int row = 0; row < p.rows; row += kRows) {
+        const int from = part == Part::late_terms ? row : 0;
+        const int to = part == Part::early_terms ? std::min(p.terms, row + kRows) : p.terms;
+        int vector = part == Part::late_columns ? row / kLanes : 0;
+        while (vector < p.vectors) {
+            const int count = std::min(widest, p.vectors - vector);
+            if (count == 4) {
+                tile<4, 4>(p, row, vector, from, to), tile<4, 4>(p, row + 4, vector, from, to);
+            } else if (count == 3) {
+                tile<8, 3>(p, row, vector, from, to);
+            } else if (count == 2) {
+                tile<8, 2>(p, row, vector, from, to);
+            } else if (widest > 1) {
+                tile<8, 1>(p, row, vector, from, to);
+            } else {
+                tile<4, 1>(p, row, vector, from, to), tile<4, 1>(p, row + 4, vector, from, to);
+            }
+            vector += count;
+        }
+    }
+}
+
+#define WARPLOOM_ZIP(a, b, i)                                                                                       \
+    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
+                            i + 6, i + 22, i + 7, i + 23)
+
+// (kQueries, width) → (width, kQueries), by squares of 16: four perfect shuffles of a square's rows turn it over.
+WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
+    for (int row = 0; row < kQueries; row += kLanes)
+        for (int column = 0; column < width; column += kLanes) {
+            f16 x[kLanes], y[kLanes];
+            for (int i = 0; i < kLanes; ++i) x[i] = load(from + (row + i) * width + column);
+            for (int round = 0; round < 4; ++round) {
+                for (int i = 0; i < kLanes / 2; ++i) {
+                    y[2 * i] = WARPLOOM_ZIP(x[i], x[i + 8], 0);
+                    y[2 * i + 1] = WARPLOOM_ZIP(x[i], x[i + 8], 8);
+                }
+                for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+            }
+            for (int i = 0; i < kLanes; ++i) store(to + (column + i) * kQueries + row, x[i]);
+        }
+}
+
+// `rows` rows of a head, times a factor, side by side; zeros up to `padded`.
+WARPLOOM_CLONES void gather(const float* from, int64_t stride, int rows, int padded, int width, float factor, float* to) {
+    for (int row = 0; row < rows; ++row, from += stride, to += width)
+        for (int c = 0; c < width; c += kLanes) {
+            __builtin_prefetch(from + c + kAhead * stride);
+            store(to + c, load(from + c) * factor);
+        }
+    std::fill(to, to + (padded - rows) * width, 0.0f);
+}
+
+WARPLOOM_CLONES void scatter(const float* from, int rows, int width, const float* factors, float factor, float* to,
+                             int64_t stride) {
+    for (int row = 0; row < rows; ++row, from += width, to += stride) {
+        const float by = factors ? factors[row] : factor;
+        for (int c = 0; c < width; c += kLanes) {
+            __builtin_prefetch(to + c + kAhead * stride, 1);
+            store(to + c, load(from + c) * by);
+        }
+    }
+}
+
+constexpr float kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Lanes whose query comes before key `key` of their own square of 16 see nothing of it.
+WARPLOOM_INLINE f16 seen(f16 x, int key, float hidden) { return select(load(kNumbers) < float(key), f16{} + hidden, x); }
+
+// Scores (keys, kQueries) of a block whose first query is key `first` become weights, not yet divided by their totals.
+WARPLOOM_CLONES void weigh(float* scores, int first, int vectors, float* totals, float* log_sums) {
+    for (int v = 0; v < vectors; ++v) {
+        const int square = first + v * kLanes;
+        float* column = scores + v * kLanes;
+        for (int key = 1; key < kLanes; ++key) {
+            float* at = column + (square + key) * kQueries;
+            store(at, seen(load(at), key, -INFINITY));
+        }
+        f16 top = load(column), total = {};
+        for (int key = 1; key < square + kLanes; ++key) {
+            const f16 x = load(column + key * kQueries);
+            top = select(x > top, x, top);
+        }
+        for (int key = 0; key < square + kLanes; ++key) {
+            const f16 weight = exp(load(column + key * kQueries) - top);
+            store(column + key * kQueries, weight);
+            total += weight;
+        }
+        store(totals + v * kLanes, 1.0f / total);
+        for (int i = 0; i < kLanes; ++i) log_sums[v * kLanes + i] = top[i] + std::log(total[i]);
+    }
+}
+
+// Scores become weights, and the gradients of weights those of scores.
+WARPLOOM_CLONES void unweigh(float* scores, float* slopes, int keys, int vectors, bool diagonal, const float* log_sums,
+                             const float* dots) {
+    for (int key = 0; key < keys; ++key)
+        for (int v = diagonal ? key / kLanes : 0; v < vectors; ++v) {
+            float *score = scores + key * kQueries + v * kLanes, *slope = slopes + key * kQueries + v * kLanes;
+            f16 weight = exp(load(score) - load(log_sums + v * kLanes));
+            if (diagonal && key / kLanes == v) weight = seen(weight, key % kLanes, 0);
+            store(score, weight);
+            store(slope, weight * (load(slope) - load(dots + v * kLanes)));
+        }
+}
+
+int padded_to(int grain, int n) { return (n + grain - 1) / grain * grain; }
+
+struct Scratch {
+    Floats k, v, dk, dv;                            // (time, width): a key head
+    Floats q, q_over, d_out, d_out_over, sums;      // (kQueries, width) and turned over: a block of queries
+    Floats scores, slopes;                          // (keys, kQueries)
+    float totals[kQueries], log_sums[kQueries], dots[kQueries];
+};
+
+void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
+    const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
+    s.k.resize(padded * D), s.v.resize(padded * D), s.scores.resize(padded * kQueries);
+    s.q.resize(kQueries * D), s.q_over.resize(kQueries * D), s.sums.resize(kQueries * D);
+    gather(t.k(b, 0, head), t.k.time, T, padded, D, 1, s.k.data());
+    gather(t.v(b, 0, head), t.v.time, T, padded, D, 1, s.v.data());
+    for (int h = head * group; h < (head + 1) * group; ++h)
+        for (int first = 0; first < T; first += kQueries) {
+            const int count = std::min(kQueries, T - first), vectors = padded_to(kLanes, count) / kLanes;
+            gather(t.q(b, first, h), t.q.time, count, kQueries, D, t.scale, s.q.data());
+            turn_over(s.q.data(), D, s.q_over.data());
+            for (int key = 0; key <= first; key += kKeys)
+                multiply({key < first ? kKeys : vectors * kLanes, D, vectors, &s.k[key * D], D, 1, s.q_over.data(),
+                          kQueries, &s.scores[key * kQueries], kQueries, false},
+                         key < first ? Part::all : Part::late_columns);
+            weigh(s.scores.data(), first, vectors, s.totals, s.log_sums);
+            for (int key = 0; key <= first; key += kKeys)
+                multiply({vectors * kLanes, key < first ? kKeys : vectors * kLanes, D / kLanes, &s.scores[key * kQueries],
+                          1, kQueries, &s.v[key * D], D, s.sums.data(), D, key > 0},
+                         key < first ? Part::all : Part::early_terms);
+            scatter(s.sums.data(), count, D, s.totals, 1, t.out(b, first, h), t.out.time);
+            std::copy(s.log_sums, s.log_sums + count, t.log_sums + (int64_t(b) * t.heads + h) * T + first);
+        }
+}
+
+void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, const HeadsOf<float>& dq,
+                   const HeadsOf<float>& dk, const HeadsOf<float>& dv, int b, int head, Scratch& s) {
+    const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
+    s.k.resize(padded * D), s.v.resize(padded * D), s.dk.assign(padded * D, 0), s.dv.assign(padded * D, 0);
+    for (Floats* x : {&s.q, &s.q_over, &s.d_out, &s.d_out_over, &s.sums}) x->resize(kQueries * D);
+    s.scores.resize(kKeys * kQueries), s.slopes.resize(kKeys * kQueries);
+    gather(t.k(b, 0, head), t.k.time, T, padded, D, 1, s.k.data());
+    gather(t.v(b, 0, head), t.v.time, T, padded, D, 1, s.v.data());
+    for (int h = head * group; h < (head + 1) * group; ++h)
+        for (int first = 0; first < T; first += kQueries) {
+            const int count = std::min(kQueries, T - first), vectors = padded_to(kLanes, count) / kLanes;
+            gather(t.q(b, first, h), t.q.time, count, kQueries, D, t.scale, s.q.data());
+            gather(d_out(b, first, h), d_out.time, count, kQueries, D, 1, s.d_out.data());
+            turn_over(s.q.data(), D, s.q_over.data());
+            turn_over(s.d_out.data(), D, s.d_out_over.data());
+            std::fill(s.log_sums, s.log_sums + kQueries, 0.0f), std::fill(s.dots, s.dots + kQueries, 0.0f);
+            const float* log_sums = t.log_sums + (int64_t(b) * t.heads + h) * T + first;
+            std::copy(log_sums, log_sums + count, s.log_sums);
+            for (int i = 0; i < count; ++i) s.dots[i] = dot(&s.d_out[i * D], t.out(b, first + i, h), D);
+            for (int key = 0; key <= first; key += kKeys) {
+                const bool own = key == first;
+                const int keys = own ? vectors * kLanes : kKeys, columns = D / kLanes, queries = vectors * kLanes;
+                const Part of_scores = own ? Part::late_columns : Part::all, of_keys = own ? Part::late_terms : Part::all;
+                float *scores = s.scores.data(), *slopes = s.slopes.data();
+                multiply({keys, D, vectors, &s.k[key * D], D, 1, s.q_over.data(), kQueries, scores, kQueries, false},
+                         of_scores);
+                multiply({keys, D, vectors, &s.v[key * D], D, 1, s.d_out_over.data(), kQueries, slopes, kQueries, false},
+                         of_scores);
+                unweigh(scores, slopes, keys, vectors, own, s.log_sums, s.dots);
+                multiply({keys, queries, columns, scores, kQueries, 1, s.d_out.data(), D, &s.dv[key * D], D, true},
+                         of_keys);
+                multiply({keys, queries, columns, slopes, kQueries, 1, s.q.data(), D, &s.dk[key * D], D, true}, of_keys);
+                multiply({queries, keys, columns, slopes, 1, kQueries, &s.k[key * D], D, s.sums.data(), D, key > 0},
+                         own ? Part::early_terms : Part::all);
+            }
+            scatter(s.sums.data(), count, D, nullptr, t.scale, dq(b, first, h), dq.time);
+        }
+    scatter(s.dk.data(), T, D, nullptr, 1, dk(b, 0, head), dk.time);
+    scatter(s.dv.data(), T, D, nullptr, 1, dv(b, 0, head), dv.time);
+}
+
+thread_local Scratch scratch;
+
+}  // namespace
+
+void DenseAttention::forward() const {
+    share(batch * key_heads, [&](int task) { forward_task(*this, task / key_heads, task % key_heads, scratch); });
+}
+
+void DenseAttention::backward(HeadsOf<const float> d_out, HeadsOf<float> dq, HeadsOf<float> dk, HeadsOf<float> dv) const {
+    share(batch * key_heads, [&](int task) {
+        backward_task(*this, d_out, dq, dk, dv, task / key_heads, task % key_heads, scratch);
+    });
+}
+
+}  // namespace warploom
