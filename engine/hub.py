@@ -81,8 +81,9 @@ def load_model(
             f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, "
             f"but config.json says vocab_size={config.vocab_size}"
         )
-    with open_weights(directory) as weights:
-        model = _assemble(config, weights, device, DTYPES.get(dtype, dtype))
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(dict(read_weights(directory, device, DTYPES.get(dtype, dtype))), assign=True)
     return model.eval(), tokenizer
 
 
@@ -98,6 +99,27 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
 
 
 # Reading
+
+
+def read_weights(
+    directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """A model directory's weights under our names, one after the other: none is held when the next is read."""
+    config = load_config(directory)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    with open_weights(Path(directory)) as weights:
+        for piece in pieces(config, list(shapes)):
+            stored = weights(piece.theirs[0]).dtype
+            target = torch.empty(shapes[piece.ours], dtype=dtype or stored, device=device)
+            piece.fill(target, weights)
+            if not _finite(target):
+                raise ValueError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
+            yield piece.ours, target
+            del target
+        extra = [name for name in weights.unread() if not (config.tie_embeddings and name == "lm_head.weight")]
+        if extra:
+            raise ValueError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
 
 
 class Weights:
@@ -153,25 +175,6 @@ def _open(path: Path, stack: ExitStack) -> Any:
         return stack.enter_context(safe_open(path, "pt"))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from error
-
-
-def _assemble(config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype | None) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(config)
-    names = [name for name, _ in model.named_parameters()]
-    filled = {}
-    for piece in pieces(config, names):
-        stored = weights(piece.theirs[0]).dtype
-        target = torch.empty(model.get_parameter(piece.ours).shape, dtype=dtype or stored, device=device)
-        piece.fill(target, weights)
-        if not _finite(target):
-            raise ValueError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
-        filled[piece.ours] = target
-    model.load_state_dict(filled, assign=True)
-    extra = [name for name in weights.unread() if not (config.tie_embeddings and name == "lm_head.weight")]
-    if extra:
-        raise ValueError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
-    return model
 
 
 def _finite(tensor: Tensor) -> bool:

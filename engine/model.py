@@ -291,10 +291,12 @@ class Transformer(nn.Module):
 
     def init_weights(self) -> Transformer:
         """Draw fresh weights, for a model built on the meta device and moved by `to_empty`."""
-        for module in self.modules():
+
+        def reset(module: nn.Module) -> None:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        return self
+
+        return self.apply(reset)  # parts before the whole, as they were constructed
 
     def forward(self, tokens_BT: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         return self.logits(self.hidden(tokens_BT, positions, attend))

@@ -1,4 +1,4 @@
-"""What the README tells people to type, typed."""
+"""What the README and the guide to training tell people to type, typed."""
 
 import re
 import shlex
@@ -10,18 +10,21 @@ from warploom.engine.cli import available, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 NOVEL = "话说天下大势，分久必合，合久必分。The empire, long divided, must unite.\n" * 200
-SHRUNK = {
-    "train": "--steps 4 --d-model 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --max-seq-len 32"
-}  # the same commands, a smaller model
+SHRUNK = {  # the same commands, a smaller model of less text
+    "train": "--steps 4 --d-model 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --max-seq-len 32",
+    "data": "--num-samples 100 --vocab-size 512",
+    "eval": "--limit 2",
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("warploom ")]
+def commands(page: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh", page) for line in block.splitlines() if line.startswith("warploom ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
@@ -38,9 +41,10 @@ def test_the_python_example_runs_as_printed(empty_directory, capsys):
     assert (empty_directory / "runs/readme/model.safetensors").exists()
 
 
-def test_the_commands_for_your_own_text_run_in_order(empty_directory, capsys):
+@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "training"])
+def test_the_commands_run_in_order(page, empty_directory, capsys):
     (empty_directory / "novel.txt").write_text(NOVEL, encoding="utf-8")
-    for verb, *flags in commands():
+    for verb, *flags in commands(page):
         assert main([verb, *flags, *SHRUNK.get(verb, "").split()]) == 0, capsys.readouterr().err
 
 
@@ -48,7 +52,7 @@ def test_every_make_target_and_verb_that_is_named_exists():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks("sh")))):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for verb in set(re.findall(r"`warploom ([a-z]+)", README)):
+    for verb in set(re.findall(r"`warploom ([a-z]+)", README + GUIDE)):
         assert verb in available(), verb
 
 

@@ -1,12 +1,13 @@
 """Train a model: `warploom train DATA --out DIR`, from a dataset directory or straight from text files.
 
-Every field of `TrainConfig` and of `ModelConfig` is a flag. `--preset` and `--config FILE.toml` set their defaults,
-flags override both.
+Every field of `TrainConfig` and of `ModelConfig` is a flag. `--preset` sets their defaults, then the run that
+`--resume` continues, then `--config FILE.toml`; flags override all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..config import ModelConfig
-from ..training.config import TrainConfig
+from ..training.config import BUDGETS, TrainConfig
+from ..training.failures import one_voice
 from .flags import parse
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ class RunFlags(TrainConfig):
     data: tyro.conf.Positional[str]
     """A dataset directory (`warploom data`), a text file, a folder or glob of text files, or 'stdlib'."""
     model: tyro.conf.Suppress[None] = None
+    resume: bool = False
+    """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a
+    checkpoint, start."""
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """A model directory whose weights to start from (fine-tuning)."""
     config: str | None = None
@@ -62,10 +67,11 @@ class Flags:
 
 
 def run(argv: list[str]) -> int:
-    config = read(argv)
-    from ..training.trainer import train
+    with one_voice():
+        config = read(argv)
+        from ..training.trainer import train
 
-    result = train(config, [watcher()])
+        result = train(config, [watcher()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     if result.history:  # only the leader of many processes has one
@@ -83,14 +89,36 @@ def watcher() -> Watcher:
 def read(argv: list[str]) -> TrainConfig:
     """The run that a command line describes."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    early.add_argument("--preset")
-    known, _ = early.parse_known_args(argv)
-    settings = _read_toml(known.config) if known.config else {}
-    preset = known.preset or settings.get("preset", TrainConfig.preset)
+    for name in ("config", "preset", "out", *BUDGETS):
+        early.add_argument(f"--{name}")
+    early.add_argument("--resume", action="store_true")
+    given = {name: value for name, value in vars(early.parse_known_args(argv)[0]).items() if value}
+    settings = _read_toml(given["config"]) if "config" in given else {}
+    chosen = {**settings, **given}
+    if chosen.get("resume"):
+        settings = {**_of_the_run_in(chosen.get("out", TrainConfig.out), chosen.get("preset")), **settings}
+    if any(name in chosen for name in BUDGETS):
+        settings = {name: value for name, value in settings.items() if name in chosen or name not in BUDGETS}
+    preset = given.get("preset") or settings.get("preset", TrainConfig.preset)
     flags = parse(Flags, argv, "train", _defaults(preset, settings))
     chosen = {field.name: getattr(flags.run, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{**chosen, "preset": preset, "model": _model(flags.model)})
+
+
+OF_A_START = ("out", "device", "dp", "fsdp", "tp", "ep", "resume", "overwrite")  # may differ when a run goes on
+
+
+def _of_the_run_in(out: str, preset: str | None) -> dict[str, Any]:
+    """What the run in `out` was told when it last saved; no architecture if a preset names one."""
+    states = Path(out, "checkpoints").glob("step-*/state.json")
+    for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: training will say so
+            told = json.loads(path.read_text(encoding="utf-8"))["run"]["config"]
+            model = told.pop("model") or {}
+            return {
+                name: value for name, value in {**({} if preset else model), **told}.items() if name not in OF_A_START
+            }
+    return {}
 
 
 def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
@@ -103,7 +131,9 @@ def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
     shape |= {key: value for key, value in settings.items() if key in of_model}
     if shape["rope_scaling"] is not None:
         shape["rope_scaling"] = json.dumps(shape["rope_scaling"])
-    run_settings = {key: value for key, value in settings.items() if key in of_run}
+    run_settings = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in of_run
+    }
     return Flags(RunFlags(**{"data": tyro.MISSING, **run_settings}), ModelFlags(**shape))
 
 

@@ -76,8 +76,8 @@ def generators() -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_available():  # of this process's GPU: where the run goes on there may be fewer
+        states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
@@ -89,7 +89,7 @@ def restore_generators(states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def snapshot(value: Any) -> Any:
@@ -209,8 +209,8 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, name: str) -> Any:
-    """One of the NAME.pt files of a checkpoint."""
-    return torch.load(directory / f"{name}.pt", map_location="cpu", weights_only=True)
+    """One of the NAME.pt files of a checkpoint; its tensors are read when they are looked at, and only where."""
+    return torch.load(directory / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def _flush(path: Path) -> None:

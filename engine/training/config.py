@@ -129,35 +129,13 @@ class TrainConfig:
     """Replace a run that is already in `out`."""
 
     def __post_init__(self) -> None:
-        budgets = [name for name in ("steps", "epochs", "tokens", "minutes") if getattr(self, name) is not None]
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         _require(len(budgets) < 2, f"give one of steps, epochs, tokens and minutes, not {' and '.join(budgets)}")
-        for name in (
-            *budgets,
-            "batch_size",
-            "log_every",
-            "max_bad_steps",
-            "lr",
-            "keep_last",
-            "fsdp",
-            "tp",
-            "ep",
-        ):
-            _require(getattr(self, name) > 0, f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in (
-            "grad_accum_steps",
-            "num_workers",
-            "save_every",
-            "eval_every",
-            "eval_batches",
-            "sample_every",
-            "clip",
-            "weight_decay",
-        ):
-            _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
-        _require(self.dp is None or self.dp > 0, f"dp must be more than 0, not {self.dp}")
-        _require(self.context is None or self.context > 0, f"context must be more than 0, not {self.context}")
-        _require(0 <= self.ema < 1, f"ema must be in [0, 1), not {self.ema}")
-        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        for words, (holds, names) in RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                _require(value is None or holds(value), f"{name} must be {words}, not {value}")
+        _require((self.min_lr or 0) <= self.lr, f"min_lr={self.min_lr} must be at most lr={self.lr}")
         _require(
             self.batch_size % (self.grad_accum_steps or 1) == 0,
             f"batch_size={self.batch_size} must be a multiple of grad_accum_steps={self.grad_accum_steps}",
@@ -172,6 +150,20 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+BUDGETS = ("steps", "epochs", "tokens", "minutes")
+RANGES = {
+    "more than 0": (
+        lambda x: x > 0,
+        (*BUDGETS, "batch_size", "context", "stride", "lr", "dp", "fsdp", "tp", "ep", "keep_last", "log_every",
+         "max_bad_steps"),
+    ),
+    "at least 0": (
+        lambda x: x >= 0,
+        ("grad_accum_steps", "num_workers", "min_lr", "warmup", "weight_decay", "eps", "clip", "z_loss", "save_every",
+         "eval_every", "eval_batches", "sample_every", "sample_tokens"),
+    ),
+    "in [0, 1)": (lambda x: 0 <= x < 1, ("beta1", "beta2", "label_smoothing", "ema")),
+}  # fmt: skip
 CHOICES = {
     "order": ("random", "epochs", "sequential", "packed"),
     "optimizer": ("adamw", "muon", "sgd"),

@@ -15,6 +15,7 @@ A save in the middle of a run copies the state; on a CPU the copy lies in the me
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,18 +59,30 @@ def predict(run: Trainer, parts: int = 1) -> MemoryLine:
     """
     most = run.config.batch_size // run.team.readers // parts
     peaks: dict[int, int] = {}
+    held: list[int] = []  # before each probe
     line, available = MemoryLine(0, 0), -run.team.most(-available_memory(run.device.type))
     for rows in (2**i for i in range(most.bit_length())):
-        peaks[rows] = int(run.team.most(_peak_of(run, rows, parts)))
+        peak = _peak_of(run, rows, parts)
+        held.append(peak.before)
+        peaks[rows] = int(run.team.most(peak.bytes))
         foretold, line = line.peak(rows), MemoryLine.through(peaks)
         straight = line.per_row * rows > line.fixed and abs(foretold - peaks[rows]) < NEAR * peaks[rows]
         if straight or line.peak(2 * rows) > available:
             break
-    return MemoryLine(line.fixed + _copies_of_a_save(run), line.per_row)
+    return MemoryLine(line.fixed + int(run.team.most(_kept_by_all(held))) + _copies_of_a_save(run), line.per_row)
 
 
-def _peak_of(run: Trainer, rows: int, parts: int) -> int:
-    """Bytes that a run with micro-batches of so many rows takes. The first step makes what all later ones keep."""
+def _kept_by_all(held: list[int]) -> int:
+    """Bytes that steps of any number of rows leave behind: products that a library compiled, for one.
+
+    The first probe leaves those and what is for its own number of rows, the second only the latter.
+    """
+    left = [after - before for before, after in itertools.pairwise(held)]
+    return max(0, left[0] - left[1]) if len(left) > 1 else 0
+
+
+def _peak_of(run: Trainer, rows: int, parts: int) -> PeakMemory:
+    """What a run with micro-batches of so many rows takes. The first step makes what all later ones keep."""
     batch = run.loader.batch(0).rows(0, rows).to(run.device)
     run.optimizer.state.clear()
     with PeakMemory(run.device.type) as peak:
@@ -78,7 +91,7 @@ def _peak_of(run: Trainer, rows: int, parts: int) -> int:
     run.optimizer.state.clear()
     if peak.bytes is None:
         raise ValueError("grad_accum_steps=0 needs a system that tells the peak memory of a process: give a number")
-    return peak.bytes
+    return peak
 
 
 def _step(run: Trainer, batch: Batch, parts: int) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +55,10 @@ class Team:
         self.readers = self.size // self.axes["tp"]
         rows = config.batch_size // (config.grad_accum_steps or 1)
         if rows % self.readers:
-            raise ValueError(f"a micro-batch of {rows} rows cannot be shared by {self.readers} processes evenly")
+            raise ValueError(
+                f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps or 1} parts makes {rows} "
+                f"rows, which {self.readers} processes cannot share evenly: choose a multiple"
+            )
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if self.size == 1:
             return
@@ -200,7 +204,7 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def take_piece(model: Transformer, team: Team) -> Transformer:
-    """Of a whole model, what this process computes with (slices along fsdp come later, from `fully_shard`)."""
+    """Of a whole model, what this process computes with (slices along fsdp come later, from `slice_weights`)."""
     config, slices = model.config, team.axes["fsdp"]
     check(config, team.axes["tp"], team.axes["ep"])
     if config.d_model % slices:
@@ -208,27 +212,30 @@ def take_piece(model: Transformer, team: Team) -> Transformer:
     return shard(model, team.group("tp"), team.group("ep"), team.make_readers() if config.n_experts else None)
 
 
+def slice_weights(model: Transformer, dtype: torch.dtype, team: Team) -> None:
+    """Of each weight keep a slice, from which `fully_shard` gathers a copy in `dtype` when its block needs it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    if dtype == torch.float16:
+        raise ValueError("fsdp trains in bfloat16 or float32, not in float16")
+    where = layouts(model)
+    dimension = {p: where[name].stream for name, p in model.named_parameters()}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=team.mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
+    for method in ("losses", "hidden", "logits"):
+        register_fsdp_forward_method(model, method)
+
+
 class SlicedMasters(Masters):
-    """Slices of the float32 weights, of which `fully_shard` gathers rounded copies block by block."""
+    """The float32 slices of a model that `slice_weights` has cut."""
 
-    def __init__(self, model: Transformer, dtype: torch.dtype, team: Team) -> None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-        from torch.distributed.tensor import Shard
-
-        if dtype == torch.float16:
-            raise ValueError("fsdp trains in bfloat16 or float32, not in float16")
-        self.model, self.dtype = model, torch.float32
-        self.layouts = layouts(model)
-        dimension = {p: self.layouts[name].stream for name, p in model.named_parameters()}
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*model.blocks, model):
-            fully_shard(
-                module, mesh=team.mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p])
-            )
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-        for method in ("losses", "hidden", "logits"):
-            register_fsdp_forward_method(model, method)
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.dtype, self.layouts = model, torch.float32, layouts(model)
         sliced = dict(model.named_parameters())
         self.named = {name: p.detach().to_local() for name, p in sliced.items()}
         for name, p in sliced.items():
@@ -246,4 +253,4 @@ def _slice_collector(part: Tensor):
 
 def make_masters(model: Transformer, dtype: torch.dtype, team: Team) -> Masters:
     """The trained weights of this process: all that its model has, or slices of it."""
-    return SlicedMasters(model, dtype, team) if team.axes["fsdp"] > 1 else Masters(model, dtype)
+    return SlicedMasters(model) if team.axes["fsdp"] > 1 else Masters(model, dtype)

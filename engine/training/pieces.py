@@ -8,12 +8,13 @@ of processes reads (`checkpoint.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..sharding import share_of
+from ..model import Transformer
+from ..sharding import layouts, share_of
 from .parallel import Team
 from .precision import Masters
 
@@ -21,11 +22,12 @@ from .precision import Masters
 class Pieces:
     """Translates between this process's part of tensors shaped like weights and the whole, by the weights' names."""
 
-    def __init__(self, team: Team, whole: dict[str, torch.Size], masters: Masters) -> None:
-        self.team, self.shapes, self.layouts = team, whole, masters.layouts
+    def __init__(self, team: Team, whole: Transformer) -> None:
+        self.team, self.layouts = team, layouts(whole)
+        self.shapes = {name: p.shape for name, p in whole.named_parameters()}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """What this process keeps of a whole tensor."""
+        """What this process keeps of a whole tensor: a view of it where there is but one block."""
         where, axes = self.layouts[name], self.team.axes
         if where.tp is not None and axes["tp"] > 1:
             whole = where.cut(whole, self._rank("tp"), axes["tp"])
@@ -33,7 +35,7 @@ class Pieces:
             if dim is not None and axes[axis] > 1:
                 share = share_of(whole.shape[dim], self._rank(axis), axes[axis])
                 whole = whole[(slice(None),) * dim + (share,)]
-        return whole.clone(memory_format=torch.contiguous_format) if self.team.splits_state else whole
+        return whole
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The tensor of which this process keeps `part`; every process must ask."""
@@ -77,6 +79,11 @@ class Pieces:
         return 0 if self.team.mesh is None else self.team.mesh.get_local_rank(axis)
 
 
+def local(p: Tensor) -> Tensor:
+    """The numbers of a weight that this process has."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
 def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights (or averages of them) as any other program knows them: the leader gets them, the others only help."""
     found = {}
@@ -105,18 +112,41 @@ def state_blocks(pieces: Pieces, parts: dict) -> dict[str, Tensor]:
     }
 
 
+def whole_state(
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    moments: dict,
+    average: dict[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, str, Tensor]]:
+    """The same of a state that one process has written whole: (kind, name of weight, tensor), one after the other."""
+    yield from (("model", name, whole) for name, whole in weights)
+    yield from (("average", name, whole) for name, whole in average.items())
+    order = _order(masters, optimizer)
+    for index, entry in moments["state"].items():
+        yield from ((key, order[index], value) for key, value in entry.items() if is_moment(value))
+
+
 def map_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dict, change) -> dict:
     """An optimizer's `state_dict` whose tensors shaped like a weight went through `change(name of weight, it)`."""
-    names = {id(p): name for name, p in masters.named.items()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    order = _order(masters, optimizer)
+
+    def changed(name: str, value: object) -> object:
+        if value is None or is_moment(value):
+            return change(name, value)
+        return value.clone() if isinstance(value, Tensor) else value
+
     moments = {
-        index: {
-            key: change(order[index], value) if value is None or is_moment(value) else value
-            for key, value in entry.items()
-        }
+        index: {key: changed(order[index], value) for key, value in entry.items()}
         for index, entry in state["state"].items()
     }
     return {**state, "state": moments}
+
+
+def _order(masters: Masters, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the weights by the numbers that an optimizer's `state_dict` gives them."""
+    names = {id(p): name for name, p in masters.named.items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def is_moment(value: object) -> bool:

@@ -31,8 +31,8 @@ class Masters:
         self._rounded = list(self.named.values())
         if dtype == torch.float32:
             return
-        self.named = {name: p.detach().clone().requires_grad_() for name, p in self.named.items()}
-        model.to(dtype)
+        self.named = {name: p.detach().requires_grad_() for name, p in self.named.items()}
+        model.to(dtype)  # gives the model other numbers, and leaves the masters theirs
         for p, master in zip(self._rounded, self.named.values()):
             p.register_post_accumulate_grad_hook(_collector(master))
 

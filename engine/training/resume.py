@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..hub import load_model, save_model
+from ..hub import read_weights, save_model
 from .card import describe
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
 from .evaluate import Evaluation
-from .pieces import map_optimizer, state_blocks, state_parts
+from .pieces import map_optimizer, state_blocks, state_parts, whole_state
 from .precision import assembled
 from .shards import FOLDER, read_shards
 
@@ -71,25 +71,24 @@ def resume_run(run: Trainer) -> None:
     run.spikes.recent.extend(state["recent_losses"])
     run.best = None if state["best"] is None else Evaluation(*state["best"])
     run.samples = state["samples"]
-    run.note(f"resuming from {directory} at step {run.step}")
+    done = f": all of its {run.steps} steps are done" if run.step >= run.steps else ""
+    run.note(f"resuming from {directory} at step {run.step}{done}")
 
 
 def _load_state(run: Trainer, directory: Path) -> None:
-    """Weights, moments and averages: this process's part of each, whoever wrote them."""
+    """Weights, moments and averages: this process's part of each, whoever wrote them, and no more than that at once."""
     masters, pieces, moments = run.masters, run.pieces, load_tensors(directory, "optimizer")
     average = load_tensors(directory, "scheduler")["average"]
-    if not (directory / FOLDER).is_dir():
-        saved, _ = load_model(directory, device="cpu", dtype=torch.float32)
-        masters.load({name: pieces.part(name, p) for name, p in saved.named_parameters()})
-        moments = map_optimizer(masters, run.optimizer, moments, lambda name, whole: pieces.part(name, whole))
-        run.optimizer.load_state_dict(moments)
-        for name, weight in average.items():
-            run.average.weights[name].copy_(pieces.part(name, weight))
-        return
     empty = map_optimizer(masters, run.optimizer, moments, lambda name, _: torch.zeros_like(masters.named[name]))
     run.optimizer.load_state_dict(empty)
     wanted = {name: run.average.weights[name] for name in average}
-    read_shards(directory, state_blocks(pieces, state_parts(masters, run.optimizer, wanted)))
+    parts = state_parts(masters, run.optimizer, wanted)
+    if (directory / FOLDER).is_dir():
+        read_shards(directory, state_blocks(pieces, parts))
+    else:
+        for key, name, whole in whole_state(masters, run.optimizer, moments, average, read_weights(directory)):
+            parts[key, name].copy_(pieces.part(name, whole))
+            del whole
     masters.publish()
 
 

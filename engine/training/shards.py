@@ -38,7 +38,11 @@ class ShardWriter:
         own = {f"{FOLDER}/{path.name}": file_hash(path) for path in folder.glob(f"shard-{dist.get_rank() + 1:05}-*")}
         hashes: list[dict[str, str]] = [{}] * dist.get_world_size()
         dist.all_gather_object(hashes, own, group=self.group)
-        return {name: digest for some in hashes for name, digest in some.items()}
+        found = {name: digest for some in hashes for name, digest in some.items()}
+        missing = [name for name in found if not (directory / name).exists()]
+        if missing:
+            raise ValueError(f"{missing[0]} was written on another machine: all must see one and the same folder")
+        return found
 
 
 def read_shards(directory: Path, blocks: dict[str, Tensor]) -> None:

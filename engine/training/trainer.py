@@ -30,8 +30,7 @@ from torch import Tensor
 
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
-from ..hub import load_model
-from ..model import Transformer
+from .build import build
 from .card import describe, write_card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -40,8 +39,7 @@ from .interrupts import interruptible
 from .memory import fewest_micro_batches
 from .milestones import evaluate_run, publish, write_sample
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .parallel import Team, make_masters, take_piece
-from .pieces import Pieces
+from .parallel import Team, make_masters
 from .precision import Average, LossScale
 from .prepare import Materials, prepare
 from .resume import resume_run, save_run
@@ -90,6 +88,8 @@ class Trainer:
             again = config.resume or self.team.restarted
             if self.team.leads:
                 self._make_room(again)
+            elif self.team.splits_state and not self.out.is_dir():
+                raise ValueError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             self.materials: Materials = prepare(config, self.note, reuse=again or not self.team.leads)
         model_config = self.materials.model
         self.context = config.context or model_config.max_seq_len
@@ -99,12 +99,8 @@ class Trainer:
         )
         self.steps = self._count_steps()
         self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
-        torch.manual_seed(config.seed)
-        whole = self._make_model()
-        shapes = {name: p.shape for name, p in whole.named_parameters()}
-        self.model = take_piece(whole, self.team).to(self.device).train()
+        self.model, self.pieces = build(config, model_config, self.team, self.dtype)
         self.masters = make_masters(self.model, self.dtype, self.team)
-        self.pieces = Pieces(self.team, shapes, self.masters)
         self.average = Average(self.masters, config.ema)
         self.optimizer = self._make_optimizer()
         self.scale = LossScale(self.dtype)
@@ -148,18 +144,6 @@ class Trainer:
         if config.tokens is not None:
             return max(1, math.ceil(config.tokens / tokens_a_step))
         return config.steps or 1000
-
-    def _make_model(self) -> Transformer:
-        if self.config.init_from:
-            model, _ = load_model(self.config.init_from, device="cpu", dtype=torch.float32)
-        else:
-            model = Transformer(self.materials.model)
-        for block in model.blocks:
-            if self.config.recompute:
-                block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-            if self.config.compile:
-                block.compile()
-        return model
 
     def _all_watchers(self) -> list[Watcher]:
         if not self.team.leads:
@@ -224,14 +208,16 @@ class Trainer:
         ways += ["share the state with fsdp"] if self.team.axes["dp"] > 1 else []
         return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
-    def one_step(self, batch: Batch) -> tuple[float, float, float, Tensor | None]:
-        """One optimizer step: (loss, gradient norm, learning rate, expert load)."""
+    def one_step(self, batch: Batch) -> tuple[float, float, float, tuple[float, ...]]:
+        """One optimizer step: (loss, gradient norm, learning rate, least and most loaded expert)."""
         _seed(self.device, self.config.seed, self.step, self.team.reader)  # dropout is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
         self.team.add_gradients(self.masters)
         self.scale.unscale(parameters)
-        norm = float(clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters)))
+        norm = clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters))
+        loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
+        loss = self._agree(loss / self.team.axes["tp"])
         finite = math.isfinite(loss) and math.isfinite(norm)
         lr = self.learning_rate(self.step + 1)
         if finite:
@@ -244,13 +230,16 @@ class Trainer:
         self._judge(finite, loss, norm)
         self.step += 1
         self.tokens += batch.tokens_BT.numel()
-        return loss, norm, lr, load
+        return loss, norm, lr, tuple(load)
 
-    def accumulate(self, batch: Batch) -> tuple[float, Tensor | None]:
-        """Add up gradients over micro-batches, each weighted by its share of the step's targets."""
+    def accumulate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Add up gradients over micro-batches, each weighted by its share of the step's targets.
+
+        Tells their loss, and the loads of the least and the most loaded expert in the last of them.
+        """
         rows = self.config.batch_size // self.micro_batches
         targets = (batch.targets_BT != IGNORE).sum()
-        loss, load = torch.zeros((), device=self.device), None
+        loss = torch.zeros((), device=self.device)
         for start in range(0, self.config.batch_size, rows):
             micro = self.team.share(batch.rows(start, start + rows))
             share = (micro.targets_BT != IGNORE).sum() / targets
@@ -259,7 +248,10 @@ class Trainer:
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
             del parts  # else what its graph keeps would stand beside that of the next micro-batch
-        return self._agree(float(loss) / self.team.axes["tp"]), load
+        if load is None:
+            return loss, []
+        shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
+        return loss, [shares.min(), shares.max()]
 
     def _agree(self, loss: float) -> float:
         """What all processes must know alike: the loss, how much time has passed, whether one was told to stop."""
@@ -302,10 +294,11 @@ class Trainer:
             self.bad_steps, self.bad_run = self.bad_steps + 1, self.bad_run + 1
             self.note(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}")
             if self.bad_run >= self.config.max_bad_steps:
+                saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
                 raise ValueError(
                     f"{self.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "
                     f"{self.step + 1}, loss {loss}, gradient norm {norm}): lower lr={self.config.lr}, lengthen the "
-                    f"warmup, or train in float32; the last checkpoint is in {self.checkpoints.folder}"
+                    f"warmup, or train in float32; last checkpoint: {saved[0] if saved else None}"
                 )
 
     def _now_and_then(self) -> None:
@@ -317,19 +310,15 @@ class Trainer:
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
             save_run(self)
 
-    def _report(self, loss: float, norm: float, lr: float, load: Tensor | None) -> None:
+    def _report(self, loss: float, norm: float, lr: float, load: tuple[float, ...]) -> None:
         pace = sum(self.step_seconds) / len(self.step_seconds)
         speed = self.config.batch_size * self.context / pace
-        experts = None
-        if load is not None:
-            shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
-            experts = (float(shares.min()), float(shares.max()))
         self.speed, self.utilization = speed, speed * self.flops_per_token / (self.peak * self.team.size)
         progress = Progress(
             step=self.step, steps=self.steps, loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
             tokens_per_second=speed, seconds=self.seconds, seconds_left=(self.steps - self.step) * pace,
             utilization=self.utilization, val_loss=self.best.loss if self.best else None,
-            bad_steps=self.bad_steps, expert_load=experts,
+            bad_steps=self.bad_steps, expert_load=load or None,
         )  # fmt: skip
         self.tell("stepped", progress)
 
@@ -389,8 +378,11 @@ def _seed(device: torch.device, seed: int, step: int, reader: int) -> None:
 
 def _own_device(name: str) -> torch.device:
     """Under torchrun, each process of a machine has a GPU of its own."""
-    device = pick_device(name)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device, number = pick_device(name), os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or number is None:
+        return device
+    if int(number) >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)  # before the processes meet: NCCL asks for the current one
     return device

@@ -110,22 +110,19 @@ class Panel(Watcher):
         from rich.live import Live
 
         self.console = Console(stderr=True)
-        self.live = Live(console=self.console, refresh_per_second=4)
         self.losses: list[float] = []
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
+        self.live = Live(console=self.console, get_renderable=self._draw, refresh_per_second=4)
 
     def stepped(self, progress: Progress) -> None:
-        if not self.live.is_started:
-            self.live.start()
         self.losses.append(progress.loss)
         self.last = progress
-        self.live.update(self._draw())
+        if not self.live.is_started:
+            self.live.start()
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
-        if self.last is not None:
-            self.live.update(self._draw())
 
     def sampled(self, step: int, prompt: str, text: str) -> None:
         from rich.text import Text
@@ -141,11 +138,14 @@ class Panel(Watcher):
         self.live.stop()
 
     def _draw(self):
+        """Four times a second, however fast the steps are."""
         from rich.panel import Panel as Box
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         p = self.last
+        if p is None:
+            return ""
         table = Table.grid(padding=(0, 2))
         table.add_row("loss", f"[bold]{p.loss:.4f}[/]", sparkline(self.losses, 40))
         if self.evaluation is not None:

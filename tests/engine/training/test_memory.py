@@ -15,6 +15,7 @@ RUNS = {
     "llama": {"model": LLAMA},
     "gpt2 in bfloat16": {"model": GPT2, "dtype": "bfloat16"},
     "moe": {"model": {**LLAMA, "n_experts": 4, "d_ff": 192}},
+    "moe in bfloat16": {"model": {**LLAMA, "n_experts": 8, "d_ff": 192}, "dtype": "bfloat16"},
     "a large vocabulary, in two parts, sgd": {
         "model": {**LLAMA, "n_layers": 2, "vocab_size": 8192}, "grad_accum_steps": 2,
         "optimizer": "sgd", "batch_size": 16,

@@ -135,6 +135,16 @@ def test_a_restored_optimizer_continues_exactly():
         assert all(torch.equal(p, q) for p, q in zip(params, whole))
 
 
+def test_a_restored_optimizer_counts_where_its_weights_are():
+    """A checkpoint is read to the CPU; the fused step on a GPU wants its counters beside the weights."""
+    here, there = (torch.nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "meta"))
+    here.grad = torch.ones(2)
+    first, second = AdamW([here]), AdamW([there])
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert len(second.state[there]) == 3 and all(value.is_meta for value in second.state[there].values())
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"betas\[1\] must be in"):
         AdamW(problem()[0], betas=(0.9, 1.0))

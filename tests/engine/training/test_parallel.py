@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -14,9 +15,12 @@ import pytest
 import torch
 
 from warploom.engine.hub import save_model
+from warploom.engine.memory import RESET
+from warploom.engine.model import Transformer
 from warploom.engine.training import train
 from warploom.engine.training.checkpoint import Checkpoints
 from warploom.engine.training.milestones import averaged
+from warploom.engine.training.prepare import prepare
 from warploom.engine.training.trainer import Trainer
 from warploom.engine.training.watch import JsonLog
 
@@ -60,6 +64,23 @@ def test_copies_slices_and_pieces_train_as_one_process_does(tiny, together):
         assert together(config) == pytest.approx(losses(one), abs=1e-6), name
 
 
+@pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
+def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_process_does(tiny, processes):
+    shape = {"d_model": 512, "n_layers": 8, "n_experts": 4, "d_ff": 512}
+    one = tiny("one", model={**PAIRED, **shape})
+    torch.manual_seed(one.seed)
+    whole = Transformer(prepare(one, print).model)
+    numbers = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in whole.parameters())).hexdigest()
+    size = sum(p.nbytes for p in whole.parameters())
+    for grid in ({"fsdp": 2}, {"tp": 2}):
+        out = one.out.replace("one", str(*grid))
+        config = dataclasses.replace(one, out=out, **grid)
+        assert processes("newborn.py", SIZE=2, PORT=free_port(), CONFIG=config) == [0, 0]
+        assert Path(f"{out}.digest").read_text() == numbers, grid
+        taken = [int(Path(f"{out}-{rank}.bytes").read_text()) for rank in (0, 1)]
+        assert size / 2 < max(taken) < 0.75 * size, grid
+
+
 @pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2}, {"fsdp": 2}], ids=lambda grid: next(iter(grid)))
 def test_experts_are_trained_and_balanced_as_one_process_does(tiny, together, grid):
     experts = {"n_experts": 4, "d_ff": 64, "balance_loss": 0.3, "router_z_loss": 0.1}  # so that they matter
@@ -87,6 +108,16 @@ def test_muon_orthogonalizes_whole_matrices_whoever_keeps_their_parts(tiny, toge
 def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         train(tiny(**changes))
+
+
+def test_a_mistake_of_all_processes_is_said_by_one_of_them_and_by_torchrun(processes, tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert processes("mistake.py", PORT=store.port, OUT=tmp_path / "run") == [2, 2]
+    sentence = "dp=1 × fsdp=1 × ep=1 × tp=3 needs 3 processes, but this run has 2"
+    said = sorted((tmp_path / f"run{rank}.said").read_text() for rank in (0, 1))
+    assert said == ["", f"warploom train: {sentence}\n"]
+    (told,) = tmp_path.glob("run*.json")
+    assert json.loads(told.read_text())["message"]["message"] == sentence
 
 
 @pytest.mark.parametrize("grid", [{"fsdp": 2}, {"tp": 2}, {"dp": 2, "fsdp": 2}], ids="-".join)
@@ -140,7 +171,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same
     os.kill(victim, signal.SIGKILL)
     output, _ = agent.communicate(timeout=200)
     assert agent.returncode == 0, output
-    assert "resuming from" in output
+    assert "lost another" in output and "resuming from" in output and "Traceback" not in output
     assert digest(out / "model.safetensors") == digest(Path(whole.out) / "model.safetensors")
 
 

@@ -220,6 +220,9 @@ def test_training_works_outside_the_main_thread(tiny):
     [
         ({"steps": 5, "epochs": 1}, "give one of steps, epochs"),
         ({"steps": 0}, "steps must be more than 0"),
+        ({"warmup": -5}, "warmup must be at least 0"),
+        ({"beta1": 1.0}, "beta1 must be in"),
+        ({"min_lr": 5.0}, "min_lr=5.0 must be at most lr"),
         ({"batch_size": 6, "grad_accum_steps": 4}, "must be a multiple of grad_accum_steps=4"),
         ({"schedule": "cosin"}, "schedule must be one of"),
         ({"ema": 1.0}, "ema must be in"),

@@ -1,5 +1,6 @@
 """The verbs train, data and eval, as typed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from warploom.engine.cli import main
 from warploom.engine.cli.train import read
 from warploom.engine.data import TokenData
+from warploom.engine.training import train
 from warploom.tokenizer import CharTokenizer
 
 SHAPE = {"d-model": 16, "n-layers": 1, "n-heads": 2, "n-kv-heads": 1, "max-seq-len": 16}
@@ -33,6 +35,20 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     assert config.model["n_layers"] == 3 and config.model["norm"] == "layernorm" and config.model["d_model"] == 768
     scaled = read(["x", "--rope-scaling", '{"rope_type": "linear", "factor": 2.0}'])
     assert scaled.model["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_resuming_needs_no_flag_again_and_takes_those_that_are_given(story, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    first = read([str(story), *out, "--steps", "2", "--tokenizer", "char", "--lr", "0.01", "--device", "cpu", *TINY])
+    train(first)
+    assert read([*out, "--resume"]) == dataclasses.replace(first, resume=True, device="auto")
+    longer = read([*out, "--resume", "--epochs", "3", "--lr", "0.02"])
+    assert (longer.steps, longer.epochs, longer.lr, longer.model) == (None, 3, 0.02, first.model)
+    assert main(["train", *out, "--resume", "--steps", "3", "--device", "cpu"]) == 0
+    assert "resuming from" in capsys.readouterr().err
+    for other in (["--preset", "gpt2-124m"], ["--n-layers", "2"]):
+        assert main(["train", *out, "--resume", *other, "--device", "cpu"]) == 2
+        assert "resume with the same architecture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
