@@ -60,9 +60,8 @@ def parts(options: Options) -> list[Part]:
     dtype = str(pick_dtype("auto", "cpu")).removeprefix("torch.")
     tiny = {"preset": "llama-tiny", "batch": 16, "time": 256, "dtype": dtype}
     larger = tiny | {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 8192}
-    small = tiny | {"n_layers": 4, "d_model": 128, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 128}
-    small |= {"batch": 12, "time": 64}  # nanoGPT's example for a CPU
-    shapes = {"llama-tiny": tiny, "llama-24m": larger, "characters": small}
+    small = tiny | {"preset": "llama-characters", "batch": 12, "time": 64}
+    shapes = {"llama-tiny": tiny, "llama-24m": larger, "llama-characters": small}
     parts = [Part(f"{name} {dtype}", duel, shape, minutes=1.5) for name, shape in shapes.items()]
     return parts + [replace(p, name=f"{p.name} compiled", config=p.config | {"compiled": True}) for p in parts]
 

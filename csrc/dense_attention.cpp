@@ -14,13 +14,13 @@ constexpr int kLanes = 16;
 constexpr int kQueries = 64;  // queries of a block: four vectors
 constexpr int kKeys = 64;     // keys of a block
 constexpr int kRows = 8;      // rows of a product come in multiples of this
+constexpr int kAhead = 16;    // rows that memory is asked for before they are needed
 
-constexpr int kAhead = 16;     // rows that memory is asked for before they are needed
-
+// Sixteen lanes in one register, and 32 of those; a CPU with less keeps sums of eight lanes in registers.
 #ifdef __x86_64__
-const int widest = __builtin_cpu_supports("avx512f") ? 4 : 1;  // vectors of a tile that the registers hold
+const bool many_registers = __builtin_cpu_supports("avx512f");
 #else
-const int widest = 1;
+const bool many_registers = false;
 #endif
 
 // Which sums of a product are needed where a block of queries meets the keys of the same tokens.
@@ -31,9 +31,9 @@ enum class Part {
     late_terms,    // rows are keys, sums run over queries: those from the row on
 };
 
-// c (rows, columns) [+]= a (rows, terms) · b (terms, columns), columns by vectors.
+// c (rows, columns) [+]= a (rows, terms) · b (terms, columns); rows by eights, columns by sixteens.
 struct Product {
-    int rows, terms, vectors;
+    int rows, terms, columns;
     const float* a;
     int64_t a_row, a_term;
     const float* b;
@@ -43,50 +43,47 @@ struct Product {
     bool add;
 };
 
-template <int ROWS, int VECTORS>
-WARPLOOM_INLINE void tile(const Product& p, int row, int vector, int from, int to) {
-    const float *a = p.a + row * p.a_row + from * p.a_term, *b = p.b + vector * kLanes + from * p.b_term;
-    float* c = p.c + row * p.c_row + vector * kLanes;
-    f16 total[ROWS][VECTORS] = {};
+// ROWS × COLUMNS sums in registers, whose size is that of V.
+template <class V, int ROWS, int COLUMNS>
+WARPLOOM_INLINE void tile(const Product& p, int row, int column, int from, int to) {
+    constexpr int lanes = sizeof(V) / sizeof(float), vectors = COLUMNS / lanes;
+    const float *a = p.a + row * p.a_row + from * p.a_term, *b = p.b + column + from * p.b_term;
+    float* c = p.c + row * p.c_row + column;
+    V total[ROWS][vectors] = {};
     if (p.add)
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) total[r][v] = load(c + r * p.c_row + v * kLanes);
+            for (int v = 0; v < vectors; ++v) std::memcpy(&total[r][v], c + r * p.c_row + v * lanes, sizeof(V));
     for (int term = from; term < to; ++term, a += p.a_term, b += p.b_term) {
-        f16 column[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) column[v] = load(b + v * kLanes);
+        V x[vectors];
+        for (int v = 0; v < vectors; ++v) std::memcpy(&x[v], b + v * lanes, sizeof(V));
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) total[r][v] += column[v] * a[r * p.a_row];
+            for (int v = 0; v < vectors; ++v) total[r][v] += x[v] * a[r * p.a_row];
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(c + r * p.c_row + v * kLanes, total[r][v]);
+        for (int v = 0; v < vectors; ++v) std::memcpy(c + r * p.c_row + v * lanes, &total[r][v], sizeof(V));
 }
 
 WARPLOOM_CLONES void multiply(const Product& p, Part part) {
     for (int row = 0; row < p.rows; row += kRows) {
         const int from = part == Part::late_terms ? row : 0;
         const int to = part == Part::early_terms ? std::min(p.terms, row + kRows) : p.terms;
-        int vector = part == Part::late_columns ? row / kLanes : 0;
-        while (vector < p.vectors) {
-            const int count = std::min(widest, p.vectors - vector);
-            if (count == 4) {
-                tile<4, 4>(p, row, vector, from, to), tile<4, 4>(p, row + 4, vector, from, to);
-            } else if (count == 3) {
-                tile<8, 3>(p, row, vector, from, to);
-            } else if (count == 2) {
-                tile<8, 2>(p, row, vector, from, to);
-            } else if (widest > 1) {
-                tile<8, 1>(p, row, vector, from, to);
+        int column = part == Part::late_columns ? row / kLanes * kLanes : 0;
+        while (column < p.columns) {
+            const int left = p.columns - column;
+            if (!many_registers) {
+                tile<f8, 4, 16>(p, row, column, from, to), tile<f8, 4, 16>(p, row + 4, column, from, to), column += 16;
+            } else if (left >= 64) {
+                tile<f16, 4, 64>(p, row, column, from, to), tile<f16, 4, 64>(p, row + 4, column, from, to), column += 64;
+            } else if (left == 48) {
+                tile<f16, 8, 48>(p, row, column, from, to), column += 48;
+            } else if (left == 32) {
+                tile<f16, 8, 32>(p, row, column, from, to), column += 32;
             } else {
-                tile<4, 1>(p, row, vector, from, to), tile<4, 1>(p, row + 4, vector, from, to);
+                tile<f16, 8, 16>(p, row, column, from, to), column += 16;
             }
-            vector += count;
         }
     }
 }
-
-#define WARPLOOM_ZIP(a, b, i)                                                                                       \
-    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
-                            i + 6, i + 22, i + 7, i + 23)
 
 // (kQueries, width) → (width, kQueries), by squares of 16: four perfect shuffles of a square's rows turn it over.
 WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
@@ -132,10 +129,10 @@ constexpr float kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
 WARPLOOM_INLINE f16 seen(f16 x, int key, float hidden) { return select(load(kNumbers) < float(key), f16{} + hidden, x); }
 
 // Scores (keys, kQueries) of a block whose first query is key `first` become weights, not yet divided by their totals.
-WARPLOOM_CLONES void weigh(float* scores, int first, int vectors, float* totals, float* log_sums) {
-    for (int v = 0; v < vectors; ++v) {
-        const int square = first + v * kLanes;
-        float* column = scores + v * kLanes;
+WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals, float* log_sums) {
+    for (int q = 0; q < queries; q += kLanes) {
+        const int square = first + q;
+        float* column = scores + q;
         for (int key = 1; key < kLanes; ++key) {
             float* at = column + (square + key) * kQueries;
             store(at, seen(load(at), key, -INFINITY));
@@ -150,21 +147,21 @@ WARPLOOM_CLONES void weigh(float* scores, int first, int vectors, float* totals,
             store(column + key * kQueries, weight);
             total += weight;
         }
-        store(totals + v * kLanes, 1.0f / total);
-        for (int i = 0; i < kLanes; ++i) log_sums[v * kLanes + i] = top[i] + std::log(total[i]);
+        store(totals + q, 1.0f / total);
+        for (int i = 0; i < kLanes; ++i) log_sums[q + i] = top[i] + std::log(total[i]);
     }
 }
 
 // Scores become weights, and the gradients of weights those of scores.
-WARPLOOM_CLONES void unweigh(float* scores, float* slopes, int keys, int vectors, bool diagonal, const float* log_sums,
+WARPLOOM_CLONES void unweigh(float* scores, float* slopes, int keys, int queries, bool diagonal, const float* log_sums,
                              const float* dots) {
     for (int key = 0; key < keys; ++key)
-        for (int v = diagonal ? key / kLanes : 0; v < vectors; ++v) {
-            float *score = scores + key * kQueries + v * kLanes, *slope = slopes + key * kQueries + v * kLanes;
-            f16 weight = exp(load(score) - load(log_sums + v * kLanes));
-            if (diagonal && key / kLanes == v) weight = seen(weight, key % kLanes, 0);
+        for (int q = diagonal ? key / kLanes * kLanes : 0; q < queries; q += kLanes) {
+            float *score = scores + key * kQueries + q, *slope = slopes + key * kQueries + q;
+            f16 weight = exp(load(score) - load(log_sums + q));
+            if (diagonal && q <= key) weight = seen(weight, key - q, 0);
             store(score, weight);
-            store(slope, weight * (load(slope) - load(dots + v * kLanes)));
+            store(slope, weight * (load(slope) - load(dots + q)));
         }
 }
 
@@ -185,17 +182,17 @@ void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
     gather(t.v(b, 0, head), t.v.time, T, padded, D, 1, s.v.data());
     for (int h = head * group; h < (head + 1) * group; ++h)
         for (int first = 0; first < T; first += kQueries) {
-            const int count = std::min(kQueries, T - first), vectors = padded_to(kLanes, count) / kLanes;
+            const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
             gather(t.q(b, first, h), t.q.time, count, kQueries, D, t.scale, s.q.data());
             turn_over(s.q.data(), D, s.q_over.data());
             for (int key = 0; key <= first; key += kKeys)
-                multiply({key < first ? kKeys : vectors * kLanes, D, vectors, &s.k[key * D], D, 1, s.q_over.data(),
-                          kQueries, &s.scores[key * kQueries], kQueries, false},
+                multiply({key < first ? kKeys : queries, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries,
+                          &s.scores[key * kQueries], kQueries, false},
                          key < first ? Part::all : Part::late_columns);
-            weigh(s.scores.data(), first, vectors, s.totals, s.log_sums);
+            weigh(s.scores.data(), first, queries, s.totals, s.log_sums);
             for (int key = 0; key <= first; key += kKeys)
-                multiply({vectors * kLanes, key < first ? kKeys : vectors * kLanes, D / kLanes, &s.scores[key * kQueries],
-                          1, kQueries, &s.v[key * D], D, s.sums.data(), D, key > 0},
+                multiply({queries, key < first ? kKeys : queries, D, &s.scores[key * kQueries], 1, kQueries, &s.v[key * D],
+                          D, s.sums.data(), D, key > 0},
                          key < first ? Part::all : Part::early_terms);
             scatter(s.sums.data(), count, D, s.totals, 1, t.out(b, first, h), t.out.time);
             std::copy(s.log_sums, s.log_sums + count, t.log_sums + (int64_t(b) * t.heads + h) * T + first);
@@ -212,7 +209,7 @@ void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, c
     gather(t.v(b, 0, head), t.v.time, T, padded, D, 1, s.v.data());
     for (int h = head * group; h < (head + 1) * group; ++h)
         for (int first = 0; first < T; first += kQueries) {
-            const int count = std::min(kQueries, T - first), vectors = padded_to(kLanes, count) / kLanes;
+            const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
             gather(t.q(b, first, h), t.q.time, count, kQueries, D, t.scale, s.q.data());
             gather(d_out(b, first, h), d_out.time, count, kQueries, D, 1, s.d_out.data());
             turn_over(s.q.data(), D, s.q_over.data());
@@ -223,18 +220,18 @@ void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, c
             for (int i = 0; i < count; ++i) s.dots[i] = dot(&s.d_out[i * D], t.out(b, first + i, h), D);
             for (int key = 0; key <= first; key += kKeys) {
                 const bool own = key == first;
-                const int keys = own ? vectors * kLanes : kKeys, columns = D / kLanes, queries = vectors * kLanes;
+                const int keys = own ? queries : kKeys;
                 const Part of_scores = own ? Part::late_columns : Part::all, of_keys = own ? Part::late_terms : Part::all;
                 float *scores = s.scores.data(), *slopes = s.slopes.data();
-                multiply({keys, D, vectors, &s.k[key * D], D, 1, s.q_over.data(), kQueries, scores, kQueries, false},
+                multiply({keys, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries, scores, kQueries, false},
                          of_scores);
-                multiply({keys, D, vectors, &s.v[key * D], D, 1, s.d_out_over.data(), kQueries, slopes, kQueries, false},
+                multiply({keys, D, queries, &s.v[key * D], D, 1, s.d_out_over.data(), kQueries, slopes, kQueries, false},
                          of_scores);
-                unweigh(scores, slopes, keys, vectors, own, s.log_sums, s.dots);
-                multiply({keys, queries, columns, scores, kQueries, 1, s.d_out.data(), D, &s.dv[key * D], D, true},
+                unweigh(scores, slopes, keys, queries, own, s.log_sums, s.dots);
+                multiply({keys, queries, D, scores, kQueries, 1, s.d_out.data(), D, &s.dv[key * D], D, true},
                          of_keys);
-                multiply({keys, queries, columns, slopes, kQueries, 1, s.q.data(), D, &s.dk[key * D], D, true}, of_keys);
-                multiply({queries, keys, columns, slopes, 1, kQueries, &s.k[key * D], D, s.sums.data(), D, key > 0},
+                multiply({keys, queries, D, slopes, kQueries, 1, s.q.data(), D, &s.dk[key * D], D, true}, of_keys);
+                multiply({queries, keys, D, slopes, 1, kQueries, &s.k[key * D], D, s.sums.data(), D, key > 0},
                          own ? Part::early_terms : Part::all);
             }
             scatter(s.sums.data(), count, D, nullptr, t.scale, dq(b, first, h), dq.time);

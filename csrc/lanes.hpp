@@ -128,6 +128,11 @@ WARPLOOM_INLINE f16 exp(f16 x) {
     return select(x < low, f16{}, p * scale);
 }
 
+// Lanes i to i + 7 of two vectors, in turns.
+#define WARPLOOM_ZIP(a, b, i)                                                                                       \
+    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
+                            i + 6, i + 22, i + 7, i + 23)
+
 // bfloat16 by pairs: of 32 numbers, those at even places (the lower halves of the words) and those at odd ones.
 WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {
     u16 bits;

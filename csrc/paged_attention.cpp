@@ -15,9 +15,6 @@ constexpr int kSpan = 32;     // numbers read together; heads are padded to whol
 
 #define WARPLOOM_EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define WARPLOOM_ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
-#define WARPLOOM_ZIP(a, b, i)                                                                                       \
-    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
-                            i + 6, i + 22, i + 7, i + 23)
 
 // Keys and values as they are read: spans of 32 as two vectors. In bfloat16 these hold the even and the odd places, so
 // queries are laid out the same way, and outputs laid back.

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Small ones to train from nothing, on a laptop.
+    # Small ones to train from nothing, on a laptop; the first is nanoGPT's example for a CPU as a Llama.
+    "llama-characters": dict(vocab_size=128, d_model=128, n_layers=4, n_heads=4, max_seq_len=64),
     "llama-tiny": dict(vocab_size=2048, d_model=192, n_layers=4, n_heads=6, n_kv_heads=2, max_seq_len=256),
     "moe-tiny": dict(
         vocab_size=2048, d_model=192, n_layers=4, n_heads=6, n_kv_heads=2, max_seq_len=256, d_ff=256, n_experts=8,
