@@ -81,6 +81,8 @@ static inline __m512i widen(const uint32_t* text) { return _mm512_loadu_si512(te
 
 static inline __m512i all(int bits) { return _mm512_set1_epi32(bits); }
 
+#include "merge_side_by_side.hpp"
+
 // A byte of UTF-8 that is not the first: six bits of a character from some place on.
 static inline __m512i six(__m512i c, int from) {
     return _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(c, from), all(63)), all(0x80));

@@ -91,13 +91,12 @@ static void look_up(const Encoder<Id>& encoder, const uint8_t* text, size_t read
         for (size_t i = 0; i < n; ++i) __builtin_prefetch(table + places[i]);
 
         Id* out = ids.reserve(at - starts[0] + WordCache<Id>::kMargin);
-        Id* const from = out;
         for (size_t i = 0; (i += collect(cache, keys + i, places + i, n - i, out)) < n; ++i) {
             const auto* before = cache.table();
-            out = encoder.encode_aside(text + starts[i], starts[i + 1] - starts[i], text + readable, cache, out);
+            out = encoder.encode_aside(text + starts[i], starts[i + 1] - starts[i], text + readable, cache, ids.data(), out);
             if (cache.table() != before) locate(keys + i, places + i, n - i, cache.shift());  // it has grown and moved
         }
-        ids.size += static_cast<size_t>(out - from);
+        ids.size = static_cast<size_t>(out - ids.data());
         if (divided) cache.checkpoint();
     }
 }

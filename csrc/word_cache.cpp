@@ -1,6 +1,5 @@
 #include "word_cache.hpp"
 
-#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -93,20 +92,10 @@ void WordCache<Id>::checkpoint() const {
 }
 
 template <class Id>
-void WordCache<Id>::expect(size_t text_size, const KnownWords<Id>& tokens) {
-    bool learn = text_size >= kLargeText && !tokens.ids.empty() && !knows_tokens_;
-    int bits = learn ? kLastBits : bits_;  // a large text brings words of its own: their room now spares moving later
-    while (bits < kLastBits && (size_t{64} << bits) < text_size) ++bits;
+void WordCache<Id>::expect(size_t text_size) {
+    int bits = bits_;
+    while (bits < kLastBits && (size_t{32} << bits) < text_size) ++bits;
     if (bits > bits_) resize(bits);
-    if (!learn) return;
-    constexpr size_t kAhead = 16;
-    for (size_t i = 0; i < tokens.ids.size(); ++i) {
-        __builtin_prefetch(home_of(tokens.keys[std::min(i + kAhead, tokens.ids.size() - 1)]), 1);
-        Id packed[kInline + 1] = {tokens.ids[i]};
-        packed[kInline] = 1;
-        if (!find(tokens.keys[i])) insert_short(tokens.keys[i], packed);
-    }
-    knows_tokens_ = true;
 }
 
 template <class Id>
