@@ -10,7 +10,7 @@ namespace warploom {
 
 namespace {
 
-constexpr size_t kPiecesAtOnce = 1024, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
+constexpr size_t kPiecesAtOnce = 2048, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
 
 }  // namespace
 

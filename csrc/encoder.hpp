@@ -1,6 +1,6 @@
 // The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
 //
-// Words are looked up 64 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
+// Words are looked up 128 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
 // first cut where no token reaches across, then merged, then remembered. Merging waits for memory too: new words leave
 // room for their ids and are merged when there are sixteen.
 //
