@@ -100,9 +100,9 @@ void WordCache<Id>::expect(size_t text_size) {
 
 template <class Id>
 void WordCache<Id>::insert_short(WordKey key, const Id* ids) {
-    uint64_t home = hash_key(key) >> shift_, place = home ^ 1;  // who came first stays: frequent words come early
-    for (uint64_t step = 4; step-- > 0;)
-        if (!entries_[home ^ step].key.high) place = home ^ step;
+    uint64_t home = hash_key(key) >> shift_, place = home;
+    for (uint64_t step = 1; entries_[place].key.high && step < 4; ++step) place = home ^ step;
+    if (entries_[place].key.high) place = home ^ 1;  // who came first stays: frequent words come early
     entries_[place].key = key;
     std::memcpy(entries_[place].ids, ids, sizeof entries_[place].ids);
     ++inserted_;

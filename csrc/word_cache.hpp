@@ -68,6 +68,7 @@ public:
     }
     const Entry* find(WordKey key) {
         const Entry* home = home_of(key);
+        if (!home->key.high) return nullptr;  // then hardly beside: a new word waits for one access instead of two
         return home->key == key ? home : find_beside(key);
     }
 
