@@ -10,7 +10,7 @@ namespace warploom {
 
 namespace {
 
-constexpr size_t kPiecesAtOnce = 1024, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
+constexpr size_t kPiecesAtOnce = 2048, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
 
 }  // namespace
 
@@ -102,19 +102,11 @@ template <class Id>
 Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words)
     : merges_(std::move(merges)), pattern_(pattern), divides_(whole_words.empty()) {
     for (const auto& [token, id] : whole_words) whole_words_.add(token, id);
-    if (!divides_) return;
-    constexpr size_t kMost = 100'000;  // of a larger vocabulary the first, which are the most frequent
-    merges_.each_whole([&](const std::string& token, TokenId id) {
-        if (token.size() > kKeyBytes || tokens_.ids.size() == kMost) return;
-        tokens_.keys.push_back(copy_key(reinterpret_cast<const uint8_t*>(token.data()), token.size()));
-        tokens_.ids.push_back(static_cast<Id>(id));
-    });
-    if (tokens_.ids.size() < kMost / 10) tokens_ = {};  // too few to be worth it
 }
 
 // A word that is not at home in the cache; `end` is where the text ends.
 template <class Id>
-Id* Encoder<Id>::encode_aside(const uint8_t* word, size_t length, const uint8_t* end, Cache& cache, Id* out) const {
+Id* Encoder<Id>::encode_aside(const uint8_t* word, size_t length, const uint8_t* end, Cache& cache, Id* ids, Id* out) const {
     if (length > kKeyBytes) {
         const typename Cache::LongWord* known = cache.find_long(word, length);
         if (!known) return encode_new(word, length, cache, out);
@@ -123,17 +115,47 @@ Id* Encoder<Id>::encode_aside(const uint8_t* word, size_t length, const uint8_t*
     }
     WordKey key = key_of(word, length, end);
     if (const typename Cache::Entry* entry = cache.find(key)) return cache.put(*entry, out);
-    uint64_t gaps = divides_ ? merges_.gaps(word, length) : 0;
-    if (!gaps) return encode_new(word, length, cache, out);
-    Id* const from = out;
-    size_t begin = 0;
-    for (gaps |= 1ull << (length - 1); gaps; gaps &= gaps - 1) {
-        size_t next = static_cast<size_t>(__builtin_ctzll(gaps)) + 1;
-        out = encode_aside(word + begin, next - begin, end, cache, out);
-        begin = next;
+    if (!divides_ && whole_words_.find(word, length)) return encode_new(word, length, cache, out);
+    if (uint64_t gaps = divides_ ? merges_.gaps(word, length) : 0) {
+        Id* const from = out;
+        size_t begin = 0;
+        for (gaps |= 1ull << (length - 1); gaps; gaps &= gaps - 1) {
+            size_t next = static_cast<size_t>(__builtin_ctzll(gaps)) + 1, part = next - begin;
+            const typename Cache::Entry* entry = cache.find(key_of(word + begin, part, end));
+            out = entry ? cache.put(*entry, out) : encode_new(word + begin, part, cache, out);
+            begin = next;
+        }
+        cache.insert(word, length, from, static_cast<size_t>(out - from));
+        return out;
     }
-    cache.insert(word, length, from, static_cast<size_t>(out - from));
-    return out;
+    NewWords& waiting = cache.waiting;
+    waiting.places[waiting.count] = static_cast<size_t>(out - ids);
+    waiting.keys[waiting.count++] = key;
+    out += length;  // there are no more ids than bytes
+    return waiting.count == NewWords::kMost ? encode_waiting(cache, ids, out) : out;
+}
+
+// Merges the words that wait and remembers them, and closes the gaps that their ids leave in what was written since.
+template <class Id>
+Id* Encoder<Id>::encode_waiting(Cache& cache, Id* ids, Id* out) const {
+    constexpr size_t kFew = 3;  // are merged sooner one by one
+    NewWords& waiting = cache.waiting;
+    if (waiting.count < kFew) merges_.encode_each(waiting);
+    else kernels().merge(merges_, waiting);
+    Id* end = ids + waiting.places[0];
+    for (size_t i = 0; i < waiting.count; ++i) {
+        const WordKey& key = waiting.keys[i];
+        Id* const from = ids + waiting.places[i] + key.length();
+        Id* const until = i + 1 < waiting.count ? ids + waiting.places[i + 1] : out;
+        for (size_t k = 0; k < waiting.sizes[i]; ++k) end[k] = static_cast<Id>(merges_.id(waiting.symbols[k][i]));
+        if (!cache.find(key)) cache.insert(key.bytes(), key.length(), end, waiting.sizes[i]);
+        end += waiting.sizes[i];
+        std::memmove(end, from, static_cast<size_t>(until - from) * sizeof(Id));
+        end += until - from;
+    }
+    waiting.count = 0;
+    std::fill(waiting.keys, waiting.keys + NewWords::kMost, WordKey{});
+    return end;
 }
 
 // Merges a word and remembers it.
@@ -183,9 +205,17 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
         const uint8_t* text = segment.text + split.position;
         size_t readable = segment.size - split.position;
         size_t count = split_next(split, cache.ends.data(), kPiecesAtOnce);
-        if (count == 0) return;
+        if (count == 0) break;
         look_up(*this, text, readable, cache.ends.data(), count, cache, ids);
     }
+    settle(cache, ids);
+}
+
+// Nothing waits any longer.
+template <class Id>
+void Encoder<Id>::settle(Cache& cache, IdBuffer<Id>& ids) const {
+    if (cache.waiting.count)
+        ids.size = static_cast<size_t>(encode_waiting(cache, ids.data(), ids.data() + ids.size) - ids.data());
 }
 
 template <class Id>
@@ -233,7 +263,7 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads
     in_parallel(threads, checkpoint, [&](const Checkpoint& pause) {
         std::unique_ptr<Cache> cache = caches_.take();
         cache->scratch.checkpoint = &pause;
-        cache->expect(total / threads, tokens_);
+        cache->expect(total / threads);
         for (size_t i; (i = next++) < tasks.size(); pause()) {
             Task task = std::move(tasks[i]);  // of this thread's own: threads that write side by side hinder each other
             IdBuffer<Id>& out = threads == 1 ? ids : task.ids;
@@ -281,6 +311,7 @@ void Encoder<Id>::encode_pieces(TextView text, const uint64_t* ends, size_t coun
         first += n;
         base = ends[first - 1];
     }
+    settle(*cache, ids);
     caches_.give_back(std::move(cache));
 }
 

@@ -1,7 +1,8 @@
 // The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
 //
-// Words are looked up 64 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
-// first cut where no token reaches across, then merged, then remembered.
+// Words are looked up 128 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
+// first cut where no token reaches across, then merged, then remembered. Merging waits for memory too: new words leave
+// room for their ids and are merged when there are sixteen.
 //
 // A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
 // short texts are grouped into segments.
@@ -131,9 +132,9 @@ public:
     // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
     void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
 
-    // What look_up.hpp asks for: ids of a word that is not at home in the cache, where the text goes on to `end`; and the
-    // merges, if words may be cut where no token reaches across.
-    Id* encode_aside(const uint8_t* word, size_t length, const uint8_t* end, WordCache<Id>& cache, Id* out) const;
+    // What look_up.hpp asks for: ids of a word that is not at home in the cache, where the text goes on to `end` and ids
+    // begin at `ids`; and the merges, if words may be cut where no token reaches across.
+    Id* encode_aside(const uint8_t* word, size_t length, const uint8_t* end, WordCache<Id>& cache, Id* ids, Id* out) const;
     const Merges* divides() const { return divides_ ? &merges_ : nullptr; }
 
 private:
@@ -142,12 +143,13 @@ private:
     void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
     void encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
     Id* encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
+    Id* encode_waiting(Cache& cache, Id* ids, Id* out) const;
+    void settle(Cache& cache, IdBuffer<Id>& ids) const;
 
     Merges merges_;
     Pattern pattern_;
     bool divides_;            // whether words may be cut where no token reaches across
     Vocabulary whole_words_;  // pieces that are looked up before merging
-    KnownWords<Id> tokens_;   // what caches for large texts know from the beginning
     mutable CachePool<Cache> caches_;
 };
 

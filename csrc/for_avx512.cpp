@@ -46,12 +46,10 @@ static inline size_t emit(uint64_t bits, uint32_t base, uint32_t* out, size_t co
     out += count;
     size_t n = static_cast<size_t>(__builtin_popcountll(bits));
     _mm512_storeu_si512(out, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_castsi512_si128(packed))));
-    if (n > 16) {
-        _mm512_storeu_si512(out + 16, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 1))));
-        if (n > 32) {
-            _mm512_storeu_si512(out + 32, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 2))));
-            _mm512_storeu_si512(out + 48, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 3))));
-        }
+    _mm512_storeu_si512(out + 16, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 1))));
+    if (n > 32) {
+        _mm512_storeu_si512(out + 32, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 2))));
+        _mm512_storeu_si512(out + 48, _mm512_add_epi32(start, _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(packed, 3))));
     }
     return count + n;
 }
@@ -80,6 +78,8 @@ static inline __m512i widen(const uint16_t* text) {
 static inline __m512i widen(const uint32_t* text) { return _mm512_loadu_si512(text); }
 
 static inline __m512i all(int bits) { return _mm512_set1_epi32(bits); }
+
+#include "merge_side_by_side.hpp"
 
 // A byte of UTF-8 that is not the first: six bits of a character from some place on.
 static inline __m512i six(__m512i c, int from) {

@@ -16,6 +16,7 @@ struct Kernels {
     SplitFunction split[4];  // of each Pattern
     LookUp<uint16_t> look_up16;
     LookUp<uint32_t> look_up32;
+    void (*merge)(const Merges& merges, NewWords& words);
     size_t (*utf8_of_1)(const uint8_t* text, size_t count, uint8_t* out);  // characters of so many bytes
     size_t (*utf8_of_2)(const uint16_t* text, size_t count, uint8_t* out);
     size_t (*utf8_of_4)(const uint32_t* text, size_t count, uint8_t* out);

@@ -1,10 +1,11 @@
-// Looking up words, sixty-four at a time: the inner loop of encoding. Included by loops.hpp, once per instruction set.
+// Looking up words, 128 at a time: the inner loop of encoding. Included by loops.hpp, once per instruction set.
 //
 // First the keys of all are made, then their hashes, many at once where the machine can, and their places requested; then
 // the answers are collected, when they have arrived. A long word that falls apart (Merges::gaps) is looked up by its
 // parts: they are few and come again, where long words rarely do.
 
-constexpr size_t kGroup = 64, kWindow = 64;
+constexpr size_t kGroup = 128, kWindow = 64;
+constexpr size_t kAhead = 1024;  // bytes of ids for which room is requested before they are written
 
 // The three inner loops are functions of their own, so that each has all registers for itself.
 
@@ -91,13 +92,14 @@ static void look_up(const Encoder<Id>& encoder, const uint8_t* text, size_t read
         for (size_t i = 0; i < n; ++i) __builtin_prefetch(table + places[i]);
 
         Id* out = ids.reserve(at - starts[0] + WordCache<Id>::kMargin);
-        Id* const from = out;
+        for (size_t line = 0; line < 4 * sizeof(Id); ++line)  // about what the group will fill
+            __builtin_prefetch(reinterpret_cast<const char*>(out) + kAhead + 64 * line, 1);
         for (size_t i = 0; (i += collect(cache, keys + i, places + i, n - i, out)) < n; ++i) {
             const auto* before = cache.table();
-            out = encoder.encode_aside(text + starts[i], starts[i + 1] - starts[i], text + readable, cache, out);
+            out = encoder.encode_aside(text + starts[i], starts[i + 1] - starts[i], text + readable, cache, ids.data(), out);
             if (cache.table() != before) locate(keys + i, places + i, n - i, cache.shift());  // it has grown and moved
         }
-        ids.size += static_cast<size_t>(out - from);
+        ids.size = static_cast<size_t>(out - ids.data());
         if (divided) cache.checkpoint();
     }
 }

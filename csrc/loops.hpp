@@ -1,5 +1,5 @@
 // The loops of one instruction set. Included by each file that compiles for one, inside a namespace of its own, after
-// `classify` and `emit` are defined there.
+// `classify`, `emit` and the like are defined there.
 //
 // Functions here are static, and templates they call are instantiated elsewhere (extern template): a copy of a shared
 // inline function, compiled for this file's instructions, must not be the one that the linker keeps for everybody.
@@ -14,6 +14,7 @@ static const Kernels* kernels_named(const char* name) {
                                  split_blocks<Pattern::kO200k>},
                                 look_up<uint16_t>,
                                 look_up<uint32_t>,
+                                merge_side_by_side,
                                 to_utf8<uint8_t>,
                                 to_utf8<uint16_t>,
                                 to_utf8<uint32_t>};

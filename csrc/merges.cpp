@@ -6,27 +6,6 @@
 
 namespace warploom {
 
-void PairTable::build(const std::vector<Symbol>& left, const std::vector<Symbol>& right, size_t symbols) {
-    lefts_.assign(symbols / 64 + 1, 0);
-    rights_.assign(symbols / 64 + 1, 0);
-    for (Symbol symbol : left) lefts_[symbol >> 6] |= 1ull << (symbol & 63);
-    for (Symbol symbol : right) rights_[symbol >> 6] |= 1ull << (symbol & 63);
-    size_t size = 64;
-    shift_ = 58;
-    while (size < left.size() * 2) size *= 2, --shift_;
-    mask_ = size - 1;
-    slots_.assign(size, kEmpty);
-    bytes_.assign(1 << 16, kNoRank);
-    for (uint32_t rank = 0; rank < left.size(); ++rank) {
-        if (this->rank(left[rank], right[rank]) != kNoRank) continue;  // the first of equal merges counts
-        uint64_t key = static_cast<uint64_t>(left[rank]) << 21 | right[rank];
-        uint64_t slot = key * kMultiplier >> shift_;
-        while (slots_[slot] != kEmpty) slot = (slot + 1) & mask_;
-        slots_[slot] = key << 22 | rank;
-        if (left[rank] < 256 && right[rank] < 256) bytes_[left[rank] << 8 | right[rank]] = rank;
-    }
-}
-
 Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left,
                const std::vector<TokenId>& right, const std::vector<TokenId>& merged) {
     TokenId greatest = *std::max_element(byte_ids.begin(), byte_ids.end());
@@ -84,17 +63,6 @@ std::vector<std::string> Merges::spell() const {
     return bytes;
 }
 
-void Merges::each_whole(const std::function<void(const std::string&, TokenId)>& visit) const {
-    std::vector<std::string> bytes = spell();
-    Symbol symbols[kShort];
-    for (Symbol symbol = 0; symbol < bytes.size(); ++symbol) {
-        const std::string& token = bytes[symbol];
-        if (token.empty() || token.size() > kShort) continue;
-        size_t count = encode_short(reinterpret_cast<const uint8_t*>(token.data()), token.size(), symbols);
-        if (count == 1 && symbols[0] == symbol) visit(token, id(symbol));
-    }
-}
-
 size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& s) const {
     if (size <= kShort) {
         Symbol symbols[kShort];
@@ -116,6 +84,14 @@ size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScrat
     }
     for (size_t i = 0; i < s.joined.size(); ++i) ids[i] = id(s.joined[i]);
     return s.joined.size();
+}
+
+void Merges::encode_each(NewWords& words) const {
+    for (size_t i = 0; i < words.count; ++i) {
+        Symbol symbols[kShort];
+        words.sizes[i] = static_cast<uint32_t>(encode_short(words.keys[i].bytes(), words.keys[i].length(), symbols));
+        for (size_t k = 0; k < words.sizes[i]; ++k) words.symbols[k][i] = symbols[k];
+    }
 }
 
 // Whether two tokens at a border are what their bytes become on their own.

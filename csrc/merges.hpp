@@ -9,46 +9,16 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
+#include "pair_table.hpp"
 #include "parallel.hpp"
+#include "word_key.hpp"
 
 namespace warploom {
 
-using Symbol = uint32_t;  // 0..255 are bytes, then each merged token in the order of its first merge
 using TokenId = uint32_t;
-
-constexpr uint32_t kNoRank = 0xFFFFFFFF;
-
-// The rank (place among the merges) of a pair of symbols. Eight bytes an entry: 21 bits for each symbol, 22 for the rank.
-class PairTable {
-public:
-    void build(const std::vector<Symbol>& left, const std::vector<Symbol>& right, size_t symbols);
-
-    // Most tokens are never the left half of another one, or never the right half: two bits that stay in the nearest
-    // cache save most of the look-ups that would find nothing.
-    uint32_t rank(Symbol left, Symbol right) const {
-        if (!((lefts_[left >> 6] >> (left & 63)) & (rights_[right >> 6] >> (right & 63)) & 1)) return kNoRank;
-        uint64_t key = static_cast<uint64_t>(left) << 21 | right;
-        for (uint64_t slot = key * kMultiplier >> shift_;; slot = (slot + 1) & mask_) {
-            uint64_t entry = slots_[slot];
-            if (entry >> 22 == key) return static_cast<uint32_t>(entry & kRankMask);
-            if (entry == kEmpty) return kNoRank;
-        }
-    }
-
-    uint32_t byte_rank(uint8_t left, uint8_t right) const { return bytes_[left << 8 | right]; }
-
-private:
-    static constexpr uint64_t kEmpty = ~0ull, kRankMask = (1u << 22) - 1, kMultiplier = 0x9E3779B97F4A7C15ull;
-    std::vector<uint64_t> slots_;
-    std::vector<uint32_t> bytes_;  // pairs of single bytes, where most look-ups go
-    std::vector<uint64_t> lefts_, rights_;  // a bit a symbol
-    uint64_t mask_ = 0;
-    int shift_ = 63;
-};
 
 // Memory that `Merges::encode` works in, kept between words.
 struct MergeScratch {
@@ -62,6 +32,16 @@ struct MergeScratch {
     std::vector<uint32_t> positions;
     std::vector<Symbol> block, joined, window, pair;
     const Checkpoint* checkpoint = nullptr;  // called now and then within a very long word
+};
+
+// New words that wait until there are enough of them to be merged side by side.
+struct NewWords {
+    static constexpr size_t kMost = 16;
+    size_t count = 0;
+    WordKey keys[kMost] = {};     // zero beyond `count`
+    size_t places[kMost];         // where their ids go
+    uint32_t sizes[kMost];        // the outcome: how many symbols each has become,
+    Symbol symbols[kKeyBytes][kMost];  // and its first ones, its second ones, …
 };
 
 class Merges {
@@ -93,11 +73,19 @@ public:
         return size;
     }
 
-    // Calls visit(bytes, id) for each token that its own bytes become.
-    void each_whole(const std::function<void(const std::string&, TokenId)>& visit) const;
-
     // Writes the ids of a word and returns how many there are (at most `size`).
     size_t encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
+
+    // Merges words one after another.
+    void encode_each(NewWords& words) const;
+
+    // In a vocabulary that BPE learned the merge of rank r makes symbol 256 + r, and mostly symbol s has id s: then
+    // nothing need be loaded, and encoding a new word is mostly waiting for loads.
+    TokenId id(Symbol symbol) const { return plain_ids_ && symbol >= 256 ? symbol : ids_[symbol]; }
+
+    // What merging side by side looks up: ranks, and the symbols that merges make, nullptr if they are 256 + rank.
+    const PairTable& pairs() const { return pairs_; }
+    const Symbol* results() const { return plain_results_ ? nullptr : result_.data(); }
 
 private:
     static constexpr size_t kShort = 48, kBlock = 1024, kWidest = 8 * kBlock;
@@ -110,10 +98,7 @@ private:
     void offer(MergeScratch& s, uint32_t position, uint32_t rank) const;
     void take_bucket(MergeScratch& s, uint32_t rank) const;
 
-    // In a vocabulary that BPE learned the merge of rank r makes symbol 256 + r, and mostly symbol s has id s: then
-    // nothing need be loaded, and encoding a new word is mostly waiting for loads.
     Symbol result(uint32_t rank) const { return plain_results_ ? 256 + rank : result_[rank]; }
-    TokenId id(Symbol symbol) const { return plain_ids_ && symbol >= 256 ? symbol : ids_[symbol]; }
 
     PairTable pairs_;
     std::vector<Symbol> left_, right_, result_;  // of each merge

@@ -1,6 +1,5 @@
 #include "word_cache.hpp"
 
-#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -93,27 +92,17 @@ void WordCache<Id>::checkpoint() const {
 }
 
 template <class Id>
-void WordCache<Id>::expect(size_t text_size, const KnownWords<Id>& tokens) {
-    bool learn = text_size >= kLargeText && !tokens.ids.empty() && !knows_tokens_;
-    int bits = learn ? kLastBits : bits_;  // a large text brings words of its own: their room now spares moving later
-    while (bits < kLastBits && (size_t{64} << bits) < text_size) ++bits;
+void WordCache<Id>::expect(size_t text_size) {
+    int bits = bits_;
+    while (bits < kLastBits && (size_t{32} << bits) < text_size) ++bits;
     if (bits > bits_) resize(bits);
-    if (!learn) return;
-    constexpr size_t kAhead = 16;
-    for (size_t i = 0; i < tokens.ids.size(); ++i) {
-        __builtin_prefetch(home_of(tokens.keys[std::min(i + kAhead, tokens.ids.size() - 1)]), 1);
-        Id packed[kInline + 1] = {tokens.ids[i]};
-        packed[kInline] = 1;
-        if (!find(tokens.keys[i])) insert_short(tokens.keys[i], packed);
-    }
-    knows_tokens_ = true;
 }
 
 template <class Id>
 void WordCache<Id>::insert_short(WordKey key, const Id* ids) {
-    uint64_t home = hash_key(key) >> shift_, place = home ^ 1;  // who came first stays: frequent words come early
-    for (uint64_t step = 4; step-- > 0;)
-        if (!entries_[home ^ step].key.high) place = home ^ step;
+    uint64_t home = hash_key(key) >> shift_, place = home;
+    for (uint64_t step = 1; entries_[place].key.high && step < 4; ++step) place = home ^ step;
+    if (entries_[place].key.high) place = home ^ 1;  // who came first stays: frequent words come early
     entries_[place].key = key;
     std::memcpy(entries_[place].ids, ids, sizeof entries_[place].ids);
     ++inserted_;

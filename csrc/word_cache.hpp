@@ -27,13 +27,6 @@ void release(void* memory, size_t size);
 // The number of the core this thread runs on; 0 where the system does not say.
 unsigned core();
 
-// Words that each become one id.
-template <class Id>
-struct KnownWords {
-    std::vector<WordKey> keys;
-    std::vector<Id> ids;
-};
-
 // Id: uint16_t for vocabularies of up to 65536 tokens, else uint32_t.
 template <class Id>
 class WordCache {
@@ -75,6 +68,7 @@ public:
     }
     const Entry* find(WordKey key) {
         const Entry* home = home_of(key);
+        if (!home->key.high) return nullptr;  // then hardly beside: a new word waits for one access instead of two
         return home->key == key ? home : find_beside(key);
     }
 
@@ -93,18 +87,17 @@ public:
     // Stops work on an endless word if the user asked for it.
     void checkpoint() const;
 
-    // Makes room at once for the words of a text of this many bytes. Where that is much, the cache also learns the tokens,
-    // once: a third of the new words of a text are tokens, and learning all costs less than merging some.
-    void expect(size_t text_size, const KnownWords<Id>& tokens);
+    // Makes room at once for the words of a text of this many bytes, which spares moving them later.
+    void expect(size_t text_size);
 
     MergeScratch scratch;
+    NewWords waiting;            // to be merged and inserted
     std::vector<TokenId> ids;    // of the word being encoded
     std::vector<uint8_t> utf8;   // of the segment being encoded, where the text is not UTF-8
     std::vector<uint32_t> ends;  // of the pieces of a text
 
 private:
     static constexpr int kFirstBits = 11, kLastBits = 18;
-    static constexpr size_t kLargeText = 1 << 19;
     static constexpr size_t kFirstSlots = 1 << 10, kLastSlots = 1 << 18, kArenaLimit = (16 << 20) / 8;
 
     void resize(int bits);
@@ -122,7 +115,6 @@ private:
     Entry* entries_ = nullptr;
     int bits_ = 0, shift_ = 0;
     size_t inserted_ = 0;
-    bool knows_tokens_ = false;
     std::vector<uint32_t> slots_;  // one more than a place in the arena; 0 for none
     std::vector<uint64_t> arena_;
     size_t long_count_ = 0;

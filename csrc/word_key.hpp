@@ -9,6 +9,8 @@ namespace warploom {
 
 struct WordKey {
     uint64_t low, high;  // the bytes, and the length in the topmost byte
+    const uint8_t* bytes() const { return reinterpret_cast<const uint8_t*>(this); }
+    size_t length() const { return high >> 56; }
     bool operator==(const WordKey& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
 };
 

@@ -115,22 +115,37 @@ def test_ids_equal_the_twins(tok, texts, noise):
         assert tok.encode_array(text, threads=3).tolist() == twin.encode(text)
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.data())
-def test_any_list_of_merges_is_applied_like_the_twin_does(data):
+@st.composite
+def any_merges(draw):
+    """A vocabulary and merges in no order that training would give, with repeated results."""
     vocab = {bytes([byte]): 255 - byte for byte in range(256)}
     merges = []
-    for _ in range(data.draw(st.integers(0, 12))):  # in no order that training would give, with repeated results
+    for _ in range(draw(st.integers(0, 12))):
         token = st.sampled_from(sorted(t for t in vocab if len(t) > 1 or t in b"ab"))
-        left, right = data.draw(token), data.draw(token)
+        left, right = draw(token), draw(token)
         merges.append((left, right))
         vocab.setdefault(left + right, len(vocab))
-    merges = data.draw(st.permutations(merges))
-    pattern, whole = r"(?s).+", data.draw(st.booleans())
+    return vocab, draw(st.permutations(merges)), draw(st.booleans())
+
+
+@settings(deadline=None, max_examples=200)
+@given(any_merges(), st.lists(st.tuples(st.text("abc", min_size=1, max_size=100), st.integers(1, 40)), max_size=4))
+def test_any_list_of_merges_is_applied_like_the_twin_does(vocabulary, texts):
+    vocab, merges, whole = vocabulary
+    pattern = r"(?s).+"
     tok, twin = BPETokenizer(vocab, merges, {}, pattern, whole_words=whole), PythonBPE(vocab, merges, pattern, whole)
-    for text in data.draw(st.lists(st.text("abc", min_size=1, max_size=100), max_size=4)):  # at a c, words fall apart
-        long = text * data.draw(st.integers(1, 40))  # beyond a kilobyte, words are encoded in blocks
-        assert tok.encode(text) == twin.encode(text) and tok.encode(long) == twin.encode(long)
+    for text, times in texts:  # at a c, words fall apart; beyond a kilobyte, they are encoded in blocks
+        for form in (text, text * times):
+            assert tok.encode(form) == twin.encode(form)
+
+
+@settings(deadline=None, max_examples=200)
+@given(any_merges(), st.lists(st.text("aabbc", min_size=1, max_size=17), max_size=60))
+def test_new_words_are_merged_side_by_side_as_they_are_alone(vocabulary, words):
+    vocab, merges, whole = vocabulary
+    tok, twin = BPETokenizer(vocab, merges, {}, "gpt2", whole_words=whole), PythonBPE(vocab, merges, "gpt2", whole)
+    text = "\n".join(words)
+    assert tok.encode(text) == twin.encode(text)
 
 
 @settings(deadline=None, max_examples=150)
@@ -395,7 +410,7 @@ def words_of_many_scripts(count: int) -> str:
 
 
 def test_a_large_text_gives_the_ids_of_the_twin_whatever_the_machine(isa):
-    """Large enough that a cache is born with the vocabulary, which is large enough to be worth it."""
+    """Large enough for several segments, and with more new words than are merged at once."""
     source = "".join(path.read_text("utf-8", "ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60])
     tok = BPETokenizer.train([source, words_of_many_scripts(3000)], 12_000, "gpt4")
     text = words_of_many_scripts(20_000) + source[:300_000]
