@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "lanes.hpp"
+#include "matrix.hpp"
 
 namespace warploom {
 
@@ -16,11 +16,11 @@ struct Step {
     int width;
 };
 
-// The pages of one layer: (pages, page size, kv heads, head dim), float32 or bfloat16.
+// The pages of one layer: (pages, page size, kv heads, head dim) of float32 or bfloat16, or tiles of int8_pages.hpp.
 struct Pages {
     void* keys;
     void* values;
-    bool half;
+    Format format;
     int page_size, kv_heads, head_dim;
 };
 
@@ -29,6 +29,11 @@ struct Look {
     int window;     // how many keys a query sees, itself included; 0: all before it
     float softcap;  // 0: none
     float scale;
+};
+
+// `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.
+struct Task {
+    int first, tokens, group, groups;
 };
 
 // Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none.

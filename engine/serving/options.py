@@ -28,6 +28,8 @@ class LLMOptions:
     """Tokens a page of the cache."""
     quantize: Literal["int8"] | None = None
     """Keep weights in 8 bits; on a CPU, activations are rounded to 8 bits too, in groups of 64."""
+    kv_dtype: Literal["int8", "fp8"] | None = None
+    """Number format of keys and values: int8 on a CPU, fp8 on a GPU; by default that of the model."""
     step_tokens: int | None = None
     """Most tokens computed in one step."""
     max_context: int | None = None
