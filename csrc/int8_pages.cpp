@@ -26,7 +26,7 @@ int64_t tile_bytes(int D) { return int64_t(kTile) * (D + int(sizeof(float))); }
 
 // What a thread needs for the queries of one walk; D is padded.
 struct Scratch {
-    std::vector<int8_t, InLines<int8_t>> high, low;  // (queries, D)
+    std::vector<int8_t, InLines<int8_t>> bytes;      // (queries, D / 4, 2, 4): high and low
     std::vector<int32_t> starts;                     // −128 · Σ query: takes the keys' offset out again
     Floats scales, outputs;                          // (queries), (queries, D)
     Floats totals, peaks;                            // (queries, 16), (queries)
@@ -35,6 +35,7 @@ struct Scratch {
     Floats shrink, share;                            // (queries): of what was, and a part of the weights
     Floats row;                                      // (D)
     std::vector<int32_t, InLines<int32_t>> numbers;  // (D)
+    std::vector<int8_t> narrow;                      // (2, D)
 };
 
 // Sixteen numbers to whole ones. What follows is left to loops: GCC 12 lowers operators on vectors of integers before it
@@ -70,13 +71,12 @@ WARPLOOM_CLONES void split_query(const float* x, int D, float factor, int q, Scr
     s.row.resize(wide), s.numbers.resize(wide);
     const int32_t* numbers = s.numbers.data();
     s.scales[q] = round_row(x, D, factor, kMost, s.row.data(), s.numbers.data());
-    int8_t *high = &s.high[size_t(q) * wide], *low = &s.low[size_t(q) * wide];
+    s.narrow.resize(2 * wide);
+    int8_t *high = s.narrow.data(), *low = high + wide, *to = &s.bytes[size_t(q) * 2 * wide];
     int32_t total = 0;
-    for (int d = 0; d < wide; ++d) {
-        const int32_t above = (numbers[d] + 64) >> 7;
-        high[d] = int8_t(above), low[d] = int8_t(numbers[d] - 128 * above);
-        total += numbers[d];
-    }
+    for (int d = 0; d < wide; ++d) high[d] = int8_t((numbers[d] + 64) >> 7), total += numbers[d];
+    for (int d = 0; d < wide; ++d) low[d] = int8_t(numbers[d] - 128 * high[d]);
+    for (int d = 0; d < wide; d += 4) std::memcpy(to + 2 * d, high + d, 4), std::memcpy(to + 2 * d + 4, low + d, 4);
     s.starts[q] = -128 * total;
 }
 
@@ -87,7 +87,10 @@ WARPLOOM_CLONES void write_lane(const float* k, const float* v, int D, int lane,
     s.row.resize(wide), s.numbers.resize(wide);
     const int32_t* numbers = s.numbers.data();
     float scale = round_row(k, D, 1, 127, s.row.data(), s.numbers.data());
-    for (int d = 0; d < wide; ++d) keys[d / 4 * 64 + lane * 4 + d % 4] = uint8_t(128 + numbers[d]);
+    s.narrow.resize(wide);
+    int8_t* narrow = s.narrow.data();
+    for (int d = 0; d < wide; ++d) narrow[d] = int8_t(numbers[d] ^ 128);
+    for (int d = 0; d < wide; d += 4) std::memcpy(keys + d * kTile + lane * 4, narrow + d, 4);
     std::memcpy(keys + kTile * wide + lane * 4, &scale, 4);
     scale = round_row(v, D, 1, 127, s.row.data(), s.numbers.data());
     uint32_t* fours = reinterpret_cast<uint32_t*>(values + lane / 4 * 4 * wide);
@@ -126,13 +129,16 @@ WARPLOOM_CLONES void visit_plain(const Look& look, const Tiles& t, Scratch& s) {
     t.each([&](int head, int token, int q) {
         const uint8_t* keys = t.keys + head * t.bytes;
         const int8_t* values = reinterpret_cast<const int8_t*>(t.values + head * t.bytes);
-        const int8_t *high = &s.high[size_t(q) * t.D], *low = &s.low[size_t(q) * t.D];
+        const int8_t* query = &s.bytes[size_t(q) * 2 * t.D];
         const int from = int(std::max<int64_t>(0, t.seen[token].since - t.at));
         const int to = int(std::min<int64_t>(kTile, t.seen[token].end - t.at));
         float scores[kTile], peak = s.peaks[q], most = 0;
         for (int i = from; i < to; ++i) {
             int32_t sum = s.starts[q];
-            for (int d = 0; d < t.D; ++d) sum += (128 * high[d] + low[d]) * keys[d / 4 * 64 + i * 4 + d % 4];
+            for (int d = 0; d < t.D; ++d) {
+                const int8_t* number = query + d / 4 * 8 + d % 4;
+                sum += (128 * number[0] + number[4]) * keys[d / 4 * 64 + i * 4 + d % 4];
+            }
             scores[i] = float(sum) * (t.key_scales(head)[i] * s.scales[q]);
             if (look.softcap > 0) scores[i] = look.softcap * std::tanh(scores[i] / look.softcap);
             peak = std::max(peak, scores[i]);
@@ -159,24 +165,28 @@ WARPLOOM_CLONES void visit_plain(const Look& look, const Tiles& t, Scratch& s) {
 #ifdef WARPLOOM_X86
 #define WARPLOOM_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
 
-// sums += unsigned · signed, four bytes a lane; a query's are the same four for all lanes. Spelled out as in int8_matrix.cpp.
-WARPLOOM_VNNI inline void meet_four(__m512i& sums, __m512i keys, const int8_t* query) {
+// sums + unsigned · signed, four bytes a lane; a query's are the same four for all lanes. Spelled out as in int8_matrix.cpp.
+WARPLOOM_VNNI inline __m512i meet_four(__m512i sums, __m512i keys, const int8_t* query) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(keys), "m"(*reinterpret_cast<const int8_t(*)[4]>(query)));
+    return sums;
 }
-WARPLOOM_VNNI inline void add_four(__m512i& sums, __m512i weights, __m512i values) {
+WARPLOOM_VNNI inline __m512i add_four(__m512i sums, __m512i weights, __m512i values) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(values));
+    return sums;
 }
 
 template <int QUERIES>
 WARPLOOM_VNNI inline void meet_some(const uint8_t* keys, int D, int q, Scratch& s) {
     __m512i high[QUERIES], low[QUERIES];
     for (int i = 0; i < QUERIES; ++i) high[i] = _mm512_setzero_si512(), low[i] = _mm512_set1_epi32(s.starts[q + i]);
-    const int8_t *highs = s.high.data() + size_t(q) * D, *lows = s.low.data() + size_t(q) * D;
-    for (int d = 0; d < D; d += 4) {
+    const int8_t* query[QUERIES];
+    for (int i = 0; i < QUERIES; ++i) query[i] = s.bytes.data() + size_t(q + i) * 2 * D;
+    for (size_t d = 0; d < size_t(D); d += 4) {
         const __m512i four = _mm512_loadu_si512(keys + d * kTile);
+#pragma GCC unroll 4
         for (int i = 0; i < QUERIES; ++i) {
-            meet_four(high[i], four, highs + i * D + d);
-            meet_four(low[i], four, lows + i * D + d);
+            high[i] = meet_four(high[i], four, query[i] + 2 * d);
+            low[i] = meet_four(low[i], four, query[i] + 2 * d + 4);
         }
     }
     for (int i = 0; i < QUERIES; ++i)
@@ -199,7 +209,8 @@ WARPLOOM_VNNI inline void weigh(const Look& look, __m512 key_scales, __m512 valu
     const uint32_t before = since > 0 ? ~0u << since : ~0u, after = end < kTile ? ~(~0u << end) : ~0u;
     score = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), __mmask16(before & after), score);
     const float peak = std::max(s.peaks[q], largest_of(score));
-    const __m512 shrink = exp(_mm512_set1_ps(s.peaks[q] - peak));
+    __m512 shrink = _mm512_set1_ps(1);
+    if (peak > s.peaks[q]) shrink = exp(_mm512_set1_ps(s.peaks[q] - peak));
     const __m512 weight = exp(_mm512_sub_ps(score, _mm512_set1_ps(peak))), scaled = _mm512_mul_ps(weight, value_scales);
     float* totals = &s.totals[q * kTile];
     _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), shrink, weight));
@@ -220,10 +231,11 @@ WARPLOOM_VNNI inline void gather_some(const uint8_t* values, int D, int q, int d
         int32_t both[2];
         std::memcpy(both, weights + t, 4), std::memcpy(both + 1, weights + kTile + t, 4);
         const __m512i highs = _mm512_set1_epi32(both[0]), lows = _mm512_set1_epi32(both[1]);
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             const __m512i four = _mm512_loadu_si512(values + t * D + (d + 16 * v) * 4);
-            add_four(high[v], highs, four);
-            add_four(low[v], lows, four);
+            high[v] = add_four(high[v], highs, four);
+            low[v] = add_four(low[v], lows, four);
         }
     }
     float* out = &s.outputs[size_t(q) * D + d];
@@ -313,7 +325,7 @@ void attend_int8(const Pages& pages, const Step& step, const Look& look, const f
             const int head = (group + i / Q) * shared + i % shared;
             return std::pair<int64_t, int64_t>(task.first + i % Q / shared, head);
         };
-        s.high.resize(size_t(all) * D), s.low.resize(size_t(all) * D), s.starts.resize(all), s.scales.resize(all);
+        s.bytes.resize(size_t(all) * 2 * D), s.starts.resize(all), s.scales.resize(all);
         s.scores.resize(all * kTile), s.weights.resize(all * 2 * kTile), s.shrink.resize(all), s.share.resize(all);
         s.outputs.assign(size_t(all) * D, 0.0f), s.totals.assign(all * 16, 0.0f), s.peaks.assign(all, -INFINITY);
         for (int i = 0; i < all; ++i) {
