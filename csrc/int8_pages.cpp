@@ -26,7 +26,7 @@ int64_t tile_bytes(int D) { return int64_t(kTile) * (D + int(sizeof(float))); }
 
 // What a thread needs for the queries of one walk; D is padded.
 struct Scratch {
-    std::vector<int8_t, InLines<int8_t>> bytes;      // (queries, D / 4, 2, 4): high and low
+    std::vector<int8_t, InLines<int8_t>> bytes;      // (queries, 2, D): high and low
     std::vector<int32_t> starts;                     // −128 · Σ query: takes the keys' offset out again
     Floats scales, outputs;                          // (queries), (queries, D)
     Floats totals, peaks;                            // (queries, 16), (queries)
@@ -35,7 +35,8 @@ struct Scratch {
     Floats shrink, share;                            // (queries): of what was, and a part of the weights
     Floats row;                                      // (D)
     std::vector<int32_t, InLines<int32_t>> numbers;  // (D)
-    std::vector<int8_t> narrow;                      // (2, D)
+    std::vector<int8_t> narrow;                      // (D)
+    Floats keys, values;                             // (D, 16), (16, D): of a tile, where there are no products of bytes
 };
 
 // Sixteen numbers to whole ones. What follows is left to loops: GCC 12 lowers operators on vectors of integers before it
@@ -71,12 +72,10 @@ WARPLOOM_CLONES void split_query(const float* x, int D, float factor, int q, Scr
     s.row.resize(wide), s.numbers.resize(wide);
     const int32_t* numbers = s.numbers.data();
     s.scales[q] = round_row(x, D, factor, kMost, s.row.data(), s.numbers.data());
-    s.narrow.resize(2 * wide);
-    int8_t *high = s.narrow.data(), *low = high + wide, *to = &s.bytes[size_t(q) * 2 * wide];
+    int8_t *high = &s.bytes[size_t(q) * 2 * wide], *low = high + wide;
     int32_t total = 0;
     for (int d = 0; d < wide; ++d) high[d] = int8_t((numbers[d] + 64) >> 7), total += numbers[d];
     for (int d = 0; d < wide; ++d) low[d] = int8_t(numbers[d] - 128 * high[d]);
-    for (int d = 0; d < wide; d += 4) std::memcpy(to + 2 * d, high + d, 4), std::memcpy(to + 2 * d + 4, low + d, 4);
     s.starts[q] = -128 * total;
 }
 
@@ -115,51 +114,60 @@ struct Tiles {
     const float* key_scales(int head) const { return scales(keys + head * bytes); }
     const float* value_scales(int head) const { return scales(values + head * bytes); }
     const float* scales(const uint8_t* tile) const { return reinterpret_cast<const float*>(tile + kTile * D); }
-
-    template <class Work>
-    void each(const Work& work) const {  // work(head, token, query)
-        for (int head = 0; head < heads; ++head)
-            for (int token = first, q = head * queries + first * shared; token < last; ++token)
-                for (int i = 0; i < shared; ++i) work(head, token, q++);
-    }
 };
 
-// The plain meaning of a visit: scores become weights, and maximum, sum and weighted values are brought up to date.
+// A tile's bytes as floats.
+WARPLOOM_INLINE void widen_tile(const uint8_t* keys, const uint8_t* values, int D, Scratch& s) {
+    s.keys.resize(size_t(kTile) * D), s.values.resize(size_t(kTile) * D);
+    for (int j = 0; j < 4; ++j) {
+        for (int d = 0; d < D; d += 4) {
+            const uint32_t* fours = reinterpret_cast<const uint32_t*>(keys + d * kTile);
+            float* to = &s.keys[(d + j) * kTile];
+            for (int t = 0; t < kTile; ++t) to[t] = float(int32_t(fours[t] >> 8 * j & 255) - 128);
+        }
+        for (int t = 0; t < kTile; t += 4) {
+            const uint32_t* fours = reinterpret_cast<const uint32_t*>(values + t * D);
+            float* to = &s.values[size_t(t + j) * D];
+            for (int d = 0; d < D; ++d) to[d] = float(int32_t(fours[d] << (24 - 8 * j)) >> 24);
+        }
+    }
+}
+
+// The plain meaning of a visit, in floats: scores become weights; maximum, sum and weighted values are brought up to date.
+WARPLOOM_INLINE void visit_query(const Look& look, const Tiles& t, int head, const Seen& seen, int q, Scratch& s) {
+    s.row.resize(t.D);
+    const int8_t *high = &s.bytes[size_t(q) * 2 * t.D], *low = high + t.D;
+    for (int d = 0; d < t.D; ++d) s.row[d] = float(128 * high[d] + low[d]);
+    f16 total = {};
+    for (int d = 0; d < t.D; ++d) total += load(&s.keys[d * kTile]) * s.row[d];
+    float scores[kTile];
+    store(scores, total * (load(t.key_scales(head)) * s.scales[q]));
+    for (int i = 0; i < kTile; ++i) {
+        if (look.softcap > 0) scores[i] = look.softcap * std::tanh(scores[i] / look.softcap);
+        if (t.at + i < seen.since || t.at + i >= seen.end) scores[i] = -INFINITY;
+    }
+    const float peak = std::max(s.peaks[q], largest(load(scores))), shrink = std::exp(s.peaks[q] - peak);
+    const f16 weight = exp(load(scores) - peak), scaled = weight * load(t.value_scales(head));
+    store(&s.totals[q * kTile], load(&s.totals[q * kTile]) * shrink + weight);
+    const float most = largest(scaled), inverse = most > kLeast ? kParts / most : 0;
+    int32_t weights[kTile];
+    round_to(weights, scaled * inverse);
+    for (int d = 0; d < t.D; d += 16) {
+        f16 sum = {};
+        for (int i = 0; i < kTile; ++i) sum += load(&s.values[size_t(i) * t.D + d]) * float(weights[i]);
+        float* out = &s.outputs[size_t(q) * t.D + d];
+        store(out, load(out) * shrink + sum * (most / kParts));
+    }
+    s.peaks[q] = peak;
+}
+
 WARPLOOM_CLONES void visit_plain(const Look& look, const Tiles& t, Scratch& s) {
-    t.each([&](int head, int token, int q) {
-        const uint8_t* keys = t.keys + head * t.bytes;
-        const int8_t* values = reinterpret_cast<const int8_t*>(t.values + head * t.bytes);
-        const int8_t* query = &s.bytes[size_t(q) * 2 * t.D];
-        const int from = int(std::max<int64_t>(0, t.seen[token].since - t.at));
-        const int to = int(std::min<int64_t>(kTile, t.seen[token].end - t.at));
-        float scores[kTile], peak = s.peaks[q], most = 0;
-        for (int i = from; i < to; ++i) {
-            int32_t sum = s.starts[q];
-            for (int d = 0; d < t.D; ++d) {
-                const int8_t* number = query + d / 4 * 8 + d % 4;
-                sum += (128 * number[0] + number[4]) * keys[d / 4 * 64 + i * 4 + d % 4];
-            }
-            scores[i] = float(sum) * (t.key_scales(head)[i] * s.scales[q]);
-            if (look.softcap > 0) scores[i] = look.softcap * std::tanh(scores[i] / look.softcap);
-            peak = std::max(peak, scores[i]);
-        }
-        const float shrink = std::exp(s.peaks[q] - peak);
-        float *totals = &s.totals[q * kTile], *out = &s.outputs[size_t(q) * t.D];
-        for (int i = 0; i < kTile; ++i) totals[i] *= shrink;
-        for (int i = from; i < to; ++i) {
-            const float weight = std::exp(scores[i] - peak);
-            totals[i] += weight, scores[i] = weight * t.value_scales(head)[i], most = std::max(most, scores[i]);
-        }
-        int32_t weights[kTile];
-        for (int i = from; i < to; ++i)
-            weights[i] = most > kLeast ? int32_t(std::nearbyint(scores[i] * (kParts / most))) : 0;
-        for (int d = 0; d < t.D; ++d) {
-            int32_t sum = 0;
-            for (int i = from; i < to; ++i) sum += weights[i] * values[i / 4 * 4 * t.D + d * 4 + i % 4];
-            out[d] = std::fma(float(sum), most / kParts, out[d] * shrink);
-        }
-        s.peaks[q] = peak;
-    });
+    for (int head = 0; head < t.heads; ++head) {
+        widen_tile(t.keys + head * t.bytes, t.values + head * t.bytes, t.D, s);
+        int q = head * t.queries + t.first * t.shared;
+        for (int token = t.first; token < t.last; ++token)
+            for (int i = 0; i < t.shared; ++i) visit_query(look, t, head, t.seen[token], q++, s);
+    }
 }
 
 #ifdef WARPLOOM_X86
@@ -179,14 +187,14 @@ template <int QUERIES>
 WARPLOOM_VNNI inline void meet_some(const uint8_t* keys, int D, int q, Scratch& s) {
     __m512i high[QUERIES], low[QUERIES];
     for (int i = 0; i < QUERIES; ++i) high[i] = _mm512_setzero_si512(), low[i] = _mm512_set1_epi32(s.starts[q + i]);
-    const int8_t* query[QUERIES];
-    for (int i = 0; i < QUERIES; ++i) query[i] = s.bytes.data() + size_t(q + i) * 2 * D;
+    const int8_t *highs[QUERIES], *lows[QUERIES];
+    for (int i = 0; i < QUERIES; ++i) highs[i] = s.bytes.data() + size_t(q + i) * 2 * D, lows[i] = highs[i] + D;
     for (size_t d = 0; d < size_t(D); d += 4) {
         const __m512i four = _mm512_loadu_si512(keys + d * kTile);
 #pragma GCC unroll 4
         for (int i = 0; i < QUERIES; ++i) {
-            high[i] = meet_four(high[i], four, query[i] + 2 * d);
-            low[i] = meet_four(low[i], four, query[i] + 2 * d + 4);
+            high[i] = meet_four(high[i], four, highs[i] + d);
+            low[i] = meet_four(low[i], four, lows[i] + d);
         }
     }
     for (int i = 0; i < QUERIES; ++i)
