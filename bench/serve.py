@@ -96,7 +96,7 @@ def parts(options: Options) -> list[Part]:
     batches = {size: {"requests": size, "batch": size} for size in (1, 8, 32)}
     prompts = batches[32] | {"prompt": "128", "output": "1"}
     repeatable = batches[32] | {"rivals": False, "temperature": 1.0, "also": "unseeded unsteady"}
-    small = {"quantize": "int8"}
+    small = {"quantize": "int8", "also": "kv8"}
     return [
         Part("mixed", serve, shape | protocol, minutes=2 * minutes),
         *(Part(f"batch {size}", serve, shape | fixed | batch, minutes=minutes) for size, batch in batches.items()),
@@ -188,13 +188,13 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def ours(job: Job, seeded: bool = True, steady: bool = True) -> Server:
+def ours(job: Job, seeded: bool = True, steady: bool = True, kv_dtype: str | None = None) -> Server:
     """`LLM`, and when each token came."""
     from ..engine.serving import LLM, SamplingParams
 
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=job.quantize,
-        kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady,
+        kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady, kv_dtype=kv_dtype,
     )  # fmt: skip
 
     def run(requests: list[Request]) -> list[Reply]:
@@ -238,6 +238,7 @@ def behind_http(job: Job, stream: bool = False) -> Server:
 VARIANTS = {
     "http": behind_http, "stream": partial(behind_http, stream=True),
     "unseeded": partial(ours, seeded=False), "unsteady": partial(ours, steady=False),
+    "kv8": partial(ours, kv_dtype="int8"),
 }  # fmt: skip
 
 

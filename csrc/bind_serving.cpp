@@ -65,8 +65,9 @@ void bind_serving(py::module_& module) {
         "attend_pages",
         [](const Pages& pages, const Step& step, uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
            uintptr_t v, int64_t v_stride, uintptr_t out, int heads, int window, float softcap, float scale) {
-            for (int t = 0; t < step.tokens; ++t)
+            each_token(step, [&](int t) {
                 write_page(pages, step.slots[t], at<float>(k) + t * k_stride, at<float>(v) + t * v_stride);
+            });
             attend_pages(pages, step, Look{heads, window, softcap, scale}, at<float>(q), q_stride, at<float>(out));
         },
         Release());
