@@ -96,16 +96,16 @@ def parts(options: Options) -> list[Part]:
     batches = {size: {"requests": size, "batch": size} for size in (1, 8, 32)}
     prompts = batches[32] | {"prompt": "128", "output": "1"}
     repeatable = batches[32] | {"rivals": False, "temperature": 1.0, "also": "unseeded unsteady"}
-    small = {"quantize": "int8", "also": "kv8"}
+    small = {"quantize": "int8"}
     return [
         Part("mixed", serve, shape | protocol, minutes=2 * minutes),
         *(Part(f"batch {size}", serve, shape | fixed | batch, minutes=minutes) for size, batch in batches.items()),
         *(
-            Part(f"batch {size} int8", serve, shape | fixed | batch | small, minutes=minutes)
+            Part(f"batch {size} int8", serve, shape | fixed | batch | small | {"also": "kv16 http"}, minutes=minutes)
             for size, batch in batches.items()
         ),
         Part("prefill 32", serve, shape | prompts, minutes=minutes),
-        Part("prefill 32 int8", serve, shape | prompts | small, minutes=minutes),
+        Part("prefill 32 int8", serve, shape | prompts | small | {"also": "kv16 http"}, minutes=minutes),
         Part("mixed int8", serve, shape | protocol | small, minutes=2 * minutes),
         Part("repeatable", serve, shape | fixed | repeatable, minutes=minutes),
         Part("repeatable float32", serve, shape | fixed | repeatable | {"dtype": "float32"}, minutes=minutes),
@@ -136,7 +136,9 @@ def serve(
     config = ModelConfig.preset(preset, **overrides)
     work = workload(requests, span(prompt), span(output), config.vocab_size)
     case = f"{preset if not overrides else 'llama'} {quantize or dtype}, {requests} × {prompt}→{output}"
-    limits = bounds(config, dtype, work, batch, 1 if quantize else None)
+    limits = bounds(
+        config, dtype, work, batch, 1 if quantize else None, 1 if quantize and machine.device == "cpu" else None
+    )
     machine = machine.by_the_wall()
     for name in limits:
         machine.ceiling(name)
@@ -238,12 +240,17 @@ def behind_http(job: Job, stream: bool = False) -> Server:
 VARIANTS = {
     "http": behind_http, "stream": partial(behind_http, stream=True),
     "unseeded": partial(ours, seeded=False), "unsteady": partial(ours, steady=False),
-    "kv8": partial(ours, kv_dtype="int8"),
+    "kv16": partial(ours, kv_dtype="bfloat16"),
 }  # fmt: skip
 
 
 def bounds(
-    config: Any, dtype: str, work: list[Request], batch: int, weight_bytes: int | None = None
+    config: Any,
+    dtype: str,
+    work: list[Request],
+    batch: int,
+    weight_bytes: int | None = None,
+    cache_bytes: int | None = None,
 ) -> dict[str, float]:
     """The least a workload must compute (prefill) or read (decode), by the ceiling it is held against."""
     if _prefill(work):
@@ -252,7 +259,7 @@ def bounds(
     steps = max(max(request.tokens for request in work), -(-sum(request.tokens for request in work) // batch))
     weights = config.parameter_count(active=True, embeddings=False) * (weight_bytes or ELEMENT[dtype])
     past = sum(request.tokens * (len(request.prompt) + request.tokens / 2) for request in work)
-    return {"read": steps * weights + past * config.kv_bytes_per_token(ELEMENT[dtype])}
+    return {"read": steps * weights + past * config.kv_bytes_per_token(cache_bytes or ELEMENT[dtype])}
 
 
 def _prefill(work: list[Request]) -> bool:

@@ -53,7 +53,7 @@ class Flags:
     quantize: str | None = None
     """int8 keeps weights in 8 bits."""
     kv_dtype: str | None = None
-    """int8 (on a CPU) or fp8 (on a GPU) keeps keys and values in 8 bits."""
+    """Number format of keys and values; None = the model's, or int8 on a CPU with quantize. fp8 is for GPUs."""
     speculate: int = 0
     """Tokens to guess ahead from the text so far; changes the speed alone."""
     draft: str | None = None

@@ -94,7 +94,7 @@ def make_runner(
         c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
         store = PageStore(ours, pages, page_size, kv_dtype, model.device)
-        served, head = serving_model(model, quantize, own, batch_invariant)
+        served, head = serving_model(model, quantize, own, batch_invariant, store.layers is not None)
         sizes = {"max_batch": max_batch, "context": context}
         runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant))
     return DraftRunner(*runners) if len(runners) > 1 else runners[0]
