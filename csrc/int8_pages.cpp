@@ -201,8 +201,6 @@ WARPLOOM_VNNI inline void meet_some(const uint8_t* keys, int D, int q, Scratch& 
         _mm512_storeu_si512(&s.scores[(q + i) * kTile], _mm512_add_epi32(_mm512_slli_epi32(high[i], 7), low[i]));
 }
 
-WARPLOOM_VNNI inline float largest_of(__m512 x) { return _mm512_reduce_max_ps(x); }
-
 // A query's products with a tile's keys become weights of its values, for the tokens from `since` to `end`.
 WARPLOOM_VNNI inline void weigh(const Look& look, __m512 key_scales, __m512 value_scales, int64_t since, int64_t end,
                                 int q, Scratch& s) {
@@ -216,13 +214,13 @@ WARPLOOM_VNNI inline void weigh(const Look& look, __m512 key_scales, __m512 valu
     }
     const uint32_t before = since > 0 ? ~0u << since : ~0u, after = end < kTile ? ~(~0u << end) : ~0u;
     score = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), __mmask16(before & after), score);
-    const float peak = std::max(s.peaks[q], largest_of(score));
+    const float peak = std::max(s.peaks[q], _mm512_reduce_max_ps(score));
     __m512 shrink = _mm512_set1_ps(1);
     if (peak > s.peaks[q]) shrink = exp(_mm512_set1_ps(s.peaks[q] - peak));
     const __m512 weight = exp(_mm512_sub_ps(score, _mm512_set1_ps(peak))), scaled = _mm512_mul_ps(weight, value_scales);
     float* totals = &s.totals[q * kTile];
     _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), shrink, weight));
-    const float most = largest_of(scaled), inverse = most > kLeast ? kParts / most : 0;
+    const float most = _mm512_reduce_max_ps(scaled), inverse = most > kLeast ? kParts / most : 0;
     const __m512i numbers = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, _mm512_set1_ps(inverse)));
     __m128i* to = reinterpret_cast<__m128i*>(&s.weights[q * 2 * kTile]);
     _mm_storeu_si128(to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(numbers, 8)));
@@ -256,7 +254,7 @@ WARPLOOM_VNNI inline void gather_some(const uint8_t* values, int D, int q, int d
 }
 
 WARPLOOM_VNNI inline void fetch(const uint8_t* next, int64_t bytes) {
-    for (int64_t i = 0; next && i < bytes; i += 64) __builtin_prefetch(next + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
 }
 
 // Step by step for all heads and queries: what one waits for, the others fill.
