@@ -101,11 +101,11 @@ def parts(options: Options) -> list[Part]:
         Part("mixed", serve, shape | protocol, minutes=2 * minutes),
         *(Part(f"batch {size}", serve, shape | fixed | batch, minutes=minutes) for size, batch in batches.items()),
         *(
-            Part(f"batch {size} int8", serve, shape | fixed | batch | small, minutes=minutes)
+            Part(f"batch {size} int8", serve, shape | fixed | batch | small | {"also": "kv16 http"}, minutes=minutes)
             for size, batch in batches.items()
         ),
         Part("prefill 32", serve, shape | prompts, minutes=minutes),
-        Part("prefill 32 int8", serve, shape | prompts | small, minutes=minutes),
+        Part("prefill 32 int8", serve, shape | prompts | small | {"also": "kv16 http"}, minutes=minutes),
         Part("mixed int8", serve, shape | protocol | small, minutes=2 * minutes),
         Part("repeatable", serve, shape | fixed | repeatable, minutes=minutes),
         Part("repeatable float32", serve, shape | fixed | repeatable | {"dtype": "float32"}, minutes=minutes),
@@ -136,7 +136,9 @@ def serve(
     config = ModelConfig.preset(preset, **overrides)
     work = workload(requests, span(prompt), span(output), config.vocab_size)
     case = f"{preset if not overrides else 'llama'} {quantize or dtype}, {requests} × {prompt}→{output}"
-    limits = bounds(config, dtype, work, batch, 1 if quantize else None)
+    limits = bounds(
+        config, dtype, work, batch, 1 if quantize else None, 1 if quantize and machine.device == "cpu" else None
+    )
     machine = machine.by_the_wall()
     for name in limits:
         machine.ceiling(name)
@@ -188,13 +190,13 @@ def span(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def ours(job: Job, seeded: bool = True, steady: bool = True) -> Server:
+def ours(job: Job, seeded: bool = True, steady: bool = True, kv_dtype: str | None = None) -> Server:
     """`LLM`, and when each token came."""
     from ..engine.serving import LLM, SamplingParams
 
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=job.quantize,
-        kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady,
+        kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady, kv_dtype=kv_dtype,
     )  # fmt: skip
 
     def run(requests: list[Request]) -> list[Reply]:
@@ -238,11 +240,17 @@ def behind_http(job: Job, stream: bool = False) -> Server:
 VARIANTS = {
     "http": behind_http, "stream": partial(behind_http, stream=True),
     "unseeded": partial(ours, seeded=False), "unsteady": partial(ours, steady=False),
+    "kv16": partial(ours, kv_dtype="bfloat16"),
 }  # fmt: skip
 
 
 def bounds(
-    config: Any, dtype: str, work: list[Request], batch: int, weight_bytes: int | None = None
+    config: Any,
+    dtype: str,
+    work: list[Request],
+    batch: int,
+    weight_bytes: int | None = None,
+    cache_bytes: int | None = None,
 ) -> dict[str, float]:
     """The least a workload must compute (prefill) or read (decode), by the ceiling it is held against."""
     if _prefill(work):
@@ -251,7 +259,7 @@ def bounds(
     steps = max(max(request.tokens for request in work), -(-sum(request.tokens for request in work) // batch))
     weights = config.parameter_count(active=True, embeddings=False) * (weight_bytes or ELEMENT[dtype])
     past = sum(request.tokens * (len(request.prompt) + request.tokens / 2) for request in work)
-    return {"read": steps * weights + past * config.kv_bytes_per_token(ELEMENT[dtype])}
+    return {"read": steps * weights + past * config.kv_bytes_per_token(cache_bytes or ELEMENT[dtype])}
 
 
 def _prefill(work: list[Request]) -> bool:

@@ -25,11 +25,16 @@ Norm make_norm(const std::string& kind, float eps, std::vector<float> weight, st
     return Norm{kinds, eps, std::move(weight), std::move(bias)};
 }
 
+Format format_of(const std::string& name) {
+    return name == "int8" ? Format::int8 : name == "bfloat16" ? Format::halves : Format::floats;
+}
+
 std::shared_ptr<Matrix> make_matrix(const std::string& format, uintptr_t weight, int outputs, int columns,
                                     uintptr_t bias) {
     const float *w = at<float>(weight), *b = at<float>(bias);
-    if (format == "int8") return std::make_shared<Int8Matrix>(w, outputs, columns, b);
-    if (format == "bfloat16") return std::make_shared<DenseMatrix<bfloat16>>(w, outputs, columns, b);
+    const Format kind = format_of(format);
+    if (kind == Format::int8) return std::make_shared<Int8Matrix>(w, outputs, columns, b);
+    if (kind == Format::halves) return std::make_shared<DenseMatrix<bfloat16>>(w, outputs, columns, b);
     return std::make_shared<DenseMatrix<float>>(w, outputs, columns, b);
 }
 
@@ -52,15 +57,17 @@ void bind_serving(py::module_& module) {
                         at<int32_t>(table), width};
         }));
     py::class_<Pages>(module, "Pages")
-        .def(py::init([](uintptr_t keys, uintptr_t values, bool half, int page_size, int kv_heads, int head_dim) {
-            return Pages{at<void>(keys), at<void>(values), half, page_size, kv_heads, head_dim};
+        .def(py::init([](uintptr_t keys, uintptr_t values, const std::string& format, int page_size, int kv_heads,
+                         int head_dim) {
+            return Pages{at<void>(keys), at<void>(values), format_of(format), page_size, kv_heads, head_dim};
         }));
     module.def(
         "attend_pages",
         [](const Pages& pages, const Step& step, uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
            uintptr_t v, int64_t v_stride, uintptr_t out, int heads, int window, float softcap, float scale) {
-            for (int t = 0; t < step.tokens; ++t)
+            each_token(step, [&](int t) {
                 write_page(pages, step.slots[t], at<float>(k) + t * k_stride, at<float>(v) + t * v_stride);
+            });
             attend_pages(pages, step, Look{heads, window, softcap, scale}, at<float>(q), q_stride, at<float>(out));
         },
         Release());

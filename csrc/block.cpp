@@ -133,7 +133,7 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
         };
     };
     feed(*qkv_, x, C, q, join(attention_norm_));
-    each_row(T, [&](int t) {
+    each_token(step, [&](int t) {
         float* mine = q + size_t(t) * wide;
         turn(mine, step.positions[t], rotation);
         write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "int8_pages.hpp"
 #include "workers.hpp"
 
 namespace warploom {
@@ -186,11 +187,6 @@ WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D,
     }
 }
 
-// `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.
-struct Task {
-    int first, tokens, group, groups;
-};
-
 template <class T>
 WARPLOOM_INLINE void attend_task(const Pages& pages, const Step& step, const Look& look, const float* q,
                                  int64_t q_stride, const Task& task, Scratch& s, float* out) {
@@ -263,8 +259,9 @@ WARPLOOM_CLONES void round_to(const float* from, int n, float* to) { std::copy(f
 
 void write_page(const Pages& pages, int64_t slot, const float* k, const float* v) {
     if (slot < 0) return;
+    if (pages.format == Format::int8) return write_int8(pages, slot, k, v);
     const int width = pages.kv_heads * pages.head_dim;
-    if (pages.half) {
+    if (pages.format == Format::halves) {
         round_to(k, width, static_cast<bfloat16*>(pages.keys) + slot * width);
         round_to(v, width, static_cast<bfloat16*>(pages.values) + slot * width);
     } else {
@@ -293,7 +290,9 @@ void attend_pages(const Pages& pages, const Step& step, const Look& look, const 
         thread_local Scratch scratch;
         const int run = number / parts, first = runs[run];
         const Task task{first, runs[run + 1] - first, number % parts, K / parts};
-        (pages.half ? attend_half : attend_float)(pages, step, look, q, q_stride, task, scratch, out);
+        if (pages.format == Format::int8) return attend_int8(pages, step, look, q, q_stride, task, out);
+        const auto attend = pages.format == Format::halves ? attend_half : attend_float;
+        attend(pages, step, look, q, q_stride, task, scratch, out);
     });
 }
 

@@ -1,8 +1,10 @@
 // Attention over keys and values that lie in pages, read where they lie.
 #pragma once
 #include <cstdint>
+#include <vector>
 
-#include "lanes.hpp"
+#include "matrix.hpp"
+#include "workers.hpp"
 
 namespace warploom {
 
@@ -16,11 +18,11 @@ struct Step {
     int width;
 };
 
-// The pages of one layer: (pages, page size, kv heads, head dim), float32 or bfloat16.
+// The pages of one layer: (pages, page size, kv heads, head dim) of float32 or bfloat16, or tiles of int8_pages.hpp.
 struct Pages {
     void* keys;
     void* values;
-    bool half;
+    Format format;
     int page_size, kv_heads, head_dim;
 };
 
@@ -30,6 +32,28 @@ struct Look {
     float softcap;  // 0: none
     float scale;
 };
+
+// `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.
+struct Task {
+    int first, tokens, group, groups;
+};
+
+// Calls work(token) for every token. Neighbors whose places are neighbors stay in one thread: in 8 bits they share cache
+// lines, over which two threads would fight.
+template <class Work>
+void each_token(const Step& step, const Work& work) {
+    constexpr int run = 16;
+    thread_local std::vector<int> starts;
+    auto& runs = starts;  // the caller's, whichever thread works on it
+    runs.clear();
+    for (int t = 0; t < step.tokens; ++t)
+        if (t == 0 || step.slots[t] / run != step.slots[t - 1] / run) runs.push_back(t);
+    const int count = int(runs.size());
+    runs.push_back(step.tokens);
+    Workers::shared().run(count, [&](int task) {
+        for (int t = runs[task]; t < runs[task + 1]; ++t) work(t);
+    });
+}
 
 // Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none.
 void write_page(const Pages&, int64_t slot, const float* k, const float* v);

@@ -52,6 +52,8 @@ class Flags:
     """Most tokens computed in one step; None = 512 on a CPU, 8192 on a GPU."""
     quantize: str | None = None
     """int8 keeps weights in 8 bits."""
+    kv_dtype: str | None = None
+    """Number format of keys and values; None = the model's, or int8 on a CPU with quantize. fp8 is for GPUs."""
     speculate: int = 0
     """Tokens to guess ahead from the text so far; changes the speed alone."""
     draft: str | None = None
@@ -118,8 +120,8 @@ def load(flags: Flags) -> Any:
     from ..device import pick_device
     from ..serving import LLM
 
-    names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "speculate",
-             "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
+    names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "kv_dtype",
+             "speculate", "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
     return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
 
 

@@ -5,7 +5,8 @@ as ASGI messages both ways, so that a stream stays a stream and nothing about th
 /metrics are about all replicas.
 
 A request whose replica dies gets 500, and is not carried to another: it may be what killed it. One that a replica
-refuses because its queue is full, or because it is about to end, goes to the next.
+refuses because its queue is full, or because it is about to end, goes to the next. One for which no replica is alive
+gets 503 after a moment, and when to come back.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path",
 SCOPE += ("server", "salt")
 REFUSED_FOR_NOW = (429, 503)
 GRACE = 5.0  # seconds in which a replica should itself have said that a request's time is up
+PATIENCE = 2.0  # seconds without an answer after which the front asks whether anybody is there to give one
 logger = logging.getLogger("warploom.server")
 
 
@@ -69,6 +71,8 @@ class Front:
         self._on_mistake = on_mistake
         self._handle: Any = None
         self._failed = False
+        self._census: asyncio.Task | None = None
+        self._census_until = 0.0
         self.registry = CollectorRegistry()
         self.visits = count_visits(self.registry)
 
@@ -111,15 +115,22 @@ class Front:
         refused: tuple[str, ...] = ()
         for last in [False] * (self._count - 1) + [True]:
             messages = self._handle.visit.remote(**ask, avoid=refused)
-            answer = Answer(messages, scope["visit"], send, self._config.request_timeout)
+            answer = Answer(messages, scope["visit"], send, self._config.request_timeout, self._well)
             if not await answer.relay(receive, keep_refusal=last):
                 return
             refused += (answer.replica,)
 
+    def _well(self) -> asyncio.Future[int]:
+        """How many replicas are well; Ray is asked once in a while, however many ask here."""
+        now = asyncio.get_running_loop().time()
+        if self._census is None or now > self._census_until:
+            self._census, self._census_until = asyncio.create_task(asyncio.to_thread(running)), now + PATIENCE / 2
+        return asyncio.shield(self._census)
+
     async def _health(self) -> Response:
         """Whether anybody serves."""
         with suppress(Exception):  # no word from Ray is a word too
-            if self._handle and (well := await asyncio.to_thread(running)):
+            if self._handle and (well := await self._well()):
                 return JSONResponse({"status": "ok", "replicas": well, "wanted": self._count})
         state = "failed" if self._failed else "restarting" if self._handle else "loading"
         return JSONResponse({"status": state, "replicas": 0, "wanted": self._count}, 503)
@@ -137,15 +148,15 @@ class Front:
 class Answer:
     """One replica's answer on its way to the client."""
 
-    def __init__(self, messages: Any, visit: Any, send: Any, limit: float) -> None:
-        self._messages, self._visit, self._send, self._limit = messages, visit, send, limit
+    def __init__(self, messages: Any, visit: Any, send: Any, limit: float, well: Callable[[], Any]) -> None:
+        self._messages, self._visit, self._send, self._limit, self._well = messages, visit, send, limit, well
         self.replica = ""
         self._failure = errors.failed()
         self._started = self._ended = self._gone = self._stream = False
 
     async def relay(self, receive: Any, keep_refusal: bool) -> bool:
         """Pass everything on; True if the replica has refused, which the client has not been told unless it should."""
-        watcher = asyncio.create_task(self._watch(receive))
+        watchers = asyncio.create_task(self._watch(receive)), asyncio.create_task(self._ask_for_replicas())
         timer = asyncio.get_running_loop().call_later(self._limit + GRACE, self._give_up)
         try:
             async for messages in self._messages:
@@ -157,7 +168,8 @@ class Answer:
         except (Exception, asyncio.CancelledError) as error:
             await self._end(error)
         finally:
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             timer.cancel()
             self._messages.cancel()
         return False
@@ -166,6 +178,17 @@ class Answer:
         """No replica has taken the request, or none has said that its time is up."""
         self._failure = errors.too_slow(self._limit)
         self._messages.cancel()
+
+    async def _ask_for_replicas(self) -> None:
+        """While there is no answer: is there anybody to give one?"""
+        await asyncio.sleep(PATIENCE)
+        while not self._started:
+            with suppress(Exception):  # without a word from Ray, a replica may yet answer
+                if not await self._well() and not self._started:
+                    self._failure = errors.unavailable("restarting")
+                    self._messages.cancel()
+                    return
+            await asyncio.sleep(PATIENCE)
 
     async def _pass_on(self, message: dict) -> None:
         if message["type"] == "end":

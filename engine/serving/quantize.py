@@ -127,12 +127,16 @@ class NativeMoE(nn.Module):
 
 
 def serving_model(
-    model: Transformer, quantize: str | None, release: bool = False, batch_invariant: bool = True
+    model: Transformer,
+    quantize: str | None,
+    release: bool = False,
+    batch_invariant: bool = True,
+    native_pages: bool = True,
 ) -> tuple[Transformer | NativeTransformer, Head]:
     """The model as it is served, and its head; what need not change is shared with the original.
 
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
-    `batch_invariant`, products of 16 bits and more are PyTorch's.
+    `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
@@ -145,7 +149,7 @@ def serving_model(
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
     head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
-    if native and not model.config.n_experts and dtype in FORMATS:
+    if native and native_pages and not model.config.n_experts and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = twin_of(model)
     if native:

@@ -65,7 +65,7 @@ class Runner:
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
         )
-        padded = batch_invariant and self.device.type == "cpu"
+        padded = batch_invariant and self.device.type == "cpu" and (by_torch or head.needs_padding)
         least = steady_rows(model.embedding.weight.dtype) if padded else 1
         self.least_tokens = least if by_torch else 1
         self.least_samples = least if head.needs_padding else 1

@@ -16,6 +16,8 @@ Two ways to guess:
 
 from dataclasses import replace
 
+import torch
+
 from ..model import Transformer
 from .plan import UNKNOWN, Chunk, StepPlan
 from .quantize import serving_model
@@ -79,6 +81,7 @@ def make_runner(
     max_batch: int,
     context: int,
     quantize: str | None,
+    kv_dtype: torch.dtype,
     release: tuple[bool, ...],
     batch_invariant: bool,
 ) -> Runner | DraftRunner:
@@ -90,8 +93,8 @@ def make_runner(
     for model, own in zip(models, release):
         c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
-        store = PageStore(ours, pages, page_size, model.embedding.weight.dtype, model.device)
-        served, head = serving_model(model, quantize, own, batch_invariant)
+        store = PageStore(ours, pages, page_size, kv_dtype, model.device)
+        served, head = serving_model(model, quantize, own, batch_invariant, store.layers is not None)
         sizes = {"max_batch": max_batch, "context": context}
         runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant))
     return DraftRunner(*runners) if len(runners) > 1 else runners[0]

@@ -2,7 +2,8 @@
 
 Two tensors (layers, pages, page size, K heads, D): page p of layer l is a contiguous block, so a copy of a page or a
 read of it is one run of memory. On a CPU with the native extension, writing and attending is one C++ call a layer that
-reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding.
+reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding. Pages may be
+narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU (`int8_pages.py`).
 """
 
 import itertools
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ... import kernels
+from .int8_pages import TILE, Int8Attend, tile_bytes
 
 try:
     from ... import _native
 except ImportError:  # the extension is optional
     _native = None
 
+PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
 HAS_NATIVE = hasattr(_native, "attend_pages") and os.environ.get("WARPLOOM_NATIVE") != "0"
 
 
@@ -30,17 +33,22 @@ class PageStore:
 
     def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
-        self.page_size = page_size
-        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+        if dtype == torch.int8:
+            shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
+        self.page_size, self.dtype = page_size, dtype
+        kept = torch.uint8 if dtype == torch.int8 else dtype
+        self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))
         self.layers = None
-        if HAS_NATIVE and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-            sizes = dtype == torch.bfloat16, page_size, config.kv_heads, config.head_size
+        if HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS:
+            sizes = PAGE_FORMATS[dtype], page_size, config.kv_heads, config.head_size
             sides = zip(self.keys, self.values)
             self.layers = [_native.Pages(keys.data_ptr(), values.data_ptr(), *sizes) for keys, values in sides]
 
     @staticmethod
     def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
         """What one page costs, over all layers."""
+        if dtype == torch.int8:
+            return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
         return page_size * config.kv_bytes_per_token(dtype.itemsize)
 
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
@@ -48,6 +56,8 @@ class PageStore:
         if pairs:
             sources, targets = torch.tensor(pairs, device=self.keys.device).T
             for pages in (self.keys, self.values):
+                if pages.dtype.itemsize == 1:  # float8 has no scatter on every device; its bytes do
+                    pages = pages.view(torch.uint8)
                 pages[:, targets] = pages[:, sources]
 
     def layout(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> "Layout":
@@ -64,9 +74,11 @@ class PageStore:
         slots[:T] += where % self.page_size
         return Layout(positions, sequences, slots, tables, contexts, counts)
 
-    def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend":
+    def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend | Int8Attend":
         """The attention of one step; `step` is the layout on the device."""
-        return KernelAttend(self, *step) if self.layers is None else NativeAttend(self.layers, layout)
+        if self.layers is not None:
+            return NativeAttend(self.layers, layout)
+        return Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttend(self, *step)
 
 
 @dataclass(frozen=True, slots=True)

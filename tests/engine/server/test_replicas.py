@@ -184,6 +184,18 @@ def test_a_replica_that_dies_fails_its_own_requests_and_is_replaced(cluster):
     assert survivor in cluster.replicas() and victim not in cluster.replicas()
 
 
+def test_with_no_replica_alive_clients_are_told_when_to_come_back(cluster):
+    for replica in cluster.replicas():
+        replica.kill()
+    cluster.wait(lambda: cluster.health() == (503, 0))
+    begin = time.monotonic()
+    answer = cluster.complete("anybody there?", max_tokens=2)
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "engine_unavailable" and time.monotonic() - begin < 15
+    cluster.wait(lambda: cluster.health() == (200, 2))
+    assert cluster.complete("and now?", max_tokens=2).status_code == 200
+
+
 def test_told_to_stop_it_finishes_what_is_under_way_and_leaves_nobody_behind(cluster):
     children = psutil.Process(cluster.process.pid).children(recursive=True)
     body = {"prompt": "to the end", **LONG, "max_tokens": 1000}

@@ -21,7 +21,7 @@ def team(tiny_model, tmp_path, monkeypatch):
         place = save_model(tiny_model(shape), tmp_path / shape)
         options = {name: place if name == "draft" else value for name, value in options.items()}
         made.append(LLM(place, tensor_parallel=2, **options))
-        return LLM(place), made[-1]
+        return LLM(place, kv_dtype=options.get("kv_dtype")), made[-1]
 
     yield make
     for llm in made:
@@ -31,7 +31,12 @@ def team(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [("llama", {"draft": True}), ("qwen3", {}), ("mixtral", {}), ("gpt2", {"step_tokens": 9, "max_batch": 4})],
+    [
+        ("llama", {"draft": True}),
+        ("qwen3", {"kv_dtype": "int8"}),
+        ("mixtral", {}),
+        ("gpt2", {"step_tokens": 9, "max_batch": 4}),
+    ],
 )
 def test_two_processes_generate_the_tokens_of_one(team, shape, options):
     one, two = team(shape, **options)
