@@ -20,7 +20,7 @@ RUNS = {
         "model": {**LLAMA, "n_layers": 2, "vocab_size": 8192}, "grad_accum_steps": 2,
         "optimizer": "sgd", "batch_size": 16,
     },
-    "recomputation": {"model": {**LLAMA, "n_layers": 6, "max_seq_len": 512}, "recompute": True},
+    "recomputation": {"model": {**LLAMA, "n_layers": 6, "max_seq_len": 512}, "recompute": True, "batch_size": 4},
 }  # fmt: skip
 
 
