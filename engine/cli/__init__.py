@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+from ..mistakes import MISTAKES
+
 VERBS = {
     "demo": "the whole loom in a few minutes: corpus, tokenizer, training, samples",
     "data": "turn text into token files",
@@ -54,7 +56,7 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nwarploom: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except MISTAKES as error:
         if os.environ.get("WARPLOOM_DEBUG"):
             raise
         print(f"warploom {verb}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError)  # a line each
+from ..mistakes import MISTAKES
+
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "remote process exit")
 
 
