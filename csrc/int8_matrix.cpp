@@ -6,13 +6,7 @@
 
 #include "lanes.hpp"
 #include "workers.hpp"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#define WARPLOOM_X86 1
-#endif
+#include "x86.hpp"
 
 namespace warploom {
 
