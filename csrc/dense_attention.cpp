@@ -174,17 +174,27 @@ struct Scratch {
     float totals[kQueries], log_sums[kQueries], dots[kQueries];
 };
 
+void take_keys(const DenseAttention& t, int b, int head, int padded, Scratch& s) {
+    s.k.resize(padded * t.width), s.v.resize(padded * t.width);
+    gather(t.k(b, 0, head), t.k.time, t.time, padded, t.width, 1, s.k.data());
+    gather(t.v(b, 0, head), t.v.time, t.time, padded, t.width, 1, s.v.data());
+}
+
+// A block of queries, or of their gradients, as it lies and turned over.
+void take_queries(const float* from, int64_t stride, int count, int width, float factor, Floats& x, Floats& over) {
+    x.resize(kQueries * width), over.resize(kQueries * width);
+    gather(from, stride, count, kQueries, width, factor, x.data());
+    turn_over(x.data(), width, over.data());
+}
+
 void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
     const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
-    s.k.resize(padded * D), s.v.resize(padded * D), s.scores.resize(padded * kQueries);
-    s.q.resize(kQueries * D), s.q_over.resize(kQueries * D), s.sums.resize(kQueries * D);
-    gather(t.k(b, 0, head), t.k.time, T, padded, D, 1, s.k.data());
-    gather(t.v(b, 0, head), t.v.time, T, padded, D, 1, s.v.data());
+    s.scores.resize(padded * kQueries), s.sums.resize(kQueries * D);
+    take_keys(t, b, head, padded, s);
     for (int h = head * group; h < (head + 1) * group; ++h)
         for (int first = 0; first < T; first += kQueries) {
             const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
-            gather(t.q(b, first, h), t.q.time, count, kQueries, D, t.scale, s.q.data());
-            turn_over(s.q.data(), D, s.q_over.data());
+            take_queries(t.q(b, first, h), t.q.time, count, D, t.scale, s.q, s.q_over);
             for (int key = 0; key <= first; key += kKeys)
                 multiply({key < first ? kKeys : queries, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries,
                           &s.scores[key * kQueries], kQueries, false},
@@ -202,18 +212,14 @@ void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
 void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, const HeadsOf<float>& dq,
                    const HeadsOf<float>& dk, const HeadsOf<float>& dv, int b, int head, Scratch& s) {
     const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
-    s.k.resize(padded * D), s.v.resize(padded * D), s.dk.assign(padded * D, 0), s.dv.assign(padded * D, 0);
-    for (Floats* x : {&s.q, &s.q_over, &s.d_out, &s.d_out_over, &s.sums}) x->resize(kQueries * D);
-    s.scores.resize(kKeys * kQueries), s.slopes.resize(kKeys * kQueries);
-    gather(t.k(b, 0, head), t.k.time, T, padded, D, 1, s.k.data());
-    gather(t.v(b, 0, head), t.v.time, T, padded, D, 1, s.v.data());
+    s.dk.assign(padded * D, 0), s.dv.assign(padded * D, 0);
+    s.scores.resize(kKeys * kQueries), s.slopes.resize(kKeys * kQueries), s.sums.resize(kQueries * D);
+    take_keys(t, b, head, padded, s);
     for (int h = head * group; h < (head + 1) * group; ++h)
         for (int first = 0; first < T; first += kQueries) {
             const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
-            gather(t.q(b, first, h), t.q.time, count, kQueries, D, t.scale, s.q.data());
-            gather(d_out(b, first, h), d_out.time, count, kQueries, D, 1, s.d_out.data());
-            turn_over(s.q.data(), D, s.q_over.data());
-            turn_over(s.d_out.data(), D, s.d_out_over.data());
+            take_queries(t.q(b, first, h), t.q.time, count, D, t.scale, s.q, s.q_over);
+            take_queries(d_out(b, first, h), d_out.time, count, D, 1, s.d_out, s.d_out_over);
             std::fill(s.log_sums, s.log_sums + kQueries, 0.0f), std::fill(s.dots, s.dots + kQueries, 0.0f);
             const float* log_sums = t.log_sums + (int64_t(b) * t.heads + h) * T + first;
             std::copy(log_sums, log_sums + count, s.log_sums);
