@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...tokenizer.sources import write_text
 from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.params import SamplingParams
@@ -148,10 +148,8 @@ class Chat:
         if not name:
             return "/save needs a file name"
         path = Path(name)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(self._messages(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, json.dumps(self._messages(), ensure_ascii=False, indent=2) + "\n")
         except OSError as error:
             raise ValueError(f"cannot save to {path}: {error.strerror or error}") from None
         return f"saved {len(self.messages)} messages to {path}"

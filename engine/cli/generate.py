@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...tokenizer.sources import write_text
 from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.params import SamplingParams
@@ -216,9 +216,7 @@ def _read_results(path: Path | None) -> set[int]:
         raise ValueError(f"{path} is not a file of results: move it away, or choose another --out") from None
     kept = "".join(f"{line}\n" for line in answered.values())
     if kept != text:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(kept, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, kept)
     return set(answered)
 
 

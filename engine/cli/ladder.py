@@ -87,7 +87,7 @@ def run(argv: list[str]) -> int:
     known = {rung.name for rung in RUNGS}
     if unknown := [name for name in flags.rungs if name not in known]:
         raise ValueError(f"rungs: {unknown[0]!r} is none of {', '.join(rung.name for rung in RUNGS)}")
-    from ..training.card import replace_text
+    from ...tokenizer.sources import write_text
     from ..training.trainer import train
     from .train import watcher
 
@@ -103,8 +103,8 @@ def run(argv: list[str]) -> int:
     out = Path(flags.out)
     table = "\n".join(markdown(results))
     title = f"{flags.steps} steps of {flags.batch_size} × {flags.context} tokens each, seed {flags.seed}"
-    replace_text(out / "LADDER.md", f"# Ladder\n\n{title}\n\n{table}\n\n![validation loss](ladder.png)\n")
-    replace_text(out / "ladder.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "LADDER.md", f"# Ladder\n\n{title}\n\n{table}\n\n![validation loss](ladder.png)\n")
+    write_text(out / "ladder.json", json.dumps(results, indent=1) + "\n")
     draw(results, out / "ladder.png")
     print(f"\n{title}\n\n{table}\n\ncurves: {out / 'ladder.png'}; a model for each rung in {out}")
     return 0

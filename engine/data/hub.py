@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ...tokenizer.sources import write_text
 from .corpus import Corpus, json_texts
 
 HUB = {
@@ -86,9 +87,7 @@ def download(
             file.flush()
             os.fsync(file.fileno())
             state.update(bytes=file.tell(), documents=documents, stream=stream.state_dict(), all=everything)
-            scratch = note.with_suffix(".partial")
-            scratch.write_text(json.dumps(state))
-            scratch.replace(note)
+            write_text(note, json.dumps(state))
 
         documents = state["documents"]
         for count, row in enumerate(stream, 1):

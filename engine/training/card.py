@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...tokenizer.sources import atomic_writer, write_text
 from ..device import device_name
 from .config import TrainConfig
 
@@ -75,8 +75,8 @@ def write_card(
         "utilization": utilization,
     }  # fmt: skip
     run = {**run, "result": outcome, "samples": samples}
-    replace_text(directory / "run.json", json.dumps(run, indent=1, default=str) + "\n")
-    replace_text(directory / "RUN.md", _markdown(run))
+    write_text(directory / "run.json", json.dumps(run, indent=1, default=str) + "\n")
+    write_text(directory / "RUN.md", _markdown(run))
     draw_losses(result.history, directory / "loss.png")
 
 
@@ -136,13 +136,5 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_writer(path) as file:
+        figure.savefig(file, dpi=120, format="png")

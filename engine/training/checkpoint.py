@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...tokenizer.sources import atomic_writer
 from ..data.tokens import file_hash
 
 
@@ -42,13 +43,8 @@ def save_checkpoint(
     if not isinstance(path_or_file, (str, os.PathLike)):
         torch.save(state, path_or_file)
         return
-    path = Path(path_or_file)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        torch.save(state, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_writer(path_or_file) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(

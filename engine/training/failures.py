@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 
+from ...tokenizer.sources import write_text
 from ..mistakes import MISTAKES
 
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "remote process exit")
@@ -64,4 +64,4 @@ def _tell_torchrun(sentence: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": message}))
+            write_text(path, json.dumps({"message": message}))  # torchrun fails at half of one

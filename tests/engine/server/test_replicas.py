@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -75,8 +75,35 @@ class Cluster:
 
     def replicas(self):
         """The replicas' processes."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if any("ServeReplica" in part for part in child.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [child] * any("ServeReplica" in part for part in child.cmdline())
+        return found
+
+    @contextmanager
+    def without_replicas(self):
+        """Inside, no replica is alive: they are killed, and those that replace them are held back as they begin."""
+        over = threading.Event()
+
+        def hold():
+            while not over.wait(0.03):
+                for replica in self.replicas():
+                    with suppress(psutil.NoSuchProcess):
+                        replica.suspend()
+
+        for replica in self.replicas():
+            replica.kill()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        try:
+            self.wait(lambda: self.health() == (503, 0))
+            yield
+        finally:
+            over.set()
+            holder.join()
+            for replica in self.replicas():
+                replica.resume()
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +212,9 @@ def test_a_replica_that_dies_fails_its_own_requests_and_is_replaced(cluster):
 
 
 def test_with_no_replica_alive_clients_are_told_when_to_come_back(cluster):
-    for replica in cluster.replicas():
-        replica.kill()
-    cluster.wait(lambda: cluster.health() == (503, 0))
-    begin = time.monotonic()
-    answer = cluster.complete("anybody there?", max_tokens=2)
+    with cluster.without_replicas():
+        begin = time.monotonic()
+        answer = cluster.complete("anybody there?", max_tokens=2)
     assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
     assert answer.json()["error"]["code"] == "engine_unavailable" and time.monotonic() - begin < 15
     cluster.wait(lambda: cluster.health() == (200, 2))
