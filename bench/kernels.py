@@ -9,7 +9,6 @@ Without a GPU nothing is timed. What can be known is printed: registers, spills 
 three architectures, from a compiler that needs no device.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -88,9 +87,9 @@ def _parts_of(op: Op, dtype: str) -> list[Part]:
 
 
 def print_budgets() -> None:
-    """The table of `warploom.kernels.offline`, from a process of its own: the interpreter must be off in it."""
+    """The table of `warploom.kernels.offline`, which chooses its environment itself."""
     command = [sys.executable, "-m", f"{kernels.__name__}.offline", "--table"]
-    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, check=False)
+    subprocess.run(command, check=False)
 
 
 def check(machine: Machine, op: str) -> list[Row]:

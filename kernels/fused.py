@@ -10,7 +10,6 @@ operator's registered formula for the rest, from the same two functions.
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 import torch
@@ -18,12 +17,6 @@ import torch
 from .lang import HAS_TRITON, INTERPRET
 
 _REAL = (torch.Tensor, torch.nn.Parameter)
-
-# Registering operators imports half of the compiler, a second or two. Where nothing could launch a kernel (torch for
-# the CPU, no interpreter) nobody would call them; WARPLOOM_OPERATORS=1 registers them all the same, to trace for a GPU.
-REGISTERS = HAS_TRITON and bool(
-    INTERPRET or torch.version.cuda or torch.version.hip or os.environ.get("WARPLOOM_OPERATORS")
-)
 
 
 def is_real(args: tuple) -> bool:
@@ -49,8 +42,8 @@ class Launcher:
         functools.update_wrapper(self, function)
         self.function = function
         self.operator = None
-        if not REGISTERS:
-            return
+        if not HAS_TRITON:
+            return  # nobody could call it, and registering operators imports half of the compiler, a second or two
         name = function.__name__.strip("_")
         register = torch.library.custom_op if INTERPRET else torch.library.triton_op
         self.definition = register(f"warploom::{name}", function, mutates_args=mutates)

@@ -1,7 +1,10 @@
-"""Triton, or a stand-in where it is not installed, so that every file imports on every machine.
+"""Triton, or a stand-in where no kernel could be launched, so that every file imports on every machine, and at once.
 
-The stand-in accepts what happens at import time (`@triton.jit`, `tl.constexpr` in a signature) and nothing more: a
-kernel decorated by it can never be launched, and dispatch never tries to.
+Triton and what it does to each kernel take a quarter of a second to import, for which a CPU's first token would wait.
+So it is imported where something can use it: a GPU, the interpreter (TRITON_INTERPRET=1), or the compiler, which needs
+no GPU (WARPLOOM_TRITON=1). Elsewhere, as where it is not installed, there is a stand-in. It accepts what happens at
+import time (`@triton.jit`, `tl.constexpr` in a signature) and nothing more: a kernel decorated by it can never be
+launched, and dispatch never tries to.
 """
 
 import functools
@@ -9,7 +12,11 @@ import os
 
 import torch
 
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
 try:
+    if not (INTERPRET or torch.cuda.device_count() or os.environ.get("WARPLOOM_TRITON")):
+        raise ImportError
     import triton
     import triton.language as tl
 except ImportError:
@@ -25,8 +32,6 @@ except ImportError:
     HAS_TRITON = False
 else:
     HAS_TRITON = True
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
 def cdiv(a: int, b: int) -> int:

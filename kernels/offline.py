@@ -7,7 +7,7 @@ fail on the spot, so this also proves that no op waits for the GPU.
 
     python -m warploom.kernels.offline [--arch 90] [op ...]        # one line a kernel, then one JSON line
 
-Run it in a process of its own, without TRITON_INTERPRET.
+It wants the compiler where `lang.py` would not import it, so it starts its process anew with WARPLOOM_TRITON=1.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .lang import HAS_TRITON, INTERPRET
 from .op import Budget, Case, Maker, Op, backend, ops
 from .verify import tensors
 
@@ -247,6 +248,9 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="for people: no JSON line at the end")
     parser.add_argument("--markdown", action="store_true", help="the table of docs/kernels.md instead")
     options = parser.parse_args()
+    if INTERPRET or not HAS_TRITON:
+        os.environ |= {"WARPLOOM_TRITON": "1", "TRITON_INTERPRET": "0"}
+        os.execv(sys.executable, sys.orig_argv)
     found_costs, rows, broken = [], [], 0
     by_name = {op.name: op for op in ops()}
     for cost in survey(options.ops, options.arch or ARCHITECTURES, getattr(torch, options.dtype), options.small):

@@ -188,14 +188,14 @@ class Op:
         double = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in (*args, *kwargs.values()))
         if _backend == "auto":
             return HAS_TRITON and self.fused is not None and not double
+        if device.type == "cpu" and not INTERPRET:
+            raise ValueError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
         if not HAS_TRITON:
             raise ValueError('backend is "triton", but triton is not installed; valid here are auto and eager')
         if self.fused is None:
             raise ValueError(f'backend is "triton", but {self.name} has no fused twin; valid for it are auto and eager')
         if double:
             raise ValueError(f'backend is "triton", but {self.name} got float64; valid are float32, bfloat16, float16')
-        if device.type == "cpu" and not INTERPRET:
-            raise ValueError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
         return True
 
 

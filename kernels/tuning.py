@@ -96,7 +96,7 @@ def _fits(spilled: int | None, allowed: int) -> bool:
 
 
 def _compile_all(requests: Iterable[dict]) -> Iterator[list[str]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "WARPLOOM_TRITON": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", __name__]
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     started = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -49,6 +50,9 @@ class LLMOptions:
 
     def open(self) -> LLM:
         """Load the model."""
-        from .llm import LLM
+        gc.disable()  # PyTorch brings a quarter of a million objects to stay: a tenth of its import is looking among
+        from .llm import LLM  # them for garbage
 
+        gc.freeze()
+        gc.enable()
         return LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})

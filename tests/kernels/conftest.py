@@ -21,7 +21,7 @@ def surveys(request, tmp_path_factory):
     if not any("survey" in getattr(item, "fixturenames", ()) for item in request.session.items):
         yield {}
         return
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_OPERATORS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     started = {}
     for name, arguments in PROGRAMS.items():
         path = tmp_path_factory.mktemp("offline") / f"{name}.txt"

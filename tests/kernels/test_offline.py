@@ -58,7 +58,7 @@ print(*(costs(adamw_step, adamw_step.cases[-1], torch.bfloat16, arch)[0].warps f
 def test_a_budget_is_that_of_the_settings_on_file_for_the_architecture(tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"sm_90": {"adamw_step": {"any": {"BLOCK": 1024, "num_warps": 2}}}}))
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FILED, str(path)], capture_output=True, text=True, env=environment, check=True
     )
@@ -80,7 +80,7 @@ print(len({kernel.hash for kernel in kernels}))
 
 
 def test_a_batch_of_another_size_needs_no_other_kernel():
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     done = subprocess.run([sys.executable, "-c", BATCHES], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["2"]
 
