@@ -21,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..tokenizer import load_tokenizer
 from .architectures import describe, dtype_name, ignorable, pieces, understand
 from .config import ModelConfig
 from .device import DTYPES, pick_device
 from .model import Transformer
+from .sharding import shard, shares
 
 SHARD_BYTES = 5 * 10**9
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "<|im_end|>")
@@ -83,10 +85,12 @@ def load_model(
     directory: str | os.PathLike,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    tp: ProcessGroup | None = None,
 ) -> tuple[Transformer, Any]:
     """The model of a directory, ready to evaluate, and its tokenizer (None where it has none).
 
-    `dtype=None` keeps the stored number format.
+    `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
+    (`sharding.py`); it never holds more than that and one tensor.
     """
     directory = Path(directory)
     config = load_config(directory)
@@ -99,7 +103,10 @@ def load_model(
         )
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(dict(read_weights(directory, device, DTYPES.get(dtype, dtype))), assign=True)
+    weights = read_weights(directory, device, DTYPES.get(dtype, dtype))
+    if tp is not None:
+        model, weights = shard(model, tp), shares(config, weights, tp)
+    model.load_state_dict(dict(weights), assign=True)
     return model.eval(), tokenizer
 
 
@@ -211,10 +218,10 @@ def _save_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_b
     """Files are numbered as they fill; only at the end is it known of how many."""
     sizes: list[int] = []
     places: dict[str, int] = {}
-    for shard in _shards(tensors, shard_bytes):
-        places |= dict.fromkeys(shard, len(sizes))
-        save_file(shard, directory / f"{len(sizes)}.safetensors", metadata={"format": "pt"})
-        sizes.append(_bytes(shard))
+    for part in _shards(tensors, shard_bytes):
+        places |= dict.fromkeys(part, len(sizes))
+        save_file(part, directory / f"{len(sizes)}.safetensors", metadata={"format": "pt"})
+        sizes.append(_bytes(part))
     count = len(sizes)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     if count == 1:

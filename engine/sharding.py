@@ -28,6 +28,7 @@ B batch, T time, C width of the stream, N rows, S rows of a slab, V vocabulary o
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,16 @@ def layout(config: ModelConfig, name: str) -> Layout:
 def layouts(model: Transformer) -> dict[str, Layout]:
     """How each of a model's parameters is cut, by name."""
     return {name: layout(model.config, name) for name, _ in model.named_parameters()}
+
+
+def shares(
+    config: ModelConfig, weights: Iterable[tuple[str, Tensor]], tp: ProcessGroup
+) -> Iterator[tuple[str, Tensor]]:
+    """What this process of a group keeps of each whole weight; none is held when the next is asked for."""
+    for name, whole in weights:
+        where = layout(config, name)
+        yield name, whole if where.tp is None else where.cut(whole, tp.rank(), tp.size())
+        del whole
 
 
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -82,32 +83,34 @@ class LLM:
         if speculate and draft is not None:
             raise ValueError("speculate and draft are two ways to guess ahead: give one of them")
         self._source = model
-        self.model, self.tokenizer = _open(model, tokenizer, device, dtype)
-        self.config = self.model.config
-        self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
-        where, cache_dtype = self.model.device, _page_dtype(kv_dtype, quantize, self.model, page_size)
-        set_workers()
         sources = [model] if draft is None else [model, draft]
-        models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
-        cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
+        where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
         step_tokens = max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch)
-        enough = max_batch * -(-self.max_context // page_size)
-        if kv_memory is None:
-            pages = max(1, min(enough, _memory_for_pages(self.model, step_tokens, max_batch) // cost))
-        elif kv_memory < cost:
-            raise ValueError(f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes")
-        else:
-            pages = min(enough, kv_memory // cost)
+        team = None
+        if tensor_parallel > 1:
+            from .parallel import start_team
 
-        options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
-        options |= {"max_batch": max_batch, "context": self.max_context, "kv_dtype": cache_dtype}
-        options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
-        if tensor_parallel == 1:
-            runner = make_runner(models, **options)
-        else:
-            from .parallel import make_team
-
-            runner = make_team(models, sources, tensor_parallel, options)
+            team = start_team(sources, tensor_parallel, where, dtype, step_tokens, max_batch)
+        with team or nullcontext():
+            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group)
+            self.config = self.model.config
+            self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
+            cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
+            set_workers()
+            models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
+            memory = kv_memory
+            if kv_memory is None or team:
+                memory = (team.memory_for_pages if team else memory_for_pages)(self.model, step_tokens, max_batch)
+            cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
+            enough = max_batch * -(-self.max_context // page_size)
+            if kv_memory is not None and kv_memory < cost:
+                short = f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
+                raise ValueError(short)
+            pages = max(1, min(enough, (memory if kv_memory is None else kv_memory) // cost))
+            options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
+            options |= {"max_batch": max_batch, "context": self.max_context, "kv_dtype": cache_dtype}
+            options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
+            runner = team.begin(models, options) if team else make_runner(models, **options)
         self.model = runner.model
         guess = ngram_draft if speculate else None if draft is None else guess_later
         scheduler = Scheduler(
@@ -206,9 +209,9 @@ class LLM:
         return encode_chat(self.tokenizer, messages)
 
 
-def _open(model, tokenizer, device, dtype) -> tuple[Transformer, object]:
+def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, object]:
     if isinstance(model, (str, os.PathLike)):
-        loaded, found = load_model(Path(model), device, dtype)
+        loaded, found = load_model(Path(model), device, dtype, group)
         return loaded, tokenizer or found
     if not isinstance(model, Transformer):
         raise ValueError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
@@ -250,7 +253,7 @@ def _same_tokens(ours, theirs) -> bool:
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 
-def _memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
+def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
     """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
     if model.device.type != "cuda":
         return available_memory("cpu") // 2

@@ -1,9 +1,10 @@
 """One model in several processes, for weights or speed beyond one device.
 
-The first process has the scheduler, the engine and its callers. It starts the others and sends each the plan that it
-gives its own runner, a few hundred bytes a step. All of them run that plan on their share of the heads and features
-(engine/sharding.py), in pages of the same numbers, and meet inside the model; the whole logits are known to each, and a
-draw depends on (seed, position) alone, so all choose the same tokens and nothing has to come back.
+The first process has the scheduler, the engine and its callers. It starts the others, and when they have met, each
+reads its share of the weights, so a model may be larger than the memory of any of them. From then on it sends each the
+plan that it gives its own runner, a few hundred bytes a step. All of them run that plan on their share of the heads and
+features (engine/sharding.py), in pages of the same numbers, and meet inside the model; the whole logits are known to
+each, and a draw depends on (seed, position) alone, so all choose the same tokens and nothing has to come back.
 
 A process that dies breaks the team: the step under way fails, and so does every later one, with a sentence that says
 which process it was. The others read their plans from a pipe that ends when the first process does, however it ends,
@@ -23,12 +24,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..hub import load_model
+from ..hub import load_config, load_model
 from ..model import Transformer
-from ..sharding import check, shard
+from ..sharding import check
+from .llm import memory_for_pages
 from .plan import StepPlan
-from .runner import Flight, Runner
-from .speculation import DraftRunner, make_runner
+from .runner import Flight
+from .speculation import make_runner
 from .store import set_workers
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
@@ -43,9 +45,9 @@ class Share:
     port: int
     threads: int
     device: str
-    dtype: torch.dtype
-    directories: tuple[str, ...]  # of the model, and of a draft
-    options: dict  # of `make_runner`
+    dtype: str | torch.dtype | None
+    directories: tuple[str, ...]  # of the model, and of a draft, which every process runs by itself
+    largest: tuple[int, int]  # tokens of a step, sequences of a batch
 
     def join(self, store: dist.TCPStore) -> dist.ProcessGroup:
         """Meet the others; returns when all are there."""
@@ -57,22 +59,38 @@ class Share:
 
 
 class TeamRunner:
-    """A runner whose plans are carried out by several processes."""
+    """A runner whose plans are carried out by several processes: they meet, load the model, and `begin`.
 
-    def __init__(self, models: list[Transformer], share: Share, store: dist.TCPStore):
-        """`models` are this process's own, whole: the model, and a draft that every process runs by itself."""
+    A `with` block around these three ends the processes if something goes wrong inside."""
+
+    def __init__(self, share: Share, store: dist.TCPStore):
         self.broken: str | None = None
         self.workers = [_start(replace(share, rank=rank, device=_device(share, rank))) for rank in range(1, share.size)]
         self.close = weakref.finalize(self, _dismiss, self.workers)
-        try:
-            for rank, worker in enumerate(self.workers, 1):
-                if not worker.stdout.readline():
-                    raise RuntimeError(f"tensor_parallel: process {rank} of {share.size} could not load the model")
-            self.runner = _runner(models, share, store)
-        except BaseException:
+        with self:
+            self._hear("start")
+            self.group = share.join(store)
+
+    def __enter__(self) -> "TeamRunner":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not None:
             self.close()
-            raise
+
+    def memory_for_pages(self, model: Transformer, *largest: int) -> int:
+        """Bytes that a cache in all processes may have; `model` is this process's share."""
+        self._hear("load the model")
+        mine = memory_for_pages(model, *largest)  # on GPUs a step of all processes
+        least = min(mine, *map(int, self._hear("make its largest step")))
+        return least if model.device.type == "cpu" else least * self.group.size()  # a CPU's memory is the same for all
+
+    def begin(self, models: list[Transformer], options: dict) -> "TeamRunner":
+        """Make the runner, here and there, with these options of `make_runner`."""
+        self._tell(options)
+        self.runner = make_runner(models, **options)
         self.model = self.runner.model
+        return self
 
     @property
     def alive(self) -> bool:
@@ -85,10 +103,7 @@ class TeamRunner:
             if not self.alive:
                 raise ConnectionError("not all processes are there")
             told = replace(plan, admitted=tuple(replace(each, grammar=None) for each in plan.admitted))
-            message = pickle.dumps(told)
-            for worker in self.workers:
-                worker.stdin.write(message)
-                worker.stdin.flush()
+            self._tell(told)
             return self.runner.launch(plan)
         except BaseException as error:  # whatever it was, the others are now a step ahead
             self.broken = self.broken or self._diagnosis()
@@ -101,6 +116,20 @@ class TeamRunner:
         """Wait for a step, and report it."""
         return self.runner.collect(flight)
 
+    def _tell(self, told: object) -> None:
+        message = pickle.dumps(told)
+        for worker in self.workers:
+            worker.stdin.write(message)
+            worker.stdin.flush()
+
+    def _hear(self, task: str) -> list[bytes]:
+        """A line from every process, which says that it is done with a task."""
+        said = [worker.stdout.readline() for worker in self.workers]
+        if not all(said):
+            silent = said.index(b"") + 1
+            raise RuntimeError(f"tensor_parallel: process {silent} of {len(said) + 1} could not {task}")
+        return said
+
     def _diagnosis(self) -> str:
         for rank, worker in enumerate(self.workers, 1):
             try:  # when one dies, others notice in their exchange before its end is known
@@ -111,31 +140,26 @@ class TeamRunner:
         return "a step has failed"
 
 
-def make_team(models: list[Transformer], directories: list, size: int, options: dict) -> TeamRunner:
-    """Start the processes and give each its share of the model."""
-    model = models[0]
+def start_team(
+    directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, *largest: int
+) -> TeamRunner:
+    """Start the processes that share a model (and each run a draft, if there is a second directory)."""
     if not all(isinstance(place, (str, os.PathLike)) for place in directories):
         raise ValueError("tensor_parallel needs models in directories, which each process can read: use save_model")
-    check(model.config, size)
+    check(load_config(directories[0]), size)
     if dist.is_initialized():
         raise ValueError("tensor_parallel starts its own processes, but torch.distributed is in use here already")
     devices = torch.cuda.device_count()
-    if model.device.type == "cuda" and devices < size:
+    if device.type == "cuda" and devices < size:
         raise ValueError(f"tensor_parallel={size} needs as many GPUs, and torch sees {devices}")
     store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False, timeout=PATIENCE)
     threads = max(1, torch.get_num_threads() // size)
     places = tuple(os.path.abspath(place) for place in directories)
-    dtype = model.embedding.weight.dtype
-    return TeamRunner(models, Share(0, size, store.port, threads, str(model.device), dtype, places, options), store)
+    return TeamRunner(Share(0, size, store.port, threads, str(device), dtype, places, largest), store)
 
 
 def _device(share: Share, rank: int) -> str:
     return f"cuda:{rank}" if share.device.startswith("cuda") else share.device
-
-
-def _runner(models: list[Transformer], share: Share, store: dist.TCPStore) -> Runner | DraftRunner:
-    group = share.join(store)
-    return make_runner([shard(models[0], group), *models[1:]], **share.options)
 
 
 def _start(share: Share) -> subprocess.Popen:
@@ -164,20 +188,30 @@ def _dismiss(workers: list[subprocess.Popen]) -> None:
 
 
 def work() -> None:
-    """What the other processes do: load, say so, and run plans until there are no more."""
+    """What the other processes do: meet, load their share, and run plans until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
-    plans, ready = sys.stdin.buffer, sys.stdout
-    share: Share = pickle.load(plans)
-    models = [load_model(place, share.device, share.dtype)[0].eval() for place in share.directories]
-    print("ready", file=ready, flush=True)
+    share: Share = _told()
     store = dist.TCPStore("127.0.0.1", share.port, share.size, False, wait_for_workers=False, timeout=PATIENCE)
-    runner = _runner(models, share, store)
+    print("here", flush=True)
+    group = share.join(store)
+    place, *drafts = share.directories
+    try:
+        models = [load_model(place, share.device, share.dtype, group)[0]]
+        models += [load_model(draft, share.device, models[0].embedding.weight.dtype)[0] for draft in drafts]
+    except ValueError:
+        os._exit(1)  # the first process reads the same files, and says what is wrong
+    print("loaded", flush=True)
+    print(memory_for_pages(models[0], *share.largest), flush=True)
+    runner = make_runner(models, **_told())
     while True:
-        try:
-            plan = pickle.load(plans)
-        except EOFError:
-            os._exit(0)  # without the farewells of torch.distributed, for which nobody waits
-        runner.launch(plan)
+        runner.launch(_told())
+
+
+def _told():
+    try:
+        return pickle.load(sys.stdin.buffer)
+    except EOFError:
+        os._exit(0)  # without the farewells of torch.distributed, for which nobody waits
 
 
 if __name__ == "__main__":

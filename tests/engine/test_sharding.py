@@ -9,24 +9,48 @@ import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
+from warploom.engine.hub import save_model
+from warploom.engine.memory import RESET
+from warploom.engine.model import Transformer
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def test_pieces_compute_what_the_whole_computes(monkeypatch):
+@pytest.fixture
+def in_two(monkeypatch):
+    """Runs a script in two processes, and returns how they ended."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return in_two_processes
+
+
+def in_two_processes(script, **globals_):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warploom.engine.sharding", "torch.distributed"])
-    script = str(Path(__file__).with_name("shards.py"))
-    team = [context.Process(target=runpy.run_path, args=(script, {"RANK": rank, "PORT": port})) for rank in range(2)]
+    path, globals_ = str(Path(__file__).with_name(script)), {"PORT": port, **globals_}
+    team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in range(2)]
     for process in team:
         process.start()
     for process in team:
         process.join(120)
-    assert [process.exitcode for process in team] == [0, 0]
+    return [process.exitcode for process in team]
+
+
+def test_pieces_compute_what_the_whole_computes(in_two):
+    assert in_two("shards.py") == [0, 0]
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
+def test_who_loads_a_share_never_holds_much_more(in_two, tmp_path):
+    shape = {"vocab_size": 4096, "d_model": 256, "n_layers": 12, "n_heads": 4}
+    experts = {"n_layers": 6, "n_experts": 4, "d_ff": 512}
+    configs = [{"n_layers": 1}, {}, {"tie_embeddings": False}, experts]
+    places = [tmp_path / f"model {number}" for number in range(len(configs))]
+    for place, changes in zip(places, configs):
+        save_model(Transformer(ModelConfig(**shape | changes)), place)
+    assert in_two("loads.py", PLACES=places) == [0, 0]
 
 
 @pytest.mark.parametrize(
