@@ -21,6 +21,7 @@ from ..device import DTYPES, pick_device
 from ..hub import load_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
+from .balance import has_tall_keys
 from .beam import beam_search
 from .engine import Engine, Generation
 from .grammar import compile_grammar
@@ -39,7 +40,8 @@ class LLM:
     """Generates with a model directory or a `Transformer`.
 
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
-    `quantize="int8"` keeps weights in 8 bits, and on a CPU keys and values too. `kv_dtype` chooses their format by
+    `quantize="int8"` keeps weights in 8 bits, and on a CPU keys and values too, unless keys have biases far larger than
+    themselves. `kv_dtype` chooses their format by
     itself: the name of a dtype, "int8" (on a CPU) or "fp8" (on a GPU); 8 bits are half the bytes of bfloat16, so twice
     the tokens in the same memory, read in half the time. `step_tokens` bounds the tokens of one step. `speculate` is
     how many tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses
@@ -229,6 +231,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
         eight = quantize == "int8" and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
+        eight = eight and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise ValueError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")

@@ -30,7 +30,7 @@ class LLMOptions:
     quantize: Literal["int8"] | None = None
     """Keep weights in 8 bits; on a CPU, activations (in groups of 64), keys and values are rounded to 8 bits too."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
-    """Number format of keys and values; by default the model's, or int8 on a CPU with quantize. fp8 is for GPUs."""
+    """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize. fp8: GPUs."""
     step_tokens: int | None = None
     """Most tokens computed in one step."""
     max_context: int | None = None

@@ -8,7 +8,8 @@ batch.
 In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns: products
 of whole numbers are four times as many an instruction. What that costs, for a model of 6M parameters trained on code
 and for code it had not seen: log-probabilities move by 0.011 (root mean square; rounding the weights alone moves them
-by 0.008, bfloat16 by 0.003) and perplexity by less than 0.01 %. A block with experts is no single call: its products
+by 0.008, bfloat16 by 0.003) and perplexity by less than 0.01 %. Channels far larger than their neighbors would cost ten
+times that; `balance.py` takes them apart beforehand. A block with experts is no single call: its products
 are, and each expert's. On a GPU the twin is `fused.py`'s. Without the extension the model serves as it is. In both,
 8-bit layers are `kernels.int8_linear`, which rounds weights alone.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...kernels.moe import route
 from ..model import Block, Linear, MoE, Transformer, sinusoids
+from .balance import balanced
 from .fused import SteadyLinear, fused_model, replace, twin_of
 from .store import HAS_NATIVE, NativeAttend, _native
 
@@ -75,7 +77,7 @@ class NativeTransformer:
         self.device, self.embedding = model.device, model.embedding
         blocks = []
         for index, block in enumerate(model.blocks):
-            blocks.append(_native_block(block, c, form))
+            blocks.append(_native_block(balanced(block, c) if form == "int8" else block, c, form))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
         self.rotation: tuple[Tensor, ...] = ()
@@ -153,8 +155,10 @@ def serving_model(
         return NativeTransformer(model, form, release), Head(model, head)
     twin = twin_of(model)
     if native:
-        replace(twin.blocks, MoE, lambda moe: NativeMoE(moe, form))
-        replace(twin.blocks, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
+        for index, block in enumerate(twin.blocks):
+            twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block
+            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
