@@ -35,6 +35,7 @@ from .card import describe, write_card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .evaluate import Evaluation, losses, token_bytes
+from .exchange import Exchange
 from .interrupts import interruptible
 from .memory import fewest_micro_batches
 from .milestones import evaluate_run, publish, write_sample
@@ -101,6 +102,7 @@ class Trainer:
         self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
         self.model, self.pieces = build(config, model_config, self.team, self.dtype)
         self.masters = make_masters(self.model, self.dtype, self.team)
+        self.exchange = Exchange(self.team, self.masters)
         self.average = Average(self.masters, config.ema)
         self.optimizer = self._make_optimizer()
         self.scale = LossScale(self.dtype)
@@ -213,7 +215,7 @@ class Trainer:
         _seed(self.device, self.config.seed, self.step, self.team.reader)  # dropout is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
-        self.team.add_gradients(self.masters)
+        self.exchange.end()
         self.scale.unscale(parameters)
         norm = clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters))
         loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
@@ -241,6 +243,8 @@ class Trainer:
         targets = (batch.targets_BT != IGNORE).sum()
         loss = torch.zeros((), device=self.device)
         for start in range(0, self.config.batch_size, rows):
+            if start + rows == self.config.batch_size:
+                self.exchange.begin()  # gradients leave as soon as they are complete
             micro = self.team.share(batch.rows(start, start + rows))
             share = (micro.targets_BT != IGNORE).sum() / targets
             parts = losses(self.model, micro, label_smoothing=self.config.label_smoothing, z_loss=self.config.z_loss)

@@ -81,7 +81,17 @@ def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_proce
         assert size / 2 < max(taken) < 0.75 * size, grid
 
 
-@pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2}, {"fsdp": 2}], ids=lambda grid: next(iter(grid)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_leave_in_the_last_micro_batch_while_those_before_them_are_still_made(tiny, processes, dtype):
+    config = tiny(model=PAIRED, dp=2, grad_accum_steps=2, dtype=dtype)
+    assert processes("courier.py", PORT=free_port(), CONFIG=config) == [0, 0]
+    for rank in (0, 1):
+        missing, buckets = json.loads(Path(f"{config.out}-{rank}.json").read_text())
+        assert len(missing) == buckets > 2, "each leaves once, none of them in the first micro-batch"
+        assert missing[0] > missing[1] > 0 and missing[-1] == 0
+
+
+@pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2, "ep": 2}, {"fsdp": 2}], ids="-".join)
 def test_experts_are_trained_and_balanced_as_one_process_does(tiny, together, grid):
     experts = {"n_experts": 4, "d_ff": 64, "balance_loss": 0.3, "router_z_loss": 0.1}  # so that they matter
     one = tiny("one", model={**PAIRED, **experts}, steps=20, save_every=50, eval_every=0)
@@ -171,7 +181,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same
     os.kill(victim, signal.SIGKILL)
     output, _ = agent.communicate(timeout=200)
     assert agent.returncode == 0, output
-    assert "lost another" in output and "resuming from" in output and "Traceback" not in output
+    assert "lost another" in output and "resuming from" in output and "Traceback" not in output, output
     assert digest(out / "model.safetensors") == digest(Path(whole.out) / "model.safetensors")
 
 
