@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -31,6 +33,8 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends everybody as soon as one is gone
         lost = any(sign in str(error) for sign in LOST)
         code = 2 if isinstance(error, MISTAKES) and not lost else 1
         if not _is_first():
