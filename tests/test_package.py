@@ -101,3 +101,14 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert "warploom/setup.py" not in names
     shipped = {name.removeprefix("warploom/") for name in names if name.endswith(".py")}
     assert shipped == {f"{name.replace('.', '/')}.py" for name in modules()}
+
+
+def test_clang_compiles_the_extension_too():
+    if not (clang := shutil.which("clang++")):
+        pytest.skip("clang++ is not installed")
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if "pybind11" not in path.read_text()]
+    assert len(sources) > 20
+    command = [clang, "-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-c", "-o", os.devnull]
+    for source in sources:
+        shown = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
