@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import signal
@@ -75,6 +76,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, recorder):
     assert verify(result.directory / "checkpoints" / "step-3")["step"] == 3
     assert any("step 3 of 12" in note and "resume" in note for note in recorder.notes)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_between_a_step_and_the_next_loses_no_step(tiny, monkeypatch):
+    """Garbage is collected there once, when it has been decided whether the first step is saved."""
+
+    def collect():
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(gc, "collect", collect)
+    result = train(tiny())
+    assert result.stopped_by == "SIGTERM"
+    assert verify(result.directory / "checkpoints" / f"step-{result.steps}")["step"] == result.steps
 
 
 def test_what_a_run_computes_does_not_depend_on_how_it_is_cut_up(tiny, recorders):
