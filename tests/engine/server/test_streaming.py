@@ -28,7 +28,7 @@ stops = st.lists(st.text(st.characters(max_codepoint=126), min_size=1, max_size=
 def test_joined_chunks_are_the_whole_answer(server, seed, stop, tokens, echo, scored):
     body = {"prompt": "é↗", "seed": seed, "stop": stop, "max_tokens": tokens, "echo": echo, "temperature": 0.7}
     body["logprobs"] = 1 if scored else None
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         whole = client.post("/v1/completions", json=body).json()["choices"][0]
         chunks = [event["choices"][0] for event in read(client, "/v1/completions", body)]
     assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
