@@ -31,16 +31,28 @@ LONG = {"max_tokens": 30_000, "ignore_eos": True, "stream": True}  # half a minu
 KEY = {"authorization": "Bearer secret"}
 
 
+def start(directory):
+    command = [sys.executable, "-m", "warploom.engine.cli", "serve", "--model", str(directory), "--port", "0"]
+    command += ["--replicas", "2", "--no-ui", "--max-batch", "4", "--max-queue", "2"]
+    environment = {**os.environ, "WARPLOOM_API_KEYS": "secret", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def replicas_of(process):
+    """The replicas' processes."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [child] * any("ServeReplica" in part for part in child.cmdline())
+    return found
+
+
 class Cluster:
     """A server with two replicas in a process of its own."""
 
     def __init__(self, directory):
-        command = [sys.executable, "-m", "warploom.engine.cli", "serve", "--model", str(directory), "--port", "0"]
-        command += ["--replicas", "2", "--no-ui", "--max-batch", "4", "--max-queue", "2"]
-        environment = {**os.environ, "WARPLOOM_API_KEYS": "secret", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        self.process = start(directory)
         self.url = re.search(r"http://\S+", self.process.stdout.readline()).group()
         self.log: list[str] = []
         self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
@@ -78,12 +90,7 @@ class Cluster:
             each([*psutil.Process(self.process.pid).children(recursive=True), self.process], "kill")
 
     def replicas(self):
-        """The replicas' processes."""
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                found += [child] * any("ServeReplica" in part for part in child.cmdline())
-        return found
+        return replicas_of(self.process)
 
     @contextmanager
     def without_replicas(self):
@@ -252,3 +259,15 @@ def test_told_to_stop_it_finishes_what_is_under_way_and_leaves_nobody_behind(clu
     assert "Traceback" not in "".join(cluster.log)
     _, alive = psutil.wait_procs(children, 60)
     assert not alive
+
+
+def test_told_to_stop_while_it_starts_it_starts_no_replica(directory):
+    process, seen = start(directory), []
+    process.stdout.readline()
+    while not psutil.Process(process.pid).children():  # Ray's own are the first
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:
+        seen += replicas_of(process)
+        time.sleep(0.05)
+    assert process.returncode == 130 and not seen
