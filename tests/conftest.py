@@ -10,6 +10,7 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # not even a question whether somebody is there
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch

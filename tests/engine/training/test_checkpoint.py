@@ -122,7 +122,7 @@ def test_what_is_written_is_the_state_at_the_save_though_training_goes_on(tiny, 
     reached, write = threading.Event(), Checkpoints._write
 
     def late(self, step, *details):
-        assert step != 5 or reached.wait(20)
+        assert step != 5 or reached.wait(200)
         write(self, step, *details)
 
     class Release(Watcher):
