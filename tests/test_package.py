@@ -23,6 +23,7 @@ FLOORS = [  # from the ground up; a module imports from its own floor or below
     ("engine.cli", "bench"),
 ]
 STRANGERS = {("engine.training", "engine.serving"), ("tokenizer", "kernels")}  # on one floor, but never of each other
+ASIDE = (".*", "__pycache__", "build", "*.egg-info", "*.so", "runs", "results")  # of a checkout in use
 TORCHLESS = ("tokenizer", "engine.config", "engine.serving.pages", "engine.serving.scheduler", "engine.cli.__init__")
 
 
@@ -93,7 +94,7 @@ with kernels.backend("triton"):
 
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "a path with spaces"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "runs", "results"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ASIDE))
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source]
     subprocess.run(build, check=True, env={**os.environ, "WARPLOOM_PURE": "1"}, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()

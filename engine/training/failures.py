@@ -33,8 +33,7 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends everybody as soon as one is gone
+        _not_to_be_interrupted()
         lost = any(sign in str(error) for sign in LOST)
         code = 2 if isinstance(error, MISTAKES) and not lost else 1
         if not _is_first():
@@ -45,6 +44,12 @@ def one_voice() -> Iterator[None]:
             print(f"warploom train: {sentence}", file=sys.stderr)
             sys.exit(code)
         raise
+
+
+def _not_to_be_interrupted() -> None:
+    """torchrun ends all processes once it sees that one has died: what this one is about to say should be heard."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_first() -> bool:

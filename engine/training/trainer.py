@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...tokenizer.sources import sweep
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
 from .build import build
@@ -136,6 +137,9 @@ class Trainer:
                 )
             shutil.rmtree(self.checkpoints.folder)
         self.out.mkdir(parents=True, exist_ok=True)
+        sweep(self.out.parent, self.out.name)  # now, and not at a save: others are there before the leader then
+        sweep(self.out)
+        sweep(self.checkpoints.folder)
 
     def _count_steps(self) -> int:
         config, tokens_a_step = self.config, self.config.batch_size * self.context
@@ -199,8 +203,10 @@ class Trainer:
         finally:
             batches.close()
             gc.unfreeze()
-            self.checkpoints.wait()
-            self.tell("finished")
+            try:
+                self.checkpoints.wait()
+            finally:
+                self.tell("finished")
 
     def _how_to_shrink(self) -> str:
         config, rows = self.config, self.config.batch_size // self.micro_batches
@@ -269,8 +275,6 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """End the run after the step at hand, or the next one where other processes have to be told."""
         self.told_to_stop = reason
-        if self.team.size == 1:
-            self.stop_signal = reason
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`, counted from 1; with a budget of time, of the share of it that is used."""
@@ -311,6 +315,8 @@ class Trainer:
             evaluate_run(self)
         if config.sample_tokens and (last or (config.sample_every and self.step % config.sample_every == 0)):
             write_sample(self)
+        if self.team.size == 1:  # heard here alone, so that no run ends with a step that is not saved
+            self.stop_signal = self.told_to_stop
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
             save_run(self)
 

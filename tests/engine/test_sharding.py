@@ -2,7 +2,6 @@
 
 import multiprocessing
 import runpy
-import socket
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,16 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 def test_pieces_compute_what_the_whole_computes(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warploom.engine.sharding", "torch.distributed"])
     script = str(Path(__file__).with_name("shards.py"))
-    team = [context.Process(target=runpy.run_path, args=(script, {"RANK": rank, "PORT": port})) for rank in range(2)]
+    given = [{"RANK": rank, "PORT": store.port} for rank in range(2)]
+    team = [context.Process(target=runpy.run_path, args=(script, names), daemon=True) for names in given]
     for process in team:
         process.start()
     for process in team:
-        process.join(120)
+        process.join()
     assert [process.exitcode for process in team] == [0, 0]
 
 

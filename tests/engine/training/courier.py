@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ.update({"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)})  # noqa: F821
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
 from warploom.engine.training import exchange
 from warploom.engine.training.trainer import Trainer
