@@ -173,6 +173,8 @@ class Cluster:
     def deploy(self, make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
         """Start the replicas, and wait until they have loaded; what to call them by."""
         with self._ray():
+            _connect(replicas)
+        with self._ray():
             handle = _start(make, config, replicas, gpus)
         while (found := self._application()).status != "RUNNING":
             if found.status == "DEPLOY_FAILED":
@@ -186,8 +188,8 @@ class Cluster:
 
     def end(self) -> None:
         """End the replicas, and Ray if it is our own."""
+        self._ended = True
         with self._asking:
-            self._ended = True
             with suppress(Exception):
                 if not OWN_RAY and ray.is_initialized():
                     serve.delete(APPLICATION)
@@ -205,11 +207,14 @@ class Cluster:
             yield
 
 
-def _start(make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
+def _connect(replicas: int) -> None:
     if not ray.is_initialized():
         own = {"num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False, "object_store_memory": STORE}
         ray.init(**({"address": "local", **own} if OWN_RAY else {}), logging_level="ERROR")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _start(make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(proxy_location="Disabled", logging_config=quiet)
     options = {

@@ -117,6 +117,16 @@ def test_what_killed_processes_have_left_half_written_is_in_nobodys_way(tiny):
     assert list(out.parent.glob(".*")) == [neighbor]
 
 
+def test_the_leader_of_a_save_leaves_what_others_have_begun_to_write(tmp_path):
+    early = tmp_path / ".step-4.partial" / "shards" / "shard-2"
+    early.parent.mkdir(parents=True)
+    early.write_text("by a process that was first")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, {}, {}, write_shards=lambda scratch: {})
+    checkpoints.wait()
+    assert (tmp_path / "step-4" / "shards" / "shard-2").exists()
+
+
 def test_what_is_written_is_the_state_at_the_save_though_training_goes_on(tiny, monkeypatch):
     """A slow disk: the writer of step 5 gets to work only when step 8 is done."""
     reached, write = threading.Event(), Checkpoints._write
