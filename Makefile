@@ -22,6 +22,7 @@ export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
 .PHONY: demo test bench gpu sanitize lint format clean
+.DELETE_ON_ERROR:  # an interpreter without its build tools is made anew
 
 demo: .venv/ready-base
 	$(BIN)/warploom demo $(ARGS)

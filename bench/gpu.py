@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..kernels import tuned
+from ..tokenizer.sources import write_text
 from . import environment, harness, table
 from .schema import load_record
 
@@ -177,7 +178,7 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
     with ThreadPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
         found = dict(pool.map(check, [name for name in names if name not in right]))
     right |= {name for name, ended in found.items() if not ended}
-    path.write_text(json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
+    write_text(path, json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
     session.keep()
     return dict.fromkeys(right, "") | found
 

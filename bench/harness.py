@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..engine.memory import PeakMemory, release
+from ..tokenizer.sources import write_text
 from . import ceilings, environment, peers
 from .schema import PartRecord, Record, Row, Spread, Value, load_record
 from .timing import Timer, WallTimer, interleave, synchronize, timer_for
@@ -310,8 +311,7 @@ class Deadly:
 
     def _write(self, names: set[str]) -> None:
         self.names = names
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{self.code} {name}\n" for name in sorted(names)))
+        write_text(self.path, "".join(f"{self.code} {name}\n" for name in sorted(names)))
         if not names:
             self.path.unlink()
 

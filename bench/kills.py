@@ -75,21 +75,27 @@ def run_once(context, config) -> None:
 def run_killed(context, config, kills: int, seed: int = 0) -> list[float]:
     """Kill a run up to `kills` times, then let it finish; the seconds from kill to kill.
 
-    Most deaths come up to a tenth of a second after a new checkpoint, every fifth one wherever start-up has got to.
+    Most deaths come up to a tenth of a second after a new checkpoint, or with the next one, if that is sooner; every
+    fifth one comes wherever start-up has got to.
     """
     from ..engine.training import train
     from ..engine.training.checkpoint import Checkpoints
 
     draw, checkpoints, gaps = random.Random(seed), Checkpoints(Path(config.out) / "checkpoints"), []
     config = dataclasses.replace(config, resume=True)
+
+    def await_save(process, seconds: float) -> None:
+        last, end = checkpoints.steps()[:1], time.monotonic() + seconds
+        while process.is_alive() and checkpoints.steps()[:1] == last and time.monotonic() < end:
+            time.sleep(0.002)
+
     while len(gaps) < kills:
-        begin, before = time.monotonic(), checkpoints.steps()[:1]
+        begin = time.monotonic()
         patience = draw.random() if len(gaps) % 5 == 4 else float("inf")
         process = context.Process(target=train, args=(dataclasses.replace(config, num_workers=len(gaps) % 4),))
         process.start()
-        while process.is_alive() and checkpoints.steps()[:1] == before and time.monotonic() - begin < patience:
-            time.sleep(0.002)
-        process.join(draw.random() * 0.1)
+        await_save(process, patience)
+        await_save(process, draw.random() * 0.1)
         if process.exitcode is not None:
             break
         process.kill()

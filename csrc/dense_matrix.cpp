@@ -110,7 +110,7 @@ WARPLOOM_CLONES void run(const Task<bfloat16, float>& t) { WARPLOOM_TILES }
 WARPLOOM_BF16 void run(const Task<bfloat16, bfloat16>& t) { WARPLOOM_TILES }
 const bool pairs_are_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
-void run(const Task<bfloat16, bfloat16>&) {}
+void run(const Task<bfloat16, bfloat16>&) { __builtin_unreachable(); }
 const bool pairs_are_fast = false;
 #endif
 

@@ -210,9 +210,10 @@ WARPLOOM_VNNI inline void weigh(const Look& look, __m512 key_scales, __m512 valu
     const uint32_t before = since > 0 ? ~0u << since : ~0u, after = end < kTile ? ~(~0u << end) : ~0u;
     score = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), __mmask16(before & after), score);
     const float peak = std::max(s.peaks[q], _mm512_reduce_max_ps(score));
-    __m512 shrink = _mm512_set1_ps(1);
-    if (peak > s.peaks[q]) shrink = exp(_mm512_set1_ps(s.peaks[q] - peak));
-    const __m512 weight = exp(_mm512_sub_ps(score, _mm512_set1_ps(peak))), scaled = _mm512_mul_ps(weight, value_scales);
+    f16 shrink = _mm512_set1_ps(1), weight = _mm512_sub_ps(score, _mm512_set1_ps(peak));
+    if (peak > s.peaks[q]) exponentiate(shrink = _mm512_set1_ps(s.peaks[q] - peak));
+    exponentiate(weight);
+    const __m512 scaled = _mm512_mul_ps(weight, value_scales);
     float* totals = &s.totals[q * kTile];
     _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), shrink, weight));
     const float most = _mm512_reduce_max_ps(scaled), inverse = most > kLeast ? kParts / most : 0;

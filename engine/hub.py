@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..tokenizer import load_tokenizer
+from ..tokenizer.sources import unfinished
 from .architectures import describe, dtype_name, ignorable, pieces, understand
 from .config import ModelConfig
 from .device import DTYPES, pick_device
@@ -256,7 +257,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a model is written to a directory")
-    staging = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+    staging = unfinished(directory)
+    shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
     staging.mkdir(parents=True)
     try:
         yield staging

@@ -1,17 +1,27 @@
 """What is decided before torch and triton are first imported, and before any test starts a process.
 
 Tests compute tiny things, many at once: one thread each is fastest, and keeps float32 sums repeatable. Where there is
-no GPU, Triton kernels run in their interpreter. And Ctrl-C must mean Ctrl-C: a suite that was started in the background
-inherits an ignored SIGINT, and would hand it on to every process it starts.
+no GPU, Triton kernels run in their interpreter. Ctrl-C must mean Ctrl-C: a suite that was started in the background
+inherits an ignored SIGINT, and would hand it on to every process it starts. And Hypothesis, on any machine, draws the
+same examples and gives them the time they need; `--hypothesis-profile=default` draws others.
 """
 
 import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # not even a question whether somebody is there
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # on a GPU machine, where nothing can be installed
+    pass
+else:
+    settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("same")

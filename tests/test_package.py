@@ -23,6 +23,7 @@ FLOORS = [  # from the ground up; a module imports from its own floor or below
     ("engine.cli", "bench"),
 ]
 STRANGERS = {("engine.training", "engine.serving"), ("tokenizer", "kernels")}  # on one floor, but never of each other
+ASIDE = (".*", "__pycache__", "build", "*.egg-info", "*.so", "runs", "results")  # of a checkout in use
 TORCHLESS = ("tokenizer", "engine.config", "engine.serving.pages", "engine.serving.scheduler", "engine.cli.__init__")
 
 
@@ -93,7 +94,7 @@ with kernels.backend("triton"):
 
 def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = tmp_path / "a path with spaces"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "runs", "results"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ASIDE))
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, source]
     subprocess.run(build, check=True, env={**os.environ, "WARPLOOM_PURE": "1"}, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
@@ -101,3 +102,14 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert "warploom/setup.py" not in names
     shipped = {name.removeprefix("warploom/") for name in names if name.endswith(".py")}
     assert shipped == {f"{name.replace('.', '/')}.py" for name in modules()}
+
+
+def test_clang_compiles_the_extension_too():
+    if not (clang := shutil.which("clang++")):
+        pytest.skip("clang++ is not installed")
+    sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if "pybind11" not in path.read_text()]
+    assert len(sources) > 20
+    command = [clang, "-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-c", "-o", os.devnull]
+    for source in sources:
+        shown = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,12 +81,28 @@ def read_pieces(path: str | Path, size: int = _CHUNK) -> Iterator[str]:
             position += len(data)
 
 
+def unfinished(path: str | Path) -> Path:
+    """Where this process writes a file or a folder before it takes its name."""
+    path = Path(path)
+    return path.parent / f".{path.name}.{os.getpid()}.partial"
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes have left unfinished in a folder: all of it, or what was to have one name.
+
+    For whoever alone writes there. The number in a name tells nothing: those of processes come again.
+    """
+    for left in folder.glob(".*.partial"):
+        if name in (None, left.name[1:].rsplit(".", 2)[0]):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when everything was written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = unfinished(path)
     try:
         with open(partial, "wb") as file:
             yield file

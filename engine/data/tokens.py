@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ...tokenizer.sources import unfinished
 from .corpus import Corpus, Passage
 
 SPLITS = ("train", "val", "test")
@@ -213,13 +213,13 @@ def directory_for(out: Path) -> Iterator[Path]:
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
         raise ValueError(f"{out} exists and is no token directory: give an --out that is new or empty")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch, old = unfinished(out), unfinished(f"{out}.old")
+    for left in (scratch, old):  # by a process of the same number that was killed
+        shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir()
     try:
         yield scratch
         if out.exists():
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
             out.rename(old)
             scratch.rename(out)
             shutil.rmtree(old)

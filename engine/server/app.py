@@ -40,9 +40,11 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await bridge.start()
         yield
-        if playground:
-            await playground.close()
-        await bridge.stop()
+        try:
+            if playground:
+                await playground.close()
+        finally:
+            await bridge.stop()
 
     app = FastAPI(
         title="warploom",

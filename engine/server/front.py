@@ -29,7 +29,7 @@ from .app import allowed_origins
 from .config import ServerConfig
 from .guard import Guard
 from .metrics import Metrics, count_visits, join_replicas
-from .replicas import deploy, disconnect, running
+from .replicas import Cluster
 
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "client")
 SCOPE += ("server", "salt")
@@ -69,6 +69,7 @@ class Front:
     ) -> None:
         self._make, self._config, self._count, self._gpus = make, config, replicas, gpus
         self._on_mistake = on_mistake
+        self._cluster = Cluster()
         self._handle: Any = None
         self._failed = False
         self._census: asyncio.Task | None = None
@@ -91,11 +92,11 @@ class Front:
         starting = asyncio.create_task(self._start())
         yield
         starting.cancel()
-        await asyncio.to_thread(disconnect)
+        await asyncio.to_thread(self._cluster.end)
 
     async def _start(self) -> None:
         try:
-            handle = await asyncio.to_thread(deploy, self._make, self._config, self._count, self._gpus)
+            handle = await asyncio.to_thread(self._cluster.deploy, self._make, self._config, self._count, self._gpus)
             mistakes = await handle.broadcast("mistake").results_async()
             if mistake := next(filter(None, mistakes), None):
                 return self._on_mistake(ValueError(mistake))
@@ -124,7 +125,8 @@ class Front:
         """How many replicas are well; Ray is asked once in a while, however many ask here."""
         now = asyncio.get_running_loop().time()
         if self._census is None or now > self._census_until:
-            self._census, self._census_until = asyncio.create_task(asyncio.to_thread(running)), now + PATIENCE / 2
+            asking = asyncio.to_thread(self._cluster.running)
+            self._census, self._census_until = asyncio.create_task(asking), now + PATIENCE / 2
         return asyncio.shield(self._census)
 
     async def _health(self) -> Response:

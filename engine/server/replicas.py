@@ -14,9 +14,11 @@ import asyncio
 import logging
 import os
 import secrets
+import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -158,12 +160,61 @@ class PrefixRouter(RequestRouter):
             self._loads[name] += 1
 
 
-def deploy(make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
-    """Start the replicas, and wait until they have loaded; what to call them by."""
+class Cluster:
+    """Ray, and our replicas in its care.
+
+    To ask a Ray that has been ended is to start another one, whoever in whichever thread it is: so all asking is done
+    here, under a lock, and after `end` no more.
+    """
+
+    def __init__(self) -> None:
+        self._asking, self._ended = threading.Lock(), False
+
+    def deploy(self, make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
+        """Start the replicas, and wait until they have loaded; what to call them by."""
+        with self._ray():
+            _connect(replicas)
+        with self._ray():
+            handle = _start(make, config, replicas, gpus)
+        while (found := self._application()).status != "RUNNING":
+            if found.status == "DEPLOY_FAILED":
+                raise RuntimeError(found.message)
+            time.sleep(0.1)
+        return handle
+
+    def running(self) -> int:
+        """How many replicas are well, as far as Ray knows."""
+        return self._application().deployments[Replica.__name__].replica_states.get("RUNNING", 0)
+
+    def end(self) -> None:
+        """End the replicas, and Ray if it is our own."""
+        self._ended = True
+        with self._asking:
+            with suppress(Exception):
+                if not OWN_RAY and ray.is_initialized():
+                    serve.delete(APPLICATION)
+            ray.shutdown()
+
+    def _application(self) -> Any:
+        with self._ray():
+            return serve.status().applications[APPLICATION]
+
+    @contextmanager
+    def _ray(self) -> Iterator[None]:
+        with self._asking:
+            if self._ended:
+                raise RuntimeError("the server is ending")
+            yield
+
+
+def _connect(replicas: int) -> None:
     if not ray.is_initialized():
         own = {"num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False, "object_store_memory": STORE}
         ray.init(**({"address": "local", **own} if OWN_RAY else {}), logging_level="ERROR")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _start(make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(proxy_location="Disabled", logging_config=quiet)
     options = {
@@ -177,7 +228,9 @@ def deploy(make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: b
         "logging_config": quiet,
     }
     application = serve.deployment(Replica).options(**options).bind(make, config)
-    return serve.run(application, name=APPLICATION, route_prefix=None).options(stream=True)
+    target = serve.RunTarget(application, name=APPLICATION, route_prefix=None)
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    return handle.options(stream=True)
 
 
 def share(replicas: int, gpus: bool) -> dict[str, float]:
@@ -186,17 +239,3 @@ def share(replicas: int, gpus: bool) -> dict[str, float]:
     each = -(-replicas // len(nodes))
     cores = max(1, min(int(node.get("CPU", 1)) for node in nodes) // each)
     return {"num_cpus": cores, "num_gpus": int(gpus and any(node.get("GPU") for node in nodes))}
-
-
-def disconnect() -> None:
-    """End the replicas, and Ray if it is our own."""
-    with suppress(Exception):
-        if not OWN_RAY:
-            serve.delete(APPLICATION)
-    ray.shutdown()
-
-
-def running() -> int:
-    """How many replicas are well, as far as Ray knows."""
-    replica = serve.status().applications[APPLICATION].deployments[Replica.__name__]
-    return replica.replica_states.get("RUNNING", 0)

@@ -141,7 +141,7 @@ class Engine:
         self.generated_tokens = 0
         self._notes: deque[Callable[[], None]] = deque()
         self._flights: deque = deque()
-        self._lock = threading.Lock()
+        self._lock, self._arriving = threading.Lock(), threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -159,23 +159,26 @@ class Engine:
     ) -> Generation:
         """Ask for a generation; raises ValueError for what could never be served. `deadline` is in seconds from now."""
         self._check(tokens, params)
-        now = time.monotonic()
         seed = secrets.randbits(63) if params.seed is None else params.seed
         generation = Generation(self)
         limit = self.scheduler.context if params.max_tokens is None else params.max_tokens
         limit = self.scheduler.fit(len(tokens), limit)
-        for index in range(params.n):
-            sequence = Sequence(list(tokens), len(tokens), params, _nth_seed(seed, index), limit)
-            sequence.stop_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
-            sequence.arrival, sequence.priority, sequence.salt = now, priority, salt
-            sequence.deadline = None if deadline is None else now + deadline
-            sequence.grammar = grammar() if grammar else None
-            sequence.use_cache = params.prompt_logprobs is None
-            sequence.listener = Stream(sequence, self._text(tokens, params), index, on_piece or generation.pieces.put)
-            generation.streams.append(sequence.listener)
-        first, *others = (stream.sequence for stream in generation.streams)
-        first.followers = tuple(others)
-        self._leave_note(lambda: self.scheduler.add(first))
+        with self._arriving:  # of two threads, the one whose clock says it came first also leaves its note first
+            now = time.monotonic()
+            for index in range(params.n):
+                sequence = Sequence(list(tokens), len(tokens), params, _nth_seed(seed, index), limit)
+                ends = frozenset() if params.ignore_eos else self.eos
+                sequence.stop_tokens = frozenset(params.stop_token_ids) | ends
+                sequence.arrival, sequence.priority, sequence.salt = now, priority, salt
+                sequence.deadline = None if deadline is None else now + deadline
+                sequence.grammar = grammar() if grammar else None
+                sequence.use_cache = params.prompt_logprobs is None
+                tell = on_piece or generation.pieces.put
+                sequence.listener = Stream(sequence, self._text(tokens, params), index, tell)
+                generation.streams.append(sequence.listener)
+            first, *others = (stream.sequence for stream in generation.streams)
+            first.followers = tuple(others)
+            self._leave_note(lambda: self.scheduler.add(first))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -241,8 +244,10 @@ class Engine:
         return self.runner.alive and (self._thread is None or self._thread.is_alive())
 
     def _loop(self) -> None:
-        while not self._stopping:
+        while True:
             self._wake.clear()
+            if self._stopping:  # asked after clearing: whoever stops the loop sets this first, and then rings
+                return
             if not self.step():
                 self._wake.wait()
 

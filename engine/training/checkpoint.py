@@ -129,9 +129,7 @@ class Checkpoints:
         """
         self.wait()
         scratch = self.folder / f".step-{step}.partial"
-        if self.leads:
-            shutil.rmtree(scratch, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
         def write() -> None:
             try:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -31,6 +33,7 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        _not_to_be_interrupted()
         lost = any(sign in str(error) for sign in LOST)
         code = 2 if isinstance(error, MISTAKES) and not lost else 1
         if not _is_first():
@@ -41,6 +44,12 @@ def one_voice() -> Iterator[None]:
             print(f"warploom train: {sentence}", file=sys.stderr)
             sys.exit(code)
         raise
+
+
+def _not_to_be_interrupted() -> None:
+    """torchrun ends all processes once it sees that one has died: what this one is about to say should be heard."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_first() -> bool:

@@ -6,7 +6,7 @@ are sums over rows divided by that number, and summing them over processes gives
 
 The processes form a grid with four axes:
 
-    dp      copies: the same weights, other rows; gradients are added up after the step
+    dp      copies: the same weights, other rows; gradients are added up on the way (`exchange.py`)
     fsdp    slices: other rows; each keeps a slice of every weight, gradient and moment, and gathers a block's weights
             just before it needs them (PyTorch's `fully_shard`, block by block)
     ep      experts: other rows; each owns some experts of every layer, the rest is copied as along dp
@@ -36,8 +36,6 @@ from .config import TrainConfig
 from .precision import Masters
 from .rendezvous import join
 from .shards import ShardWriter
-
-BUCKET = 1 << 24  # numbers added up at once: many small messages are slow, one large one needs a copy of everything
 
 
 class Team:
@@ -80,12 +78,14 @@ class Team:
         """This process and those that differ from it along one axis; None if there are none."""
         return self.mesh.get_group(axis) if self.axes[axis] > 1 else None
 
-    def make_readers(self) -> dist.ProcessGroup | None:
-        """A group of this process and those that read other rows for the same pieces; None if there are none."""
-        if self.readers == 1:
+    def make_group(self, *along: str) -> dist.ProcessGroup | None:
+        """This process and those that differ from it along these axes, if there are any. Every process must ask."""
+        size = math.prod(self.axes[axis] for axis in along)
+        if size == 1:
             return None
-        tp = self.axes["tp"]
-        return dist.new_subgroups_by_enumeration([list(range(i, self.size, tp)) for i in range(tp)])[0]
+        order = sorted(range(len(self.axes)), key=lambda i: list(self.axes)[i] in along)
+        ranks = torch.arange(self.size).view(*self.axes.values()).permute(order).reshape(-1, size)
+        return dist.new_subgroups_by_enumeration(ranks.tolist())[0]
 
     @property
     def leads(self) -> bool:
@@ -149,19 +149,6 @@ class Team:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
-    def add_gradients(self, masters: Masters) -> None:
-        """Sum the gradients of processes that keep the same numbers for other rows (slices arrive summed)."""
-        for axis in ("dp", "ep"):
-            group = self.group(axis)
-            if group is None:
-                continue
-            copies = [p for name, p in masters.named.items() if axis == "dp" or masters.layouts[name].ep is None]
-            for grads in _buckets([p.grad for p in copies if p.grad is not None]):
-                flat = torch.cat([grad.flatten() for grad in grads])
-                dist.all_reduce(flat, group=group)
-                for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-                    grad.copy_(part.view_as(grad))
-
     def norm(self, masters: Masters) -> Tensor:
         """The joint 2-norm of all gradients, those of other processes included: each number counts once."""
         held = [(name, p.grad) for name, p in masters.named.items() if p.grad is not None]
@@ -191,25 +178,14 @@ def _grid(config: TrainConfig, size: int) -> dict[str, int]:
     return axes
 
 
-def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket, size = [], 0
-    for grad in grads:
-        if bucket and size + grad.numel() > BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.numel()
-    if bucket:
-        yield bucket
-
-
 def take_piece(model: Transformer, team: Team) -> Transformer:
     """Of a whole model, what this process computes with (slices along fsdp come later, from `slice_weights`)."""
     config, slices = model.config, team.axes["fsdp"]
     check(config, team.axes["tp"], team.axes["ep"])
     if config.d_model % slices:
         raise ValueError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
-    return shard(model, team.group("tp"), team.group("ep"), team.make_readers() if config.n_experts else None)
+    readers = team.make_group("dp", "fsdp", "ep") if config.n_experts else None
+    return shard(model, team.group("tp"), team.group("ep"), readers)
 
 
 def slice_weights(model: Transformer, dtype: torch.dtype, team: Team) -> None:

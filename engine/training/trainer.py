@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...tokenizer.sources import sweep
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
 from .build import build
@@ -35,6 +36,7 @@ from .card import describe, write_card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .evaluate import Evaluation, losses, token_bytes
+from .exchange import Exchange
 from .interrupts import interruptible
 from .memory import fewest_micro_batches
 from .milestones import evaluate_run, publish, write_sample
@@ -101,6 +103,7 @@ class Trainer:
         self.warmup = min(500, self.steps // 20) if config.warmup is None else config.warmup
         self.model, self.pieces = build(config, model_config, self.team, self.dtype)
         self.masters = make_masters(self.model, self.dtype, self.team)
+        self.exchange = Exchange(self.team, self.masters)
         self.average = Average(self.masters, config.ema)
         self.optimizer = self._make_optimizer()
         self.scale = LossScale(self.dtype)
@@ -134,6 +137,9 @@ class Trainer:
                 )
             shutil.rmtree(self.checkpoints.folder)
         self.out.mkdir(parents=True, exist_ok=True)
+        sweep(self.out.parent, self.out.name)  # now, and not at a save: others are there before the leader then
+        sweep(self.out)
+        sweep(self.checkpoints.folder)
 
     def _count_steps(self) -> int:
         config, tokens_a_step = self.config, self.config.batch_size * self.context
@@ -197,8 +203,10 @@ class Trainer:
         finally:
             batches.close()
             gc.unfreeze()
-            self.checkpoints.wait()
-            self.tell("finished")
+            try:
+                self.checkpoints.wait()
+            finally:
+                self.tell("finished")
 
     def _how_to_shrink(self) -> str:
         config, rows = self.config, self.config.batch_size // self.micro_batches
@@ -213,7 +221,7 @@ class Trainer:
         _seed(self.device, self.config.seed, self.step, self.team.reader)  # dropout is a function of the step
         loss, load = self.accumulate(batch)
         parameters = list(self.masters.named.values())
-        self.team.add_gradients(self.masters)
+        self.exchange.end()
         self.scale.unscale(parameters)
         norm = clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters))
         loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
@@ -241,6 +249,8 @@ class Trainer:
         targets = (batch.targets_BT != IGNORE).sum()
         loss = torch.zeros((), device=self.device)
         for start in range(0, self.config.batch_size, rows):
+            if start + rows == self.config.batch_size:
+                self.exchange.begin()  # gradients leave as soon as they are complete
             micro = self.team.share(batch.rows(start, start + rows))
             share = (micro.targets_BT != IGNORE).sum() / targets
             parts = losses(self.model, micro, label_smoothing=self.config.label_smoothing, z_loss=self.config.z_loss)
@@ -265,8 +275,6 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """End the run after the step at hand, or the next one where other processes have to be told."""
         self.told_to_stop = reason
-        if self.team.size == 1:
-            self.stop_signal = reason
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`, counted from 1; with a budget of time, of the share of it that is used."""
@@ -307,6 +315,8 @@ class Trainer:
             evaluate_run(self)
         if config.sample_tokens and (last or (config.sample_every and self.step % config.sample_every == 0)):
             write_sample(self)
+        if self.team.size == 1:  # heard here alone, so that no run ends with a step that is not saved
+            self.stop_signal = self.told_to_stop
         if last or self.stop_signal or (config.save_every and self.step % config.save_every == 0):
             save_run(self)
 

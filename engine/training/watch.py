@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ...tokenizer.sources import write_text
+
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
@@ -190,11 +192,9 @@ class JsonLog(Watcher):
 
     def __init__(self, path: Path, every: int, start: int) -> None:
         self.every = every
-        kept = [line for line in self.read(path) if line["step"] <= start] if start else []
-        self.lines: list[dict[str, Any]] = []
-        self.file = open(path, "w")  # noqa: SIM115
-        for line in kept:
-            self._write(line)
+        self.lines: list[dict[str, Any]] = [line for line in self.read(path) if line["step"] <= start] if start else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))  # a kill here leaves the old one
+        self.file = open(path, "a")  # noqa: SIM115
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def machine(clock: FakeClock, **options) -> Machine:
 
 
 @given(st.integers(1, 7))
-@settings(deadline=None, max_examples=7)
+@settings(max_examples=7)
 def test_over_two_rotations_everyone_has_stood_twice_at_every_place(count):
     names = [f"n{index}" for index in range(count)]
     places = Counter((name, place) for turn in range(2 * count) for place, name in enumerate(order(names, turn)))
@@ -116,7 +116,7 @@ def test_preparing_notes_the_time_to_the_first_result_and_forgives_peers_alone()
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_spread_brackets_its_median_and_stays_within_the_samples(samples):
     spread = Spread.of(samples)
     tiny = 1e-9 * max(samples)

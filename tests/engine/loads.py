@@ -13,6 +13,7 @@ from warploom.engine.hub import load_model
 from warploom.engine.memory import PeakMemory
 
 os.environ |= {"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}  # noqa: F821
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the test's, as it is torchrun's elsewhere
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h

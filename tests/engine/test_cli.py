@@ -121,6 +121,8 @@ def test_export_to_tiktoken_splits_as_the_tokenizer_does(tmp_path, capsys):
 
 def test_a_reader_that_leaves_early_is_no_error():
     command = [sys.executable, "-m", "warploom.engine.cli", "--help"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.wait() == 141 and process.stderr.read() == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

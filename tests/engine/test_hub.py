@@ -11,6 +11,7 @@ from warploom.engine.architectures import architecture_of
 from warploom.engine.config import ModelConfig
 from warploom.engine.hub import load_config, load_model, save_model
 from warploom.engine.model import Transformer
+from warploom.tokenizer.sources import unfinished
 
 TOLERANCE = 1e-5
 LLAMA3 = dict(
@@ -123,6 +124,14 @@ def test_a_failed_save_leaves_the_former_model_whole(tmp_path, monkeypatch):
     again, _ = load_model(tmp_path / "model", device="cpu")
     assert torch.equal(again.embedding.weight, first.embedding.weight)
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_save_that_was_killed_is_not_in_the_way_of_a_process_of_the_same_number(tmp_path):
+    unfinished(tmp_path / "model").mkdir()
+    (unfinished(tmp_path / "model") / "model-00001-of-00002.safetensors").write_text("half of")
+    save_model(Transformer(ModelConfig(**SHAPE)), tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 1
 
 
 def edit_config(directory, **changes):

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import runpy
-import socket
 from pathlib import Path
 
 import pytest
@@ -24,17 +23,16 @@ def in_two(monkeypatch):
 
 
 def in_two_processes(script, **globals_):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warploom.engine.sharding", "torch.distributed"])
-    path, globals_ = str(Path(__file__).with_name(script)), {"PORT": port, **globals_}
-    team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in range(2)]
+    context.set_forkserver_preload(["warploom.engine.hub", "torch.distributed"])
+    path = str(Path(__file__).with_name(script))
+    given = [{"RANK": rank, "PORT": store.port, **globals_} for rank in range(2)]
+    team = [context.Process(target=runpy.run_path, args=(path, names), daemon=True) for names in given]
     for process in team:
         process.start()
     for process in team:
-        process.join(120)
+        process.join()
     return [process.exitcode for process in team]
 
 

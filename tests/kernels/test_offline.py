@@ -15,6 +15,8 @@ if not HAS_TRITON:
 
 from warploom.kernels.offline import ARCHITECTURES, Cost, budget_of, narrow_products, violations
 
+pytestmark = pytest.mark.timeout(1800)  # hundreds of kernels are compiled meanwhile, on as many cores as there are
+
 
 @pytest.fixture(scope="module")
 def costs(survey):

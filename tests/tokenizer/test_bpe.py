@@ -37,7 +37,7 @@ def test_ids_equal_tiktokens_and_hugging_faces_on_any_text(tok, tmp_path):
     tok.save(tmp_path)
     peer, hugging = as_tiktoken(tok), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
     def check(text):
         ids = tok.encode(text)
@@ -115,7 +115,7 @@ def test_unknown_ids_are_refused(tok):
 
 
 def test_pushes_joined_equal_decode(tok):
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     @given(st.lists(st.integers(0, tok.vocab_size - 1), max_size=40))
     def check(ids):
         stream = tok.stream()

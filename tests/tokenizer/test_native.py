@@ -85,7 +85,7 @@ def test_pieces_are_those_of_regex(isa, pattern, texts, noise):
     for text in [*texts, *(noise(seed, 150) for seed in range(200))]:
         assert native.split(text, pattern).tolist() == byte_ends(text, pattern)
 
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     @given(st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join))
     def check(text):
         assert native.split(text, pattern).tolist() == byte_ends(text, pattern)
@@ -128,7 +128,7 @@ def any_merges(draw):
     return vocab, draw(st.permutations(merges)), draw(st.booleans())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(any_merges(), st.lists(st.tuples(st.text("abc", min_size=1, max_size=100), st.integers(1, 40)), max_size=4))
 def test_any_list_of_merges_is_applied_like_the_twin_does(vocabulary, texts):
     vocab, merges, whole = vocabulary
@@ -139,7 +139,7 @@ def test_any_list_of_merges_is_applied_like_the_twin_does(vocabulary, texts):
             assert tok.encode(form) == twin.encode(form)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(any_merges(), st.lists(st.text("aabbc", min_size=1, max_size=17), max_size=60))
 def test_new_words_are_merged_side_by_side_as_they_are_alone(vocabulary, words):
     vocab, merges, whole = vocabulary
@@ -148,7 +148,7 @@ def test_new_words_are_merged_side_by_side_as_they_are_alone(vocabulary, words):
     assert tok.encode(text) == twin.encode(text)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.text("ab é'1", max_size=30), max_size=6),
     st.sampled_from(["bytes", "hf", "ids"]),

@@ -42,7 +42,7 @@ def test_the_most_frequent_pair_wins_and_the_greatest_among_equals():
     assert tok.vocab_size == 262 and tok.id_of(b"\x00") == 0 and tok.id_of("st") == 256
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.text("abcé\U0001f44d", max_size=12), max_size=8))
 def test_training_follows_the_textbook(texts):
     words: dict[bytes, int] = {}

@@ -56,7 +56,7 @@ def test_the_standard_library_is_a_large_corpus_of_python_in_a_fixed_order():
     assert sum(len(text) for text in texts(stdlib())) > 5_000_000
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(alphabet="ab \n你.", max_size=300), st.integers(1, 40), st.integers(1, 50))
 def test_cutting_loses_nothing_and_keeps_passages_short(text, size, block):
     blocks = [text[i : i + block] for i in range(0, len(text), block)]

@@ -43,7 +43,7 @@ def test_the_order_depends_on_the_seed_and_not_on_the_number_of_workers(kind):
     assert not torch.equal(loader.batch(0).tokens_BT, other.batch(0).tokens_BT)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 300), st.integers(1, 20), st.integers(1, 20), st.integers(1, 7), st.booleans())
 def test_an_epoch_visits_every_window_exactly_once(total, T, stride, B, shuffle):
     if total < T + 1:
@@ -55,7 +55,7 @@ def test_an_epoch_visits_every_window_exactly_once(total, T, stride, B, shuffle)
     assert (count - 1) * stride + T + 1 <= total < count * stride + T + 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=40), st.integers(1, 16))
 def test_packing_covers_every_prediction_once_and_overfills_no_row(lengths, T):
     split = split_of(lengths)

@@ -7,6 +7,7 @@ import pytest
 
 from warploom.engine.data import TokenData, text_of, write_token_data
 from warploom.engine.data.corpus import Corpus, files
+from warploom.tokenizer.sources import unfinished
 
 
 @pytest.fixture
@@ -65,6 +66,16 @@ def test_a_failure_leaves_the_old_directory_as_it_was(tmp_path, stories, byte_to
         write_token_data(files([tmp_path / "bad.txt"]), byte_tokenizer, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_writer_that_was_killed_is_not_in_the_way_of_a_process_of_the_same_number(tmp_path, stories, byte_tokenizer):
+    out = tmp_path / "tokens"
+    write_token_data(stories, byte_tokenizer, out)
+    for left in (unfinished(out), unfinished(f"{out}.old")):
+        left.mkdir()
+        (left / "train.bin").write_text("half of")
+    assert write_token_data(stories, byte_tokenizer, out).split("train").bytes > 100
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_or_foreign_directory_is_refused_in_one_sentence(tmp_path, stories, byte_tokenizer):

@@ -46,18 +46,33 @@ def make_model(seed: int = 0) -> Transformer:
     return model.eval()
 
 
-class SlowLLM(LLM):
-    """A model whose every step takes a while, like a large one's."""
+class HeldLLM(LLM):
+    """A model whose every step takes until a test lets it through: like a large one's, however fast the machine is."""
 
-    def __init__(self, seconds: float = 0.02, **options):
+    def __init__(self, **options):
         super().__init__(make_model(), make_tokenizer(), **options)
+        self._steps, self._free = threading.Semaphore(0), False
         launch = self.engine.runner.launch
 
-        def slow_launch(plan):
-            time.sleep(seconds)
+        def held_launch(plan):
+            if not self._free:
+                self._steps.acquire()
             return launch(plan)
 
-        self.engine.runner.launch = slow_launch
+        self.engine.runner.launch = held_launch
+
+    def let(self, steps: int) -> None:
+        """Let some steps through."""
+        self._steps.release(steps)
+
+    def hold(self) -> None:
+        """Let none through, but as many as the test says."""
+        self._free = False
+
+    def free(self) -> None:
+        """Let all steps through, from now on."""
+        self._free = True
+        self.let(1)
 
 
 class Server:
@@ -72,7 +87,7 @@ class Server:
         self.bridge = self.app.state.bridge
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=5))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=30))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def start(self) -> "Server":
@@ -81,16 +96,16 @@ class Server:
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the server did not stop"
 
     @property
     def pool(self):
         return self.bridge.llm.engine.scheduler.pool
 
-    def wait(self, condition, seconds: float = 20) -> None:
+    def wait(self, condition) -> None:
         """Until the condition holds; fails if it never does."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, "waited in vain"
             time.sleep(0.005)
@@ -130,5 +145,5 @@ def server():
 @pytest.fixture
 def client(server):
     httpx = pytest.importorskip("httpx", reason="these tests need httpx")
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client

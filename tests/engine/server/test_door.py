@@ -24,7 +24,7 @@ def guarded():
 
 @pytest.fixture
 def stranger(guarded):
-    with httpx.Client(base_url=guarded.url, timeout=20) as client:
+    with httpx.Client(base_url=guarded.url, timeout=60) as client:
         yield client
 
 
@@ -86,9 +86,11 @@ def test_no_other_web_page_may_call_it_unless_it_is_named(client):
     answer = client.options("/v1/completions", headers=ask)
     assert answer.status_code == 405 and "access-control-allow-origin" not in answer.headers
     with serving(cors_origins=("https://elsewhere.example",)) as server:
-        allowed = httpx.options(f"{server.url}/v1/completions", headers=ask)
+        allowed = httpx.options(f"{server.url}/v1/completions", headers=ask, timeout=60)
         assert allowed.headers["access-control-allow-origin"] == "https://elsewhere.example"
-        other = httpx.options(f"{server.url}/v1/completions", headers={**ask, "origin": "https://other.example"})
+        other = httpx.options(
+            f"{server.url}/v1/completions", headers={**ask, "origin": "https://other.example"}, timeout=60
+        )
         assert "access-control-allow-origin" not in other.headers
 
 
@@ -117,7 +119,7 @@ def test_requests_carry_an_id_from_the_client_or_a_new_one(client):
 def test_the_log_has_a_line_of_json_for_each_request_and_no_prompt(capfd):
     with serving(log=True) as server:
         body = {"prompt": "very private words", "max_tokens": 3, "user": "ann"}
-        httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "r1"})
+        httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "r1"}, timeout=60)
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     (line,) = [line for line in lines if line["request_id"] == "r1"]
     assert line["status"] == 200 and line["prompt_tokens"] == 18 and line["user"] == "ann" and line["seconds"] > 0

@@ -61,7 +61,7 @@ def evaluated(server, tmp_path_factory):
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--include_path", folder, "--output_path", folder / "out", "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next((folder / "out").rglob("results_*.json")).read_text())["results"]
 

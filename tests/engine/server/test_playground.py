@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from .conftest import SlowLLM, make_model, serving
+from .conftest import HeldLLM, make_model, serving
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
@@ -15,7 +15,8 @@ pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 @pytest.fixture(scope="module")
 def page_server():
     pytest.importorskip("gradio", reason="the playground needs gradio")
-    with serving(lambda: SlowLLM(0.03), ui=True) as server:
+    with serving(HeldLLM, ui=True) as server:
+        server.bridge.llm.free()
         yield server
 
 
@@ -34,7 +35,7 @@ def browser(tmp_path_factory):
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    browser.implicitly_wait(20)
+    browser.implicitly_wait(60)
     yield browser
     browser.quit()
 
@@ -55,15 +56,22 @@ def open_tab(browser, name):
 
 
 def test_a_prompt_streams_tokens_and_stop_ends_them(page, page_server):
+    llm = page_server.bridge.llm
+
+    def shown_after(steps):
+        llm.let(steps)
+        return len(page.find_elements("css selector", "#tokens .loom-tokens > span"))
+
+    llm.hold()
     open_tab(page, "Complete")
     find(page, "#prompt textarea").send_keys(" and on")
     find(page, "#start").click()
-    page_server.wait(lambda: page.find_elements("css selector", "#tokens .loom-tokens > span"))
-    few = len(page.find_elements("css selector", "#tokens .loom-tokens > span"))
-    page_server.wait(lambda: len(page.find_elements("css selector", "#tokens .loom-tokens > span")) > few)
+    few = shown_after(10)
+    page_server.wait(lambda: shown_after(1) > few)
     assert "tokens/s" in find(page, "#speed").text
     find(page, "#stop").click()
-    page_server.wait(lambda: not page_server.bridge.open, seconds=3)
+    page_server.wait(lambda: not page_server.bridge.open)
+    llm.free()
     page_server.assert_nothing_left()
     shown = find(page, "#tokens .loom-tokens")
     assert shown.text.startswith("Once upon a time and on")
@@ -108,12 +116,13 @@ def test_the_page_asks_nobody_but_its_own_server(page, page_server):
     assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_the_page_fits_a_phone(page):
+def test_the_page_fits_a_phone(page, page_server):
     page.set_window_size(500, 900)
     try:
         page.refresh()
         find(page, "#message")
-        assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        fits = "return document.documentElement.scrollWidth <= window.innerWidth"
+        page_server.wait(lambda: page.execute_script(fits))
     finally:
         page.set_window_size(1280, 1000)
 
@@ -144,15 +153,15 @@ def test_without_gradio_the_server_runs_and_says_how_to_get_the_page(monkeypatch
 
     monkeypatch.setattr(app, "available", lambda: False)
     with serving(ui=True) as server:
-        assert "pip install gradio" in httpx.get(server.url).text
+        assert "pip install gradio" in httpx.get(server.url, timeout=60).text
     with serving(ui=False) as server:
-        page = httpx.get(server.url).text
+        page = httpx.get(server.url, timeout=60).text
         assert "--no-ui" in page and "pip install" not in page
 
 
 def test_unknown_routes_under_v1_are_openais_errors_even_with_the_page(page_server):
     httpx = pytest.importorskip("httpx", reason="needs httpx")
-    unknown = httpx.post(f"{page_server.url}/v1/embeddings", json={})
+    unknown = httpx.post(f"{page_server.url}/v1/embeddings", json={}, timeout=60)
     assert unknown.status_code == 404 and unknown.json()["error"]["type"] == "not_found_error"
-    assert httpx.get(f"{page_server.url}/v1/completions").status_code == 405
-    assert httpx.get(f"{page_server.url}/health").status_code == 200
+    assert httpx.get(f"{page_server.url}/v1/completions", timeout=60).status_code == 405
+    assert httpx.get(f"{page_server.url}/health", timeout=60).status_code == 200

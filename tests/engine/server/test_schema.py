@@ -23,7 +23,7 @@ def test_whatever_is_sent_gets_a_documented_answer(server, mode):
         if mode == "negative" and operation.method == "get":
             continue
 
-        @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=10, suppress_health_check=list(HealthCheck))
         @given(operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         def keeps_its_promise(case):
             case.call_and_validate(checks=promises, timeout=60)

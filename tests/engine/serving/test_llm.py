@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_a_request_with_a_seed_gets_the_same_bits_after_a_restart(tiny_model, tm
     asked = json.dumps([prompts, [dataclasses.asdict(chosen) for chosen in params]])
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", RESTARTED, *places]
-    done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [entry for line in done.stdout.splitlines() for entry in json.loads(line)] == expected
 
@@ -346,6 +347,38 @@ def test_a_deadline_ends_a_request_and_a_priority_lets_one_overtake(model):
     assert late.result().finish_reason == "cancelled" and not late.result().token_ids
     ends = [generation.result().metrics.finished for generation in (going, urgent, patient)]
     assert ends == sorted(ends) and len(patient.result().token_ids) == 12
+
+
+def test_nobody_who_comes_later_is_queued_first(model):
+    """The first is held up on its way into the queue, while a second thread asks and the loop turns."""
+    llm = LLM(model, max_batch=1)
+    second = threading.Thread(target=lambda: asked.append(llm.submit([2], GREEDY)))
+    asked = []
+
+    def held_up():
+        second.start()
+        second.join(0.2)
+        llm.engine.step()
+
+    asked.append(llm.engine.submit([1], GREEDY, grammar=held_up))
+    second.join()
+    ends = {generation.result().metrics.arrival: generation.result().metrics.finished for generation in asked}
+    assert [ends[arrival] for arrival in sorted(ends)] == sorted(ends.values())
+
+
+def test_the_loop_hears_that_it_should_stop_even_as_it_lies_down(model):
+    engine = LLM(model).engine
+
+    class Bell(threading.Event):
+        def clear(self):
+            engine._stopping = True  # what `stop` does, at the worst moment
+            self.set()
+            super().clear()
+
+    engine._wake = Bell()
+    engine.start()
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
 
 
 def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkeypatch):

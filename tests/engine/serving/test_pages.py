@@ -62,7 +62,7 @@ def test_an_empty_pool_says_so_and_release_returns_the_page():
         PagePool(0)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data(), st.integers(1, 12), st.integers(1, 3))
 def test_no_order_of_operations_leaks_or_shares_wrongly(data, num_pages, page_size):
     pool = PagePool(num_pages, page_size)

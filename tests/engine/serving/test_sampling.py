@@ -96,7 +96,7 @@ def test_different_rows_of_a_batch_keep_their_own_settings():
     assert not torch.equal(settings.choose(logits, [0, 1, 2, 3], index, positions + 1), together)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), st.integers(0, 5))
 def test_reported_logprobs_are_the_models_own_and_best_first(values, top):
     logits = torch.tensor([values])

@@ -91,7 +91,7 @@ requests = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(
     requests, st.integers(1, 12), st.integers(1, 3), st.integers(1, 4), st.integers(0, 8), st.sampled_from([1, 2, 3])
 )

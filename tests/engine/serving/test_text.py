@@ -34,7 +34,7 @@ texts = st.text("abcé𝄞", max_size=30)
 stop_sets = st.lists(st.text("abcé", min_size=1, max_size=5), max_size=4)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(texts, stop_sets)
 def test_streamed_pieces_join_to_the_text_cut_before_the_first_stop_string(text, stops):
     stream = TextStream(Utf8(), stops)
@@ -43,7 +43,7 @@ def test_streamed_pieces_join_to_the_text_cut_before_the_first_stop_string(text,
     assert stream.stopped == any(stop in text for stop in stops)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.text("abcd", max_size=6), max_size=8), stop_sets)
 def test_the_cut_does_not_depend_on_how_the_text_arrives_and_nothing_is_kept_back_needlessly(pieces, stops):
     finder, said, seen = StopFinder(stops), "", ""
@@ -57,7 +57,7 @@ def test_the_cut_does_not_depend_on_how_the_text_arrives_and_nothing_is_kept_bac
     assert said == cut("".join(pieces), stops)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 255), max_size=20), stop_sets)
 def test_any_bytes_obey_the_law(tokens, stops):
     stream = TextStream(Utf8(), stops)

@@ -82,10 +82,14 @@ def processes(monkeypatch):
         path = str(Path(__file__).with_name(script))
         ranks = range(count)
         team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in ranks]
-        for process in team:
-            process.start()
-        for process in team:
-            process.join(120)
-        return [process.exitcode for process in team]
+        try:
+            for process in team:
+                process.start()
+            for process in team:
+                process.join()
+            return [process.exitcode for process in team]
+        finally:  # whatever ended the test, none goes on beside the next
+            for process in team:
+                process.kill()
 
     return run

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 os.environ.update({"RANK": str(RANK), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)})  # noqa: F821
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
 from warploom.engine.memory import PeakMemory
 from warploom.engine.training.pieces import whole_weights

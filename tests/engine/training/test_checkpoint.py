@@ -10,6 +10,7 @@ import torch
 
 from warploom.engine.training import AdamW, Watcher, load_checkpoint, save_checkpoint, train
 from warploom.engine.training.checkpoint import Checkpoints, generators, restore_generators
+from warploom.tokenizer.sources import unfinished
 
 
 def trained():
@@ -102,12 +103,36 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tiny, monkeypatch):
     assert not list(folder.folder.glob(".*"))
 
 
+def test_what_killed_processes_have_left_half_written_is_in_nobodys_way(tiny):
+    """Numbers of processes come again: in a container each may be the first."""
+    config = tiny()
+    out = Path(config.out)
+    scratch = out / "checkpoints" / ".step-5.partial"
+    neighbor = unfinished(out.with_name("run.2"))
+    for folder in (unfinished(out), unfinished(out / "data"), scratch, unfinished(scratch), neighbor):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("half of")
+    train(config)
+    assert not [*out.glob(".*"), *scratch.parent.glob(".*")]
+    assert list(out.parent.glob(".*")) == [neighbor]
+
+
+def test_the_leader_of_a_save_leaves_what_others_have_begun_to_write(tmp_path):
+    early = tmp_path / ".step-4.partial" / "shards" / "shard-2"
+    early.parent.mkdir(parents=True)
+    early.write_text("by a process that was first")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, {}, {}, write_shards=lambda scratch: {})
+    checkpoints.wait()
+    assert (tmp_path / "step-4" / "shards" / "shard-2").exists()
+
+
 def test_what_is_written_is_the_state_at_the_save_though_training_goes_on(tiny, monkeypatch):
     """A slow disk: the writer of step 5 gets to work only when step 8 is done."""
     reached, write = threading.Event(), Checkpoints._write
 
     def late(self, step, *details):
-        assert step != 5 or reached.wait(20)
+        assert step != 5 or reached.wait(200)
         write(self, step, *details)
 
     class Release(Watcher):

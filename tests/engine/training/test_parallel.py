@@ -5,10 +5,8 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,7 @@ import torch
 from warploom.engine.hub import save_model
 from warploom.engine.memory import RESET
 from warploom.engine.model import Transformer
-from warploom.engine.training import train
-from warploom.engine.training.checkpoint import Checkpoints
+from warploom.engine.training import failures, train
 from warploom.engine.training.milestones import averaged
 from warploom.engine.training.prepare import prepare
 from warploom.engine.training.trainer import Trainer
@@ -29,10 +26,9 @@ PAIRED = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def store():
+    """What torchrun has: a store of its own for each run, by which processes find each other."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture
@@ -41,7 +37,8 @@ def together(processes):
 
     def run(config):
         size = (config.dp or 1) * config.fsdp * config.tp * config.ep
-        assert processes("member.py", size, SIZE=size, PORT=free_port(), CONFIG=config) == [0] * size
+        kept = store()
+        assert processes("member.py", size, SIZE=size, PORT=kept.port, CONFIG=config) == [0] * size
         return losses(config)
 
     return run
@@ -73,15 +70,25 @@ def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_proce
     numbers = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in whole.parameters())).hexdigest()
     size = sum(p.nbytes for p in whole.parameters())
     for grid in ({"fsdp": 2}, {"tp": 2}):
-        out = one.out.replace("one", str(*grid))
+        out, kept = one.out.replace("one", str(*grid)), store()
         config = dataclasses.replace(one, out=out, **grid)
-        assert processes("newborn.py", SIZE=2, PORT=free_port(), CONFIG=config) == [0, 0]
+        assert processes("newborn.py", SIZE=2, PORT=kept.port, CONFIG=config) == [0, 0]
         assert Path(f"{out}.digest").read_text() == numbers, grid
         taken = [int(Path(f"{out}-{rank}.bytes").read_text()) for rank in (0, 1)]
         assert size / 2 < max(taken) < 0.75 * size, grid
 
 
-@pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2}, {"fsdp": 2}], ids=lambda grid: next(iter(grid)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_leave_in_the_last_micro_batch_while_those_before_them_are_still_made(tiny, processes, dtype):
+    config, kept = tiny(model=PAIRED, dp=2, grad_accum_steps=2, dtype=dtype), store()
+    assert processes("courier.py", PORT=kept.port, CONFIG=config) == [0, 0]
+    for rank in (0, 1):
+        missing, buckets = json.loads(Path(f"{config.out}-{rank}.json").read_text())
+        assert len(missing) == buckets > 2, "each leaves once, none of them in the first micro-batch"
+        assert missing[0] > missing[1] > 0 and missing[-1] == 0
+
+
+@pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2, "ep": 2}, {"fsdp": 2}], ids="-".join)
 def test_experts_are_trained_and_balanced_as_one_process_does(tiny, together, grid):
     experts = {"n_experts": 4, "d_ff": 64, "balance_loss": 0.3, "router_z_loss": 0.1}  # so that they matter
     one = tiny("one", model={**PAIRED, **experts}, steps=20, save_every=50, eval_every=0)
@@ -111,8 +118,8 @@ def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny,
 
 
 def test_a_mistake_of_all_processes_is_said_by_one_of_them_and_by_torchrun(processes, tmp_path):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert processes("mistake.py", PORT=store.port, OUT=tmp_path / "run") == [2, 2]
+    kept = store()
+    assert processes("mistake.py", PORT=kept.port, OUT=tmp_path / "run") == [2, 2]
     sentence = "dp=1 × fsdp=1 × ep=1 × tp=3 needs 3 processes, but this run has 2"
     said = sorted((tmp_path / f"run{rank}.said").read_text() for rank in (0, 1))
     assert said == ["", f"warploom train: {sentence}\n"]
@@ -148,40 +155,37 @@ def test_a_torn_shard_is_passed_over_with_a_message(tiny, together, recorder):
 
 
 def test_processes_do_not_wait_for_the_dead_whose_addresses_torchrun_keep(processes):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert processes("generation.py", PORT=store.port, DOOMED=1) == [1, -signal.SIGKILL]
-    assert processes("generation.py", PORT=store.port, DOOMED=None) == [0, 0]
+    kept = store()
+    assert processes("generation.py", PORT=kept.port, DOOMED=1) == [1, -signal.SIGKILL]
+    assert processes("generation.py", PORT=kept.port, DOOMED=None) == [0, 0]
+
+
+def test_what_a_process_says_as_it_fails_is_heard_though_torchrun_ends_it(monkeypatch):
+    def asked():
+        signal.raise_signal(signal.SIGTERM)  # while the store is asked
+        return True
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(failures, "_is_first", asked)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))
+    try:
+        with pytest.raises(ValueError, match="the reason"), failures.one_voice():
+            raise ValueError("the reason")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
-    whole = tiny("whole", steps=60, save_every=4, eval_every=0, fsdp=2)
+    whole = tiny("whole", steps=12, save_every=4, eval_every=0, fsdp=2)
     together(whole)
     out = Path(whole.out).with_name("restarted")
     model = [f"--{name.replace('_', '-')}={value}" for name, value in whole.model.items()]
-    flags = ["--tokenizer=char", "--steps=60", "--batch-size=4", "--save-every=4", "--eval-every=0", "--dtype=float32"]
+    flags = ["--tokenizer=char", "--steps=12", "--batch-size=4", "--save-every=4", "--eval-every=0", "--dtype=float32"]
     flags += ["--fsdp=2", "--sample-tokens=4", "--device=cpu", "--log-every=1", "--eval-batches=2", *model]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    launch += ["--max-restarts=2", "-m", "warploom.engine.cli", "train", whole.data, f"--out={out}", *flags]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    launch += [str(Path(__file__).with_name("doomed.py")), "train", whole.data, f"--out={out}", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    agent = subprocess.Popen(launch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    checkpoints = Checkpoints(out / "checkpoints")
-    while agent.poll() is None and not checkpoints.steps():
-        time.sleep(0.01)
-    victim = _member_of(agent.pid, rank=1)
-    os.kill(victim, signal.SIGKILL)
-    output, _ = agent.communicate(timeout=200)
-    assert agent.returncode == 0, output
-    assert "lost another" in output and "resuming from" in output and "Traceback" not in output
+    done = subprocess.run(launch, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "lost another" in done.stdout and "resuming from" in done.stdout and "Traceback" not in done.stdout
     assert digest(out / "model.safetensors") == digest(Path(whole.out) / "model.safetensors")
-
-
-def _member_of(agent, rank):
-    """The process of a torchrun that has this rank."""
-    for task in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((task / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == agent and f"\0RANK={rank}\0".encode() in b"\0" + (task / "environ").read_bytes() + b"\0":
-                return int(task.name)
-        except (OSError, IndexError):
-            continue
-    raise AssertionError(f"torchrun has no process of rank {rank}")

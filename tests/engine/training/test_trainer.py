@@ -1,3 +1,5 @@
+import gc
+import itertools
 import json
 import math
 import signal
@@ -75,6 +77,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, recorder):
     assert verify(result.directory / "checkpoints" / "step-3")["step"] == 3
     assert any("step 3 of 12" in note and "resume" in note for note in recorder.notes)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_between_a_step_and_the_next_loses_no_step(tiny, monkeypatch):
+    """Garbage is collected there once, when it has been decided whether the first step is saved."""
+
+    def collect():
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(gc, "collect", collect)
+    result = train(tiny())
+    assert result.stopped_by == "SIGTERM"
+    assert verify(result.directory / "checkpoints" / f"step-{result.steps}")["step"] == result.steps
 
 
 def test_what_a_run_computes_does_not_depend_on_how_it_is_cut_up(tiny, recorders):
@@ -162,14 +177,22 @@ def test_a_run_that_stays_broken_ends_with_a_report(tiny):
     assert trainer.step < 10
 
 
-def test_budgets_agree_on_the_number_of_steps(tiny):
+class Clock:
+    """Time that moves on by ten milliseconds at each look."""
+
+    perf_counter = itertools.count(step=0.01).__next__
+
+
+def test_budgets_agree_on_the_number_of_steps(tiny, monkeypatch):
     tokens_a_step = 4 * 32
     assert train(tiny("tokens", steps=None, tokens=5 * tokens_a_step - 1)).steps == 5
     by_epoch = train(tiny("epochs", steps=None, epochs=0.05, order="epochs"))
     train_tokens = json.loads((by_epoch.directory / "run.json").read_text())["data"]["train_tokens"]
     assert by_epoch.steps == math.ceil(0.05 * (((train_tokens - 1) // 32) // 4))
+    monkeypatch.setattr("warploom.engine.training.trainer.time", Clock)
     timed = train(tiny("minutes", steps=None, minutes=0.01, eval_every=0, save_every=0))
-    assert timed.steps >= 1 and timed.history[-2]["lr"] < 2e-3
+    assert timed.steps == pytest.approx(20, abs=2), "three looks at the clock a step"
+    assert timed.history[-2]["lr"] < 3e-4, "its end, a tenth of 2e-3, is reached"
 
 
 @pytest.mark.parametrize(

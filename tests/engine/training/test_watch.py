@@ -66,6 +66,18 @@ def test_a_log_that_a_crash_cut_short_is_continued_from_the_checkpoint(tmp_path)
     assert [line["step"] for line in JsonLog.read(path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_kill_while_a_log_is_taken_up_again_leaves_it_whole(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path, 1, 0)
+    log.stepped(progress(1))
+    log.finished()
+    written = path.read_text()
+    monkeypatch.setattr("os.replace", lambda *_: _raise(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        JsonLog(path, 1, 1)
+    assert path.read_text() == written
+
+
 def test_a_jump_of_the_loss_is_noticed_and_noise_is_not():
     spikes = Spikes(window=50)
     assert not any(spikes.judge(2.0 + 0.1 * (step % 3)) for step in range(200))
