@@ -109,7 +109,10 @@ void bind_format(py::module_& module, const std::string& format) {
 }  // namespace
 
 void bind_passes(py::module_& module) {
-    module.def("borrow_team", [](Address parallel) { team = reinterpret_cast<Parallel>(parallel); });
+    module.def("borrow_team", [](Address parallel, Address number, Address size) {
+        team = {reinterpret_cast<decltype(Team::parallel)>(parallel), reinterpret_cast<decltype(Team::number)>(number),
+                reinterpret_cast<decltype(Team::size)>(size)};
+    });
     module.def("attention", &attention);
     bind_format<float>(module, "float32");
     bind_format<bfloat16>(module, "bfloat16");
