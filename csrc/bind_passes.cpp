@@ -62,7 +62,7 @@ void bind_format(py::module_& module, const std::string& format) {
                   Address partial, Address dweight) {
                    const NormBackward<T> task{rows, columns, rows_of<const T>(x), rows_of<const T>(dy),
                                               rows_of<const T>(dsum), at<T>(weight), at<float>(inverse),
-                                              rows_of<T>(dx), at<float>(partial), at<T>(dweight)};
+                                              rows_of<T>(dx), {}, at<float>(partial), at<T>(dweight)};
                    py::gil_scoped_release unlocked;
                    task.run();
                });
@@ -86,7 +86,7 @@ void bind_format(py::module_& module, const std::string& format) {
                   Address positions, Address y) {
                    const Turn<T> task{batch, time, heads, width, half, sign, at<T>(x), batch_stride, time_stride,
                                       head_stride, at<float>(cos), at<float>(sin), table_stride,
-                                      at<int64_t>(positions), at<T>(y)};
+                                      at<int64_t>(positions), {at<T>(y), int64_t(heads) * width}};
                    py::gil_scoped_release unlocked;
                    task.run();
                });

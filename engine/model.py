@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
+from ..kernels import rows_cpu
 from .config import ModelConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Attention"], Tensor]
@@ -233,6 +234,20 @@ class MoE(nn.Module):
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), routing
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys learn where they are: turned by the rows of two tables, or as they are without."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    positions: Tensor | None = None
+
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cos is None:
+            return q_BTHD, k_BTKD
+        return kernels.rope(q_BTHD, k_BTKD, self.cos, self.sin, self.positions)
+
+
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each reading the normalized stream and adding to it."""
 
@@ -246,11 +261,37 @@ class Block(nn.Module):
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
+        if self._goes_by_rows(stream):
+            return *self._by_rows(stream, delta, rotate, attend), None
         normed, stream = self.attention_norm.add(delta, stream)
         delta = self.drop(self.attention(normed, rotate, attend))
         normed, stream = self.ffn_norm.add(delta, stream)
         delta, routing = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
         return stream, self.drop(delta), routing
+
+    def _goes_by_rows(self, stream: Tensor) -> bool:
+        """Is this training on a CPU, of a layer that `rows_cpu` knows?"""
+        a, f, norms = self.attention, self.ffn, (self.attention_norm, self.ffn_norm)
+        if not torch.is_grad_enabled() or type(a) is not Attention or type(f) is not SwiGLU or self.dropout:
+            return False
+        linears = a.qkv, a.output, f.gate_up, f.down
+        return (
+            a.q_norm is None
+            and all(type(norm) is RMSNorm for norm in norms)
+            and all(type(linear) is Linear and linear.bias is None for linear in linears)
+            and rows_cpu.serves(stream, *(part.weight for part in (*linears, *norms)))
+        )
+
+    def _by_rows(self, stream, delta, rotate, attend):
+        a, f, before, between = self.attention, self.ffn, self.attention_norm, self.ffn_norm
+        q_BTHD, k_BTKD, v_BTKD, stream = rows_cpu.to_heads(
+            delta, stream, before.weight, before.eps, a.qkv.weight, a.heads[:2], rotate.cos, rotate.sin, rotate.positions
+        )
+        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, a)
+        delta, stream = rows_cpu.from_heads(
+            gathered_BTHD, stream, a.output.weight, between.weight, between.eps, f.gate_up.weight, f.down.weight
+        )
+        return stream, delta
 
     def drop(self, delta: Tensor) -> Tensor:
         return F.dropout(delta, self.dropout, self.training) if self.dropout else delta
@@ -369,7 +410,7 @@ class Transformer(nn.Module):
             cos, sin = self._table(
                 lambda: kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
             )
-            return stream, lambda q, k: kernels.rope(q, k, cos, sin, positions)
+            return stream, Rotation(cos, sin, positions)
         if c.position != "none":
             if c.position == "learned":
                 table = self.positions.weight
@@ -379,7 +420,7 @@ class Transformer(nn.Module):
             stream = stream + where.to(stream.dtype)
         if self.training and c.dropout:
             stream = F.dropout(stream, c.dropout)
-        return stream, lambda q, k: (q, k)
+        return stream, Rotation()
 
     def _table(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Position tables are made once a device, not stored: a checkpoint holds only what was learned."""
