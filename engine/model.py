@@ -261,7 +261,7 @@ class Block(nn.Module):
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
-        if self._goes_by_rows(stream):
+        if isinstance(rotate, Rotation) and self._goes_by_rows(stream):
             return *self._by_rows(stream, delta, rotate, attend), None
         normed, stream = self.attention_norm.add(delta, stream)
         delta = self.drop(self.attention(normed, rotate, attend))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import op, passes_cpu
+from .fused import is_real
 from .passes_cpu import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
@@ -31,10 +32,11 @@ def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
     return (
         HAS_ROWS
         and op._backend != "triton"
-        and stream_BTC.dtype == torch.float32
+        and not torch.compiler.is_compiling()
         and stream_BTC.dim() == 3
-        and passes_cpu.serves(stream_BTC, *weights)
-        and all(size % GRAIN == 0 for weight in weights for size in weight.shape)
+        and all(x.dtype == torch.float32 and x.is_cpu and not any(n % GRAIN for n in x.shape) for x in weights)
+        and stream_BTC.dtype == torch.float32
+        and is_real((stream_BTC, *weights))
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -94,7 +96,7 @@ class _ToHeads(torch.autograd.Function):
         _native.to_heads_backward(
             _to_heads_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
         )
-        return d_stream, d_stream, d_norm, None, d_heads.T @ normed, None, None, None, None
+        return d_stream, d_stream, d_norm, None, torch.mm(d_heads.t(), normed), None, None, None, None
 
 
 def _to_heads_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
@@ -128,9 +130,9 @@ class _FromHeads(torch.autograd.Function):
             (*ctx.sizes, *_at(*kept)),
             _at(d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm),
         )
-        d_output = d_stream.view(N, C).T @ gathered.view(N, J)
-        d_down = d_delta.view(N, C).T @ middle
-        return d_gathered, d_stream, d_output, d_norm, None, d_both.T @ normed, d_down
+        d_output = torch.mm(d_stream.view(N, C).t(), gathered.view(N, J))
+        d_down = torch.mm(d_delta.view(N, C).t(), middle)
+        return d_gathered, d_stream, d_output, d_norm, None, torch.mm(d_both.t(), normed), d_down
 
 
 def _at(*tensors: Tensor | None) -> tuple[int, ...]:
