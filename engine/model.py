@@ -284,8 +284,9 @@ class Block(nn.Module):
 
     def _by_rows(self, stream, delta, rotate, attend):
         a, f, before, between = self.attention, self.ffn, self.attention_norm, self.ffn_norm
+        where = rotate.cos, rotate.sin, rotate.positions
         q_BTHD, k_BTKD, v_BTKD, stream = rows_cpu.to_heads(
-            delta, stream, before.weight, before.eps, a.qkv.weight, a.heads[:2], rotate.cos, rotate.sin, rotate.positions
+            delta, stream, before.weight, before.eps, a.qkv.weight, a.heads[:2], *where
         )
         gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, a)
         delta, stream = rows_cpu.from_heads(
