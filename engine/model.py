@@ -261,37 +261,35 @@ class Block(nn.Module):
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
-        if isinstance(rotate, Rotation) and self._goes_by_rows(stream):
-            return *self._by_rows(stream, delta, rotate, attend), None
+        if (weights := self._weights_by_rows(stream, rotate)) is not None:
+            return *self._by_rows(weights, stream, delta, rotate, attend), None
         normed, stream = self.attention_norm.add(delta, stream)
         delta = self.drop(self.attention(normed, rotate, attend))
         normed, stream = self.ffn_norm.add(delta, stream)
         delta, routing = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
         return stream, self.drop(delta), routing
 
-    def _goes_by_rows(self, stream: Tensor) -> bool:
-        """Is this training on a CPU, of a layer that `rows_cpu` knows?"""
+    def _weights_by_rows(self, stream: Tensor, rotate: Callable) -> list[Tensor] | None:
+        """What `rows_cpu` needs of this layer, if the layer is one that it knows, in training on a CPU."""
         a, f, norms = self.attention, self.ffn, (self.attention_norm, self.ffn_norm)
-        if not torch.is_grad_enabled() or type(a) is not Attention or type(f) is not SwiGLU or self.dropout:
-            return False
+        if not rows_cpu.HAS_ROWS or not torch.is_grad_enabled() or self.dropout or type(rotate) is not Rotation:
+            return None
+        if type(a) is not Attention or type(f) is not SwiGLU or a.q_norm is not None:
+            return None
         linears = a.qkv, a.output, f.gate_up, f.down
-        return (
-            a.q_norm is None
-            and all(type(norm) is RMSNorm for norm in norms)
-            and all(type(linear) is Linear and linear.bias is None for linear in linears)
-            and rows_cpu.serves(stream, *(part.weight for part in (*linears, *norms)))
-        )
+        if not all(type(x) is Linear and x.bias is None for x in linears) or not all(type(x) is RMSNorm for x in norms):
+            return None
+        weights = [part.weight for part in (*norms, *linears)]
+        return weights if rows_cpu.serves(stream, *weights) else None
 
-    def _by_rows(self, stream, delta, rotate, attend):
-        a, f, before, between = self.attention, self.ffn, self.attention_norm, self.ffn_norm
+    def _by_rows(self, weights, stream, delta, rotate, attend):
+        before, between, qkv, output, gate_up, down = weights
         where = rotate.cos, rotate.sin, rotate.positions
         q_BTHD, k_BTKD, v_BTKD, stream = rows_cpu.to_heads(
-            delta, stream, before.weight, before.eps, a.qkv.weight, a.heads[:2], *where
+            delta, stream, before, self.attention_norm.eps, qkv, self.attention.heads[:2], *where
         )
-        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, a)
-        delta, stream = rows_cpu.from_heads(
-            gathered_BTHD, stream, a.output.weight, between.weight, between.eps, f.gate_up.weight, f.down.weight
-        )
+        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self.attention)
+        delta, stream = rows_cpu.from_heads(gathered_BTHD, stream, output, between, self.ffn_norm.eps, gate_up, down)
         return stream, delta
 
     def drop(self, delta: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class _FromHeads(torch.autograd.Function):
 
 
 def _at(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if x is None else x.data_ptr() for x in tensors)
+    return (*[0 if x is None else x.data_ptr() for x in tensors],)
 
 
 def _room_for_norm(rows: int, C: int) -> tuple[Tensor, Tensor]:
