@@ -62,7 +62,7 @@ void bind_format(py::module_& module, const std::string& format) {
                   Address partial, Address dweight) {
                    const NormBackward<T> task{rows, columns, rows_of<const T>(x), rows_of<const T>(dy),
                                               rows_of<const T>(dsum), at<T>(weight), at<float>(inverse),
-                                              rows_of<T>(dx), at<float>(partial), at<T>(dweight)};
+                                              rows_of<T>(dx), {}, at<float>(partial), at<T>(dweight)};
                    py::gil_scoped_release unlocked;
                    task.run();
                });
@@ -86,7 +86,7 @@ void bind_format(py::module_& module, const std::string& format) {
                   Address positions, Address y) {
                    const Turn<T> task{batch, time, heads, width, half, sign, at<T>(x), batch_stride, time_stride,
                                       head_stride, at<float>(cos), at<float>(sin), table_stride,
-                                      at<int64_t>(positions), at<T>(y)};
+                                      at<int64_t>(positions), {at<T>(y), int64_t(heads) * width}};
                    py::gil_scoped_release unlocked;
                    task.run();
                });
@@ -109,7 +109,10 @@ void bind_format(py::module_& module, const std::string& format) {
 }  // namespace
 
 void bind_passes(py::module_& module) {
-    module.def("borrow_team", [](Address parallel) { team = reinterpret_cast<Parallel>(parallel); });
+    module.def("borrow_team", [](Address parallel, Address number, Address size) {
+        team = {reinterpret_cast<decltype(Team::parallel)>(parallel), reinterpret_cast<decltype(Team::number)>(number),
+                reinterpret_cast<decltype(Team::size)>(size)};
+    });
     module.def("attention", &attention);
     bind_format<float>(module, "float32");
     bind_format<bfloat16>(module, "bfloat16");

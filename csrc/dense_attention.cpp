@@ -85,21 +85,11 @@ WARPLOOM_CLONES void multiply(const Product& p, Part part) {
     }
 }
 
-// (kQueries, width) → (width, kQueries), by squares of 16: four perfect shuffles of a square's rows turn it over.
+// (kQueries, width) → (width, kQueries).
 WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
     for (int row = 0; row < kQueries; row += kLanes)
-        for (int column = 0; column < width; column += kLanes) {
-            f16 x[kLanes], y[kLanes];
-            for (int i = 0; i < kLanes; ++i) x[i] = load(from + (row + i) * width + column);
-            for (int round = 0; round < 4; ++round) {
-                for (int i = 0; i < kLanes / 2; ++i) {
-                    y[2 * i] = WARPLOOM_ZIP(x[i], x[i + 8], 0);
-                    y[2 * i + 1] = WARPLOOM_ZIP(x[i], x[i + 8], 8);
-                }
-                for (int i = 0; i < kLanes; ++i) x[i] = y[i];
-            }
-            for (int i = 0; i < kLanes; ++i) store(to + (column + i) * kQueries + row, x[i]);
-        }
+        for (int column = 0; column < width; column += kLanes)
+            turn_square_over(from + row * width + column, width, to + column * kQueries + row, kQueries);
 }
 
 // `rows` rows of a head, times a factor, side by side; zeros up to `padded`.

@@ -138,6 +138,20 @@ WARPLOOM_INLINE f16 exp(f16 x) {
     __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
                             i + 6, i + 22, i + 7, i + 23)
 
+// A square of sixteen rows turned over: four perfect shuffles of its rows.
+WARPLOOM_INLINE void turn_square_over(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    f16 x[16], y[16];
+    for (int i = 0; i < 16; ++i) x[i] = load(from + i * from_row);
+    for (int round = 0; round < 4; ++round) {
+        for (int i = 0; i < 8; ++i) {
+            y[2 * i] = WARPLOOM_ZIP(x[i], x[i + 8], 0);
+            y[2 * i + 1] = WARPLOOM_ZIP(x[i], x[i + 8], 8);
+        }
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
+    }
+    for (int i = 0; i < 16; ++i) store(to + i * to_row, x[i]);
+}
+
 // bfloat16 by pairs: of 32 numbers, those at even places (the lower halves of the words) and those at odd ones.
 WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {
     u16 bits;

@@ -54,7 +54,7 @@ WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
     std::fill(partial, partial + t.columns, 0.0f);
     for (int row = first; row < last; ++row) {
         const T *x = t.x[row], *dy = t.dy[row], *dsum = t.dsum.at ? t.dsum[row] : nullptr;
-        T* dx = t.dx[row];
+        T *dx = t.dx[row], *y = t.y.at ? t.y[row] : nullptr;
         const float inverse = t.inverse[row];
         f16 dot = {};
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
@@ -66,6 +66,7 @@ WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
             f16 d = (load(dy + c, n) * load(t.weight + c, n) - load(x + c, n) * mean) * inverse;
             if (dsum) d += load(dsum + c, n);
+            if (y) store(y + c, load(x + c, n) * inverse * load(t.weight + c, n), n);
             store(dx + c, d, n);
         });
     }
@@ -114,13 +115,14 @@ WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
             continue;
         }
         const T* dy = t.dy[row];
-        T *dgate = t.dgate[row], *dup = t.dup[row];
+        T *dgate = t.dgate[row], *dup = t.dup[row], *y = t.y.at ? t.y[row] : nullptr;
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
             f16 value, slope;
             activate<kind>(load(gate + c, n), value, slope);
-            const f16 d = load(dy + c, n);
-            store(dgate + c, d * load(up + c, n) * slope, n);
+            const f16 d = load(dy + c, n), u = load(up + c, n);
+            store(dgate + c, d * u * slope, n);
             store(dup + c, d * value, n);
+            if (y) store(y + c, value * u, n);
         });
     }
 }
@@ -139,7 +141,7 @@ WARPLOOM_INLINE void turn_tokens(const Turn<T>& t, int first, int last) {
         const int64_t time = token % t.time, position = t.positions ? t.positions[token] : time;
         const float *cos = t.cos + position * t.table_stride, *sin = t.sin + position * t.table_stride;
         const T* x = t.x + token / t.time * t.batch_stride + time * t.time_stride;
-        T* y = t.y + int64_t(token) * t.heads * t.width;
+        T* y = t.y[token];
         for (int head = 0; head < t.heads; ++head, x += t.head_stride, y += t.width) {
             across(t.half, [&](int c, int n) __attribute__((always_inline)) {
                 const f16 a = load(x + c, n), b = load(x + c + t.half, n);
@@ -249,25 +251,50 @@ WARPLOOM_CLONES void add_chunks_of(const NormBackward<bfloat16>& t, int chunks) 
 }  // namespace
 
 template <class T>
+void NormForward<T>::some(int first, int last) const {
+    norm_rows_of(*this, first, last);
+}
+
+template <class T>
 void NormForward<T>::run() const {
-    share_rows(rows, columns, [&](int first, int last) { norm_rows_of(*this, first, last); });
+    share_rows(rows, columns, [&](int first, int last) { some(first, last); });
+}
+
+template <class T>
+void NormBackward<T>::some(int chunk) const {
+    norm_chunk_of(*this, chunk);
+}
+
+template <class T>
+void NormBackward<T>::add_up() const {
+    add_chunks_of(*this, (rows + kChunk - 1) / kChunk);
 }
 
 template <class T>
 void NormBackward<T>::run() const {
     const int chunks = (rows + kChunk - 1) / kChunk;
-    share(chunks, [&](int chunk) { norm_chunk_of(*this, chunk); });
-    add_chunks_of(*this, chunks);
+    share(chunks, [&](int chunk) { some(chunk); });
+    add_up();
+}
+
+template <class T>
+void Gating<T>::some(int first, int last) const {
+    gate_rows_of(*this, first, last);
 }
 
 template <class T>
 void Gating<T>::run() const {
-    share_rows(rows, columns, [&](int first, int last) { gate_rows_of(*this, first, last); });
+    share_rows(rows, columns, [&](int first, int last) { some(first, last); });
+}
+
+template <class T>
+void Turn<T>::some(int first, int last) const {
+    turn_tokens_of(*this, first, last);
 }
 
 template <class T>
 void Turn<T>::run() const {
-    share_rows(batch * time, heads * width, [&](int first, int last) { turn_tokens_of(*this, first, last); });
+    share_rows(batch * time, heads * width, [&](int first, int last) { some(first, last); });
 }
 
 template <class T>

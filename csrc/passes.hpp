@@ -25,10 +25,12 @@ struct NormForward {
     const T* weight;
     Rows<T> y, sum;
     float* inverse;
+    void some(int first, int last) const;  // of the rows; `run` shares all of them out
     void run() const;
 };
 
-// dx = d(y)/dx · dy + dsum (where there is one); dweight = Σ dy · x / rms. `partial` holds one row of sums a chunk.
+// dx = d(y)/dx · dy + dsum (where there is one); dweight = Σ dy · x / rms. `partial` holds one row of sums a chunk. Where
+// there is a `y`, it becomes once more what the forward pass made.
 template <class T>
 struct NormBackward {
     static constexpr int kChunk = 64;
@@ -36,21 +38,24 @@ struct NormBackward {
     Rows<const T> x, dy, dsum;
     const T* weight;
     const float* inverse;
-    Rows<T> dx;
+    Rows<T> dx, y;
     float* partial;
     T* dweight;
+    void some(int chunk) const;
+    void add_up() const;
     void run() const;
 };
 
 enum class Gate { silu, gelu, relu, relu2 };
 
-// y = activation(gate) · up; or, where `dy` is given, the gradients of both.
+// y = activation(gate) · up; and, where `dy` is given, the gradients of both, and y only if it has a place.
 template <class T>
 struct Gating {
     Gate kind;
     int rows, columns;
     Rows<const T> gate, up, dy;
     Rows<T> y, dgate, dup;
+    void some(int first, int last) const;
     void run() const;
 };
 
@@ -64,7 +69,8 @@ struct Turn {
     const float *cos, *sin;
     int64_t table_stride;
     const int64_t* positions;  // of each token; null: its place in time
-    T* y;
+    Rows<T> y;                 // a token's heads side by side
+    void some(int first, int last) const;
     void run() const;
 };
 

@@ -1,32 +1,45 @@
 // A team of threads on loan: the OpenMP threads that torch already has.
 //
 // Between two matrix products torch's threads wait in a spin for their next one. A second pool would fight them for the
-// cores, so passes that run between products borrow them instead: `parallel` is the address of GOMP_parallel in the
-// library that torch has loaded. Without it (another platform, another runtime) a pass runs on the calling thread.
+// cores, so passes that run between products borrow them instead, by the addresses of three functions of the library
+// that torch has loaded. Without it (another platform, another runtime) a pass runs on the calling thread.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 namespace warploom {
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-inline Parallel team = nullptr;
+struct Team {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+    int (*number)();  // of this thread
+    int (*size)();
+};
+inline Team team = {};
 
-// Calls work(task) for every task below `tasks`, in any order, and returns when all are done.
+// Calls work(task) for every task below `tasks`, and returns when all are done. Every thread begins with the same share
+// of the tasks each time, so that it finds in its cache what it wrote there in the pass before; then it helps others.
 template <class Work>
 void share(int tasks, const Work& work) {
+    static constexpr int kShares = 64;
     struct Job {
         const Work& work;
         const int tasks;
-        std::atomic<int> next{0};
+        std::atomic<int> next[kShares] = {};
     } job{work, tasks};
     const auto take = [](void* p) {
         Job& job = *static_cast<Job*>(p);
-        for (int task; (task = job.next.fetch_add(1)) < job.tasks;) job.work(task);
+        const int mine = team.number(), shares = std::min(team.size(), kShares);
+        for (int i = 0; i < shares; ++i) {
+            const int64_t share = (mine + i) % shares;
+            const int first = int(job.tasks * share / shares), end = int(job.tasks * (share + 1) / shares);
+            for (int task; (task = first + job.next[share].fetch_add(1)) < end;) job.work(task);
+        }
     };
-    if (tasks > 1 && team)
-        team(take, &job, 0, 0);  // 0: as many threads as torch uses
+    if (tasks > 1 && team.parallel)
+        team.parallel(take, &job, 0, 0);  // 0: as many threads as torch uses
     else
-        take(&job);
+        for (int task = 0; task < tasks; ++task) work(task);
 }
 
 // Shares out `rows` of `columns` numbers in runs that are long enough to be worth a thread: work(first, last).

@@ -33,7 +33,9 @@ NOWHERE = (0, 0)
 def _borrow_team() -> None:
     """Lend the passes the threads of the OpenMP library that torch has loaded, if it is one we know."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-        _native.borrow_team(ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value)
+        library = ctypes.CDLL(str(path))
+        functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+        _native.borrow_team(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
         return
 
 
