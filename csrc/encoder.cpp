@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 #include <stdexcept>
 
 #include "kernels.hpp"
@@ -10,7 +12,7 @@ namespace warploom {
 
 namespace {
 
-constexpr size_t kPiecesAtOnce = 2048, kSegment = 1 << 20, kSmallSegment = 1 << 17, kWideSegment = 1 << 18;
+constexpr size_t kPiecesAtOnce = 2048, kSegment = 1 << 20, kSmallSegment = 1 << 16, kWideSegment = 1 << 18;
 
 }  // namespace
 
@@ -232,9 +234,9 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads
     uint64_t total = 0;
     for (const TextView& text : texts) total += text.size;
     threads = static_cast<unsigned>(std::min<uint64_t>(threads, total / kSmallSegment + 1));
-    size_t segment_size = std::min<uint64_t>(kSegment, std::max<uint64_t>(kSmallSegment, total / threads / 16));
+    size_t segment_size = std::min<uint64_t>(kSegment, std::max<uint64_t>(kSmallSegment, total / threads / 64));
 
-    if (threads == 1) ids.reserve(total / 3);  // about what it takes: growing copies what is there
+    ids.reserve(total / 3);  // about what it takes: growing copies what is there
     std::vector<Segment> segments;
     for (const TextView& text : texts) {
         size_t before = segments.size();
@@ -245,53 +247,78 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads
 
     struct Task {
         size_t first, last;  // segments
-        IdBuffer<Id> ids;
-        std::vector<uint64_t> ends;
+        IdBuffer<Id> ids = {};
+        std::vector<uint64_t> ends = {};
+        uint64_t place = 0;  // of its ids in the result
+        bool done = false;
     };
     std::vector<Task> tasks;
     uint64_t bytes = segment_size;
     for (size_t i = 0; i < segments.size(); ++i) {
         if (bytes >= segment_size) {
-            tasks.push_back({i, i, {}, {}});
+            tasks.push_back({i, i});
             bytes = 0;
         }
         tasks.back().last = i + 1;
         bytes += segments[i].limit - segments[i].begin + 16;
     }
 
+    // Threads finish tasks in any order. The place of a task in the result is known when all before it are done; then the
+    // thread that did it copies its ids there, mostly at once, while they lie in its core's own memory.
     std::atomic<size_t> next{0};
+    size_t placed = 0;         // tasks that have places
+    std::shared_mutex result;  // shared by those who copy into `ids`, held alone by whoever gives places: `ids` may move
+    auto give_places = [&] {
+        for (; placed < tasks.size() && tasks[placed].done; ++placed) {
+            tasks[placed].place = ids.size;
+            ids.size += tasks[placed].ids.size;
+            ids.reserve(0);
+        }
+    };
+    auto copy = [&](Task& task) {
+        if (task.ids.size) std::memcpy(ids.data() + task.place, task.ids.data(), task.ids.size * sizeof(Id));
+        task.ids.size = 0;
+    };
     in_parallel(threads, checkpoint, [&](const Checkpoint& pause) {
         std::unique_ptr<Cache> cache = caches_.take();
         cache->scratch.checkpoint = &pause;
         cache->expect(total / threads);
+        std::vector<size_t> waiting;  // tasks of this thread that are not copied, in order
+        IdBuffer<Id> spare;
         for (size_t i; (i = next++) < tasks.size(); pause()) {
-            Task task = std::move(tasks[i]);  // of this thread's own: threads that write side by side hinder each other
+            Task task{tasks[i].first, tasks[i].last};  // of this thread's own: threads that write side by side hinder each other
+            task.ids = std::move(spare);
             IdBuffer<Id>& out = threads == 1 ? ids : task.ids;
             for (size_t at = task.first; at < task.last; ++at) {
                 if (segments[at].text) encode_segment(segments[at], *cache, out);
                 if (segments[at].ends_text && ends) task.ends.push_back(out.size);
             }
-            tasks[i] = std::move(task);
+            task.done = true;
+            if (threads == 1) {
+                tasks[i] = std::move(task);
+                continue;
+            }
+            waiting.push_back(i);
+            {
+                std::unique_lock alone(result);
+                tasks[i] = std::move(task);
+                give_places();
+            }
+            std::shared_lock shared(result);
+            while (!waiting.empty() && waiting[0] < placed) {
+                copy(tasks[waiting[0]]);
+                spare = std::move(tasks[waiting[0]].ids);
+                waiting.erase(waiting.begin());
+            }
         }
         cache->scratch.checkpoint = nullptr;
         caches_.give_back(std::move(cache));
     });
-
-    std::vector<uint64_t> places{0};
     for (Task& task : tasks) {
+        copy(task);
         if (ends)
-            for (uint64_t end : task.ends) ends->push_back(places.back() + end);
-        places.push_back(places.back() + task.ids.size);
+            for (uint64_t end : task.ends) ends->push_back(task.place + end);
     }
-    if (threads == 1) return;
-    // Fresh memory costs as much as encoding a third of what fills it: threads share that too.
-    ids.reserve(places.back());
-    ids.size = places.back();
-    next = 0;
-    in_parallel(total > kSegment ? threads : 1, checkpoint, [&](const Checkpoint&) {
-        for (size_t i; (i = next++) < tasks.size(); tasks[i].ids = IdBuffer<Id>())
-            if (tasks[i].ids.size) std::memcpy(ids.data() + places[i], tasks[i].ids.data(), tasks[i].ids.size * sizeof(Id));
-    });
 }
 
 template <class Id>
