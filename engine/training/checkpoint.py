@@ -25,7 +25,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -216,6 +216,22 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def claim(folder: Path) -> TextIO | None:
+    """Other processes cannot claim the folder of a run while this one lives and the file that is returned is open."""
+    try:
+        import fcntl
+    except ImportError:  # there is none on Windows
+        return None
+    file = open(folder / ".lock", "a")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"out={folder} is in use by another run: wait for its end, or choose another out") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 @contextlib.contextmanager

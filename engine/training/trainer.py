@@ -33,7 +33,7 @@ from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
 from .build import build
 from .card import describe, write_card
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, claim
 from .config import TrainConfig
 from .evaluate import Evaluation, losses, token_bytes
 from .exchange import Exchange
@@ -129,6 +129,8 @@ class Trainer:
         config = self.config
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out={config.out} is a file; a run is written to a directory")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.claimed = claim(self.out)
         if self.checkpoints.steps() and not again:
             if not config.overwrite:
                 raise ValueError(
@@ -136,7 +138,6 @@ class Trainer:
                     f"continue it with resume, replace it with overwrite, or choose another out"
                 )
             shutil.rmtree(self.checkpoints.folder)
-        self.out.mkdir(parents=True, exist_ok=True)
         sweep(self.out.parent, self.out.name)  # now, and not at a save: others are there before the leader then
         sweep(self.out)
         sweep(self.checkpoints.folder)

@@ -3,6 +3,8 @@ import itertools
 import json
 import math
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -215,6 +217,20 @@ def test_a_run_is_not_overwritten_by_accident(tiny, recorder):
     assert train(tiny(steps=3, overwrite=True)).steps == 3
     train(tiny("empty", steps=1, resume=True), [recorder])
     assert any("no checkpoint to resume" in note for note in recorder.notes)
+
+
+def test_two_runs_do_not_write_to_one_folder(tiny):
+    config = tiny(steps=2, eval_every=0)
+    train(config)
+    code = "import sys; from warploom.engine.training.checkpoint import *; file = claim(Path(sys.argv[1])); "
+    command = [sys.executable, "-c", code + "print(file); input()", config.out]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for again in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match="is in use by another run"):
+                train(tiny(steps=4, **again))
+        other.kill()
+    assert train(tiny(steps=4, resume=True)).steps == 4
 
 
 def test_a_corpus_of_three_characters_is_refused_in_one_sentence(tiny, tmp_path):
