@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from ..kernels import rows_cpu
+from . import rows
 from .config import ModelConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Attention"], Tensor]
@@ -261,36 +261,13 @@ class Block(nn.Module):
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
-        if (weights := self._weights_by_rows(stream, rotate)) is not None:
-            return *self._by_rows(weights, stream, delta, rotate, attend), None
+        if (weights := rows.weights_of(self, stream, rotate)) is not None:
+            return *rows.run(self, weights, stream, delta, rotate, attend), None
         normed, stream = self.attention_norm.add(delta, stream)
         delta = self.drop(self.attention(normed, rotate, attend))
         normed, stream = self.ffn_norm.add(delta, stream)
         delta, routing = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
         return stream, self.drop(delta), routing
-
-    def _weights_by_rows(self, stream: Tensor, rotate: Callable) -> list[Tensor] | None:
-        """What `rows_cpu` needs of this layer, if the layer is one that it knows, in training on a CPU."""
-        a, f, norms = self.attention, self.ffn, (self.attention_norm, self.ffn_norm)
-        if not rows_cpu.HAS_ROWS or not torch.is_grad_enabled() or self.dropout or type(rotate) is not Rotation:
-            return None
-        if type(a) is not Attention or type(f) is not SwiGLU or a.q_norm is not None:
-            return None
-        linears = a.qkv, a.output, f.gate_up, f.down
-        if not all(type(x) is Linear and x.bias is None for x in linears) or not all(type(x) is RMSNorm for x in norms):
-            return None
-        weights = [part.weight for part in (*norms, *linears)]
-        return weights if rows_cpu.serves(stream, *weights) else None
-
-    def _by_rows(self, weights, stream, delta, rotate, attend):
-        before, between, qkv, output, gate_up, down = weights
-        where = rotate.cos, rotate.sin, rotate.positions
-        q_BTHD, k_BTKD, v_BTKD, stream = rows_cpu.to_heads(
-            delta, stream, before, self.attention_norm.eps, qkv, self.attention.heads[:2], *where
-        )
-        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self.attention)
-        delta, stream = rows_cpu.from_heads(gathered_BTHD, stream, output, between, self.ffn_norm.eps, gate_up, down)
-        return stream, delta
 
     def drop(self, delta: Tensor) -> Tensor:
         return F.dropout(delta, self.dropout, self.training) if self.dropout else delta
