@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def weights_of(block: Block, stream_BTC: Tensor, rotate: Rotation) -> list[Tensor] | None:
     """What the tiles need of a layer that is being trained, if they know all that is in it."""
-    if not rows_cpu.HAS_ROWS or not torch.is_grad_enabled() or block.dropout:
+    if not rows_cpu.HAS_ROWS or torch.compiler.is_compiling() or not torch.is_grad_enabled() or block.dropout:
         return None
     from .model import Attention, Linear, RMSNorm, Rotation, SwiGLU
 

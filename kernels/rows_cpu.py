@@ -32,7 +32,6 @@ def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
     return (
         HAS_ROWS
         and op._backend != "triton"
-        and not torch.compiler.is_compiling()
         and stream_BTC.dim() == 3
         and all(x.dtype == torch.float32 and x.is_cpu and not any(n % GRAIN for n in x.shape) for x in weights)
         and stream_BTC.dtype == torch.float32
