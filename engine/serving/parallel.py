@@ -190,9 +190,11 @@ def _dismiss(workers: list[subprocess.Popen]) -> None:
 def work() -> None:
     """What the other processes do: meet, load their share, and run plans until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints (NCCL_DEBUG, for one) is not said to the first process
     share: Share = _told()
     store = dist.TCPStore("127.0.0.1", share.port, share.size, False, wait_for_workers=False, timeout=PATIENCE)
-    print("here", flush=True)
+    print("here", file=said, flush=True)
     group = share.join(store)
     place, *drafts = share.directories
     try:
@@ -200,8 +202,8 @@ def work() -> None:
         models += [load_model(draft, share.device, models[0].embedding.weight.dtype)[0] for draft in drafts]
     except ValueError:
         os._exit(1)  # the first process reads the same files, and says what is wrong
-    print("loaded", flush=True)
-    print(memory_for_pages(models[0], *share.largest), flush=True)
+    print("loaded", file=said, flush=True)
+    print(memory_for_pages(models[0], *share.largest), file=said, flush=True)
     runner = make_runner(models, **_told())
     while True:
         runner.launch(_told())

@@ -219,7 +219,7 @@ def _flush(path: Path) -> None:
 
 
 def claim(folder: Path) -> TextIO | None:
-    """Other processes cannot claim the folder of a run while this one lives and the file that is returned is open."""
+    """Other processes cannot claim the folder of a run while this one lives, until the file is given to `give_back`."""
     try:
         import fcntl
     except ImportError:  # there is none on Windows
@@ -232,6 +232,13 @@ def claim(folder: Path) -> TextIO | None:
     except OSError:
         pass  # a file system without locks
     return file
+
+
+def give_back(file: TextIO | None) -> None:
+    """End a claim, without a trace."""
+    if file is not None:
+        Path(file.name).unlink(missing_ok=True)
+        file.close()
 
 
 @contextlib.contextmanager

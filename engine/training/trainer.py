@@ -33,7 +33,7 @@ from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
 from .build import build
 from .card import describe, write_card
-from .checkpoint import Checkpoints, claim
+from .checkpoint import Checkpoints, claim, give_back
 from .config import TrainConfig
 from .evaluate import Evaluation, losses, token_bytes
 from .exchange import Exchange
@@ -84,7 +84,7 @@ class Trainer:
         self.config, self.watchers = config, watchers if self.team.leads else []
         if self.team.leads:
             check_packages(config.tensorboard, config.wandb)
-        self.out = Path(config.out)
+        self.out, self.claimed = Path(config.out), None
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep_last, self.team.leads)
         with self.team.leader_first():
             again = config.resume or self.team.restarted
@@ -208,6 +208,7 @@ class Trainer:
                 self.checkpoints.wait()
             finally:
                 self.tell("finished")
+                give_back(self.claimed)
 
     def _how_to_shrink(self) -> str:
         config, rows = self.config, self.config.batch_size // self.micro_batches
