@@ -29,6 +29,18 @@ FromHeads from_heads(const py::tuple& t) {
             at(t[6]),     at(t[7]),     at(t[8]),     at(t[9]),     at(t[10]),          at(t[11])};
 }
 
+// The backward pass of a task; its gradients are nine addresses.
+template <class Task>
+void bind_backward(py::module_& module, const char* name, Task (*make)(const py::tuple&)) {
+    module.def(name, [make](const py::tuple& task, const py::tuple& d) {
+        const Task rows = make(task);
+        const typename Task::Gradients gradients{at(d[0]), at(d[1]), at(d[2]), at(d[3]), at(d[4]),
+                                                 at(d[5]), at(d[6]), at(d[7]), at(d[8])};
+        py::gil_scoped_release unlocked;
+        rows.backward(gradients);
+    });
+}
+
 }  // namespace
 
 void bind_rows(py::module_& module) {
@@ -40,26 +52,14 @@ void bind_rows(py::module_& module) {
         py::gil_scoped_release unlocked;
         rows.forward(delta, stream, q, k, v);
     });
-    module.def("to_heads_backward", [](Tuple task, Tuple d) {
-        const ToHeads rows = to_heads(task);
-        const ToHeads::Gradients gradients{at(d[0]), at(d[1]), at(d[2]), at(d[3]), at(d[4]),
-                                           at(d[5]), at(d[6]), at(d[7]), at(d[8])};
-        py::gil_scoped_release unlocked;
-        rows.backward(gradients);
-    });
+    bind_backward(module, "to_heads_backward", &to_heads);
     module.def("from_heads", [](Tuple task, Tuple x) {
         const FromHeads rows = from_heads(task);
         float *const heads = at(x[0]), *const stream = at(x[1]), *const delta = at(x[2]);
         py::gil_scoped_release unlocked;
         rows.forward(heads, stream, delta);
     });
-    module.def("from_heads_backward", [](Tuple task, Tuple d) {
-        const FromHeads rows = from_heads(task);
-        const FromHeads::Gradients gradients{at(d[0]), at(d[1]), at(d[2]), at(d[3]), at(d[4]),
-                                             at(d[5]), at(d[6]), at(d[7]), at(d[8])};
-        py::gil_scoped_release unlocked;
-        rows.backward(gradients);
-    });
+    bind_backward(module, "from_heads_backward", &from_heads);
 }
 
 }  // namespace warploom

@@ -101,14 +101,15 @@ class LLM:
             set_workers()
             models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
             memory = kv_memory
-            if kv_memory is None or team:
-                memory = (team.memory_for_pages if team else memory_for_pages)(self.model, step_tokens, max_batch)
+            if team or kv_memory is None:  # the processes of a team measure in any case
+                measured = (team.memory_for_pages if team else memory_for_pages)(self.model, step_tokens, max_batch)
+                memory = measured if kv_memory is None else kv_memory
             cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
             enough = max_batch * -(-self.max_context // page_size)
             if kv_memory is not None and kv_memory < cost:
                 short = f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
                 raise ValueError(short)
-            pages = max(1, min(enough, (memory if kv_memory is None else kv_memory) // cost))
+            pages = max(1, min(enough, memory // cost))
             options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
             options |= {"max_batch": max_batch, "context": self.max_context, "kv_dtype": cache_dtype}
             options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}

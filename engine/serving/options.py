@@ -50,9 +50,13 @@ class LLMOptions:
 
     def open(self) -> LLM:
         """Load the model."""
+        watched = gc.isenabled()
         gc.disable()  # PyTorch brings a quarter of a million objects to stay: a tenth of its import is looking among
-        from .llm import LLM  # them for garbage
+        try:
+            from .llm import LLM  # them for garbage
 
-        gc.freeze()
-        gc.enable()
+            gc.freeze()
+        finally:
+            if watched:
+                gc.enable()
         return LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
