@@ -11,7 +11,7 @@ costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; bfloat16 m
 of that in models trained for minutes. Channels far larger than their neighbors are taken apart beforehand
 (`balance.py`). A block with experts is no single call: its products are, and each expert's. On a GPU the twin is
 `fused.py`'s. Without the extension the model serves as it is. In both, 8-bit layers are `kernels.int8_linear`, which
-rounds weights alone. """
+rounds weights alone."""
 
 import torch
 from torch import Tensor, nn
