@@ -77,6 +77,23 @@ class Tokenizer(ABC):
         """The id that ends a document, or None if the vocabulary has no such token."""
         return self.special.end_of_text()
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a document, or None if the vocabulary has no such token."""
+        return self.special.begin_of_text()
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a generation: `eos_id`, what config files add to it, and ends of a turn."""
+        return self.special.stop_ids()
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """The ids that the loaded post-processor puts before every text (Llama's <s>); `encode` does not."""
+        from .files import prefix_of
+
+        return prefix_of(getattr(self, "json_extras", {}).get("post_processor"))
+
     def add_special_tokens(self, tokens: Iterable[str]) -> list[int]:
         """Add special tokens after the last id and return their ids; one that exists keeps its id."""
         ids = dict(self.special.ids)
@@ -91,7 +108,8 @@ class Tokenizer(ABC):
     def _set_special_tokens(self, ids: dict[str, int]) -> None:
         kept = self.special
         self.special = SpecialTokens(ids)
-        self.special.plain = kept.plain
+        self.special.plain, self.special.stops = kept.plain, kept.stops
+        self.special.bos, self.special.eos = kept.bos or self.special.bos, kept.eos or self.special.eos
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         name = name.get("content") if isinstance(name, dict) else name
         if name in tokenizer.special.ids:
             setattr(tokenizer.special, role, name)
+    tokenizer.special.stops = read_stop_ids(file.parent)
     return tokenizer
+
+
+def read_stop_ids(directory: Path) -> frozenset[int]:
+    """The ids that a model directory's files name as `eos_token_id`, all together.
+
+    The union, because neither file alone is right: Phi-3.5's generation_config.json lacks one that its config.json has.
+    """
+    named: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        values = _read_json(directory / file) if (directory / file).is_file() else {}
+        for part in (values, values.get("text_config") or {}):
+            ids = part.get("eos_token_id")
+            named |= {token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)}
+    return frozenset(named)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -190,6 +205,18 @@ def _split_pattern(step: dict) -> str:
     if (behavior, invert) != ("Isolated", False) and not (known and (behavior, invert) == ("Removed", True)):
         raise ValueError(f'pre_tokenizer.behavior is "{behavior}" (invert {invert}); implemented is "Isolated"')
     return known if known and PATTERNS.get(known) == source else source
+
+
+def prefix_of(processor: dict | None) -> list[int]:
+    """What a post-processor puts before a text: the special tokens in front of the sequence of a template."""
+    ids: list[int] = []
+    for step in _flat(processor, "processors"):
+        if step["type"] == "TemplateProcessing":
+            for part in step["single"]:
+                if "Sequence" in part:
+                    break
+                ids = [*step["special_tokens"][part["SpecialToken"]["id"]]["ids"], *ids]
+    return ids
 
 
 def _words_from_json(data: dict, model: dict, specials: dict[str, int]) -> Tokenizer:

@@ -9,8 +9,10 @@ from functools import lru_cache
 
 import regex
 
-_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "<|eot_id|>")
-_BEGIN_NAMES = ("<|begin_of_text|>", "<bos>", "<s>")
+# Which tokens begin and end a text, where no file says so: the first of these names that the vocabulary holds.
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "<|im_end|>", "<|eot_id|>")
+_BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<BOS>")
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # what a chat model says after its turn, whatever files say
 
 
 class SpecialTokens:
@@ -28,6 +30,7 @@ class SpecialTokens:
             raise ValueError(f"special_tokens gives one id to several tokens: {ids}")
         self.eos: str | None = next((name for name in _END_NAMES if name in ids), None)
         self.bos: str | None = next((name for name in _BEGIN_NAMES if name in ids), None)
+        self.stops: frozenset[int] = frozenset()  # ids that config files name as ends besides `eos`
         self.plain: set[str] = set()  # added tokens that are not special to Hugging Face, kept for saving
 
     def allowed(self, allowed_special: str | Iterable[str]) -> dict[str, int]:
@@ -54,8 +57,17 @@ class SpecialTokens:
         if position < len(text):
             yield text[position:], None
 
+    def begin_of_text(self) -> int | None:
+        return self.ids.get(self.bos) if self.bos else None
+
     def end_of_text(self) -> int | None:
         return self.ids.get(self.eos) if self.eos else None
+
+    def stop_ids(self) -> frozenset[int]:
+        """Every id after which a model has said what it had to say: ends of text and ends of a turn."""
+        end = self.end_of_text()
+        turns = {self.ids[name] for name in _TURN_ENDS if name in self.ids}
+        return self.stops | turns | (set() if end is None else {end})
 
     def roles(self) -> dict[str, str]:
         """What chat templates and `tokenizer_config.json` call the tokens that begin and end a text."""
