@@ -68,11 +68,11 @@ ODD_SETTINGS = {
 
 def largest_first(row, temperature):
     """The rule of `sample` for greedy rows and rows that are not finite, one logit at a time; None for others."""
-    scale = 1 / torch.tensor(temperature) if temperature >= 1e-4 else torch.tensor(1.0)
-    scaled = [float(x * scale) for x in row]
+    temperature = torch.tensor(temperature)
+    greedy = bool(temperature < 1e-4)
+    scaled = [float(x if greedy else x * (1 / temperature)) for x in row]
     scaled = [x if x == x else -float("inf") for x in scaled]
-    greedy = temperature < 1e-4 or abs(max(scaled)) == float("inf")
-    return scaled.index(max(scaled)) if greedy else None
+    return scaled.index(max(scaled)) if greedy or abs(max(scaled)) == float("inf") else None
 
 
 @pytest.mark.parametrize("by", ["triton", "eager", "native"])
@@ -96,7 +96,7 @@ def test_sample_survives_any_row(by, rows, options):
         with backend(by):
             drawn = sample(logits, *chosen)
     for row, token in zip(rows, drawn.tolist()):
-        expected = largest_first(row, float(torch.tensor(options["temperature"])))
+        expected = largest_first(row, options["temperature"])
         assert 0 <= token < len(row) and (expected in (None, token)), (row, options)
         assert expected is not None or row[token] > -float("inf"), (row, options)
 
