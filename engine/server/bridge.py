@@ -22,8 +22,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..serving import Output, Piece, SamplingParams
 from . import errors
 from .config import ServerConfig
+from .fair_pool import FairPool, PoolFull
 
 Result = TypeVar("Result")
 Ask = tuple[list[int], SamplingParams]
@@ -60,6 +60,7 @@ class Flow:
         self._bell = asyncio.Event()
         self._unfinished = count
         self._failure: errors.APIError | None = None
+        self._preparing: asyncio.Future | None = None
         self._watcher: asyncio.Task | None = None
         self._closed = False
         limit = bridge.config.request_timeout
@@ -93,6 +94,16 @@ class Flow:
         """The engine's records of all continuations."""
         return [stream for generation in self.generations for stream in generation.streams]
 
+    async def wait_for(self, preparation: Coroutine[Any, Any, None]) -> None:
+        """Wait until the request has been submitted, its time is up or its client has left."""
+        self._preparing = asyncio.ensure_future(preparation)
+        try:
+            await self._preparing
+        except asyncio.CancelledError:
+            if self.gone:
+                raise errors.gone() from None
+            raise self._failure or asyncio.CancelledError from None
+
     def watch(self, receive: Callable[[], Awaitable[dict]]) -> None:
         """End the flow when the client disconnects; its body must have been read."""
         self._watcher = asyncio.create_task(self._wait_for_leave(receive))
@@ -106,7 +117,7 @@ class Flow:
     def fail(self, error: errors.APIError) -> None:
         """End the flow with an error."""
         self._failure = self._failure or error
-        self._bell.set()
+        self._interrupt()
 
     @property
     def abandoned(self) -> bool:
@@ -134,7 +145,12 @@ class Flow:
             pass
         self.gone = True
         self.cancel()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         self._bell.set()
+        if self._preparing is not None:
+            self._preparing.cancel()
 
 
 class Bridge:
@@ -152,7 +168,7 @@ class Bridge:
         self._ringing = False
         self._good_failures = 0  # the engine's count of failed steps when it last brought a token
         self._duration = 1.0  # of a request, a running mean
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="warploom-text")
+        self._workers = FairPool(4, name="warploom-text")
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -170,12 +186,17 @@ class Bridge:
             flow.close()
         if self.llm is not None:
             await asyncio.to_thread(self.llm.engine.stop)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.shutdown()
 
-    async def offload(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Do something slow with what a client sent (tokenizing, compiling a grammar) beside the event loop."""
+    async def offload(self, work: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
+        """Do something slow with what a client sent (tokenizing, a large body) beside the event loop, in turn."""
+        limit = self.config.request_timeout
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, partial(work, *arguments))
+            return await asyncio.wait_for(asyncio.wrap_future(self._workers.submit(client, work, *arguments)), limit)
+        except PoolFull:
+            raise errors.busy(self._retry_after()) from None
+        except (TimeoutError, asyncio.TimeoutError):
+            raise errors.too_slow(limit) from None
         except ValueError as error:
             raise errors.from_value_error(error) from None
 
@@ -196,9 +217,19 @@ class Bridge:
         return self.llm.engine.scheduler.max_batch + self.config.max_queue
 
     async def submit(
-        self, asks: Callable[[Any], Iterable[Ask]], count: int, *, streaming: bool = False, salt: Any = None
+        self,
+        asks: Callable[[Any], Iterable[Ask]],
+        count: int,
+        *,
+        streaming: bool = False,
+        salt: Any = None,
+        client: Any = None,
+        receive: Callable[[], Awaitable[dict]] | None = None,
     ) -> Flow:
-        """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time."""
+        """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
+
+        `client` is whose turn it takes, `receive` tells when that client leaves; its body must have been read.
+        """
         if not self.engine_ready:
             raise errors.unavailable(self.state)
         if count > self.capacity:
@@ -208,8 +239,10 @@ class Bridge:
         flow = Flow(self, count, streaming)
         self.open += count
         self.flows.add(flow)
+        if receive is not None:
+            flow.watch(receive)
         try:
-            await self.offload(self._submit, flow, asks, salt)
+            await flow.wait_for(self.offload(self._submit, flow, asks, salt, client=client))
         except BaseException:
             flow.close()
             raise

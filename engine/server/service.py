@@ -20,6 +20,7 @@ from .bridge import Ask, Bridge, Flow
 from .config import ServerConfig
 from .conversation import PlainReader, ToolCallReader, encode_conversation
 from .metrics import Metrics
+from .request_body import client_of
 from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 
 Writer = ChatWriter | CompletionWriter
@@ -85,26 +86,27 @@ class Service:
             }
         )
 
-    async def tokenize(self, body: TokenizeRequest) -> Response:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         """/tokenize."""
         self.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise errors.invalid("give either prompt or messages", "prompt")
-        llm = self.llm
-        if body.messages is None:
-            tokens = await self.bridge.offload(llm.encode, body.prompt)
-        else:
-            tokens = await self.bridge.offload(encode_conversation, llm.tokenizer, body.messages)
-        names = [self.words.text(token) for token in tokens]
-        shown = {"count": len(tokens), "max_model_len": llm.max_context, "tokens": tokens, "token_strs": names}
-        return json_response(shown)
+        tokenized = await self.bridge.offload(self._tokenized, self.llm, body, client=client_of(request.scope))
+        return Response(tokenized, media_type="application/json")
 
-    async def detokenize(self, body: DetokenizeRequest) -> Response:
+    def _tokenized(self, llm: Any, body: TokenizeRequest) -> bytes:
+        tokens = llm.encode(body.prompt) if body.messages is None else encode_conversation(llm.tokenizer, body.messages)
+        names = [self.words.text(token) for token in tokens]
+        return to_json({"count": len(tokens), "max_model_len": llm.max_context, "tokens": tokens, "token_strs": names})
+
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         """/detokenize."""
         self.check_model(body.model)
         if self.llm.tokenizer is None:
             raise errors.invalid("this model has no tokenizer")
-        return json_response({"prompt": await self.bridge.offload(self.llm.tokenizer.decode, body.tokens)})
+        decode = self.llm.tokenizer.decode
+        text = await self.bridge.offload(decode, body.tokens, client=client_of(request.scope))
+        return json_response({"prompt": text})
 
     def models(self) -> list[dict[str, Any]]:
         """/v1/models: the one there is."""
@@ -127,9 +129,15 @@ class Service:
         streaming: bool = False,
     ) -> Flow:
         self.check_model(model)
-        flow = await self.bridge.submit(asks, count, streaming=streaming, salt=request.scope.get("salt"))
-        flow.watch(request.receive)
-        return flow
+        scope = request.scope
+        return await self.bridge.submit(
+            asks,
+            count,
+            streaming=streaming,
+            salt=scope.get("salt"),
+            client=client_of(scope),
+            receive=request.receive,
+        )
 
     def _continuing(
         self, prompts: list[str | list[int]], params: SamplingParams, default: int

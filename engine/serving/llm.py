@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ...tokenizer.chat import encode_chat
+from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
-from ..hub import load_model
+from ..hub import load_model, read_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
 from .balance import has_tall_keys
@@ -125,7 +126,7 @@ class LLM:
             draft=guess,
             most_drafts=speculate or draft_tokens,
         )
-        self.engine = Engine(scheduler, runner, self.tokenizer, _end_tokens(self.tokenizer))
+        self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
 
     def _open_draft(self, source) -> Transformer:
         """A model that can guess for ours."""
@@ -142,7 +143,7 @@ class LLM:
     def plain_model(self) -> Transformer:
         """The model with every step in PyTorch, to look inside; read again if it came from a directory."""
         given = self._source
-        return given.eval() if isinstance(given, Transformer) else load_model(given, self.model.device)[0]
+        return given.eval() if isinstance(given, Transformer) else read_model(given, self.model.device)
 
     def close(self) -> None:
         """Stop the engine, and the processes of `tensor_parallel`; happens by itself when the program ends."""
@@ -198,12 +199,17 @@ class LLM:
         return scores[0] if one else scores
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt as token ids; text never becomes a special token."""
+        """A prompt as token ids; text never becomes a special token.
+
+        A text gets the tokens that its tokenizer's post-processor puts before every text (Llama's <s>), unless they
+        are there already; a conversation does not: its template writes them.
+        """
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: give the prompt as token ids")
-        return self.tokenizer.encode(prompt)
+        prefix, ids = list(self.tokenizer.prefix_ids), self.tokenizer.encode(prompt)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """A conversation as token ids, by the tokenizer's chat template or a plain one."""
@@ -214,8 +220,9 @@ class LLM:
 
 def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, object]:
     if isinstance(model, (str, os.PathLike)):
-        loaded, found = load_model(Path(model), device, dtype, group)
-        return loaded, tokenizer or found
+        if tokenizer is not None:
+            return read_model(model, device, dtype, group), tokenizer
+        return load_model(model, device, dtype, group)
     if not isinstance(model, Transformer):
         raise ValueError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -225,6 +232,12 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, obj
         copy.load_state_dict(model.state_dict())
         model = copy
     return model.eval(), tokenizer
+
+
+def _stop_ids(model, tokenizer) -> frozenset[int]:
+    """The ids that end a generation, by the tokenizer and by the model's own files."""
+    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(Path(model))
+    return named if tokenizer is None else named | tokenizer.stop_ids
 
 
 def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, page_size: int) -> torch.dtype:
@@ -243,13 +256,6 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
     if kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return torch.float8_e5m2  # what older GPUs can convert has fewer digits
     return formats[kv_dtype]
-
-
-def _end_tokens(tokenizer) -> frozenset[int]:
-    end = getattr(tokenizer, "eos_id", None)
-    specials = getattr(tokenizer, "special_tokens", None) or {}
-    names = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-    return frozenset({*(() if end is None else (end,)), *(specials[name] for name in names if name in specials)})
 
 
 def _same_tokens(ours, theirs) -> bool:
