@@ -11,6 +11,7 @@ from dataclasses import dataclass
 MAX_LOGPROBS = 100
 MAX_N = 256
 GRAMMARS = ("json_schema", "regex", "choice", "grammar")  # fields that say which texts are possible
+GREEDY_BELOW = 1e-4  # as in kernels/sample.py: logits over such a temperature differ by more than any draw can bridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class SamplingParams:
     max_tokens: int | None = 128
     """Most tokens to generate; None: until the context is full. The context length always limits it too."""
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the most likely token."""
+    """Divides the logits; 0, or less than 0.0001, always takes the most likely token."""
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -28,7 +29,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides (or, below zero, multiplies) the logits of tokens already in the prompt or the output."""
+    """Divides (or, below zero, multiplies) the logits of tokens already in the prompt or the output; 0.01 at least."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens already in the output."""
     frequency_penalty: float = 0.0
@@ -71,6 +72,8 @@ class SamplingParams:
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         self._check_numbers()
         self._check_collections()
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def greedy(self) -> bool:
@@ -94,7 +97,7 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _number("presence_penalty", self.presence_penalty, -100, 100)
         _number("frequency_penalty", self.frequency_penalty, -100, 100)
         if self.seed is not None:
