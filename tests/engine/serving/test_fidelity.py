@@ -7,7 +7,7 @@ import torch
 
 from tests.smollm2 import smollm2, smollm2_file
 from warploom.engine.serving import LLM
-from warploom.engine.serving.store import HAS_NATIVE
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
 
 pytestmark = [
     pytest.mark.slow,
