@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "cpu/serving/hadamard.hpp"
-#include "half.hpp"
+#include "cpu/serving/half.hpp"
 #include "simd.hpp"
 #include "cpu/serving/spin_pool.hpp"
 #include "x86.hpp"
