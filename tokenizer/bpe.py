@@ -365,12 +365,9 @@ class BPETokenizer(Tokenizer):
         return 0 if any(" " in token for token in self._late) else safe_cut(text, limit, self.pattern)
 
     def _cut_behind(self, allowed_special: Allowed) -> dict[str, int]:
+        late = self.special.normalized if self._late else ()
         allowed = self.special.allowed(allowed_special)
-        return {
-            token: token_id
-            for token, token_id in allowed.items()
-            if token not in self.special.normalized or not self._late
-        }
+        return {token: token_id for token, token_id in allowed.items() if token not in late}
 
     # -- ids to text ------------------------------------------------------------------------------------------------
 
