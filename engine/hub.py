@@ -32,7 +32,7 @@ from .model import Transformer
 from .sharding import shard, shares
 
 SHARD_BYTES = 5 * 10**9
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "<|im_end|>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")
 
 
 def save_model(
@@ -61,10 +61,7 @@ def write_model(
 ) -> Path:
     """The same of weights under our names that come one after the other: only those of one file are held at a time."""
     directory = Path(directory)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocab_size is {config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config, "the tokenizer")
     tensors = _published(config, ours)
     with replacing(directory) as staging:
         if tokenizer is not None:
@@ -73,7 +70,7 @@ def write_model(
             torch.save(dict(tensors), staging / "pytorch_model.bin")
         else:
             _save_shards(tensors, staging, shard_bytes)
-        ids = _special_ids(tokenizer)
+        ids = _text_bounds(tokenizer)
         _write_json(staging / "generation_config.json", ids)
         description = describe(config) | ids | {"dtype": dtype_name(dtype)}
         _write_json(staging / "config.json", description)
@@ -93,22 +90,46 @@ def load_model(
     `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
     (`sharding.py`); it never holds more than that and one tensor.
     """
-    directory = Path(directory)
+    tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
+    return read_model(directory, device, dtype, tp), tokenizer
+
+
+def read_model(
+    directory: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tp: ProcessGroup | None = None,
+) -> Transformer:
+    """The model of a directory alone, whatever its tokenizer."""
     config = load_config(directory)
-    device = pick_device(device)
-    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, "
-            f"but config.json says vocab_size={config.vocab_size}"
-        )
     with torch.device("meta"):
         model = Transformer(config)
-    weights = read_weights(directory, device, DTYPES.get(dtype, dtype))
+    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype))
     if tp is not None:
         model, weights = shard(model, tp), shares(config, weights, tp)
     model.load_state_dict(dict(weights), assign=True)
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def read_tokenizer(directory: str | os.PathLike) -> Any:
+    """The tokenizer of a model directory, or None where there is no file of one."""
+    directory = Path(directory)
+    config = load_config(directory)
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config, str(directory / "tokenizer.json"))
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
+    """Every ordinary token needs a row of the model's table; added ones (Gemma's <image_soft_token>) may lie past it.
+
+    A prompt that holds one of those is refused when it comes.
+    """
+    needed = 1 + max(tokenizer.vocab.values(), default=-1) if tokenizer is not None else 0
+    if needed > config.vocab_size:
+        raise ValueError(f"{name} has {needed} tokens, but the model's vocab_size is {config.vocab_size}")
 
 
 def load_config(directory: str | os.PathLike) -> ModelConfig:
@@ -275,10 +296,16 @@ def replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int | None]:
-    special = getattr(tokenizer, "special_tokens", None) or {}
-    end = next((special[name] for name in END_OF_TEXT if name in special), None)
-    return {"bos_token_id": special.get("<s>", special.get("<BOS>", end)), "eos_token_id": end}
+def _text_bounds(tokenizer: Any) -> dict[str, int | list[int] | None]:
+    """Which tokens begin and end a text; where nothing marks a beginning, the end of the text before does."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    ends = [*([] if end is None else [end]), *sorted(tokenizer.special.stops - {end})]
+    return {
+        "bos_token_id": end if begin is None else begin,
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+    }
 
 
 def _write_json(path: Path, value: Any) -> None:

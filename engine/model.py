@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from . import rows
 from .config import ModelConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Attention"], Tensor]
@@ -261,8 +260,6 @@ class Block(nn.Module):
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
-        if (weights := rows.weights_of(self, stream, rotate)) is not None:
-            return *rows.run(self, weights, stream, delta, rotate, attend), None
         normed, stream = self.attention_norm.add(delta, stream)
         delta = self.drop(self.attention(normed, rotate, attend))
         normed, stream = self.ffn_norm.add(delta, stream)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -16,11 +15,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from . import schemas
 from .bridge import Bridge
 from .config import ServerConfig
-from .errors import APIError, from_validation
+from .errors import APIError
 from .guard import Guard
 from .metrics import Metrics
 from .pages import docs_page, landing_page
 from .playground import Playground, available
+from .request_body import BodyRoute
 from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .schemas import answers
 from .service import FINGERPRINT, Service
@@ -54,6 +54,7 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
         docs_url=None,
         redoc_url=None,
     )
+    app.router.route_class = BodyRoute
     app.state.bridge, app.state.service, app.state.metrics = bridge, service, metrics
     _add_errors(app)
     _add_model_routes(app, service)
@@ -102,14 +103,14 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse(service.models()[0])
 
     @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """A text, or a conversation as the model reads it, as token ids."""
-        return await service.tokenize(body)
+        return await service.tokenize(body, request)
 
     @app.post("/detokenize", responses=answers(schemas.Detokenized, 400, 404, 413, 503), tags=["model"])
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Token ids as text."""
-        return await service.detokenize(body)
+        return await service.detokenize(body, request)
 
 
 def _add_other_routes(app: FastAPI, bridge: Bridge, metrics: Metrics) -> None:
@@ -156,14 +157,10 @@ def _add_errors(app: FastAPI) -> None:
     async def known(_: Request, error: APIError) -> Response:
         return answer(error)
 
-    async def malformed(_: Request, error: RequestValidationError) -> Response:
-        return answer(from_validation(error.errors()))
-
     async def http(_: Request, error: HTTPException) -> Response:
         return answer(APIError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
 
     app.add_exception_handler(APIError, known)
-    app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http)
 
 

@@ -22,13 +22,14 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from ..serving import Output, Piece, SamplingParams
+from ..serving import grammar as grammars
+from ..serving.fair_pool import FairPool, PoolFull
 from . import errors
 from .config import ServerConfig
 
@@ -60,6 +61,7 @@ class Flow:
         self._bell = asyncio.Event()
         self._unfinished = count
         self._failure: errors.APIError | None = None
+        self._preparing: asyncio.Future | None = None
         self._watcher: asyncio.Task | None = None
         self._closed = False
         limit = bridge.config.request_timeout
@@ -74,7 +76,7 @@ class Flow:
             reasons = [event.piece.finish_reason for event in events if event.piece.finish_reason]
             self._unfinished -= len(reasons)
             if "error" in reasons:
-                raise errors.failed()
+                raise self._error()
             if self._failure and not self.gone:
                 raise self._failure
             if events:
@@ -88,10 +90,25 @@ class Flow:
             raise errors.gone()
         return [stream.output() for stream in self.streams]
 
+    def _error(self) -> errors.APIError:
+        """What a failed continuation's client is told: what is wrong with its grammar, or that the engine failed."""
+        causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
+        return errors.from_value_error(causes[0]) if causes else errors.failed()
+
     @property
     def streams(self) -> list[Any]:
         """The engine's records of all continuations."""
         return [stream for generation in self.generations for stream in generation.streams]
+
+    async def wait_for(self, preparation: Coroutine[Any, Any, None]) -> None:
+        """Wait until the request has been submitted, its time is up or its client has left."""
+        self._preparing = asyncio.ensure_future(preparation)
+        try:
+            await self._preparing
+        except asyncio.CancelledError:
+            if self.gone:
+                raise errors.gone() from None
+            raise self._failure or asyncio.CancelledError from None
 
     def watch(self, receive: Callable[[], Awaitable[dict]]) -> None:
         """End the flow when the client disconnects; its body must have been read."""
@@ -106,7 +123,7 @@ class Flow:
     def fail(self, error: errors.APIError) -> None:
         """End the flow with an error."""
         self._failure = self._failure or error
-        self._bell.set()
+        self._interrupt()
 
     @property
     def abandoned(self) -> bool:
@@ -134,7 +151,12 @@ class Flow:
             pass
         self.gone = True
         self.cancel()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         self._bell.set()
+        if self._preparing is not None:
+            self._preparing.cancel()
 
 
 class Bridge:
@@ -152,7 +174,7 @@ class Bridge:
         self._ringing = False
         self._good_failures = 0  # the engine's count of failed steps when it last brought a token
         self._duration = 1.0  # of a request, a running mean
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="warploom-text")
+        self._workers = FairPool(4, name="warploom-text")
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -170,12 +192,17 @@ class Bridge:
             flow.close()
         if self.llm is not None:
             await asyncio.to_thread(self.llm.engine.stop)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.shutdown()
 
-    async def offload(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Do something slow with what a client sent (tokenizing, compiling a grammar) beside the event loop."""
+    async def offload(self, work: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
+        """Do something slow with what a client sent (tokenizing, a large body) beside the event loop, in turn."""
+        limit = self.config.request_timeout
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, partial(work, *arguments))
+            return await asyncio.wait_for(asyncio.wrap_future(self._workers.submit(client, work, *arguments)), limit)
+        except PoolFull:
+            raise errors.busy(self._retry_after()) from None
+        except (TimeoutError, asyncio.TimeoutError):
+            raise errors.too_slow(limit) from None
         except ValueError as error:
             raise errors.from_value_error(error) from None
 
@@ -196,9 +223,21 @@ class Bridge:
         return self.llm.engine.scheduler.max_batch + self.config.max_queue
 
     async def submit(
-        self, asks: Callable[[Any], Iterable[Ask]], count: int, *, streaming: bool = False, salt: Any = None
+        self,
+        asks: Callable[[Any], Iterable[Ask]],
+        count: int,
+        *,
+        params: SamplingParams | None = None,
+        streaming: bool = False,
+        salt: Any = None,
+        client: Any = None,
+        receive: Callable[[], Awaitable[dict]] | None = None,
     ) -> Flow:
-        """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time."""
+        """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
+
+        `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
+        client leaves; its body must have been read.
+        """
         if not self.engine_ready:
             raise errors.unavailable(self.state)
         if count > self.capacity:
@@ -208,8 +247,10 @@ class Bridge:
         flow = Flow(self, count, streaming)
         self.open += count
         self.flows.add(flow)
+        if receive is not None:
+            flow.watch(receive)
         try:
-            await self.offload(self._submit, flow, asks, salt)
+            await flow.wait_for(self._prepare(flow, asks, params, salt, client))
         except BaseException:
             flow.close()
             raise
@@ -221,14 +262,41 @@ class Bridge:
         self.open -= flow.count
         self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
 
-    def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], salt: Any) -> None:
+    async def _prepare(self, flow: Flow, asks: Any, params: SamplingParams | None, salt: Any, client: Any) -> None:
+        options = {"salt": salt}
+        if params is not None and params.constrained:
+            options["grammar"] = await self._compile(params, client)
+        await self.offload(self._submit, flow, asks, options, client=client)
+
+    async def _compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
+        """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
+        try:
+            future = self.llm.grammars.start(params, client)
+        except PoolFull:
+            raise errors.compiling() from None
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+        compiled = asyncio.wrap_future(future)
+        try:
+            for _ in ("waiting", "compiling"):
+                if (await asyncio.wait({compiled}, timeout=grammars.TIME_LIMIT))[0]:
+                    return compiled.result()
+                if future.cancel():
+                    raise errors.compiling()
+            raise grammars.too_slow(params)
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+        finally:
+            future.cancel()
+
+    def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], options: dict[str, Any]) -> None:
         llm, index = self.llm, 0
         if llm is None:  # it broke while this request waited for a thread
             raise errors.unavailable(self.state)
         for tokens, params in asks(llm):
             on_piece = partial(self._post, llm.engine, flow, index)
             flow.prompt_tokens += len(tokens)
-            flow.generations.append(llm.submit(tokens, params, salt=salt, on_piece=on_piece))
+            flow.generations.append(llm.submit(tokens, params, on_piece=on_piece, **options))
             index += params.n
             if flow.abandoned:  # while this thread was at it
                 return flow.cancel()
@@ -260,6 +328,7 @@ class Bridge:
             self._state = state
             try:
                 self.llm = await asyncio.to_thread(self._make)
+                await asyncio.to_thread(self.llm.grammars.prepare)
             except Exception:
                 logger.exception("the engine could not be built")
                 break

@@ -65,22 +65,25 @@ def from_value_error(error: ValueError) -> APIError:
 def from_validation(errors: list[dict[str, Any]]) -> APIError:
     """The first field that is wrong, and what it could have been, in one sentence."""
     first = errors[0]
+    if not first["loc"]:
+        return not_an_object()
     place = _place(first)
-    if first["type"] == "json_invalid":
-        return invalid("the body is not valid JSON", code="invalid_json")
-    if first["loc"] == ("body",):
-        return invalid("send a JSON object, with the header content-type: application/json")
     if first["type"] == "extra_forbidden":
         return invalid(f"Unrecognized request argument supplied: {place}", place, "unknown_parameter")
-    field = first["loc"][1:2]
-    same = [error for error in errors if error["loc"][1:2] == field]  # a field of several types has an error for each
+    field = first["loc"][0]
+    same = [error for error in errors if error["loc"][0] == field]  # a field of several types has an error for each
     reasons = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in same)
     return invalid(f"{place or 'the body'}: {'; or '.join(reasons)}", place)
 
 
+def not_an_object() -> APIError:
+    """The body is no JSON object, or does not say that it is one."""
+    return invalid("send a JSON object, with the header content-type: application/json")
+
+
 def _place(error: dict[str, Any]) -> str | None:
     """Where in the body, without pydantic's names of types."""
-    parts = [str(part) for part in error["loc"] if part not in ("body", "str", "int")]
+    parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
     return ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or None
 
 
@@ -97,6 +100,11 @@ def busy(seconds: int) -> APIError:
 def unavailable(state: str) -> APIError:
     """No engine to serve with, at the moment or at all: 503."""
     return APIError(503, f"the engine is {state}", code="engine_unavailable", headers={"retry-after": "2"})
+
+
+def compiling() -> APIError:
+    """Too many grammars of others are being compiled: 503, and when to come back."""
+    return APIError(503, "too many grammars are being compiled: try again", headers={"retry-after": "2"})
 
 
 def failed() -> APIError:

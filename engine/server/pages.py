@@ -64,7 +64,7 @@ def _fields(schema: dict[str, Any], body: dict[str, Any]) -> str:
 
 
 def _kind(schema: dict[str, Any], field: dict[str, Any]) -> str:
-    if options := field.get("anyOf"):
+    if options := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(_kind(schema, option) for option in options if option.get("type") != "null")
     if "$ref" in field:
         return field["$ref"].rsplit("/", 1)[1]

@@ -21,6 +21,7 @@ from ..serving import SamplingParams
 from .bridge import Ask
 from .conversation import encode_conversation
 from .errors import APIError
+from .request_body import client_of
 from .requests import Message
 from .service import Service
 from .views import CSS, facts, heat_map, token_view
@@ -220,7 +221,9 @@ async def _generate(gradio: Any, service: Service, asks: Any, request: Any) -> A
     """Run a generation and show it now and then; however it ends, its pages are free."""
     progress, start, first, drawn = _Progress(), time.monotonic(), None, 0.0
     try:
-        flow = await service.bridge.submit(asks, 1, streaming=True, salt=request.request.scope.get("salt"))
+        scope = request.request.scope
+        who = {"salt": scope.get("salt"), "client": client_of(scope)}
+        flow = await service.bridge.submit(asks, 1, streaming=True, **who)
     except APIError as error:
         raise gradio.Error(error.message, print_exception=False) from None
     try:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ..serving import SamplingParams
 from .errors import from_value_error, invalid
+from .request_body import FIRST_ERROR, at_most
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], FIRST_ERROR, Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[str], FIRST_ERROR, Field(min_length=1)]
+Rows = Annotated[list[TokenIds], FIRST_ERROR, Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
+MOST_FIELDS = 128
 # Fields of OpenAI's that would change the answer and that nothing here could honor; why not.
 REFUSED = {
     "suffix": "filling in between a prompt and a suffix needs a model trained for it",
@@ -40,6 +45,28 @@ HARMLESS = {
 }
 
 
+def _prompt_kind(value: Any) -> str | None:
+    """Which arm of `Prompt` a value is, by its first element: each arm tried costs an error an element."""
+    if isinstance(value, str):
+        return "a text"
+    first = value[0] if isinstance(value, list) and value else None
+    kinds = {int: "token ids", float: "token ids", str: "several texts", list: "several rows"}
+    return kinds.get(type(first))
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("a text")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[Texts, Tag("several texts")]
+    | Annotated[Rows, Tag("several rows")],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a text, a list of token ids, or a list of either, and not empty",
+    ),
+]
+
+
 class Body(BaseModel):
     """Strict: no unknown fields, no "5" for 5, no NaN."""
 
@@ -50,6 +77,8 @@ class Body(BaseModel):
     def _drop_what_changes_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MOST_FIELDS:
+            raise invalid(f"an object has {len(data)} fields; at most {MOST_FIELDS} are allowed")
         kept = {name: value for name, value in data.items() if value is not None and not _harmless(name, value)}
         for name in kept.keys() & (REFUSED.keys() | HARMLESS.keys()) - cls.model_fields.keys():
             raise invalid(_why_not(name), name, "unsupported_parameter")
@@ -99,6 +128,16 @@ class ResponseFormat(Body):
         return self.json_schema.schema_
 
 
+class StructuredOutputs(Body):
+    """vLLM's spelling of what the text must satisfy: one of these."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_object: bool = False
+    regex: Text | None = None
+    choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
+    grammar: Text | None = Field(None, description="Lark, or llama.cpp's GBNF.")
+
+
 class Sampling(Body):
     """How to choose tokens: what completions and chat have in common."""
 
@@ -107,31 +146,57 @@ class Sampling(Body):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=2**31 - 1, description="Keep the k most likely tokens; 0 or -1 keeps all.")
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None = Field(
         None, max_length=1024, description="Added to the logits of these token ids."
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same request and seed, same tokens.")
     n: int = Field(1, ge=1, le=128)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=64)] | None = None
+    stop: Text | Annotated[list[Text], FIRST_ERROR, Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], FIRST_ERROR, Field(max_length=64)] | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     regex: Text | None = Field(None, description="The text matches this regular expression.")
-    choice: Annotated[list[Text], Field(min_length=1)] | None = Field(
+    choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = Field(
         None, description="The text is one of these strings."
     )
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = Field(None, description="The same in vLLM's older spelling.")
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
+    guided_grammar: Text | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Written to the access log; changes nothing else.")
-    metadata: dict[str, str] | None = Field(None, description="For the caller's own records; changes nothing.")
+    metadata: Annotated[dict[str, str], at_most(64)] | None = Field(
+        None, max_length=64, description="For the caller's own records; changes nothing."
+    )
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def grammar(self) -> dict[str, Any]:
+        """What the text must satisfy, as a field of `SamplingParams`, from whichever spelling was used."""
+        other = self.structured_outputs or StructuredOutputs()
+        given = {
+            "response_format": ("json_schema", self.response_format and self.response_format.grammar()),
+            "structured_outputs.json_object": ("json_schema", {"type": "object"} if other.json_object else None),
+            "structured_outputs.json": ("json_schema", other.json_),
+            "guided_json": ("json_schema", self.guided_json),
+            "regex": ("regex", self.regex),
+            "choice": ("choice", self.choice),
+        }
+        for field in ("regex", "choice", "grammar"):
+            given[f"structured_outputs.{field}"] = (field, getattr(other, field))
+            given[f"guided_{field}"] = (field, getattr(self, f"guided_{field}"))
+        given = {name: wish for name, wish in given.items() if wish[1] is not None}
+        if len(given) > 1:
+            raise invalid(f"only one of these can be given: {', '.join(given)}", min(given).partition(".")[0])
+        return dict(given.values())
 
     def check(self) -> None:
         """What one field alone cannot tell."""
@@ -141,7 +206,6 @@ class Sampling(Body):
     def params(self, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
         """What the engine is asked."""
         self.check()
-        grammar = self.response_format.grammar() if self.response_format else None
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
@@ -159,9 +223,7 @@ class Sampling(Body):
                 seed=self.seed,
                 n=self.n,
                 logprobs=logprobs,
-                json_schema=grammar,
-                regex=self.regex,
-                choice=tuple(self.choice) if self.choice else None,
+                **self.grammar(),
                 **others,
             )
         except ValueError as error:
@@ -171,7 +233,7 @@ class Sampling(Body):
 class CompletionRequest(Sampling):
     """Continue a text, or several."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Default: 16.")
     echo: bool = Field(False, description="Put the prompt in front of the text.")
     logprobs: int | None = Field(None, ge=0, le=100)
@@ -214,9 +276,9 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -240,12 +302,12 @@ class Tool(Body):
 class ChatRequest(Sampling):
     """The next message of a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FIRST_ERROR, Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The old name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: what the context holds.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], FIRST_ERROR, Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
@@ -267,8 +329,8 @@ class ChatRequest(Sampling):
 class GenerateRequest(Body):
     """The learner's call: token ids or a text in, token ids and text out."""
 
-    idx: Annotated[list[TokenIds], Field(min_length=1)] | None = Field(None, description="Token ids, a row a prompt.")
-    prompt: str | Annotated[list[str], Field(min_length=1)] | None = None
+    idx: Rows | None = Field(None, description="Token ids, a row a prompt.")
+    prompt: str | Texts | None = None
     max_new_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: 100.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_k: int = Field(0, ge=0, le=2**31 - 1)
@@ -292,11 +354,11 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], FIRST_ERROR, Field(min_length=1)] | None = None
 
 
 class DetokenizeRequest(Body):
     """Token ids to be joined into a text."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+    tokens: Annotated[list[TokenId], FIRST_ERROR]

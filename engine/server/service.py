@@ -20,6 +20,7 @@ from .bridge import Ask, Bridge, Flow
 from .config import ServerConfig
 from .conversation import PlainReader, ToolCallReader, encode_conversation
 from .metrics import Metrics
+from .request_body import client_of
 from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 
 Writer = ChatWriter | CompletionWriter
@@ -51,7 +52,7 @@ class Service:
         params, words = body.sampling(), self.words
         hidden = self.llm.engine.eos.union(params.stop_token_ids)
         asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION)
-        flow = await self._submit(request, asks, len(body.prompts) * body.n, body.model, body.stream)
+        flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body.model, body.stream)
         writer = CompletionWriter(self._head("cmpl", body, request), flow, words, hidden, body.logprobs)
         return await self._answer(request, body.stream, flow, writer)
 
@@ -64,15 +65,16 @@ class Service:
             tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
             yield tokens, self._fit(llm, tokens, params)
 
-        flow = await self._submit(request, asks, body.n, body.model, body.stream)
+        flow = await self._submit(request, asks, body.n, params, body.model, body.stream)
         reader = ToolCallReader if tools else PlainReader
         writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, reader)
         return await self._answer(request, body.stream, flow, writer)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
-        asks = self._continuing(body.prompts, body.sampling(), DEFAULT_GENERATION)
-        flow = await self._submit(request, asks, len(body.prompts))
+        params = body.sampling()
+        asks = self._continuing(body.prompts, params, DEFAULT_GENERATION)
+        flow = await self._submit(request, asks, len(body.prompts), params)
         try:
             outputs = await flow.outputs()
         finally:
@@ -85,26 +87,27 @@ class Service:
             }
         )
 
-    async def tokenize(self, body: TokenizeRequest) -> Response:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         """/tokenize."""
         self.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise errors.invalid("give either prompt or messages", "prompt")
-        llm = self.llm
-        if body.messages is None:
-            tokens = await self.bridge.offload(llm.encode, body.prompt)
-        else:
-            tokens = await self.bridge.offload(encode_conversation, llm.tokenizer, body.messages)
-        names = [self.words.text(token) for token in tokens]
-        shown = {"count": len(tokens), "max_model_len": llm.max_context, "tokens": tokens, "token_strs": names}
-        return json_response(shown)
+        tokenized = await self.bridge.offload(self._tokenized, self.llm, body, client=client_of(request.scope))
+        return Response(tokenized, media_type="application/json")
 
-    async def detokenize(self, body: DetokenizeRequest) -> Response:
+    def _tokenized(self, llm: Any, body: TokenizeRequest) -> bytes:
+        tokens = llm.encode(body.prompt) if body.messages is None else encode_conversation(llm.tokenizer, body.messages)
+        names = [self.words.text(token) for token in tokens]
+        return to_json({"count": len(tokens), "max_model_len": llm.max_context, "tokens": tokens, "token_strs": names})
+
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         """/detokenize."""
         self.check_model(body.model)
         if self.llm.tokenizer is None:
             raise errors.invalid("this model has no tokenizer")
-        return json_response({"prompt": await self.bridge.offload(self.llm.tokenizer.decode, body.tokens)})
+        decode = self.llm.tokenizer.decode
+        text = await self.bridge.offload(decode, body.tokens, client=client_of(request.scope))
+        return json_response({"prompt": text})
 
     def models(self) -> list[dict[str, Any]]:
         """/v1/models: the one there is."""
@@ -123,13 +126,21 @@ class Service:
         request: Request,
         asks: Callable[[Any], Iterable[Ask]],
         count: int,
+        params: SamplingParams,
         model: str | None = None,
         streaming: bool = False,
     ) -> Flow:
         self.check_model(model)
-        flow = await self.bridge.submit(asks, count, streaming=streaming, salt=request.scope.get("salt"))
-        flow.watch(request.receive)
-        return flow
+        scope = request.scope
+        return await self.bridge.submit(
+            asks,
+            count,
+            params=params,
+            streaming=streaming,
+            salt=scope.get("salt"),
+            client=client_of(scope),
+            receive=request.receive,
+        )
 
     def _continuing(
         self, prompts: list[str | list[int]], params: SamplingParams, default: int

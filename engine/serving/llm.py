@@ -17,14 +17,16 @@ from pathlib import Path
 import torch
 
 from ...tokenizer.chat import encode_chat
+from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
-from ..hub import load_model
+from ..hub import load_model, read_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
+from . import graphs
 from .balance import has_tall_keys
 from .beam import beam_search
 from .engine import Engine, Generation
-from .grammar import compile_grammar
+from .grammar import GrammarCompiler
 from .int8_pages import TILE
 from .outputs import Output, Piece
 from .pages import PagePool
@@ -125,7 +127,8 @@ class LLM:
             draft=guess,
             most_drafts=speculate or draft_tokens,
         )
-        self.engine = Engine(scheduler, runner, self.tokenizer, _end_tokens(self.tokenizer))
+        self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size)
+        self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
 
     def _open_draft(self, source) -> Transformer:
         """A model that can guess for ours."""
@@ -142,7 +145,7 @@ class LLM:
     def plain_model(self) -> Transformer:
         """The model with every step in PyTorch, to look inside; read again if it came from a directory."""
         given = self._source
-        return given.eval() if isinstance(given, Transformer) else load_model(given, self.model.device)[0]
+        return given.eval() if isinstance(given, Transformer) else read_model(given, self.model.device)
 
     def close(self) -> None:
         """Stop the engine, and the processes of `tensor_parallel`; happens by itself when the program ends."""
@@ -152,8 +155,9 @@ class LLM:
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
         params = params or SamplingParams()
-        grammar = compile_grammar(params, self.tokenizer, self.config.vocab_size) if params.constrained else None
-        return self.engine.submit(self.encode(prompt), params, grammar=grammar, **options)
+        if params.constrained and "grammar" not in options:
+            options["grammar"] = self.grammars.compile(params)
+        return self.engine.submit(self.encode(prompt), params, **options)
 
     def generate(
         self, prompts: Prompt | Items[Prompt], params: SamplingParams | Items[SamplingParams] | None = None
@@ -198,12 +202,17 @@ class LLM:
         return scores[0] if one else scores
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt as token ids; text never becomes a special token."""
+        """A prompt as token ids; text never becomes a special token.
+
+        A text gets the tokens that its tokenizer's post-processor puts before every text (Llama's <s>), unless they
+        are there already; a conversation does not: its template writes them.
+        """
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: give the prompt as token ids")
-        return self.tokenizer.encode(prompt)
+        prefix, ids = list(self.tokenizer.prefix_ids), self.tokenizer.encode(prompt)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """A conversation as token ids, by the tokenizer's chat template or a plain one."""
@@ -214,8 +223,9 @@ class LLM:
 
 def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, object]:
     if isinstance(model, (str, os.PathLike)):
-        loaded, found = load_model(Path(model), device, dtype, group)
-        return loaded, tokenizer or found
+        if tokenizer is not None:
+            return read_model(model, device, dtype, group), tokenizer
+        return load_model(model, device, dtype, group)
     if not isinstance(model, Transformer):
         raise ValueError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -225,6 +235,12 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, obj
         copy.load_state_dict(model.state_dict())
         model = copy
     return model.eval(), tokenizer
+
+
+def _stop_ids(model, tokenizer) -> frozenset[int]:
+    """The ids that end a generation, by the tokenizer and by the model's own files."""
+    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(Path(model))
+    return named if tokenizer is None else named | tokenizer.stop_ids
 
 
 def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, page_size: int) -> torch.dtype:
@@ -245,13 +261,6 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
     return formats[kv_dtype]
 
 
-def _end_tokens(tokenizer) -> frozenset[int]:
-    end = getattr(tokenizer, "eos_id", None)
-    specials = getattr(tokenizer, "special_tokens", None) or {}
-    names = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-    return frozenset({*(() if end is None else (end,)), *(specials[name] for name in names if name in specials)})
-
-
 def _same_tokens(ours, theirs) -> bool:
     """Whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
@@ -265,7 +274,11 @@ def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> in
         with PeakMemory("cuda") as peak:
             largest_step(model, step_tokens, max_batch)
         free = available_memory("cuda")
-    return max(0, free - peak.bytes - free // 10)  # a tenth for what is recorded, compiled, and cut in pieces
+    recorded = 0
+    if graphs.enabled():
+        itemsize = model.embedding.weight.element_size()
+        recorded = graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
+    return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
 
 
 @torch.inference_mode()

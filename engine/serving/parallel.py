@@ -24,7 +24,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..hub import load_config, load_model
+from ..hub import load_config, read_model
 from ..model import Transformer
 from ..sharding import check
 from .llm import memory_for_pages
@@ -198,8 +198,8 @@ def work() -> None:
     group = share.join(store)
     place, *drafts = share.directories
     try:
-        models = [load_model(place, share.device, share.dtype, group)[0]]
-        models += [load_model(draft, share.device, models[0].embedding.weight.dtype)[0] for draft in drafts]
+        models = [read_model(place, share.device, share.dtype, group)]
+        models += [read_model(draft, share.device, models[0].embedding.weight.dtype) for draft in drafts]
     except ValueError:
         os._exit(1)  # the first process reads the same files, and says what is wrong
     print("loaded", file=said, flush=True)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
 from ..data.corpus import Corpus, files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
-from ..hub import load_config
+from ..hub import check_vocabulary, load_config
 from .config import TrainConfig
 
 
@@ -34,11 +35,8 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     model = architecture(config, tokenizer.vocab_size)
     if config.init_from:
         _check_same_tokenizer(Path(config.init_from), data)
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the model's vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of the "
-            f"tokenizer that made {data.directory}"
-        )
+        tokenizer.special.stops |= read_stop_ids(Path(config.init_from))
+    check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
         raise ValueError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
     return Materials(data, tokenizer, model)
