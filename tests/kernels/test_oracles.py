@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from warploom.kernels import Case, Maker, attention, backend, ops, passes_cpu
-from warploom.kernels.verify import call, double, errors, tensors
+from warploom.kernels import Case, Maker, attention, backend, ops
+from warploom.kernels.cpu import pointwise as passes_cpu
+from warploom.kernels.tools.verify import call, double, errors, tensors
 
 
 def floats(result):
