@@ -48,13 +48,13 @@ def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING_NONPROP) -> T:
     """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one ValueError."""
-    errors = io.StringIO()
+    argv, errors = renamed(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
                 kind,
                 prog=f"warploom {verb}",
-                args=renamed(argv),
+                args=argv,
                 default=default,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
