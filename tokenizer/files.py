@@ -97,11 +97,12 @@ def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokeni
         if model.get(field):
             raise ValueError(f"model.{field} is {model[field]!r}, which is not implemented")
     check_overlaps(special)
+    entries = model["vocab"].items()
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     in_merges = {part for left, right in pairs for part in (left, right, left + right)}
     # Special tokens are often listed in the vocabulary too, and vocabulary among the added tokens.
-    listed = {text: i for text, i in model["vocab"].items() if special.ids.get(text) == i and text not in in_merges}
-    spelled = {text: token_id for text, token_id in model["vocab"].items() if text not in listed}
+    listed = {text: i for text, i in entries if special.ids.get(text) == i and text not in in_merges}
+    spelled = {text: token_id for text, token_id in entries if text not in listed}
     read = _read_pieces if model.get("byte_fallback") else _read_byte_level
     tokens, options = read(data, spelled)
     vocab = {token: spelled[text] for text, token in tokens.items()}
