@@ -11,19 +11,24 @@ What that costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; 
 a tenth of that in models trained for minutes. Channels far larger than their neighbors are taken apart beforehand
 (`balance.py`). A block with experts is no single call: its products are, and each expert's. On a GPU the twin is
 `fused.py`'s. Without the extension the model serves as it is. In both, 8-bit layers are `kernels.int8_linear`, which
-rounds weights alone."""
+rounds weights alone.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
+from ...formats.packed_weight import Layout, PackedWeight, Segment
 from ...model import Block, Linear, MoE, Transformer, sinusoids
+from ..scheme import MATRICES, Scheme, scheme_of
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+INT8 = Scheme()
+NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
 
 
 class Head:
@@ -54,10 +59,10 @@ class Int8Linear(nn.Module):
 class NativeLinear(nn.Module):
     """A linear layer in C++."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, form: str = "int8"):
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: str | Scheme = INT8, name: str = "ffn.up"):
         super().__init__()
         self.outputs = weight.shape[0]
-        self.matrix = native_matrix(weight, bias, form)
+        self.matrix = native_matrix(weight, bias, form, name)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
@@ -71,12 +76,12 @@ class NativeTransformer:
 
     training = False
 
-    def __init__(self, model: Transformer, form: str, release: bool):
+    def __init__(self, model: Transformer, form: str | Scheme, release: bool):
         c = self.config = model.config
         self.device, self.embedding = model.device, model.embedding
         blocks = []
         for index, block in enumerate(model.blocks):
-            blocks.append(_native_block(balanced(block, c) if form == "int8" else block, c, form))
+            blocks.append(_native_block(balanced(block, c) if isinstance(form, Scheme) else block, c, form))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
         self.rotation: tuple[Tensor, ...] = ()
@@ -104,13 +109,15 @@ class NativeTransformer:
 class NativeMoE(nn.Module):
     """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
 
-    def __init__(self, moe: MoE, form: str):
+    def __init__(self, moe: MoE, form: str | Scheme):
         super().__init__()
         self.config = c = moe.config
         self.activation = "silu" if c.ffn == "swiglu" else c.ffn
-        self.router = NativeLinear(moe.router.weight, None, form)
-        pairs = zip(moe.w_gate_up, moe.w_down)
-        self.experts = [tuple(NativeLinear(weight, None, form) for weight in pair) for pair in pairs]
+        self.router = NativeLinear(moe.router.weight, None, form, "ffn.router")
+        self.experts = [
+            (NativeLinear(up, None, form, "ffn.up"), NativeLinear(down, None, form, "ffn.down"))
+            for up, down in zip(moe.w_gate_up, moe.w_down)
+        ]
         self.shared = moe.shared
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -129,7 +136,7 @@ class NativeMoE(nn.Module):
 
 def serving_model(
     model: Transformer,
-    quantize: str | None,
+    quantize: str | Scheme | None,
     release: bool = False,
     batch_invariant: bool = True,
     native_pages: bool = True,
@@ -139,31 +146,35 @@ def serving_model(
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
+    if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
+        raise ValueError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
         return fused_model(model, make), Head(model, make and make(model.head_weight, None))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
-    form = quantize or FORMATS.get(dtype)
+    form = scheme_of(quantize, sum(p.numel() for p in model.parameters())) or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
+    head = NativeLinear(model.head_weight, None, form, "head") if native else Int8Linear(model.head_weight, None)
     if native and native_pages and not model.config.n_experts and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
     if native:
         for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block
+            twin.blocks[index] = block = balanced(block, model.config) if isinstance(form, Scheme) else block
             replace(block, MoE, lambda moe: NativeMoE(moe, form))
-            replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
+            for path, layer in [(path, m) for path, m in block.named_modules() if isinstance(m, Linear)]:
+                name = NAMES.get(path.rpartition(".")[2], "ffn.up")
+                block.set_submodule(path, NativeLinear(layer.weight, layer.bias, form, name))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
 
 
-def _native_block(block: Block, config, form: str):
+def _native_block(block: Block, config, form: str | Scheme):
     """A whole layer in C++: the twin of `Block`."""
     c, attention, ffn = config, block.attention, block.ffn
     layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
@@ -171,7 +182,7 @@ def _native_block(block: Block, config, form: str):
         c.d_model, c.n_heads, c.kv_heads, c.head_size, c.ff_size, attention.window or 0, attention.softcap or 0.0,
         attention.scale, c.norm_eps, c.ffn, _native_norm(block.attention_norm, c), _native_norm(block.ffn_norm, c),
         _floats(getattr(attention.q_norm, "weight", None)), _floats(getattr(attention.k_norm, "weight", None)),
-        *(native_matrix(layer.weight, layer.bias, form) for layer in layers),
+        *(native_matrix(layer.weight, layer.bias, form, name) for layer, name in zip(layers, MATRICES)),
     )  # fmt: skip
 
 
@@ -179,11 +190,44 @@ def _native_table(table: Tensor | None) -> tuple[int, bool]:
     return (0, False) if table is None else (table.data_ptr(), table.dtype == torch.bfloat16)
 
 
-def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
-    """A weight as C++ keeps it."""
+def native_matrix(weight: Tensor, bias: Tensor | None, form: str | Scheme, name: str):
+    """A weight as C++ keeps it: the matrix of that name in a scheme, or in a number format."""
     rows = weight.detach().float().contiguous()
     offset = None if bias is None else bias.detach().float().contiguous()
-    return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
+    given = rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr()
+    if isinstance(form, Scheme):
+        return _native.PackedMatrix(*given, native_layout(form.layout(name)), form.activations == 16)
+    return _native.Matrix(form, *given)
+
+
+def native_layout(layout: Layout):
+    return _native.Layout(layout.bits, layout.group, layout.minimum, layout.rotate, list(layout.table))
+
+
+def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool = False):
+    """A packed weight as C++ keeps it."""
+    parts = [
+        (native_layout(s.layout), len(s.codes), s.codes.data_ptr(), s.scales.data_ptr(),
+         0 if s.minima is None else s.minima.data_ptr(), s.units.data_ptr())
+        for s in weight.segments
+    ]  # fmt: skip
+    return _native.PackedMatrix(parts, weight.columns, 0 if bias is None else bias.data_ptr(), wide)
+
+
+def pack(weight: Tensor, layout: Layout) -> PackedWeight:
+    """A float weight (rows, columns) rounded as C++ rounds it when it packs."""
+    rows, (count, columns) = weight.detach().float().contiguous(), weight.shape
+    groups = layout.groups(columns)
+    codes = torch.empty(count, groups * layout.group, dtype=torch.uint8)
+    scales, units = torch.empty(count, groups, dtype=torch.float16), torch.empty(count)
+    minima = torch.empty_like(scales) if layout.minimum else None
+    _native.quantize_rows(
+        rows.data_ptr(), count, columns, native_layout(layout), codes.data_ptr(), scales.data_ptr(),
+        0 if minima is None else minima.data_ptr(), units.data_ptr(),
+    )  # fmt: skip
+    if layout.bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)
 
 
 def _native_norm(norm: nn.Module, config):
