@@ -51,6 +51,11 @@ class Grammar:
         if not self.finished and not self._matcher.consume_token(token):
             self.error = GrammarError(f"the grammar refused token {token}: {_first_line(self._matcher.get_error())}")
 
+    def rewind(self, tokens: list[int]) -> None:
+        """Stand again where these tokens lead, whatever was accepted since."""
+        self._matcher.reset()
+        self._matcher.consume_tokens(tokens)
+
     def mask(self, logits_V: Tensor) -> None:
         """Make impossible, in place, every token that would leave the grammar."""
         if self.finished:
