@@ -10,7 +10,13 @@ from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import int8_pages
 from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs
 from warploom.engine.serving.execution.gpu_model import fused_model
-from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, Layout, NativeAttend, PageStore, to_device
+from warploom.engine.serving.execution.kv_cache import (
+    HAS_NATIVE,
+    AttentionMetadata,
+    NativeAttend,
+    PagedKVCache,
+    to_device,
+)
 
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 
@@ -28,19 +34,19 @@ def filled_store(K, D, page_size, keys, values):
     class Shape:
         n_layers, kv_heads, head_size = 2, K, D
 
-    store = PageStore(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))
+    store = PagedKVCache(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))
     everywhere = torch.arange(len(keys))
     int8_pages.write(keys, store.keys[1], everywhere, keys=True)
     int8_pages.write(values, store.values[1], everywhere, keys=False)
     return store
 
 
-def ragged_step(page_size) -> Layout:
+def ragged_step(page_size) -> AttentionMetadata:
     """Chunks and decodes of four sequences, in pages out of order, and two tokens of padding."""
     counts, contexts = np.array([1, 7, 1, 20], dtype=np.int32), [33, 9, 1, 50]
     table = np.random.default_rng(0).permutation(20)[:16].reshape(4, 4).astype(np.int32)
     positions = np.concatenate([*(np.arange(c - n, c) for c, n in zip(contexts, counts)), [0, 0]])
-    return PageStore.layout(type("Sizes", (), {"page_size": page_size}), table, np.arange(4), positions, counts)
+    return PagedKVCache.layout(type("Sizes", (), {"page_size": page_size}), table, np.arange(4), positions, counts)
 
 
 @NEEDS_NATIVE
@@ -62,16 +68,37 @@ def test_cpp_writes_the_twins_bytes_and_sees_what_they_stand_for(H, K, D, page_s
     torch.testing.assert_close(*outputs, atol=1e-3, rtol=3e-4)  # queries and weights in 16 bits
 
 
-@pytest.mark.parametrize("keys", [True, False])
-def test_no_number_is_off_by_more_than_half_of_its_tokens_step(keys):
+@pytest.mark.parametrize(("keys", "width"), [(True, 64), (False, 40)])
+def test_no_number_is_off_by_more_than_half_of_its_tokens_step(keys, width):
+    """Of a key, no number of its rotation."""
     torch.manual_seed(0)
-    x_TKD = torch.randn(64, 3, 40) * torch.logspace(-6, 3, 64)[:, None, None]
-    pages = torch.zeros(2, 2, 3, int8_pages.tile_bytes(40), dtype=torch.uint8)
+    turn = sylvester(width) if keys else torch.eye(width)
+    x_TKD = torch.randn(64, 3, width) * torch.logspace(-6, 3, 64)[:, None, None]
+    pages = torch.zeros(2, 2, 3, int8_pages.tile_bytes(width), dtype=torch.uint8)
     slots = torch.randperm(64)
     int8_pages.write(x_TKD, pages, slots, keys=keys)
-    kept_TKD = int8_pages.read(pages, 40, keys=keys).flatten(0, 1)[slots]
-    step_TK = x_TKD.abs().amax(-1) / 127
-    assert ((kept_TKD - x_TKD).abs().amax(-1) <= 0.501 * step_TK).all()
+    kept_TKD = int8_pages.read(pages, width, keys=keys).flatten(0, 1)[slots]
+    step_TK = (x_TKD @ turn).abs().amax(-1) / 127
+    assert (((kept_TKD - x_TKD) @ turn).abs().amax(-1) <= 0.501 * step_TK).all()
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 128, 320])
+def test_hadamard_of_a_head_is_orthogonal(width):
+    """Blocks of powers of two, the largest first; turned and turned back, a head is itself, and products stay."""
+    blocks = {16: [16], 48: [32, 16], 64: [64], 80: [64, 16], 128: [128], 320: [256, 64]}[width]
+    turn = torch.block_diag(*map(sylvester, blocks))
+    a, b = torch.randn(2, 5, width, dtype=torch.float64)
+    there, back = int8_pages.hadamard(a), int8_pages.hadamard(b, back=True)
+    torch.testing.assert_close((there * back).sum(-1), (a * b).sum(-1))
+    torch.testing.assert_close(int8_pages.hadamard(there, back=True), a)
+    stretch = torch.cat([torch.full((n,), 2 ** (0.5 * (n.bit_length() % 2 == 0))) for n in blocks]).double()
+    torch.testing.assert_close(there, a @ turn.double() * stretch)
+
+
+def sylvester(n):
+    """The orthonormal Hadamard matrix by its definition."""
+    signs = [[1 - 2 * ((i & j).bit_count() % 2) for j in range(n)] for i in range(n)]
+    return torch.tensor(signs, dtype=torch.float32) / n**0.5
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])  # a mixture may choose another expert
@@ -99,11 +126,11 @@ def test_with_8_bit_pages_too_the_bits_are_the_same_in_any_company(tiny_model, c
     llm = LLM(model, kv_dtype="int8")
     together = said(llm)
     assert said(llm) == together, "after a prefix hit"
-    memory = 8 * PageStore.bytes_per_page(model.config, 16, torch.int8)
-    small = LLM(model, kv_dtype="int8", step_tokens=7, max_batch=5, kv_memory=memory)
+    memory = 8 * PagedKVCache.bytes_per_page(model.config, 16, torch.int8)
+    small = LLM(model, kv_dtype="int8", max_batch_tokens=7, max_batch=5, kv_memory=memory)
     assert said(small) == together, "in chunks"
     assert small.engine.scheduler.preemptions > 0
-    guessed = LLM(model, kv_dtype="int8", draft=tiny_model(seed=1, **changes))
+    guessed = LLM(model, kv_dtype="int8", draft_model=tiny_model(seed=1, **changes))
     assert said(guessed) == together, "with a draft"
 
 

@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from warploom import kernels
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, KernelAttend, NativeAttend, PageStore, to_device
+from warploom.engine.serving.execution.kv_cache import (
+    HAS_NATIVE,
+    KernelAttention,
+    NativeAttend,
+    PagedKVCache,
+    _native,
+    to_device,
+)
 from warploom.engine.serving.execution.sampler import _sample_native
 from warploom.engine.serving.execution.serving_model import NativeLinear
 
@@ -39,14 +48,14 @@ def test_paged_attention_in_cpp_equals_the_kernels_reference(dtype, H, K, D, lim
     class Shape:
         n_layers, kv_heads, head_size = 2, K, D
 
-    stores = [PageStore(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
+    stores = [PagedKVCache(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
     for store in stores:
         torch.manual_seed(1)
         store.keys.normal_()
         store.values.normal_()
     stores[1].layers = None
     outputs = []
-    for store, kind in zip(stores, (NativeAttend, KernelAttend)):
+    for store, kind in zip(stores, (NativeAttend, KernelAttention)):
         attend, q, k, v = ragged_step(store, dtype, H, K, D)
         assert type(attend) is kind
         outputs.append(attend(q, k, v, Layer(D, **limits))[:, :-2].float())
@@ -68,6 +77,20 @@ def test_an_8_bit_product_is_as_near_as_8_bits_allow_and_the_same_in_any_batch(o
     step = x.abs().amax(-1, keepdim=True).double() / 127  # no activation is off by more than half of it
     bound = (step / 2 * (int_weight.double() * scale.double()[:, None]).abs().sum(-1)) + 1e-3
     assert ((together.double() - exact).abs() <= bound).all()
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 150), st.integers(1, 200), st.integers(1, 9), st.integers(-30, 30), st.integers(0, 2**31))
+def test_int8_plain_loop_equals_the_cpus_products(outputs, columns, rows, exponent, seed):
+    """In every bit, for weights of any size: scales in half precision are counted in a unit of their row."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = (torch.randn(n, columns, generator=generator) for n in (outputs, rows))
+    linear = NativeLinear(weight * 2.0**exponent, torch.randn(outputs, generator=generator))
+    _native.use_byte_products(False)
+    plain = linear(x)
+    _native.use_byte_products(True)
+    assert torch.equal(linear(x), plain)
+    assert torch.equal(NativeLinear(weight * 2.0**exponent, None)(x), NativeLinear(weight, None)(x) * 2.0**exponent)
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2", "mixtral"])
@@ -107,13 +130,11 @@ def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):
     params = [SamplingParams(max_tokens=12, seed=i, ignore_eos=True) for i in range(12)]
     together = [output.token_ids for output in LLM(model, quantize="int8").generate(prompts, params)]
     memory = 8 * 16 * model.config.kv_bytes_per_token(2)
-    small = LLM(model, quantize="int8", step_tokens=5, max_batch=3, kv_memory=memory)
+    small = LLM(model, quantize="int8", max_batch_tokens=5, max_batch=3, kv_memory=memory)
     assert [output.token_ids for output in small.generate(prompts, params)] == together
 
 
 def test_the_number_of_workers_changes_no_token(tiny_model):
-    from warploom.engine.serving.execution.kv_cache import _native
-
     llm = LLM(tiny_model(), quantize="int8")
     expected = llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids
     for threads in (4, 1, 2):
