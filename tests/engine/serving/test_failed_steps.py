@@ -72,7 +72,7 @@ def test_failed_step_keeps_scores_and_grammars(tiny_model, tokenizer):
     strict = SamplingParams(regex="[a-c]{9}-[0-9]{9}", max_tokens=30, seed=2, n=2)
     alone = LLM(model, tokenizer)
     expected = alone.generate(["a prompt of some length", "x"], [scored, strict])
-    llm = LLM(model, tokenizer, step_tokens=64)
+    llm = LLM(model, tokenizer, max_batch_tokens=64)
     work, count = llm.engine.runner.collect, iter(range(1000))
 
     def fail_sometimes(flight):
