@@ -25,10 +25,10 @@ from . import pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "norm_qkv_rope") and _native.has_panels()
+HAS_ROWS = pointwise.HAS_PASSES and _native.has_panels()
 
 
-def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
+def is_supported(stream_BTC: Tensor, *weights: Tensor) -> bool:
     """Can the two functions take a stream and a layer's weights?"""
     return (
         HAS_ROWS
@@ -55,7 +55,7 @@ def norm_qkv_rope(
     """q (B, T, H, D), k and v (B, T, K, D) of the normalized sum of `delta` and `stream`, and the sum.
 
     q and k are turned as by `rope`, where there are tables for it."""
-    return _ToHeads.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
+    return _NormQkvRope.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
 
 
 def out_proj_mlp(
@@ -68,10 +68,10 @@ def out_proj_mlp(
     down: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What a SwiGLU feed-forward adds to the stream that attention's heads have joined, and that stream."""
-    return _FromHeads.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
+    return _OutProjMlp.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
 
 
-class _ToHeads(torch.autograd.Function):
+class _NormQkvRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions):
         delta, stream, norm, qkv = (x.contiguous() for x in (delta_BTC, stream_BTC, norm_C, qkv_JC))
@@ -83,7 +83,7 @@ class _ToHeads(torch.autograd.Function):
         kept = norm, qkv, cos, sin, positions, torch.empty(B, T, C), torch.empty(B, T)
         ctx.sizes = B, T, C, *heads, D, 0 if cos is None else cos.shape[1], eps
         ctx.save_for_backward(*kept)
-        _native.norm_qkv_rope(_to_heads_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
+        _native.norm_qkv_rope(_norm_qkv_rope_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
         return q, k, v, kept[5]
 
     @staticmethod
@@ -93,18 +93,18 @@ class _ToHeads(torch.autograd.Function):
         d_stream, normed, d_heads = torch.empty(B, T, C), torch.empty(B * T, C), torch.empty(B * T, len(kept[1]))
         partial, d_norm = _room_for_norm(B * T, C)
         arrived = [x.contiguous() for x in upstream]
-        _native.to_heads_backward(
-            _to_heads_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
+        _native.norm_qkv_rope_backward(
+            _norm_qkv_rope_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
         )
         return d_stream, d_stream, d_norm, None, torch.mm(d_heads.t(), normed), None, None, None, None
 
 
-def _to_heads_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
+def _norm_qkv_rope_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
     table_stride = 0 if cos is None else cos.stride(0)
     return *sizes, *_at(norm, qkv, cos, sin), table_stride, *_at(positions, sums, inverse)
 
 
-class _FromHeads(torch.autograd.Function):
+class _OutProjMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down):
         gathered, stream, *weights = (
@@ -126,7 +126,7 @@ class _FromHeads(torch.autograd.Function):
         d_stream, d_gathered = torch.empty_like(d_sums), torch.empty(gathered.shape)
         d_both, middle, normed = torch.empty(N, 2 * F), torch.empty(N, F), torch.empty(N, C)
         partial, d_norm = _room_for_norm(N, C)
-        _native.from_heads_backward(
+        _native.out_proj_mlp_backward(
             (*ctx.sizes, *_at(*kept)),
             _at(d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm),
         )
