@@ -141,7 +141,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer=None, eos: frozenset[int] = frozenset()):
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, eos
         self.failures = 0  # of steps
-        self.failed_alone = 0  # of steps with a single sequence
+        self.failed_alone = 0  # of steps with one sequence, or none
         self.last_error: Exception | None = None
         self.generated_tokens = 0
         self._notes: deque[Callable[[], None]] = deque()
@@ -299,7 +299,7 @@ class Engine:
         self._flights.clear()
         if isinstance(error, Exception) and self.runner.alive:
             culprits = [culprit] if (culprit := self.scheduler.isolate()) else []
-            self.failed_alone += len(culprits)
+            self.failed_alone += not self.scheduler.suspects  # it was one sequence, or the loop itself
             for sequence in self.scheduler.suspects:
                 if sequence.grammar is not None:
                     sequence.grammar.rewind(sequence.tokens[sequence.prompt_length :])

@@ -222,7 +222,7 @@ class Scheduler:
                 heapq.heapify(self._waiting)
                 while not self._rows or not self._enter(suspect, step):
                     self._preempt(next(other for other in self.running if other is not suspect))
-            if self._advance(suspect, self.step_tokens, step):
+            if self._advance(suspect, self.max_batch_tokens, step):
                 return step
             for other in [other for other in self.running if other is not suspect]:
                 self._preempt(other)
