@@ -4,7 +4,7 @@
 
 #include "cpu/serving/block.hpp"
 #include "cpu/serving/dense_matrix.hpp"
-#include "cpu/serving/int8_matrix.hpp"
+#include "cpu/serving/packed_matrix.hpp"
 #include "cpu/serving/sample.hpp"
 #include "cpu/serving/transformer.hpp"
 #include "cpu/serving/spin_pool.hpp"
@@ -33,7 +33,7 @@ std::shared_ptr<Matrix> make_matrix(const std::string& format, uintptr_t weight,
                                     uintptr_t bias) {
     const float *w = at<float>(weight), *b = at<float>(bias);
     const Format kind = format_of(format);
-    if (kind == Format::int8) return std::make_shared<Int8Matrix>(w, outputs, columns, b);
+    if (kind == Format::int8) return std::make_shared<PackedMatrix>(w, outputs, columns, b, Layout(), false);
     if (kind == Format::halves) return std::make_shared<DenseMatrix<bfloat16>>(w, outputs, columns, b);
     return std::make_shared<DenseMatrix<float>>(w, outputs, columns, b);
 }
@@ -85,7 +85,7 @@ void bind_serving(py::module_& module) {
         },
         Release());
 
-    module.def("use_byte_products", &use_byte_products, py::arg("vectors"));
+    module.def("use_packed_loops", &use_packed_loops, py::arg("name"));
     py::class_<Matrix, std::shared_ptr<Matrix>>(module, "Matrix")
         .def(py::init(&make_matrix), Release())
         .def("multiply",
@@ -93,6 +93,46 @@ void bind_serving(py::module_& module) {
                  self.multiply(at<float>(x), rows, at<float>(y));
              },
              Release());
+
+    py::class_<Layout>(module, "Layout")
+        .def(py::init([](int bits, int group, bool minimum, bool rotate, const std::vector<int>& table) {
+            Layout layout{bits, group, minimum, rotate, !table.empty(), {}};
+            if ((bits != 4 && bits != 8) || (group != 16 && group != 32 && group != 64) ||
+                (!table.empty() && (table.size() != 16 || bits != 4 || minimum)))
+                throw std::invalid_argument("no such layout of packed weights");
+            std::copy(table.begin(), table.end(), layout.table);
+            return layout;
+        }))
+        .def("groups", &groups_of, py::arg("columns"));
+    // A byte a code.
+    module.def(
+        "quantize_rows",
+        [](uintptr_t weight, int rows, int columns, const Layout& layout, uintptr_t codes, uintptr_t scales,
+           uintptr_t minima, uintptr_t units) {
+            const size_t groups = groups_of(layout, columns);
+            Workers::shared().run(rows, [&](int row) {
+                uint16_t* least = minima ? at<uint16_t>(minima) + row * groups : nullptr;
+                at<float>(units)[row] =
+                    quantize_row(at<float>(weight) + size_t(row) * columns, columns, layout,
+                                 at<uint8_t>(codes) + row * groups * layout.group, at<uint16_t>(scales) + row * groups, least);
+            });
+        },
+        Release());
+    using Part = std::tuple<Layout, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+    py::class_<PackedMatrix, Matrix, std::shared_ptr<PackedMatrix>>(module, "PackedMatrix")
+        .def(py::init([](const std::vector<Part>& parts, int columns, uintptr_t bias, bool wide) {
+                 std::vector<Codes> segments;
+                 for (const auto& [layout, rows, codes, scales, minima, units] : parts)
+                     segments.push_back({layout, rows, at<uint8_t>(codes), at<uint16_t>(scales), at<uint16_t>(minima),
+                                         at<float>(units)});
+                 return std::make_shared<PackedMatrix>(segments, columns, at<float>(bias), wide);
+             }),
+             Release())
+        .def(py::init([](uintptr_t weight, int outputs, int columns, uintptr_t bias, const Layout& layout, bool wide) {
+                 return std::make_shared<PackedMatrix>(at<float>(weight), outputs, columns, at<float>(bias), layout, wide);
+             }),
+             Release())
+        .def_property_readonly("bytes", &PackedMatrix::bytes);
 
     py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
     py::class_<Block, std::shared_ptr<Block>>(module, "Block")

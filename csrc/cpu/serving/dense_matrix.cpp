@@ -162,8 +162,8 @@ DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const
 }
 
 template <class T>
-Format DenseMatrix<T>::format() const {
-    return sizeof(T) == 2 && pairs_are_fast ? Format::halves : Format::floats;
+RowFormat DenseMatrix<T>::format() const {
+    return {sizeof(T) == 2 && pairs_are_fast ? Format::halves : Format::floats};
 }
 
 template <class T>
@@ -180,7 +180,7 @@ void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
                   outputs_);
         };
         if constexpr (sizeof(T) == 2) {
-            if (x.format == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
+            if (x.format.number == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
             if (x.count >= kMany) {
                 thread_local Floats wide;
                 wide.resize(stride * kBlock);

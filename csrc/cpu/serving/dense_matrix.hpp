@@ -22,7 +22,7 @@ public:
 
     int outputs() const override { return outputs_; }
     int columns() const override { return columns_; }
-    Format format() const override;
+    RowFormat format() const override;
     using Matrix::multiply;
     void multiply(const Rows& x, float* y) const override;
 

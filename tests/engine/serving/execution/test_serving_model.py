@@ -86,9 +86,9 @@ def test_int8_plain_loop_equals_the_cpus_products(outputs, columns, rows, expone
     generator = torch.Generator().manual_seed(seed)
     weight, x = (torch.randn(n, columns, generator=generator) for n in (outputs, rows))
     linear = NativeLinear(weight * 2.0**exponent, torch.randn(outputs, generator=generator))
-    _native.use_byte_products(False)
+    _native.use_packed_loops("plain")
     plain = linear(x)
-    _native.use_byte_products(True)
+    _native.use_packed_loops("best")
     assert torch.equal(linear(x), plain)
     assert torch.equal(NativeLinear(weight * 2.0**exponent, None)(x), NativeLinear(weight, None)(x) * 2.0**exponent)
 
