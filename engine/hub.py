@@ -29,7 +29,7 @@ from .architectures import describe, dtype_name, ignorable, pieces, understand
 from .config import ModelConfig
 from .device import DTYPES, pick_device
 from .model import Transformer
-from .sharding import shard, shares
+from .sharding import shard, shard_weights
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")
@@ -106,7 +106,7 @@ def read_model(
         model = Transformer(config)
     weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype))
     if tp is not None:
-        model, weights = shard(model, tp), shares(config, weights, tp)
+        model, weights = shard(model, tp), shard_weights(config, weights, tp)
     model.load_state_dict(dict(weights), assign=True)
     return model.eval()
 
