@@ -203,9 +203,8 @@ def reduce_router_stats(
     logits_TE = logits_BTE.flatten(0, -2).to(torch.promote_types(logits_BTE.dtype, torch.float32))
     scores_TE = torch.softmax(logits_TE, -1) if config.router == "softmax" else torch.sigmoid(logits_TE)
     mean_E = (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)
-    *mean_E, z = (
-        all_reduce(copy_to_group(torch.cat([mean_E, aux.z[None]]), data_group), data_group) / data_group.size()
-    ).unbind()
+    own = copy_to_group(torch.cat([mean_E, aux.z[None]]), data_group)
+    *mean_E, z = (all_reduce(own, data_group) / data_group.size()).unbind()
     counts_E = all_gather_detached(aux.tokens_per_expert[None], data_group).sum(0)
     share_E = counts_E.to(z.dtype) / counts_E.sum()
     return kernels.MoEAux(len(share_E) * (share_E * torch.stack(mean_E)).sum(), z, counts_E)
@@ -227,9 +226,8 @@ class TensorParallelMoE(ShardedModule, MoE):
             score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1, activation=_activation(c),
         )  # fmt: skip
         y_BTC, aux = all_reduce(y_BTC, self.group), reduce_router_stats(aux, logits, c, self.data_group)
-        aux = aux._replace(
-            load_balance=scale_gradient(aux.load_balance, self.group), z=scale_gradient(aux.z, self.group)
-        )
+        balance, z = (scale_gradient(x, self.group) for x in (aux.load_balance, aux.z))
+        aux = aux._replace(load_balance=balance, z=z)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
 

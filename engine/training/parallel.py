@@ -107,10 +107,10 @@ class ProcessMesh:
     def main_first(self) -> Iterator[None]:
         """The main process runs the block before the others do: files it writes are there for them."""
         if not self.is_main:
-            self.wait()
+            self.barrier()
         yield
         if self.is_main:
-            self.wait()
+            self.barrier()
 
     def destroy(self) -> None:
         """Destroy the process group; only when all is well, for with a dead process even that would hang."""
@@ -201,9 +201,7 @@ def apply_fsdp(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> Non
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fsdp = mesh.device_mesh["fsdp"]
     for module in (*model.blocks, model):
-        fully_shard(
-            module, mesh=mesh.device_mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p])
-        )
+        fully_shard(module, mesh=fsdp, mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to

@@ -72,7 +72,7 @@ class ShardedState:
         places = [Replicate() if dim is None else Shard(dim) for dim in dims.values()]
         stride = torch.empty(whole, device="meta").stride()
         return DTensor.from_local(
-            part, self.mesh.device_mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
+            part, self.mesh.mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
         )
 
     def _rank(self, axis: str) -> int:
