@@ -50,6 +50,7 @@ from .collectives import (
     scale_gradient,
 )
 from .config import ModelConfig
+from .executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from .model import Attention, Embedding, Linear, MoE, RMSNorm, SwiGLU, Transformer
 
 # How weights are cut
@@ -117,9 +118,17 @@ def shard_weights(
         del whole
 
 
+is_supported = Supported(
+    computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+    only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+)
+
+
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
     """Raise a ValueError if this architecture cannot be sharded into so many parts."""
     c = config
+    for field, value in is_supported.refused(c).items() if tp * ep > 1 else ():
+        raise ValueError(f"tp and ep cannot shard a model with {field}={value!r}: use fsdp, or one process")
     for field, value in (("n_heads", c.n_heads), ("n_kv_heads", c.kv_heads), ("d_ff", c.ff_size)):
         if value % tp:
             raise ValueError(f"tp={tp} does not divide {field}={value}: each process needs an equal share of it")

@@ -27,11 +27,10 @@ import torch.distributed as dist
 from ..hub import load_config, read_model
 from ..model import Transformer
 from ..sharding import check
-from .llm import memory_for_pages
 from .plan import StepPlan
 from .runner import Flight
 from .speculation import make_runner
-from .store import set_workers
+from .store import memory_for_pages, set_workers
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
 

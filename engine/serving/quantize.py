@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...kernels.moe import route
+from ..executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ..model import Block, Linear, MoE, Transformer, sinusoids
 from .balance import balanced
+from .balance import is_supported as can_smooth
 from .fused import SteadyLinear, fused_model, replace, twin_of
 from .store import HAS_NATIVE, NativeAttend, _native
 
@@ -70,6 +72,10 @@ class NativeLinear(nn.Module):
 class NativeTransformer:
     """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
 
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
     training = False
 
     def __init__(self, model: Transformer, form: str, release: bool):
@@ -104,6 +110,11 @@ class NativeTransformer:
 
 class NativeMoE(nn.Module):
     """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
 
     def __init__(self, moe: MoE, form: str):
         super().__init__()
@@ -151,13 +162,15 @@ def serving_model(
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
     head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
-    if native and native_pages and not model.config.n_experts and dtype in FORMATS:
+    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = twin_of(model)
     if native:
+        smooth = form == "int8" and can_smooth(model.config)
         for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block
-            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+            if NativeMoE.is_supported(model.config):
+                replace(block, MoE, lambda moe: NativeMoE(moe, form))
             replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ... import kernels
+from ..memory import PeakMemory, available_memory
+from ..model import Transformer
 from .int8_pages import TILE, Int8Attend, tile_bytes
 
 try:
@@ -195,3 +197,22 @@ def _rows(x_BTHD: Tensor) -> Tensor:
     """Float rows whose heads lie side by side; the rows themselves may lie apart."""
     x = x_BTHD.float()
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
+    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
+    if model.device.type != "cuda":
+        return available_memory("cpu") // 2
+    with torch.cuda.device(model.device):
+        with PeakMemory("cuda") as peak:
+            largest_step(model, step_tokens, max_batch)
+        free = available_memory("cuda")
+    return max(0, free - peak.bytes - free // 10)  # a tenth for what is recorded, compiled, and cut in pieces
+
+
+@torch.inference_mode()
+def largest_step(model: Transformer, step_tokens: int, max_batch: int) -> None:
+    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
+    tokens = torch.zeros(1, step_tokens, dtype=torch.int64, device=model.device)
+    hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
+    torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)

@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from warploom.engine import rows
+from warploom.engine import rows, sharding
 from warploom.engine.config import ModelConfig
 from warploom.engine.executors import Supported
 from warploom.engine.model import Block, Transformer
+from warploom.engine.serving.fused import PagedAttention, fused_model
+from warploom.engine.serving.quantize import NativeTransformer, serving_model
+from warploom.engine.serving.store import HAS_NATIVE
 
 SHAPE = {"vocab_size": 32, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16}
 
@@ -39,3 +42,22 @@ def test_fused_block_leaves_replaced_parts_alone():
     model.blocks[1].ffn = torch.nn.Identity()
     rows.install(model)
     assert [type(block) for block in model.blocks] == [rows.FusedBlock, Block]
+
+
+def test_sharding_refuses_a_field_it_never_heard_of():
+    with pytest.raises(ValueError, match=r"tp and ep cannot shard a model with twist=2\.0"):
+        sharding.check(Tomorrow(**SHAPE, twist=2.0), tp=2)
+    sharding.check(Tomorrow(**SHAPE, twist=2.0), tp=1)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_serving_falls_back_from_a_field_it_never_heard_of(quantize):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SHAPE)).eval()
+    expected = model(torch.arange(8)[None])
+    model.config = Tomorrow(**SHAPE, twist=2.0)
+    served, head = serving_model(model, quantize)
+    assert not isinstance(served, NativeTransformer) and head.needs_padding != HAS_NATIVE
+    tolerance = 0.1 if quantize else 1e-4
+    torch.testing.assert_close(head(served.hidden(torch.arange(8)[None])), expected, rtol=tolerance, atol=tolerance)
+    assert not any(type(m) is PagedAttention for m in fused_model(model, None).modules())

@@ -18,8 +18,7 @@ from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.fused import SteadyLinear, fused_model
 from warploom.engine.serving.graphs import DecodeGraphs
-from warploom.engine.serving.llm import largest_step
-from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy
+from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy, largest_step
 
 VOCABULARY = 97
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
