@@ -29,9 +29,10 @@ from .int8_pages import TILE
 from .outputs import Output, Piece
 from .pages import PagePool
 from .params import SamplingParams
+from .runner import memory_for_pages
 from .scheduler import Scheduler
 from .speculation import guess_later, make_runner, ngram_draft
-from .store import HAS_NATIVE, PageStore, memory_for_pages, set_workers
+from .store import HAS_NATIVE, PageStore, set_workers
 
 Prompt = str | Items[int]
 

@@ -28,9 +28,9 @@ from ..hub import load_config, read_model
 from ..model import Transformer
 from ..sharding import check
 from .plan import StepPlan
-from .runner import Flight
+from .runner import Flight, memory_for_pages
 from .speculation import make_runner
-from .store import memory_for_pages, set_workers
+from .store import set_workers
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
 

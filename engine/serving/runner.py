@@ -25,8 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..memory import PeakMemory, available_memory
 from ..model import Linear, Transformer
-from .graphs import DecodeGraphs, record_cuda
+from . import graphs
+from .graphs import DecodeGraphs
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
 from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
@@ -60,7 +62,7 @@ class Runner:
         self.device = model.device
         self.settings = RowSettings(max_batch, self.device)
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
-        self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
+        self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
@@ -71,8 +73,8 @@ class Runner:
         self.least_samples = least if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and type(model) is Transformer:
-            self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
+        if self.device.type == "cuda" and type(model) is Transformer and graphs.enabled():
+            self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], graphs.record_cuda())
 
     def close(self) -> None:
         """Nothing of it outlives it."""
@@ -127,13 +129,15 @@ class Runner:
         tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
         positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
         layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
+        if self.graphs is not None and padded == len(chunks):
+            hidden_TC = self.graphs(tokens, rows, layout)
+            if hidden_TC is not None:
+                return hidden_TC
         tokens_T, row_T, *step = self._to_device(tokens, np.repeat(rows, counts), *layout.arrays())
         where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self._note(*where, tokens_T[:T])
-        if self.graphs is not None and padded == len(chunks):
-            return self.graphs(tokens_T, step)
         return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
@@ -230,3 +234,26 @@ def steady_rows(dtype: torch.dtype) -> int:
     whole = x @ weights.T
     differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
     return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)
+
+
+def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
+    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
+    if model.device.type != "cuda":
+        return available_memory("cpu") // 2
+    with torch.cuda.device(model.device):
+        with PeakMemory("cuda") as peak:
+            largest_step(model, step_tokens, max_batch)
+        free = available_memory("cuda")
+    recorded = 0
+    if graphs.enabled():
+        itemsize = model.embedding.weight.element_size()
+        recorded = graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
+    return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
+
+
+@torch.inference_mode()
+def largest_step(model: Transformer, step_tokens: int, max_batch: int) -> None:
+    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
+    tokens = torch.zeros(1, step_tokens, dtype=torch.int64, device=model.device)
+    hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
+    torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)
