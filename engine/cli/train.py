@@ -19,11 +19,11 @@ import tyro
 
 from ..config import ModelConfig
 from ..training.config import BUDGETS, TrainConfig
-from ..training.failures import report_first_failure
+from ..training.distributed.failures import report_first_failure
 from .flags import parse
 
 if TYPE_CHECKING:
-    from ..training.watch import Callback
+    from ..training.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
 
 def callback() -> Callback:
     """A live panel on a terminal, plain lines in a log."""
-    from ..training.watch import ConsoleLogger, LivePanel
+    from ..training.callbacks import ConsoleLogger, LivePanel
 
     return LivePanel() if sys.stderr.isatty() else ConsoleLogger()
 

@@ -19,20 +19,20 @@ import torch
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
-from ..hub import load_model, read_model
+from ..formats.model_directory import load_model, read_model
 from ..model import Transformer
-from .balance import has_tall_keys, is_supported
-from .beam import beam_search
+from .beam_search import beam_search
 from .engine import Engine, Generation
-from .grammar import GrammarCompiler
-from .int8_pages import TILE
+from .execution.int8_pages import TILE
+from .execution.kv_cache import HAS_NATIVE, PageStore, set_workers
+from .execution.model_runner import memory_for_pages
+from .execution.outlier_smoothing import has_tall_keys, is_supported
+from .execution.speculative import guess_later, make_runner, ngram_draft
 from .outputs import Output, Piece
-from .pages import PagePool
-from .params import SamplingParams
-from .runner import memory_for_pages
-from .scheduler import Scheduler
-from .speculation import guess_later, make_runner, ngram_draft
-from .store import HAS_NATIVE, PageStore, set_workers
+from .sampling_params import SamplingParams
+from .scheduling.page_pool import PagePool
+from .scheduling.scheduler import Scheduler
+from .structured_output import GrammarCompiler
 
 Prompt = str | Items[int]
 
@@ -91,7 +91,7 @@ class LLM:
         step_tokens = max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch)
         team = None
         if tensor_parallel > 1:
-            from .parallel import start_team
+            from .execution.tensor_parallel import start_team
 
             team = start_team(sources, tensor_parallel, where, dtype, step_tokens, max_batch)
         with team or nullcontext():

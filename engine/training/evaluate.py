@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from ... import kernels
-from ..cache import generate
 from ..data.loader import IGNORE, Batch, Epochs
 from ..data.tokens import TokenData, TokenSplit
+from ..generation import generate
 from ..model import Transformer
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..hub import read_weights, write_model
-from .card import describe
+from ..formats.model_directory import read_weights, write_model
 from .checkpoint import Checkpoints, load_tensors, restore_rng_state, rng_state, saving, snapshot
+from .distributed.dcp import FOLDER, read_shards
+from .distributed.sharded_state import full_weights, map_optimizer, state_blocks, state_parts, whole_state
 from .evaluate import Evaluation
-from .pieces import full_weights, map_optimizer, state_blocks, state_parts, whole_state
+from .report import describe
 from .run_state import RunState
-from .shards import FOLDER, read_shards
 
 
 def save_run(run: RunState, checkpoints: Checkpoints) -> None:

@@ -13,13 +13,13 @@ import torch
 
 from ..data.tokens import TokenSplit
 from ..model import Transformer
+from .callbacks import Spikes
 from .config import TrainConfig
+from .distributed.mesh import ProcessMesh
+from .distributed.sharded_state import ShardedState
 from .evaluate import Evaluation
-from .parallel import ProcessMesh
-from .pieces import ShardedState
-from .precision import EMA, LossScale, Masters
-from .prepare import RunInputs
-from .watch import Spikes
+from .inputs import RunInputs
+from .mixed_precision import EMA, LossScale, Masters
 
 
 @dataclass

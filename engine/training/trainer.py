@@ -30,22 +30,22 @@ from torch import Tensor
 from ...tokenizer.sources import sweep
 from ..data.loader import IGNORE, Batch, Loader, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_dtype
-from .build import build_model
-from .card import describe, write_card
+from .batch_size_finder import find_grad_accum_steps
+from .build_model import build_model
+from .callbacks import Callback, JsonLog, Progress, TensorBoard, Wandb, check_packages
 from .checkpoint import Checkpoints, lock_run, unlock_run
 from .config import TrainConfig
+from .distributed.grad_buckets import GradReducer
+from .distributed.mesh import ProcessMesh, local_device, make_masters
 from .evaluate import evaluate, losses, token_bytes, validation_batches, validation_split, write_sample
-from .exchange import GradReducer
-from .interrupts import interruptible
-from .memory import find_grad_accum_steps
+from .inputs import RunInputs, prepare
+from .mixed_precision import EMA, LossScale
 from .optim import clip_grad_norm, make_optimizer
-from .parallel import ProcessMesh, local_device, make_masters
-from .precision import EMA, LossScale
-from .prepare import RunInputs, prepare
+from .report import describe, write_card
 from .resume import resume_run, save_run, write_weights
 from .run_state import RunState, TrainResult
 from .schedule import SCHEDULES
-from .watch import Callback, JsonLog, Progress, TensorBoard, Wandb, check_packages
+from .signals import interruptible
 
 
 def train(config: TrainConfig, callbacks: Iterable[Callback] = ()) -> TrainResult:

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from warploom.engine import rows, sharding
 from warploom.engine.config import ModelConfig
 from warploom.engine.executors import Supported
 from warploom.engine.model import Block, Transformer
-from warploom.engine.serving.fused import PagedAttention, fused_model
-from warploom.engine.serving.quantize import NativeTransformer, serving_model
-from warploom.engine.serving.store import HAS_NATIVE
+from warploom.engine.parallel import tensor_parallel as sharding
+from warploom.engine.serving.execution.gpu_model import PagedAttention, fused_model
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.serving.execution.serving_model import NativeTransformer, serving_model
+from warploom.engine.training import fused_block as rows
 
 SHAPE = {"vocab_size": 32, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16}
 
