@@ -12,6 +12,6 @@ __getattr__, __all__ = lazily(
         "schedule": ("constant_schedule", "cosine_schedule", "linear_schedule", "wsd_schedule"),
         "run_state": ("RunState", "TrainResult"),
         "trainer": ("train",),
-        "watch": ("Callback", "Progress"),
+        "callbacks": ("Callback", "Progress"),
     },
 )
