@@ -279,7 +279,7 @@ class VocabParallelTransformer(ShardedModule, Transformer):
         local = super().logits(copy_to_group(hidden, self.group))
         return all_gather_last_dim(local, self.config.vocab_size, self.group)
 
-    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options: float) -> Tensor:
+    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options) -> Tensor:
         return vocab_parallel_cross_entropy(
             hidden_NC, self.head_weight, targets_N, self.config.vocab_size, self.group,
             softcap=self.config.logit_softcap, **options,
@@ -350,6 +350,8 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """`kernels.linear_cross_entropy` where each process has its own rows of the head.
 
@@ -357,20 +359,24 @@ def vocab_parallel_cross_entropy(
     its logit of the target (0 if it is another's), their sum. From all processes' numbers follow the loss and, at once
     and in place, the gradient of its own logits; no process ever has the logits of another.
     """
+    if reduction != "mean":
+        raise ValueError(f"with tp > 1 the loss is a mean over targets; reduction={reduction!r} needs a whole head")
     options = (vocab_size, label_smoothing, z_loss, softcap)
     wants_grad = torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)
-    return _VocabLoss.apply(copy_to_group(hidden_NC, group), weight_VC, targets_N, group, options, wants_grad)
+    return _VocabLoss.apply(copy_to_group(hidden_NC, group), weight_VC, targets_N, weights, group, options, wants_grad)
 
 
 class _VocabLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, targets_N, group, options, wants_grad):
+    def forward(ctx, hidden_NC, weight_VC, targets_N, factors_N, group, options, wants_grad):
         N, V = len(hidden_NC), len(weight_VC)
         first = chunk_range(options[0], group.rank(), group.size()).start
         step = gpu_rows_per_slab(V) if hidden_NC.is_cuda else rows_per_slab(V)
         loss = torch.zeros((), dtype=torch.promote_types(hidden_NC.dtype, torch.float32), device=hidden_NC.device)
         counted_N = (targets_N != -100).to(loss.dtype)
         weights_N = counted_N / counted_N.sum().clamp(min=1)
+        if factors_N is not None:
+            weights_N = weights_N * factors_N.to(loss.dtype)
         d_hidden_NC, d_weight_VC = torch.empty_like(hidden_NC), torch.zeros_like(weight_VC, dtype=loss.dtype)
         for start in range(0, N, step):
             rows = slice(start, start + step)
@@ -387,7 +393,7 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+        return *(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None
 
 
 def _slab(x_SV, targets_S, weights_S, group, options, wants_grad):

@@ -52,7 +52,8 @@ def tensor_parallel(name, changes):
     whole, piece = models(changes, tp=group)
     tokens, targets = batch(3)
     close(piece(tokens), whole(tokens), f"{name} logits")
-    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+    weights = torch.randn(tokens.shape, dtype=torch.float64)
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"weights_BT": weights}):
         ours, theirs = (model.losses(tokens, targets, **options) for model in (piece, whole))
         close(ours.total, theirs.total, f"{name} loss")
         for model, loss in ((piece, ours), (whole, theirs)):
