@@ -38,7 +38,7 @@ def build_model(
     if not config.compile and mesh.axes["tp"] == 1:
         fused_block.install(model)
     for block in model.blocks:
-        if config.recompute:
+        if config.activation_checkpointing:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             block.compile()

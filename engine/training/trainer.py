@@ -157,7 +157,7 @@ class Trainer:
         config, state = self.config, self.state
         rows = state.micro_batch_rows
         ways = [f"raise grad_accum_steps={state.grad_accum_steps}"] if rows > self.mesh.dp_size else []
-        ways += ["set recompute"] if not config.recompute else []
+        ways += ["set activation_checkpointing"] if not config.activation_checkpointing else []
         ways += [f"shorten context={state.context}"]
         ways += ["share the state with fsdp"] if self.mesh.axes["dp"] > 1 else []
         return f"out of memory on {state.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
@@ -170,7 +170,7 @@ class Trainer:
         parameters = list(state.masters.named.values())
         self.reducer.wait()
         state.loss_scale.unscale(parameters)
-        norm = clip_grad_norm(parameters, self.config.clip or math.inf, self.mesh.grad_norm(state.masters))
+        norm = clip_grad_norm(parameters, self.config.max_grad_norm or math.inf, self.mesh.grad_norm(state.masters))
         loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
         loss = self._reduce_step_stats(loss / self.mesh.axes["tp"])
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -255,7 +255,7 @@ class Trainer:
         elif not overflow:
             state.bad_steps, state.bad_run = state.bad_steps + 1, state.bad_run + 1
             self.note(f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}")
-            if state.bad_run >= self.config.max_bad_steps:
+            if state.bad_run >= self.config.max_nonfinite_steps:
                 saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
                 raise ValueError(
                     f"{state.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "

@@ -1,7 +1,7 @@
 """A layer's rows on a CPU, in float32: all that it does with each token by itself, as two differentiable functions.
 
-    to_heads      (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
-    from_heads    (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
+    norm_qkv_rope      (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
+    out_proj_mlp    (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
 
 Op by op, each product and pass writes a tensor to memory that the next one reads. Here 64 rows at a time go through all
 of them in C++ (csrc/cpu/training/token_rows.cpp), in tiles that never leave the cache, multiplied by a product of our
@@ -25,7 +25,7 @@ from . import pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "to_heads") and _native.has_panels()
+HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "norm_qkv_rope") and _native.has_panels()
 
 
 def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
@@ -41,7 +41,7 @@ def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def to_heads(
+def norm_qkv_rope(
     delta_BTC: Tensor,
     stream_BTC: Tensor,
     norm_C: Tensor,
@@ -58,7 +58,7 @@ def to_heads(
     return _ToHeads.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
 
 
-def from_heads(
+def out_proj_mlp(
     gathered_BTHD: Tensor,
     stream_BTC: Tensor,
     output: Tensor,
@@ -83,7 +83,7 @@ class _ToHeads(torch.autograd.Function):
         kept = norm, qkv, cos, sin, positions, torch.empty(B, T, C), torch.empty(B, T)
         ctx.sizes = B, T, C, *heads, D, 0 if cos is None else cos.shape[1], eps
         ctx.save_for_backward(*kept)
-        _native.to_heads(_to_heads_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
+        _native.norm_qkv_rope(_to_heads_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
         return q, k, v, kept[5]
 
     @staticmethod
@@ -115,7 +115,7 @@ class _FromHeads(torch.autograd.Function):
         kept = *weights, torch.empty(B, T, C), torch.empty(B * T), torch.empty(B * T, 2 * F)
         ctx.sizes = B * T, C, output.shape[1], F, eps
         ctx.save_for_backward(gathered, *kept)
-        _native.from_heads((*ctx.sizes, *_at(*kept)), _at(gathered, stream, delta))
+        _native.out_proj_mlp((*ctx.sizes, *_at(*kept)), _at(gathered, stream, delta))
         return delta, kept[4]
 
     @staticmethod

@@ -20,7 +20,7 @@ from .... import kernels
 from ....kernels.moe import route
 from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ...model import Block, Linear, MoE, Transformer, sinusoids
-from .gpu_model import SteadyLinear, fused_model, replace, twin_of
+from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
@@ -151,8 +151,8 @@ def serving_model(
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
     if model.device.type == "cuda" and type(model) is Transformer:
-        make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, None))
+        make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
+        return fused_model(model, make), Head(model, make and make(*head_of(model)))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
@@ -160,10 +160,10 @@ def serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
+    head = NativeLinear(*head_of(model), form) if native else Int8Linear(*head_of(model))
     if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
-    twin = twin_of(model)
+    twin = shallow_copy(model)
     if native:
         smooth = form == "int8" and can_smooth(model.config)
         for index, block in enumerate(twin.blocks):
@@ -174,6 +174,11 @@ def serving_model(
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
+
+
+def head_of(model: Transformer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output head."""
+    return model.head_weight, None if model.head is None else model.head.bias
 
 
 def _native_block(block: Block, config, form: str):
