@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
+from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ...model import Block, Linear, MoE, Transformer, sinusoids
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
+from .outlier_smoothing import is_supported as can_smooth
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -69,6 +71,10 @@ class NativeLinear(nn.Module):
 class NativeTransformer:
     """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
 
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
     training = False
 
     def __init__(self, model: Transformer, form: str, release: bool):
@@ -103,6 +109,11 @@ class NativeTransformer:
 
 class NativeMoE(nn.Module):
     """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
 
     def __init__(self, moe: MoE, form: str):
         super().__init__()
@@ -141,7 +152,7 @@ def serving_model(
     """
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, None))
+        return fused_model(model, make), Head(model, make and make(*head_of(model)))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
@@ -149,18 +160,25 @@ def serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
-    if native and native_pages and not model.config.n_experts and dtype in FORMATS:
+    head = NativeLinear(*head_of(model), form) if native else Int8Linear(*head_of(model))
+    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
     if native:
+        smooth = form == "int8" and can_smooth(model.config)
         for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block
-            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+            if NativeMoE.is_supported(model.config):
+                replace(block, MoE, lambda moe: NativeMoE(moe, form))
             replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
+
+
+def head_of(model: Transformer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output head."""
+    return model.head_weight, None if model.head is None else model.head.bias
 
 
 def _native_block(block: Block, config, form: str):
