@@ -180,8 +180,8 @@ def _source(matcher, field: str, value) -> str:
         if field == "grammar":
             return matcher.grammar_from_lark(any_to_lark(value))
         return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{field} cannot be compiled: {error}") from None
+    except Exception as error:  # the converter of GBNF has errors of its own: whatever it says is about this grammar
+        raise ValueError(f"{field} cannot be compiled: {_first_line(error)}") from None
 
 
 def _escaped(text: str) -> str:
