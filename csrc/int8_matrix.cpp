@@ -28,7 +28,7 @@ struct Tile {
 };
 
 // The plain meaning of the kernel: sums of integers group by group, then of floats; rows of `y` lie `width` apart.
-WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y, int width) {
+WARPLOOM_CLONES void multiply_plain(const Tile& t, int vectors, const Activations& x, int row, int rows, float* y, int width) {
     for (int r = 0; r < rows; ++r) {
         const int8_t* values = x.int8.data() + size_t(row + r) * t.columns;
         for (int v = 0; v < vectors; ++v) {
@@ -61,7 +61,7 @@ WARPLOOM_VNNI inline void meet(__m512i& sums, __m512i weights, __m512i activatio
 // ROWS × VECTORS integer sums in registers: each weight vector loaded serves all rows, each activation all vectors. After
 // each group they join float sums, which may lie in memory.
 template <int ROWS, int VECTORS>
-WARPLOOM_VNNI inline void tile_vnni(const Tile& t, const Rows& x, int row, float* y, int width) {
+WARPLOOM_VNNI inline void tile_vnni(const Tile& t, const Activations& x, int row, float* y, int width) {
     __m512 total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
@@ -103,7 +103,7 @@ WARPLOOM_VNNI inline void tile_vnni(const Tile& t, const Rows& x, int row, float
     for (; v < vectors; ++v) tile_vnni<ROWS, 1>(t.from(v), x, row, y + v * kLanes, width);                   \
     break;
 
-WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Rows& x, int row, int rows, float* y, int width) {
+WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Activations& x, int row, int rows, float* y, int width) {
     int v = 0;
     switch (rows) {
         case 1: WARPLOOM_COVER(1, 4)
@@ -114,7 +114,7 @@ WARPLOOM_VNNI void multiply_vnni(const Tile& t, int vectors, const Rows& x, int 
 }
 #endif
 
-using Multiply = void (*)(const Tile&, int, const Rows&, int, int, float*, int);
+using Multiply = void (*)(const Tile&, int, const Activations&, int, int, float*, int);
 
 Multiply pick_multiply() {
 #ifdef WARPLOOM_X86
@@ -153,14 +153,14 @@ Int8Matrix::Int8Matrix(const float* weight, int outputs, int columns, const floa
     });
 }
 
-void Int8Matrix::multiply(const Rows& x, float* y) const {
+void Int8Matrix::multiply(const Activations& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
         block(x, task * kBlock, std::min(kBlock, vectors - task * kBlock), y);
     });
 }
 
-void Int8Matrix::block(const Rows& x, int first, int count, float* y) const {
+void Int8Matrix::block(const Activations& x, int first, int count, float* y) const {
     const size_t stride = size_t(kLanes) * groups_ * kGroup;
     const Tile tile = Tile{weights_, stride, scales_.data(), bias_.data(), groups_, groups_ * kGroup}.from(first);
     const int from = first * kLanes, wide = count * kLanes, here = std::min(outputs_ - from, wide);

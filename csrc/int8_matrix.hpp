@@ -25,10 +25,10 @@ public:
     int columns() const override { return columns_; }
     Format format() const override { return Format::int8; }
     using Matrix::multiply;
-    void multiply(const Rows& x, float* y) const override;
+    void multiply(const Activations& x, float* y) const override;
 
 private:
-    void block(const Rows& x, int first, int count, float* y) const;
+    void block(const Activations& x, int first, int count, float* y) const;
 
     int outputs_, columns_, groups_;
     std::unique_ptr<uint8_t[]> memory_;

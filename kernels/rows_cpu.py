@@ -24,7 +24,7 @@ from .fused import is_real
 from .passes_cpu import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = passes_cpu.HAS_PASSES and hasattr(_native, "to_heads") and _native.has_panels()
+HAS_ROWS = passes_cpu.HAS_PASSES and hasattr(_native, "ToHeads") and _native.has_panels()
 
 
 def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
@@ -77,30 +77,24 @@ class _ToHeads(torch.autograd.Function):
         B, T, C = stream.shape
         D = len(qkv) // (heads[0] + 2 * heads[1])
         if positions is not None:
-            positions = positions.expand(B, T).contiguous()
+            positions = positions.expand(B, T).long().contiguous()
         q, k, v = (torch.empty(B, T, count, D) for count in (*heads, heads[1]))
         kept = norm, qkv, cos, sin, positions, torch.empty(B, T, C), torch.empty(B, T)
-        ctx.sizes = B, T, C, *heads, D, 0 if cos is None else cos.shape[1], eps
+        ctx.numbers = *heads, eps
         ctx.save_for_backward(*kept)
-        _native.to_heads(_to_heads_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
+        _native.ToHeads(*ctx.numbers, *kept).forward(delta, stream, q, k, v)
         return q, k, v, kept[5]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        kept, (B, T, C, *_) = ctx.saved_tensors, ctx.sizes
+        kept = ctx.saved_tensors
+        B, T, C = kept[5].shape
         d_stream, normed, d_heads = torch.empty(B, T, C), torch.empty(B * T, C), torch.empty(B * T, len(kept[1]))
         partial, d_norm = _room_for_norm(B * T, C)
         arrived = [x.contiguous() for x in upstream]
-        _native.to_heads_backward(
-            _to_heads_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
-        )
+        _native.ToHeads(*ctx.numbers, *kept).backward(*arrived, d_stream, d_heads, normed, partial, d_norm)
         return d_stream, d_stream, d_norm, None, torch.mm(d_heads.t(), normed), None, None, None, None
-
-
-def _to_heads_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
-    table_stride = 0 if cos is None else cos.stride(0)
-    return *sizes, *_at(norm, qkv, cos, sin), table_stride, *_at(positions, sums, inverse)
 
 
 class _FromHeads(torch.autograd.Function):
@@ -112,30 +106,27 @@ class _FromHeads(torch.autograd.Function):
         (B, T, C), F = stream.shape, down.shape[1]
         delta = torch.empty(B, T, C)
         kept = *weights, torch.empty(B, T, C), torch.empty(B * T), torch.empty(B * T, 2 * F)
-        ctx.sizes = B * T, C, output.shape[1], F, eps
+        ctx.eps = eps
         ctx.save_for_backward(gathered, *kept)
-        _native.from_heads((*ctx.sizes, *_at(*kept)), _at(gathered, stream, delta))
+        _native.FromHeads(eps, *kept).forward(gathered, stream, delta)
         return delta, kept[4]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_delta, d_sums):
-        (gathered, *kept), (N, C, J, F, _) = ctx.saved_tensors, ctx.sizes
+        gathered, *kept = ctx.saved_tensors
+        (C, J), F = kept[0].shape, kept[3].shape[1]
+        N = gathered.numel() // J
         d_delta, d_sums = d_delta.contiguous(), d_sums.contiguous()
         d_stream, d_gathered = torch.empty_like(d_sums), torch.empty(gathered.shape)
         d_both, middle, normed = torch.empty(N, 2 * F), torch.empty(N, F), torch.empty(N, C)
         partial, d_norm = _room_for_norm(N, C)
-        _native.from_heads_backward(
-            (*ctx.sizes, *_at(*kept)),
-            _at(d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm),
+        _native.FromHeads(ctx.eps, *kept).backward(
+            d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm
         )
         d_output = torch.mm(d_stream.view(N, C).t(), gathered.view(N, J))
         d_down = torch.mm(d_delta.view(N, C).t(), middle)
         return d_gathered, d_stream, d_output, d_norm, None, torch.mm(d_both.t(), normed), d_down
-
-
-def _at(*tensors: Tensor | None) -> tuple[int, ...]:
-    return (*[0 if x is None else x.data_ptr() for x in tensors],)
 
 
 def _room_for_norm(rows: int, C: int) -> tuple[Tensor, Tensor]:
