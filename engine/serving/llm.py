@@ -22,10 +22,11 @@ from ..device import DTYPES, pick_device
 from ..hub import load_model, read_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
+from . import graphs
 from .balance import has_tall_keys
 from .beam import beam_search
 from .engine import Engine, Generation
-from .grammar import compile_grammar
+from .grammar import GrammarCompiler
 from .int8_pages import TILE
 from .outputs import Output, Piece
 from .pages import PagePool
@@ -126,6 +127,7 @@ class LLM:
             draft=guess,
             most_drafts=speculate or draft_tokens,
         )
+        self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size)
         self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
 
     def _open_draft(self, source) -> Transformer:
@@ -153,8 +155,9 @@ class LLM:
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
         params = params or SamplingParams()
-        grammar = compile_grammar(params, self.tokenizer, self.config.vocab_size) if params.constrained else None
-        return self.engine.submit(self.encode(prompt), params, grammar=grammar, **options)
+        if params.constrained and "grammar" not in options:
+            options["grammar"] = self.grammars.compile(params)
+        return self.engine.submit(self.encode(prompt), params, **options)
 
     def generate(
         self, prompts: Prompt | Items[Prompt], params: SamplingParams | Items[SamplingParams] | None = None
@@ -271,7 +274,11 @@ def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> in
         with PeakMemory("cuda") as peak:
             largest_step(model, step_tokens, max_batch)
         free = available_memory("cuda")
-    return max(0, free - peak.bytes - free // 10)  # a tenth for what is recorded, compiled, and cut in pieces
+    recorded = 0
+    if graphs.enabled():
+        itemsize = model.embedding.weight.element_size()
+        recorded = graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
+    return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 100
 MAX_N = 256
+GRAMMARS = ("json_schema", "regex", "choice", "grammar")  # fields that say which texts are possible
 GREEDY_BELOW = 1e-4  # as in kernels/sample.py: logits over such a temperature differ by more than any draw can bridge
 
 
@@ -55,6 +56,8 @@ class SamplingParams:
     """The text matches this regular expression."""
     choice: tuple[str, ...] | None = None
     """The text is one of these strings."""
+    grammar: str | None = None
+    """The text satisfies this grammar, in llguidance's variant of Lark."""
     echo: bool = False
     """Put the prompt in front of the text."""
 
@@ -85,7 +88,7 @@ class SamplingParams:
     @property
     def constrained(self) -> bool:
         """Whether a grammar decides which tokens are possible."""
-        return self.json_schema is not None or self.regex is not None or self.choice is not None
+        return any(getattr(self, name) is not None for name in GRAMMARS)
 
     def _check_numbers(self) -> None:
         if self.max_tokens is not None:
@@ -121,9 +124,9 @@ class SamplingParams:
                 _number("logit_bias", bias, -100, 100)
         if self.choice == ():
             raise ValueError("choice must offer at least one string, got none")
-        grammars = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) is not None]
-        if len(grammars) > 1:
-            raise ValueError(f"only one of json_schema, regex and choice can be given, got {' and '.join(grammars)}")
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of {', '.join(GRAMMARS)} can be given, got {' and '.join(given)}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -6,7 +6,6 @@ reads each page where it lies; elsewhere the `kernels` do it. Both give the same
 narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU (`int8_pages.py`).
 """
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -72,7 +71,8 @@ class PageStore:
         where = positions[:T]
         slots[:T] = tables[sequences[:T], where // self.page_size].astype(np.int64) * self.page_size
         slots[:T] += where % self.page_size
-        return Layout(positions, sequences, slots, tables, contexts, counts)
+        starts = np.concatenate([[0], ends]).astype(np.int32)
+        return Layout(positions, sequences, slots, tables, contexts, counts, starts)
 
     def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend | Int8Attend":
         """The attention of one step; `step` is the layout on the device."""
@@ -91,18 +91,22 @@ class Layout:
     tables: np.ndarray  # (N, pages of the longest)
     contexts: np.ndarray  # (N): tokens to look at, the new ones included
     counts: np.ndarray  # (N): new ones
+    starts: np.ndarray  # (N + 1): where each sequence's new tokens begin, and where the last one's end
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What the kernels ask for."""
-        return self.positions, self.slots, self.tables, self.contexts, self.counts
+        return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
 
 
 class KernelAttend:
     """`attend` by the kernels, on any device."""
 
     def __init__(self, store: PageStore, positions: Tensor, slots: Tensor, *batch: Tensor):
-        """`batch` is the tables, contexts and counts of the sequences."""
-        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch
+        """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
+        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
+        kv_heads = store.keys.shape[3]
+        arrivals = torch.zeros(len(batch[1]) * kv_heads, dtype=torch.int32, device=slots.device)
+        self.shared = {"starts": batch[3], "arrivals": arrivals}
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
@@ -115,7 +119,7 @@ class KernelAttend:
     def look(self, q_THD: Tensor, layer) -> Tensor:
         """Attention over what the pages hold by now."""
         options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
-        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options)
+        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
 
 
 class NativeAttend:
@@ -152,15 +156,27 @@ def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor
     return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
 
 
+def parcel_bytes(kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes in which tensors of these dtypes and shapes lie side by side, each at a multiple of 16."""
+    return sum(-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in kinds)
+
+
+def cut(parcel: Tensor, kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    """The tensors in such bytes."""
+    found, start = [], 0
+    for dtype, shape in kinds:
+        found.append(parcel[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+        start += parcel_bytes([(dtype, shape)])
+    return found
+
+
 def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Side by side in memory that the device can read by itself, each at a multiple of 16 bytes; cut apart there."""
-    ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in tensors))
-    parcel = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    places = [slice(start, start + x.nbytes) for start, x in zip([0, *ends], tensors)]
-    for x, place in zip(tensors, places):
-        parcel[place].view(x.dtype).view(x.shape).copy_(x)
-    parcel = parcel.to(device, non_blocking=True)
-    return [parcel[place].view(x.dtype).view(x.shape) for x, place in zip(tensors, places)]
+    """Side by side in memory that the device can read by itself; cut apart there."""
+    kinds = [(x.dtype, tuple(x.shape)) for x in tensors]
+    parcel = torch.empty(parcel_bytes(kinds), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, place in zip(tensors, cut(parcel, kinds)):
+        place.copy_(x)
+    return cut(parcel.to(device, non_blocking=True), kinds)
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:
