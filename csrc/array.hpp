@@ -12,7 +12,7 @@
 #include <string>
 #include <type_traits>
 
-#include "passes.hpp"
+#include "cpu/training/pointwise.hpp"
 
 namespace warploom {
 

@@ -10,7 +10,7 @@ import torch
 from warploom import kernels
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
-from warploom.kernels import passes_cpu
+from warploom.kernels.cpu import pointwise as passes_cpu
 
 pytestmark = pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="needs the C++ extension")
 native = passes_cpu._native
@@ -64,7 +64,7 @@ def test_rope_int32_positions_are_positions():
 
 
 def test_fused_rows_wrong_position_raises():
-    from warploom.kernels import rows_cpu
+    from warploom.kernels.cpu import fused_block as rows_cpu
 
     if not rows_cpu.HAS_ROWS:
         pytest.skip("needs a CPU with AVX-512")
