@@ -10,8 +10,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "../parallel.hpp"
-#include "../workers.hpp"
+#include "tokenizer/interruptible_threads.hpp"
+#include "cpu/serving/spin_pool.hpp"
 
 using namespace warploom;
 

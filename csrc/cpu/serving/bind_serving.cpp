@@ -4,10 +4,10 @@
 
 #include <algorithm>
 
-#include "array.hpp"
+#include "cpu/array.hpp"
 #include "cpu/serving/block.hpp"
 #include "cpu/serving/dense_matrix.hpp"
-#include "index.hpp"
+#include "cpu/index.hpp"
 #include "cpu/serving/int8_matrix.hpp"
 #include "cpu/serving/int8_pages.hpp"
 #include "cpu/serving/sample.hpp"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "index.hpp"
+#include "cpu/index.hpp"
 #include "simd.hpp"
 #include "cpu/serving/spin_pool.hpp"
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "index.hpp"
+#include "cpu/index.hpp"
 #include "cpu/serving/int8_pages.hpp"
 #include "cpu/serving/spin_pool.hpp"
 

@@ -4,7 +4,7 @@
 #include <system_error>
 #include <utility>
 
-#include "forks.hpp"
+#include "cpu/forks.hpp"
 
 namespace warploom {
 

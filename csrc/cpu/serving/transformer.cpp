@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "index.hpp"
+#include "cpu/index.hpp"
 #include "simd.hpp"
 #include "cpu/serving/spin_pool.hpp"
 

@@ -1,9 +1,9 @@
 // What Python sees of the training passes. Tensors come as they are (array.hpp), and are checked against each other.
 #include <pybind11/pybind11.h>
 
-#include "array.hpp"
+#include "cpu/array.hpp"
 #include "cpu/training/dense_attention.hpp"
-#include "forks.hpp"
+#include "cpu/forks.hpp"
 #include "cpu/training/pointwise.hpp"
 #include "cpu/training/omp_threads.hpp"
 

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "array.hpp"
+#include "cpu/array.hpp"
 #include "cpu/training/gemm.hpp"
 #include "cpu/training/token_rows.hpp"
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "index.hpp"
+#include "cpu/index.hpp"
 #include "cpu/training/omp_threads.hpp"
 
 namespace warploom {

@@ -1,4 +1,4 @@
-#include "array.hpp"
+#include "cpu/array.hpp"
 
 namespace py = pybind11;
 
