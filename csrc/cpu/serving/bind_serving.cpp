@@ -141,6 +141,7 @@ void bind_serving(py::module_& module) {
     module.def("attend_pages", &write_and_attend);
     module.def("sample", &sample);
 
+    module.def("use_byte_products", &use_byte_products, py::arg("vectors"));
     py::class_<Matrix, std::shared_ptr<Matrix>>(module, "Matrix").def(py::init(&make_matrix)).def("multiply", &multiply);
 
     py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
