@@ -29,8 +29,8 @@ def cpu_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float |
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     if fuses(q_BTHD, k_BTKD, v_BTKD):
         return _Fused.apply(q_BTHD, k_BTKD, v_BTKD, scale)
-    if climbs(q_BTHD, k_BTKD):
-        return _Staircase.apply(q_BTHD, k_BTKD, v_BTKD, scale)
+    if use_blocked(q_BTHD, k_BTKD):
+        return _BlockedAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale)
     return None
 
 
@@ -49,23 +49,23 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, q_BTHD, k_BTKD, v_BTKD, scale):
         heads = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BTKD, v_BTKD)]
         B, T, H, _ = q_BTHD.shape
-        o_BTHD, log_sums_BHT = torch.empty(q_BTHD.shape), torch.empty(B, H, T)
-        pointwise.attention(*heads, o_BTHD, log_sums_BHT, scale)
-        ctx.save_for_backward(*heads, o_BTHD, log_sums_BHT)
+        o_BTHD, stats_2BHT = torch.empty(q_BTHD.shape), torch.empty(2, B, H, T)
+        pointwise.attention(*heads, o_BTHD, stats_2BHT, scale)
+        ctx.save_for_backward(*heads, stats_2BHT)
         ctx.scale = scale
         return o_BTHD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do_BTHD):
-        q, k, v, o, log_sums = ctx.saved_tensors
+        q, k, v, stats = ctx.saved_tensors
         do = do_BTHD if do_BTHD.stride(-1) == 1 else do_BTHD.contiguous()
         gradients = [torch.empty(x.shape) for x in (q, k, v)]
-        pointwise.attention(q, k, v, o, log_sums, ctx.scale, do, *gradients)
+        pointwise.attention(q, k, v, do, stats, ctx.scale, *gradients)
         return *gradients, None
 
 
-def climbs(q: Tensor, k: Tensor) -> bool:
+def use_blocked(q: Tensor, k: Tensor) -> bool:
     """Is this a call that the staircase is for: training, bfloat16, on a CPU, a short square?"""
     return (
         q.device.type == "cpu"
@@ -99,7 +99,7 @@ def _weights(scores_RGnS: Tensor, scale: float) -> Tensor:
     return torch.softmax(scores_RGnS.mul_(scale), -1)
 
 
-class _Staircase(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BTHD, k_BTKD, v_BTKD, scale):
         B, T, _, D = q_BTHD.shape

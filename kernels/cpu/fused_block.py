@@ -1,7 +1,7 @@
 """A layer's rows on a CPU, in float32: all that it does with each token by itself, as two differentiable functions.
 
-    to_heads      (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
-    from_heads    (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
+    norm_qkv_rope    (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
+    out_proj_mlp     (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
 
 Op by op, each product and pass writes a tensor to memory that the next one reads. Here 64 rows at a time go through all
 of them in C++ (csrc/cpu/training/token_rows.cpp), in tiles that never leave the cache, multiplied by a product of our
@@ -41,7 +41,7 @@ def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def to_heads(
+def norm_qkv_rope(
     delta_BTC: Tensor,
     stream_BTC: Tensor,
     norm_C: Tensor,
@@ -58,7 +58,7 @@ def to_heads(
     return _ToHeads.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
 
 
-def from_heads(
+def out_proj_mlp(
     gathered_BTHD: Tensor,
     stream_BTC: Tensor,
     output: Tensor,

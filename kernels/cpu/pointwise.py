@@ -213,11 +213,11 @@ def unattend(weights: torch.Tensor, d_weights: torch.Tensor, queries: int, scale
     _native.attend(queries, scale, None, weights, d_weights)
 
 
-def attention(q, k, v, o, log_sums, scale: float, *gradients: torch.Tensor) -> None:
-    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and log_sums (B, H, T).
+def attention(q, k, v, o, stats, scale: float, *gradients: torch.Tensor) -> None:
+    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and each query's statistics (2, B, H, T).
 
-    Given (do, dq, dk, dv), the gradients instead, from those two."""
-    _native.attention(scale, log_sums, q, k, v, o, *gradients)
+    Given (dq, dk, dv) too, the gradients instead, from that of the result in the place of o and the statistics."""
+    _native.attention(scale, stats, q, k, v, o, *gradients)
 
 
 def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:

@@ -124,9 +124,8 @@ HeadsOf<T> heads_of(const char* name, const Array& x, int64_t B, int64_t time, i
     return {at, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Forward with q, k, v and out; backward with the gradients of out, q, k and v besides.
-void attention(float scale, Tensor log_sums, Tensor q, Tensor k, Tensor v, Tensor out, Tensor d_out, Tensor dq,
-               Tensor dk, Tensor dv) {
+// Forward with q, k, v and out; backward with q, k, v and the gradients of out, q, k and v.
+void attention(float scale, Tensor stats, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dq, Tensor dk, Tensor dv) {
     const int64_t B = q.size(0), time = q.size(1), H = q.size(2), D = q.size(3), K = k.size(2);
     size_of(B), size_of(time), size_of(H), size_of(D);
     if (D % 16 || K < 1 || H % K)
@@ -134,17 +133,17 @@ void attention(float scale, Tensor log_sums, Tensor q, Tensor k, Tensor v, Tenso
                               std::to_string(H) + " and " + std::to_string(K) + " heads of " + std::to_string(D));
     const DenseAttention task{int(B), int(time), int(H), int(K), int(D), scale,
                               heads_of<const float>("q", q, B, time, H, D), heads_of<const float>("k", k, B, time, K, D),
-                              heads_of<const float>("v", v, B, time, K, D), heads_of<float>("out", out, B, time, H, D),
-                              log_sums.numbers<float>("log_sums", B * H * time)};
-    if (!d_out.given()) {
+                              heads_of<const float>("v", v, B, time, K, D), stats.numbers<float>("stats", 2 * B * H * time)};
+    if (!dq.given()) {
+        const auto o = heads_of<float>("out", out, B, time, H, D);
         py::gil_scoped_release unlocked;
-        return task.forward();
+        return task.forward(o);
     }
-    const auto arrived = heads_of<const float>("d_out", d_out, B, time, H, D);
+    const auto d_out = heads_of<const float>("d_out", out, B, time, H, D);
     const auto to_q = heads_of<float>("dq", dq, B, time, H, D), to_k = heads_of<float>("dk", dk, B, time, K, D),
                to_v = heads_of<float>("dv", dv, B, time, K, D);
     py::gil_scoped_release unlocked;
-    task.backward(arrived, to_q, to_k, to_v);
+    task.backward(d_out, to_q, to_k, to_v);
 }
 
 void borrow_team(Address parallel, Address number, Address size) {
@@ -164,8 +163,8 @@ void bind_passes(py::module_& module) {
     module.def("turn", &turn);
     module.def("cross_entropy", &cross_entropy);
     module.def("attend", &attend);
-    module.def("attention", &attention, py::arg("scale"), py::arg("log_sums"), py::arg("q"), py::arg("k"), py::arg("v"),
-               py::arg("out"), py::arg("d_out") = py::none(), py::arg("dq") = py::none(), py::arg("dk") = py::none(),
+    module.def("attention", &attention, py::arg("scale"), py::arg("stats"), py::arg("q"), py::arg("k"), py::arg("v"),
+               py::arg("out"), py::arg("dq") = py::none(), py::arg("dk") = py::none(),
                py::arg("dv") = py::none());
 }
 

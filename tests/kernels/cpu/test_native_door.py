@@ -10,10 +10,10 @@ import torch
 from warploom import kernels
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
-from warploom.kernels.cpu import pointwise as passes_cpu
+from warploom.kernels.cpu import pointwise
 
-pytestmark = pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="needs the C++ extension")
-native = passes_cpu._native
+pytestmark = pytest.mark.skipif(not pointwise.HAS_PASSES, reason="needs the C++ extension")
+native = pointwise._native
 
 
 @pytest.mark.parametrize("rows", [1, 300])
@@ -64,14 +64,14 @@ def test_rope_int32_positions_are_positions():
 
 
 def test_fused_rows_wrong_position_raises():
-    from warploom.kernels.cpu import fused_block as rows_cpu
+    from warploom.kernels.cpu import fused_block
 
-    if not rows_cpu.HAS_ROWS:
+    if not fused_block.HAS_ROWS:
         pytest.skip("needs a CPU with AVX-512")
     stream, positions = torch.randn(1, 4, 32), torch.tensor([[0, 1, 2, 99]])
     weights = torch.ones(32), 1e-6, torch.randn(96, 32), (2, 2), *kernels.rope_tables(16, 8)
     with pytest.raises(IndexError, match="position 99"):
-        rows_cpu.to_heads(stream, stream, *weights, positions)
+        fused_block.norm_qkv_rope(stream, stream, *weights, positions)
 
 
 def norm(**changes):
@@ -103,34 +103,34 @@ def test_native_unfit_tensor_raises(changes, error, says):
 
 def test_native_gradients_unfit_tensor_raises():
     x = torch.randn(2, 8, 2, 16)
-    log_sums, o = torch.empty(2, 2, 8), torch.empty_like(x)
-    native.attention(0.25, log_sums, x, x, x, o)
+    stats, o = torch.empty(2, 2, 2, 8), torch.empty_like(x)
+    native.attention(0.25, stats, x, x, x, o)
     with pytest.raises(ValueError, match="dk must have shape"):
-        native.attention(0.25, log_sums, x, x, x, o, x, o, o[:, :4], o)
+        native.attention(0.25, stats, x, x, x, o, o, o[:, :4], o)
     with pytest.raises(ValueError, match="multiple of 16"):
-        native.attention(0.25, log_sums, *[x[..., :8]] * 4)
+        native.attention(0.25, stats, *[x[..., :8]] * 4)
 
 
 def test_team_is_found_whatever_its_name(tmp_path):
     """Torch's OpenMP is found through the libraries that torch has loaded, not by a file's name."""
-    if sys.platform != "linux" or not passes_cpu.mapped_libraries("libtorch_cpu"):
+    if sys.platform != "linux" or not pointwise.mapped_libraries("libtorch_cpu"):
         pytest.skip("needs Linux, where /proc/self/maps names what is loaded")
-    assert passes_cpu.HAS_TEAM
-    openmp = passes_cpu.mapped_libraries("libgomp", "libiomp5", "libomp")
+    assert pointwise.HAS_TEAM
+    openmp = pointwise.mapped_libraries("libgomp", "libiomp5", "libomp")
     assert openmp, "torch has loaded an OpenMP library"
     with open("/proc/self/maps") as lines:
         spans = [line.split()[0].split("-") for line in lines if line.rstrip().endswith(openmp[0])]
-    parallel = passes_cpu.find_team()[0]
+    parallel = pointwise.find_team()[0]
     assert any(int(first, 16) <= parallel < int(end, 16) for first, end in spans)
 
 
 def test_passes_without_team_leave_threads_to_torch(monkeypatch):
-    monkeypatch.setattr(passes_cpu, "HAS_TEAM", False)
+    monkeypatch.setattr(pointwise, "HAS_TEAM", False)
     x = torch.randn(4, 32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not passes_cpu.serves(x)
+    assert not pointwise.serves(x)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert passes_cpu.serves(x)
+    assert pointwise.serves(x)
 
 
 FORK = """
