@@ -189,7 +189,7 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
     from warploom.engine.serving.execution.serving_model import serving_model
 
     model, _ = serving_model(tiny_model(), None)
-    pages = PageStore(model.config, 4, 16, dtype, torch.device("cpu")).layers
+    pages = PagedKVCache(model.config, 4, 16, dtype, torch.device("cpu")).layers
     arrays = {"positions": np.zeros(1, np.int64), "sequences": np.zeros(1, np.int32), "slots": np.zeros(1, np.int64)}
     arrays = {**arrays, "table": np.zeros((1, 4), np.int32), "tokens": np.zeros(1, np.int64)}
 
