@@ -27,7 +27,7 @@ if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension u
 
 native = Pybind11Extension(
     "warploom._native",
-    sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+    sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parts[1] != "tests"),
     include_dirs=["csrc"],
     depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".hpp", ".inc")),
     cxx_std=17,

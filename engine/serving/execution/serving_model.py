@@ -64,7 +64,7 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
         y = torch.empty(*x.shape[:-1], self.outputs)
-        self.matrix.multiply(rows.data_ptr(), rows.numel() // rows.shape[-1], y.data_ptr())
+        self.matrix.multiply(rows, y)
         return y.to(x.dtype)
 
 
@@ -93,17 +93,14 @@ class NativeTransformer:
             self.positions = model.positions.weight
         elif c.position == "sinusoidal":
             self.positions = sinusoids(c.max_seq_len, c.d_model) * model.embedding.std
-        tables = (x for table in (model.embedding.weight, self.positions) for x in _native_table(table))
+        # Detached, the tables' memory stays theirs: `model.to` replaces that of a parameter.
+        tables = (None if table is None else table.detach() for table in (model.embedding.weight, self.positions))
         self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """What `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        columns = self.rotation[0].shape[1] if self.rotation else 0
-        rotation = (table.data_ptr() for table in self.rotation) if self.rotation else (0, 0)
-        self.native.run(
-            tokens_BT.data_ptr(), attend.step, attend.layers, *rotation, columns, hidden_BTC.data_ptr()
-        )  # fmt: skip
+        self.native.run(tokens_BT, attend.step, attend.layers, *(self.rotation or (None, None)), hidden_BTC)
         return hidden_BTC
 
 
@@ -193,15 +190,11 @@ def _native_block(block: Block, config, form: str):
     )  # fmt: skip
 
 
-def _native_table(table: Tensor | None) -> tuple[int, bool]:
-    return (0, False) if table is None else (table.data_ptr(), table.dtype == torch.bfloat16)
-
-
 def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
     """A weight as C++ keeps it."""
     rows = weight.detach().float().contiguous()
     offset = None if bias is None else bias.detach().float().contiguous()
-    return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
+    return _native.Matrix(form, rows, offset)
 
 
 def _native_norm(norm: nn.Module, config):
