@@ -111,6 +111,20 @@ def test_native_gradients_unfit_tensor_raises():
         native.attention(0.25, stats, *[x[..., :8]] * 4)
 
 
+def test_packed_unfit_tensor_raises():
+    layout = native.Layout(8, 64, False, True, [])
+    codes, scales, units = torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1).half(), torch.ones(4)
+    native.PackedMatrix([(layout, codes, scales, None, units)], 64, None, False)
+    with pytest.raises(ValueError, match="codes must have 512 numbers"):
+        native.PackedMatrix([(layout, codes, scales, None, torch.ones(8))], 64, None, False)
+    with pytest.raises(TypeError, match="scales must hold float16, got float32"):
+        native.PackedMatrix([(layout, codes, scales.float(), None, units)], 64, None, False)
+    with pytest.raises(ValueError, match="minima are None"):
+        native.PackedMatrix([(native.Layout(8, 64, True, True, []), codes, scales, None, units)], 64, None, False)
+    with pytest.raises(ValueError, match="units must have 4 numbers"):
+        native.quantize_rows(torch.ones(4, 64), layout, codes, scales, None, torch.ones(3))
+
+
 def test_team_is_found_whatever_its_name(tmp_path):
     """Torch's OpenMP is found through the libraries that torch has loaded, not by a file's name."""
     if sys.platform != "linux" or not pointwise.mapped_libraries("libtorch_cpu"):
