@@ -19,11 +19,11 @@ import tyro
 
 from ..config import ModelConfig
 from ..training.config import BUDGETS, TrainConfig
-from ..training.distributed.failures import one_voice
+from ..training.distributed.failures import report_first_failure
 from .flags import parse, renamed_settings
 
 if TYPE_CHECKING:
-    from ..training.callbacks import Watcher
+    from ..training.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Flags:
 
 
 def run(argv: list[str]) -> int:
-    with one_voice():
+    with report_first_failure():
         config = read(argv)
         from ..training.trainer import train
 
-        result = train(config, [watcher()])
+        result = train(config, [callback()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     if result.history:  # only the leader of many processes has one
@@ -79,11 +79,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def watcher() -> Watcher:
+def callback() -> Callback:
     """A live panel on a terminal, plain lines in a log."""
-    from ..training.callbacks import Lines, Panel
+    from ..training.callbacks import ConsoleLogger, LivePanel
 
-    return Panel() if sys.stderr.isatty() else Lines()
+    return LivePanel() if sys.stderr.isatty() else ConsoleLogger()
 
 
 def read(argv: list[str]) -> TrainConfig:

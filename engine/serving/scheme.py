@@ -47,12 +47,15 @@ class Scheme:
         return Layout(bits, self.group, not self.symmetric and bits == self.bits, (), self.rotate)
 
 
+INT8 = Scheme()
+
+
 def scheme_of(quantize: str | Scheme | None, parameters: int) -> Scheme | None:
     """The scheme of a name, for a model of so many parameters."""
     if quantize is None or isinstance(quantize, Scheme):
         return quantize
     if quantize == "int8":
-        return Scheme()
+        return INT8
     if quantize == "int4":
         return Scheme(4, symmetric=False, keep={"ffn.down": 8} if parameters < SMALL else {})
     raise ValueError(f"quantize must be None, 'int8', 'int4' or a Scheme, got {quantize!r}")

@@ -167,7 +167,7 @@ RowFormat DenseMatrix<T>::format() const {
 }
 
 template <class T>
-void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
+void DenseMatrix<T>::multiply(const Activations& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     const size_t stride = size_t(padded_) * kLanes;
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {

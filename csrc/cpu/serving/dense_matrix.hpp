@@ -24,7 +24,7 @@ public:
     int columns() const override { return columns_; }
     RowFormat format() const override;
     using Matrix::multiply;
-    void multiply(const Rows& x, float* y) const override;
+    void multiply(const Activations& x, float* y) const override;
 
 private:
     int outputs_, columns_, padded_;

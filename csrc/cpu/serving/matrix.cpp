@@ -55,7 +55,7 @@ WARPLOOM_CLONES void round_row(const float* x, int n, bfloat16* to) {
 
 }  // namespace
 
-void Rows::point(const float* v, int64_t s, int c, int n, RowFormat f) {
+void Activations::point(const float* v, int64_t s, int c, int n, RowFormat f) {
     values = v, stride = s, count = c, format = f;
     if (format.number == Format::halves) {
         columns = (n + 1) / 2 * 2;
@@ -67,7 +67,7 @@ void Rows::point(const float* v, int64_t s, int c, int n, RowFormat f) {
     }
 }
 
-void Rows::prepare(int row, int n) {
+void Activations::prepare(int row, int n) {
     const float* x = values + row * stride;
     const size_t at = size_t(row) * columns;
     if (format.number == Format::halves) {
@@ -84,7 +84,7 @@ void Rows::prepare(int row, int n) {
 }
 
 void Matrix::multiply(const float* x, int rows, float* y) const {
-    thread_local Rows prepared;
+    thread_local Activations prepared;
     prepared.point(x, columns(), rows, columns(), format());
     for (int row = 0; row < rows; ++row) prepared.prepare(row, columns());
     multiply(prepared, y);

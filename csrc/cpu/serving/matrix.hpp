@@ -22,7 +22,7 @@ struct RowFormat {
 };
 
 // Activations: float rows `stride` apart, and the same in the format that the matrix asks for, prepared row by row.
-struct Rows {
+struct Activations {
     const float* values = nullptr;
     int64_t stride = 0;
     int count = 0;
@@ -46,7 +46,7 @@ public:
     virtual RowFormat format() const = 0;
 
     // y (rows, outputs) = x · weightᵀ + bias, shared among the workers. A row's bits do not depend on the other rows.
-    virtual void multiply(const Rows& x, float* y) const = 0;
+    virtual void multiply(const Activations& x, float* y) const = 0;
 
     // The same for float rows that lie side by side, prepared as the matrix wants them.
     void multiply(const float* x, int rows, float* y) const;

@@ -41,9 +41,9 @@ struct Tile {
 };
 
 // Rows `row` to `row` + `rows` (at most kRows) of the activations.
-using Multiply = void (*)(const Tile&, const Rows&, int row, int rows, float* y, int width);
+using Multiply = void (*)(const Tile&, const Activations&, int row, int rows, float* y, int width);
 
-void multiply_plain(const Tile&, const Rows&, int row, int rows, float* y, int width);
+void multiply_plain(const Tile&, const Activations&, int row, int rows, float* y, int width);
 Multiply multiply_avx512();  // null where the CPU or the compiler has it not
 Multiply multiply_avxvnni();
 Multiply multiply_avx2();

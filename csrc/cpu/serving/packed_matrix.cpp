@@ -19,7 +19,7 @@ namespace packed {
 static int weight_of(const Layout& l, int code) { return l.has_table ? l.table[code] : code - l.zero(); }
 
 // The plain meaning of the loops: sums of integers group by group, then of floats; rows of `y` lie `width` apart.
-WARPLOOM_CLONES void multiply_plain(const Tile& t, const Rows& x, int row, int rows, float* y, int width) {
+WARPLOOM_CLONES void multiply_plain(const Tile& t, const Activations& x, int row, int rows, float* y, int width) {
     const Layout& l = *t.layout;
     const int step = 32 / l.bits;
     for (int r = row; r < row + rows; ++r, y += width)
@@ -214,7 +214,7 @@ size_t PackedMatrix::bytes() const {
     return total;
 }
 
-void PackedMatrix::multiply(const Rows& x, float* y) const {
+void PackedMatrix::multiply(const Activations& x, float* y) const {
     int tasks = 0;
     for (const Segment& s : segments_) tasks += (s.outputs + kBlock * kLanes - 1) / (kBlock * kLanes);
     Workers::shared().run(tasks, [&](int task) {
@@ -226,7 +226,7 @@ void PackedMatrix::multiply(const Rows& x, float* y) const {
     });
 }
 
-void PackedMatrix::block(const Segment& s, const Rows& x, int number, float* y) const {
+void PackedMatrix::block(const Segment& s, const Activations& x, int number, float* y) const {
     const int from = number * kBlock * kLanes, left = s.outputs - from, here = std::min(left, kBlock * kLanes);
     const int vectors = (here + kLanes - 1) / kLanes, wide = vectors * kLanes;
     const uint8_t* data = s.data.data() + size_t(number) * s.groups * group_bytes(s.layout, kBlock);

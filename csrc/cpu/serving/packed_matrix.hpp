@@ -46,7 +46,7 @@ public:
     int columns() const override { return columns_; }
     RowFormat format() const override { return format_; }
     using Matrix::multiply;
-    void multiply(const Rows& x, float* y) const override;
+    void multiply(const Activations& x, float* y) const override;
     size_t bytes() const;
 
 private:
@@ -61,7 +61,7 @@ private:
 
     template <class Make>
     void add(const Layout&, int outputs, const float* bias, const Make& make);
-    void block(const Segment&, const Rows& x, int number, float* y) const;
+    void block(const Segment&, const Activations& x, int number, float* y) const;
 
     int outputs_ = 0, columns_;
     RowFormat format_;

@@ -13,7 +13,7 @@ enum class Kind { bytes, nibbles, table };
 // ROWS × VECTORS sums in registers, from vector `v` on: each line loaded serves all rows, each activation all vectors. After each
 // group they join float sums, which may lie in memory. WIDE: activations of two bytes, 128 · high + low.
 template <int ROWS, int VECTORS, Kind KIND, bool WIDE>
-TILE_TARGET inline void tile(const Tile& t, int v, const Rows& x, int row, float* y, int width) {
+TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row, float* y, int width) {
     const Layout& l = *t.layout;
     const int vectors = VECTORS == kBlock ? kBlock : t.vectors, count = lines(l);
     const size_t line = size_t(vectors) * 64, size = group_bytes(l, vectors), halves = scales_at(l, vectors) - v * 32;
@@ -77,7 +77,7 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Rows& x, int row, float
 }
 
 template <int ROWS, Kind KIND, bool WIDE>
-TILE_TARGET inline void cover(const Tile& t, const Rows& x, int row, float* y, int width) {
+TILE_TARGET inline void cover(const Tile& t, const Activations& x, int row, float* y, int width) {
     int v = 0;
     if (t.vectors == kBlock)
         for (; v + kTogether <= t.vectors; v += kTogether) tile<ROWS, kTogether, KIND, WIDE>(t, v, x, row, y, width);
@@ -85,7 +85,7 @@ TILE_TARGET inline void cover(const Tile& t, const Rows& x, int row, float* y, i
 }
 
 template <Kind KIND>
-TILE_TARGET void multiply_kind(const Tile& t, const Rows& x, int row, int rows, float* y, int width) {
+TILE_TARGET void multiply_kind(const Tile& t, const Activations& x, int row, int rows, float* y, int width) {
     if (x.format.wide) {  // twice the sums: two rows fill the registers
         for (; rows >= 2; rows -= 2, row += 2, y += 2 * width) cover<2, KIND, true>(t, x, row, y, width);
         if (rows) cover<1, KIND, true>(t, x, row, y, width);
@@ -99,7 +99,7 @@ TILE_TARGET void multiply_kind(const Tile& t, const Rows& x, int row, int rows, 
     }
 }
 
-TILE_TARGET void multiply(const Tile& t, const Rows& x, int row, int rows, float* y, int width) {
+TILE_TARGET void multiply(const Tile& t, const Activations& x, int row, int rows, float* y, int width) {
     if (t.layout->has_table) return multiply_kind<Kind::table>(t, x, row, rows, y, width);
     if (t.layout->bits == 4) return multiply_kind<Kind::nibbles>(t, x, row, rows, y, width);
     return multiply_kind<Kind::bytes>(t, x, row, rows, y, width);

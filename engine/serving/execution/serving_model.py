@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
-from ...formats.packed_weight import Layout, PackedWeight, Segment
+from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ...model import Block, Linear, MoE, Transformer, sinusoids
-from ..scheme import MATRICES, Scheme, scheme_of
+from ..scheme import INT8, MATRICES, Scheme, scheme_of
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
+from .native_matrix import native_matrix
 from .outlier_smoothing import balanced
+from .outlier_smoothing import is_supported as can_smooth
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-INT8 = Scheme()
 NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
 
 
@@ -67,13 +68,17 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
         y = torch.empty(*x.shape[:-1], self.outputs)
-        self.matrix.multiply(rows.data_ptr(), rows.numel() // rows.shape[-1], y.data_ptr())
+        self.matrix.multiply(rows, y)
         return y.to(x.dtype)
 
 
 class NativeTransformer:
     """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
 
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
     training = False
 
     def __init__(self, model: Transformer, form: str | Scheme, release: bool):
@@ -92,22 +97,24 @@ class NativeTransformer:
             self.positions = model.positions.weight
         elif c.position == "sinusoidal":
             self.positions = sinusoids(c.max_seq_len, c.d_model) * model.embedding.std
-        tables = (x for table in (model.embedding.weight, self.positions) for x in _native_table(table))
+        # Detached, the tables' memory stays theirs: `model.to` replaces that of a parameter.
+        tables = (None if table is None else table.detach() for table in (model.embedding.weight, self.positions))
         self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """What `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        columns = self.rotation[0].shape[1] if self.rotation else 0
-        rotation = (table.data_ptr() for table in self.rotation) if self.rotation else (0, 0)
-        self.native.run(
-            tokens_BT.data_ptr(), attend.step, attend.layers, *rotation, columns, hidden_BTC.data_ptr()
-        )  # fmt: skip
+        self.native.run(tokens_BT, attend.step, attend.layers, *(self.rotation or (None, None)), hidden_BTC)
         return hidden_BTC
 
 
 class NativeMoE(nn.Module):
     """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
 
     def __init__(self, moe: MoE, form: str | Scheme):
         super().__init__()
@@ -150,7 +157,7 @@ def serving_model(
         raise ValueError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, None))
+        return fused_model(model, make), Head(model, make and make(*head_of(model)))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
@@ -158,20 +165,27 @@ def serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    head = NativeLinear(model.head_weight, None, form, "head") if native else Int8Linear(model.head_weight, None)
-    if native and native_pages and not model.config.n_experts and dtype in FORMATS:
+    head = NativeLinear(*head_of(model), form, "head") if native else Int8Linear(*head_of(model))
+    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
     if native:
+        smooth = isinstance(form, Scheme) and can_smooth(model.config)
         for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if isinstance(form, Scheme) else block
-            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+            if NativeMoE.is_supported(model.config):
+                replace(block, MoE, lambda moe: NativeMoE(moe, form))
             for path, layer in [(path, m) for path, m in block.named_modules() if isinstance(m, Linear)]:
                 name = NAMES.get(path.rpartition(".")[2], "ffn.up")
                 block.set_submodule(path, NativeLinear(layer.weight, layer.bias, form, name))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
+
+
+def head_of(model: Transformer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output head."""
+    return model.head_weight, None if model.head is None else model.head.bias
 
 
 def _native_block(block: Block, config, form: str | Scheme):
@@ -186,48 +200,6 @@ def _native_block(block: Block, config, form: str | Scheme):
     )  # fmt: skip
 
 
-def _native_table(table: Tensor | None) -> tuple[int, bool]:
-    return (0, False) if table is None else (table.data_ptr(), table.dtype == torch.bfloat16)
-
-
-def native_matrix(weight: Tensor, bias: Tensor | None, form: str | Scheme, name: str):
-    """A weight as C++ keeps it: the matrix of that name in a scheme, or in a number format."""
-    rows = weight.detach().float().contiguous()
-    offset = None if bias is None else bias.detach().float().contiguous()
-    given = rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr()
-    if isinstance(form, Scheme):
-        return _native.PackedMatrix(*given, native_layout(form.layout(name)), form.activations == 16)
-    return _native.Matrix(form, *given)
-
-
-def native_layout(layout: Layout):
-    return _native.Layout(layout.bits, layout.group, layout.minimum, layout.rotate, list(layout.table))
-
-
-def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool = False):
-    """A packed weight as C++ keeps it."""
-    parts = [
-        (native_layout(s.layout), len(s.codes), s.codes.data_ptr(), s.scales.data_ptr(),
-         0 if s.minima is None else s.minima.data_ptr(), s.units.data_ptr())
-        for s in weight.segments
-    ]  # fmt: skip
-    return _native.PackedMatrix(parts, weight.columns, 0 if bias is None else bias.data_ptr(), wide)
-
-
-def pack(weight: Tensor, layout: Layout) -> PackedWeight:
-    """A float weight (rows, columns) rounded as C++ rounds it when it packs."""
-    rows, (count, columns) = weight.detach().float().contiguous(), weight.shape
-    groups = layout.groups(columns)
-    codes = torch.empty(count, groups * layout.group, dtype=torch.uint8)
-    scales, units = torch.empty(count, groups, dtype=torch.float16), torch.empty(count)
-    minima = torch.empty_like(scales) if layout.minimum else None
-    _native.quantize_rows(
-        rows.data_ptr(), count, columns, native_layout(layout), codes.data_ptr(), scales.data_ptr(),
-        0 if minima is None else minima.data_ptr(), units.data_ptr(),
-    )  # fmt: skip
-    if layout.bits == 4:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)
 
 
 def _native_norm(norm: nn.Module, config):

@@ -17,7 +17,7 @@ from warploom.engine.formats.model_directory import save_model
 from warploom.engine.generation import KVCache
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _in_one_copy
-from warploom.engine.serving.llm import largest_step
+from warploom.engine.serving.execution.model_runner import largest_step
 
 VOCABULARY = 97
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")

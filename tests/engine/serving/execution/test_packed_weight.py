@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from warploom.engine.formats.packed_weight import Layout, PackedWeight, Segment, hadamard
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _native
-from warploom.engine.serving.execution.serving_model import pack, packed_matrix
+from warploom.engine.serving.execution.native_matrix import pack, packed_matrix
 from warploom.engine.serving.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
@@ -29,7 +29,7 @@ def random_rows(generator, layout, rows, columns):
 
 def product(matrix, x, outputs):
     y = torch.empty(len(x), outputs)
-    matrix.multiply(x.data_ptr(), len(x), y.data_ptr())
+    matrix.multiply(x, y)
     return y
 
 
