@@ -200,8 +200,6 @@ def _native_block(block: Block, config, form: str | Scheme):
     )  # fmt: skip
 
 
-
-
 def _native_norm(norm: nn.Module, config):
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     return _native.Norm(config.norm, config.norm_eps, _floats(weight), _floats(bias))
