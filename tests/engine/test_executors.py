@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from warploom.engine import rows
 from warploom.engine.config import ModelConfig
 from warploom.engine.executors import Supported
 from warploom.engine.model import Block, Transformer
+from warploom.engine.training import fused_block as rows
 
 SHAPE = {"vocab_size": 32, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16}
 

@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
-from warploom.kernels import Maker, attention, attention_fused, attention_hopper, backend, lang, paged_attention
-from warploom.kernels.lang import AMD, HAS_TRITON, INTERPRET
+from warploom.kernels import Maker, attention, backend, paged_attention
+from warploom.kernels.core import lang
+from warploom.kernels.core.lang import AMD, HAS_TRITON, INTERPRET
+from warploom.kernels.gpu import attention_hopper
+from warploom.kernels.gpu import attention_launch as attention_fused
 
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
 
@@ -119,7 +122,7 @@ def test_generation_of_every_architecture():
 DEBUGGED = """
 import torch
 from warploom.kernels import attention
-from warploom.kernels.offline import costs
+from warploom.kernels.tools.compile_offline import costs
 print(*sorted({cost.kernel for cost in costs(attention, attention.cases[0], torch.bfloat16, 90)}))
 """
 
