@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..core.lang import AMD, architecture, cdiv, generation, next_power_of_2, shared_memory
-from ..core.launch import Differentiable, last_dim_contiguous, launch, launcher
+from ..core.launch import AutogradOp, last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
 from . import attention_hopper
 from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
@@ -221,7 +221,7 @@ def _gradient(ctx, do, _):
     return *(dx if want else None for dx, want in zip((dq, dk, dv), wants)), *(None,) * 5
 
 
-_attend = Differentiable(attention_forward, _save, _gradient)
+_attend = AutogradOp(attention_forward, _save, _gradient)
 
 
 def check_scale(op: str, scale: float | None) -> None:
