@@ -40,9 +40,8 @@ class Flags:
 def run(argv: list[str]) -> int:
     flags = parse(Flags, argv, "serve")
     try:
-        import uvicorn
-
         from ..server.app import create_app
+        from ..server.http_server import HTTPServer, log_without_blocking, raise_file_limit
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
     from ..formats.model_directory import load_config
@@ -53,10 +52,14 @@ def run(argv: list[str]) -> int:
     config, keys = named(flags), api_keys(flags)
     listener = listen(flags.host, flags.port)
     loader = Loader(flags)
-    options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 60}
-    drain = max(int(config.drain_timeout), 1)
-    app = create_app(loader, config, keys) if flags.replicas == 1 else front(loader, config, keys)
-    server = loader.server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, **options))
+    log_without_blocking()
+    raise_file_limit()
+    if flags.replicas == 1:
+        app = create_app(loader, config, keys, loader.stop)
+        end_streams = app.state.bridge.end_flows
+    else:
+        app, end_streams = front(loader, config, keys), None
+    server = loader.server = HTTPServer(app, config, end_streams)
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     if not keys and not ipaddress.ip_address(address).is_loopback:
@@ -65,7 +68,7 @@ def run(argv: list[str]) -> int:
     server.run(sockets=[listener])
     if loader.error:
         raise loader.error
-    return 0
+    return int(loader.failed)
 
 
 class Loader:
@@ -75,6 +78,7 @@ class Loader:
         self.flags = flags
         self.server: Any = None
         self.error: ValueError | None = None
+        self.failed = False
 
     def __call__(self) -> Any:
         try:
@@ -85,7 +89,12 @@ class Loader:
 
     def give_up(self, error: ValueError) -> None:
         """There is nothing to serve."""
-        self.error, self.server.should_exit = error, True
+        self.error = error
+        self.stop()
+
+    def stop(self) -> None:
+        """The engine has failed for good: the process ends with an exit code that says so."""
+        self.failed = self.server.should_exit = True
 
 
 def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:

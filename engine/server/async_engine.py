@@ -10,7 +10,8 @@ Whatever ends a request early (the client goes, its time is up, the server stops
 cancels its generations before the engine's next step.
 
 A supervisor watches the engine: a thread that died, steps that fail one after the other, or no progress at all mean
-that it is broken. Its requests fail, it is built anew, once; `/health` says so all along.
+that it is broken. Its requests fail, it is built anew, once; `/health` says so all along. When it breaks again within
+an hour, `on_failure` is called: `warploom serve` then exits with 1, for whoever supervises it to start it again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
@@ -35,7 +36,9 @@ from .openai import errors
 
 Result = TypeVar("Result")
 Ask = tuple[list[int], SamplingParams]
-FAILURES = 3  # failed steps in a row, with no token between them, that mean a broken engine
+FAILURES = 3  # failed steps of single sequences, with no token between them, that mean a broken engine
+HEALTHY = 3600.0  # seconds without a failure after which one more restart is due
+SHARE = 2  # a party's places by the free ones ("dynamic thresholds"): alone two thirds, two of them two fifths each
 logger = logging.getLogger("warploom.server")
 
 
@@ -50,8 +53,8 @@ class Event(NamedTuple):
 class RequestStream:
     """What one HTTP request asked for, from the event loop's side."""
 
-    def __init__(self, bridge: AsyncEngine, count: int, streaming: bool) -> None:
-        self.count, self.streaming = count, streaming
+    def __init__(self, bridge: AsyncEngine, count: int, streaming: bool, party: Any = None) -> None:
+        self.count, self.streaming, self.party = count, streaming, party
         self.generations: list[Any] = []
         self.prompt_tokens = 0
         self.arrival = time.monotonic()
@@ -59,7 +62,7 @@ class RequestStream:
         self._bridge = bridge
         self._events: list[Event] = []
         self._bell = asyncio.Event()
-        self._unfinished = count
+        self._unfinished = self.places = count
         self._failure: errors.APIError | None = None
         self._preparing: asyncio.Future | None = None
         self._watcher: asyncio.Task | None = None
@@ -116,6 +119,10 @@ class RequestStream:
 
     def deliver(self, event: Event) -> None:
         """Take in a piece. On the event loop."""
+        if event.piece.finish_reason and not self._closed:  # its place is free, whenever the client reads
+            self.places -= 1
+            self._bridge.open -= 1
+            self._bridge.holds[self.party] -= 1
         if not self.abandoned:
             self._events.append(event)
             self._bell.set()
@@ -162,17 +169,20 @@ class RequestStream:
 class AsyncEngine:
     """One engine, built by `make`, and everybody who waits for it."""
 
-    def __init__(self, make: Callable[[], Any], config: ServerConfig) -> None:
+    def __init__(
+        self, make: Callable[[], Any], config: ServerConfig, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
         self.config = config
         self.llm: Any = None
         self._state = "loading"
         self.restarts = 0
         self.flows: set[RequestStream] = set()
         self.open = 0  # continuations under way, waiting ones included
-        self._make = make
+        self.holds: Counter = Counter()  # the same by party
+        self._make, self._on_failure = make, on_failure
         self._mailbox: deque[tuple[RequestStream, Event]] = deque()
         self._ringing = False
-        self._good_failures = 0  # the engine's count of failed steps when it last brought a token
+        self._good_failures = 0  # the engine's count of such steps when it last brought a token
         self._duration = 1.0  # of a request, a running mean
         self._workers = FairPool(4, name="warploom-text")
         self._tasks: list[asyncio.Task] = []
@@ -231,21 +241,26 @@ class AsyncEngine:
         streaming: bool = False,
         salt: Any = None,
         client: Any = None,
+        party: Any = None,
         receive: Callable[[], Awaitable[dict]] | None = None,
     ) -> RequestStream:
         """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
 
         `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
-        client leaves; its body must have been read.
+        client leaves; its body must have been read. A `party` is one of several that share the server: none may hold
+        more than SHARE times the places it leaves free, so there are always some for another.
         """
         if not self.engine_ready:
             raise errors.unavailable(self.state)
-        if count > self.capacity:
-            raise errors.invalid(f"{count} continuations in one request; this server takes at most {self.capacity}")
-        if self.open + count > self.capacity:
+        most = self.capacity if party is None else self.capacity * SHARE // (SHARE + 1)
+        if count > most:
+            raise errors.invalid(f"{count} continuations in one request; this server takes at most {most}")
+        free = self.capacity - self.open - count
+        if free < 0 or (party is not None and self.holds[party] + count > SHARE * free):
             raise errors.busy(self._retry_after())
-        flow = RequestStream(self, count, streaming)
+        flow = RequestStream(self, count, streaming, party)
         self.open += count
+        self.holds[party] += count
         self.flows.add(flow)
         if receive is not None:
             flow.watch(receive)
@@ -256,10 +271,18 @@ class AsyncEngine:
             raise
         return flow
 
+    def end_flows(self) -> None:
+        """Fail whatever is under way: the server stops."""
+        for flow in list(self.flows):
+            flow.fail(errors.unavailable("stopping"))
+
     def forget(self, flow: RequestStream) -> None:
         """A flow has been closed."""
         self.flows.discard(flow)
-        self.open -= flow.count
+        self.open -= flow.places
+        self.holds[flow.party] -= flow.places
+        if not self.holds[flow.party]:
+            del self.holds[flow.party]
         self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
 
     async def _prepare(
@@ -306,7 +329,7 @@ class AsyncEngine:
     def _post(self, engine: Any, flow: RequestStream, base: int, piece: Piece) -> None:
         """Called by the engine's thread for each piece; must be quick and must not fail."""
         if piece.token_ids:
-            self._good_failures = engine.failures
+            self._good_failures = engine.failed_alone
         if not flow.streaming and piece.finish_reason is None:
             return
         self._mailbox.append((flow, Event(base + piece.index, piece, time.monotonic())))
@@ -325,23 +348,30 @@ class AsyncEngine:
         return min(max(math.ceil(self._duration), 1), 60)
 
     async def _live(self) -> None:
-        """Load, watch, and if need be load once more."""
-        for state in ("loading", "restarting"):
-            self._state = state
+        """Load, watch, and if need be load again: once, and once more after every hour of health."""
+        restarted = False
+        while True:
             try:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
+            except ValueError as error:  # a mistake of whoever started the server, who needs no traceback
+                logger.error("the engine could not be built: %s", error)
+                break
             except Exception:
                 logger.exception("the engine could not be built")
                 break
             self._good_failures = 0
             self.llm.engine.start()
-            self._state = "ready"
+            self._state, since = "ready", time.monotonic()
             await self._watch()
             self._abandon()
-            self.restarts += state == "loading"
+            if restarted and time.monotonic() - since < HEALTHY:
+                break
+            restarted = True
+            self.restarts += 1
         self._state = "failed"
-        logger.critical("the engine has failed and will not be restarted again; restart the server")
+        logger.critical("the engine has failed and will not be restarted again")
+        self._on_failure()
 
     async def _watch(self) -> None:
         """Return when the engine is broken."""
@@ -357,7 +387,7 @@ class AsyncEngine:
                 logger.error("a step of the engine has failed", exc_info=engine.last_error)
             if not engine.alive:
                 return logger.critical("the engine's thread has died")
-            if engine.failures - self._good_failures >= FAILURES:
+            if engine.failed_alone - self._good_failures >= FAILURES:
                 return logger.critical("%d steps of the engine have failed in a row", FAILURES)
             if now - since > self.config.stall_timeout:
                 return logger.critical("the engine has made no progress for %g s", self.config.stall_timeout)
