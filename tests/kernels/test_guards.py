@@ -10,8 +10,7 @@ import torch
 from warploom.kernels import Maker, attention, backend, paged_attention
 from warploom.kernels.core import lang
 from warploom.kernels.core.lang import AMD, HAS_TRITON, INTERPRET
-from warploom.kernels.gpu import attention_hopper
-from warploom.kernels.gpu import attention_launch as attention_fused
+from warploom.kernels.gpu import attention_hopper, attention_launch
 
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
 
@@ -59,9 +58,9 @@ def test_hopper_first_launch_fails_portable_serves(hopper, monkeypatch, name):
             raise RuntimeError("PassManager::run failed\nmore")
 
     for kernel in attention_hopper.KERNELS:
-        monkeypatch.setitem(attention_hopper.KERNELS, kernel, attention_fused._PORTABLE[kernel])
+        monkeypatch.setitem(attention_hopper.KERNELS, kernel, attention_launch._PORTABLE[kernel])
     monkeypatch.setitem(attention_hopper.KERNELS, name, Refused())
-    monkeypatch.setattr(attention_hopper, "tile_of", lambda *a: attention_fused.tile_of(a[0], *a[1:]))
+    monkeypatch.setattr(attention_hopper, "tile_of", lambda *a: attention_launch.tile_of(a[0], *a[1:]))
 
     def both():
         q, k, v = (
