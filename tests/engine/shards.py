@@ -18,7 +18,7 @@ CASES = {
     "gpt2": dict(norm="layernorm", position="learned", ffn="gelu", bias=True, n_kv_heads=4),
     "untied": dict(tie_embeddings=False, qkv_bias=True, position="sinusoidal", logit_softcap=4.0),
     "qwen3": dict(qk_norm=True),
-    "moe": dict(**MOE, n_shared_experts=1),
+    "moe": dict(**MOE, shared_ff=48),
     "switch": dict(**MOE, experts_per_token=1),
 }
 LONELY = 0.0  # a router whose weights are zero sends every token to the first expert, which one process owns
