@@ -243,7 +243,12 @@ py::array_t<uint64_t> split(py::handle text, const std::string& pattern) {
 }  // namespace
 
 void bind_tokenizer(py::module_& module) {
-    py::class_<Specials>(module, "Specials").def(py::init<std::vector<std::pair<std::string, TokenId>>>());
+    py::class_<Specials>(module, "Specials")
+        .def(py::init([](const std::vector<std::tuple<std::string, TokenId, bool, bool>>& tokens) {
+            std::vector<AddedToken> added;
+            for (const auto& [text, id, lstrip, rstrip] : tokens) added.push_back({text, id, lstrip, rstrip});
+            return Specials(std::move(added));
+        }));
 
     bind_bpe<uint16_t>(module, "BPE16");
     bind_bpe<uint32_t>(module, "BPE32");

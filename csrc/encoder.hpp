@@ -84,27 +84,45 @@ struct Texts {
 // A text of characters turned out to hold a lone surrogate.
 struct NoUtf8 : std::exception {};
 
-// Special tokens that the caller allows, and where they stand in a text.
-class Specials {
-public:
-    explicit Specials(std::vector<std::pair<std::string, TokenId>> tokens);
-
-    struct Found {
-        size_t begin, end;
-        TokenId id;
-    };
-    // The leftmost special token from `begin` on, the longest where several begin; begin == end if there is none.
-    Found next(TextView text, size_t begin) const;
-
-    size_t longest() const { return tokens_.empty() ? 1 : tokens_[0].first.size(); }
-
-private:
-    std::vector<std::pair<std::string, TokenId>> tokens_;  // longest first
-    bool starts_[256] = {};
-    int only_start_ = -1;  // the byte that all of them begin with, if they do
+// A string that is one token wherever it stands; it may take the white space before or behind it along.
+struct AddedToken {
+    std::string text;
+    TokenId id;
+    bool lstrip = false, rstrip = false;
 };
 
-// A stretch of ordinary text; a special token if begin == limit; an empty text if there is no text.
+// Added tokens that may occur in a text, and where they do: a trie, so that thousands cost no more than one.
+class Specials {
+public:
+    explicit Specials(std::vector<AddedToken> tokens);
+
+    struct Found {
+        size_t begin, end;  // with the white space that is taken along; begin == end if there is none
+        TokenId id;
+        size_t from, next;  // where the token itself stands: what it is looked for behind `next`
+    };
+    // The leftmost token from `from` on, the longest where several begin. White space before `done` is not taken along.
+    Found next(TextView text, size_t from, size_t done) const;
+
+    size_t longest() const { return longest_; }
+
+private:
+    struct Node {
+        uint32_t child = 0, sibling = 0, token = 0;  // `token`: one more than a place in `tokens_`, 0 for none
+        uint8_t byte = 0;
+    };
+    uint32_t child_of(uint32_t node, uint8_t byte) const;
+    Found found(TextView text, size_t from, size_t next, size_t done, const AddedToken& token) const;
+
+    std::vector<AddedToken> tokens_;
+    std::vector<Node> nodes_{1};
+    uint32_t first_[256] = {};       // the node of each first byte, 0 where no token begins with it
+    uint64_t pairs_[1 << 10] = {};   // a bit for each pair of bytes, the first the lower, with which a token may begin
+    int only_first_ = -1;            // the byte that all of them begin with, if they do
+    size_t longest_ = 1;
+};
+
+// A stretch of ordinary text; an added token if begin == limit; an empty text if there is no text.
 struct Segment {
     const uint8_t* text;
     uint64_t begin, limit, size;
@@ -113,7 +131,7 @@ struct Segment {
     int width = 0;  // as in TextView
 };
 
-// Cuts a text at its special tokens (which only UTF-8 may have), and where it may be cut into pieces of about `segment_size`.
+// Cuts a text at its added tokens (which only UTF-8 may have), and where it may be cut into pieces of about `segment_size`.
 void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments);
 
 // Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.

@@ -8,31 +8,31 @@ namespace warploom {
 
 Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left,
                const std::vector<TokenId>& right, const std::vector<TokenId>& merged) {
-    TokenId greatest = *std::max_element(byte_ids.begin(), byte_ids.end());
-    for (const auto* ids : {&left, &right, &merged})
-        for (TokenId id : *ids) greatest = std::max(greatest, id);
+    std::vector<bool> known = reachable(byte_ids, left, right, merged);
     constexpr Symbol kNone = ~0u;
-    std::vector<Symbol> symbol_of(static_cast<size_t>(greatest) + 1, kNone);
+    std::vector<Symbol> symbol_of(known.size(), kNone);
     for (TokenId id : byte_ids) {
-        symbol_of[id] = static_cast<Symbol>(ids_.size());
+        if (id == kNoToken) lacking_ = true;
+        else symbol_of[id] = static_cast<Symbol>(ids_.size());
         ids_.push_back(id);
     }
-    for (TokenId id : merged) {
-        if (symbol_of[id] != kNone) {
+    for (size_t i = 0; i < merged.size(); ++i) {
+        if (!known[left[i]] || !known[right[i]]) continue;
+        if (symbol_of[merged[i]] != kNone) {
             ordered_ = false;
             continue;
         }
-        symbol_of[id] = static_cast<Symbol>(ids_.size());
-        ids_.push_back(id);
+        symbol_of[merged[i]] = static_cast<Symbol>(ids_.size());
+        ids_.push_back(merged[i]);
     }
     if (ids_.size() >= 1u << 21) throw std::invalid_argument("merges make more than 2097152 tokens, which is the most");
+    if (merged.size() >= 1u << 22) throw std::invalid_argument("merges are more than 4194304, which is the most");
     for (size_t i = 0; i < merged.size(); ++i) {
-        if (symbol_of[left[i]] == kNone || symbol_of[right[i]] == kNone)
-            throw std::invalid_argument("merges uses a token that is neither a byte nor the result of a merge");
+        if (!known[left[i]] || !known[right[i]]) continue;
         left_.push_back(symbol_of[left[i]]);
         right_.push_back(symbol_of[right[i]]);
         result_.push_back(symbol_of[merged[i]]);
-        ordered_ = ordered_ && left_[i] < result_[i] && right_[i] < result_[i];
+        ordered_ = ordered_ && left_.back() < result_.back() && right_.back() < result_.back();
     }
     for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
     for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
@@ -44,7 +44,29 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
         uint8_t a = static_cast<uint8_t>(before.back()), b = static_cast<uint8_t>(after.front());
         joints_[(a | b << 8) >> 6] |= 1ull << (a & 63);
     }
+    for (unsigned i = 0; i < 256 * 256; ++i)  // what stands before and behind a byte that is dropped may merge
+        if (ids_[i & 255] == kNoToken || ids_[i >> 8] == kNoToken) joints_[i >> 6] |= 1ull << (i & 63);
     pairs_.build(left_, right_, ids_.size());
+}
+
+// Which tokens can come about: the bytes, and what merges make of them.
+std::vector<bool> Merges::reachable(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left,
+                                    const std::vector<TokenId>& right, const std::vector<TokenId>& merged) const {
+    TokenId greatest = 0;
+    for (const auto* ids : {&byte_ids, &left, &right, &merged})
+        for (TokenId id : *ids) greatest = id == kNoToken ? greatest : std::max(greatest, id);
+    if (greatest >= 1u << 30) throw std::invalid_argument("merges has an id beyond 1073741823, which is the greatest");
+    std::vector<bool> known(static_cast<size_t>(greatest) + 1);
+    for (TokenId id : byte_ids)
+        if (id != kNoToken) known[id] = true;
+    for (bool found = true; found;) {  // twice, unless merges come before those of their halves
+        found = false;
+        for (size_t i = 0; i < merged.size(); ++i) {
+            if (known[merged[i]] || !known[left[i]] || !known[right[i]]) continue;
+            known[merged[i]] = found = true;
+        }
+    }
+    return known;
 }
 
 // The bytes of each symbol; none for what needs itself to come about.
@@ -64,6 +86,14 @@ std::vector<std::string> Merges::spell() const {
 }
 
 size_t Merges::encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& s) const {
+    if (!lacks(word, size)) return encode_whole(word, size, ids, s);
+    s.kept.clear();
+    for (size_t i = 0; i < size; ++i)
+        if (ids_[word[i]] != kNoToken) s.kept.push_back(word[i]);
+    return s.kept.empty() ? 0 : encode_whole(s.kept.data(), s.kept.size(), ids, s);
+}
+
+size_t Merges::encode_whole(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& s) const {
     if (size <= kShort) {
         Symbol symbols[kShort];
         size_t count = encode_short(word, size, symbols);

@@ -20,6 +20,8 @@ namespace warploom {
 
 using TokenId = uint32_t;
 
+constexpr TokenId kNoToken = 0xFFFFFFFF;
+
 // Memory that `Merges::encode` works in, kept between words.
 struct MergeScratch {
     struct Waiting {
@@ -31,6 +33,7 @@ struct MergeScratch {
     std::vector<uint32_t> first, last, ranks;    // of each bucket; `ranks` is a heap of the buckets that are not empty
     std::vector<uint32_t> positions;
     std::vector<Symbol> block, joined, window, pair;
+    std::vector<uint8_t> kept;  // of a word that holds bytes which are dropped
     const Checkpoint* checkpoint = nullptr;  // called now and then within a very long word
 };
 
@@ -46,7 +49,8 @@ struct NewWords {
 
 class Merges {
 public:
-    // Token ids of the 256 bytes, and of each merge its two halves and its result.
+    // Token ids of the 256 bytes, kNoToken for those that have none and are dropped from words before merging, and of
+    // each merge its two halves and its result. Merges of tokens that never come about are passed over.
     Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left, const std::vector<TokenId>& right,
            const std::vector<TokenId>& merged);
 
@@ -73,6 +77,13 @@ public:
         return size;
     }
 
+    // Whether a word holds bytes that are dropped.
+    bool lacks(const uint8_t* word, size_t size) const {
+        for (size_t i = 0; lacking_ && i < size; ++i)
+            if (ids_[word[i]] == kNoToken) return true;
+        return false;
+    }
+
     // Writes the ids of a word and returns how many there are (at most `size`).
     size_t encode(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
 
@@ -90,7 +101,10 @@ public:
 private:
     static constexpr size_t kShort = 48, kBlock = 1024, kWidest = 8 * kBlock;
 
+    std::vector<bool> reachable(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left,
+                                const std::vector<TokenId>& right, const std::vector<TokenId>& merged) const;
     std::vector<std::string> spell() const;
+    size_t encode_whole(const uint8_t* word, size_t size, TokenId* ids, MergeScratch& scratch) const;
     size_t encode_short(const uint8_t* word, size_t size, Symbol* symbols) const;
     void encode_block(const uint8_t* word, size_t size, std::vector<Symbol>& symbols, MergeScratch& scratch) const;
     bool join(const uint8_t* border, MergeScratch& scratch) const;
@@ -105,7 +119,7 @@ private:
     std::vector<TokenId> ids_;                   // of each symbol
     std::vector<uint32_t> lengths_;              // of each symbol, in bytes
     uint64_t joints_[1 << 10] = {};
-    bool plain_results_ = true, plain_ids_ = true;
+    bool plain_results_ = true, plain_ids_ = true, lacking_ = false;
     bool ordered_ = true;                        // each token has one merge, learned after those of its halves
 };
 

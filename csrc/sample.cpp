@@ -37,17 +37,24 @@ inline float exponential(uint32_t bits) {
     return -std::log(1 - v);
 }
 
-// weights = exp(logits · heat − largest); the largest is returned.
-WARPLOOM_CLONES float weigh(const float* logits, int n, float heat, float* weights) {
+// weights = logits · heat, a NaN as −inf; the largest is returned.
+WARPLOOM_CLONES float scale(const float* logits, int n, float heat, float* weights) {
     float peak = -INFINITY;
-    for (int i = 0; i < n; ++i) peak = std::max(peak, weights[i] = logits[i] * heat);
-    int i = 0;
-    for (; i + 16 <= n; i += 16) store(weights + i, exp(load(weights + i) - peak));
-    for (; i < n; ++i) weights[i] = std::exp(weights[i] - peak);
+    for (int i = 0; i < n; ++i) {
+        const float x = logits[i] * heat;
+        peak = std::max(peak, weights[i] = x == x ? x : -INFINITY);
+    }
     return peak;
 }
 
-// Where the largest logit stands, the first of equals.
+// weights = exp(weights − peak)
+WARPLOOM_CLONES void exponentiate(float* weights, int n, float peak) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) store(weights + i, exp(load(weights + i) - peak));
+    for (; i < n; ++i) weights[i] = std::exp(weights[i] - peak);
+}
+
+// Where the largest logit stands, the first of equals; 0 where all are −inf or no number.
 WARPLOOM_CLONES int64_t first_largest(const float* logits, int n) {
     f16 most = f16{} - INFINITY;
     int i = 0;
@@ -57,8 +64,7 @@ WARPLOOM_CLONES int64_t first_largest(const float* logits, int n) {
     }
     float peak = largest(most);
     for (; i < n; ++i) peak = std::max(peak, logits[i]);
-    const int64_t at = std::find(logits, logits + n, peak) - logits;
-    return at < n ? at : 0;  // none where nothing is a number
+    return peak == -INFINITY ? 0 : std::find(logits, logits + n, peak) - logits;
 }
 
 // The weight of the last token that top-p keeps: of the largest weights, the fewest that hold the share `top_p`.
@@ -94,11 +100,13 @@ float kept_from(const std::vector<float>& weights, const Draw& draw) {
 }  // namespace
 
 int64_t sample_row(const float* logits, int vocabulary, const Draw& draw) {
-    if (!(draw.temperature > 0)) return first_largest(logits, vocabulary);
+    if (!(draw.temperature >= kGreedyBelow)) return first_largest(logits, vocabulary);
     thread_local std::vector<float> weights;
     weights.resize(vocabulary);
     const float heat = 1 / draw.temperature;
-    const float peak = weigh(logits, vocabulary, heat, weights.data());
+    const float peak = scale(logits, vocabulary, heat, weights.data());
+    if (!std::isfinite(peak)) return first_largest(weights.data(), vocabulary);
+    exponentiate(weights.data(), vocabulary, peak);
     const float floor = kept_from(weights, draw);
     const Philox random(draw.seed, draw.position);
 

@@ -4,6 +4,8 @@
 
 namespace warploom {
 
+constexpr float kGreedyBelow = 1e-4f;  // a temperature below is greedy: at 1e-40 its reciprocal would be infinite
+
 struct Draw {
     float temperature;
     int32_t top_k;
@@ -11,6 +13,7 @@ struct Draw {
     int64_t seed, position;
 };
 
+// A NaN counts as −inf. Where the largest logit over the temperature is not finite, the first of the largest is taken.
 int64_t sample_row(const float* logits, int vocabulary, const Draw& draw);
 
 }  // namespace warploom

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from . import rows
 from .config import ModelConfig
 from .layers import (
     Embedding,
@@ -170,8 +169,6 @@ class Block(nn.Module):
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
-        if (weights := rows.weights_of(self, stream, rotate)) is not None:
-            return *rows.run(self, weights, stream, delta, rotate, attend), None
         normed, stream = self.attention_norm.add(delta, stream)
         attended = self.joining(self.attention(normed, rotate, attend), self.attention_post)
         if self.residual == "serial":

@@ -1,13 +1,19 @@
-"""The kernels of paged attention: prefill chunks and decode rows of one batch, in one grid that never changes.
+"""One kernel for paged attention: prefill chunks and decode rows of one batch, in one grid that never changes.
 
-A decode row is one query against a long context: nothing to compute and everything to read. So the query heads that
-share a key head form one tile (its keys are read once), and the context is cut into segments that are read at the same
-time by different programs; a second kernel adds the segments up in order. How a context is cut depends on its length
-and on nothing else, so a row's bits do not depend on its neighbors. A chunk of queries has work enough for itself: a
-tile is some tokens times the heads that share a key head, and walks the whole context.
+Split-KV (flash decoding): a decode row is one query against a long context, nothing to compute and everything to read.
+So the query heads that share a key head form one tile (its keys are read once), and segments of the context are read at
+the same time by different programs. The last of them to arrive adds the segments up, in order. A chunk of queries has
+work enough for itself: its tile of tokens times heads walks the whole context.
 
-The grid has room for the worst case (every sequence decoding with the longest context, or all tokens in chunks) and
-programs without work leave at once: lengths stay on the device, and a CUDA graph can hold the launch.
+Batch invariance. A row's bits must not tell whether it came as a decode, in a chunk, as a draft or after a preemption.
+So both paths are the same instructions on the same tile, which for a decode is mostly empty: on Hopper, m64 `wgmma`
+with one token costs less than half of the time in which its keys arrive. Blocks of keys begin at multiples of BLOCK_N
+and segments at multiples of SEGMENT, wherever a chunk is cut and a window begins; every segment starts afresh and is
+merged in order; blocks that a row does not see change no bit of it; and what a compiler might contract is an explicit
+`fma`. Only the rows of `o` are written, padding included: nothing is cleared beforehand.
+
+Lengths stay on the device and programs without work leave at once, so a CUDA graph can hold the launch; the grid has
+room for as many segments as the page table has columns for, which is how a caller bounds it.
 
 T tokens, N sequences, H query heads, K key heads, G = H / K, D head dim, P pages.
 """
@@ -20,198 +26,215 @@ from .fused import launch, launcher
 from .lang import architecture, cdiv, next_power_of_2, tl, triton
 from .tuned import tuned
 
-SPLITS = 32
-"""A context is cut into at most this many segments."""
 SEGMENT = 256
-"""And into none shorter than this: a smaller one is read before a program has started."""
-COUNTS = ("sequences", "splits", "decoding", "stride_table", "stride_sn", "stride_sh")
+"""Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
+UNROLL = 8
+"""Segments that are fetched at once when they are added up: one after the other, each would wait 0.4 µs for L2."""
+UNSPECIALIZED = ("tokens", "sequences", "grid_splits", "split_programs", "stride_table", "stride_sn", "stride_sh")
 """Arguments that change from step to step: no kernel is compiled for their values, in the middle of serving."""
 
 
 @triton.jit
-def _walk(
-    q, q_pos, k_pages, v_pages, pages, begin, end,
-    stride_kp, stride_ks, stride_vp, stride_vs, k_scale,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Attention of a tile of queries over the keys begin..end of one sequence: (peak, total, weighted values)."""
-    UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    columns = tl.arange(0, BLOCK_D)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for key in tl.range(begin, end, BLOCK_N):
-        keys = key + tl.arange(0, BLOCK_N)
-        page = tl.load(pages + keys // PAGE, mask=keys < end, other=0).to(tl.int64)
-        slot = (keys % PAGE).to(tl.int64)
-        inside = (keys[:, None] < end) & (columns[None, :] < D)
-        k_offsets = (page * stride_kp + slot * stride_ks)[:, None] + columns[None, :]
-        k = tl.load(k_pages + k_offsets, mask=inside, other=0.0).to(q.dtype)
-        scores = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * k_scale, SCALE, SOFTCAP)
-        seen = visible(q_pos[:, None], keys[None, :], end, True, WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * UNIT)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(scores * UNIT - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(p, 1)
-        peak = new_peak
-        v_offsets = (page * stride_vp + slot * stride_vs)[:, None] + columns[None, :]
-        v = tl.load(v_pages + v_offsets, mask=inside, other=0.0).to(q.dtype)
-        acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return peak, total, acc
+def _rescale(m_i, new_m):
+    """What sums relative to the maximum `m_i` are multiplied by to be relative to `new_m`; a row without keys is 0."""
+    return tl.exp2(m_i - tl.where(new_m == float("-inf"), 0.0, new_m))
 
 
 @triton.jit
-def _tile_of_queries(
-    q, first, rows_left, head, row_token, row_head, stride_qt, stride_qh,
-    SHARE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows are tokens times the heads that share key head `head`: their offsets into q or o, and which exist."""
-    columns = tl.arange(0, BLOCK_D)
-    heads = head * SHARE + row_head
-    offsets = ((first + row_token) * stride_qt + heads * stride_qh)[:, None] + columns[None, :]
-    inside = ((row_token < rows_left) & (row_head < SHARE))[:, None] & (columns[None, :] < D)
-    return tl.load(q + offsets, mask=inside, other=0.0), inside
+def _add_segment(m_i, l_i, acc, m_s, l_s, acc_s):
+    """Online softmax over segments: the maximum, the sum and the weighted values of what came before, and of one more.
+
+    Adding the first segment to nothing gives that segment, to the bit."""
+    new_m = tl.maximum(m_i, m_s)
+    alpha = _rescale(m_i, new_m)
+    beta = _rescale(m_s, new_m)
+    return new_m, tl.fma(l_i, alpha, l_s * beta), tl.fma(acc, alpha[:, None], acc_s * beta[:, None])
 
 
 @triton.jit
-def segment_of(length, SPLITS: tl.constexpr, SEGMENT: tl.constexpr):
-    """How many keys a segment has, given how many keys there are."""
-    return tl.maximum(SEGMENT, tl.cdiv(tl.cdiv(length, SPLITS), 64) * 64)
+def _normalized(l_i, acc, v_scale):
+    """The weighted mean of the values; a row without keys is zero."""
+    return acc * v_scale / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
+def _add_stored_segments(
+    partial, stats, count, stride_ps, stride_ph, stride_ss, stride_sh, v_scale,
+    Q_PER_KV: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(Q_PER_KV, D): a decode row's segments, merged in order."""
+    head = tl.arange(0, ROWS).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row_stats = stats + head * stride_sh
+    row_partial = partial + (head * stride_ph)[:, None] + column[None, :]
+    for first in tl.range(0, count, UNROLL):
+        for i in tl.static_range(UNROLL):
+            segment = tl.cast(first + i, tl.int64)
+            there = (head < Q_PER_KV) & (first + i < count)
+            m_s = tl.load(row_stats + segment * stride_ss, mask=there, other=float("-inf"))
+            l_s = tl.load(row_stats + segment * stride_ss + 1, mask=there, other=0.0)
+            mask = there[:, None] & (column[None, :] < D)
+            acc_s = tl.load(row_partial + segment * stride_ps, mask=mask, other=0.0)
+            m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
+    return _normalized(l_i, acc, v_scale)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def paged_attention_kernel(
-    q, k_pages, v_pages, table, contexts, starts, o, partial, stats,
+    q, k_pages, v_pages, table, contexts, starts, o, partial, stats, arrivals,
     stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
-    sequences, splits, decoding, k_scales, v_scales,
-    SHARE: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
-    SPLITS: tl.constexpr, SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    HALVINGS: tl.constexpr, DECODE_M: tl.constexpr, CHUNK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    tokens, sequences, grid_splits, split_programs, k_scales, v_scales,
+    Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G_ROWS: tl.constexpr, UNROLL: tl.constexpr,
     K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
 ):  # fmt: skip
+    """Programs below `split_programs` take one segment of one sequence that decodes, the others a tile of a chunk."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // Q_PER_KV
+    UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     pid = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
+    splits = pid < split_programs
+    if splits:
+        sequence = pid // grid_splits
+        token = pid * 0
+    else:
+        # Tokens behind the last sequence are one more, without keys: its tiles write zeros.
+        tile = pid - split_programs
+        sequence = owner_of(tile, starts, sequences + 1, BLOCK_Q, SEARCH_STEPS)
+        token = (tile - (tl.load(starts + sequence).to(tl.int32) // BLOCK_Q + sequence)) * BLOCK_Q
+    padding = sequence == sequences
+    first = tl.load(starts + sequence).to(tl.int32)
+    queries = (tokens if padding else tl.load(starts + sequence + 1).to(tl.int32)) - first
+    context = 0 if padding else tl.load(contexts + sequence).to(tl.int32)
+    lowest = context - queries + token  # the position of the tile's first query
+    begin = tl.maximum(lowest - WINDOW + 1, 0) if WINDOW > 0 else lowest * 0
+    begin -= begin % BLOCK_N
+    end = tl.minimum(lowest + BLOCK_Q, context)
+    segments = 1
+    split = 0
+    if splits:
+        split = pid % grid_splits
+        segments = tl.cdiv(end, SEGMENT) - begin // SEGMENT
+        here = (tl.cast(begin // SEGMENT + split, tl.int64) * SEGMENT).to(tl.int32)
+        begin = tl.maximum(begin, here)
+        end = tl.minimum(end, here + SEGMENT)
+        working = (queries == 1) & (split < segments)
+    else:
+        working = ((queries > 1) | padding) & (token < queries)
+    if not working:
+        return
+
+    own = tl.arange(0, BLOCK_M)
+    row_token = own // Q_PER_KV
+    row_head = head * Q_PER_KV + own % Q_PER_KV
+    column = tl.arange(0, BLOCK_D)
+    real = (row_token < BLOCK_Q) & (token + row_token < queries)
+    inside = real[:, None] & (column[None, :] < D)
+    here_T = (first + token).to(tl.int64) + row_token
+    q_offsets = (here_T * stride_qt + row_head * stride_qh)[:, None] + column[None, :]
+    q_tile = tl.load(q + q_offsets, mask=inside, other=0.0)
+    q_pos = lowest + row_token
+    pages = table + sequence.to(tl.int64) * stride_table
     k_scale = tl.load(k_scales + head).to(tl.float32) if K_SCALED else tl.full([], 1.0, tl.float32)
     v_scale = tl.load(v_scales + head).to(tl.float32) if V_SCALED else tl.full([], 1.0, tl.float32)
     k_pages += head * stride_kh
     v_pages += head * stride_vh
-    columns = tl.arange(0, BLOCK_D)
-    if pid < decoding:
-        sequence = pid // splits
-        split = pid % splits
-        first = tl.load(starts + sequence).to(tl.int64)
-        if tl.load(starts + sequence + 1) - first == 1:
-            context = tl.load(contexts + sequence).to(tl.int32)
-            begin = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
-            segment = segment_of(context - begin, SPLITS, SEGMENT)
-            here = begin + split * segment
-            if here < context:
-                row_head = tl.arange(0, DECODE_M)
-                row_token = row_head * 0
-                tile, inside = _tile_of_queries(
-                    q, first, 1, head, row_token, row_head, stride_qt, stride_qh, SHARE, D, BLOCK_D
-                )
-                end = tl.minimum(here + segment, context)
-                peak, total, acc = _walk(
-                    tile, row_token + context - 1, k_pages, v_pages,
-                    table + sequence.to(tl.int64) * stride_table, here, end,
-                    stride_kp, stride_ks, stride_vp, stride_vs, k_scale,
-                    SCALE, SOFTCAP, WINDOW, PAGE, D, BLOCK_D, DECODE_M, BLOCK_N,
-                )  # fmt: skip
-                heads = head * SHARE + row_head
-                slot = sequence.to(tl.int64) * stride_pn + heads * stride_ph + tl.cast(split, tl.int64) * stride_ps
-                tl.store(partial + (slot[:, None] + columns[None, :]), acc * v_scale, mask=inside)
-                slot = sequence.to(tl.int64) * stride_sn + heads * stride_sh + tl.cast(split, tl.int64) * stride_ss
-                tl.store(stats + slot, peak, mask=row_head < SHARE)
-                tl.store(stats + slot + 1, total, mask=row_head < SHARE)
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_s = tl.zeros([BLOCK_M], tl.float32)
+    acc_s = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for key in tl.range(begin, end, BLOCK_N):
+        if (key % SEGMENT == 0) & (key > begin):
+            m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
+            m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            l_s = tl.zeros([BLOCK_M], tl.float32)
+            acc_s = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        keys = key + tl.arange(0, BLOCK_N)
+        page = tl.load(pages + keys // PAGE, mask=keys < end, other=0).to(tl.int64)
+        slot = (keys % PAGE).to(tl.int64)
+        there = (keys[:, None] < end) & (column[None, :] < D)
+        k_offsets = (page * stride_kp + slot * stride_ks)[:, None] + column[None, :]
+        k = tl.load(k_pages + k_offsets, mask=there, other=0.0).to(q_tile.dtype)
+        scores = capped(tl.dot(q_tile, tl.trans(k), input_precision="ieee") * k_scale, SCALE, SOFTCAP)
+        scores = tl.where(visible(q_pos[:, None], keys[None, :], end, True, WINDOW), scores, float("-inf"))
+        new_m = tl.maximum(m_s, tl.max(scores, 1) * UNIT)
+        base = tl.where(new_m == float("-inf"), 0.0, new_m)
+        p = tl.exp2(tl.fma(scores, UNIT, -base[:, None]))
+        alpha = tl.exp2(m_s - base)
+        l_s = tl.fma(l_s, alpha, tl.sum(p, 1))
+        m_s = new_m
+        v_offsets = (page * stride_vp + slot * stride_vs)[:, None] + column[None, :]
+        v = tl.load(v_pages + v_offsets, mask=there, other=0.0).to(q_tile.dtype)
+        acc_s = tl.dot(p.to(q_tile.dtype), v, acc_s * alpha[:, None], input_precision="ieee")
+
+    if splits & (segments > 1):
+        partial += sequence.to(tl.int64) * stride_pn
+        stats += sequence.to(tl.int64) * stride_sn
+        at = tl.cast(split, tl.int64)
+        row_stats = stats + row_head * stride_sh + at * stride_ss
+        offsets = (row_head * stride_ph + at * stride_ps)[:, None] + column[None, :]
+        tl.store(partial + offsets, acc_s, mask=inside)
+        tl.store(row_stats, m_s, mask=real)
+        tl.store(row_stats + 1, l_s, mask=real)
+        tl.debug_barrier()  # all threads of this program have stored before one of them says so
+        counter = arrivals + sequence.to(tl.int64) * tl.num_programs(1) + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == segments - 1:
+            tl.store(counter, 0)  # for the next layer
+            group = head * Q_PER_KV
+            result = _add_stored_segments(
+                partial + group * stride_ph, stats + group * stride_sh, segments, stride_ps, stride_ph,
+                stride_ss, stride_sh, v_scale, Q_PER_KV, G_ROWS, D, BLOCK_D, UNROLL,
+            )  # fmt: skip
+            g = tl.arange(0, G_ROWS)
+            o_offsets = (first.to(tl.int64) * stride_ot + (group + g) * stride_oh)[:, None] + column[None, :]
+            mask = (g < Q_PER_KV)[:, None] & (column[None, :] < D)
+            tl.store(o + o_offsets, result.to(o.dtype.element_ty), mask=mask)
     else:
-        BLOCK_Q: tl.constexpr = CHUNK_M // SHARE
-        tile_number = pid - decoding
-        sequence = owner_of(tile_number, starts, sequences, BLOCK_Q, HALVINGS)
-        begin_token = tl.load(starts + sequence).to(tl.int32)
-        queries = tl.load(starts + sequence + 1).to(tl.int32) - begin_token
-        token = (tile_number - (begin_token // BLOCK_Q + sequence)).to(tl.int64) * BLOCK_Q
-        if (queries > 1) & (token < queries):
-            context = tl.load(contexts + sequence).to(tl.int32)
-            own = tl.arange(0, CHUNK_M)
-            row_token = own // SHARE
-            row_head = tl.where(row_token < BLOCK_Q, own % SHARE, SHARE)
-            tile, inside = _tile_of_queries(
-                q, begin_token + token, queries - token, head, row_token, row_head, stride_qt, stride_qh,
-                SHARE, D, BLOCK_D,
-            )  # fmt: skip
-            q_pos = context - queries + token.to(tl.int32) + row_token
-            lowest = context - queries + token.to(tl.int32)
-            here = tl.maximum(lowest - WINDOW + 1, 0) if WINDOW > 0 else 0
-            end = tl.minimum(lowest + BLOCK_Q, context)
-            peak, total, acc = _walk(
-                tile, q_pos, k_pages, v_pages, table + tl.cast(sequence, tl.int64) * stride_table, here, end,
-                stride_kp, stride_ks, stride_vp, stride_vs, k_scale,
-                SCALE, SOFTCAP, WINDOW, PAGE, D, BLOCK_D, CHUNK_M, BLOCK_N,
-            )  # fmt: skip
-            acc = acc * v_scale / tl.where(total == 0.0, 1.0, total)[:, None]
-            heads = head * SHARE + row_head
-            offsets = ((begin_token + token + row_token) * stride_ot + heads * stride_oh)[:, None] + columns[None, :]
-            tl.store(o + offsets, acc.to(o.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=COUNTS[-2:])
-def paged_attention_sum_kernel(
-    partial, stats, contexts, starts, o,
-    stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr, SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One head of one decode row: add up its segments, first to last."""
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    first = tl.load(starts + sequence).to(tl.int64)
-    if tl.load(starts + sequence + 1) - first != 1:
-        return
-    context = tl.load(contexts + sequence).to(tl.int32)
-    length = tl.minimum(context, WINDOW) if WINDOW > 0 else context
-    segments = tl.cdiv(length, segment_of(length, SPLITS, SEGMENT))
-    columns = tl.arange(0, BLOCK_D)
-    here = tl.arange(0, SPLITS)
-    stats += sequence * stride_sn + head * stride_sh
-    peaks = tl.load(stats + here.to(tl.int64) * stride_ss, mask=here < segments, other=float("-inf"))
-    peak = tl.max(peaks, 0)
-    partial += sequence * stride_pn + head * stride_ph
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    total = tl.max(peaks, 0) * 0.0
-    for segment in tl.range(0, segments):
-        at = tl.cast(segment, tl.int64)
-        weight = tl.exp2(tl.load(stats + at * stride_ss) - peak)
-        total += weight * tl.load(stats + at * stride_ss + 1)
-        acc += weight * tl.load(partial + at * stride_ps + columns, mask=columns < D, other=0.0)
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(o + first * stride_ot + head * stride_oh + columns, acc.to(o.dtype.element_ty), mask=columns < D)
+        m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
+        o_offsets = (here_T * stride_ot + row_head * stride_oh)[:, None] + column[None, :]
+        tl.store(o + o_offsets, _normalized(l_i, acc, v_scale).to(o.dtype.element_ty), mask=inside)
 
 
 def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
-    rows = max(16, next_power_of_2(G))
+    rows = next_power_of_2(G)
     arch = architecture(device)
     if arch == 0 or dtype == torch.float32:
-        chunk, block, stages = 16, 32, 1
+        tile, block, warps = 16, 32, 4
     else:
         narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
-        chunk, block, stages = 64, 32 if narrow else 64, 3
-    default = {"CHUNK_M": max(chunk, rows), "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
-    return {"DECODE_M": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
+        tile, block, warps = 64, 32 if narrow else 64, 4 if arch == 90 else 8
+    default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": 2}
+    return {"G_ROWS": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
 
 
-@launcher
+def query_starts(query_lens: torch.Tensor) -> torch.Tensor:
+    """Where the queries of each sequence begin, and where the last one's end (N + 1)."""
+    return torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def arrival_counters(sequences: int, key_heads: int, device: torch.device) -> torch.Tensor:
+    """Room to count which segments are done, for calls one after the other; each leaves it as it found it: zero."""
+    return torch.zeros(sequences * key_heads, dtype=torch.int32, device=device)
+
+
+@launcher(mutates=("arrivals",))
 def paged_attention_forward(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     page_table: torch.Tensor,
     context_lens: torch.Tensor,
-    query_lens: torch.Tensor,
+    starts: torch.Tensor,
+    arrivals: torch.Tensor,
     window: int,
     softcap: float,
     scale: float,
@@ -223,39 +246,37 @@ def paged_attention_forward(
     N, width = page_table.shape
     page, K = k_pages.shape[1:3]
     G = H // K
-    o_THD = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    starts = torch.zeros(N + 1, dtype=torch.int32, device=q.device)
-    starts[1:] = query_lens.cumsum(0)
+    o_THD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile = _tile(G, D, q.dtype, q.device)
-    longest = min(width * page, window or width * page)
-    splits = min(SPLITS, cdiv(longest, SEGMENT))
+    splits = cdiv(width * page, SEGMENT)
+    if window:
+        splits = min(splits, cdiv(window, SEGMENT) + 1)
     partial = torch.empty(N, H, splits, D, dtype=torch.float32, device=q.device)
     stats = torch.empty(N, H, splits, 2, dtype=torch.float32, device=q.device)
-    shape = {"WINDOW": window, "SPLITS": SPLITS, "SEGMENT": SEGMENT, "D": D, "BLOCK_D": max(16, next_power_of_2(D))}
     launch(
-        paged_attention_kernel, (N * splits + T // (tile["CHUNK_M"] // G) + N, K),
-        q, k_pages, v_pages, page_table, context_lens, starts, o_THD, partial, stats,
+        paged_attention_kernel, (N * splits + T // (tile["BLOCK_M"] // G) + N + 1 if T else 0, K),
+        q, k_pages, v_pages, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
-        N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
-        SHARE=G, SCALE=scale, SOFTCAP=softcap, PAGE=page, HALVINGS=halvings(N), **shape, **tile,
+        T, N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        Q_PER_KV=G, SCALE=scale, SOFTCAP=softcap, WINDOW=window, PAGE=page, SEGMENT=SEGMENT,
+        D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, halvings(N + 1)), UNROLL=UNROLL, **tile,
         K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
-    )  # fmt: skip
-    launch(
-        paged_attention_sum_kernel, (N, H),
-        partial, stats, context_lens, starts, o_THD,
-        *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3], **shape,
     )  # fmt: skip
     return o_THD
 
 
 def paged_attention_fused(
     q, k_pages, v_pages, page_table, context_lens, query_lens,
-    *, window=None, softcap=None, scale=None, k_scale=None, v_scale=None,
+    *, window=None, softcap=None, scale=None, k_scale=None, v_scale=None, starts=None, arrivals=None,
 ):  # fmt: skip
     """The fused twin of `paged_attention`: same arguments, same meaning."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    lengths = page_table, context_lens, query_lens
+    if starts is None:
+        starts = query_starts(query_lens)
+    if arrivals is None:
+        arrivals = arrival_counters(len(query_lens), k_pages.shape[2], q.device)
+    meaning = window or 0, float(softcap or 0.0), scale
     return paged_attention_forward(
-        q, k_pages, v_pages, *lengths, window or 0, float(softcap or 0.0), scale, k_scale, v_scale
+        q, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, k_scale, v_scale
     )

@@ -1,8 +1,12 @@
 """Drawing the next token, each row with its own settings and its own generator.
 
-Greedy is temperature 0. Otherwise, logits / temperature become probabilities p; `top_k` keeps the k largest, `top_p`
-the smallest set of largest whose share of what top_k left reaches top_p, `min_p` those with p ≥ min_p · max p. Each
-is a threshold on p, so all tokens that tie with the last one kept are kept.
+Greedy is a temperature below 1e-4, whose reciprocal might not be a number. Otherwise, logits / temperature become
+probabilities p; `top_k` keeps the k largest, `top_p` the smallest set of largest whose share of what top_k left
+reaches top_p, `min_p` those with p ≥ min_p · max p. Each is a threshold on p, so all tokens that tie with the last one
+kept are kept.
+
+Logits need not be numbers: a NaN counts as −inf, and a row whose largest logit over the temperature is not finite is
+greedy. Greedy takes the first of the largest, and token 0 where no logit is above −inf.
 
 The draw is an exponential race: token i finishes at e_i / p_i, with e_i exponentially distributed, and the first to
 finish wins with probability p_i. No sum, no cumulative table, and e_i comes from `philox` at (seed, position, i):
@@ -27,6 +31,9 @@ from .op import Budget, Case, Op
 from .philox import exponential, philox_exponential, random_bits
 from .tuned import tuned
 
+GREEDY_BELOW = 1e-4
+_GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
+
 
 def _sample(
     logits: torch.Tensor,
@@ -41,13 +48,14 @@ def _sample(
 
     `temperature` 0 is greedy, `top_k` 0, `top_p` 1 and `min_p` 0 keep everything. A token depends on its own row only.
     """
-    x_BV = logits.float()
+    warm_B = temperature >= GREEDY_BELOW
+    x_BV = logits.float() * (1 / temperature.float().where(warm_B, 1.0))[:, None]
+    x_BV = x_BV.where(x_BV == x_BV, -math.inf)
     greedy_B = x_BV.argmax(-1)
-    x_BV = x_BV * (1 / temperature.float().where(temperature > 0, 1.0))[:, None]
     kept_BV = _kept(x_BV, top_k, top_p.float(), min_p.float())
     race_BV = x_BV - torch.log(exponential(random_bits(seeds, positions, x_BV.shape[1])))
     drawn_B = race_BV.masked_fill(~kept_BV, -math.inf).argmax(-1)
-    return drawn_B.where(temperature > 0, greedy_B)
+    return drawn_B.where(warm_B & x_BV.amax(-1).isfinite(), greedy_B)
 
 
 def _kept(x_BV, top_k, top_p, min_p):
@@ -82,13 +90,20 @@ def _float_of(order):
 
 
 @triton.jit
+def _scaled(row_ptr, col, col_stride, V, scale):
+    """Logits over the temperature; −inf for a NaN and past the end."""
+    x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+    return tl.where(x == x, x, -float("inf"))
+
+
+@triton.jit
 def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
     """The largest scaled logit, the first token that has it, and the maxima of BLOCK interleaved groups of tokens."""
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+        x = _scaled(row_ptr, col, col_stride, V, scale)
         where = tl.where(x > best, col, where)
         best = tl.maximum(best, x)
     highest = tl.max(best, 0)
@@ -104,7 +119,7 @@ def _survey(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
     weight_reach = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+        x = _scaled(row_ptr, col, col_stride, V, scale)
         weight = tl.exp(x - highest)
         more += tl.where(x > floor, 1, 0)
         least = tl.minimum(least, tl.where(x > floor, x, float("inf")))
@@ -138,8 +153,8 @@ def _kth_token(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
         count = tl.zeros([BLOCK], tl.int32)
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32)
-            count += tl.where((_ordered(x * scale) >= middle) & (col < V), 1, 0)
+            x = _scaled(row_ptr, col, col_stride, V, scale)
+            count += tl.where((_ordered(x) >= middle) & (col < V), 1, 0)
         enough = tl.sum(count, 0) >= k
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
     return _float_of(low.to(tl.int32))
@@ -152,7 +167,7 @@ def _race(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.conste
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
+        x = _scaled(row_ptr, col, col_stride, V, scale)
         finish = x - tl.log(philox_exponential(seed, position, start, BLOCK))
         finish = tl.where(x > floor, finish, -float("inf"))
         where = tl.where(finish > best, col, where)
@@ -170,9 +185,10 @@ def _sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * x_row
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    scale = tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(temperature > 0, temperature, 1.0))
+    warm = temperature >= _GREEDY_BELOW
+    scale = tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(warm, temperature, 1.0))
     highest, token, best = _row_maximum(row_ptr, x_col, V, scale, BLOCK)
-    if temperature > 0:
+    if warm & (tl.abs(highest) < float("inf")):
         top_k = tl.load(top_k_ptr + row).to(tl.int32)
         top_p = tl.load(top_p_ptr + row).to(tl.float32)
         min_p = tl.load(min_p_ptr + row).to(tl.float32)

@@ -16,7 +16,8 @@ FLOORS = [  # from the ground up; a module imports from its own floor or below
     ("tokenizer", "kernels"),
     (
         *("engine.config", "engine.device", "engine.model", "engine.cache", "engine.architectures", "engine.hub"),
-        *("engine.gguf", "engine.attention_maps", "engine.collectives", "engine.sharding", "engine.rows"),
+        *("engine.gguf", "engine.attention_maps", "engine.collectives", "engine.sharding"),
+        *("engine.executors", "engine.rows"),
     ),
     ("engine.data", "engine.training", "engine.serving"),
     ("engine.server",),

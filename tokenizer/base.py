@@ -5,6 +5,7 @@ id stands for (`token_bytes`). Everything else here follows from that: special t
 `BPETokenizer` overrides the calls where native code is faster; the meaning stays.
 """
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from .chat import ChatTemplate
-from .sources import atomic_writer, read_pieces
-from .specials import SpecialTokens, cut_stream
+from .chat import render
+from .sources import atomic_writer, read_pieces, write_text
+from .specials import Follows, SpecialTokens, cut_stream
 from .stream import StreamDecoder
 
 Allowed = Literal["none", "all"] | Iterable[str]
@@ -24,20 +25,31 @@ Allowed = Literal["none", "all"] | Iterable[str]
 class Tokenizer(ABC):
     """Text to token ids and back."""
 
-    def __init__(self, special_tokens: dict[str, int] | None = None, chat_template: str | None = None) -> None:
-        self.special = SpecialTokens(special_tokens or {})
+    def __init__(
+        self, special_tokens: dict[str, int] | SpecialTokens | None = None, chat_template: str | None = None
+    ) -> None:
+        given = special_tokens or {}
+        self.special = given if isinstance(given, SpecialTokens) else SpecialTokens(given)
         self.chat_template = chat_template
+        self.prefix_ids: list[int] = []  # what the loaded post-processor puts before every text; `encode` does not
+        self.loaded: dict = {}  # parts of the tokenizer.json that this one was read from, kept for saving
+        self.config: dict = {}  # the tokenizer_config.json beside it
+        self._vocab_size: int | None = None
 
     # -- what a kind of tokenizer defines ---------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def vocab(self) -> dict:
-        """Ordinary tokens and their ids; special tokens are in `special_tokens`."""
+        """Ordinary tokens and their ids; added tokens are in `special_tokens`."""
 
     @abstractmethod
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a text in which no special token is recognized."""
+    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
+        """Ids of a text in which no added token is recognized."""
+
+    @abstractmethod
+    def _spans(self, text: str, ids: list[int]) -> Iterable[tuple[int, int]]:
+        """The span of characters that each id of ordinary text touches."""
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -59,13 +71,15 @@ class Tokenizer(ABC):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Special tokens and their ids."""
+        """Added tokens and their ids: special ones, and plain ones, which are vocabulary (`special.plain`)."""
         return dict(self.special.ids)
 
     @property
     def vocab_size(self) -> int:
         """One more than the greatest id: the number of rows an embedding needs."""
-        return 1 + max(max(self.vocab.values(), default=-1), max(self.special.ids.values(), default=-1))
+        if self._vocab_size is None:
+            self._vocab_size = 1 + max(max(self.vocab.values(), default=-1), max(self.special.texts, default=-1))
+        return self._vocab_size
 
     @property
     def dtype(self) -> np.dtype:
@@ -87,13 +101,6 @@ class Tokenizer(ABC):
         """The ids that end a generation: `eos_id`, what config files add to it, and ends of a turn."""
         return self.special.stop_ids()
 
-    @property
-    def prefix_ids(self) -> list[int]:
-        """The ids that the loaded post-processor puts before every text (Llama's <s>); `encode` does not."""
-        from .files import prefix_of
-
-        return prefix_of(getattr(self, "json_extras", {}).get("post_processor"))
-
     def add_special_tokens(self, tokens: Iterable[str]) -> list[int]:
         """Add special tokens after the last id and return their ids; one that exists keeps its id."""
         ids = dict(self.special.ids)
@@ -106,25 +113,29 @@ class Tokenizer(ABC):
         return [ids[token] for token in tokens]
 
     def _set_special_tokens(self, ids: dict[str, int]) -> None:
-        kept = self.special
-        self.special = SpecialTokens(ids)
-        self.special.plain, self.special.stops = kept.plain, kept.stops
-        self.special.bos, self.special.eos = kept.bos or self.special.bos, kept.eos or self.special.eos
+        self.special = self.special.with_ids(ids)
+        self._vocab_size = None
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
         """Token ids of `text`. Special tokens are recognized only when `allowed_special` names them (or is "all")."""
-        allowed = self.special.allowed(allowed_special)
-        if not allowed:
-            return self._encode_ordinary(text)
         ids: list[int] = []
-        for piece, special_id in self.special.split(text, allowed):
-            if special_id is None:
-                ids += self._encode_ordinary(piece)
+        follows: Follows = "start"
+        for piece, added_id in self.special.split(text, self.special.allowed(allowed_special)):
+            if added_id is None:
+                ids += self._encode_ordinary(piece, follows)
+                follows = "text"
             else:
-                ids.append(special_id)
+                ids.append(added_id)
+                follows = "added"
         return ids
+
+    def encode_part(
+        self, text: str, follows: Follows, allowed_special: Allowed = "none", threads: int | None = None
+    ) -> np.ndarray:
+        """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
+        return self.encode_array(text, allowed_special, threads)
 
     def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
         """Token ids as a NumPy array of `dtype`."""
@@ -147,8 +158,9 @@ class Tokenizer(ABC):
 
     def encode_iterable(self, pieces: Iterable[str], allowed_special: Allowed = "none") -> Iterator[int]:
         """Ids of the pieces' concatenation, one at a time, in constant memory wherever the text can be cut."""
-        for text in cut_stream(pieces, self.special.allowed(allowed_special), self._safe_cut, 1 << 16):
-            yield from self.encode_array(text, allowed_special).tolist()
+        allowed = self.special.allowed(allowed_special)
+        for text, follows in cut_stream(pieces, self.special, allowed, self._safe_cut, 1 << 16):
+            yield from self.encode_part(text, follows, allowed_special).tolist()
 
     def encode_file(
         self,
@@ -164,8 +176,8 @@ class Tokenizer(ABC):
         allowed = self.special.allowed(allowed_special)
         total, done, size = 0, 0, Path(path).stat().st_size
         with atomic_writer(out) as file:
-            for text in cut_stream(read_pieces(path), allowed, self._safe_cut, 1 << 20):
-                ids = self.encode_array(text, allowed_special, threads)
+            for text, follows in cut_stream(read_pieces(path), self.special, allowed, self._safe_cut, 1 << 20):
+                ids = self.encode_part(text, follows, allowed_special, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total += len(ids)
                 if progress:
@@ -181,12 +193,19 @@ class Tokenizer(ABC):
         self, text: str, allowed_special: Allowed = "none"
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the span of characters it touches; tokens may share a character."""
-        ids = self.encode(text, allowed_special)
-        lengths = np.array([len(self.token_bytes(i)) for i in ids], dtype=np.int64)
-        ends = np.cumsum(lengths)
-        data = np.frombuffer(text.encode(), dtype=np.uint8)
-        character = np.cumsum((data & 0xC0) != 0x80) - 1
-        return ids, list(zip(character[ends - lengths].tolist(), (character[ends - 1] + 1).tolist()))
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for piece, added_id in self.special.split(text, self.special.allowed(allowed_special)):
+            if added_id is None:
+                ordinary = self._encode_ordinary(piece)
+                ids += ordinary
+                spans += [(start + begin, start + end) for begin, end in self._spans(piece, ordinary)]
+            else:
+                ids.append(added_id)
+                spans.append((start, start + len(piece)))
+            start += len(piece)
+        return ids, spans
 
     # -- ids to text ------------------------------------------------------------------------------------------------
 
@@ -205,15 +224,30 @@ class Tokenizer(ABC):
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers` and `tokenizers` open too."""
-        from .files import save_tokenizer
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers` and `tokenizers` open too.
 
-        save_tokenizer(self, directory)
+        Of a tokenizer that was loaded, every stage of the pipeline is written as it was read.
+        """
+        directory = Path(directory)
+        data = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": self.special.to_json(),
+            **self._to_json(),
+        }
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, **self.special.roles()}
+        config.pop("chat_template", None)
+        write_text(directory / "tokenizer.json", json.dumps(data, ensure_ascii=False))
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+            write_text(directory / "chat_template.jinja", self.chat_template)
+        write_text(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> str:
+    def apply_chat_template(self, messages: list[dict], /, add_generation_prompt: bool = True, **variables) -> str:
         """The prompt a conversation becomes, by the tokenizer's own Jinja template."""
-        names = self.special.roles()
-        return ChatTemplate(self.chat_template).render(messages, add_generation_prompt, **{**names, **variables})
+        variables = {**self.special.roles(), **variables, "add_generation_prompt": add_generation_prompt}
+        return render(self.chat_template, messages, variables)
 
     def _bad_id(self, token_id: object) -> ValueError:
         return ValueError(f"token id {token_id} is not in this vocabulary, whose ids are 0 to {self.vocab_size - 1}")

@@ -6,29 +6,31 @@ extension was not built.
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from . import native
+from . import native, rank_files
 from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
-from .patterns import compile_pattern, pattern_name, pattern_source, safe_cut
+from .patterns import FORMS, Pattern, compile_pattern, pattern_name, pattern_steps, safe_cut
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
 from .sources import Corpus, atomic_writer, write_text
+from .specials import Follows, SpecialTokens
 
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 END_OF_TEXT = "<|endoftext|>"
 
 
 class BPETokenizer(Tokenizer):
     """A byte-level byte-pair-encoding tokenizer.
 
-    vocab: the id of each token, all 256 single bytes among them.
+    vocab: the id of each token. Bytes that are none are dropped from text before merging, as published vocabularies
+        that lack some (Pythia, SmolLM2) want it.
     merges: pairs of tokens in the order in which they were learned.
     special_tokens: markers outside the text, with their ids.
-    pattern: how text is cut before merging; a name from `PATTERNS` or a regular expression.
+    pattern: how text is cut before merging; a name from `PATTERNS`, a regular expression, or several, each of which
+        cuts the pieces of the one before.
     whole_words: look a piece up in the vocabulary before merging it (Llama 3's `ignore_merges`).
     normalizer: a Unicode normalization form applied to text first (Qwen's NFC), or None.
     """
@@ -37,36 +39,38 @@ class BPETokenizer(Tokenizer):
         self,
         vocab: dict[bytes, int],
         merges: Merges,
-        special_tokens: dict[str, int] | None = None,
-        pattern: str = "gpt4",
+        special_tokens: dict[str, int] | SpecialTokens | None = None,
+        pattern: Pattern = "gpt4",
         *,
         whole_words: bool = False,
         normalizer: str | None = None,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(special_tokens, chat_template)
+        pattern = pattern if isinstance(pattern, str) else tuple(pattern)
         compile_pattern(pattern)
         _check_vocabulary(vocab, merges, self.special.ids)
-        if normalizer is not None and normalizer not in NORMALIZERS:
-            raise ValueError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(NORMALIZERS)}")
+        if normalizer is not None and normalizer not in FORMS:
+            raise ValueError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         self._tokens = {token_id: token for token, token_id in vocab.items()}
+        self._rows = 1 + max(vocab.values(), default=-1)
         self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
-        self.json_extras: dict = {}  # parts of a loaded tokenizer.json that do not change ids, kept for saving
-        self._native = native.extension()
-        self._scans = bool(self._native and pattern_name(pattern) and not normalizer)  # text can go straight to C++
         self._build_engine()
 
     def _build_engine(self) -> None:
-        """What encodes and decodes; special tokens have a say in how wide ids are."""
-        self._finders: dict[frozenset[str], object] = {}
+        """What encodes and decodes; added tokens have a say in how wide ids are."""
+        self._native = native.extension()
+        self._scans = bool(self._native and pattern_name(self.pattern))  # text can go straight to C++
+        self._finders: dict[str | frozenset[str], object] = {}
         self._decoder = None
         parts = (self._vocab, self._merges, self.pattern, self.whole_words)
         if self._native:
             self._engine = native.build_encoder(self._native, *parts, wide=self.dtype.itemsize == 4)
         else:
             self._engine = PythonBPE(*parts)
-        self._encode_bare = self._engine.bare_encode() if self._scans else None
+        bare = self._scans and not self.normalizer and not self.special.plain
+        self._encode_bare = self._engine.bare_encode() if bare else None
 
     def __getstate__(self) -> dict:
         """Everything but the engine, so that tokenizers can be copied and sent to other processes."""
@@ -75,8 +79,6 @@ class BPETokenizer(Tokenizer):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._native = native.extension()
-        self._scans = bool(self._native and pattern_name(self.pattern) and not self.normalizer)
         self._build_engine()
 
     @classmethod
@@ -84,7 +86,7 @@ class BPETokenizer(Tokenizer):
         cls,
         corpus: Corpus,
         vocab_size: int,
-        pattern: str = "gpt4",
+        pattern: Pattern = "gpt4",
         special_tokens: Iterable[str] = (END_OF_TEXT,),
         threads: int | None = None,
         *,
@@ -131,18 +133,16 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_tiktoken(
-        cls, path: str | Path, pattern: str = "gpt4", special_tokens: dict[str, int] | None = None
+        cls, path: str | Path, pattern: Pattern = "gpt4", special_tokens: dict[str, int] | None = None
     ) -> "BPETokenizer":
         """Load a tiktoken rank file: lines of a base64 token and its rank."""
-        from .files import read_tiktoken
-
-        return read_tiktoken(path, pattern, special_tokens)
+        vocab = rank_files.read_tiktoken(path)
+        merges, whole_words = rank_files.merges_of_ranks(vocab)
+        return cls(vocab, merges, special_tokens, pattern, whole_words=whole_words)
 
     def to_tiktoken(self, path: str | Path) -> None:
         """Write a tiktoken rank file (special tokens and pattern are not part of the format)."""
-        from .files import tiktoken_lines
-
-        write_text(path, tiktoken_lines(self))
+        write_text(path, rank_files.tiktoken_lines(self._vocab, self._merges))
 
     @classmethod
     def from_gpt2_files(
@@ -150,12 +150,11 @@ class BPETokenizer(Tokenizer):
         vocab_json: str | Path,
         merges_txt: str | Path,
         special_tokens: Iterable[str] = (END_OF_TEXT,),
-        pattern: str = "gpt2",
+        pattern: Pattern = "gpt2",
     ) -> "BPETokenizer":
         """Load GPT-2's `vocab.json` and `merges.txt`."""
-        from .files import read_gpt2_files
-
-        return read_gpt2_files(vocab_json, merges_txt, special_tokens, pattern)
+        vocab, merges, specials = rank_files.read_gpt2_files(vocab_json, merges_txt, special_tokens)
+        return cls(vocab, merges, specials, pattern)
 
     # -- what is in the vocabulary ----------------------------------------------------------------------------------
 
@@ -163,6 +162,11 @@ class BPETokenizer(Tokenizer):
     def vocab(self) -> dict[bytes, int]:
         """Ordinary tokens (as bytes) and their ids."""
         return self._vocab
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the greatest id; kept as a number, for every unknown id asks for it (1.5 ms over 49,152)."""
+        return max(self._rows, 1 + max(self.special.ids.values(), default=-1))
 
     @property
     def merges(self) -> Merges:
@@ -192,49 +196,86 @@ class BPETokenizer(Tokenizer):
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 
-    def _encode_ordinary(self, text: str) -> list[int]:
-        text = self._normalize(text)
-        if not self._native:
-            return self._engine.encode(text)
-        if pattern_name(self.pattern):
-            return self._engine.encode(text, None)
-        return self._engine.encode_pieces(text, native.byte_ends(text, self.pattern)).tolist()
+    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
+        return self._engine_ids(self._normalize(text), None).tolist()
+
+    def _engine_ids(self, text: str, threads: int | None) -> np.ndarray:
+        """Ids of a normalized text without added tokens."""
+        if self._scans:
+            return self._engine.encode_array(text, None, default_threads(threads))
+        if self._native:
+            return self._engine.encode_pieces(text, native.byte_ends(text, self.pattern))
+        return np.array(self._engine.encode(text), self.dtype)
+
+    def _normalize(self, text: str) -> str:
+        return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
+
+    def _is_direct(self, text: str) -> bool:
+        """Whether the native encoder may be given this text as it is, added tokens and all."""
+        return self._scans and (not self.normalizer or unicodedata.is_normalized(self.normalizer, text))
 
     def _finder(self, allowed_special: Allowed) -> object | None:
-        """The native finder of the special tokens a call allows."""
-        if isinstance(allowed_special, str) and allowed_special == "none":
-            return None
-        allowed = self.special.allowed(allowed_special)
-        if not allowed:
-            return None
-        key = frozenset(allowed)
+        """The native finder of the added tokens that a text may hold."""
+        key = allowed_special if isinstance(allowed_special, str) else frozenset(allowed_special)
         if key not in self._finders:
-            self._finders[key] = self._native.Specials([(token.encode(), i) for token, i in allowed.items()])
+            special = self.special
+            tokens = [
+                (token.encode(), token_id, token in special.lstrip, token in special.rstrip)
+                for token, token_id in special.allowed(key).items()
+            ]
+            self._finders[key] = self._native.Specials(tokens) if tokens else None
         return self._finders[key]
 
     def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
         if self._encode_bare and allowed_special == "none":
             return self._encode_bare(text)
-        if not self._scans:
-            return super().encode(text, allowed_special)
-        return self._engine.encode(text, self._finder(allowed_special))
+        if self._is_direct(text):
+            return self._engine.encode(text, self._finder(allowed_special))
+        return self.encode_part(text, "start", allowed_special).tolist()
 
     def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
-        if not self._scans:
-            return super().encode_array(text, allowed_special, threads)
-        return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads))
+        return self.encode_part(text, "start", allowed_special, threads)
+
+    def encode_part(
+        self, text: str, follows: Follows, allowed_special: Allowed = "none", threads: int | None = None
+    ) -> np.ndarray:
+        """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
+        if self._is_direct(text):
+            return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads))
+        pieces = [
+            self._engine_ids(piece, threads) if added_id is None else np.array([added_id], self.dtype)
+            for piece, added_id in self._stretches(text, allowed_special)
+        ]
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def _stretches(self, text: str, allowed_special: Allowed) -> Iterator[tuple[str, int | None]]:
+        """Normalized stretches of ordinary text, each with None, and added tokens, each with its id.
+
+        Tokens are looked for before normalization; those that say so (`normalized`), after it.
+        """
+        allowed = self.special.allowed(allowed_special)
+        late = {token: allowed[token] for token in self.special.normalized & allowed.keys()}
+        if not self.normalizer or not late:
+            late, early = {}, allowed
+        else:
+            early = {token: token_id for token, token_id in allowed.items() if token not in late}
+        for piece, added_id in self.special.split(text, early):
+            if added_id is not None:
+                yield piece, added_id
+            else:
+                yield from self.special.split(self._normalize(piece), late)
 
     def encode_batch(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
     ) -> list[list[int]]:
-        if not self._scans:
+        if not all(map(self._is_direct, texts)):
             return super().encode_batch(texts, allowed_special, threads)
         return self._engine.encode_batch(texts, self._finder(allowed_special), default_threads(threads))
 
     def encode_batch_array(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        if not self._scans:
+        if not all(map(self._is_direct, texts)):
             return super().encode_batch_array(texts, allowed_special, threads)
         finder = self._finder(allowed_special)
         return self._engine.encode_batch_array(texts, finder, default_threads(threads))
@@ -253,7 +294,10 @@ class BPETokenizer(Tokenizer):
         total, done, size = 0, 0, Path(path).stat().st_size
         with atomic_writer(out) as file:
             for block in native.file_blocks(self._native, path, finder, threads):
-                ids = self._engine.encode_array(block, finder, threads)
+                if self.normalizer:
+                    ids = self.encode_part(str(block, "utf-8"), "text", allowed_special, threads)
+                else:
+                    ids = self._engine.encode_array(block, finder, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total, done = total + len(ids), done + len(block)
                 if progress:
@@ -261,7 +305,7 @@ class BPETokenizer(Tokenizer):
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:
-        if not self._scans:
+        if not self._is_direct(text):
             return super().count(text, allowed_special)
         return self._engine.count(text, self._finder(allowed_special), default_threads(None))
 
@@ -276,54 +320,65 @@ class BPETokenizer(Tokenizer):
             self._decoder = native.build_decoder(self._native, self._tokens, self.special.texts)
         return self._decoder.decode(id_array(ids, self._bad_id))
 
-    def _normalize(self, text: str) -> str:
-        return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
-
     def encode_with_offsets(
         self, text: str, allowed_special: Allowed = "none"
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the span of characters it touches (of the normalized text, if there is a normalizer)."""
         return super().encode_with_offsets(self._normalize(text), allowed_special)
 
+    def _spans(self, text: str, ids: list[int]) -> Iterable[tuple[int, int]]:
+        lengths = np.array([len(self._tokens[i]) for i in ids], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        data = np.frombuffer(text.encode(), dtype=np.uint8)
+        character = np.cumsum((data & 0xC0) != 0x80) - 1
+        character = character[self._has_byte[data]]
+        return zip(character[ends - lengths].tolist(), (character[ends - 1] + 1).tolist())
+
+    @property
+    def _has_byte(self) -> np.ndarray:
+        """Which bytes are tokens; the others are dropped."""
+        return np.array([bytes([byte]) in self._vocab for byte in range(256)])
+
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def _to_json(self) -> dict:
-        regex_split = {
-            "type": "Split",
-            "pattern": {"Regex": pattern_source(self.pattern)},
-            "behavior": "Isolated",
-            "invert": False,
-        }
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         if pattern_name(self.pattern) == "gpt2":
             pre_tokenizer = {**byte_level, "use_regex": True}
         else:
-            pre_tokenizer = {"type": "Sequence", "pretokenizers": [regex_split, {**byte_level, "use_regex": False}]}
-        return {
+            splits = [
+                {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+                for step in pattern_steps(self.pattern)
+            ]
+            pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, {**byte_level, "use_regex": False}]}
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": self.whole_words,
+        }
+        stages = {
             "normalizer": {"type": self.normalizer} if self.normalizer else None,
             "pre_tokenizer": pre_tokenizer,
-            "post_processor": self.json_extras.get("post_processor"),
+            "post_processor": None,
             "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": self.whole_words,
-                "vocab": {to_text(token): token_id for token, token_id in self._vocab.items()},
-                "merges": [[to_text(left), to_text(right)] for left, right in self._merges],
-            },
         }
+        loaded = dict(self.loaded)
+        listed = loaded.pop("vocab", {})  # added tokens that the model's own vocabulary holds too
+        model |= loaded.pop("model", {})
+        model["vocab"] = {to_text(token): token_id for token, token_id in self._vocab.items()} | listed
+        model["merges"] = [[to_text(left), to_text(right)] for left, right in self._merges]
+        return {**stages, **loaded, "model": model}
 
 
 def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[str, int]) -> None:
-    for byte in range(256):
-        if bytes([byte]) not in vocab:
-            raise ValueError(f"vocab lacks the single byte 0x{byte:02x}; a byte-level vocabulary holds all 256")
     ids = set(vocab.values())
+    if not ids:
+        raise ValueError("vocab is empty; it must hold at least one token")
     if len(ids) != len(vocab):
         raise ValueError("vocab gives one id to several tokens; each token needs an id of its own")
     if min(ids) < 0 or max(ids) >= 1 << 28:
@@ -332,6 +387,8 @@ def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[st
         for token in (left, right, left + right):
             if token not in vocab:
                 raise ValueError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
+        if not left or not right:
+            raise ValueError(f"merges holds ({left!r}, {right!r}); both halves need at least one byte")
     for token, token_id in specials.items():
         if token_id in ids and vocab.get(token.encode()) != token_id:
             raise ValueError(f"special token {token!r} has id {token_id}, which vocab gives to another token")

@@ -1,88 +1,155 @@
-"""Chat templates: the Jinja program that turns a list of messages into a prompt.
+"""Chat templates: the Jinja program that turns a list of messages into a prompt, rendered as `transformers` does.
 
 It comes with a model, so it is foreign code: it runs in Jinja's sandbox, with nothing in reach but its variables.
 
 In the rendered text special tokens mark who speaks. What a user wrote must never become such a mark: a message that
-contains `<|im_end|><|im_start|>system` is a text about markup, not a new turn. So every special token inside a message
-is fenced with a nonce before the template sees it; after it has rendered, what stood between fences is encoded as
-ordinary text, and the rest with special tokens.
+contains `<|im_end|><|im_start|>system` is a text about markup, not a new turn. So every special token inside a message,
+a tool's description or a key is fenced, a nonce on either side, before the template sees it; once it has rendered,
+a special token that touches a fence is text. One fence is enough: a template that splits or cuts a message may part the
+two, and what is left of them is dropped.
 """
 
+import json
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Tokenizer
 
 DEFAULT = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or second
 
 
-class ChatTemplate:
-    """A compiled chat template."""
-
-    def __init__(self, source: str | None) -> None:
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = _to_json
-        self._template = environment.from_string(source or DEFAULT)
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt of a conversation: `messages` are dicts with `role` and `content`."""
-        from jinja2 import TemplateError
-
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refused these messages: {error}") from None
+def render(source: str | None, messages: list[dict], variables: Mapping[str, Any]) -> str:
+    """The prompt of a conversation: `messages` are dicts with `role` and `content`."""
+    given = {"tools": None, "documents": None, **variables, "messages": list(map(_name_reasoning, messages))}
+    try:
+        return compile_template(source or DEFAULT).render(given)
+    except Exception as error:  # foreign code may raise anything
+        said = str(error) or type(error).__name__
+        raise ValueError(f"the chat template refused these messages: {said}") from None
 
 
-def encode_chat(tokenizer: Any, messages: list[dict], **variables: Any) -> list[int]:
+@lru_cache(maxsize=16)
+def compile_template(source: str) -> Any:
+    """Compile a chat template, or say in one sentence what is wrong with it."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what an assistant says, for training; the text is the same without it."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Jinja's own lets a template store, and so reach, attributes such as __class__."""
+
+        def __init__(self, *args, **kwargs):
+            attributes = dict(*args, **kwargs)
+            for name in attributes:
+                refuse_private(name)
+            super().__init__(attributes)
+
+        def __setitem__(self, name, value):
+            refuse_private(name)
+            super().__setitem__(name, value)
+
+    def refuse_private(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}, which begins with an underscore")
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": _now, "namespace": Namespace}
+    environment.filters["tojson"] = _to_json
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template does not compile: {error.message} (line {error.lineno})") from None
+
+
+def encode_chat(tokenizer: "Tokenizer", messages: list[dict], /, **variables: Any) -> list[int]:
     """The token ids that ask a model for the next message; nothing inside a message becomes a special token."""
-    nonce = secrets.token_hex(8)
-    fence = _fence(tokenizer, nonce)
-    prompt = tokenizer.apply_chat_template(_each_string(messages, fence), **_each_string(variables, fence))
-    tokens: list[int] = []
-    for number, stretch in enumerate(prompt.split(nonce)):
-        tokens += tokenizer.encode(stretch, allowed_special="none" if number % 2 else "all")
-    return tokens
+    special = tokenizer.special
+    fence = Fence(special.ids.keys() - special.plain)
+    try:
+        messages, variables = fence.around(messages), fence.around(variables)
+    except RecursionError:
+        raise ValueError("the messages are nested too deeply") from None
+    prompt = tokenizer.apply_chat_template(messages, **variables)
+    ids: list[int] = []
+    done, follows = 0, "start"
+    for begin, end, token in special.find(prompt, special.ids):
+        if token in special.plain or fence.holds(prompt, begin, end):
+            continue
+        ids += tokenizer.encode_part(fence.remove(prompt[done:begin]), follows).tolist()
+        ids.append(special.ids[token])
+        done, follows = end, "added"
+    return ids + tokenizer.encode_part(fence.remove(prompt[done:]), follows).tolist()
 
 
-def _fence(tokenizer: Any, nonce: str) -> Callable[[str], str]:
-    marks = sorted(set(tokenizer.special_tokens) - tokenizer.special.plain, key=len, reverse=True)
+class Fence:
+    """A nonce before and another behind every special token that a message holds."""
 
-    def fence(text: str) -> str:
-        done = ""
-        while found := min((mark for mark in marks if mark in text), key=text.index, default=None):
-            before, _, text = text.partition(found)
-            done += f"{before}{nonce}{found}{nonce}"
-        return done + text
+    def __init__(self, marks: set[str]) -> None:
+        self._open, self._close = secrets.token_hex(8), secrets.token_hex(8)
+        longest_first = sorted(marks, key=lambda mark: (-len(mark), mark))
+        self._marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    return fence
+    def around(self, value: Any) -> Any:
+        """The same value with each string in it, keys included, fenced."""
+        if isinstance(value, str):
+            return self._marks.sub(lambda mark: f"{self._open}{mark.group()}{self._close}", value)
+        if isinstance(value, (list, tuple)):
+            return [self.around(item) for item in value]
+        if isinstance(value, Mapping):
+            return {self.around(key): self.around(item) for key, item in value.items()}
+        return value
 
+    def holds(self, text: str, begin: int, end: int) -> bool:
+        """Whether what stands there in a rendered text is fenced."""
+        return text.endswith(self._open, 0, begin) or text.startswith(self._close, end)
 
-def _each_string(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_each_string(item, change) for item in value]
-    if isinstance(value, dict):
-        return {key: _each_string(item, change) for key, item in value.items()}
-    return value
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
+    def remove(self, text: str) -> str:
+        """The text without fences."""
+        return text.replace(self._open, "").replace(self._close, "")
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    import json
+def _name_reasoning(message: Any) -> Any:
+    """Give a message's reasoning under the names that templates read."""
+    if not isinstance(message, Mapping):
+        return message
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

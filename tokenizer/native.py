@@ -5,16 +5,18 @@
 
 import os
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .byte_alphabet import HF_ORDER
-from .patterns import compile_pattern, pattern_name
+from .patterns import Pattern, pattern_name, split
 from .reference import Merges, Progress, WordCounts, count_words
 from .sources import Corpus, documents, size_of
 
 _BLOCK = 2 << 20  # of a file, for each thread
+_NO_TOKEN = 0xFFFFFFFF  # of a byte that is dropped
 
 
 def extension() -> ModuleType | None:
@@ -29,14 +31,14 @@ def extension() -> ModuleType | None:
 
 
 def build_encoder(
-    native: ModuleType, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool, wide: bool
+    native: ModuleType, vocab: dict[bytes, int], merges: Merges, pattern: Pattern, whole_words: bool, wide: bool
 ) -> Any:
     """A native encoder for a vocabulary; for a pattern it has no scanner for, only `encode_pieces` may be used.
 
     wide: ids are uint32 instead of uint16.
     """
     return (native.BPE32 if wide else native.BPE16)(
-        [vocab[bytes([byte])] for byte in range(256)],
+        [vocab.get(bytes([byte]), _NO_TOKEN) for byte in range(256)],
         [vocab[left] for left, _ in merges],
         [vocab[right] for _, right in merges],
         [vocab[left + right] for left, right in merges],
@@ -52,18 +54,10 @@ def build_decoder(native: ModuleType, tokens: dict[int, bytes], specials: dict[i
     return native.Decoder([every.get(i, b"") for i in range(size)], [i in every for i in range(size)])
 
 
-def byte_ends(text: str, pattern: str) -> list[int]:
+def byte_ends(text: str, pattern: Pattern) -> list[int]:
     """Where the pieces of a text end, in bytes of its UTF-8."""
-    ends = [position for match in compile_pattern(pattern).finditer(text) for position in match.span()]
-    ends = sorted({*ends, len(text)} - {0})
-    if text.isascii():
-        return ends
-    sizes, size, start = [], 0, 0
-    for end in ends:
-        size += len(text[start:end].encode())
-        sizes.append(size)
-        start = end
-    return sizes
+    pieces = split(text, pattern)
+    return list(accumulate(map(len, pieces if text.isascii() else map(str.encode, pieces))))
 
 
 def file_blocks(native: ModuleType, path: str | Path, specials: Any, threads: int) -> Iterator[memoryview]:
@@ -94,7 +88,7 @@ def file_blocks(native: ModuleType, path: str | Path, specials: Any, threads: in
 def train_merges(
     native: ModuleType,
     corpus: Corpus,
-    pattern: str,
+    pattern: Pattern,
     specials: list[str],
     threads: int,
     num_merges: int,
@@ -107,7 +101,7 @@ def train_merges(
     """The merges of a corpus; what `reference.train_merges` does."""
     name, done, total = pattern_name(pattern), 0, size_of(corpus) if reading else 0
     counter = native.WordCounter(name or "gpt4", threads)
-    finder = native.Specials([(token.encode(), 0) for token in specials]) if specials else None
+    finder = native.Specials([(token.encode(), 0, False, False) for token in specials]) if specials else None
     if name:
         for document in documents(corpus):
             for block in file_blocks(native, document, finder, threads) if isinstance(document, Path) else [document]:

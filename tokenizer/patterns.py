@@ -11,6 +11,7 @@ no byte is ever lost.
 `qwen2`  gpt4 with single digits.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import regex
@@ -32,6 +33,8 @@ PATTERNS: dict[str, str] = {
     "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
 }
 
+FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # Unicode normalization, applied to text before it is cut
+
 # Other spellings of the same languages, found in published tokenizers.
 _ALIASES = {
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
@@ -41,23 +44,27 @@ _ALIASES = {
 }
 
 
-def pattern_source(pattern: str) -> str:
-    """The regular expression that a pattern's name (or a regular expression itself) stands for."""
-    return PATTERNS.get(pattern, pattern)
+Pattern = str | tuple[str, ...]  # a name, a regular expression, or several of them
 
 
-def pattern_name(source: str) -> str | None:
-    """The name of the scanner that splits exactly as `source` does, if there is one."""
-    if source in PATTERNS:
-        return source
-    return next((name for name, known in PATTERNS.items() if known == source), _ALIASES.get(source))
+def pattern_steps(pattern: Pattern) -> tuple[str, ...]:
+    """The regular expressions that a pattern stands for; each cuts the pieces of the one before."""
+    return tuple(PATTERNS.get(step, step) for step in ((pattern,) if isinstance(pattern, str) else pattern))
+
+
+def pattern_name(pattern: Pattern) -> str | None:
+    """The name of the scanner that splits exactly as a pattern does, if there is one."""
+    steps = pattern_steps(pattern)
+    if len(steps) != 1:
+        return None
+    return next((name for name, known in PATTERNS.items() if known == steps[0]), _ALIASES.get(steps[0]))
 
 
 @lru_cache(maxsize=64)
-def compile_pattern(pattern: str) -> regex.Pattern:
-    """Compile a pattern, or say in one sentence what is wrong with it."""
+def compile_pattern(pattern: Pattern) -> tuple[regex.Pattern, ...]:
+    """Compile the steps of a pattern, or say in one sentence what is wrong with it."""
     try:
-        return regex.compile(pattern_source(pattern))
+        return tuple(map(regex.compile, pattern_steps(pattern)))
     except regex.error as error:
         names = ", ".join(PATTERNS)
         raise ValueError(
@@ -65,19 +72,26 @@ def compile_pattern(pattern: str) -> regex.Pattern:
         ) from None
 
 
-def split(text: str, pattern: str) -> list[str]:
+def split(text: str, pattern: Pattern) -> list[str]:
     """The pieces of `text`, in order; joined they give `text` back."""
-    pieces, position = [], 0
-    for match in compile_pattern(pattern).finditer(text):
+    pieces = [text] if text else []
+    for step in compile_pattern(pattern):
+        pieces = [part for piece in pieces for part in _split_once(piece, step)]
+    return pieces
+
+
+def _split_once(text: str, step: regex.Pattern) -> Iterator[str]:
+    """Matches and what stands between them."""
+    position = 0
+    for match in step.finditer(text):
         start, end = match.span()
         if start > position:
-            pieces.append(text[position:start])
+            yield text[position:start]
         if end > start:
-            pieces.append(text[start:end])
+            yield text[start:end]
         position = end
     if position < len(text):
-        pieces.append(text[position:])
-    return pieces
+        yield text[position:]
 
 
 _CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])[^\p{L}\p{N}\p{M}']")

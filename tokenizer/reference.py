@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .byte_alphabet import HF_ORDER
-from .patterns import pattern_name, safe_cut, split
+from .patterns import Pattern, pattern_name, safe_cut, split
 from .sources import Corpus, documents, read_pieces, size_of
-from .specials import cut_stream, finder
+from .specials import SpecialTokens, cut_stream, finder
 
 Merges = list[tuple[bytes, bytes]]
 WordCounts = dict[bytes, int]
@@ -29,16 +29,17 @@ _CACHE_LIMIT = 1 << 16
 
 
 def count_words(
-    corpus: Corpus, pattern: str, specials: Iterable[str] = (), reading: Progress | None = None
+    corpus: Corpus, pattern: Pattern, specials: Iterable[str] = (), reading: Progress | None = None
 ) -> WordCounts:
     """How often each distinct piece of a corpus occurs: all that training needs to know about it."""
     done, total = 0, size_of(corpus) if reading else 0
     cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
-    find = finder(frozenset(specials))
+    special = SpecialTokens({token: number for number, token in enumerate(dict.fromkeys(specials))})
+    find = finder(frozenset(special.ids))
     counts: Counter[str] = Counter()
     for document in documents(corpus):
         pieces = read_pieces(document) if isinstance(document, Path) else [document]
-        for block in cut_stream(pieces, specials, cut, 1 << 20):
+        for block, _ in cut_stream(pieces, special, special.ids, cut, 1 << 20):
             for stretch in find.split(block):
                 counts.update(split(stretch, pattern))
             done += len(block.encode()) if reading else 0
@@ -139,10 +140,10 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 class PythonBPE:
     """Encoding and decoding with a list of merges; what `warploom._native.BPE` does, in Python."""
 
-    def __init__(self, vocab: dict[bytes, int], merges: Merges, pattern: str, whole_words: bool) -> None:
+    def __init__(self, vocab: dict[bytes, int], merges: Merges, pattern: Pattern, whole_words: bool) -> None:
         self.pattern = pattern
         self.whole_words = vocab if whole_words else {}
-        self.byte_ids = [vocab[bytes([byte])] for byte in range(256)]
+        self.byte_ids = [vocab.get(bytes([byte])) for byte in range(256)]
         self.ranks: dict[tuple[int, int], tuple[int, int]] = {}
         for rank, (left, right) in enumerate(merges):
             self.ranks.setdefault((vocab[left], vocab[right]), (rank, vocab[left + right]))
@@ -168,7 +169,7 @@ class PythonBPE:
         """Ids of one piece."""
         if word in self.whole_words:
             return [self.whole_words[word]]
-        ids = [self.byte_ids[byte] for byte in word]
+        ids = [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None]
         after = list(range(1, len(ids) + 1))  # a linked list over positions; a merged position holds id -1
         before = list(range(-1, len(ids) - 1))
         ranks = self.ranks

@@ -1,22 +1,29 @@
-"""Special tokens: markers such as <|endoftext|> that stand outside the text.
+"""Added tokens: strings that are one token wherever they stand, found before the rest of the text is split.
 
-They are looked for only when the caller allows them, so that a user's text can never forge one. Where several could
-match, the leftmost wins, then the longest.
+There are two kinds, as in `tokenizers`. *Special* tokens such as <|endoftext|> are markup outside the text: they are
+recognized only when the caller allows them, so that a user's text can never forge one. *Plain* ones (runs of spaces in
+phi-2, <table> in Gemma, <tool_call> in Qwen) are vocabulary like any other and always match. Where several could
+match, the leftmost wins, then the longest. Some take the white space before (`lstrip`) or behind them (`rstrip`) along.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Literal
 
 import regex
+
+Follows = Literal["start", "added", "text"]  # what stands before a stretch of text: nothing, an added token, other text
 
 # Which tokens begin and end a text, where no file says so: the first of these names that the vocabulary holds.
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "<|im_end|>", "<|eot_id|>")
 _BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<BOS>")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # what a chat model says after its turn, whatever files say
+_SPACES = regex.compile(r"\s*")
+_SPACES_BACKWARD = regex.compile(r"(?r)\s*")
 
 
 class SpecialTokens:
-    """The special tokens of a vocabulary and the ways to find them in text."""
+    """The added tokens of a vocabulary and the ways to find them in text."""
 
     def __init__(self, ids: dict[str, int]) -> None:
         for token, token_id in ids.items():
@@ -31,31 +38,69 @@ class SpecialTokens:
         self.eos: str | None = next((name for name in _END_NAMES if name in ids), None)
         self.bos: str | None = next((name for name in _BEGIN_NAMES if name in ids), None)
         self.stops: frozenset[int] = frozenset()  # ids that config files name as ends besides `eos`
-        self.plain: set[str] = set()  # added tokens that are not special to Hugging Face, kept for saving
+        self.plain: frozenset[str] = frozenset()  # vocabulary, not markup: they match in any text
+        self.lstrip: frozenset[str] = frozenset()
+        self.rstrip: frozenset[str] = frozenset()
+        self.normalized: frozenset[str] = frozenset()  # looked for after normalization, not before
+
+    def with_ids(self, ids: dict[str, int]) -> "SpecialTokens":
+        """The same flags and roles for other ids."""
+        changed = SpecialTokens(ids)
+        for name in ("stops", "plain", "lstrip", "rstrip", "normalized"):
+            setattr(changed, name, getattr(self, name))
+        changed.bos, changed.eos = self.bos or changed.bos, self.eos or changed.eos
+        return changed
 
     def allowed(self, allowed_special: str | Iterable[str]) -> dict[str, int]:
-        """The tokens that `allowed_special` lets text contain, with their ids."""
-        if allowed_special == "none":
-            return {}
+        """The tokens that text may contain, with their ids: plain ones and those that `allowed_special` names."""
         if allowed_special == "all":
             return self.ids
+        if allowed_special == "none":
+            return {name: self.ids[name] for name in self.plain}
         if isinstance(allowed_special, str):
             raise ValueError(f'allowed_special is {allowed_special!r}; it must be "none", "all" or a set of tokens')
         names = set(allowed_special)
         if unknown := sorted(names - self.ids.keys()):
             raise ValueError(f"allowed_special names {unknown[0]!r}, but the special tokens are {sorted(self.ids)}")
-        return {name: self.ids[name] for name in names}
+        return {name: self.ids[name] for name in names | self.plain}
+
+    def find(self, text: str, allowed: Iterable[str]) -> Iterator[tuple[int, int, str]]:
+        """Begin and end, white space that is taken along included, of each token in a text, in order."""
+        done = 0
+        for start, end in finder(frozenset(allowed)).finditer(text):
+            token = text[start:end]
+            if token in self.lstrip:
+                start = max(done, _SPACES_BACKWARD.match(text, 0, start).start())
+            if token in self.rstrip:
+                end = _SPACES.match(text, end).end()
+            yield start, end, token
+            done = end
 
     def split(self, text: str, allowed: dict[str, int]) -> Iterator[tuple[str, int | None]]:
-        """Stretches of ordinary text, each with None, and special tokens, each with its id, in order."""
+        """Stretches of ordinary text, each with None, and added tokens, each with its id, in order."""
         position = 0
-        for match in finder(frozenset(allowed)).finditer(text):
-            if match.start() > position:
-                yield text[position : match.start()], None
-            yield match.group(), allowed[match.group()]
-            position = match.end()
+        for start, end, token in self.find(text, allowed):
+            if start > position:
+                yield text[position:start], None
+            yield text[start:end], allowed[token]
+            position = end
         if position < len(text):
             yield text[position:], None
+
+    def to_json(self) -> list[dict]:
+        """The `added_tokens` of a tokenizer.json."""
+        return [
+            {
+                "id": token_id,
+                "content": token,
+                "single_word": False,
+                "lstrip": token in self.lstrip,
+                "rstrip": token in self.rstrip,
+                "normalized": token in self.normalized,
+                "special": token not in self.plain,
+            }
+            for token, token_id in sorted(self.ids.items(), key=lambda item: item[1])
+        ]
 
     def begin_of_text(self) -> int | None:
         return self.ids.get(self.bos) if self.bos else None
@@ -74,48 +119,83 @@ class SpecialTokens:
         return {role: token for role, token in (("bos_token", self.bos), ("eos_token", self.eos)) if token}
 
 
-@lru_cache(maxsize=64)
-def finder(tokens: frozenset[str]) -> regex.Pattern:
-    """A pattern that finds the leftmost, then longest, of the tokens."""
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    return regex.compile("|".join(map(regex.escape, longest_first)) or r"(?!)")
+class Finder:
+    """Finds the leftmost, then longest, of some strings: thousands of them cost no more than one."""
+
+    def __init__(self, tokens: frozenset[str]) -> None:
+        self._tokens = tokens
+        self._lengths: dict[str, list[int]] = {}
+        for length in sorted({len(token) for token in tokens}, reverse=True):
+            for first in {token[0] for token in tokens if len(token) == length}:
+                self._lengths.setdefault(first, []).append(length)
+        self._first = regex.compile(f"[{''.join(map(regex.escape, self._lengths))}]" if tokens else r"(?!)")
+
+    def finditer(self, text: str) -> Iterator[tuple[int, int]]:
+        """Begin and end of each occurrence, in order."""
+        position = 0
+        while match := self._first.search(text, position):
+            start = match.start()
+            lengths = (n for n in self._lengths[match.group()] if text[start : start + n] in self._tokens)
+            position = start + next(lengths, 0)
+            if position > start:
+                yield start, position
+            else:
+                position += 1
+
+    def split(self, text: str) -> Iterator[str]:
+        """What stands before, between and behind the occurrences."""
+        position = 0
+        for start, end in self.finditer(text):
+            yield text[position:start]
+            position = end
+        yield text[position:]
+
+
+finder = lru_cache(maxsize=64)(Finder)
 
 
 def cut_stream(
-    pieces: Iterable[str], allowed: Iterable[str], ordinary_cut: Callable[[str, int], int], size: int
-) -> Iterator[str]:
+    pieces: Iterable[str],
+    special: SpecialTokens,
+    allowed: Iterable[str],
+    ordinary_cut: Callable[[str, int], int],
+    size: int,
+) -> Iterator[tuple[str, Follows]]:
     """Regroup a stream of text into blocks of about `size` that can be treated one by one, as if they were one text.
 
     `ordinary_cut(text, limit)` gives the last position up to `limit` where ordinary text may be cut. What comes after
-    the cut waits for more, together with as much as a special token might need to become visible.
+    the cut waits for more, together with as much as an added token might need to become visible.
     """
-    find = finder(frozenset(allowed)).finditer if allowed else lambda text: ()
     longest = max(map(len, allowed), default=1)
     held: list[str] = []
     length, wanted = 0, size
+    follows: Follows = "start"
     for piece in pieces:
         held.append(piece)
         length += len(piece)
         if length < wanted:
             continue
         text = "".join(held)
-        cut = _cut_between(text, length - longest, find(text), ordinary_cut)
+        found = special.find(text, allowed) if allowed else ()
+        cut, behind = _cut_between(text, length - longest, found, ordinary_cut)
         if cut:
-            yield text[:cut]
+            yield text[:cut], follows
+            follows = behind
         held, length = [text[cut:]], length - cut
         wanted = size if cut else 2 * length  # a run that cannot be cut is looked at log(n) times, not n
     if length:
-        yield "".join(held)
+        yield "".join(held), follows
 
 
-def _cut_between(text: str, limit: int, specials: Iterable, ordinary_cut: Callable[[str, int], int]) -> int:
-    """The last position up to `limit` (or just after a special token) where the text may be cut; 0 if there is none."""
-    start, end = 0, len(text)
-    for match in specials:
-        if match.start() >= limit:
-            end = match.start()
+def _cut_between(
+    text: str, limit: int, found: Iterable[tuple[int, int, str]], ordinary_cut: Callable[[str, int], int]
+) -> tuple[int, Follows]:
+    """The last position up to `limit` (or just after an added token) where the text may be cut, 0 if there is none."""
+    begin, end = 0, len(text)
+    for start, stop, _ in found:
+        if start >= limit or stop == len(text):  # white space that a token takes along may go on
+            end = start
             break
-        start = match.end()
-    if start >= limit:
-        return start
-    return start + ordinary_cut(text[start:end], limit - start)
+        begin = stop
+    cut = 0 if begin >= limit else ordinary_cut(text[begin:end], min(limit, end) - begin)
+    return begin + cut, "text" if cut else "added"

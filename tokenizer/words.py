@@ -12,9 +12,9 @@ from pathlib import Path
 
 import regex
 
-from .base import Allowed, Tokenizer, id_array
+from .base import Tokenizer, id_array
 from .sources import Corpus, documents, read_pieces
-from .specials import cut_stream, finder
+from .specials import Follows, SpecialTokens, cut_stream, finder
 
 Span = tuple[int, int]
 
@@ -31,7 +31,7 @@ class _Vocabulary(Tokenizer):
     def __init__(
         self,
         vocab: dict[str, int],
-        special_tokens: dict[str, int] | None = None,
+        special_tokens: dict[str, int] | SpecialTokens | None = None,
         unknown: str = UNK,
         chat_template: str | None = None,
     ) -> None:
@@ -58,24 +58,6 @@ class _Vocabulary(Tokenizer):
     def id_of(self, token: str | bytes) -> int | None:
         token = token.decode() if isinstance(token, bytes) else token
         return self.special.ids.get(token, self._vocab.get(token))
-
-    def encode_with_offsets(self, text: str, allowed_special: Allowed = "none") -> tuple[list[int], list[Span]]:
-        """Ids, and for each the span of characters it stands for."""
-        ids: list[int] = []
-        spans: list[Span] = []
-        start = 0
-        for piece, special_id in self.special.split(text, self.special.allowed(allowed_special)):
-            if special_id is None:
-                ids += self._encode_ordinary(piece)
-                spans += [(start + a, start + b) for a, b in self._spans(piece)]
-            else:
-                ids.append(special_id)
-                spans.append((start, start + len(piece)))
-            start += len(piece)
-        return ids, spans
-
-    def _spans(self, text: str) -> Iterable[Span]:
-        raise NotImplementedError
 
     def _to_json(self) -> dict:
         vocab = {**self.special.ids, **self._vocab}
@@ -106,12 +88,12 @@ class CharTokenizer(_Vocabulary):
         vocab = {character: first + i for i, character in enumerate(sorted(characters))}
         return cls(vocab, {token: i for i, token in enumerate(specials)})
 
-    def _encode_ordinary(self, text: str) -> list[int]:
+    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
         text.encode()  # a lone surrogate is an error here, as in every tokenizer
         get, unknown = self._vocab.get, self.unknown_id
         return [get(character, unknown) for character in text]
 
-    def _spans(self, text: str) -> Iterable[Span]:
+    def _spans(self, text: str, ids: list[int]) -> Iterable[Span]:
         return ((i, i + 1) for i in range(len(text)))
 
     def _safe_cut(self, text: str, limit: int) -> int:
@@ -163,12 +145,12 @@ class WordTokenizer(_Vocabulary):
         vocab = {word: len(specials) + i for i, word in enumerate(words)}
         return cls(vocab, {token: i for i, token in enumerate(specials)}, lowercase=lowercase)
 
-    def _encode_ordinary(self, text: str) -> list[int]:
+    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
         text.encode()
         get, unknown = self._vocab.get, self.unknown_id
         return [get(word, unknown) for word in _words(text, self.lowercase)]
 
-    def _spans(self, text: str) -> Iterable[Span]:
+    def _spans(self, text: str, ids: list[int]) -> Iterable[Span]:
         return (match.span() for match in _WORD.finditer(text))
 
     def _safe_cut(self, text: str, limit: int) -> int:
@@ -227,9 +209,11 @@ def _cut_at_space(text: str, limit: int) -> int:
 
 
 def _blocks(corpus: Corpus, specials: list[str], cut) -> Iterable[str]:
+    special = SpecialTokens({token: number for number, token in enumerate(specials)})
     for document in documents(corpus):
         pieces = read_pieces(document) if isinstance(document, Path) else [document]
-        yield from cut_stream(pieces, specials, cut, 1 << 20)
+        for block, _ in cut_stream(pieces, special, specials, cut, 1 << 20):
+            yield block
 
 
 def is_char_split(pattern: str) -> bool:

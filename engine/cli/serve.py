@@ -7,13 +7,13 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from ..server.config import ServerConfig
+from ..serving.options import LLMOptions
 from .flags import parse
 
 KEYS = "WARPLOOM_API_KEYS"
@@ -23,45 +23,18 @@ KEYS = "WARPLOOM_API_KEYS"
 class Flags:
     """An OpenAI-compatible server for one model, with a playground page."""
 
-    model: str
-    """A model directory."""
+    llm: LLMOptions
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 is every one this machine has."""
     port: int = 8000
     """The port to listen at; 0 takes a free one."""
-    api_key: tuple[str, ...] = ()
-    """Keys that clients may use; others can read them in the list of processes, so prefer the next flag."""
+    api_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A key that clients may use, once for each; others can read it in the list of processes: prefer the next flag."""
     api_key_file: Path | None = None
     """A file with a key a line (# begins a comment). The environment's WARPLOOM_API_KEYS, with commas, adds to it."""
     replicas: int = 1
     """Engines to spread the requests over, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    dtype: str | None = None
-    """float32, bfloat16, float16; None = as the model is stored."""
-    max_batch: int = 64
-    """Most continuations that are computed together."""
-    max_context: int | None = None
-    """Most tokens of prompt and continuation; None = the model's own limit."""
-    kv_memory: int | None = None
-    """Bytes for the cache of keys and values; None = what a full batch needs, as far as memory goes."""
-    page_size: int = 16
-    """Tokens a page of the cache."""
-    step_tokens: int | None = None
-    """Most tokens computed in one step; None = 512 on a CPU, 8192 on a GPU."""
-    quantize: str | None = None
-    """int8 keeps weights in 8 bits."""
-    kv_dtype: str | None = None
-    """Number format of keys and values; None = the model's, or int8 on a CPU with quantize. fp8 is for GPUs."""
-    speculate: int = 0
-    """Tokens to guess ahead from the text so far; changes the speed alone."""
-    draft: str | None = None
-    """The directory of a smaller model of the same vocabulary that guesses ahead; changes the speed alone."""
-    draft_tokens: int = 4
-    """Tokens the draft model guesses ahead."""
-    tensor_parallel: int = 1
-    """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
 
 
 def run(argv: list[str]) -> int:
@@ -76,7 +49,7 @@ def run(argv: list[str]) -> int:
 
     if flags.replicas < 1:
         raise ValueError(f"replicas must be at least 1, got {flags.replicas}")
-    load_config(flags.model)  # a wrong directory is told at once, before the server listens
+    load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
     config, keys = named(flags), api_keys(flags)
     listener = listen(flags.host, flags.port)
     loader = Loader(flags)
@@ -105,7 +78,7 @@ class Loader:
 
     def __call__(self) -> Any:
         try:
-            return load(self.flags)
+            return self.flags.llm.open()
         except ValueError as error:
             self.give_up(error)
             raise
@@ -115,16 +88,6 @@ class Loader:
         self.error, self.server.should_exit = error, True
 
 
-def load(flags: Flags) -> Any:
-    """The engine that the flags describe."""
-    from ..device import pick_device
-    from ..serving import LLM
-
-    names = ("dtype", "max_batch", "max_context", "kv_memory", "page_size", "step_tokens", "quantize", "kv_dtype",
-             "speculate", "draft", "draft_tokens", "tensor_parallel")  # fmt: skip
-    return LLM(flags.model, device=pick_device(flags.device), **{name: getattr(flags, name) for name in names})
-
-
 def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
     """The application that hands requests on to replicas, each of which loads the model for itself."""
     flags = loader.flags
@@ -132,14 +95,14 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
         from ..server.front import create_front
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
-    flags = replace(flags, model=str(Path(flags.model).resolve()), api_key=(), api_key_file=None)
-    gpus = flags.device.partition(":")[0] in ("auto", "cuda")
-    return create_front(partial(load, flags), config, keys, flags.replicas, gpus, loader.give_up)
+    options = replace(flags.llm, model=str(Path(flags.llm.model).resolve()))
+    gpus = (options.device or "auto").partition(":")[0] in ("auto", "cuda")
+    return create_front(options.open, config, keys, flags.replicas, gpus, loader.give_up)
 
 
 def named(flags: Flags) -> ServerConfig:
     """The server's configuration, with a name for the model."""
-    return replace(flags.server, name=flags.server.name or Path(flags.model).resolve().name)
+    return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name)
 
 
 def api_keys(flags: Flags) -> tuple[str, ...]:

@@ -28,9 +28,10 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from ..serving import Output, Piece, SamplingParams
+from ..serving import grammar as grammars
+from ..serving.fair_pool import FairPool, PoolFull
 from . import errors
 from .config import ServerConfig
-from .fair_pool import FairPool, PoolFull
 
 Result = TypeVar("Result")
 Ask = tuple[list[int], SamplingParams]
@@ -75,7 +76,7 @@ class Flow:
             reasons = [event.piece.finish_reason for event in events if event.piece.finish_reason]
             self._unfinished -= len(reasons)
             if "error" in reasons:
-                raise errors.failed()
+                raise self._error()
             if self._failure and not self.gone:
                 raise self._failure
             if events:
@@ -88,6 +89,11 @@ class Flow:
         if self.gone:
             raise errors.gone()
         return [stream.output() for stream in self.streams]
+
+    def _error(self) -> errors.APIError:
+        """What a failed continuation's client is told: what is wrong with its grammar, or that the engine failed."""
+        causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
+        return errors.from_value_error(causes[0]) if causes else errors.failed()
 
     @property
     def streams(self) -> list[Any]:
@@ -221,6 +227,7 @@ class Bridge:
         asks: Callable[[Any], Iterable[Ask]],
         count: int,
         *,
+        params: SamplingParams | None = None,
         streaming: bool = False,
         salt: Any = None,
         client: Any = None,
@@ -228,7 +235,8 @@ class Bridge:
     ) -> Flow:
         """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
 
-        `client` is whose turn it takes, `receive` tells when that client leaves; its body must have been read.
+        `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
+        client leaves; its body must have been read.
         """
         if not self.engine_ready:
             raise errors.unavailable(self.state)
@@ -242,7 +250,7 @@ class Bridge:
         if receive is not None:
             flow.watch(receive)
         try:
-            await flow.wait_for(self.offload(self._submit, flow, asks, salt, client=client))
+            await flow.wait_for(self._prepare(flow, asks, params, salt, client))
         except BaseException:
             flow.close()
             raise
@@ -254,14 +262,41 @@ class Bridge:
         self.open -= flow.count
         self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
 
-    def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], salt: Any) -> None:
+    async def _prepare(self, flow: Flow, asks: Any, params: SamplingParams | None, salt: Any, client: Any) -> None:
+        options = {"salt": salt}
+        if params is not None and params.constrained:
+            options["grammar"] = await self._compile(params, client)
+        await self.offload(self._submit, flow, asks, options, client=client)
+
+    async def _compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
+        """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
+        try:
+            future = self.llm.grammars.start(params, client)
+        except PoolFull:
+            raise errors.compiling() from None
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+        compiled = asyncio.wrap_future(future)
+        try:
+            for _ in ("waiting", "compiling"):
+                if (await asyncio.wait({compiled}, timeout=grammars.TIME_LIMIT))[0]:
+                    return compiled.result()
+                if future.cancel():
+                    raise errors.compiling()
+            raise grammars.too_slow(params)
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+        finally:
+            future.cancel()
+
+    def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], options: dict[str, Any]) -> None:
         llm, index = self.llm, 0
         if llm is None:  # it broke while this request waited for a thread
             raise errors.unavailable(self.state)
         for tokens, params in asks(llm):
             on_piece = partial(self._post, llm.engine, flow, index)
             flow.prompt_tokens += len(tokens)
-            flow.generations.append(llm.submit(tokens, params, salt=salt, on_piece=on_piece))
+            flow.generations.append(llm.submit(tokens, params, on_piece=on_piece, **options))
             index += params.n
             if flow.abandoned:  # while this thread was at it
                 return flow.cancel()
@@ -293,6 +328,7 @@ class Bridge:
             self._state = state
             try:
                 self.llm = await asyncio.to_thread(self._make)
+                await asyncio.to_thread(self.llm.grammars.prepare)
             except Exception:
                 logger.exception("the engine could not be built")
                 break

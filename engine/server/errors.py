@@ -102,6 +102,11 @@ def unavailable(state: str) -> APIError:
     return APIError(503, f"the engine is {state}", code="engine_unavailable", headers={"retry-after": "2"})
 
 
+def compiling() -> APIError:
+    """Too many grammars of others are being compiled: 503, and when to come back."""
+    return APIError(503, "too many grammars are being compiled: try again", headers={"retry-after": "2"})
+
+
 def failed() -> APIError:
     """The engine broke while it computed the request: 500."""
     return APIError(500, "the engine failed while computing this request", code="engine_error")

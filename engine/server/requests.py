@@ -128,6 +128,16 @@ class ResponseFormat(Body):
         return self.json_schema.schema_
 
 
+class StructuredOutputs(Body):
+    """vLLM's spelling of what the text must satisfy: one of these."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_object: bool = False
+    regex: Text | None = None
+    choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
+    grammar: Text | None = Field(None, description="Lark, or llama.cpp's GBNF.")
+
+
 class Sampling(Body):
     """How to choose tokens: what completions and chat have in common."""
 
@@ -136,7 +146,7 @@ class Sampling(Body):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=2**31 - 1, description="Keep the k most likely tokens; 0 or -1 keeps all.")
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None = Field(
@@ -152,6 +162,11 @@ class Sampling(Body):
     choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = Field(
         None, description="The text is one of these strings."
     )
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = Field(None, description="The same in vLLM's older spelling.")
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
+    guided_grammar: Text | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Written to the access log; changes nothing else.")
@@ -164,6 +179,25 @@ class Sampling(Body):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def grammar(self) -> dict[str, Any]:
+        """What the text must satisfy, as a field of `SamplingParams`, from whichever spelling was used."""
+        other = self.structured_outputs or StructuredOutputs()
+        given = {
+            "response_format": ("json_schema", self.response_format and self.response_format.grammar()),
+            "structured_outputs.json_object": ("json_schema", {"type": "object"} if other.json_object else None),
+            "structured_outputs.json": ("json_schema", other.json_),
+            "guided_json": ("json_schema", self.guided_json),
+            "regex": ("regex", self.regex),
+            "choice": ("choice", self.choice),
+        }
+        for field in ("regex", "choice", "grammar"):
+            given[f"structured_outputs.{field}"] = (field, getattr(other, field))
+            given[f"guided_{field}"] = (field, getattr(self, f"guided_{field}"))
+        given = {name: wish for name, wish in given.items() if wish[1] is not None}
+        if len(given) > 1:
+            raise invalid(f"only one of these can be given: {', '.join(given)}", min(given).partition(".")[0])
+        return dict(given.values())
+
     def check(self) -> None:
         """What one field alone cannot tell."""
         if self.stream_options is not None and not self.stream:
@@ -172,7 +206,6 @@ class Sampling(Body):
     def params(self, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
         """What the engine is asked."""
         self.check()
-        grammar = self.response_format.grammar() if self.response_format else None
         try:
             return SamplingParams(
                 max_tokens=max_tokens,
@@ -190,9 +223,7 @@ class Sampling(Body):
                 seed=self.seed,
                 n=self.n,
                 logprobs=logprobs,
-                json_schema=grammar,
-                regex=self.regex,
-                choice=tuple(self.choice) if self.choice else None,
+                **self.grammar(),
                 **others,
             )
         except ValueError as error:

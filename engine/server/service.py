@@ -52,7 +52,7 @@ class Service:
         params, words = body.sampling(), self.words
         hidden = self.llm.engine.eos.union(params.stop_token_ids)
         asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION)
-        flow = await self._submit(request, asks, len(body.prompts) * body.n, body.model, body.stream)
+        flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body.model, body.stream)
         writer = CompletionWriter(self._head("cmpl", body, request), flow, words, hidden, body.logprobs)
         return await self._answer(request, body.stream, flow, writer)
 
@@ -65,15 +65,16 @@ class Service:
             tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
             yield tokens, self._fit(llm, tokens, params)
 
-        flow = await self._submit(request, asks, body.n, body.model, body.stream)
+        flow = await self._submit(request, asks, body.n, params, body.model, body.stream)
         reader = ToolCallReader if tools else PlainReader
         writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, reader)
         return await self._answer(request, body.stream, flow, writer)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
-        asks = self._continuing(body.prompts, body.sampling(), DEFAULT_GENERATION)
-        flow = await self._submit(request, asks, len(body.prompts))
+        params = body.sampling()
+        asks = self._continuing(body.prompts, params, DEFAULT_GENERATION)
+        flow = await self._submit(request, asks, len(body.prompts), params)
         try:
             outputs = await flow.outputs()
         finally:
@@ -125,6 +126,7 @@ class Service:
         request: Request,
         asks: Callable[[Any], Iterable[Ask]],
         count: int,
+        params: SamplingParams,
         model: str | None = None,
         streaming: bool = False,
     ) -> Flow:
@@ -133,6 +135,7 @@ class Service:
         return await self.bridge.submit(
             asks,
             count,
+            params=params,
             streaming=streaming,
             salt=scope.get("salt"),
             client=client_of(scope),

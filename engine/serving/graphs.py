@@ -27,6 +27,7 @@ class DecodeGraphs:
             torch.zeros(max_batch, dtype=torch.int64, device=device) for _ in "tps"
         )
         self.contexts, self.counts = (torch.zeros(max_batch, dtype=torch.int32, device=device) for _ in "cc")
+        self.starts = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self.tables = torch.zeros(max_batch, pages_per_row, dtype=torch.int32, device=device)
         self.replays: dict[int, Callable[[], Tensor]] = {}
 
@@ -34,11 +35,13 @@ class DecodeGraphs:
         """The hidden states of one token of each sequence; `step` is the layout on the device."""
         T = len(tokens_T)
         size = next(size for size in self.sizes if size >= T)
-        positions, slots, tables, contexts, counts = step
+        positions, slots, tables, contexts, counts, starts = step
         self.slots[:size] = -1
         self.contexts[:size] = self.counts[:size] = 0
         self.tokens[:T], self.positions[:T], self.slots[:T] = tokens_T, positions, slots
         self.contexts[:T], self.counts[:T] = contexts, counts
+        self.starts[: size + 1] = T
+        self.starts[: T + 1] = starts
         self.tables[:T, : tables.shape[1]] = tables
         if size not in self.replays:
             self.replays[size] = self.record(lambda: self._run(size))
@@ -46,7 +49,7 @@ class DecodeGraphs:
 
     def _run(self, size: int) -> Tensor:
         inputs = self.positions, self.slots, self.tables, self.contexts, self.counts
-        attend = KernelAttend(self.store, *(tensor[:size] for tensor in inputs))
+        attend = KernelAttend(self.store, *(tensor[:size] for tensor in inputs), self.starts[: size + 1])
         return self.model.hidden(self.tokens[None, :size], self.positions[None, :size], attend)[0]
 
 

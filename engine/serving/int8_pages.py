@@ -62,8 +62,8 @@ class Int8Attend:
     """`attend` over such pages in PyTorch."""
 
     def __init__(self, store, positions: Tensor, slots: Tensor, tables: Tensor, *lengths: Tensor):
-        """`lengths` are the contexts and counts of the sequences."""
-        self.store, self.slots, self.lengths = store, slots, lengths
+        """`lengths` are the contexts, counts and starts of the sequences."""
+        self.store, self.slots, self.lengths = store, slots, lengths[:2]
         self.used, self.tables = tables.unique(return_inverse=True)
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:

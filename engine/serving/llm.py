@@ -25,7 +25,7 @@ from ..model import Transformer
 from .balance import has_tall_keys
 from .beam import beam_search
 from .engine import Engine, Generation
-from .grammar import compile_grammar
+from .grammar import GrammarCompiler
 from .int8_pages import TILE
 from .outputs import Output, Piece
 from .pages import PagePool
@@ -126,6 +126,7 @@ class LLM:
             draft=guess,
             most_drafts=speculate or draft_tokens,
         )
+        self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size)
         self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
 
     def _open_draft(self, source) -> Transformer:
@@ -153,8 +154,9 @@ class LLM:
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
         params = params or SamplingParams()
-        grammar = compile_grammar(params, self.tokenizer, self.config.vocab_size) if params.constrained else None
-        return self.engine.submit(self.encode(prompt), params, grammar=grammar, **options)
+        if params.constrained and "grammar" not in options:
+            options["grammar"] = self.grammars.compile(params)
+        return self.engine.submit(self.encode(prompt), params, **options)
 
     def generate(
         self, prompts: Prompt | Items[Prompt], params: SamplingParams | Items[SamplingParams] | None = None

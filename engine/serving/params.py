@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 MAX_LOGPROBS = 100
 MAX_N = 256
+GRAMMARS = ("json_schema", "regex", "choice", "grammar")  # fields that say which texts are possible
+GREEDY_BELOW = 1e-4  # as in kernels/sample.py: logits over such a temperature differ by more than any draw can bridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class SamplingParams:
     max_tokens: int | None = 128
     """Most tokens to generate; None: until the context is full. The context length always limits it too."""
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the most likely token."""
+    """Divides the logits; 0, or less than 0.0001, always takes the most likely token."""
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -27,7 +29,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides (or, below zero, multiplies) the logits of tokens already in the prompt or the output."""
+    """Divides (or, below zero, multiplies) the logits of tokens already in the prompt or the output; 0.01 at least."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens already in the output."""
     frequency_penalty: float = 0.0
@@ -54,6 +56,8 @@ class SamplingParams:
     """The text matches this regular expression."""
     choice: tuple[str, ...] | None = None
     """The text is one of these strings."""
+    grammar: str | None = None
+    """The text satisfies this grammar, in llguidance's variant of Lark."""
     echo: bool = False
     """Put the prompt in front of the text."""
 
@@ -68,6 +72,8 @@ class SamplingParams:
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
         self._check_numbers()
         self._check_collections()
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def greedy(self) -> bool:
@@ -82,7 +88,7 @@ class SamplingParams:
     @property
     def constrained(self) -> bool:
         """Whether a grammar decides which tokens are possible."""
-        return self.json_schema is not None or self.regex is not None or self.choice is not None
+        return any(getattr(self, name) is not None for name in GRAMMARS)
 
     def _check_numbers(self) -> None:
         if self.max_tokens is not None:
@@ -91,7 +97,7 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0)
         _number("top_p", self.top_p, 0, 1, open_low=True)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _number("presence_penalty", self.presence_penalty, -100, 100)
         _number("frequency_penalty", self.frequency_penalty, -100, 100)
         if self.seed is not None:
@@ -118,9 +124,9 @@ class SamplingParams:
                 _number("logit_bias", bias, -100, 100)
         if self.choice == ():
             raise ValueError("choice must offer at least one string, got none")
-        grammars = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) is not None]
-        if len(grammars) > 1:
-            raise ValueError(f"only one of json_schema, regex and choice can be given, got {' and '.join(grammars)}")
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of {', '.join(GRAMMARS)} can be given, got {' and '.join(given)}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:

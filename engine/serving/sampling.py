@@ -18,6 +18,7 @@ from .params import SamplingParams
 from .plan import TokenLogprob
 from .store import HAS_NATIVE, _native, to_device, to_host
 
+IMPOSSIBLE = -9999.0  # for a log-probability of −inf or NaN, as OpenAI says it: JSON has neither
 _FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
 
@@ -47,7 +48,7 @@ class RowSettings:
         if HAS_NATIVE and self.device.type == "cpu":
             return _sample_native(logits_RV, index_R, *self.numbers.values(), self.seeds, positions_R)
         if all(self.params[row].greedy for row in rows):
-            return logits_RV.argmax(-1)
+            return logits_RV.masked_fill(logits_RV.isnan(), -torch.inf).argmax(-1)  # the rule of `kernels.sample`
         settings = [tensor[index_R] for tensor in (*self.numbers.values(), self.seeds)]
         return kernels.sample(logits_RV, *settings, positions_R)
 
@@ -81,7 +82,8 @@ class Logprobs:
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
         chosen_R = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
         best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
-        self._columns = [to_host(column) for column in (tokens_R, chosen_R, best.indices, best.values)]
+        chosen_R, best_RK = (x.nan_to_num(nan=IMPOSSIBLE, neginf=IMPOSSIBLE) for x in (chosen_R, best.values))
+        self._columns = [to_host(column) for column in (tokens_R, chosen_R, best.indices, best_RK)]
 
     def read(self) -> tuple[TokenLogprob, ...]:
         """One entry a row; waits for the device."""

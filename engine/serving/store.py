@@ -72,7 +72,8 @@ class PageStore:
         where = positions[:T]
         slots[:T] = tables[sequences[:T], where // self.page_size].astype(np.int64) * self.page_size
         slots[:T] += where % self.page_size
-        return Layout(positions, sequences, slots, tables, contexts, counts)
+        starts = np.concatenate([[0], ends]).astype(np.int32)
+        return Layout(positions, sequences, slots, tables, contexts, counts, starts)
 
     def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend | Int8Attend":
         """The attention of one step; `step` is the layout on the device."""
@@ -91,18 +92,22 @@ class Layout:
     tables: np.ndarray  # (N, pages of the longest)
     contexts: np.ndarray  # (N): tokens to look at, the new ones included
     counts: np.ndarray  # (N): new ones
+    starts: np.ndarray  # (N + 1): where each sequence's new tokens begin, and where the last one's end
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What the kernels ask for."""
-        return self.positions, self.slots, self.tables, self.contexts, self.counts
+        return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
 
 
 class KernelAttend:
     """`attend` by the kernels, on any device."""
 
     def __init__(self, store: PageStore, positions: Tensor, slots: Tensor, *batch: Tensor):
-        """`batch` is the tables, contexts and counts of the sequences."""
-        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch
+        """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
+        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
+        kv_heads = store.keys.shape[3]
+        arrivals = torch.zeros(len(batch[1]) * kv_heads, dtype=torch.int32, device=slots.device)
+        self.shared = {"starts": batch[3], "arrivals": arrivals}
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
@@ -115,7 +120,7 @@ class KernelAttend:
     def look(self, q_THD: Tensor, layer) -> Tensor:
         """Attention over what the pages hold by now."""
         options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
-        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options)
+        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
 
 
 class NativeAttend:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .. import rows
 from ..config import ModelConfig
 from ..hub import read_weights
 from ..model import Transformer
@@ -32,6 +33,8 @@ def build(config: TrainConfig, architecture: ModelConfig, team: Team, dtype: tor
     with torch.device("meta"):
         model = Transformer(architecture)
     pieces = Pieces(team, model)
+    if not config.compile and team.axes["tp"] == 1:
+        rows.install(model)
     for block in model.blocks:
         if config.recompute:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from warploom.kernels import backend, rms_norm, sample, verify
 from warploom.kernels.lang import HAS_TRITON, INTERPRET
@@ -13,7 +15,8 @@ pytestmark = [
     pytest.mark.skipif(
         not HAS_TRITON or (DEVICE == "cpu" and not INTERPRET), reason="needs triton and TRITON_INTERPRET=1 or a GPU"
     ),
-    pytest.mark.filterwarnings("ignore:.* encountered in (exp|log|subtract|matmul):RuntimeWarning"),  # log(0) is meant
+    # log(0) is meant
+    pytest.mark.filterwarnings("ignore:.* encountered in (exp|log|subtract|multiply|matmul):RuntimeWarning"),
 ]
 
 
@@ -50,6 +53,52 @@ def test_sampling_without_a_sort_draws_the_tokens_of_sampling_with_one(kind):
     settings = [x.to(DEVICE) for x in (logits, temperature, top_k, top_p, min_p, seeds, positions)]
     with backend("triton"):
         assert torch.equal(sample(*settings), sample.reference(*settings))
+
+
+ODD = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 0.0, 1.0, 2.5]
+ODD_SETTINGS = {
+    "temperature": st.sampled_from([0.0, 5e-324, 1e-45, 1e-40, 1e-30, 9e-5, 1e-4, 0.5, 1.0, 2.0, 100.0]),
+    "top_k": st.integers(0, 12),
+    "top_p": st.sampled_from([1e-45, 1e-3, 0.5, 0.9, 1.0]),
+    "min_p": st.sampled_from([0.0, 1e-45, 0.1, 1.0]),
+    "seeds": st.integers(-(2**63), 2**63 - 1),
+    "positions": st.integers(0, 2**40),
+}
+
+
+def largest_first(row, temperature):
+    """The rule of `sample` for greedy rows and rows that are not finite, one logit at a time; None for others."""
+    temperature = torch.tensor(temperature)
+    greedy = bool(temperature < 1e-4)
+    scaled = [float(x if greedy else x * (1 / temperature)) for x in row]
+    scaled = [x if x == x else -float("inf") for x in scaled]
+    return scaled.index(max(scaled)) if greedy or abs(max(scaled)) == float("inf") else None
+
+
+@pytest.mark.parametrize("by", ["triton", "eager", "native"])
+@given(
+    st.lists(st.lists(st.sampled_from(ODD), min_size=9, max_size=9), min_size=1, max_size=4),
+    st.fixed_dictionaries(ODD_SETTINGS),
+)
+@settings(max_examples=40)
+def test_sample_survives_any_row(by, rows, options):
+    """A draw is a token whose logit is a number, or the first of the largest, whatever the logits and settings."""
+    logits = torch.tensor(rows, device=DEVICE)
+    dtypes = {"top_k": torch.int32, "seeds": torch.int64, "positions": torch.int64}
+    chosen = [torch.tensor([options[name]] * len(rows), dtype=dtypes.get(name), device=DEVICE) for name in ODD_SETTINGS]
+    if by == "native":
+        sampling = pytest.importorskip("warploom.engine.serving.sampling")
+        if not sampling.HAS_NATIVE:
+            pytest.skip("needs the C++ extension")
+        index = torch.arange(len(rows))
+        drawn = sampling._sample_native(logits.cpu(), index, *(x.cpu() for x in chosen))
+    else:
+        with backend(by):
+            drawn = sample(logits, *chosen)
+    for row, token in zip(rows, drawn.tolist()):
+        expected = largest_first(row, options["temperature"])
+        assert 0 <= token < len(row) and (expected in (None, token)), (row, options)
+        assert expected is not None or row[token] > -float("inf"), (row, options)
 
 
 def test_a_wrong_twin_is_caught():

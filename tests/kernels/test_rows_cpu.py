@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from warploom import kernels
+from warploom.engine import rows
 from warploom.engine.config import ModelConfig
-from warploom.engine.model import Block, Rotation, Transformer, dense_attention
+from warploom.engine.model import Rotation, Transformer, dense_attention
 from warploom.kernels import rows_cpu
 
 pytestmark = pytest.mark.skipif(not rows_cpu.HAS_ROWS, reason="needs the C++ extension and a CPU with AVX-512")
@@ -96,6 +97,7 @@ LLAMA = {"vocab_size": 32, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_
 
 def test_training_goes_by_rows_and_finds_the_gradients_of_the_ops(monkeypatch):
     model = Transformer(ModelConfig(**LLAMA))
+    rows.install(model)
     tokens = torch.randint(32, (2, 16))
     seen = []
     whole = rows_cpu.from_heads
@@ -119,6 +121,7 @@ def test_training_goes_by_rows_and_finds_the_gradients_of_the_ops(monkeypatch):
 )
 def test_a_layer_with_more_in_it_goes_by_its_ops(change, monkeypatch):
     monkeypatch.delattr(rows_cpu, "to_heads")
-    block = Block(ModelConfig(**LLAMA | change))
+    model = Transformer(ModelConfig(**LLAMA | change))
+    rows.install(model)
     stream = torch.randn(1, 8, 32)
-    assert block(stream, stream, Rotation(), dense_attention)[0].requires_grad
+    assert model.blocks[0](stream, stream, Rotation(), dense_attention)[0].requires_grad

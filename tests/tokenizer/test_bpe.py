@@ -190,7 +190,7 @@ def test_a_pattern_of_ones_own_loses_no_text(corpus, texts):
         ({"normalizer": {"type": "Prepend", "prepend": "_"}}, "normalizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "add_prefix_space"),
-        ({"added_tokens": [{"id": 9999, "content": "<m>", "lstrip": True}]}, "lstrip"),
+        ({"added_tokens": [{"id": 9999, "content": "<m>", "single_word": True}]}, "single_word"),
         ({"model": {"type": "BPE"}}, "vocab"),
     ],
 )

@@ -92,7 +92,7 @@ def test_prompt_of_wrong_kind_is_told_what_a_prompt_is(client):
 
 
 def test_fair_pool_serves_clients_in_turn():
-    from warploom.engine.server.fair_pool import FairPool, PoolFull
+    from warploom.engine.serving.fair_pool import FairPool, PoolFull
 
     pool, order, go = FairPool(1, waiting=5), [], threading.Event()
     running = pool.submit("a", go.wait)
@@ -110,3 +110,85 @@ def test_fair_pool_serves_clients_in_turn():
     pool.shutdown()
     with pytest.raises(PoolFull):
         pool.submit("a", order.append, "late")
+
+
+# -- structured output ------------------------------------------------------------------------------------------------
+
+
+def test_slow_grammars_delay_only_those_who_send_them(monkeypatch):
+    """Two threads compile; who waits too long for them is told to come back, and everybody else is served."""
+    from warploom.engine.serving import grammar
+
+    monkeypatch.setattr(grammar, "TIME_LIMIT", 0.2)
+    build, done = grammar._build, threading.Event()
+    monkeypatch.setattr(grammar, "_build", lambda *source: done.wait(60) and build(*source))
+    with serving() as server, httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(6) as others:
+        threads = threading.active_count()
+        bodies = [{"prompt": "x", "max_tokens": 9, "regex": f"slow{i}"} for i in range(5)]
+        asked = [others.submit(client.post, "/v1/completions", json=body) for body in bodies]
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+        answers = [each.result() for each in asked]
+        assert sorted(answer.status_code for answer in answers) == [400, 400, 503, 503, 503]
+        for answer in answers:
+            assert "retry-after" in answer.headers if answer.status_code == 503 else "simplify it" in answer.text
+        assert threading.active_count() <= threads + 5 + 2, "a thread a client here, and the two that compile"
+        done.set()
+        server.wait(lambda: client.post("/v1/completions", json=bodies[0]).status_code == 200)
+        server.assert_nothing_left()
+
+
+def test_grammar_beyond_its_limits_is_the_clients_mistake(client, server):
+    huge = [f"c{i}" for i in range(100_000)]
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1500)}}
+    for body in ({"choice": huge}, {"guided_json": wide}, {"guided_json": wide, "stream": True}):
+        refused = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 50, **body})
+        text = refused.text.removeprefix("data: ")
+        assert json.loads(text.split("\n\n")[0])["error"]["type"] == "invalid_request_error"
+        assert refused.status_code == 400 or body.get("stream")
+    chosen = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 50, "choice": huge[:2500]})
+    assert chosen.json()["choices"][0]["text"] in huge
+    server.assert_nothing_left()
+
+
+def test_structured_output_in_every_spelling(client):
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
+    wanted = {
+        '{"a":1}': [
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+            {"guided_json": schema},
+            {"guided_json": json.dumps(schema)},
+            {"structured_outputs": {"json": schema}},
+        ],
+        "ab": [
+            {"regex": "ab"},
+            {"guided_regex": "ab"},
+            {"choice": ["ab"]},
+            {"guided_choice": ["ab"]},
+            {"guided_grammar": 'start: "a" "b"'},
+            {"structured_outputs": {"grammar": 'root ::= "ab"'}},
+            {"structured_outputs": {"regex": "ab"}},
+            {"structured_outputs": {"choice": ["ab"]}},
+        ],
+    }
+    for text, spellings in wanted.items():
+        for body in spellings:
+            answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 50, **body})
+            assert answer.status_code == 200 and answer.json()["choices"][0]["text"].replace(" ", "") == text, body
+    both = client.post("/v1/completions", json={"prompt": "x", "regex": "a", "guided_choice": ["b"]})
+    assert both.status_code == 400 and "regex, guided_choice" in both.json()["error"]["message"]
+
+
+def test_vocabulary_is_ready_when_the_server_is(server):
+    assert server.bridge.llm.grammars._ready is not None
+
+
+def test_preparation_keeps_the_requests_time_limit():
+    """Tokenizing counts too: a neighbor of slow texts waited 198 s in spite of the limit."""
+    with serving(request_timeout=0.3) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        go, encode = threading.Event(), server.bridge.llm.encode
+        server.bridge.llm.encode = lambda prompt: go.wait(60) and encode(prompt)
+        late = client.post("/v1/completions", json={"prompt": "x"})
+        assert late.status_code == 504
+        go.set()
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        server.assert_nothing_left()

@@ -63,6 +63,32 @@ def test_a_client_that_leaves_before_the_answer_stops_its_generation_too(held):
     assert held.bridge.llm.engine.generated_tokens <= 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({"temperature": 1e-40, "top_p": 0.9}, 200),
+        ({"temperature": 1e-39, "top_p": 0.5}, 200),
+        ({"repetition_penalty": 1e-45, "top_p": 0.9}, 400),
+    ],
+)
+def test_server_tiny_settings_do_not_end_it(client, settings, status):
+    answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, **settings})
+    assert answer.status_code == status, answer.text
+    assert status == 200 or "greater than or equal to 0.01" in answer.json()["error"]["message"]
+
+
+def test_server_nan_weights_answer_in_valid_json():
+    def make():
+        model = make_model()
+        model.blocks[0].attention.qkv.weight.data[0, 0] = float("nan")
+        return LLM(model, make_tokenizer())
+
+    with serving(make) as server, client_of(server) as client:
+        answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "top_p": 0.9, "logprobs": 2})
+    assert answer.status_code == 200 and "NaN" not in answer.text
+    assert answer.json()["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0] * 2
+
+
 def test_a_full_queue_answers_429_and_when_to_come_back(held):
     async def ask(client):
         return await client.post("/v1/completions", json={**LONG, "stream": False, "max_tokens": 20})

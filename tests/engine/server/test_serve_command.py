@@ -1,5 +1,6 @@
 """`warploom serve` as a user starts and stops it."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -10,7 +11,10 @@ import time
 import pytest
 
 from warploom.engine.cli import main
+from warploom.engine.cli.flags import parse
+from warploom.engine.cli.serve import Flags, api_keys
 from warploom.engine.hub import save_model
+from warploom.engine.serving.options import LLMOptions
 
 from .conftest import make_model, make_tokenizer
 
@@ -81,7 +85,7 @@ def test_listening_wider_without_a_key_is_warned_about(directory):
         (["--replicas", "0"], "replicas must be at least 1, got 0"),
         (["--max-queue", "-1"], "max_queue must be at least 0, got -1"),
         (["--api-key-file", os.devnull], "has no key in it"),
-        (["--quantize", "int3"], "quantize must be None or 'int8', got 'int3'"),
+        (["--quantize", "int3"], "'int3'"),
         (["--kv-memory", "10", "--port", "0"], "kv_memory=10 bytes is less than one page"),
     ],
 )
@@ -90,3 +94,22 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_2(flags, says, directory, c
     assert main(["serve", "--no-ui", *(flags if "--port" in flags else [*flags, "--port", "0"])]) == 2
     error = capsys.readouterr().err
     assert says in error and error.splitlines()[-1].startswith("warploom serve: ")
+
+
+def test_serve_refuses_unknown_choice_before_listening(directory, capsys):
+    assert main(["serve", "--model", str(directory), "--port", "0", "--quantize", "int9"]) == 2
+    told = capsys.readouterr()
+    assert "http://" not in told.out and "int9" in told.err and len(told.err.splitlines()) == 1
+
+
+def test_serve_takes_every_engine_option(directory):
+    """One class says what an engine may be told: `serve` and `generate` read the same flags from it."""
+    options = Flags(LLMOptions("x")).llm
+    argv = ["--model", str(directory)]
+    changed = {"batch_invariant": False, "prefix_cache": False, "max_batch": 7, "quantize": "int8", "device": "cpu"}
+    for name, value in changed.items():
+        flag = name.replace("_", "-")
+        argv += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    flags = parse(Flags, [*argv, "--api-key", "one", "--api-key", "two"], "serve")
+    assert flags.llm == dataclasses.replace(options, model=str(directory), **changed)
+    assert api_keys(flags) == ("one", "two")

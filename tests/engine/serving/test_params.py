@@ -19,6 +19,7 @@ from warploom.engine.serving.params import SamplingParams
         ("top_k", 1.5),
         ("min_p", 1.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-39),
         ("presence_penalty", math.inf),
         ("frequency_penalty", 1000),
         ("max_tokens", -1),
@@ -41,6 +42,12 @@ from warploom.engine.serving.params import SamplingParams
 def test_an_impossible_value_is_refused_by_field_and_value(field, value):
     with pytest.raises(ValueError, match=field):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 9.9e-5])
+def test_params_tiny_temperature_is_greedy(temperature):
+    assert SamplingParams(temperature=temperature).temperature == 0
+    assert not SamplingParams(temperature=1e-4).greedy
 
 
 def test_two_grammars_are_refused():

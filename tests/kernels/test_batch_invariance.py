@@ -1,0 +1,71 @@
+"""Batch invariance of paged attention: a row has the same bits however its sequence was cut and whoever is beside it.
+
+Interpreted, this proves the arithmetic and its order; on a GPU, that one instruction does it.
+"""
+
+import random
+
+import pytest
+import torch
+
+from warploom.kernels import backend, paged_attention
+
+from .test_fused import DEVICE, pytestmark  # noqa: F401
+
+PAGE = 16
+ROWS = 9  # newest rows of a context that are compared
+
+
+def sequences(contexts, K, G, D, dtype):
+    """Queries of the last ROWS tokens of each context, and the pages of all, in random order."""
+    generator = torch.Generator().manual_seed(sum(contexts))
+    counts = [-(-c // PAGE) for c in contexts]
+    order = torch.randperm(sum(counts), generator=generator).int().split(counts)
+    table = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
+    for row, pages in zip(table, order):
+        row[: len(pages)] = pages
+    k, v = (torch.randn(sum(counts), PAGE, K, D, generator=generator).to(dtype) for _ in "kv")
+    queries = [torch.randn(min(ROWS, c), K * G, D, generator=generator).to(dtype) for c in contexts]
+    return [q.to(DEVICE) for q in queries], k.to(DEVICE), v.to(DEVICE), table.to(DEVICE)
+
+
+def attend(batch, q, k, v, table, options):
+    """One call for a batch of (sequence, first row, last row, context before its rows)."""
+    rows = torch.cat([q[s][a:b] for s, a, b, _ in batch])
+    lens = [[before + b for _, _, b, before in batch], [b - a for _, a, b, _ in batch]]
+    lens = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in lens)
+    with backend("triton"):
+        out = paged_attention(rows, k, v, table[[s for s, *_ in batch]], *lens, **options)
+    return out.split([b - a for _, a, b, _ in batch])
+
+
+def drawn(seed):
+    """The options and shapes of one trial."""
+    r = random.Random(seed)
+    options = {"window": r.choice([None, None, 1, 33, 100, 300, 700]), "softcap": r.choice([None, 3.0])}
+    heads = r.choice([(1, 1), (1, 2), (2, 3)])
+    contexts = [r.choice([r.randint(1, 40), r.randint(1, 2000), 256 * r.randint(1, 7) + r.randint(-1, 5)])]
+    return r, options, heads, [*contexts, r.randint(1, 600), r.randint(1, 40)]
+
+
+@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.gpu
+def test_row_any_cut_same_bits(seed):
+    r, options, (K, G), contexts = drawn(seed)
+    dtype = r.choice([torch.bfloat16, torch.bfloat16, torch.float32])
+    q, *cache = sequences(contexts, K, G, 16 if DEVICE == "cpu" else r.choice([64, 128, 256]), dtype)
+    n, before = len(q[0]), contexts[0] - len(q[0])
+    (whole,) = attend([(0, 0, n, before)], q, *cache, options)
+
+    cut = r.randint(0, n)
+    pieces = [attend([(0, a, b, before)], q, *cache, options)[0] for a, b in ((0, cut), (cut, n)) if b > a]
+    assert torch.equal(torch.cat(pieces), whole)
+
+    some = sorted({0, n // 2, n - 1})
+    decodes = [attend([(0, i, i + 1, before)], q, *cache, options)[0] for i in some]
+    assert torch.equal(torch.cat(decodes), whole[some])
+
+    company = [(s, 0, len(q[s]), contexts[s] - len(q[s])) for s in (1, 2)]
+    for first in (0, n - 1):  # as a chunk and as a decode, in the middle of others
+        batch = [company[0], (0, first, n, before), company[1]]
+        assert torch.equal(attend(batch, q, *cache, options)[1], whole[first:])

@@ -1,0 +1,165 @@
+"""Pipelines of published tokenizers: small ones made with `tokenizers`, which is also the judge.
+
+With WARPLOOM_TOKENIZERS=DIR, each directory in DIR that holds a tokenizer.json is fuzzed too.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from warploom.tokenizer import load_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
+from tokenizers import pre_tokenizers as pre  # noqa: E402
+
+BYTES = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+WORDS = r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RUNS = [AddedToken(" " * n, normalized=True, special=False) for n in (24, 8, 4, 3, 2)]
+LINES = [AddedToken("\n" * n, normalized=False, special=False) for n in (3, 2)]
+STRIPPING = [
+    AddedToken("<|left|>", lstrip=True, normalized=False, special=True),
+    AddedToken("<|right|>", rstrip=True, normalized=False, special=True),
+    AddedToken("<|both|>", lstrip=True, rstrip=True, normalized=False),
+]
+
+
+def split(pattern: str, behavior: str = "isolated") -> pre.Split:
+    return pre.Split(Regex(pattern) if len(pattern) > 1 else pattern, behavior)
+
+
+BYTE_LEVEL = {
+    "gpt2": dict(pre=GPT2),
+    "digits one by one": dict(pre=pre.Sequence([pre.Digits(individual_digits=True), GPT2])),
+    "digits": dict(pre=pre.Sequence([pre.Digits(individual_digits=False), GPT2])),
+    "punctuation": dict(pre=pre.Sequence([pre.Punctuation("isolated"), GPT2])),
+    "runs of punctuation": dict(pre=pre.Sequence([pre.Punctuation("contiguous"), GPT2])),
+    "three splits": dict(pre=pre.Sequence([split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(WORDS), BYTES])),
+    "merged with previous": dict(pre=pre.Sequence([split(" ", "merged_with_previous"), BYTES])),
+    "merged with next": dict(pre=pre.Sequence([split(" ", "merged_with_next"), BYTES])),
+    "one piece": dict(pre=BYTES),
+    "NFC and runs of spaces": dict(pre=GPT2, normalizer=normalizers.NFC(), added=RUNS),
+    "NFKC": dict(pre=GPT2, normalizer=normalizers.NFKC()),
+    "missing bytes": dict(pre=GPT2, alphabet=sorted(pre.ByteLevel.alphabet())[5:200:2]),
+    "white space taken along": dict(pre=GPT2, added=STRIPPING),
+    "many added": dict(pre=GPT2, added=[f"<unused{i}>" for i in range(3000)] + ["\n\n", "\n\n\n", "the", "你"]),
+}
+
+
+def make(corpus, *, pre, normalizer=None, added=(), alphabet=None) -> Tokenizer:
+    """A byte-level tokenizer of `tokenizers`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    letters = sorted(GPT2.alphabet()) if alphabet is None else alphabet
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        special_tokens=["<s>"],
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(list(added))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def check_same(ours, theirs: Tokenizer, texts: list[str]) -> None:
+    """Ids with special tokens allowed and not, in every way to ask for them; offsets; text back."""
+    for text in texts:
+        theirs.encode_special_tokens = False
+        assert ours.encode(text, "all") == theirs.encode(text, add_special_tokens=False).ids
+        theirs.encode_special_tokens = True
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids
+        assert ours.encode_array(text).tolist() == ids and ours.count(text) == len(ids)
+        assert list(ours.encode_iterable(text[i : i + 5] for i in range(0, len(text), 5))) == ids
+        assert ours.encode_with_offsets(text)[0] == ids
+        stream = ours.stream()
+        assert "".join(map(stream.push, ids)) + stream.finish() == ours.decode(ids)
+        if "\ufffd" not in theirs.decode(ids, skip_special_tokens=False):
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    theirs.encode_special_tokens = False
+    assert ours.encode_batch(texts, "all") == [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
+
+
+def mix(texts, noise, added: list[str], seed: int, count: int) -> list[str]:
+    """Random texts in which added tokens stand about."""
+    draw = random.Random(seed)
+    words = [*added[:40], "don't ", "  ", "\n\n", "1234 ", "你好", "e\u0301 ", " x", "!?", "\x04", "Ångström "]
+    mixed = ["".join(draw.choices(words, k=draw.randrange(1, 9))) for _ in range(count)]
+    return [*mixed, *(noise(seed + i, 60) for i in range(count)), *texts]
+
+
+@pytest.mark.parametrize("twin", [False, True], ids=["native", "twin"])
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_byte_level_pipeline_ids_equal(name, twin, corpus, texts, noise, tmp_path, monkeypatch):
+    theirs = make(corpus, **BYTE_LEVEL[name])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    if twin:
+        monkeypatch.setenv("WARPLOOM_NATIVE", "0")
+    ours = load_tokenizer(tmp_path)
+    added = [token.content for token in theirs.get_added_tokens_decoder().values()]
+    check_same(ours, theirs, mix(texts, noise, added, seed=1, count=60))
+    assert ours.prefix_ids == [0]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_loaded_pipeline_is_saved_verbatim(name, corpus, texts, tmp_path):
+    theirs = make(corpus, **BYTE_LEVEL[name])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    ours.add_special_tokens(["<|new|>"])
+    ours.save(tmp_path / "again")
+    before, after = (json.loads((tmp_path / part / "tokenizer.json").read_text("utf-8")) for part in (".", "again"))
+    for stage in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        assert after[stage] == before[stage]
+    assert after["added_tokens"][:-1] == before["added_tokens"] and after["model"]["vocab"] == before["model"]["vocab"]
+    theirs.add_special_tokens([AddedToken("<|new|>", normalized=False, special=True)])
+    again = Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    for text in [*texts, "a<|new|>b"]:
+        expected = theirs.encode(text).ids
+        assert again.encode(text).ids == expected
+        assert load_tokenizer(tmp_path / "again").encode(text, "all") == expected[1:]
+
+
+def test_long_text_with_added_tokens_is_cut_rightly(corpus, texts, noise, tmp_path):
+    theirs = make(corpus, pre=GPT2, added=[*STRIPPING, *LINES])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    text = "".join(mix(texts, noise, ["<|left|>", " <|right|> \n ", "<s>", "  "], seed=3, count=400)) * 3
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, "all") == expected
+    assert ours.encode_array(text, "all", threads=3).tolist() == expected
+    assert list(ours.encode_iterable((text[i : i + 777] for i in range(0, len(text), 777)), "all")) == expected
+    (tmp_path / "text").write_bytes(text.encode())
+    assert ours.encode_file(tmp_path / "text", tmp_path / "ids", allowed_special="all") == len(expected)
+
+
+def test_tokens_of_two_rounds_that_overlap_are_refused(corpus, tmp_path):
+    for other in (AddedToken(" b>", normalized=False), AddedToken("|", lstrip=True, normalized=False)):
+        added = [other, AddedToken("<a ", normalized=True)]
+        make(corpus, pre=GPT2, added=added).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match="'<a ' is normalized and may overlap"):
+            load_tokenizer(tmp_path)
+
+
+PUBLISHED = sorted(Path(os.environ.get("WARPLOOM_TOKENIZERS", "-")).glob("*/tokenizer.json"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.parent.name)
+def test_published_tokenizer_ids_equal(file, texts, noise):
+    theirs = Tokenizer.from_file(str(file))
+    try:
+        ours = load_tokenizer(file)
+    except ValueError as error:
+        pytest.skip(f"refused: {error}")
+    added = [token.content for token in theirs.get_added_tokens_decoder().values()]
+    random.Random(0).shuffle(added)
+    check_same(ours, theirs, mix(texts, noise, added, seed=2, count=200))
