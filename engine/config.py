@@ -231,10 +231,9 @@ class ModelConfig:
                 self.qk_norm == "none", f"kv_rank has norms of its own: qk_norm must be 'none', not {self.qk_norm!r}"
             )
         if self.position == "rope":
-            _require(
-                self.rotary_size % 2 == 0 and self.rotary_size <= self.head_size,
-                f"position='rope' rotates pairs within a head of {self.head_size}, not {self.rotary_size} columns",
-            )
+            size, name = self.rotary_size, "head size" if self.rotary_size == self.head_size else "rotating part"
+            _require(size % 2 == 0, f"position='rope' rotates pairs, so the {name} must be even, not {size}")
+            _require(size <= self.head_size, f"{size} columns rotate, but a head has {self.head_size}")
         for name in ("rope_scaling", "local_rope"):
             kind = (getattr(self, name) or {}).get("rope_type", "default" if name == "local_rope" else None)
             known = getattr(self, name) is None or kind in ROPE_TYPES
@@ -278,10 +277,7 @@ class ModelConfig:
 
     @property
     def ff_size(self) -> int:
-        if self.d_ff:
-            return self.d_ff
-        wide = 8 * self.d_model / 3 if self.gated else 4 * self.d_model
-        return max(64, -(-int(wide) // 64) * 64)  # rounded up to what matrix units like
+        return self.d_ff or default_width(self.d_model, self.ffn)
 
     @property
     def gated(self) -> bool:
@@ -410,11 +406,18 @@ class ModelConfig:
         return cls(**values)
 
 
+def default_width(d_model: int, ffn: str) -> int:
+    """Hidden width of a feed-forward that nobody names: about as many parameters, gated or not."""
+    wide = 8 * d_model / 3 if ffn in GATED else 4 * d_model
+    return max(64, -(-int(wide) // 64) * 64)  # rounded up to what matrix units like
+
+
 def current_names(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of a configuration that an earlier version wrote, by their names of today."""
     values = dict(values)
     if count := values.pop("n_shared_experts", 0):
-        values["shared_ff"] = count * ModelConfig(**{**values, "n_experts": 0}).ff_size
+        width = values.get("d_ff") or default_width(values.get("d_model", 512), values.get("ffn", "swiglu"))
+        values["shared_ff"] = count * width
     return values
 
 

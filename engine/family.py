@@ -47,7 +47,7 @@ class Family:
     names: dict[str, str | tuple[str, ...] | Callable[[ModelConfig], str] | None]
     """Our part → theirs. Several are joined by rows; * is one an expert; None: there is none, and ours is ones."""
     words: dict[str, str]
-    """config.json's word → our field. `a|b`: either is read, both are written; `x+y`: both fields are set, x is said."""
+    """config.json's word → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""
     more: tuple[Word, ...] = ()
     """What takes more than a word."""
     granted: dict[str, Any] = field(default_factory=dict)

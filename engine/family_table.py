@@ -91,7 +91,7 @@ def interleaved(c: ModelConfig) -> Tensor:
 
 
 def by_group(c: ModelConfig) -> Tensor:
-    """The queries of a key head, its key, its value, one key head after the other (Falcon; GPT-NeoX has groups of 1)."""
+    """The queries of a key head, its key, its value, then the next (Falcon; GPT-NeoX has one query a key)."""
     rows = torch.arange((c.n_heads + 2 * c.kv_heads) * c.head_size).view(c.kv_heads, -1, c.head_size)
     return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
 
@@ -130,7 +130,8 @@ TOPK = {"norm_topk_prob": "normalize_experts"}
 EVERY_LAYER_SPARSE = {"mlp_only_layers": ([],), "decoder_sparse_step": (1,)}
 CAPS = {"final_logit_softcapping": "logit_softcap", "attn_logit_softcapping": "attention_softcap"}
 SIGMOID_CHOICE = {"router": "sigmoid", "choice_bias": True}
-GEMMA_ACT = say.activation("hidden_activation", {"gelu_pytorch_tanh": "geglu"}, "gelu_pytorch_tanh")
+TANH_GATES = {"gelu_pytorch_tanh": "geglu"}
+GEMMA_ACT = say.activation("hidden_activation", TANH_GATES, "gelu_pytorch_tanh")
 SLIDING = say.WINDOW
 TIED = {"tie_word_embeddings": True}
 UNTIED = {"tie_word_embeddings": False}
@@ -225,7 +226,8 @@ FAMILIES: dict[str, Family] = {
             "ffn.shared.gate_up": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
             "ffn.shared.down": "mlp.shared_expert.down_proj", "ffn.shared_gate": "mlp.shared_expert_gate",
         },
-        say.SPARSE | NUM_EXPERTS | TOPK | AUX | {"shared_expert_intermediate_size": "shared_ff", "qkv_bias": "qkv_bias"},
+        say.SPARSE | NUM_EXPERTS | TOPK | AUX
+        | {"shared_expert_intermediate_size": "shared_ff", "qkv_bias": "qkv_bias"},
         (say.ROPE, say.QWEN_WINDOW), granted={"output_bias": False, "ffn_bias": False, "shared_gate": True},
         assumed=UNTIED | {"norm_topk_prob": False, "router_aux_loss_coef": 0.001, "qkv_bias": True},
         refused=SILU | EVERY_LAYER_SPARSE,
@@ -239,7 +241,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(
         "GemmaForCausalLM", LLAMA, say.RMS,
         # Early files say gelu, and mean its tanh form: that is what the models were trained with.
-        (say.ROPE, say.SQRT_WIDTH, say.activation("hidden_act", {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}, "gelu")),
+        (say.ROPE, say.SQRT_WIDTH, say.activation("hidden_act", TANH_GATES | {"gelu": "geglu"}, "gelu")),
         assumed=TIED | {"head_dim": 256}, refused=NO_BIAS | ONE_WAY, offset=1.0,
     ),
     "gemma2": Family(
@@ -275,13 +277,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "starcoder2": Family(
         "Starcoder2ForCausalLM", LLAMA | {"ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"},
-        less(say.SIZES, "head_dim") | SLIDING | {"norm_epsilon": "norm_eps", "use_bias": "qkv_bias+output_bias+ffn_bias"},
+        less(say.SIZES, "head_dim") | SLIDING | say.LINEAR_BIAS | {"norm_epsilon": "norm_eps"},
         (say.ROPE, say.activation("hidden_act", say.PLAIN, "gelu_pytorch_tanh")), granted=BIASED_LN,
         assumed=TIED | {"norm_epsilon": 1e-5, "use_bias": True, "num_key_value_heads": 2},
     ),
     "olmo": Family(
-        "OlmoForCausalLM", LLAMA | dict.fromkeys(("norm", "attention_norm", "ffn_norm")), say.SIZES | say.ATTENTION_BIAS,
-        (say.ROPE,), granted=PLAIN_LN | {"norm_eps": 1e-5}, assumed=UNTIED, refused=SILU | {"clip_qkv": (None,)},
+        "OlmoForCausalLM", LLAMA | dict.fromkeys(("norm", "attention_norm", "ffn_norm")),
+        say.SIZES | say.ATTENTION_BIAS, (say.ROPE,), granted=PLAIN_LN | {"norm_eps": 1e-5}, assumed=UNTIED,
+        refused=SILU | {"clip_qkv": (None,)},
         writes=False,  # its norms have no weights
     ),
     "olmo2": Family(
@@ -328,7 +331,8 @@ FAMILIES: dict[str, Family] = {
         refused=SILU | {"qk_layernorm": (False,)},
     ),
     "cohere": Family(
-        "CohereForCausalLM", LLAMA, less(say.LAYERNORM, "head_dim") | say.ATTENTION_BIAS | {"logit_scale": "logit_scale"},
+        "CohereForCausalLM", LLAMA,
+        less(say.LAYERNORM, "head_dim") | say.ATTENTION_BIAS | {"logit_scale": "logit_scale"},
         (say.ROPE,), granted=PLAIN_LN | {"residual": "shared", "ffn_bias": False}, orders=INTERLEAVED,
         assumed=TIED | {"rope_theta": 5e5, "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "attention_bias": False},
         refused=SILU | {"use_qk_norm": (False,)},
@@ -415,7 +419,7 @@ FAMILIES: dict[str, Family] = {
         (say.ROPE,), assumed=UNTIED | {"attention_bias": True, "head_dim": 128}, refused=SILU,
     ),
     "ernie4_5": Family(
-        "Ernie4_5ForCausalLM", LLAMA, say.RMS | {"use_bias": "qkv_bias+output_bias+ffn_bias"}, (say.ROPE,),
+        "Ernie4_5ForCausalLM", LLAMA, say.RMS | say.LINEAR_BIAS, (say.ROPE,),
         assumed=TIED | {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 2},
         refused=SILU, orders=INTERLEAVED,
     ),
@@ -423,7 +427,8 @@ FAMILIES: dict[str, Family] = {
         "Ernie4_5_MoeForCausalLM",
         LLAMA | EXPERTS | {"ffn.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
         less(say.RMS, "intermediate_size", "head_dim") | AUX | {
-            "moe_intermediate_size": "d_ff", "intermediate_size": "dense_ff", "moe_num_experts|num_experts": "n_experts",
+            "moe_intermediate_size": "d_ff", "intermediate_size": "dense_ff",
+            "moe_num_experts|num_experts": "n_experts",
             "moe_k|num_experts_per_tok": "experts_per_token",
         },
         (say.ROPE, ERNIE_DENSE, say.shared_experts("moe_num_shared_experts")), granted={"choice_bias": True},
@@ -479,7 +484,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "cwm": Family(
         "CwmForCausalLM", LLAMA, say.RMS | SLIDING | {"mlp_bias": "ffn_bias"},
-        (say.ROPE, say.layer_types(pattern=lambda values: "fwww")), granted={"qkv_bias": False, "output_bias": False},
+        (say.ROPE, say.layer_types(pattern=lambda values: "fwww")),
+        granted={"qkv_bias": False, "output_bias": False},
         assumed=UNTIED | {
             "rope_theta": 1e6, "rms_norm_eps": 1e-5, "head_dim": 128, "sliding_window": 8192, "rope_scaling": {
                 "rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,

@@ -17,6 +17,7 @@ SIZES = {
 RMS = SIZES | {"rms_norm_eps": "norm_eps"}
 LAYERNORM = SIZES | {"layer_norm_eps": "norm_eps"}
 ATTENTION_BIAS = {"attention_bias": "qkv_bias+output_bias"}
+LINEAR_BIAS = {"use_bias": "qkv_bias+output_bias+ffn_bias"}
 MULTIPLIERS = {
     "embedding_multiplier": "embedding_scale", "residual_multiplier": "residual_scale",
     "attention_multiplier": "attention_scale",
@@ -102,11 +103,10 @@ def _read_rope_by_kind(values: Values) -> dict[str, Any]:
 
 
 def _write_rope_by_kind(c: ModelConfig) -> dict[str, Any]:
-    kinds = {"full_attention": c.rope("f"), "sliding_attention": c.rope("w")}
-    said = {
-        kind: {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-        for kind, (theta, scaling) in kinds.items()
-    }
+    said = {}
+    for name, kind in (("full_attention", "f"), ("sliding_attention", "w")):
+        theta, scaling = c.rope(kind)
+        said[name] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
     return {"rope_parameters": said}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import rows_cpu
 from .config import ModelConfig
-from .executors import OUTSIDE, ROUTING, SHAPE, Supported
+from .executors import OUTSIDE, ROUTING, SCALED, SHAPE, WINDOWS, Supported
 from .model import Attend, Attention, Block, Linear, RMSNorm, Rotation, SwiGLU, Transformer
 
 
@@ -22,9 +22,10 @@ def _whole_vectors(c: ModelConfig) -> bool:
 
 
 is_supported = Supported(
-    computed=(*SHAPE, *OUTSIDE, *ROUTING, "norm_eps", "sliding_window", "attention_softcap"),
-    only={"norm": ("rmsnorm",), "ffn": ("swiglu",), "n_experts": (0,), "qk_norm": (False,), "dropout": (0.0,)}
-    | {"bias": (False,), "qkv_bias": (None, False)},
+    computed=(*SHAPE, *OUTSIDE, *SCALED, *ROUTING, *WINDOWS, "norm_eps", "norm_bias", "attention_sinks"),
+    only={"norm": ("rmsnorm",), "ffn": ("swiglu",), "n_experts": (0,), "qk_norm": ("none",), "dropout": (0.0,)}
+    | {"bias": (False,)}
+    | dict.fromkeys(("qkv_bias", "output_bias", "ffn_bias"), (None, False)),
     where=_whole_vectors,
 )
 

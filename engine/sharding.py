@@ -41,9 +41,18 @@ from ..kernels.linear_cross_entropy import gpu_rows_per_slab, rows_per_slab
 from ..kernels.moe import route
 from .collectives import add_up, concatenate, even, gather, scatter, share_of, side_by_side, spread
 from .config import ModelConfig
+from .executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from .layers import routing_options
 from .model import Attention, Embedding, Linear, MoE, RMSNorm, SwiGLU, Transformer
 
 # What is cut, and where
+
+is_supported = Supported(
+    computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"}
+    - {"head_bias", "n_dense_layers", "dense_ff", "shared_gate", "router_bias", "choice_bias", "expert_bias"}
+    - {"expert_groups", "groups_used"},
+    only={"qk_norm": ("none", "head", "after")},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,7 @@ def layout(config: ModelConfig, name: str) -> Layout:
     """How the parameter of this name is cut."""
     c, words = config, (config.vocab_size,)
     q, kv = c.n_heads * c.head_size, c.kv_heads * c.head_size
-    width, shared = c.ff_size, c.ff_size * c.n_shared_experts
+    width, shared = c.ff_size, c.shared_ff
     known = {
         "embedding.weight": Layout(tp=0, stream=1, parts=words),
         "head.weight": Layout(tp=0, stream=1, parts=words),
@@ -111,6 +120,9 @@ def shares(
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
     """Can this architecture be cut into so many pieces? Else a ValueError says what stands against it."""
     c = config
+    if tp > 1 or ep > 1:
+        for field, value in is_supported.refused(c).items():
+            raise ValueError(f"tp={tp}, ep={ep}: a model with {field}={value!r} cannot be cut; use dp or fsdp")
     for field, value in (("n_heads", c.n_heads), ("n_kv_heads", c.kv_heads), ("d_ff", c.ff_size)):
         if value % tp:
             raise ValueError(f"tp={tp} does not divide {field}={value}: each process needs an equal share of it")
@@ -212,12 +224,11 @@ class TensorParallelMoE(Part, MoE):
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x, logits = self.config, spread(x_BTC, self.group), spread(self.router(x_BTC), self.group)
         y_BTC, aux = kernels.moe(
-            x, logits, self.w_gate_up, self.w_down, c.experts_per_token,
-            score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1, activation=_activation(c),
+            x, logits, self.w_gate_up, self.w_down, c.experts_per_token, **routing_options(c)
         )  # fmt: skip
         y_BTC, aux = add_up(y_BTC, self.group), judged_together(aux, logits, c, self.readers)
         aux = aux._replace(load_balance=even(aux.load_balance, self.group), z=even(aux.z, self.group))
-        return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
+        return self.with_shared(y_BTC, x_BTC), aux
 
 
 class ExpertParallelMoE(Part, MoE):
@@ -234,20 +245,15 @@ class ExpertParallelMoE(Part, MoE):
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x_TC = self.config, x_BTC.flatten(0, -2)
         logits_TE = self.router(x_TC)
-        options = {"score": c.router, "normalize": c.normalize_experts and c.experts_per_token > 1}
-        _, _, aux = route(logits_TE, c.experts_per_token, *options.values())
+        options = routing_options(c)
+        _, _, aux = route(logits_TE, c.experts_per_token, options["score"], options["normalize"])
         everyone = (gather(spread(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
         y_TC, _ = kernels.moe(
-            *everyone, self.w_gate_up, self.w_down, c.experts_per_token,
-            first=self.first, activation=_activation(c), **options,
+            *everyone, self.w_gate_up, self.w_down, c.experts_per_token, first=self.first, **options
         )  # fmt: skip
         y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
         aux = judged_together(aux, logits_TE, c, self.readers)
-        return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
-
-
-def _activation(config: ModelConfig) -> str:
-    return "silu" if config.ffn == "swiglu" else config.ffn
+        return self.with_shared(y_BTC, x_BTC), aux
 
 
 class VocabParallelTransformer(Part, Transformer):

@@ -1,7 +1,7 @@
-"""Weights as files hold them: mapped, read by name when asked for, and unpacked where they are published in 8 or 4 bits.
+"""Weights as files hold them: mapped, read by name when asked for, unpacked where they are published in 8 or 4 bits.
 
-What is unpacked on reading is exact: FP8 with a scale a tensor or a scale a block of 128 by 128 (DeepSeek-V3, Qwen3-FP8)
-and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
+Two ways of packing are undone on reading: FP8 with a scale a tensor, a row, or a block of 128 by 128 (DeepSeek-V3,
+Qwen3-FP8), and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Weights:
         tensor = self._take(found)
         if tensor.dtype not in FP8:
             return tensor
-        for suffix, inverse in (("_scale_inv", False), ("_scale", False)):
+        for suffix in ("_scale_inv", "_scale"):
             if found + suffix in self.sources:
                 return fp8(tensor, self._take(found + suffix), found)
         raise ValueError(f"{self.path}: tensor {found} is in FP8 and has no scale")
@@ -98,7 +98,7 @@ def fp8(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Experts in blocks (E, rows, columns / 32, 16 bytes) as (E, columns, rows), which is how they are published else."""
+    """Experts in blocks (E, rows, columns / 32, 16 bytes) as (E, columns, rows), as they are published in bfloat16."""
     low, high = blocks & 15, blocks >> 4
     numbers = FP4[torch.stack([low, high], -1).flatten(-2).int()]
     numbers = torch.ldexp(numbers, (scales.int() - 127).unsqueeze(-1))

@@ -27,11 +27,11 @@ def attention_with_sinks(
 ) -> torch.Tensor:
     """Causal attention of q (B, T, H, D) over k and v (B, S, K, D) with a sink a head (H,)."""
     gathered = attention(q, k, v, window=window, softcap=softcap, scale=scale)
-    log_sums = _log_sums(q, k, window, softcap, scale)
-    return gathered * torch.sigmoid(log_sums - sinks.to(log_sums.dtype)).unsqueeze(-1).to(q.dtype)
+    sums = log_sums(q, k, window, softcap, scale)
+    return gathered * torch.sigmoid(sums - sinks.to(sums.dtype)).unsqueeze(-1).to(q.dtype)
 
 
-def _log_sums(q, k, window, softcap, scale) -> torch.Tensor:
+def log_sums(q, k, window, softcap, scale) -> torch.Tensor:
     """(B, T, H): the log of what a query's softmax divides by."""
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     q_BKGTD = q.to(wide(q)).transpose(1, 2).reshape(B, K, H // K, T, D)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ... import kernels
+from ..executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ..model import Attention, Linear, Transformer
 from .store import KernelAttend
 
@@ -59,12 +60,18 @@ def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transform
     twin = twin_of(model)
     if make_linear is not None:
         replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
-    c = model.config
-    if c.position == "rope":
-        tables = kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
-        tables = tuple(table.to(model.device) for table in tables)
-        replace(twin.blocks, Attention, lambda attention: PagedAttention(attention, tables))
+    if is_supported(model.config):
+        for block in twin.blocks:
+            rotation = model.rotation(block.kind)
+            if rotation.cos is not None:
+                block.attention = PagedAttention(block.attention, (rotation.cos, rotation.sin))
     return twin
+
+
+is_supported = Supported(  # by `PagedAttention`; all but attention is the definition's
+    computed=(*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"),
+    only={"qk_norm": ("none", "head")},
+)
 
 
 def twin_of(model: Transformer) -> Transformer:

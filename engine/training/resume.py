@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config import ModelConfig
 from ..hub import read_weights, write_model
 from .card import describe
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
@@ -98,7 +99,7 @@ def _check_same_run(run: Trainer, directory: Path, before: dict[str, Any]) -> No
     for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
         if now["data"][key] != before["data"][key]:
             raise ValueError(f"{directory} was trained with {what} than {run.materials.data.directory} holds")
-    for field, value in before["model"].items():
+    for field, value in ModelConfig.from_dict(before["model"]).to_dict().items():
         if now["model"][field] != value:
             raise ValueError(
                 f"{directory} was trained with {field}={value!r}, but this run asks for "

@@ -110,7 +110,9 @@ CONFIGS = {
         moe_num_experts=8, moe_k=3, moe_intermediate_size=40, moe_layer_end_index=3, moe_layer_start_index=1
     ),
     "hunyuan_v1_dense": dict(head_dim=16),
-    "hunyuan_v1_dense, alpha": dict(head_dim=16, rope_parameters=dict(rope_type="dynamic", alpha=50.0, rope_theta=1e4, factor=1.0)),
+    "hunyuan_v1_dense, alpha": dict(
+        head_dim=16, rope_parameters=dict(rope_type="dynamic", alpha=50.0, rope_theta=1e4, factor=1.0)
+    ),
     "hunyuan_v1_moe": dict(num_experts=8, moe_topk=3, head_dim=16),
     "nemotron": dict(head_dim=16),
     "arcee": {},
