@@ -67,7 +67,7 @@ MODELS = {
     "embedding_scale": dict(embedding_scale=3.0),
     "residual_scale": dict(residual_scale=0.4),
     "logit_scale": dict(logit_scale=0.3),
-    "attention_scale": dict(attention_scale=0.9),
+    "attention_scale": dict(attention_scale=0.5),
     "position": dict(position="sinusoidal"),
     "ffn": dict(ffn="geglu"),
     "n_experts": MOE,
