@@ -22,6 +22,7 @@ from ..device import DTYPES, pick_device
 from ..hub import load_model, read_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
+from . import graphs
 from .balance import has_tall_keys
 from .beam import beam_search
 from .engine import Engine, Generation
@@ -273,7 +274,11 @@ def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> in
         with PeakMemory("cuda") as peak:
             largest_step(model, step_tokens, max_batch)
         free = available_memory("cuda")
-    return max(0, free - peak.bytes - free // 10)  # a tenth for what is recorded, compiled, and cut in pieces
+    recorded = 0
+    if graphs.enabled():
+        itemsize = model.embedding.weight.element_size()
+        recorded = graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
+    return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
 
 
 @torch.inference_mode()

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..model import Linear, Transformer
-from .graphs import DecodeGraphs, record_cuda
+from . import graphs
+from .graphs import DecodeGraphs
 from .plan import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
 from .quantize import Head, Int8Linear, NativeTransformer
 from .sampling import Logprobs, RowSettings, penalize
@@ -60,7 +61,7 @@ class Runner:
         self.device = model.device
         self.settings = RowSettings(max_batch, self.device)
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
-        self.tokens = torch.zeros(max_batch, context + 1, dtype=torch.int32, device=self.device)
+        self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[Admission | None] = [None] * max_batch
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
@@ -71,8 +72,8 @@ class Runner:
         self.least_samples = least if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and type(model) is Transformer:
-            self.graphs = DecodeGraphs(model, store, max_batch, self.table.shape[1], record_cuda)
+        if self.device.type == "cuda" and type(model) is Transformer and graphs.enabled():
+            self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], graphs.record_cuda())
 
     def close(self) -> None:
         """Nothing of it outlives it."""
@@ -127,13 +128,15 @@ class Runner:
         tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
         positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
         layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
+        if self.graphs is not None and padded == len(chunks):
+            hidden_TC = self.graphs(tokens, rows, layout)
+            if hidden_TC is not None:
+                return hidden_TC
         tokens_T, row_T, *step = self._to_device(tokens, np.repeat(rows, counts), *layout.arrays())
         where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self._note(*where, tokens_T[:T])
-        if self.graphs is not None and padded == len(chunks):
-            return self.graphs(tokens_T, step)
         return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:

@@ -6,7 +6,6 @@ reads each page where it lies; elsewhere the `kernels` do it. Both give the same
 narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU (`int8_pages.py`).
 """
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -164,15 +163,27 @@ def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor
     return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
 
 
+def parcel_bytes(kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes in which tensors of these dtypes and shapes lie side by side, each at a multiple of 16."""
+    return sum(-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in kinds)
+
+
+def cut(parcel: Tensor, kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    """The tensors in such bytes."""
+    found, start = [], 0
+    for dtype, shape in kinds:
+        found.append(parcel[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+        start += parcel_bytes([(dtype, shape)])
+    return found
+
+
 def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Side by side in memory that the device can read by itself, each at a multiple of 16 bytes; cut apart there."""
-    ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in tensors))
-    parcel = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    places = [slice(start, start + x.nbytes) for start, x in zip([0, *ends], tensors)]
-    for x, place in zip(tensors, places):
-        parcel[place].view(x.dtype).view(x.shape).copy_(x)
-    parcel = parcel.to(device, non_blocking=True)
-    return [parcel[place].view(x.dtype).view(x.shape) for x, place in zip(tensors, places)]
+    """Side by side in memory that the device can read by itself; cut apart there."""
+    kinds = [(x.dtype, tuple(x.shape)) for x in tensors]
+    parcel = torch.empty(parcel_bytes(kinds), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, place in zip(tensors, cut(parcel, kinds)):
+        place.copy_(x)
+    return cut(parcel.to(device, non_blocking=True), kinds)
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:

@@ -133,7 +133,7 @@ def test_float8_pages_serve_by_the_kernels_and_in_a_gpus_fixed_buffers(tiny_mode
     if quantize is None:
         runner = llms[-1].engine.runner
         runner.model, runner.least_tokens = fused_model(model, None), 1
-        runner.graphs = DecodeGraphs(runner.model, runner.store, 3, runner.table.shape[1], lambda run: run)
+        runner.graphs = DecodeGraphs(runner.model, runner.store, runner.tokens, runner.table.shape[1], lambda run: run)
         assert [output.token_ids for output in llms[-1].generate(prompts, params)] == expected
         assert runner.graphs.replays
 

@@ -16,8 +16,6 @@ from warploom.engine.cache import KVCache
 from warploom.engine.device import DTYPES
 from warploom.engine.hub import save_model
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.fused import SteadyLinear, fused_model
-from warploom.engine.serving.graphs import DecodeGraphs
 from warploom.engine.serving.llm import largest_step
 from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy
 
@@ -178,24 +176,6 @@ def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tok
         assert llm.engine.scheduler.preemptions > 0
     said = [[(c.token_ids, c.text, c.logprobs) for choices in each for c in choices] for each in outputs]
     assert [entry[:2] for entry in said[0]] == [entry[:2] for entry in said[1]] == [entry[:2] for entry in said[2]]
-
-
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
-def test_the_model_of_a_gpu_in_padded_fixed_buffers_says_the_same_tokens(tiny_model, shape):
-    """All of the path through CUDA graphs but the recording, which is left out here."""
-    model, prompts = tiny_model(shape), prompts_of([9, 30, 2, 17, 41, 5])
-    expected = ids(LLM(model).generate(prompts, GREEDY))
-    llm = LLM(model, max_batch=5)
-    runner = llm.engine.runner
-    runner.model, runner.store.layers, runner.least_tokens, recorded = fused_model(model, SteadyLinear), None, 1, []
-
-    def record(run):
-        recorded.append(run)
-        return run
-
-    runner.graphs = DecodeGraphs(runner.model, runner.store, 5, runner.table.shape[1], record)
-    assert ids(llm.generate(prompts, GREEDY)) == expected
-    assert len(recorded) == len(runner.graphs.replays) >= 2, "one recording a size"
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
