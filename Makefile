@@ -47,8 +47,8 @@ sanitize: .venv/ready-dev
 	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 \
-		$(BIN)/python -m pytest tests/tokenizer tests/kernels/test_attention_cpu.py tests/kernels/test_rows_cpu.py \
-		tests/engine/serving/test_native.py tests/engine/serving/test_kv_dtype.py --timeout 1000 -k "not leak" $(ARGS)
+		$(BIN)/python -m pytest tests/tokenizer tests/kernels/cpu/test_attention.py tests/kernels/cpu/test_fused_block.py \
+		tests/engine/serving/execution/test_serving_model.py tests/engine/serving/execution/test_kv_dtype.py --timeout 1000 -k "not leak" $(ARGS)
 	$(BIN)/python setup.py -q build_ext --inplace --force
 
 lint: .venv/ready-dev

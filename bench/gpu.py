@@ -4,7 +4,8 @@ For a machine on which nothing can be installed (torch, triton and numpy are eno
 may never have run before. A wrong address costs a process its GPU for good; a barrier nobody reaches hangs it. So
 nothing runs in this process:
 
-1. each op is held to its oracle, in each precision, by a process of its own (`warploom.kernels.verify`), many at once;
+1. each op is held to its oracle, in each precision, by a process of its own (`warploom.kernels.tools.verify`), many at
+once;
 2. the tests that need a GPU run where pytest is there;
 3. the benches run, most important first; one whose process dies is started again, without the part that killed it.
 
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..kernels import tuned
+from ..kernels.core import tuned
 from ..tokenizer.sources import write_text
 from . import environment, harness, table
 from .schema import load_record
@@ -170,7 +171,7 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
 
     def check(name: str) -> tuple[str, str]:
         op, dtype, share = name.split()
-        command = [sys.executable, "-m", "warploom.kernels.verify", op, "--dtype", dtype, "--share", share]
+        command = [sys.executable, "-m", "warploom.kernels.tools.verify", op, "--dtype", dtype, "--share", share]
         printed, ended = session.run([*command, "--device", "cuda"], 120)
         lines = [line for line in printed.splitlines() if line.strip()]
         return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended else ""

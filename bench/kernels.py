@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import kernels
-from ..kernels import attention_hopper, tuning, verify
-from ..kernels.lang import architecture
-from ..kernels.op import Case, Maker, Op, backend, ops
+from ..kernels.core.lang import architecture
+from ..kernels.core.op import Case, Maker, Op, backend, ops
+from ..kernels.gpu import attention_hopper
+from ..kernels.tools import tuning, verify
 from . import environment, harness, peers
 from .harness import Machine, Part
 from .schema import Row
@@ -87,7 +88,7 @@ def _parts_of(op: Op, dtype: str) -> list[Part]:
 
 
 def print_budgets() -> None:
-    """The table of `warploom.kernels.offline`, which chooses its environment itself."""
+    """The table of `warploom.kernels.tools.compile_offline`, which chooses its environment itself."""
     command = [sys.executable, "-m", f"{kernels.__name__}.offline", "--table"]
     subprocess.run(command, check=False)
 

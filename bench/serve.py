@@ -75,7 +75,7 @@ class Job:
     @property
     def kv_memory(self) -> int:
         """Bytes of cache for them."""
-        from ..engine.hub import load_config
+        from ..engine.formats.model_directory import load_config
 
         return self.pages(PAGE) * PAGE * load_config(self.directory).kv_bytes_per_token(ELEMENT[self.dtype])
 
@@ -269,7 +269,7 @@ def _prefill(work: list[Request]) -> bool:
 def _save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer: Any = None) -> None:
     import torch
 
-    from ..engine.hub import save_model
+    from ..engine.formats.model_directory import save_model
     from ..engine.model import Transformer
 
     torch.manual_seed(0)

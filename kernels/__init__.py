@@ -4,12 +4,12 @@ from .adamw import adamw_step
 from .attention import attention
 from .attention_sinks import attention_with_sinks
 from .basics import scaled_dot_product_attention, silu, softmax
+from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
 from .int8_linear import int8_linear, quantize_int8
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import MoEAux, moe
-from .op import Budget, Case, Maker, Op, backend, ops
 from .paged_attention import paged_attention
 from .penalize import penalize
 from .qk_norm_rope_write import qk_norm_rope_write

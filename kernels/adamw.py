@@ -15,11 +15,11 @@ import math
 
 import torch
 
-from .fused import launch, launcher
-from .lang import cdiv, tl, triton
-from .op import Budget, Case, Op
-from .philox import philox_bits, random_bits
-from .tuned import tuned
+from .core.lang import cdiv, tl, triton
+from .core.launch import launch, launcher
+from .core.op import Budget, Case, Op
+from .core.philox import philox_bits, random_bits
+from .core.tuned import tuned
 
 
 def _adamw_step(

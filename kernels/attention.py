@@ -17,10 +17,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .attention_cpu import cpu_attention
-from .attention_fused import attention_fused
-from .lang import wide
-from .op import Budget, Case, Op
+from .core.lang import wide
+from .core.op import Budget, Case, Op
+from .cpu.attention import cpu_attention
+from .gpu.attention_launch import attention_fused
 
 
 def visible(T: int, S: int, causal: bool, window: int | None, device=None) -> torch.Tensor:

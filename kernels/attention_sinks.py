@@ -12,7 +12,7 @@ import math
 import torch
 
 from .attention import attention, visible
-from .lang import wide
+from .core.lang import wide
 
 
 def attention_with_sinks(

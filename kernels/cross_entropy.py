@@ -13,10 +13,10 @@ N rows, V classes.
 
 import torch
 
-from .fused import Differentiable, as_rows, launch, launcher
-from .lang import next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Op
-from .tuned import tuned
+from .core.lang import next_power_of_2, tl, triton, wide
+from .core.launch import Differentiable, as_rows, launch, launcher
+from .core.op import Budget, Case, Op
+from .core.tuned import tuned
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -11,9 +11,9 @@ M rows, C input channels, F output features.
 import torch
 import torch.nn.functional as F
 
-from .fused import Differentiable, as_rows, launcher
+from .core.launch import Differentiable, as_rows, launcher
+from .core.op import Budget, Case, Op
 from .linear import product
-from .op import Budget, Case, Op
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,10 +16,10 @@ M rows, C input channels, F output features.
 import torch
 import torch.nn.functional as nn
 
-from .fused import Differentiable, as_rows, even, launch, launcher
-from .lang import architecture, cdiv, tl, triton, wide
-from .op import Budget, Case, Op
-from .tuned import tuned
+from .core.lang import architecture, cdiv, tl, triton, wide
+from .core.launch import Differentiable, as_rows, even, launch, launcher
+from .core.op import Budget, Case, Op
+from .core.tuned import tuned
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import passes_cpu
+from .core.lang import tl, triton, wide
+from .core.launch import Differentiable, is_real, launch, launcher
+from .core.op import Budget, Case, Op
+from .cpu import pointwise
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
-from .fused import Differentiable, is_real, launch, launcher
-from .lang import tl, triton, wide
-from .op import Budget, Case, Op
 
 
 class Options(NamedTuple):
@@ -108,8 +108,8 @@ def rows_per_slab(V: int) -> int:
 def _slab(logits_SV, targets_S, options, scale_S):
     """Losses of a slab and, given each row's upstream gradient, the gradient of its logits."""
     ignore_index, smoothing, z_loss, softcap, _ = options
-    if softcap is None and passes_cpu.serves(logits_SV):
-        losses_S = passes_cpu.entropy(logits_SV, targets_S, scale_S, ignore_index, smoothing, z_loss)
+    if softcap is None and pointwise.serves(logits_SV):
+        losses_S = pointwise.entropy(logits_SV, targets_S, scale_S, ignore_index, smoothing, z_loss)
         return losses_S, logits_SV
     dtype = wide(logits_SV)
     x = logits_SV if softcap is None else softcap * torch.tanh(logits_SV.to(dtype) / softcap)

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lang import wide
-from .moe_fused import moe_fused
-from .op import Budget, Case, Op
+from .core.lang import wide
+from .core.op import Budget, Case, Op
+from .gpu.moe_launch import moe_fused
 from .swiglu import swiglu_packed
 
 

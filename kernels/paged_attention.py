@@ -15,9 +15,9 @@ T tokens of the batch, N sequences, H query heads, K key heads, D head dim, P pa
 import torch
 
 from .attention import attention
-from .lang import wide
-from .op import Budget, Case, Op
-from .paged_attention_fused import paged_attention_fused
+from .core.lang import wide
+from .core.op import Budget, Case, Op
+from .gpu.paged_attention import paged_attention_fused
 
 
 def _paged_attention(

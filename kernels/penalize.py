@@ -16,10 +16,10 @@ R rows of logits, V vocabulary, S sequences, L the longest.
 
 import torch
 
-from .fused import launch, launcher
-from .lang import cdiv, next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Op
-from .tuned import tuned
+from .core.lang import cdiv, next_power_of_2, tl, triton, wide
+from .core.launch import launch, launcher
+from .core.op import Budget, Case, Op
+from .core.tuned import tuned
 
 
 def _penalize(

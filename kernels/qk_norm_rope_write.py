@@ -9,9 +9,9 @@ T tokens, H query heads, K key heads, D head dim, R = half the rotary dim, P pag
 
 import torch
 
-from .fused import launch, launcher
-from .lang import next_power_of_2, tl, triton
-from .op import Budget, Case, Op
+from .core.lang import next_power_of_2, tl, triton
+from .core.launch import launch, launcher
+from .core.op import Budget, Case, Op
 from .rms_norm import rms_norm
 from .rope import angles_of, rope, turn
 from .write_pages import page_limit, saturate, scaled, write_pages

@@ -15,10 +15,10 @@ from functools import partial
 
 import torch
 
-from . import passes_cpu
-from .fused import Differentiable, as_rows, launch, launcher, processors
-from .lang import cdiv, next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Maker, Op
+from .core.lang import cdiv, next_power_of_2, tl, triton, wide
+from .core.launch import Differentiable, as_rows, launch, launcher, processors
+from .core.op import Budget, Case, Maker, Op
+from .cpu import pointwise
 
 FORWARD_WIDTH, BACKWARD_WIDTH = 16384, 8192
 """The widest row held in registers; beyond, a row is walked in pieces, since holding it would spill."""
@@ -57,8 +57,8 @@ class _Eager(torch.autograd.Function):
 
 
 def _rms_norm_eager(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    if x.shape[-1] <= PASS_WIDTH and passes_cpu.serves(x, weight):
-        return passes_cpu.norm(x, weight, eps)
+    if x.shape[-1] <= PASS_WIDTH and pointwise.serves(x, weight):
+        return pointwise.norm(x, weight, eps)
     return _Eager.apply(x, weight, eps)
 
 
@@ -71,8 +71,8 @@ def _add_rms_norm(
 
 
 def _add_rms_norm_eager(x, residual, weight, eps=1e-6):
-    if x.shape == residual.shape and x.shape[-1] <= PASS_WIDTH and passes_cpu.serves(x, residual, weight):
-        return passes_cpu.add_norm(x, residual, weight, eps)
+    if x.shape == residual.shape and x.shape[-1] <= PASS_WIDTH and pointwise.serves(x, residual, weight):
+        return pointwise.add_norm(x, residual, weight, eps)
     residual = residual + x
     return _rms_norm_eager(residual, weight, eps), residual
 

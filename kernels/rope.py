@@ -17,10 +17,10 @@ from collections.abc import Mapping
 
 import torch
 
-from . import passes_cpu
-from .fused import Differentiable, launch, launcher
-from .lang import next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Op
+from .core.lang import next_power_of_2, tl, triton, wide
+from .core.launch import Differentiable, launch, launcher
+from .core.op import Budget, Case, Op
+from .cpu import pointwise
 
 
 def rope_tables(
@@ -149,8 +149,8 @@ def _rotate(x, cos_TR, sin_TR, interleaved):
 
 def _rope_eager(q, k, cos, sin, positions=None, interleaved=False):
     plain = cos.dtype == sin.dtype == torch.float32 and cos.stride() == sin.stride() and cos.stride(1) == 1
-    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and passes_cpu.serves(q, k):
-        return passes_cpu.turn(q, k, cos, sin, positions)
+    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and pointwise.serves(q, k):
+        return pointwise.turn(q, k, cos, sin, positions)
     return _rope(q, k, cos, sin, positions, interleaved)
 
 

@@ -25,11 +25,11 @@ import math
 
 import torch
 
-from .fused import launch, launcher
-from .lang import next_power_of_2, tl, triton
-from .op import Budget, Case, Op
-from .philox import exponential, philox_exponential, random_bits
-from .tuned import tuned
+from .core.lang import next_power_of_2, tl, triton
+from .core.launch import launch, launcher
+from .core.op import Budget, Case, Op
+from .core.philox import exponential, philox_exponential, random_bits
+from .core.tuned import tuned
 
 GREEDY_BELOW = 1e-4
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)

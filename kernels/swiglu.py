@@ -10,11 +10,11 @@ N rows, F features.
 import torch
 import torch.nn.functional as F
 
-from . import passes_cpu
-from .fused import Differentiable, as_rows, launch, launcher
-from .lang import cdiv, next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Op
-from .tuned import tuned
+from .core.lang import cdiv, next_power_of_2, tl, triton, wide
+from .core.launch import Differentiable, as_rows, launch, launcher
+from .core.op import Budget, Case, Op
+from .core.tuned import tuned
+from .cpu import pointwise
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -54,8 +54,8 @@ def _swiglu_eager(gate, up, activation="silu"):
     if activation == "clamped":
         return _swiglu(gate, up, activation)
     act = _activation(activation)
-    if gate.shape == up.shape and passes_cpu.serves(gate, up):
-        return passes_cpu.gate(gate, up, activation)
+    if gate.shape == up.shape and pointwise.serves(gate, up):
+        return pointwise.gate(gate, up, activation)
     return act(gate) * up
 
 
@@ -63,8 +63,8 @@ def _swiglu_packed_eager(gate_up, activation="silu"):
     if activation == "clamped":
         return _swiglu_packed(gate_up, activation)
     _activation(activation)
-    if passes_cpu.serves(gate_up) and gate_up.shape[-1] % 2 == 0:
-        return passes_cpu.packed_gate(gate_up, activation)
+    if pointwise.serves(gate_up) and gate_up.shape[-1] % 2 == 0:
+        return pointwise.packed_gate(gate_up, activation)
     return _swiglu_eager(*gate_up.chunk(2, -1), activation)
 
 

@@ -14,9 +14,9 @@ T tokens, K key heads, D head dim, P pages.
 
 import torch
 
-from .fused import launch, launcher
-from .lang import next_power_of_2, tl, triton, wide
-from .op import Budget, Case, Op
+from .core.lang import next_power_of_2, tl, triton, wide
+from .core.launch import launch, launcher
+from .core.op import Budget, Case, Op
 
 
 def to_page_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,8 +2,8 @@ r"""Pretokenization: cutting text into the pieces that BPE never merges across.
 
 A pattern is a regular expression; its successive matches are the pieces. Without it BPE would spend its vocabulary on
 "dog.", "dog!" and "dog?"; with it, "dog" is learned once. Three patterns are known by name and have hand-written
-scanners in C++ (csrc/scanner.hpp); any other goes through the `regex` module. Text between matches is a piece too, so
-no byte is ever lost.
+scanners in C++ (csrc/tokenizer/scanner.hpp); any other goes through the `regex` module. Text between matches is a piece
+too, so no byte is ever lost.
 
 `gpt2`   letters, digits and signs apart, each with at most one leading space; English contractions apart.
 `gpt4`   the same with any case of contraction, digits in groups of three, and newlines that end a piece.

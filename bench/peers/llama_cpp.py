@@ -11,8 +11,8 @@ def serve(job):
 
 def cold_start(start):
     """From nothing to a token by its high-level class, from a GGUF file that is there already."""
-    from ...engine.gguf import save_gguf
-    from ...engine.hub import load_model
+    from ...engine.formats.gguf import save_gguf
+    from ...engine.formats.model_directory import load_model
 
     form = "q8_0" if start.quantize else start.dtype
     path = start.directory / f"{form}.gguf"
@@ -35,8 +35,8 @@ def batching(job):
     import numpy as np
     import torch
 
-    from ...engine.gguf import save_gguf
-    from ...engine.hub import load_model
+    from ...engine.formats.gguf import save_gguf
+    from ...engine.formats.model_directory import load_model
     from ..serve import Reply
     from . import Unavailable
 

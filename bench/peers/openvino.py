@@ -25,8 +25,8 @@ pipe.generate(inputs, max_new_tokens=1, ignore_eos=True, do_sample=False)
 
 def gguf(directory):
     """The model as the file that it reads; one without a vocabulary is refused."""
-    from ...engine.gguf import save_gguf
-    from ...engine.hub import load_model
+    from ...engine.formats.gguf import save_gguf
+    from ...engine.formats.model_directory import load_model
     from ...tokenizer import BPETokenizer
 
     model = load_model(directory, "cpu", "float32")[0]

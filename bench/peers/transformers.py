@@ -132,7 +132,7 @@ def causal_lm(config):
     """A randomly initialized model of theirs with the architecture of a `ModelConfig`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ...engine.architectures import describe
+    from ...engine.formats.families import describe
     from . import Unavailable
 
     values = describe(config)

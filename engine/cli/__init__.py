@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
-from ..mistakes import MISTAKES
+from ..errors import MISTAKES
 
 VERBS = {
     "demo": "the whole loom in a few minutes: corpus, tokenizer, training, samples",

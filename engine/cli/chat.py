@@ -20,7 +20,7 @@ from pathlib import Path
 from ...tokenizer.sources import write_text
 from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
-from ..serving.params import SamplingParams
+from ..serving.sampling_params import SamplingParams
 from .flags import parse
 
 HELP = """\

@@ -39,7 +39,7 @@ class Flags:
 def run(argv: list[str]) -> int:
     flags = parse(Flags, argv, "data")
     from ..data import open_corpus, text_of, write_token_data
-    from ..training.prepare import make_tokenizer
+    from ..training.inputs import make_tokenizer
 
     def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

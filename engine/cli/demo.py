@@ -69,8 +69,8 @@ def run(argv: list[str]) -> int:
 
 def show_samples(directory: Path, seed: int) -> None:
     """Completions of prompts at several temperatures, by the saved model: what anyone who loads it will see."""
-    from ..cache import generate
-    from ..hub import load_model
+    from ..formats.model_directory import load_model
+    from ..generation import generate
 
     model, tokenizer = load_model(directory)
     for prompt in held_out_prompts(directory / "data", tokenizer):

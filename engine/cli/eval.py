@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     from ..data.corpus import files
     from ..data.tokens import file_hash
     from ..device import pick_device, pick_dtype
-    from ..hub import load_model
+    from ..formats.model_directory import load_model
     from ..training.evaluate import evaluate, token_bytes, validation_batches
 
     device = pick_device(flags.device)

@@ -25,8 +25,8 @@ def run(argv: list[str]) -> int:
 
 
 def _write_directory(options: argparse.Namespace) -> None:
-    from ..architectures import architecture_of
-    from ..hub import load_model, save_model
+    from ..formats.families import architecture_of
+    from ..formats.model_directory import load_model, save_model
 
     model, tokenizer = load_model(options.model, device="cpu", dtype=options.dtype)
     save_model(model, options.out, tokenizer, weights="bin" if options.to == "bin" else "safetensors")
@@ -37,8 +37,8 @@ def _write_directory(options: argparse.Namespace) -> None:
 
 
 def _write_gguf(options: argparse.Namespace) -> None:
-    from ..gguf import save_gguf
-    from ..hub import load_model
+    from ..formats.gguf import save_gguf
+    from ..formats.model_directory import load_model
 
     out = _file(options.out, "model.gguf")
     dtype = "float32" if options.dtype == "q8_0" else options.dtype

@@ -23,7 +23,7 @@ from typing import Any
 from ...tokenizer.sources import write_text
 from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
-from ..serving.params import SamplingParams
+from ..serving.sampling_params import SamplingParams
 from .flags import parse
 
 RESULT = '{"index": '  # how each line of results begins

@@ -59,7 +59,7 @@ def show_tokens(options: argparse.Namespace) -> None:
 def show_attention(options: argparse.Namespace) -> None:
     """Where each head of each layer looks while it reads a prompt: a PNG a layer, a panel a head."""
     from ..attention_maps import attention_maps
-    from ..hub import load_model
+    from ..formats.model_directory import load_model
 
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     if tokenizer is None:
@@ -145,7 +145,7 @@ def _config_of(name: str) -> ModelConfig:
         return ModelConfig.preset(name)
     if not Path(name).exists():
         raise ValueError(f"{name!r} is neither a model directory nor a preset ({', '.join(PRESETS)})")
-    from ..hub import load_config
+    from ..formats.model_directory import load_config
 
     return load_config(name)
 

@@ -113,7 +113,7 @@ def run(argv: list[str]) -> int:
 def share_data(flags: Flags) -> str:
     """The dataset directory that every rung reads; raw text is tokenized once, into OUT/data."""
     from ..training.config import TrainConfig
-    from ..training.prepare import open_data
+    from ..training.inputs import open_data
 
     first = TrainConfig(
         data=flags.data, out=flags.out, tokenizer=flags.tokenizer, model=dict(vocab_size=flags.vocab_size)
@@ -163,7 +163,7 @@ def finished(config: TrainConfig) -> bool:
 
 def read(rung: Rung, directory: Path) -> dict[str, Any]:
     """What came of a rung, from its run card and log."""
-    from ..training.watch import JsonLog
+    from ..training.callbacks import JsonLog
 
     card = json.loads((directory / "run.json").read_text("utf-8"))
     lines = JsonLog.read(directory / "log.jsonl")

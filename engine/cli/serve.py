@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
         from ..server.app import create_app
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
-    from ..hub import load_config
+    from ..formats.model_directory import load_config
 
     if flags.replicas < 1:
         raise ValueError(f"replicas must be at least 1, got {flags.replicas}")
@@ -92,7 +92,7 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
     """The application that hands requests on to replicas, each of which loads the model for itself."""
     flags = loader.flags
     try:
-        from ..server.front import create_front
+        from ..server.cluster.proxy import create_front
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
     options = replace(flags.llm, model=str(Path(flags.llm.model).resolve()))

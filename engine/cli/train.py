@@ -19,11 +19,11 @@ import tyro
 
 from ..config import ModelConfig, current_names
 from ..training.config import BUDGETS, TrainConfig
-from ..training.failures import one_voice
+from ..training.distributed.failures import one_voice
 from .flags import parse
 
 if TYPE_CHECKING:
-    from ..training.watch import Watcher
+    from ..training.callbacks import Watcher
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
 
 def watcher() -> Watcher:
     """A live panel on a terminal, plain lines in a log."""
-    from ..training.watch import Lines, Panel
+    from ..training.callbacks import Lines, Panel
 
     return Panel() if sys.stderr.isatty() else Lines()
 

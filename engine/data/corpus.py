@@ -228,7 +228,7 @@ def open_corpus(
     source: str, patterns: Iterable[str | Path] = (), limit: int | None = None, keep: str | Path = "download"
 ) -> Corpus:
     """The corpus that `warploom data --source … --files … --num-samples …` names; downloads go to the folder `keep`."""
-    from .hub import HUB, hub
+    from .hf_datasets import HUB, hub
 
     if source == "stdlib":
         return stdlib(limit)

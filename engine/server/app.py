@@ -12,18 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from . import schemas
-from .bridge import Bridge
+from .async_engine import Bridge
 from .config import ServerConfig
-from .errors import APIError
-from .guard import Guard
+from .handlers import FINGERPRINT, Service
 from .metrics import Metrics
-from .pages import docs_page, landing_page
-from .playground import Playground, available
+from .middleware import Guard
+from .openai import schemas
+from .openai.errors import APIError
+from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from .openai.schemas import answers
 from .request_body import BodyRoute
-from .requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .schemas import answers
-from .service import FINGERPRINT, Service
+from .ui.playground import Playground, available
+from .ui.static_pages import docs_page, landing_page
 
 REFUSALS = (400, 404, 413, 429, 500, 503, 504)
 

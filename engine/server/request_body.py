@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, ValidationError
 from pydantic_core import from_json
 from starlette.responses import Response
 
-from . import errors
+from .openai import errors
 
 INLINE = 1 << 16  # bytes that are parsed on the event loop: a millisecond
 Kind = TypeVar("Kind", bound=BaseModel)

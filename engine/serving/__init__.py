@@ -4,7 +4,7 @@
 """
 
 from .outputs import EngineError, Metrics, Output, Piece
-from .params import SamplingParams
+from .sampling_params import SamplingParams
 
 __all__ = ["LLM", "EngineError", "Metrics", "Output", "Piece", "SamplingParams"]
 

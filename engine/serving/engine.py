@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
+from .detokenizer import TextStream
+from .execution.model_runner import Runner
 from .outputs import EngineError, Metrics, Output, Piece
-from .params import SamplingParams
-from .plan import ChunkResult
-from .runner import Runner
-from .scheduler import Scheduler
-from .sequence import Sequence
-from .text import TextStream
+from .sampling_params import SamplingParams
+from .scheduling.scheduler import Scheduler
+from .scheduling.sequence import Sequence
+from .scheduling.step import ChunkResult
 
 Result = TypeVar("Result")
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -19,21 +19,21 @@ import torch
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
-from ..hub import load_model, read_model
+from ..formats.model_directory import load_model, read_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
-from . import graphs
-from .balance import has_tall_keys
-from .beam import beam_search
+from .beam_search import beam_search
 from .engine import Engine, Generation
-from .grammar import GrammarCompiler
-from .int8_pages import TILE
+from .execution import cuda_graphs
+from .execution.int8_pages import TILE
+from .execution.kv_cache import HAS_NATIVE, PageStore, set_workers
+from .execution.outlier_smoothing import has_tall_keys
+from .execution.speculative import guess_later, make_runner, ngram_draft
 from .outputs import Output, Piece
-from .pages import PagePool
-from .params import SamplingParams
-from .scheduler import Scheduler
-from .speculation import guess_later, make_runner, ngram_draft
-from .store import HAS_NATIVE, PageStore, set_workers
+from .sampling_params import SamplingParams
+from .scheduling.page_pool import PagePool
+from .scheduling.scheduler import Scheduler
+from .structured_output import GrammarCompiler
 
 Prompt = str | Items[int]
 
@@ -92,7 +92,7 @@ class LLM:
         step_tokens = max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch)
         team = None
         if tensor_parallel > 1:
-            from .parallel import start_team
+            from .execution.tensor_parallel import start_team
 
             team = start_team(sources, tensor_parallel, where, dtype, step_tokens, max_batch)
         with team or nullcontext():
@@ -275,9 +275,9 @@ def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> in
             largest_step(model, step_tokens, max_batch)
         free = available_memory("cuda")
     recorded = 0
-    if graphs.enabled():
+    if cuda_graphs.enabled():
         itemsize = model.embedding.weight.element_size()
-        recorded = graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
+        recorded = cuda_graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
     return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
 
 

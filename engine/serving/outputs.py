@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .plan import TokenLogprob
+from .scheduling.step import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

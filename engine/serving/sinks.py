@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.attention_sinks import log_sums
 
 if TYPE_CHECKING:
-    from .store import Layout, PageStore
+    from .execution.kv_cache import Layout, PageStore
 
 
 class SinkAttend:

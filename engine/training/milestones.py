@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..cache import generate
 from ..data.tokens import TokenSplit
-from ..hub import write_model
+from ..formats.model_directory import write_model
+from ..generation import generate
 from .checkpoint import saving
+from .distributed.sharded_state import whole_weights
 from .evaluate import evaluate, validation_batches
-from .pieces import whole_weights
 
 if TYPE_CHECKING:
     from .trainer import Trainer

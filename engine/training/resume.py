@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import ModelConfig
-from ..hub import read_weights, write_model
-from .card import describe
+from ..formats.model_directory import read_weights, write_model
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
+from .distributed.dcp import FOLDER, read_shards
+from .distributed.sharded_state import map_optimizer, state_blocks, state_parts, whole_state
 from .evaluate import Evaluation
-from .pieces import map_optimizer, state_blocks, state_parts, whole_state
-from .shards import FOLDER, read_shards
+from .report import describe
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -31,22 +31,22 @@ from torch import Tensor
 from ...tokenizer.sources import sweep
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
-from .build import build
-from .card import describe, write_card
+from .batch_size_finder import fewest_micro_batches
+from .build_model import build
+from .callbacks import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher, check_packages
 from .checkpoint import Checkpoints, claim, give_back
 from .config import TrainConfig
+from .distributed.grad_buckets import Exchange
+from .distributed.mesh import Team, make_masters
 from .evaluate import Evaluation, losses, token_bytes
-from .exchange import Exchange
-from .interrupts import interruptible
-from .memory import fewest_micro_batches
+from .inputs import Materials, prepare
 from .milestones import evaluate_run, publish, write_sample
+from .mixed_precision import Average, LossScale
 from .optim import AdamW, Muon, SGDDecay, clip_grad_norm, parameter_groups
-from .parallel import Team, make_masters
-from .precision import Average, LossScale
-from .prepare import Materials, prepare
+from .report import describe, write_card
 from .resume import resume_run, save_run
 from .schedule import SCHEDULES
-from .watch import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher, check_packages
+from .signals import interruptible
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from warploom.bench import peers
 from warploom.bench.harness import Machine, Options
 from warploom.bench.peers._plain import PlainTransformer
 from warploom.bench.train import Shape, duel, parts
-from warploom.engine.architectures import describe
+from warploom.engine.formats.families import describe
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 16}
 

@@ -9,7 +9,7 @@ import torch
 
 from warploom.engine.cli import available, main
 from warploom.engine.config import ModelConfig
-from warploom.engine.hub import load_model, save_model
+from warploom.engine.formats.model_directory import load_model, save_model
 from warploom.engine.model import Transformer
 
 SMALL = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)

@@ -6,11 +6,15 @@ import dataclasses
 import pytest
 import torch
 
-from warploom.engine import rows, sharding
 from warploom.engine.config import ModelConfig
 from warploom.engine.executors import Supported
 from warploom.engine.model import Block, Transformer
-from warploom.engine.serving import LLM, SamplingParams, balance, fused, quantize
+from warploom.engine.parallel import tensor_parallel as sharding
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.execution import gpu_model as fused
+from warploom.engine.serving.execution import outlier_smoothing as balance
+from warploom.engine.serving.execution import serving_model as quantize
+from warploom.engine.training import fused_block as rows
 
 SHAPE = {"vocab_size": 32, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from warploom.engine.cache import KVCache, generate
 from warploom.engine.config import PRESETS, ModelConfig
+from warploom.engine.generation import KVCache, generate
 from warploom.engine.model import Block, Transformer, dense_attention
 
 NORMS = ("rmsnorm", "layernorm", "none")

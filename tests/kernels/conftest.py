@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-OFFLINE = ["-m", "warploom.kernels.offline"]
+OFFLINE = ["-m", "warploom.kernels.tools.compile_offline"]
 PROGRAMS = {
     "large": OFFLINE,
     "small": [*OFFLINE, "--small", "--arch", "90"],

@@ -5,9 +5,11 @@ import contextlib
 import pytest
 import torch
 
-from warploom.kernels import Maker, attention, attention_hopper, backend, moe, paged_attention, verify
-from warploom.kernels.lang import HAS_TRITON, INTERPRET
-from warploom.kernels.tuned import trying
+from warploom.kernels import Maker, attention, backend, moe, paged_attention
+from warploom.kernels.core.lang import HAS_TRITON, INTERPRET
+from warploom.kernels.core.tuned import trying
+from warploom.kernels.gpu import attention_hopper
+from warploom.kernels.tools import verify
 
 on_cpu = not torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(

@@ -8,8 +8,10 @@ import torch
 
 from warploom.bench import kernels as bench
 from warploom.bench.harness import Machine
-from warploom.kernels import Case, adamw_step, ops, rms_norm, tuned, tuning
-from warploom.kernels.lang import HAS_TRITON, INTERPRET
+from warploom.kernels import Case, adamw_step, ops, rms_norm
+from warploom.kernels.core import tuned
+from warploom.kernels.core.lang import HAS_TRITON, INTERPRET
+from warploom.kernels.tools import tuning
 
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
 

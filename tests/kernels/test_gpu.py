@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from warploom import kernels
-from warploom.kernels import backend, ops, verify
+from warploom.kernels import backend, ops
+from warploom.kernels.tools import verify
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from warploom.kernels import Maker, backend, ops, rms_norm
-from warploom.kernels import fused as framework
-from warploom.kernels.verify import call, parameters, tensors
+from warploom.kernels.core import launch as framework
+from warploom.kernels.tools.verify import call, parameters, tensors
 
 from .test_fused import DEVICE, pytestmark  # noqa: F401
 from .test_oracles import differentiable, small_cases

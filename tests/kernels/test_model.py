@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from warploom.engine.cache import generate
 from warploom.engine.config import ModelConfig
+from warploom.engine.generation import generate
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.fused import SteadyLinear, fused_model
+from warploom.engine.serving.execution.gpu_model import SteadyLinear, fused_model
 from warploom.kernels import backend
 
 from .test_fused import DEVICE, pytestmark  # noqa: F401

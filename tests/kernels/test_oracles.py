@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from warploom.kernels import Maker, ops, passes_cpu
-from warploom.kernels.verify import double, errors, tensors
+from warploom.kernels import Maker, ops
+from warploom.kernels.cpu import pointwise as passes_cpu
+from warploom.kernels.tools.verify import double, errors, tensors
 
 
 def floats(result):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from warploom import kernels
 from warploom.kernels import backend, softmax
-from warploom.kernels.philox import random_bits
+from warploom.kernels.core.philox import random_bits
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
 from warploom import kernels
-from warploom.kernels.verify import call
+from warploom.kernels.tools.verify import call
 
 for op in kernels.ops():
     for case in op.cases:

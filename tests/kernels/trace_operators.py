@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from warploom.kernels import Maker, backend, fused, ops
-from warploom.kernels.offline import compiling_for
-from warploom.kernels.verify import call
+from warploom.kernels import Maker, backend, ops
+from warploom.kernels.core import launch as fused
+from warploom.kernels.tools.compile_offline import compiling_for
+from warploom.kernels.tools.verify import call
 
 
 def launches(op):

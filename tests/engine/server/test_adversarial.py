@@ -43,8 +43,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_parse_hostile_body_costs_like_its_json(name):
     """The first error decides: a wrong element costs nothing beyond reading it (it was 50 s and 6 GB)."""
-    from warploom.engine.server import requests
-    from warploom.engine.server.errors import APIError
+    from warploom.engine.server.openai import requests
+    from warploom.engine.server.openai.errors import APIError
     from warploom.engine.server.request_body import parse
 
     def cpu(work):
@@ -117,7 +117,7 @@ def test_fair_pool_serves_clients_in_turn():
 
 def test_slow_grammars_delay_only_those_who_send_them(monkeypatch):
     """Two threads compile; who waits too long for them is told to come back, and everybody else is served."""
-    from warploom.engine.serving import grammar
+    from warploom.engine.serving import structured_output as grammar
 
     monkeypatch.setattr(grammar, "TIME_LIMIT", 0.2)
     build, done = grammar._build, threading.Event()

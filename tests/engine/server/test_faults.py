@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from warploom.engine.server.bridge import Flow
+from warploom.engine.server.async_engine import Flow
 from warploom.engine.server.config import ServerConfig
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.engine import Generation
-from warploom.engine.serving.sequence import Sequence
+from warploom.engine.serving.scheduling.sequence import Sequence
 
 from .conftest import HeldLLM, Server, make_model, make_tokenizer, serving
 

@@ -55,7 +55,7 @@ texts = st.lists(
 @settings(max_examples=200)
 @given(texts, st.data())
 def test_tool_calls_are_read_alike_however_the_text_is_cut(text, data):
-    from warploom.engine.server.conversation import ToolCallReader
+    from warploom.engine.server.openai.chat import ToolCallReader
 
     def read_all(pieces):
         reader, said, calls = ToolCallReader(), "", []

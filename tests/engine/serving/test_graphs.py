@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from warploom.engine.serving import LLM, SamplingParams, graphs
-from warploom.engine.serving.fused import SteadyLinear, fused_model
-from warploom.engine.serving.graphs import DecodeGraphs, Shape, graph_memory, record_cuda, shapes
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.execution import cuda_graphs as graphs
+from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs, Shape, graph_memory, record_cuda, shapes
+from warploom.engine.serving.execution.gpu_model import SteadyLinear, fused_model
 
 PROMPTS = [[i * (n + 3) % 97 for i in range(n)] for n in (9, 30, 2, 17, 41, 5)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from warploom.engine.cache import KVCache
 from warploom.engine.device import DTYPES
-from warploom.engine.hub import save_model
+from warploom.engine.formats.model_directory import save_model
+from warploom.engine.generation import KVCache
 from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _in_one_copy
 from warploom.engine.serving.llm import largest_step
-from warploom.engine.serving.store import HAS_NATIVE, _in_one_copy
 
 VOCABULARY = 97
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
@@ -217,7 +217,9 @@ def test_paged_logits_equal_contiguous_ones_and_those_without_a_cache(tiny_model
 
 @pytest.mark.parametrize(("shape", "changes"), ALL_SHAPES)
 def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, changes, monkeypatch):
-    monkeypatch.setattr("warploom.engine.serving.runner.SCORED", 9)  # so that the texts take several slices
+    monkeypatch.setattr(
+        "warploom.engine.serving.execution.model_runner.SCORED", 9
+    )  # so that the texts take several slices
     model = tiny_model(shape, **changes)
     llm = LLM(model, tokenizer)
     texts = ["a short one", "another text, which is a little longer"]

@@ -76,7 +76,9 @@ def processes(monkeypatch):
     """Runs a script in a few processes; returns how they ended."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.hub"])
+    context.set_forkserver_preload(
+        ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.formats.model_directory"]
+    )
 
     def run(script, count=2, **globals_):
         path = str(Path(__file__).with_name(script))

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.update({"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)})  # noqa: F821
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
-from warploom.engine.training import exchange
+from warploom.engine.training.distributed import grad_buckets as exchange
 from warploom.engine.training.trainer import Trainer
 
 exchange.BUCKET = 4000

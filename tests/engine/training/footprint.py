@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from warploom.engine.memory import PeakMemory
-from warploom.engine.training.memory import predict
+from warploom.engine.training.batch_size_finder import predict
 from warploom.engine.training.trainer import Trainer
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h

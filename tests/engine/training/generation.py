@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from warploom.engine.training.rendezvous import join
+from warploom.engine.training.distributed.rendezvous import join
 
 os.environ |= {"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}  # noqa: F821
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"

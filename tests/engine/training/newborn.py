@@ -13,7 +13,7 @@ os.environ.update({"RANK": str(RANK), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "1
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
 from warploom.engine.memory import PeakMemory
-from warploom.engine.training.pieces import whole_weights
+from warploom.engine.training.distributed.sharded_state import whole_weights
 from warploom.engine.training.trainer import Trainer
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from warploom.engine.hub import load_model
+from warploom.engine.formats.model_directory import load_model
 from warploom.engine.training import TrainConfig, Watcher, train
 from warploom.engine.training.checkpoint import verify
 

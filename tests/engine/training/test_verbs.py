@@ -79,7 +79,7 @@ def test_a_download_that_cannot_reach_the_hub_is_one_line(tokenizer, tmp_path, m
     pytest.importorskip("datasets", reason="the data extra is not installed")
     monkeypatch.chdir(tmp_path)
     CharTokenizer.train(["abc"]).save(tmp_path / "own")
-    monkeypatch.setattr("warploom.engine.data.hub.download", unplugged)
+    monkeypatch.setattr("warploom.engine.data.hf_datasets.download", unplugged)
     assert main(["data", "--source", "tinystories", "--tokenizer", tokenizer, "--out", "y"]) == 2
     error = capsys.readouterr().err
     assert "Couldn't reach the hub; the same command goes on" in error and "Traceback" not in error
@@ -98,7 +98,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(story, tmp_path, capsys):
 
 
 def test_tokenizers_of_others_are_read_where_a_tokenizer_is_asked_for(tmp_path):
-    from warploom.engine.training.prepare import make_tokenizer
+    from warploom.engine.training.inputs import make_tokenizer
     from warploom.tokenizer import BPETokenizer
 
     text = "low lower lowest newer newest wider " * 20

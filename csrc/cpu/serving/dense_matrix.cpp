@@ -1,0 +1,198 @@
+#include "cpu/serving/dense_matrix.hpp"
+
+#include <algorithm>
+
+#include "cpu/serving/spin_pool.hpp"
+#include "x86.hpp"
+
+namespace warploom {
+
+namespace {
+
+constexpr int kLanes = 16;  // outputs of one vector
+constexpr int kBlock = 4;   // vectors of outputs of one task
+constexpr int kRows = 6;    // rows of activations of one tile, at most
+constexpr int kMany = 24;   // rows from which on a block's weights are widened once, not tile by tile
+
+// A block of outputs for some rows: `stride` weights from one vector of outputs to the next; y is (rows, vectors, 16).
+template <class T, class X>
+struct Task {
+    const T* weights;
+    size_t stride;
+    int vectors, columns;
+    const X* x;
+    int64_t x_stride;
+    int rows;
+    float* y;
+};
+
+// ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
+template <int ROWS, int VECTORS>
+WARPLOOM_INLINE void tile(const Task<float, float>& t, const float* weights, float* y) {
+    f16 total[ROWS][VECTORS] = {};
+    for (int c = 0; c < t.columns; ++c) {
+        f16 weight[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * t.stride + size_t(c) * kLanes);
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) total[r][v] += weight[v] * t.x[r * t.x_stride + c];
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
+}
+
+template <int ROWS, int VECTORS>
+WARPLOOM_INLINE void tile(const Task<bfloat16, float>& t, const bfloat16* weights, float* y) {
+    f16 total[ROWS][VECTORS] = {};
+    int c = 0;
+    for (; c + 2 <= t.columns; c += 2) {
+        f16 first[VECTORS], second[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) widen_pairs(weights + v * t.stride + size_t(c) * kLanes, first[v], second[v]);
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) {
+                total[r][v] += first[v] * t.x[r * t.x_stride + c];
+                total[r][v] += second[v] * t.x[r * t.x_stride + c + 1];
+            }
+    }
+    for (int v = 0; v < VECTORS && c < t.columns; ++v) {  // an odd last column
+        f16 first, none;
+        widen_pairs(weights + v * t.stride + size_t(c) * kLanes, first, none);
+        for (int r = 0; r < ROWS; ++r) total[r][v] += first * t.x[r * t.x_stride + c];
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
+}
+
+#ifdef WARPLOOM_X86
+#define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+template <int ROWS, int VECTORS>
+WARPLOOM_BF16 inline void tile(const Task<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
+    __m512 total[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
+    for (int c = 0; c < t.columns; c += 2) {
+        __m512bh weight[VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            weight[v] = (__m512bh)_mm512_loadu_si512(weights + v * t.stride + size_t(c) * kLanes);
+        for (int r = 0; r < ROWS; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, t.x + r * t.x_stride + c, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * t.vectors + v) * kLanes, total[r][v]);
+}
+#endif
+
+// Few rows take whole blocks of four vectors, more rows pairs of them: the sums fill the registers either way.
+#define WARPLOOM_COVER(ROWS, WIDE)                                                              \
+    for (; v + WIDE <= t.vectors; v += WIDE)                                                    \
+        tile<ROWS, WIDE>(t, t.weights + v * t.stride, t.y + v * kLanes);                        \
+    for (; v < t.vectors; ++v) tile<ROWS, 1>(t, t.weights + v * t.stride, t.y + v * kLanes);    \
+    break;
+#define WARPLOOM_TILES                        \
+    int v = 0;                                \
+    switch (t.rows) {                         \
+        case 1: WARPLOOM_COVER(1, 4)          \
+        case 2: WARPLOOM_COVER(2, 4)          \
+        case 3: WARPLOOM_COVER(3, 4)          \
+        case 4: WARPLOOM_COVER(4, 4)          \
+        case 5: WARPLOOM_COVER(5, 2)          \
+        default: WARPLOOM_COVER(6, 2)         \
+    }
+
+WARPLOOM_CLONES void run(const Task<float, float>& t) { WARPLOOM_TILES }
+WARPLOOM_CLONES void run(const Task<bfloat16, float>& t) { WARPLOOM_TILES }
+
+#ifdef WARPLOOM_X86
+WARPLOOM_BF16 void run(const Task<bfloat16, bfloat16>& t) { WARPLOOM_TILES }
+const bool pairs_are_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+#else
+void run(const Task<bfloat16, bfloat16>&) { __builtin_unreachable(); }
+const bool pairs_are_fast = false;
+#endif
+
+WARPLOOM_CLONES void finish(const float* part, const float* bias, int n, float* y) {
+    for (int i = 0; i < n; ++i) y[i] = part[i] + bias[i];
+}
+
+WARPLOOM_CLONES void widen_block(const bfloat16* from, size_t count, float* to) {
+    for (size_t i = 0; i < count; i += 2 * kLanes) {
+        f16 first, second;
+        widen_pairs(from + i, first, second);
+        store(to + i, first), store(to + i + kLanes, second);
+    }
+}
+
+// All rows with one block, a tile at a time, in tiles as equal as can be.
+template <class T, class X>
+void sweep(Task<T, X> task, int rows, const float* bias, int width, float* y, int64_t y_stride) {
+    float part[kRows * kBlock * kLanes];
+    task.y = part;
+    for (int tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
+        task.rows = (rows + tiles - 1) / tiles;
+        run(task);
+        for (int r = 0; r < task.rows; ++r, y += y_stride) finish(part + r * task.vectors * kLanes, bias, width, y);
+        rows -= task.rows;
+        task.x += task.rows * task.x_stride;
+    }
+}
+
+}  // namespace
+
+template <class T>
+DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const float* bias)
+    : outputs_(outputs), columns_(columns), padded_(sizeof(T) == 2 ? (columns + 1) / 2 * 2 : columns) {
+    constexpr int together = sizeof(T) == 2 ? 2 : 1;  // columns that lie side by side
+    const int vectors = (outputs + kLanes - 1) / kLanes;
+    const size_t bytes = size_t(vectors) * kLanes * padded_ * sizeof(T);
+    memory_.reset(new uint8_t[bytes + 64]());
+    weights_ = reinterpret_cast<T*>(memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64);
+    bias_.assign(size_t(vectors) * kLanes, 0.0f);
+    if (bias) std::copy(bias, bias + outputs, bias_.begin());
+    Workers::shared().run(vectors, [&](int vector) {
+        T* to = weights_ + size_t(vector) * kLanes * padded_;
+        for (int lane = 0; lane < kLanes && vector * kLanes + lane < outputs; ++lane)
+            for (int c = 0; c < columns; ++c)
+                narrow(weight[size_t(vector * kLanes + lane) * columns + c],
+                       to[c / together * kLanes * together + lane * together + c % together]);
+    });
+}
+
+template <class T>
+Format DenseMatrix<T>::format() const {
+    return sizeof(T) == 2 && pairs_are_fast ? Format::halves : Format::floats;
+}
+
+template <class T>
+void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
+    const int vectors = (outputs_ + kLanes - 1) / kLanes;
+    const size_t stride = size_t(padded_) * kLanes;
+    Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
+        const int first = task * kBlock, count = std::min(kBlock, vectors - first), from = first * kLanes;
+        const int width = std::min(outputs_ - from, count * kLanes);
+        const T* weights = weights_ + first * stride;
+        const auto go = [&](const auto* w, const auto* rows, int columns, int64_t x_stride) {
+            using Kind = Task<std::decay_t<decltype(*w)>, std::decay_t<decltype(*rows)>>;
+            sweep(Kind{w, stride, count, columns, rows, x_stride, 0, nullptr}, x.count, &bias_[from], width, y + from,
+                  outputs_);
+        };
+        if constexpr (sizeof(T) == 2) {
+            if (x.format == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
+            if (x.count >= kMany) {
+                thread_local Floats wide;
+                wide.resize(stride * kBlock);
+                widen_block(weights, stride * count, wide.data());
+                return go(wide.data(), x.values, columns_, x.stride);
+            }
+        }
+        go(weights, x.values, columns_, x.stride);
+    });
+}
+
+template class DenseMatrix<float>;
+template class DenseMatrix<bfloat16>;
+
+}  // namespace warploom

@@ -1,0 +1,67 @@
+// Attention over keys and values that lie in pages, read where they lie.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "cpu/serving/matrix.hpp"
+#include "cpu/serving/spin_pool.hpp"
+
+namespace warploom {
+
+// The tokens of one step: where each stands, whose it is, and where its keys and values go.
+struct Step {
+    int tokens;
+    const int64_t* positions;  // (tokens)
+    const int32_t* sequences;  // (tokens): rows of the page table
+    const int64_t* slots;      // (tokens): page · page size + offset; negative writes nothing
+    const int32_t* table;      // (sequences, width): pages
+    int width;
+};
+
+// The pages of one layer: (pages, page size, kv heads, head dim) of float32 or bfloat16, or tiles of int8_pages.hpp.
+struct Pages {
+    void* keys;
+    void* values;
+    Format format;
+    int page_size, kv_heads, head_dim;
+};
+
+struct Look {
+    int heads;
+    int window;     // how many keys a query sees, itself included; 0: all before it
+    float softcap;  // 0: none
+    float scale;
+};
+
+// `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.
+struct Task {
+    int first, tokens, group, groups;
+};
+
+// Calls work(token) for every token. Neighbors whose places are neighbors stay in one thread: in 8 bits they share cache
+// lines, over which two threads would fight.
+template <class Work>
+void each_token(const Step& step, const Work& work) {
+    constexpr int run = 16;
+    thread_local std::vector<int> starts;
+    auto& runs = starts;  // the caller's, whichever thread works on it
+    runs.clear();
+    for (int t = 0; t < step.tokens; ++t)
+        if (t == 0 || step.slots[t] / run != step.slots[t - 1] / run) runs.push_back(t);
+    const int count = int(runs.size());
+    runs.push_back(step.tokens);
+    Workers::shared().run(count, [&](int task) {
+        for (int t = runs[task]; t < runs[task + 1]; ++t) work(t);
+    });
+}
+
+// Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none.
+void write_page(const Pages&, int64_t slot, const float* k, const float* v);
+
+// Every token's queries (rows `q_stride` apart) over all keys up to their own position; `out` is (tokens, heads, D).
+// Padding (negative slots) comes last and is left alone. Neighbors of one sequence share the reading of its pages, but
+// each query is computed by itself, page by page from the first and in one order of additions, so its bits depend
+// on nothing but its own sequence.
+void attend_pages(const Pages&, const Step&, const Look&, const float* q, int64_t q_stride, float* out);
+
+}  // namespace warploom

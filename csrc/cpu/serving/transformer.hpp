@@ -1,0 +1,30 @@
+// The whole model but its head, in one call: embedding, layers, last norm.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "cpu/serving/block.hpp"
+
+namespace warploom {
+
+struct Table {  // rows as wide as the stream; no rows: nothing is looked up
+    const void* rows;
+    bool half;
+};
+
+class Transformer {
+public:
+    Transformer(int width, Table embedding, Table positions, std::vector<std::shared_ptr<Block>> blocks, Norm norm);
+
+    // `hidden` (tokens, width) becomes the normalized stream after the last layer; `pages` are those of each layer.
+    void run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages, const Rotation& rotation,
+             float* hidden) const;
+
+private:
+    int width_;
+    Table embedding_, positions_;
+    std::vector<std::shared_ptr<Block>> blocks_;
+    Norm norm_;
+};
+
+}  // namespace warploom

@@ -1,0 +1,253 @@
+#include "cpu/training/dense_attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.hpp"
+#include "cpu/training/omp_threads.hpp"
+
+namespace warploom {
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kQueries = 64;  // queries of a block: four vectors
+constexpr int kKeys = 64;     // keys of a block
+constexpr int kRows = 8;      // rows of a product come in multiples of this
+constexpr int kAhead = 16;    // rows that memory is asked for before they are needed
+
+// Sixteen lanes in one register, and 32 of those; a CPU with less keeps sums of eight lanes in registers.
+#ifdef __x86_64__
+const bool many_registers = __builtin_cpu_supports("avx512f");
+#else
+const bool many_registers = false;
+#endif
+
+// Which sums of a product are needed where a block of queries meets the keys of the same tokens.
+enum class Part {
+    all,
+    late_columns,  // rows are keys, columns are queries: those from the row on
+    early_terms,   // rows are queries, sums run over keys: those up to the row
+    late_terms,    // rows are keys, sums run over queries: those from the row on
+};
+
+// c (rows, columns) [+]= a (rows, terms) · b (terms, columns); rows by eights, columns by sixteens.
+struct Product {
+    int rows, terms, columns;
+    const float* a;
+    int64_t a_row, a_term;
+    const float* b;
+    int64_t b_term;
+    float* c;
+    int64_t c_row;
+    bool add;
+};
+
+// ROWS × COLUMNS sums in registers, whose size is that of V.
+template <class V, int ROWS, int COLUMNS>
+WARPLOOM_INLINE void tile(const Product& p, int row, int column, int from, int to) {
+    constexpr int lanes = sizeof(V) / sizeof(float), vectors = COLUMNS / lanes;
+    const float *a = p.a + row * p.a_row + from * p.a_term, *b = p.b + column + from * p.b_term;
+    float* c = p.c + row * p.c_row + column;
+    V total[ROWS][vectors] = {};
+    if (p.add)
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < vectors; ++v) std::memcpy(&total[r][v], c + r * p.c_row + v * lanes, sizeof(V));
+    for (int term = from; term < to; ++term, a += p.a_term, b += p.b_term) {
+        V x[vectors];
+        for (int v = 0; v < vectors; ++v) std::memcpy(&x[v], b + v * lanes, sizeof(V));
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < vectors; ++v) total[r][v] += x[v] * a[r * p.a_row];
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < vectors; ++v) std::memcpy(c + r * p.c_row + v * lanes, &total[r][v], sizeof(V));
+}
+
+WARPLOOM_CLONES void multiply(const Product& p, Part part) {
+    for (int row = 0; row < p.rows; row += kRows) {
+        const int from = part == Part::late_terms ? row : 0;
+        const int to = part == Part::early_terms ? std::min(p.terms, row + kRows) : p.terms;
+        int column = part == Part::late_columns ? row / kLanes * kLanes : 0;
+        while (column < p.columns) {
+            const int left = p.columns - column;
+            if (!many_registers) {
+                tile<f8, 4, 16>(p, row, column, from, to), tile<f8, 4, 16>(p, row + 4, column, from, to), column += 16;
+            } else if (left >= 64) {
+                tile<f16, 4, 64>(p, row, column, from, to), tile<f16, 4, 64>(p, row + 4, column, from, to), column += 64;
+            } else if (left == 48) {
+                tile<f16, 8, 48>(p, row, column, from, to), column += 48;
+            } else if (left == 32) {
+                tile<f16, 8, 32>(p, row, column, from, to), column += 32;
+            } else {
+                tile<f16, 8, 16>(p, row, column, from, to), column += 16;
+            }
+        }
+    }
+}
+
+// (kQueries, width) → (width, kQueries).
+WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
+    for (int row = 0; row < kQueries; row += kLanes)
+        for (int column = 0; column < width; column += kLanes)
+            turn_square_over(from + row * width + column, width, to + column * kQueries + row, kQueries);
+}
+
+// `rows` rows of a head, times a factor, side by side; zeros up to `padded`.
+WARPLOOM_CLONES void gather(const float* from, int64_t stride, int rows, int padded, int width, float factor, float* to) {
+    for (int row = 0; row < rows; ++row, from += stride, to += width)
+        for (int c = 0; c < width; c += kLanes) {
+            __builtin_prefetch(from + c + kAhead * stride);
+            store(to + c, load(from + c) * factor);
+        }
+    std::fill(to, to + (padded - rows) * width, 0.0f);
+}
+
+WARPLOOM_CLONES void scatter(const float* from, int rows, int width, const float* factors, float factor, float* to,
+                             int64_t stride) {
+    for (int row = 0; row < rows; ++row, from += width, to += stride) {
+        const float by = factors ? factors[row] : factor;
+        for (int c = 0; c < width; c += kLanes) {
+            __builtin_prefetch(to + c + kAhead * stride, 1);
+            store(to + c, load(from + c) * by);
+        }
+    }
+}
+
+constexpr float kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Lanes whose query comes before key `key` of their own square of 16 see nothing of it.
+WARPLOOM_INLINE f16 seen(f16 x, int key, float hidden) { return select(load(kNumbers) < float(key), f16{} + hidden, x); }
+
+// Scores (keys, kQueries) of a block whose first query is key `first` become weights, not yet divided by their totals.
+WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals, float* log_sums) {
+    for (int q = 0; q < queries; q += kLanes) {
+        const int square = first + q;
+        float* column = scores + q;
+        for (int key = 1; key < kLanes; ++key) {
+            float* at = column + (square + key) * kQueries;
+            store(at, seen(load(at), key, -INFINITY));
+        }
+        f16 top = load(column), total = {};
+        for (int key = 1; key < square + kLanes; ++key) {
+            const f16 x = load(column + key * kQueries);
+            top = select(x > top, x, top);
+        }
+        for (int key = 0; key < square + kLanes; ++key) {
+            const f16 weight = exp(load(column + key * kQueries) - top);
+            store(column + key * kQueries, weight);
+            total += weight;
+        }
+        store(totals + q, 1.0f / total);
+        for (int i = 0; i < kLanes; ++i) log_sums[q + i] = top[i] + std::log(total[i]);
+    }
+}
+
+// Scores become weights, and the gradients of weights those of scores.
+WARPLOOM_CLONES void unweigh(float* scores, float* slopes, int keys, int queries, bool diagonal, const float* log_sums,
+                             const float* dots) {
+    for (int key = 0; key < keys; ++key)
+        for (int q = diagonal ? key / kLanes * kLanes : 0; q < queries; q += kLanes) {
+            float *score = scores + key * kQueries + q, *slope = slopes + key * kQueries + q;
+            f16 weight = exp(load(score) - load(log_sums + q));
+            if (diagonal && q <= key) weight = seen(weight, key - q, 0);
+            store(score, weight);
+            store(slope, weight * (load(slope) - load(dots + q)));
+        }
+}
+
+int padded_to(int grain, int n) { return (n + grain - 1) / grain * grain; }
+
+struct Scratch {
+    Floats k, v, dk, dv;                            // (time, width): a key head
+    Floats q, q_over, d_out, d_out_over, sums;      // (kQueries, width) and turned over: a block of queries
+    Floats scores, slopes;                          // (keys, kQueries)
+    float totals[kQueries], log_sums[kQueries], dots[kQueries];
+};
+
+void take_keys(const DenseAttention& t, int b, int head, int padded, Scratch& s) {
+    s.k.resize(padded * t.width), s.v.resize(padded * t.width);
+    gather(t.k(b, 0, head), t.k.time, t.time, padded, t.width, 1, s.k.data());
+    gather(t.v(b, 0, head), t.v.time, t.time, padded, t.width, 1, s.v.data());
+}
+
+// A block of queries, or of their gradients, as it lies and turned over.
+void take_queries(const float* from, int64_t stride, int count, int width, float factor, Floats& x, Floats& over) {
+    x.resize(kQueries * width), over.resize(kQueries * width);
+    gather(from, stride, count, kQueries, width, factor, x.data());
+    turn_over(x.data(), width, over.data());
+}
+
+void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
+    const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
+    s.scores.resize(padded * kQueries), s.sums.resize(kQueries * D);
+    take_keys(t, b, head, padded, s);
+    for (int h = head * group; h < (head + 1) * group; ++h)
+        for (int first = 0; first < T; first += kQueries) {
+            const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
+            take_queries(t.q(b, first, h), t.q.time, count, D, t.scale, s.q, s.q_over);
+            for (int key = 0; key <= first; key += kKeys)
+                multiply({key < first ? kKeys : queries, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries,
+                          &s.scores[key * kQueries], kQueries, false},
+                         key < first ? Part::all : Part::late_columns);
+            weigh(s.scores.data(), first, queries, s.totals, s.log_sums);
+            for (int key = 0; key <= first; key += kKeys)
+                multiply({queries, key < first ? kKeys : queries, D, &s.scores[key * kQueries], 1, kQueries, &s.v[key * D],
+                          D, s.sums.data(), D, key > 0},
+                         key < first ? Part::all : Part::early_terms);
+            scatter(s.sums.data(), count, D, s.totals, 1, t.out(b, first, h), t.out.time);
+            std::copy(s.log_sums, s.log_sums + count, t.log_sums + (int64_t(b) * t.heads + h) * T + first);
+        }
+}
+
+void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, const HeadsOf<float>& dq,
+                   const HeadsOf<float>& dk, const HeadsOf<float>& dv, int b, int head, Scratch& s) {
+    const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
+    s.dk.assign(padded * D, 0), s.dv.assign(padded * D, 0);
+    s.scores.resize(kKeys * kQueries), s.slopes.resize(kKeys * kQueries), s.sums.resize(kQueries * D);
+    take_keys(t, b, head, padded, s);
+    for (int h = head * group; h < (head + 1) * group; ++h)
+        for (int first = 0; first < T; first += kQueries) {
+            const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
+            take_queries(t.q(b, first, h), t.q.time, count, D, t.scale, s.q, s.q_over);
+            take_queries(d_out(b, first, h), d_out.time, count, D, 1, s.d_out, s.d_out_over);
+            std::fill(s.log_sums, s.log_sums + kQueries, 0.0f), std::fill(s.dots, s.dots + kQueries, 0.0f);
+            const float* log_sums = t.log_sums + (int64_t(b) * t.heads + h) * T + first;
+            std::copy(log_sums, log_sums + count, s.log_sums);
+            for (int i = 0; i < count; ++i) s.dots[i] = dot(&s.d_out[i * D], t.out(b, first + i, h), D);
+            for (int key = 0; key <= first; key += kKeys) {
+                const bool own = key == first;
+                const int keys = own ? queries : kKeys;
+                const Part of_scores = own ? Part::late_columns : Part::all, of_keys = own ? Part::late_terms : Part::all;
+                float *scores = s.scores.data(), *slopes = s.slopes.data();
+                multiply({keys, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries, scores, kQueries, false},
+                         of_scores);
+                multiply({keys, D, queries, &s.v[key * D], D, 1, s.d_out_over.data(), kQueries, slopes, kQueries, false},
+                         of_scores);
+                unweigh(scores, slopes, keys, queries, own, s.log_sums, s.dots);
+                multiply({keys, queries, D, scores, kQueries, 1, s.d_out.data(), D, &s.dv[key * D], D, true},
+                         of_keys);
+                multiply({keys, queries, D, slopes, kQueries, 1, s.q.data(), D, &s.dk[key * D], D, true}, of_keys);
+                multiply({queries, keys, D, slopes, 1, kQueries, &s.k[key * D], D, s.sums.data(), D, key > 0},
+                         own ? Part::early_terms : Part::all);
+            }
+            scatter(s.sums.data(), count, D, nullptr, t.scale, dq(b, first, h), dq.time);
+        }
+    scatter(s.dk.data(), T, D, nullptr, 1, dk(b, 0, head), dk.time);
+    scatter(s.dv.data(), T, D, nullptr, 1, dv(b, 0, head), dv.time);
+}
+
+thread_local Scratch scratch;
+
+}  // namespace
+
+void DenseAttention::forward() const {
+    share(batch * key_heads, [&](int task) { forward_task(*this, task / key_heads, task % key_heads, scratch); });
+}
+
+void DenseAttention::backward(HeadsOf<const float> d_out, HeadsOf<float> dq, HeadsOf<float> dk, HeadsOf<float> dv) const {
+    share(batch * key_heads, [&](int task) {
+        backward_task(*this, d_out, dq, dk, dv, task / key_heads, task % key_heads, scratch);
+    });
+}
+
+}  // namespace warploom

@@ -1,0 +1,320 @@
+#include "cpu/training/pointwise.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/training/omp_threads.hpp"
+
+namespace warploom {
+
+namespace {
+
+// Calls body(column, lanes) for sixteen columns at a time; the last call may have fewer.
+template <class Body>
+WARPLOOM_INLINE void across(int columns, const Body& body) {
+    int c = 0;
+    for (; c + 16 <= columns; c += 16) body(c, 16);
+    if (c < columns) body(c, columns - c);
+}
+
+template <class T>
+WARPLOOM_INLINE void norm_rows(const NormForward<T>& t, int first, int last) {
+    for (int row = first; row < last; ++row) {
+        const T* x = t.x[row];
+        f16 squares = {};
+        if (t.residual.at) {
+            const T* residual = t.residual[row];
+            T* total = t.sum[row];
+            across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+                store(total + c, load(x + c, n) + load(residual + c, n), n);
+                const f16 s = load(total + c, n);  // as rounded: what the next layer will see
+                squares += s * s;
+            });
+            x = total;
+        } else {
+            across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+                const f16 s = load(x + c, n);
+                squares += s * s;
+            });
+        }
+        const float inverse = 1.0f / std::sqrt(sum(squares) / float(t.columns) + t.eps);
+        t.inverse[row] = inverse;
+        T* y = t.y[row];
+        across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+            store(y + c, load(x + c, n) * inverse * load(t.weight + c, n), n);
+        });
+    }
+}
+
+// One chunk of rows: their dx, and their share of dweight.
+template <class T>
+WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
+    const int first = chunk * t.kChunk, last = std::min(t.rows, first + t.kChunk);
+    float* partial = t.partial + int64_t(chunk) * t.columns;
+    std::fill(partial, partial + t.columns, 0.0f);
+    for (int row = first; row < last; ++row) {
+        const T *x = t.x[row], *dy = t.dy[row], *dsum = t.dsum.at ? t.dsum[row] : nullptr;
+        T *dx = t.dx[row], *y = t.y.at ? t.y[row] : nullptr;
+        const float inverse = t.inverse[row];
+        f16 dot = {};
+        across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+            const f16 slope = load(dy + c, n) * (load(x + c, n) * inverse);
+            store(partial + c, load(partial + c, n) + slope, n);
+            dot += slope * load(t.weight + c, n);
+        });
+        const float mean = sum(dot) / float(t.columns) * inverse;
+        across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+            f16 d = (load(dy + c, n) * load(t.weight + c, n) - load(x + c, n) * mean) * inverse;
+            if (dsum) d += load(dsum + c, n);
+            if (y) store(y + c, load(x + c, n) * inverse * load(t.weight + c, n), n);
+            store(dx + c, d, n);
+        });
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void add_chunks(const NormBackward<T>& t, int chunks) {
+    across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+        f16 total = {};
+        for (int chunk = 0; chunk < chunks; ++chunk) total += load(t.partial + int64_t(chunk) * t.columns + c, n);
+        store(t.dweight + c, total, n);
+    });
+}
+
+WARPLOOM_INLINE f16 sigmoid(f16 x) { return 1.0f / (1.0f + exp(-x)); }
+
+// The activation and its slope. The tanh form of GELU is x · sigmoid(2u): no tanh is needed.
+template <Gate kind>
+WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
+    if (kind == Gate::silu) {
+        const f16 s = sigmoid(x);
+        value = x * s;
+        slope = s * (1.0f + x * (1.0f - s));
+    } else if (kind == Gate::gelu) {
+        const f16 s = sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+        value = x * s;
+        slope = s + value * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
+    } else {
+        const f16 positive = select(x > f16{}, x, f16{});
+        value = kind == Gate::relu ? positive : positive * positive;
+        slope = kind == Gate::relu ? select(x > f16{}, f16{} + 1.0f, f16{}) : 2.0f * positive;
+    }
+}
+
+template <Gate kind, class T>
+WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
+    for (int row = first; row < last; ++row) {
+        const T *gate = t.gate[row], *up = t.up[row];
+        if (!t.dy.at) {
+            T* y = t.y[row];
+            across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+                f16 value, slope;
+                activate<kind>(load(gate + c, n), value, slope);
+                store(y + c, value * load(up + c, n), n);
+            });
+            continue;
+        }
+        const T* dy = t.dy[row];
+        T *dgate = t.dgate[row], *dup = t.dup[row], *y = t.y.at ? t.y[row] : nullptr;
+        across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+            f16 value, slope;
+            activate<kind>(load(gate + c, n), value, slope);
+            const f16 d = load(dy + c, n), u = load(up + c, n);
+            store(dgate + c, d * u * slope, n);
+            store(dup + c, d * value, n);
+            if (y) store(y + c, value * u, n);
+        });
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
+    if (t.kind == Gate::silu) return gate_rows<Gate::silu>(t, first, last);
+    if (t.kind == Gate::gelu) return gate_rows<Gate::gelu>(t, first, last);
+    if (t.kind == Gate::relu) return gate_rows<Gate::relu>(t, first, last);
+    gate_rows<Gate::relu2>(t, first, last);
+}
+
+template <class T>
+WARPLOOM_INLINE void turn_tokens(const Turn<T>& t, int first, int last) {
+    for (int token = first; token < last; ++token) {
+        const int64_t time = token % t.time, position = t.positions ? t.positions[token] : time;
+        const float *cos = t.cos + position * t.table_stride, *sin = t.sin + position * t.table_stride;
+        const T* x = t.x + token / t.time * t.batch_stride + time * t.time_stride;
+        T* y = t.y[token];
+        for (int head = 0; head < t.heads; ++head, x += t.head_stride, y += t.width) {
+            across(t.half, [&](int c, int n) __attribute__((always_inline)) {
+                const f16 a = load(x + c, n), b = load(x + c + t.half, n);
+                const f16 u = load(cos + c, n), v = load(sin + c, n) * t.sign;
+                store(y + c, a * u - b * v, n);
+                store(y + c + t.half, b * u + a * v, n);
+            });
+            for (int c = 2 * t.half; c < t.width; ++c) y[c] = x[c];
+        }
+    }
+}
+
+WARPLOOM_INLINE float largest(f16 x) {
+    float top = x[0];
+    for (int i = 1; i < 16; ++i) top = std::max(top, x[i]);
+    return top;
+}
+
+template <class T>
+WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
+    const f16 nothing = f16{} - INFINITY;
+    for (int row = first; row < last; ++row) {
+        T* x = t.logits + int64_t(row) * t.classes;
+        const int64_t target = t.targets[row];
+        if (target == t.ignore) {
+            t.losses[row] = 0;
+            if (t.upstream) std::fill(x, x + t.classes, T{});
+            continue;
+        }
+        const int whole = t.classes / 16 * 16;
+        f16 top = nothing, all = {}, mass = {};
+        for (int c = 0; c < whole; c += 16) top = select(load(x + c) > top, load(x + c), top);
+        float highest = largest(top);
+        for (int c = whole; c < t.classes; ++c) highest = std::max(highest, widen(x[c]));
+        for (int c = 0; c < whole; c += 16) {
+            mass += exp(load(x + c) - highest);
+            all += load(x + c);
+        }
+        float weight = sum(mass), total = sum(all);
+        for (int c = whole; c < t.classes; ++c) {
+            weight += std::exp(widen(x[c]) - highest);
+            total += widen(x[c]);
+        }
+        const float log_sum = highest + std::log(weight), hard = 1.0f - t.smoothing, soft = t.smoothing / t.classes;
+        float loss = log_sum - hard * widen(x[target]) + t.z * log_sum * log_sum;
+        if (t.smoothing != 0) loss -= soft * total;
+        t.losses[row] = loss;
+        if (!t.upstream) continue;
+        const float scale = t.upstream[row], factor = scale * (1.0f + 2.0f * t.z * log_sum);
+        const float at_target = factor * std::exp(widen(x[target]) - log_sum) - scale * (soft + hard);
+        across(t.classes, [&](int c, int n) __attribute__((always_inline)) {
+            store(x + c, exp(load(x + c, n) - log_sum) * factor - scale * soft, n);
+        });
+        narrow(at_target, x[target]);
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void attend_rows(const Attend<T>& t, int first, int last) {
+    for (int row = first; row < last; ++row) {
+        const int seen = t.before + row % t.queries + 1;
+        T* weights = t.weights + int64_t(row) * t.keys;
+        if (t.d_weights) {
+            T* d = t.d_weights + int64_t(row) * t.keys;
+            f16 dots = {};
+            across(seen, [&](int c, int n) __attribute__((always_inline)) { dots += load(d + c, n) * load(weights + c, n); });
+            const float dot = sum(dots);
+            across(seen, [&](int c, int n) __attribute__((always_inline)) {
+                store(d + c, load(weights + c, n) * (load(d + c, n) - dot) * t.scale, n);
+            });
+            std::fill(d + seen, d + t.keys, T{});
+            continue;
+        }
+        const float* scores = t.scores + int64_t(row) * t.keys;
+        const int whole = seen / 16 * 16;
+        f16 top = f16{} - INFINITY, mass = {};
+        for (int c = 0; c < whole; c += 16) top = select(load(scores + c) > top, load(scores + c), top);
+        float highest = largest(top);
+        for (int c = whole; c < seen; ++c) highest = std::max(highest, scores[c]);
+        for (int c = 0; c < whole; c += 16) mass += exp((load(scores + c) - highest) * t.scale);
+        float total = sum(mass);
+        for (int c = whole; c < seen; ++c) total += std::exp((scores[c] - highest) * t.scale);
+        const float share = 1.0f / total;
+        across(seen, [&](int c, int n) __attribute__((always_inline)) {
+            store(weights + c, exp((load(scores + c, n) - highest) * t.scale) * share, n);
+        });
+        std::fill(weights + seen, weights + t.keys, T{});
+    }
+}
+
+// One compiled version a CPU and a number format.
+#define WARPLOOM_FORMATS(name, Task)                                                                           \
+    WARPLOOM_CLONES void name##_of(const Task<float>& t, int first, int last) { name(t, first, last); }        \
+    WARPLOOM_CLONES void name##_of(const Task<bfloat16>& t, int first, int last) { name(t, first, last); }
+
+WARPLOOM_FORMATS(norm_rows, NormForward)
+WARPLOOM_FORMATS(gate_rows, Gating)
+WARPLOOM_FORMATS(turn_tokens, Turn)
+WARPLOOM_FORMATS(entropy_rows, CrossEntropy)
+WARPLOOM_FORMATS(attend_rows, Attend)
+
+WARPLOOM_CLONES void norm_chunk_of(const NormBackward<float>& t, int chunk) { norm_chunk(t, chunk); }
+WARPLOOM_CLONES void norm_chunk_of(const NormBackward<bfloat16>& t, int chunk) { norm_chunk(t, chunk); }
+WARPLOOM_CLONES void add_chunks_of(const NormBackward<float>& t, int chunks) { add_chunks(t, chunks); }
+WARPLOOM_CLONES void add_chunks_of(const NormBackward<bfloat16>& t, int chunks) { add_chunks(t, chunks); }
+
+}  // namespace
+
+template <class T>
+void NormForward<T>::some(int first, int last) const {
+    norm_rows_of(*this, first, last);
+}
+
+template <class T>
+void NormForward<T>::run() const {
+    share_rows(rows, columns, [&](int first, int last) { some(first, last); });
+}
+
+template <class T>
+void NormBackward<T>::some(int chunk) const {
+    norm_chunk_of(*this, chunk);
+}
+
+template <class T>
+void NormBackward<T>::add_up() const {
+    add_chunks_of(*this, (rows + kChunk - 1) / kChunk);
+}
+
+template <class T>
+void NormBackward<T>::run() const {
+    const int chunks = (rows + kChunk - 1) / kChunk;
+    share(chunks, [&](int chunk) { some(chunk); });
+    add_up();
+}
+
+template <class T>
+void Gating<T>::some(int first, int last) const {
+    gate_rows_of(*this, first, last);
+}
+
+template <class T>
+void Gating<T>::run() const {
+    share_rows(rows, columns, [&](int first, int last) { some(first, last); });
+}
+
+template <class T>
+void Turn<T>::some(int first, int last) const {
+    turn_tokens_of(*this, first, last);
+}
+
+template <class T>
+void Turn<T>::run() const {
+    share_rows(batch * time, heads * width, [&](int first, int last) { some(first, last); });
+}
+
+template <class T>
+void CrossEntropy<T>::run() const {
+    share_rows(rows, classes, [&](int first, int last) { entropy_rows_of(*this, first, last); });
+}
+
+template <class T>
+void Attend<T>::run() const {
+    share_rows(rows, keys, [&](int first, int last) { attend_rows_of(*this, first, last); });
+}
+
+#define WARPLOOM_TYPES(Task)    \
+    template struct Task<float>; \
+    template struct Task<bfloat16>;
+WARPLOOM_TYPES(NormForward)
+WARPLOOM_TYPES(NormBackward)
+WARPLOOM_TYPES(Gating)
+WARPLOOM_TYPES(Turn)
+WARPLOOM_TYPES(CrossEntropy)
+WARPLOOM_TYPES(Attend)
+
+}  // namespace warploom

@@ -1,0 +1,181 @@
+// The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
+//
+// Words are looked up 128 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
+// first cut where no token reaches across, then merged, then remembered. Merging waits for memory too: new words leave
+// room for their ids and are merged when there are sixteen.
+//
+// A long text is cut into segments at places where every pattern cuts (`safe_cut`), and threads take segments; many
+// short texts are grouped into segments.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tokenizer/interruptible_threads.hpp"
+#include "tokenizer/splitter.hpp"
+#include "tokenizer/vocabulary.hpp"
+#include "tokenizer/word_cache.hpp"
+
+namespace warploom {
+
+// Memory for ids that grows by reallocation and can be handed over to NumPy.
+template <class Id>
+class IdBuffer {
+public:
+    IdBuffer() = default;
+    IdBuffer(IdBuffer&& other) noexcept { *this = std::move(other); }
+    IdBuffer& operator=(IdBuffer&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size, other.size);
+        std::swap(capacity_, other.capacity_);
+        return *this;
+    }
+    ~IdBuffer() { std::free(data_); }
+
+    // Room for `count` more ids; returns where they go.
+    Id* reserve(size_t count) {
+        if (size + count > capacity_) resize(size + count + capacity_ / 2);
+        return data_ + size;
+    }
+    void push(Id id) { *reserve(1) = id, ++size; }
+    Id* data() { return data_; }
+    Id* release() {
+        if (size < capacity_ / 8 * 7) resize(size ? size : 1);
+        capacity_ = size = 0;
+        return std::exchange(data_, nullptr);
+    }
+
+    size_t size = 0;
+
+private:
+    void resize(size_t capacity) {
+        void* data = std::realloc(data_, capacity * sizeof(Id));
+        if (!data) throw std::bad_alloc();
+        data_ = static_cast<Id*>(data);
+        capacity_ = capacity;
+    }
+    Id* data_ = nullptr;
+    size_t capacity_ = 0;
+};
+
+extern template class IdBuffer<uint16_t>;
+extern template class IdBuffer<uint32_t>;
+
+struct TextView {
+    const uint8_t* data;
+    size_t size;     // in bytes, or in characters that are `width` bytes each
+    int width = 0;   // 1, 2 or 4 where the text is as CPython holds it; 0 where it is UTF-8
+};
+
+// One text or many, that are somebody else's.
+struct Texts {
+    const TextView* first;
+    size_t count;
+
+    Texts(const TextView& one) : first(&one), count(1) {}
+    Texts(const std::vector<TextView>& many) : first(many.data()), count(many.size()) {}
+    const TextView* begin() const { return first; }
+    const TextView* end() const { return first + count; }
+};
+
+// A text of characters turned out to hold a lone surrogate.
+struct NoUtf8 : std::exception {};
+
+// A string that is one token wherever it stands; it may take the white space before or behind it along.
+struct AddedToken {
+    std::string text;
+    TokenId id;
+    bool lstrip = false, rstrip = false;
+};
+
+// Added tokens that may occur in a text, and where they do: a trie, so that thousands cost no more than one.
+class Specials {
+public:
+    explicit Specials(std::vector<AddedToken> tokens);
+
+    struct Found {
+        size_t begin, end;  // with the white space that is taken along; begin == end if there is none
+        TokenId id;
+        size_t from, next;  // where the token itself stands: what it is looked for behind `next`
+    };
+    // The leftmost token from `from` on, the longest where several begin. White space before `done` is not taken along.
+    Found next(TextView text, size_t from, size_t done) const;
+
+    size_t longest() const { return longest_; }
+
+private:
+    struct Node {
+        uint32_t child = 0, sibling = 0, token = 0;  // `token`: one more than a place in `tokens_`, 0 for none
+        uint8_t byte = 0;
+    };
+    uint32_t child_of(uint32_t node, uint8_t byte) const;
+    Found found(TextView text, size_t from, size_t next, size_t done, const AddedToken& token) const;
+
+    std::vector<AddedToken> tokens_;
+    std::vector<Node> nodes_{1};
+    uint32_t first_[256] = {};       // the node of each first byte, 0 where no token begins with it
+    uint64_t pairs_[1 << 10] = {};   // a bit for each pair of bytes, the first the lower, with which a token may begin
+    int only_first_ = -1;            // the byte that all of them begin with, if they do
+    size_t longest_ = 1;
+};
+
+// A stretch of ordinary text; an added token if begin == limit; an empty text if there is no text.
+struct Segment {
+    const uint8_t* text;
+    uint64_t begin, limit, size;
+    TokenId special;
+    bool ends_text;
+    int width = 0;  // as in TextView
+};
+
+// Cuts a text at its added tokens (which only UTF-8 may have), and where it may be cut into pieces of about `segment_size`.
+void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments);
+
+// Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.
+uint64_t stream_cut(TextView text, const Specials* specials);
+
+template <class Id>
+class Encoder {
+public:
+    // whole_words: pieces that are looked up before merging (empty for most vocabularies).
+    Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words);
+
+    // Ids of many texts, one after another, and the number of ids up to each text's end.
+    void encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids, std::vector<uint64_t>* ends,
+                const Checkpoint& checkpoint) const;
+
+    // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
+    void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
+
+    // What look_up.hpp asks for: ids of a word that is not at home in the cache, where the text goes on to `end` and ids
+    // begin at `ids`; and the merges, if words may be cut where no token reaches across.
+    Id* encode_aside(const uint8_t* word, size_t length, const uint8_t* end, WordCache<Id>& cache, Id* ids, Id* out) const;
+    const Merges* divides() const { return divides_ ? &merges_ : nullptr; }
+
+private:
+    using Cache = WordCache<Id>;
+
+    void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    void encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    Id* encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
+    Id* encode_waiting(Cache& cache, Id* ids, Id* out) const;
+    void settle(Cache& cache, IdBuffer<Id>& ids) const;
+
+    Merges merges_;
+    Pattern pattern_;
+    bool divides_;            // whether words may be cut where no token reaches across
+    Vocabulary whole_words_;  // pieces that are looked up before merging
+    mutable CachePool<Cache> caches_;
+};
+
+// The look-up loop of the chosen instruction set.
+template <class Id>
+using LookUp = void (*)(const Encoder<Id>&, const uint8_t* text, size_t readable, const uint32_t* ends, size_t count,
+                        WordCache<Id>&, IdBuffer<Id>&);
+template <class Id>
+LookUp<Id> look_up_function();
+
+}  // namespace warploom

@@ -1,0 +1,1 @@
+"""Model files of the world: model directories, published families, GGUF."""

@@ -1,0 +1,82 @@
+"""The names the world gives to our tensors.
+
+Every published architecture that `Transformer` spans has its own vocabulary: `transformers` says `hidden_size` where we
+say `d_model`, stores q, k and v apart where we multiply once, and transposes GPT-2. `family_table.py` is the
+dictionary; here are its uses: `describe(config)` gives the published `config.json`, `understand(values)` reads one
+back, and `pieces(config)` lists, for each tensor of ours, the published tensors it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..family import TRAINING_ONLY, Piece, piece_of
+from ..family_table import ALIASES, FAMILIES
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The first published architecture whose config.json, read back, is this configuration."""
+    return next((kind for kind, family in FAMILIES.items() if family.fits(config)), "warploom")
+
+
+def kind_of(values: Mapping[str, Any]) -> str:
+    """Which entry of the table a config.json is of."""
+    kind = language_part(values).get("model_type")
+    known = ALIASES.get(kind, kind)
+    if known not in FAMILIES and kind != "warploom":
+        names = ", ".join(FAMILIES)
+        raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: {names}, warploom")
+    return known
+
+
+# config.json
+
+
+def describe(config: ModelConfig, kind: str | None = None) -> dict[str, Any]:
+    """The published config.json of this architecture; our own (`model_type: warploom`) where no published one fits."""
+    kind = kind or architecture_of(config)
+    if kind == "warploom":
+        return {"model_type": kind, "architectures": ["Transformer"], "warploom": config.to_dict()}
+    family = FAMILIES[kind]
+    extras = {name: getattr(config, name) for name in TRAINING_ONLY}
+    names = {"model_type": kind, "architectures": [family.title]}
+    # Some classes assume a padding token past a small vocabulary, and then cannot be built.
+    return {**names, **family.write(config), "pad_token_id": None, "warploom": extras}
+
+
+def understand(values: Mapping[str, Any]) -> ModelConfig:
+    """The `ModelConfig` a published config.json describes; what we would compute differently is refused by name."""
+    kind = kind_of(values)
+    if kind == "warploom":
+        return ModelConfig.from_dict(values["warploom"])
+    values = language_part(values)
+    extras = {name: value for name, value in values.get("warploom", {}).items() if name in TRAINING_ONLY}
+    return FAMILIES[kind].read(values).replace(**extras)
+
+
+def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a multimodal model's config.json, what it says of its language model."""
+    inner = values.get("text_config")
+    if not isinstance(inner, Mapping):
+        return values
+    above = {name: values[name] for name in ("tie_word_embeddings", "quantization_config") if name in values}
+    return {**above, "model_type": values.get("model_type"), **inner}
+
+
+# model.safetensors
+
+
+def pieces(config: ModelConfig, names: list[str], kind: str | None = None) -> list[Piece]:
+    """For each tensor of ours (by name), the published tensors it is made of."""
+    kind = kind or architecture_of(config)
+    if kind == "warploom":
+        return [Piece(name, ((name,),)) for name in names]
+    return [piece_of(FAMILIES[kind], config, name) for name in names]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,256 @@
+"""GGUF: one file with the weights, the architecture and the vocabulary, as llama.cpp and its relatives read it.
+
+    "GGUF" version counts | metadata: key, type, value … | tensors: name, shape, type, offset … | their data, aligned
+
+Three things differ from our own directories. Names are shorter (`blk.3.attn_q.weight`). Shapes are listed innermost
+first. And the architecture `llama` rotates neighboring pairs of a head where we (and published checkpoints) rotate its
+two halves, so the rows of its q and k projections are interleaved here; `qwen2`, `qwen3` and `gpt2` keep theirs.
+
+Matrices may be stored as `q8_0`: blocks of 32 numbers share a float16 scale, and each is one byte.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...tokenizer.base import Tokenizer
+from ...tokenizer.bpe import BPETokenizer
+from ...tokenizer.byte_alphabet import to_text
+from ...tokenizer.patterns import pattern_name
+from ...tokenizer.sources import atomic_writer
+from ..config import ModelConfig
+from ..model import Transformer
+from .families import architecture_of
+
+ALIGNMENT, BLOCK = 32, 32
+STORED = {"float32": 0, "float16": 1, "q8_0": 8, "bfloat16": 30}  # numbers of the tensor types
+FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
+ARCHITECTURES = {
+    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+}  # fmt: skip
+SPLITTERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "o200k": "gpt-4o", "qwen2": "qwen2"}
+NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # kinds of tokens
+
+
+def save_gguf(
+    model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None
+) -> str:
+    """Write `model` to a GGUF file and return the architecture's name in it. `dtype` is a key of STORED; None keeps."""
+    config, path = model.config, Path(path)
+    dtype = dtype or str(model.embedding.weight.dtype).removeprefix("torch.")
+    if dtype not in STORED:
+        raise ValueError(f"dtype {dtype!r} has no GGUF form; choose one of: {', '.join(STORED)}")
+    kind = _architecture(config)
+    facts = {
+        "general.architecture": kind, "general.name": path.stem, "general.alignment": ALIGNMENT,
+        "general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2,
+        **{f"{kind}.{key}": value for key, value in _shape(config, kind).items()}, **_vocabulary(tokenizer, config),
+    }  # fmt: skip
+    tensors = [(name, tensor, _type_of(name, tensor, dtype)) for name, tensor in _tensors(model, kind)]
+    sizes = [_size(tensor, stored) for _, tensor, stored in tensors]
+    offsets = list(accumulate(map(_padded, sizes), initial=0))
+    with atomic_writer(path) as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(facts)))
+        for key, value in facts.items():
+            file.write(_string(key) + _value(value))
+        for (name, tensor, stored), offset in zip(tensors, offsets):
+            shape = tuple(reversed(tensor.shape))
+            file.write(_string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
+            file.write(struct.pack("<IQ", STORED[stored], offset))
+        _pad(file)
+        for _, tensor, stored in tensors:
+            file.write(_encode(tensor, stored))
+            _pad(file)
+    return kind
+
+
+# The architecture
+
+
+def _architecture(config: ModelConfig) -> str:
+    kind = architecture_of(config)
+    if kind not in ARCHITECTURES or (kind == "gpt2" and config.ffn != "gelu"):
+        raise ValueError("no architecture of GGUF matches this model: it must be a GPT-2, Llama, Qwen or Mixtral")
+    if config.sliding_window and config.sliding_window < config.max_seq_len:
+        raise ValueError(
+            f"sliding_window={config.sliding_window} is shorter than max_seq_len={config.max_seq_len}: "
+            f"readers of GGUF would attend to everything"
+        )
+    scaling = (config.rope_scaling or {}).get("rope_type", "default")
+    if scaling not in ("default", "linear", "yarn", "llama3"):
+        raise ValueError(f"rope_scaling {scaling!r} has no GGUF form (linear, yarn and llama3 do)")
+    return ARCHITECTURES[kind]
+
+
+def _shape(c: ModelConfig, kind: str) -> dict[str, Any]:
+    shape = {
+        "vocab_size": c.vocab_size, "context_length": c.max_seq_len, "embedding_length": c.d_model,
+        "block_count": c.n_layers, "feed_forward_length": c.ff_size, "attention.head_count": c.n_heads,
+    }  # fmt: skip
+    if kind == "gpt2":
+        return shape | {"attention.layer_norm_epsilon": float(c.norm_eps)}
+    shape |= {
+        "attention.head_count_kv": c.kv_heads, "attention.layer_norm_rms_epsilon": float(c.norm_eps),
+        "attention.key_length": c.head_size, "attention.value_length": c.head_size,
+        "rope.dimension_count": c.head_size, "rope.freq_base": float(c.rope_theta),
+    }  # fmt: skip
+    if c.n_experts:
+        shape |= {"expert_count": c.n_experts, "expert_used_count": c.experts_per_token}
+    scaling = c.rope_scaling or {}
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        shape |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
+    if scaling.get("rope_type") == "yarn":
+        shape |= {"rope.scaling.original_context_length": int(scaling["original_max_position_embeddings"])}
+    return shape
+
+
+# The vocabulary
+
+
+def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"tokenizer.ggml.model": "none"}
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"a {type(tokenizer).__name__} has no GGUF form: only byte-level BPE has")
+    splitter = pattern_name(tokenizer.pattern)
+    if splitter is None or tokenizer.normalizer:
+        raise ValueError(
+            f"the pretokenizer has no GGUF form: only the patterns {', '.join(SPLITTERS)} have names there"
+        )
+    tokens, kinds = [f"[PAD{index}]" for index in range(config.vocab_size)], [UNUSED] * config.vocab_size
+    for token, index in tokenizer.vocab.items():
+        tokens[index], kinds[index] = to_text(token), NORMAL
+    for token, index in tokenizer.special_tokens.items():
+        tokens[index], kinds[index] = token, USER if token in tokenizer.special.plain else CONTROL
+    words = {
+        "model": "gpt2", "pre": "llama-bpe" if tokenizer.whole_words and splitter == "gpt4" else SPLITTERS[splitter],
+        "tokens": tokens, "token_type": kinds, "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges],
+        "add_bos_token": False,
+    }  # fmt: skip
+    if tokenizer.eos_id is not None:
+        words |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id}
+    facts = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return facts | template
+
+
+# The weights
+
+NAMES = {
+    "embedding": "token_embd", "positions": "position_embd", "norm": "output_norm", "head": "output",
+    "attention_norm": "attn_norm", "attention.output": "attn_output", "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm", "ffn_norm": "ffn_norm", "ffn.up": "ffn_up", "ffn.down": "ffn_down",
+    "ffn.router": "ffn_gate_inp", "ffn.w_down": "ffn_down_exps",
+}  # fmt: skip
+
+
+def _tensors(model: Transformer, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors by their names in the file, float32 or as the model has them."""
+    c = model.config
+    for name, parameter in model.named_parameters():
+        tensor, prefix = parameter.detach().cpu(), ""
+        if name.startswith("blocks."):
+            _, layer, name = name.split(".", 2)
+            prefix = f"blk.{layer}."
+        part, _, leaf = name.rpartition(".")
+        if leaf.startswith("w_"):  # a mixture's stacked matrices are bare parameters
+            part, leaf = name, "weight"
+        for new, piece in _split(part, tensor, c, kind):
+            yield f"{prefix}{new}.{leaf}", piece
+    if (c.rope_scaling or {}).get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _slowdown(c)
+
+
+def _split(part: str, tensor: Tensor, c: ModelConfig, kind: str) -> list[tuple[str, Tensor]]:
+    if part == "attention.qkv":
+        if kind == "gpt2":
+            return [("attn_qkv", tensor)]
+        q, k, v = tensor.split([heads * c.head_size for heads in (c.n_heads, c.kv_heads, c.kv_heads)])
+        if kind == "llama":
+            q, k = _interleave(q, c.n_heads), _interleave(k, c.kv_heads)
+        return [("attn_q", q), ("attn_k", k), ("attn_v", v)]
+    if part == "ffn.gate_up":
+        return list(zip(("ffn_gate", "ffn_up"), tensor.chunk(2)))
+    if part == "ffn.w_gate_up":
+        return list(zip(("ffn_gate_exps", "ffn_up_exps"), tensor.chunk(2, dim=1)))
+    return [(NAMES[part], tensor)]
+
+
+def _interleave(rows: Tensor, heads: int) -> Tensor:
+    """Row i of a head's first half, then row i of its second, for all i."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _slowdown(c: ModelConfig) -> Tensor:
+    """By how much Llama 3's scaling slows each rotation: the angle a step makes without it, over that with it."""
+    (cos, sin), (plain_cos, plain_sin) = (
+        kernels.rope_tables(c.head_size, 2, c.rope_theta, scaling) for scaling in (c.rope_scaling, None)
+    )
+    return torch.atan2(plain_sin[1], plain_cos[1]) / torch.atan2(sin[1], cos[1])
+
+
+# Bytes
+
+
+def _type_of(name: str, tensor: Tensor, dtype: str) -> str:
+    if tensor.ndim == 1 or name.startswith(("position_embd", "rope_freqs")) or "ffn_gate_inp" in name:
+        return "float32"
+    return "float16" if dtype == "q8_0" and tensor.shape[-1] % BLOCK else dtype
+
+
+def _size(tensor: Tensor, stored: str) -> int:
+    return (
+        tensor.numel() // BLOCK * (BLOCK + 2)
+        if stored == "q8_0"
+        else tensor.numel() * (4 if stored == "float32" else 2)
+    )
+
+
+def _encode(tensor: Tensor, stored: str) -> bytes:
+    if stored != "q8_0":
+        return tensor.to(getattr(torch, stored)).contiguous().view(torch.uint8).numpy().tobytes()
+    blocks = tensor.float().reshape(-1, BLOCK).numpy()
+    scales = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = np.where(scales > 0, np.rint(blocks / scales), 0).astype(np.int8)
+    return np.concatenate([scales.astype("<f2").view(np.int8), numbers], axis=1).tobytes()
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+KINDS: dict[type, tuple[int, Callable[[Any], bytes]]] = {
+    bool: (7, lambda value: struct.pack("<?", value)),
+    int: (4, lambda value: struct.pack("<I", value)),
+    float: (6, lambda value: struct.pack("<f", value)),
+    str: (8, _string),
+}
+
+
+def _value(value: Any) -> bytes:
+    """A metadata value with its type before it; a list with that of its members."""
+    if isinstance(value, list):
+        number, write = KINDS[type(value[0])] if value else KINDS[str]
+        number = 5 if number == 4 else number  # kinds of tokens are signed
+        return struct.pack("<IIQ", 9, number, len(value)) + b"".join(map(write, value))
+    number, write = KINDS[type(value)]
+    return struct.pack("<I", number) + write(value)

@@ -1,0 +1,267 @@
+"""Model directories: the unit of exchange.
+
+    config.json  model.safetensors  tokenizer.json  generation_config.json
+
+Anything that trains writes one, anything that serves reads one, and `transformers` opens the same files: names and
+layouts are the published ones (`architectures.py` translates). Writing is atomic: a reader sees the old directory or
+the new one. Reading maps the file into memory and copies each tensor once, to where it will live.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ...tokenizer import load_tokenizer
+from ...tokenizer.sources import unfinished
+from ..config import ModelConfig
+from ..device import DTYPES, pick_device
+from ..model import Transformer
+from ..parallel.tensor_parallel import shard, shares
+from ..weights import open_weights, read_json
+from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")
+
+
+def save_model(
+    model: Transformer,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    *,
+    weights: Literal["safetensors", "bin"] = "safetensors",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model directory that `load_model` and `transformers.AutoModelForCausalLM` open."""
+    ours = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    dtype = model.embedding.weight.dtype
+    return write_model(model.config, ours, dtype, directory, tokenizer, weights=weights, shard_bytes=shard_bytes)
+
+
+def write_model(
+    config: ModelConfig,
+    ours: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+    *,
+    weights: Literal["safetensors", "bin"] = "safetensors",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """The same of weights under our names that come one after the other: only those of one file are held at a time."""
+    directory = Path(directory)
+    check_vocabulary(tokenizer, config, "the tokenizer")
+    tensors = _published(config, ours, dtype)
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        if weights == "bin":
+            torch.save(dict(tensors), staging / "pytorch_model.bin")
+        else:
+            _save_shards(tensors, staging, shard_bytes)
+        ids = _text_bounds(tokenizer)
+        _write_json(staging / "generation_config.json", ids)
+        description = describe(config) | ids | {"dtype": dtype_name(dtype)}
+        _write_json(staging / "config.json", description)
+        for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
+            shutil.copymode(staging / "config.json", file)
+    return directory
+
+
+def load_model(
+    directory: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tp: ProcessGroup | None = None,
+) -> tuple[Transformer, Any]:
+    """The model of a directory, ready to evaluate, and its tokenizer (None where it has none).
+
+    `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
+    (`sharding.py`); it never holds more than that and one tensor.
+    """
+    tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
+    return read_model(directory, device, dtype, tp), tokenizer
+
+
+def read_model(
+    directory: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tp: ProcessGroup | None = None,
+) -> Transformer:
+    """The model of a directory alone, whatever its tokenizer."""
+    config = load_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype))
+    if tp is not None:
+        model, weights = shard(model, tp), shares(config, weights, tp)
+    model.load_state_dict(dict(weights), assign=True)
+    return model.eval()
+
+
+def read_tokenizer(directory: str | os.PathLike) -> Any:
+    """The tokenizer of a model directory, or None where there is no file of one."""
+    directory = Path(directory)
+    config = load_config(directory)
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config, str(directory / "tokenizer.json"))
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
+    """Every ordinary token needs a row of the model's table; added ones (Gemma's <image_soft_token>) may lie past it.
+
+    A prompt that holds one of those is refused when it comes.
+    """
+    needed = 1 + max(tokenizer.vocab.values(), default=-1) if tokenizer is not None else 0
+    if needed > config.vocab_size:
+        raise ValueError(f"{name} has {needed} tokens, but the model's vocab_size is {config.vocab_size}")
+
+
+def load_config(directory: str | os.PathLike) -> ModelConfig:
+    """The architecture of a model directory, without its weights."""
+    return understand(_read_config(directory))
+
+
+def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    return read_json(path)
+
+
+# Reading
+
+
+def read_weights(
+    directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """A model directory's weights under our names, one after the other: none is held when the next is read."""
+    values = _read_config(directory)
+    config, kind = understand(values), kind_of(values)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    with open_weights(Path(directory), values.get("quantization_config")) as weights:
+        for piece in pieces(config, list(shapes), kind):
+            stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
+            kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
+            target = torch.empty(shapes[piece.ours], dtype=kept, device=device)
+            piece.fill(target, weights)
+            if not _finite(target):
+                raise ValueError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
+            yield piece.ours, target
+            del target
+        heads = ("lm_head.weight", "embed_out.weight") if config.tie_embeddings else ()
+        extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
+        if extra:
+            raise ValueError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """One pass; the sum of finite numbers can only overflow in narrow formats, so it is taken in float32."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+# Writing
+
+
+def _published(
+    config: ModelConfig, ours: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    kind = architecture_of(config)
+    for name, tensor in ours:
+        (piece,) = pieces(config, [name], kind)
+        yield from ((theirs, part.to("cpu", dtype)) for theirs, part in piece.split(tensor))
+
+
+def _save_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:
+    """Files are numbered as they fill; only at the end is it known of how many."""
+    sizes: list[int] = []
+    places: dict[str, int] = {}
+    for part in _shards(tensors, shard_bytes):
+        places |= dict.fromkeys(part, len(sizes))
+        save_file(part, directory / f"{len(sizes)}.safetensors", metadata={"format": "pt"})
+        sizes.append(_bytes(part))
+    count = len(sizes)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    for number, name in enumerate(names):
+        os.rename(directory / f"{number}.safetensors", directory / name)
+    if count > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {key: names[i] for key, i in places.items()}}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and _bytes(shard) + tensor.nbytes > limit:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _bytes(shard: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A staging directory whose files take their place in `directory` when the block ends well, or vanish.
+
+    A new directory appears whole, by one rename. In an existing one each file is renamed over its predecessor,
+    config.json last, and weights of the former model are removed, so that two models never mix.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a model is written to a directory")
+    staging = unfinished(directory)
+    shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if not directory.exists():
+            os.rename(staging, directory)
+            return
+        written = sorted(os.listdir(staging), key=lambda name: name == "config.json")
+        for name in written:
+            os.replace(staging / name, directory / name)
+        for stale in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model.bin")]:
+            if stale.name not in written:
+                stale.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _text_bounds(tokenizer: Any) -> dict[str, int | list[int] | None]:
+    """Which tokens begin and end a text; where nothing marks a beginning, the end of the text before does."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    ends = [*([] if end is None else [end]), *sorted(tokenizer.special.stops - {end})]
+    return {
+        "bos_token_id": end if begin is None else begin,
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tensor and expert parallelism: collectives and sharded layers."""

@@ -1,0 +1,399 @@
+"""One model in several processes: what each of them keeps, and the few places where they talk.
+
+A matrix product can be cut in two ways. By *columns of the output*: every process holds some rows of W (of the fused
+qkv: some heads; of gate_up: some features), gets the whole x and makes its features of y. Or by *rows of the input*:
+every process holds some columns of W, has just those features of x, and makes a partial y; the sum over processes is
+y. One after the other they need no words in between: attention is cut by heads, the feed-forward by its hidden
+features, and each costs one sum forward and, by the chain rule, one sum backward:
+
+    spread(x)    x as it is;  backward: the gradients of all processes, added up     (enters a part that is cut)
+    add_up(y)    the sum of all processes' y;  backward: the gradient as it is       (leaves it)
+
+Between them the stream is whole and the same everywhere, norms and dropout included. The vocabulary is cut too, in
+the embedding and in the head: a process knows the logits of its own words only, and the loss needs just three numbers
+a token from each process (`vocab_parallel_cross_entropy`). Matrices are cut; vectors (norms, biases) are whole
+everywhere, and one that meets a share of the features goes through `spread`.
+
+Experts can be spread instead (`ep`): each process has rows of its own, as in data parallelism, and owns some experts.
+Tokens are gathered by all, each process lets its experts answer, and the sum is scattered back. An exchange of only
+the chosen tokens would send less where there are many processes; this one has fixed sizes, no token is ever dropped,
+and sums always have the same order.
+
+`shard(model, tp, ep)` puts all of this into a `Transformer` from outside. Everything else holds for the result: it
+makes `hidden` states with any `attend` (which sees this process's heads), whole `logits`, and `losses`.
+
+B batch, T time, C width of the stream, N rows, S rows of a slab, V vocabulary of this process, E experts, R processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ... import kernels
+from ...kernels.linear_cross_entropy import gpu_rows_per_slab, rows_per_slab
+from ...kernels.moe import route
+from ..config import ModelConfig
+from ..executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ..layers import routing_options
+from ..model import Attention, Embedding, Linear, MoE, RMSNorm, SwiGLU, Transformer
+from .collectives import add_up, concatenate, even, gather, scatter, share_of, side_by_side, spread
+
+# What is cut, and where
+
+is_supported = Supported(
+    computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"}
+    - {"head_bias", "n_dense_layers", "dense_ff", "shared_gate", "router_bias", "choice_bias", "expert_bias"}
+    - {"expert_groups", "groups_used"},
+    only={"qk_norm": ("none", "head", "after")},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a parameter is cut. A matrix may hold several, packed side by side (`parts`): each is cut by itself."""
+
+    tp: int | None = None
+    """The dimension that tensor parallelism cuts."""
+    ep: int | None = None
+    """The dimension that counts experts."""
+    stream: int = 0
+    """The dimension of size C, which neither of them touches (of a vector: its only one)."""
+    parts: tuple[int, ...] = ()
+    """Sizes of what is packed along dimension `tp`."""
+
+    def cut(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """Process `rank`'s share of a tensor along `tp`."""
+        return _cut(whole, self.tp, self.parts, rank, size)
+
+
+def _cut(whole: Tensor, dim: int, parts: tuple[int, ...], rank: int, size: int) -> Tensor:
+    shares = [share_of(len_, rank, size) for len_ in parts]
+    return torch.cat([p[(slice(None),) * dim + (s,)] for p, s in zip(whole.split(parts, dim), shares)], dim)
+
+
+def layout(config: ModelConfig, name: str) -> Layout:
+    """How the parameter of this name is cut."""
+    c, words = config, (config.vocab_size,)
+    q, kv = c.n_heads * c.head_size, c.kv_heads * c.head_size
+    width, shared = c.ff_size, c.shared_ff
+    known = {
+        "embedding.weight": Layout(tp=0, stream=1, parts=words),
+        "head.weight": Layout(tp=0, stream=1, parts=words),
+        "positions.weight": Layout(stream=1),
+        "attention.qkv.weight": Layout(tp=0, stream=1, parts=(q, kv, kv)),
+        "attention.output.weight": Layout(tp=1, parts=(q,)),
+        "ffn.up.weight": Layout(tp=0, stream=1, parts=(width,)),
+        "ffn.gate_up.weight": Layout(tp=0, stream=1, parts=(width, width)),
+        "ffn.down.weight": Layout(tp=1, parts=(width,)),
+        "ffn.router.weight": Layout(stream=1),
+        "ffn.w_gate_up": Layout(tp=1, ep=0, stream=2, parts=(width, width)),
+        "ffn.w_down": Layout(tp=2, ep=0, stream=1, parts=(width,)),
+        "ffn.shared.up.weight": Layout(tp=0, stream=1, parts=(shared,)),
+        "ffn.shared.gate_up.weight": Layout(tp=0, stream=1, parts=(shared, shared)),
+        "ffn.shared.down.weight": Layout(tp=1, parts=(shared,)),
+    }
+    return known.get(re.sub(r"^blocks\.\d+\.", "", name), Layout())
+
+
+def layouts(model: Transformer) -> dict[str, Layout]:
+    """How each of a model's parameters is cut, by name."""
+    return {name: layout(model.config, name) for name, _ in model.named_parameters()}
+
+
+def shares(
+    config: ModelConfig, weights: Iterable[tuple[str, Tensor]], tp: ProcessGroup
+) -> Iterator[tuple[str, Tensor]]:
+    """What this process of a group keeps of each whole weight; none is held when the next is asked for."""
+    for name, whole in weights:
+        where = layout(config, name)
+        yield name, whole if where.tp is None else where.cut(whole, tp.rank(), tp.size())
+        del whole
+
+
+def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
+    """Can this architecture be cut into so many pieces? Else a ValueError says what stands against it."""
+    c = config
+    if tp > 1 or ep > 1:
+        for field, value in is_supported.refused(c).items():
+            raise ValueError(f"tp={tp}, ep={ep}: a model with {field}={value!r} cannot be cut; use dp or fsdp")
+    for field, value in (("n_heads", c.n_heads), ("n_kv_heads", c.kv_heads), ("d_ff", c.ff_size)):
+        if value % tp:
+            raise ValueError(f"tp={tp} does not divide {field}={value}: each process needs an equal share of it")
+    if (tp - 1) * -(-c.vocab_size // tp) >= c.vocab_size:
+        raise ValueError(f"vocab_size={c.vocab_size} is too small to be cut into tp={tp} pieces")
+    if ep > 1 and (not c.n_experts or c.n_experts % ep):
+        raise ValueError(f"ep={ep} does not divide n_experts={c.n_experts}: each process needs equally many experts")
+
+
+# The parts of a model that know they are parts
+
+
+class Part(nn.Module):
+    """Takes the place of a whole module: has all that it had, and a group of processes that hold the rest of it."""
+
+    def __init__(self, whole: nn.Module, group: ProcessGroup | None) -> None:
+        vars(self).update(vars(whole))
+        self.group = group
+
+    def keep(self, name: str, layout: Layout) -> None:
+        """Of the matrix of this name, keep this process's share alone."""
+        share = layout.cut(getattr(self, name).detach(), self.group.rank(), self.group.size())
+        setattr(self, name, nn.Parameter(share.contiguous()))
+
+
+class ColumnParallel(Part, Linear):
+    """Makes this process's features of y from the whole of x."""
+
+    def __init__(self, whole: Linear, group: ProcessGroup, layout: Layout) -> None:
+        super().__init__(whole, group)
+        self.parts = layout.parts
+        self.keep("weight", layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = spread(x, self.group) @ self.weight.T
+        if self.bias is None:
+            return y
+        return y + _cut(spread(self.bias, self.group), 0, self.parts, self.group.rank(), self.group.size())
+
+
+class RowParallel(Part, Linear):
+    """Makes the whole of y from every process's features of x; the bias joins once, after the sum."""
+
+    def __init__(self, whole: Linear, group: ProcessGroup, layout: Layout) -> None:
+        super().__init__(whole, group)
+        self.keep("weight", layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = add_up(x @ self.weight.T, self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(Part, Embedding):
+    """Knows the vectors of its own words, says zero for others, and adds up."""
+
+    def __init__(self, whole: Embedding, group: ProcessGroup, layout: Layout) -> None:
+        super().__init__(whole, group)
+        self.first = share_of(len(whole.weight), group.rank(), group.size()).start
+        self.keep("weight", layout)
+
+    def forward(self, index: Tensor) -> Tensor:
+        row = index - self.first
+        mine = (row >= 0) & (row < len(self.weight))
+        vectors = F.embedding(row.where(mine, 0), self.weight)
+        return add_up(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.group)
+
+
+class HeadNorm(Part, RMSNorm):
+    """A norm of heads of which each process has some: its weight learns from all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, spread(self.weight, self.group), self.eps)
+
+
+def judged_together(
+    aux: kernels.MoEAux, logits_BTE: Tensor, config: ModelConfig, readers: ProcessGroup | None
+) -> kernels.MoEAux:
+    """The router's losses over the rows of all readers: f_e · P_e is no sum over rows, so shares are averaged first."""
+    if readers is None:
+        return aux
+    logits_TE = logits_BTE.flatten(0, -2).to(torch.promote_types(logits_BTE.dtype, torch.float32))
+    scores_TE = torch.softmax(logits_TE, -1) if config.router == "softmax" else torch.sigmoid(logits_TE)
+    mean_E = (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)
+    *mean_E, z = (add_up(spread(torch.cat([mean_E, aux.z[None]]), readers), readers) / readers.size()).unbind()
+    counts_E = concatenate(aux.tokens_per_expert[None], readers).sum(0)
+    share_E = counts_E.to(z.dtype) / counts_E.sum()
+    return kernels.MoEAux(len(share_E) * (share_E * torch.stack(mean_E)).sum(), z, counts_E)
+
+
+class TensorParallelMoE(Part, MoE):
+    """Every process of `tp` has a slice of every expert, and routes alike; without `tp`, the whole of each."""
+
+    def __init__(self, whole: MoE, tp: ProcessGroup | None, readers: ProcessGroup | None) -> None:
+        super().__init__(whole, tp)
+        self.readers = readers
+        for name in ("w_gate_up", "w_down") if tp is not None else ():
+            self.keep(name, layout(whole.config, f"ffn.{name}"))
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
+        c, x, logits = self.config, spread(x_BTC, self.group), spread(self.router(x_BTC), self.group)
+        y_BTC, aux = kernels.moe(
+            x, logits, self.w_gate_up, self.w_down, c.experts_per_token, **routing_options(c)
+        )  # fmt: skip
+        y_BTC, aux = add_up(y_BTC, self.group), judged_together(aux, logits, c, self.readers)
+        aux = aux._replace(load_balance=even(aux.load_balance, self.group), z=even(aux.z, self.group))
+        return self.with_shared(y_BTC, x_BTC), aux
+
+
+class ExpertParallelMoE(Part, MoE):
+    """Every process has rows of its own and some whole experts (or, under `tp`, a slice of some)."""
+
+    def __init__(self, whole: MoE, group: ProcessGroup, tp: ProcessGroup | None, readers: ProcessGroup | None) -> None:
+        super().__init__(whole, group)
+        self.tp, self.readers = tp, readers
+        own = share_of(whole.config.n_experts, group.rank(), group.size())
+        self.first = own.start
+        for name in ("w_gate_up", "w_down"):
+            setattr(self, name, nn.Parameter(getattr(whole, name).detach()[own].clone()))
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
+        c, x_TC = self.config, x_BTC.flatten(0, -2)
+        logits_TE = self.router(x_TC)
+        options = routing_options(c)
+        _, _, aux = route(logits_TE, c.experts_per_token, options["score"], options["normalize"])
+        everyone = (gather(spread(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
+        y_TC, _ = kernels.moe(
+            *everyone, self.w_gate_up, self.w_down, c.experts_per_token, first=self.first, **options
+        )  # fmt: skip
+        y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
+        aux = judged_together(aux, logits_TE, c, self.readers)
+        return self.with_shared(y_BTC, x_BTC), aux
+
+
+class VocabParallelTransformer(Part, Transformer):
+    """A Transformer whose words are spread over a group: logits come from all, the loss is found together."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        local = super().logits(spread(hidden, self.group))
+        return side_by_side(local, self.config.vocab_size, self.group)
+
+    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options: float) -> Tensor:
+        return vocab_parallel_cross_entropy(
+            hidden_NC, self.head_weight, targets_N, self.config.vocab_size, self.group,
+            softcap=self.config.logit_softcap, **options,
+        )  # fmt: skip
+
+
+def shard(
+    model: Transformer,
+    tp: ProcessGroup | None = None,
+    ep: ProcessGroup | None = None,
+    readers: ProcessGroup | None = None,
+) -> Transformer:
+    """The piece of `model` that this process of the groups keeps; `model` itself is used up.
+
+    `tp` cuts heads, features and vocabulary, and its processes must be given the same rows; `ep` spreads experts over
+    processes that each have rows of their own (equally many). `readers` are all those whose rows together make a
+    micro-batch: the load of experts is judged over all of them.
+    """
+    check(model.config, 1 if tp is None else tp.size(), 1 if ep is None else ep.size())
+    c = model.config
+    for block in model.blocks:
+        if isinstance(block.ffn, MoE):
+            block.ffn = _shard_experts(block.ffn, tp, ep, readers)
+        elif tp is not None:
+            _shard_feed_forward(c, block.ffn, "ffn", tp)
+        if tp is not None:
+            _shard_attention(c, block.attention, tp)
+    if tp is None:
+        return model
+    model.embedding = VocabParallelEmbedding(model.embedding, tp, layout(c, "embedding.weight"))
+    if model.head is not None:
+        model.head = ColumnParallel(model.head, tp, layout(c, "head.weight"))
+    return VocabParallelTransformer(model, tp)
+
+
+def _shard_attention(config: ModelConfig, attention: Attention, group: ProcessGroup) -> None:
+    attention.heads = tuple(count // group.size() for count in attention.heads)
+    attention.qkv = ColumnParallel(attention.qkv, group, layout(config, "attention.qkv.weight"))
+    attention.output = RowParallel(attention.output, group, layout(config, "attention.output.weight"))
+    if attention.q_norm is not None:
+        attention.q_norm, attention.k_norm = HeadNorm(attention.q_norm, group), HeadNorm(attention.k_norm, group)
+
+
+def _shard_feed_forward(config: ModelConfig, ffn: nn.Module, name: str, group: ProcessGroup) -> None:
+    first = "gate_up" if isinstance(ffn, SwiGLU) else "up"
+    setattr(ffn, first, ColumnParallel(getattr(ffn, first), group, layout(config, f"{name}.{first}.weight")))
+    ffn.down = RowParallel(ffn.down, group, layout(config, f"{name}.down.weight"))
+
+
+def _shard_experts(moe: MoE, tp: ProcessGroup | None, ep: ProcessGroup | None, readers: ProcessGroup | None) -> MoE:
+    if tp is not None and moe.shared is not None:
+        _shard_feed_forward(moe.config, moe.shared, "ffn.shared", tp)
+    if tp is not None or readers is not None:
+        moe = TensorParallelMoE(moe, tp, readers)
+    return moe if ep is None else ExpertParallelMoE(moe, ep, tp, readers)
+
+
+# The loss of a vocabulary in pieces
+
+
+def vocab_parallel_cross_entropy(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    vocab_size: int,
+    group: ProcessGroup,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`kernels.linear_cross_entropy` where each process has its own rows of the head.
+
+    Per slab of rows a process makes its logits, and tells the others three numbers a row: the logsumexp of its logits,
+    its logit of the target (0 if it is another's), their sum. From all processes' numbers follow the loss and, at once
+    and in place, the gradient of its own logits; no process ever has the logits of another.
+    """
+    options = (vocab_size, label_smoothing, z_loss, softcap)
+    wants_grad = torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)
+    return _VocabLoss.apply(spread(hidden_NC, group), weight_VC, targets_N, group, options, wants_grad)
+
+
+class _VocabLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NC, weight_VC, targets_N, group, options, wants_grad):
+        N, V = len(hidden_NC), len(weight_VC)
+        first = share_of(options[0], group.rank(), group.size()).start
+        step = gpu_rows_per_slab(V) if hidden_NC.is_cuda else rows_per_slab(V)
+        loss = torch.zeros((), dtype=torch.promote_types(hidden_NC.dtype, torch.float32), device=hidden_NC.device)
+        counted_N = (targets_N != -100).to(loss.dtype)
+        weights_N = counted_N / counted_N.sum().clamp(min=1)
+        d_hidden_NC, d_weight_VC = torch.empty_like(hidden_NC), torch.zeros_like(weight_VC, dtype=loss.dtype)
+        for start in range(0, N, step):
+            rows = slice(start, start + step)
+            x_SV = (hidden_NC[rows] @ weight_VC.T).to(loss.dtype)
+            part, d_x_SV = _slab(x_SV, targets_N[rows] - first, weights_N[rows], group, options, wants_grad)
+            loss += part
+            if wants_grad:
+                d_x_SV = d_x_SV.to(weight_VC.dtype)
+                torch.mm(d_x_SV, weight_VC, out=d_hidden_NC[rows])
+                d_weight_VC += d_x_SV.T @ hidden_NC[rows]
+        ctx.save_for_backward(d_hidden_NC, d_weight_VC.to(weight_VC.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+
+
+def _slab(x_SV, targets_S, weights_S, group, options, wants_grad):
+    """The weighted loss of a slab and the gradient of this process's logits."""
+    words, smoothing, z_loss, softcap = options
+    if softcap is not None:
+        x_SV = softcap * torch.tanh(x_SV / softcap)
+    mine_S = (targets_S >= 0) & (targets_S < x_SV.shape[-1])
+    target_S1 = targets_S.where(mine_S, 0).unsqueeze(-1)
+    picked_S = x_SV.gather(-1, target_S1).squeeze(-1) * mine_S
+    numbers = torch.stack([torch.logsumexp(x_SV, -1), picked_S, x_SV.sum(-1)])
+    lse_RS, picked_RS, sum_RS = concatenate(numbers[None], group).unbind(1)
+    lse_S = torch.logsumexp(lse_RS, 0)
+    losses_S = lse_S - (1 - smoothing) * picked_RS.sum(0) - smoothing / words * sum_RS.sum(0) + z_loss * lse_S.square()
+    loss = (losses_S * weights_S).sum()
+    if not wants_grad:
+        return loss, None
+    grad_SV = (x_SV - lse_S.unsqueeze(-1)).exp_()
+    grad_SV *= (weights_S * (1 + 2 * z_loss * lse_S)).unsqueeze(-1)
+    if smoothing:
+        grad_SV -= (weights_S * (smoothing / words)).unsqueeze(-1)
+    grad_SV.scatter_add_(-1, target_S1, (-weights_S * (1 - smoothing) * mine_S).unsqueeze(-1))
+    if softcap is not None:
+        grad_SV *= 1 - (x_SV / softcap).square()
+    return loss, grad_SV

@@ -1,0 +1,370 @@
+"""Between the event loop and the engine's thread.
+
+The engine computes in a thread of its own and tells each new token through a callback. Those callbacks must cost the
+engine nothing: they put the piece into a mailbox and ring the loop's bell once, however many pieces lie there by the
+time the loop looks. On the loop's side a `Flow` is all that one HTTP request asked for, as an asynchronous iterator of
+batches of pieces. A client that reads slowly gets larger batches, not a longer queue of small ones: under load, several
+tokens share one chunk, and the server's cost per token falls when it matters.
+
+Whatever ends a request early (the client goes, its time is up, the server stops) ends its flow, and closing a flow
+cancels its generations before the engine's next step.
+
+A supervisor watches the engine: a thread that died, steps that fail one after the other, or no progress at all mean
+that it is broken. Its requests fail, it is built anew, once; `/health` says so all along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from ..serving import Output, Piece, SamplingParams
+from ..serving import structured_output as grammars
+from ..serving.fair_pool import FairPool, PoolFull
+from .config import ServerConfig
+from .openai import errors
+
+Result = TypeVar("Result")
+Ask = tuple[list[int], SamplingParams]
+FAILURES = 3  # failed steps in a row, with no token between them, that mean a broken engine
+logger = logging.getLogger("warploom.server")
+
+
+class Event(NamedTuple):
+    """A piece, which of the request's continuations it belongs to, and when it came."""
+
+    index: int
+    piece: Piece
+    time: float
+
+
+class Flow:
+    """What one HTTP request asked for, from the event loop's side."""
+
+    def __init__(self, bridge: Bridge, count: int, streaming: bool) -> None:
+        self.count, self.streaming = count, streaming
+        self.generations: list[Any] = []
+        self.prompt_tokens = 0
+        self.arrival = time.monotonic()
+        self.gone = False  # the client has left
+        self._bridge = bridge
+        self._events: list[Event] = []
+        self._bell = asyncio.Event()
+        self._unfinished = count
+        self._failure: errors.APIError | None = None
+        self._preparing: asyncio.Future | None = None
+        self._watcher: asyncio.Task | None = None
+        self._closed = False
+        limit = bridge.config.request_timeout
+        self._timer = asyncio.get_running_loop().call_later(limit, self.fail, errors.too_slow(limit))
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """What has come since the last look, until all continuations have ended; raises what ends the flow early."""
+        while self._unfinished and not self.gone:
+            await self._bell.wait()
+            self._bell.clear()
+            events, self._events = self._events, []
+            reasons = [event.piece.finish_reason for event in events if event.piece.finish_reason]
+            self._unfinished -= len(reasons)
+            if "error" in reasons:
+                raise self._error()
+            if self._failure and not self.gone:
+                raise self._failure
+            if events:
+                yield events
+
+    async def outputs(self) -> list[Output]:
+        """Wait for the end; all continuations, those of the first prompt first."""
+        async for _ in self.batches():
+            pass
+        if self.gone:
+            raise errors.gone()
+        return [stream.output() for stream in self.streams]
+
+    def _error(self) -> errors.APIError:
+        """What a failed continuation's client is told: what is wrong with its grammar, or that the engine failed."""
+        causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
+        return errors.from_value_error(causes[0]) if causes else errors.failed()
+
+    @property
+    def streams(self) -> list[Any]:
+        """The engine's records of all continuations."""
+        return [stream for generation in self.generations for stream in generation.streams]
+
+    async def wait_for(self, preparation: Coroutine[Any, Any, None]) -> None:
+        """Wait until the request has been submitted, its time is up or its client has left."""
+        self._preparing = asyncio.ensure_future(preparation)
+        try:
+            await self._preparing
+        except asyncio.CancelledError:
+            if self.gone:
+                raise errors.gone() from None
+            raise self._failure or asyncio.CancelledError from None
+
+    def watch(self, receive: Callable[[], Awaitable[dict]]) -> None:
+        """End the flow when the client disconnects; its body must have been read."""
+        self._watcher = asyncio.create_task(self._wait_for_leave(receive))
+
+    def deliver(self, event: Event) -> None:
+        """Take in a piece. On the event loop."""
+        if not self.abandoned:
+            self._events.append(event)
+            self._bell.set()
+
+    def fail(self, error: errors.APIError) -> None:
+        """End the flow with an error."""
+        self._failure = self._failure or error
+        self._interrupt()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody listens any more."""
+        return self.gone or self._closed
+
+    def close(self) -> None:
+        """Nobody listens any more: what still runs is cancelled before the engine's next step."""
+        if self._closed:
+            return
+        self._closed = True
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self.cancel()
+        self._bridge.forget(self)
+
+    def cancel(self) -> None:
+        """Stop generating before the engine's next step."""
+        for generation in self.generations:
+            generation.cancel()
+
+    async def _wait_for_leave(self, receive: Callable[[], Awaitable[dict]]) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self.cancel()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        self._bell.set()
+        if self._preparing is not None:
+            self._preparing.cancel()
+
+
+class Bridge:
+    """One engine, built by `make`, and everybody who waits for it."""
+
+    def __init__(self, make: Callable[[], Any], config: ServerConfig) -> None:
+        self.config = config
+        self.llm: Any = None
+        self._state = "loading"
+        self.restarts = 0
+        self.flows: set[Flow] = set()
+        self.open = 0  # continuations under way, waiting ones included
+        self._make = make
+        self._mailbox: deque[tuple[Flow, Event]] = deque()
+        self._ringing = False
+        self._good_failures = 0  # the engine's count of failed steps when it last brought a token
+        self._duration = 1.0  # of a request, a running mean
+        self._workers = FairPool(4, name="warploom-text")
+        self._tasks: list[asyncio.Task] = []
+
+    async def start(self) -> None:
+        """Begin to load the model; requests are refused with 503 until it is there."""
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [asyncio.create_task(self._live())]
+
+    async def stop(self) -> None:
+        """Cancel what is left and end the engine's thread."""
+        self._state = "stopping"
+        for task in self._tasks:
+            task.cancel()
+        for flow in list(self.flows):
+            flow.fail(errors.unavailable("stopping"))
+            flow.close()
+        if self.llm is not None:
+            await asyncio.to_thread(self.llm.engine.stop)
+        self._workers.shutdown()
+
+    async def offload(self, work: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
+        """Do something slow with what a client sent (tokenizing, a large body) beside the event loop, in turn."""
+        limit = self.config.request_timeout
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self._workers.submit(client, work, *arguments)), limit)
+        except PoolFull:
+            raise errors.busy(self._retry_after()) from None
+        except (TimeoutError, asyncio.TimeoutError):
+            raise errors.too_slow(limit) from None
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+
+    @property
+    def state(self) -> str:
+        """loading, ready, restarting, stopping or failed."""
+        dead = self._state == "ready" and not self.llm.engine.alive
+        return "failed" if dead else self._state
+
+    @property
+    def engine_ready(self) -> bool:
+        """Whether requests are served."""
+        return self.state == "ready"
+
+    @property
+    def capacity(self) -> int:
+        """How many continuations may be under way, waiting ones included."""
+        return self.llm.engine.scheduler.max_batch + self.config.max_queue
+
+    async def submit(
+        self,
+        asks: Callable[[Any], Iterable[Ask]],
+        count: int,
+        *,
+        params: SamplingParams | None = None,
+        streaming: bool = False,
+        salt: Any = None,
+        client: Any = None,
+        receive: Callable[[], Awaitable[dict]] | None = None,
+    ) -> Flow:
+        """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
+
+        `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
+        client leaves; its body must have been read.
+        """
+        if not self.engine_ready:
+            raise errors.unavailable(self.state)
+        if count > self.capacity:
+            raise errors.invalid(f"{count} continuations in one request; this server takes at most {self.capacity}")
+        if self.open + count > self.capacity:
+            raise errors.busy(self._retry_after())
+        flow = Flow(self, count, streaming)
+        self.open += count
+        self.flows.add(flow)
+        if receive is not None:
+            flow.watch(receive)
+        try:
+            await flow.wait_for(self._prepare(flow, asks, params, salt, client))
+        except BaseException:
+            flow.close()
+            raise
+        return flow
+
+    def forget(self, flow: Flow) -> None:
+        """A flow has been closed."""
+        self.flows.discard(flow)
+        self.open -= flow.count
+        self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
+
+    async def _prepare(self, flow: Flow, asks: Any, params: SamplingParams | None, salt: Any, client: Any) -> None:
+        options = {"salt": salt}
+        if params is not None and params.constrained:
+            options["grammar"] = await self._compile(params, client)
+        await self.offload(self._submit, flow, asks, options, client=client)
+
+    async def _compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
+        """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
+        try:
+            future = self.llm.grammars.start(params, client)
+        except PoolFull:
+            raise errors.compiling() from None
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+        compiled = asyncio.wrap_future(future)
+        try:
+            for _ in ("waiting", "compiling"):
+                if (await asyncio.wait({compiled}, timeout=grammars.TIME_LIMIT))[0]:
+                    return compiled.result()
+                if future.cancel():
+                    raise errors.compiling()
+            raise grammars.too_slow(params)
+        except ValueError as error:
+            raise errors.from_value_error(error) from None
+        finally:
+            future.cancel()
+
+    def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], options: dict[str, Any]) -> None:
+        llm, index = self.llm, 0
+        if llm is None:  # it broke while this request waited for a thread
+            raise errors.unavailable(self.state)
+        for tokens, params in asks(llm):
+            on_piece = partial(self._post, llm.engine, flow, index)
+            flow.prompt_tokens += len(tokens)
+            flow.generations.append(llm.submit(tokens, params, on_piece=on_piece, **options))
+            index += params.n
+            if flow.abandoned:  # while this thread was at it
+                return flow.cancel()
+
+    def _post(self, engine: Any, flow: Flow, base: int, piece: Piece) -> None:
+        """Called by the engine's thread for each piece; must be quick and must not fail."""
+        if piece.token_ids:
+            self._good_failures = engine.failures
+        if not flow.streaming and piece.finish_reason is None:
+            return
+        self._mailbox.append((flow, Event(base + piece.index, piece, time.monotonic())))
+        if not self._ringing:
+            self._ringing = True
+            with suppress(RuntimeError):  # the loop has ended: nobody listens
+                self._loop.call_soon_threadsafe(self._empty_mailbox)
+
+    def _empty_mailbox(self) -> None:
+        self._ringing = False
+        while self._mailbox:
+            flow, event = self._mailbox.popleft()
+            flow.deliver(event)
+
+    def _retry_after(self) -> int:
+        return min(max(math.ceil(self._duration), 1), 60)
+
+    async def _live(self) -> None:
+        """Load, watch, and if need be load once more."""
+        for state in ("loading", "restarting"):
+            self._state = state
+            try:
+                self.llm = await asyncio.to_thread(self._make)
+                await asyncio.to_thread(self.llm.grammars.prepare)
+            except Exception:
+                logger.exception("the engine could not be built")
+                break
+            self._good_failures = 0
+            self.llm.engine.start()
+            self._state = "ready"
+            await self._watch()
+            self._abandon()
+            self.restarts += state == "loading"
+        self._state = "failed"
+        logger.critical("the engine has failed and will not be restarted again; restart the server")
+
+    async def _watch(self) -> None:
+        """Return when the engine is broken."""
+        engine, progress, since, failures = self.llm.engine, None, time.monotonic(), 0
+        while True:
+            await asyncio.sleep(0.1)
+            now = time.monotonic()
+            mark = (engine.generated_tokens, engine.failures, [s.computed for s in list(engine.scheduler.running)])
+            if mark != progress or not self.open:
+                progress, since = mark, now
+            if engine.failures > failures:
+                failures = engine.failures
+                logger.error("a step of the engine has failed", exc_info=engine.last_error)
+            if not engine.alive:
+                return logger.critical("the engine's thread has died")
+            if engine.failures - self._good_failures >= FAILURES:
+                return logger.critical("%d steps of the engine have failed in a row", FAILURES)
+            if now - since > self.config.stall_timeout:
+                return logger.critical("the engine has made no progress for %g s", self.config.stall_timeout)
+
+    def _abandon(self) -> None:
+        """Fail everybody who waits for a broken engine, and let go of its memory."""
+        self._state = "restarting"
+        for flow in list(self.flows):
+            flow.fail(errors.failed())
+        threading.Thread(target=self.llm.engine.stop, daemon=True).start()  # it may hang in its step for good
+        self.llm = None
+        gc.collect()

@@ -1,0 +1,1 @@
+"""Several engines behind one port: proxy, Ray replicas, prefix-aware routing."""

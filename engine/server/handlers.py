@@ -1,0 +1,255 @@
+"""What the routes do: check a request against the model, run it, answer it whole or as a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from ..serving import SamplingParams
+from .async_engine import Ask, Bridge, Flow
+from .config import ServerConfig
+from .metrics import Metrics
+from .openai import errors
+from .openai.chat import PlainReader, ToolCallReader, encode_conversation
+from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from .openai.responses import END_OF_STREAM, ChatWriter, CompletionWriter, Words, server_sent, to_json
+from .request_body import client_of
+
+Writer = ChatWriter | CompletionWriter
+DEFAULT_COMPLETION = 16  # OpenAI's
+DEFAULT_GENERATION = 100
+
+
+class Service:
+    """The model behind the routes."""
+
+    def __init__(self, bridge: Bridge, config: ServerConfig, metrics: Metrics) -> None:
+        self.bridge, self.config, self.metrics = bridge, config, metrics
+        self.started = int(time.time())
+
+    @property
+    def llm(self) -> Any:
+        """The engine's model; 503 while there is none."""
+        if not self.bridge.engine_ready:
+            raise errors.unavailable(self.bridge.state)
+        return self.bridge.llm
+
+    @cached_property
+    def words(self) -> Words:
+        """The names of the model's tokens."""
+        return Words(self.llm.tokenizer)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        """/v1/completions."""
+        params, words = body.sampling(), self.words
+        hidden = self.llm.engine.eos.union(params.stop_token_ids)
+        asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION)
+        flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body.model, body.stream)
+        writer = CompletionWriter(self._head("cmpl", body, request), flow, words, hidden, body.logprobs)
+        return await self._answer(request, body.stream, flow, writer)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """/v1/chat/completions."""
+        params, words = body.sampling(), self.words
+        tools = body.tools if body.tool_choice != "none" else None
+
+        def asks(llm: Any) -> Iterable[Ask]:
+            tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
+            yield tokens, self._fit(llm, tokens, params)
+
+        flow = await self._submit(request, asks, body.n, params, body.model, body.stream)
+        reader = ToolCallReader if tools else PlainReader
+        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, reader)
+        return await self._answer(request, body.stream, flow, writer)
+
+    async def generate(self, body: GenerateRequest, request: Request) -> Response:
+        """/generate/."""
+        params = body.sampling()
+        asks = self._continuing(body.prompts, params, DEFAULT_GENERATION)
+        flow = await self._submit(request, asks, len(body.prompts), params)
+        try:
+            outputs = await flow.outputs()
+        finally:
+            self._close(request, flow)
+        return json_response(
+            {
+                "idx": [[*output.prompt_token_ids, *output.token_ids] for output in outputs],
+                "text": [output.text for output in outputs],
+                "finish_reason": [output.finish_reason for output in outputs],
+            }
+        )
+
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
+        """/tokenize."""
+        self.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise errors.invalid("give either prompt or messages", "prompt")
+        tokenized = await self.bridge.offload(self._tokenized, self.llm, body, client=client_of(request.scope))
+        return Response(tokenized, media_type="application/json")
+
+    def _tokenized(self, llm: Any, body: TokenizeRequest) -> bytes:
+        tokens = llm.encode(body.prompt) if body.messages is None else encode_conversation(llm.tokenizer, body.messages)
+        names = [self.words.text(token) for token in tokens]
+        return to_json({"count": len(tokens), "max_model_len": llm.max_context, "tokens": tokens, "token_strs": names})
+
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
+        """/detokenize."""
+        self.check_model(body.model)
+        if self.llm.tokenizer is None:
+            raise errors.invalid("this model has no tokenizer")
+        decode = self.llm.tokenizer.decode
+        text = await self.bridge.offload(decode, body.tokens, client=client_of(request.scope))
+        return json_response({"prompt": text})
+
+    def models(self) -> list[dict[str, Any]]:
+        """/v1/models: the one there is."""
+        longest = self.bridge.llm.max_context if self.bridge.llm else None
+        model = {"id": self.config.name, "object": "model", "created": self.started, "owned_by": "warploom"}
+        return [{**model, "max_model_len": longest}]
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served."""
+        if name not in (None, self.config.name):
+            message = f"the model {name!r} is not served here; there is {self.config.name!r}"
+            raise errors.APIError(404, message, param="model", code="model_not_found")
+
+    async def _submit(
+        self,
+        request: Request,
+        asks: Callable[[Any], Iterable[Ask]],
+        count: int,
+        params: SamplingParams,
+        model: str | None = None,
+        streaming: bool = False,
+    ) -> Flow:
+        self.check_model(model)
+        scope = request.scope
+        return await self.bridge.submit(
+            asks,
+            count,
+            params=params,
+            streaming=streaming,
+            salt=scope.get("salt"),
+            client=client_of(scope),
+            receive=request.receive,
+        )
+
+    def _continuing(
+        self, prompts: list[str | list[int]], params: SamplingParams, default: int
+    ) -> Callable[[Any], Iterable[Ask]]:
+        def asks(llm: Any) -> Iterable[Ask]:
+            for prompt in prompts:
+                tokens = llm.encode(prompt)
+                yield tokens, self._fit(llm, tokens, params, default)
+
+        return asks
+
+    def _fit(self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None) -> SamplingParams:
+        """Refuse more tokens than the context holds if that many were asked for; take what there is if none were."""
+        context, most, asked = llm.max_context, self.config.max_tokens, params.max_tokens
+        if len(tokens) + (1 if asked is None else asked) > context:
+            wish = "" if asked is None else f" and {asked} more were asked for"
+            message = f"the prompt has {len(tokens)} tokens{wish}; the model's context holds {context}"
+            raise errors.invalid(message, "max_tokens" if asked else "prompt", "context_length_exceeded")
+        if asked is not None and most is not None and asked > most:
+            raise errors.invalid(f"max_tokens is {asked}; this server generates at most {most}", "max_tokens")
+        if asked is not None:
+            return params
+        pool = llm.engine.scheduler.pool
+        room = min(context, pool.num_pages * pool.page_size) - len(tokens)
+        return replace(params, max_tokens=max(1, min(limit for limit in (room, most, default) if limit is not None)))
+
+    def _head(self, kind: str, body: CompletionRequest | ChatRequest, request: Request) -> dict[str, Any]:
+        """What every answer and every chunk begins with."""
+        visit = request.scope["visit"]
+        if body.user is not None:
+            visit.record["user"] = body.user
+        head = {
+            "id": f"{kind}-{visit.id}",
+            "created": int(time.time()),
+            "model": self.config.name,
+            "system_fingerprint": FINGERPRINT,
+        }
+        return {**head, "usage": None} if body.include_usage else head
+
+    async def _answer(self, request: Request, stream: bool, flow: Flow, writer: Writer) -> Response:
+        if stream:
+            chunks = self._chunks(request, flow, writer)
+            first = await anext(chunks, None)  # an error before the first token still gets its own status
+            if first is None:
+                raise errors.gone()
+            return EventStream(first, chunks)
+        try:
+            await flow.outputs()
+            return json_response(writer.whole())
+        finally:
+            self._close(request, flow)
+
+    async def _chunks(self, request: Request, flow: Flow, writer: Writer) -> AsyncIterator[bytes]:
+        collector, spoke = writer.collector(), {}
+        try:
+            async for events in flow.batches():
+                self.metrics.stream(events, spoke)
+                parts = collector.collect(events)
+                if chunks := [server_sent(chunk) for part in parts for chunk in writer.chunks(*part)]:
+                    yield b"".join(chunks)
+            if not flow.gone:
+                yield (server_sent(writer.last()) if writer.counts_usage else b"") + END_OF_STREAM
+        finally:
+            self._close(request, flow)
+
+    def _close(self, request: Request, flow: Flow) -> None:
+        flow.close()
+        self.metrics.request(flow)
+        streams = flow.streams
+        request.scope["visit"].record |= {
+            "prompt_tokens": flow.prompt_tokens,
+            "completion_tokens": sum(stream.metrics.generated_tokens for stream in streams),
+            "finish_reason": sorted({stream.sequence.finish_reason or "cancelled" for stream in streams}),
+            "client_left": flow.gone,
+        }
+
+
+class EventStream(Response):
+    """Server-sent events; an error after the first one is told as an event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
+        self.status_code, self.background = 200, None
+        self._first, self._rest = first, rest
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self._rest) as rest:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for chunk in rest:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except errors.APIError as error:
+                await send({"type": "http.response.body", "body": server_sent(error.body), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+def json_response(value: Any) -> Response:
+    """A value as JSON, made as fast as the standard library can."""
+    return Response(to_json(value), media_type="application/json")
+
+
+def _fingerprint() -> str:
+    try:
+        return f"warploom-{version('warploom')}"
+    except PackageNotFoundError:
+        return "warploom-source"
+
+
+FINGERPRINT = _fingerprint()

@@ -1,0 +1,167 @@
+"""The door: who may enter, how much they may carry, and the book in which every visit is written.
+
+A plain ASGI middleware around everything, the playground included, so that no route can be forgotten. It gives each
+request an id, asks for a key, bounds the body, turns whatever was not caught into a 500 that tells nothing, and writes
+one line of JSON a request. Prompts and answers are never written.
+
+Keys are compared as SHA-256 digests in constant time, all of them whatever the outcome, so the time an answer takes
+says nothing about how close a guess was. Browsers ask their users for name and password: the key is the password.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from .config import ServerConfig
+from .openai.errors import APIError
+
+OPEN_ROUTES = {"/health"}
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+logger = logging.getLogger("warploom.server")
+Receive = Callable[[], Awaitable[dict]]
+Send = Callable[[dict], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware; `record(request)` in the scope is what handlers may add to the log line."""
+
+    def __init__(self, app: Any, config: ServerConfig, keys: tuple[str, ...], visits: Any) -> None:
+        if any(not key for key in keys):
+            raise ValueError("an API key must not be empty")
+        self._app, self._config, self._visits = app, config, visits
+        self._keys = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":  # nothing here speaks WebSocket
+            return await send({"type": "websocket.close", "code": 1008})
+        visit = Visit(scope, send)
+        try:
+            self._admit(visit)
+            await self._app(scope, self._bounded(receive), visit.send)
+        except APIError as error:
+            await visit.refuse(error)
+        except HTTPException as error:
+            await visit.refuse(APIError(error.status_code, str(error.detail)))
+        except ClientDisconnect:
+            visit.status = visit.status or 499
+        except Exception:
+            logger.exception("request %s failed", visit.id)
+            await visit.refuse(APIError(500, f"internal error; the server's log has it as {visit.id}"))
+        finally:
+            self._write(visit)
+
+    def _admit(self, visit: Visit) -> None:
+        headers = visit.headers
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._config.max_body:
+            raise self._too_large()
+        if not self._keys or visit.scope["path"] in OPEN_ROUTES:
+            return
+        given = _digest(_key_of(headers.get(b"authorization", b"")))
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        if not any(matches):
+            message = "a valid API key is needed: send it as the header Authorization: Bearer KEY"
+            challenge = {"www-authenticate": 'Basic realm="warploom: any name, the API key as password"'}
+            raise APIError(401, message, code="invalid_api_key", headers=challenge)
+        visit.record["key"] = matches.index(True)
+        visit.scope["salt"] = self._keys[matches.index(True)]  # whoever has another key shares no cached prefixes
+
+    def _bounded(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def bounded() -> dict:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._config.max_body:
+                raise HTTPException(413, self._too_large().message)
+            return message
+
+        return bounded
+
+    def _too_large(self) -> APIError:
+        return APIError(413, f"the body is larger than {self._config.max_body} bytes", code="body_too_large")
+
+    def _write(self, visit: Visit) -> None:
+        route = visit.route or getattr(visit.scope.get("route"), "path", None) or "other"
+        self._visits.labels(visit.scope["method"], route, visit.status).inc()
+        if self._config.log:
+            print(json.dumps(visit.line()), file=sys.stderr, flush=True)
+
+
+class Visit:
+    """One request, from the door's side."""
+
+    def __init__(self, scope: dict, send: Send) -> None:
+        self.scope, self._send = scope, send
+        self.headers = dict(scope["headers"])
+        self.start = time.monotonic()
+        self.status = 0
+        given = self.headers.get(b"x-request-id", b"")
+        self.id = given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        self.record: dict[str, Any] = {}
+        self.route: str | None = None  # where whoever answers knows it, and the scope does not
+        scope["visit"] = self
+
+    async def send(self, message: dict) -> None:
+        """Pass a message on, with the request's id."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode())]}
+        await self._send(message)
+
+    async def refuse(self, error: APIError) -> None:
+        """Answer with an error, if nothing has been said yet."""
+        if self.status:
+            return
+        body = json.dumps(error.body).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": pairs})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def line(self) -> dict[str, Any]:
+        """What the log says about it."""
+        now = time.time()
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",
+            "request_id": self.id,
+            "client": (self.scope.get("client") or ("unix",))[0],
+            "method": self.scope["method"],
+            "path": self.scope["path"],
+            "status": self.status,
+            "seconds": round(time.monotonic() - self.start, 4),
+            **self.record,
+        }
+
+
+def _key_of(header: bytes) -> bytes:
+    scheme, _, value = header.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() != b"basic":
+        return b""
+    try:
+        return base64.b64decode(value, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

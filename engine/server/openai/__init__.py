@@ -1,0 +1,1 @@
+"""The OpenAI protocol: request and response bodies, chat templates, errors."""

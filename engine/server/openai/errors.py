@@ -1,0 +1,123 @@
+"""Errors as OpenAI's clients expect them: a status, and `{"error": {"message", "type", "param", "code"}}`.
+
+A client decides by these whether to raise, and what, and whether to try again; so the status is part of the meaning.
+The message is for a person and names field, value and what is valid. It never holds a path or a stack trace: those go
+to the log, under the request's id.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...serving import SamplingParams
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
+
+FIELDS = {"prompt", *SamplingParams.__dataclass_fields__}
+RENAMED = {"json_schema": "response_format"}
+
+
+class APIError(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON a client reads."""
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    """A request that can never be served: 400."""
+    return APIError(400, message, param=param, code=code)
+
+
+def from_value_error(error: ValueError) -> APIError:
+    """A refusal by the engine or the tokenizer, in its words; the first one may be the name of a field."""
+    message = " ".join(str(error).split())
+    first = message.removeprefix("the ").split(" ", 1)[0]
+    return invalid(message, RENAMED.get(first, first if first in FIELDS else None))
+
+
+def from_validation(errors: list[dict[str, Any]]) -> APIError:
+    """The first field that is wrong, and what it could have been, in one sentence."""
+    first = errors[0]
+    if not first["loc"]:
+        return not_an_object()
+    place = _place(first)
+    if first["type"] == "extra_forbidden":
+        return invalid(f"Unrecognized request argument supplied: {place}", place, "unknown_parameter")
+    field = first["loc"][0]
+    same = [error for error in errors if error["loc"][0] == field]  # a field of several types has an error for each
+    reasons = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in same)
+    return invalid(f"{place or 'the body'}: {'; or '.join(reasons)}", place)
+
+
+def not_an_object() -> APIError:
+    """The body is no JSON object, or does not say that it is one."""
+    return invalid("send a JSON object, with the header content-type: application/json")
+
+
+def _place(error: dict[str, Any]) -> str | None:
+    """Where in the body, without pydantic's names of types."""
+    parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
+    return ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or None
+
+
+def busy(seconds: int) -> APIError:
+    """The queue is full: 429, and when to come back."""
+    return APIError(
+        429,
+        f"the server is busy and its queue is full: try again in {seconds} s",
+        code="queue_full",
+        headers={"retry-after": str(seconds)},
+    )
+
+
+def unavailable(state: str) -> APIError:
+    """No engine to serve with, at the moment or at all: 503."""
+    return APIError(503, f"the engine is {state}", code="engine_unavailable", headers={"retry-after": "2"})
+
+
+def compiling() -> APIError:
+    """Too many grammars of others are being compiled: 503, and when to come back."""
+    return APIError(503, "too many grammars are being compiled: try again", headers={"retry-after": "2"})
+
+
+def failed() -> APIError:
+    """The engine broke while it computed the request: 500."""
+    return APIError(500, "the engine failed while computing this request", code="engine_error")
+
+
+def too_slow(seconds: float) -> APIError:
+    """The request used up its time: 504; trying again would take as long, which the client is told too."""
+    message = f"the request was not finished within {seconds:g} s, the limit of this server"
+    return APIError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
+
+
+def gone() -> APIError:
+    """The client left before the answer came; nobody reads this but the access log."""
+    return APIError(499, "the client has closed the connection", code="client_closed_request")

@@ -1,0 +1,364 @@
+"""The bodies of requests: OpenAI's fields, the ones vLLM and others added to them, and nothing else.
+
+A field that is not written down here is refused by name, and so is a field of OpenAI's that asks for something this
+server does not do: what was accepted has been honored. `null` means absent, as OpenAI's clients send it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from ...serving import SamplingParams
+from ..request_body import FIRST_ERROR, at_most
+from .errors import from_value_error, invalid
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], FIRST_ERROR, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[str], FIRST_ERROR, Field(min_length=1)]
+Rows = Annotated[list[TokenIds], FIRST_ERROR, Field(min_length=1)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+MOST_FIELDS = 128
+# Fields of OpenAI's that would change the answer and that nothing here could honor; why not.
+REFUSED = {
+    "suffix": "filling in between a prompt and a suffix needs a model trained for it",
+    "best_of": "use n and choose by logprobs",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "modalities": "this model reads and writes text",
+    "audio": "this model reads and writes text",
+    "prediction": "start the server with --speculate, which needs no prediction",
+    "web_search_options": "this server reaches no network",
+    "reasoning_effort": "use chat_template_kwargs, where the model's chat template has a switch for it",
+    "verbosity": "no model served here has been trained for it",
+}
+# Values that ask for what happens anyway.
+HARMLESS = {
+    "best_of": 1,
+    "store": False,
+    "service_tier": ("auto", "default"),
+    "modalities": ["text"],
+    "parallel_tool_calls": True,
+}
+
+
+def _prompt_kind(value: Any) -> str | None:
+    """Which arm of `Prompt` a value is, by its first element: each arm tried costs an error an element."""
+    if isinstance(value, str):
+        return "a text"
+    first = value[0] if isinstance(value, list) and value else None
+    kinds = {int: "token ids", float: "token ids", str: "several texts", list: "several rows"}
+    return kinds.get(type(first))
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("a text")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[Texts, Tag("several texts")]
+    | Annotated[Rows, Tag("several rows")],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a text, a list of token ids, or a list of either, and not empty",
+    ),
+]
+
+
+class Body(BaseModel):
+    """Strict: no unknown fields, no "5" for 5, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MOST_FIELDS:
+            raise invalid(f"an object has {len(data)} fields; at most {MOST_FIELDS} are allowed")
+        kept = {name: value for name, value in data.items() if value is not None and not _harmless(name, value)}
+        for name in kept.keys() & (REFUSED.keys() | HARMLESS.keys()) - cls.model_fields.keys():
+            raise invalid(_why_not(name), name, "unsupported_parameter")
+        return kept
+
+
+def _harmless(name: str, value: Any) -> bool:
+    allowed = HARMLESS.get(name)
+    return name in HARMLESS and (value in allowed if isinstance(allowed, tuple) else value == allowed)
+
+
+def _why_not(name: str) -> str:
+    if name in REFUSED:
+        return f"{name} is not supported: {REFUSED[name]}"
+    return f"{name} is supported only as {HARMLESS[name]!r}"
+
+
+class StreamOptions(Body):
+    """What a stream tells besides the text."""
+
+    include_usage: bool = Field(False, description="A last chunk with the token counts.")
+
+
+class JsonSchema(Body):
+    """A named JSON schema."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="The answer satisfies the schema in any case.")
+
+
+class ResponseFormat(Body):
+    """Free text, any JSON object, or JSON that satisfies a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> dict[str, Any] | None:
+        """The schema that the text must satisfy."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise invalid("response_format of type json_schema needs json_schema.schema", "response_format")
+        return self.json_schema.schema_
+
+
+class StructuredOutputs(Body):
+    """vLLM's spelling of what the text must satisfy: one of these."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_object: bool = False
+    regex: Text | None = None
+    choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
+    grammar: Text | None = Field(None, description="Lark, or llama.cpp's GBNF.")
+
+
+class Sampling(Body):
+    """How to choose tokens: what completions and chat have in common."""
+
+    model: str | None = Field(None, description="The served model's name, or nothing.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the most likely token.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=2**31 - 1, description="Keep the k most likely tokens; 0 or -1 keeps all.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None = Field(
+        None, max_length=1024, description="Added to the logits of these token ids."
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same request and seed, same tokens.")
+    n: int = Field(1, ge=1, le=128)
+    stop: Text | Annotated[list[Text], FIRST_ERROR, Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], FIRST_ERROR, Field(max_length=64)] | None = None
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    regex: Text | None = Field(None, description="The text matches this regular expression.")
+    choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = Field(
+        None, description="The text is one of these strings."
+    )
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = Field(None, description="The same in vLLM's older spelling.")
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
+    guided_grammar: Text | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Written to the access log; changes nothing else.")
+    metadata: Annotated[dict[str, str], at_most(64)] | None = Field(
+        None, max_length=64, description="For the caller's own records; changes nothing."
+    )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def grammar(self) -> dict[str, Any]:
+        """What the text must satisfy, as a field of `SamplingParams`, from whichever spelling was used."""
+        other = self.structured_outputs or StructuredOutputs()
+        given = {
+            "response_format": ("json_schema", self.response_format and self.response_format.grammar()),
+            "structured_outputs.json_object": ("json_schema", {"type": "object"} if other.json_object else None),
+            "structured_outputs.json": ("json_schema", other.json_),
+            "guided_json": ("json_schema", self.guided_json),
+            "regex": ("regex", self.regex),
+            "choice": ("choice", self.choice),
+        }
+        for field in ("regex", "choice", "grammar"):
+            given[f"structured_outputs.{field}"] = (field, getattr(other, field))
+            given[f"guided_{field}"] = (field, getattr(self, f"guided_{field}"))
+        given = {name: wish for name, wish in given.items() if wish[1] is not None}
+        if len(given) > 1:
+            raise invalid(f"only one of these can be given: {', '.join(given)}", min(given).partition(".")[0])
+        return dict(given.values())
+
+    def check(self) -> None:
+        """What one field alone cannot tell."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is allowed only with stream=true", "stream_options")
+
+    def params(self, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
+        """What the engine is asked."""
+        self.check()
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                temperature=self.temperature,
+                top_k=max(self.top_k, 0),
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
+                stop=self.stop or (),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                ignore_eos=self.ignore_eos,
+                seed=self.seed,
+                n=self.n,
+                logprobs=logprobs,
+                **self.grammar(),
+                **others,
+            )
+        except ValueError as error:
+            raise from_value_error(error) from None
+
+
+class CompletionRequest(Sampling):
+    """Continue a text, or several."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Default: 16.")
+    echo: bool = Field(False, description="Put the prompt in front of the text.")
+    logprobs: int | None = Field(None, ge=0, le=100)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, whatever they came as."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
+    def sampling(self) -> SamplingParams:
+        """What the engine is asked for each prompt."""
+        scores = self.logprobs if self.echo else None
+        return self.params(self.max_tokens, self.logprobs, echo=self.echo, prompt_logprobs=scores)
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Body):
+    """Which function to call, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call that the assistant made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+
+class Function(Body):
+    """What a tool is called, does and takes."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A function that the model may ask to be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatRequest(Sampling):
+    """The next message of a conversation."""
+
+    messages: Annotated[list[Message], FIRST_ERROR, Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The old name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: what the context holds.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], FIRST_ERROR, Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
+
+    def sampling(self) -> SamplingParams:
+        """What the engine is asked."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
+        return self.params(self.limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, if the request says so."""
+        new, old = self.max_completion_tokens, self.max_tokens
+        if new is not None and old is not None and new != old:
+            raise invalid(f"max_tokens={old} contradicts max_completion_tokens={new}: give one", "max_tokens")
+        return old if new is None else new
+
+
+class GenerateRequest(Body):
+    """The learner's call: token ids or a text in, token ids and text out."""
+
+    idx: Rows | None = Field(None, description="Token ids, a row a prompt.")
+    prompt: str | Texts | None = None
+    max_new_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: 100.")
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_k: int = Field(0, ge=0, le=2**31 - 1)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, from whichever field they came."""
+        if (self.idx is None) == (self.prompt is None):
+            raise invalid("give either idx (rows of token ids) or prompt (a text)", "idx")
+        return self.idx or ([self.prompt] if isinstance(self.prompt, str) else self.prompt)
+
+    def sampling(self) -> SamplingParams:
+        """What the engine is asked for each prompt."""
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p, seed=self.seed)
+
+
+class TokenizeRequest(Body):
+    """A text, or a conversation, to be split into tokens."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], FIRST_ERROR, Field(min_length=1)] | None = None
+
+
+class DetokenizeRequest(Body):
+    """Token ids to be joined into a text."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], FIRST_ERROR]

@@ -1,0 +1,280 @@
+"""What clients read: choices, log-probabilities, token counts, chunks of a stream.
+
+Plain dictionaries in OpenAI's shapes: a token is answered thousands of times a second, and a model class a token would
+cost more than the token. `schemas.py` says the same shapes for `/openapi.json`, and the tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from ...serving import Piece
+from ..async_engine import Event, Flow
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time
+
+
+def to_json(value: Any) -> bytes:
+    """Compact JSON, with text as it is."""
+    return _encode(value).encode()
+
+
+def server_sent(value: Any) -> bytes:
+    """One event of a stream."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+END_OF_STREAM = b"data: [DONE]\n\n"
+
+
+class Words:
+    """Token ids as clients see them in log-probabilities."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.text = lru_cache(1 << 16)(self._text)
+
+    def bytes(self, token: int) -> bytes:
+        """The bytes of a token; none for a row of the model's table that the tokenizer has no token for."""
+        try:
+            return self._tokenizer.token_bytes(token) if self._tokenizer else b""
+        except ValueError:
+            return b""
+
+    def _text(self, token: int) -> str:
+        if self._tokenizer is None:
+            return f"token_id:{token}"
+        data = self.bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:  # a part of a character; OpenAI writes those as escaped bytes
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def stream(self) -> Any:
+        """A decoder of tokens that come one by one, if there is a tokenizer."""
+        return self._tokenizer and self._tokenizer.stream()
+
+
+@dataclass(slots=True)
+class Part:
+    """What is new about one continuation: some text, the tokens it took, and whether it has ended."""
+
+    text: str = ""
+    logprobs: list = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """The next piece of the same continuation."""
+        self.text += piece.text
+        self.logprobs += piece.logprobs
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+class Collector:
+    """Joins the pieces of a batch into one part a continuation; keeps back what has nothing to show yet.
+
+    A token that ends in the middle of a character, or in what may become a stop string, has no text yet: its
+    log-probability waits for the text it belongs to, so that no empty chunk is ever sent. With `wait_for_tokens`, so
+    does an echoed prompt, whose log-probabilities are known when the first token is.
+    """
+
+    def __init__(self, wait_for_tokens: bool = False) -> None:
+        self._parts: dict[int, Part] = {}
+        self._waiting = wait_for_tokens
+        self._started: set[int] = set()
+
+    def collect(self, events: Sequence[Event]) -> list[tuple[int, Part]]:
+        """The parts that can be sent now."""
+        touched = dict.fromkeys(event.index for event in events)
+        for index, piece, _ in events:
+            self._parts.setdefault(index, Part()).add(piece)
+            if piece.token_ids or piece.finish_reason:
+                self._started.add(index)
+        return [(index, self._parts.pop(index)) for index in touched if self._ready(index)]
+
+    def _ready(self, index: int) -> bool:
+        part = self._parts[index]
+        return bool(part.finish_reason or (part.text and (not self._waiting or index in self._started)))
+
+
+def usage(flow: Flow) -> dict[str, Any]:
+    """The token counts of a request that has ended."""
+    metrics = [stream.metrics for stream in flow.streams]
+    completion = sum(each.generated_tokens for each in metrics)
+    cached = sum(generation.streams[0].metrics.cached_tokens for generation in flow.generations)
+    return {
+        "prompt_tokens": flow.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": flow.prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+# -- completions ------------------------------------------------------------------------------------------------------
+
+
+class CompletionScores:
+    """The `logprobs` of one continuation in the shape of completions: parallel lists, with offsets into the text."""
+
+    def __init__(self, words: Words, top: int, hidden: frozenset[int]) -> None:
+        self._words, self._top, self._hidden = words, top, hidden
+        self._decoder = words.stream()
+        self._length = 0
+
+    def echoed(self, tokens: Sequence[int], logprobs: Sequence) -> dict[str, list]:
+        """Those of an echoed prompt: its first token has none."""
+        return {
+            "tokens": [self._words.text(token) for token in tokens],
+            "token_logprobs": [None, *(entry.logprob for entry in logprobs)],
+            "top_logprobs": [None, *map(self._best, logprobs)],
+            "text_offset": [self._offset(token) for token in tokens],
+        }
+
+    def generated(self, logprobs: Sequence) -> dict[str, list]:
+        """Those of the tokens that came."""
+        return {
+            "tokens": [self._words.text(entry.token) for entry in logprobs],
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [*map(self._best, logprobs)],
+            "text_offset": [self._offset(entry.token, self._hidden) for entry in logprobs],
+        }
+
+    def _best(self, entry: Any) -> dict[str, float]:
+        best: dict[str, float] = {}
+        for token, logprob in (*entry.top[: self._top], (entry.token, entry.logprob)):
+            best.setdefault(self._words.text(token), logprob)
+        return best
+
+    def _offset(self, token: int, hidden: frozenset[int] = frozenset()) -> int:
+        offset = self._length
+        if self._decoder is not None and token not in hidden and self._words.bytes(token):
+            self._length += len(self._decoder.push(token))
+        return offset
+
+
+class CompletionWriter:
+    """Answers to one completion request: whole, or chunk by chunk."""
+
+    def __init__(self, head: dict[str, Any], flow: Flow, words: Words, hidden: frozenset[int], top: int | None) -> None:
+        self._head, self._flow, self._top = {**head, "object": "text_completion"}, flow, top
+        self.counts_usage = "usage" in head
+        streams = flow.streams
+        self._scores = [None if top is None else CompletionScores(words, top, hidden) for _ in streams]
+        self._first = [generation.streams[0] for generation in flow.generations for _ in generation.streams]
+        self._echoing = top is not None and any(stream.sequence.params.echo for stream in streams)
+        self._unsaid_echo = set(range(len(streams))) if self._echoing else set()
+
+    def collector(self) -> Collector:
+        """What joins the pieces of the stream."""
+        return Collector(wait_for_tokens=self._echoing)
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that has ended."""
+        parts = [
+            (index, Part(stream.output().text, stream.logprobs, stream.sequence.finish_reason))
+            for index, stream in enumerate(self._flow.streams)
+        ]
+        return {**self._head, "choices": [self._choice(*part) for part in parts], "usage": usage(self._flow)}
+
+    def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
+        """What a stream tells about one part."""
+        return [{**self._head, "choices": [self._choice(index, part)]}]
+
+    def last(self) -> dict[str, Any]:
+        """The token counts that end a stream."""
+        return {**self._head, "choices": [], "usage": usage(self._flow)}
+
+    def _choice(self, index: int, part: Part) -> dict[str, Any]:
+        scores = self._logprobs(index, part)
+        return {"index": index, "text": part.text, "logprobs": scores, "finish_reason": part.finish_reason}
+
+    def _logprobs(self, index: int, part: Part) -> dict[str, list] | None:
+        scores = self._scores[index]
+        if scores is None:
+            return None
+        echoed: dict[str, list] = {}
+        if index in self._unsaid_echo:
+            self._unsaid_echo.discard(index)
+            leader = self._first[index]
+            prompt = leader.sequence.tokens[: leader.sequence.prompt_length]
+            echoed = scores.echoed(prompt, leader.prompt_logprobs)
+        return {name: echoed.get(name, []) + new for name, new in scores.generated(part.logprobs).items()}
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+
+class ChatWriter:
+    """Answers to one chat request: whole, or chunk by chunk."""
+
+    def __init__(
+        self, head: dict[str, Any], flow: Flow, words: Words, top: int | None, reader: Callable[[], Any]
+    ) -> None:
+        self._head, self._flow, self._words, self._top = head, flow, words, top
+        self.counts_usage = "usage" in head
+        self._readers = [reader() for _ in range(flow.count)]
+        self._greeted: set[int] = set()
+
+    def collector(self) -> Collector:
+        """What joins the pieces of the stream."""
+        return Collector()
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that has ended."""
+        choices = [self._message(index, stream) for index, stream in enumerate(self._flow.streams)]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
+
+    def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
+        """What a stream tells about one part: nothing while a tool call is incomplete."""
+        reader = self._readers[index]
+        text, calls = reader.push(part.text)
+        if part.finish_reason:
+            rest, more = reader.finish()
+            text, calls = text + rest, calls + more
+        delta: dict[str, Any] = {} if index in self._greeted else {"role": "assistant"}
+        if text or (delta and not calls):
+            delta["content"] = text
+        if calls:
+            delta["tool_calls"] = [{"index": first, **call} for first, call in calls]
+        if not (text or calls or part.finish_reason or part.logprobs):
+            return []
+        self._greeted.add(index)
+        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(part.logprobs)}
+        choice["finish_reason"] = reader.finish_reason(part.finish_reason)
+        return [{**self._head, "object": "chat.completion.chunk", "choices": [choice]}]
+
+    def last(self) -> dict[str, Any]:
+        """The token counts that end a stream."""
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(self._flow)}
+
+    def _message(self, index: int, stream: Any) -> dict[str, Any]:
+        reader = self._readers[index]
+        text, calls = reader.push(stream.output().text)
+        rest, more = reader.finish()
+        text, calls = text + rest, calls + more
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if calls:
+            message["tool_calls"] = [call for _, call in calls]
+        reason = reader.finish_reason(stream.sequence.finish_reason)
+        logprobs = self._logprobs(stream.logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, entries: Sequence) -> dict[str, Any] | None:
+        if self._top is None:
+            return None
+        content = [
+            {
+                **self._word(entry.token, entry.logprob),
+                "top_logprobs": [self._word(*each) for each in entry.top[: self._top]],
+            }
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _word(self, token: int, logprob: float) -> dict[str, Any]:
+        text, data = self._words.text(token), self._words.bytes(token)
+        return {"token": text, "logprob": logprob, "bytes": [*data]}

@@ -1,0 +1,268 @@
+"""The playground: a page to talk to the model, to watch it choose, and to look inside.
+
+Gradio builds the page from what is written here and ships its own fonts and scripts, so it works without a network. It
+takes seconds to import, so it is imported when somebody first opens the page: a server nobody looks at never pays.
+Generations run through the same bridge as everybody's: they queue, they are measured, and Stop frees their pages.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterable
+from html import escape
+from importlib.util import find_spec
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse
+
+from ...attention_maps import attention_maps
+from ...serving import SamplingParams
+from ..async_engine import Ask
+from ..handlers import Service
+from ..openai.chat import encode_conversation
+from ..openai.errors import APIError
+from ..openai.requests import Message
+from ..request_body import client_of
+from .token_views import CSS, facts, heat_map, token_view
+
+REDRAW = 0.08  # seconds between two pictures of a growing text
+MAP_TOKENS = 48
+WAITING = "<!doctype html><meta http-equiv=refresh content=1><p style='font-family:system-ui'>The model is {} …</p>"
+
+
+def available() -> bool:
+    """Whether gradio is installed."""
+    return find_spec("gradio") is not None
+
+
+class Playground:
+    """An ASGI application that becomes the page when it is first asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._page: Any = None
+        self._life: asyncio.Task | None = None
+        self._built = asyncio.Event()
+        self._closing = asyncio.Event()
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["path"].startswith("/v1/"):
+            raise HTTPException(404)
+        state = self._service.bridge.state
+        if self._page is None and self._service.bridge.llm is None:
+            return await HTMLResponse(WAITING.format(state), 503)(scope, receive, send)
+        if self._life is None:
+            self._life = asyncio.create_task(self._live())
+        await self._built.wait()
+        if self._page is None:
+            raise RuntimeError("the playground could not be built")
+        await self._page(scope, receive, send)
+
+    async def close(self) -> None:
+        """End the page's own tasks."""
+        self._closing.set()
+        if self._life is not None:
+            await self._life
+
+    async def _live(self) -> None:
+        """Gradio's life must begin and end in one task."""
+        try:
+            page = await asyncio.to_thread(build, self._service)
+            async with page.router.lifespan_context(page):
+                self._page = page
+                self._built.set()
+                await self._closing.wait()
+        finally:
+            self._built.set()
+
+
+def build(service: Service) -> Any:
+    """The page as an ASGI application."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio
+    from fastapi import FastAPI
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gradio.themes.Default(primary_hue="violet", secondary_hue="violet", neutral_hue="slate", **fonts)
+    options = {"footer_links": [], "run_history": False, "ssr_mode": False, "pwa": False, "max_file_size": "1kb"}
+    host = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    return gradio.mount_gradio_app(host, _blocks(gradio, service), path="/", theme=theme, css=CSS, **options)
+
+
+def _blocks(gradio: Any, service: Service) -> Any:
+    llm = service.llm
+    config = llm.config
+    about = f"{config.parameter_count():,} parameters · {config.n_layers} layers · context {llm.max_context:,} tokens"
+    with gradio.Blocks(title=f"{service.config.name} · warploom", analytics_enabled=False) as blocks:
+        gradio.HTML(f"<div class=loom-title><b>{escape(service.config.name)}</b><span>{about}</span></div>")
+        with gradio.Row():
+            main = gradio.Column(scale=3, min_width=340)
+            with gradio.Column(scale=1, min_width=290):
+                settings = _settings(gradio, llm.max_context)
+        with main, gradio.Tabs():
+            with gradio.Tab("Chat"):
+                _chat_tab(gradio, service, settings)
+            with gradio.Tab("Complete"):
+                _completion_tab(gradio, service, settings)
+            with gradio.Tab("Attention"):
+                _attention_tab(gradio, service)
+    return blocks.queue(default_concurrency_limit=None)
+
+
+def _settings(gradio: Any, context: int) -> list[Any]:
+    slider = gradio.Slider
+    longest = max(context - 1, 2)
+    return [
+        slider(0.1, 2.0, 0.8, step=0.05, label="Temperature", elem_id="temperature"),
+        slider(0, 200, 0, step=1, label="Top-k (0: all)"),
+        slider(0.05, 1.0, 0.95, step=0.01, label="Top-p"),
+        slider(0.0, 1.0, 0.0, step=0.01, label="Min-p"),
+        slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty"),
+        slider(1, longest, min(200, longest), step=1, label="Max new tokens", elem_id="max-tokens"),
+        gradio.Number(-1, label="Seed (-1: a new one each time)", precision=0, elem_id="seed"),
+    ]
+
+
+def _chat_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
+    history = gradio.Chatbot(
+        height=430,
+        feedback_options=None,
+        allow_tags=False,
+        latex_delimiters=[],
+        buttons=["copy"],
+        elem_id="chat",
+        show_label=False,
+        placeholder="A base model continues the conversation; a chat model answers.",
+    )
+    speed = gradio.HTML(elem_id="chat-speed")
+    message = gradio.Textbox(show_label=False, placeholder="Say something", elem_id="message")
+    with gradio.Row():
+        send = gradio.Button("Send", variant="primary", elem_id="send")
+        stop = gradio.Button("Stop", variant="stop", elem_id="stop-chat")
+        clear = gradio.Button("Clear")
+    with gradio.Accordion("System message", open=False):
+        system = gradio.Textbox(show_label=False, placeholder="How the model should behave", lines=2, max_lines=6)
+
+    async def reply(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+        if not (text or "").strip():
+            yield turns, text, ""
+            return
+        turns = [*turns, {"role": "user", "content": text}]
+        said = [{"role": "system", "content": system}] if system else []
+        messages = [Message(role=turn["role"], content=_plain(turn["content"])) for turn in (*said, *turns)]
+
+        def asks(llm: Any) -> Iterable[Ask]:
+            yield encode_conversation(llm.tokenizer, messages), _params(chosen)
+
+        async for progress in _generate(gradio, service, asks, request):
+            yield [*turns, {"role": "assistant", "content": progress.text}], "", progress.facts
+
+    inputs, outputs = [message, history, system, *settings], [history, message, speed]
+    running = gradio.on([send.click, message.submit], reply, inputs, outputs, show_progress="hidden")
+    stop.click(None, cancels=[running])
+    clear.click(lambda: ([], ""), None, [history, speed], cancels=[running])
+
+
+def _completion_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
+    prompt = gradio.Textbox("Once upon a time", label="Prompt", lines=4, max_lines=12, elem_id="prompt")
+    with gradio.Row():
+        start = gradio.Button("Continue", variant="primary", elem_id="start")
+        stop = gradio.Button("Stop", variant="stop", elem_id="stop")
+    speed = gradio.HTML(elem_id="speed")
+    tokens = gradio.HTML(elem_id="tokens")
+    with gradio.Accordion("As plain text", open=False):
+        plain = gradio.Textbox(show_label=False, lines=6, buttons=["copy"], elem_id="plain")
+
+    async def complete(request: gradio.Request, text: str, *chosen: Any) -> Any:
+        def asks(llm: Any) -> Iterable[Ask]:
+            yield llm.encode(text or ""), _params(chosen)
+
+        async for progress in _generate(gradio, service, asks, request):
+            yield token_view(text, progress.entries, service.words), progress.facts, text + progress.text
+
+    running = start.click(complete, [prompt, *settings], [tokens, speed, plain], show_progress="hidden")
+    stop.click(None, cancels=[running])
+
+
+def _attention_tab(gradio: Any, service: Service) -> None:
+    config = service.llm.config
+    gradio.Markdown("Each row is a token; its cells say how much it attends to each token before it.")
+    text = gradio.Textbox("The weaver pulled the thread and the loom sang", label="Text", elem_id="attention-text")
+    with gradio.Row():
+        layer = gradio.Slider(1, config.n_layers, 1, step=1, label="Layer", interactive=config.n_layers > 1)
+        head = gradio.Slider(0, config.n_heads, 0, step=1, label="Head (0: mean)")
+    draw = gradio.Button("Draw", variant="primary", elem_id="draw")
+    picture = gradio.HTML(elem_id="heat")
+
+    def show(text: str, layer: int, head: int) -> str:
+        llm, words = service.llm, service.words
+        tokens = llm.encode(text or "")[: min(MAP_TOKENS, llm.max_context)]
+        if not tokens:
+            raise gradio.Error("the text is empty", print_exception=False)
+        weights_HTS = attention_maps(llm.plain_model, tokens)[int(layer) - 1]
+        weights_TS = weights_HTS[int(head) - 1] if head else weights_HTS.mean(0)
+        return heat_map([words.text(token) for token in tokens], weights_TS.tolist())
+
+    inputs = [text, layer, head]
+    draw.click(show, inputs, picture)
+    for control in (layer, head):
+        control.release(show, inputs, picture, show_progress="hidden")
+
+
+class _Progress:
+    """A generation as far as it has come."""
+
+    def __init__(self) -> None:
+        self.text, self.entries, self.facts = "", [], facts(0, None, 0, None)
+
+
+async def _generate(gradio: Any, service: Service, asks: Any, request: Any) -> AsyncIterator[_Progress]:
+    """Run a generation and show it now and then; however it ends, its pages are free."""
+    progress, start, first, drawn = _Progress(), time.monotonic(), None, 0.0
+    try:
+        scope = request.request.scope
+        who = {"salt": scope.get("salt"), "client": client_of(scope)}
+        flow = await service.bridge.submit(asks, 1, streaming=True, **who)
+    except APIError as error:
+        raise gradio.Error(error.message, print_exception=False) from None
+    try:
+        yield progress
+        async for events in flow.batches():
+            reason = None
+            for _, piece, _ in events:
+                progress.text += piece.text
+                progress.entries += piece.logprobs
+                reason = piece.finish_reason or reason
+            now = time.monotonic()
+            first = first or now - start
+            if reason or now - drawn > REDRAW:
+                drawn = now
+                progress.facts = facts(len(progress.entries), first, now - start, reason)
+                yield progress
+    except APIError as error:
+        raise gradio.Error(error.message, print_exception=False) from None
+    finally:
+        flow.close()
+        service.metrics.request(flow)
+
+
+def _params(chosen: tuple) -> SamplingParams:
+    temperature, top_k, top_p, min_p, penalty, most, seed = chosen
+    return SamplingParams(
+        max_tokens=int(most),
+        temperature=temperature,
+        top_k=int(top_k),
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        seed=None if seed is None or seed < 0 else int(seed),
+        logprobs=5,
+    )
+
+
+def _plain(content: Any) -> str:
+    """A turn as text: Gradio gives some as lists of parts."""
+    if isinstance(content, list):
+        return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+    return str(content)

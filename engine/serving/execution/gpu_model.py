@@ -1,0 +1,92 @@
+"""The model as it serves on a GPU: fewer launches, and the same bits in any company.
+
+A step that makes one token for each of a few sequences is hundreds of small launches, and each costs microseconds
+however little it does. Between the product that makes q, k and v and attention there would be four: two norms, a
+rotation, a write into pages. `PagedAttention` is `Attention` with one.
+
+`SteadyLinear` is `Linear` by `kernels.linear`: a library's product would sum in another order when the batch grows.
+
+The twin shares its weights with the model, and is a `Transformer` in everything else.
+"""
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .... import kernels
+from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...model import Attention, Linear, Transformer
+from .kv_cache import KernelAttend
+
+MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+
+
+class SteadyLinear(nn.Module):
+    """A linear layer whose rows know nothing of each other."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class PagedAttention(nn.Module):
+    """`Attention` that knows its pages: the tables of its rotation are its own, `rotate` is not asked."""
+
+    def __init__(self, attention: Attention, tables: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.index, self.heads, self.head_size = attention.index, attention.heads, attention.head_size
+        self.window, self.softcap, self.scale = attention.window, attention.softcap, attention.scale
+        self.qkv, self.output = attention.qkv, attention.output
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.tables = tables
+
+    def forward(self, x_1TC: Tensor, rotate: Callable, attend: KernelAttend) -> Tensor:
+        """As `Attention.forward`, for a step's tokens end to end."""
+        q_THD, k_TKD, v_TKD = self.qkv(x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
+        norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        q_THD = kernels.qk_norm_rope_write(
+            q_THD, k_TKD, v_TKD, *norms, *self.tables, attend.positions, *attend.pages(self), attend.slots,
+            eps=1e-6 if self.q_norm is None else self.q_norm.eps,
+        )  # fmt: skip
+        return self.output(attend.look(q_THD, self).flatten(-2)[None])
+
+
+def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transformer:
+    """The twin; `make_linear` makes its linear layers, which stay as they are without."""
+    twin = twin_of(model)
+    if make_linear is not None:
+        replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
+    if is_supported(model.config):
+        for block in twin.blocks:
+            rotation = model.rotation(block.kind)
+            if rotation.cos is not None:
+                block.attention = PagedAttention(block.attention, (rotation.cos, rotation.sin))
+    return twin
+
+
+is_supported = Supported(  # by `PagedAttention`; all but attention is the definition's
+    computed=(*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"),
+    only={"qk_norm": ("none", "head")},
+)
+
+
+def twin_of(model: Transformer) -> Transformer:
+    """A second model on the same weights, whose layers may be exchanged."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    shared = {id(tensor): tensor for tensor in model.parameters()}
+    twin.blocks = copy.deepcopy(model.blocks, shared)
+    return twin
+
+
+def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Every module of a kind inside, by what `make` makes of it."""
+    for name, child in module.named_children():
+        if isinstance(child, kind):
+            setattr(module, name, make(child))
+        else:
+            replace(child, kind, make)

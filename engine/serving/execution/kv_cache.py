@@ -1,0 +1,213 @@
+"""The pages themselves: keys and values of every layer, and the `attend` that writes and reads them.
+
+Two tensors (layers, pages, page size, K heads, D): page p of layer l is a contiguous block, so a copy of a page or a
+read of it is one run of memory. On a CPU with the native extension, writing and attending is one C++ call a layer that
+reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding. Pages may be
+narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU (`int8_pages.py`).
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .... import kernels
+from ..sinks import SinkAttend
+from .int8_pages import TILE, Int8Attend, tile_bytes
+
+try:
+    from .... import _native
+except ImportError:  # the extension is optional
+    _native = None
+
+PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
+HAS_NATIVE = hasattr(_native, "attend_pages") and os.environ.get("WARPLOOM_NATIVE") != "0"
+
+
+class PageStore:
+    """Keys and values in `num_pages` pages."""
+
+    def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
+        if dtype == torch.int8:
+            shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
+        if config.attention_sinks and (device.type != "cpu" or dtype == torch.int8):
+            raise ValueError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
+        self.page_size, self.dtype, self.sinks = page_size, dtype, config.attention_sinks
+        kept = torch.uint8 if dtype == torch.int8 else dtype
+        self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))
+        self.layers = None
+        if HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS:
+            sizes = PAGE_FORMATS[dtype], page_size, config.kv_heads, config.head_size
+            sides = zip(self.keys, self.values)
+            self.layers = [_native.Pages(keys.data_ptr(), values.data_ptr(), *sizes) for keys, values in sides]
+
+    @staticmethod
+    def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
+        """What one page costs, over all layers."""
+        if dtype == torch.int8:
+            return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
+        return page_size * config.kv_bytes_per_token(dtype.itemsize)
+
+    def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        """Copy pages: all are read before any is written."""
+        if pairs:
+            sources, targets = torch.tensor(pairs, device=self.keys.device).T
+            for pages in (self.keys, self.values):
+                if pages.dtype.itemsize == 1:  # float8 has no scatter on every device; its bytes do
+                    pages = pages.view(torch.uint8)
+                pages[:, targets] = pages[:, sources]
+
+    def layout(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> "Layout":
+        """Where the tokens of a step lie: chunks of `counts` tokens of these rows at these positions, then padding."""
+        ends = counts.cumsum()
+        contexts = (positions[ends - 1] + 1).astype(np.int32)
+        T, longest = int(ends[-1]), max(contexts.tolist())
+        tables = np.ascontiguousarray(table[rows, : -(-longest // self.page_size)])
+        sequences = np.zeros(len(positions), dtype=np.int32)
+        sequences[:T] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        slots = np.full(len(positions), -1, dtype=np.int64)
+        where = positions[:T]
+        slots[:T] = tables[sequences[:T], where // self.page_size].astype(np.int64) * self.page_size
+        slots[:T] += where % self.page_size
+        starts = np.concatenate([[0], ends]).astype(np.int32)
+        return Layout(positions, sequences, slots, tables, contexts, counts, starts)
+
+    def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend | Int8Attend | SinkAttend":
+        """The attention of one step; `step` is the layout on the device."""
+        if self.layers is not None:
+            attend = NativeAttend(self.layers, layout)
+        else:
+            attend = Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttend(self, *step)
+        return SinkAttend(attend, self, layout) if self.sinks else attend
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A step's tokens (T) and sequences (N) as arrays; a negative slot is padding."""
+
+    positions: np.ndarray  # (T)
+    sequences: np.ndarray  # (T): whose token it is
+    slots: np.ndarray  # (T): page · page size + offset
+    tables: np.ndarray  # (N, pages of the longest)
+    contexts: np.ndarray  # (N): tokens to look at, the new ones included
+    counts: np.ndarray  # (N): new ones
+    starts: np.ndarray  # (N + 1): where each sequence's new tokens begin, and where the last one's end
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What the kernels ask for."""
+        return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
+
+
+class KernelAttend:
+    """`attend` by the kernels, on any device."""
+
+    def __init__(self, store: PageStore, positions: Tensor, slots: Tensor, *batch: Tensor):
+        """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
+        self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
+        kv_heads = store.keys.shape[3]
+        arrivals = torch.zeros(len(batch[1]) * kv_heads, dtype=torch.int32, device=slots.device)
+        self.shared = {"starts": batch[3], "arrivals": arrivals}
+
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
+        kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
+        return self.look(q_BTHD[0], layer)[None]
+
+    def pages(self, layer) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values."""
+        return self.store.keys[layer.index], self.store.values[layer.index]
+
+    def look(self, q_THD: Tensor, layer) -> Tensor:
+        """Attention over what the pages hold by now."""
+        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
+
+
+class NativeAttend:
+    """`attend` in C++; what it points to lives as long as it does."""
+
+    def __init__(self, layers: list, layout: Layout):
+        self.layers, self.layout = layers, layout
+        arrays = layout.positions, layout.sequences, layout.slots, layout.tables
+        self.step = _native.Step(len(layout.positions), *(a.ctypes.data for a in arrays), layout.tables.shape[1])
+
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
+        q, k, v = (_rows(x) for x in (q_BTHD, k_BTKD, v_BTKD))
+        o_BTHD = torch.zeros(q_BTHD.shape)
+        sides = (number for x in (q, k, v) for number in (x.data_ptr(), x.stride(1)))
+        limits = layer.window or 0, layer.softcap or 0.0, layer.scale
+        _native.attend_pages(self.layers[layer.index], self.step, *sides, o_BTHD.data_ptr(), q.shape[2], *limits)
+        return o_BTHD.to(q_BTHD.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU by NumPy, which asks the system for them: memory that no page uses yet is never touched.
+
+    They begin with a cache line, so that a row of keys lies in as few of them as it can.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, dtype=np.uint8)
+    first = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)
+
+
+def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors there, all in one copy that nobody waits for, instead of one each."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
+
+
+def parcel_bytes(kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes in which tensors of these dtypes and shapes lie side by side, each at a multiple of 16."""
+    return sum(-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in kinds)
+
+
+def cut(parcel: Tensor, kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    """The tensors in such bytes."""
+    found, start = [], 0
+    for dtype, shape in kinds:
+        found.append(parcel[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+        start += parcel_bytes([(dtype, shape)])
+    return found
+
+
+def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Side by side in memory that the device can read by itself; cut apart there."""
+    kinds = [(x.dtype, tuple(x.shape)) for x in tensors]
+    parcel = torch.empty(parcel_bytes(kinds), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, place in zip(tensors, cut(parcel, kinds)):
+        place.copy_(x)
+    return cut(parcel.to(device, non_blocking=True), kinds)
+
+
+def to_host(tensor: Tensor) -> Callable[[], list]:
+    """What gives a tensor's values, once asked. On a GPU they set out now, so that asking waits for no later work."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    landed, event = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()
+    landed.copy_(tensor, non_blocking=True)
+    event.record()
+
+    def read() -> list:
+        event.synchronize()
+        return landed.tolist()
+
+    return read
+
+
+def set_workers() -> None:
+    """Let the C++ kernels use as many threads as torch does."""
+    if HAS_NATIVE:
+        _native.set_workers(torch.get_num_threads())
+
+
+def _rows(x_BTHD: Tensor) -> Tensor:
+    """Float rows whose heads lie side by side; the rows themselves may lie apart."""
+    x = x_BTHD.float()
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()

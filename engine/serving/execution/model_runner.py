@@ -1,0 +1,235 @@
+"""The runner: a plan in, a result out.
+
+All chunks of a step, prompts and decodes alike, lie end to end in one row of tokens, and the model runs over it once.
+Its `attend` writes the new keys and values into pages and lets every chunk look at its own sequence through the page
+table; nothing else in the model knows that there are several sequences. Then the head runs on the few positions that
+sample.
+
+What does not change from step to step stays in place, by row: page tables, sampling settings, the tokens themselves. So
+a step needs a few small arrays from the host, and a token that was sampled by the step before is read on
+the device, before the host has seen it.
+
+A result must not depend on the company. Our own products give a row the same bits in any batch, and attention goes
+query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
+(`steady_rows`) and reached by padding.
+
+T tokens of the step, N chunks, R sampled positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, chain, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...model import Linear, Transformer
+from ..scheduling.step import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
+from . import cuda_graphs
+from .cuda_graphs import DecodeGraphs
+from .kv_cache import PageStore, to_device, to_host
+from .sampler import Logprobs, RowSettings, penalize
+from .serving_model import Head, Int8Linear, NativeTransformer
+
+SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step under way: what was planned, and what is being computed."""
+
+    plan: StepPlan
+    sampled: Callable[[], list[int]]  # token ids, R; waits for them
+    foreseen: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
+    spans: list[range]  # of R, for each chunk
+    logprobs: dict[int, list[Logprobs]]  # by chunk
+    prompt_logprobs: dict[int, list[Logprobs]]
+
+
+class Runner:
+    """Runs plans on one model and the pages of its cache."""
+
+    alive = True
+
+    def __init__(
+        self, model, store: PageStore, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
+    ):
+        self.model, self.store = model, store
+        self.head = head
+        self.device = model.device
+        self.settings = RowSettings(max_batch, self.device)
+        self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
+        self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
+        self.rows: list[Admission | None] = [None] * max_batch
+        by_torch = not isinstance(model, NativeTransformer) and any(
+            isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
+        )
+        padded = batch_invariant and self.device.type == "cpu" and (by_torch or head.needs_padding)
+        least = steady_rows(model.embedding.weight.dtype) if padded else 1
+        self.least_tokens = least if by_torch else 1
+        self.least_samples = least if head.needs_padding else 1
+
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and type(model) is Transformer and cuda_graphs.enabled():
+            self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], cuda_graphs.record_cuda())
+
+    def close(self) -> None:
+        """Nothing of it outlives it."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a plan and wait for the result."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Flight:
+        """Start computing a plan; on a GPU this returns before it is done."""
+        if self.model.training:
+            self.model.eval()
+        self.store.copy(plan.copies)
+        for admission in plan.admitted:
+            self._admit(admission)
+        for chunk in plan.chunks:
+            self.table[chunk.row, chunk.first_page : chunk.first_page + len(chunk.pages)] = chunk.pages
+        hidden_TC = self._forward(plan.chunks)
+        return self._sample(plan, hidden_TC)
+
+    @torch.inference_mode()
+    def collect(self, flight: Flight) -> StepResult:
+        """Wait for a step, and report it."""
+        sampled = flight.sampled()
+        drafts = any(len(span) > 1 for span in flight.spans)
+        foreseen = flight.foreseen() if drafts else ()
+        results = []
+        for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
+            right = next((i for i, place in enumerate(span[:-1]) if not foreseen[place]), len(span) - 1)
+            tokens = tuple(sampled[span.start : span.start + right + 1])
+            grammar = self.rows[chunk.row].grammar
+            if grammar is not None and tokens:
+                grammar.accept(tokens[0])
+            reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
+            results.append(ChunkResult(tokens, *(tuple(chain(*(part.read() for part in each))) for each in reports)))
+        return StepResult(tuple(results))
+
+    def _admit(self, admission: Admission) -> None:
+        row = admission.row
+        self.rows[row] = admission
+        self.settings.admit(row, admission.params, admission.seed)
+        (tokens,) = self._to_device(np.array(admission.tokens, dtype=np.int32))
+        self.tokens[row, : len(tokens)] = tokens
+
+    def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """The hidden states of all chunks' tokens, end to end."""
+        counts = [len(chunk.tokens) for chunk in chunks]
+        T, rows = sum(counts), np.array([chunk.row for chunk in chunks])
+        padded = max(T, self.least_tokens)
+        tokens, positions = np.zeros(padded, dtype=np.int64), np.zeros(padded, dtype=np.int64)
+        tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
+        positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
+        layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
+        if self.graphs is not None and padded == len(chunks):
+            hidden_TC = self.graphs(tokens, rows, layout)
+            if hidden_TC is not None:
+                return hidden_TC
+        tokens_T, row_T, *step = self._to_device(tokens, np.repeat(rows, counts), *layout.arrays())
+        where = row_T, step[0][:T]
+        if UNKNOWN in tokens[:T]:
+            tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
+        self._note(*where, tokens_T[:T])
+        return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
+
+    def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
+        ends = list(accumulate(len(chunk.tokens) for chunk in plan.chunks))
+        edges = accumulate((chunk.sampled for chunk in plan.chunks), initial=0)
+        spans = [range(a, b) for a, b in pairwise(edges)]
+        flight = Flight(plan, list, list, spans, {}, {})
+        self._score_prompts(flight, hidden_TC, ends)
+        places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
+        if not places:
+            return flight
+        rows = [chunk.row for chunk, _, _ in places]
+        positions = np.array([chunk.start + len(chunk.tokens) + 1 + i for chunk, _, i in places])
+        index_R, positions_R = self._to_device(np.array(rows), positions)
+        logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
+        changed_RV = self._change(logits_RV, rows, positions)
+        sampled_R = self.settings.choose(changed_RV, rows, index_R, positions_R)
+        flight.sampled = to_host(sampled_R)
+        if len(places) > sum(map(bool, spans)):  # some chunk has drafts
+            flight.foreseen = to_host(self.tokens[index_R, positions_R] == sampled_R)
+        self._note(index_R, positions_R, sampled_R)
+        self._describe(flight, logits_RV, sampled_R)
+        return flight
+
+    def _logits(self, hidden_TC: Tensor, places: np.ndarray) -> Tensor:
+        padded = np.zeros(max(len(places), self.least_samples), dtype=np.int64)
+        padded[: len(places)] = places
+        if self.device.type == "cpu" and hidden_TC.dtype == torch.float32:
+            hidden_RC = torch.from_numpy(hidden_TC.numpy()[padded])  # torch would wake all its threads for it
+        else:
+            hidden_RC = hidden_TC[self._to_device(padded)[0]]
+        return self.head(hidden_RC)[: len(places)].float()
+
+    def _change(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
+        """The logits after grammar, bias and penalties, for the rows that ask for them."""
+        changed = [
+            r for r, row in enumerate(rows) if self.settings.params[row].penalized
+            or row in self.settings.bias or self.rows[row].grammar is not None
+        ]  # fmt: skip
+        if not changed:
+            return logits_RV
+        logits_RV = logits_RV.clone()
+        penalized = [r for r in changed if self.settings.params[rows[r]].penalized]
+        if penalized:
+            mine, params = [rows[r] for r in penalized], [self.settings.params[rows[r]] for r in penalized]
+            lengths, prompts = positions[penalized], [self.rows[row].prompt_length for row in mine]
+            past, (index,) = self.tokens[:, : lengths.max()], self._to_device(np.array(penalized))
+            logits_RV[index] = penalize(logits_RV[index], params, past, mine, prompts, lengths)
+        for r in changed:
+            row, admission = rows[r], self.rows[rows[r]]
+            if row in self.settings.bias:
+                tokens, values = self.settings.bias[row]
+                logits_RV[r, tokens] += values
+            if admission.grammar is not None:
+                admission.grammar.mask(logits_RV[r])
+        return logits_RV
+
+    def _describe(self, flight: Flight, logits_RV: Tensor, sampled_R: Tensor) -> None:
+        for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
+            top = self.settings.params[chunk.row].logprobs
+            if chunk.sampled and top is not None:
+                rows = slice(span.start, span.stop)
+                flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
+
+    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: list[int]) -> None:
+        for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
+            top = self.settings.params[chunk.row].prompt_logprobs
+            count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
+            if top is None or count <= 0:
+                continue
+            places = np.arange(count) + end - len(chunk.tokens)
+            targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
+            flight.prompt_logprobs[index] = [
+                Logprobs(self._logits(hidden_TC, places[part]), targets[part], top)
+                for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
+            ]
+
+    def _note(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
+        """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""
+        if self.device.type == "cpu":
+            self.tokens.numpy()[rows_N.numpy(), positions_N.numpy()] = tokens_N.numpy()
+        else:
+            self.tokens[rows_N, positions_N] = tokens_N.int()
+
+    def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
+        return to_device(arrays, self.device)
+
+
+@cache
+def steady_rows(dtype: torch.dtype) -> int:
+    """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))
+    whole = x @ weights.T
+    differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
+    return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)

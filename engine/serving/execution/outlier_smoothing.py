@@ -1,0 +1,153 @@
+"""Evens out a layer's channels before it is rounded to 8 bits, without changing what it computes.
+
+Numbers in 8 bits share scales: an activation with the other 63 of its group, a weight with its row, a key or value with
+its head. Trained models have channels that are fifty times larger than the rest, and beside one of them the others keep
+two bits of eight. But the size of many a channel is the layer's own affair: what one product makes larger the next may
+make smaller. So a channel is divided by some s where it is made, and what reads it is multiplied by s:
+
+    gains of a norm  →  columns of the products that follow
+    values           →  columns of the output product
+    features         →  columns of the down product, in a gated layer, which is linear in them
+    keys             →  queries; two channels that a rotation turns together have one s
+
+No data is needed: how large a channel gets follows from the weights that make it. Where both sides are rounded they
+share the burden, s = √(size made / largest weight that reads it); keys become equal, for queries have 16 bits. A small
+gain stays small: it may tame a channel that is large by itself. And each s is a power of two, so no number is rounded
+on the way, and the layer gives the very same bits as before.
+
+E experts, F features, C width of the stream, H query heads, K key heads, D head dim.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...config import ModelConfig
+from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...model import Attention, Block, MoE
+
+TALL = 8  # times the usual size of a head's keys: a bias like that is too large for the rest to share 8 bits with
+
+is_supported = Supported(
+    computed={*SHAPE, *OUTSIDE, *SCALED, *WINDOWS, *ROUTING, *BIASES, *STREAM, "n_experts"}
+    - {"norm_place", "residual", "expert_bias"},
+    only={"ffn": ("swiglu", "geglu", "gelu", "gelu_erf", "relu", "relu2"), "qk_norm": ("none", "head")},
+)
+
+
+@torch.no_grad()
+def balanced(block: Block, config: ModelConfig) -> Block:
+    """The same layer with its channels evened out, if what it computes is known here; else as it is."""
+    if not is_supported(config):
+        return block
+    block = copy.deepcopy(block)
+    ffn, readers, features = block.ffn, [], []
+    if isinstance(ffn, MoE):
+        readers, features = [ffn.router.weight, ffn.w_gate_up], [(ffn.w_gate_up, ffn.w_down)]
+        readers += [] if ffn.shared_gate is None else [ffn.shared_gate.weight]
+        ffn = ffn.shared
+    if ffn is not None:
+        first = ffn.gate_up if config.gated else ffn.up
+        readers.append(first.weight)
+        features += [(first.weight, ffn.down.weight)] if config.gated and first.bias is None else []
+    _even_gain(block.attention_norm, [block.attention.qkv.weight])
+    _even_gain(block.ffn_norm, readers)
+    _even_heads(block.attention, block.attention_norm, config.position == "rope")
+    for gate_up, down in features:
+        _even_features(gate_up, down, block.ffn_norm)
+    return block
+
+
+def has_tall_keys(block: Block) -> bool:
+    """Is there a key channel whose bias is far larger than what a head's keys say by their weights?"""
+    attention = block.attention
+    if (
+        type(attention) is not Attention
+        or block.attention_post is not None
+        or attention.qkv.bias is None
+        or attention.k_norm is not None
+    ):
+        return False
+    (H, K, _), D = attention.heads, attention.head_size
+    keys = slice(H * D, (H + K) * D)
+    said_KD = _sizes(attention.qkv.weight[keys], block.attention_norm).unflatten(0, (K, D))
+    bias_KD = attention.qkv.bias[keys].float().abs().unflatten(0, (K, D))
+    return bool((bias_KD.amax(-1) > TALL * said_KD.square().mean(-1).sqrt()).any())
+
+
+def _even_gain(norm: nn.Module, readers: Sequence[Tensor]) -> None:
+    if not hasattr(norm, "weight"):
+        return
+    parts = [part for part in (norm.weight, getattr(norm, "bias", None)) if part is not None]
+    made_C = torch.stack([part.float().square() for part in parts]).sum(0).sqrt()
+    read_C = torch.stack([weight.abs().flatten(0, -2).amax(0).float() for weight in readers]).amax(0)
+    s_C = _shares(made_C, read_C)
+    s_C = _whole((s_C / s_C.median()).clamp(min=1))
+    for part in parts:
+        _scale(part, 1 / s_C)
+    for weight in readers:
+        _scale(weight, s_C)
+
+
+def _even_heads(attention: Attention, norm: nn.Module, turned: bool) -> None:
+    (H, K, _), D, qkv = attention.heads, attention.head_size, attention.qkv
+    size_nD = _sizes(qkv.weight, norm)
+    if qkv.bias is not None:
+        size_nD = torch.hypot(size_nD, qkv.bias.float())
+    size_nD = size_nD.unflatten(0, (-1, D))
+    output_CKGD = attention.output.weight.unflatten(1, (K, H // K, D))
+    value_KD = _whole(_relative(_shares(size_nD[H + K :], output_CKGD.abs().amax((0, 2)).float())))
+    _scale(output_CKGD, value_KD[:, None])
+
+    normed = attention.k_norm is not None
+    key_KD = attention.k_norm.weight.float().abs()[None] if normed else size_nD[H : H + K]
+    if turned:
+        key_KD = key_KD.unflatten(-1, (2, -1)).square().mean(-2).sqrt().repeat(1, 2)
+    key_KD = _whole(_relative(_floored(key_KD)))
+    if normed:
+        _scale(attention.k_norm.weight, 1 / key_KD[0])
+        _scale(attention.q_norm.weight, key_KD[0])
+        key_KD = torch.ones_like(value_KD)
+    s_N = torch.cat([key_KD.repeat_interleave(H // K, 0), 1 / key_KD, 1 / value_KD]).flatten()
+    _scale(qkv.weight, s_N[:, None])
+    if qkv.bias is not None:
+        _scale(qkv.bias, s_N)
+
+
+def _even_features(gate_up: Tensor, down: Tensor, norm: nn.Module) -> None:
+    """Of a gated layer, or of several experts: (E, 2 F, C) and (E, C, F)."""
+    gate_F, up_F = _sizes(gate_up, norm).chunk(2, -1)
+    s_F = _whole(_relative(_shares(gate_F * up_F, down.abs().amax(-2).float())))
+    _scale(down, s_F.unsqueeze(-2))
+    _scale(gate_up.chunk(2, -2)[1], 1 / s_F.unsqueeze(-1))
+
+
+def _sizes(weight: Tensor, norm: nn.Module) -> Tensor:
+    """How large the outputs of a product are that follows a norm (root mean square)."""
+    gain_C = getattr(norm, "weight", weight.new_ones(weight.shape[-1]))
+    return (weight.float().square() @ gain_C.float().square()).sqrt()
+
+
+def _shares(made: Tensor, read: Tensor) -> Tensor:
+    return (_floored(made) / _floored(read)).sqrt()
+
+
+def _relative(s: Tensor) -> Tensor:
+    """With a geometric mean of one."""
+    return s / s.log().mean(-1, keepdim=True).exp()
+
+
+def _floored(x: Tensor) -> Tensor:
+    """What is next to nothing is not blown up."""
+    return x.clamp(min=1e-3 * x.max().clamp(min=1e-30))
+
+
+def _whole(s: Tensor) -> Tensor:
+    """To powers of two."""
+    return s.log2().round().exp2()
+
+
+def _scale(x: Tensor, s: Tensor) -> None:
+    x *= s.to(x.dtype)

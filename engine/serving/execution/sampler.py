@@ -1,0 +1,91 @@
+"""From logits to tokens: everything a request may ask for, row by row in one batch.
+
+The rows of a step belong to different requests, each with its own parameters. `RowSettings` keeps these in tensors with
+one entry a row of the batch, written when a sequence takes the row; a step gathers those of the rows that sample. The
+order is fixed: penalties, bias and grammar change the logits; temperature, top-k, top-p and min-p narrow the choice; a
+counter-based draw keyed by (seed, position) chooses. No part of it looks at another row, so what a request gets
+depends on the request alone. Log-probabilities are the model's own: of the logits before anything changed them.
+
+R rows that sample, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .... import kernels
+from ..sampling_params import SamplingParams
+from ..scheduling.step import TokenLogprob
+from .kv_cache import HAS_NATIVE, _native, to_device, to_host
+
+IMPOSSIBLE = -9999.0  # for a log-probability of −inf or NaN, as OpenAI says it: JSON has neither
+_FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+
+
+class RowSettings:
+    """The sampling parameters of every row of the batch, as tensors on the device."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.numbers = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in _FIELDS.items()}
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.params: list[SamplingParams] = [SamplingParams()] * rows
+        self.bias: dict[int, tuple[Tensor, Tensor]] = {}
+        self.device = device
+
+    def admit(self, row: int, params: SamplingParams, seed: int) -> None:
+        """A new sequence takes the row."""
+        for name, tensor in self.numbers.items():
+            tensor[row] = getattr(params, name)
+        self.seeds[row] = seed
+        self.params[row] = params
+        self.bias.pop(row, None)
+        if params.logit_bias:
+            tokens = torch.tensor(list(params.logit_bias), device=self.device)
+            self.bias[row] = tokens, torch.tensor(list(params.logit_bias.values()), device=self.device)
+
+    def choose(self, logits_RV: Tensor, rows: list[int], index_R: Tensor, positions_R: Tensor) -> Tensor:
+        """One token for each row of logits; `positions_R` are where the tokens will stand."""
+        if HAS_NATIVE and self.device.type == "cpu":
+            return _sample_native(logits_RV, index_R, *self.numbers.values(), self.seeds, positions_R)
+        if all(self.params[row].greedy for row in rows):
+            return logits_RV.masked_fill(logits_RV.isnan(), -torch.inf).argmax(-1)  # the rule of `kernels.sample`
+        settings = [tensor[index_R] for tensor in (*self.numbers.values(), self.seeds)]
+        return kernels.sample(logits_RV, *settings, positions_R)
+
+
+def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Tensor:
+    """The same draw in C++, which looks the settings up by itself."""
+    logits_RV = logits_RV.float().contiguous()
+    tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
+    addresses = (tensor.data_ptr() for tensor in (index_R, *settings, tokens_R))
+    _native.sample(logits_RV.data_ptr(), *logits_RV.shape, *addresses)
+    return tokens_R
+
+
+def penalize(
+    logits_RV: Tensor, params: list[SamplingParams], tokens: Tensor, rows: list[int], prompts: list[int], lengths
+) -> Tensor:
+    """The logits after each row's repetition, presence and frequency penalties: one launch, and no wait for it.
+
+    Row r has written the first `lengths[r]` of `tokens[rows[r]]`, of which the first `prompts[r]` are its prompt."""
+    kinds = "repetition_penalty", "presence_penalty", "frequency_penalty"
+    penalties = (np.array([getattr(one, kind) for one in params], dtype=np.float32) for kind in kinds)
+    return kernels.penalize(
+        logits_RV, tokens, *to_device((*map(np.array, (rows, prompts, lengths)), *penalties), logits_RV.device)
+    )
+
+
+class Logprobs:
+    """The log-probabilities of tokens and of the `top` most likely ones, by the model alone."""
+
+    def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
+        logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
+        chosen_R = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
+        best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+        chosen_R, best_RK = (x.nan_to_num(nan=IMPOSSIBLE, neginf=IMPOSSIBLE) for x in (chosen_R, best.values))
+        self._columns = [to_host(column) for column in (tokens_R, chosen_R, best.indices, best_RK)]
+
+    def read(self) -> tuple[TokenLogprob, ...]:
+        """One entry a row; waits for the device."""
+        rows = zip(*(column() for column in self._columns))
+        return tuple(TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in rows)

@@ -1,0 +1,210 @@
+"""The model as it serves: on a CPU in C++, all layers in one call; with `quantize="int8"`, in 8 bits.
+
+Decoding reads every weight once a token, so its speed is the weights' bytes, and everything between the products is
+overhead. `serving_model` gives a twin of the model that is one C++ call from tokens to hidden states, and a head that
+is another, with weights packed in the order in which they are read. A product there gives a row the same bits in any
+batch.
+
+In 8 bits, weights have a scale a row, and activations are quantized as they arrive, in groups of 64 columns: products
+of whole numbers are four times as many an instruction. What that costs, for a model of 6M parameters trained on code
+and for code it had not seen: log-probabilities move by 0.011 (root mean square; rounding the weights alone moves them
+by 0.008, bfloat16 by 0.003) and perplexity by less than 0.01 %. Channels far larger than their neighbors would cost ten
+times that; `balance.py` takes them apart beforehand. A block with experts is no single call: its products
+are, and each expert's. On a GPU the twin is `fused.py`'s. Without the extension the model serves as it is. In both,
+8-bit layers are `kernels.int8_linear`, which rounds weights alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .... import kernels
+from ....kernels.moe import route
+from ...executors import BIASES, OUTSIDE, ROUTING, SHAPE, STREAM, WINDOWS, Supported
+from ...layers import routing_options
+from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
+from .gpu_model import SteadyLinear, fused_model, replace, twin_of
+from .kv_cache import HAS_NATIVE, NativeAttend, _native
+from .outlier_smoothing import balanced
+
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class Head:
+    """Hidden states to logits: by the model's own head, or by a linear layer that stands for it."""
+
+    def __init__(self, model: Transformer, linear: nn.Module | None = None):
+        self.logits = model.logits if linear is None else linear
+        self.softcap = None if linear is None else model.config.logit_softcap
+        self.needs_padding = not isinstance(linear, NativeLinear)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in 8 bits by the kernels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.scale = kernels.quantize_int8(weight.detach())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.int8_linear(x, self.weight, self.scale, self.bias)
+
+
+class NativeLinear(nn.Module):
+    """A linear layer in C++."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: str = "int8"):
+        super().__init__()
+        self.outputs = weight.shape[0]
+        self.matrix = native_matrix(weight, bias, form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.float().contiguous()
+        y = torch.empty(*x.shape[:-1], self.outputs)
+        self.matrix.multiply(rows.data_ptr(), rows.numel() // rows.shape[-1], y.data_ptr())
+        return y.to(x.dtype)
+
+
+class NativeTransformer:
+    """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
+
+    training = False
+
+    def __init__(self, model: Transformer, form: str, release: bool):
+        c = self.config = model.config
+        self.device, self.embedding = model.device, model.embedding
+        blocks = []
+        for index, block in enumerate(model.blocks):
+            blocks.append(_native_block(balanced(block, c) if form == "int8" else block, c, form))
+            if release:  # so that no more than one layer is ever held twice
+                model.blocks[index] = nn.Identity()
+        self.rotation: tuple[Tensor, ...] = ()
+        if c.position == "rope":
+            self.rotation = rotary_tables(c, "f")
+        self.positions = None
+        if c.position == "learned":
+            self.positions = model.positions.weight
+        elif c.position == "sinusoidal":
+            self.positions = sinusoids(c.max_seq_len, c.d_model) * model.embedding.std
+        tables = (x for table in (model.embedding.weight, self.positions) for x in _native_table(table))
+        self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
+
+    def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
+        """What `Transformer.hidden` gives; the positions are those of `attend`."""
+        hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
+        columns = self.rotation[0].shape[1] if self.rotation else 0
+        rotation = (table.data_ptr() for table in self.rotation) if self.rotation else (0, 0)
+        self.native.run(
+            tokens_BT.data_ptr(), attend.step, attend.layers, *rotation, columns, hidden_BTC.data_ptr()
+        )  # fmt: skip
+        return hidden_BTC
+
+
+class NativeMoE(nn.Module):
+    """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    def __init__(self, moe: MoE, form: str):
+        super().__init__()
+        self.config = c = moe.config
+        self.options = routing_options(c)
+        self.activation = self.options.pop("activation")
+        self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
+        self.router = NativeLinear(moe.router.weight, moe.router.bias, form)
+        biases = ([None] * c.n_experts if bias is None else bias for bias in (moe.b_gate_up, moe.b_down))
+        parts = zip(moe.w_gate_up, moe.w_down, *biases)
+        self.experts = [(NativeLinear(up, b_up, form), NativeLinear(down, b, form)) for up, down, b_up, b in parts]
+        self.shared, self.shared_gate = moe.shared, moe.shared_gate
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        c, x_TC = self.config, x_BTC.flatten(0, -2)
+        logits_TE = self.router(x_TC)
+        weights_TK, experts_TK, routing = route(logits_TE, c.experts_per_token, **self.options, **self.choice)
+        order_A = experts_TK.flatten().argsort(stable=True)
+        pieces = x_TC[order_A // c.experts_per_token].split(routing.tokens_per_expert.tolist())
+        y_AC = torch.cat([
+            down(kernels.swiglu_packed(up(piece), self.activation)) for piece, (up, down) in zip(pieces, self.experts)
+        ])  # fmt: skip
+        y_TKC = y_AC[order_A.argsort()].unflatten(0, (-1, c.experts_per_token)) * weights_TK.unsqueeze(-1)
+        y_BTC = sum(y_TKC.unbind(1)).to(x_BTC.dtype).view_as(x_BTC)  # one after the other, in any batch
+        return MoE.with_shared(self, y_BTC, x_BTC)
+
+
+is_supported = Supported(  # by `NativeTransformer`
+    computed={*SHAPE, *OUTSIDE, *WINDOWS, *ROUTING, *BIASES, *STREAM, "rotary_dim", "head_bias"}
+    - {"local_rope", "norm_place", "residual", "residual_scale"},
+    only={"n_experts": (0,), "qk_norm": ("none", "head"), "ffn": ("swiglu", "gelu", "relu", "relu2")},
+    where=lambda config: "n" not in config.kinds,
+)
+
+
+def serving_model(
+    model: Transformer,
+    quantize: str | None,
+    release: bool = False,
+    batch_invariant: bool = True,
+    native_pages: bool = True,
+) -> tuple[Transformer | NativeTransformer, Head]:
+    """The model as it is served, and its head; what need not change is shared with the original.
+
+    `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
+    `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
+    """
+    if model.device.type == "cuda" and type(model) is Transformer:
+        make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
+        return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
+    if not batch_invariant and quantize is None:
+        return model, Head(model)
+    dtype = model.embedding.weight.dtype
+    form = quantize or FORMATS.get(dtype)
+    native = HAS_NATIVE and model.device.type == "cpu" and form is not None
+    if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
+        return model, Head(model)
+    make = (lambda *head: NativeLinear(*head, form)) if native else Int8Linear
+    head = make(model.head_weight, model.head_bias)
+    if native and native_pages and is_supported(model.config) and dtype in FORMATS:
+        return NativeTransformer(model, form, release), Head(model, head)
+    twin = twin_of(model)
+    if native:
+        for index, block in enumerate(twin.blocks):
+            twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block
+            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
+    else:
+        replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
+    return twin, Head(model, head)
+
+
+def _native_block(block: Block, config, form: str):
+    """A whole layer in C++: the twin of `Block`."""
+    c, attention, ffn = config, block.attention, block.ffn
+    layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
+    return _native.Block(
+        c.d_model, c.n_heads, c.kv_heads, c.head_size, c.ff_size, attention.window or 0, attention.softcap or 0.0,
+        attention.scale, c.norm_eps, c.ffn, _native_norm(block.attention_norm, c), _native_norm(block.ffn_norm, c),
+        _floats(getattr(attention.q_norm, "weight", None)), _floats(getattr(attention.k_norm, "weight", None)),
+        *(native_matrix(layer.weight, layer.bias, form) for layer in layers),
+    )  # fmt: skip
+
+
+def _native_table(table: Tensor | None) -> tuple[int, bool]:
+    return (0, False) if table is None else (table.data_ptr(), table.dtype == torch.bfloat16)
+
+
+def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
+    """A weight as C++ keeps it."""
+    rows = weight.detach().float().contiguous()
+    offset = None if bias is None else bias.detach().float().contiguous()
+    return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
+
+
+def _native_norm(norm: nn.Module, config):
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return _native.Norm(config.norm, config.norm_eps, _floats(weight), _floats(bias))
+
+
+def _floats(tensor: Tensor | None) -> list[float]:
+    return [] if tensor is None else tensor.detach().float().tolist()

@@ -1,0 +1,221 @@
+"""One model in several processes, for weights or speed beyond one device.
+
+The first process has the scheduler, the engine and its callers. It starts the others, and when they have met, each
+reads its share of the weights, so a model may be larger than the memory of any of them. From then on it sends each the
+plan that it gives its own runner, a few hundred bytes a step. All of them run that plan on their share of the heads and
+features (engine/parallel/tensor_parallel.py), in pages of the same numbers, and meet inside the model; the whole logits
+are known to each, and a draw depends on (seed, position) alone, so all choose the same tokens and nothing has to come
+back.
+
+A process that dies breaks the team: the step under way fails, and so does every later one, with a sentence that says
+which process it was. The others read their plans from a pipe that ends when the first process does, however it ends,
+so none is left behind.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import weakref
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ...formats.model_directory import load_config, read_model
+from ...model import Transformer
+from ...parallel.tensor_parallel import check
+from ..llm import memory_for_pages
+from ..scheduling.step import StepPlan
+from .kv_cache import set_workers
+from .model_runner import Flight
+from .speculative import make_runner
+
+PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """All that a process must know to run its part."""
+
+    rank: int
+    size: int
+    port: int
+    threads: int
+    device: str
+    dtype: str | torch.dtype | None
+    directories: tuple[str, ...]  # of the model, and of a draft, which every process runs by itself
+    largest: tuple[int, int]  # tokens of a step, sequences of a batch
+
+    def join(self, store: dist.TCPStore) -> dist.ProcessGroup:
+        """Meet the others; returns when all are there."""
+        torch.set_num_threads(self.threads)
+        set_workers()
+        backend = "nccl" if self.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+        return dist.group.WORLD
+
+
+class TeamRunner:
+    """A runner whose plans are carried out by several processes: they meet, load the model, and `begin`.
+
+    A `with` block around these three ends the processes if something goes wrong inside."""
+
+    def __init__(self, share: Share, store: dist.TCPStore):
+        self.broken: str | None = None
+        self.workers = [_start(replace(share, rank=rank, device=_device(share, rank))) for rank in range(1, share.size)]
+        self.close = weakref.finalize(self, _dismiss, self.workers)
+        with self:
+            self._hear("start")
+            self.group = share.join(store)
+
+    def __enter__(self) -> "TeamRunner":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not None:
+            self.close()
+
+    def memory_for_pages(self, model: Transformer, *largest: int) -> int:
+        """Bytes that a cache in all processes may have; `model` is this process's share."""
+        self._hear("load the model")
+        mine = memory_for_pages(model, *largest)  # on GPUs a step of all processes
+        least = min(mine, *map(int, self._hear("make its largest step")))
+        return least if model.device.type == "cpu" else least * self.group.size()  # a CPU's memory is the same for all
+
+    def begin(self, models: list[Transformer], options: dict) -> "TeamRunner":
+        """Make the runner, here and there, with these options of `make_runner`."""
+        self._tell(options)
+        self.runner = make_runner(models, **options)
+        self.model = self.runner.model
+        return self
+
+    @property
+    def alive(self) -> bool:
+        """Whether all processes are there."""
+        return self.broken is None and all(worker.poll() is None for worker in self.workers)
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """Start computing a plan, everywhere."""
+        try:
+            if not self.alive:
+                raise ConnectionError("not all processes are there")
+            told = replace(plan, admitted=tuple(replace(each, grammar=None) for each in plan.admitted))
+            self._tell(told)
+            return self.runner.launch(plan)
+        except BaseException as error:  # whatever it was, the others are now a step ahead
+            self.broken = self.broken or self._diagnosis()
+            self.close()
+            if not isinstance(error, Exception):
+                raise
+            raise RuntimeError(f"tensor_parallel: {self.broken}; make the LLM anew") from error
+
+    def collect(self, flight: Flight):
+        """Wait for a step, and report it."""
+        return self.runner.collect(flight)
+
+    def _tell(self, told: object) -> None:
+        message = pickle.dumps(told)
+        for worker in self.workers:
+            worker.stdin.write(message)
+            worker.stdin.flush()
+
+    def _hear(self, task: str) -> list[bytes]:
+        """A line from every process, which says that it is done with a task."""
+        said = [worker.stdout.readline() for worker in self.workers]
+        if not all(said):
+            silent = said.index(b"") + 1
+            raise RuntimeError(f"tensor_parallel: process {silent} of {len(said) + 1} could not {task}")
+        return said
+
+    def _diagnosis(self) -> str:
+        for rank, worker in enumerate(self.workers, 1):
+            try:  # when one dies, others notice in their exchange before its end is known
+                code = worker.wait(1)
+            except subprocess.TimeoutExpired:
+                continue
+            return f"process {rank} of {len(self.workers) + 1} has ended with exit code {code}"
+        return "a step has failed"
+
+
+def start_team(
+    directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, *largest: int
+) -> TeamRunner:
+    """Start the processes that share a model (and each run a draft, if there is a second directory)."""
+    if not all(isinstance(place, (str, os.PathLike)) for place in directories):
+        raise ValueError("tensor_parallel needs models in directories, which each process can read: use save_model")
+    check(load_config(directories[0]), size)
+    if dist.is_initialized():
+        raise ValueError("tensor_parallel starts its own processes, but torch.distributed is in use here already")
+    devices = torch.cuda.device_count()
+    if device.type == "cuda" and devices < size:
+        raise ValueError(f"tensor_parallel={size} needs as many GPUs, and torch sees {devices}")
+    store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False, timeout=PATIENCE)
+    threads = max(1, torch.get_num_threads() // size)
+    places = tuple(os.path.abspath(place) for place in directories)
+    return TeamRunner(Share(0, size, store.port, threads, str(device), dtype, places, largest), store)
+
+
+def _device(share: Share, rank: int) -> str:
+    return f"cuda:{rank}" if share.device.startswith("cuda") else share.device
+
+
+def _start(share: Share) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(share.threads)}
+    command = [sys.executable, "-m", __name__]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    pickle.dump(share, worker.stdin)
+    worker.stdin.flush()
+    return worker
+
+
+def _dismiss(workers: list[subprocess.Popen]) -> None:
+    """End the other processes; those that wait for a plan go by themselves, the rest after a moment."""
+    for worker in workers:
+        with contextlib.suppress(OSError):  # it has gone
+            worker.stdin.close()
+    for worker in workers:
+        try:
+            worker.wait(2)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        worker.stdout.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def work() -> None:
+    """What the other processes do: meet, load their share, and run plans until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints (NCCL_DEBUG, for one) is not said to the first process
+    share: Share = _told()
+    store = dist.TCPStore("127.0.0.1", share.port, share.size, False, wait_for_workers=False, timeout=PATIENCE)
+    print("here", file=said, flush=True)
+    group = share.join(store)
+    place, *drafts = share.directories
+    try:
+        models = [read_model(place, share.device, share.dtype, group)]
+        models += [read_model(draft, share.device, models[0].embedding.weight.dtype) for draft in drafts]
+    except ValueError:
+        os._exit(1)  # the first process reads the same files, and says what is wrong
+    print("loaded", file=said, flush=True)
+    print(memory_for_pages(models[0], *share.largest), file=said, flush=True)
+    runner = make_runner(models, **_told())
+    while True:
+        runner.launch(_told())
+
+
+def _told():
+    try:
+        return pickle.load(sys.stdin.buffer)
+    except EOFError:
+        os._exit(0)  # without the farewells of torch.distributed, for which nobody waits
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,1 @@
+"""Continuous batching as plain Python: scheduler, sequences, page pool. Imports no torch."""

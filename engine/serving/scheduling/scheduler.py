@@ -1,0 +1,362 @@
+"""Continuous batching: which sequence computes how many tokens in the next step.
+
+There is no prefill phase and no decode phase. Every sequence has some tokens, and of those some are *computed* (their
+keys and values lie in pages). A step is a set of chunks `{sequence: how many more tokens to compute}` under one budget
+of tokens: a decoding sequence asks for one, a fresh prompt for as many as the budget still allows. A chunk that reaches
+a sequence's last token also samples the next one.
+
+`plan()` says what to compute, `commit()` learns what came out; between the two, the runner works. Up to `depth` plans
+may be under way at once: a plan made before the tokens of the one before are read writes UNKNOWN for them, and the
+device fills them in.
+
+Who goes first is one number fixed on arrival: `arrival + priority * patience`. A request of a worse priority is treated
+as if it had come later, never as if it had no right to come; so nobody starves. Decoding sequences come before prompts,
+then the order decides. When the pool is empty, the running sequence that loses the least work gives its pages back and
+is computed again later, from the prefix cache as far as that reaches. The first in order is never chosen, and it always
+fits (what could never fit was refused on arrival), so every step brings somebody closer to the end. A sequence is only
+let in when there are pages for all it has, and not in a step that had to preempt: no thrash.
+
+Pure Python; knows no torch, no text and no model.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+from .page_pool import PagePool
+from .sequence import Order, Sequence
+from .step import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
+
+Draft = Callable[[Sequence, int], list[int]]
+Event = tuple[Sequence, tuple[int, ...], ChunkResult]
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one sequence gets in the step being planned."""
+
+    chunk: Chunk
+    copies: list[tuple[int, int]]
+    admission: Admission | None
+    epoch: int
+
+
+class Scheduler:
+    """Turns sequences into plans. `draft(sequence, most)` may propose tokens to be checked along with the next one."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_batch: int = 64,
+        step_tokens: int = 512,
+        context: int = 1 << 30,
+        patience: float = 30.0,
+        depth: int = 1,
+        draft: Draft | None = None,
+        most_drafts: int = 4,
+    ):
+        if max_batch < 1 or step_tokens < max_batch:
+            raise ValueError(f"step_tokens must be at least max_batch, and that 1; got {step_tokens} and {max_batch}")
+        self.pool = pool
+        self.max_batch, self.step_tokens, self.context = max_batch, step_tokens, context
+        self.patience, self.depth, self.draft, self.most_drafts = patience, depth, draft, most_drafts
+        self.running: list[Sequence] = []
+        self.ended: list[Sequence] = []  # since somebody last looked and cleared it
+        self.preemptions = self.drafted = self.drafts_right = 0
+        self._waiting: list[tuple[Order, Sequence]] = []
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._rows = list(range(max_batch - 1, -1, -1))
+        self._flights: deque[dict[Sequence, _Share]] = deque()
+        self._arrivals = count()
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences that hold nothing yet, in no particular order."""
+        return [sequence for _, sequence in self._waiting if sequence.finish_reason is None]
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to plan and nothing under way."""
+        return not self.running and not self._flights and all(sequence.finish_reason for _, sequence in self._waiting)
+
+    def fit(self, prompt_length: int, max_tokens: int) -> int:
+        """How many tokens can be generated; refuses, with the numbers, what could never be served."""
+        if prompt_length < 1:
+            raise ValueError("the prompt is empty: it must have at least 1 token")
+        if prompt_length + min(max_tokens, 1) > self.context:
+            raise ValueError(f"the prompt has {prompt_length} tokens, too many for a context of {self.context} tokens")
+        max_tokens = min(max_tokens, self.context - prompt_length)
+        needed = self.pool.pages_for(prompt_length + max(max_tokens - 1, 0))
+        if needed > self.pool.num_pages:
+            raise ValueError(
+                f"a prompt of {prompt_length} tokens with max_tokens={max_tokens} needs {needed} pages "
+                f"of {self.pool.page_size} tokens and the pool has {self.pool.num_pages}: lower it or raise kv_memory"
+            )
+        return max_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; its followers come when its prompt is computed."""
+        family = (sequence, *sequence.followers)
+        for member in family:
+            member.max_tokens = self.fit(member.prompt_length, member.max_tokens)
+        for member in family:
+            member.order = (member.arrival + member.priority * self.patience, next(self._arrivals))
+            member.leader = None if member is sequence else sequence
+            if member.deadline is not None:
+                heapq.heappush(self._deadlines, (member.deadline, member.order[1], member))
+        self._queue(sequence)
+
+    def fork(self, parent: Sequence, listener: object = None) -> Sequence:
+        """A copy of a sequence that shares its pages until one of them writes; without a free row it has to queue."""
+        assert not parent.pending, "only a sequence whose tokens are all read can be forked"
+        child = parent.copy(listener)
+        child.order = (parent.order[0], next(self._arrivals))
+        if not parent.running or not self._rows:
+            self._queue(child)
+            return child
+        child.computed, child.published, child.chain = parent.computed, parent.published, parent.chain
+        child.pages = list(parent.pages)
+        self.pool.retain(child.pages)
+        child.row = self._rows.pop()
+        self.running.append(child)
+        return child
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence wherever it is; its pages are free at once."""
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        if sequence.running:
+            self._leave(sequence)
+        self.ended.append(sequence)
+        self._call_followers(sequence)
+
+    def plan(self, now: float = 0.0) -> StepPlan | None:
+        """What to compute next; None when there is nothing to compute, or nothing before the next commit."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.finish(heapq.heappop(self._deadlines)[2], "cancelled")
+        if len(self._flights) >= self.depth:
+            return None
+        step: dict[Sequence, _Share] = {}
+        budget, preempted = self.step_tokens, self.preemptions
+        for sequence in sorted(self.running, key=lambda sequence: (sequence.uncomputed > 1, sequence.order)):
+            if budget and sequence.running:
+                budget -= self._advance(sequence, budget, step)
+        if self.preemptions == preempted:
+            self._admit(budget, step)
+        if not step:
+            return None
+        self._flights.append(step)
+        shares = step.values()
+        return StepPlan(
+            tuple(share.chunk for share in shares),
+            tuple(share.admission for share in shares if share.admission),
+            tuple(copy for share in shares for copy in share.copies),
+        )
+
+    def commit(self, result: StepResult) -> list[Event]:
+        """Take in what the oldest plan brought: new tokens, finished sequences (in `ended`), pages to remember."""
+        flight = self._flights.popleft()
+        assert len(flight) == len(result.chunks), "a result must answer every chunk of its plan"
+        return [
+            (sequence, self._learn(sequence, share, chunk), chunk)
+            for (sequence, share), chunk in zip(flight.items(), result.chunks)
+            if sequence.finish_reason is None
+        ]
+
+    def abort(self, reason: str) -> None:
+        """End every sequence of the plans under way: their results will not come."""
+        while self._flights:
+            for sequence in self._flights.popleft():
+                self.finish(sequence, reason)
+
+    def check(self) -> None:
+        """Assert every invariant. For tests."""
+        self.pool.check([sequence.pages for sequence in self.running])
+        rows = [sequence.row for sequence in self.running]
+        assert sorted(rows + self._rows) == list(range(self.max_batch)), "a row was lost or given twice"
+        assert not any(sequence.finish_reason for sequence in self.running)
+        assert not any(sequence.running or sequence.pages for sequence in self.waiting)
+        for sequence in self.running:
+            assert self.pool.pages_for(sequence.computed) <= len(sequence.pages)
+            assert 0 <= sequence.computed <= sequence.capacity
+
+    def _advance(self, sequence: Sequence, budget: int, step: dict[Sequence, _Share]) -> int:
+        """Give a running sequence its part of the step, as far as budget and pages go; how many tokens that is."""
+        wanted = min(sequence.uncomputed, budget)
+        if wanted <= 0 or (sequence.grammar is not None and sequence.pending):  # a grammar must see the token first
+            return 0
+        tokens = self._tokens(sequence, wanted)
+        tokens += self._drafts(sequence, wanted, budget - wanted)
+        start, end = sequence.computed, sequence.computed + len(tokens)
+        copies = self._make_room(sequence, start, end, step)
+        if copies is None:
+            return 0
+        reaches_end = start + wanted == sequence.length and (
+            sequence.manual or sequence.generated < sequence.max_tokens
+        )
+        sampled = 1 + len(tokens) - wanted if reaches_end else 0
+        pages = tuple(sequence.pages[sequence.told_pages :])
+        chunk = Chunk(sequence.row, start, tokens, sampled, sequence.told_pages, pages)
+        admission = None if sequence.announced else self._announce(sequence)
+        step[sequence] = _Share(chunk, copies, admission, sequence.preemptions)
+        sequence.told_pages = len(sequence.pages)
+        sequence.computed = end
+        sequence.pending += sampled > 0
+        return len(tokens)
+
+    def _tokens(self, sequence: Sequence, wanted: int) -> tuple[int, ...]:
+        start = sequence.computed
+        tokens = tuple(sequence.tokens[start : start + wanted])
+        return tokens + (UNKNOWN,) * (wanted - len(tokens))
+
+    def _drafts(self, sequence: Sequence, wanted: int, budget: int) -> tuple[int, ...]:
+        """Guesses for the tokens after the next one, where there are budget and pages that nobody else needs."""
+        if self.draft is None or self.depth > 1 or sequence.manual or sequence.grammar is not None:
+            return ()
+        room = (len(sequence.pages) + self.pool.num_free) * self.pool.page_size
+        most = min(self.most_drafts, min(sequence.capacity, room) - sequence.length, budget - len(self.running))
+        decoding = wanted == sequence.uncomputed and sequence.generated > 0
+        return tuple(self.draft(sequence, most)) if decoding and most > 0 else ()
+
+    def _make_room(self, sequence: Sequence, start: int, end: int, step: dict[Sequence, _Share]) -> list | None:
+        """Pages of its own for positions start to end, and the copies that takes; None if it lost its row instead."""
+        copies = []
+        size = self.pool.page_size
+        for index in range(start // size, self.pool.pages_for(end)):
+            new = index == len(sequence.pages)
+            if not new and self.pool.own(sequence.pages[index]):
+                continue
+            page = self._take_page(sequence, step)
+            if page is None:
+                return None
+            if new:
+                sequence.pages.append(page)
+                continue
+            if index * size < start:
+                copies.append((sequence.pages[index], page))
+            self.pool.release([sequence.pages[index]])
+            sequence.pages[index] = page
+            sequence.told_pages = min(sequence.told_pages, index)
+        return copies
+
+    def _take_page(self, sequence: Sequence, step: dict[Sequence, _Share]) -> int | None:
+        """A free page, if need be of whoever loses the least work; None if that is the sequence itself."""
+        while (page := self.pool.allocate()) is None:
+            first = min(self.running, key=lambda other: other.order)
+            victim = min((other for other in self.running if other is not first), key=lambda other: other.computed)
+            if share := step.pop(victim, None):
+                victim.pending -= share.chunk.sampled > 0
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        return page
+
+    def _admit(self, budget: int, step: dict[Sequence, _Share]) -> None:
+        """Let waiting sequences in, strictly in order, while rows, pages and budget last."""
+        while self._waiting and self._rows and budget:
+            _, sequence = self._waiting[0]
+            if sequence.finish_reason is not None:
+                heapq.heappop(self._waiting)
+                continue
+            if sequence.pending or not self._enter(sequence, step):
+                if step or self._flights or not self._preempt_held():
+                    return
+                continue
+            heapq.heappop(self._waiting)
+            budget -= self._advance(sequence, budget, step)
+
+    def _enter(self, sequence: Sequence, step: dict[Sequence, _Share]) -> bool:
+        """Give a waiting sequence a row and pages for all it has, if there are enough; shared ones where possible."""
+        pool, length = self.pool, sequence.length
+        pages, chain = pool.match(sequence.tokens[: length - 1], sequence.salt) if sequence.use_cache else ([], None)
+        published, computed = len(pages), len(pages) * pool.page_size
+        leader, rest = sequence.leader, length - 1 - computed
+        if not sequence.generated and leader and 0 < rest < pool.page_size and _computed_before(leader, step) >= length:
+            pages.append(leader.pages[published])
+            pool.retain(pages[-1:])
+            computed = length - 1
+        room = max(length, min(length + 1, sequence.capacity))
+        shared_tail = len(pages) > published
+        if pool.pages_for(room) - len(pages) + shared_tail > pool.num_free:
+            pool.release(pages)
+            return False
+        pages += [pool.allocate() for _ in range(pool.pages_for(length) - len(pages))]
+        sequence.pages, sequence.computed, sequence.cached_tokens = pages, computed, computed
+        sequence.published, sequence.chain = published, chain if sequence.use_cache else pool.root(sequence.salt)
+        sequence.row = self._rows.pop()
+        self.running.append(sequence)
+        return True
+
+    def _learn(self, sequence: Sequence, share: _Share, result: ChunkResult) -> tuple[int, ...]:
+        """Append what was sampled, as far as nothing ends the sequence; returns what is new."""
+        chunk, sampled = share.chunk, result.tokens
+        room = sequence.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
+        ends = [i + 1 for i, token in enumerate(sampled) if token in sequence.stop_tokens]
+        new = () if sequence.manual else sampled[: min([room, *ends])]
+        sequence.tokens += new
+        sequence.pending -= chunk.sampled > 0
+        for counter in (self, sequence):
+            counter.drafted += max(chunk.sampled - 1, 0)
+            counter.drafts_right += max(len(sampled) - 1, 0)
+        if sequence.running and sequence.preemptions == share.epoch:
+            wasted = chunk.sampled - len(sampled)  # drafts that were wrong
+            sequence.computed -= wasted
+            self._publish(sequence, min(chunk.start + len(chunk.tokens) - wasted, len(sequence.tokens)))
+        if sequence.computed >= sequence.prompt_length:
+            self._call_followers(sequence)
+        if new and new[-1] in sequence.stop_tokens:
+            self.finish(sequence, "stop")
+        elif not sequence.manual and room <= len(new) and (new or sequence.uncomputed <= 0):
+            self.finish(sequence, "length")
+        return new
+
+    def _publish(self, sequence: Sequence, valid: int) -> None:
+        while (sequence.published + 1) * self.pool.page_size <= valid:
+            page = sequence.pages[sequence.published]
+            sequence.chain = self.pool.publish(page, sequence.chain, sequence.tokens, sequence.published)
+            sequence.published += 1
+
+    def _announce(self, sequence: Sequence) -> Admission:
+        sequence.announced = True
+        tokens = tuple(sequence.tokens)
+        return Admission(sequence.row, sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar)
+
+    def _queue(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _call_followers(self, sequence: Sequence) -> None:
+        followers, sequence.followers = sequence.followers, ()
+        for follower in followers:
+            if follower.finish_reason is None:
+                self._queue(follower)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        sequence.preemptions += 1
+        self._leave(sequence)
+        self._queue(sequence)
+
+    def _preempt_held(self) -> bool:
+        """Take the pages of a sequence that only waits for its owner's choice, so that the others can get there."""
+        held = next((sequence for sequence in self.running if sequence.uncomputed <= 0), None)
+        if held:
+            self._preempt(held)
+        return held is not None
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        self.running.remove(sequence)
+        self._rows.append(sequence.row)
+        sequence.row, sequence.announced = -1, False
+        sequence.pages, sequence.told_pages = [], 0
+        sequence.computed = sequence.published = 0
+        sequence.chain = None
+
+
+def _computed_before(sequence: Sequence, step: dict[Sequence, _Share]) -> int:
+    """How many of its tokens are in pages before the step being planned: what it could be copied from."""
+    return step[sequence].chunk.start if sequence in step else sequence.computed

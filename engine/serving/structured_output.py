@@ -1,0 +1,211 @@
+"""Structured output: only tokens that keep the text inside a grammar are possible.
+
+`llguidance` compiles a JSON schema, a regular expression, a list of choices or a Lark grammar into a matcher that says,
+before each token, which tokens may come. Compiling takes milliseconds, happens before a request reaches the loop, in
+two threads that take turns by client, and its results are kept: a hostile schema costs its sender an error and nobody
+else a step. When the grammar is complete the request ends, whether or not the model would have gone on; one that grows
+out of llguidance's limits on the way ends its own request, with an error.
+"""
+
+import contextlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as TooLong
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fair_pool import FairPool
+from .sampling_params import GRAMMARS, SamplingParams
+
+TIME_LIMIT = 10.0  # seconds to compile a grammar
+MOST_BYTES = 1 << 16  # of a grammar's source
+CACHED = 64  # compiled grammars that are kept
+NAMES = ", ".join(GRAMMARS[:-1]) + f" and {GRAMMARS[-1]}"
+
+
+class GrammarError(ValueError):
+    """A grammar that outgrew its limits while the text was being generated."""
+
+
+class Grammar:
+    """Where one continuation stands in its grammar."""
+
+    def __init__(self, matcher, vocabulary: int):
+        self._matcher = matcher
+        self.error: Exception | None = None
+        self._mask = np.zeros((vocabulary + 31) // 32, dtype=np.int32)
+        self._vocabulary = vocabulary
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more can come."""
+        return self.error is not None or self._matcher.is_stopped()
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        if not self.finished and not self._matcher.consume_token(token):
+            self.error = GrammarError(f"the grammar refused token {token}: {_first_line(self._matcher.get_error())}")
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Make impossible, in place, every token that would leave the grammar."""
+        if self.finished:
+            return
+        try:
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        except ValueError as error:
+            self.error = GrammarError(_first_line(error))
+            return
+        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocabulary]
+        if not allowed.any():
+            self.error = GrammarError("no token of the vocabulary continues the grammar")
+            return
+        logits_V.masked_fill_(~torch.from_numpy(allowed).bool().to(logits_V.device), -torch.inf)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and a model's `vocabulary` rows, and keeps the last ones."""
+
+    def __init__(self, tokenizer, vocabulary: int):
+        self._tokenizer, self._rows = tokenizer, vocabulary
+        self._kept: OrderedDict[tuple[str, Hashable], object] = OrderedDict()
+        self._building, self._keeping = threading.Lock(), threading.Lock()
+        self._ready = self._pool = None
+
+    def prepare(self) -> None:
+        """Build what every grammar needs, where structured output is possible at all: 0.1 s over 49,152 tokens."""
+        with contextlib.suppress(ValueError):
+            self._check()
+            self._vocabulary()
+
+    def compile(self, params: SamplingParams) -> Callable[[], Grammar]:
+        """A maker of fresh matchers for what a request asks; raises ValueError for what cannot be compiled."""
+        try:
+            return self.start(params).result(TIME_LIMIT)
+        except TooLong:
+            raise too_slow(params) from None
+
+    def start(self, params: SamplingParams, client: Hashable = None) -> Future:
+        """The same as a future; raises ValueError at once for what is too large, PoolFull if too many wait."""
+        self._check()
+        field = field_of(params)
+        key = (field, getattr(params, field))
+        size = sum(map(len, key[1]))  # characters, of a text or of several
+        if size > MOST_BYTES:
+            raise ValueError(f"{field} has {size} characters; at most {MOST_BYTES} are compiled")
+        with self._keeping:
+            matcher = self._kept.get(key)
+        if matcher is None:
+            with self._building:
+                self._pool = self._pool or FairPool(2, waiting=64, name="warploom-grammar")
+            return self._pool.submit(client, self._compile, key)
+        future: Future = Future()
+        future.set_result(self._maker(matcher))
+        return future
+
+    def _compile(self, key: tuple[str, Hashable]) -> Callable[[], Grammar]:
+        field, source = key
+        with self._keeping:
+            matcher = self._kept.get(key)  # somebody may have asked for the same in the meantime
+        if matcher is None:
+            matcher = _build(self._vocabulary(), field, source)
+        with self._keeping:
+            self._kept[key] = matcher
+            self._kept.move_to_end(key)
+            while len(self._kept) > CACHED:
+                self._kept.popitem(last=False)
+        return self._maker(matcher)
+
+    def _maker(self, matcher) -> Callable[[], Grammar]:
+        return lambda: Grammar(matcher.deep_copy(), self._rows)
+
+    def _check(self) -> None:
+        try:
+            import llguidance  # noqa: F401
+        except ImportError:
+            raise ValueError(f"{NAMES} need the package llguidance: pip install llguidance") from None
+        if self._tokenizer is None or self._tokenizer.eos_id is None:
+            raise ValueError(f"{NAMES} need a tokenizer with an end-of-text token")
+
+    def _vocabulary(self):
+        with self._building:
+            self._ready = self._ready or _vocabulary(self._tokenizer, self._rows)
+            return self._ready
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+def field_of(params: SamplingParams) -> str:
+    """Which kind of grammar a request gives."""
+    return next(name for name in GRAMMARS if getattr(params, name) is not None)
+
+
+def too_slow(params: SamplingParams) -> ValueError:
+    """What to tell whoever sent a grammar that takes too long."""
+    return ValueError(f"{field_of(params)} takes more than {TIME_LIMIT:.0f} seconds to compile: simplify it")
+
+
+def _build(vocabulary, field: str, value):
+    import llguidance
+
+    source = _source(llguidance.LLMatcher, field, value)
+    matcher = llguidance.LLMatcher(vocabulary, source, log_level=0)
+    trial = matcher.deep_copy()
+    with contextlib.suppress(ValueError):  # what is too large from the start shows here
+        trial.compute_bitmask()
+    if trial.is_error():
+        raise ValueError(f"{field} cannot be compiled: {_first_line(trial.get_error())}")
+    return matcher
+
+
+def _source(matcher, field: str, value) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark  # llama.cpp's notation too
+
+    try:
+        if field == "regex":
+            return matcher.grammar_from_regex(value)
+        if field == "choice":  # one regular expression: linear, where a Lark rule is quadratic and ends at 2,000
+            return matcher.grammar_from_regex("|".join(map(_escaped, value)))
+        if field == "grammar":
+            return matcher.grammar_from_lark(any_to_lark(value))
+        return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{field} cannot be compiled: {error}") from None
+
+
+def _escaped(text: str) -> str:
+    """A text as a regular expression of Rust's, which knows fewer escapes than Python's."""
+    return "".join(f"\\{sign}" if sign in "\\.+*?()|[]{}^$#&-~/" else sign for sign in text)
+
+
+def _vocabulary(tokenizer, size: int):
+    """The tokens as llguidance wants them: bytes by id, special ones marked by a byte that text never has."""
+    import llguidance
+
+    special = tuple(tokenizer.special_tokens.values())
+    token_bytes = tuple(_token_bytes(tokenizer, token, special) for token in range(size))
+
+    class Tokens:
+        eos_token_id = tokenizer.eos_id
+        bos_token_id = None
+        special_token_ids = special
+        tokens = token_bytes
+
+        def __call__(self, text):
+            return tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"))
+
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()), n_vocab=size)
+
+
+def _token_bytes(tokenizer, token: int, special: tuple[int, ...]) -> bytes:
+    try:
+        text = tokenizer.token_bytes(token)
+    except (ValueError, KeyError, IndexError):  # the model's table is larger than the vocabulary
+        return b""
+    return b"\xff" + text if token in special else text

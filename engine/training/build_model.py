@@ -1,0 +1,79 @@
+"""From an architecture to this process's part of a model, without ever having the whole.
+
+A model that is spread over processes may be larger than the memory of any of them. So it is made in three steps:
+
+    1. its shape      every parameter on the meta device, which knows sizes and has no numbers
+    2. the cut        pieces, experts and slices of shapes (`parallel.py`); then memory for what is left
+    3. its numbers    weight by weight: make the whole of one, keep this process's part of it, drop the rest
+
+The numbers come from a model directory or from the seed. Each process draws all of them, in the order in which the
+constructor of a whole model does, and so starts with the very bits of one process alone. Drawing costs a few seconds a
+billion weights; at the worst moment a process holds its part and one module's worth of numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..formats.model_directory import read_weights
+from ..model import Transformer
+from . import fused_block
+from .config import TrainConfig
+from .distributed.mesh import Team, slice_weights, take_piece
+from .distributed.sharded_state import Pieces, local
+
+
+def build(config: TrainConfig, architecture: ModelConfig, team: Team, dtype: torch.dtype) -> tuple[Transformer, Pieces]:
+    """This process's part of the model that a run starts with, in float32, and how it lies in the whole."""
+    with torch.device("meta"):
+        model = Transformer(architecture)
+    pieces = Pieces(team, model)
+    if not config.compile and team.axes["tp"] == 1:
+        fused_block.install(model)
+    for block in model.blocks:
+        if config.recompute:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+    model = take_piece(model, team)
+    if team.axes["fsdp"] > 1:
+        slice_weights(model, dtype, team)
+    model.to_empty(device=team.device)
+    torch.manual_seed(config.seed)
+    fill(model, pieces, read_weights(config.init_from) if config.init_from else fresh_weights(architecture))
+    return model.train(), pieces
+
+
+@torch.no_grad()
+def fill(model: Transformer, pieces: Pieces, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Give a model this process's part of each whole weight."""
+    for name, whole in weights:
+        local(model.get_parameter(name)).copy_(pieces.part(name, whole))
+        del whole  # else it would stand beside the next one
+
+
+def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """What `Transformer(architecture)` would draw, number for number, in one room for all: take it before the next."""
+    with torch.device("meta"):
+        model = Transformer(architecture)
+    modules = [(path, module) for path, module in _as_constructed(model) if hasattr(module, "reset_parameters")]
+    room = torch.empty(max(sum(p.numel() for p in module.parameters(recurse=False)) for _, module in modules))
+    for path, module in modules:
+        start = 0
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(room[start : start + p.numel()].view(p.shape)))
+            start += p.numel()
+        module.reset_parameters()
+        yield from ((path + name, p.detach()) for name, p in module.named_parameters(recurse=False))
+
+
+def _as_constructed(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules in the order in which they draw their numbers: parts before the whole, as `Module.apply` visits them."""
+    for name, child in module.named_children():
+        yield from _as_constructed(child, f"{path}{name}.")
+    yield path, module

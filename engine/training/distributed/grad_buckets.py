@@ -1,0 +1,97 @@
+"""Gradients on their way: added up over processes while the backward pass goes on.
+
+Processes that keep the same numbers for other rows must add up their gradients. The backward pass makes gradients from
+the last block to the first, and meanwhile the network would be idle. So the weights are put into buckets, last ones
+first, and a bucket leaves as soon as its gradients are complete, which is in the backward pass of the step's last
+micro-batch: only what the very first weights leave has to be waited for.
+
+Buckets leave in one order in all processes, whichever is complete first, because a message is known by its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..mixed_precision import Masters
+from .mesh import Team
+
+BUCKET = 1 << 22  # numbers that leave together: many small messages are slow, one large one leaves late
+
+
+@dataclass
+class Bucket:
+    """Weights whose gradients travel together, to the same processes."""
+
+    group: dist.ProcessGroup
+    names: list[str] = field(default_factory=list)
+    numbers: int = 0
+    missing: int = 0
+
+
+class Exchange:
+    """Adds up the gradients of `masters` over those that keep the same numbers; slices along fsdp arrive added up."""
+
+    def __init__(self, team: Team, masters: Masters) -> None:
+        self.masters = masters
+        self.buckets = _fill_buckets(team, masters)
+        self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
+        self.left: list[dist.Work] | None = None  # the messages of the buckets that have left; None: nothing may leave
+        for name, p in masters.model.named_parameters():
+            if name in self.bucket_of:  # asked after the masters' own hooks, which take the gradient from the model
+                p.register_post_accumulate_grad_hook(functools.partial(self._complete, name))
+
+    def begin(self) -> None:
+        """The next backward pass completes the step's gradients."""
+        self.left = []
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.names)
+
+    def end(self) -> None:
+        """Wait until all gradients are sums over processes."""
+        while len(self.left) < len(self.buckets):  # weights without a gradient have not told
+            self._send()
+        for message in self.left:
+            if message:
+                message.wait()
+        self.left = None
+
+    def _complete(self, name: str, _: Tensor) -> None:
+        if self.left is None:
+            return
+        self.bucket_of[name].missing -= 1
+        while len(self.left) < len(self.buckets) and not self.buckets[len(self.left)].missing:
+            self._send()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """The next bucket leaves. Its gradients become views of the message, which takes their room."""
+        bucket = self.buckets[len(self.left)]
+        masters = [p for p in map(self.masters.named.get, bucket.names) if p.grad is not None]
+        if not masters:
+            return self.left.append(None)
+        message = torch.cat([p.grad.flatten() for p in masters])
+        self.left.append(dist.all_reduce(message, group=bucket.group, async_op=True))
+        for p, part in zip(masters, message.split([p.numel() for p in masters])):
+            p.grad = part.view_as(p)
+
+
+def _fill_buckets(team: Team, masters: Masters) -> list[Bucket]:
+    """The buckets in the order in which the backward pass completes them, nearly."""
+    groups = {False: team.make_group("dp", "ep"), True: team.make_group("dp")}  # experts are no copies along ep
+    filling: dict[bool, Bucket] = {}
+    full: list[Bucket] = []
+    for name, p in reversed(masters.named.items()):
+        own = masters.layouts[name].ep is not None
+        if groups[own] is None:
+            continue
+        bucket = filling.setdefault(own, Bucket(groups[own]))
+        bucket.names.append(name)
+        bucket.numbers += p.numel()
+        if bucket.numbers >= BUCKET:
+            full.append(filling.pop(own))
+    return full + list(filling.values())

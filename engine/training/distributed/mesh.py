@@ -1,0 +1,232 @@
+"""Many processes, one run: what is split, what is copied, and what must be agreed on.
+
+Every process reads the same global batch (a pure function of the step) and takes its share of the rows. So the order of
+the data does not depend on how many processes there are, and each knows how many targets the whole step has: gradients
+are sums over rows divided by that number, and summing them over processes gives what one process would have computed.
+
+The processes form a grid with four axes:
+
+    dp      copies: the same weights, other rows; gradients are added up on the way (`exchange.py`)
+    fsdp    slices: other rows; each keeps a slice of every weight, gradient and moment, and gathers a block's weights
+            just before it needs them (PyTorch's `fully_shard`, block by block)
+    ep      experts: other rows; each owns some experts of every layer, the rest is copied as along dp
+    tp      pieces: the same rows; each owns some heads, features and words (`sharding.py`)
+
+Since AdamW acts on each number alone, a piece is all that an optimizer needs to see. Slices are taken along the width
+of the stream, pieces and experts along other dimensions: so what a process keeps of a matrix is always one block of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...data.loader import Batch
+from ...model import Transformer
+from ...parallel.tensor_parallel import Layout, check, layouts, shard
+from ..config import TrainConfig
+from ..mixed_precision import Masters
+from .dcp import ShardWriter
+from .rendezvous import join
+
+
+class Team:
+    """This process's place among those of the run, and the little they say to each other.
+
+    `restarted`: has torchrun started the processes again after a failure, here or on another machine? Then the run
+    continues from its last checkpoint.
+    """
+
+    def __init__(self, device: torch.device, config: TrainConfig) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.device, self.mesh = device, None
+        self.axes = _grid(config, self.size)
+        self.readers = self.size // self.axes["tp"]
+        rows = config.batch_size // (config.grad_accum_steps or 1)
+        if rows % self.readers:
+            raise ValueError(
+                f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps or 1} parts makes {rows} "
+                f"rows, which {self.readers} processes cannot share evenly: choose a multiple"
+            )
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if self.size == 1:
+            return
+        self.joined = not dist.is_initialized()
+        follows = self.joined and join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        self.restarted = bool(self.most(self.restarted or follows))
+        self.mesh = self._make_mesh(device.type)
+        self.host_mesh = self._make_mesh("cpu") if device.type != "cpu" and self.splits_state else self.mesh
+        self.shard_writer = ShardWriter() if self.splits_state else None
+
+    def _make_mesh(self, kind: str) -> dist.DeviceMesh:
+        return dist.init_device_mesh(kind, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
+
+    def mesh_of(self, device: torch.device) -> dist.DeviceMesh:
+        """The grid, for tensors on the run's device or for copies in the memory of its host."""
+        return self.mesh if device.type == self.device.type else self.host_mesh
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """This process and those that differ from it along one axis; None if there are none."""
+        return self.mesh.get_group(axis) if self.axes[axis] > 1 else None
+
+    def make_group(self, *along: str) -> dist.ProcessGroup | None:
+        """This process and those that differ from it along these axes, if there are any. Every process must ask."""
+        size = math.prod(self.axes[axis] for axis in along)
+        if size == 1:
+            return None
+        order = sorted(range(len(self.axes)), key=lambda i: list(self.axes)[i] in along)
+        ranks = torch.arange(self.size).view(*self.axes.values()).permute(order).reshape(-1, size)
+        return dist.new_subgroups_by_enumeration(ranks.tolist())[0]
+
+    @property
+    def leads(self) -> bool:
+        """Is this the process that writes files and talks to people?"""
+        return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """The number of this process's share of the rows; processes along tp have the same."""
+        return self.rank // self.axes["tp"]
+
+    @property
+    def splits_state(self) -> bool:
+        """Does no process have the whole state?"""
+        return self.size > self.axes["dp"]
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The leader runs the block before the others do: what it leaves on disk is there for them."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def leave(self) -> None:
+        """End what joining began, when all is well: with a process that died one cannot even part."""
+        if self.size > 1 and self.joined:
+            dist.destroy_process_group()
+
+    def told(self, value: Any) -> Any:
+        """What the leader says, in every process."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, batch: Batch) -> Batch:
+        """The rows of a micro-batch that are this process's."""
+        rows = len(batch.tokens_BT) // self.readers
+        return batch if self.readers == 1 else batch.rows(self.reader * rows, (self.reader + 1) * rows)
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all processes, the same in each of them."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def most(self, value: float) -> float:
+        """The largest of all processes' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def norm(self, masters: Masters) -> Tensor:
+        """The joint 2-norm of all gradients, those of other processes included: each number counts once."""
+        held = [(name, p.grad) for name, p in masters.named.items() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in held]))
+        if not self.splits_state:
+            return torch.linalg.vector_norm(norms)
+        copies = torch.tensor([self.copies(masters.layouts[name]) for name, _ in held], device=norms.device)
+        squared = (norms.double().square() / copies).sum()
+        dist.all_reduce(squared)
+        return squared.sqrt().to(norms.dtype)
+
+    def copies(self, where: Layout) -> int:
+        """How many processes keep the same numbers of a parameter."""
+        pieces = self.axes["fsdp"]
+        pieces *= self.axes["ep"] if where.ep is not None else 1
+        pieces *= self.axes["tp"] if where.tp is not None else 1
+        return self.size // pieces
+
+
+def _grid(config: TrainConfig, size: int) -> dict[str, int]:
+    """The length of each axis; copies are made of what the others leave, unless dp says how many."""
+    others = config.fsdp * config.ep * config.tp
+    axes = {"dp": config.dp or max(1, size // others), "fsdp": config.fsdp, "ep": config.ep, "tp": config.tp}
+    if math.prod(axes.values()) != size:
+        product = " × ".join(f"{axis}={length}" for axis, length in axes.items())
+        raise ValueError(f"{product} needs {math.prod(axes.values())} processes, but this run has {size}")
+    return axes
+
+
+def take_piece(model: Transformer, team: Team) -> Transformer:
+    """Of a whole model, what this process computes with (slices along fsdp come later, from `slice_weights`)."""
+    config, slices = model.config, team.axes["fsdp"]
+    check(config, team.axes["tp"], team.axes["ep"])
+    if config.d_model % slices:
+        raise ValueError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
+    readers = team.make_group("dp", "fsdp", "ep") if config.n_experts else None
+    return shard(model, team.group("tp"), team.group("ep"), readers)
+
+
+def slice_weights(model: Transformer, dtype: torch.dtype, team: Team) -> None:
+    """Of each weight keep a slice, from which `fully_shard` gathers a copy in `dtype` when its block needs it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    if dtype == torch.float16:
+        raise ValueError("fsdp trains in bfloat16 or float32, not in float16")
+    where = layouts(model)
+    dimension = {p: where[name].stream for name, p in model.named_parameters()}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=team.mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
+    for method in ("losses", "hidden", "logits"):
+        register_fsdp_forward_method(model, method)
+
+
+class SlicedMasters(Masters):
+    """The float32 slices of a model that `slice_weights` has cut."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.dtype, self.layouts = model, torch.float32, layouts(model)
+        sliced = dict(model.named_parameters())
+        self.named = {name: p.detach().to_local() for name, p in sliced.items()}
+        for name, p in sliced.items():
+            p.register_post_accumulate_grad_hook(_slice_collector(self.named[name]))
+
+
+def _slice_collector(part: Tensor):
+    def collect(p: Tensor) -> None:
+        grad = p.grad.to_local()
+        part.grad = grad if part.grad is None else part.grad + grad
+        p.grad = None
+
+    return collect
+
+
+def make_masters(model: Transformer, dtype: torch.dtype, team: Team) -> Masters:
+    """The trained weights of this process: all that its model has, or slices of it."""
+    return SlicedMasters(model) if team.axes["fsdp"] > 1 else Masters(model, dtype)

@@ -1,0 +1,148 @@
+"""What a process keeps of a run's state, and the whole that other programs know.
+
+A weight, its moments and its running average have one shape and are cut alike: by `tp` and `ep` as `sharding.layout`
+says, by `fsdp` along the width of the stream. So a piece is one block of each matrix that is packed in the weight, and
+PyTorch's DTensor, told where that block lies, can find the whole of it or write it to a checkpoint that any other grid
+of processes reads (`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...model import Transformer
+from ...parallel.tensor_parallel import layouts, share_of
+from ..mixed_precision import Masters
+from .mesh import Team
+
+
+class Pieces:
+    """Translates between this process's part of tensors shaped like weights and the whole, by the weights' names."""
+
+    def __init__(self, team: Team, whole: Transformer) -> None:
+        self.team, self.layouts = team, layouts(whole)
+        self.shapes = {name: p.shape for name, p in whole.named_parameters()}
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this process keeps of a whole tensor: a view of it where there is but one block."""
+        where, axes = self.layouts[name], self.team.axes
+        if where.tp is not None and axes["tp"] > 1:
+            whole = where.cut(whole, self._rank("tp"), axes["tp"])
+        for axis, dim in (("ep", where.ep), ("fsdp", where.stream)):
+            if dim is not None and axes[axis] > 1:
+                share = share_of(whole.shape[dim], self._rank(axis), axes[axis])
+                whole = whole[(slice(None),) * dim + (share,)]
+        return whole
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor of which this process keeps `part`; every process must ask."""
+        if not self.team.splits_state:
+            return part
+        blocks = [block.full_tensor() for block in self.blocks(name, part).values()]
+        return torch.cat(blocks, self.layouts[name].tp or 0)
+
+    def on_whole(self, name: str, part: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """This process's part of what `rule` makes of the whole matrix; every process must ask, and computes all of it.
+
+        Whole experts are matrices of their own, for which nobody has to be asked.
+        """
+        cut = self.team.axes["fsdp"] > 1 or (self.layouts[name].tp is not None and self.team.axes["tp"] > 1)
+        return self.part(name, rule(self.whole(name, part))) if cut else rule(part)
+
+    def blocks(self, name: str, part: Tensor) -> dict[str, Tensor]:
+        """Views of a part, one a packed matrix, each knowing where in the whole matrix it lies."""
+        where, axes, whole = self.layouts[name], self.team.axes, self.shapes[name]
+        if where.tp is None:
+            return {name: self._placed(name, part, whole)}
+        shares = [share_of(length, self._rank("tp"), axes["tp"]) for length in where.parts]
+        views = part.split([share.stop - share.start for share in shares], where.tp)
+        sizes = [torch.Size([*whole[: where.tp], length, *whole[where.tp + 1 :]]) for length in where.parts]
+        return {f"{name}.{i}": self._placed(name, view, size) for i, (view, size) in enumerate(zip(views, sizes))}
+
+    def _placed(self, name: str, part: Tensor, whole: torch.Size) -> Tensor:
+        if not self.team.splits_state:
+            return part
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        where = self.layouts[name]
+        dims = {"dp": None, "fsdp": where.stream, "ep": where.ep, "tp": where.tp}
+        places = [Replicate() if dim is None else Shard(dim) for dim in dims.values()]
+        stride = torch.empty(whole, device="meta").stride()
+        return DTensor.from_local(
+            part, self.team.mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
+        )
+
+    def _rank(self, axis: str) -> int:
+        return 0 if self.team.mesh is None else self.team.mesh.get_local_rank(axis)
+
+
+def local(p: Tensor) -> Tensor:
+    """The numbers of a weight that this process has."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights (or averages of them) as any other program knows them, one after the other; every process must ask."""
+    return ((name, pieces.whole(name, part)) for name, part in weights.items())
+
+
+def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
+    """Every tensor of the state that this process keeps, by (kind, name of weight): to be saved, or to be filled."""
+    parts = {("model", name): p.detach() for name, p in masters.named.items()}
+    parts |= {("average", name): part for name, part in average.items()}
+    for name, p in masters.named.items():
+        parts |= {(key, name): part for key, part in optimizer.state.get(p, {}).items() if is_moment(part)}
+    return parts
+
+
+def state_blocks(pieces: Pieces, parts: dict) -> dict[str, Tensor]:
+    """The same, cut into blocks that know where they lie."""
+    return {
+        f"{kind}.{key}": block
+        for (kind, name), part in parts.items()
+        for key, block in pieces.blocks(name, part).items()
+    }
+
+
+def whole_state(
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    moments: dict,
+    average: dict[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, str, Tensor]]:
+    """The same of a state that one process has written whole: (kind, name of weight, tensor), one after the other."""
+    yield from (("model", name, whole) for name, whole in weights)
+    yield from (("average", name, whole) for name, whole in average.items())
+    order = _order(masters, optimizer)
+    for index, entry in moments["state"].items():
+        yield from ((key, order[index], value) for key, value in entry.items() if is_moment(value))
+
+
+def map_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dict, change) -> dict:
+    """An optimizer's `state_dict` whose tensors shaped like a weight went through `change(name of weight, it)`."""
+    order = _order(masters, optimizer)
+
+    def changed(name: str, value: object) -> object:
+        if value is None or is_moment(value):
+            return change(name, value)
+        return value.clone() if isinstance(value, Tensor) else value
+
+    moments = {
+        index: {key: changed(order[index], value) for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def _order(masters: Masters, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the weights by the numbers that an optimizer's `state_dict` gives them."""
+    names = {id(p): name for name, p in masters.named.items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def is_moment(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0

@@ -1,0 +1,113 @@
+"""Before the first step: find or make the token files, the tokenizer and the architecture that a run asks for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...tokenizer.files import read_stop_ids
+from ..config import ModelConfig
+from ..data.corpus import Corpus, files, stdlib
+from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
+from ..formats.model_directory import check_vocabulary, load_config
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run is made of."""
+
+    data: TokenData
+    tokenizer: Any
+    model: ModelConfig
+
+
+def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = False) -> Materials:
+    """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data.
+
+    With `reuse`, tokens that are already there are not made again.
+    """
+    data = open_data(config, note, reuse)
+    tokenizer = data.tokenizer()
+    model = architecture(config, tokenizer.vocab_size)
+    if config.init_from:
+        _check_same_tokenizer(Path(config.init_from), data)
+        tokenizer.special.stops |= read_stop_ids(Path(config.init_from))
+    check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
+    if config.context and config.context > model.max_seq_len:
+        raise ValueError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
+    return Materials(data, tokenizer, model)
+
+
+def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The architecture a run names; `vocab_size` fills in for a vocabulary it leaves open."""
+    if config.init_from:
+        return load_config(config.init_from)
+    if isinstance(config.model, ModelConfig):
+        return config.model
+    changes = dict(config.model or {})
+    changes["vocab_size"] = changes.get("vocab_size") or vocab_size
+    if config.context:
+        changes.setdefault("max_seq_len", config.context)
+    return ModelConfig.from_dict({**ModelConfig.preset(config.preset).to_dict(), **changes})
+
+
+def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
+    path = directory / "tokenizer.json"
+    if path.is_file() and file_hash(path) != data.meta.tokenizer_sha256:
+        raise ValueError(
+            f"{data.directory} was tokenized with another tokenizer than {directory}: "
+            f"make the dataset with --tokenizer {directory}"
+        )
+
+
+def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> TokenData:
+    """The dataset directory `config.data` names, or one made of the text it names."""
+    if (Path(config.data) / "meta.json").is_file():
+        return TokenData(config.data)
+    made = Path(config.out) / "data"
+    if reuse and (made / "meta.json").is_file():
+        data = TokenData(made)
+        if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
+            raise ValueError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
+        return data
+    corpus = stdlib() if config.data == "stdlib" else files([config.data])
+    tokenizer = open_tokenizer(config, corpus, note)
+    note(f"tokenizing {corpus.name} …")
+    if made.exists():
+        shutil.rmtree(made)
+    data = write_token_data(corpus, tokenizer, made, config.splits)
+    sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
+    note(f"tokens: {sizes}")
+    return data
+
+
+def open_tokenizer(config: TrainConfig, corpus: Corpus, note: Callable[[str], None]) -> Any:
+    """The tokenizer a run names: one on disk, or one trained on the corpus's training split."""
+    source = config.init_from if config.init_from and config.tokenizer == "bpe" else config.tokenizer
+    vocab_size = architecture(config, ModelConfig.preset(config.preset).vocab_size).vocab_size
+    return make_tokenizer(source, text_of(corpus, 0, config.splits), vocab_size, note)
+
+
+def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str], None]) -> Any:
+    """`bpe`, `char` or `word` trained on `text`; a directory, tokenizer.json or tiktoken file loaded."""
+    from ... import tokenizer as tokenizers
+
+    if source == "char":
+        return tokenizers.CharTokenizer.train(text)
+    if source == "word":
+        return tokenizers.WordTokenizer.train(text, vocab_size)
+    if source == "bpe":
+        note(f"training a BPE tokenizer of {vocab_size} tokens …")
+        return tokenizers.BPETokenizer.train(text, vocab_size, pattern="gpt4", special_tokens=(END,))
+    path = Path(source)
+    if path.suffix == ".tiktoken":
+        return tokenizers.BPETokenizer.from_tiktoken(path, pattern="gpt4", special_tokens={})
+    if (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
+        return tokenizers.BPETokenizer.from_gpt2_files(path / "vocab.json", path / "merges.txt")
+    if path.exists():
+        return tokenizers.load_tokenizer(path)
+    raise ValueError(f"tokenizer {source!r} is neither bpe, char, word nor a file or directory that exists")

@@ -1,0 +1,112 @@
+"""Number formats: compute in bfloat16 (or float16), remember in float32.
+
+A matrix product in bfloat16 is several times faster, and its inputs need no more digits. A weight does: an update a
+thousandth of its size is lost in eight bits. So the model's own weights are rounded copies, and float32 *masters* are
+what the optimizer sees. Gradients leave the rounded weights as soon as they are complete and add up in float32, so
+accumulating micro-batches loses nothing. After each step the masters are published to the model.
+
+With float32 the masters are the model's weights themselves, and all of this is nothing.
+
+float16 has too little range for small gradients: the loss is multiplied by `LossScale.value` before the backward pass
+and the gradients divided by it afterwards. The scale halves when a gradient overflows and doubles after a long calm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..model import Transformer
+from ..parallel.tensor_parallel import layouts
+
+
+class Masters:
+    """The trained weights in float32, by name, behind a model that computes in `dtype`."""
+
+    def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
+        self.model, self.dtype, self.layouts = model, dtype, layouts(model)
+        self.named: dict[str, Tensor] = dict(model.named_parameters())
+        self._rounded = list(self.named.values())
+        if dtype == torch.float32:
+            return
+        self.named = {name: p.detach().requires_grad_() for name, p in self.named.items()}
+        model.to(dtype)  # gives the model other numbers, and leaves the masters theirs
+        for p, master in zip(self._rounded, self.named.values()):
+            p.register_post_accumulate_grad_hook(_collector(master))
+
+    @property
+    def separate(self) -> bool:
+        return self.dtype != torch.float32
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the model."""
+        if self.separate:
+            torch._foreach_copy_(self._rounded, list(self.named.values()))
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over weights by name; where a run spreads them over processes, this process's part of each."""
+        for name, master in self.named.items():
+            master.copy_(weights[name])
+        self.publish()
+
+    def zero_grad(self) -> None:
+        for master in self.named.values():
+            master.grad = None
+
+
+def _collector(master: Tensor):
+    def collect(p: Tensor) -> None:
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad.add_(p.grad)
+        p.grad = None
+
+    return collect
+
+
+class LossScale:
+    """A factor that lifts float16 gradients out of the range where they vanish; 1 for other formats."""
+
+    def __init__(self, dtype: torch.dtype, patience: int = 1000) -> None:
+        self.active = dtype == torch.float16
+        self.value = 2.0**15 if self.active else 1.0
+        self.patience, self.calm = patience, 0
+
+    def update(self, finite: bool) -> None:
+        """Learn from a step whose gradients were finite, or were not."""
+        if not self.active:
+            return
+        self.calm = self.calm + 1 if finite else 0
+        if not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.calm == self.patience:
+            self.value, self.calm = self.value * 2, 0
+
+    def unscale(self, parameters: Iterable[Tensor]) -> None:
+        """Divide the gradients by the factor."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.active and grads:
+            torch._foreach_mul_(grads, 1 / self.value)
+
+
+class Average:
+    """A running mean of the weights over about 1/(1-decay) steps: smoother than any one of them."""
+
+    def __init__(self, masters: Masters, decay: float) -> None:
+        self.masters, self.decay = masters, decay
+        self.weights = {name: p.detach().clone() for name, p in masters.named.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.weights:
+            live = [self.masters.named[name].detach() for name in self.weights]
+            torch._foreach_lerp_(list(self.weights.values()), live, 1 - self.decay)
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """What to evaluate and to save: the average where there is one, else the masters."""
+        return self.weights or {name: p.detach() for name, p in self.masters.named.items()}

@@ -1,0 +1,1 @@
+"""Bindings of the C++ training kernels as differentiable functions."""

@@ -1,0 +1,248 @@
+"""Passes over rows on a CPU, in C++ (csrc/cpu/training/pointwise.cpp): norms, gates, rotations and losses, forward and
+backward.
+
+Eager PyTorch walks memory once an operation. Beside matrix products, that is where a training step on a CPU spends its
+time: a gate takes three passes forward and seven back, a norm with its residual nine and twelve. Here each reads its
+operands once, computes in float32 whatever they are stored in, and writes its results once. The passes borrow torch's
+own threads (csrc/cpu/training/omp_threads.hpp), and take every sum in an order of its own that no number of threads
+changes.
+
+They serve float32 and bfloat16. Anything else, tracing included, goes the way it would go without the extension.
+
+N rows, D columns.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from ..core.launch import as_rows, is_real
+
+try:
+    from ... import _native
+except ImportError:
+    _native = None
+
+HAS_PASSES = hasattr(_native, "borrow_team") and os.environ.get("WARPLOOM_NATIVE") != "0"
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+GATES = {"silu": 0, "gelu": 1, "relu": 2, "relu2": 3}
+CHUNK = 64  # rows a partial sum: NormBackward::kChunk
+NOWHERE = (0, 0)
+
+
+def _borrow_team() -> None:
+    """Lend the passes the threads of the OpenMP library that torch has loaded, if it is one we know."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        library = ctypes.CDLL(str(path))
+        functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+        _native.borrow_team(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+        return
+
+
+if HAS_PASSES:
+    _borrow_team()
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Can the passes take these? They share a number format that C++ knows, on a CPU, and hold numbers."""
+    dtype = tensors[0].dtype
+    return (
+        HAS_PASSES
+        and dtype in NAMES
+        and all(x.device.type == "cpu" and x.dtype == dtype for x in tensors)
+        and is_real(tensors)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _call(name: str, like: torch.Tensor, *args) -> None:
+    getattr(_native, f"{name}_{NAMES[like.dtype]}")(*args)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x (…, D) as (N, D) with unit stride inside its rows: a view where possible."""
+    rows = as_rows(x)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _at(x: torch.Tensor | None) -> tuple[int, int]:
+    return NOWHERE if x is None else (x.data_ptr(), x.stride(0))
+
+
+class _Norm(torch.autograd.Function):
+    """(normed, sum) of x and a residual, or (normed, x)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        x_ND, weight_D = _rows(x), weight.contiguous()
+        residual_ND = None if residual is None else _rows(residual)
+        N, D = x_ND.shape
+        y = torch.empty(x.shape, dtype=x.dtype)
+        sum_ND = x_ND if residual is None else torch.empty(N, D, dtype=x.dtype)
+        inverse_N = torch.empty(N)
+        _call(
+            "norm_forward", x, N, D, eps, _at(x_ND), _at(residual_ND), weight_D.data_ptr(), (y.data_ptr(), D),
+            _at(sum_ND), inverse_N.data_ptr(),
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sum_ND, weight_D, inverse_N)
+        ctx.shape = x.shape
+        return y if residual is None else (y, sum_ND.view(x.shape))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dsum=None):
+        if dy is None:
+            return dsum, dsum, None, None
+        sum_ND, weight_D, inverse_N = ctx.saved_tensors
+        N, D = sum_ND.shape
+        dy_ND, dsum_ND = _rows(dy), None if dsum is None else _rows(dsum)
+        dx, dweight_D = torch.empty(ctx.shape, dtype=dy.dtype), torch.empty_like(weight_D)
+        partial = torch.empty((N + CHUNK - 1) // CHUNK, D)
+        _call(
+            "norm_backward", dy, N, D, _at(sum_ND), _at(dy_ND), _at(dsum_ND), weight_D.data_ptr(),
+            inverse_N.data_ptr(), (dx.data_ptr(), D), partial.data_ptr(), dweight_D.data_ptr(),
+        )  # fmt: skip
+        return dx, dx if ctx.needs_input_grad[1] else None, dweight_D, None
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm`."""
+    return _Norm.apply(x, None, weight, eps)
+
+
+def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
+    """`add_rms_norm`."""
+    return _Norm.apply(x, residual, weight, eps)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        gate_ND, up_ND = _rows(gate), _rows(up)
+        y = torch.empty(gate.shape, dtype=gate.dtype)
+        _call(
+            "gate_forward", gate, GATES[activation], *gate_ND.shape, _at(gate_ND), _at(up_ND),
+            (y.data_ptr(), gate_ND.shape[1]),
+        )  # fmt: skip
+        ctx.save_for_backward(gate_ND, up_ND)
+        ctx.activation, ctx.shape = activation, gate.shape
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        gate_ND, up_ND = ctx.saved_tensors
+        dgate_ND, dup_ND = (torch.empty(gate_ND.shape, dtype=dy.dtype) for _ in range(2))
+        _ungate(ctx.activation, gate_ND, up_ND, dy, dgate_ND, dup_ND)
+        return dgate_ND.view(ctx.shape), dup_ND.view(ctx.shape), None
+
+
+class _PackedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, activation):
+        both = _rows(gate_up)
+        gate_ND, up_ND = both.chunk(2, -1)
+        y = torch.empty(*gate_up.shape[:-1], gate_ND.shape[1], dtype=gate_up.dtype)
+        _call(
+            "gate_forward", y, GATES[activation], *gate_ND.shape, _at(gate_ND), _at(up_ND),
+            (y.data_ptr(), gate_ND.shape[1]),
+        )  # fmt: skip
+        ctx.save_for_backward(both)
+        ctx.activation, ctx.shape = activation, gate_up.shape
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (both,) = ctx.saved_tensors
+        d_both = torch.empty(both.shape, dtype=dy.dtype)
+        _ungate(ctx.activation, *both.chunk(2, -1), dy, *d_both.chunk(2, -1))
+        return d_both.view(ctx.shape), None
+
+
+def _ungate(activation, gate_ND, up_ND, dy, dgate_ND, dup_ND) -> None:
+    dy_ND = _rows(dy)
+    _call(
+        "gate_backward", dy, GATES[activation], *gate_ND.shape, _at(gate_ND), _at(up_ND), _at(dy_ND), _at(dgate_ND),
+        _at(dup_ND),
+    )  # fmt: skip
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`swiglu`."""
+    return _Gate.apply(gate, up, activation)
+
+
+def packed_gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`swiglu_packed`."""
+    return _PackedGate.apply(gate_up, activation)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions):
+        if positions is not None:
+            positions = positions.expand(q.shape[:-2]).contiguous()
+        ctx.save_for_backward(cos, sin, positions)
+        return tuple(_turned(x, cos, sin, positions, 1.0) for x in (q, k))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dq, dk):
+        tables = ctx.saved_tensors  # once: a recomputed block gives them only once
+        return *(_turned(x, *tables, -1.0) for x in (dq, dk)), None, None, None
+
+
+def _turned(x, cos, sin, positions, sign) -> torch.Tensor:
+    x_BTHD = x.reshape(-1, *x.shape[-3:])
+    x_BTHD = x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _call(
+        "turn", x, *x_BTHD.shape, cos.shape[1], sign, x_BTHD.data_ptr(), *x_BTHD.stride()[:3], cos.data_ptr(),
+        sin.data_ptr(), cos.stride(0), 0 if positions is None else positions.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def turn(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope` of half-split pairs."""
+    return _Turn.apply(q, k, cos, sin, positions)
+
+
+def attend(scores: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> None:
+    """Softmax of scores (R, rows, S) into `weights`: row r sees the keys up to S - queries + r % queries."""
+    _attend(weights, queries, scale, scores.data_ptr(), 0)
+
+
+def unattend(weights: torch.Tensor, d_weights: torch.Tensor, queries: int, scale: float) -> None:
+    """The gradient of those weights becomes the gradient of the scores, in place."""
+    _attend(weights, queries, scale, 0, d_weights.data_ptr())
+
+
+def _attend(weights, queries, scale, scores, d_weights):
+    rows, S = weights.numel() // weights.shape[-1], weights.shape[-1]
+    _call("attend", weights, rows, queries, S - queries, S, scale, scores, weights.data_ptr(), d_weights)
+
+
+def attention(q, k, v, o, log_sums, scale: float, *gradients: torch.Tensor) -> None:
+    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and log_sums (B, H, T).
+
+    Given (do, dq, dk, dv), the gradients instead, from those two."""
+    sizes = *q.shape[:3], k.shape[2], q.shape[3]
+    _native.attention(
+        *sizes, scale, log_sums.data_ptr(), *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, o, *gradients))
+    )
+
+
+def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
+    """Losses of the rows; given each row's upstream gradient, the logits are replaced by theirs."""
+    losses_N, targets_N = torch.empty(len(logits_NV)), targets_N.contiguous()
+    upstream_N = None if upstream_N is None else upstream_N.contiguous()
+    _call(
+        "cross_entropy", logits_NV, *logits_NV.shape, ignore_index, smoothing, z_loss, logits_NV.data_ptr(),
+        targets_N.data_ptr(), 0 if upstream_N is None else upstream_N.data_ptr(), losses_N.data_ptr(),
+    )  # fmt: skip
+    return losses_N

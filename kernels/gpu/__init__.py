@@ -1,0 +1,1 @@
+"""Triton kernels too large for their op's file, and their launches."""

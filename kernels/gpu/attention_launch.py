@@ -1,0 +1,215 @@
+"""Launching the attention kernels: which tiles, which grid, and how the pieces join PyTorch's autograd.
+
+The tiles below are reasoned, not searched: the largest whose accumulators stay in registers, by head size and
+architecture, each compiled ahead of time and found free of spills.
+
+B batch, T queries, S keys, H query heads, K key heads, D head dim; a ragged batch is one sequence of all its tokens.
+"""
+
+import torch
+
+from ..core.lang import architecture, cdiv, next_power_of_2
+from ..core.launch import Differentiable, even, launch, launcher
+from ..core.tuned import tuned
+from . import attention_hopper
+from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
+from .attention_forward import attention_forward_kernel
+
+CACHED_BYTES = 24 << 20
+"""Keys and values of the heads that are worked on at the same time should fit in the L2 cache."""
+
+
+_TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the power of two that holds a head
+    ("forward", 80): {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+    ("forward", 90): {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 2)},
+    ("forward", 100): {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+    ("dq", 80): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("dq", 90): {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("dq", 100): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    ("dkdv", 80): {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    ("dkdv", 90): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    ("dkdv", 100): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    # instead, where a cap, a ragged batch, an odd head size or the lack of a causal mask takes the last registers
+    ("dq", 80, "other"): {64: (128, 32, 8, 2)},
+    ("dkdv", 90, "other"): {128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
+}
+
+
+def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain: bool = True) -> dict:
+    """Block sizes, warps and pipeline stages of a kernel: "forward", "dq" or "dkdv".
+
+    `plain` is a causal batch that is neither ragged nor capped: what is more takes registers, as does a head size that
+    is no power of two."""
+    plain = plain and next_power_of_2(D) == D
+    arch = architecture(device)
+    if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
+        side = 32 if D <= 64 else 16
+        M, N, warps, stages = side, side, 8, 1 if D > 128 else 2
+    else:
+        family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
+        tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))
+        M, N, warps, stages = tiles[min(256, max(64, next_power_of_2(D)))]
+    default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
+
+
+class _Grid:
+    """Programs for every tile of every head, and the numbers by which a program finds its own."""
+
+    def __init__(self, q, k, cu, block, heads, length, keep):
+        B, D = q.shape[0], q.shape[3]
+        sequences = 0 if cu is None else cu.shape[0] - 1
+        tiles = length // block + sequences if sequences else cdiv(length, block)
+        shared = heads // k.shape[2]
+        group = shared * max(1, CACHED_BYTES // max(1, 2 * keep * D * q.itemsize))
+        self.grid = (tiles * B * heads,)
+        self.numbers = (tiles, B * heads, heads, min(group, B * heads), q.shape[1], k.shape[1], sequences)
+
+
+def _meaning(q, k, cu, causal, window, softcap, scale):
+    D = q.shape[3]
+    return {
+        "SHARE": q.shape[2] // k.shape[2],
+        "SCALE": scale,
+        "SOFTCAP": softcap,
+        "CAUSAL": causal,
+        "WINDOW": window,
+        "HALVINGS": 0 if cu is None else halvings(cu.shape[0] - 1),
+        "D": D,
+        "BLOCK_D": max(16, next_power_of_2(D)),
+        "WIDE": q.dtype == torch.float32,
+    }
+
+
+def halvings(sequences: int) -> int:
+    """Steps of a bisection among so many, in fours: a step too many does nothing, a kernel too many is compiled."""
+    return max(4, 4 * cdiv((sequences - 1).bit_length(), 4))
+
+
+def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
+    """Room for a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
+    make = torch.empty if cu is None else torch.zeros
+    return make(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _statistics(*shape: int, device: torch.device) -> torch.Tensor:
+    """Room for a number a query. Each row begins at a multiple of 16 bytes; what fills it up is zero, for kernels that
+    read whole tiles and multiply what they must not use by zero."""
+    *outer, T = shape
+    whole = 4 * cdiv(T, 4)
+    make = torch.empty if whole == T else torch.zeros
+    return make(*outer, whole, dtype=torch.float32, device=device)
+
+
+@launcher
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = even(q), even(k), even(v)
+    B, T, H, D = q.shape
+    o = _blank(q, cu)
+    meaning = _meaning(q, k, cu, causal, window, softcap, scale)
+    lse_2BHT = _statistics(2 if meaning["WIDE"] else 1, B, H, T, device=q.device)
+    plain = causal and cu is None and softcap == 0
+    if attention_hopper.applies("forward", q, k, v):
+        kernel, tile = attention_hopper.prepare("forward", D, q.dtype, q.device)
+    else:
+        kernel, tile = attention_forward_kernel, tile_of("forward", D, q.dtype, q.device, plain)
+    place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
+    launch(
+        kernel, place.grid,
+        q, k, v, o, lse_2BHT, cu,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse_2BHT.stride()[:3], *place.numbers,
+        **meaning, **tile,
+    )  # fmt: skip
+    return o, lse_2BHT
+
+
+@launcher
+def attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse_2BHT: torch.Tensor,
+    cu: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    want_q: bool,
+    want_kv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v = even(do), even(q), even(k), even(v)
+    H, D = q.shape[2:]
+    meaning = _meaning(q, k, cu, causal, window, softcap, scale)
+    dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
+    delta_BHT = _statistics(*lse_2BHT.shape[1:3], q.shape[1], device=q.device)
+    plain = causal and cu is None and softcap == 0
+    strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
+    stats = lse_2BHT.stride()[:3]
+
+    if cu is None and attention_hopper.applies("dq", q, k, v, do):
+        kernel, tile = attention_hopper.prepare("dq", D, q.dtype, q.device)
+    else:
+        kernel, tile = attention_dq_kernel, tile_of("dq", D, q.dtype, q.device, plain)
+    place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
+    launch(
+        attention_delta_kernel, place.grid,
+        o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *place.numbers,
+        HALVINGS=meaning["HALVINGS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
+    )  # fmt: skip
+    if want_q:
+        launch(
+            kernel, place.grid,
+            q, k, v, do, lse_2BHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
+            **meaning, **tile,
+        )  # fmt: skip
+    if want_kv:
+        if cu is None and attention_hopper.applies("dkdv", q, k, v, do):
+            kernel, tile = attention_hopper.prepare("dkdv", D, q.dtype, q.device)
+        else:
+            kernel, tile = attention_dkdv_kernel, tile_of("dkdv", D, q.dtype, q.device, plain)
+        place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
+        launch(
+            kernel, place.grid,
+            q, k, v, do, lse_2BHT, delta_BHT, dk, dv, cu,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], *stats, *place.numbers,
+            **meaning, **tile,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu, *ctx.meaning = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, cu, *output)
+
+
+def _gradient(ctx, do, _):
+    if do is None:
+        return (None,) * 8
+    q, k, v, cu, o, lse = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    dq, dk, dv = attention_backward(do, q, k, v, o, lse, cu, *ctx.meaning, wants[0], wants[1] or wants[2])
+    return *(dx if want else None for dx, want in zip((dq, dk, dv), wants)), *(None,) * 5
+
+
+_attend = Differentiable(attention_forward, _save, _gradient)
+
+
+def attention_fused(q, k, v, *, causal=True, window=None, softcap=None, scale=None, cu_seqlens=None, max_seqlen=None):
+    """The fused twin of `attention`: same arguments, same meaning."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    meaning = (cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
+    if q.dim() == 4:
+        return _attend(q, k, v, *meaning)[0]
+    return _attend(q[None], k[None], v[None], *meaning)[0][0]

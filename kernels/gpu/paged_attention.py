@@ -1,0 +1,282 @@
+"""One kernel for paged attention: prefill chunks and decode rows of one batch, in one grid that never changes.
+
+Split-KV (flash decoding): a decode row is one query against a long context, nothing to compute and everything to read.
+So the query heads that share a key head form one tile (its keys are read once), and segments of the context are read at
+the same time by different programs. The last of them to arrive adds the segments up, in order. A chunk of queries has
+work enough for itself: its tile of tokens times heads walks the whole context.
+
+Batch invariance. A row's bits must not tell whether it came as a decode, in a chunk, as a draft or after a preemption.
+So both paths are the same instructions on the same tile, which for a decode is mostly empty: on Hopper, m64 `wgmma`
+with one token costs less than half of the time in which its keys arrive. Blocks of keys begin at multiples of BLOCK_N
+and segments at multiples of SEGMENT, wherever a chunk is cut and a window begins; every segment starts afresh and is
+merged in order; blocks that a row does not see change no bit of it; and what a compiler might contract is an explicit
+`fma`. Only the rows of `o` are written, padding included: nothing is cleared beforehand.
+
+Lengths stay on the device and programs without work leave at once, so a CUDA graph can hold the launch; the grid has
+room for as many segments as the page table has columns for, which is how a caller bounds it.
+
+T tokens, N sequences, H query heads, K key heads, G = H / K, D head dim, P pages.
+"""
+
+import torch
+
+from ..core.lang import architecture, cdiv, next_power_of_2, tl, triton
+from ..core.launch import launch, launcher
+from ..core.tuned import tuned
+from .attention_launch import halvings
+from .attention_tiles import LOG2E, capped, owner_of, visible
+
+SEGMENT = 256
+"""Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
+UNROLL = 8
+"""Segments that are fetched at once when they are added up: one after the other, each would wait 0.4 µs for L2."""
+UNSPECIALIZED = ("tokens", "sequences", "grid_splits", "split_programs", "stride_table", "stride_sn", "stride_sh")
+"""Arguments that change from step to step: no kernel is compiled for their values, in the middle of serving."""
+
+
+@triton.jit
+def _rescale(m_i, new_m):
+    """What sums relative to the maximum `m_i` are multiplied by to be relative to `new_m`; a row without keys is 0."""
+    return tl.exp2(m_i - tl.where(new_m == float("-inf"), 0.0, new_m))
+
+
+@triton.jit
+def _add_segment(m_i, l_i, acc, m_s, l_s, acc_s):
+    """Online softmax over segments: the maximum, the sum and the weighted values of what came before, and of one more.
+
+    Adding the first segment to nothing gives that segment, to the bit."""
+    new_m = tl.maximum(m_i, m_s)
+    alpha = _rescale(m_i, new_m)
+    beta = _rescale(m_s, new_m)
+    return new_m, tl.fma(l_i, alpha, l_s * beta), tl.fma(acc, alpha[:, None], acc_s * beta[:, None])
+
+
+@triton.jit
+def _normalized(l_i, acc, v_scale):
+    """The weighted mean of the values; a row without keys is zero."""
+    return acc * v_scale / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+
+
+@triton.jit
+def _add_stored_segments(
+    partial, stats, count, stride_ps, stride_ph, stride_ss, stride_sh, v_scale,
+    Q_PER_KV: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(Q_PER_KV, D): a decode row's segments, merged in order."""
+    head = tl.arange(0, ROWS).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row_stats = stats + head * stride_sh
+    row_partial = partial + (head * stride_ph)[:, None] + column[None, :]
+    for first in tl.range(0, count, UNROLL):
+        for i in tl.static_range(UNROLL):
+            segment = tl.cast(first + i, tl.int64)
+            there = (head < Q_PER_KV) & (first + i < count)
+            m_s = tl.load(row_stats + segment * stride_ss, mask=there, other=float("-inf"))
+            l_s = tl.load(row_stats + segment * stride_ss + 1, mask=there, other=0.0)
+            mask = there[:, None] & (column[None, :] < D)
+            acc_s = tl.load(row_partial + segment * stride_ps, mask=mask, other=0.0)
+            m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
+    return _normalized(l_i, acc, v_scale)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def paged_attention_kernel(
+    q, k_pages, v_pages, table, contexts, starts, o, partial, stats, arrivals,
+    stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
+    stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
+    tokens, sequences, grid_splits, split_programs, k_scales, v_scales,
+    Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G_ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+):  # fmt: skip
+    """Programs below `split_programs` take one segment of one sequence that decodes, the others a tile of a chunk."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // Q_PER_KV
+    UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
+    pid = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    splits = pid < split_programs
+    if splits:
+        sequence = pid // grid_splits
+        token = pid * 0
+    else:
+        # Tokens behind the last sequence are one more, without keys: its tiles write zeros.
+        tile = pid - split_programs
+        sequence = owner_of(tile, starts, sequences + 1, BLOCK_Q, SEARCH_STEPS)
+        token = (tile - (tl.load(starts + sequence).to(tl.int32) // BLOCK_Q + sequence)) * BLOCK_Q
+    padding = sequence == sequences
+    first = tl.load(starts + sequence).to(tl.int32)
+    queries = (tokens if padding else tl.load(starts + sequence + 1).to(tl.int32)) - first
+    context = 0 if padding else tl.load(contexts + sequence).to(tl.int32)
+    lowest = context - queries + token  # the position of the tile's first query
+    begin = tl.maximum(lowest - WINDOW + 1, 0) if WINDOW > 0 else lowest * 0
+    begin -= begin % BLOCK_N
+    end = tl.minimum(lowest + BLOCK_Q, context)
+    segments = 1
+    split = 0
+    if splits:
+        split = pid % grid_splits
+        segments = tl.cdiv(end, SEGMENT) - begin // SEGMENT
+        here = (tl.cast(begin // SEGMENT + split, tl.int64) * SEGMENT).to(tl.int32)
+        begin = tl.maximum(begin, here)
+        end = tl.minimum(end, here + SEGMENT)
+        working = (queries == 1) & (split < segments)
+    else:
+        working = ((queries > 1) | padding) & (token < queries)
+    if not working:
+        return
+
+    own = tl.arange(0, BLOCK_M)
+    row_token = own // Q_PER_KV
+    row_head = head * Q_PER_KV + own % Q_PER_KV
+    column = tl.arange(0, BLOCK_D)
+    real = (row_token < BLOCK_Q) & (token + row_token < queries)
+    inside = real[:, None] & (column[None, :] < D)
+    here_T = (first + token).to(tl.int64) + row_token
+    q_offsets = (here_T * stride_qt + row_head * stride_qh)[:, None] + column[None, :]
+    q_tile = tl.load(q + q_offsets, mask=inside, other=0.0)
+    q_pos = lowest + row_token
+    pages = table + sequence.to(tl.int64) * stride_table
+    k_scale = tl.load(k_scales + head).to(tl.float32) if K_SCALED else tl.full([], 1.0, tl.float32)
+    v_scale = tl.load(v_scales + head).to(tl.float32) if V_SCALED else tl.full([], 1.0, tl.float32)
+    k_pages += head * stride_kh
+    v_pages += head * stride_vh
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_s = tl.zeros([BLOCK_M], tl.float32)
+    acc_s = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for key in tl.range(begin, end, BLOCK_N):
+        if (key % SEGMENT == 0) & (key > begin):
+            m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
+            m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            l_s = tl.zeros([BLOCK_M], tl.float32)
+            acc_s = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        keys = key + tl.arange(0, BLOCK_N)
+        page = tl.load(pages + keys // PAGE, mask=keys < end, other=0).to(tl.int64)
+        slot = (keys % PAGE).to(tl.int64)
+        there = (keys[:, None] < end) & (column[None, :] < D)
+        k_offsets = (page * stride_kp + slot * stride_ks)[:, None] + column[None, :]
+        k = tl.load(k_pages + k_offsets, mask=there, other=0.0).to(q_tile.dtype)
+        scores = capped(tl.dot(q_tile, tl.trans(k), input_precision="ieee") * k_scale, SCALE, SOFTCAP)
+        scores = tl.where(visible(q_pos[:, None], keys[None, :], end, True, WINDOW), scores, float("-inf"))
+        new_m = tl.maximum(m_s, tl.max(scores, 1) * UNIT)
+        base = tl.where(new_m == float("-inf"), 0.0, new_m)
+        p = tl.exp2(tl.fma(scores, UNIT, -base[:, None]))
+        alpha = tl.exp2(m_s - base)
+        l_s = tl.fma(l_s, alpha, tl.sum(p, 1))
+        m_s = new_m
+        v_offsets = (page * stride_vp + slot * stride_vs)[:, None] + column[None, :]
+        v = tl.load(v_pages + v_offsets, mask=there, other=0.0).to(q_tile.dtype)
+        acc_s = tl.dot(p.to(q_tile.dtype), v, acc_s * alpha[:, None], input_precision="ieee")
+
+    if splits & (segments > 1):
+        partial += sequence.to(tl.int64) * stride_pn
+        stats += sequence.to(tl.int64) * stride_sn
+        at = tl.cast(split, tl.int64)
+        row_stats = stats + row_head * stride_sh + at * stride_ss
+        offsets = (row_head * stride_ph + at * stride_ps)[:, None] + column[None, :]
+        tl.store(partial + offsets, acc_s, mask=inside)
+        tl.store(row_stats, m_s, mask=real)
+        tl.store(row_stats + 1, l_s, mask=real)
+        tl.debug_barrier()  # all threads of this program have stored before one of them says so
+        counter = arrivals + sequence.to(tl.int64) * tl.num_programs(1) + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == segments - 1:
+            tl.store(counter, 0)  # for the next layer
+            group = head * Q_PER_KV
+            result = _add_stored_segments(
+                partial + group * stride_ph, stats + group * stride_sh, segments, stride_ps, stride_ph,
+                stride_ss, stride_sh, v_scale, Q_PER_KV, G_ROWS, D, BLOCK_D, UNROLL,
+            )  # fmt: skip
+            g = tl.arange(0, G_ROWS)
+            o_offsets = (first.to(tl.int64) * stride_ot + (group + g) * stride_oh)[:, None] + column[None, :]
+            mask = (g < Q_PER_KV)[:, None] & (column[None, :] < D)
+            tl.store(o + o_offsets, result.to(o.dtype.element_ty), mask=mask)
+    else:
+        m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
+        o_offsets = (here_T * stride_ot + row_head * stride_oh)[:, None] + column[None, :]
+        tl.store(o + o_offsets, _normalized(l_i, acc, v_scale).to(o.dtype.element_ty), mask=inside)
+
+
+def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
+    rows = next_power_of_2(G)
+    arch = architecture(device)
+    if arch == 0 or dtype == torch.float32:
+        tile, block, warps = 16, 32, 4
+    else:
+        narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
+        tile, block, warps = 64, 32 if narrow else 64, 4 if arch == 90 else 8
+    default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": 2}
+    return {"G_ROWS": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
+
+
+def query_starts(query_lens: torch.Tensor) -> torch.Tensor:
+    """Where the queries of each sequence begin, and where the last one's end (N + 1)."""
+    return torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def arrival_counters(sequences: int, key_heads: int, device: torch.device) -> torch.Tensor:
+    """Room to count which segments are done, for calls one after the other; each leaves it as it found it: zero."""
+    return torch.zeros(sequences * key_heads, dtype=torch.int32, device=device)
+
+
+@launcher(mutates=("arrivals",))
+def paged_attention_forward(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    starts: torch.Tensor,
+    arrivals: torch.Tensor,
+    window: int,
+    softcap: float,
+    scale: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    q, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, page_table))
+    T, H, D = q.shape
+    N, width = page_table.shape
+    page, K = k_pages.shape[1:3]
+    G = H // K
+    o_THD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tile = _tile(G, D, q.dtype, q.device)
+    splits = cdiv(width * page, SEGMENT)
+    if window:
+        splits = min(splits, cdiv(window, SEGMENT) + 1)
+    partial = torch.empty(N, H, splits, D, dtype=torch.float32, device=q.device)
+    stats = torch.empty(N, H, splits, 2, dtype=torch.float32, device=q.device)
+    launch(
+        paged_attention_kernel, (N * splits + T // (tile["BLOCK_M"] // G) + N + 1 if T else 0, K),
+        q, k_pages, v_pages, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
+        *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
+        T, N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        Q_PER_KV=G, SCALE=scale, SOFTCAP=softcap, WINDOW=window, PAGE=page, SEGMENT=SEGMENT,
+        D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, halvings(N + 1)), UNROLL=UNROLL, **tile,
+        K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
+    )  # fmt: skip
+    return o_THD
+
+
+def paged_attention_fused(
+    q, k_pages, v_pages, page_table, context_lens, query_lens,
+    *, window=None, softcap=None, scale=None, k_scale=None, v_scale=None, starts=None, arrivals=None,
+):  # fmt: skip
+    """The fused twin of `paged_attention`: same arguments, same meaning."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if starts is None:
+        starts = query_starts(query_lens)
+    if arrivals is None:
+        arrivals = arrival_counters(len(query_lens), k_pages.shape[2], q.device)
+    meaning = window or 0, float(softcap or 0.0), scale
+    return paged_attention_forward(
+        q, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, k_scale, v_scale
+    )

@@ -1,0 +1,1 @@
+"""Tools of the kernel engineer: correctness checks, tuning, ahead-of-time compilation."""

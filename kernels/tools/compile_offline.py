@@ -1,0 +1,272 @@
+"""What kernels cost on GPUs that are not there.
+
+Triton's compiler needs no GPU. So: install a driver that only answers "which target?", turn every launch into a
+compilation, and call the real op on meta tensors, which have shapes and strides but no memory. What compiles is
+exactly what would run: same kernels, same tiles, same specialization. A call that asked the device for a value would
+fail on the spot, so this also proves that no op waits for the GPU.
+
+    python -m warploom.kernels.tools.compile_offline [--arch 90] [op ...]        # one line a kernel, then one JSON line
+
+It wants the compiler where `lang.py` would not import it, so it starts its process anew with WARPLOOM_TRITON=1.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from ..core.lang import HAS_TRITON, INTERPRET
+from ..core.op import Budget, Case, Maker, Op, backend, ops
+from .verify import tensors
+
+ARCHITECTURES = (80, 90, 100)
+VECTOR_ACCESS = re.compile(
+    r"(?:ld|st)\.global[^;]*\.v(?:4\.[bf]32|8\.[bf]32|[24]\.b64)|cp\.async\.c[ga][^;]*, 0x10|cp\.async\.bulk"
+)
+SCALAR_ACCESS = re.compile(r"(?:ld|st)\.global[.\w:]*\.b(?:8|16) ")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(slots=True)
+class Cost:
+    """What one kernel of one call takes on one architecture."""
+
+    op: str
+    case: str
+    dtype: str
+    arch: int
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    wgmma: bool
+    vector_accesses: int
+    scalar_accesses: int
+    narrow_products: list[str] = field(default_factory=list)
+    """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
+    failure: str = ""
+    """What the compiler said if it gave up."""
+
+
+class _AbsentDevice:
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int) -> Iterator[list]:
+    """Yields the list of kernels that calls made inside would launch on sm_<arch>; nothing runs."""
+    compiled, launch = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup=False, **options):
+        self.device_caches.clear()  # the cache is keyed by device, and ours changes its architecture
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel)
+        return kernel
+
+    driver.set_active(_AbsentDevice(arch))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+        driver._active = None  # reset_active() would look for a real driver
+
+
+def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
+    """One line for every different kernel that the forward and backward of a case launch."""
+    with backend("triton"), compiling_for(arch) as kernels:
+        args, options = case.build(Maker(dtype, "meta"))
+        result = op(*args, **options)
+        outputs = [x for x in tensors(result) if x.requires_grad]
+        wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        if outputs and wanted:
+            torch.autograd.grad(outputs, wanted, [torch.empty_like(x) for x in outputs], allow_unused=True)
+    different = {kernel.hash: kernel for kernel in kernels}
+    return [_cost(op, case, dtype, arch, kernel) for kernel in different.values()]
+
+
+def _cost(op, case, dtype, arch, kernel) -> Cost:
+    registers, stack = _resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    return Cost(
+        op=op.name,
+        case=case.name,
+        dtype=str(dtype).removeprefix("torch."),
+        arch=arch,
+        kernel=kernel.metadata.name,
+        warps=kernel.metadata.num_warps,
+        registers=registers,
+        stack=stack,
+        shared=kernel.metadata.shared,
+        wgmma="wgmma.mma_async" in ptx,
+        vector_accesses=len(VECTOR_ACCESS.findall(ptx)),
+        scalar_accesses=len(SCALAR_ACCESS.findall(ptx)),
+        narrow_products=narrow_products(kernel.asm["ttir"]),
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack)
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """32-bit products that are offsets into memory, as lines of TTIR: beyond 2³¹ elements they would wrap.
+
+    An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors
+    are mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all, and a
+    product with a truth value makes nothing larger.
+    """
+    defined = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ttir, re.MULTILINE))
+    pending = [operand for text in defined.values() if text.startswith("tt.addptr") for operand in _operands(text)[1:2]]
+    found, seen = [], set()
+    while pending:
+        name = pending.pop()
+        text = defined.get(name, "tt.load")
+        if name in seen or text.startswith(("tt.load", "scf.")):
+            continue
+        seen.add(name)
+        masking = any(re.match(r"arith.extui .*i1>? to", defined.get(factor, "")) for factor in _operands(text))
+        if masking or not text.startswith("arith.muli"):
+            pending += _operands(text)
+        elif re.search(r": (?:tensor<[\dx]*x)?i32", text):
+            found.append(f"{name} = {text.split(' loc(')[0]}")
+    return found
+
+
+def _operands(text: str) -> list[str]:
+    return re.findall(r"%[\w#]+", text.split(" : ")[0])
+
+
+def violations(cost: Cost, budget: Budget) -> list[str]:
+    """Sentences, one for each way in which a kernel exceeds its budget."""
+    if cost.failure:
+        return [f"does not compile: {cost.failure}"]
+    found = []
+    if cost.registers > budget.registers:
+        found.append(f"{cost.registers} registers, budget {budget.registers}")
+    if cost.stack > budget.stack:
+        found.append(f"{cost.stack} bytes of stack, budget {budget.stack}")
+    if cost.shared > min(budget.shared, SHARED_LIMIT[cost.arch]):
+        found.append(f"{cost.shared} bytes of shared memory, budget {min(budget.shared, SHARED_LIMIT[cost.arch])}")
+    if budget.wgmma and cost.arch == 90 and not cost.wgmma:
+        found.append("no wgmma instruction on sm_90")
+    if budget.vector and not cost.vector_accesses:
+        found.append("no 16-byte access to global memory")
+    found += [f"32-bit address arithmetic: {line}" for line in cost.narrow_products]
+    return found
+
+
+def budget_of(op: Op, kernel: str) -> Budget:
+    return op.budget if isinstance(op.budget, Budget) else op.budget.get(kernel, Budget())
+
+
+def survey(names: list[str], architectures=ARCHITECTURES, dtype=torch.bfloat16, small=False) -> Iterator[Cost]:
+    """The costs of every large case (or every small one) of the named ops (of all ops, without names)."""
+    for op in ops():
+        if op.fused is None or (names and op.name not in names):
+            continue
+        for arch in architectures:
+            for case in op.cases:
+                if case.bench == small:
+                    continue
+                try:
+                    yield from costs(op, case, dtype, arch)
+                except Exception as error:  # one kernel that does not compile must not hide the others
+                    name = str(dtype).removeprefix("torch.")
+                    said = f"{type(error).__name__}: {error}".splitlines()[0]
+                    yield Cost(op.name, case.name, name, arch, "(none)", 0, 0, 0, 0, False, 0, 0, failure=said)
+
+
+def row(cost: Cost) -> str:
+    """One line of the table."""
+    return (
+        f"{cost.op:20} {cost.case[:26]:26} sm_{cost.arch:<3} {cost.kernel:30} {cost.warps:2} warps"
+        f" {cost.registers:3} registers {cost.stack:3} stack {cost.shared:6} shared {'wgmma' if cost.wgmma else '':5}"
+    )
+
+
+def markdown(costs: list[Cost]) -> str:
+    """The costs as a table: a line a kernel, the largest over its cases and architectures."""
+    lines = ["| op | kernel | warps | registers on sm_80 / 90 / 100 | spilled bytes | shared memory | wgmma on sm_90 |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for op, kernel in dict.fromkeys((cost.op, cost.kernel) for cost in costs):
+        mine = [cost for cost in costs if (cost.op, cost.kernel) == (op, kernel)]
+        registers = (max((c.registers for c in mine if c.arch == arch), default="–") for arch in ARCHITECTURES)
+        warps = "/".join(str(warps) for warps in sorted({c.warps for c in mine}))
+        stack, shared = max(c.stack for c in mine), max(c.shared for c in mine) / 1024
+        wgmma = "yes" if any(c.wgmma for c in mine) else ""
+        columns = (
+            f"`{op}`",
+            f"`{kernel.strip('_')}`",
+            warps,
+            " / ".join(map(str, registers)),
+            stack,
+            f"{shared:.0f} KiB",
+            wgmma,
+        )
+        lines.append(f"| {' | '.join(map(str, columns))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help="names of ops; all by default")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90 or 100; all by default"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--small", action="store_true", help="the small cases of the tests: no budget, but no spills")
+    parser.add_argument("--table", action="store_true", help="for people: no JSON line at the end")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/kernels.md instead")
+    options = parser.parse_args()
+    if INTERPRET or not HAS_TRITON:
+        os.environ |= {"WARPLOOM_TRITON": "1", "TRITON_INTERPRET": "0"}
+        os.execv(sys.executable, sys.orig_argv)
+    found_costs, rows, broken = [], [], 0
+    by_name = {op.name: op for op in ops()}
+    for cost in survey(options.ops, options.arch or ARCHITECTURES, getattr(torch, options.dtype), options.small):
+        budget = Budget() if options.small else budget_of(by_name[cost.op], cost.kernel)
+        found = violations(cost, budget)
+        broken += bool(found)
+        found_costs.append(cost)
+        rows.append({**asdict(cost), "violations": found})
+        if not options.markdown:
+            print(row(cost), "; ".join(found), flush=True)
+    if options.markdown:
+        print(markdown(found_costs))
+    elif not options.table:
+        print(json.dumps(rows))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Is a fused twin, or an eager one, right? Tests ask it on a CPU, benchmarks on a GPU before they time anything.
+
+The rule: our largest error is at most twice that of the same formula in eager PyTorch at the same precision, both
+measured against float64, plus a floor of a few roundings of the result. Gradients are held to the same.
+
+    python -m warploom.kernels.tools.verify attention [--dtype float32]      # on the GPU, if there is one
+
+checks one op in a process of its own: a kernel that reads a wrong address costs the whole process its GPU.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable
+
+import torch
+
+from ..core.op import Case, Maker, Op, backend, ops
+
+
+def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "triton") -> list[str]:
+    """Sentences, one for each result or gradient of a case that is wrong on backend `path`; none if all is well."""
+    exact = call(op, case, op.reference, Maker(dtype), double)
+    eager = call(op, case, op.reference, Maker(dtype, device))
+    with backend(path):
+        ours = call(op, case, op, Maker(dtype, device))
+    found = []
+    for kind, mine, plain, true in zip(("result", "gradient"), ours, eager, exact):
+        if len(mine) != len(true):
+            found.append(f"{len(mine)} {kind}s instead of {len(true)}")
+        for i, three in enumerate(zip(mine, plain, true)):
+            wrong = _wrong(*three, dtype)
+            found += [f"{kind} {i}: {wrong}"] if wrong else []
+    return found
+
+
+def call(
+    op: Op, case: Case, function: Callable, maker: Maker, convert: Callable = lambda x: x
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a case returns or writes in place, and the gradients of all inputs that want one."""
+    args, options = case.build(maker)
+    args, options = [convert(x) for x in args], {name: convert(x) for name, x in options.items()}
+    outputs = tensors(function(*args, **options))
+    given = {**options, **dict(zip(parameters(op), args))}
+    outputs += [given[name] for name in op.mutates if given.get(name) is not None]
+    wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    grown = [x for x in outputs if x.requires_grad]
+    if not wanted or not grown:
+        return outputs, []
+    seeds = Maker(maker.dtype, maker.device, seed=1)
+    return outputs, list(torch.autograd.grad(grown, wanted, [upstream(seeds, x, case.expanded) for x in grown]))
+
+
+def upstream(seeds: Maker, x: torch.Tensor, expanded: bool) -> torch.Tensor:
+    """A gradient to send back from the result x; `expanded` has stride 0, as from `.sum()`."""
+    if expanded and x.dim():
+        return seeds.normal(1, grad=False).to(x.dtype).expand(x.shape)
+    return seeds.normal(*x.shape, grad=False).to(x.dtype)
+
+
+def tensors(result) -> list[torch.Tensor]:
+    """The tensors of whatever an op returned, in order."""
+    return [result] if isinstance(result, torch.Tensor) else [x for item in result or () for x in tensors(item)]
+
+
+def parameters(op: Op) -> list[str]:
+    """The names of an op's parameters."""
+    return list(inspect.signature(op.reference).parameters)
+
+
+def double(x):
+    """A floating-point tensor as float64, with a gradient if it wants one; anything else as it is."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype.itemsize == 1:
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+def _wrong(ours, eager, exact, dtype) -> str:
+    if ours.shape != exact.shape:
+        return f"shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
+    if not ours.is_floating_point():
+        return "" if torch.equal(ours.cpu(), exact.cpu()) else "differs"
+    if not exact.numel():
+        return ""
+    ours, eager, exact = (x.detach().double().cpu() for x in (ours, eager, exact))
+    if exact.isfinite().all() and not ours.isfinite().all():
+        return "is not finite"
+    floor = 4 * torch.finfo(dtype).eps * exact.abs().max() + 4 * torch.finfo(torch.float32).eps
+    mine, theirs = (ours - exact).abs().max(), (eager - exact).abs().max()
+    return "" if mine <= 2 * theirs + floor else f"our error {mine:.3g}, eager's {theirs:.3g}, floor {floor:.3g}"
+
+
+def changes(op: Op, case: Case, dtype: torch.dtype, device: str) -> bool:
+    """Whether two calls on the same inputs differ in any bit."""
+    with backend("triton"):
+        first, again = (call(op, case, op, Maker(dtype, device)) for _ in range(2))
+    return not all(torch.equal(a, b) for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]]))
+
+
+def waits(op: Op) -> str:
+    """What PyTorch says if the op's first case makes the host wait for the GPU."""
+    case = op.cases[0]
+    with backend("triton"):
+        call(op, case, op, Maker(torch.bfloat16, "cuda"))  # compiles, which may wait
+        args, options = case.build(Maker(torch.bfloat16, "cuda"))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results = [x for x in tensors(op(*args, **options)) if x.requires_grad]
+            wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+            if results and wanted:
+                torch.autograd.grad(results, wanted, [torch.ones_like(x) for x in results])
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def replays_otherwise(op: Op) -> bool:
+    """Whether a CUDA graph of the op's first case gives other bits than a plain call."""
+    with backend("triton"), torch.no_grad():
+        args, options = op.cases[0].build(Maker(torch.bfloat16, "cuda"))
+        kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        expected = tensors(op(*args, **options)) + [x for x in args if isinstance(x, torch.Tensor)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = tensors(op(*kept, **options))
+        graph.replay()
+        torch.cuda.synchronize()
+        results += [x for x in kept if isinstance(x, torch.Tensor)]
+    return not all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One op, all its small cases, one precision; a line for each thing that is wrong, and how many there are."""
+    parser = argparse.ArgumentParser(prog="python -m warploom.kernels.tools.verify", description=main.__doc__)
+    parser.add_argument("op", choices=[op.name for op in ops() if op.fused is not None])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--share", default="1/1", help="2/3: only the second third of the cases")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    op = next(op for op in ops() if op.name == options.op)
+    share, shares = map(int, options.share.split("/"))
+    cases = [case for case in op.cases if not case.bench][share - 1 :: shares]
+    dtype, found = getattr(torch, options.dtype), 0
+    for case in cases:
+        try:
+            wrong = errors(op, case, dtype, options.device)
+            wrong += ["two calls differ"] if changes(op, case, dtype, options.device) else []
+        except Exception as error:
+            wrong = [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"]
+        found += bool(wrong)
+        print("".join(f"{op.name} {options.dtype}, {case.name}: {text}\n" for text in wrong), end="", flush=True)
+    if options.device == "cuda" and dtype == torch.bfloat16 and share == 1:
+        for wrong in (waits(op), "a CUDA graph gives other bits" if replays_otherwise(op) else ""):
+            found += bool(wrong)
+            print(f"{op.name}, {op.cases[0].name}: {wrong}\n" if wrong else "", end="", flush=True)
+    print(f"{op.name} {options.dtype}: {len(cases)} cases, {found} wrong")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""GGUF files: read back by `gguf`, llama.cpp's own package, and by `transformers` through it."""
+
+import numpy as np
+import pytest
+import torch
+
+from warploom.engine.cli import main
+from warploom.engine.config import ModelConfig
+from warploom.engine.formats.gguf import save_gguf
+from warploom.engine.formats.model_directory import save_model
+from warploom.engine.model import Transformer
+from warploom.tokenizer import BPETokenizer, CharTokenizer
+
+gguf = pytest.importorskip("gguf", reason="needs gguf, which reads what is written here")
+SENTENCE = "The loom weaves 1234 threads — isn't it fine?\n\n  织布机 naïve  \tend"
+SHAPE = dict(vocab_size=288, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=64)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+CONFIGS = {
+    "llama": {},
+    "gpt2": dict(
+        norm="layernorm",
+        norm_eps=1e-5,
+        position="learned",
+        ffn="gelu",
+        bias=True,
+        n_kv_heads=None,
+        d_ff=256,
+        max_seq_len=1024,  # transformers overlooks any other d_ff and max_seq_len here,
+    ),
+    "qwen2": dict(qkv_bias=True),
+    "qwen3": dict(qk_norm=True, head_dim=128, tie_embeddings=False),  # and any other head_dim here
+}
+TOKENS = torch.arange(80).view(2, 40) * 7 % 288
+
+
+def build(**changes) -> Transformer:
+    """Every parameter random, norms and biases too: nothing that is 1 or 0 can hide a mistake."""
+    model = Transformer(ModelConfig(**{**SHAPE, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + 0.02)
+    return model.eval()
+
+
+def read(path):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_transformers_reads_the_file_and_computes_the_same(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = build(**CONFIGS[name])
+    tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
+    save_gguf(ours, tmp_path / "model.gguf", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k", "qwen2"])
+@pytest.mark.parametrize("name", [*CONFIGS, "llama3", "yarn", "mixtral"])
+@torch.no_grad()
+def test_llama_cpp_reads_the_file_splits_and_computes_the_same(name, pattern, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is built from source")
+    scaled = {
+        "llama3": dict(rope_scaling=LLAMA3),
+        "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+        "mixtral": dict(n_experts=4),
+    }
+    tokenizer = BPETokenizer.train([SENTENCE], 280, pattern=pattern, special_tokens=("<|endoftext|>",))
+    ours = build(**{**CONFIGS, **scaled}[name])
+    save_gguf(ours, tmp_path / "m.gguf", tokenizer)
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
+    ids = theirs.tokenize(SENTENCE.encode(), add_bos=False)
+    assert ids == tokenizer.encode(SENTENCE)
+    theirs.eval(ids[:60])
+    found = torch.from_numpy(theirs.scores[: len(ids[:60])].copy())
+    torch.testing.assert_close(found, ours(torch.tensor([ids[:60]]))[0], atol=1e-3, rtol=1e-4)
+
+
+def test_metadata_and_vocabulary_are_what_llama_cpp_looks_for(tmp_path):
+    tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
+    save_gguf(build(), tmp_path / "m.gguf", tokenizer)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert fields["general.architecture"] == "llama" and fields["llama.attention.head_count_kv"] == 2
+    assert fields["tokenizer.ggml.pre"] == "dbrx" and len(fields["tokenizer.ggml.tokens"]) == 288
+    assert fields["tokenizer.ggml.tokens"][tokenizer.eos_id] == "<|endoftext|>"
+    assert fields["tokenizer.ggml.token_type"][tokenizer.eos_id] == gguf.TokenType.CONTROL
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_id
+    assert len(fields["tokenizer.ggml.merges"]) == len(tokenizer.merges)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_narrow_formats_hold_the_weights_as_closely_as_they_can(dtype, tmp_path):
+    """Against the numbers that gguf's own decoder finds in the file."""
+    model = build()
+    save_gguf(model, tmp_path / "m.gguf", dtype=dtype)
+    tensor = read(tmp_path / "m.gguf")["blk.1.ffn_down.weight"]
+    found = gguf.dequantize(tensor.data, tensor.tensor_type)
+    wanted = model.blocks[1].ffn.down.weight.detach().numpy()
+    if dtype == "q8_0":
+        assert np.array_equal(tensor.data, gguf.quantize(wanted, gguf.GGMLQuantizationType.Q8_0))
+    step = {"float16": 2**-11, "bfloat16": 2**-8, "q8_0": 1 / 127}[dtype]
+    assert np.abs(found - wanted).max() <= step * np.abs(wanted).max()
+
+
+def test_experts_and_slowed_rotations_are_stored_whole(tmp_path):
+    model = build(n_experts=4, rope_scaling=LLAMA3)
+    save_gguf(model, tmp_path / "m.gguf")
+    tensors = read(tmp_path / "m.gguf")
+    gate, up = model.blocks[0].ffn.w_gate_up.detach().chunk(2, dim=1)
+    assert np.array_equal(tensors["blk.0.ffn_gate_exps.weight"].data, gate)
+    assert np.array_equal(tensors["blk.0.ffn_up_exps.weight"].data, up)
+    slow = tensors["rope_freqs.weight"].data
+    assert slow[0] == pytest.approx(1, rel=1e-4) and slow[-1] == pytest.approx(8, rel=1e-4)
+
+
+def test_what_gguf_cannot_say_is_refused(tmp_path, capsys):
+    def refusal(tokenizer=None, **changes):
+        save_model(build(**changes), tmp_path / "m", tokenizer)
+        assert main(["export", str(tmp_path / "m"), str(tmp_path / "m.gguf"), "--to", "gguf"]) == 2
+        assert not (tmp_path / "m.gguf").exists()
+        return capsys.readouterr().err
+
+    assert "sliding_window=7 is shorter" in refusal(sliding_window=7)
+    assert "no architecture of GGUF" in refusal(norm="none")
+    assert "'dynamic' has no GGUF form" in refusal(rope_scaling=dict(LLAMA3, rope_type="dynamic"))
+    assert "CharTokenizer has no GGUF form" in refusal(CharTokenizer.train(["abc"]))
+    assert "pretokenizer" in refusal(BPETokenizer.train([SENTENCE], 270, pattern=r"\w+|\W+"))

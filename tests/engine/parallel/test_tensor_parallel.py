@@ -1,0 +1,69 @@
+"""A model in two processes is the model in one: logits, losses, gradients, what it generates."""
+
+import multiprocessing
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from warploom.engine.config import ModelConfig
+from warploom.engine.formats.model_directory import save_model
+from warploom.engine.memory import RESET
+from warploom.engine.model import Transformer
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture
+def in_two(monkeypatch):
+    """Runs a script in two processes, and returns how they ended."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return in_two_processes
+
+
+def in_two_processes(script, **globals_):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warploom.engine.formats.model_directory", "torch.distributed"])
+    path = str(Path(__file__).with_name(script))
+    given = [{"RANK": rank, "PORT": store.port, **globals_} for rank in range(2)]
+    team = [context.Process(target=runpy.run_path, args=(path, names), daemon=True) for names in given]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join()
+    return [process.exitcode for process in team]
+
+
+def test_pieces_compute_what_the_whole_computes(in_two):
+    assert in_two("shards.py") == [0, 0]
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
+def test_who_loads_a_share_never_holds_much_more(in_two, tmp_path):
+    shape = {"vocab_size": 4096, "d_model": 256, "n_layers": 12, "n_heads": 4}
+    experts = {"n_layers": 6, "n_experts": 4, "d_ff": 512}
+    configs = [{"n_layers": 1}, {}, {"tie_embeddings": False}, experts]
+    places = [tmp_path / f"model {number}" for number in range(len(configs))]
+    for place, changes in zip(places, configs):
+        save_model(Transformer(ModelConfig(**shape | changes)), place)
+    assert in_two("loads.py", PLACES=places) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes, pieces, reason",
+    [
+        ({"n_kv_heads": 1}, (2, 1), "tp=2 does not divide n_kv_heads=1"),
+        ({"n_heads": 9, "d_model": 63}, (2, 1), "tp=2 does not divide n_heads=9"),
+        ({"d_ff": 65}, (2, 1), "tp=2 does not divide d_ff=65"),
+        ({}, (1, 2), "ep=2 does not divide n_experts=0"),
+        ({"n_experts": 3}, (1, 2), "ep=2 does not divide n_experts=3"),
+    ],
+)
+def test_what_cannot_be_cut_evenly_is_refused_in_one_sentence(changes, pieces, reason):
+    from warploom.engine.parallel.tensor_parallel import check
+
+    config = ModelConfig(**{"vocab_size": 50, "d_model": 64, "position": "none", **changes})
+    with pytest.raises(ValueError, match=reason):
+        check(config, *pieces)

@@ -1,0 +1,139 @@
+"""Claims about the C++ twins: paged attention, 8-bit products, whole blocks."""
+
+import numpy as np
+import pytest
+import torch
+
+from warploom import kernels
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, KernelAttend, NativeAttend, PageStore, to_device
+from warploom.engine.serving.execution.sampler import _sample_native
+from warploom.engine.serving.execution.serving_model import NativeLinear
+
+pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
+
+
+class Layer:
+    """What `attend` asks of a layer."""
+
+    def __init__(self, head_dim, window=None, softcap=None):
+        self.index, self.window, self.softcap, self.scale = 1, window, softcap, head_dim**-0.5
+
+
+def ragged_step(store, dtype, H, K, D):
+    """Chunks and decodes of four sequences, in pages out of order, and two tokens of padding."""
+    counts, contexts = np.array([1, 7, 1, 20], dtype=np.int32), [33, 9, 1, 50]
+    table = np.random.default_rng(0).permutation(store.keys.shape[1])[:32].reshape(4, 8).astype(np.int32)
+    spans = [np.arange(c - n, c) for c, n in zip(contexts, counts)]
+    positions = np.concatenate([*spans, [0, 0]])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, len(positions), heads, D).to(dtype) for heads in (H, K, K))
+    layout = store.layout(table, np.arange(4), positions, counts)
+    return store.attend(layout, to_device(layout.arrays(), store.keys.device)), q, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("H", "K", "D"), [(4, 2, 32), (3, 3, 24), (8, 1, 64), (2, 1, 80)])
+@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}])
+def test_paged_attention_in_cpp_equals_the_kernels_reference(dtype, H, K, D, limits):
+    class Shape:
+        attention_sinks = False
+        n_layers, kv_heads, head_size = 2, K, D
+
+    stores = [PageStore(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
+    for store in stores:
+        torch.manual_seed(1)
+        store.keys.normal_()
+        store.values.normal_()
+    stores[1].layers = None
+    outputs = []
+    for store, kind in zip(stores, (NativeAttend, KernelAttend)):
+        attend, q, k, v = ragged_step(store, dtype, H, K, D)
+        assert type(attend) is kind
+        outputs.append(attend(q, k, v, Layer(D, **limits))[:, :-2].float())
+    assert torch.equal(stores[0].keys, stores[1].keys) and torch.equal(stores[0].values, stores[1].values)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("outputs", "columns"), [(64, 64), (50, 72), (200, 300), (16, 24)])
+def test_an_8_bit_product_is_as_near_as_8_bits_allow_and_the_same_in_any_batch(outputs, columns):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(outputs, columns), torch.randn(outputs), torch.randn(23, columns)
+    x[:, 3] *= 100  # one large activation
+    linear = NativeLinear(weight, bias)
+    together = linear(x)
+    assert all(torch.equal(linear(x[i : i + n]), together[i : i + n]) for i, n in [(0, 1), (5, 2), (9, 5), (2, 13)])
+    int_weight, scale = kernels.quantize_int8(weight)
+    exact = x.double() @ (int_weight.double() * scale.double()[:, None]).T + bias.double()
+    step = x.abs().amax(-1, keepdim=True).double() / 127  # no activation is off by more than half of it
+    bound = (step / 2 * (int_weight.double() * scale.double()[:, None]).abs().sum(-1)) + 1e-3
+    assert ((together.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2", "mixtral"])
+def test_a_quantized_model_says_nearly_the_same_and_leaves_the_original_alone(tiny_model, shape):
+    model = tiny_model(shape)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (prompt,) = [[i * 7 % 97 for i in range(60)]]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    exact, rounded = (
+        torch.tensor([entry.logprob for entry in LLM(model, quantize=how).generate(prompt, params).prompt_logprobs])
+        for how in (None, "int8")
+    )
+    assert (exact - rounded).abs().mean() < 0.02 * exact.abs().mean()
+    assert not torch.equal(exact, rounded)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
+def test_rounding_activations_too_at_most_doubles_the_error_of_rounding_the_weights(tiny_model, shape):
+    """Against weights that are rounded the same way and meet activations in full."""
+    model, rounded = (tiny_model(shape, vocab_size=500, tie_embeddings=False) for _ in range(2))
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() == 2 and (name.startswith("blocks") or name == "head.weight"):
+                numbers, scale = kernels.quantize_int8(weight)
+                weight.copy_(numbers * scale[:, None])
+    text = [i * i % 487 for i in range(250)]
+    exact, weights, both = (
+        torch.tensor(llm.score(text)) for llm in (LLM(model), LLM(rounded), LLM(model, quantize="int8"))
+    )
+    assert 0 < (both - exact).norm() < 2 * (weights - exact).norm()
+
+
+def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):
+    model = tiny_model(dtype=torch.bfloat16)
+    prompts = [[(i * j + j) % 97 for j in range(1, 5 + 3 * i)] for i in range(12)]
+    params = [SamplingParams(max_tokens=12, seed=i, ignore_eos=True) for i in range(12)]
+    together = [output.token_ids for output in LLM(model, quantize="int8").generate(prompts, params)]
+    memory = 8 * 16 * model.config.kv_bytes_per_token(2)
+    small = LLM(model, quantize="int8", step_tokens=5, max_batch=3, kv_memory=memory)
+    assert [output.token_ids for output in small.generate(prompts, params)] == together
+
+
+def test_the_number_of_workers_changes_no_token(tiny_model):
+    from warploom.engine.serving.execution.kv_cache import _native
+
+    llm = LLM(tiny_model(), quantize="int8")
+    expected = llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids
+    for threads in (4, 1, 2):
+        _native.set_workers(threads)
+        assert llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids == expected
+
+
+def test_a_draw_in_cpp_is_the_kernels_draw():
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 400, 2500
+    logits = torch.randn(rows, vocabulary, generator=generator) * 3
+
+    def uniform(low, high):
+        return torch.empty(rows).uniform_(low, high, generator=generator)
+
+    temperature = uniform(0.1, 2.0) * (uniform(0, 1) > 0.1)
+    top_k = torch.randint(0, 60, (rows,), generator=generator, dtype=torch.int32) * (uniform(0, 1) > 0.5)
+    top_p, min_p = uniform(0.05, 1.5).clamp(max=1), uniform(-0.1, 0.1).clamp(min=0)
+    seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+    positions = torch.randint(0, 2**40, (rows,), generator=generator)
+    settings = temperature, top_k.int(), top_p, min_p, seeds, positions
+    assert torch.equal(_sample_native(logits, torch.arange(rows), *settings), kernels.sample(logits, *settings))

@@ -1,0 +1,77 @@
+"""Claims about one model in several processes."""
+
+import random
+
+import pytest
+import torch
+
+from warploom.engine.formats.model_directory import save_model
+from warploom.engine.serving import LLM, EngineError, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture
+def team(tiny_model, tmp_path, monkeypatch):
+    """A maker of the same model in one process and in two."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads, made = torch.get_num_threads(), []
+
+    def make(shape, **options):
+        place = save_model(tiny_model(shape), tmp_path / shape)
+        options = {name: place if name == "draft" else value for name, value in options.items()}
+        made.append(LLM(place, tensor_parallel=2, **options))
+        return LLM(place, kv_dtype=options.get("kv_dtype")), made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("llama", {"draft": True}),
+        ("qwen3", {"kv_dtype": "int8"}),
+        ("mixtral", {}),
+        ("gpt2", {"step_tokens": 9, "max_batch": 4}),
+    ],
+)
+def test_two_processes_generate_the_tokens_of_one(team, shape, options):
+    one, two = team(shape, **options)
+    generator = random.Random(0)
+    prompts = [[generator.randrange(97) for _ in range(length)] for length in (1, 9, 40, 17, 33)]
+    params = [SamplingParams(16, i % 2 * 0.8, seed=i, prompt_logprobs=[None, 0][i // 4]) for i in range(5)]
+    expected = one.generate(prompts, params)
+    outputs = two.generate(prompts, params)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert [entry.logprob for entry in outputs[4].prompt_logprobs] == pytest.approx(
+        [entry.logprob for entry in expected[4].prompt_logprobs], abs=1e-4
+    )
+    (worker,) = two.engine.runner.workers
+    assert two.engine.alive and worker.poll() is None
+    two.close()
+    assert worker.poll() == 0, "it has gone, by itself"
+
+
+def test_a_process_that_dies_ends_what_was_computed_with_a_sentence_and_nothing_hangs(team):
+    _, llm = team("llama")
+    going = llm.submit([1, 2, 3], SamplingParams(200, ignore_eos=True))
+    llm.engine.step()
+    llm.engine.runner.workers[0].kill()
+    for generation in (going, llm.submit([1], SamplingParams())):
+        with pytest.raises(EngineError, match="process 1 of 2 has ended with exit code -9; make the LLM anew"):
+            generation.result()
+    assert not llm.engine.alive
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+
+
+def test_what_cannot_be_spread_is_refused_before_any_process_starts(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="use save_model"):
+        LLM(tiny_model(), tensor_parallel=2)
+    place = save_model(tiny_model(), tmp_path / "model")
+    with pytest.raises(ValueError, match="tp=3 does not divide n_heads=4"):
+        LLM(place, tensor_parallel=3)
+    with pytest.raises(ValueError, match="tensor_parallel must be 1 with quantize, got 2"):
+        LLM(place, tensor_parallel=2, quantize="int8")

@@ -1,0 +1,128 @@
+"""Claims about structured output."""
+
+import json
+import re
+
+import pytest
+
+from warploom.engine.serving import LLM, EngineError, SamplingParams
+from warploom.engine.serving import structured_output as grammar
+from warploom.tokenizer import BPETokenizer
+
+pytest.importorskip("llguidance")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model, tokenizer):
+    return LLM(tiny_model(vocab_size=tokenizer.vocab_size + 5), tokenizer)
+
+
+def test_text_matches_the_regular_expression_whatever_the_model_would_say(llm):
+    params = [SamplingParams(regex=r"[a-c]{3}-\d{2,4}", seed=seed, temperature=2.0) for seed in range(8)]
+    outputs = llm.generate(["x"] * 8, params)
+    assert all(re.fullmatch(r"[a-c]{3}-\d{2,4}", output.text) for output in outputs)
+    assert len({output.text for output in outputs}) > 1
+    assert all(output.finish_reason == "stop" for output in outputs)
+
+
+def test_text_is_one_of_the_choices(llm):
+    choices = ("yes", "no", 'a "quoted" one')
+    outputs = llm.generate(
+        ["x"] * 12, [SamplingParams(choice=choices, seed=seed, temperature=3.0) for seed in range(12)]
+    )
+    assert {output.text for output in outputs} <= set(choices) and len({output.text for output in outputs}) > 1
+
+
+def test_text_is_json_that_satisfies_the_schema_beside_free_neighbours(llm):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Ann", "Bo"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    strict = SamplingParams(json_schema=schema, max_tokens=60, seed=1, n=3)
+    free = SamplingParams(max_tokens=9, seed=2)
+    alone = llm.generate("b", free)
+    output, neighbour = llm.generate(["a", "b"], [strict, free])
+    assert neighbour.token_ids == alone.token_ids
+    for choice in output.choices:
+        value = json.loads(choice.text)
+        assert set(value) == {"name", "age"} and value["name"] in ("Ann", "Bo") and 0 <= value["age"] <= 99
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"regex": "(unclosed"}, {"json_schema": "not json"}, {"json_schema": {"type": "no such type"}}],
+)
+def test_what_cannot_be_compiled_is_refused_and_the_engine_goes_on(llm, params):
+    with pytest.raises(ValueError, match=f"{next(iter(params))} cannot be compiled"):
+        llm.generate("x", SamplingParams(**params))
+    assert llm.generate("x", SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
+
+
+def test_without_a_tokenizer_a_grammar_is_refused(model):
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        LLM(model).generate([1], SamplingParams(regex="a"))
+
+
+def test_a_grammar_that_outgrows_its_limits_ends_its_own_request_and_nobody_elses(llm):
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1500)}}
+    strict, free = SamplingParams(json_schema=wide), SamplingParams(seed=2, max_tokens=9)
+    alone = llm.generate("b", free)
+    failing, going = llm.submit("a", strict), llm.submit("b", free)
+    with pytest.raises(EngineError, match="max is 2000"):
+        failing.result()
+    assert going.result().token_ids == alone.token_ids and llm.engine.failures == 0
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
+
+
+def test_a_grammar_that_takes_too_long_to_compile_is_refused(llm, monkeypatch):
+    monkeypatch.setattr(grammar, "TIME_LIMIT", 0.0)
+    many = {f"p{i}": {"type": "string", "pattern": "^(a|b){1,500}$"} for i in range(300)}
+    with pytest.raises(ValueError, match="json_schema takes more than 0 seconds"):
+        llm.generate("x", SamplingParams(json_schema={"type": "object", "properties": many}))
+
+
+def test_choices_by_the_thousand_are_one_expression(llm):
+    """Compiled in linear time; a Lark rule of 2,500 failed at its second token."""
+    choices = (*(f"c{i}" for i in range(2500)), "a.b*[c]", 'say "x" \\ y', "a #&-/{$}^+?|()")
+    outputs = llm.generate(["x"] * 4, [SamplingParams(choice=choices, seed=seed, temperature=3.0) for seed in range(4)])
+    assert {output.text for output in outputs} <= set(choices)
+    for choice in choices[-3:]:
+        assert llm.generate("x", SamplingParams(choice=(choice,), max_tokens=50)).text == choice
+
+
+def test_grammar_too_large_is_refused_with_numbers(llm):
+    for field, value in (("regex", "a" * 70_000), ("choice", ("a" * 999,) * 70), ("grammar", "start: " + "a" * 65_530)):
+        with pytest.raises(ValueError, match=rf"{field} has \d+ characters; at most 65536 are compiled"):
+            llm.generate("x", SamplingParams(**{field: value}))
+
+
+@pytest.mark.parametrize("source", ['start: "a" b+\nb: /[0-9]/ "x"', 'root ::= "a" ([0-9] "x")+'])
+def test_text_satisfies_a_lark_or_gbnf_grammar(llm, source):
+    text = llm.generate("x", SamplingParams(grammar=source, max_tokens=9, seed=3)).text
+    assert re.fullmatch(r"a([0-9]x)*[0-9]?", text) and len(text) > 2
+
+
+def test_compiled_grammars_are_kept(llm, monkeypatch):
+    built, build = [], grammar._build
+    monkeypatch.setattr(grammar, "_build", lambda *source: built.append(source) or build(*source))
+    for number in (*range(grammar.CACHED), 0, 1, grammar.CACHED, 0, 2):
+        llm.grammars.compile(SamplingParams(regex=f"kept{number}"))
+    assert len(built) == grammar.CACHED + 1 + 1, "the one beyond, and the oldest again"
+
+
+def test_unknown_rows_cost_as_little_as_known_ones():
+    """A sparse vocabulary is built as fast as a full one: each unknown id once scanned the whole of it."""
+
+    class Counting(dict):
+        scans = 0
+
+        def values(self):
+            Counting.scans += 1
+            return super().values()
+
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, [], {"<|endoftext|>": 256}, "gpt4")
+    tokenizer._vocab = Counting(tokenizer._vocab)
+    grammar._vocabulary(tokenizer, tokenizer.vocab_size + 1000)
+    assert Counting.scans < 10

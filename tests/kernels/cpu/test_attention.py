@@ -1,0 +1,108 @@
+"""Attention on a CPU, fused in float32 and by a staircase in bfloat16, held to the formula in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from warploom import kernels
+from warploom.kernels.cpu import pointwise as passes_cpu
+from warploom.kernels.cpu.attention import BLOCK, LONGEST, climbs, fuses
+
+needs_passes = pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="the C++ extension is not built")
+
+
+def plain(q, k, v, scale):
+    """The formula, in the inputs' own precision."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * scale) @ k.mT
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    return (torch.softmax(scores.masked_fill(future, float("-inf")), -1) @ v).transpose(1, 2)
+
+
+def results(attend, inputs, upstream, dtype):
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    out.backward(upstream.to(dtype))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def inputs_of(T, H, K, D, dtype, size=1.0):
+    generator = torch.Generator().manual_seed(T)
+    q, k, v, upstream = (torch.randn(2, T, n, D, generator=generator).to(dtype) for n in (H, K, K, H))
+    return [q * size, k * size, v], upstream
+
+
+def assert_as_exact_as_the_formula(inputs, upstream, scale, dtype):
+    s = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    exact = results(lambda q, k, v: plain(q, k, v, s), inputs, upstream, torch.float64)
+    formula = results(lambda q, k, v: plain(q, k, v, s), inputs, upstream, dtype)
+    ours = results(lambda q, k, v: kernels.attention(q, k, v, scale=scale), inputs, upstream, dtype)
+    slack = 1e-3 if dtype == torch.bfloat16 else 2**-23
+    for truth, theirs, mine in zip(exact, formula, ours):
+        assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + slack * truth.norm()
+
+
+@pytest.mark.parametrize("T", [2, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize(("H", "K", "scale"), [(2, 2, None), (4, 2, 0.3), (3, 1, None)])
+def test_staircase_attention_is_as_exact_as_the_plain_formula(T, H, K, scale):
+    inputs, upstream = inputs_of(T, H, K, 32, torch.bfloat16)
+    assert climbs(inputs[0].clone().requires_grad_(), inputs[1])
+    assert_as_exact_as_the_formula(inputs, upstream, scale, torch.bfloat16)
+
+
+@needs_passes
+@pytest.mark.parametrize("T", [2, 17, 63, 64, 65, 200])
+@pytest.mark.parametrize(
+    ("H", "K", "D", "scale"), [(2, 2, 64, None), (4, 2, 32, 0.3), (3, 1, 80, None), (1, 1, 16, 1.0)]
+)
+def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale):
+    inputs, upstream = inputs_of(T, H, K, D, torch.float32)
+    assert fuses(*inputs)
+    assert_as_exact_as_the_formula(inputs, upstream, scale, torch.float32)
+
+
+@needs_passes
+def test_fused_attention_stays_exact_where_weights_are_nearly_one_or_zero():
+    inputs, upstream = inputs_of(130, 2, 2, 64, torch.float32, size=6.0)
+    assert_as_exact_as_the_formula(inputs, upstream, None, torch.float32)
+
+
+@needs_passes
+def test_fused_attention_gives_the_same_bits_on_any_number_of_threads():
+    inputs, upstream = inputs_of(150, 6, 2, 32, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for torch_threads in (1, 2, 3):
+            torch.set_num_threads(torch_threads)
+            runs.append(results(kernels.attention, inputs, upstream, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for one, other in itertools.pairwise(runs) for a, b in zip(one, other))
+
+
+def test_each_way_serves_only_what_it_was_made_for():
+    q = torch.zeros(1, 8, 2, 16, dtype=torch.bfloat16)
+    assert not climbs(q, q)  # no gradient is wanted
+    q.requires_grad_()
+    assert climbs(q, q) and not fuses(q, q, q)
+    long = torch.zeros(1, LONGEST + 1, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    assert not climbs(long, long) and not climbs(q.float(), q.float()) and not climbs(q, long)
+    odd = torch.zeros(1, 8, 2, 24)
+    assert not fuses(odd, odd, odd) and not fuses(odd.double(), odd.double(), odd.double())
+    with torch.no_grad():
+        assert not climbs(q, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_strided_inputs_and_gradients_are_read_as_they_lie(dtype):
+    both = torch.randn(2, 70, 6, 16).to(dtype)
+    results_of = []
+    for copy in (lambda x: x, torch.clone):
+        leaf = both.clone().requires_grad_()
+        q, k, v = (copy(x) for x in leaf.split((2, 2, 2), dim=-2))
+        kernels.attention(q, k, v).transpose(1, 2).sum(-1, keepdim=True).expand(2, 2, 70, 3).sum().backward()
+        results_of.append(leaf.grad)
+    assert all(torch.equal(a, b) for a, b in itertools.pairwise(results_of))

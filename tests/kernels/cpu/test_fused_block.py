@@ -1,0 +1,127 @@
+"""A layer's rows in tiles, held to the formulas of its ops in float64, and the layers that go that way."""
+
+import pytest
+import torch
+
+from warploom import kernels
+from warploom.engine.config import ModelConfig
+from warploom.engine.model import Rotation, Transformer, dense_attention
+from warploom.engine.training import fused_block as rows
+from warploom.kernels.cpu import fused_block as rows_cpu
+
+pytestmark = pytest.mark.skipif(not rows_cpu.HAS_ROWS, reason="needs the C++ extension and a CPU with AVX-512")
+EPS = 1e-6
+
+
+def by_ops(x, H, K, D, positions):
+    heads, stream = kernels.add_rms_norm.reference(x["delta"], x["stream"], x["norm"], EPS)
+    q, k, v = (heads @ x["qkv"].T).unflatten(-1, (-1, D)).split((H, K, K), -2)
+    if "cos" in x:
+        q, k = kernels.rope.reference(q, k, x["cos"], x["sin"], positions)
+    joined, stream = kernels.add_rms_norm.reference(mix(q, k, v).flatten(-2) @ x["output"].T, stream, x["between"], EPS)
+    return kernels.swiglu_packed.reference(joined @ x["gate_up"].T) @ x["down"].T, stream
+
+
+def by_rows(x, H, K, D, positions):
+    weights = [x[name] for name in ("norm", "qkv", "output", "between", "gate_up", "down")]
+    assert rows_cpu.serves(x["stream"], *weights)
+    norm, qkv, *others = weights
+    tables = x.get("cos"), x.get("sin"), positions
+    q, k, v, stream = rows_cpu.to_heads(x["delta"], x["stream"], norm, EPS, qkv, (H, K), *tables)
+    output, between, gate_up, down = others
+    return rows_cpu.from_heads(mix(q, k, v), stream, output, between, EPS, gate_up, down)
+
+
+def mix(q, k, v):
+    """Any function of all three, in place of attention."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    return 1.5 * q + k * v
+
+
+def results(way, inputs, upstream, dtype, *sizes):
+    x = {name: t.to(dtype).clone() for name, t in inputs.items()}
+    leaves = [t.requires_grad_() for name, t in x.items() if name not in ("cos", "sin")]
+    out = way(x, *sizes)
+    torch.autograd.backward(out, [u.to(dtype) for u in upstream])
+    return [*(t.detach() for t in out), *(t.grad for t in leaves)]
+
+
+def draw(B, T, C, H, K, D, F, turned):
+    generator = torch.Generator().manual_seed(T)
+    J = (H + 2 * K) * D
+    shapes = {
+        "delta": (B, T, C), "stream": (B, T, C), "norm": (C,), "qkv": (J, C), "output": (C, H * D), "between": (C,),
+        "gate_up": (2 * F, C), "down": (C, F),
+    }  # fmt: skip
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inputs |= {name: inputs[name] * inputs[name].shape[1] ** -0.5 for name in ("qkv", "output", "gate_up", "down")}
+    if turned:
+        inputs |= dict(zip(("cos", "sin"), kernels.rope_tables(D, 2 * T)))
+    return inputs, [torch.randn(B, T, C, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "C", "H", "K", "D", "F", "turned"),
+    [(2, 37, 48, 3, 1, 16, 80, True), (1, 130, 128, 4, 4, 32, 384, False), (3, 50, 96, 2, 2, 48, 208, True)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_in_tiles_are_as_exact_as_the_formulas_of_their_ops(B, T, C, H, K, D, F, turned, packed):
+    inputs, upstream = draw(B, T, C, H, K, D, F, turned)
+    positions = torch.arange(T).flip(0).repeat(B, 1) if packed else None
+    sizes = H, K, D, positions
+    exact = results(by_ops, inputs, upstream, torch.float64, *sizes)
+    formulas = results(by_ops, inputs, upstream, torch.float32, *sizes)
+    ours = results(by_rows, inputs, upstream, torch.float32, *sizes)
+    for truth, theirs, mine in zip(exact, formulas, ours):
+        assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + 2**-23 * truth.norm()
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads():
+    H, K, D = 4, 2, 32
+    inputs, _ = draw(3, 70, 128, H, K, D, 192, False)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = by_rows(inputs, H, K, D, None)
+        torch.set_num_threads(2)
+        two = by_rows(inputs, H, K, D, None)
+        alone = by_rows(inputs | {name: inputs[name][1:2, 5:6] for name in ("delta", "stream")}, H, K, D, None)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, row in zip(one, two, alone):
+        assert torch.equal(a, b) and torch.equal(a[1, 5], row[0, 0])
+
+
+LLAMA = {"vocab_size": 32, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 16}
+
+
+def test_training_goes_by_rows_and_finds_the_gradients_of_the_ops(monkeypatch):
+    model = Transformer(ModelConfig(**LLAMA))
+    rows.install(model)
+    tokens = torch.randint(32, (2, 16))
+    seen = []
+    whole = rows_cpu.from_heads
+    monkeypatch.setattr(rows_cpu, "from_heads", lambda *args: seen.append(1) or whole(*args))
+
+    def gradients():
+        model.zero_grad()
+        loss = model.loss(tokens, tokens)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    ours = gradients()
+    assert seen
+    monkeypatch.setattr(rows_cpu, "HAS_ROWS", False)
+    for mine, theirs in zip(ours, gradients()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dropout": 0.1}, {"bias": True}, {"norm": "layernorm"}, {"qk_norm": True}, {"d_ff": 40}]
+)
+def test_a_layer_with_more_in_it_goes_by_its_ops(change, monkeypatch):
+    monkeypatch.delattr(rows_cpu, "to_heads")
+    model = Transformer(ModelConfig(**LLAMA | change))
+    rows.install(model)
+    stream = torch.randn(1, 8, 32)
+    assert model.blocks[0](stream, stream, Rotation(), dense_attention)[0].requires_grad

@@ -1,0 +1,118 @@
+"""What kernels cost on GPUs that are not there, held to each op's budget."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from warploom.kernels import Budget, ops
+from warploom.kernels.core.lang import HAS_TRITON
+
+if not HAS_TRITON:
+    pytest.skip("needs triton's compiler", allow_module_level=True)
+
+from warploom.kernels.tools.compile_offline import ARCHITECTURES, Cost, budget_of, narrow_products, violations
+
+pytestmark = pytest.mark.timeout(1800)  # hundreds of kernels are compiled meanwhile, on as many cores as there are
+
+
+@pytest.fixture(scope="module")
+def costs(survey):
+    """What every kernel costs, in the large cases and in the small ones."""
+    return {name: [cost_of(row) for row in json.loads(survey(name))] for name in ("large", "small")}
+
+
+def cost_of(row):
+    return Cost(**{name: value for name, value in row.items() if name != "violations"})
+
+
+def has_large_case(op):
+    return op.fused is not None and any(case.bench for case in op.cases)
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if has_large_case(op)], ids=lambda op: op.name)
+def test_large_cases_stay_within_the_budget_on_every_architecture(op, costs):
+    mine = [cost for cost in costs["large"] if cost.op == op.name]
+    assert {cost.arch for cost in mine} == set(ARCHITECTURES)
+    broken = {f"{c.kernel} sm_{c.arch}": violations(c, budget_of(op, c.kernel)) for c in mine}
+    assert not {kernel: found for kernel, found in broken.items() if found}
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
+def test_small_cases_compile_spill_nothing_and_compute_addresses_in_64_bits(op, costs):
+    mine = [cost for cost in costs["small"] if cost.op == op.name]
+    assert mine
+    broken = {f"{cost.case}, {cost.kernel}": violations(cost, Budget()) for cost in mine}
+    assert not {where: found for where, found in broken.items() if found}
+
+
+FILED = """
+import json, sys, pathlib, torch
+from warploom.kernels import adamw_step
+from warploom.kernels.core import tuned
+from warploom.kernels.tools.compile_offline import costs
+tuned.FILE = pathlib.Path(sys.argv[1])
+print(*(costs(adamw_step, adamw_step.cases[-1], torch.bfloat16, arch)[0].warps for arch in (80, 90)))
+"""
+
+
+def test_a_budget_is_that_of_the_settings_on_file_for_the_architecture(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"sm_90": {"adamw_step": {"any": {"BLOCK": 1024, "num_warps": 2}}}}))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FILED, str(path)], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split() == ["8", "2"]
+
+
+BATCHES = """
+import importlib, torch
+from warploom.kernels import Maker, backend, paged_attention
+from warploom.kernels.tools.compile_offline import compiling_for
+
+batch = importlib.import_module("warploom.kernels.paged_attention")._batch
+batches = ([9], [1]), ([900, 40, 16], [1, 1, 1]), ([7000] * 5, [40, 1, 1, 1, 7]), ([64] * 16, [1] * 16)
+with backend("triton"), compiling_for(90) as kernels:
+    for contexts, queries in batches:
+        paged_attention(*batch(Maker(torch.bfloat16, "meta"), contexts, queries, 2, 1, 16, 16))
+print(len({kernel.hash for kernel in kernels}))
+"""
+
+
+def test_a_batch_of_another_size_needs_no_other_kernel():
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", BATCHES], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["1"]
+
+
+def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
+    narrow = """
+      %pid = tt.get_program_id x : i32
+      %range = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32>
+      %offset = arith.muli %pid, %stride : i32
+      %0 = tt.splat %offset : i32 -> tensor<64xi32>
+      %1 = arith.addi %0, %range : tensor<64xi32>
+      %2 = tt.addptr %x, %1 : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
+    """
+    assert narrow_products(narrow) == ["%offset = arith.muli %pid, %stride : i32"]
+    assert narrow_products(narrow.replace("%stride : i32", "%stride : i64")) == []
+
+
+def test_a_kernel_over_its_budget_is_told_what_it_exceeds():
+    cost = Cost("op", "case", "bfloat16", 90, "kernel", 4, 80, 16, 1000, False, 0, 0)
+    found = violations(cost, Budget(registers=64, wgmma=True, vector=True))
+    assert [sentence.split(",")[0] for sentence in found] == [
+        "80 registers",
+        "16 bytes of stack",
+        "no wgmma instruction on sm_90",
+        "no 16-byte access to global memory",
+    ]
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
+def test_a_compiler_sees_the_kernels_and_no_opaque_operator(op, survey):
+    kernels, opaque = json.loads(survey("trace"))[op.name]
+    assert kernels >= 1 and not opaque
