@@ -16,7 +16,7 @@ ARGS ?=
 MINUTES ?= 9
 BIN := .venv/bin
 PIP := @PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1

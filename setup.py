@@ -27,8 +27,9 @@ if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension u
 
 native = Pybind11Extension(
     "warploom._native",
-    sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-    depends=sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in (".hpp", ".inc")),
+    sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+    include_dirs=["csrc"],
+    depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".hpp", ".inc")),
     cxx_std=17,
     extra_compile_args=flags,
     extra_link_args=link,
@@ -65,7 +66,7 @@ class NinjaBuild(build_ext):
     def plan(self, ext, target):
         compile_, link_ = self.compiler.compiler_so, self.compiler.linker_so
         cxx = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++")
-        includes = [f"-I{path}" for path in [*ext.include_dirs, *self.compiler.include_dirs]]
+        includes = [f"-I{Path(path).resolve()}" for path in [*ext.include_dirs, *self.compiler.include_dirs]]
         objects = {Path(source).resolve(): Path(source).with_suffix(".o").name for source in ext.sources}
         lines = [
             "rule compile",

@@ -7,8 +7,8 @@ __getattr__, __all__ = lazily(
     {
         "config": ("ModelConfig",),
         "model": ("Transformer",),
-        "cache": ("KVCache", "generate"),
-        "hub": ("save_model", "load_model"),
+        "generation": ("KVCache", "generate"),
+        "formats.model_directory": ("save_model", "load_model"),
         "training": ("train", "TrainConfig", "AdamW", "SGDDecay", "Muon", "cosine_schedule", "clip_grad_norm"),
         "serving": ("LLM", "SamplingParams", "Output"),
     },

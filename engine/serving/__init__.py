@@ -1,6 +1,6 @@
 """Requests, pages, scheduler, runner, sampling, text, and the `LLM` facade.
 
-`pages`, `plan`, `sequence`, `scheduler`, `params` and `text` import no torch; the names below are loaded on first use.
+`scheduling/`, `sampling_params` and `detokenizer` import no torch; the names below are loaded on first use.
 """
 
 from .outputs import EngineError, Metrics, Output, Piece

@@ -11,6 +11,6 @@ __getattr__, __all__ = lazily(
         "optim": ("AdamW", "Muon", "SGDDecay", "clip_grad_norm"),
         "schedule": ("constant_schedule", "cosine_schedule", "linear_schedule", "wsd_schedule"),
         "trainer": ("TrainResult", "train"),
-        "watch": ("Progress", "Watcher"),
+        "callbacks": ("Progress", "Watcher"),
     },
 )

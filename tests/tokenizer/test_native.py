@@ -101,7 +101,7 @@ def test_every_character_of_unicode_is_classed_as_regex_does(pattern):
 
 
 def test_the_class_table_is_what_its_script_writes():
-    script = ROOT / "csrc" / "make_unicode_classes.py"
+    script = ROOT / "csrc" / "tokenizer" / "make_unicode_classes.py"
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
 
 

@@ -20,7 +20,7 @@ from warploom.engine.formats.model_directory import save_model
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM, SamplingParams
 
-from .conftest import make_tokenizer
+from ..conftest import make_tokenizer
 
 httpx = pytest.importorskip("httpx", reason="these tests need httpx")
 psutil = pytest.importorskip("psutil", reason="finds a replica's process by psutil")

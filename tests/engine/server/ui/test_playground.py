@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from .conftest import HeldLLM, make_model, serving
+from ..conftest import HeldLLM, make_model, serving
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
