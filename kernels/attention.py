@@ -163,7 +163,7 @@ attention = Op(
         Case("heads of a packed projection", lambda m: _packed(m, 1, 20, 4, 2, 32)),
         Case("every other column", lambda m: tuple(m.strided(1, 12, 2, 16) for _ in range(3))),
         Case("soft cap", lambda m: _qkv(m, 1, 20, 20, 2, 1, 32, 3.0), {"softcap": 5.0, "scale": 0.3}),
-        Case("peaked", lambda m: _qkv(m, 1, 20, 20, 1, 1, 32, 8.0)),
+        Case("peaked", lambda m: _qkv(m, 1, 20, 20, 1, 1, 32, 8.0), steep=True),
         Case("ragged", lambda m: _ragged(m, (1, 20, 13), 2, 1, 32)),
         Case(
             "ragged, empty sequences and a tail",

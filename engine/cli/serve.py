@@ -40,9 +40,8 @@ class Flags:
 def run(argv: list[str]) -> int:
     flags = parse(Flags, argv, "serve")
     try:
-        import uvicorn
-
         from ..server.app import create_app
+        from ..server.http_server import HTTPServer, log_without_blocking, raise_file_limit
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
     from ..formats.model_directory import load_config
@@ -53,10 +52,14 @@ def run(argv: list[str]) -> int:
     config, keys = named(flags), api_keys(flags)
     listener = listen(flags.host, flags.port)
     loader = Loader(flags)
-    options = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 60}
-    drain = max(int(config.drain_timeout), 1)
-    app = create_app(loader, config, keys) if flags.replicas == 1 else front(loader, config, keys)
-    server = loader.server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, **options))
+    log_without_blocking()
+    raise_file_limit()
+    if flags.replicas == 1:
+        app = create_app(loader, config, keys)
+        end_streams = app.state.bridge.end_flows
+    else:
+        app, end_streams = front(loader, config, keys), None
+    server = loader.server = HTTPServer(app, config, end_streams)
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     if not keys and not ipaddress.ip_address(address).is_loopback:

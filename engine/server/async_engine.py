@@ -21,7 +21,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
@@ -36,6 +36,7 @@ from .openai import errors
 Result = TypeVar("Result")
 Ask = tuple[list[int], SamplingParams]
 FAILURES = 3  # failed steps in a row, with no token between them, that mean a broken engine
+SHARE = 2  # a party's places by the free ones ("dynamic thresholds"): alone two thirds, two of them two fifths each
 logger = logging.getLogger("warploom.server")
 
 
@@ -50,8 +51,8 @@ class Event(NamedTuple):
 class Flow:
     """What one HTTP request asked for, from the event loop's side."""
 
-    def __init__(self, bridge: Bridge, count: int, streaming: bool) -> None:
-        self.count, self.streaming = count, streaming
+    def __init__(self, bridge: Bridge, count: int, streaming: bool, party: Any = None) -> None:
+        self.count, self.streaming, self.party = count, streaming, party
         self.generations: list[Any] = []
         self.prompt_tokens = 0
         self.arrival = time.monotonic()
@@ -59,7 +60,7 @@ class Flow:
         self._bridge = bridge
         self._events: list[Event] = []
         self._bell = asyncio.Event()
-        self._unfinished = count
+        self._unfinished = self.places = count
         self._failure: errors.APIError | None = None
         self._preparing: asyncio.Future | None = None
         self._watcher: asyncio.Task | None = None
@@ -116,6 +117,10 @@ class Flow:
 
     def deliver(self, event: Event) -> None:
         """Take in a piece. On the event loop."""
+        if event.piece.finish_reason and not self._closed:  # its place is free, whenever the client reads
+            self.places -= 1
+            self._bridge.open -= 1
+            self._bridge.holds[self.party] -= 1
         if not self.abandoned:
             self._events.append(event)
             self._bell.set()
@@ -169,6 +174,7 @@ class Bridge:
         self.restarts = 0
         self.flows: set[Flow] = set()
         self.open = 0  # continuations under way, waiting ones included
+        self.holds: Counter = Counter()  # the same by party
         self._make = make
         self._mailbox: deque[tuple[Flow, Event]] = deque()
         self._ringing = False
@@ -231,21 +237,26 @@ class Bridge:
         streaming: bool = False,
         salt: Any = None,
         client: Any = None,
+        party: Any = None,
         receive: Callable[[], Awaitable[dict]] | None = None,
     ) -> Flow:
         """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
 
         `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
-        client leaves; its body must have been read.
+        client leaves; its body must have been read. A `party` is one of several that share the server: none may hold
+        more than SHARE times the places it leaves free, so there are always some for another.
         """
         if not self.engine_ready:
             raise errors.unavailable(self.state)
-        if count > self.capacity:
-            raise errors.invalid(f"{count} continuations in one request; this server takes at most {self.capacity}")
-        if self.open + count > self.capacity:
+        most = self.capacity if party is None else self.capacity * SHARE // (SHARE + 1)
+        if count > most:
+            raise errors.invalid(f"{count} continuations in one request; this server takes at most {most}")
+        free = self.capacity - self.open - count
+        if free < 0 or (party is not None and self.holds[party] + count > SHARE * free):
             raise errors.busy(self._retry_after())
-        flow = Flow(self, count, streaming)
+        flow = Flow(self, count, streaming, party)
         self.open += count
+        self.holds[party] += count
         self.flows.add(flow)
         if receive is not None:
             flow.watch(receive)
@@ -256,10 +267,18 @@ class Bridge:
             raise
         return flow
 
+    def end_flows(self) -> None:
+        """Fail whatever is under way: the server stops."""
+        for flow in list(self.flows):
+            flow.fail(errors.unavailable("stopping"))
+
     def forget(self, flow: Flow) -> None:
         """A flow has been closed."""
         self.flows.discard(flow)
-        self.open -= flow.count
+        self.open -= flow.places
+        self.holds[flow.party] -= flow.places
+        if not self.holds[flow.party]:
+            del self.holds[flow.party]
         self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
 
     async def _prepare(self, flow: Flow, asks: Any, params: SamplingParams | None, salt: Any, client: Any) -> None:

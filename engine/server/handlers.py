@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
@@ -17,6 +18,7 @@ from ..serving import SamplingParams
 from .async_engine import Ask, Bridge, Flow
 from .config import ServerConfig
 from .metrics import Metrics
+from .middleware import LOGGED
 from .openai import errors
 from .openai.chat import PlainReader, ToolCallReader, encode_conversation
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
@@ -26,6 +28,7 @@ from .request_body import client_of
 Writer = ChatWriter | CompletionWriter
 DEFAULT_COMPLETION = 16  # OpenAI's
 DEFAULT_GENERATION = 100
+LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the event that says so
 
 
 class Service:
@@ -139,6 +142,7 @@ class Service:
             streaming=streaming,
             salt=scope.get("salt"),
             client=client_of(scope),
+            party=scope.get("party"),
             receive=request.receive,
         )
 
@@ -171,7 +175,7 @@ class Service:
         """What every answer and every chunk begins with."""
         visit = request.scope["visit"]
         if body.user is not None:
-            visit.record["user"] = body.user
+            visit.record["user"] = body.user[:LOGGED]
         head = {
             "id": f"{kind}-{visit.id}",
             "created": int(time.time()),
@@ -186,7 +190,7 @@ class Service:
             first = await anext(chunks, None)  # an error before the first token still gets its own status
             if first is None:
                 raise errors.gone()
-            return EventStream(first, chunks)
+            return EventStream(first, chunks, self.config.request_timeout + LAST_EVENTS)
         try:
             await flow.outputs()
             return json_response(writer.whole())
@@ -223,12 +227,16 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes], seconds: float) -> None:
         self.status_code, self.background = 200, None
-        self._first, self._rest = first, rest
+        self._first, self._rest, self._seconds = first, rest, seconds
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send everything, unless the client reads so slowly that its time is long up."""
+        await asyncio.wait_for(self._send_all(send), self._seconds)
+
+    async def _send_all(self, send: Any) -> None:
         async with aclosing(self._rest) as rest:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self._first, "more_body": True})

@@ -10,6 +10,7 @@ says nothing about how close a guess was. Browsers ask their users for name and 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -18,7 +19,6 @@ import json
 import logging
 import re
 import secrets
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -27,9 +27,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .config import ServerConfig
+from .log import WRITER
 from .openai.errors import APIError
 
 OPEN_ROUTES = {"/health"}
+LOGGED = 256  # characters of what a client chose to send: a path, its user
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 logger = logging.getLogger("warploom.server")
 Receive = Callable[[], Awaitable[dict]]
@@ -47,7 +49,8 @@ class Guard:
 
     async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return await asyncio.to_thread(WRITER.flush)
         if scope["type"] != "http":  # nothing here speaks WebSocket
             return await send({"type": "websocket.close", "code": 1008})
         visit = Visit(scope, send)
@@ -59,6 +62,8 @@ class Guard:
         except HTTPException as error:
             await visit.refuse(APIError(error.status_code, str(error.detail)))
         except ClientDisconnect:
+            visit.status = visit.status or 499
+        except asyncio.TimeoutError:  # it does not read its answer
             visit.status = visit.status or 499
         except Exception:
             logger.exception("request %s failed", visit.id)
@@ -81,6 +86,8 @@ class Guard:
             raise APIError(401, message, code="invalid_api_key", headers=challenge)
         visit.record["key"] = matches.index(True)
         visit.scope["salt"] = self._keys[matches.index(True)]  # whoever has another key shares no cached prefixes
+        if len(self._keys) > 1:
+            visit.scope["party"] = visit.scope["salt"]
 
     def _bounded(self, receive: Receive) -> Receive:
         taken = 0
@@ -102,7 +109,7 @@ class Guard:
         route = visit.route or getattr(visit.scope.get("route"), "path", None) or "other"
         self._visits.labels(visit.scope["method"], route, visit.status).inc()
         if self._config.log:
-            print(json.dumps(visit.line()), file=sys.stderr, flush=True)
+            WRITER.write(json.dumps(visit.line()))
 
 
 class Visit:
@@ -144,7 +151,7 @@ class Visit:
             "request_id": self.id,
             "client": (self.scope.get("client") or ("unix",))[0],
             "method": self.scope["method"],
-            "path": self.scope["path"],
+            "path": self.scope["path"][:LOGGED],
             "status": self.status,
             "seconds": round(time.monotonic() - self.start, 4),
             **self.record,

@@ -71,6 +71,8 @@ class Case:
     """Too large for the interpreter: timed on a GPU, and compiled ahead of time for its budget."""
     expanded: bool = False
     """The gradient arrives expanded with stride 0, as from `.sum().backward()`."""
+    steep: bool = False
+    """A rounding of its inputs changes the result by far more than one of the result does: see `verify`."""
 
     def build(self, maker: "Maker") -> tuple[list, dict]:
         """The arguments and keyword arguments of the call."""

@@ -49,19 +49,19 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, q_BTHD, k_BTKD, v_BTKD, scale):
         heads = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHD, k_BTKD, v_BTKD)]
         B, T, H, _ = q_BTHD.shape
-        o_BTHD, log_sums_BHT = torch.empty(q_BTHD.shape), torch.empty(B, H, T)
-        pointwise.attention(*heads, o_BTHD, log_sums_BHT, scale)
-        ctx.save_for_backward(*heads, o_BTHD, log_sums_BHT)
+        o_BTHD, stats_2BHT = torch.empty(q_BTHD.shape), torch.empty(2, B, H, T)
+        pointwise.attention(*heads, o_BTHD, stats_2BHT, scale)
+        ctx.save_for_backward(*heads, stats_2BHT)
         ctx.scale = scale
         return o_BTHD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do_BTHD):
-        q, k, v, o, log_sums = ctx.saved_tensors
+        q, k, v, stats = ctx.saved_tensors
         do = do_BTHD if do_BTHD.stride(-1) == 1 else do_BTHD.contiguous()
         gradients = [torch.empty(x.shape) for x in (q, k, v)]
-        pointwise.attention(q, k, v, o, log_sums, ctx.scale, do, *gradients)
+        pointwise.attention(q, k, v, do, stats, ctx.scale, *gradients)
         return *gradients, None
 
 

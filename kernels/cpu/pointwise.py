@@ -227,13 +227,13 @@ def _attend(weights, queries, scale, scores, d_weights):
     _call("attend", weights, rows, queries, S - queries, S, scale, scores, weights.data_ptr(), d_weights)
 
 
-def attention(q, k, v, o, log_sums, scale: float, *gradients: torch.Tensor) -> None:
-    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and log_sums (B, H, T).
+def attention(q, k, v, o, stats, scale: float, *gradients: torch.Tensor) -> None:
+    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and each query's statistics (2, B, H, T).
 
-    Given (do, dq, dk, dv), the gradients instead, from those two."""
+    Given (dq, dk, dv) too, the gradients instead, from that of the result in the place of o and the statistics."""
     sizes = *q.shape[:3], k.shape[2], q.shape[3]
     _native.attention(
-        *sizes, scale, log_sums.data_ptr(), *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, o, *gradients))
+        *sizes, scale, stats.data_ptr(), *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, o, *gradients))
     )
 
 

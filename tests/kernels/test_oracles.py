@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from warploom.kernels import Maker, ops
+from warploom.kernels import Case, Maker, attention, backend, ops
 from warploom.kernels.cpu import pointwise as passes_cpu
-from warploom.kernels.tools.verify import double, errors, tensors
+from warploom.kernels.tools.verify import call, double, errors, tensors
 
 
 def floats(result):
@@ -42,5 +43,27 @@ def test_the_gradient_is_the_derivative(op, case):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @small_cases(lambda op, case: op.eager is not None)
 def test_the_eager_path_means_what_the_reference_says(op, case, native, dtype, monkeypatch):
-    monkeypatch.setattr(passes_cpu, "HAS_PASSES", native and passes_cpu.HAS_PASSES)
-    assert errors(op, case, dtype, "cpu", "eager") == []
+    """By our rule where the numbers are ours. Those of PyTorch's attention depend on the make of the CPU: the test
+    below holds them to PyTorch's promise; here it computes by its formula, and a steep case in float64."""
+    native = native and passes_cpu.HAS_PASSES
+    monkeypatch.setattr(passes_cpu, "HAS_PASSES", native)
+    if op is attention and case.steep and dtype == torch.float32 and not native:
+        dtype = torch.float64
+    with sdpa_kernel(SDPBackend.MATH):
+        assert errors(op, case, dtype, "cpu", "eager") == []
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), [(torch.float32, 1e-5, 5e-6), (torch.bfloat16, 5e-2, 5e-2)])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 30}], ids=str)
+def test_pytorchs_fused_attention_is_its_formula(options, dtype, atol, rtol, monkeypatch):
+    """Within the tolerances of PyTorch's own tests (test_scaled_dot_product_fused_attention_vs_math_cpu)."""
+    monkeypatch.setattr(passes_cpu, "HAS_PASSES", False)
+    case = Case(
+        "longer than what our bfloat16 path takes", lambda m: [m.normal(1, 530, n, 16) for n in (4, 2, 2)], options
+    )
+
+    def results(kernel):
+        with backend("eager"), sdpa_kernel(kernel):
+            return call(attention, case, attention, Maker(dtype))
+
+    torch.testing.assert_close(results(SDPBackend.FLASH_ATTENTION), results(SDPBackend.MATH), atol=atol, rtol=rtol)

@@ -85,6 +85,7 @@ void bind_serving(py::module_& module) {
         },
         Release());
 
+    module.def("use_byte_products", &use_byte_products, py::arg("vectors"));
     py::class_<Matrix, std::shared_ptr<Matrix>>(module, "Matrix")
         .def(py::init(&make_matrix), Release())
         .def("multiply",

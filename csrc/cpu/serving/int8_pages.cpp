@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/serving/hadamard.hpp"
 #include "x86.hpp"
 
 namespace warploom {
@@ -51,11 +52,14 @@ WARPLOOM_INLINE float peak_of(const float* x, int n) {
     return largest(most);
 }
 
-// `D` numbers, padded with zeros, as whole ones of at most `most`; what one of them stands for is returned.
-WARPLOOM_INLINE float round_row(const float* x, int D, float factor, float most, float* row, int32_t* to) {
-    const int wide = padded(D);
+// `D` numbers times a factor, padded with zeros.
+WARPLOOM_INLINE void pad_row(const float* x, int D, float factor, float* row) {
     for (int d = 0; d < D; ++d) row[d] = x[d] * factor;
-    std::fill(row + D, row + wide, 0.0f);
+    std::fill(row + D, row + padded(D), 0.0f);
+}
+
+// `wide` numbers as whole ones of at most `most`; what one of them stands for is returned.
+WARPLOOM_INLINE float round_row(const float* row, int wide, float most, int32_t* to) {
     const float peak = peak_of(row, wide), inverse = peak > 0 ? most / peak : 0;
     for (int d = 0; d < wide; d += 16) round_to(to + d, load(row + d) * inverse);
     return peak / most;
@@ -66,7 +70,9 @@ WARPLOOM_CLONES void split_query(const float* x, int D, float factor, int q, Scr
     const int wide = padded(D);
     s.row.resize(wide), s.numbers.resize(wide);
     const int32_t* numbers = s.numbers.data();
-    s.scales[q] = round_row(x, D, factor, kMost, s.row.data(), s.numbers.data());
+    pad_row(x, D, factor, s.row.data());
+    hadamard_head(s.row.data(), wide, true);
+    s.scales[q] = round_row(s.row.data(), wide, kMost, s.numbers.data());
     int8_t *high = &s.bytes[size_t(q) * 2 * wide], *low = high + wide;
     int32_t total = 0;
     for (int d = 0; d < wide; ++d) high[d] = int8_t((numbers[d] + 64) >> 7), total += numbers[d];
@@ -80,13 +86,16 @@ WARPLOOM_CLONES void write_lane(const float* k, const float* v, int D, int lane,
     const int wide = padded(D), shift = lane % 4 * 8;
     s.row.resize(wide), s.numbers.resize(wide);
     const int32_t* numbers = s.numbers.data();
-    float scale = round_row(k, D, 1, 127, s.row.data(), s.numbers.data());
+    pad_row(k, D, 1, s.row.data());
+    hadamard_head(s.row.data(), wide, false);
+    float scale = round_row(s.row.data(), wide, 127, s.numbers.data());
     s.narrow.resize(wide);
     int8_t* narrow = s.narrow.data();
     for (int d = 0; d < wide; ++d) narrow[d] = int8_t(numbers[d] ^ 128);
     for (int d = 0; d < wide; d += 4) std::memcpy(keys + d * kTile + lane * 4, narrow + d, 4);
     std::memcpy(keys + kTile * wide + lane * 4, &scale, 4);
-    scale = round_row(v, D, 1, 127, s.row.data(), s.numbers.data());
+    pad_row(v, D, 1, s.row.data());
+    scale = round_row(s.row.data(), wide, 127, s.numbers.data());
     uint32_t* fours = reinterpret_cast<uint32_t*>(values + lane / 4 * 4 * wide);
     for (int d = 0; d < wide; ++d)
         fours[d] = (fours[d] & ~(0xffu << shift)) | (uint32_t(numbers[d] & 255) << shift);

@@ -1,7 +1,8 @@
 // Keys and values in 8 bits: pages of half the size, and attention that multiplies whole numbers.
 //
 // Decoding reads all keys and values of all requests once a token, so their bytes are its time. Each token's key and
-// value of a head is rounded when it is written, with a scale of its own: nothing that comes later changes it.
+// value of a head is rounded when it is written, with a scale of its own: nothing that comes later changes it. Keys, whose
+// channels differ most, are rotated before (hadamard.hpp), and queries with them.
 //
 // A page is a row of tiles, one for every sixteen tokens and head, and a tile lies as the dot-product instruction (unsigned
 // by signed bytes, four a lane) wants it: keys as (D / 4, 16 tokens, 4), offset by 128 to be unsigned; values as

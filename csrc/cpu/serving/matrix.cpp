@@ -3,19 +3,22 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/serving/hadamard.hpp"
+
 namespace warploom {
 
 namespace {
 
 typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
 
-// `n` ≤ 64 numbers to 8 bits with a scale of their own, which is returned; `total` becomes their sum.
+// `n` ≤ 64 numbers, rotated, to 8 bits with a scale of their own, which is returned; `total` becomes their sum.
 WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t& total) {
     float group[kGroup] = {};
     std::copy(x, x + n, group);
     f16 part[kGroup / 16], most = {};
+    for (int i = 0; i < kGroup / 16; ++i) part[i] = load(group + 16 * i);
+    hadamard(part, kGroup / 16);
     for (int i = 0; i < kGroup / 16; ++i) {
-        part[i] = load(group + 16 * i);
         const f16 size = part[i] < 0.0f ? -part[i] : part[i];
         most = select(size > most, size, most);
     }
@@ -30,7 +33,7 @@ WARPLOOM_CLONES float quantize_group(const float* x, int n, int8_t* to, int32_t&
     }
     total = 0;
     for (int i = 0; i < 16; ++i) total += sums[i];
-    return peak / 127;
+    return peak / 127 * kRotated;
 }
 
 WARPLOOM_CLONES void round_row(const float* x, int n, bfloat16* to) {

@@ -7,7 +7,8 @@
 
 namespace warploom {
 
-constexpr int kGroup = 64;  // columns that share a scale in 8 bits
+constexpr int kGroup = 64;               // columns that share a scale in 8 bits, and are rotated together
+constexpr float kRotated = 1.0f / 8;     // 1 / √64: what `hadamard` leaves out
 
 // What a matrix multiplies with: float32 as it comes, rounded to bfloat16, or quantized to 8 bits.
 enum class Format { floats, halves, int8 };

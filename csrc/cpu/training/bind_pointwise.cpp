@@ -28,19 +28,19 @@ HeadsOf<T> heads_of(const py::handle& x) {
     return {at<T>(at_), batch, time, head};
 }
 
-// Forward with q, k, v and out; backward with the gradients of out, q, k and v besides.
-void attention(int batch, int time, int heads, int key_heads, int width, float scale, Address log_sums,
+// Forward with q, k, v and out; backward with q, k, v and the gradients of out, q, k and v.
+void attention(int batch, int time, int heads, int key_heads, int width, float scale, Address stats,
                const py::args& tensors) {
     const auto in = [&](int i) { return heads_of<const float>(tensors[i]); };
     const auto out = [&](int i) { return heads_of<float>(tensors[i]); };
-    const DenseAttention task{batch, time,  heads, key_heads, width, scale,
-                              in(0), in(1), in(2), out(3),    at<float>(log_sums)};
+    const DenseAttention task{batch, time, heads, key_heads, width, scale, in(0), in(1), in(2), at<float>(stats)};
     if (tensors.size() == 4) {
+        const auto o = out(3);
         py::gil_scoped_release unlocked;
-        return task.forward();
+        return task.forward(o);
     }
-    const auto d_out = in(4);
-    const auto dq = out(5), dk = out(6), dv = out(7);
+    const auto d_out = in(3);
+    const auto dq = out(4), dk = out(5), dv = out(6);
     py::gil_scoped_release unlocked;
     task.backward(d_out, dq, dk, dv);
 }

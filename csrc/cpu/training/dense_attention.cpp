@@ -119,7 +119,7 @@ constexpr float kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
 WARPLOOM_INLINE f16 seen(f16 x, int key, float hidden) { return select(load(kNumbers) < float(key), f16{} + hidden, x); }
 
 // Scores (keys, kQueries) of a block whose first query is key `first` become weights, not yet divided by their totals.
-WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals, float* log_sums) {
+WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals, float* peaks, float* spreads) {
     for (int q = 0; q < queries; q += kLanes) {
         const int square = first + q;
         float* column = scores + q;
@@ -138,20 +138,31 @@ WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals,
             total += weight;
         }
         store(totals + q, 1.0f / total);
-        for (int i = 0; i < kLanes; ++i) log_sums[q + i] = top[i] + std::log(total[i]);
+        store(peaks + q, top);
+        for (int i = 0; i < kLanes; ++i) spreads[q + i] = std::log(total[i]);
     }
 }
 
-// Scores become weights, and the gradients of weights those of scores.
-WARPLOOM_CLONES void unweigh(float* scores, float* slopes, int keys, int queries, bool diagonal, const float* log_sums,
-                             const float* dots) {
+// Scores become weights again; each query's mean of its slopes, the gradients of weights, is added to.
+WARPLOOM_CLONES void weigh_again(float* scores, const float* slopes, int keys, int queries, bool diagonal,
+                                 const float* peaks, const float* spreads, float* means) {
     for (int key = 0; key < keys; ++key)
         for (int q = diagonal ? key / kLanes * kLanes : 0; q < queries; q += kLanes) {
-            float *score = scores + key * kQueries + q, *slope = slopes + key * kQueries + q;
-            f16 weight = exp(load(score) - load(log_sums + q));
+            float* score = scores + key * kQueries + q;
+            f16 weight = exp(load(score) - load(peaks + q) - load(spreads + q));
             if (diagonal && q <= key) weight = seen(weight, key - q, 0);
             store(score, weight);
-            store(slope, weight * (load(slope) - load(dots + q)));
+            store(means + q, load(means + q) + weight * load(slopes + key * kQueries + q));
+        }
+}
+
+// The gradients of weights become those of scores.
+WARPLOOM_CLONES void unweigh(const float* weights, float* slopes, int keys, int queries, bool diagonal,
+                             const float* means) {
+    for (int key = 0; key < keys; ++key)
+        for (int q = diagonal ? key / kLanes * kLanes : 0; q < queries; q += kLanes) {
+            float* slope = slopes + key * kQueries + q;
+            store(slope, load(weights + key * kQueries + q) * (load(slope) - load(means + q)));
         }
 }
 
@@ -161,7 +172,7 @@ struct Scratch {
     Floats k, v, dk, dv;                            // (time, width): a key head
     Floats q, q_over, d_out, d_out_over, sums;      // (kQueries, width) and turned over: a block of queries
     Floats scores, slopes;                          // (keys, kQueries)
-    float totals[kQueries], log_sums[kQueries], dots[kQueries];
+    float totals[kQueries], peaks[kQueries], spreads[kQueries], means[kQueries];
 };
 
 void take_keys(const DenseAttention& t, int b, int head, int padded, Scratch& s) {
@@ -177,7 +188,7 @@ void take_queries(const float* from, int64_t stride, int count, int width, float
     turn_over(x.data(), width, over.data());
 }
 
-void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
+void forward_task(const DenseAttention& t, const HeadsOf<float>& out, int b, int head, Scratch& s) {
     const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
     s.scores.resize(padded * kQueries), s.sums.resize(kQueries * D);
     take_keys(t, b, head, padded, s);
@@ -189,13 +200,14 @@ void forward_task(const DenseAttention& t, int b, int head, Scratch& s) {
                 multiply({key < first ? kKeys : queries, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries,
                           &s.scores[key * kQueries], kQueries, false},
                          key < first ? Part::all : Part::late_columns);
-            weigh(s.scores.data(), first, queries, s.totals, s.log_sums);
+            weigh(s.scores.data(), first, queries, s.totals, s.peaks, s.spreads);
             for (int key = 0; key <= first; key += kKeys)
                 multiply({queries, key < first ? kKeys : queries, D, &s.scores[key * kQueries], 1, kQueries, &s.v[key * D],
                           D, s.sums.data(), D, key > 0},
                          key < first ? Part::all : Part::early_terms);
-            scatter(s.sums.data(), count, D, s.totals, 1, t.out(b, first, h), t.out.time);
-            std::copy(s.log_sums, s.log_sums + count, t.log_sums + (int64_t(b) * t.heads + h) * T + first);
+            scatter(s.sums.data(), count, D, s.totals, 1, out(b, first, h), out.time);
+            std::copy(s.peaks, s.peaks + count, t.peaks(b, first, h));
+            std::copy(s.spreads, s.spreads + count, t.spreads(b, first, h));
         }
 }
 
@@ -203,29 +215,34 @@ void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, c
                    const HeadsOf<float>& dk, const HeadsOf<float>& dv, int b, int head, Scratch& s) {
     const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
     s.dk.assign(padded * D, 0), s.dv.assign(padded * D, 0);
-    s.scores.resize(kKeys * kQueries), s.slopes.resize(kKeys * kQueries), s.sums.resize(kQueries * D);
+    s.scores.resize(padded * kQueries), s.slopes.resize(padded * kQueries), s.sums.resize(kQueries * D);
     take_keys(t, b, head, padded, s);
     for (int h = head * group; h < (head + 1) * group; ++h)
         for (int first = 0; first < T; first += kQueries) {
             const int count = std::min(kQueries, T - first), queries = padded_to(kLanes, count);
             take_queries(t.q(b, first, h), t.q.time, count, D, t.scale, s.q, s.q_over);
             take_queries(d_out(b, first, h), d_out.time, count, D, 1, s.d_out, s.d_out_over);
-            std::fill(s.log_sums, s.log_sums + kQueries, 0.0f), std::fill(s.dots, s.dots + kQueries, 0.0f);
-            const float* log_sums = t.log_sums + (int64_t(b) * t.heads + h) * T + first;
-            std::copy(log_sums, log_sums + count, s.log_sums);
-            for (int i = 0; i < count; ++i) s.dots[i] = dot(&s.d_out[i * D], t.out(b, first + i, h), D);
+            for (float* row : {s.peaks, s.spreads, s.means}) std::fill(row, row + kQueries, 0.0f);
+            std::copy(t.peaks(b, first, h), t.peaks(b, first, h) + count, s.peaks);
+            std::copy(t.spreads(b, first, h), t.spreads(b, first, h) + count, s.spreads);
             for (int key = 0; key <= first; key += kKeys) {
                 const bool own = key == first;
                 const int keys = own ? queries : kKeys;
-                const Part of_scores = own ? Part::late_columns : Part::all, of_keys = own ? Part::late_terms : Part::all;
-                float *scores = s.scores.data(), *slopes = s.slopes.data();
+                const Part of_scores = own ? Part::late_columns : Part::all;
+                float *scores = &s.scores[key * kQueries], *slopes = &s.slopes[key * kQueries];
                 multiply({keys, D, queries, &s.k[key * D], D, 1, s.q_over.data(), kQueries, scores, kQueries, false},
                          of_scores);
                 multiply({keys, D, queries, &s.v[key * D], D, 1, s.d_out_over.data(), kQueries, slopes, kQueries, false},
                          of_scores);
-                unweigh(scores, slopes, keys, queries, own, s.log_sums, s.dots);
-                multiply({keys, queries, D, scores, kQueries, 1, s.d_out.data(), D, &s.dv[key * D], D, true},
-                         of_keys);
+                weigh_again(scores, slopes, keys, queries, own, s.peaks, s.spreads, s.means);
+            }
+            for (int key = 0; key <= first; key += kKeys) {
+                const bool own = key == first;
+                const int keys = own ? queries : kKeys;
+                const Part of_keys = own ? Part::late_terms : Part::all;
+                float *weights = &s.scores[key * kQueries], *slopes = &s.slopes[key * kQueries];
+                unweigh(weights, slopes, keys, queries, own, s.means);
+                multiply({keys, queries, D, weights, kQueries, 1, s.d_out.data(), D, &s.dv[key * D], D, true}, of_keys);
                 multiply({keys, queries, D, slopes, kQueries, 1, s.q.data(), D, &s.dk[key * D], D, true}, of_keys);
                 multiply({queries, keys, D, slopes, 1, kQueries, &s.k[key * D], D, s.sums.data(), D, key > 0},
                          own ? Part::early_terms : Part::all);
@@ -240,8 +257,8 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-void DenseAttention::forward() const {
-    share(batch * key_heads, [&](int task) { forward_task(*this, task / key_heads, task % key_heads, scratch); });
+void DenseAttention::forward(HeadsOf<float> out) const {
+    share(batch * key_heads, [&](int task) { forward_task(*this, out, task / key_heads, task % key_heads, scratch); });
 }
 
 void DenseAttention::backward(HeadsOf<const float> d_out, HeadsOf<float> dq, HeadsOf<float> dk, HeadsOf<float> dv) const {

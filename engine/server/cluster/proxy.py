@@ -32,7 +32,7 @@ from .prefix_routing import chain_of
 from .ray_replicas import Cluster
 
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "client")
-SCOPE += ("server", "salt")
+SCOPE += ("server", "salt", "party")
 REFUSED_FOR_NOW = (429, 503)
 GRACE = 5.0  # seconds in which a replica should itself have said that a request's time is up
 PATIENCE = 2.0  # seconds without an answer after which the front asks whether anybody is there to give one

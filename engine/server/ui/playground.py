@@ -222,7 +222,7 @@ async def _generate(gradio: Any, service: Service, asks: Any, request: Any) -> A
     progress, start, first, drawn = _Progress(), time.monotonic(), None, 0.0
     try:
         scope = request.request.scope
-        who = {"salt": scope.get("salt"), "client": client_of(scope)}
+        who = {"salt": scope.get("salt"), "client": client_of(scope), "party": scope.get("party")}
         flow = await service.bridge.submit(asks, 1, streaming=True, **who)
     except APIError as error:
         raise gradio.Error(error.message, print_exception=False) from None

@@ -78,16 +78,15 @@ class HeldLLM(LLM):
 class Server:
     """A server in a thread, and what tests want to know of it."""
 
-    def __init__(self, make, config: ServerConfig, keys=()):
-        import uvicorn
-
+    def __init__(self, make, config: ServerConfig, keys=(), **options):
         from warploom.engine.server.app import create_app
+        from warploom.engine.server.http_server import HTTPServer
 
         self.app = create_app(make, config, keys)
         self.bridge = self.app.state.bridge
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=30))
+        self._server = HTTPServer(self.app, config, self.bridge.end_flows, **options)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
     def start(self) -> "Server":
@@ -116,19 +115,19 @@ class Server:
 
     def assert_nothing_left(self) -> None:
         """No continuation is under way, and every page is free again."""
-        self.wait(lambda: not self.bridge.open and self.bridge.llm.engine.scheduler.idle)
-        assert not self.bridge.flows
+        self.wait(lambda: not self.bridge.flows and self.bridge.llm.engine.scheduler.idle)
+        assert not self.bridge.open and not self.bridge.holds
         scheduler = self.bridge.llm.engine.scheduler
         self.bridge.llm.engine.call(scheduler.check)
         assert self.pool.num_free == self.pool.num_pages
 
 
 @contextmanager
-def serving(make=None, keys=(), max_batch: int = 16, **config):
+def serving(make=None, keys=(), max_batch: int = 16, options=None, **config):
     """A running server of its own for a test."""
     make = make or (lambda: LLM(make_model(), make_tokenizer(), max_batch=max_batch))
     config = {"name": "tiny", "log": False, "ui": False, **config}
-    server = Server(make, ServerConfig(**config), keys).start()
+    server = Server(make, ServerConfig(**config), keys, **(options or {})).start()
     try:
         yield server.wait_ready()
     finally:

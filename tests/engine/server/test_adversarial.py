@@ -2,13 +2,14 @@
 
 import json
 import resource
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .conftest import serving
+from .conftest import HeldLLM, serving
 
 httpx = pytest.importorskip("httpx", reason="these tests need httpx")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
@@ -192,3 +193,217 @@ def test_preparation_keeps_the_requests_time_limit():
         go.set()
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
         server.assert_nothing_left()
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+
+def limits(**changed):
+    from warploom.engine.server.http_protocol import Limits
+
+    return {"options": {"limits": Limits(**changed)}}
+
+
+def connect(server, sent=b"", receive_buffer=None):
+    client = socket.socket()
+    if receive_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.settimeout(30)
+    client.connect(server.socket.getsockname())
+    client.sendall(sent)
+    return client
+
+
+def connect_and_stall(server, body):
+    """A client that asks and never reads, behind small buffers."""
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    client = connect(server, post(body), receive_buffer=4096)
+    server.wait(lambda: server.bridge.flows)
+    return client
+
+
+def read_all(client):
+    """What arrives until the other side closes."""
+    data = b""
+    try:
+        while part := client.recv(1 << 16):
+            data += part
+    except ConnectionResetError:
+        pass
+    return data
+
+
+def post(body):
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+
+
+def test_large_heads_are_431_and_the_connection_closes(server):
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+    endings = {
+        "one endless field": b"a: " + b"a" * 66_000,
+        "a complete field": b"a: " + b"a" * 66_000 + b"\r\n\r\n",
+        "many fields": b"".join(b"a%d: 1\r\n" % i for i in range(101)) + b"\r\n",
+    }
+    for name, ending in endings.items():
+        assert read_all(connect(server, head + ending)).startswith(b"HTTP/1.1 431"), name
+    assert read_all(connect(server, b"GET /" + b"a" * 66_000)).startswith(b"HTTP/1.1 431")
+    allowed = head + b"".join(b"a%d: %s\r\n" % (i, b"b" * 600) for i in range(97)) + b"connection: close\r\n\r\n"
+    assert read_all(connect(server, allowed)).startswith(b"HTTP/1.1 200")
+
+
+def test_large_bodies_and_pipelined_requests_pass_the_limits(server):
+    one = post({"prompt": "x", "max_tokens": 1, "user": "u" * 300_000})
+    client = connect(server, one * 2 + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert read_all(client).count(b"HTTP/1.1 200") == 3
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", b""),
+        (b"GET /hea", b"HTTP/1.1 408"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n", b"HTTP/1.1 408"),
+        (b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{", b"HTTP/1.1 408"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /he", b"HTTP/1.1 200"),
+    ],
+)
+def test_what_is_never_finished_is_closed(sent, status):
+    with serving(**limits(head_seconds=0.3, body_seconds=0.3)) as server:
+        assert read_all(connect(server, sent)).startswith(status)
+
+
+def test_slow_body_must_make_progress(monkeypatch):
+    """A byte now and then does not count: a hundred connections were held that way."""
+    with serving(**limits(body_seconds=0.5)) as server:
+        client = connect(server, b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n\r\n")
+        with pytest.raises(OSError):
+            for _ in range(200):
+                client.sendall(b" ")
+                time.sleep(0.05)
+
+
+def test_pipelined_request_waits_for_the_answer_before(monkeypatch):
+    """The timer of a head that has begun does not cut off the answer that is still on its way."""
+    with serving(HeldLLM, **limits(head_seconds=0.2, body_seconds=0.2)) as server:
+        client = connect(server, post({"prompt": "x", "max_tokens": 2}) + b"GET /hea")
+        time.sleep(0.8)
+        server.bridge.llm.free()
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_client_that_never_reads_keeps_no_place():
+    """Its place is free when its generation ends, and its connection when it reads nothing."""
+    body = {"prompt": "x", "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
+    with serving(max_batch=8, max_queue=0, **limits(send_seconds=1.0)) as server:
+        stalled = connect_and_stall(server, body)
+        server.wait(lambda: not server.bridge.open)
+        assert server.bridge.flows, "nobody has read the answer"
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            assert client.post("/v1/completions", json={"prompt": "x", "n": 8, "max_tokens": 2}).status_code == 200
+        server.assert_nothing_left()
+        stalled.close()
+
+
+def test_stream_nobody_reads_ends_with_the_requests_time():
+    body = {"prompt": "x", "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
+    with serving(request_timeout=1.0, **limits(send_seconds=1e6)) as server:
+        stalled = connect_and_stall(server, body)
+        server.assert_nothing_left()
+        stalled.close()
+
+
+def test_no_key_takes_the_whole_queue():
+    keys = ("one", "two", "three")
+    with serving(lambda: HeldLLM(max_batch=4), keys=keys, max_queue=32) as server:
+
+        def ask(key, n):
+            return post({"prompt": "x", "n": n, "max_tokens": 2}).replace(
+                b"host: x", b"host: x\r\nauthorization: Bearer " + key.encode()
+            )
+
+        first = [connect(server, ask("one", 12)) for _ in range(3)]
+        server.wait(lambda: server.bridge.open == 24)
+        assert any(client.recv(99).startswith(b"HTTP/1.1 429") for client in first[2:])
+        other = connect(server, ask("two", 6))
+        server.wait(lambda: server.bridge.open == 30)
+        last = connect(server, ask("three", 1))
+        server.wait(lambda: server.bridge.open == 31)
+        server.bridge.llm.free()
+        for client in (*first[:2], other, last):
+            assert client.recv(99).startswith(b"HTTP/1.1 200")
+        server.assert_nothing_left()
+
+
+def test_drained_streams_end_with_their_error():
+    """When the drain limit has passed: 57 of 200 streams once ended without a word."""
+    server_options = {"drain_timeout": 1}
+    with serving(HeldLLM, **server_options) as server:
+        server.bridge.llm.let(40)
+        clients = [connect(server, post({"prompt": "x", "max_tokens": 200, "stream": True})) for _ in range(3)]
+        whole = connect(server, post({"prompt": "x", "max_tokens": 200}))
+        for client in clients:
+            assert client.recv(1 << 16)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        for client in clients:
+            assert b"engine is stopping" in read_all(client)
+        assert read_all(whole).startswith(b"HTTP/1.1 503")
+        server.bridge.llm.free()
+        stopping.join()
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+
+class Broken:
+    def __init__(self, error=None, gate=None):
+        self.error, self.gate, self.lines = error, gate, []
+
+    def write(self, text):
+        if self.gate is not None:
+            self.gate.wait(60)
+        if self.error is not None:
+            raise self.error
+        self.lines.append(text)
+
+    def flush(self):
+        pass
+
+
+def test_log_that_cannot_be_written_costs_no_answer(monkeypatch):
+    from warploom.engine.server import log
+
+    full, gate = Broken(OSError(28, "No space left on device")), threading.Event()
+    for stream in (full, Broken(gate=gate)):
+        monkeypatch.setattr(log.WRITER, "_stream", stream)
+        with serving(log=True) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+            for _ in range(5):
+                assert client.get("/health").status_code == 200
+    gate.set()
+
+
+def test_log_counts_the_lines_it_drops(monkeypatch):
+    from warploom.engine.server import log
+
+    monkeypatch.setattr(log, "LINES", 3)
+    gate = threading.Event()
+    stream = Broken(gate=gate)
+    writer = log.LineWriter(stream)
+    for number in range(9):
+        writer.write(f"line {number}")
+    gate.set()
+    writer.flush()
+    writer.write("last")
+    writer.flush()
+    text = "".join(stream.lines)
+    assert "log lines were lost" in text and text.endswith("last\n")
+
+
+def test_log_bounds_what_a_client_chose(capfd):
+    with serving(log=True) as server:
+        body = {"prompt": "x", "max_tokens": 1, "user": "u" * 100_000}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+        assert httpx.get(f"{server.url}/{'p' * 9000}", timeout=60).status_code == 404
+    assert max(map(len, capfd.readouterr().err.splitlines())) < 1000

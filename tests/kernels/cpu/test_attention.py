@@ -22,7 +22,7 @@ def plain(q, k, v, scale):
 
 
 def results(attend, inputs, upstream, dtype):
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
     out = attend(*leaves)
     out.backward(upstream.to(dtype))
     return [out.detach(), *(x.grad for x in leaves)]
@@ -67,6 +67,14 @@ def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale):
 def test_fused_attention_stays_exact_where_weights_are_nearly_one_or_zero():
     inputs, upstream = inputs_of(130, 2, 2, 64, torch.float32, size=6.0)
     assert_as_exact_as_the_formula(inputs, upstream, None, torch.float32)
+
+
+@needs_passes
+def test_fused_attention_large_scores_cost_no_digits():
+    """Scores of 300, 307, 314 …: a weight of 0.999 has no room for a rounding of its score."""
+    (q, k, v), upstream = inputs_of(130, 2, 2, 64, torch.float32, size=0.0)
+    q[..., 0], k[..., 0] = 1.0, (300.0 + 7 * torch.arange(130))[:, None]
+    assert_as_exact_as_the_formula([q, k, v], upstream, 1.0, torch.float32)
 
 
 @needs_passes

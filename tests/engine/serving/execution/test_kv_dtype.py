@@ -63,16 +63,37 @@ def test_cpp_writes_the_twins_bytes_and_sees_what_they_stand_for(H, K, D, page_s
     torch.testing.assert_close(*outputs, atol=1e-3, rtol=3e-4)  # queries and weights in 16 bits
 
 
-@pytest.mark.parametrize("keys", [True, False])
-def test_no_number_is_off_by_more_than_half_of_its_tokens_step(keys):
+@pytest.mark.parametrize(("keys", "width"), [(True, 64), (False, 40)])
+def test_no_number_is_off_by_more_than_half_of_its_tokens_step(keys, width):
+    """Of a key, no number of its rotation."""
     torch.manual_seed(0)
-    x_TKD = torch.randn(64, 3, 40) * torch.logspace(-6, 3, 64)[:, None, None]
-    pages = torch.zeros(2, 2, 3, int8_pages.tile_bytes(40), dtype=torch.uint8)
+    turn = sylvester(width) if keys else torch.eye(width)
+    x_TKD = torch.randn(64, 3, width) * torch.logspace(-6, 3, 64)[:, None, None]
+    pages = torch.zeros(2, 2, 3, int8_pages.tile_bytes(width), dtype=torch.uint8)
     slots = torch.randperm(64)
     int8_pages.write(x_TKD, pages, slots, keys=keys)
-    kept_TKD = int8_pages.read(pages, 40, keys=keys).flatten(0, 1)[slots]
-    step_TK = x_TKD.abs().amax(-1) / 127
-    assert ((kept_TKD - x_TKD).abs().amax(-1) <= 0.501 * step_TK).all()
+    kept_TKD = int8_pages.read(pages, width, keys=keys).flatten(0, 1)[slots]
+    step_TK = (x_TKD @ turn).abs().amax(-1) / 127
+    assert (((kept_TKD - x_TKD) @ turn).abs().amax(-1) <= 0.501 * step_TK).all()
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 128, 320])
+def test_hadamard_of_a_head_is_orthogonal(width):
+    """Blocks of powers of two, the largest first; turned and turned back, a head is itself, and products stay."""
+    blocks = {16: [16], 48: [32, 16], 64: [64], 80: [64, 16], 128: [128], 320: [256, 64]}[width]
+    turn = torch.block_diag(*map(sylvester, blocks))
+    a, b = torch.randn(2, 5, width, dtype=torch.float64)
+    there, back = int8_pages.hadamard(a), int8_pages.hadamard(b, back=True)
+    torch.testing.assert_close((there * back).sum(-1), (a * b).sum(-1))
+    torch.testing.assert_close(int8_pages.hadamard(there, back=True), a)
+    stretch = torch.cat([torch.full((n,), 2 ** (0.5 * (n.bit_length() % 2 == 0))) for n in blocks]).double()
+    torch.testing.assert_close(there, a @ turn.double() * stretch)
+
+
+def sylvester(n):
+    """The orthonormal Hadamard matrix by its definition."""
+    signs = [[1 - 2 * ((i & j).bit_count() % 2) for j in range(n)] for i in range(n)]
+    return torch.tensor(signs, dtype=torch.float32) / n**0.5
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])  # a mixture may choose another expert

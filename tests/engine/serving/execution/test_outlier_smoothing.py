@@ -20,7 +20,7 @@ TEXT = [i * i % 487 for i in range(250)]
 def test_a_balanced_layer_gives_the_very_same_bits(tiny_model, shape, changes):
     model = tiny_model(shape, **changes)
     for vector in (p for p in model.parameters() if p.dim() == 1):
-        vector.data += 3 * torch.randn_like(vector)  # gains and biases of all sizes
+        vector.data += torch.randn_like(vector) * (3 * torch.randn_like(vector)).exp()  # gains and biases of all sizes
     even = copy.deepcopy(model)
     even.blocks = torch.nn.ModuleList(balanced(block, model.config) for block in model.blocks)
     assert not torch.equal(even.blocks[0].attention.qkv.weight, model.blocks[0].attention.qkv.weight)

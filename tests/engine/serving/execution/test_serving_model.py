@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from warploom import kernels
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, KernelAttend, NativeAttend, PageStore, to_device
+from warploom.engine.serving.execution.kv_cache import (
+    HAS_NATIVE,
+    KernelAttend,
+    NativeAttend,
+    PageStore,
+    _native,
+    to_device,
+)
 from warploom.engine.serving.execution.sampler import _sample_native
 from warploom.engine.serving.execution.serving_model import NativeLinear
 
@@ -71,6 +80,20 @@ def test_an_8_bit_product_is_as_near_as_8_bits_allow_and_the_same_in_any_batch(o
     assert ((together.double() - exact).abs() <= bound).all()
 
 
+@settings(max_examples=40)
+@given(st.integers(1, 150), st.integers(1, 200), st.integers(1, 9), st.integers(-30, 30), st.integers(0, 2**31))
+def test_int8_plain_loop_equals_the_cpus_products(outputs, columns, rows, exponent, seed):
+    """In every bit, for weights of any size: scales in half precision are counted in a unit of their row."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = (torch.randn(n, columns, generator=generator) for n in (outputs, rows))
+    linear = NativeLinear(weight * 2.0**exponent, torch.randn(outputs, generator=generator))
+    _native.use_byte_products(False)
+    plain = linear(x)
+    _native.use_byte_products(True)
+    assert torch.equal(linear(x), plain)
+    assert torch.equal(NativeLinear(weight * 2.0**exponent, None)(x), NativeLinear(weight, None)(x) * 2.0**exponent)
+
+
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2", "mixtral"])
 def test_a_quantized_model_says_nearly_the_same_and_leaves_the_original_alone(tiny_model, shape):
     model = tiny_model(shape)
@@ -113,8 +136,6 @@ def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):
 
 
 def test_the_number_of_workers_changes_no_token(tiny_model):
-    from warploom.engine.serving.execution.kv_cache import _native
-
     llm = LLM(tiny_model(), quantize="int8")
     expected = llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids
     for threads in (4, 1, 2):

@@ -1,0 +1,73 @@
+"""uvicorn with limits on connections, a log that never blocks, and an orderly end of streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import uvicorn
+
+from .config import ServerConfig
+from .http_protocol import LimitedProtocol, Limits
+from .log import LogHandler
+
+FILES = 1 << 16
+LAST_WORDS = 2  # seconds for the last events of streams that the drain limit ended
+
+
+class HTTPServer(uvicorn.Server):
+    """Serves an application; `end_streams` fails what is left when the drain limit has passed."""
+
+    def __init__(
+        self,
+        app: Any,
+        config: ServerConfig,
+        end_streams: Callable[[], None] | None = None,
+        limits: Limits | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(LimitedProtocol, limits=limits or Limits()),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout) + LAST_WORDS,
+                **options,
+            )
+        )
+        self._drain, self._end_streams = config.drain_timeout, end_streams or (lambda: None)
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        """Let requests finish; those that do not are told so, before uvicorn cancels them."""
+        timer = asyncio.get_running_loop().call_later(self._drain, self._end_streams)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def log_without_blocking() -> None:
+    """Send warnings of all libraries through the writer thread."""
+    handler = LogHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def raise_file_limit() -> None:
+    """Allow as many connections as the system lets this process: 1,024 are a common default, and soon full."""
+    with suppress(ImportError, ValueError, OSError):  # not on Windows; not where a container forbids it
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

