@@ -3,7 +3,7 @@
 A language model here is data: `ModelConfig` names every choice on the road from GPT-2 (LayerNorm, learned positions,
 GELU, biases) to Llama (RMSNorm, RoPE, SwiGLU, grouped queries), Qwen3 (QK-norm) and Mixtral (sparse experts). One
 `Transformer` reads it; nothing else in the house asks "which model is this?". What a published family needs beyond
-that (interleaved rotations, packed matrices, norms that lack 1) is a change of variables in `architectures.py`.
+that (interleaved rotations, packed matrices, norms that lack 1) is a change of variables in `formats/family.py`.
 
 This file imports no torch, so that the command line can show every field as a flag in a blink.
 """

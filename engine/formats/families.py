@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..config import ModelConfig
-from ..family import TRAINING_ONLY, Piece, piece_of
-from ..family_table import ALIASES, FAMILIES
+from .family import TRAINING_ONLY, Piece, piece_of
+from .family_table import ALIASES, FAMILIES
 
 
 def architecture_of(config: ModelConfig) -> str:

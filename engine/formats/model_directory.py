@@ -3,7 +3,7 @@
     config.json  model.safetensors  tokenizer.json  generation_config.json
 
 Anything that trains writes one, anything that serves reads one, and `transformers` opens the same files: names and
-layouts are the published ones (`architectures.py` translates). Writing is atomic: a reader sees the old directory or
+layouts are the published ones (`families.py` translates). Writing is atomic: a reader sees the old directory or
 the new one. Reading maps the file into memory and copies each tensor once, to where it will live.
 """
 
@@ -28,8 +28,8 @@ from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shares
-from ..weights import open_weights, read_json
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .... import kernels
-from ..sinks import SinkAttend
 from .int8_pages import TILE, Int8Attend, tile_bytes
+from .sinks import SinkAttend
 
 try:
     from .... import _native

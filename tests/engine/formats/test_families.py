@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from warploom.engine.family import full
-from warploom.engine.family_table import FAMILIES
 from warploom.engine.formats.families import architecture_of, describe, pieces, understand
+from warploom.engine.formats.family import full
+from warploom.engine.formats.family_table import FAMILIES
 from warploom.engine.formats.model_directory import load_model, save_model
 
 transformers = pytest.importorskip("transformers")

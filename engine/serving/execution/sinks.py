@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...kernels.attention_sinks import log_sums
+from ....kernels.attention_sinks import log_sums
 
 if TYPE_CHECKING:
     from .execution.kv_cache import Layout, PageStore

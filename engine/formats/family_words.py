@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .config import ModelConfig
+from ..config import ModelConfig
 from .family import Values, Word
 
 SIZES = {

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
 from . import family_words as say
-from .config import ModelConfig
 from .family import Family
 
 # Our parts by their published names: those inside a layer without its prefix

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 Values = Mapping[str, Any]
 TRAINING_ONLY = ("dropout", "balance_loss", "router_z_loss")  # what a published config.json has no standard word for
