@@ -29,6 +29,7 @@ from ..device import DTYPES, pick_device
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shares
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+from .model_source import resolve_model
 from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -85,11 +86,12 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     tp: ProcessGroup | None = None,
 ) -> tuple[Transformer, Any]:
-    """The model of a directory, ready to evaluate, and its tokenizer (None where it has none).
+    """The model of a directory or a Hub id, ready to evaluate, and its tokenizer (None where it has none).
 
     `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
     (`sharding.py`); it never holds more than that and one tensor.
     """
+    directory = resolve_model(directory)
     tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
     return read_model(directory, device, dtype, tp), tokenizer
 
@@ -101,6 +103,7 @@ def read_model(
     tp: ProcessGroup | None = None,
 ) -> Transformer:
     """The model of a directory alone, whatever its tokenizer."""
+    directory = resolve_model(directory)
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
@@ -113,7 +116,7 @@ def read_model(
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
     """The tokenizer of a model directory, or None where there is no file of one."""
-    directory = Path(directory)
+    directory = resolve_model(directory, weights=False)
     config = load_config(directory)
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
@@ -138,7 +141,7 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
 
 
 def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    directory = Path(directory)
+    directory = resolve_model(directory, weights=False)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
     path = directory / "config.json"
@@ -154,11 +157,12 @@ def read_weights(
     directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read."""
+    directory = resolve_model(directory)
     values = _read_config(directory)
     config, kind = understand(values), kind_of(values)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
-    with open_weights(Path(directory), values.get("quantization_config")) as weights:
+    with open_weights(directory, values.get("quantization_config")) as weights:
         for piece in pieces(config, list(shapes), kind):
             stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
             kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored

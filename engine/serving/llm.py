@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
 from ..formats.model_directory import load_model, read_model
+from ..formats.model_source import resolve_model
 from ..memory import PeakMemory, available_memory
 from ..model import Transformer
 from .beam_search import beam_search
@@ -39,7 +39,7 @@ Prompt = str | Items[int]
 
 
 class LLM:
-    """Generates with a model directory or a `Transformer`.
+    """Generates with a model directory, a Hub id or a `Transformer`.
 
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
     `quantize="int8"` keeps weights in 8 bits, and on a CPU keys and values too, unless keys have biases far larger than
@@ -86,6 +86,7 @@ class LLM:
             raise ValueError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if speculate and draft is not None:
             raise ValueError("speculate and draft are two ways to guess ahead: give one of them")
+        model, draft = (resolve_model(x) if isinstance(x, (str, os.PathLike)) else x for x in (model, draft))
         self._source = model
         sources = [model] if draft is None else [model, draft]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
@@ -239,7 +240,7 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, obj
 
 def _stop_ids(model, tokenizer) -> frozenset[int]:
     """The ids that end a generation, by the tokenizer and by the model's own files."""
-    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(Path(model))
+    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(model)
     return named if tokenizer is None else named | tokenizer.stop_ids
 
 
