@@ -150,7 +150,7 @@ def test_served_model_is_the_definition(name):
     """Whatever serves a field, or falls back before it: prompts in chunks, and decoding, as `Transformer` says."""
     model = opinionated(name)
     prompt = [index * 7 % 50 for index in range(29)]
-    llm = LLM(model, step_tokens=16, max_batch=2, page_size=8)
+    llm = LLM(model, max_batch_tokens=16, max_batch=2, page_size=8)
     params = SamplingParams(max_tokens=8, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     output = llm.generate(prompt, params)
     tokens = [*prompt, *output.token_ids]

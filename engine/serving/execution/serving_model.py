@@ -21,7 +21,7 @@ from ....kernels.moe import route
 from ...executors import BIASES, OUTSIDE, ROUTING, SHAPE, STREAM, WINDOWS, Supported
 from ...layers import routing_options
 from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
-from .gpu_model import SteadyLinear, fused_model, replace, twin_of
+from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
 
@@ -153,7 +153,7 @@ def serving_model(
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
     if model.device.type == "cuda" and type(model) is Transformer:
-        make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
+        make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
         return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
     if not batch_invariant and quantize is None:
         return model, Head(model)
@@ -166,7 +166,7 @@ def serving_model(
     head = make(model.head_weight, model.head_bias)
     if native and native_pages and is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
-    twin = twin_of(model)
+    twin = shallow_copy(model)
     if native:
         for index, block in enumerate(twin.blocks):
             twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block

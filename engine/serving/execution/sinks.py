@@ -15,13 +15,13 @@ from torch import Tensor
 from ....kernels.attention_sinks import log_sums
 
 if TYPE_CHECKING:
-    from .execution.kv_cache import Layout, PageStore
+    from .execution.kv_cache import AttentionMetadata, PagedKVCache
 
 
 class SinkAttend:
     """Another `attend`, and the sinks of the layers that ask it."""
 
-    def __init__(self, attend: Callable[..., Tensor], store: PageStore, layout: Layout) -> None:
+    def __init__(self, attend: Callable[..., Tensor], store: PagedKVCache, layout: AttentionMetadata) -> None:
         self.attend, self.store, self.layout = attend, store, layout
 
     def __call__(self, q_1THD: Tensor, k_1TKD: Tensor, v_1TKD: Tensor, layer) -> Tensor:
