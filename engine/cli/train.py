@@ -20,7 +20,7 @@ import tyro
 from ..config import ModelConfig, current_names
 from ..training.config import BUDGETS, TrainConfig
 from ..training.distributed.failures import one_voice
-from .flags import parse
+from .flags import parse, renamed_settings
 
 if TYPE_CHECKING:
     from ..training.callbacks import Watcher
@@ -93,7 +93,7 @@ def read(argv: list[str]) -> TrainConfig:
         early.add_argument(f"--{name}")
     early.add_argument("--resume", action="store_true")
     given = {name: value for name, value in vars(early.parse_known_args(argv)[0]).items() if value}
-    settings = _read_toml(given["config"]) if "config" in given else {}
+    settings = renamed_settings(_read_toml(given["config"])) if "config" in given else {}
     chosen = {**settings, **given}
     if chosen.get("resume"):
         settings = {**_of_the_run_in(chosen.get("out", TrainConfig.out), chosen.get("preset")), **settings}
@@ -114,7 +114,7 @@ def _of_the_run_in(out: str, preset: str | None) -> dict[str, Any]:
     states = Path(out, "checkpoints").glob("step-*/state.json")
     for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: training will say so
-            told = json.loads(path.read_text(encoding="utf-8"))["run"]["config"]
+            told = renamed_settings(json.loads(path.read_text(encoding="utf-8"))["run"]["config"])
             model = told.pop("model") or {}
             return {
                 name: value for name, value in {**({} if preset else model), **told}.items() if name not in OF_A_START

@@ -311,7 +311,7 @@ class Engine:
             return TextStream(None)
         start = self.tokenizer.decode(tokens) if params.echo else ""
         skip_ids = {*params.stop_token_ids, *self.eos}
-        return TextStream(self.tokenizer.stream(), params.stop, skip_ids, start)
+        return TextStream(self.tokenizer.stream(continues=bool(tokens)), params.stop, skip_ids, start)
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
         vocabulary = self.runner.model.config.vocab_size

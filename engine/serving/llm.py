@@ -86,7 +86,9 @@ class LLM:
             raise ValueError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if ngram_draft_tokens and draft_model is not None:
             raise ValueError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
-        model, draft = (resolve_model(x) if isinstance(x, (str, os.PathLike)) else x for x in (model, draft_model))
+        model, draft_model = (
+            resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
+        )
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)

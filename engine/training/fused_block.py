@@ -65,7 +65,7 @@ def fusible_weights(block: FusedBlock, stream_BTC: Tensor) -> list[Tensor] | Non
     attention, ffn = block.attention, block.ffn
     parts = block.attention_norm, block.ffn_norm, attention.qkv, attention.output, ffn.gate_up, ffn.down
     weights = [part.weight for part in parts]
-    return weights if fused_block.serves(stream_BTC, *weights) else None
+    return weights if fused_block.is_supported(stream_BTC, *weights) else None
 
 
 def fused_forward(

@@ -25,10 +25,10 @@ from . import pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "norm_qkv_rope") and _native.has_panels()
+HAS_ROWS = pointwise.HAS_PASSES and _native.has_panels()
 
 
-def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
+def is_supported(stream_BTC: Tensor, *weights: Tensor) -> bool:
     """Can the two functions take a stream and a layer's weights?"""
     return (
         HAS_ROWS
@@ -55,7 +55,7 @@ def norm_qkv_rope(
     """q (B, T, H, D), k and v (B, T, K, D) of the normalized sum of `delta` and `stream`, and the sum.
 
     q and k are turned as by `rope`, where there are tables for it."""
-    return _ToHeads.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
+    return _NormQkvRope.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
 
 
 def out_proj_mlp(
@@ -68,10 +68,10 @@ def out_proj_mlp(
     down: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What a SwiGLU feed-forward adds to the stream that attention's heads have joined, and that stream."""
-    return _FromHeads.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
+    return _OutProjMlp.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
 
 
-class _ToHeads(torch.autograd.Function):
+class _NormQkvRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions):
         delta, stream, norm, qkv = (x.contiguous() for x in (delta_BTC, stream_BTC, norm_C, qkv_JC))
@@ -104,7 +104,7 @@ def _norm_qkv_rope_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) ->
     return *sizes, *_at(norm, qkv, cos, sin), table_stride, *_at(positions, sums, inverse)
 
 
-class _FromHeads(torch.autograd.Function):
+class _OutProjMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down):
         gathered, stream, *weights = (
