@@ -53,7 +53,7 @@ class PagedAttention(nn.Module):
             q_THD, k_TKD, v_TKD, *norms, *self.tables, attend.positions, *attend.pages(self), attend.slots,
             eps=1e-6 if self.q_norm is None else self.q_norm.eps,
         )  # fmt: skip
-        return self.output(attend.look(q_THD, self).flatten(-2)[None])
+        return self.output(attend.attend_pages(q_THD, self).flatten(-2)[None])
 
 
 def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transformer:
