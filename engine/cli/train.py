@@ -53,6 +53,8 @@ class ModelFlags(ModelConfig):
     """Rows of the embedding table, and the size of a tokenizer trained here; 0 = as the tokenizer (or preset) has."""
     rope_scaling: str | None = None
     """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
+    local_rope: str | None = None
+    """The rotation of windowed layers where it is another, as JSON: {"rope_theta": 1e4}."""
 
     def __post_init__(self) -> None:
         """Checked when it becomes a ModelConfig."""
