@@ -35,7 +35,7 @@ def real():
         ({"kv_dtype": "int8"}, 0.03, 0.0005),
         ({"quantize": "int8"}, 0.09, 0.003),
         ({"quantize": Scheme(activations=16)}, 0.08, 0.0025),
-        ({"quantize": "int4"}, 0.6, 0.15),
+        ({"quantize": "int4"}, 0.75, 0.19),
     ],
     ids=str,
 )
