@@ -8,11 +8,10 @@ batch.
 In 8 bits, weights and activations are rounded in groups of 64 columns, each with a scale, after a Walsh-Hadamard
 transform of the group (csrc/cpu/serving/hadamard.hpp): products of whole numbers are four times as many an instruction.
 What that costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; bfloat16 moves them by 0.02), KL 0.0025;
-a tenth of that in models trained for minutes. `scheme.py` says what else
-there is. Channels far larger than their neighbors are taken apart beforehand
-(`outlier_smoothing.py`). A block with experts is no single call: its products are, and each expert's. On a GPU the twin is
-`gpu_model.py`'s. Without the extension the model serves as it is. In both, 8-bit layers are `kernels.int8_linear`, which
-rounds weights alone.
+a tenth of that in models trained for minutes. `scheme.py` has what else there is. Channels far larger than their
+neighbors are taken apart beforehand (`outlier_smoothing.py`). A block with experts is no single call: its products are,
+and each expert's. On a GPU the twin is `gpu_model.py`'s. Without the extension the model serves as it is. In both,
+8-bit layers are `kernels.int8_linear`, which rounds weights alone.
 """
 
 import torch
