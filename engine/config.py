@@ -13,6 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .errors import InputError
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Small ones to train from nothing, on a laptop; the first is nanoGPT's example for a CPU as a Llama.
     "llama-characters": dict(vocab_size=128, d_model=128, n_layers=4, n_heads=4, max_seq_len=64),
@@ -49,7 +51,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "yarn", "llama3")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = {  # the numbers that each needs
+    "default": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "dynamic": ("factor", ORIGINAL),
+    "yarn": ("factor", ORIGINAL),
+    "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,11 @@ class ModelConfig:
         )
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
-            _require(kind in ROPE_TYPES, f"rope_scaling['rope_type'] must be one of {ROPE_TYPES}, not {kind!r}")
+            _require(kind in ROPE_TYPES, f"rope_scaling['rope_type'] must be one of {(*ROPE_TYPES,)}, not {kind!r}")
+            for name in ROPE_TYPES[kind]:
+                value = self.rope_scaling.get(name)
+                fits = isinstance(value, (int, float)) and value > 0
+                _require(fits, f"rope_scaling[{name!r}] of {kind} must be a number above 0, not {value!r}")
 
     # Names for what is left at None.
 
@@ -227,7 +241,7 @@ class ModelConfig:
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """A known shape by name, with any field replaced: `ModelConfig.preset("llama-tiny", vocab_size=8192)`."""
         if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is not known; choose one of: {', '.join(sorted(PRESETS))}")
+            raise InputError(f"preset {name!r} is not known; choose one of: {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **overrides})
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -256,4 +270,4 @@ _CHOICES = {
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise InputError(message)

@@ -14,6 +14,7 @@ import numpy as np
 from . import native, rank_files
 from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
+from .errors import InputError
 from .patterns import FORMS, Pattern, compile_pattern, pattern_name, pattern_steps, safe_cut
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
 from .sources import Corpus, atomic_writer, write_text
@@ -51,7 +52,7 @@ class BPETokenizer(Tokenizer):
         compile_pattern(pattern)
         _check_vocabulary(vocab, merges, self.special.ids)
         if normalizer is not None and normalizer not in FORMS:
-            raise ValueError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
+            raise InputError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         self._tokens = {token_id: token for token, token_id in vocab.items()}
         self._rows = 1 + max(vocab.values(), default=-1)
@@ -110,14 +111,14 @@ class BPETokenizer(Tokenizer):
         specials = list(dict.fromkeys(special_tokens))
         num_merges = vocab_size - 256 - len(specials)
         if num_merges < 0:
-            raise ValueError(
+            raise InputError(
                 f"vocab_size is {vocab_size}; 256 bytes and {len(specials)} special tokens need at least "
                 f"{256 + len(specials)}"
             )
         if min_frequency < 1:
-            raise ValueError(f"min_frequency is {min_frequency}; it must be at least 1")
+            raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
         if max_token_length is not None and max_token_length < 1:
-            raise ValueError(f"max_token_length is {max_token_length}; it must be at least 1, or None")
+            raise InputError(f"max_token_length is {max_token_length}; it must be at least 1, or None")
         tie_key(ties)
         compile_pattern(pattern)
         rules = (num_merges, ties, min_frequency, max_token_length, progress)
@@ -378,17 +379,17 @@ class BPETokenizer(Tokenizer):
 def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[str, int]) -> None:
     ids = set(vocab.values())
     if not ids:
-        raise ValueError("vocab is empty; it must hold at least one token")
+        raise InputError("vocab is empty; it must hold at least one token")
     if len(ids) != len(vocab):
-        raise ValueError("vocab gives one id to several tokens; each token needs an id of its own")
+        raise InputError("vocab gives one id to several tokens; each token needs an id of its own")
     if min(ids) < 0 or max(ids) >= 1 << 28:
-        raise ValueError(f"vocab has ids from {min(ids)} to {max(ids)}; ids go from 0 to {(1 << 28) - 1}")
+        raise InputError(f"vocab has ids from {min(ids)} to {max(ids)}; ids go from 0 to {(1 << 28) - 1}")
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in vocab:
-                raise ValueError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
+                raise InputError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
         if not left or not right:
-            raise ValueError(f"merges holds ({left!r}, {right!r}); both halves need at least one byte")
+            raise InputError(f"merges holds ({left!r}, {right!r}); both halves need at least one byte")
     for token, token_id in specials.items():
         if token_id in ids and vocab.get(token.encode()) != token_id:
-            raise ValueError(f"special token {token!r} has id {token_id}, which vocab gives to another token")
+            raise InputError(f"special token {token!r} has id {token_id}, which vocab gives to another token")

@@ -10,8 +10,10 @@ from pathlib import Path
 from .base import Tokenizer
 from .bpe import BPETokenizer
 from .byte_alphabet import to_bytes
+from .errors import InputError
 from .pipeline import added_tokens, check_overlaps, flat, normalizer_of, pattern_of, prefix_of
 from .rank_files import read_json
+from .sources import read_text
 from .specials import SpecialTokens
 from .words import CharTokenizer, WordTokenizer, is_char_split, is_word_split
 
@@ -23,14 +25,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} is neither a tokenizer.json nor a directory that holds one")
+        raise InputError(f"{path} is neither a tokenizer.json nor a directory that holds one")
     data = read_json(file)
     try:
         tokenizer = _from_json(data)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a complete tokenizer.json: {type(error).__name__} {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise InputError(f"{file} is not a complete tokenizer.json: {type(error).__name__} {error}") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     _read_neighbors(tokenizer, file.parent)
     return tokenizer
 
@@ -43,7 +45,7 @@ def _read_neighbors(tokenizer: Tokenizer, directory: Path) -> None:
 
     jinja_file = directory / "chat_template.jinja"
     tokenizer.config = config = read("tokenizer_config.json")
-    tokenizer.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else _template_of(config)
+    tokenizer.chat_template = read_text(jinja_file) if jinja_file.is_file() else _template_of(config)
     names = {**read("special_tokens_map.json"), **config}
     for role in ("bos", "eos"):
         name = names.get(f"{role}_token")
@@ -84,7 +86,7 @@ def _from_json(data: dict) -> Tokenizer:
     elif kind == "WordLevel":
         tokenizer = _words_from_json(data, model, special)
     else:
-        raise ValueError(f'model.type is "{kind}"; implemented are "BPE" and "WordLevel"')
+        raise InputError(f'model.type is "{kind}"; implemented are "BPE" and "WordLevel"')
     tokenizer.prefix_ids = prefix_of(data.get("post_processor"))
     return tokenizer
 
@@ -92,10 +94,10 @@ def _from_json(data: dict) -> Tokenizer:
 def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokenizer:
     for field in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(field):
-            raise ValueError(f"model.{field} is {model[field]!r}, which a byte-level BPE here does not implement")
+            raise InputError(f"model.{field} is {model[field]!r}, which a byte-level BPE here does not implement")
     decoder = data.get("decoder") or {}
     if decoder.get("type") != "ByteLevel":
-        raise ValueError(f"decoder.type is {decoder.get('type')!r}; only byte-level BPE is implemented (ByteLevel)")
+        raise InputError(f"decoder.type is {decoder.get('type')!r}; only byte-level BPE is implemented (ByteLevel)")
     vocab, listed = {}, {}
     for text, token_id in model["vocab"].items():
         if special.ids.get(text) == token_id:
@@ -131,7 +133,7 @@ def _words_from_json(data: dict, model: dict, special: SpecialTokens) -> Tokeniz
         return CharTokenizer(vocab, special, unknown)
     if is_word_split(source) and normalizers in ([], ["Lowercase"]):
         return WordTokenizer(vocab, special, unknown, lowercase=bool(normalizers))
-    raise ValueError(
+    raise InputError(
         "pre_tokenizer of this WordLevel model is not one that CharTokenizer or WordTokenizer writes: "
         f"{json.dumps(data.get('pre_tokenizer'))[:200]}"
     )

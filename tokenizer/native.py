@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from .byte_alphabet import HF_ORDER
+from .errors import InputError
 from .patterns import Pattern, pattern_name, split
 from .reference import Merges, Progress, WordCounts, count_words
 from .sources import Corpus, documents, size_of
@@ -76,7 +77,7 @@ def file_blocks(native: ModuleType, path: str | Path, specials: Any, threads: in
                 continue
             invalid = native.first_invalid_utf8(view[:cut])
             if invalid < cut:
-                raise ValueError(f"{path} is not valid UTF-8 at byte {done + invalid}")
+                raise InputError(f"{path} is not valid UTF-8 at byte {done + invalid}")
             if cut:
                 yield view[:cut]
             if not got:

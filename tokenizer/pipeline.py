@@ -11,6 +11,7 @@ from typing import Any
 
 import regex
 
+from .errors import InputError
 from .patterns import FORMS, PATTERNS, Pattern, pattern_name
 from .specials import SpecialTokens
 
@@ -30,7 +31,7 @@ def added_tokens(entries: list[dict]) -> SpecialTokens:
     """Added tokens with their flags."""
     special = SpecialTokens({entry["content"]: entry["id"] for entry in entries})
     if odd := next((entry["content"] for entry in entries if entry.get("single_word")), None):
-        raise ValueError(f"added_tokens: {odd!r} sets single_word, which is not implemented")
+        raise InputError(f"added_tokens: {odd!r} sets single_word, which is not implemented")
     special.plain = frozenset(entry["content"] for entry in entries if not entry.get("special", True))
     for flag in ("lstrip", "rstrip", "normalized"):
         setattr(special, flag, frozenset(entry["content"] for entry in entries if entry.get(flag)))
@@ -51,7 +52,7 @@ def check_overlaps(special: SpecialTokens) -> None:
         inside = any(token[i:j] in early for i in range(len(token)) for j in range(i + 1, len(token) + 1))
         space = (token in strip and spaced & early) or (token in spaced and strip & early)
         if inside or space or any(token[i:] in begins or token[:i] in ends for i in cuts):
-            raise ValueError(
+            raise InputError(
                 f"added_tokens: {token!r} is normalized and may overlap one that is not, which is not implemented"
             )
 
@@ -62,7 +63,7 @@ def normalizer_of(stage: dict | None) -> str | None:
     if not steps:
         return None
     if len(steps) > 1 or steps[0] not in FORMS:
-        raise ValueError(f"normalizer is {' + '.join(steps)}; implemented are none and {', '.join(FORMS)}")
+        raise InputError(f"normalizer is {' + '.join(steps)}; implemented are none and {', '.join(FORMS)}")
     return steps[0]
 
 
@@ -71,9 +72,9 @@ def pattern_of(stage: dict | None) -> Pattern:
     steps = flat(stage, "pretokenizers")
     if not steps or steps[-1]["type"] != "ByteLevel":
         shown = " + ".join(step["type"] for step in steps) or "none"
-        raise ValueError(f"pre_tokenizer is {shown}; implemented are steps that end with ByteLevel")
+        raise InputError(f"pre_tokenizer is {shown}; implemented are steps that end with ByteLevel")
     if steps[-1].get("add_prefix_space", True):
-        raise ValueError("pre_tokenizer.add_prefix_space is true, which is not implemented")
+        raise InputError("pre_tokenizer.add_prefix_space is true, which is not implemented")
     patterns = [split_pattern(step) for step in steps[:-1]]
     if steps[-1].get("use_regex", True):
         patterns.append("gpt2")
@@ -90,7 +91,7 @@ def split_pattern(step: dict[str, Any]) -> str:
         return _PUNCTUATION + ("+" if behavior == "Contiguous" else "")
     if kind != "Split":
         shown = f"{kind} with behavior {behavior}" if kind == "Punctuation" else kind
-        raise ValueError(f"pre_tokenizer holds {shown}; implemented before ByteLevel are Split, Digits and Punctuation")
+        raise InputError(f"pre_tokenizer holds {shown}; implemented before ByteLevel are Split, Digits and Punctuation")
     source = step["pattern"].get("Regex")
     source = regex.escape(step["pattern"]["String"]) if source is None else source
     if not step.get("invert"):
@@ -105,7 +106,7 @@ def split_pattern(step: dict[str, Any]) -> str:
             return rf"(?:{source})+"
     elif behavior == "Removed" and pattern_name(source):  # the pattern leaves nothing out, so nothing is removed
         return source
-    raise ValueError(
+    raise InputError(
         f'pre_tokenizer.behavior is "{behavior}" (invert {bool(step.get("invert"))}), which is not implemented'
     )
 

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import tyro
 
+from ..errors import InputError
+
 T = TypeVar("T")
 
 
 def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING_NONPROP) -> T:
-    """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one ValueError."""
+    """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one InputError."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -27,7 +29,7 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise ValueError(_sentence(errors.getvalue(), verb)) from None
+        raise InputError(_sentence(errors.getvalue(), verb)) from None
 
 
 def _sentence(box: str, verb: str) -> str:

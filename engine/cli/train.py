@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ...tokenizer.sources import read_text
 from ..config import ModelConfig
+from ..errors import InputError
 from ..training.config import BUDGETS, TrainConfig
 from ..training.distributed.failures import one_voice
 from .flags import parse
@@ -126,7 +128,7 @@ def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
     of_run = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
     unknown = sorted(set(settings) - of_model - of_run)
     if unknown:
-        raise ValueError(f"the configuration has no field {', '.join(unknown)}")
+        raise InputError(f"the configuration has no field {', '.join(unknown)}")
     shape = {**ModelConfig.preset(preset).to_dict(), "vocab_size": 0}
     shape |= {key: value for key, value in settings.items() if key in of_model}
     if shape["rope_scaling"] is not None:
@@ -145,7 +147,7 @@ def _model(flags: ModelFlags) -> dict[str, Any]:
     try:
         return {**fields, "rope_scaling": json.loads(fields["rope_scaling"])}
     except ValueError as error:
-        raise ValueError(f"rope_scaling must be JSON, not {fields['rope_scaling']!r}: {error}") from error
+        raise InputError(f"rope_scaling must be JSON, not {fields['rope_scaling']!r}: {error}") from error
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -154,6 +156,6 @@ def _read_toml(path: str) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+        raise InputError(f"{path} is not valid TOML: {error}") from error

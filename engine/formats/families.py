@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..errors import InputError
 
 TRAINING_ONLY = ("dropout", "balance_loss", "router_z_loss")  # what a published config.json has no standard word for
 
@@ -36,7 +37,7 @@ class Piece:
             source = read(name).T if self.transposed else read(name)
             if part.shape != source.shape:
                 wanted = tuple(part.T.shape if self.transposed else part.shape)
-                raise ValueError(f"tensor {name} has shape {tuple(read(name).shape)}, config.json says {wanted}")
+                raise InputError(f"tensor {name} has shape {tuple(read(name).shape)}, config.json says {wanted}")
             part.copy_(source)
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -140,7 +141,7 @@ def understand(values: Mapping[str, Any]) -> ModelConfig:
     if kind == "warploom":
         return ModelConfig.from_dict(values["warploom"])
     if kind not in CLASSES:
-        raise ValueError(
+        raise InputError(
             f"config.json: model_type {kind!r} is not supported; supported: {', '.join(CLASSES)}, warploom"
         )
     extras = {name: value for name, value in values.get("warploom", {}).items() if name in TRAINING_ONLY}
@@ -191,7 +192,7 @@ def _understand_rope(v: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None
     theta = parameters.pop("rope_theta", None) or v.get("rope_theta") or 10_000.0
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     if v.get("partial_rotary_factor") not in (None, 1.0) or parameters.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+        raise InputError("config.json: partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return float(theta), None
     if kind in ("yarn", "dynamic"):  # transformers measures these against the trained length
@@ -208,19 +209,19 @@ def _understand_window(v: Mapping[str, Any], kind: str) -> int | None:
     if layers == {"full_attention"}:
         return None
     if layers != {"sliding_attention"} or (kind.startswith("qwen") and v.get("max_window_layers", 0) > 0):
-        raise ValueError("config.json: layers that mix sliding and full attention (layer_types) are not supported")
+        raise InputError("config.json: layers that mix sliding and full attention (layer_types) are not supported")
     return v.get("sliding_window")
 
 
 def _need(values: Mapping[str, Any], field: str) -> Any:
     if values.get(field) is None:
-        raise ValueError(f"config.json has no field {field!r}, which model_type {values['model_type']!r} needs")
+        raise InputError(f"config.json has no field {field!r}, which model_type {values['model_type']!r} needs")
     return values[field]
 
 
 def _refuse_unless(values: Mapping[str, Any], field: str, accepted: tuple) -> None:
     if values.get(field) not in accepted:
-        raise ValueError(f"config.json: {field}={values[field]!r} is not supported (only {accepted[0]!r} is)")
+        raise InputError(f"config.json: {field}={values[field]!r} is not supported (only {accepted[0]!r} is)")
 
 
 # model.safetensors

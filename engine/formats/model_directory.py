@@ -27,6 +27,7 @@ from ...tokenizer import load_tokenizer
 from ...tokenizer.sources import unfinished
 from ..config import ModelConfig
 from ..device import DTYPES, pick_device
+from ..errors import InputError
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shares
 from .families import describe, dtype_name, ignorable, pieces, understand
@@ -129,17 +130,17 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
     """
     needed = 1 + max(tokenizer.vocab.values(), default=-1) if tokenizer is not None else 0
     if needed > config.vocab_size:
-        raise ValueError(f"{name} has {needed} tokens, but the model's vocab_size is {config.vocab_size}")
+        raise InputError(f"{name} has {needed} tokens, but the model's vocab_size is {config.vocab_size}")
 
 
 def load_config(directory: str | os.PathLike) -> ModelConfig:
     """The architecture of a model directory, without its weights."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
+        raise InputError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
     path = directory / "config.json"
     if not path.exists():
-        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+        raise InputError(f"{directory} is not a model directory: it has no config.json")
     return understand(_read_json(path))
 
 
@@ -159,12 +160,12 @@ def read_weights(
             target = torch.empty(shapes[piece.ours], dtype=dtype or stored, device=device)
             piece.fill(target, weights)
             if not _finite(target):
-                raise ValueError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
+                raise InputError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
             yield piece.ours, target
             del target
         extra = [name for name in weights.unread() if not (config.tie_embeddings and name == "lm_head.weight")]
         if extra:
-            raise ValueError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+            raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
 
 
 class Weights:
@@ -178,7 +179,7 @@ class Weights:
         short = name.split(".", 1)[1]  # bare backbones are published without their leading "model."
         found = next((key for key in (name, short) if key in self.sources), None)
         if found is None:
-            raise ValueError(f"{self.path} has no tensor {name!r}, which config.json calls for")
+            raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for")
         self.read.add(found)
         source = self.sources[found]
         return source if isinstance(source, Tensor) else source.get_tensor(found)
@@ -197,7 +198,7 @@ def open_weights(directory: Path) -> Iterator[Weights]:
         if index.exists():
             places = _read_json(index).get("weight_map")
             if not isinstance(places, dict):
-                raise ValueError(f"{index} has no field 'weight_map'")
+                raise InputError(f"{index} has no field 'weight_map'")
             files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
             yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
         elif single.exists():
@@ -207,19 +208,19 @@ def open_weights(directory: Path) -> Iterator[Weights]:
             try:
                 state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
-                raise ValueError(f"{pickled} is not a readable state dictionary: {_first_line(error)}") from error
+                raise InputError(f"{pickled} is not a readable state dictionary: {_first_line(error)}") from error
             yield Weights(dict(state), pickled)
         else:
-            raise ValueError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
+            raise InputError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
 
 
 def _open(path: Path, stack: ExitStack) -> Any:
     if not path.exists():
-        raise ValueError(f"{path} is missing, though the index names it")
+        raise InputError(f"{path} is missing, though the index names it")
     try:
         return stack.enter_context(safe_open(path, "pt"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from error
+        raise InputError(f"{path} is damaged or cut short: {_first_line(error)}") from error
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -277,7 +278,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     config.json last, and weights of the former model are removed, so that two models never mix.
     """
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; a model is written to a directory")
+        raise InputError(f"{directory} is a file; a model is written to a directory")
     staging = unfinished(directory)
     shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
     staging.mkdir(parents=True)
@@ -316,9 +317,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {_first_line(error)}") from error
+        raise InputError(f"{path} is not valid JSON: {_first_line(error)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import InputError
 from ..formats.model_directory import read_weights, write_model
 from .checkpoint import generators, load_tensors, restore_generators, snapshot
 from .distributed.dcp import FOLDER, read_shards
@@ -97,14 +98,14 @@ def _check_same_run(run: Trainer, directory: Path, before: dict[str, Any]) -> No
     now = describe(run)
     for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
         if now["data"][key] != before["data"][key]:
-            raise ValueError(f"{directory} was trained with {what} than {run.materials.data.directory} holds")
+            raise InputError(f"{directory} was trained with {what} than {run.materials.data.directory} holds")
     for field, value in before["model"].items():
         if now["model"][field] != value:
-            raise ValueError(
+            raise InputError(
                 f"{directory} was trained with {field}={value!r}, but this run asks for "
                 f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
             )
     if before["config"]["optimizer"] != run.config.optimizer:
-        raise ValueError(
+        raise InputError(
             f"{directory} was trained with optimizer={before['config']['optimizer']!r}, not {run.config.optimizer!r}"
         )

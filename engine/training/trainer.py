@@ -31,6 +31,7 @@ from torch import Tensor
 from ...tokenizer.sources import sweep
 from ..data.loader import IGNORE, Batch, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_device, pick_dtype
+from ..errors import InputError
 from .batch_size_finder import fewest_micro_batches
 from .build_model import build
 from .callbacks import JsonLog, Progress, Spikes, TensorBoard, Wandb, Watcher, check_packages
@@ -91,7 +92,7 @@ class Trainer:
             if self.team.leads:
                 self._make_room(again)
             elif self.team.splits_state and not self.out.is_dir():
-                raise ValueError(f"out={self.out} is not there on this machine: all must see the folder they write to")
+                raise InputError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             self.materials: Materials = prepare(config, self.note, reuse=again or not self.team.leads)
         model_config = self.materials.model
         self.context = config.context or model_config.max_seq_len
@@ -128,12 +129,12 @@ class Trainer:
     def _make_room(self, again: bool) -> None:
         config = self.config
         if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out={config.out} is a file; a run is written to a directory")
+            raise InputError(f"out={config.out} is a file; a run is written to a directory")
         self.out.mkdir(parents=True, exist_ok=True)
         self.claimed = claim(self.out)
         if self.checkpoints.steps() and not again:
             if not config.overwrite:
-                raise ValueError(
+                raise InputError(
                     f"{config.out} already holds a run (step {self.checkpoints.steps()[0]}): "
                     f"continue it with resume, replace it with overwrite, or choose another out"
                 )
@@ -196,10 +197,10 @@ class Trainer:
             self.team.leave()
             return result
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ValueError(self._how_to_shrink()) from error
+            raise InputError(self._how_to_shrink()) from error
         except RuntimeError as error:
             if "can't allocate memory" in str(error):  # what torch says on a CPU, without a class for it
-                raise ValueError(self._how_to_shrink()) from error
+                raise InputError(self._how_to_shrink()) from error
             raise
         finally:
             batches.close()
@@ -305,7 +306,7 @@ class Trainer:
             self.note(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}")
             if self.bad_run >= self.config.max_bad_steps:
                 saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
-                raise ValueError(
+                raise InputError(
                     f"{self.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "
                     f"{self.step + 1}, loss {loss}, gradient norm {norm}): lower lr={self.config.lr}, lengthen the "
                     f"warmup, or train in float32; last checkpoint: {saved[0] if saved else None}"
@@ -394,7 +395,7 @@ def _own_device(name: str) -> torch.device:
     if device.type != "cuda" or number is None:
         return device
     if int(number) >= torch.cuda.device_count():
-        raise ValueError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
+        raise InputError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
     device = torch.device("cuda", int(number))
     torch.cuda.set_device(device)  # before the processes meet: NCCL asks for the current one
     return device

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...data.loader import Batch
+from ...errors import InputError
 from ...model import Transformer
 from ...parallel.tensor_parallel import Layout, check, layouts, shard
 from ..config import TrainConfig
@@ -53,7 +54,7 @@ class Team:
         self.readers = self.size // self.axes["tp"]
         rows = config.batch_size // (config.grad_accum_steps or 1)
         if rows % self.readers:
-            raise ValueError(
+            raise InputError(
                 f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps or 1} parts makes {rows} "
                 f"rows, which {self.readers} processes cannot share evenly: choose a multiple"
             )
@@ -174,7 +175,7 @@ def _grid(config: TrainConfig, size: int) -> dict[str, int]:
     axes = {"dp": config.dp or max(1, size // others), "fsdp": config.fsdp, "ep": config.ep, "tp": config.tp}
     if math.prod(axes.values()) != size:
         product = " × ".join(f"{axis}={length}" for axis, length in axes.items())
-        raise ValueError(f"{product} needs {math.prod(axes.values())} processes, but this run has {size}")
+        raise InputError(f"{product} needs {math.prod(axes.values())} processes, but this run has {size}")
     return axes
 
 
@@ -183,7 +184,7 @@ def take_piece(model: Transformer, team: Team) -> Transformer:
     config, slices = model.config, team.axes["fsdp"]
     check(config, team.axes["tp"], team.axes["ep"])
     if config.d_model % slices:
-        raise ValueError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
+        raise InputError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
     readers = team.make_group("dp", "fsdp", "ep") if config.n_experts else None
     return shard(model, team.group("tp"), team.group("ep"), readers)
 
@@ -194,7 +195,7 @@ def slice_weights(model: Transformer, dtype: torch.dtype, team: Team) -> None:
     from torch.distributed.tensor import Shard
 
     if dtype == torch.float16:
-        raise ValueError("fsdp trains in bfloat16 or float32, not in float16")
+        raise InputError("fsdp trains in bfloat16 or float32, not in float16")
     where = layouts(model)
     dimension = {p: where[name].stream for name, p in model.named_parameters()}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
