@@ -14,7 +14,7 @@ N rows, V classes.
 import torch
 
 from .core.lang import next_power_of_2, tl, triton, wide
-from .core.launch import Differentiable, as_rows, launch, launcher
+from .core.launch import AutogradOp, as_rows, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
 
@@ -213,7 +213,7 @@ def _gradient(ctx, upstream, _):
     return cross_entropy_backward(logits, targets, lse, upstream, *ctx.options), None, None, None, None, None
 
 
-_losses = Differentiable(cross_entropy_forward, _save, _gradient)
+_losses = AutogradOp(cross_entropy_forward, _save, _gradient)
 
 
 def _cross_entropy_fused(

@@ -11,7 +11,7 @@ M rows, C input channels, F output features.
 import torch
 import torch.nn.functional as F
 
-from .core.launch import Differentiable, as_rows, launcher
+from .core.launch import AutogradOp, as_rows, launcher
 from .core.op import Budget, Case, Op
 from .linear import product
 
@@ -61,7 +61,7 @@ def _gradient(ctx, dy):
     return dx, None, None, dbias
 
 
-_product = Differentiable(int8_linear_forward, _save, _gradient)
+_product = AutogradOp(int8_linear_forward, _save, _gradient)
 
 
 def _int8_linear_fused(x, weight, scale, bias=None):

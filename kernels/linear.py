@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nn
 
 from .core.lang import architecture, cdiv, tl, triton, wide
-from .core.launch import Differentiable, as_rows, even, launch, launcher
+from .core.launch import AutogradOp, as_rows, even, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
 
@@ -111,7 +111,7 @@ def _gradient(ctx, dy):
     return dx, dweight, rows.sum(0).to(bias.dtype) if want_bias else None
 
 
-_product = Differentiable(linear_forward, _save, _gradient)
+_product = AutogradOp(linear_forward, _save, _gradient)
 
 
 def _linear_fused(x, weight, bias=None):

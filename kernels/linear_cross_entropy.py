@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .core.lang import tl, triton, wide
-from .core.launch import Differentiable, is_real, launch, launcher
+from .core.launch import AutogradOp, is_real, launch, launcher
 from .core.op import Budget, Case, Op
 from .cpu import pointwise
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
@@ -269,7 +269,7 @@ def _gradient(ctx, upstream, *_):
     return *(g if want else None for g, want in zip(gradients, wanted)), *nothing
 
 
-_loss = Differentiable(linear_cross_entropy_forward, _save, _gradient)
+_loss = AutogradOp(linear_cross_entropy_forward, _save, _gradient)
 
 
 def _linear_cross_entropy_fused(

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from .core.lang import cdiv, next_power_of_2, tl, triton, wide
-from .core.launch import Differentiable, as_rows, launch, launcher, processors
+from .core.launch import AutogradOp, as_rows, launch, launcher, processors
 from .core.op import Budget, Case, Maker, Op
 from .cpu import pointwise
 
@@ -330,8 +330,8 @@ def _sum_gradient(ctx, dy, dsum, _):
     return *(dsum.to(dtype) for dtype in ctx.dtypes), dweight if ctx.needs_input_grad[2] else None, None
 
 
-_norm = Differentiable(rms_norm_forward, _save_norm, _norm_gradient)
-_sum_and_norm = Differentiable(add_rms_norm_forward, _save_sum, _sum_gradient)
+_norm = AutogradOp(rms_norm_forward, _save_norm, _norm_gradient)
+_sum_and_norm = AutogradOp(add_rms_norm_forward, _save_sum, _sum_gradient)
 
 
 def _rms_norm_fused(x, weight, eps=1e-6):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 
 from .core.lang import next_power_of_2, tl, triton, wide
-from .core.launch import Differentiable, launch, launcher
+from .core.launch import AutogradOp, launch, launcher
 from .core.op import Budget, Case, Op
 from .cpu import pointwise
 
@@ -244,7 +244,7 @@ def _unrotate(ctx, dq, dk):
     return *rope_rotate(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None, None
 
 
-_turn = Differentiable(rope_rotate, _save, _unrotate)
+_turn = AutogradOp(rope_rotate, _save, _unrotate)
 
 
 def _rope_fused(q, k, cos, sin, positions=None, interleaved=False):

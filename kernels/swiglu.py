@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .core.lang import cdiv, next_power_of_2, tl, triton, wide
-from .core.launch import Differentiable, as_rows, launch, launcher
+from .core.launch import AutogradOp, as_rows, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
 from .cpu import pointwise
@@ -176,12 +176,12 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-_gate = Differentiable(
+_gate = AutogradOp(
     swiglu_forward,
     _save,
     lambda ctx, dy: (*swiglu_backward(*ctx.saved_tensors, dy, ctx.activation), None),
 )
-_gate_packed = Differentiable(
+_gate_packed = AutogradOp(
     swiglu_packed_forward,
     _save,
     lambda ctx, dy: (swiglu_packed_backward(*ctx.saved_tensors, dy, ctx.activation), None),

@@ -120,7 +120,7 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """The conversation as tokens, without its oldest exchanges if they no longer fit beside the answer."""
-        context = self.llm.max_context
+        context = self.llm.max_seq_len
         room = context - min(self.params.max_tokens or 1, context // 2)
         first = 0
         while len(tokens := self.llm.encode_chat(self._messages(first))) > room and first + 2 < len(self.messages):

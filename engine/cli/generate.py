@@ -91,7 +91,7 @@ def _stream(llm, prompt: str, params: SamplingParams) -> int:
 
 
 def _search(llm, prompt: str, options: GenerateOptions) -> int:
-    max_tokens = options.sampling.max_tokens or llm.max_context
+    max_tokens = options.sampling.max_tokens or llm.max_seq_len
     for output in llm.beam_search(prompt, options.beam_width, max_tokens, options.length_penalty):
         print(output.text)
     return 0

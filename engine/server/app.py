@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from .async_engine import Bridge
+from .async_engine import AsyncEngine
 from .config import ServerConfig
 from .handlers import FINGERPRINT, Service
 from .metrics import Metrics
-from .middleware import Guard
+from .middleware import RequestMiddleware
 from .openai import schemas
 from .openai.errors import APIError
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
@@ -32,7 +32,7 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     """The ASGI application of one engine. `make()` builds its `LLM`, in a thread, once the server listens."""
     config = config or ServerConfig()
     config = replace(config, name=config.name or "warploom")
-    bridge = Bridge(make, config)
+    bridge = AsyncEngine(make, config)
     metrics = Metrics(bridge)
     service = Service(bridge, config, metrics)
 
@@ -60,7 +60,7 @@ def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys
     _add_model_routes(app, service)
     _add_other_routes(app, bridge, metrics)
     playground = _add_page(app, service, config)
-    app.add_middleware(Guard, config=config, keys=keys, visits=metrics.visits)
+    app.add_middleware(RequestMiddleware, config=config, keys=keys, visits=metrics.visits)
     if config.cors_origins:
         app.add_middleware(CORSMiddleware, **allowed_origins(config))
     _describe(app)
@@ -113,7 +113,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return await service.detokenize(body, request)
 
 
-def _add_other_routes(app: FastAPI, bridge: Bridge, metrics: Metrics) -> None:
+def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> None:
     unhealthy = {503: {"model": schemas.Health}, 200: {"model": schemas.Health}}
 
     @app.get("/health", responses=unhealthy, tags=["server"])

@@ -2,9 +2,9 @@
 
 The engine computes in a thread of its own and tells each new token through a callback. Those callbacks must cost the
 engine nothing: they put the piece into a mailbox and ring the loop's bell once, however many pieces lie there by the
-time the loop looks. On the loop's side a `Flow` is all that one HTTP request asked for, as an asynchronous iterator of
-batches of pieces. A client that reads slowly gets larger batches, not a longer queue of small ones: under load, several
-tokens share one chunk, and the server's cost per token falls when it matters.
+time the loop looks. On the loop's side a `RequestStream` is all that one HTTP request asked for, as an asynchronous
+iterator of batches of pieces. A client that reads slowly gets larger batches, not a longer queue of small ones: under
+load, several tokens share one chunk, and the server's cost per token falls when it matters.
 
 Whatever ends a request early (the client goes, its time is up, the server stops) ends its flow, and closing a flow
 cancels its generations before the engine's next step.
@@ -49,10 +49,10 @@ class Event(NamedTuple):
     time: float
 
 
-class Flow:
+class RequestStream:
     """What one HTTP request asked for, from the event loop's side."""
 
-    def __init__(self, bridge: Bridge, count: int, streaming: bool, party: Any = None) -> None:
+    def __init__(self, bridge: AsyncEngine, count: int, streaming: bool, party: Any = None) -> None:
         self.count, self.streaming, self.party = count, streaming, party
         self.generations: list[Any] = []
         self.prompt_tokens = 0
@@ -165,7 +165,7 @@ class Flow:
             self._preparing.cancel()
 
 
-class Bridge:
+class AsyncEngine:
     """One engine, built by `make`, and everybody who waits for it."""
 
     def __init__(self, make: Callable[[], Any], config: ServerConfig) -> None:
@@ -173,11 +173,11 @@ class Bridge:
         self.llm: Any = None
         self._state = "loading"
         self.restarts = 0
-        self.flows: set[Flow] = set()
+        self.flows: set[RequestStream] = set()
         self.open = 0  # continuations under way, waiting ones included
         self.holds: Counter = Counter()  # the same by party
         self._make = make
-        self._mailbox: deque[tuple[Flow, Event]] = deque()
+        self._mailbox: deque[tuple[RequestStream, Event]] = deque()
         self._ringing = False
         self._good_failures = 0  # the engine's count of failed steps when it last brought a token
         self._duration = 1.0  # of a request, a running mean
@@ -240,7 +240,7 @@ class Bridge:
         client: Any = None,
         party: Any = None,
         receive: Callable[[], Awaitable[dict]] | None = None,
-    ) -> Flow:
+    ) -> RequestStream:
         """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
 
         `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
@@ -255,7 +255,7 @@ class Bridge:
         free = self.capacity - self.open - count
         if free < 0 or (party is not None and self.holds[party] + count > SHARE * free):
             raise errors.busy(self._retry_after())
-        flow = Flow(self, count, streaming, party)
+        flow = RequestStream(self, count, streaming, party)
         self.open += count
         self.holds[party] += count
         self.flows.add(flow)
@@ -273,7 +273,7 @@ class Bridge:
         for flow in list(self.flows):
             flow.fail(errors.unavailable("stopping"))
 
-    def forget(self, flow: Flow) -> None:
+    def forget(self, flow: RequestStream) -> None:
         """A flow has been closed."""
         self.flows.discard(flow)
         self.open -= flow.places
@@ -282,7 +282,9 @@ class Bridge:
             del self.holds[flow.party]
         self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
 
-    async def _prepare(self, flow: Flow, asks: Any, params: SamplingParams | None, salt: Any, client: Any) -> None:
+    async def _prepare(
+        self, flow: RequestStream, asks: Any, params: SamplingParams | None, salt: Any, client: Any
+    ) -> None:
         options = {"salt": salt}
         if params is not None and params.constrained:
             options["grammar"] = await self._compile(params, client)
@@ -309,7 +311,7 @@ class Bridge:
         finally:
             future.cancel()
 
-    def _submit(self, flow: Flow, asks: Callable[[Any], Iterable[Ask]], options: dict[str, Any]) -> None:
+    def _submit(self, flow: RequestStream, asks: Callable[[Any], Iterable[Ask]], options: dict[str, Any]) -> None:
         llm, index = self.llm, 0
         if llm is None:  # it broke while this request waited for a thread
             raise errors.unavailable(self.state)
@@ -321,7 +323,7 @@ class Bridge:
             if flow.abandoned:  # while this thread was at it
                 return flow.cancel()
 
-    def _post(self, engine: Any, flow: Flow, base: int, piece: Piece) -> None:
+    def _post(self, engine: Any, flow: RequestStream, base: int, piece: Piece) -> None:
         """Called by the engine's thread for each piece; must be quick and must not fail."""
         if piece.token_ids:
             self._good_failures = engine.failures

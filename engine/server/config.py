@@ -21,7 +21,7 @@ class ServerConfig:
     """Seconds that requests under way get to finish when the server is told to stop."""
     stall_timeout: float = 300.0
     """Seconds without any progress after which the engine counts as dead."""
-    max_body: int = 4 << 20
+    max_body_bytes: int = 4 << 20
     """Most bytes of a request's body; beyond that, 413."""
     max_tokens: int | None = None
     """Most tokens a request may generate; None: as many as the context holds."""
@@ -33,7 +33,13 @@ class ServerConfig:
     """Write a line of JSON to stderr for each request."""
 
     def __post_init__(self) -> None:
-        lowest = {"max_queue": 0, "request_timeout": 0.001, "drain_timeout": 0, "stall_timeout": 1, "max_body": 1024}
+        lowest = {
+            "max_queue": 0,
+            "request_timeout": 0.001,
+            "drain_timeout": 0,
+            "stall_timeout": 1,
+            "max_body_bytes": 1024,
+        }
         for name, low in lowest.items():
             if not getattr(self, name) >= low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")

@@ -15,7 +15,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..serving import SamplingParams
-from .async_engine import Ask, Bridge, Flow
+from .async_engine import Ask, AsyncEngine, RequestStream
 from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
@@ -34,7 +34,7 @@ LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the ev
 class Service:
     """The model behind the routes."""
 
-    def __init__(self, bridge: Bridge, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, bridge: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
         self.bridge, self.config, self.metrics = bridge, config, metrics
         self.started = int(time.time())
 
@@ -101,7 +101,7 @@ class Service:
     def _tokenized(self, llm: Any, body: TokenizeRequest) -> bytes:
         tokens = llm.encode(body.prompt) if body.messages is None else encode_conversation(llm.tokenizer, body.messages)
         names = [self.words.text(token) for token in tokens]
-        return to_json({"count": len(tokens), "max_model_len": llm.max_context, "tokens": tokens, "token_strs": names})
+        return to_json({"count": len(tokens), "max_model_len": llm.max_seq_len, "tokens": tokens, "token_strs": names})
 
     async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         """/detokenize."""
@@ -114,7 +114,7 @@ class Service:
 
     def models(self) -> list[dict[str, Any]]:
         """/v1/models: the one there is."""
-        longest = self.bridge.llm.max_context if self.bridge.llm else None
+        longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
         model = {"id": self.config.name, "object": "model", "created": self.started, "owned_by": "warploom"}
         return [{**model, "max_model_len": longest}]
 
@@ -132,7 +132,7 @@ class Service:
         params: SamplingParams,
         model: str | None = None,
         streaming: bool = False,
-    ) -> Flow:
+    ) -> RequestStream:
         self.check_model(model)
         scope = request.scope
         return await self.bridge.submit(
@@ -158,7 +158,7 @@ class Service:
 
     def _fit(self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None) -> SamplingParams:
         """Refuse more tokens than the context holds if that many were asked for; take what there is if none were."""
-        context, most, asked = llm.max_context, self.config.max_tokens, params.max_tokens
+        context, most, asked = llm.max_seq_len, self.config.max_tokens, params.max_tokens
         if len(tokens) + (1 if asked is None else asked) > context:
             wish = "" if asked is None else f" and {asked} more were asked for"
             message = f"the prompt has {len(tokens)} tokens{wish}; the model's context holds {context}"
@@ -184,7 +184,7 @@ class Service:
         }
         return {**head, "usage": None} if body.include_usage else head
 
-    async def _answer(self, request: Request, stream: bool, flow: Flow, writer: Writer) -> Response:
+    async def _answer(self, request: Request, stream: bool, flow: RequestStream, writer: Writer) -> Response:
         if stream:
             chunks = self._chunks(request, flow, writer)
             first = await anext(chunks, None)  # an error before the first token still gets its own status
@@ -197,7 +197,7 @@ class Service:
         finally:
             self._close(request, flow)
 
-    async def _chunks(self, request: Request, flow: Flow, writer: Writer) -> AsyncIterator[bytes]:
+    async def _chunks(self, request: Request, flow: RequestStream, writer: Writer) -> AsyncIterator[bytes]:
         collector, spoke = writer.collector(), {}
         try:
             async for events in flow.batches():
@@ -210,7 +210,7 @@ class Service:
         finally:
             self._close(request, flow)
 
-    def _close(self, request: Request, flow: Flow) -> None:
+    def _close(self, request: Request, flow: RequestStream) -> None:
         flow.close()
         self.metrics.request(flow)
         streams = flow.streams

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .async_engine import Bridge, Event, Flow
+from .async_engine import AsyncEngine, Event, RequestStream
 
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 COUNTS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -21,7 +21,7 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: AsyncEngine) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Engine(bridge))
         self.ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
@@ -48,7 +48,7 @@ class Metrics:
                     self.itl.observe(now - last[index])
                 last[index] = now
 
-    def request(self, flow: Flow) -> None:
+    def request(self, flow: RequestStream) -> None:
         """A request that has been answered."""
         for generation in flow.generations:
             leader = generation.streams[0]
@@ -111,7 +111,7 @@ class _Given:
 class _Engine:
     """Gauges read from the engine when somebody asks."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: AsyncEngine) -> None:
         self._bridge = bridge
 
     def collect(self) -> Iterator[Metric]:
@@ -133,7 +133,7 @@ class _Engine:
         yield GaugeMetricFamily("warploom:kv_cache_usage_perc", "Part of the cache's pages in use, 0 to 1.", used)
         yield CounterMetricFamily("warploom:num_preemptions", "Sequences that gave up pages.", scheduler.preemptions)
         yield CounterMetricFamily("warploom:generation_tokens", "Tokens generated.", engine.generated_tokens)
-        drafted, right = scheduler.drafted, scheduler.drafts_right
+        drafted, right = scheduler.drafted, scheduler.accepted_drafts
         yield CounterMetricFamily("warploom:spec_decode_num_draft_tokens", "Tokens guessed ahead.", drafted)
         yield CounterMetricFamily("warploom:spec_decode_num_accepted_tokens", "Guesses that were right.", right)
         yield CounterMetricFamily("warploom:engine_failures", "Steps that failed.", engine.failures)

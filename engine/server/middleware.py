@@ -39,7 +39,7 @@ Receive = Callable[[], Awaitable[dict]]
 Send = Callable[[dict], Awaitable[None]]
 
 
-class Guard:
+class RequestMiddleware:
     """ASGI middleware; `record(request)` in the scope is what handlers may add to the log line."""
 
     def __init__(self, app: Any, config: ServerConfig, keys: tuple[str, ...], visits: Any) -> None:
@@ -54,7 +54,7 @@ class Guard:
             return await asyncio.to_thread(WRITER.flush)
         if scope["type"] != "http":  # nothing here speaks WebSocket
             return await send({"type": "websocket.close", "code": 1008})
-        visit = Visit(scope, send)
+        visit = RequestContext(scope, send)
         try:
             self._admit(visit)
             await self._app(scope, self._bounded(receive), visit.send)
@@ -72,10 +72,10 @@ class Guard:
         finally:
             self._write(visit)
 
-    def _admit(self, visit: Visit) -> None:
+    def _admit(self, visit: RequestContext) -> None:
         headers = visit.headers
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._config.max_body:
+        if length.isdigit() and int(length) > self._config.max_body_bytes:
             raise self._too_large()
         if not self._keys or visit.scope["path"] in OPEN_ROUTES:
             return
@@ -97,23 +97,23 @@ class Guard:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._config.max_body:
+            if taken > self._config.max_body_bytes:
                 raise HTTPException(413, self._too_large().message)
             return message
 
         return bounded
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"the body is larger than {self._config.max_body} bytes", code="body_too_large")
+        return APIError(413, f"the body is larger than {self._config.max_body_bytes} bytes", code="body_too_large")
 
-    def _write(self, visit: Visit) -> None:
+    def _write(self, visit: RequestContext) -> None:
         route = visit.route or getattr(visit.scope.get("route"), "path", None) or "other"
         self._visits.labels(visit.scope["method"], route, visit.status).inc()
         if self._config.log:
             WRITER.write(json.dumps(visit.line()))
 
 
-class Visit:
+class RequestContext:
     """One request, from the door's side."""
 
     def __init__(self, scope: dict, send: Send) -> None:

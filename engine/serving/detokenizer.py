@@ -58,10 +58,12 @@ class StopFinder:
 class TextStream:
     """The text of one sequence: push token ids, get the pieces of text that are certain by now."""
 
-    def __init__(self, decoder: Decoder | None, stops: Sequence[str] = (), hidden: Iterable[int] = (), start: str = ""):
+    def __init__(
+        self, decoder: Decoder | None, stops: Sequence[str] = (), skip_ids: Iterable[int] = (), start: str = ""
+    ):
         self._decoder = decoder
         self._stops = StopFinder(stops)
-        self._hidden = frozenset(hidden)
+        self._hidden = frozenset(skip_ids)
         self._parts = [start] if start else []
         self._closed = False
 

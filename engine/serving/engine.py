@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-class Stream:
+class Continuation:
     """One continuation under way, seen from its caller's side."""
 
     def __init__(self, sequence: Sequence, text: TextStream, index: int, tell: Callable[[Piece], None]):
@@ -66,7 +66,7 @@ class Stream:
         """No more tokens will come."""
         self.finished = True
         self.metrics.finished = now
-        for count in ("preemptions", "drafted", "drafts_right"):
+        for count in ("preemptions", "drafted", "accepted_drafts"):
             setattr(self.metrics, count, getattr(self.sequence, count))
         self._tell(Piece(self._text.finish(), (), reason, (), self.index))
 
@@ -90,7 +90,7 @@ class Generation:
 
     def __init__(self, engine: "Engine"):
         self._engine = engine
-        self.streams: list[Stream] = []
+        self.streams: list[Continuation] = []
         self.pieces: SimpleQueue[Piece] = SimpleQueue()
 
     @property
@@ -175,17 +175,17 @@ class Engine:
                 sequence.grammar = grammar() if grammar else None
                 sequence.use_cache = params.prompt_logprobs is None
                 tell = on_piece or generation.pieces.put
-                sequence.listener = Stream(sequence, self._text(tokens, params), index, tell)
+                sequence.listener = Continuation(sequence, self._text(tokens, params), index, tell)
                 generation.streams.append(sequence.listener)
             first, *others = (stream.sequence for stream in generation.streams)
             first.followers = tuple(others)
-            self._leave_note(lambda: self.scheduler.add(first))
+            self._enqueue(lambda: self.scheduler.add(first))
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """End a generation wherever it is; its pages are free before the next step."""
         if not generation.finished:
-            self._leave_note(lambda: self._cancel_now(generation))
+            self._enqueue(lambda: self._cancel_now(generation))
 
     def step(self) -> bool:
         """One turn of the loop; False when there is nothing to do."""
@@ -303,7 +303,7 @@ class Engine:
         for stream in generation.streams:
             self.scheduler.finish(stream.sequence, "cancelled")
 
-    def _leave_note(self, note: Callable[[], None]) -> None:
+    def _enqueue(self, note: Callable[[], None]) -> None:
         self._notes.append(note)
         self._wake.set()
 
@@ -311,8 +311,8 @@ class Engine:
         if self.tokenizer is None:
             return TextStream(None)
         start = self.tokenizer.decode(tokens) if params.echo else ""
-        hidden = {*params.stop_token_ids, *self.eos}
-        return TextStream(self.tokenizer.stream(), params.stop, hidden, start)
+        skip_ids = {*params.stop_token_ids, *self.eos}
+        return TextStream(self.tokenizer.stream(), params.stop, skip_ids, start)
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
         vocabulary = self.runner.model.config.vocab_size

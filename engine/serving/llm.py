@@ -27,9 +27,9 @@ from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution import cuda_graphs
 from .execution.int8_pages import TILE
-from .execution.kv_cache import HAS_NATIVE, PageStore, set_workers
+from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
 from .execution.outlier_smoothing import has_tall_keys
-from .execution.speculative import guess_later, make_runner, ngram_draft
+from .execution.speculative import make_runner, model_draft, ngram_draft
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
 from .scheduling.page_pool import PagePool
@@ -44,13 +44,13 @@ class LLM:
 
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
     `quantize="int8"` keeps weights in 8 bits, and on a CPU keys and values too, unless keys have biases far larger than
-    themselves. `kv_dtype` chooses their format by
-    itself: the name of a dtype, "int8" (on a CPU) or "fp8" (on a GPU); 8 bits are half the bytes of bfloat16, so twice
-    the tokens in the same memory, read in half the time. `step_tokens` bounds the tokens of one step. `speculate` is
-    how many tokens an n-gram lookup may guess ahead, `draft` a smaller model of the same vocabulary that guesses
-    `draft_tokens` ahead: either changes the speed, not the output. `tensor_parallel` spreads the model over that many
-    processes, each with a GPU of its own where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch
-    multiply as it likes: what a request gets may then depend, in the last bits, on its company.
+    themselves. `kv_dtype` chooses their format by itself: the name of a dtype, "int8" (on a CPU) or "fp8" (on a GPU); 8
+    bits are half the bytes of bfloat16, so twice the tokens in the same memory, read in half the time.
+    `max_batch_tokens` bounds the tokens of one step. `ngram_draft_tokens` is how many tokens an n-gram lookup may guess
+    ahead, `draft_model` a smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the
+    speed, not the output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own
+    where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request
+    gets may then depend, in the last bits, on its company.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class LLM:
         page_size: int = 16,
         quantize: str | None = None,
         kv_dtype: str | None = None,
-        step_tokens: int | None = None,
-        max_context: int | None = None,
-        speculate: int = 0,
-        draft: str | os.PathLike | Transformer | None = None,
+        max_batch_tokens: int | None = None,
+        max_seq_len: int | None = None,
+        ngram_draft_tokens: int = 0,
+        draft_model: str | os.PathLike | Transformer | None = None,
         draft_tokens: int = 4,
         prefix_cache: bool = True,
         tensor_parallel: int = 1,
@@ -76,71 +76,73 @@ class LLM:
     ):
         if quantize not in (None, "int8"):
             raise InputError(f"quantize must be None or 'int8', got {quantize!r}")
-        counts = {"max_batch": max_batch, "page_size": page_size, "step_tokens": step_tokens}
-        counts |= {"max_context": max_context, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
+        counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
+        counts |= {"max_seq_len": max_seq_len, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"{name} must be at least 1, got {count}")
-        if speculate < 0:
-            raise InputError(f"speculate must be at least 0, got {speculate}")
+        if ngram_draft_tokens < 0:
+            raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
         if tensor_parallel > 1 and quantize is not None:
             raise InputError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
-        if speculate and draft is not None:
-            raise InputError("speculate and draft are two ways to guess ahead: give one of them")
+        if ngram_draft_tokens and draft_model is not None:
+            raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
         self._source = model
-        sources = [model] if draft is None else [model, draft]
+        sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
-        step_tokens = max(step_tokens or (8192 if where.type == "cuda" else 512), max_batch)
+        max_batch_tokens = max(max_batch_tokens or (8192 if where.type == "cuda" else 512), max_batch)
         team = None
         if tensor_parallel > 1:
             from .execution.tensor_parallel import start_team
 
-            team = start_team(sources, tensor_parallel, where, dtype, step_tokens, max_batch)
+            team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group)
             self.config = self.model.config
-            self.max_context = min(max_context or self.config.max_seq_len, self.config.max_seq_len)
+            self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_workers()
-            models = [self.model] if draft is None else [self.model, self._open_draft(draft)]
+            models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
             memory = kv_memory
             if team or kv_memory is None:  # the processes of a team measure in any case
-                measured = (team.memory_for_pages if team else memory_for_pages)(self.model, step_tokens, max_batch)
+                measured = (team.memory_for_pages if team else memory_for_pages)(
+                    self.model, max_batch_tokens, max_batch
+                )
                 memory = measured if kv_memory is None else kv_memory
-            cost = sum(PageStore.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
-            enough = max_batch * -(-self.max_context // page_size)
+            cost = sum(PagedKVCache.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
+            enough = max_batch * -(-self.max_seq_len // page_size)
             if kv_memory is not None and kv_memory < cost:
                 short = f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
                 raise InputError(short)
             pages = max(1, min(enough, memory // cost))
             options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
-            options |= {"max_batch": max_batch, "context": self.max_context, "kv_dtype": cache_dtype}
+            options |= {"max_batch": max_batch, "context": self.max_seq_len, "kv_dtype": cache_dtype}
             options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
             runner = team.begin(models, options) if team else make_runner(models, **options)
         self.model = runner.model
-        guess = ngram_draft if speculate else None if draft is None else guess_later
+        guess = ngram_draft if ngram_draft_tokens else None if draft_model is None else model_draft
         scheduler = Scheduler(
             PagePool(pages, page_size, prefix_cache),
             max_batch=max_batch,
-            step_tokens=step_tokens,
-            context=self.max_context,
+            max_batch_tokens=max_batch_tokens,
+            context=self.max_seq_len,
             depth=2 if where.type == "cuda" and guess is None else 1,
             draft=guess,
-            most_drafts=speculate or draft_tokens,
+            most_drafts=ngram_draft_tokens or draft_tokens,
         )
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size)
         self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
 
     def _open_draft(self, source) -> Transformer:
         """A model that can guess for ours."""
-        draft, tokenizer = _open(source, None, self.model.device, self.model.embedding.weight.dtype)
-        ours, theirs = self.config.vocab_size, draft.config.vocab_size
+        draft_model, tokenizer = _open(source, None, self.model.device, self.model.embedding.weight.dtype)
+        ours, theirs = self.config.vocab_size, draft_model.config.vocab_size
         if ours != theirs or not _same_tokens(self.tokenizer, tokenizer):
-            raise InputError(f"draft needs the model's vocabulary of {ours} tokens; it has another, of {theirs}")
-        if draft.config.max_seq_len < self.max_context:
-            limit = draft.config.max_seq_len
-            raise InputError(f"draft reads {limit} tokens, not {self.max_context}: set max_context={limit}")
-        return draft
+            raise InputError(f"draft_model needs the model's vocabulary of {ours} tokens; it has another, of {theirs}")
+        if draft_model.config.max_seq_len < self.max_seq_len:
+            limit = draft_model.config.max_seq_len
+            raise InputError(f"draft_model reads {limit} tokens, not {self.max_seq_len}: set max_seq_len={limit}")
+        return draft_model
 
     @functools.cached_property
     def plain_model(self) -> Transformer:
@@ -267,13 +269,13 @@ def _same_tokens(ours, theirs) -> bool:
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 
-def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> int:
+def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
     """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
     if model.device.type != "cuda":
         return available_memory("cpu") // 2
     with torch.cuda.device(model.device):
         with PeakMemory("cuda") as peak:
-            largest_step(model, step_tokens, max_batch)
+            largest_step(model, max_batch_tokens, max_batch)
         free = available_memory("cuda")
     recorded = 0
     if cuda_graphs.enabled():
@@ -283,9 +285,9 @@ def memory_for_pages(model: Transformer, step_tokens: int, max_batch: int) -> in
 
 
 @torch.inference_mode()
-def largest_step(model: Transformer, step_tokens: int, max_batch: int) -> None:
+def largest_step(model: Transformer, max_batch_tokens: int, max_batch: int) -> None:
     """The model on a full step, without its cache, and the log-probabilities of a full batch."""
-    tokens = torch.zeros(1, step_tokens, dtype=torch.int64, device=model.device)
+    tokens = torch.zeros(1, max_batch_tokens, dtype=torch.int64, device=model.device)
     hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
     torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)
 

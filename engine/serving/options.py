@@ -31,13 +31,13 @@ class LLMOptions:
     """Keep weights in 8 bits; on a CPU, activations (in groups of 64), keys and values are rounded to 8 bits too."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
     """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize. fp8: GPUs."""
-    step_tokens: int | None = None
+    max_batch_tokens: int | None = None
     """Most tokens computed in one step."""
-    max_context: int | None = None
+    max_seq_len: int | None = None
     """Longest sequence to serve; by default the model's own limit."""
-    speculate: int = 0
+    ngram_draft_tokens: int = 0
     """Tokens to guess ahead by n-gram lookup; changes the speed, not the output."""
-    draft: str | None = None
+    draft_model: str | None = None
     """The directory of a smaller model of the same vocabulary that guesses ahead; changes the speed, not the output."""
     draft_tokens: int = 4
     """Tokens the draft model guesses ahead."""

@@ -28,7 +28,7 @@ class Metrics:
     cached_tokens: int = 0
     preemptions: int = 0
     drafted: int = 0  # tokens guessed ahead and checked
-    drafts_right: int = 0  # of these, the ones that were kept
+    accepted_drafts: int = 0  # of these, the ones that were kept
 
     @property
     def time_to_first_token(self) -> float | None:

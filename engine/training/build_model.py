@@ -36,7 +36,7 @@ def build(config: TrainConfig, architecture: ModelConfig, team: Team, dtype: tor
     if not config.compile and team.axes["tp"] == 1:
         fused_block.install(model)
     for block in model.blocks:
-        if config.recompute:
+        if config.activation_checkpointing:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             block.compile()

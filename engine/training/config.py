@@ -74,7 +74,7 @@ class TrainConfig:
     """Memory of the mean squared gradient."""
     eps: float = 1e-8
     """Added to the root of the mean squared gradient."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest joint norm of the gradients; 0 = no clipping."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary."""
@@ -97,7 +97,7 @@ class TrainConfig:
     """Processes that each keep some experts, and train on rows of their own."""
     compile: bool = False
     """torch.compile each block."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
     seed: int = 0
     """Of the weights, the order of the data, dropout and samples."""
@@ -118,7 +118,7 @@ class TrainConfig:
     """Tokens of a sample; 0 = no samples."""
     log_every: int = 10
     """Steps between lines of the log."""
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     """Stop after this many steps in a row whose loss or gradient is not finite; fewer are skipped and counted."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the package tensorboard)."""
@@ -156,11 +156,11 @@ RANGES = {
     "more than 0": (
         lambda x: x > 0,
         (*BUDGETS, "batch_size", "context", "stride", "lr", "dp", "fsdp", "tp", "ep", "keep_last", "log_every",
-         "max_bad_steps"),
+         "max_nonfinite_steps"),
     ),
     "at least 0": (
-        lambda x: x >= 0,
-        ("grad_accum_steps", "num_workers", "min_lr", "warmup", "weight_decay", "eps", "clip", "z_loss", "save_every",
+        lambda x: x >= 0, ("grad_accum_steps", "num_workers", "min_lr", "warmup", "weight_decay", "eps",
+        "max_grad_norm", "z_loss", "save_every",
          "eval_every", "eval_batches", "sample_every", "sample_tokens"),
     ),
     "in [0, 1)": (lambda x: 0 <= x < 1, ("beta1", "beta2", "label_smoothing", "ema")),

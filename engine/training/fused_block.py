@@ -74,8 +74,10 @@ def fused_forward(
     before, between, qkv, output, gate_up, down = weights
     where = rotate.cos, rotate.sin, rotate.positions
     heads, eps = block.attention.heads[:2], block.attention_norm.eps
-    q_BTHD, k_BTKD, v_BTKD, stream_BTC = fused_block.to_heads(delta_BTC, stream_BTC, before, eps, qkv, heads, *where)
+    q_BTHD, k_BTKD, v_BTKD, stream_BTC = fused_block.norm_qkv_rope(
+        delta_BTC, stream_BTC, before, eps, qkv, heads, *where
+    )
     gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, block.attention)
     eps = block.ffn_norm.eps
-    delta_BTC, stream_BTC = fused_block.from_heads(gathered_BTHD, stream_BTC, output, between, eps, gate_up, down)
+    delta_BTC, stream_BTC = fused_block.out_proj_mlp(gathered_BTHD, stream_BTC, output, between, eps, gate_up, down)
     return stream_BTC, delta_BTC

@@ -214,7 +214,7 @@ class Trainer:
     def _how_to_shrink(self) -> str:
         config, rows = self.config, self.config.batch_size // self.micro_batches
         ways = [f"raise grad_accum_steps={self.micro_batches}"] if rows > self.team.readers else []
-        ways += ["set recompute"] if not config.recompute else []
+        ways += ["set activation_checkpointing"] if not config.activation_checkpointing else []
         ways += [f"shorten context={self.context}"]
         ways += ["share the state with fsdp"] if self.team.axes["dp"] > 1 else []
         return f"out of memory on {self.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
@@ -226,7 +226,7 @@ class Trainer:
         parameters = list(self.masters.named.values())
         self.exchange.end()
         self.scale.unscale(parameters)
-        norm = clip_grad_norm(parameters, self.config.clip or math.inf, self.team.norm(self.masters))
+        norm = clip_grad_norm(parameters, self.config.max_grad_norm or math.inf, self.team.norm(self.masters))
         loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
         loss = self._agree(loss / self.team.axes["tp"])
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -304,7 +304,7 @@ class Trainer:
         elif not overflow:
             self.bad_steps, self.bad_run = self.bad_steps + 1, self.bad_run + 1
             self.note(f"step {self.step + 1} skipped: loss {loss}, gradient norm {norm}")
-            if self.bad_run >= self.config.max_bad_steps:
+            if self.bad_run >= self.config.max_nonfinite_steps:
                 saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
                 raise InputError(
                     f"{self.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "

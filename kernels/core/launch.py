@@ -5,7 +5,7 @@ it as an operator with a schema; plain eager does not, and the operator boundary
 `launcher` registers the function once as `torch.ops.warploom.<name>`, as a traceable operator through which Inductor
 sees the kernels themselves, and calls the function directly whenever the tensors are real.
 
-`Differentiable` joins a forward launcher with its backward in both worlds: an `autograd.Function` for plain eager, the
+`AutogradOp` joins a forward launcher with its backward in both worlds: an `autograd.Function` for plain eager, the
 operator's registered formula for the rest, from the same two functions.
 """
 
@@ -62,7 +62,7 @@ def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ())
     return functools.partial(Launcher, mutates=mutates) if function is None else Launcher(function, mutates)
 
 
-class Differentiable:
+class AutogradOp:
     """A forward launcher with a gradient: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
 
     def __init__(self, forward: Launcher, save: Callable, backward: Callable):

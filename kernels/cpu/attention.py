@@ -29,8 +29,8 @@ def cpu_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float |
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     if fuses(q_BTHD, k_BTKD, v_BTKD):
         return _Fused.apply(q_BTHD, k_BTKD, v_BTKD, scale)
-    if climbs(q_BTHD, k_BTKD):
-        return _Staircase.apply(q_BTHD, k_BTKD, v_BTKD, scale)
+    if use_blocked(q_BTHD, k_BTKD):
+        return _BlockedAttention.apply(q_BTHD, k_BTKD, v_BTKD, scale)
     return None
 
 
@@ -65,7 +65,7 @@ class _Fused(torch.autograd.Function):
         return *gradients, None
 
 
-def climbs(q: Tensor, k: Tensor) -> bool:
+def use_blocked(q: Tensor, k: Tensor) -> bool:
     """Is this a call that the staircase is for: training, bfloat16, on a CPU, a short square?"""
     return (
         q.device.type == "cpu"
@@ -99,7 +99,7 @@ def _weights(scores_RGnS: Tensor, scale: float) -> Tensor:
     return torch.softmax(scores_RGnS.mul_(scale), -1)
 
 
-class _Staircase(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BTHD, k_BTKD, v_BTKD, scale):
         B, T, _, D = q_BTHD.shape

@@ -1,7 +1,7 @@
 """A layer's rows on a CPU, in float32: all that it does with each token by itself, as two differentiable functions.
 
-    to_heads      (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
-    from_heads    (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
+    norm_qkv_rope      (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
+    out_proj_mlp    (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
 
 Op by op, each product and pass writes a tensor to memory that the next one reads. Here 64 rows at a time go through all
 of them in C++ (csrc/cpu/training/token_rows.cpp), in tiles that never leave the cache, multiplied by a product of our
@@ -25,7 +25,7 @@ from . import pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "to_heads") and _native.has_panels()
+HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "norm_qkv_rope") and _native.has_panels()
 
 
 def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
@@ -41,7 +41,7 @@ def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def to_heads(
+def norm_qkv_rope(
     delta_BTC: Tensor,
     stream_BTC: Tensor,
     norm_C: Tensor,
@@ -58,7 +58,7 @@ def to_heads(
     return _ToHeads.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
 
 
-def from_heads(
+def out_proj_mlp(
     gathered_BTHD: Tensor,
     stream_BTC: Tensor,
     output: Tensor,
@@ -83,7 +83,7 @@ class _ToHeads(torch.autograd.Function):
         kept = norm, qkv, cos, sin, positions, torch.empty(B, T, C), torch.empty(B, T)
         ctx.sizes = B, T, C, *heads, D, 0 if cos is None else cos.shape[1], eps
         ctx.save_for_backward(*kept)
-        _native.to_heads(_to_heads_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
+        _native.norm_qkv_rope(_norm_qkv_rope_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
         return q, k, v, kept[5]
 
     @staticmethod
@@ -93,13 +93,13 @@ class _ToHeads(torch.autograd.Function):
         d_stream, normed, d_heads = torch.empty(B, T, C), torch.empty(B * T, C), torch.empty(B * T, len(kept[1]))
         partial, d_norm = _room_for_norm(B * T, C)
         arrived = [x.contiguous() for x in upstream]
-        _native.to_heads_backward(
-            _to_heads_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
+        _native.norm_qkv_rope_backward(
+            _norm_qkv_rope_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
         )
         return d_stream, d_stream, d_norm, None, torch.mm(d_heads.t(), normed), None, None, None, None
 
 
-def _to_heads_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
+def _norm_qkv_rope_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
     table_stride = 0 if cos is None else cos.stride(0)
     return *sizes, *_at(norm, qkv, cos, sin), table_stride, *_at(positions, sums, inverse)
 
@@ -115,7 +115,7 @@ class _FromHeads(torch.autograd.Function):
         kept = *weights, torch.empty(B, T, C), torch.empty(B * T), torch.empty(B * T, 2 * F)
         ctx.sizes = B * T, C, output.shape[1], F, eps
         ctx.save_for_backward(gathered, *kept)
-        _native.from_heads((*ctx.sizes, *_at(*kept)), _at(gathered, stream, delta))
+        _native.out_proj_mlp((*ctx.sizes, *_at(*kept)), _at(gathered, stream, delta))
         return delta, kept[4]
 
     @staticmethod
@@ -126,7 +126,7 @@ class _FromHeads(torch.autograd.Function):
         d_stream, d_gathered = torch.empty_like(d_sums), torch.empty(gathered.shape)
         d_both, middle, normed = torch.empty(N, 2 * F), torch.empty(N, F), torch.empty(N, C)
         partial, d_norm = _room_for_norm(N, C)
-        _native.from_heads_backward(
+        _native.out_proj_mlp_backward(
             (*ctx.sizes, *_at(*kept)),
             _at(d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm),
         )

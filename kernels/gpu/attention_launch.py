@@ -9,7 +9,7 @@ B batch, T queries, S keys, H query heads, K key heads, D head dim; a ragged bat
 import torch
 
 from ..core.lang import architecture, cdiv, next_power_of_2
-from ..core.launch import Differentiable, even, launch, launcher
+from ..core.launch import AutogradOp, even, launch, launcher
 from ..core.tuned import tuned
 from . import attention_hopper
 from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
@@ -203,7 +203,7 @@ def _gradient(ctx, do, _):
     return *(dx if want else None for dx, want in zip((dq, dk, dv), wants)), *(None,) * 5
 
 
-_attend = Differentiable(attention_forward, _save, _gradient)
+_attend = AutogradOp(attention_forward, _save, _gradient)
 
 
 def attention_fused(q, k, v, *, causal=True, window=None, softcap=None, scale=None, cu_seqlens=None, max_seqlen=None):

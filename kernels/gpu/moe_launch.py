@@ -9,7 +9,7 @@ T tokens, C channels, E experts, F features of an expert, K = top_k, A = T · K 
 import torch
 
 from ..core.lang import architecture, cdiv, next_power_of_2
-from ..core.launch import Differentiable, launch, launcher
+from ..core.launch import AutogradOp, launch, launcher
 from ..core.tuned import tuned
 from .moe_experts import (
     moe_combine_kernel,
@@ -244,7 +244,7 @@ def _gradient(ctx, dy, dbalance, dz, *_):
     return *(g if want else None for g, want in zip(grads, wants)), *(None,) * 6
 
 
-_experts = Differentiable(moe_forward, _save, _gradient)
+_experts = AutogradOp(moe_forward, _save, _gradient)
 
 
 def moe_fused(

@@ -30,7 +30,7 @@ def has_gradient(op):
 def operators(monkeypatch):
     """Collects the registered operators, and their inputs, of the launchers that are called."""
     seen = []
-    direct_call, differentiable_call = framework.Launcher.__call__, framework.Differentiable.__call__
+    direct_call, differentiable_call = framework.Launcher.__call__, framework.AutogradOp.__call__
 
     def record(launcher, args):
         seen.append((launcher.operator, tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)))
@@ -44,7 +44,7 @@ def operators(monkeypatch):
         return differentiable_call(self, *args)
 
     monkeypatch.setattr(framework.Launcher, "__call__", call_launcher)
-    monkeypatch.setattr(framework.Differentiable, "__call__", call_differentiable)
+    monkeypatch.setattr(framework.AutogradOp, "__call__", call_differentiable)
     return seen
 
 

@@ -7,7 +7,7 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.generation import generate
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.execution.gpu_model import SteadyLinear, fused_model
+from warploom.engine.serving.execution.gpu_model import BatchInvariantLinear, fused_model
 from warploom.kernels import backend
 
 from .test_launch import DEVICE, pytestmark  # noqa: F401
@@ -62,7 +62,7 @@ def serve(model, name):
     llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
     runner = llm.engine.runner
     if DEVICE == "cpu":  # not C++ but the kernels
-        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, SteadyLinear), None, 1
+        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, BatchInvariantLinear), None, 1
     with backend(name):
         outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     return [output.token_ids for output in outputs]

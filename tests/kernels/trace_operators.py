@@ -28,11 +28,11 @@ def launches(op):
 
         return __call__
 
-    before = fused.Launcher.__call__, fused.Differentiable.__call__
+    before = fused.Launcher.__call__, fused.AutogradOp.__call__
     fused.Launcher.__call__ = recording(before[0], lambda self: self.operator)
-    fused.Differentiable.__call__ = recording(before[1], lambda self: self.forward.operator)
+    fused.AutogradOp.__call__ = recording(before[1], lambda self: self.forward.operator)
     call(op, op.cases[0], op, Maker(torch.bfloat16, "meta"))
-    fused.Launcher.__call__, fused.Differentiable.__call__ = before
+    fused.Launcher.__call__, fused.AutogradOp.__call__ = before
     return seen
 
 

@@ -18,13 +18,13 @@ T* at(const py::handle& address) {
 }
 int number(const py::handle& x) { return x.cast<int>(); }
 
-ToHeads to_heads(const py::tuple& t) {
+NormQkvRope norm_qkv_rope(const py::tuple& t) {
     return {number(t[0]), number(t[1]), number(t[2]), number(t[3]),          number(t[4]),       number(t[5]), number(t[6]),
             t[7].cast<float>(), at(t[8]), at(t[9]), at(t[10]), at(t[11]), t[12].cast<int64_t>(), at<int64_t>(t[13]),
             at(t[14]),          at(t[15])};
 }
 
-FromHeads from_heads(const py::tuple& t) {
+OutProjMlp out_proj_mlp(const py::tuple& t) {
     return {number(t[0]), number(t[1]), number(t[2]), number(t[3]), t[4].cast<float>(), at(t[5]),
             at(t[6]),     at(t[7]),     at(t[8]),     at(t[9]),     at(t[10]),          at(t[11])};
 }
@@ -46,20 +46,20 @@ void bind_backward(py::module_& module, const char* name, Task (*make)(const py:
 void bind_rows(py::module_& module) {
     using Tuple = const py::tuple&;
     module.def("has_panels", &has_panels);
-    module.def("to_heads", [](Tuple task, Tuple x) {
-        const ToHeads rows = to_heads(task);
+    module.def("norm_qkv_rope", [](Tuple task, Tuple x) {
+        const NormQkvRope rows = norm_qkv_rope(task);
         float *const delta = at(x[0]), *const stream = at(x[1]), *const q = at(x[2]), *const k = at(x[3]), *const v = at(x[4]);
         py::gil_scoped_release unlocked;
         rows.forward(delta, stream, q, k, v);
     });
-    bind_backward(module, "to_heads_backward", &to_heads);
-    module.def("from_heads", [](Tuple task, Tuple x) {
-        const FromHeads rows = from_heads(task);
+    bind_backward(module, "norm_qkv_rope_backward", &norm_qkv_rope);
+    module.def("out_proj_mlp", [](Tuple task, Tuple x) {
+        const OutProjMlp rows = out_proj_mlp(task);
         float *const heads = at(x[0]), *const stream = at(x[1]), *const delta = at(x[2]);
         py::gil_scoped_release unlocked;
         rows.forward(heads, stream, delta);
     });
-    bind_backward(module, "from_heads_backward", &from_heads);
+    bind_backward(module, "out_proj_mlp_backward", &out_proj_mlp);
 }
 
 }  // namespace warploom

@@ -41,7 +41,7 @@ Panels lay_out(Room& room, const float* w, int terms, int columns, bool over) {
 
 // Calls work(turn, offset) for queries, keys and values, with the columns of J before them: values turn by nothing.
 template <class Work>
-void ToHeads::turn(float sign, const Work& work) const {
+void NormQkvRope::turn(float sign, const Work& work) const {
     Turn<float> t{batch, time, heads, head_width, half, sign, nullptr, 0, 0, head_width,
                   cos,   sin,  table_stride, positions, {}};
     work(t, 0, 0);
@@ -51,7 +51,7 @@ void ToHeads::turn(float sign, const Work& work) const {
     work(t, (heads + key_heads) * head_width, 2);
 }
 
-void ToHeads::forward(const float* delta, const float* stream, float* q, float* k, float* v) const {
+void NormQkvRope::forward(const float* delta, const float* stream, float* q, float* k, float* v) const {
     const int C = channels, J = (heads + 2 * key_heads) * head_width;
     float* const to[] = {q, k, v};
     const Panels w = lay_out(panels[0], qkv, C, J, false);
@@ -68,7 +68,7 @@ void ToHeads::forward(const float* delta, const float* stream, float* q, float* 
     });
 }
 
-void ToHeads::backward(const Gradients& d) const {
+void NormQkvRope::backward(const Gradients& d) const {
     const int C = channels, J = (heads + 2 * key_heads) * head_width;
     const float* const from[] = {d.q, d.k, d.v};
     const Panels w = lay_out(panels[0], qkv, J, C, true);
@@ -89,7 +89,7 @@ void ToHeads::backward(const Gradients& d) const {
     back({}).add_up();
 }
 
-void FromHeads::forward(const float* heads, const float* stream, float* delta) const {
+void OutProjMlp::forward(const float* heads, const float* stream, float* delta) const {
     const int C = channels, F = hidden;
     const Panels w_output = lay_out(panels[0], output, gathered, C, false),
                  w_both = lay_out(panels[1], gate_up, C, 2 * F, false), w_down = lay_out(panels[2], down, F, C, false);
@@ -103,7 +103,7 @@ void FromHeads::forward(const float* heads, const float* stream, float* delta) c
     });
 }
 
-void FromHeads::backward(const Gradients& d) const {
+void OutProjMlp::backward(const Gradients& d) const {
     const int C = channels, F = hidden;
     const Panels w_output = lay_out(panels[0], output, C, gathered, true),
                  w_both = lay_out(panels[1], gate_up, 2 * F, C, true), w_down = lay_out(panels[2], down, C, F, true);

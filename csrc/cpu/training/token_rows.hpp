@@ -1,7 +1,7 @@
 // What a layer does with each token by itself, which is all of it but attention, in two passes over tiles of 64 rows:
 //
-//     ToHeads      what has come joins the stream; norm; queries, keys and values; rotation
-//     FromHeads    output projection; it joins the stream; norm; gated feed-forward
+//     NormQkvRope      what has come joins the stream; norm; queries, keys and values; rotation
+//     OutProjMlp    output projection; it joins the stream; norm; gated feed-forward
 //
 // Between one product and the next a tile stays in the cache of its thread. Only what the backward pass reads is written
 // to memory: the sums, 1 / rms, q, k, v and the gate's two halves. Backward, the same tiles go the other way, make the
@@ -15,7 +15,7 @@
 
 namespace warploom {
 
-struct ToHeads {
+struct NormQkvRope {
     int batch, time, channels, heads, key_heads, head_width, half;
     float eps;
     const float *norm, *qkv;  // weights (C), (J, C)
@@ -37,7 +37,7 @@ private:
     void turn(float sign, const Work& work) const;
 };
 
-struct FromHeads {
+struct OutProjMlp {
     int rows, channels, gathered, hidden;  // N, C, H·D, F
     float eps;
     const float *output, *norm, *gate_up, *down;  // weights (C, H·D), (C), (2F, C), (C, F)

@@ -27,7 +27,7 @@ BLOCKS = 256  # beyond so many, a prompt's end says nothing new about where it s
 Chain = tuple[int, ...]
 
 
-def chain_of(body: bytes, salt: Hashable = None) -> Chain:
+def prefix_hashes(body: bytes, salt: Hashable = None) -> Chain:
     """The chained hashes of a request's prompt, block by block; nothing for a request without one."""
     try:
         asked = json.loads(body)

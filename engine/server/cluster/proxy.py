@@ -26,10 +26,10 @@ from ...errors import InputError
 from ..app import allowed_origins
 from ..config import ServerConfig
 from ..metrics import Metrics, count_visits, join_replicas
-from ..middleware import Guard
+from ..middleware import RequestMiddleware
 from ..openai import errors
 from ..openai.responses import server_sent
-from .prefix_routing import chain_of
+from .prefix_routing import prefix_hashes
 from .ray_replicas import Cluster
 
 SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "client")
@@ -53,7 +53,7 @@ def create_front(
     `on_mistake` hears the InputError of a `make()` that can never succeed.
     """
     front = Front(make, config, replicas, gpus, on_mistake)
-    door = Guard(front, config, keys, front.visits)
+    door = RequestMiddleware(front, config, keys, front.visits)
     return CORSMiddleware(door, **allowed_origins(config)) if config.cors_origins else door
 
 
@@ -73,7 +73,7 @@ class Front:
         self._cluster = Cluster()
         self._handle: Any = None
         self._failed = False
-        self._census: asyncio.Task | None = None
+        self._health_cache: asyncio.Task | None = None
         self._census_until = 0.0
         self.registry = CollectorRegistry()
         self.visits = count_visits(self.registry)
@@ -112,7 +112,7 @@ class Front:
         if self._handle is None:
             raise errors.unavailable("failed" if self._failed else "loading")
         body = await _read(receive)
-        chain = chain_of(body, scope.get("salt")) if scope["method"] == "POST" else ()
+        chain = prefix_hashes(body, scope.get("salt")) if scope["method"] == "POST" else ()
         ask = {"scope": _portable(scope), "body": body, "chain": chain}
         refused: tuple[str, ...] = ()
         for last in [False] * (self._count - 1) + [True]:
@@ -125,10 +125,10 @@ class Front:
     def _well(self) -> asyncio.Future[int]:
         """How many replicas are well; Ray is asked once in a while, however many ask here."""
         now = asyncio.get_running_loop().time()
-        if self._census is None or now > self._census_until:
+        if self._health_cache is None or now > self._census_until:
             asking = asyncio.to_thread(self._cluster.running)
-            self._census, self._census_until = asyncio.create_task(asking), now + PATIENCE / 2
-        return asyncio.shield(self._census)
+            self._health_cache, self._census_until = asyncio.create_task(asking), now + PATIENCE / 2
+        return asyncio.shield(self._health_cache)
 
     async def _health(self) -> Response:
         """Whether anybody serves."""

@@ -31,7 +31,7 @@ REFUSED = {
     "function_call": "use tool_choice",
     "modalities": "this model reads and writes text",
     "audio": "this model reads and writes text",
-    "prediction": "start the server with --speculate, which needs no prediction",
+    "prediction": "start the server with --ngram-draft-tokens, which needs no prediction",
     "web_search_options": "this server reaches no network",
     "reasoning_effort": "use chat_template_kwargs, where the model's chat template has a switch for it",
     "verbosity": "no model served here has been trained for it",

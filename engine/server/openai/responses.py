@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...serving import Piece
-from ..async_engine import Event, Flow
+from ..async_engine import Event, RequestStream
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time
 
@@ -101,7 +101,7 @@ class Collector:
         return bool(part.finish_reason or (part.text and (not self._waiting or index in self._started)))
 
 
-def usage(flow: Flow) -> dict[str, Any]:
+def usage(flow: RequestStream) -> dict[str, Any]:
     """The token counts of a request that has ended."""
     metrics = [stream.metrics for stream in flow.streams]
     completion = sum(each.generated_tokens for each in metrics)
@@ -159,7 +159,9 @@ class CompletionScores:
 class CompletionWriter:
     """Answers to one completion request: whole, or chunk by chunk."""
 
-    def __init__(self, head: dict[str, Any], flow: Flow, words: Words, hidden: frozenset[int], top: int | None) -> None:
+    def __init__(
+        self, head: dict[str, Any], flow: RequestStream, words: Words, hidden: frozenset[int], top: int | None
+    ) -> None:
         self._head, self._flow, self._top = {**head, "object": "text_completion"}, flow, top
         self.counts_usage = "usage" in head
         streams = flow.streams
@@ -212,7 +214,7 @@ class ChatWriter:
     """Answers to one chat request: whole, or chunk by chunk."""
 
     def __init__(
-        self, head: dict[str, Any], flow: Flow, words: Words, top: int | None, reader: Callable[[], Any]
+        self, head: dict[str, Any], flow: RequestStream, words: Words, top: int | None, reader: Callable[[], Any]
     ) -> None:
         self._head, self._flow, self._words, self._top = head, flow, words, top
         self.counts_usage = "usage" in head

@@ -93,13 +93,13 @@ def build(service: Service) -> Any:
 def _blocks(gradio: Any, service: Service) -> Any:
     llm = service.llm
     config = llm.config
-    about = f"{config.parameter_count():,} parameters · {config.n_layers} layers · context {llm.max_context:,} tokens"
+    about = f"{config.parameter_count():,} parameters · {config.n_layers} layers · context {llm.max_seq_len:,} tokens"
     with gradio.Blocks(title=f"{service.config.name} · warploom", analytics_enabled=False) as blocks:
         gradio.HTML(f"<div class=loom-title><b>{escape(service.config.name)}</b><span>{about}</span></div>")
         with gradio.Row():
             main = gradio.Column(scale=3, min_width=340)
             with gradio.Column(scale=1, min_width=290):
-                settings = _settings(gradio, llm.max_context)
+                settings = _settings(gradio, llm.max_seq_len)
         with main, gradio.Tabs():
             with gradio.Tab("Chat"):
                 _chat_tab(gradio, service, settings)
@@ -197,7 +197,7 @@ def _attention_tab(gradio: Any, service: Service) -> None:
 
     def show(text: str, layer: int, head: int) -> str:
         llm, words = service.llm, service.words
-        tokens = llm.encode(text or "")[: min(MAP_TOKENS, llm.max_context)]
+        tokens = llm.encode(text or "")[: min(MAP_TOKENS, llm.max_seq_len)]
         if not tokens:
             raise gradio.Error("the text is empty", print_exception=False)
         weights_HTS = attention_maps(llm.plain_model, tokens)[int(layer) - 1]

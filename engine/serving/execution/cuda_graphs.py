@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..scheduling.step import UNKNOWN
-from .kv_cache import KernelAttend, Layout, PageStore, cut, parcel_bytes
+from .kv_cache import AttentionMetadata, KernelAttention, PagedKVCache, cut, parcel_bytes
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 SHORTEST = 1024
@@ -70,7 +70,7 @@ class DecodeGraphs:
 
     `tokens` is what the runner knows of each row's tokens, and one row more, where padding writes."""
 
-    def __init__(self, model, store: PageStore, tokens: Tensor, most_pages: int, record: Record):
+    def __init__(self, model, store: PagedKVCache, tokens: Tensor, most_pages: int, record: Record):
         self.model, self.store, self.tokens = model, store, tokens
         self.replays: dict[Shape, Callable[[], Tensor]] = {}
         known = shapes(len(tokens) - 1, most_pages, store.page_size)
@@ -95,7 +95,7 @@ class DecodeGraphs:
                 )
                 return
 
-    def __call__(self, tokens: np.ndarray, rows: np.ndarray, layout: Layout) -> Tensor | None:
+    def __call__(self, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata) -> Tensor | None:
         """The hidden states of one token of each sequence; None if no graph is large enough."""
         T, pages = layout.tables.shape
         shape = min((one for one in self.replays if one.size >= T and one.pages >= pages), default=None)
@@ -104,7 +104,7 @@ class DecodeGraphs:
         self._send(shape, tokens, rows, layout)
         return self.replays[shape]()[:T]
 
-    def _send(self, shape: Shape, tokens: np.ndarray, rows: np.ndarray, layout: Layout | None) -> None:
+    def _send(self, shape: Shape, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata | None) -> None:
         """Put a step, or nothing but padding, where the graphs of this shape look for it."""
         size = parcel_bytes(_inputs(shape))
         parcel = torch.empty(size, dtype=torch.uint8, pin_memory=self.buffer.device.type == "cuda")
@@ -122,7 +122,7 @@ class DecodeGraphs:
         tokens, rows, positions, *step = cut(self.buffer, _inputs(shape))
         tokens = torch.where(tokens == UNKNOWN, self.tokens[rows, positions].long(), tokens)
         self.tokens[rows, positions] = tokens.int()
-        attend = KernelAttend(self.store, positions, *step)
+        attend = KernelAttention(self.store, positions, *step)
         return self.model.hidden(tokens[None], positions[None], attend)[0]
 
 

@@ -4,7 +4,8 @@ A step that makes one token for each of a few sequences is hundreds of small lau
 however little it does. Between the product that makes q, k and v and attention there would be four: two norms, a
 rotation, a write into pages. `PagedAttention` is `Attention` with one.
 
-`SteadyLinear` is `Linear` by `kernels.linear`: a library's product would sum in another order when the batch grows.
+`BatchInvariantLinear` is `Linear` by `kernels.linear`: a library's product would sum in another order when the batch
+grows.
 
 The twin shares its weights with the model, and is a `Transformer` in everything else.
 """
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ...model import Attention, Linear, Transformer
-from .kv_cache import KernelAttend
+from .kv_cache import KernelAttention
 
 MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
 
-class SteadyLinear(nn.Module):
+class BatchInvariantLinear(nn.Module):
     """A linear layer whose rows know nothing of each other."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -43,7 +44,7 @@ class PagedAttention(nn.Module):
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.tables = tables
 
-    def forward(self, x_1TC: Tensor, rotate: Callable, attend: KernelAttend) -> Tensor:
+    def forward(self, x_1TC: Tensor, rotate: Callable, attend: KernelAttention) -> Tensor:
         """As `Attention.forward`, for a step's tokens end to end."""
         q_THD, k_TKD, v_TKD = self.qkv(x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
@@ -56,7 +57,7 @@ class PagedAttention(nn.Module):
 
 def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transformer:
     """The twin; `make_linear` makes its linear layers, which stay as they are without."""
-    twin = twin_of(model)
+    twin = shallow_copy(model)
     if make_linear is not None:
         replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
     c = model.config
@@ -67,7 +68,7 @@ def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transform
     return twin
 
 
-def twin_of(model: Transformer) -> Transformer:
+def shallow_copy(model: Transformer) -> Transformer:
     """A second model on the same weights, whose layers may be exchanged."""
     twin = copy.copy(model)
     twin._modules = dict(model._modules)

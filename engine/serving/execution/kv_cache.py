@@ -27,7 +27,7 @@ PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8
 HAS_NATIVE = hasattr(_native, "attend_pages") and os.environ.get("WARPLOOM_NATIVE") != "0"
 
 
-class PageStore:
+class PagedKVCache:
     """Keys and values in `num_pages` pages."""
 
     def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
@@ -59,7 +59,9 @@ class PageStore:
                     pages = pages.view(torch.uint8)
                 pages[:, targets] = pages[:, sources]
 
-    def layout(self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> "Layout":
+    def layout(
+        self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray
+    ) -> "AttentionMetadata":
         """Where the tokens of a step lie: chunks of `counts` tokens of these rows at these positions, then padding."""
         ends = counts.cumsum()
         contexts = (positions[ends - 1] + 1).astype(np.int32)
@@ -72,17 +74,17 @@ class PageStore:
         slots[:T] = tables[sequences[:T], where // self.page_size].astype(np.int64) * self.page_size
         slots[:T] += where % self.page_size
         starts = np.concatenate([[0], ends]).astype(np.int32)
-        return Layout(positions, sequences, slots, tables, contexts, counts, starts)
+        return AttentionMetadata(positions, sequences, slots, tables, contexts, counts, starts)
 
-    def attend(self, layout: "Layout", step: list[Tensor]) -> "NativeAttend | KernelAttend | Int8Attend":
+    def attend(self, layout: "AttentionMetadata", step: list[Tensor]) -> "NativeAttend | KernelAttention | Int8Attend":
         """The attention of one step; `step` is the layout on the device."""
         if self.layers is not None:
             return NativeAttend(self.layers, layout)
-        return Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttend(self, *step)
+        return Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttention(self, *step)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AttentionMetadata:
     """A step's tokens (T) and sequences (N) as arrays; a negative slot is padding."""
 
     positions: np.ndarray  # (T)
@@ -98,10 +100,10 @@ class Layout:
         return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
 
 
-class KernelAttend:
+class KernelAttention:
     """`attend` by the kernels, on any device."""
 
-    def __init__(self, store: PageStore, positions: Tensor, slots: Tensor, *batch: Tensor):
+    def __init__(self, store: PagedKVCache, positions: Tensor, slots: Tensor, *batch: Tensor):
         """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
         self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
         kv_heads = store.keys.shape[3]
@@ -110,13 +112,13 @@ class KernelAttend:
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
-        return self.look(q_BTHD[0], layer)[None]
+        return self.attend_pages(q_BTHD[0], layer)[None]
 
     def pages(self, layer) -> tuple[Tensor, Tensor]:
         """A layer's keys and values."""
         return self.store.keys[layer.index], self.store.values[layer.index]
 
-    def look(self, q_THD: Tensor, layer) -> Tensor:
+    def attend_pages(self, q_THD: Tensor, layer) -> Tensor:
         """Attention over what the pages hold by now."""
         options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
         return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
@@ -125,7 +127,7 @@ class KernelAttend:
 class NativeAttend:
     """`attend` in C++; what it points to lives as long as it does."""
 
-    def __init__(self, layers: list, layout: Layout):
+    def __init__(self, layers: list, layout: AttentionMetadata):
         self.layers, self.layout = layers, layout
         arrays = layout.positions, layout.sequences, layout.slots, layout.tables
         self.step = _native.Step(len(layout.positions), *(a.ctypes.data for a in arrays), layout.tables.shape[1])

@@ -11,7 +11,7 @@ the device, before the host has seen it.
 
 A result must not depend on the company. Our own products give a row the same bits in any batch, and attention goes
 query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
-(`steady_rows`) and reached by padding.
+(`deterministic_min_rows`) and reached by padding.
 
 T tokens of the step, N chunks, R sampled positions.
 """
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from ...model import Linear, Transformer
-from ..scheduling.step import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
+from ..scheduling.step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
 from . import cuda_graphs
 from .cuda_graphs import DecodeGraphs
-from .kv_cache import PageStore, to_device, to_host
+from .kv_cache import PagedKVCache, to_device, to_host
 from .sampler import Logprobs, RowSettings, penalize
 from .serving_model import Head, Int8Linear, NativeTransformer
 
@@ -37,12 +37,12 @@ SCORED = 256  # prompt tokens whose logits are held at a time: over a large voca
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightStep:
     """A step under way: what was planned, and what is being computed."""
 
     plan: StepPlan
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
-    foreseen: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
+    draft_accepted: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
     logprobs: dict[int, list[Logprobs]]  # by chunk
     prompt_logprobs: dict[int, list[Logprobs]]
@@ -54,7 +54,7 @@ class Runner:
     alive = True
 
     def __init__(
-        self, model, store: PageStore, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
+        self, model, store: PagedKVCache, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
     ):
         self.model, self.store = model, store
         self.head = head
@@ -62,12 +62,12 @@ class Runner:
         self.settings = RowSettings(max_batch, self.device)
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
-        self.rows: list[Admission | None] = [None] * max_batch
+        self.rows: list[NewRow | None] = [None] * max_batch
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
         )
         padded = batch_invariant and self.device.type == "cpu" and (by_torch or head.needs_padding)
-        least = steady_rows(model.embedding.weight.dtype) if padded else 1
+        least = deterministic_min_rows(model.embedding.weight.dtype) if padded else 1
         self.least_tokens = least if by_torch else 1
         self.least_samples = least if head.needs_padding else 1
 
@@ -83,7 +83,7 @@ class Runner:
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Start computing a plan; on a GPU this returns before it is done."""
         if self.model.training:
             self.model.eval()
@@ -96,14 +96,14 @@ class Runner:
         return self._sample(plan, hidden_TC)
 
     @torch.inference_mode()
-    def collect(self, flight: Flight) -> StepResult:
+    def collect(self, flight: InFlightStep) -> StepResult:
         """Wait for a step, and report it."""
         sampled = flight.sampled()
         drafts = any(len(span) > 1 for span in flight.spans)
-        foreseen = flight.foreseen() if drafts else ()
+        draft_accepted = flight.draft_accepted() if drafts else ()
         results = []
         for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
-            right = next((i for i, place in enumerate(span[:-1]) if not foreseen[place]), len(span) - 1)
+            right = next((i for i, place in enumerate(span[:-1]) if not draft_accepted[place]), len(span) - 1)
             tokens = tuple(sampled[span.start : span.start + right + 1])
             grammar = self.rows[chunk.row].grammar
             if grammar is not None and tokens:
@@ -112,7 +112,7 @@ class Runner:
             results.append(ChunkResult(tokens, *(tuple(chain(*(part.read() for part in each))) for each in reports)))
         return StepResult(tuple(results))
 
-    def _admit(self, admission: Admission) -> None:
+    def _admit(self, admission: NewRow) -> None:
         row = admission.row
         self.rows[row] = admission
         self.settings.admit(row, admission.params, admission.seed)
@@ -136,14 +136,14 @@ class Runner:
         where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
-        self._note(*where, tokens_T[:T])
+        self._record_tokens(*where, tokens_T[:T])
         return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
-    def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> Flight:
+    def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> InFlightStep:
         ends = list(accumulate(len(chunk.tokens) for chunk in plan.chunks))
         edges = accumulate((chunk.sampled for chunk in plan.chunks), initial=0)
         spans = [range(a, b) for a, b in pairwise(edges)]
-        flight = Flight(plan, list, list, spans, {}, {})
+        flight = InFlightStep(plan, list, list, spans, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
         places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
         if not places:
@@ -152,12 +152,12 @@ class Runner:
         positions = np.array([chunk.start + len(chunk.tokens) + 1 + i for chunk, _, i in places])
         index_R, positions_R = self._to_device(np.array(rows), positions)
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
-        changed_RV = self._change(logits_RV, rows, positions)
+        changed_RV = self._apply_logits_processors(logits_RV, rows, positions)
         sampled_R = self.settings.choose(changed_RV, rows, index_R, positions_R)
         flight.sampled = to_host(sampled_R)
         if len(places) > sum(map(bool, spans)):  # some chunk has drafts
-            flight.foreseen = to_host(self.tokens[index_R, positions_R] == sampled_R)
-        self._note(index_R, positions_R, sampled_R)
+            flight.draft_accepted = to_host(self.tokens[index_R, positions_R] == sampled_R)
+        self._record_tokens(index_R, positions_R, sampled_R)
         self._describe(flight, logits_RV, sampled_R)
         return flight
 
@@ -170,7 +170,7 @@ class Runner:
             hidden_RC = hidden_TC[self._to_device(padded)[0]]
         return self.head(hidden_RC)[: len(places)].float()
 
-    def _change(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
+    def _apply_logits_processors(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
         """The logits after grammar, bias and penalties, for the rows that ask for them."""
         changed = [
             r for r, row in enumerate(rows) if self.settings.params[row].penalized
@@ -194,14 +194,14 @@ class Runner:
                 admission.grammar.mask(logits_RV[r])
         return logits_RV
 
-    def _describe(self, flight: Flight, logits_RV: Tensor, sampled_R: Tensor) -> None:
+    def _describe(self, flight: InFlightStep, logits_RV: Tensor, sampled_R: Tensor) -> None:
         for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
             top = self.settings.params[chunk.row].logprobs
             if chunk.sampled and top is not None:
                 rows = slice(span.start, span.stop)
                 flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
 
-    def _score_prompts(self, flight: Flight, hidden_TC: Tensor, ends: list[int]) -> None:
+    def _score_prompts(self, flight: InFlightStep, hidden_TC: Tensor, ends: list[int]) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
             top = self.settings.params[chunk.row].prompt_logprobs
             count = min(len(chunk.tokens), self.rows[chunk.row].prompt_length - 1 - chunk.start)
@@ -214,7 +214,7 @@ class Runner:
                 for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
             ]
 
-    def _note(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
+    def _record_tokens(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
         """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""
         if self.device.type == "cpu":
             self.tokens.numpy()[rows_N.numpy(), positions_N.numpy()] = tokens_N.numpy()
@@ -226,7 +226,7 @@ class Runner:
 
 
 @cache
-def steady_rows(dtype: torch.dtype) -> int:
+def deterministic_min_rows(dtype: torch.dtype) -> int:
     """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
     generator = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))

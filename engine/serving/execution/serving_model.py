@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .... import kernels
 from ....kernels.moe import route
 from ...model import Block, Linear, MoE, Transformer, sinusoids
-from .gpu_model import SteadyLinear, fused_model, replace, twin_of
+from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
 
@@ -140,7 +140,7 @@ def serving_model(
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
     if model.device.type == "cuda" and type(model) is Transformer:
-        make = Int8Linear if quantize else SteadyLinear if batch_invariant else None
+        make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
         return fused_model(model, make), Head(model, make and make(model.head_weight, None))
     if not batch_invariant and quantize is None:
         return model, Head(model)
@@ -152,7 +152,7 @@ def serving_model(
     head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
     if native and native_pages and not model.config.n_experts and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
-    twin = twin_of(model)
+    twin = shallow_copy(model)
     if native:
         for index, block in enumerate(twin.blocks):
             twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block

@@ -21,8 +21,8 @@ import torch
 from ...model import Transformer
 from ..scheduling.sequence import Sequence
 from ..scheduling.step import UNKNOWN, Chunk, StepPlan
-from .kv_cache import PageStore
-from .model_runner import Flight, Runner
+from .kv_cache import PagedKVCache
+from .model_runner import InFlightStep, Runner
 from .serving_model import serving_model
 
 
@@ -39,7 +39,7 @@ def ngram_draft(sequence: Sequence, most: int, longest: int = 4, shortest: int =
     return []
 
 
-def guess_later(sequence: Sequence, most: int) -> list[int]:
+def model_draft(sequence: Sequence, most: int) -> list[int]:
     """Room for `most` drafts, which a `DraftRunner` will fill in."""
     return [UNKNOWN] * most
 
@@ -53,7 +53,7 @@ class DraftRunner:
     def __init__(self, runner: Runner, draft: Runner):
         self.model, self.runner, self.draft = runner.model, runner, draft
 
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Start computing a plan; the drafts go from one model to the other on the device."""
         admitted = (replace(each, params=replace(each.params, logprobs=None, prompt_logprobs=None), grammar=None)
                     for each in plan.admitted)  # fmt: skip
@@ -68,7 +68,7 @@ class DraftRunner:
             self.runner.tokens[drafts] = self.draft.tokens[drafts]
         return self.runner.launch(plan)
 
-    def collect(self, flight: Flight):
+    def collect(self, flight: InFlightStep):
         """Wait for a step, and report it."""
         return self.runner.collect(flight)
 
@@ -93,7 +93,7 @@ def make_runner(
     for model, own in zip(models, release):
         c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
-        store = PageStore(ours, pages, page_size, kv_dtype, model.device)
+        store = PagedKVCache(ours, pages, page_size, kv_dtype, model.device)
         served, head = serving_model(model, quantize, own, batch_invariant, store.layers is not None)
         sizes = {"max_batch": max_batch, "context": context}
         runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant))

@@ -32,14 +32,14 @@ from ...parallel.tensor_parallel import check
 from ..llm import memory_for_pages
 from ..scheduling.step import StepPlan
 from .kv_cache import set_workers
-from .model_runner import Flight
+from .model_runner import InFlightStep
 from .speculative import make_runner
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WorkerSpec:
     """All that a process must know to run its part."""
 
     rank: int
@@ -60,20 +60,20 @@ class Share:
         return dist.group.WORLD
 
 
-class TeamRunner:
+class TPRunner:
     """A runner whose plans are carried out by several processes: they meet, load the model, and `begin`.
 
     A `with` block around these three ends the processes if something goes wrong inside."""
 
-    def __init__(self, share: Share, store: dist.TCPStore):
+    def __init__(self, share: WorkerSpec, store: dist.TCPStore):
         self.broken: str | None = None
         self.workers = [_start(replace(share, rank=rank, device=_device(share, rank))) for rank in range(1, share.size)]
         self.close = weakref.finalize(self, _dismiss, self.workers)
         with self:
-            self._hear("start")
+            self._recv("start")
             self.group = share.join(store)
 
-    def __enter__(self) -> "TeamRunner":
+    def __enter__(self) -> "TPRunner":
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
@@ -82,14 +82,14 @@ class TeamRunner:
 
     def memory_for_pages(self, model: Transformer, *largest: int) -> int:
         """Bytes that a cache in all processes may have; `model` is this process's share."""
-        self._hear("load the model")
+        self._recv("load the model")
         mine = memory_for_pages(model, *largest)  # on GPUs a step of all processes
-        least = min(mine, *map(int, self._hear("make its largest step")))
+        least = min(mine, *map(int, self._recv("make its largest step")))
         return least if model.device.type == "cpu" else least * self.group.size()  # a CPU's memory is the same for all
 
-    def begin(self, models: list[Transformer], options: dict) -> "TeamRunner":
+    def begin(self, models: list[Transformer], options: dict) -> "TPRunner":
         """Make the runner, here and there, with these options of `make_runner`."""
-        self._tell(options)
+        self._broadcast(options)
         self.runner = make_runner(models, **options)
         self.model = self.runner.model
         return self
@@ -99,13 +99,13 @@ class TeamRunner:
         """Whether all processes are there."""
         return self.broken is None and all(worker.poll() is None for worker in self.workers)
 
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan) -> InFlightStep:
         """Start computing a plan, everywhere."""
         try:
             if not self.alive:
                 raise ConnectionError("not all processes are there")
             told = replace(plan, admitted=tuple(replace(each, grammar=None) for each in plan.admitted))
-            self._tell(told)
+            self._broadcast(told)
             return self.runner.launch(plan)
         except BaseException as error:  # whatever it was, the others are now a step ahead
             self.broken = self.broken or self._diagnosis()
@@ -114,17 +114,17 @@ class TeamRunner:
                 raise
             raise RuntimeError(f"tensor_parallel: {self.broken}; make the LLM anew") from error
 
-    def collect(self, flight: Flight):
+    def collect(self, flight: InFlightStep):
         """Wait for a step, and report it."""
         return self.runner.collect(flight)
 
-    def _tell(self, told: object) -> None:
+    def _broadcast(self, told: object) -> None:
         message = pickle.dumps(told)
         for worker in self.workers:
             worker.stdin.write(message)
             worker.stdin.flush()
 
-    def _hear(self, task: str) -> list[bytes]:
+    def _recv(self, task: str) -> list[bytes]:
         """A line from every process, which says that it is done with a task."""
         said = [worker.stdout.readline() for worker in self.workers]
         if not all(said):
@@ -144,7 +144,7 @@ class TeamRunner:
 
 def start_team(
     directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, *largest: int
-) -> TeamRunner:
+) -> TPRunner:
     """Start the processes that share a model (and each run a draft, if there is a second directory)."""
     if not all(isinstance(place, (str, os.PathLike)) for place in directories):
         raise InputError("tensor_parallel needs models in directories, which each process can read: use save_model")
@@ -157,14 +157,14 @@ def start_team(
     store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False, timeout=PATIENCE)
     threads = max(1, torch.get_num_threads() // size)
     places = tuple(os.path.abspath(place) for place in directories)
-    return TeamRunner(Share(0, size, store.port, threads, str(device), dtype, places, largest), store)
+    return TPRunner(WorkerSpec(0, size, store.port, threads, str(device), dtype, places, largest), store)
 
 
-def _device(share: Share, rank: int) -> str:
+def _device(share: WorkerSpec, rank: int) -> str:
     return f"cuda:{rank}" if share.device.startswith("cuda") else share.device
 
 
-def _start(share: Share) -> subprocess.Popen:
+def _start(share: WorkerSpec) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(share.threads)}
     command = [sys.executable, "-m", __name__]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -194,7 +194,7 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints (NCCL_DEBUG, for one) is not said to the first process
-    share: Share = _told()
+    share: WorkerSpec = _told()
     store = dist.TCPStore("127.0.0.1", share.port, share.size, False, wait_for_workers=False, timeout=PATIENCE)
     print("here", file=said, flush=True)
     group = share.join(store)

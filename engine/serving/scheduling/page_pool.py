@@ -85,7 +85,7 @@ class PagePool:
             if not page.references:
                 self._append_free(page)
 
-    def own(self, number: int) -> bool:
+    def make_writable(self, number: int) -> bool:
         """Whether the caller is the only holder and may write into the page; the prefix cache then forgets it."""
         page = self._pages[number]
         if page.references > 1:

@@ -28,7 +28,7 @@ from itertools import count
 from ...errors import InputError
 from .page_pool import PagePool
 from .sequence import Order, Sequence
-from .step import UNKNOWN, Admission, Chunk, ChunkResult, StepPlan, StepResult
+from .step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
 
 Draft = Callable[[Sequence, int], list[int]]
 Event = tuple[Sequence, tuple[int, ...], ChunkResult]
@@ -40,7 +40,7 @@ class _Share:
 
     chunk: Chunk
     copies: list[tuple[int, int]]
-    admission: Admission | None
+    admission: NewRow | None
     epoch: int
 
 
@@ -52,21 +52,23 @@ class Scheduler:
         pool: PagePool,
         *,
         max_batch: int = 64,
-        step_tokens: int = 512,
+        max_batch_tokens: int = 512,
         context: int = 1 << 30,
         patience: float = 30.0,
         depth: int = 1,
         draft: Draft | None = None,
         most_drafts: int = 4,
     ):
-        if max_batch < 1 or step_tokens < max_batch:
-            raise InputError(f"step_tokens must be at least max_batch, and that 1; got {step_tokens} and {max_batch}")
+        if max_batch < 1 or max_batch_tokens < max_batch:
+            raise InputError(
+                f"max_batch_tokens must be at least max_batch, and that 1; got {max_batch_tokens} and {max_batch}"
+            )
         self.pool = pool
-        self.max_batch, self.step_tokens, self.context = max_batch, step_tokens, context
+        self.max_batch, self.max_batch_tokens, self.context = max_batch, max_batch_tokens, context
         self.patience, self.depth, self.draft, self.most_drafts = patience, depth, draft, most_drafts
         self.running: list[Sequence] = []
         self.ended: list[Sequence] = []  # since somebody last looked and cleared it
-        self.preemptions = self.drafted = self.drafts_right = 0
+        self.preemptions = self.drafted = self.accepted_drafts = 0
         self._waiting: list[tuple[Order, Sequence]] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._rows = list(range(max_batch - 1, -1, -1))
@@ -142,7 +144,7 @@ class Scheduler:
         if len(self._flights) >= self.depth:
             return None
         step: dict[Sequence, _Share] = {}
-        budget, preempted = self.step_tokens, self.preemptions
+        budget, preempted = self.max_batch_tokens, self.preemptions
         for sequence in sorted(self.running, key=lambda sequence: (sequence.uncomputed > 1, sequence.order)):
             if budget and sequence.running:
                 budget -= self._advance(sequence, budget, step)
@@ -229,7 +231,7 @@ class Scheduler:
         size = self.pool.page_size
         for index in range(start // size, self.pool.pages_for(end)):
             new = index == len(sequence.pages)
-            if not new and self.pool.own(sequence.pages[index]):
+            if not new and self.pool.make_writable(sequence.pages[index]):
                 continue
             page = self._take_page(sequence, step)
             if page is None:
@@ -302,7 +304,7 @@ class Scheduler:
         sequence.pending -= chunk.sampled > 0
         for counter in (self, sequence):
             counter.drafted += max(chunk.sampled - 1, 0)
-            counter.drafts_right += max(len(sampled) - 1, 0)
+            counter.accepted_drafts += max(len(sampled) - 1, 0)
         if sequence.running and sequence.preemptions == share.epoch:
             wasted = chunk.sampled - len(sampled)  # drafts that were wrong
             sequence.computed -= wasted
@@ -321,10 +323,10 @@ class Scheduler:
             sequence.chain = self.pool.publish(page, sequence.chain, sequence.tokens, sequence.published)
             sequence.published += 1
 
-    def _announce(self, sequence: Sequence) -> Admission:
+    def _announce(self, sequence: Sequence) -> NewRow:
         sequence.announced = True
         tokens = tuple(sequence.tokens)
-        return Admission(sequence.row, sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar)
+        return NewRow(sequence.row, sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar)
 
     def _queue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))

@@ -39,7 +39,7 @@ class Sequence:
     cached_tokens: int = 0  # taken from the prefix cache
     preemptions: int = 0
     drafted: int = 0  # guesses that were checked
-    drafts_right: int = 0
+    accepted_drafts: int = 0
     finish_reason: str | None = None
 
     @property

@@ -11,7 +11,7 @@ UNKNOWN = -1  # stands for a token that the device has sampled or guessed, and t
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class NewRow:
     """A sequence takes a row: all the runner must know to compute and sample it."""
 
     row: int
@@ -42,7 +42,7 @@ class StepPlan:
     """What the runner is to do, in this order: copy pages, take in rows, compute chunks."""
 
     chunks: tuple[Chunk, ...]
-    admitted: tuple[Admission, ...] = ()
+    admitted: tuple[NewRow, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()  # (from page, to page)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from warploom.engine.errors import InputError
-from warploom.engine.server.async_engine import Flow
+from warploom.engine.server.async_engine import RequestStream
 from warploom.engine.server.config import ServerConfig
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.engine import Generation
@@ -235,7 +235,7 @@ def test_stopping_lets_requests_under_way_finish(held):
 def left_behind():
     """What requests are made of, as far as it is still alive."""
     gc.collect()
-    return [each for each in gc.get_objects() if type(each) in (Flow, Generation, Sequence)]
+    return [each for each in gc.get_objects() if type(each) in (RequestStream, Generation, Sequence)]
 
 
 def resident():

@@ -18,7 +18,7 @@ KEYS = ("first-key", "second-key")
 
 @pytest.fixture(scope="module")
 def guarded():
-    with serving(keys=KEYS, max_body=2000, max_tokens=50) as server:
+    with serving(keys=KEYS, max_body_bytes=2000, max_tokens=50) as server:
         yield server
 
 

@@ -66,6 +66,6 @@ def test_any_bytes_obey_the_law(tokens, stops):
 
 
 def test_hidden_tokens_and_a_start_do_not_disturb_the_text():
-    stream = TextStream(Utf8(), hidden=[0], start="so: ")
+    stream = TextStream(Utf8(), skip_ids=[0], start="so: ")
     assert stream.push(104) + stream.push(0) + stream.push(105) == "hi"
     assert stream.text == "so: hi"

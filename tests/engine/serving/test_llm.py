@@ -52,7 +52,7 @@ def test_greedy_is_token_identical_to_transformers_through_preemption_and_prefix
         )
         expected.append(tuple(out[0, len(prompt) :].tolist()))
     memory = 9 * 8 * model.config.kv_bytes_per_token(4)
-    llm = LLM(tmp_path / "model", kv_memory=memory, page_size=8, step_tokens=24, max_batch=6)
+    llm = LLM(tmp_path / "model", kv_memory=memory, page_size=8, max_batch_tokens=24, max_batch=6)
     assert ids(llm.generate(prompts, GREEDY)) == expected
     again = llm.generate(prompts, GREEDY)
     assert ids(again) == expected
@@ -86,7 +86,7 @@ def test_a_request_with_a_seed_gets_the_same_bits_in_any_company(tiny_model, sha
     chosen = [3, 17, 40]
     cost = model.config.kv_bytes_per_token(DTYPES[dtype].itemsize)
     for budget, batch, members in [(1, 1, chosen), (7, 5, range(0, 64, 4)), (70, 64, range(64))]:
-        small = LLM(model, step_tokens=budget, max_batch=batch, kv_memory=cost * (96 + 5 * batch))
+        small = LLM(model, max_batch_tokens=budget, max_batch=batch, kv_memory=cost * (96 + 5 * batch))
         again = said(small.generate([prompts[i] for i in members], [params[i] for i in members]))
         assert again == [together[i] for i in members], f"in chunks of {budget}"
         assert batch == 1 or small.engine.scheduler.preemptions > 0
@@ -121,7 +121,11 @@ def test_a_request_with_a_seed_gets_the_same_bits_after_a_restart(tiny_model, tm
 def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokenizer, guesser):
     """Any temperature, penalties, logprobs, `n`, stop strings, grammars, prefix hits, preemption, cancellation."""
     model, small = tiny_model(vocab_size=99), tiny_model("gpt2", seed=1, n_layers=1, vocab_size=99)
-    ways = {"text": {"speculate": 4}, "small": {"draft": small}, "itself": {"draft": model, "draft_tokens": 3}}
+    ways = {
+        "text": {"ngram_draft_tokens": 4},
+        "small": {"draft_model": small},
+        "itself": {"draft_model": model, "draft_tokens": 3},
+    }
     prompts = ["over and over and over and ", *prompts_of([20, 9, 33, 1, 47, 16, 5])]
     params = [
         SamplingParams(max_tokens=30, temperature=[0, 0.3, 1.0][i % 3], seed=i, presence_penalty=i % 2 / 5,
@@ -139,26 +143,26 @@ def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokeniz
         return said(choices), [(choice.text, choice.finish_reason, len(choice.logprobs or ())) for choice in choices]
 
     expected = all_of(LLM(model, tokenizer, page_size=8))
-    caches = [each.config for each in (model, ways[guesser].get("draft")) if each]
+    caches = [each.config for each in (model, ways[guesser].get("draft_model")) if each]
     memory = 14 * 8 * sum(config.kv_bytes_per_token(4) for config in caches)
-    for limits in ({}, {"kv_memory": memory, "step_tokens": 40, "max_batch": 6}):
+    for limits in ({}, {"kv_memory": memory, "max_batch_tokens": 40, "max_batch": 6}):
         llm = LLM(model, tokenizer, page_size=8, **ways[guesser], **limits)
         assert all_of(llm) == all_of(llm) == expected
         scheduler = llm.engine.scheduler
-        assert bool(scheduler.preemptions) == bool(limits) and 0 < scheduler.drafts_right <= scheduler.drafted
-        assert guesser != "itself" or scheduler.drafts_right == scheduler.drafted, "it draws with the same noise"
+        assert bool(scheduler.preemptions) == bool(limits) and 0 < scheduler.accepted_drafts <= scheduler.drafted
+        assert guesser != "itself" or scheduler.accepted_drafts == scheduler.drafted, "it draws with the same noise"
         metrics = [choice.metrics for output in llm.generate(prompts, params) for choice in output.choices]
-        assert 0 < sum(each.drafts_right for each in metrics) <= sum(each.drafted for each in metrics)
+        assert 0 < sum(each.accepted_drafts for each in metrics) <= sum(each.drafted for each in metrics)
 
 
 def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):
     model = tiny_model()
     with pytest.raises(ValueError, match="vocabulary of 97 tokens; it has another, of 98"):
-        LLM(model, draft=tiny_model(vocab_size=98))
-    with pytest.raises(ValueError, match="draft reads 100 tokens, not 256: set max_context=100"):
-        LLM(model, draft=tiny_model(max_seq_len=100))
+        LLM(model, draft_model=tiny_model(vocab_size=98))
+    with pytest.raises(ValueError, match="draft_model reads 100 tokens, not 256: set max_seq_len=100"):
+        LLM(model, draft_model=tiny_model(max_seq_len=100))
     with pytest.raises(ValueError, match="give one of them"):
-        LLM(model, draft=model, speculate=2)
+        LLM(model, draft_model=model, ngram_draft_tokens=2)
 
 
 def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tokenizer):
@@ -170,7 +174,7 @@ def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tok
     memory = 14 * 8 * model.config.kv_bytes_per_token(4)
     outputs = []
     for depth in (1, 2, 3):
-        llm = LLM(model, tokenizer, step_tokens=20, max_batch=5, kv_memory=memory, page_size=8)
+        llm = LLM(model, tokenizer, max_batch_tokens=20, max_batch=5, kv_memory=memory, page_size=8)
         llm.engine.scheduler.depth = depth
         outputs.append([output.choices for output in llm.generate(prompts, params)])
         assert llm.engine.scheduler.preemptions > 0
@@ -199,7 +203,7 @@ ALL_SHAPES = [("llama", {}), ("llama", {"sliding_window": 9, "logit_softcap": 6.
 def test_paged_logits_equal_contiguous_ones_and_those_without_a_cache(tiny_model, shape, changes):
     model = tiny_model(shape, **changes)
     (prompt,) = prompts_of([50])
-    output = LLM(model, page_size=4, step_tokens=7, max_batch=7).generate(
+    output = LLM(model, page_size=4, max_batch_tokens=7, max_batch=7).generate(
         prompt, SamplingParams(temperature=0, max_tokens=30, logprobs=3, prompt_logprobs=1, ignore_eos=True)
     )
     tokens = torch.tensor([[*prompt, *output.token_ids]])
@@ -379,8 +383,8 @@ def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkey
 def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_alive(tiny_model, way):
     model = tiny_model(d_model=16, n_layers=1, n_heads=2, d_ff=64, vocab_size=31)
     memory = 60 * 4 * model.config.kv_bytes_per_token(4)
-    options = {"plain": {"kv_memory": memory}, "draft": {"kv_memory": 2 * memory, "draft": model}}[way]
-    llm = LLM(model, page_size=4, max_batch=256, step_tokens=2048, **options)
+    options = {"plain": {"kv_memory": memory}, "draft_model": {"kv_memory": 2 * memory, "draft_model": model}}[way]
+    llm = LLM(model, page_size=4, max_batch=256, max_batch_tokens=2048, **options)
     generator, alive, asked, refused = random.Random(0), [], 0, 0
     while asked < 10_000 or alive:
         for _ in range(generator.randrange(200) if asked < 10_000 else 0):

@@ -28,7 +28,7 @@ def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, ty
     type_in("hello")
     assert main(flags) == 0
     assert capsys.readouterr().out == said and len(said) > 1
-    assert main([*flags, "--prompt", "hello", "--draft", directory, "--draft-tokens", "3"]) == 0
+    assert main([*flags, "--prompt", "hello", "--draft-model", directory, "--draft-tokens", "3"]) == 0
     assert capsys.readouterr().out == said
     assert main([*flags, "--prompt", "hello", "--beam-width", "2"]) == 0
     capsys.readouterr()
@@ -83,7 +83,7 @@ def test_generate_says_what_cannot_be_answered_and_goes_on(directory, tmp_path, 
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x", "--beam-width", "2", "--top-k", "3"], "--top-k has no meaning for --beam-width"),
         (["--prompt", "x", "--page-size", "0"], "page_size must be at least 1, got 0"),
-        (["--prompt", "x", "--step-tokens", "0"], "step_tokens must be at least 1, got 0"),
+        (["--prompt", "x", "--max-batch-tokens", "0"], "max_batch_tokens must be at least 1, got 0"),
         (["--prompt", "x" * 300], "300 tokens, too many for a context of 256"),
     ],
 )

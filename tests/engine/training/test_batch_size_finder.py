@@ -19,8 +19,8 @@ RUNS = {
     "a large vocabulary, in two parts, sgd": {
         "model": {**LLAMA, "n_layers": 2, "vocab_size": 8192}, "grad_accum_steps": 2,
         "optimizer": "sgd", "batch_size": 16,
-    },
-    "recomputation": {"model": {**LLAMA, "n_layers": 6, "max_seq_len": 512}, "recompute": True, "batch_size": 4},
+    }, "recomputation": {"model": {**LLAMA, "n_layers": 6, "max_seq_len": 512}, "activation_checkpointing": True,
+    "batch_size": 4},
 }  # fmt: skip
 
 

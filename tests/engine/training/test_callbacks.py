@@ -93,7 +93,9 @@ def test_the_load_of_experts_is_told(tiny, recorder):
 @pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 60), lambda: _raise(torch.OutOfMemoryError("1 TiB"))])
 def test_running_out_of_memory_names_the_flags_to_change(tiny, monkeypatch, ask):
     monkeypatch.setattr("warploom.engine.training.trainer.losses", lambda *_, **__: ask())
-    with pytest.raises(ValueError, match=r"out of memory on cpu.*raise grad_accum_steps=1, or set recompute"):
+    with pytest.raises(
+        ValueError, match=r"out of memory on cpu.*raise grad_accum_steps=1, or set activation_checkpointing"
+    ):
         train(tiny())
 
 

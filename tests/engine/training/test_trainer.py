@@ -106,7 +106,7 @@ def test_what_a_run_computes_does_not_depend_on_how_it_is_cut_up(tiny, recorders
     assert losses(num_workers=0) == whole == losses(num_workers=3)
     assert same(last_weights(ends[0]), last_weights(ends[1])) and same(last_weights(ends[0]), last_weights(ends[2]))
     assert losses(grad_accum_steps=4) == pytest.approx(whole, abs=2e-5)
-    assert losses(recompute=True) == pytest.approx(whole, abs=1e-6)
+    assert losses(activation_checkpointing=True) == pytest.approx(whole, abs=1e-6)
     assert losses(seed=1) != whole
 
 
@@ -173,7 +173,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny):
 
 
 def test_a_run_that_stays_broken_ends_with_a_report(tiny):
-    trainer = poisoned(tiny(steps=50, max_bad_steps=3), at=set(range(4, 60)))
+    trainer = poisoned(tiny(steps=50, max_nonfinite_steps=3), at=set(range(4, 60)))
     with pytest.raises(ValueError, match=r"3 steps in a row.*lower lr"):
         trainer.run()
     assert trainer.step < 10

@@ -7,7 +7,7 @@ import torch
 
 from warploom import kernels
 from warploom.kernels.cpu import pointwise as passes_cpu
-from warploom.kernels.cpu.attention import BLOCK, LONGEST, climbs, fuses
+from warploom.kernels.cpu.attention import BLOCK, LONGEST, fuses, use_blocked
 
 needs_passes = pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="the C++ extension is not built")
 
@@ -48,7 +48,7 @@ def assert_as_exact_as_the_formula(inputs, upstream, scale, dtype):
 @pytest.mark.parametrize(("H", "K", "scale"), [(2, 2, None), (4, 2, 0.3), (3, 1, None)])
 def test_staircase_attention_is_as_exact_as_the_plain_formula(T, H, K, scale):
     inputs, upstream = inputs_of(T, H, K, 32, torch.bfloat16)
-    assert climbs(inputs[0].clone().requires_grad_(), inputs[1])
+    assert use_blocked(inputs[0].clone().requires_grad_(), inputs[1])
     assert_as_exact_as_the_formula(inputs, upstream, scale, torch.bfloat16)
 
 
@@ -93,15 +93,15 @@ def test_fused_attention_gives_the_same_bits_on_any_number_of_threads():
 
 def test_each_way_serves_only_what_it_was_made_for():
     q = torch.zeros(1, 8, 2, 16, dtype=torch.bfloat16)
-    assert not climbs(q, q)  # no gradient is wanted
+    assert not use_blocked(q, q)  # no gradient is wanted
     q.requires_grad_()
-    assert climbs(q, q) and not fuses(q, q, q)
+    assert use_blocked(q, q) and not fuses(q, q, q)
     long = torch.zeros(1, LONGEST + 1, 2, 16, dtype=torch.bfloat16, requires_grad=True)
-    assert not climbs(long, long) and not climbs(q.float(), q.float()) and not climbs(q, long)
+    assert not use_blocked(long, long) and not use_blocked(q.float(), q.float()) and not use_blocked(q, long)
     odd = torch.zeros(1, 8, 2, 24)
     assert not fuses(odd, odd, odd) and not fuses(odd.double(), odd.double(), odd.double())
     with torch.no_grad():
-        assert not climbs(q, q)
+        assert not use_blocked(q, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

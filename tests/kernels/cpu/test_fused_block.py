@@ -27,9 +27,9 @@ def by_rows(x, H, K, D, positions):
     assert rows_cpu.serves(x["stream"], *weights)
     norm, qkv, *others = weights
     tables = x.get("cos"), x.get("sin"), positions
-    q, k, v, stream = rows_cpu.to_heads(x["delta"], x["stream"], norm, EPS, qkv, (H, K), *tables)
+    q, k, v, stream = rows_cpu.norm_qkv_rope(x["delta"], x["stream"], norm, EPS, qkv, (H, K), *tables)
     output, between, gate_up, down = others
-    return rows_cpu.from_heads(mix(q, k, v), stream, output, between, EPS, gate_up, down)
+    return rows_cpu.out_proj_mlp(mix(q, k, v), stream, output, between, EPS, gate_up, down)
 
 
 def mix(q, k, v):
@@ -100,8 +100,8 @@ def test_training_goes_by_rows_and_finds_the_gradients_of_the_ops(monkeypatch):
     rows.install(model)
     tokens = torch.randint(32, (2, 16))
     seen = []
-    whole = rows_cpu.from_heads
-    monkeypatch.setattr(rows_cpu, "from_heads", lambda *args: seen.append(1) or whole(*args))
+    whole = rows_cpu.out_proj_mlp
+    monkeypatch.setattr(rows_cpu, "out_proj_mlp", lambda *args: seen.append(1) or whole(*args))
 
     def gradients():
         model.zero_grad()
@@ -120,7 +120,7 @@ def test_training_goes_by_rows_and_finds_the_gradients_of_the_ops(monkeypatch):
     "change", [{"dropout": 0.1}, {"bias": True}, {"norm": "layernorm"}, {"qk_norm": True}, {"d_ff": 40}]
 )
 def test_a_layer_with_more_in_it_goes_by_its_ops(change, monkeypatch):
-    monkeypatch.delattr(rows_cpu, "to_heads")
+    monkeypatch.delattr(rows_cpu, "norm_qkv_rope")
     model = Transformer(ModelConfig(**LLAMA | change))
     rows.install(model)
     stream = torch.randn(1, 8, 32)

@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.engine.server.cluster.prefix_routing import Affinity, chain_of
+from warploom.engine.server.cluster.prefix_routing import Affinity, prefix_hashes
 
 NAMES = tuple("abcdefgh")
 loads = st.dictionaries(st.sampled_from(NAMES), st.integers(0, 50), min_size=1)
@@ -14,7 +14,7 @@ texts = st.text(min_size=1, max_size=400)
 
 
 def chain(text, salt=None):
-    return chain_of(json.dumps({"prompt": text}).encode(), salt)
+    return prefix_hashes(json.dumps({"prompt": text}).encode(), salt)
 
 
 @given(st.lists(st.tuples(texts, loads), max_size=20))
@@ -83,7 +83,9 @@ def test_its_memory_is_bounded_and_forgets_the_oldest(prompts):
 
 def test_equal_beginnings_are_equal_chains_whatever_the_route_and_keys_share_none():
     def same(one, other):
-        shared = [a == b for a, b in zip(chain_of(json.dumps(one).encode()), chain_of(json.dumps(other).encode()))]
+        shared = [
+            a == b for a, b in zip(prefix_hashes(json.dumps(one).encode()), prefix_hashes(json.dumps(other).encode()))
+        ]
         return shared.index(False) if False in shared else len(shared)
 
     talk = [{"role": "system", "content": "x" * 300}, {"role": "user", "content": "hello"}]
@@ -92,4 +94,4 @@ def test_equal_beginnings_are_equal_chains_whatever_the_route_and_keys_share_non
     assert same({"prompt": ["y" * 128, "z"]}, {"prompt": "y" * 128}) == 2
     assert chain("x" * 64, b"one key") != chain("x" * 64, b"another")
     for nothing in (b"", b"{", b"[1]", b'{"prompt": 7}', b"\xff", b"[" * 100_000):
-        assert chain_of(nothing) == ()
+        assert prefix_hashes(nothing) == ()

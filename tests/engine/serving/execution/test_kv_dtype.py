@@ -10,7 +10,13 @@ from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import int8_pages
 from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs
 from warploom.engine.serving.execution.gpu_model import fused_model
-from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, Layout, NativeAttend, PageStore, to_device
+from warploom.engine.serving.execution.kv_cache import (
+    HAS_NATIVE,
+    AttentionMetadata,
+    NativeAttend,
+    PagedKVCache,
+    to_device,
+)
 
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 
@@ -28,19 +34,19 @@ def filled_store(K, D, page_size, keys, values):
     class Shape:
         n_layers, kv_heads, head_size = 2, K, D
 
-    store = PageStore(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))
+    store = PagedKVCache(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))
     everywhere = torch.arange(len(keys))
     int8_pages.write(keys, store.keys[1], everywhere, keys=True)
     int8_pages.write(values, store.values[1], everywhere, keys=False)
     return store
 
 
-def ragged_step(page_size) -> Layout:
+def ragged_step(page_size) -> AttentionMetadata:
     """Chunks and decodes of four sequences, in pages out of order, and two tokens of padding."""
     counts, contexts = np.array([1, 7, 1, 20], dtype=np.int32), [33, 9, 1, 50]
     table = np.random.default_rng(0).permutation(20)[:16].reshape(4, 4).astype(np.int32)
     positions = np.concatenate([*(np.arange(c - n, c) for c, n in zip(contexts, counts)), [0, 0]])
-    return PageStore.layout(type("Sizes", (), {"page_size": page_size}), table, np.arange(4), positions, counts)
+    return PagedKVCache.layout(type("Sizes", (), {"page_size": page_size}), table, np.arange(4), positions, counts)
 
 
 @NEEDS_NATIVE
@@ -120,11 +126,11 @@ def test_with_8_bit_pages_too_the_bits_are_the_same_in_any_company(tiny_model, c
     llm = LLM(model, kv_dtype="int8")
     together = said(llm)
     assert said(llm) == together, "after a prefix hit"
-    memory = 8 * PageStore.bytes_per_page(model.config, 16, torch.int8)
-    small = LLM(model, kv_dtype="int8", step_tokens=7, max_batch=5, kv_memory=memory)
+    memory = 8 * PagedKVCache.bytes_per_page(model.config, 16, torch.int8)
+    small = LLM(model, kv_dtype="int8", max_batch_tokens=7, max_batch=5, kv_memory=memory)
     assert said(small) == together, "in chunks"
     assert small.engine.scheduler.preemptions > 0
-    guessed = LLM(model, kv_dtype="int8", draft=tiny_model(seed=1, **changes))
+    guessed = LLM(model, kv_dtype="int8", draft_model=tiny_model(seed=1, **changes))
     assert said(guessed) == together, "with a draft"
 
 

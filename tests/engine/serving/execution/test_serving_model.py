@@ -10,9 +10,9 @@ from warploom import kernels
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.kv_cache import (
     HAS_NATIVE,
-    KernelAttend,
+    KernelAttention,
     NativeAttend,
-    PageStore,
+    PagedKVCache,
     _native,
     to_device,
 )
@@ -48,14 +48,14 @@ def test_paged_attention_in_cpp_equals_the_kernels_reference(dtype, H, K, D, lim
     class Shape:
         n_layers, kv_heads, head_size = 2, K, D
 
-    stores = [PageStore(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
+    stores = [PagedKVCache(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
     for store in stores:
         torch.manual_seed(1)
         store.keys.normal_()
         store.values.normal_()
     stores[1].layers = None
     outputs = []
-    for store, kind in zip(stores, (NativeAttend, KernelAttend)):
+    for store, kind in zip(stores, (NativeAttend, KernelAttention)):
         attend, q, k, v = ragged_step(store, dtype, H, K, D)
         assert type(attend) is kind
         outputs.append(attend(q, k, v, Layer(D, **limits))[:, :-2].float())
@@ -130,7 +130,7 @@ def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):
     params = [SamplingParams(max_tokens=12, seed=i, ignore_eos=True) for i in range(12)]
     together = [output.token_ids for output in LLM(model, quantize="int8").generate(prompts, params)]
     memory = 8 * 16 * model.config.kv_bytes_per_token(2)
-    small = LLM(model, quantize="int8", step_tokens=5, max_batch=3, kv_memory=memory)
+    small = LLM(model, quantize="int8", max_batch_tokens=5, max_batch=3, kv_memory=memory)
     assert [output.token_ids for output in small.generate(prompts, params)] == together
 
 

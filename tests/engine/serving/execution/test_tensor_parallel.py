@@ -19,7 +19,7 @@ def team(tiny_model, tmp_path, monkeypatch):
 
     def make(shape, **options):
         place = save_model(tiny_model(shape), tmp_path / shape)
-        options = {name: place if name == "draft" else value for name, value in options.items()}
+        options = {name: place if name == "draft_model" else value for name, value in options.items()}
         made.append(LLM(place, tensor_parallel=2, **options))
         return LLM(place, kv_dtype=options.get("kv_dtype")), made[-1]
 
@@ -32,10 +32,10 @@ def team(tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ("llama", {"draft": True}),
+        ("llama", {"draft_model": True}),
         ("qwen3", {"kv_dtype": "int8"}),
         ("mixtral", {}),
-        ("gpt2", {"step_tokens": 9, "max_batch": 4}),
+        ("gpt2", {"max_batch_tokens": 9, "max_batch": 4}),
     ],
 )
 def test_two_processes_generate_the_tokens_of_one(team, shape, options):

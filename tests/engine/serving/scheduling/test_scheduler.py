@@ -102,7 +102,7 @@ def test_whatever_comes_and_goes_every_sequence_gets_what_the_model_alone_would_
     scheduler = Scheduler(
         pool,
         max_batch=max_batch,
-        step_tokens=max_batch + extra_budget,
+        max_batch_tokens=max_batch + extra_budget,
         context=16,
         patience=5,
         depth=depth,
@@ -133,7 +133,7 @@ def test_whatever_comes_and_goes_every_sequence_gets_what_the_model_alone_would_
                 if member in members:
                     scheduler.finish(member, "cancelled")
         while plan := scheduler.plan(now):
-            assert sum(len(chunk.tokens) for chunk in plan.chunks) <= scheduler.step_tokens
+            assert sum(len(chunk.tokens) for chunk in plan.chunks) <= scheduler.max_batch_tokens
             flights.append(runner.run(plan))
             scheduler.check()
         if flights:
@@ -156,7 +156,7 @@ def test_whatever_comes_and_goes_every_sequence_gets_what_the_model_alone_would_
 
 def test_followers_share_the_pages_of_the_prompt():
     pool = PagePool(100, page_size=4)
-    scheduler = Scheduler(pool, max_batch=8, step_tokens=64)
+    scheduler = Scheduler(pool, max_batch=8, max_batch_tokens=64)
     family = [Sequence(list(range(30)), 30, seed=i, max_tokens=5) for i in range(4)]
     family[0].followers = tuple(family[1:])
     scheduler.add(family[0])
@@ -171,7 +171,7 @@ def test_followers_share_the_pages_of_the_prompt():
 
 def test_the_running_sequence_with_the_least_work_is_preempted_and_nothing_is_lost():
     pool = PagePool(10, page_size=2)
-    scheduler = Scheduler(pool, max_batch=4, step_tokens=64)
+    scheduler = Scheduler(pool, max_batch=4, max_batch_tokens=64)
     runner = PageReader(10, 2)
     sequences = [Sequence([i] * length, length, seed=i, max_tokens=6) for i, length in enumerate([4, 5, 2])]
     for sequence in sequences:
@@ -182,7 +182,7 @@ def test_the_running_sequence_with_the_least_work_is_preempted_and_nothing_is_lo
 
 
 def test_a_long_prompt_is_computed_in_chunks_while_others_go_on():
-    scheduler = Scheduler(PagePool(100, 4), max_batch=4, step_tokens=8)
+    scheduler = Scheduler(PagePool(100, 4), max_batch=4, max_batch_tokens=8)
     runner = PageReader(100, 4)
     short, long = Sequence([1], 1, max_tokens=50), Sequence(list(range(40)), 40, max_tokens=1)
     scheduler.add(short)
@@ -197,7 +197,7 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_go_on():
 
 
 def test_priority_is_served_first_but_patience_lets_nobody_starve():
-    scheduler = Scheduler(PagePool(100), max_batch=1, step_tokens=8, patience=10)
+    scheduler = Scheduler(PagePool(100), max_batch=1, max_batch_tokens=8, patience=10)
     runner = PageReader(100, 16)
     low = Sequence([1], 1, max_tokens=1, priority=1, arrival=0)
     urgent = [Sequence([2], 1, max_tokens=1, priority=0, arrival=float(time)) for time in range(20)]
@@ -208,7 +208,7 @@ def test_priority_is_served_first_but_patience_lets_nobody_starve():
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
-    scheduler = Scheduler(PagePool(3, 4), max_batch=1, step_tokens=8, context=32)
+    scheduler = Scheduler(PagePool(3, 4), max_batch=1, max_batch_tokens=8, context=32)
     with pytest.raises(ValueError, match="20 tokens with max_tokens=2 needs 6 pages of 4 tokens and the pool has 3"):
         scheduler.add(Sequence([1] * 20, 20, max_tokens=2))
     with pytest.raises(ValueError, match="33 tokens, too many for a context of 32"):
@@ -220,7 +220,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
 
 def test_forks_share_pages_until_they_write():
     pool = PagePool(10, page_size=4)
-    scheduler = Scheduler(pool, max_batch=4, step_tokens=16)
+    scheduler = Scheduler(pool, max_batch=4, max_batch_tokens=16)
     runner = PageReader(10, 4)
     parent = Sequence(list(range(6)), 6, max_tokens=8, manual=True)
     scheduler.add(parent)
