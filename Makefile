@@ -6,6 +6,7 @@
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found
 #   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
+#   make native-test the thread pools under ThreadSanitizer, without Python
 #   make lint        ruff
 #   make clean       remove what the others made
 #
@@ -21,7 +22,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* cs
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
-.PHONY: demo test bench gpu sanitize lint format clean
+.PHONY: demo test bench gpu sanitize native-test lint format clean
 .DELETE_ON_ERROR:  # an interpreter without its build tools is made anew
 
 demo: .venv/ready-base
@@ -47,9 +48,15 @@ sanitize: .venv/ready-dev
 	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 \
-		$(BIN)/python -m pytest tests/tokenizer tests/kernels/cpu/test_attention.py tests/kernels/cpu/test_fused_block.py \
+		$(BIN)/python -m pytest tests/tokenizer tests/kernels/cpu tests/engine/test_model.py \
 		tests/engine/serving/execution/test_serving_model.py tests/engine/serving/execution/test_kv_dtype.py --timeout 1000 -k "not leak" $(ARGS)
 	$(BIN)/python setup.py -q build_ext --inplace --force
+
+native-test:
+	@mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc csrc/tests/pools.cpp csrc/cpu/serving/spin_pool.cpp \
+		csrc/tokenizer/interruptible_threads.cpp -o build/pools
+	build/pools
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension u
 
 native = Pybind11Extension(
     "warploom._native",
-    sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+    sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parts[1] != "tests"),
     include_dirs=["csrc"],
     depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".hpp", ".inc")),
     cxx_std=17,
@@ -38,10 +38,11 @@ native.optional = not os.environ.get("WARPLOOM_REQUIRE_NATIVE")
 
 
 class RoomsOnly(build_py):
-    """The root holds no modules of the package: without this, setup.py itself would be installed."""
+    """Of the root's files only `__init__.py` is the package's: without this, setup.py itself would be installed."""
 
     def find_package_modules(self, package, package_dir):
-        return [] if package == "warploom" else super().find_package_modules(package, package_dir)
+        modules = super().find_package_modules(package, package_dir)
+        return [each for each in modules if package != "warploom" or each[1] == "__init__"]
 
 
 class NinjaBuild(build_ext):

@@ -1,7 +1,8 @@
 // Sixteen floats at a time, in whatever registers the CPU has.
 //
 // The code is written once with the compiler's vector types and compiled for several CPUs (WARPLOOM_CLONES), of which the
-// loader picks one. Sums are taken in a fixed order, so a result does not depend on the neighbours of its row.
+// loader picks one. GCC takes a call of such a function for one that throws nothing, so none may: what may fail is done
+// before, where it is called. Sums are taken in a fixed order, so a result does not depend on the neighbours of its row.
 #pragma once
 #include <cstdint>
 #include <cstring>

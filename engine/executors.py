@@ -17,11 +17,15 @@ from typing import Any
 
 from .config import ModelConfig
 
-SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
-OUTSIDE = ("position", "tie_embeddings", "rope_theta", "rope_scaling", "logit_softcap")
-"""What `Transformer` computes before the first block and after the last."""
-ROUTING = ("experts_per_token", "n_shared_experts", "router", "normalize_experts", "balance_loss", "router_z_loss")
-"""What matters only where there are experts."""
+_SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
+_OUTSIDE = ("position", "tie_embeddings", "rope_theta", "rope_scaling", "logit_softcap")  # of the blocks
+_ROUTING = ("experts_per_token", "n_shared_experts", "router", "normalize_experts", "balance_loss", "router_z_loss")
+BASIC = (*_SHAPE, *_OUTSIDE, *_ROUTING, "norm_eps", "sliding_window", "attention_softcap")
+"""Fields that every executor computes: sizes, what happens outside the blocks, and what matters only to experts."""
+NORMS = ("rmsnorm", "layernorm", "none")
+ACTIVATIONS = ("swiglu", "gelu", "relu", "relu2")
+QK_NORMS = (False, True, "none", "head")
+"""None, or each head before its rotation."""
 
 
 class Supported:
@@ -46,6 +50,7 @@ class Supported:
         found = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if field.name not in self.computed and value not in self.only.get(field.name, (field.default,)):
+            listed = self.only.get(field.name, (field.default,))
+            if value not in listed and (field.name in self.only or field.name not in self.computed):
                 found[field.name] = value
         return found

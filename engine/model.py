@@ -335,16 +335,22 @@ class Transformer(nn.Module):
         *,
         attend: Attend | None = None,
         positions: Tensor | None = None,
+        weights_BT: Tensor | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> Losses:
-        """The loss in parts. Targets of -100 do not count. The full logits are never held in memory."""
+        """The loss in parts. Targets of -100 do not count. The full logits are never held in memory.
+
+        `weights_BT` are factors on the cross-entropy of targets (advantages make it a policy gradient); its mean
+        divides by the number of targets that count all the same.
+        """
         if tokens_BT.shape != targets_BT.shape:
             raise ValueError(f"targets have shape {tuple(targets_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
         c = self.config
         hidden, routings = self._run(tokens_BT, positions, attend)
+        weights = None if weights_BT is None else weights_BT.flatten()
         entropy = self.cross_entropy(
-            hidden.flatten(0, -2), targets_BT.flatten(), label_smoothing=label_smoothing, z_loss=z_loss
+            hidden.flatten(0, -2), targets_BT.flatten(), weights=weights, label_smoothing=label_smoothing, z_loss=z_loss
         )
         if not routings:
             return Losses(entropy, total=entropy)
@@ -354,7 +360,20 @@ class Transformer(nn.Module):
         total = entropy + c.balance_loss * balance + c.router_z_loss * router_z
         return Losses(entropy, balance, router_z, load, total)
 
-    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options: float) -> Tensor:
+    def log_probs(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        *,
+        attend: Attend | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The log-probability of each target, with gradient; 0 for targets of -100."""
+        hidden = self._run(tokens_BT, positions, attend)[0]
+        losses = self.cross_entropy(hidden.flatten(0, -2), targets_BT.flatten(), reduction="none")
+        return -losses.view(targets_BT.shape)
+
+    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options) -> Tensor:
         """The head and its loss in one."""
         return kernels.linear_cross_entropy(
             hidden_NC, self.head_weight, targets_N, softcap=self.config.logit_softcap, **options

@@ -7,6 +7,10 @@ every row the same upstream gradient, a scalar, so both gradients can be finishe
 the backward asks: three matrix products in all, as many as with full logits. Only `reduction="none"` has to form each
 chunk's logits again.
 
+`weights` multiply the losses of targets before they are reduced, and get no gradient. One op is then the loss of many
+kinds of training: weights of 0 and 1 choose what is learned, advantages make it a policy gradient, β σ(−margin) the
+gradient of DPO. Minus the losses of `reduction="none"` are the log-probabilities of the targets.
+
 N rows, C channels, V classes, S rows of a slab.
 """
 
@@ -41,45 +45,65 @@ def _linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy` of the logits hidden (…, C) · weightᵀ (V, C) against `targets` (…), with its options."""
+    """`cross_entropy` of the logits hidden (…, C) · weightᵀ (V, C) against `targets` (…), with its options.
+
+    `weights` (…) are factors on the losses of targets. A mean divides by the number of targets that count all the same.
+    """
+    check_reduction(reduction)
     logits = F.linear(hidden, weight)
-    return cross_entropy.reference(logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    losses = cross_entropy.reference(logits, targets, ignore_index, label_smoothing, z_loss, softcap, "none")
+    return reduce(weighted(losses, weights), targets != ignore_index, reduction)
+
+
+def weighted(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return losses if weights is None else losses * weights.detach().to(losses.dtype)
 
 
 def _linear_cross_entropy_eager(
-    hidden, weight, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
+    hidden,
+    weight,
+    targets,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    reduction="mean",
+    weights=None,
 ):
     check_reduction(reduction)
     options = Options(ignore_index, label_smoothing, z_loss, softcap, reduction)
     flat = hidden.reshape(-1, hidden.shape[-1])
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    out = _Chunked.apply(flat, weight, targets.reshape(-1), options, wants_grad)
+    weights_N = None if weights is None else weights.detach().reshape(-1).to(wide(hidden))
+    out = _Chunked.apply(flat, weight, targets.reshape(-1), weights_N, options, wants_grad)
     return out.view(targets.shape) if reduction == "none" else out
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, targets_N, options, wants_grad):
+    def forward(ctx, hidden_NC, weight_VC, targets_N, weights_N, options, wants_grad):
         ctx.options = options
         if not wants_grad or options.reduction == "none":
-            ctx.save_for_backward(hidden_NC, weight_VC, targets_N)
+            ctx.save_for_backward(hidden_NC, weight_VC, targets_N, weights_N)
             losses_N, _, _ = _walk(hidden_NC, weight_VC, targets_N, options, None)
-            return reduce(losses_N, targets_N != options.ignore_index, options.reduction)
+            return reduce(weighted(losses_N, weights_N), targets_N != options.ignore_index, options.reduction)
         counted = targets_N != options.ignore_index
         share = 1 / counted.sum().clamp(min=1) if options.reduction == "mean" else torch.ones((), device=counted.device)
-        scale_N = share.to(wide(hidden_NC)).expand(len(targets_N))
+        scale_N = weighted(share.to(wide(hidden_NC)).expand(len(targets_N)), weights_N)
         losses_N, *grads = _walk(hidden_NC, weight_VC, targets_N, options, scale_N, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
-        return reduce(losses_N, counted, options.reduction)
+        return reduce(weighted(losses_N, weights_N), counted, options.reduction)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         if ctx.options.reduction == "none":
-            _, *grads = _walk(*ctx.saved_tensors, ctx.options, grad, *ctx.needs_input_grad[:2])
-            return *grads, None, None, None
-        return *(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None
+            *inputs, weights_N = ctx.saved_tensors
+            _, *grads = _walk(*inputs, ctx.options, weighted(grad, weights_N), *ctx.needs_input_grad[:2])
+            return *grads, None, None, None, None
+        return *(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
 
 
 def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, want_weight=False):
@@ -221,17 +245,19 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: float | None,
     reduction: str,
+    weights: torch.Tensor | None,
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     counted_N = targets != ignore_index
     options = ignore_index, label_smoothing, z_loss, softcap
     if reduction == "none":
-        return _walk_fused(hidden, weight, targets, None, options, False, False)
+        losses_N, *nothing = _walk_fused(hidden, weight, targets, None, options, False, False)
+        return weighted(losses_N, weights), *nothing
     share = torch.ones((), device=hidden.device) if reduction == "sum" else 1 / counted_N.sum().clamp(min=1)
-    upstream_N = share.float().expand(len(targets))
+    upstream_N = weighted(share.float().expand(len(targets)), weights)
     losses_N, *gradients = _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)
-    return reduce(losses_N, counted_N, reduction), *gradients
+    return reduce(weighted(losses_N, weights), counted_N, reduction), *gradients
 
 
 @launcher
@@ -244,26 +270,29 @@ def linear_cross_entropy_backward(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    weights: torch.Tensor | None,
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = ignore_index, label_smoothing, z_loss, softcap
-    return _walk_fused(hidden, weight, targets, upstream, options, want_hidden, want_weight)[1:]
+    upstream_N = weighted(upstream, weights)
+    return _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)[1:]
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, targets, *ctx.options, ctx.reduction, _, _ = inputs
+    hidden, weight, targets, *ctx.options, ctx.reduction, weights, _, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*((hidden, weight, targets) if ctx.reduction == "none" else output[1:]))
+    ctx.save_for_backward(*((hidden, weight, targets, weights) if ctx.reduction == "none" else output[1:]))
 
 
 def _gradient(ctx, upstream, *_):
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if upstream is None:
         return None, None, *nothing
     wanted = ctx.needs_input_grad[:2]
     if ctx.reduction == "none":
-        gradients = linear_cross_entropy_backward(*ctx.saved_tensors, upstream, *ctx.options, *wanted)
+        *inputs, weights = ctx.saved_tensors
+        gradients = linear_cross_entropy_backward(*inputs, upstream, *ctx.options, weights, *wanted)
     else:
         gradients = [g * upstream.to(g.dtype) for g in ctx.saved_tensors]
     return *(g if want else None for g, want in zip(gradients, wanted)), *nothing
@@ -273,13 +302,22 @@ _loss = AutogradOp(linear_cross_entropy_forward, _save, _gradient)
 
 
 def _linear_cross_entropy_fused(
-    hidden, weight, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
+    hidden,
+    weight,
+    targets,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    reduction="mean",
+    weights=None,
 ):
     check_reduction(reduction)
     flat_NC, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     wants = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     options = ignore_index, float(label_smoothing), float(z_loss), softcap, reduction
-    loss = _loss(flat_NC, weight, targets_N, *options, *wants)[0]
+    weights_N = None if weights is None else weights.detach().reshape(-1).float()
+    loss = _loss(flat_NC, weight, targets_N, *options, weights_N, *wants)[0]
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -288,6 +326,14 @@ def _batch(m, N, C, V, scale=1.0):
     if m.device.type != "meta":
         targets[N // 2] = -100
     return m.normal(N, C, scale=scale), m.normal(V, C, scale=C**-0.5), targets
+
+
+def _weighted(m, N, C, V):
+    """Advantages of both signs, and a target that counts for nothing."""
+    weights = m.normal(N, grad=False, dtype=torch.promote_types(m.dtype, torch.float32))
+    if m.device.type != "meta":
+        weights[1] = 0.0
+    return *_batch(m, N, C, V), {"weights": weights}
 
 
 def _cost(hidden, weight, *_, **__):
@@ -307,6 +353,9 @@ linear_cross_entropy = Op(
         Case("sum", lambda m: _batch(m, 6, 16, 50), {"reduction": "sum"}),
         Case("peaked", lambda m: _batch(m, 6, 16, 40, 20.0)),
         Case("expanded gradient", lambda m: _batch(m, 6, 16, 50), {"reduction": "none"}, expanded=True),
+        Case("weighted", lambda m: _weighted(m, 7, 24, 100)),
+        Case("weighted sum", lambda m: _weighted(m, 6, 16, 50), {"reduction": "sum", "softcap": 3.0}),
+        Case("a weighted loss a row", lambda m: _weighted(m, 6, 16, 50), {"reduction": "none"}),
         Case("8192x4096x128256", lambda m: _batch(m, 8192, 4096, 128256), bench=True),
     ],
     traffic=lambda hidden, weight, *_, **__: (hidden.nbytes + weight.nbytes, 2 * (hidden.nbytes + weight.nbytes)),

@@ -107,7 +107,16 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"warploom"}
     assert "warploom/setup.py" not in names
     shipped = {name.removeprefix("warploom/") for name in names if name.endswith(".py")}
-    assert shipped == {f"{name.replace('.', '/')}.py" for name in modules()}
+    assert shipped == {"__init__.py", *(f"{name.replace('.', '/')}.py" for name in modules())}
+    assert "warploom/py.typed" in names
+
+
+def test_root_exports_are_lazy():
+    code = "import sys, warploom; assert 'torch' not in sys.modules; [getattr(warploom, x) for x in warploom.__all__]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import warploom
+
+    assert f'version = "{warploom.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_clang_compiles_the_extension_too():

@@ -1,6 +1,6 @@
 """What every tokenizer can do, written once over two primitives.
 
-A kind of tokenizer (BPE, characters, words) says how ordinary text becomes ids (`_encode_ordinary`) and which bytes an
+A kind of tokenizer (BPE, characters, words) says how ordinary text becomes ids (`_encode_stretch`) and which bytes an
 id stands for (`token_bytes`). Everything else here follows from that: special tokens, arrays, batches, streams, files.
 `BPETokenizer` overrides the calls where native code is faster; the meaning stays.
 """
@@ -45,8 +45,8 @@ class Tokenizer(ABC):
         """Ordinary tokens and their ids; added tokens are in `special_tokens`."""
 
     @abstractmethod
-    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
-        """Ids of a text in which no added token is recognized."""
+    def _encode_stretch(self, text: str) -> list[int]:
+        """Ids of one of `_stretches`, in which no added token is recognized."""
 
     @abstractmethod
     def _spans(self, text: str, ids: list[int]) -> Iterable[tuple[int, int]]:
@@ -122,14 +122,8 @@ class Tokenizer(ABC):
     def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
         """Token ids of `text`. Special tokens are recognized only when `allowed_special` names them (or is "all")."""
         ids: list[int] = []
-        follows: Follows = "start"
-        for piece, added_id in self.special.split(text, self.special.allowed(allowed_special)):
-            if added_id is None:
-                ids += self._encode_ordinary(piece, follows)
-                follows = "text"
-            else:
-                ids.append(added_id)
-                follows = "added"
+        for piece, added_id, _ in self._stretches(text, allowed_special):
+            ids += self._encode_stretch(piece) if added_id is None else [added_id]
         return ids
 
     def encode_part(
@@ -137,6 +131,10 @@ class Tokenizer(ABC):
     ) -> np.ndarray:
         """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
         return self.encode_array(text, allowed_special, threads)
+
+    def _cut_behind(self, allowed_special: Allowed) -> dict[str, int]:
+        """The added tokens behind which a stream may be cut."""
+        return self.special.allowed(allowed_special)
 
     def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
         """Token ids as a NumPy array of `dtype`."""
@@ -159,7 +157,7 @@ class Tokenizer(ABC):
 
     def encode_iterable(self, pieces: Iterable[str], allowed_special: Allowed = "none") -> Iterator[int]:
         """Ids of the pieces' concatenation, one at a time, in constant memory wherever the text can be cut."""
-        allowed = self.special.allowed(allowed_special)
+        allowed = self._cut_behind(allowed_special)
         for text, follows in cut_stream(pieces, self.special, allowed, self._safe_cut, 1 << 16):
             yield from self.encode_part(text, follows, allowed_special).tolist()
 
@@ -174,7 +172,7 @@ class Tokenizer(ABC):
         """Encode a UTF-8 text file into a flat file of little-endian ids of `dtype`; returns how many there are.
 
         `progress` is called with (bytes read, bytes of the file)."""
-        allowed = self.special.allowed(allowed_special)
+        allowed = self._cut_behind(allowed_special)
         total, done, size = 0, 0, Path(path).stat().st_size
         with atomic_writer(out) as file:
             for text, follows in cut_stream(read_pieces(path), self.special, allowed, self._safe_cut, 1 << 20):
@@ -196,17 +194,24 @@ class Tokenizer(ABC):
         """Ids, and for each the span of characters it touches; tokens may share a character."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        start = 0
-        for piece, added_id in self.special.split(text, self.special.allowed(allowed_special)):
+        for piece, added_id, start in self._stretches(text, allowed_special):
             if added_id is None:
-                ordinary = self._encode_ordinary(piece)
+                ordinary = self._encode_stretch(piece)
                 ids += ordinary
-                spans += [(start + begin, start + end) for begin, end in self._spans(piece, ordinary)]
+                spans += [(max(start + a, 0), start + b) for a, b in self._spans(piece, ordinary)]
             else:
                 ids.append(added_id)
                 spans.append((start, start + len(piece)))
-            start += len(piece)
         return ids, spans
+
+    def _stretches(
+        self, text: str, allowed_special: Allowed, follows: Follows = "start"
+    ) -> Iterator[tuple[str, int | None, int]]:
+        """Stretches of ordinary text, each with None, and added tokens, each with its id; and where they begin."""
+        start = 0
+        for piece, added_id in self.special.split(text, self.special.allowed(allowed_special)):
+            yield piece, added_id, start
+            start += len(piece)
 
     # -- ids to text ------------------------------------------------------------------------------------------------
 
@@ -218,8 +223,12 @@ class Tokenizer(ABC):
         """The text of the ids; bytes that are not UTF-8 become U+FFFD, or as `errors` says (see `bytes.decode`)."""
         return self.decode_bytes(ids).decode("utf-8", errors)
 
-    def stream(self) -> StreamDecoder:
-        """A decoder that takes ids one by one and never returns half a character."""
+    def stream(self, continues: bool = False) -> StreamDecoder:
+        """A decoder that takes ids one by one and never returns half a character.
+
+        continues: the ids go on a text, so that what `decode` takes away where one begins (a space that SentencePiece
+            puts there) is kept.
+        """
         return StreamDecoder(self.token_bytes)
 
     # -- keeping ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Byte-level BPE: any text becomes ids, no text is unknown, and frequent strings become single ids.
+"""BPE: any text becomes ids, no text is unknown, and frequent strings become single ids.
+
+Byte-level vocabularies (GPT-2 and most since) start from bytes, SentencePiece's (Llama 2, Mistral, Gemma) from
+characters, which is nearly the same: metaspace.py.
 
 This file is the public face. The work is done by one of two engines that give identical results: the C++ extension
 (csrc/), or the pure-Python twin (reference.py), which `WARPLOOM_NATIVE=0` selects and which also stands in where the
@@ -15,16 +18,19 @@ from . import native, rank_files
 from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
 from .errors import InputError
-from .patterns import FORMS, Pattern, compile_pattern, pattern_name, pattern_steps, safe_cut
+from .metaspace import SPACE, Metaspace, bytes_of, spell_piece
+from .patterns import FORMS, Pattern, compile_pattern, pattern_name, safe_cut
+from .pipeline import BPE_FLAGS, stages_of
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
 from .sources import Corpus, atomic_writer, write_text
-from .specials import Follows, SpecialTokens
+from .specials import Follows, SpecialTokens, finder
+from .stream import StreamDecoder
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-level byte-pair-encoding tokenizer.
+    """A byte-pair-encoding tokenizer.
 
     vocab: the id of each token. Bytes that are none are dropped from text before merging, as published vocabularies
         that lack some (Pythia, SmolLM2) want it.
@@ -34,6 +40,7 @@ class BPETokenizer(Tokenizer):
         cuts the pieces of the one before.
     whole_words: look a piece up in the vocabulary before merging it (Llama 3's `ignore_merges`).
     normalizer: a Unicode normalization form applied to text first (Qwen's NFC), or None.
+    metaspace: what makes it a SentencePiece vocabulary; None for a byte-level one.
     """
 
     def __init__(
@@ -45,17 +52,20 @@ class BPETokenizer(Tokenizer):
         *,
         whole_words: bool = False,
         normalizer: str | None = None,
+        metaspace: Metaspace | None = None,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(special_tokens, chat_template)
         pattern = pattern if isinstance(pattern, str) else tuple(pattern)
         compile_pattern(pattern)
-        _check_vocabulary(vocab, merges, self.special.ids)
+        self.metaspace = metaspace
+        _check_vocabulary(vocab, merges, self.special.ids, metaspace)
         if normalizer is not None and normalizer not in FORMS:
             raise InputError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
-        self._tokens = {token_id: token for token, token_id in vocab.items()}
-        self._rows = 1 + max(vocab.values(), default=-1)
+        bytes_alone = metaspace.byte_tokens if metaspace else {}
+        self._tokens = {token_id: bytes([byte]) for byte, token_id in bytes_alone.items()}
+        self._tokens |= {token_id: token for token, token_id in vocab.items()}
         self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
         self._build_engine()
 
@@ -67,10 +77,14 @@ class BPETokenizer(Tokenizer):
         self._decoder = None
         parts = (self._vocab, self._merges, self.pattern, self.whole_words)
         if self._native:
-            self._engine = native.build_encoder(self._native, *parts, wide=self.dtype.itemsize == 4)
+            self._engine = native.build_encoder(self._native, *parts, self.metaspace, wide=self.dtype.itemsize == 4)
         else:
-            self._engine = PythonBPE(*parts)
-        bare = self._scans and not self.normalizer and not self.special.plain
+            self._engine = PythonBPE(*parts, self.metaspace and self.metaspace.byte_tokens)
+        late = self.special.normalized if self.metaspace else ()  # they look otherwise once text is normalized
+        self._late = frozenset(map(self._normalize, late))
+        changes = self.normalizer or self._late or (self.metaspace and self.metaspace.replaces)
+        self._is_verbatim = self._scans and not changes
+        bare = self._is_verbatim and not self.special.plain
         self._encode_bare = self._engine.bare_encode() if bare else None
 
     def __getstate__(self) -> dict:
@@ -165,11 +179,6 @@ class BPETokenizer(Tokenizer):
         return self._vocab
 
     @property
-    def vocab_size(self) -> int:
-        """One more than the greatest id; kept as a number, for every unknown id asks for it (1.5 ms over 49,152)."""
-        return max(self._rows, 1 + max(self.special.ids.values(), default=-1))
-
-    @property
     def merges(self) -> Merges:
         """Merged pairs of tokens, in the order learned."""
         return self._merges
@@ -181,7 +190,10 @@ class BPETokenizer(Tokenizer):
         special = self.special.texts.get(token_id)
         if special is None:
             raise self._bad_id(token_id)
-        return special.encode()
+        return self._added_bytes(special)
+
+    def _added_bytes(self, token: str) -> bytes:
+        return (token.replace(SPACE, " ") if self.metaspace else token).encode()
 
     def id_of(self, token: str | bytes) -> int | None:
         if isinstance(token, str):
@@ -190,30 +202,45 @@ class BPETokenizer(Tokenizer):
             token = token.encode()
         return self._vocab.get(token)
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the greatest id: the number of rows an embedding needs."""
+        if self._vocab_size is None:
+            self._vocab_size = 1 + max(*self._tokens, *self.special.texts, -1)
+        return self._vocab_size
+
     def _set_special_tokens(self, ids: dict[str, int]) -> None:
-        _check_vocabulary(self._vocab, [], ids)
+        _check_vocabulary(self._vocab, [], ids, self.metaspace)
         super()._set_special_tokens(ids)
         self._build_engine()
 
     # -- text to ids ------------------------------------------------------------------------------------------------
 
-    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
-        return self._engine_ids(self._normalize(text), None).tolist()
+    def _encode_stretch(self, text: str) -> list[int]:
+        return self._stretch_ids(text, None).tolist()
 
-    def _engine_ids(self, text: str, threads: int | None) -> np.ndarray:
-        """Ids of a normalized text without added tokens."""
+    def _stretch_ids(self, text: str, threads: int | None) -> np.ndarray:
+        """Ids of one of `_stretches`, in which no added token is recognized."""
         if self._scans:
-            return self._engine.encode_array(text, None, default_threads(threads))
+            return self._engine.encode_array(text, None, default_threads(threads), self._native.Follows.text)
         if self._native:
             return self._engine.encode_pieces(text, native.byte_ends(text, self.pattern))
         return np.array(self._engine.encode(text), self.dtype)
 
     def _normalize(self, text: str) -> str:
-        return unicodedata.normalize(self.normalizer, text) if self.normalizer else text
+        text = unicodedata.normalize(self.normalizer, text) if self.normalizer else text
+        return self.metaspace.normalize(text) if self.metaspace else text
 
     def _is_direct(self, text: str) -> bool:
         """Whether the native encoder may be given this text as it is, added tokens and all."""
-        return self._scans and (not self.normalizer or unicodedata.is_normalized(self.normalizer, text))
+        if self._is_verbatim or not self._scans:
+            return self._is_verbatim
+        if self.normalizer and not unicodedata.is_normalized(self.normalizer, text):
+            return False
+        if self.metaspace is None:
+            return True
+        late = finder(self._late).finditer(text.replace(SPACE, " ")) if self._late else ()
+        return not any(old in text for old, _ in self.metaspace.replaces) and not any(late)
 
     def _finder(self, allowed_special: Allowed) -> object | None:
         """The native finder of the added tokens that a text may hold."""
@@ -242,29 +269,55 @@ class BPETokenizer(Tokenizer):
     ) -> np.ndarray:
         """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
         if self._is_direct(text):
-            return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads))
+            place = getattr(self._native.Follows, follows)
+            return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads), place)
         pieces = [
-            self._engine_ids(piece, threads) if added_id is None else np.array([added_id], self.dtype)
-            for piece, added_id in self._stretches(text, allowed_special)
+            self._stretch_ids(piece, threads) if added_id is None else np.array([added_id], self.dtype)
+            for piece, added_id, _ in self._stretches(text, allowed_special, follows)
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
-    def _stretches(self, text: str, allowed_special: Allowed) -> Iterator[tuple[str, int | None]]:
+    def _stretches(
+        self, text: str, allowed_special: Allowed, follows: Follows = "start"
+    ) -> Iterator[tuple[str, int | None, int]]:
         """Normalized stretches of ordinary text, each with None, and added tokens, each with its id.
 
-        Tokens are looked for before normalization; those that say so (`normalized`), after it.
+        And where they begin in the normalized text, to which no spaces put in front belong. Tokens are looked for
+        before normalization; those that say so (`special.normalized`), after it.
         """
+        text.encode()  # a lone surrogate is an error
         allowed = self.special.allowed(allowed_special)
-        late = {token: allowed[token] for token in self.special.normalized & allowed.keys()}
-        if not self.normalizer or not late:
-            late, early = {}, allowed
-        else:
-            early = {token: token_id for token, token_id in allowed.items() if token not in late}
+        late: dict[str, int] = {}
+        if self.normalizer or self.metaspace:
+            late = {token: allowed[token] for token in self.special.normalized & allowed.keys()}
+        early = {token: token_id for token, token_id in allowed.items() if token not in late}
+        start = 0
         for piece, added_id in self.special.split(text, early):
             if added_id is not None:
-                yield piece, added_id
-            else:
-                yield from self.special.split(self._normalize(piece), late)
+                yield piece, added_id, start
+                start, follows = start + len(piece), "added"
+                continue
+            for stretch, added_id, place in self._normalized_stretches(piece, late, follows):
+                yield stretch, added_id, start + place
+                follows = "text" if added_id is None else "added"
+            start += len(self._normalize(piece))
+
+    def _normalized_stretches(
+        self, text: str, late: dict[str, int], follows: Follows
+    ) -> Iterator[tuple[str, int | None, int]]:
+        """The same within a text that holds no added tokens but those which are looked for after normalization."""
+        text, metaspace, start = self._normalize(text), self.metaspace, 0
+        # A space that the normalizer puts in front belongs to a token behind it; the pre-tokenizer puts it there later.
+        prepends = metaspace is not None and metaspace.prefix == "always" and not metaspace.if_missing
+        sought = {" " * prepends + self._normalize(token): token_id for token, token_id in late.items()}
+        if prepends and metaspace.puts_space(text, follows):
+            text, start, follows = " " + text, -1, "text"
+        for piece, added_id in self.special.split(text, sought):
+            begin, start = start, start + len(piece)
+            if added_id is None and metaspace and not prepends and metaspace.puts_space(piece, follows):
+                piece, begin = " " + piece, begin - 1
+            yield piece, added_id, begin
+            follows = "text" if added_id is None else "added"
 
     def encode_batch(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
@@ -278,8 +331,7 @@ class BPETokenizer(Tokenizer):
     ) -> tuple[np.ndarray, np.ndarray]:
         if not all(map(self._is_direct, texts)):
             return super().encode_batch_array(texts, allowed_special, threads)
-        finder = self._finder(allowed_special)
-        return self._engine.encode_batch_array(texts, finder, default_threads(threads))
+        return self._engine.encode_batch_array(texts, self._finder(allowed_special), default_threads(threads))
 
     def encode_file(
         self,
@@ -289,16 +341,16 @@ class BPETokenizer(Tokenizer):
         allowed_special: Allowed = "none",
         progress: Progress | None = None,
     ) -> int:
-        if not self._scans:
+        if not self._scans or self._late:
             return super().encode_file(path, out, threads, allowed_special, progress)
-        finder, threads = self._finder(allowed_special), default_threads(threads)
+        tokens, threads = self._finder(allowed_special), default_threads(threads)
         total, done, size = 0, 0, Path(path).stat().st_size
         with atomic_writer(out) as file:
-            for block in native.file_blocks(self._native, path, finder, threads):
-                if self.normalizer:
-                    ids = self.encode_part(str(block, "utf-8"), "text", allowed_special, threads)
+            for block, follows in native.file_blocks(self._native, path, tokens, self.pattern, threads):
+                if self._is_verbatim:
+                    ids = self._engine.encode_array(block, tokens, threads, follows)
                 else:
-                    ids = self._engine.encode_array(block, finder, threads)
+                    ids = self.encode_part(str(block, "utf-8"), follows.name, allowed_special, threads)
                 file.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).data)
                 total, done = total + len(ids), done + len(block)
                 if progress:
@@ -311,72 +363,69 @@ class BPETokenizer(Tokenizer):
         return self._engine.count(text, self._finder(allowed_special), default_threads(None))
 
     def _safe_cut(self, text: str, limit: int) -> int:
-        return safe_cut(text, limit) if pattern_name(self.pattern) else 0
+        return 0 if any(" " in token for token in self._late) else safe_cut(text, limit, self.pattern)
+
+    def _cut_behind(self, allowed_special: Allowed) -> dict[str, int]:
+        late = self.special.normalized if self._late else ()
+        allowed = self.special.allowed(allowed_special)
+        return {token: token_id for token, token_id in allowed.items() if token not in late}
+
+    # -- ids to text ------------------------------------------------------------------------------------------------
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, joined."""
         if not self._native:
             return super().decode_bytes(ids)
         if self._decoder is None:
-            self._decoder = native.build_decoder(self._native, self._tokens, self.special.texts)
+            added = {token_id: self._added_bytes(token) for token_id, token in self.special.texts.items()}
+            self._decoder = native.build_decoder(self._native, added | self._tokens)
         return self._decoder.decode(id_array(ids, self._bad_id))
 
-    def encode_with_offsets(
-        self, text: str, allowed_special: Allowed = "none"
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the span of characters it touches (of the normalized text, if there is a normalizer)."""
-        return super().encode_with_offsets(self._normalize(text), allowed_special)
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD, or as `errors` says (see `bytes.decode`).
+
+        A space that SentencePiece puts in front of a text is taken away again.
+        """
+        ids = id_array(ids, self._bad_id)
+        if self.metaspace is None or not len(ids):
+            return super().decode(ids, errors)
+        opening = self.metaspace.opening(self.token_bytes(int(ids[0])))
+        return (opening + self.decode_bytes(ids[1:])).decode("utf-8", errors)
+
+    def stream(self, continues: bool = False) -> StreamDecoder:
+        """A decoder that takes ids one by one and never returns half a character.
+
+        continues: the ids go on a text, so that a space in front of them is kept.
+        """
+        opening = self.metaspace.opening if self.metaspace and not continues else None
+        return StreamDecoder(self.token_bytes, opening=opening)
 
     def _spans(self, text: str, ids: list[int]) -> Iterable[tuple[int, int]]:
         lengths = np.array([len(self._tokens[i]) for i in ids], dtype=np.int64)
         ends = np.cumsum(lengths)
         data = np.frombuffer(text.encode(), dtype=np.uint8)
         character = np.cumsum((data & 0xC0) != 0x80) - 1
-        character = character[self._has_byte[data]]
+        known = np.array([token_id is not None for token_id in bytes_of(self._vocab, self.metaspace)])
+        character = character[known[data]]  # the other bytes are dropped
         return zip(character[ends - lengths].tolist(), (character[ends - 1] + 1).tolist())
-
-    @property
-    def _has_byte(self) -> np.ndarray:
-        """Which bytes are tokens; the others are dropped."""
-        return np.array([bytes([byte]) in self._vocab for byte in range(256)])
 
     # -- keeping ----------------------------------------------------------------------------------------------------
 
     def _to_json(self) -> dict:
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        if pattern_name(self.pattern) == "gpt2":
-            pre_tokenizer = {**byte_level, "use_regex": True}
-        else:
-            splits = [
-                {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
-                for step in pattern_steps(self.pattern)
-            ]
-            pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, {**byte_level, "use_regex": False}]}
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": self.whole_words,
-        }
-        stages = {
-            "normalizer": {"type": self.normalizer} if self.normalizer else None,
-            "pre_tokenizer": pre_tokenizer,
-            "post_processor": None,
-            "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
-        }
-        loaded = dict(self.loaded)
-        listed = loaded.pop("vocab", {})  # added tokens that the model's own vocabulary holds too
-        model |= loaded.pop("model", {})
-        model["vocab"] = {to_text(token): token_id for token, token_id in self._vocab.items()} | listed
-        model["merges"] = [[to_text(left), to_text(right)] for left, right in self._merges]
-        return {**stages, **loaded, "model": model}
+        stages = dict(self.loaded) if self.loaded else stages_of(self.pattern, self.normalizer, self.metaspace)
+        listed = stages.pop("vocab", {})  # added tokens that the model's own vocabulary holds too
+        flags = {"ignore_merges": self.whole_words, "byte_fallback": self.metaspace is not None}
+        flags |= stages.pop("model", {})
+        spell, alone = (spell_piece, self.metaspace.byte_tokens) if self.metaspace else (to_text, {})
+        vocab = {f"<0x{byte:02X}>": token_id for byte, token_id in alone.items()} | listed
+        vocab |= {spell(token): token_id for token, token_id in self._vocab.items()}
+        merges = [[spell(left), spell(right)] for left, right in self._merges]
+        return {**stages, "model": {**BPE_FLAGS, **flags, "vocab": vocab, "merges": merges}}
 
 
-def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[str, int]) -> None:
+def _check_vocabulary(
+    vocab: dict[bytes, int], merges: Merges, specials: dict[str, int], metaspace: Metaspace | None
+) -> None:
     ids = set(vocab.values())
     if not ids:
         raise InputError("vocab is empty; it must hold at least one token")
@@ -390,6 +439,9 @@ def _check_vocabulary(vocab: dict[bytes, int], merges: Merges, specials: dict[st
                 raise InputError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
         if not left or not right:
             raise InputError(f"merges holds ({left!r}, {right!r}); both halves need at least one byte")
+    if metaspace and (missing := [byte for byte, token in enumerate(bytes_of(vocab, metaspace)) if token is None]):
+        raise InputError(f"vocab lacks a token for the byte 0x{missing[0]:02x}; unknown tokens are not implemented")
     for token, token_id in specials.items():
-        if token_id in ids and vocab.get(token.encode()) != token_id:
+        spelled = token.replace(SPACE, " ") if metaspace else token
+        if token_id in ids and vocab.get(spelled.encode()) != token_id:
             raise InputError(f"special token {token!r} has id {token_id}, which vocab gives to another token")

@@ -5,18 +5,21 @@ chat templates) is kept, and saved as it was read.
 """
 
 import json
+import re
 from pathlib import Path
 
 from .base import Tokenizer
 from .bpe import BPETokenizer
 from .byte_alphabet import to_bytes
 from .errors import InputError
-from .pipeline import added_tokens, check_overlaps, flat, normalizer_of, pattern_of, prefix_of
+from .metaspace import SPACE, bytes_of, pattern_for
+from .pipeline import added_tokens, check_overlaps, flat, metaspace_of, normalizer_of, pattern_of, prefix_of
 from .rank_files import read_json
 from .sources import read_text
 from .specials import SpecialTokens
 from .words import CharTokenizer, WordTokenizer, is_char_split, is_word_split
 
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _FIXED = ("type", "vocab", "merges", "dropout")  # of a model: what is not kept as it was read
 
 
@@ -92,35 +95,51 @@ def _from_json(data: dict) -> Tokenizer:
 
 
 def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokenizer:
-    for field in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise InputError(f"model.{field} is {model[field]!r}, which a byte-level BPE here does not implement")
-    decoder = data.get("decoder") or {}
-    if decoder.get("type") != "ByteLevel":
-        raise InputError(f"decoder.type is {decoder.get('type')!r}; only byte-level BPE is implemented (ByteLevel)")
-    vocab, listed = {}, {}
-    for text, token_id in model["vocab"].items():
-        if special.ids.get(text) == token_id:
-            listed[text] = token_id
-        else:
-            vocab[to_bytes(text)] = token_id
-    merges = []
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        merges.append((to_bytes(left), to_bytes(right)))
+            raise InputError(f"model.{field} is {model[field]!r}, which is not implemented")
     check_overlaps(special)
-    tokenizer = BPETokenizer(
-        vocab,
-        merges,
-        special,
-        pattern_of(data.get("pre_tokenizer")),
-        whole_words=bool(model.get("ignore_merges")),
-        normalizer=normalizer_of(data.get("normalizer")),
-    )
+    entries = model["vocab"].items()
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    in_merges = {part for left, right in pairs for part in (left, right, left + right)}
+    # Special tokens are often listed in the vocabulary too, and vocabulary among the added tokens.
+    listed = {text: i for text, i in entries if special.ids.get(text) == i and text not in in_merges}
+    spelled = {text: token_id for text, token_id in entries if text not in listed}
+    read = _read_pieces if model.get("byte_fallback") else _read_byte_level
+    tokens, options = read(data, spelled)
+    vocab = {token: spelled[text] for text, token in tokens.items()}
+    if len(vocab) != len(tokens):
+        raise InputError("model.vocab spells one token in two ways, with a space and with ▁, which is not implemented")
+    merges = [(tokens[left], tokens[right]) for left, right in pairs]
+    whole_words = bool(model.get("ignore_merges"))
+    if "metaspace" in options:
+        options["pattern"] = pattern_for(merges, whole_words)
+    elif model.get("unk_token") and None in bytes_of(vocab, None):
+        raise InputError(f"model.unk_token is {model['unk_token']!r} and bytes are missing, which is not implemented")
+    tokenizer = BPETokenizer(vocab, merges, special, whole_words=whole_words, **options)
     stages = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     kept = {name: value for name, value in model.items() if name not in _FIXED}
     tokenizer.loaded = {name: data.get(name) for name in stages} | {"model": kept, "vocab": listed}
     return tokenizer
+
+
+def _read_byte_level(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes], dict]:
+    """The tokens of a byte-level vocabulary, and what BPETokenizer must know besides."""
+    decoder = data.get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+        raise InputError(
+            f"decoder.type is {decoder.get('type')!r}; implemented are ByteLevel, and SentencePiece with byte_fallback"
+        )
+    pattern, form = pattern_of(data.get("pre_tokenizer")), normalizer_of(data.get("normalizer"))
+    return {text: to_bytes(text) for text in spelled}, {"pattern": pattern, "normalizer": form}
+
+
+def _read_pieces(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes], dict]:
+    """The tokens of a SentencePiece vocabulary, and what BPETokenizer must know besides."""
+    alone = {text: int(text[3:5], 16) for text in spelled if len(text) == 6 and _BYTE_TOKEN.fullmatch(text)}
+    form, metaspace = metaspace_of(data, {byte: spelled[text] for text, byte in alone.items()})
+    tokens = {text: text.replace(SPACE, " ").encode() for text in spelled if text not in alone}
+    return tokens, {"normalizer": form, "metaspace": metaspace}
 
 
 def _words_from_json(data: dict, model: dict, special: SpecialTokens) -> Tokenizer:

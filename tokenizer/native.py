@@ -12,6 +12,7 @@ from typing import Any
 
 from .byte_alphabet import HF_ORDER
 from .errors import InputError
+from .metaspace import Metaspace, bytes_of, character_merges
 from .patterns import Pattern, pattern_name, split
 from .reference import Merges, Progress, WordCounts, count_words
 from .sources import Corpus, documents, size_of
@@ -32,25 +33,37 @@ def extension() -> ModuleType | None:
 
 
 def build_encoder(
-    native: ModuleType, vocab: dict[bytes, int], merges: Merges, pattern: Pattern, whole_words: bool, wide: bool
+    native: ModuleType,
+    vocab: dict[bytes, int],
+    merges: Merges,
+    pattern: Pattern,
+    whole_words: bool,
+    metaspace: Metaspace | None,
+    wide: bool,
 ) -> Any:
     """A native encoder for a vocabulary; for a pattern it has no scanner for, only `encode_pieces` may be used.
 
     wide: ids are uint32 instead of uint16.
     """
+    byte_ids = bytes_of(vocab, metaspace)
+    first_fragment = 1 + max(*vocab.values(), *(token_id for token_id in byte_ids if token_id is not None))
+    triples = character_merges(vocab, byte_ids, first_fragment) if metaspace else []
+    triples += [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
+    left, right, merged = zip(*triples) if triples else ((), (), ())
     return (native.BPE32 if wide else native.BPE16)(
-        [vocab.get(bytes([byte]), _NO_TOKEN) for byte in range(256)],
-        [vocab[left] for left, _ in merges],
-        [vocab[right] for _, right in merges],
-        [vocab[left + right] for left, right in merges],
+        [_NO_TOKEN if token_id is None else token_id for token_id in byte_ids],
+        left,
+        right,
+        merged,
         pattern_name(pattern) or "gpt4",
         list(vocab.items()) if whole_words else [],
+        first_fragment,
+        native.Metaspace(metaspace.prefix, metaspace.if_missing) if metaspace else native.Metaspace(),
     )
 
 
-def build_decoder(native: ModuleType, tokens: dict[int, bytes], specials: dict[int, str]) -> Any:
+def build_decoder(native: ModuleType, every: dict[int, bytes]) -> Any:
     """A native decoder: the bytes of each id, in an array."""
-    every = {**{token_id: token.encode() for token_id, token in specials.items()}, **tokens}
     size = 1 + max(every)
     return native.Decoder([every.get(i, b"") for i in range(size)], [i in every for i in range(size)])
 
@@ -61,8 +74,14 @@ def byte_ends(text: str, pattern: Pattern) -> list[int]:
     return list(accumulate(map(len, pieces if text.isascii() else map(str.encode, pieces))))
 
 
-def file_blocks(native: ModuleType, path: str | Path, specials: Any, threads: int) -> Iterator[memoryview]:
-    """A UTF-8 file as blocks that can be encoded one by one; a block is valid until the next one is asked for."""
+def file_blocks(
+    native: ModuleType, path: str | Path, specials: Any, pattern: Pattern, threads: int
+) -> Iterator[tuple[memoryview, Any]]:
+    """A UTF-8 file as blocks that can be encoded one by one, each with what it follows (`native.Follows`).
+
+    A block is valid until the next one is asked for.
+    """
+    follows = native.Follows.start
     buffer = bytearray(_BLOCK * threads)
     held = done = 0
     with open(path, "rb", buffering=0) as file:
@@ -72,14 +91,15 @@ def file_blocks(native: ModuleType, path: str | Path, specials: Any, threads: in
             got = file.readinto(memoryview(buffer)[held:])
             held += got
             view = memoryview(buffer)[:held]
-            cut = native.stream_cut(view, specials) if got else held
+            cut, behind = native.stream_cut(view, specials, pattern_name(pattern)) if got else (held, None)
             if not cut and got:
                 continue
             invalid = native.first_invalid_utf8(view[:cut])
             if invalid < cut:
                 raise InputError(f"{path} is not valid UTF-8 at byte {done + invalid}")
             if cut:
-                yield view[:cut]
+                yield view[:cut], follows
+                follows = behind
             if not got:
                 return
             buffer[: held - cut] = view[cut:]
@@ -105,7 +125,10 @@ def train_merges(
     finder = native.Specials([(token.encode(), 0, False, False) for token in specials]) if specials else None
     if name:
         for document in documents(corpus):
-            for block in file_blocks(native, document, finder, threads) if isinstance(document, Path) else [document]:
+            blocks = [(document, None)]
+            if isinstance(document, Path):
+                blocks = file_blocks(native, document, finder, pattern, threads)
+            for block, _ in blocks:
                 counter.add(block, finder)
                 done += len(block)
                 if reading:

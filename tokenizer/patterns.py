@@ -9,6 +9,8 @@ too, so no byte is ever lost.
 `gpt4`   the same with any case of contraction, digits in groups of three, and newlines that end a piece.
 `o200k`  words also break where a lowercase letter meets an uppercase one; a contraction stays with its word.
 `qwen2`  gpt4 with single digits.
+`spaces` spaces and the word behind them; with those behind a > too, to which some vocabularies join them. What
+         SentencePiece, which does not pretokenize, can be cut into (metaspace.py).
 """
 
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ PATTERNS: dict[str, str] = {
             r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _TAIL,
         ]
     ),
+    "spaces": r" *(?:[^ ]|(?<=>) +)+| +",
     "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
 }
 
@@ -97,14 +100,19 @@ def _split_once(text: str, step: regex.Pattern) -> Iterator[str]:
 
 
 _CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])[^\p{L}\p{N}\p{M}']")
+_CUT_AT_SPACE = regex.compile(r"(?r)(?<=[\p{L}\p{N}]) ")
 
 
-def safe_cut(text: str, limit: int) -> int:
-    """The last position up to `limit` where a named pattern always cuts, whatever stands before or after; 0 if none.
+def safe_cut(text: str, limit: int, pattern: Pattern) -> int:
+    """The last position up to `limit` where a pattern always cuts, whatever stands before or after; 0 if none.
 
     A letter or digit followed by space or punctuation ends a piece in each of the named patterns; an apostrophe might
     begin a contraction and a combining mark might continue a word, so they are no such place. One character after the
-    position must be known, which is why a stream holds a little back.
+    position must be known, which is why a stream holds a little back. Of other patterns nothing is known.
     """
-    match = _CUT.search(text, 0, min(limit + 1, len(text)))
+    name = pattern_name(pattern)
+    if name is None:
+        return 0
+    find = _CUT_AT_SPACE if name == "spaces" else _CUT
+    match = find.search(text, 0, min(limit + 1, len(text)))
     return match.start() if match else 0

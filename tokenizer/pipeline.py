@@ -7,12 +7,15 @@ Every pre-tokenizer reduces to regular expressions whose matches, and what stand
 of them in a row cut the pieces of the one before.
 """
 
+import json
+from itertools import takewhile
 from typing import Any
 
 import regex
 
 from .errors import InputError
-from .patterns import FORMS, PATTERNS, Pattern, pattern_name
+from .metaspace import SPACE, Metaspace
+from .patterns import FORMS, PATTERNS, Pattern, pattern_name, pattern_steps
 from .specials import SpecialTokens
 
 _PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"  # Unicode's, and every ASCII sign
@@ -67,6 +70,57 @@ def normalizer_of(stage: dict | None) -> str | None:
     return steps[0]
 
 
+def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, Metaspace]:
+    """The normalization form of a SentencePiece pipeline, and the rest of it."""
+    form, spaced, fields = None, False, {}
+    replaces: dict[str, str] = {}
+    for number, step in enumerate(flat(data.get("normalizer"), "normalizers")):
+        kind, pattern, content = step["type"], step.get("pattern", {}).get("String"), step.get("content")
+        if kind in FORMS and number == 0:
+            form = kind
+        elif kind == "Prepend" and step["prepend"] == SPACE:
+            fields = {"prefix": "always"}
+        elif kind == "Replace" and pattern == " " and content == SPACE:
+            spaced = True
+        elif kind == "Replace" and pattern and not spaced:
+            replaces[pattern] = content
+        else:
+            raise InputError(f"normalizer holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
+    for step in flat(data.get("pre_tokenizer"), "pretokenizers"):
+        kind, pattern = step["type"], step.get("pattern", {}).get("String", "")
+        if kind == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True):
+            scheme = _scheme(step)
+            fields = fields or {"prefix": scheme, "if_missing": scheme != "never"}
+            spaced = True
+        elif kind != "Split" or not spaced or not (" " in pattern or pattern in replaces):  # the others never match
+            raise InputError(
+                f"pre_tokenizer holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback"
+            )
+    if not spaced:
+        raise InputError("normalizer and pre_tokenizer leave spaces as they are, which byte_fallback needs as ▁")
+    strip = _strip_of(data.get("decoder"))
+    return form, Metaspace(byte_tokens, **fields, strip=strip, replaces=tuple(replaces.items()))
+
+
+def _scheme(step: dict) -> str:
+    """Where a Metaspace step puts spaces; older files say it in other words."""
+    return step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+
+
+def _strip_of(stage: dict | None) -> str:
+    """What the decoder of a SentencePiece pipeline takes away in front."""
+    strip = "never"
+    for step in flat(stage, "decoders"):
+        kind = step["type"]
+        if kind == "Metaspace" and _scheme(step) != "never":
+            strip = "token"
+        elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0):
+            strip = "space"
+        elif kind not in ("Metaspace", "ByteFallback", "Fuse") and step.get("pattern") != {"String": SPACE}:
+            raise InputError(f"decoder holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
+    return strip
+
+
 def pattern_of(stage: dict | None) -> Pattern:
     """The pattern of a byte-level pre-tokenizer."""
     steps = flat(stage, "pretokenizers")
@@ -115,9 +169,51 @@ def prefix_of(stage: dict | None) -> list[int]:
     """What a post-processor puts before a text: the special tokens in front of the sequence of a template."""
     ids: list[int] = []
     for step in flat(stage, "processors"):
-        if step["type"] == "TemplateProcessing":
-            for part in step["single"]:
-                if "Sequence" in part:
-                    break
-                ids = [*step["special_tokens"][part["SpecialToken"]["id"]]["ids"], *ids]
+        if step["type"] != "TemplateProcessing":
+            continue
+        before = takewhile(lambda part: "SpecialToken" in part, step["single"])
+        names = [part["SpecialToken"]["id"] for part in before]
+        ids = [token_id for name in names for token_id in step["special_tokens"][name]["ids"]] + ids
     return ids
+
+
+BPE_FLAGS = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+}
+
+
+def stages_of(pattern: Pattern, form: str | None, metaspace: Metaspace | None) -> dict:
+    """The stages of a tokenizer.json for a pipeline that was not read from one."""
+    normalizers = [{"type": form}] if form else []
+    if metaspace is None:
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        splits = [
+            {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+            for step in pattern_steps(pattern)
+        ]
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, {**byte_level, "use_regex": False}]}
+        return {
+            "normalizer": normalizers[0] if form else None,
+            "pre_tokenizer": {**byte_level, "use_regex": True} if pattern_name(pattern) == "gpt2" else pre_tokenizer,
+            "post_processor": None,
+            "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+        }
+    prepends = metaspace.prefix == "always" and not metaspace.if_missing
+    normalizers += [{"type": "Prepend", "prepend": SPACE}] if prepends else []
+    for old, new in (*metaspace.replaces, (" ", SPACE)):
+        normalizers.append({"type": "Replace", "pattern": {"String": old}, "content": new})
+    step = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": metaspace.prefix, "split": False}
+    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
+    decoders.append({"type": "Fuse"})
+    decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if metaspace.strip != "never" else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None if prepends or metaspace.prefix == "never" else step,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+    }

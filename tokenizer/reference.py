@@ -14,10 +14,11 @@ import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from .byte_alphabet import HF_ORDER
-from .patterns import Pattern, pattern_name, safe_cut, split
+from .patterns import Pattern, safe_cut, split
 from .sources import Corpus, documents, read_pieces, size_of
 from .specials import SpecialTokens, cut_stream, finder
 
@@ -33,7 +34,7 @@ def count_words(
 ) -> WordCounts:
     """How often each distinct piece of a corpus occurs: all that training needs to know about it."""
     done, total = 0, size_of(corpus) if reading else 0
-    cut = safe_cut if pattern_name(pattern) else lambda text, limit: 0
+    cut = partial(safe_cut, pattern=pattern)
     special = SpecialTokens({token: number for number, token in enumerate(dict.fromkeys(specials))})
     find = finder(frozenset(special.ids))
     counts: Counter[str] = Counter()
@@ -140,10 +141,21 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 class PythonBPE:
     """Encoding and decoding with a list of merges; what `warploom._native.BPE` does, in Python."""
 
-    def __init__(self, vocab: dict[bytes, int], merges: Merges, pattern: Pattern, whole_words: bool) -> None:
+    def __init__(
+        self,
+        vocab: dict[bytes, int],
+        merges: Merges,
+        pattern: Pattern,
+        whole_words: bool,
+        byte_tokens: dict[int, int] | None = None,
+    ) -> None:
+        """`byte_tokens`: words start from characters, and from these for characters that are no tokens."""
         self.pattern = pattern
         self.whole_words = vocab if whole_words else {}
+        self.characters = None if byte_tokens is None else vocab
         self.byte_ids = [vocab.get(bytes([byte])) for byte in range(256)]
+        if byte_tokens is not None:
+            self.byte_ids = [byte_tokens.get(byte) for byte in range(256)]
         self.ranks: dict[tuple[int, int], tuple[int, int]] = {}
         for rank, (left, right) in enumerate(merges):
             self.ranks.setdefault((vocab[left], vocab[right]), (rank, vocab[left + right]))
@@ -169,7 +181,7 @@ class PythonBPE:
         """Ids of one piece."""
         if word in self.whole_words:
             return [self.whole_words[word]]
-        ids = [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None]
+        ids = self._first_ids(word)
         after = list(range(1, len(ids) + 1))  # a linked list over positions; a merged position holds id -1
         before = list(range(-1, len(ids) - 1))
         ranks = self.ranks
@@ -188,6 +200,16 @@ class PythonBPE:
             if before[i] >= 0:
                 self._offer(heap, before[i], (ids[before[i]], ids[i]))
         return [token_id for token_id in ids if token_id >= 0]
+
+    def _first_ids(self, word: bytes) -> list[int]:
+        """What a word is before any merge: its bytes or its characters."""
+        if self.characters is None:
+            return [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None]
+        ids: list[int] = []
+        for character in map(str.encode, word.decode()):
+            whole = self.characters.get(character)
+            ids += [self.byte_ids[byte] for byte in character] if whole is None else [whole]
+        return ids
 
     def _offer(self, heap: list, position: int, pair: tuple[int, int]) -> None:
         if pair in self.ranks:

@@ -12,16 +12,27 @@ from collections.abc import Callable
 class StreamDecoder:
     """Turns token ids into text one at a time; made by `tokenizer.stream()`."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes], errors: str = "replace") -> None:
-        self._token_bytes = token_bytes
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        errors: str = "replace",
+        opening: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        """`opening`: what the bytes of the first token are where the text begins with them."""
+        self._token_bytes, self._opening = token_bytes, opening
+        self._opens = opening is not None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; often one word, sometimes empty."""
-        return self._decoder.decode(self._token_bytes(token_id))
+        data = self._token_bytes(token_id)
+        if self._opens:
+            data, self._opens = self._opening(data), False
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """What an unfinished character at the end decodes to; resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._opens = self._opening is not None
         return rest

@@ -15,7 +15,7 @@ import regex
 from .base import Tokenizer, id_array
 from .errors import InputError
 from .sources import Corpus, documents, read_pieces
-from .specials import Follows, SpecialTokens, cut_stream, finder
+from .specials import SpecialTokens, cut_stream, finder
 
 Span = tuple[int, int]
 
@@ -89,7 +89,7 @@ class CharTokenizer(_Vocabulary):
         vocab = {character: first + i for i, character in enumerate(sorted(characters))}
         return cls(vocab, {token: i for i, token in enumerate(specials)})
 
-    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
+    def _encode_stretch(self, text: str) -> list[int]:
         text.encode()  # a lone surrogate is an error here, as in every tokenizer
         get, unknown = self._vocab.get, self.unknown_id
         return [get(character, unknown) for character in text]
@@ -146,7 +146,7 @@ class WordTokenizer(_Vocabulary):
         vocab = {word: len(specials) + i for i, word in enumerate(words)}
         return cls(vocab, {token: i for i, token in enumerate(specials)}, lowercase=lowercase)
 
-    def _encode_ordinary(self, text: str, follows: Follows = "start") -> list[int]:
+    def _encode_stretch(self, text: str) -> list[int]:
         text.encode()
         get, unknown = self._vocab.get, self.unknown_id
         return [get(word, unknown) for word in _words(text, self.lowercase)]
@@ -161,7 +161,7 @@ class WordTokenizer(_Vocabulary):
         """The words, with a space between each two."""
         return b" ".join(map(self.token_bytes, id_array(ids, self._bad_id).tolist()))
 
-    def stream(self):
+    def stream(self, continues: bool = False):
         """A decoder that takes ids one by one."""
         return _SpacedStream(self)
 

@@ -32,8 +32,10 @@ template <class Id>
 class Bpe {
 public:
     Bpe(std::vector<TokenId> byte_ids, std::vector<TokenId> left, std::vector<TokenId> right, std::vector<TokenId> merged,
-        const std::string& pattern, std::vector<std::pair<std::string, TokenId>> whole_words)
-        : encoder_(Merges(byte_ids, left, right, merged), pattern_of(pattern), std::move(whole_words)) {}
+        const std::string& pattern, std::vector<std::pair<std::string, TokenId>> whole_words, TokenId first_fragment,
+        Metaspace metaspace)
+        : encoder_(Merges(byte_ids, left, right, merged, first_fragment), pattern_of(pattern), std::move(whole_words),
+                   metaspace) {}
 
     ~Bpe() {
         for (PyObject* number : numbers_) Py_XDECREF(number);
@@ -44,7 +46,7 @@ public:
     py::list encode(py::handle text, const Specials* specials) {
         Text view(text, !specials);
         IdBuffer<Id> ids;
-        run(text, view.view, specials, 1, ids, nullptr);
+        run(text, view.view, specials, Follows::kStart, 1, ids, nullptr);
         return to_list(ids.data(), ids.size);
     }
 
@@ -58,17 +60,17 @@ public:
         return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, holder.ptr(), nullptr));
     }
 
-    py::array encode_array(py::handle text, const Specials* specials, unsigned threads) const {
+    py::array encode_array(py::handle text, const Specials* specials, unsigned threads, Follows follows) const {
         Text view(text, !specials);
         IdBuffer<Id> ids;
-        run(text, view.view, specials, threads, ids, nullptr);
+        run(text, view.view, specials, follows, threads, ids, nullptr);
         return to_array(ids);
     }
 
     size_t count(py::handle text, const Specials* specials, unsigned threads) const {
         Text view(text, !specials);
         IdBuffer<Id> ids;
-        run(text, view.view, specials, threads, ids, nullptr);
+        run(text, view.view, specials, Follows::kStart, threads, ids, nullptr);
         return ids.size;
     }
 
@@ -126,15 +128,15 @@ private:
     }
 
     // `source`: a text, or a sequence of texts, that `texts` are views of.
-    void run(py::handle source, Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
-             std::vector<uint64_t>* ends) const {
+    void run(py::handle source, Texts texts, const Specials* specials, Follows follows, unsigned threads,
+             IdBuffer<Id>& ids, std::vector<uint64_t>* ends) const {
         size_t total = 0;
         for (const TextView& text : texts) total += text.size;
         constexpr size_t kSmall = 1 << 12;  // letting the lock go costs more than encoding so little
-        if (total < kSmall) return encoder_.encode(texts, specials, 1, ids, ends, [] {});
+        if (total < kSmall) return encoder_.encode(texts, specials, follows, 1, ids, ends, [] {});
         try {
             py::gil_scoped_release unlocked;
-            encoder_.encode(texts, specials, threads, ids, ends, check_signals);
+            encoder_.encode(texts, specials, follows, threads, ids, ends, check_signals);
         } catch (const NoUtf8&) {
             explain(source);
         }
@@ -161,7 +163,7 @@ private:
             views.push_back(owners.back().view);
         }
         std::vector<uint64_t> ends;
-        run(texts, views, specials, threads, ids, &ends);
+        run(texts, views, specials, Follows::kStart, threads, ids, &ends);
         return ends;
     }
 
@@ -187,10 +189,13 @@ template <class Id>
 void bind_bpe(py::module_& module, const char* name) {
     py::class_<Bpe<Id>>(module, name)
         .def(py::init<std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>, std::vector<TokenId>,
-                      const std::string&, std::vector<std::pair<std::string, TokenId>>>())
+                      const std::string&, std::vector<std::pair<std::string, TokenId>>, TokenId, Metaspace>(),
+             py::arg("byte_ids"), py::arg("left"), py::arg("right"), py::arg("merged"), py::arg("pattern"),
+             py::arg("whole_words"), py::arg("first_fragment") = kNoToken, py::arg("metaspace") = Metaspace{})
         .def("encode", &Bpe<Id>::encode)
         .def("bare_encode", [](const py::object& self) { return self.cast<Bpe<Id>&>().bare_encode(self); })
-        .def("encode_array", &Bpe<Id>::encode_array)
+        .def("encode_array", &Bpe<Id>::encode_array, py::arg("text"), py::arg("specials"), py::arg("threads"),
+             py::arg("follows") = Follows::kStart)
         .def("count", &Bpe<Id>::count)
         .def("encode_batch", &Bpe<Id>::encode_batch)
         .def("encode_batch_array", &Bpe<Id>::encode_batch_array)
@@ -258,6 +263,18 @@ void as_input_error(std::exception_ptr error) {
 
 void bind_tokenizer(py::module_& module) {
     py::register_local_exception_translator(&as_input_error);
+    py::enum_<Follows>(module, "Follows")
+        .value("start", Follows::kStart)
+        .value("added", Follows::kAdded)
+        .value("text", Follows::kText);
+
+    py::class_<Metaspace>(module, "Metaspace").def(py::init<>()).def(py::init([](const std::string& prefix, bool if_missing) {
+        if (prefix != "never" && prefix != "first" && prefix != "always")
+            throw py::value_error("prefix is '" + prefix + "'; it must be never, first or always");
+        return Metaspace{true, prefix == "never" ? Metaspace::kNever : prefix == "first" ? Metaspace::kFirst : Metaspace::kAlways,
+                         if_missing};
+    }));
+
     py::class_<Specials>(module, "Specials")
         .def(py::init([](const std::vector<std::tuple<std::string, TokenId, bool, bool>>& tokens) {
             std::vector<AddedToken> added;
@@ -273,8 +290,10 @@ void bind_tokenizer(py::module_& module) {
         .def("decode", &decode_array);
 
     module.def("split", &split, "Byte offsets of the ends of a text's pieces.");
-    module.def("stream_cut", [](py::handle text, const Specials* specials) { return stream_cut(Text(text).view, specials); },
-               "Up to where a text that goes on may be treated as if it ended there.");
+    module.def("stream_cut", [](py::handle text, const Specials* specials, const std::string& pattern) {
+        StreamCut cut = stream_cut(Text(text).view, specials, pattern_of(pattern));
+        return py::make_tuple(cut.at, cut.follows);
+    }, "Up to where a text that goes on may be treated as if it ended there, and what the rest follows.");
     module.def("first_invalid_utf8", [](py::handle text) {
         Text utf8(text);
         return first_invalid_utf8(utf8.view.data, utf8.view.size);

@@ -94,43 +94,46 @@ namespace {
 
 // As `safe_cut`, but of characters.
 template <class Unit>
-size_t safe_cut_of(const Unit* text, size_t begin, size_t limit) {
+size_t safe_cut_of(const Unit* text, Pattern pattern, size_t begin, size_t limit) {
     for (size_t at = limit; at > begin; --at) {
+        if (pattern == Pattern::kSpaces && text[at] != ' ') continue;
         if (text[at] == '\'' || (class_of(text[at]) & (kLetter | kDigit | kMark))) continue;
         if (class_of(text[at - 1]) & (kLetter | kDigit)) return at;
     }
     return begin;
 }
 
-void cut_wide(TextView text, size_t segment_size, std::vector<Segment>& segments) {
-    for (size_t begin = 0, limit; begin < text.size; begin = limit) {
+void cut_wide(TextView text, Pattern pattern, Follows follows, size_t segment_size, std::vector<Segment>& segments) {
+    for (size_t begin = 0, limit; begin < text.size; begin = limit, follows = Follows::kText) {
         limit = text.size;
         if (limit - begin > segment_size + segment_size / 2) {
             size_t wanted = begin + segment_size;
-            limit = text.width == 1   ? safe_cut_of(text.data, begin, wanted)
-                    : text.width == 2 ? safe_cut_of(reinterpret_cast<const uint16_t*>(text.data), begin, wanted)
-                                      : safe_cut_of(reinterpret_cast<const uint32_t*>(text.data), begin, wanted);
+            limit = text.width == 1   ? safe_cut_of(text.data, pattern, begin, wanted)
+                    : text.width == 2 ? safe_cut_of(reinterpret_cast<const uint16_t*>(text.data), pattern, begin, wanted)
+                                      : safe_cut_of(reinterpret_cast<const uint32_t*>(text.data), pattern, begin, wanted);
             if (limit == begin) limit = text.size;
         }
-        segments.push_back({text.data, begin, limit, text.size, 0, false, text.width});
+        segments.push_back({text.data, begin, limit, text.size, 0, false, text.width, follows});
     }
 }
 
 }  // namespace
 
-void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments) {
-    if (text.width) return cut_wide(text, std::min(segment_size, kWideSegment), segments);
+void cut_segments(TextView text, const Specials* specials, Pattern pattern, Follows follows, size_t segment_size,
+                  std::vector<Segment>& segments) {
+    if (text.width) return cut_wide(text, pattern, follows, std::min(segment_size, kWideSegment), segments);
     size_t begin = 0, from = 0;
     while (true) {
         Specials::Found special = specials ? specials->next(text, from, begin) : Specials::Found{text.size, text.size, 0, 0, 0};
-        for (size_t limit; begin < special.begin; begin = limit) {
+        for (size_t limit; begin < special.begin; begin = limit, follows = Follows::kText) {
             limit = special.begin;
             if (limit - begin > segment_size + segment_size / 2) {
-                limit = safe_cut(text.data, begin, begin + segment_size, special.begin);
+                limit = safe_cut(text.data, pattern, begin, begin + segment_size, special.begin);
                 if (limit == begin) limit = special.begin;
             }
-            segments.push_back({text.data, begin, limit, special.begin, 0, false});
+            segments.push_back({text.data, begin, limit, special.begin, 0, false, 0, follows});
         }
+        follows = Follows::kAdded;
         if (special.begin == special.end) return;
         segments.push_back({text.data, 0, 0, 0, special.id, false});
         begin = special.end;
@@ -138,23 +141,27 @@ void cut_segments(TextView text, const Specials* specials, size_t segment_size, 
     }
 }
 
-uint64_t stream_cut(TextView text, const Specials* specials) {
+StreamCut stream_cut(TextView text, const Specials* specials, Pattern pattern) {
     size_t longest = specials ? specials->longest() : 1;
-    if (text.size <= longest) return 0;
+    if (text.size <= longest) return {0, Follows::kText};
     size_t limit = text.size - longest, begin = 0, from = 0;
     while (begin < limit) {
         Specials::Found special = specials ? specials->next(text, from, begin) : Specials::Found{text.size, text.size, 0, text.size, 0};
         if (special.from >= limit || special.end == text.size)  // white space that it takes along may go on
-            return safe_cut(text.data, begin, std::min(limit, special.begin), special.begin);
+        {
+            uint64_t cut = safe_cut(text.data, pattern, begin, std::min(limit, special.begin), special.begin);
+            return {cut, cut == begin ? Follows::kAdded : Follows::kText};
+        }
         begin = special.end;
         from = special.next;
     }
-    return begin;
+    return {begin, Follows::kAdded};
 }
 
 template <class Id>
-Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words)
-    : merges_(std::move(merges)), pattern_(pattern), divides_(whole_words.empty()) {
+Encoder<Id>::Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words,
+                     Metaspace metaspace)
+    : merges_(std::move(merges)), pattern_(pattern), metaspace_(metaspace), divides_(whole_words.empty()) {
     for (const auto& [token, id] : whole_words) whole_words_.add(token, id);
 }
 
@@ -202,9 +209,9 @@ Id* Encoder<Id>::encode_waiting(Cache& cache, Id* ids, Id* out) const {
         const WordKey& key = waiting.keys[i];
         Id* const from = ids + waiting.places[i] + key.length();
         Id* const until = i + 1 < waiting.count ? ids + waiting.places[i + 1] : out;
-        for (size_t k = 0; k < waiting.sizes[i]; ++k) end[k] = static_cast<Id>(merges_.id(waiting.symbols[k][i]));
-        if (!cache.find(key)) cache.insert(key.bytes(), key.length(), end, waiting.sizes[i]);
-        end += waiting.sizes[i];
+        Id* const word = end;
+        for (size_t k = 0; k < waiting.sizes[i]; ++k) end = merges_.put(waiting.symbols[k][i], end);
+        if (!cache.find(key)) cache.insert(key.bytes(), key.length(), word, static_cast<size_t>(end - word));
         std::memmove(end, from, static_cast<size_t>(until - from) * sizeof(Id));
         end += until - from;
     }
@@ -241,8 +248,53 @@ void Encoder<Id>::encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>
     else if (segment.width == 2) size = kernels().utf8_of_2(reinterpret_cast<const uint16_t*>(text), count, utf8.data());
     else size = kernels().utf8_of_4(reinterpret_cast<const uint32_t*>(text), count, utf8.data());
     if (size == kNoUtf8) throw NoUtf8();
-    encode_segment({utf8.data(), 0, size, size, 0, false}, cache, ids);
+    encode_segment({utf8.data(), 0, size, size, 0, false, 0, segment.follows}, cache, ids);
     if (utf8.size() > 8 * kWideSegment) std::vector<uint8_t>().swap(utf8);
+}
+
+namespace {
+
+constexpr uint8_t kMark[] = {0xE2, 0x96, 0x81};  // ▁, U+2581: a space to SentencePiece
+
+// The first ▁ from p on; `end` if there is none.
+const uint8_t* find_mark(const uint8_t* p, const uint8_t* end) {
+    while (end - p >= 3) {
+        p = static_cast<const uint8_t*>(std::memchr(p, kMark[0], static_cast<size_t>(end - p - 2)));
+        if (!p) return end;
+        if (p[1] == kMark[1] && p[2] == kMark[2]) return p;
+        ++p;
+    }
+    return end;
+}
+
+}  // namespace
+
+// Whether a segment gets a space in front.
+template <class Id>
+bool Encoder<Id>::is_spaced(const Segment& segment) const {
+    if (segment.follows == Follows::kText || metaspace_.prefix == Metaspace::kNever) return false;
+    if (segment.follows == Follows::kAdded && metaspace_.prefix == Metaspace::kFirst) return false;
+    const uint8_t *p = segment.text + segment.begin, *end = segment.text + segment.limit;
+    return !metaspace_.if_missing || (*p != ' ' && find_mark(p, std::min(p + 3, end)) != p);
+}
+
+// Encodes a copy of a segment, with a space in front if it gets one, and with spaces for ▁.
+template <class Id>
+void Encoder<Id>::encode_marked(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const {
+    const uint8_t *p = segment.text + segment.begin, *end = segment.text + segment.limit;
+    std::vector<uint8_t>& copy = cache.marked;
+    copy.clear();
+    copy.reserve(segment.limit - segment.begin + 1);
+    if (is_spaced(segment)) copy.push_back(' ');
+    while (p < end) {
+        const uint8_t* mark = find_mark(p, end);
+        copy.insert(copy.end(), p, mark);
+        if (mark == end) break;
+        copy.push_back(' ');
+        p = mark + 3;
+    }
+    encode_text({copy.data(), 0, copy.size(), copy.size(), 0, false}, cache, ids);
+    if (copy.capacity() > 8 * kSegment) std::vector<uint8_t>().swap(copy);
 }
 
 template <class Id>
@@ -252,6 +304,14 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
         ids.push(static_cast<Id>(segment.special));
         return;
     }
+    const uint8_t *begin = segment.text + segment.begin, *end = segment.text + segment.limit;
+    if (metaspace_.marks && (is_spaced(segment) || find_mark(begin, end) != end)) encode_marked(segment, cache, ids);
+    else encode_text(segment, cache, ids);
+}
+
+// Splits a segment of UTF-8 and looks its pieces up.
+template <class Id>
+void Encoder<Id>::encode_text(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const {
     SplitFunction split_next = split_function(pattern_);
     LookUp<Id> look_up = look_up_function<Id>();
     if (cache.ends.empty()) cache.ends.resize(kPiecesAtOnce + kSplitMargin);
@@ -274,12 +334,12 @@ void Encoder<Id>::settle(Cache& cache, IdBuffer<Id>& ids) const {
 }
 
 template <class Id>
-void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids,
+void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows, unsigned threads, IdBuffer<Id>& ids,
                          std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const {
     if (texts.count == 1 && !specials && texts.first->size < kSmallSegment) {
         std::unique_ptr<Cache> cache = caches_.take();
         const TextView& text = *texts.first;
-        if (text.size) encode_segment({text.data, 0, text.size, text.size, 0, true, text.width}, *cache, ids);
+        if (text.size) encode_segment({text.data, 0, text.size, text.size, 0, true, text.width, follows}, *cache, ids);
         if (ends) ends->push_back(ids.size);
         caches_.give_back(std::move(cache));
         return;
@@ -293,7 +353,7 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, unsigned threads
     std::vector<Segment> segments;
     for (const TextView& text : texts) {
         size_t before = segments.size();
-        if (text.size) cut_segments(text, specials, segment_size, segments);
+        if (text.size) cut_segments(text, specials, pattern_, follows, segment_size, segments);
         if (segments.size() == before) segments.push_back({nullptr, 0, 0, 0, 0, true});  // an empty text
         else segments.back().ends_text = true;
     }

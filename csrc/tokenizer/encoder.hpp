@@ -122,6 +122,17 @@ private:
     size_t longest_ = 1;
 };
 
+// What stands before a stretch of text.
+enum class Follows : uint8_t { kStart, kAdded, kText };
+
+// How SentencePiece treats spaces: ▁ in text is one (`marks`), and a stretch of text may get one in front.
+struct Metaspace {
+    enum Prefix : uint8_t { kNever, kFirst, kAlways };  // `kFirst`: only where the text begins, not behind added tokens
+    bool marks = false;
+    Prefix prefix = kNever;
+    bool if_missing = false;  // not where there is a space already
+};
+
 // A stretch of ordinary text; an added token if begin == limit; an empty text if there is no text.
 struct Segment {
     const uint8_t* text;
@@ -129,23 +140,31 @@ struct Segment {
     TokenId special;
     bool ends_text;
     int width = 0;  // as in TextView
+    Follows follows = Follows::kText;
 };
 
 // Cuts a text at its added tokens (which only UTF-8 may have), and where it may be cut into pieces of about `segment_size`.
-void cut_segments(TextView text, const Specials* specials, size_t segment_size, std::vector<Segment>& segments);
+void cut_segments(TextView text, const Specials* specials, Pattern pattern, Follows follows, size_t segment_size,
+                  std::vector<Segment>& segments);
 
-// Up to where a text that goes on may be treated as if it ended there; 0 if more of it must be seen.
-uint64_t stream_cut(TextView text, const Specials* specials);
+// Up to where a text that goes on may be treated as if it ended there, 0 if more of it must be seen; and what the rest
+// follows.
+struct StreamCut {
+    uint64_t at;
+    Follows follows;
+};
+StreamCut stream_cut(TextView text, const Specials* specials, Pattern pattern);
 
 template <class Id>
 class Encoder {
 public:
     // whole_words: pieces that are looked up before merging (empty for most vocabularies).
-    Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words);
+    Encoder(Merges merges, Pattern pattern, const std::vector<std::pair<std::string, TokenId>>& whole_words,
+            Metaspace metaspace = {});
 
     // Ids of many texts, one after another, and the number of ids up to each text's end.
-    void encode(Texts texts, const Specials* specials, unsigned threads, IdBuffer<Id>& ids, std::vector<uint64_t>* ends,
-                const Checkpoint& checkpoint) const;
+    void encode(Texts texts, const Specials* specials, Follows follows, unsigned threads, IdBuffer<Id>& ids,
+                std::vector<uint64_t>* ends, const Checkpoint& checkpoint) const;
 
     // Ids of a text whose pieces were found elsewhere: `ends` holds the end of each.
     void encode_pieces(TextView text, const uint64_t* ends, size_t count, IdBuffer<Id>& ids) const;
@@ -159,6 +178,9 @@ private:
     using Cache = WordCache<Id>;
 
     void encode_segment(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    void encode_text(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    void encode_marked(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
+    bool is_spaced(const Segment& segment) const;
     void encode_wide(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const;
     Id* encode_new(const uint8_t* word, size_t length, Cache& cache, Id* out) const;
     Id* encode_waiting(Cache& cache, Id* ids, Id* out) const;
@@ -166,6 +188,7 @@ private:
 
     Merges merges_;
     Pattern pattern_;
+    Metaspace metaspace_;
     bool divides_;            // whether words may be cut where no token reaches across
     Vocabulary whole_words_;  // pieces that are looked up before merging
     mutable CachePool<Cache> caches_;

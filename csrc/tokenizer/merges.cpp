@@ -7,7 +7,7 @@
 namespace warploom {
 
 Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left,
-               const std::vector<TokenId>& right, const std::vector<TokenId>& merged) {
+               const std::vector<TokenId>& right, const std::vector<TokenId>& merged, TokenId first_fragment) {
     std::vector<bool> known = reachable(byte_ids, left, right, merged);
     constexpr Symbol kNone = ~0u;
     std::vector<Symbol> symbol_of(known.size(), kNone);
@@ -37,6 +37,11 @@ Merges::Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>&
     for (uint32_t rank = 0; rank < result_.size(); ++rank) plain_results_ = plain_results_ && result_[rank] == 256 + rank;
     for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) plain_ids_ = plain_ids_ && ids_[symbol] == symbol;
     std::vector<std::string> bytes = spell();
+    for (Symbol symbol = 256; symbol < ids_.size(); ++symbol) {
+        if (ids_[symbol] < first_fragment) continue;
+        fragments_.resize(symbol + 1);
+        fragments_[symbol] = bytes[symbol];
+    }
     for (const std::string& token : bytes) lengths_.push_back(static_cast<uint32_t>(token.size()));
     for (size_t i = 0; i < result_.size(); ++i) {
         const std::string &before = bytes[left_[i]], &after = bytes[right_[i]];
@@ -97,8 +102,9 @@ size_t Merges::encode_whole(const uint8_t* word, size_t size, TokenId* ids, Merg
     if (size <= kShort) {
         Symbol symbols[kShort];
         size_t count = encode_short(word, size, symbols);
-        for (size_t i = 0; i < count; ++i) ids[i] = id(symbols[i]);
-        return count;
+        TokenId* out = ids;
+        for (size_t i = 0; i < count; ++i) out = put(symbols[i], out);
+        return static_cast<size_t>(out - ids);
     }
     if (size >= 0xFFFFFFFF) throw std::invalid_argument("a piece of text without a break has 4 GiB or more");
     s.joined.clear();
@@ -112,8 +118,9 @@ size_t Merges::encode_whole(const uint8_t* word, size_t size, TokenId* ids, Merg
             break;
         }
     }
-    for (size_t i = 0; i < s.joined.size(); ++i) ids[i] = id(s.joined[i]);
-    return s.joined.size();
+    TokenId* out = ids;
+    for (Symbol symbol : s.joined) out = put(symbol, out);
+    return static_cast<size_t>(out - ids);
 }
 
 void Merges::encode_each(NewWords& words) const {

@@ -51,8 +51,9 @@ class Merges {
 public:
     // Token ids of the 256 bytes, kNoToken for those that have none and are dropped from words before merging, and of
     // each merge its two halves and its result. Merges of tokens that never come about are passed over.
+    // Tokens from `first_fragment` on are beginnings of characters, which only merges know: they become ids of bytes.
     Merges(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left, const std::vector<TokenId>& right,
-           const std::vector<TokenId>& merged);
+           const std::vector<TokenId>& merged, TokenId first_fragment = kNoToken);
 
     // Where a word falls apart: no merge ever joins two tokens between bytes at i and i + 1, so what stands before and
     // what stands after can be encoded, and remembered, on their own. The characters of most scripts fall apart in a
@@ -94,6 +95,17 @@ public:
     // nothing need be loaded, and encoding a new word is mostly waiting for loads.
     TokenId id(Symbol symbol) const { return plain_ids_ && symbol >= 256 ? symbol : ids_[symbol]; }
 
+    // Writes the id of a symbol, or several where it is a fragment; returns what comes behind.
+    template <class Id>
+    Id* put(Symbol symbol, Id* out) const {
+        if (fragments_.empty() || symbol >= fragments_.size() || fragments_[symbol].empty()) {
+            *out = static_cast<Id>(id(symbol));
+            return out + 1;
+        }
+        for (char byte : fragments_[symbol]) *out++ = static_cast<Id>(ids_[static_cast<uint8_t>(byte)]);
+        return out;
+    }
+
     // What merging side by side looks up: ranks, and the symbols that merges make, nullptr if they are 256 + rank.
     const PairTable& pairs() const { return pairs_; }
     const Symbol* results() const { return plain_results_ ? nullptr : result_.data(); }
@@ -118,6 +130,7 @@ private:
     std::vector<Symbol> left_, right_, result_;  // of each merge
     std::vector<TokenId> ids_;                   // of each symbol
     std::vector<uint32_t> lengths_;              // of each symbol, in bytes
+    std::vector<std::string> fragments_;         // the bytes of each symbol that is one, up to the last of them
     uint64_t joints_[1 << 10] = {};
     bool plain_results_ = true, plain_ids_ = true, lacking_ = false;
     bool ordered_ = true;                        // each token has one merge, learned after those of its halves

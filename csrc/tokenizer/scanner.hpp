@@ -8,11 +8,13 @@
 // Legend: p where the piece begins, end of the text, limit none: a scanner may look as far as the text goes.
 #pragma once
 
+#include <cstring>
+
 #include "tokenizer/unicode.hpp"
 
 namespace warploom {
 
-enum class Pattern : uint8_t { kGpt2, kGpt4, kQwen2, kO200k };
+enum class Pattern : uint8_t { kGpt2, kGpt4, kQwen2, kO200k, kSpaces };
 
 using Byte = const uint8_t*;
 
@@ -152,12 +154,26 @@ inline Byte o200k_piece(Byte p, Byte end) {
     return spaces_or_newlines_piece(p, end);
 }
 
+// ` *(?:[^ ]|(?<=>) +)+| +`: spaces and the word behind them, to which spaces behind a > belong too.
+inline Byte spaced_piece(Byte p, Byte end) {
+    Byte q = p;
+    while (q < end && *q == ' ') ++q;
+    while (q < end) {
+        q = static_cast<Byte>(std::memchr(q, ' ', static_cast<size_t>(end - q)));
+        if (!q) return end;
+        if (q[-1] != '>') return q;
+        while (q < end && *q == ' ') ++q;
+    }
+    return end;
+}
+
 // The end of the piece that begins at p < end.
 template <Pattern pattern>
 inline Byte next_piece(Byte p, Byte end) {
     if constexpr (pattern == Pattern::kGpt2) return gpt2_piece(p, end);
     if constexpr (pattern == Pattern::kGpt4) return gpt4_piece(p, end, 3);
     if constexpr (pattern == Pattern::kQwen2) return gpt4_piece(p, end, 1);
+    if constexpr (pattern == Pattern::kSpaces) return spaced_piece(p, end);
     return o200k_piece(p, end);
 }
 

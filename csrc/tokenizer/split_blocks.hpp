@@ -139,6 +139,14 @@ static inline uint64_t gpt4_starts(const uint8_t* text, const Masks& m, uint64_t
     return join_contractions(text, starts, m.apostrophe & m.letter << 1);
 }
 
+// A run of spaces begins a piece, unless it stands behind a >.
+static inline uint64_t spaced_starts(const uint8_t* text, const Masks& m) {
+    uint64_t starts = m.blank & ~(m.blank << 1) & ~1ull;
+    for (uint64_t left = starts; left; left &= left - 1)
+        if (text[__builtin_ctzll(left) - 1] == '>') starts &= ~lowest(left);
+    return starts;
+}
+
 template <Pattern pattern>
 static size_t split_blocks(Split& split, uint32_t* ends, size_t capacity) {
     const uint8_t* text = split.text + split.position;  // everything below is relative to where this call begins
@@ -159,13 +167,15 @@ static size_t split_blocks(Split& split, uint32_t* ends, size_t capacity) {
         Masks m;
         classify(block, m);
         unsigned trusted = last ? 64 : 61;
+        if (pattern == Pattern::kSpaces) m.high = 0;
         if (m.high) decode<pattern>(block, m);
         if (m.high) {  // undecided: the two characters before it are looked at with it
             unsigned high = __builtin_ctzll(m.high);
             if (high < trusted + 1) trusted = high ? high - 1 : 0;
         }
         uint64_t starts;
-        if constexpr (pattern == Pattern::kGpt2) starts = gpt2_starts(block, m, valid);
+        if constexpr (pattern == Pattern::kSpaces) starts = spaced_starts(block, m);
+        else if constexpr (pattern == Pattern::kGpt2) starts = gpt2_starts(block, m, valid);
         else starts = gpt4_starts<pattern>(block, m, valid, trusted);
         starts &= below(trusted) & valid & ~1ull;
         if (limit - at < 64) starts &= below(static_cast<unsigned>(limit - at) + 1);

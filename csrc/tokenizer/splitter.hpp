@@ -36,6 +36,7 @@ void use_instruction_set(const char* name);  // for tests; throws std::invalid_a
 // The last position up to `limit` (below `size`) where every named pattern cuts, whatever stands before or after; or
 // `begin` if there is none. A letter or digit ends a piece before any space or sign, except before an apostrophe
 // (a contraction may begin) and a mark (a word may go on).
-uint64_t safe_cut(const uint8_t* text, uint64_t begin, uint64_t limit, uint64_t size);
+// Where only spaces cut, it must be one.
+uint64_t safe_cut(const uint8_t* text, Pattern pattern, uint64_t begin, uint64_t limit, uint64_t size);
 
 }  // namespace warploom

@@ -67,7 +67,8 @@ inline Pattern pattern_of(const std::string& name) {
     if (name == "gpt4") return Pattern::kGpt4;
     if (name == "qwen2") return Pattern::kQwen2;
     if (name == "o200k") return Pattern::kO200k;
-    throw pybind11::value_error("pattern is '" + name + "'; native scanners exist for gpt2, gpt4, qwen2 and o200k");
+    if (name == "spaces") return Pattern::kSpaces;
+    throw pybind11::value_error("pattern is '" + name + "'; native scanners exist for gpt2, gpt4, qwen2, o200k and spaces");
 }
 
 }  // namespace warploom

@@ -94,6 +94,7 @@ public:
     NewWords waiting;            // to be merged and inserted
     std::vector<TokenId> ids;    // of the word being encoded
     std::vector<uint8_t> utf8;   // of the segment being encoded, where the text is not UTF-8
+    std::vector<uint8_t> marked; // the same with spaces for ▁
     std::vector<uint32_t> ends;  // of the pieces of a text
 
 private:

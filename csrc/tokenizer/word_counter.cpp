@@ -114,7 +114,7 @@ void WordCounts::grow_long() {
 void WordCounter::add(TextView text, const Specials* specials, const Checkpoint& checkpoint) {
     std::vector<Segment> segments;
     size_t segment_size = std::min(kSegment, text.size / tables_.size() / 4 + 4096);
-    cut_segments(text, specials, segment_size, segments);
+    cut_segments(text, specials, pattern_, Follows::kStart, segment_size, segments);
 
     std::atomic<size_t> next{0}, table{0};
     in_parallel(static_cast<unsigned>(std::min(tables_.size(), segments.size())), checkpoint, [&](const Checkpoint& pause) {

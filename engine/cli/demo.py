@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
         raise InputError(f"--steps must be at least 1, not {options.steps}")
 
     from ..training import TrainConfig, train
-    from .train import watcher
+    from .train import callback
 
     size = SIZES[options.size]
     config = TrainConfig(
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
         batch_size=size.batch_size, steps=options.steps, minutes=None if options.steps else size.minutes,
         seed=options.seed, save_every=0, sample_tokens=0,
     )  # fmt: skip
-    result = train(config, [watcher()])
+    result = train(config, [callback()])
     if result.evaluation is not None:
         print(f"\nheld-out text after {result.steps} steps: {result.evaluation}")
     show_samples(result.directory, options.seed)

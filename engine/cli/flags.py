@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from typing import Any, TypeVar
 
 import tyro
@@ -13,10 +14,43 @@ from ..errors import InputError
 
 T = TypeVar("T")
 
+RENAMED = {
+    "step_tokens": "max_batch_tokens",
+    "max_context": "max_seq_len",
+    "speculate": "ngram_draft_tokens",
+    "draft": "draft_model",
+    "recompute": "activation_checkpointing",
+    "clip": "max_grad_norm",
+    "max_bad_steps": "max_nonfinite_steps",
+    "max_body": "max_body_bytes",
+}
+"""Names of settings before version 0.2 and their names today: old flags, TOML files and runs are still read."""
+
+
+def renamed(argv: list[str]) -> list[str]:
+    """The command line with today's names of flags; a warning for each old one."""
+    return [_renamed(word) for word in argv]
+
+
+def _renamed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    no = "--no-" if flag.startswith("--no-") else "--"
+    name = flag.removeprefix(no).replace("-", "_")
+    if not flag.startswith("--") or name not in RENAMED:
+        return word
+    new = no + RENAMED[name].replace("_", "-")
+    print(f"warploom: {flag} is now {new}; the old name will go in the next release", file=sys.stderr)
+    return new + equals + value
+
+
+def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings under today's names."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
+
 
 def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING_NONPROP) -> T:
-    """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one InputError."""
-    errors = io.StringIO()
+    """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one ValueError."""
+    argv, errors = renamed(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(

@@ -90,13 +90,13 @@ def run(argv: list[str]) -> int:
         raise InputError(f"rungs: {unknown[0]!r} is none of {', '.join(rung.name for rung in RUNGS)}")
     from ...tokenizer.sources import write_text
     from ..training.trainer import train
-    from .train import watcher
+    from .train import callback
 
     models, results = architectures(flags), []  # before the data: a shape that cannot be is said at once
     for config, rung in plan(flags, models, share_data(flags)):
         print(f"\n── {rung.name}: {rung.lesson}", file=sys.stderr)
         if not finished(config):
-            result = train(config, [watcher()])
+            result = train(config, [callback()])
             if result.stopped_by:
                 print(f"stopped at {rung.name}: the same command goes on from here", file=sys.stderr)
                 return 130

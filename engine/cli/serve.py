@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     log_without_blocking()
     raise_file_limit()
     if flags.replicas == 1:
-        app = create_app(loader, config, keys)
+        app = create_app(loader, config, keys, loader.stop)
         end_streams = app.state.bridge.end_flows
     else:
         app, end_streams = front(loader, config, keys), None
@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     server.run(sockets=[listener])
     if loader.error:
         raise loader.error
-    return 0
+    return int(loader.failed)
 
 
 class Loader:
@@ -79,7 +79,8 @@ class Loader:
     def __init__(self, flags: Flags) -> None:
         self.flags = flags
         self.server: Any = None
-        self.error: InputError | None = None
+        self.error: ValueError | None = None
+        self.failed = False
 
     def __call__(self) -> Any:
         try:
@@ -90,7 +91,12 @@ class Loader:
 
     def give_up(self, error: InputError) -> None:
         """There is nothing to serve."""
-        self.error, self.server.should_exit = error, True
+        self.error = error
+        self.stop()
+
+    def stop(self) -> None:
+        """The engine has failed for good: the process ends with an exit code that says so."""
+        self.failed = self.server.should_exit = True
 
 
 def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:

@@ -21,11 +21,11 @@ from ...tokenizer.sources import read_text
 from ..config import ModelConfig
 from ..errors import InputError
 from ..training.config import BUDGETS, TrainConfig
-from ..training.distributed.failures import one_voice
-from .flags import parse
+from ..training.distributed.failures import report_first_failure
+from .flags import parse, renamed_settings
 
 if TYPE_CHECKING:
-    from ..training.callbacks import Watcher
+    from ..training.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Flags:
 
 
 def run(argv: list[str]) -> int:
-    with one_voice():
+    with report_first_failure():
         config = read(argv)
         from ..training.trainer import train
 
-        result = train(config, [watcher()])
+        result = train(config, [callback()])
     if result.stopped_by:
         return 130 if result.stopped_by == "SIGINT" else 143
     if result.history:  # only the leader of many processes has one
@@ -81,11 +81,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def watcher() -> Watcher:
+def callback() -> Callback:
     """A live panel on a terminal, plain lines in a log."""
-    from ..training.callbacks import Lines, Panel
+    from ..training.callbacks import ConsoleLogger, LivePanel
 
-    return Panel() if sys.stderr.isatty() else Lines()
+    return LivePanel() if sys.stderr.isatty() else ConsoleLogger()
 
 
 def read(argv: list[str]) -> TrainConfig:
@@ -95,7 +95,7 @@ def read(argv: list[str]) -> TrainConfig:
         early.add_argument(f"--{name}")
     early.add_argument("--resume", action="store_true")
     given = {name: value for name, value in vars(early.parse_known_args(argv)[0]).items() if value}
-    settings = _read_toml(given["config"]) if "config" in given else {}
+    settings = renamed_settings(_read_toml(given["config"])) if "config" in given else {}
     chosen = {**settings, **given}
     if chosen.get("resume"):
         settings = {**_of_the_run_in(chosen.get("out", TrainConfig.out), chosen.get("preset")), **settings}
@@ -115,7 +115,7 @@ def _of_the_run_in(out: str, preset: str | None) -> dict[str, Any]:
     states = Path(out, "checkpoints").glob("step-*/state.json")
     for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: training will say so
-            told = json.loads(path.read_text(encoding="utf-8"))["run"]["config"]
+            told = renamed_settings(json.loads(path.read_text(encoding="utf-8"))["run"]["config"])
             model = told.pop("model") or {}
             return {
                 name: value for name, value in {**({} if preset else model), **told}.items() if name not in OF_A_START

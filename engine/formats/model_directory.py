@@ -29,7 +29,7 @@ from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..model import Transformer
-from ..parallel.tensor_parallel import shard, shares
+from ..parallel.tensor_parallel import shard, shard_weights
 from .families import describe, dtype_name, ignorable, pieces, understand
 
 SHARD_BYTES = 5 * 10**9
@@ -107,7 +107,7 @@ def read_model(
         model = Transformer(config)
     weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype))
     if tp is not None:
-        model, weights = shard(model, tp), shares(config, weights, tp)
+        model, weights = shard(model, tp), shard_weights(config, weights, tp)
     model.load_state_dict(dict(weights), assign=True)
     return model.eval()
 

@@ -1,11 +1,12 @@
-"""What processes say to each other in the middle of a forward pass, with the backward pass that belongs to it.
+"""Autograd-aware collectives for tensor and expert parallelism. Each pairs a forward collective with its conjugate.
 
-    spread        x as it is                          gradients of all processes, added up
-    add_up        the sum of all processes' y         the gradient as it is
-    even          x as it is                          this process's equal share of the gradient
-    gather        the rows of all processes           sums over processes, of which each receives its own rows
-    scatter       ... and the other way round
-    side_by_side  the features of all processes       this process's features
+    name                 forward                            backward
+    copy_to_group        identity (Megatron's f)            all-reduce
+    all_reduce           all-reduce (Megatron's g)          identity
+    scale_gradient       identity                           divide by the size of the group
+    all_gather           rows of all processes              reduce-scatter of rows
+    reduce_scatter       sums, each process its own rows    all-gather of rows
+    all_gather_last_dim  features of all processes          this process's features
 
 A group of None is a process by itself.
 """
@@ -23,13 +24,13 @@ _gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def share_of(length: int, rank: int, size: int) -> slice:
-    """Equal shares, but for the last, which may be smaller (as `torch.chunk` cuts)."""
+def chunk_range(length: int, rank: int, size: int) -> slice:
+    """The range of chunk `rank` of `size`: equal, but for the last ones (as `torch.chunk` cuts)."""
     step = -(-length // size)
     return slice(min(rank * step, length), min((rank + 1) * step, length))
 
 
-class _Spread(torch.autograd.Function):
+class _CopyToGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -40,7 +41,7 @@ class _Spread(torch.autograd.Function):
         return _sum(grad, ctx.group), None
 
 
-class _AddUp(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, group):
         return _sum(y, group)
@@ -50,7 +51,7 @@ class _AddUp(torch.autograd.Function):
         return grad, None
 
 
-class _Even(torch.autograd.Function):
+class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.size = group.size()
@@ -61,18 +62,18 @@ class _Even(torch.autograd.Function):
         return grad / ctx.size, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return concatenate(x, group)
+        return all_gather_detached(x, group)
 
     @staticmethod
     def backward(ctx, grad):
         return _reduce_scatter(grad, ctx.group), None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, group):
         ctx.group = group
@@ -80,50 +81,50 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return concatenate(grad, ctx.group), None
+        return all_gather_detached(grad, ctx.group), None
 
 
-class _Side(torch.autograd.Function):
+class _AllGatherLastDim(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, length, group):
         ctx.length, ctx.group = length, group
         step = -(-length // group.size())
         padded = F.pad(x, (0, step - x.shape[-1]))
-        return torch.cat(concatenate(padded[None], group).unbind(), -1)[..., :length]
+        return torch.cat(all_gather_detached(padded[None], group).unbind(), -1)[..., :length]
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[..., share_of(ctx.length, ctx.group.rank(), ctx.group.size())], None, None
+        return grad[..., chunk_range(ctx.length, ctx.group.rank(), ctx.group.size())], None, None
 
 
-def spread(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The same x enters every process's part: gradients come back from each and add up."""
-    return x if group is None else _Spread.apply(x, group)
+def copy_to_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Identity forward, all-reduce backward: x enters a computation of which every process does a part."""
+    return x if group is None else _CopyToGroup.apply(x, group)
 
 
-def add_up(y: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of what the processes have made."""
-    return y if group is None else _AddUp.apply(y, group)
+def all_reduce(y: Tensor, group: ProcessGroup | None) -> Tensor:
+    """All-reduce forward, identity backward."""
+    return y if group is None else _AllReduce.apply(y, group)
 
 
-def even(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """x, computed alike in every process behind a `spread`: each contributes an equal share of its gradient."""
-    return x if group is None else _Even.apply(x, group)
+def scale_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """x, computed alike in every process behind a `copy_to_group`: each contributes an equal share of its gradient."""
+    return x if group is None else _ScaleGradient.apply(x, group)
 
 
-def gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The rows of all processes, one after the other."""
-    return _Gather.apply(x, group)
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """All-gather rows forward, reduce-scatter backward."""
+    return _AllGather.apply(x, group)
 
 
-def scatter(y: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over processes, of which each receives its own rows."""
-    return _Scatter.apply(y, group)
+def reduce_scatter(y: Tensor, group: ProcessGroup) -> Tensor:
+    """Reduce-scatter rows forward, all-gather backward."""
+    return _ReduceScatter.apply(y, group)
 
 
-def side_by_side(x: Tensor, length: int, group: ProcessGroup) -> Tensor:
-    """The last dimensions of all processes' x, together `length` long."""
-    return _Side.apply(x, length, group)
+def all_gather_last_dim(x: Tensor, length: int, group: ProcessGroup) -> Tensor:
+    """Concatenate the last dimension over processes, `length` long in all; backward takes this process's part."""
+    return _AllGatherLastDim.apply(x, length, group)
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -132,7 +133,8 @@ def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
     return total
 
 
-def concatenate(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_gather_detached(x: Tensor, group: ProcessGroup) -> Tensor:
+    """All-gather rows, without autograd."""
     every = x.new_empty(group.size() * len(x), *x.shape[1:])
     _gather_rows(every, x.contiguous(), group=group)
     return every

@@ -1,4 +1,4 @@
-"""One model in several processes: what each of them keeps, and the few places where they talk.
+"""Tensor and expert parallelism (Megatron-LM): how weights are sharded, and the modules that compute with shards.
 
 A matrix product can be cut in two ways. By *columns of the output*: every process holds some rows of W (of the fused
 qkv: some heads; of gate_up: some features), gets the whole x and makes its features of y. Or by *rows of the input*:
@@ -6,15 +6,15 @@ every process holds some columns of W, has just those features of x, and makes a
 y. One after the other they need no words in between: attention is cut by heads, the feed-forward by its hidden
 features, and each costs one sum forward and, by the chain rule, one sum backward:
 
-    spread(x)    x as it is;  backward: the gradients of all processes, added up     (enters a part that is cut)
-    add_up(y)    the sum of all processes' y;  backward: the gradient as it is       (leaves it)
+    copy_to_group(x)    identity forward, all-reduce backward       (enters a sharded computation; Megatron's f)
+    all_reduce(y)       all-reduce forward, identity backward       (leaves it; Megatron's g)
 
 Between them the stream is whole and the same everywhere, norms and dropout included. The vocabulary is cut too, in
 the embedding and in the head: a process knows the logits of its own words only, and the loss needs just three numbers
 a token from each process (`vocab_parallel_cross_entropy`). Matrices are cut; vectors (norms, biases) are whole
-everywhere, and one that meets a share of the features goes through `spread`.
+everywhere, and one that meets a share of the features goes through `copy_to_group`.
 
-Experts can be spread instead (`ep`): each process has rows of its own, as in data parallelism, and owns some experts.
+Experts can be sharded instead (`ep`): each process has rows of its own, as in data parallelism, and owns some experts.
 Tokens are gathered by all, each process lets its experts answer, and the sum is scattered back. An exchange of only
 the chosen tokens would send less where there are many processes; this one has fixed sizes, no token is ever dropped,
 and sums always have the same order.
@@ -41,15 +41,25 @@ from ...kernels.linear_cross_entropy import gpu_rows_per_slab, rows_per_slab
 from ...kernels.moe import route
 from ..config import ModelConfig
 from ..errors import InputError
+from ..executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ..model import Attention, Embedding, Linear, MoE, RMSNorm, SwiGLU, Transformer
-from .collectives import add_up, concatenate, even, gather, scatter, share_of, side_by_side, spread
+from .collectives import (
+    all_gather,
+    all_gather_detached,
+    all_gather_last_dim,
+    all_reduce,
+    chunk_range,
+    copy_to_group,
+    reduce_scatter,
+    scale_gradient,
+)
 
-# What is cut, and where
+# How weights are cut
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How a parameter is cut. A matrix may hold several, packed side by side (`parts`): each is cut by itself."""
+class ShardSpec:
+    """How a parameter is sharded. A matrix may hold several, packed side by side (`parts`): each is cut by itself."""
 
     tp: int | None = None
     """The dimension that tensor parallelism cuts."""
@@ -66,52 +76,60 @@ class Layout:
 
 
 def _cut(whole: Tensor, dim: int, parts: tuple[int, ...], rank: int, size: int) -> Tensor:
-    shares = [share_of(len_, rank, size) for len_ in parts]
+    shares = [chunk_range(len_, rank, size) for len_ in parts]
     return torch.cat([p[(slice(None),) * dim + (s,)] for p, s in zip(whole.split(parts, dim), shares)], dim)
 
 
-def layout(config: ModelConfig, name: str) -> Layout:
-    """How the parameter of this name is cut."""
+def shard_spec(config: ModelConfig, name: str) -> ShardSpec:
+    """The sharding of the parameter of this name."""
     c, words = config, (config.vocab_size,)
     q, kv = c.n_heads * c.head_size, c.kv_heads * c.head_size
     width, shared = c.ff_size, c.ff_size * c.n_shared_experts
     known = {
-        "embedding.weight": Layout(tp=0, stream=1, parts=words),
-        "head.weight": Layout(tp=0, stream=1, parts=words),
-        "positions.weight": Layout(stream=1),
-        "attention.qkv.weight": Layout(tp=0, stream=1, parts=(q, kv, kv)),
-        "attention.output.weight": Layout(tp=1, parts=(q,)),
-        "ffn.up.weight": Layout(tp=0, stream=1, parts=(width,)),
-        "ffn.gate_up.weight": Layout(tp=0, stream=1, parts=(width, width)),
-        "ffn.down.weight": Layout(tp=1, parts=(width,)),
-        "ffn.router.weight": Layout(stream=1),
-        "ffn.w_gate_up": Layout(tp=1, ep=0, stream=2, parts=(width, width)),
-        "ffn.w_down": Layout(tp=2, ep=0, stream=1, parts=(width,)),
-        "ffn.shared.up.weight": Layout(tp=0, stream=1, parts=(shared,)),
-        "ffn.shared.gate_up.weight": Layout(tp=0, stream=1, parts=(shared, shared)),
-        "ffn.shared.down.weight": Layout(tp=1, parts=(shared,)),
+        "embedding.weight": ShardSpec(tp=0, stream=1, parts=words),
+        "head.weight": ShardSpec(tp=0, stream=1, parts=words),
+        "positions.weight": ShardSpec(stream=1),
+        "attention.qkv.weight": ShardSpec(tp=0, stream=1, parts=(q, kv, kv)),
+        "attention.output.weight": ShardSpec(tp=1, parts=(q,)),
+        "ffn.up.weight": ShardSpec(tp=0, stream=1, parts=(width,)),
+        "ffn.gate_up.weight": ShardSpec(tp=0, stream=1, parts=(width, width)),
+        "ffn.down.weight": ShardSpec(tp=1, parts=(width,)),
+        "ffn.router.weight": ShardSpec(stream=1),
+        "ffn.w_gate_up": ShardSpec(tp=1, ep=0, stream=2, parts=(width, width)),
+        "ffn.w_down": ShardSpec(tp=2, ep=0, stream=1, parts=(width,)),
+        "ffn.shared.up.weight": ShardSpec(tp=0, stream=1, parts=(shared,)),
+        "ffn.shared.gate_up.weight": ShardSpec(tp=0, stream=1, parts=(shared, shared)),
+        "ffn.shared.down.weight": ShardSpec(tp=1, parts=(shared,)),
     }
-    return known.get(re.sub(r"^blocks\.\d+\.", "", name), Layout())
+    return known.get(re.sub(r"^blocks\.\d+\.", "", name), ShardSpec())
 
 
-def layouts(model: Transformer) -> dict[str, Layout]:
-    """How each of a model's parameters is cut, by name."""
-    return {name: layout(model.config, name) for name, _ in model.named_parameters()}
+def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
+    """The sharding of each of a model's parameters, by name."""
+    return {name: shard_spec(model.config, name) for name, _ in model.named_parameters()}
 
 
-def shares(
+def shard_weights(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], tp: ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:
-    """What this process of a group keeps of each whole weight; none is held when the next is asked for."""
+    """This process's shard of each whole weight; none is held when the next is asked for."""
     for name, whole in weights:
-        where = layout(config, name)
+        where = shard_spec(config, name)
         yield name, whole if where.tp is None else where.cut(whole, tp.rank(), tp.size())
         del whole
 
 
+is_supported = Supported(
+    computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+    only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+)
+
+
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
-    """Can this architecture be cut into so many pieces? Else a ValueError says what stands against it."""
+    """Raise a ValueError if this architecture cannot be sharded into so many parts."""
     c = config
+    for field, value in is_supported.refused(c).items() if tp * ep > 1 else ():
+        raise InputError(f"tp and ep cannot shard a model with {field}={value!r}: use fsdp, or one process")
     for field, value in (("n_heads", c.n_heads), ("n_kv_heads", c.kv_heads), ("d_ff", c.ff_size)):
         if value % tp:
             raise InputError(f"tp={tp} does not divide {field}={value}: each process needs an equal share of it")
@@ -121,113 +139,117 @@ def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
         raise InputError(f"ep={ep} does not divide n_experts={c.n_experts}: each process needs equally many experts")
 
 
-# The parts of a model that know they are parts
+# Sharded modules
 
 
-class Part(nn.Module):
-    """Takes the place of a whole module: has all that it had, and a group of processes that hold the rest of it."""
+class ShardedModule(nn.Module):
+    """Replaces a whole module: has its attributes, and the group of processes that hold the other shards."""
 
     def __init__(self, whole: nn.Module, group: ProcessGroup | None) -> None:
         vars(self).update(vars(whole))
         self.group = group
 
-    def keep(self, name: str, layout: Layout) -> None:
+    def keep(self, name: str, spec: ShardSpec) -> None:
         """Of the matrix of this name, keep this process's share alone."""
-        share = layout.cut(getattr(self, name).detach(), self.group.rank(), self.group.size())
+        share = spec.cut(getattr(self, name).detach(), self.group.rank(), self.group.size())
         setattr(self, name, nn.Parameter(share.contiguous()))
 
 
-class ColumnParallel(Part, Linear):
-    """Makes this process's features of y from the whole of x."""
+class ColumnParallel(ShardedModule, Linear):
+    """Linear layer sharded by output features: the whole x in, this process's features of y out."""
 
-    def __init__(self, whole: Linear, group: ProcessGroup, layout: Layout) -> None:
+    def __init__(self, whole: Linear, group: ProcessGroup, spec: ShardSpec) -> None:
         super().__init__(whole, group)
-        self.parts = layout.parts
-        self.keep("weight", layout)
+        self.parts = spec.parts
+        self.keep("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = spread(x, self.group) @ self.weight.T
+        y = copy_to_group(x, self.group) @ self.weight.T
         if self.bias is None:
             return y
-        return y + _cut(spread(self.bias, self.group), 0, self.parts, self.group.rank(), self.group.size())
+        return y + _cut(copy_to_group(self.bias, self.group), 0, self.parts, self.group.rank(), self.group.size())
 
 
-class RowParallel(Part, Linear):
-    """Makes the whole of y from every process's features of x; the bias joins once, after the sum."""
+class RowParallel(ShardedModule, Linear):
+    """Linear layer sharded by input features: an all-reduce makes y whole; the bias joins once, after it."""
 
-    def __init__(self, whole: Linear, group: ProcessGroup, layout: Layout) -> None:
+    def __init__(self, whole: Linear, group: ProcessGroup, spec: ShardSpec) -> None:
         super().__init__(whole, group)
-        self.keep("weight", layout)
+        self.keep("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = add_up(x @ self.weight.T, self.group)
+        y = all_reduce(x @ self.weight.T, self.group)
         return y if self.bias is None else y + self.bias
 
 
-class VocabParallelEmbedding(Part, Embedding):
-    """Knows the vectors of its own words, says zero for others, and adds up."""
+class VocabParallelEmbedding(ShardedModule, Embedding):
+    """Embedding sharded by tokens: zero for those of other processes, then an all-reduce."""
 
-    def __init__(self, whole: Embedding, group: ProcessGroup, layout: Layout) -> None:
+    def __init__(self, whole: Embedding, group: ProcessGroup, spec: ShardSpec) -> None:
         super().__init__(whole, group)
-        self.first = share_of(len(whole.weight), group.rank(), group.size()).start
-        self.keep("weight", layout)
+        self.first = chunk_range(len(whole.weight), group.rank(), group.size()).start
+        self.keep("weight", spec)
 
     def forward(self, index: Tensor) -> Tensor:
         row = index - self.first
         mine = (row >= 0) & (row < len(self.weight))
         vectors = F.embedding(row.where(mine, 0), self.weight)
-        return add_up(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.group)
+        return all_reduce(vectors.masked_fill(~mine.unsqueeze(-1), 0), self.group)
 
 
-class HeadNorm(Part, RMSNorm):
-    """A norm of heads of which each process has some: its weight learns from all of them."""
+class HeadNorm(ShardedModule, RMSNorm):
+    """QK norm under tensor parallelism: its weight gets the gradients of all processes' heads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, spread(self.weight, self.group), self.eps)
+        return kernels.rms_norm(x, copy_to_group(self.weight, self.group), self.eps)
 
 
-def judged_together(
-    aux: kernels.MoEAux, logits_BTE: Tensor, config: ModelConfig, readers: ProcessGroup | None
+def reduce_router_stats(
+    aux: kernels.MoEAux, logits_BTE: Tensor, config: ModelConfig, data_group: ProcessGroup | None
 ) -> kernels.MoEAux:
-    """The router's losses over the rows of all readers: f_e · P_e is no sum over rows, so shares are averaged first."""
-    if readers is None:
+    """Router losses over the rows of a data group: f_e · P_e is no sum over rows, so shares are averaged first."""
+    if data_group is None:
         return aux
     logits_TE = logits_BTE.flatten(0, -2).to(torch.promote_types(logits_BTE.dtype, torch.float32))
     scores_TE = torch.softmax(logits_TE, -1) if config.router == "softmax" else torch.sigmoid(logits_TE)
     mean_E = (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)
-    *mean_E, z = (add_up(spread(torch.cat([mean_E, aux.z[None]]), readers), readers) / readers.size()).unbind()
-    counts_E = concatenate(aux.tokens_per_expert[None], readers).sum(0)
+    own = copy_to_group(torch.cat([mean_E, aux.z[None]]), data_group)
+    *mean_E, z = (all_reduce(own, data_group) / data_group.size()).unbind()
+    counts_E = all_gather_detached(aux.tokens_per_expert[None], data_group).sum(0)
     share_E = counts_E.to(z.dtype) / counts_E.sum()
     return kernels.MoEAux(len(share_E) * (share_E * torch.stack(mean_E)).sum(), z, counts_E)
 
 
-class TensorParallelMoE(Part, MoE):
-    """Every process of `tp` has a slice of every expert, and routes alike; without `tp`, the whole of each."""
+class TensorParallelMoE(ShardedModule, MoE):
+    """Mixture of experts whose processes of `tp` hold a slice of every expert, and route alike."""
 
-    def __init__(self, whole: MoE, tp: ProcessGroup | None, readers: ProcessGroup | None) -> None:
+    def __init__(self, whole: MoE, tp: ProcessGroup | None, data_group: ProcessGroup | None) -> None:
         super().__init__(whole, tp)
-        self.readers = readers
+        self.data_group = data_group
         for name in ("w_gate_up", "w_down") if tp is not None else ():
-            self.keep(name, layout(whole.config, f"ffn.{name}"))
+            self.keep(name, shard_spec(whole.config, f"ffn.{name}"))
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
-        c, x, logits = self.config, spread(x_BTC, self.group), spread(self.router(x_BTC), self.group)
+        c, x, logits = self.config, copy_to_group(x_BTC, self.group), copy_to_group(self.router(x_BTC), self.group)
         y_BTC, aux = kernels.moe(
             x, logits, self.w_gate_up, self.w_down, c.experts_per_token,
             score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1, activation=_activation(c),
         )  # fmt: skip
-        y_BTC, aux = add_up(y_BTC, self.group), judged_together(aux, logits, c, self.readers)
-        aux = aux._replace(load_balance=even(aux.load_balance, self.group), z=even(aux.z, self.group))
+        y_BTC, aux = all_reduce(y_BTC, self.group), reduce_router_stats(aux, logits, c, self.data_group)
+        balance, z = (scale_gradient(x, self.group) for x in (aux.load_balance, aux.z))
+        aux = aux._replace(load_balance=balance, z=z)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
 
-class ExpertParallelMoE(Part, MoE):
-    """Every process has rows of its own and some whole experts (or, under `tp`, a slice of some)."""
+class ExpertParallelMoE(ShardedModule, MoE):
+    """Mixture of experts whose processes hold whole experts (or, under `tp`, slices) and rows of their own."""
 
-    def __init__(self, whole: MoE, group: ProcessGroup, tp: ProcessGroup | None, readers: ProcessGroup | None) -> None:
+    def __init__(
+        self, whole: MoE, group: ProcessGroup, tp: ProcessGroup | None, data_group: ProcessGroup | None
+    ) -> None:
         super().__init__(whole, group)
-        self.tp, self.readers = tp, readers
-        own = share_of(whole.config.n_experts, group.rank(), group.size())
+        self.tp, self.data_group = tp, data_group
+        own = chunk_range(whole.config.n_experts, group.rank(), group.size())
         self.first = own.start
         for name in ("w_gate_up", "w_down"):
             setattr(self, name, nn.Parameter(getattr(whole, name).detach()[own].clone()))
@@ -237,13 +259,13 @@ class ExpertParallelMoE(Part, MoE):
         logits_TE = self.router(x_TC)
         options = {"score": c.router, "normalize": c.normalize_experts and c.experts_per_token > 1}
         _, _, aux = route(logits_TE, c.experts_per_token, *options.values())
-        everyone = (gather(spread(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
+        everyone = (all_gather(copy_to_group(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
         y_TC, _ = kernels.moe(
             *everyone, self.w_gate_up, self.w_down, c.experts_per_token,
             first=self.first, activation=_activation(c), **options,
         )  # fmt: skip
-        y_BTC = add_up(scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
-        aux = judged_together(aux, logits_TE, c, self.readers)
+        y_BTC = all_reduce(reduce_scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
+        aux = reduce_router_stats(aux, logits_TE, c, self.data_group)
         return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
 
 
@@ -251,14 +273,14 @@ def _activation(config: ModelConfig) -> str:
     return "silu" if config.ffn == "swiglu" else config.ffn
 
 
-class VocabParallelTransformer(Part, Transformer):
-    """A Transformer whose words are spread over a group: logits come from all, the loss is found together."""
+class VocabParallelTransformer(ShardedModule, Transformer):
+    """Transformer whose vocabulary is sharded over a group, in the embedding, the head and the loss."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        local = super().logits(spread(hidden, self.group))
-        return side_by_side(local, self.config.vocab_size, self.group)
+        local = super().logits(copy_to_group(hidden, self.group))
+        return all_gather_last_dim(local, self.config.vocab_size, self.group)
 
-    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options: float) -> Tensor:
+    def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options) -> Tensor:
         return vocab_parallel_cross_entropy(
             hidden_NC, self.head_weight, targets_N, self.config.vocab_size, self.group,
             softcap=self.config.logit_softcap, **options,
@@ -269,54 +291,54 @@ def shard(
     model: Transformer,
     tp: ProcessGroup | None = None,
     ep: ProcessGroup | None = None,
-    readers: ProcessGroup | None = None,
+    data_group: ProcessGroup | None = None,
 ) -> Transformer:
-    """The piece of `model` that this process of the groups keeps; `model` itself is used up.
+    """Replace the modules of `model` by this process's shards of them; `model` itself is used up.
 
     `tp` cuts heads, features and vocabulary, and its processes must be given the same rows; `ep` spreads experts over
-    processes that each have rows of their own (equally many). `readers` are all those whose rows together make a
+    processes that each have rows of their own (equally many). `data_group` are the processes whose rows together make a
     micro-batch: the load of experts is judged over all of them.
     """
     check(model.config, 1 if tp is None else tp.size(), 1 if ep is None else ep.size())
     c = model.config
     for block in model.blocks:
         if isinstance(block.ffn, MoE):
-            block.ffn = _shard_experts(block.ffn, tp, ep, readers)
+            block.ffn = _shard_experts(block.ffn, tp, ep, data_group)
         elif tp is not None:
             _shard_feed_forward(c, block.ffn, "ffn", tp)
         if tp is not None:
             _shard_attention(c, block.attention, tp)
     if tp is None:
         return model
-    model.embedding = VocabParallelEmbedding(model.embedding, tp, layout(c, "embedding.weight"))
+    model.embedding = VocabParallelEmbedding(model.embedding, tp, shard_spec(c, "embedding.weight"))
     if model.head is not None:
-        model.head = ColumnParallel(model.head, tp, layout(c, "head.weight"))
+        model.head = ColumnParallel(model.head, tp, shard_spec(c, "head.weight"))
     return VocabParallelTransformer(model, tp)
 
 
 def _shard_attention(config: ModelConfig, attention: Attention, group: ProcessGroup) -> None:
     attention.heads = tuple(count // group.size() for count in attention.heads)
-    attention.qkv = ColumnParallel(attention.qkv, group, layout(config, "attention.qkv.weight"))
-    attention.output = RowParallel(attention.output, group, layout(config, "attention.output.weight"))
+    attention.qkv = ColumnParallel(attention.qkv, group, shard_spec(config, "attention.qkv.weight"))
+    attention.output = RowParallel(attention.output, group, shard_spec(config, "attention.output.weight"))
     if attention.q_norm is not None:
         attention.q_norm, attention.k_norm = HeadNorm(attention.q_norm, group), HeadNorm(attention.k_norm, group)
 
 
 def _shard_feed_forward(config: ModelConfig, ffn: nn.Module, name: str, group: ProcessGroup) -> None:
     first = "gate_up" if isinstance(ffn, SwiGLU) else "up"
-    setattr(ffn, first, ColumnParallel(getattr(ffn, first), group, layout(config, f"{name}.{first}.weight")))
-    ffn.down = RowParallel(ffn.down, group, layout(config, f"{name}.down.weight"))
+    setattr(ffn, first, ColumnParallel(getattr(ffn, first), group, shard_spec(config, f"{name}.{first}.weight")))
+    ffn.down = RowParallel(ffn.down, group, shard_spec(config, f"{name}.down.weight"))
 
 
-def _shard_experts(moe: MoE, tp: ProcessGroup | None, ep: ProcessGroup | None, readers: ProcessGroup | None) -> MoE:
+def _shard_experts(moe: MoE, tp: ProcessGroup | None, ep: ProcessGroup | None, data_group: ProcessGroup | None) -> MoE:
     if tp is not None and moe.shared is not None:
         _shard_feed_forward(moe.config, moe.shared, "ffn.shared", tp)
-    if tp is not None or readers is not None:
-        moe = TensorParallelMoE(moe, tp, readers)
-    return moe if ep is None else ExpertParallelMoE(moe, ep, tp, readers)
+    if tp is not None or data_group is not None:
+        moe = TensorParallelMoE(moe, tp, data_group)
+    return moe if ep is None else ExpertParallelMoE(moe, ep, tp, data_group)
 
 
-# The loss of a vocabulary in pieces
+# The loss of a sharded vocabulary
 
 
 def vocab_parallel_cross_entropy(
@@ -329,6 +351,8 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """`kernels.linear_cross_entropy` where each process has its own rows of the head.
 
@@ -336,20 +360,24 @@ def vocab_parallel_cross_entropy(
     its logit of the target (0 if it is another's), their sum. From all processes' numbers follow the loss and, at once
     and in place, the gradient of its own logits; no process ever has the logits of another.
     """
+    if reduction != "mean":
+        raise ValueError(f"with tp > 1 the loss is a mean over targets; reduction={reduction!r} needs a whole head")
     options = (vocab_size, label_smoothing, z_loss, softcap)
     wants_grad = torch.is_grad_enabled() and (hidden_NC.requires_grad or weight_VC.requires_grad)
-    return _VocabLoss.apply(spread(hidden_NC, group), weight_VC, targets_N, group, options, wants_grad)
+    return _VocabLoss.apply(copy_to_group(hidden_NC, group), weight_VC, targets_N, weights, group, options, wants_grad)
 
 
 class _VocabLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, targets_N, group, options, wants_grad):
+    def forward(ctx, hidden_NC, weight_VC, targets_N, factors_N, group, options, wants_grad):
         N, V = len(hidden_NC), len(weight_VC)
-        first = share_of(options[0], group.rank(), group.size()).start
+        first = chunk_range(options[0], group.rank(), group.size()).start
         step = gpu_rows_per_slab(V) if hidden_NC.is_cuda else rows_per_slab(V)
         loss = torch.zeros((), dtype=torch.promote_types(hidden_NC.dtype, torch.float32), device=hidden_NC.device)
         counted_N = (targets_N != -100).to(loss.dtype)
         weights_N = counted_N / counted_N.sum().clamp(min=1)
+        if factors_N is not None:
+            weights_N = weights_N * factors_N.to(loss.dtype)
         d_hidden_NC, d_weight_VC = torch.empty_like(hidden_NC), torch.zeros_like(weight_VC, dtype=loss.dtype)
         for start in range(0, N, step):
             rows = slice(start, start + step)
@@ -366,7 +394,7 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+        return *(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None
 
 
 def _slab(x_SV, targets_S, weights_S, group, options, wants_grad):
@@ -378,7 +406,7 @@ def _slab(x_SV, targets_S, weights_S, group, options, wants_grad):
     target_S1 = targets_S.where(mine_S, 0).unsqueeze(-1)
     picked_S = x_SV.gather(-1, target_S1).squeeze(-1) * mine_S
     numbers = torch.stack([torch.logsumexp(x_SV, -1), picked_S, x_SV.sum(-1)])
-    lse_RS, picked_RS, sum_RS = concatenate(numbers[None], group).unbind(1)
+    lse_RS, picked_RS, sum_RS = all_gather_detached(numbers[None], group).unbind(1)
     lse_S = torch.logsumexp(lse_RS, 0)
     losses_S = lse_S - (1 - smoothing) * picked_RS.sum(0) - smoothing / words * sum_RS.sum(0) + z_loss * lse_S.square()
     loss = (losses_S * weights_S).sum()

@@ -28,11 +28,19 @@ from .ui.static_pages import docs_page, landing_page
 REFUSALS = (400, 404, 413, 429, 500, 503, 504)
 
 
-def create_app(make: Callable[[], Any], config: ServerConfig | None = None, keys: tuple[str, ...] = ()) -> FastAPI:
-    """The ASGI application of one engine. `make()` builds its `LLM`, in a thread, once the server listens."""
+def create_app(
+    make: Callable[[], Any],
+    config: ServerConfig | None = None,
+    keys: tuple[str, ...] = (),
+    on_failure: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """The ASGI application of one engine. `make()` builds its `LLM`, in a thread, once the server listens.
+
+    `on_failure()` is called when the engine has failed for good.
+    """
     config = config or ServerConfig()
     config = replace(config, name=config.name or "warploom")
-    bridge = AsyncEngine(make, config)
+    bridge = AsyncEngine(make, config, on_failure)
     metrics = Metrics(bridge)
     service = Service(bridge, config, metrics)
 

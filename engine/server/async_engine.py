@@ -10,7 +10,8 @@ Whatever ends a request early (the client goes, its time is up, the server stops
 cancels its generations before the engine's next step.
 
 A supervisor watches the engine: a thread that died, steps that fail one after the other, or no progress at all mean
-that it is broken. Its requests fail, it is built anew, once; `/health` says so all along.
+that it is broken. Its requests fail, it is built anew, once; `/health` says so all along. When it breaks again within
+an hour, `on_failure` is called: `warploom serve` then exits with 1, for whoever supervises it to start it again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from .openai import errors
 
 Result = TypeVar("Result")
 Ask = tuple[list[int], SamplingParams]
-FAILURES = 3  # failed steps in a row, with no token between them, that mean a broken engine
+FAILURES = 3  # failed steps of single sequences, with no token between them, that mean a broken engine
+HEALTHY = 3600.0  # seconds without a failure after which one more restart is due
 SHARE = 2  # a party's places by the free ones ("dynamic thresholds"): alone two thirds, two of them two fifths each
 logger = logging.getLogger("warploom.server")
 
@@ -168,7 +170,9 @@ class RequestStream:
 class AsyncEngine:
     """One engine, built by `make`, and everybody who waits for it."""
 
-    def __init__(self, make: Callable[[], Any], config: ServerConfig) -> None:
+    def __init__(
+        self, make: Callable[[], Any], config: ServerConfig, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
         self.config = config
         self.llm: Any = None
         self._state = "loading"
@@ -176,10 +180,10 @@ class AsyncEngine:
         self.flows: set[RequestStream] = set()
         self.open = 0  # continuations under way, waiting ones included
         self.holds: Counter = Counter()  # the same by party
-        self._make = make
+        self._make, self._on_failure = make, on_failure
         self._mailbox: deque[tuple[RequestStream, Event]] = deque()
         self._ringing = False
-        self._good_failures = 0  # the engine's count of failed steps when it last brought a token
+        self._good_failures = 0  # the engine's count of such steps when it last brought a token
         self._duration = 1.0  # of a request, a running mean
         self._workers = FairPool(4, name="warploom-text")
         self._tasks: list[asyncio.Task] = []
@@ -326,7 +330,7 @@ class AsyncEngine:
     def _post(self, engine: Any, flow: RequestStream, base: int, piece: Piece) -> None:
         """Called by the engine's thread for each piece; must be quick and must not fail."""
         if piece.token_ids:
-            self._good_failures = engine.failures
+            self._good_failures = engine.failed_alone
         if not flow.streaming and piece.finish_reason is None:
             return
         self._mailbox.append((flow, Event(base + piece.index, piece, time.monotonic())))
@@ -345,23 +349,30 @@ class AsyncEngine:
         return min(max(math.ceil(self._duration), 1), 60)
 
     async def _live(self) -> None:
-        """Load, watch, and if need be load once more."""
-        for state in ("loading", "restarting"):
-            self._state = state
+        """Load, watch, and if need be load again: once, and once more after every hour of health."""
+        restarted = False
+        while True:
             try:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
+            except InputError as error:  # a mistake of whoever started the server, who needs no traceback
+                logger.error("the engine could not be built: %s", error)
+                break
             except Exception:
                 logger.exception("the engine could not be built")
                 break
             self._good_failures = 0
             self.llm.engine.start()
-            self._state = "ready"
+            self._state, since = "ready", time.monotonic()
             await self._watch()
             self._abandon()
-            self.restarts += state == "loading"
+            if restarted and time.monotonic() - since < HEALTHY:
+                break
+            restarted = True
+            self.restarts += 1
         self._state = "failed"
-        logger.critical("the engine has failed and will not be restarted again; restart the server")
+        logger.critical("the engine has failed and will not be restarted again")
+        self._on_failure()
 
     async def _watch(self) -> None:
         """Return when the engine is broken."""
@@ -377,7 +388,7 @@ class AsyncEngine:
                 logger.error("a step of the engine has failed", exc_info=engine.last_error)
             if not engine.alive:
                 return logger.critical("the engine's thread has died")
-            if engine.failures - self._good_failures >= FAILURES:
+            if engine.failed_alone - self._good_failures >= FAILURES:
                 return logger.critical("%d steps of the engine have failed in a row", FAILURES)
             if now - since > self.config.stall_timeout:
                 return logger.critical("the engine has made no progress for %g s", self.config.stall_timeout)

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .engine import Engine
 from .outputs import EngineError, Metrics, Output
 from .sampling_params import SamplingParams
 from .scheduling.sequence import Sequence
 from .scheduling.step import ChunkResult
-
-if TYPE_CHECKING:
-    from .llm import LLM
 
 
 class _Beam:
@@ -41,9 +38,8 @@ class _Beam:
         self.finished = True
 
 
-def beam_search(llm: LLM, prompt: list[int], width: int, max_tokens: int, length_penalty: float) -> list[Output]:
+def beam_search(engine: Engine, prompt: list[int], width: int, max_tokens: int, length_penalty: float) -> list[Output]:
     """Up to `width` continuations of the prompt, best first."""
-    engine = llm.engine
     if not 1 <= width <= 50:
         raise InputError(f"beam_width must be between 1 and 50, got {width}")
     if width > engine.scheduler.max_batch:
@@ -62,7 +58,7 @@ def beam_search(llm: LLM, prompt: list[int], width: int, max_tokens: int, length
                 break
     finally:
         engine.call(search.end)
-    return [_output(llm, entry, root) for entry in search.ranking()]
+    return [_output(engine, entry, root) for entry in search.ranking()]
 
 
 class _Search:
@@ -130,9 +126,9 @@ class _Search:
         self.beams = [beam for beam, _, _ in grown]
 
 
-def _output(llm: LLM, entry: tuple[float, tuple[int, ...], str], root: Sequence) -> Output:
+def _output(engine: Engine, entry: tuple[float, tuple[int, ...], str], root: Sequence) -> Output:
     _, tokens, reason = entry
     metrics = Metrics(root.arrival, finished=time.monotonic(), generated_tokens=len(tokens))
-    shown = [token for token in tokens if token not in llm.engine.eos]
-    text = llm.tokenizer.decode(shown) if llm.tokenizer else ""
+    shown = [token for token in tokens if token not in engine.eos]
+    text = engine.tokenizer.decode(shown) if engine.tokenizer else ""
     return Output(text, tokens, reason, tuple(root.tokens[: root.prompt_length]), metrics=metrics)

@@ -3,8 +3,8 @@
 `step()` is the whole loop body: take in what others asked for, launch as many plans as may be under way, read the
 oldest result, hand every new token to its listener. Whoever waits for a result may drive the loop by hand, as
 `LLM.generate` does; a server starts the thread instead. `submit` and `cancel` may be called from any thread at any
-moment: they check, leave a note and return; the loop acts on the notes between two steps. A step that fails ends the
-requests it was computing, with the error, and nobody else's.
+moment: they check, leave a note and return; the loop acts on the notes between two steps. The sequences
+of a step that fails are computed again, each alone: the one that fails again ends with the error, the others go on.
 """
 
 import secrets
@@ -36,6 +36,7 @@ class Continuation:
         self.metrics = Metrics(sequence.arrival, seed=sequence.seed)
         self.logprobs: list = []
         self.prompt_logprobs: list = []
+        self._computed_again = 0
         self.error: Exception | None = None
         self.finished = False
         self._text, self._tell = text, tell
@@ -44,6 +45,9 @@ class Continuation:
 
     def receive(self, tokens: tuple[int, ...], result: ChunkResult, now: float) -> bool:
         """Take in new tokens; whether a stop string has come."""
+        if result.prompt_logprobs and self._computed_again != self.sequence.preemptions:
+            self._computed_again = self.sequence.preemptions
+            self.prompt_logprobs.clear()  # a prompt that lost its pages is scored again from its beginning
         self.prompt_logprobs += result.prompt_logprobs
         if not tokens:
             return False
@@ -137,7 +141,8 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer=None, eos: frozenset[int] = frozenset()):
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, eos
-        self.failures = 0
+        self.failures = 0  # of steps
+        self.failed_alone = 0  # of steps with one sequence, or none
         self.last_error: Exception | None = None
         self.generated_tokens = 0
         self._notes: deque[Callable[[], None]] = deque()
@@ -289,14 +294,21 @@ class Engine:
         self.scheduler.finish(sequence, "stop")
 
     def _fail(self, error: Exception) -> None:
-        """The step went wrong: end what it was computing, keep everything else."""
+        """A step went wrong: end the sequence that causes it, found by computing each alone; keep everything else."""
         self.failures += 1
         self.last_error = error
         self._flights.clear()
-        self.scheduler.abort("error")
-        for sequence in self.scheduler.ended:
-            if sequence.finish_reason == "error":
-                sequence.listener.error = error
+        if isinstance(error, Exception) and self.runner.alive:
+            culprits = [culprit] if (culprit := self.scheduler.isolate()) else []
+            self.failed_alone += not self.scheduler.suspects  # it was one sequence, or the loop itself
+            for sequence in self.scheduler.suspects:
+                if sequence.grammar is not None:
+                    sequence.grammar.rewind(sequence.tokens[sequence.prompt_length :])
+        else:
+            culprits = self.scheduler.abandon()
+        for sequence in culprits:
+            sequence.listener.error = error
+            self.scheduler.finish(sequence, "error")
         self._tell_ended()
 
     def _cancel_now(self, generation: Generation) -> None:
@@ -312,7 +324,7 @@ class Engine:
             return TextStream(None)
         start = self.tokenizer.decode(tokens) if params.echo else ""
         skip_ids = {*params.stop_token_ids, *self.eos}
-        return TextStream(self.tokenizer.stream(), params.stop, skip_ids, start)
+        return TextStream(self.tokenizer.stream(continues=bool(tokens)), params.stop, skip_ids, start)
 
     def _check(self, tokens: list[int], params: SamplingParams) -> None:
         vocabulary = self.runner.model.config.vocab_size

@@ -21,14 +21,13 @@ from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..formats.model_directory import load_model, read_model
-from ..memory import PeakMemory, available_memory
 from ..model import Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
-from .execution import cuda_graphs
 from .execution.int8_pages import TILE
 from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
-from .execution.outlier_smoothing import has_tall_keys
+from .execution.model_runner import memory_for_pages
+from .execution.outlier_smoothing import has_tall_keys, is_supported
 from .execution.speculative import make_runner, model_draft, ngram_draft
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
@@ -195,7 +194,7 @@ class LLM:
         self, prompt: Prompt, beam_width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
     ) -> list[Output]:
         """The most likely continuations found by keeping the best `beam_width` at every step, best first."""
-        return beam_search(self, self.encode(prompt), beam_width, max_tokens, length_penalty)
+        return beam_search(self.engine, self.encode(prompt), beam_width, max_tokens, length_penalty)
 
     def score(self, texts: Prompt | Items[Prompt]) -> list:
         """Log-probabilities of each text's tokens from the second on, by the model alone."""
@@ -251,7 +250,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
         eight = quantize == "int8" and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
-        eight = eight and not any(map(has_tall_keys, model.blocks))
+        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")
@@ -267,29 +266,6 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
 def _same_tokens(ours, theirs) -> bool:
     """Whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
-
-
-def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
-    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
-    if model.device.type != "cuda":
-        return available_memory("cpu") // 2
-    with torch.cuda.device(model.device):
-        with PeakMemory("cuda") as peak:
-            largest_step(model, max_batch_tokens, max_batch)
-        free = available_memory("cuda")
-    recorded = 0
-    if cuda_graphs.enabled():
-        itemsize = model.embedding.weight.element_size()
-        recorded = cuda_graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
-    return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
-
-
-@torch.inference_mode()
-def largest_step(model: Transformer, max_batch_tokens: int, max_batch: int) -> None:
-    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
-    tokens = torch.zeros(1, max_batch_tokens, dtype=torch.int64, device=model.device)
-    hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
-    torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)
 
 
 def _is_prompt(prompts) -> bool:

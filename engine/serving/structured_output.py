@@ -52,6 +52,11 @@ class Grammar:
         if not self.finished and not self._matcher.consume_token(token):
             self.error = GrammarError(f"the grammar refused token {token}: {_first_line(self._matcher.get_error())}")
 
+    def rewind(self, tokens: list[int]) -> None:
+        """Stand again where these tokens lead, whatever was accepted since."""
+        self._matcher.reset()
+        self._matcher.consume_tokens(tokens)
+
     def mask(self, logits_V: Tensor) -> None:
         """Make impossible, in place, every token that would leave the grammar."""
         if self.finished:
@@ -176,8 +181,8 @@ def _source(matcher, field: str, value) -> str:
         if field == "grammar":
             return matcher.grammar_from_lark(any_to_lark(value))
         return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{field} cannot be compiled: {error}") from None
+    except Exception as error:  # the converter of GBNF has errors of its own: whatever it says is about this grammar
+        raise InputError(f"{field} cannot be compiled: {_first_line(error)}") from None
 
 
 def _escaped(text: str) -> str:

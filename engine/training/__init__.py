@@ -1,4 +1,4 @@
-"""The loop, and everything that makes it exact, watchable and hard to kill."""
+"""Training: the loop, optimizers, mixed precision, checkpoints, distributed training."""
 
 from ..lazy import lazily
 
@@ -10,7 +10,8 @@ __getattr__, __all__ = lazily(
         "evaluate": ("Evaluation",),
         "optim": ("AdamW", "Muon", "SGDDecay", "clip_grad_norm"),
         "schedule": ("constant_schedule", "cosine_schedule", "linear_schedule", "wsd_schedule"),
-        "trainer": ("TrainResult", "train"),
-        "callbacks": ("Progress", "Watcher"),
+        "run_state": ("RunState", "TrainResult"),
+        "trainer": ("train",),
+        "callbacks": ("Callback", "Progress"),
     },
 )

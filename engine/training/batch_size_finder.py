@@ -1,4 +1,4 @@
-"""How much memory a run will take, before it is taken.
+"""Batch-size finder: predicts the peak memory of a run, and cuts its steps into as few micro-batches as fit.
 
 A step needs what does not depend on the rows of a micro-batch (gradients, moments) and what grows with them (what the
 backward pass has to keep). So a few small steps tell of all others: take 1, 2, 4, … rows, note the peaks, and draw a
@@ -16,16 +16,14 @@ A save in the middle of a run copies the state; on a CPU the copy lies in the me
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ..data.loader import Batch
+from ..data.loader import Batch, Loader
 from ..errors import InputError
 from ..memory import PeakMemory, available_memory
 from .evaluate import losses
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .run_state import RunState
 
 MARGIN = 0.9  # of the memory that is free
 STEPS = 3  # after which the gaps that freed tensors leave hardly change
@@ -33,7 +31,7 @@ NEAR = 0.03  # a line that foretells a peak this closely is believed
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryLine:
+class LinearMemoryModel:
     """Bytes that a run takes beyond what it holds before its first step, over the rows of a micro-batch."""
 
     fixed: int
@@ -44,7 +42,7 @@ class MemoryLine:
         return self.fixed + rows * self.per_row
 
     @classmethod
-    def through(cls, peaks: dict[int, int]) -> MemoryLine:
+    def through(cls, peaks: dict[int, int]) -> LinearMemoryModel:
         """The line through the last two of the peaks at numbers of rows."""
         if len(peaks) == 1:
             return cls(peaks[1], 0)
@@ -53,24 +51,26 @@ class MemoryLine:
         return cls(high - more * per_row, per_row)
 
 
-def predict(run: Trainer, parts: int = 1) -> MemoryLine:
+def predict(run: RunState, loader: Loader, parts: int = 1) -> LinearMemoryModel:
     """The line of a run whose steps are cut into `parts` micro-batches (all numbers from 3 on need the same).
 
     Rows are those of one process. The run is as new afterwards.
     """
-    most = run.config.batch_size // run.team.readers // parts
+    most = run.config.batch_size // run.mesh.dp_size // parts
     peaks: dict[int, int] = {}
     held: list[int] = []  # before each probe
-    line, available = MemoryLine(0, 0), -run.team.most(-available_memory(run.device.type))
+    line, available = LinearMemoryModel(0, 0), -run.mesh.all_reduce_max(-available_memory(run.device.type))
     for rows in (2**i for i in range(most.bit_length())):
-        peak = _peak_of(run, rows, parts)
+        peak = _peak_of(run, loader, rows, parts)
         held.append(peak.before)
-        peaks[rows] = int(run.team.most(peak.bytes))
-        foretold, line = line.peak(rows), MemoryLine.through(peaks)
+        peaks[rows] = int(run.mesh.all_reduce_max(peak.bytes))
+        foretold, line = line.peak(rows), LinearMemoryModel.through(peaks)
         straight = line.per_row * rows > line.fixed and abs(foretold - peaks[rows]) < NEAR * peaks[rows]
         if straight or line.peak(2 * rows) > available:
             break
-    return MemoryLine(line.fixed + int(run.team.most(_kept_by_all(held))) + _copies_of_a_save(run), line.per_row)
+    return LinearMemoryModel(
+        line.fixed + int(run.mesh.all_reduce_max(_kept_by_all(held))) + _copies_of_a_save(run), line.per_row
+    )
 
 
 def _kept_by_all(held: list[int]) -> int:
@@ -82,9 +82,9 @@ def _kept_by_all(held: list[int]) -> int:
     return max(0, left[0] - left[1]) if len(left) > 1 else 0
 
 
-def _peak_of(run: Trainer, rows: int, parts: int) -> PeakMemory:
+def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory:
     """What a run with micro-batches of so many rows takes. The first step makes what all later ones keep."""
-    batch = run.loader.batch(0).rows(0, rows).to(run.device)
+    batch = loader.batch(0).rows(0, rows).to(run.device)
     run.optimizer.state.clear()
     with PeakMemory(run.device.type) as peak:
         for _ in range(STEPS):
@@ -95,7 +95,7 @@ def _peak_of(run: Trainer, rows: int, parts: int) -> PeakMemory:
     return peak
 
 
-def _step(run: Trainer, batch: Batch, parts: int) -> None:
+def _step(run: RunState, batch: Batch, parts: int) -> None:
     """A step that changes no weight."""
     for _ in range(parts):
         losses(run.model, batch, label_smoothing=run.config.label_smoothing).total.backward()
@@ -105,30 +105,30 @@ def _step(run: Trainer, batch: Batch, parts: int) -> None:
         if p.grad is not None:
             p.grad.zero_()
     run.optimizer.step()
-    run.masters.publish()
+    run.masters.copy_to_model()
     run.masters.zero_grad()
 
 
-def _copies_of_a_save(run: Trainer) -> int:
+def _copies_of_a_save(run: RunState) -> int:
     """Bytes of the state that a save copies while training goes on, where that is the same memory."""
     every = run.config.save_every
     if run.device.type != "cpu" or not 0 < every < run.steps:
         return 0
     weights = sum(p.nbytes for p in run.masters.named.values())
     moments = {"adamw": 2, "muon": 1, "sgd": 0}[run.config.optimizer]
-    return weights * (1 + moments + bool(run.average.weights))
+    return weights * (1 + moments + bool(run.ema.weights))
 
 
-def fewest_micro_batches(run: Trainer) -> int:
-    """Into how many micro-batches a step must be cut to fit the memory that is free, the same in all processes."""
-    total, size = run.config.batch_size, run.team.readers
+def find_grad_accum_steps(run: RunState, loader: Loader, note: Callable[[str], None]) -> int:
+    """The fewest micro-batches with which a step fits the memory that is free, the same number in all processes."""
+    total, size = run.config.batch_size, run.mesh.dp_size
     cuts = [n for n in range(1, total + 1) if total % n == 0 and total // n % size == 0]
-    available = int(-run.team.most(-MARGIN * available_memory(run.device.type)))
-    line, chosen = predict(run), 1
+    available = int(-run.mesh.all_reduce_max(-MARGIN * available_memory(run.device.type)))
+    line, chosen = predict(run, loader), 1
     if line.peak(total // size) > available and len(cuts) > 1:
-        line = predict(run, cuts[1])
+        line = predict(run, loader, cuts[1])
         chosen = next((n for n in cuts[1:] if line.peak(total // n // size) <= available), cuts[-1])
-    run.note(
+    note(
         f"grad_accum_steps={chosen}: training is predicted to take {line.peak(total // chosen // size) / 2**20:,.0f} "
         f"MiB more, of the {available / 2**20:,.0f} MiB that it may"
     )

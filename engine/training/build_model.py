@@ -1,9 +1,9 @@
-"""From an architecture to this process's part of a model, without ever having the whole.
+"""Build the model of a run, sharded from the start: no process ever holds the whole.
 
 A model that is spread over processes may be larger than the memory of any of them. So it is made in three steps:
 
     1. its shape      every parameter on the meta device, which knows sizes and has no numbers
-    2. the cut        pieces, experts and slices of shapes (`parallel.py`); then memory for what is left
+    2. the cut        heads, experts and slices of shapes (`parallel.py`); then memory for what is left
     3. its numbers    weight by weight: make the whole of one, keep this process's part of it, drop the rest
 
 The numbers come from a model directory or from the seed. Each process draws all of them, in the order in which the
@@ -24,41 +24,43 @@ from ..formats.model_directory import read_weights
 from ..model import Transformer
 from . import fused_block
 from .config import TrainConfig
-from .distributed.mesh import Team, slice_weights, take_piece
-from .distributed.sharded_state import Pieces, local
+from .distributed.mesh import ProcessMesh, apply_fsdp, apply_tp_ep
+from .distributed.sharded_state import ShardedState, local
 
 
-def build(config: TrainConfig, architecture: ModelConfig, team: Team, dtype: torch.dtype) -> tuple[Transformer, Pieces]:
+def build_model(
+    config: TrainConfig, architecture: ModelConfig, mesh: ProcessMesh, dtype: torch.dtype
+) -> tuple[Transformer, ShardedState]:
     """This process's part of the model that a run starts with, in float32, and how it lies in the whole."""
     with torch.device("meta"):
         model = Transformer(architecture)
-    pieces = Pieces(team, model)
-    if not config.compile and team.axes["tp"] == 1:
+    shards = ShardedState(mesh, model)
+    if not config.compile and mesh.axes["tp"] == 1:
         fused_block.install(model)
     for block in model.blocks:
         if config.activation_checkpointing:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             block.compile()
-    model = take_piece(model, team)
-    if team.axes["fsdp"] > 1:
-        slice_weights(model, dtype, team)
-    model.to_empty(device=team.device)
+    model = apply_tp_ep(model, mesh)
+    if mesh.axes["fsdp"] > 1:
+        apply_fsdp(model, dtype, mesh)
+    model.to_empty(device=mesh.device)
     torch.manual_seed(config.seed)
-    fill(model, pieces, read_weights(config.init_from) if config.init_from else fresh_weights(architecture))
-    return model.train(), pieces
+    fill(model, shards, read_weights(config.init_from) if config.init_from else fresh_weights(architecture))
+    return model.train(), shards
 
 
 @torch.no_grad()
-def fill(model: Transformer, pieces: Pieces, weights: Iterator[tuple[str, Tensor]]) -> None:
+def fill(model: Transformer, shards: ShardedState, weights: Iterator[tuple[str, Tensor]]) -> None:
     """Give a model this process's part of each whole weight."""
     for name, whole in weights:
-        local(model.get_parameter(name)).copy_(pieces.part(name, whole))
+        local(model.get_parameter(name)).copy_(shards.shard(name, whole))
         del whole  # else it would stand beside the next one
 
 
 def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """What `Transformer(architecture)` would draw, number for number, in one room for all: take it before the next."""
+    """The weights that `Transformer(architecture)` would draw, bit for bit; each overwrites the memory of the last."""
     with torch.device("meta"):
         model = Transformer(architecture)
     modules = [(path, module) for path, module in _as_constructed(model) if hasattr(module, "reset_parameters")]

@@ -1,7 +1,7 @@
-"""Watching a run: the trainer reports what happens, watchers decide what to do with it.
+"""Callbacks: the trainer reports events; each callback prints, logs or forwards them.
 
-A `Watcher` has one method a kind of event, all empty: override the ones you need and pass it to `train(config,
-watchers=[…])`. Those here write a line now and then, draw the live panel, keep `log.jsonl`, and forward to TensorBoard
+A `Callback` has one method a kind of event, all empty: override the ones you need and pass it to `train(config,
+callbacks=[…])`. Those here write a line now and then, draw the live panel, keep `log.jsonl`, and forward to TensorBoard
 or Weights & Biases.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is known after a step."""
+    """The figures of a step."""
 
     step: int
     steps: int
@@ -48,25 +48,25 @@ class Progress:
     """Least and most loaded expert, as multiples of an equal share."""
 
 
-class Watcher:
-    """Hears what a run does. All methods are optional."""
+class Callback:
+    """Methods that the trainer calls as things happen. All are optional."""
 
-    def started(self, run: dict[str, Any]) -> None:
+    def on_start(self, run: dict[str, Any]) -> None:
         """The run begins: what it is, as `run.json` will say."""
 
-    def stepped(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         """A step is done."""
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The validation split was read."""
 
-    def sampled(self, step: int, prompt: str, text: str) -> None:
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
         """The model wrote `text` after `prompt`."""
 
-    def noted(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Something worth a sentence happened."""
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         """The run ended, in whatever way."""
 
 
@@ -79,33 +79,33 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
-class Lines(Watcher):
+class ConsoleLogger(Callback):
     """Plain lines, for logs: the first steps, then one about every ten seconds."""
 
     def __init__(self, every_seconds: float = 10.0, stream: TextIO | None = None) -> None:
         self.every_seconds, self.stream = every_seconds, stream or sys.stderr
         self.next = 0.0
 
-    def stepped(self, p: Progress) -> None:
+    def on_step(self, p: Progress) -> None:
         if p.seconds < self.next and p.step != p.steps:
             return
         self.next = p.seconds + self.every_seconds
-        self.noted(
+        self.on_message(
             f"step {p.step}/{p.steps}  loss {p.loss:.4f}  lr {p.lr:.2e}  norm {p.grad_norm:.2f}  "
             f"{p.tokens_per_second:,.0f} tok/s  {p.utilization:.0%} of peak  {duration(p.seconds_left)} left"
         )
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        self.noted(f"step {step}: validation {evaluation}")
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self.on_message(f"step {step}: validation {evaluation}")
 
-    def sampled(self, step: int, prompt: str, text: str) -> None:
-        self.noted(f"step {step}, sample: {prompt[-40:]!r} → {text!r}")
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
+        self.on_message(f"step {step}, sample: {prompt[-40:]!r} → {text!r}")
 
-    def noted(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
 
-class Panel(Watcher):
+class LivePanel(Callback):
     """One live panel on a terminal: where the run is, how the loss falls, how fast, how long still."""
 
     def __init__(self) -> None:
@@ -118,31 +118,31 @@ class Panel(Watcher):
         self.evaluation: Evaluation | None = None
         self.live = Live(console=self.console, get_renderable=self._draw, refresh_per_second=4)
 
-    def stepped(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         self.losses.append(progress.loss)
         self.last = progress
         if not self.live.is_started:
             self.live.start()
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.evaluation = evaluation
 
-    def sampled(self, step: int, prompt: str, text: str) -> None:
+    def on_sample(self, step: int, prompt: str, text: str) -> None:
         from rich.text import Text
 
         self.console.print(
             Text(f"step {step}: ", "dim") + Text(prompt[-60:], "dim") + Text(text, "green"), highlight=False
         )
 
-    def noted(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self.console.print(text, style="yellow", markup=False, highlight=False)
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         self.live.stop()
 
     def _draw(self):
         """Four times a second, however fast the steps are."""
-        from rich.panel import Panel as Box
+        from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -160,7 +160,7 @@ class Panel(Watcher):
         table.add_row("memory", memory_in_use(), f"{p.tokens:,} tokens seen")
         table.add_row("time", duration(p.seconds), f"{duration(p.seconds_left)} left")
         table.add_row("", "", ProgressBar(total=p.steps, completed=p.step, width=40))
-        return Box(table, title=f"step {p.step} of {p.steps}", width=88)
+        return Panel(table, title=f"step {p.step} of {p.steps}", width=88)
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -188,7 +188,7 @@ def memory_in_use() -> str:
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
 
 
-class JsonLog(Watcher):
+class JsonLog(Callback):
     """`log.jsonl`: one object a logged step or evaluation. A resumed run continues the file from its own step."""
 
     def __init__(self, path: Path, every: int, start: int) -> None:
@@ -208,14 +208,14 @@ class JsonLog(Watcher):
                 break
         return lines
 
-    def stepped(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         if progress.step % self.every == 0 or progress.step in (1, progress.steps):
             self._write({key: _short(value) for key, value in asdict(progress).items() if value is not None})
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._write({"step": step, "val_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte})
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         self.file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -247,13 +247,13 @@ class Spikes:
 
 
 def check_packages(tensorboard: bool, wandb: str | None) -> None:
-    """Are the packages here that these watchers need? Asked before anything long begins."""
+    """Refuse callbacks whose packages are not installed, before anything long begins."""
     for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
         if wanted and not find_spec(package):
             raise InputError(f"{package}={wanted} needs the package {package}: pip install {package}")
 
 
-class TensorBoard(Watcher):
+class TensorBoard(Callback):
     """Event files for TensorBoard in `OUT/tensorboard`."""
 
     def __init__(self, directory: Path) -> None:
@@ -261,18 +261,18 @@ class TensorBoard(Watcher):
 
         self.writer = SummaryWriter(str(directory / "tensorboard"))
 
-    def stepped(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         for name in ("loss", "lr", "grad_norm", "tokens_per_second", "utilization"):
             self.writer.add_scalar(name, getattr(progress, name), progress.step)
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.writer.add_scalar("val_loss", evaluation.loss, step)
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         self.writer.close()
 
 
-class Wandb(Watcher):
+class Wandb(Callback):
     """A Weights & Biases run."""
 
     def __init__(self, project: str) -> None:
@@ -280,14 +280,14 @@ class Wandb(Watcher):
 
         self.project, self.wandb = project, wandb
 
-    def started(self, run: dict[str, Any]) -> None:
+    def on_start(self, run: dict[str, Any]) -> None:
         self.run = self.wandb.init(project=self.project, config=run)
 
-    def stepped(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         self.run.log({key: value for key, value in asdict(progress).items() if value is not None}, step=progress.step)
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.run.log({"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}, step=step)
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         self.run.finish()

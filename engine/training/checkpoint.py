@@ -65,7 +65,7 @@ def load_checkpoint(
     return step
 
 
-def generators() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """The state of every generator a step may draw from, as tensors and numbers."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     states = {
@@ -78,8 +78,8 @@ def generators() -> dict[str, Any]:
     return states
 
 
-def restore_generators(states: dict[str, Any]) -> None:
-    """Put every generator back to where `generators` found it."""
+def restore_rng_state(states: dict[str, Any]) -> None:
+    """Put every generator back to where `rng_state` found it."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]
@@ -103,11 +103,11 @@ def snapshot(value: Any) -> Any:
 class Checkpoints:
     """The `checkpoints/` folder of a run: writes them in a thread, keeps the last few, finds the last good one.
 
-    Where every process writes a part, the one that `leads` makes the whole appear.
+    Where every process writes a part, the main process makes the whole appear.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, leads: bool = True) -> None:
-        self.folder, self.keep_last, self.leads = folder, keep_last, leads
+    def __init__(self, folder: Path, keep_last: int = 2, is_main: bool = True) -> None:
+        self.folder, self.keep_last, self.is_main = folder, keep_last, is_main
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -154,7 +154,7 @@ class Checkpoints:
         try:
             with saving(f"a checkpoint to {self.folder}", self.folder, "the one before it is intact"):
                 hashes = write_shards(scratch) if write_shards else {}
-                if not self.leads:
+                if not self.is_main:
                     return
                 if write_model:
                     write_model(scratch)
@@ -168,7 +168,7 @@ class Checkpoints:
                 os.rename(scratch, self.path(step))
                 _flush(self.folder)
         except BaseException:
-            if self.leads:
+            if self.is_main:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         for old in self.steps()[self.keep_last :]:
@@ -219,8 +219,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def claim(folder: Path) -> TextIO | None:
-    """Other processes cannot claim the folder of a run while this one lives, until the file is given to `give_back`."""
+def lock_run(folder: Path) -> TextIO | None:
+    """Lock the folder of a run for as long as this process lives, or until the file is given to `unlock_run`."""
     try:
         import fcntl
     except ImportError:  # there is none on Windows
@@ -235,8 +235,8 @@ def claim(folder: Path) -> TextIO | None:
     return file
 
 
-def give_back(file: TextIO | None) -> None:
-    """End a claim, without a trace."""
+def unlock_run(file: TextIO | None) -> None:
+    """Release the lock and remove its file."""
     if file is not None:
         Path(file.name).unlink(missing_ok=True)
         file.close()

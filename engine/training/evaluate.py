@@ -19,8 +19,9 @@ import torch
 
 from ... import kernels
 from ..data.loader import IGNORE, Batch, Epochs
-from ..data.tokens import TokenSplit
+from ..data.tokens import TokenData, TokenSplit
 from ..errors import InputError
+from ..generation import generate
 from ..model import Transformer
 
 
@@ -103,6 +104,21 @@ def within_documents(cu_seqlens: torch.Tensor, longest: int):
         return o_NHD[None]
 
     return attend
+
+
+def validation_split(data: TokenData) -> TokenSplit | None:
+    """The text to evaluate on, if there is any."""
+    split = data.split("val") if "val" in data.meta.splits else None
+    return split if split is not None and len(split) >= 2 else None
+
+
+def write_sample(model: Transformer, tokenizer: Any, prompt: list[int], tokens: int, seed: int) -> tuple[str, str]:
+    """The text of a prompt, and that of a continuation drawn at temperature 0.8."""
+    was_training = model.training
+    model.eval()
+    drawn = list(generate(model, prompt, tokens, temperature=0.8, seed=seed))
+    model.train(was_training)
+    return tokenizer.decode(prompt), tokenizer.decode(drawn)
 
 
 def validation_batches(split: TokenSplit, batch_size: int, context: int, limit: int = 0) -> Iterable[Batch]:

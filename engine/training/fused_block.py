@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.cpu import fused_block
 from ..config import ModelConfig
-from ..executors import OUTSIDE, ROUTING, SHAPE, Supported
+from ..executors import BASIC, Supported
 from ..model import Attend, Attention, Block, Linear, RMSNorm, Rotation, SwiGLU, Transformer
 
 
@@ -22,9 +22,8 @@ def _whole_vectors(c: ModelConfig) -> bool:
 
 
 is_supported = Supported(
-    computed=(*SHAPE, *OUTSIDE, *ROUTING, "norm_eps", "sliding_window", "attention_softcap"),
-    only={"norm": ("rmsnorm",), "ffn": ("swiglu",), "n_experts": (0,), "qk_norm": (False,), "dropout": (0.0,)}
-    | {"bias": (False,), "qkv_bias": (None, False)},
+    computed=BASIC,
+    only={"qkv_bias": (None, False)},
     where=_whole_vectors,
 )
 
@@ -64,7 +63,7 @@ def fusible_weights(block: FusedBlock, stream_BTC: Tensor) -> list[Tensor] | Non
     attention, ffn = block.attention, block.ffn
     parts = block.attention_norm, block.ffn_norm, attention.qkv, attention.output, ffn.gate_up, ffn.down
     weights = [part.weight for part in parts]
-    return weights if fused_block.serves(stream_BTC, *weights) else None
+    return weights if fused_block.is_supported(stream_BTC, *weights) else None
 
 
 def fused_forward(

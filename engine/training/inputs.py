@@ -1,4 +1,4 @@
-"""Before the first step: find or make the token files, the tokenizer and the architecture that a run asks for."""
+"""Inputs of a run: find or make its token files, its tokenizer and its architecture."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Materials:
-    """What a run is made of."""
+class RunInputs:
+    """The data, tokenizer and architecture of a run."""
 
     data: TokenData
     tokenizer: Any
     model: ModelConfig
 
 
-def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = False) -> Materials:
+def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = False) -> RunInputs:
     """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data.
 
     With `reuse`, tokens that are already there are not made again.
@@ -40,7 +40,7 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
         raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
-    return Materials(data, tokenizer, model)
+    return RunInputs(data, tokenizer, model)
 
 
 def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:

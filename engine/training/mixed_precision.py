@@ -1,9 +1,9 @@
-"""Number formats: compute in bfloat16 (or float16), remember in float32.
+"""Mixed precision: compute in bfloat16 (or float16), keep float32 master weights.
 
 A matrix product in bfloat16 is several times faster, and its inputs need no more digits. A weight does: an update a
 thousandth of its size is lost in eight bits. So the model's own weights are rounded copies, and float32 *masters* are
 what the optimizer sees. Gradients leave the rounded weights as soon as they are complete and add up in float32, so
-accumulating micro-batches loses nothing. After each step the masters are published to the model.
+accumulating micro-batches loses nothing. After each step the masters are copied to the model.
 
 With float32 the masters are the model's weights themselves, and all of this is nothing.
 
@@ -13,20 +13,21 @@ and the gradients divided by it afterwards. The scale halves when a gradient ove
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..model import Transformer
-from ..parallel.tensor_parallel import layouts
+from ..parallel.tensor_parallel import shard_specs
 
 
 class Masters:
     """The trained weights in float32, by name, behind a model that computes in `dtype`."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
-        self.model, self.dtype, self.layouts = model, dtype, layouts(model)
+        self.model, self.dtype, self.specs = model, dtype, shard_specs(model)
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         self._rounded = list(self.named.values())
         if dtype == torch.float32:
@@ -41,7 +42,7 @@ class Masters:
         return self.dtype != torch.float32
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Round the masters into the model."""
         if self.separate:
             torch._foreach_copy_(self._rounded, list(self.named.values()))
@@ -51,7 +52,7 @@ class Masters:
         """Take over weights by name; where a run spreads them over processes, this process's part of each."""
         for name, master in self.named.items():
             master.copy_(weights[name])
-        self.publish()
+        self.copy_to_model()
 
     def zero_grad(self) -> None:
         for master in self.named.values():
@@ -94,8 +95,8 @@ class LossScale:
             torch._foreach_mul_(grads, 1 / self.value)
 
 
-class Average:
-    """A running mean of the weights over about 1/(1-decay) steps: smoother than any one of them."""
+class EMA:
+    """Exponential moving average of the weights over about 1/(1-decay) steps: smoother than any one of them."""
 
     def __init__(self, masters: Masters, decay: float) -> None:
         self.masters, self.decay = masters, decay
@@ -106,6 +107,19 @@ class Average:
         if self.weights:
             live = [self.masters.named[name].detach() for name in self.weights]
             torch._foreach_lerp_(list(self.weights.values()), live, 1 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model computes with the averaged weights, if there are any."""
+        if not self.weights:
+            yield
+            return
+        live = {name: p.detach().clone() for name, p in self.masters.named.items()}
+        self.masters.load(self.weights)
+        try:
+            yield
+        finally:
+            self.masters.load(live)
 
     def best_weights(self) -> dict[str, Tensor]:
         """What to evaluate and to save: the average where there is one, else the masters."""

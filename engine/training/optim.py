@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .config import TrainConfig
 
 Rule = Callable[[Tensor], Tensor]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -227,3 +228,23 @@ def _check(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
             raise InputError(f"{name} must be at least 0, not {value}")
+
+
+def make_optimizer(
+    config: TrainConfig,
+    named: dict[str, Tensor],
+    dtype: torch.dtype,
+    with_full_matrix: Callable[[str, Tensor, Rule], Tensor],
+) -> torch.optim.Optimizer:
+    """The optimizer a run asks for; Muon reaches whole matrices through `with_full_matrix`, where they are sharded."""
+    groups = parameter_groups(named.items(), config.weight_decay)
+    if config.optimizer == "sgd":
+        return SGDDecay(named.values(), config.lr)
+    settings = {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.optimizer == "adamw":
+        return AdamW(groups, config.lr, **settings)
+    names = {p: name for name, p in named.items()}
+    return Muon(
+        groups, config.lr, **settings, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
+        on_whole=lambda p, part, rule: with_full_matrix(names[p], part, rule),
+    )  # fmt: skip

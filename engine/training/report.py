@@ -1,4 +1,4 @@
-"""The run card: what a run was and what came of it, for people (`RUN.md`), programs (`run.json`), eyes (`loss.png`)."""
+"""The run report: configuration and results for people (`RUN.md`), programs (`run.json`) and eyes (`loss.png`)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...tokenizer.sources import atomic_writer, write_text
 from ..device import device_name
 from .config import TrainConfig
-
-if TYPE_CHECKING:
-    from .trainer import Trainer, TrainResult
+from .run_state import RunState, TrainResult
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the run ran on."""
+    """The machine and the libraries of a run."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -42,17 +40,17 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def describe(run: Trainer) -> dict[str, Any]:
-    """What this run is, as `run.json` says it."""
-    meta = run.materials.data.meta
+def describe(run: RunState) -> dict[str, Any]:
+    """A run as `run.json` tells it."""
+    meta = run.inputs.data.meta
     return {
         "config": run.config.to_dict(),
-        "model": run.materials.model.to_dict(),
-        "parameters": sum(shape.numel() for shape in run.pieces.shapes.values()),
+        "model": run.inputs.model.to_dict(),
+        "parameters": sum(shape.numel() for shape in run.shards.shapes.values()),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "processes": run.team.axes,
+        "processes": run.mesh.axes,
         "steps": run.steps,
-        "micro_batches": run.micro_batches,
+        "micro_batches": run.grad_accum_steps,
         "data": {
             "source": meta.source,
             "train_tokens": len(run.train_split),

@@ -1,28 +1,28 @@
-"""What a run's next step depends on: gathered into a checkpoint, and put back from one."""
+"""Saving and resuming a run: `RunState` into a checkpoint and back, and its weights into a model directory."""
 
 from __future__ import annotations
 
+import collections
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..formats.model_directory import read_weights, write_model
-from .checkpoint import generators, load_tensors, restore_generators, snapshot
+from .checkpoint import Checkpoints, load_tensors, restore_rng_state, rng_state, saving, snapshot
 from .distributed.dcp import FOLDER, read_shards
-from .distributed.sharded_state import map_optimizer, state_blocks, state_parts, whole_state
+from .distributed.sharded_state import full_weights, map_optimizer, state_blocks, state_parts, whole_state
 from .evaluate import Evaluation
 from .report import describe
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .run_state import RunState
 
 
-def save_run(run: Trainer) -> None:
+def save_run(run: RunState, checkpoints: Checkpoints) -> None:
     """Write a checkpoint of a run: whole by the leader where one process has all, else by all, each its part."""
-    if not (run.team.leads or run.team.splits_state):
+    if not (run.mesh.is_main or run.mesh.is_sharded):
         return
     state = {
         "tokens": run.tokens,
@@ -33,72 +33,82 @@ def save_run(run: Trainer) -> None:
         "samples": run.samples,
         "run": describe(run),
     }
-    moments, average = run.optimizer.state_dict(), run.average.weights
-    scheduler = {"loss_scale": (run.scale.value, run.scale.calm), "generators": generators()}
-    if run.team.splits_state:
+    moments, average = run.optimizer.state_dict(), run.ema.weights
+    scheduler = {"loss_scale": (run.loss_scale.value, run.loss_scale.calm), "generators": rng_state()}
+    if run.mesh.is_sharded:
         copies = snapshot(state_parts(run.masters, run.optimizer, average))
         tensors = {
             "optimizer": snapshot(map_optimizer(run.masters, run.optimizer, moments, lambda *_: None)),
             "scheduler": {**scheduler, "average": dict.fromkeys(average)},
         }
-        write = functools.partial(run.team.shard_writer.write, state_blocks(run.pieces, copies))
-        run.checkpoints.save(run.step, tensors, state, write_shards=write)
+        write = functools.partial(run.mesh.shard_writer.write, state_blocks(run.shards, copies))
+        checkpoints.save(run.step, tensors, state, write_shards=write)
         return
     weights = snapshot({name: p.detach() for name, p in run.masters.named.items()})
     tensors = {"optimizer": snapshot(moments), "scheduler": {**scheduler, "average": snapshot(average)}}
-    config, tokenizer = run.model.config, run.materials.tokenizer
+    config, tokenizer = run.model.config, run.inputs.tokenizer
 
-    def write_weights(directory: Path) -> None:
+    def write_copies(directory: Path) -> None:
         write_model(config, weights.items(), torch.float32, directory, tokenizer)
 
-    run.checkpoints.save(run.step, tensors, state, write_model=write_weights)
+    checkpoints.save(run.step, tensors, state, write_model=write_copies)
 
 
-def resume_run(run: Trainer) -> None:
+def write_weights(run: RunState, out: Path) -> None:
+    """Write the weights of now (or their average) as a model directory."""
+    weights = full_weights(run.shards, run.ema.best_weights())
+    if not run.mesh.is_main:
+        collections.deque(weights, maxlen=0)  # takes part in gathering each, keeps none
+        return
+    with saving(f"the model to {out}", out, "resume goes on from the last checkpoint"):
+        write_model(run.model.config, weights, torch.float32, out, run.inputs.tokenizer)
+
+
+def resume_run(run: RunState, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
     """Put a run back to its last complete checkpoint."""
-    found = run.team.told(run.checkpoints.latest(run.note) if run.team.leads else None)
+    found = run.mesh.broadcast(checkpoints.latest(note) if run.mesh.is_main else None)
     if found is None:
-        run.note(f"no checkpoint to resume in {run.checkpoints.folder}: starting from the beginning")
+        note(f"no checkpoint to resume in {checkpoints.folder}: starting from the beginning")
         return
     directory, state = found
     _check_same_run(run, directory, state["run"])
     _load_state(run, directory)
     extra = load_tensors(directory, "scheduler")
     if run.config.grad_accum_steps == 0:  # the same cut gives the same bits
-        run.micro_batches = state["run"]["micro_batches"]
-    run.scale.value, run.scale.calm = extra["loss_scale"]
-    restore_generators(extra["generators"])
+        run.grad_accum_steps = state["run"]["micro_batches"]
+    run.loss_scale.value, run.loss_scale.calm = extra["loss_scale"]
+    restore_rng_state(extra["generators"])
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     run.bad_steps, run.bad_run = state["bad_steps"]
     run.spikes.recent.extend(state["recent_losses"])
     run.best = None if state["best"] is None else Evaluation(*state["best"])
     run.samples = state["samples"]
     done = f": all of its {run.steps} steps are done" if run.step >= run.steps else ""
-    run.note(f"resuming from {directory} at step {run.step}{done}")
+    note(f"resuming from {directory} at step {run.step}{done}")
 
 
-def _load_state(run: Trainer, directory: Path) -> None:
+def _load_state(run: RunState, directory: Path) -> None:
     """Weights, moments and averages: this process's part of each, whoever wrote them, and no more than that at once."""
-    masters, pieces, moments = run.masters, run.pieces, load_tensors(directory, "optimizer")
+    masters, shards, moments = run.masters, run.shards, load_tensors(directory, "optimizer")
     average = load_tensors(directory, "scheduler")["average"]
     empty = map_optimizer(masters, run.optimizer, moments, lambda name, _: torch.zeros_like(masters.named[name]))
     run.optimizer.load_state_dict(empty)
-    wanted = {name: run.average.weights[name] for name in average}
+    wanted = {name: run.ema.weights[name] for name in average}
     parts = state_parts(masters, run.optimizer, wanted)
     if (directory / FOLDER).is_dir():
-        read_shards(directory, state_blocks(pieces, parts))
+        read_shards(directory, state_blocks(shards, parts))
     else:
         for key, name, whole in whole_state(masters, run.optimizer, moments, average, read_weights(directory)):
-            parts[key, name].copy_(pieces.part(name, whole))
+            parts[key, name].copy_(shards.shard(name, whole))
             del whole
-    masters.publish()
+    masters.copy_to_model()
 
 
-def _check_same_run(run: Trainer, directory: Path, before: dict[str, Any]) -> None:
+def _check_same_run(run: RunState, directory: Path, before: dict[str, Any]) -> None:
     now = describe(run)
     for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
         if now["data"][key] != before["data"][key]:
-            raise InputError(f"{directory} was trained with {what} than {run.materials.data.directory} holds")
+            raise InputError(f"{directory} was trained with {what} than {run.inputs.data.directory} holds")
     for field, value in before["model"].items():
         if now["model"][field] != value:
             raise InputError(

@@ -1,4 +1,6 @@
-"""Being told to stop: the first signal is a request, the second an order."""
+"""Graceful shutdown: the first SIGINT or SIGTERM ends the run after this step with a checkpoint; a second SIGINT raises
+KeyboardInterrupt.
+"""
 
 from __future__ import annotations
 

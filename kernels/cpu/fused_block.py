@@ -1,7 +1,7 @@
 """A layer's rows on a CPU, in float32: all that it does with each token by itself, as two differentiable functions.
 
-    norm_qkv_rope      (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
-    out_proj_mlp    (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
+    norm_qkv_rope    (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
+    out_proj_mlp     (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
 
 Op by op, each product and pass writes a tensor to memory that the next one reads. Here 64 rows at a time go through all
 of them in C++ (csrc/cpu/training/token_rows.cpp), in tiles that never leave the cache, multiplied by a product of our
@@ -9,7 +9,7 @@ own at the rate of the library's. What the backward pass needs is written once; 
 gradients of weights, sums over all tokens, are products of the library. A row's numbers do not depend on the rows
 beside it, nor on the number of threads.
 
-`serves` says where they can stand in for a layer's ops. They need a CPU with AVX-512.
+`is_supported` says where they can stand in for a layer's ops. They need a CPU with AVX-512.
 
 B batch, T time, C width of the stream, H query heads, K key heads, D head size, J = (H + 2 K) D, F hidden features.
 """
@@ -25,10 +25,10 @@ from . import pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = pointwise.HAS_PASSES and hasattr(_native, "norm_qkv_rope") and _native.has_panels()
+HAS_ROWS = pointwise.HAS_PASSES and _native.has_panels()
 
 
-def serves(stream_BTC: Tensor, *weights: Tensor) -> bool:
+def is_supported(stream_BTC: Tensor, *weights: Tensor) -> bool:
     """Can the two functions take a stream and a layer's weights?"""
     return (
         HAS_ROWS
@@ -55,7 +55,7 @@ def norm_qkv_rope(
     """q (B, T, H, D), k and v (B, T, K, D) of the normalized sum of `delta` and `stream`, and the sum.
 
     q and k are turned as by `rope`, where there are tables for it."""
-    return _ToHeads.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
+    return _NormQkvRope.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
 
 
 def out_proj_mlp(
@@ -68,43 +68,37 @@ def out_proj_mlp(
     down: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What a SwiGLU feed-forward adds to the stream that attention's heads have joined, and that stream."""
-    return _FromHeads.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
+    return _OutProjMlp.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
 
 
-class _ToHeads(torch.autograd.Function):
+class _NormQkvRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions):
         delta, stream, norm, qkv = (x.contiguous() for x in (delta_BTC, stream_BTC, norm_C, qkv_JC))
         B, T, C = stream.shape
         D = len(qkv) // (heads[0] + 2 * heads[1])
         if positions is not None:
-            positions = positions.expand(B, T).contiguous()
+            positions = positions.expand(B, T).long().contiguous()
         q, k, v = (torch.empty(B, T, count, D) for count in (*heads, heads[1]))
         kept = norm, qkv, cos, sin, positions, torch.empty(B, T, C), torch.empty(B, T)
-        ctx.sizes = B, T, C, *heads, D, 0 if cos is None else cos.shape[1], eps
+        ctx.numbers = *heads, eps
         ctx.save_for_backward(*kept)
-        _native.norm_qkv_rope(_norm_qkv_rope_task(ctx.sizes, *kept), _at(delta, stream, q, k, v))
+        _native.NormQkvRope(*ctx.numbers, *kept).forward(delta, stream, q, k, v)
         return q, k, v, kept[5]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        kept, (B, T, C, *_) = ctx.saved_tensors, ctx.sizes
+        kept = ctx.saved_tensors
+        B, T, C = kept[5].shape
         d_stream, normed, d_heads = torch.empty(B, T, C), torch.empty(B * T, C), torch.empty(B * T, len(kept[1]))
         partial, d_norm = _room_for_norm(B * T, C)
         arrived = [x.contiguous() for x in upstream]
-        _native.norm_qkv_rope_backward(
-            _norm_qkv_rope_task(ctx.sizes, *kept), _at(*arrived, d_stream, d_heads, normed, partial, d_norm)
-        )
+        _native.NormQkvRope(*ctx.numbers, *kept).backward(*arrived, d_stream, d_heads, normed, partial, d_norm)
         return d_stream, d_stream, d_norm, None, torch.mm(d_heads.t(), normed), None, None, None, None
 
 
-def _norm_qkv_rope_task(sizes, norm, qkv, cos, sin, positions, sums, inverse) -> tuple:
-    table_stride = 0 if cos is None else cos.stride(0)
-    return *sizes, *_at(norm, qkv, cos, sin), table_stride, *_at(positions, sums, inverse)
-
-
-class _FromHeads(torch.autograd.Function):
+class _OutProjMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down):
         gathered, stream, *weights = (
@@ -113,30 +107,27 @@ class _FromHeads(torch.autograd.Function):
         (B, T, C), F = stream.shape, down.shape[1]
         delta = torch.empty(B, T, C)
         kept = *weights, torch.empty(B, T, C), torch.empty(B * T), torch.empty(B * T, 2 * F)
-        ctx.sizes = B * T, C, output.shape[1], F, eps
+        ctx.eps = eps
         ctx.save_for_backward(gathered, *kept)
-        _native.out_proj_mlp((*ctx.sizes, *_at(*kept)), _at(gathered, stream, delta))
+        _native.OutProjMlp(eps, *kept).forward(gathered, stream, delta)
         return delta, kept[4]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_delta, d_sums):
-        (gathered, *kept), (N, C, J, F, _) = ctx.saved_tensors, ctx.sizes
+        gathered, *kept = ctx.saved_tensors
+        (C, J), F = kept[0].shape, kept[3].shape[1]
+        N = gathered.numel() // J
         d_delta, d_sums = d_delta.contiguous(), d_sums.contiguous()
         d_stream, d_gathered = torch.empty_like(d_sums), torch.empty(gathered.shape)
         d_both, middle, normed = torch.empty(N, 2 * F), torch.empty(N, F), torch.empty(N, C)
         partial, d_norm = _room_for_norm(N, C)
-        _native.out_proj_mlp_backward(
-            (*ctx.sizes, *_at(*kept)),
-            _at(d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm),
+        _native.OutProjMlp(ctx.eps, *kept).backward(
+            d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm
         )
         d_output = torch.mm(d_stream.view(N, C).t(), gathered.view(N, J))
         d_down = torch.mm(d_delta.view(N, C).t(), middle)
         return d_gathered, d_stream, d_output, d_norm, None, torch.mm(d_both.t(), normed), d_down
-
-
-def _at(*tensors: Tensor | None) -> tuple[int, ...]:
-    return (*[0 if x is None else x.data_ptr() for x in tensors],)
 
 
 def _room_for_norm(rows: int, C: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ N rows, D columns.
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -26,49 +27,62 @@ except ImportError:
     _native = None
 
 HAS_PASSES = hasattr(_native, "borrow_team") and os.environ.get("WARPLOOM_NATIVE") != "0"
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = torch.float32, torch.bfloat16
 GATES = {"silu": 0, "gelu": 1, "relu": 2, "relu2": 3}
 CHUNK = 64  # rows a partial sum: NormBackward::kChunk
-NOWHERE = (0, 0)
 
 
-def _borrow_team() -> None:
-    """Lend the passes the threads of the OpenMP library that torch has loaded, if it is one we know."""
-    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-        library = ctypes.CDLL(str(path))
-        functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
-        _native.borrow_team(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
-        return
+def find_team() -> tuple[int, ...] | None:
+    """The addresses of three functions of the OpenMP library whose threads torch uses; None where there is none.
+
+    GNU's library and LLVM's and Intel's all have them. Whichever it is and wherever it lies, it is among the libraries
+    that torch's own depends on, and a symbol is looked up in all of those.
+    """
+    for path in mapped_libraries("libtorch_cpu", "libtorch", "libgomp", "libiomp5", "libomp"):
+        try:
+            library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+        except (OSError, AttributeError):
+            continue
+        return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    return None
 
 
-if HAS_PASSES:
-    _borrow_team()
+def mapped_libraries(*names: str) -> list[str]:
+    """Paths of the shared libraries of these names that the process has loaded, in the order of the names."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if ".so" in line)
+    return [path for name in names for path in paths if re.match(rf"{name}[.-]", Path(path).name)]
+
+
+_team = find_team() if HAS_PASSES else None
+if _team:
+    _native.borrow_team(*_team)
+HAS_TEAM = _team is not None
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Can the passes take these? They share a number format that C++ knows, on a CPU, and hold numbers."""
+    """Can the passes take these? They share a number format that C++ knows, on a CPU, and hold numbers.
+
+    And they have all the threads that torch's own operations would have."""
     dtype = tensors[0].dtype
     return (
         HAS_PASSES
-        and dtype in NAMES
+        and (HAS_TEAM or torch.get_num_threads() == 1)
+        and dtype in FORMATS
         and all(x.device.type == "cpu" and x.dtype == dtype for x in tensors)
         and is_real(tensors)
         and not torch.compiler.is_compiling()
     )
 
 
-def _call(name: str, like: torch.Tensor, *args) -> None:
-    getattr(_native, f"{name}_{NAMES[like.dtype]}")(*args)
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x (…, D) as (N, D) with unit stride inside its rows: a view where possible."""
     rows = as_rows(x)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _at(x: torch.Tensor | None) -> tuple[int, int]:
-    return NOWHERE if x is None else (x.data_ptr(), x.stride(0))
 
 
 class _Norm(torch.autograd.Function):
@@ -82,10 +96,7 @@ class _Norm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype)
         sum_ND = x_ND if residual is None else torch.empty(N, D, dtype=x.dtype)
         inverse_N = torch.empty(N)
-        _call(
-            "norm_forward", x, N, D, eps, _at(x_ND), _at(residual_ND), weight_D.data_ptr(), (y.data_ptr(), D),
-            _at(sum_ND), inverse_N.data_ptr(),
-        )  # fmt: skip
+        _native.norm_forward(eps, x_ND, residual_ND, weight_D, y, None if residual is None else sum_ND, inverse_N)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(sum_ND, weight_D, inverse_N)
         ctx.shape = x.shape
@@ -101,10 +112,7 @@ class _Norm(torch.autograd.Function):
         dy_ND, dsum_ND = _rows(dy), None if dsum is None else _rows(dsum)
         dx, dweight_D = torch.empty(ctx.shape, dtype=dy.dtype), torch.empty_like(weight_D)
         partial = torch.empty((N + CHUNK - 1) // CHUNK, D)
-        _call(
-            "norm_backward", dy, N, D, _at(sum_ND), _at(dy_ND), _at(dsum_ND), weight_D.data_ptr(),
-            inverse_N.data_ptr(), (dx.data_ptr(), D), partial.data_ptr(), dweight_D.data_ptr(),
-        )  # fmt: skip
+        _native.norm_backward(sum_ND, dy_ND, dsum_ND, weight_D, inverse_N, dx, partial, dweight_D)
         return dx, dx if ctx.needs_input_grad[1] else None, dweight_D, None
 
 
@@ -123,10 +131,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         gate_ND, up_ND = _rows(gate), _rows(up)
         y = torch.empty(gate.shape, dtype=gate.dtype)
-        _call(
-            "gate_forward", gate, GATES[activation], *gate_ND.shape, _at(gate_ND), _at(up_ND),
-            (y.data_ptr(), gate_ND.shape[1]),
-        )  # fmt: skip
+        _native.gate_forward(GATES[activation], gate_ND, up_ND, y)
         ctx.save_for_backward(gate_ND, up_ND)
         ctx.activation, ctx.shape = activation, gate.shape
         return y
@@ -136,7 +141,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, dy):
         gate_ND, up_ND = ctx.saved_tensors
         dgate_ND, dup_ND = (torch.empty(gate_ND.shape, dtype=dy.dtype) for _ in range(2))
-        _ungate(ctx.activation, gate_ND, up_ND, dy, dgate_ND, dup_ND)
+        _native.gate_backward(GATES[ctx.activation], gate_ND, up_ND, _rows(dy), dgate_ND, dup_ND)
         return dgate_ND.view(ctx.shape), dup_ND.view(ctx.shape), None
 
 
@@ -146,10 +151,7 @@ class _PackedGate(torch.autograd.Function):
         both = _rows(gate_up)
         gate_ND, up_ND = both.chunk(2, -1)
         y = torch.empty(*gate_up.shape[:-1], gate_ND.shape[1], dtype=gate_up.dtype)
-        _call(
-            "gate_forward", y, GATES[activation], *gate_ND.shape, _at(gate_ND), _at(up_ND),
-            (y.data_ptr(), gate_ND.shape[1]),
-        )  # fmt: skip
+        _native.gate_forward(GATES[activation], gate_ND, up_ND, y)
         ctx.save_for_backward(both)
         ctx.activation, ctx.shape = activation, gate_up.shape
         return y
@@ -159,16 +161,8 @@ class _PackedGate(torch.autograd.Function):
     def backward(ctx, dy):
         (both,) = ctx.saved_tensors
         d_both = torch.empty(both.shape, dtype=dy.dtype)
-        _ungate(ctx.activation, *both.chunk(2, -1), dy, *d_both.chunk(2, -1))
+        _native.gate_backward(GATES[ctx.activation], *both.chunk(2, -1), _rows(dy), *d_both.chunk(2, -1))
         return d_both.view(ctx.shape), None
-
-
-def _ungate(activation, gate_ND, up_ND, dy, dgate_ND, dup_ND) -> None:
-    dy_ND = _rows(dy)
-    _call(
-        "gate_backward", dy, GATES[activation], *gate_ND.shape, _at(gate_ND), _at(up_ND), _at(dy_ND), _at(dgate_ND),
-        _at(dup_ND),
-    )  # fmt: skip
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -185,7 +179,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, positions):
         if positions is not None:
-            positions = positions.expand(q.shape[:-2]).contiguous()
+            positions = positions.expand(q.shape[:-2]).long().contiguous()
         ctx.save_for_backward(cos, sin, positions)
         return tuple(_turned(x, cos, sin, positions, 1.0) for x in (q, k))
 
@@ -200,10 +194,7 @@ def _turned(x, cos, sin, positions, sign) -> torch.Tensor:
     x_BTHD = x.reshape(-1, *x.shape[-3:])
     x_BTHD = x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
-    _call(
-        "turn", x, *x_BTHD.shape, cos.shape[1], sign, x_BTHD.data_ptr(), *x_BTHD.stride()[:3], cos.data_ptr(),
-        sin.data_ptr(), cos.stride(0), 0 if positions is None else positions.data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+    _native.turn(sign, x_BTHD, cos, sin, positions, y)
     return y
 
 
@@ -214,35 +205,24 @@ def turn(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
 
 def attend(scores: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> None:
     """Softmax of scores (R, rows, S) into `weights`: row r sees the keys up to S - queries + r % queries."""
-    _attend(weights, queries, scale, scores.data_ptr(), 0)
+    _native.attend(queries, scale, scores, weights, None)
 
 
 def unattend(weights: torch.Tensor, d_weights: torch.Tensor, queries: int, scale: float) -> None:
     """The gradient of those weights becomes the gradient of the scores, in place."""
-    _attend(weights, queries, scale, 0, d_weights.data_ptr())
-
-
-def _attend(weights, queries, scale, scores, d_weights):
-    rows, S = weights.numel() // weights.shape[-1], weights.shape[-1]
-    _call("attend", weights, rows, queries, S - queries, S, scale, scores, weights.data_ptr(), d_weights)
+    _native.attend(queries, scale, None, weights, d_weights)
 
 
 def attention(q, k, v, o, stats, scale: float, *gradients: torch.Tensor) -> None:
     """Causal attention of (B, T, H, D) over (B, T, K, D) into o and each query's statistics (2, B, H, T).
 
     Given (dq, dk, dv) too, the gradients instead, from that of the result in the place of o and the statistics."""
-    sizes = *q.shape[:3], k.shape[2], q.shape[3]
-    _native.attention(
-        *sizes, scale, stats.data_ptr(), *((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, o, *gradients))
-    )
+    _native.attention(scale, stats, q, k, v, o, *gradients)
 
 
 def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
     """Losses of the rows; given each row's upstream gradient, the logits are replaced by theirs."""
     losses_N, targets_N = torch.empty(len(logits_NV)), targets_N.contiguous()
     upstream_N = None if upstream_N is None else upstream_N.contiguous()
-    _call(
-        "cross_entropy", logits_NV, *logits_NV.shape, ignore_index, smoothing, z_loss, logits_NV.data_ptr(),
-        targets_N.data_ptr(), 0 if upstream_N is None else upstream_N.data_ptr(), losses_N.data_ptr(),
-    )  # fmt: skip
+    _native.cross_entropy(ignore_index, smoothing, z_loss, logits_NV, targets_N, upstream_N, losses_N)
     return losses_N

@@ -84,6 +84,22 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(name):
     torch.testing.assert_close(losses.cross_entropy, expected, atol=1e-9, rtol=1e-9)
 
 
+def test_log_probs_and_a_weighted_loss_follow_from_the_logits():
+    model = make(logit_softcap=3.0).double()
+    inputs, targets = tokens(time=9), tokens(time=9, seed=1)
+    targets[0, 3:] = -100
+    weights = torch.randn(2, 9, dtype=torch.float64)
+    counted = targets != -100
+    table = torch.log_softmax(model(inputs), -1)
+    expected = table.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) * counted
+    torch.testing.assert_close(model.log_probs(inputs, targets), expected)
+    theirs = -(expected * weights).sum() / counted.sum()
+    ours = model.losses(inputs, targets, weights_BT=weights).total
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, theirs))):
+        torch.testing.assert_close(mine, other)
+
+
 @pytest.mark.parametrize("name", ["gpt2-124m", "llama-1b", "qwen3-0.6b", "mixtral-8x7b", *VARIANTS])
 def test_sizes_by_arithmetic_equal_those_of_the_tensors(name):
     config = ModelConfig.preset(name) if name in PRESETS else ModelConfig(**{**SMALL, **VARIANTS[name]})

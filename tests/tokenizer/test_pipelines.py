@@ -8,12 +8,24 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from warploom.tokenizer import load_tokenizer
+from warploom.tokenizer.metaspace import WHOLE_TEXT
 
 tokenizers = pytest.importorskip("tokenizers")
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import pre_tokenizers as pre  # noqa: E402
 
 BYTES = pre.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -43,7 +55,7 @@ BYTE_LEVEL = {
     "merged with next": dict(pre=pre.Sequence([split(" ", "merged_with_next"), BYTES])),
     "one piece": dict(pre=BYTES),
     "NFC and runs of spaces": dict(pre=GPT2, normalizer=normalizers.NFC(), added=RUNS),
-    "NFKC": dict(pre=GPT2, normalizer=normalizers.NFKC()),
+    "compatibility": dict(pre=GPT2, normalizer=normalizers.NFKC()),
     "missing bytes": dict(pre=GPT2, alphabet=sorted(pre.ByteLevel.alphabet())[5:200:2]),
     "white space taken along": dict(pre=GPT2, added=STRIPPING),
     "many added": dict(pre=GPT2, added=[f"<unused{i}>" for i in range(3000)] + ["\n\n", "\n\n\n", "the", "你"]),
@@ -67,6 +79,55 @@ def make(corpus, *, pre, normalizer=None, added=(), alphabet=None) -> Tokenizer:
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens(list(added))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+PREPEND = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+REPLACED = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+STRIPPED = [*REPLACED, decoders.Strip(" ", 1, 0)]
+BY_METASPACE = [decoders.ByteFallback(), decoders.Metaspace("▁", "always")]
+
+
+def metaspace(scheme: str) -> pre.Metaspace:
+    return pre.Metaspace("▁", prepend_scheme=scheme, split=False)
+
+
+LLAMA = [AddedToken(name, normalized=True, special=True) for name in ("<s>", "</s>", "<u>")]
+PIECES = {
+    "prepend": dict(normalizer=PREPEND, decoder=STRIPPED),
+    "prepend, normalized tokens": dict(normalizer=PREPEND, decoder=STRIPPED, added=LLAMA),
+    "prepend, tokens that strip": dict(normalizer=PREPEND, decoder=STRIPPED, added=STRIPPING),
+    "no prefix": dict(normalizer=PREPEND[1:], decoder=REPLACED, added=[*LINES, AddedToken("▁▁", normalized=False)]),
+    "never matching split": dict(normalizer=PREPEND[1:], decoder=REPLACED, pre=split(" ", "merged_with_previous")),
+    "replaced string": dict(normalizer=[normalizers.Replace("<!p!>", "▁"), PREPEND[1]], decoder=BY_METASPACE),
+    "metaspace always": dict(pre=metaspace("always"), decoder=STRIPPED, added=STRIPPING),
+    "metaspace first": dict(pre=metaspace("first"), decoder=STRIPPED, added=LLAMA),
+    "metaspace never": dict(pre=metaspace("never"), decoder=REPLACED),
+    "NFKC": dict(normalizer=[normalizers.NFKC(), *PREPEND], decoder=STRIPPED),
+    "merges across spaces": dict(normalizer=PREPEND, decoder=STRIPPED, across=True),
+}
+
+
+def make_pieces(corpus, *, decoder, normalizer=(), pre=None, added=(), across=False) -> Tokenizer:
+    """A SentencePiece-like BPE of `tokenizers`, with a token for each byte."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(PREPEND)
+    tokenizer.pre_tokenizer = None if across else pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"], limit_alphabet=90
+    )
+    tokenizer.train_from_iterator([line + " > </a > x" for text in corpus for line in text.split("\n")], trainer)
+    data = json.loads(tokenizer.to_str())
+    data["model"]["vocab"] |= {f"<0x{byte:02X}>": len(data["model"]["vocab"]) + byte for byte in range(256)}
+    data["normalizer"] = data["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    if normalizer:
+        tokenizer.normalizer = normalizers.Sequence(list(normalizer))
+    if pre:
+        tokenizer.pre_tokenizer = pre
+    tokenizer.decoder = decoders.Sequence(decoder)
+    tokenizer.add_tokens(list(added))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> </s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
     return tokenizer
 
 
@@ -110,9 +171,53 @@ def test_byte_level_pipeline_ids_equal(name, twin, corpus, texts, noise, tmp_pat
     assert ours.prefix_ids == [0]
 
 
-@pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.parametrize("twin", [False, True], ids=["native", "twin"])
+@pytest.mark.parametrize("name", PIECES)
+def test_sentencepiece_pipeline_ids_equal(name, twin, corpus, texts, noise, tmp_path, monkeypatch):
+    theirs = make_pieces(corpus, **PIECES[name])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    if twin:
+        monkeypatch.setenv("WARPLOOM_NATIVE", "0")
+    ours = load_tokenizer(tmp_path)
+    assert ours.pattern == (WHOLE_TEXT if PIECES[name].get("across") else "spaces")
+    added = [token.content for token in theirs.get_added_tokens_decoder().values()]
+    words = [*added, "▁", " ▁▁", "<!p!>", "> ", "</a > x", "ü"]
+    check_same(ours, theirs, mix(texts, noise, words, seed=4, count=100))
+    assert ours.prefix_ids == [1, 2]
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_sentencepiece_stream_keeps_spaces(name, corpus, texts, noise, tmp_path):
+    """A text cut into blocks, or into files' blocks, gets its space in front once, and after added tokens."""
+    theirs = make_pieces(corpus, **PIECES[name])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    text = "".join(mix(texts, noise, ["<s>", " </s> ", "<|right|>  ", "▁"], seed=5, count=300)) + "word, " * 30_000
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, "all") == expected
+    assert ours.encode_array(text, "all", threads=3).tolist() == expected
+    if ours.pattern == "spaces":
+        assert list(ours.encode_iterable((text[i : i + 777] for i in range(0, len(text), 777)), "all")) == expected
+        (tmp_path / "text").write_bytes(text.encode())
+        for block in (3000, 1 << 20):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("warploom.tokenizer.native._BLOCK", block)
+                ours.encode_file(tmp_path / "text", tmp_path / "ids", allowed_special="all")
+            assert np.fromfile(tmp_path / "ids", "<u2").tolist() == expected
+
+
+def test_stream_that_continues_keeps_its_first_space(corpus, tmp_path):
+    make_pieces(corpus, **PIECES["prepend"]).save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    ids = ours.encode("the times")
+    for continues, expected in ((False, "the times"), (True, " the times")):
+        stream = ours.stream(continues=continues)
+        assert "".join(map(stream.push, ids)) + stream.finish() == expected
+
+
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, *PIECES])
 def test_loaded_pipeline_is_saved_verbatim(name, corpus, texts, tmp_path):
-    theirs = make(corpus, **BYTE_LEVEL[name])
+    theirs = make(corpus, **BYTE_LEVEL[name]) if name in BYTE_LEVEL else make_pieces(corpus, **PIECES[name])
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     ours.add_special_tokens(["<|new|>"])
@@ -126,7 +231,7 @@ def test_loaded_pipeline_is_saved_verbatim(name, corpus, texts, tmp_path):
     for text in [*texts, "a<|new|>b"]:
         expected = theirs.encode(text).ids
         assert again.encode(text).ids == expected
-        assert load_tokenizer(tmp_path / "again").encode(text, "all") == expected[1:]
+        assert load_tokenizer(tmp_path / "again").encode(text, "all") == expected[len(ours.prefix_ids) :]
 
 
 def test_long_text_with_added_tokens_is_cut_rightly(corpus, texts, noise, tmp_path):

@@ -1,10 +1,15 @@
-// What Python sees of the serving kernels. Tensors come as addresses: the Python side owns them and checks their shapes.
+// What Python sees of the serving kernels. Tensors come as they are (array.hpp); objects keep those alive that they read.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
+#include "cpu/array.hpp"
 #include "cpu/serving/block.hpp"
 #include "cpu/serving/dense_matrix.hpp"
-#include "cpu/serving/int8_matrix.hpp"
+#include "cpu/index.hpp"
+#include "cpu/serving/int8_pages.hpp"
+#include "cpu/serving/packed_matrix.hpp"
 #include "cpu/serving/sample.hpp"
 #include "cpu/serving/transformer.hpp"
 #include "cpu/serving/spin_pool.hpp"
@@ -15,9 +20,11 @@ namespace warploom {
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+using Tensor = const Array&;
+
+int size_of(const char* name, int64_t n) {
+    if (n < 1 || n > INT32_MAX) throw py::value_error(std::string(name) + " is " + std::to_string(n) + ": it must be 1 to 2^31 - 1");
+    return int(n);
 }
 
 Norm make_norm(const std::string& kind, float eps, std::vector<float> weight, std::vector<float> bias) {
@@ -29,13 +36,144 @@ Format format_of(const std::string& name) {
     return name == "int8" ? Format::int8 : name == "bfloat16" ? Format::halves : Format::floats;
 }
 
-std::shared_ptr<Matrix> make_matrix(const std::string& format, uintptr_t weight, int outputs, int columns,
-                                    uintptr_t bias) {
-    const float *w = at<float>(weight), *b = at<float>(bias);
+std::shared_ptr<Matrix> make_matrix(const std::string& format, Tensor weight, Tensor bias) {
+    const int outputs = size_of("outputs", weight.size(0)), columns = size_of("columns", weight.size(1));
+    const float* w = weight.numbers<const float>("weight", int64_t(outputs) * columns);
+    const float* b = bias.numbers_or_none<const float>("bias", outputs);
+    py::gil_scoped_release unlocked;
     const Format kind = format_of(format);
-    if (kind == Format::int8) return std::make_shared<Int8Matrix>(w, outputs, columns, b);
+    if (kind == Format::int8) return std::make_shared<PackedMatrix>(w, outputs, columns, b, Layout(), false);
     if (kind == Format::halves) return std::make_shared<DenseMatrix<bfloat16>>(w, outputs, columns, b);
     return std::make_shared<DenseMatrix<float>>(w, outputs, columns, b);
+}
+
+void multiply(const Matrix& matrix, Tensor x, Tensor y) {
+    const int64_t rows = x.count() / matrix.columns();
+    const float* from = x.numbers<const float>("x", rows * matrix.columns());
+    float* to = y.numbers<float>("y", rows * matrix.outputs());
+    py::gil_scoped_release unlocked;
+    matrix.multiply(from, int(rows), to);
+}
+
+Layout make_layout(int bits, int group, bool minimum, bool rotate, const std::vector<int>& table) {
+    Layout layout{bits, group, minimum, rotate, !table.empty(), {}};
+    if ((bits != 4 && bits != 8) || (group != 16 && group != 32 && group != 64) ||
+        (!table.empty() && (table.size() != 16 || bits != 4 || minimum)))
+        throw py::value_error("no such layout of packed weights");
+    std::copy(table.begin(), table.end(), layout.table);
+    return layout;
+}
+
+// A byte a code; scales, minima and units as `quantize_row` gives them.
+void quantize_rows(Tensor weight, const Layout& layout, Tensor codes, Tensor scales, Tensor minima, Tensor units) {
+    const int rows = size_of("rows", weight.size(0)), columns = size_of("columns", weight.size(1));
+    const int64_t groups = groups_of(layout, columns), width = groups * layout.group;
+    const float* from = weight.numbers<const float>("weight", int64_t(rows) * columns);
+    uint8_t* to = codes.numbers<uint8_t>("codes", rows * width);
+    uint16_t *scale = scales.numbers<uint16_t>("scales", rows * groups),
+             *least = minima.numbers_or_none<uint16_t>("minima", rows * groups);
+    float* unit = units.numbers<float>("units", rows);
+    py::gil_scoped_release unlocked;
+    Workers::shared().run(rows, [&](int row) {
+        unit[row] = quantize_row(from + int64_t(row) * columns, columns, layout, to + row * width, scale + row * groups,
+                                 least ? least + row * groups : nullptr);
+    });
+}
+
+std::shared_ptr<PackedMatrix> make_packed(Tensor weight, Tensor bias, const Layout& layout, bool wide) {
+    const int outputs = size_of("outputs", weight.size(0)), columns = size_of("columns", weight.size(1));
+    const float* w = weight.numbers<const float>("weight", int64_t(outputs) * columns);
+    const float* b = bias.numbers_or_none<const float>("bias", outputs);
+    py::gil_scoped_release unlocked;
+    return std::make_shared<PackedMatrix>(w, outputs, columns, b, layout, wide);
+}
+
+// Segments of rows: layout, codes, scales, minima or None, units.
+using Packed = std::tuple<Layout, Array, Array, Array, Array>;
+
+std::shared_ptr<PackedMatrix> join_packed(const std::vector<Packed>& parts, int columns, Tensor bias, bool wide) {
+    size_of("columns", columns);
+    std::vector<Codes> segments;
+    int64_t outputs = 0;
+    for (const auto& [layout, codes, scales, minima, units] : parts) {
+        const int rows = size_of("rows", units.count());
+        const int64_t groups = rows * int64_t(groups_of(layout, columns));
+        if (layout.minimum && !minima.given()) throw py::value_error("minima are None: the layout has minima");
+        segments.push_back({layout, rows, codes.numbers<const uint8_t>("codes", groups * layout.group * layout.bits / 8),
+                            scales.numbers<const uint16_t>("scales", groups),
+                            minima.numbers_or_none<const uint16_t>("minima", groups), units.numbers<const float>("units", rows)});
+        outputs += rows;
+    }
+    const float* b = bias.numbers_or_none<const float>("bias", size_of("outputs", outputs));
+    py::gil_scoped_release unlocked;
+    return std::make_shared<PackedMatrix>(segments, columns, b, wide);
+}
+
+Step make_step(Tensor positions, Tensor sequences, Tensor slots, Tensor table) {
+    const int64_t T = positions.count(), N = table.size(0), width = table.size(1);
+    return {int(T), positions.numbers<const int64_t>("positions", T), sequences.numbers<const int32_t>("sequences", T),
+            slots.numbers<const int64_t>("slots", T), table.numbers<const int32_t>("table", N * width), int(N), int(width)};
+}
+
+template <class T>
+Pages make_pages(Tensor keys, Tensor values, Format format, int page_size, int kv_heads, int head_dim, int64_t of_page) {
+    if (keys.count() % of_page) throw py::value_error("keys are not whole pages of " + std::to_string(of_page));
+    return {keys.numbers<T>("keys", keys.count()), values.numbers<T>("values", keys.count()), format, page_size, kv_heads,
+            head_dim, keys.count() / of_page};
+}
+
+Pages pages_of(Tensor keys, Tensor values, const std::string& name, int page_size, int kv_heads, int head_dim) {
+    const Format format = format_of(name);
+    size_of("page_size", page_size), size_of("kv_heads", kv_heads), size_of("head_dim", head_dim);
+    const int64_t numbers = int64_t(page_size) * kv_heads * head_dim;
+    if (format == Format::halves) return make_pages<bfloat16>(keys, values, format, page_size, kv_heads, head_dim, numbers);
+    if (format == Format::floats) return make_pages<float>(keys, values, format, page_size, kv_heads, head_dim, numbers);
+    if (page_size % kTile) throw py::value_error("pages of 8 bits hold a multiple of 16 tokens, not " + std::to_string(page_size));
+    return make_pages<uint8_t>(keys, values, format, page_size, kv_heads, head_dim, int64_t(page_size) * kv_heads * ((head_dim + 15) / 16 * 16 + 4));
+}
+
+// Rows (1, T, heads, D) whose heads lie side by side; T is the step's.
+const float* side(const char* name, Tensor x, const Step& step, int64_t heads, int D) {
+    const float* at = x.heads<const float>(name, {1, step.tokens, heads, D});
+    if (x.stride(2) != D && heads > 1) throw py::value_error(std::string(name) + ": the heads of a token must lie side by side");
+    return at;
+}
+
+void write_and_attend(const Pages& pages, const Step& step, Tensor q, Tensor k, Tensor v, Tensor out, int window,
+                      float softcap, float scale) {
+    const int K = pages.kv_heads, D = pages.head_dim, H = size_of("heads", q.size(2));
+    if (H % K) throw py::value_error("heads must be a multiple of " + std::to_string(K) + ", got " + std::to_string(H));
+    const float *from = side("q", q, step, H, D), *key = side("k", k, step, K, D), *value = side("v", v, step, K, D);
+    float* to = out.numbers<float>("out", int64_t(step.tokens) * H * D);
+    py::gil_scoped_release unlocked;
+    each_token(step, [&](int t) { write_page(pages, step.slots[t], key + t * k.stride(1), value + t * v.stride(1)); });
+    attend_pages(pages, step, Look{H, window, softcap, scale}, from, q.stride(1), to);
+}
+
+void sample(Tensor logits, Tensor rows, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds,
+            Tensor positions, Tensor out) {
+    const int64_t count = logits.size(0), all = temperature.count();
+    const int vocabulary = size_of("the vocabulary", logits.size(1));
+    const float* x = logits.numbers<const float>("logits", count * vocabulary);
+    const int64_t* row_of = rows.numbers<const int64_t>("rows", count);
+    const float *t = temperature.numbers<const float>("temperature", all), *p = top_p.numbers<const float>("top_p", all),
+                *least = min_p.numbers<const float>("min_p", all);
+    const int32_t* k = top_k.numbers<const int32_t>("top_k", all);
+    const int64_t *seed = seeds.numbers<const int64_t>("seeds", all),
+                  *place = positions.numbers<const int64_t>("positions", count);
+    int64_t* to = out.numbers<int64_t>("out", count);
+    py::gil_scoped_release unlocked;
+    Workers::shared().run(int(count), [&](int i) {
+        const int64_t row = within(row_of[i], all, "row");
+        to[i] = sample_row(x + int64_t(i) * vocabulary, vocabulary, Draw{t[row], k[row], p[row], least[row], seed[row], place[i]});
+    });
+}
+
+Table table_of(const char* name, Tensor x, int width) {
+    if (!x.given()) return {nullptr, false, 0};
+    const int64_t rows = x.size(0);
+    if (x.holds<bfloat16>()) return {x.numbers<const bfloat16>(name, rows * width), true, rows};
+    return {x.numbers<const float>(name, rows * width), false, rows};
 }
 
 Activation activation_of(const std::string& name) {
@@ -47,52 +185,24 @@ Activation activation_of(const std::string& name) {
 }  // namespace
 
 void bind_serving(py::module_& module) {
-    using Release = py::call_guard<py::gil_scoped_release>;
-    module.def("set_workers", [](int threads) { Workers::shared().resize(threads); }, Release(), py::arg("threads"));
+    module.def(
+        "set_workers", [](int threads) { Workers::shared().resize(std::min(size_of("threads", threads), 1024)); },
+        py::call_guard<py::gil_scoped_release>(), py::arg("threads"));
 
     py::class_<Step>(module, "Step")
-        .def(py::init([](int tokens, uintptr_t positions, uintptr_t sequences, uintptr_t slots, uintptr_t table,
-                         int width) {
-            return Step{tokens, at<int64_t>(positions), at<int32_t>(sequences), at<int64_t>(slots),
-                        at<int32_t>(table), width};
-        }));
-    py::class_<Pages>(module, "Pages")
-        .def(py::init([](uintptr_t keys, uintptr_t values, const std::string& format, int page_size, int kv_heads,
-                         int head_dim) {
-            return Pages{at<void>(keys), at<void>(values), format_of(format), page_size, kv_heads, head_dim};
-        }));
-    module.def(
-        "attend_pages",
-        [](const Pages& pages, const Step& step, uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
-           uintptr_t v, int64_t v_stride, uintptr_t out, int heads, int window, float softcap, float scale) {
-            each_token(step, [&](int t) {
-                write_page(pages, step.slots[t], at<float>(k) + t * k_stride, at<float>(v) + t * v_stride);
-            });
-            attend_pages(pages, step, Look{heads, window, softcap, scale}, at<float>(q), q_stride, at<float>(out));
-        },
-        Release());
+        .def(py::init(&make_step), py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>());
+    py::class_<Pages>(module, "Pages").def(py::init(&pages_of), py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
+    module.def("attend_pages", &write_and_attend);
+    module.def("sample", &sample);
 
-    module.def(
-        "sample",
-        [](uintptr_t logits, int count, int vocabulary, uintptr_t rows, uintptr_t temperature, uintptr_t top_k,
-           uintptr_t top_p, uintptr_t min_p, uintptr_t seeds, uintptr_t positions, uintptr_t out) {
-            Workers::shared().run(count, [&](int i) {
-                const int64_t row = at<int64_t>(rows)[i];
-                const Draw draw{at<float>(temperature)[row], at<int32_t>(top_k)[row], at<float>(top_p)[row],
-                                at<float>(min_p)[row],       at<int64_t>(seeds)[row], at<int64_t>(positions)[i]};
-                at<int64_t>(out)[i] = sample_row(at<float>(logits) + size_t(i) * vocabulary, vocabulary, draw);
-            });
-        },
-        Release());
-
-    module.def("use_byte_products", &use_byte_products, py::arg("vectors"));
-    py::class_<Matrix, std::shared_ptr<Matrix>>(module, "Matrix")
-        .def(py::init(&make_matrix), Release())
-        .def("multiply",
-             [](const Matrix& self, uintptr_t x, int rows, uintptr_t y) {
-                 self.multiply(at<float>(x), rows, at<float>(y));
-             },
-             Release());
+    module.def("use_packed_loops", &use_packed_loops, py::arg("name"));
+    py::class_<Layout>(module, "Layout").def(py::init(&make_layout)).def("groups", &groups_of, py::arg("columns"));
+    py::class_<Matrix, std::shared_ptr<Matrix>>(module, "Matrix").def(py::init(&make_matrix)).def("multiply", &multiply);
+    module.def("quantize_rows", &quantize_rows);
+    py::class_<PackedMatrix, Matrix, std::shared_ptr<PackedMatrix>>(module, "PackedMatrix")
+        .def(py::init(&join_packed))
+        .def(py::init(&make_packed))
+        .def_property_readonly("bytes", &PackedMatrix::bytes);
 
     py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
     py::class_<Block, std::shared_ptr<Block>>(module, "Block")
@@ -107,18 +217,22 @@ void bind_serving(py::module_& module) {
                              std::move(k_norm), std::move(qkv), std::move(output), std::move(up), std::move(down));
         }));
     py::class_<Transformer>(module, "Transformer")
-        .def(py::init([](int width, uintptr_t embedding, bool half, uintptr_t positions, bool half_positions,
-                         std::vector<std::shared_ptr<Block>> blocks, Norm norm) {
-            return new Transformer(width, Table{at<void>(embedding), half}, Table{at<void>(positions), half_positions},
-                                   std::move(blocks), std::move(norm));
-        }))
-        .def("run",
-             [](const Transformer& self, uintptr_t tokens, const Step& step, const std::vector<Pages>& pages,
-                uintptr_t cos, uintptr_t sin, int columns, uintptr_t hidden) {
-                 self.run(at<int64_t>(tokens), step, pages, Rotation{at<float>(cos), at<float>(sin), columns},
-                          at<float>(hidden));
-             },
-             Release());
+        .def(py::init([](int width, Tensor embedding, Tensor positions, std::vector<std::shared_ptr<Block>> blocks, Norm norm) {
+                 return new Transformer(size_of("width", width), table_of("embedding", embedding, width),
+                                        table_of("positions", positions, width), std::move(blocks), std::move(norm));
+             }),
+             py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
+        .def("run", [](const Transformer& self, Tensor tokens, const Step& step, const std::vector<Pages>& pages, Tensor cos,
+                       Tensor sin, Tensor hidden) {
+            const int64_t most = cos.given() ? cos.size(0) : INT64_MAX, columns = cos.given() ? cos.size(1) : 0;
+            const Rotation rotation{cos.numbers_or_none<const float>("cos", most * columns),
+                                    sin.numbers_or_none<const float>("sin", most * columns), int(columns), most};
+            if (cos.given() != sin.given()) throw py::value_error("cos and sin are both given or neither");
+            const int64_t* ids = tokens.numbers<const int64_t>("tokens", step.tokens);
+            float* to = hidden.numbers<float>("hidden", int64_t(step.tokens) * self.width());
+            py::gil_scoped_release unlocked;
+            self.run(ids, step, pages, rotation, to);
+        });
 }
 
 }  // namespace warploom

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/index.hpp"
 #include "simd.hpp"
 #include "cpu/serving/spin_pool.hpp"
 
@@ -92,7 +93,24 @@ Block::Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<f
              std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down)
     : shape_(shape), attention_norm_(std::move(attention_norm)), ffn_norm_(std::move(ffn_norm)),
       q_norm_(std::move(q_norm)), k_norm_(std::move(k_norm)), qkv_(std::move(qkv)), output_(std::move(output)),
-      up_(std::move(up)), down_(std::move(down)) {}
+      up_(std::move(up)), down_(std::move(down)) {
+    const auto agree = [](const char* what, bool right) {
+        if (!right) throw std::invalid_argument(std::string("the parts of a block do not fit each other: ") + what);
+    };
+    const auto fits = [](const Matrix& matrix, int64_t outputs, int64_t columns) {
+        return matrix.outputs() == outputs && matrix.columns() == columns;
+    };
+    const auto weighs = [&](const Norm& norm, int n) {
+        return norm.kind == NormKind::none || (int(norm.weight.size()) == n && (norm.bias.empty() || int(norm.bias.size()) == n));
+    };
+    const auto none_or = [](const std::vector<float>& weight, int n) { return weight.empty() || int(weight.size()) == n; };
+    const int64_t C = shape.width, H = shape.heads, K = shape.kv_heads, D = shape.head_dim, F = shape.hidden;
+    agree("heads", H > 0 && K > 0 && D > 0 && H % K == 0);
+    agree("norms", weighs(attention_norm_, shape.width) && weighs(ffn_norm_, shape.width));
+    agree("norms of heads", none_or(q_norm_, shape.head_dim) && none_or(k_norm_, shape.head_dim) && q_norm_.empty() == k_norm_.empty());
+    agree("attention", fits(*qkv_, (H + 2 * K) * D, C) && fits(*output_, C, H * D));
+    agree("feed-forward", fits(*up_, shape.activation == Activation::swiglu ? 2 * F : F, C) && fits(*down_, C, F));
+}
 
 // Norms and rotation of one token's queries and keys.
 void Block::turn(float* qkv, int64_t position, const Rotation& rotation) const {
@@ -101,14 +119,17 @@ void Block::turn(float* qkv, int64_t position, const Rotation& rotation) const {
         const auto& weight = h < shape_.heads ? q_norm_ : k_norm_;
         normalize(qkv + h * D, qkv + h * D, D, NormKind::rms, shape_.qk_eps, weight.data(), nullptr);
     }
+    within(position, rotation.rows, "position");
     if (rotation.columns)
         rotate(qkv, shape_.heads + shape_.kv_heads, D, rotation.cos + position * rotation.columns,
                rotation.sin + position * rotation.columns, rotation.columns);
 }
 
 void Block::run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const {
+    if (pages.kv_heads != shape_.kv_heads || pages.head_dim != shape_.head_dim || 2 * rotation.columns > shape_.head_dim)
+        throw std::invalid_argument("pages or a rotation of another shape than the block's heads");
     thread_local Floats normed, qkv, gathered, hidden;
-    thread_local Rows prepared;
+    thread_local Activations prepared;
     const int T = step.tokens, C = shape_.width, D = shape_.head_dim, wide = qkv_->outputs();
     const int H = shape_.heads, K = shape_.kv_heads, inner = up_->outputs();
     normed.resize(size_t(T) * C), qkv.resize(size_t(T) * wide), gathered.resize(size_t(T) * H * D);

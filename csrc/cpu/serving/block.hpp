@@ -31,6 +31,7 @@ struct Rotation {  // (max length, columns) of cosines and sines; no columns: no
     const float* cos;
     const float* sin;
     int columns;
+    int64_t rows;
 };
 
 // The C++ twin of the model's Block. `stream` and `delta` (tokens, width) become what they are after this layer.

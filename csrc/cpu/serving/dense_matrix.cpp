@@ -162,12 +162,12 @@ DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const
 }
 
 template <class T>
-Format DenseMatrix<T>::format() const {
-    return sizeof(T) == 2 && pairs_are_fast ? Format::halves : Format::floats;
+RowFormat DenseMatrix<T>::format() const {
+    return {sizeof(T) == 2 && pairs_are_fast ? Format::halves : Format::floats};
 }
 
 template <class T>
-void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
+void DenseMatrix<T>::multiply(const Activations& x, float* y) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     const size_t stride = size_t(padded_) * kLanes;
     Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
@@ -180,7 +180,7 @@ void DenseMatrix<T>::multiply(const Rows& x, float* y) const {
                   outputs_);
         };
         if constexpr (sizeof(T) == 2) {
-            if (x.format == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
+            if (x.format.number == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
             if (x.count >= kMany) {
                 thread_local Floats wide;
                 wide.resize(stride * kBlock);

@@ -22,9 +22,9 @@ public:
 
     int outputs() const override { return outputs_; }
     int columns() const override { return columns_; }
-    Format format() const override;
+    RowFormat format() const override;
     using Matrix::multiply;
-    void multiply(const Rows& x, float* y) const override;
+    void multiply(const Activations& x, float* y) const override;
 
 private:
     int outputs_, columns_, padded_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/index.hpp"
 #include "cpu/serving/int8_pages.hpp"
 #include "cpu/serving/spin_pool.hpp"
 
@@ -255,10 +256,21 @@ WARPLOOM_CLONES void round_to(const float* from, int n, bfloat16* to) {
 }
 WARPLOOM_CLONES void round_to(const float* from, int n, float* to) { std::copy(from, from + n, to); }
 
+// All that neighbors of one sequence will look up is there.
+void check_pages(const Pages& pages, const Step& step, const Look& look, int first, int last) {
+    const int64_t sequence = within(step.sequences[first], step.rows, "sequence");
+    within(step.positions[first], int64_t(step.width) * pages.page_size, "position");
+    const int64_t end = within(step.positions[last], int64_t(step.width) * pages.page_size, "position");
+    const int64_t begin = look.window > 0 ? std::max<int64_t>(0, step.positions[first] + 1 - look.window) : 0;
+    const int32_t* table = step.table + sequence * step.width;
+    for (int64_t at = begin / pages.page_size; at <= end / pages.page_size; ++at) within(table[at], pages.count, "page");
+}
+
 }  // namespace
 
 void write_page(const Pages& pages, int64_t slot, const float* k, const float* v) {
     if (slot < 0) return;
+    within(slot, pages.count * pages.page_size, "slot");
     if (pages.format == Format::int8) return write_int8(pages, slot, k, v);
     const int width = pages.kv_heads * pages.head_dim;
     if (pages.format == Format::halves) {
@@ -284,6 +296,7 @@ void attend_pages(const Pages& pages, const Step& step, const Look& look, const 
     }
     const int count = int(runs.size());
     runs.push_back(tokens);  // what follows is padding
+    for (int run = 0; run < count; ++run) check_pages(pages, step, look, runs[run], runs[run + 1] - 1);
     // A page is one run of memory with all heads' keys, so a task takes them all where there are tasks enough.
     const int parts = count >= 4 * Workers::shared().size() ? 1 : K;
     Workers::shared().run(count * parts, [&](int number) {
@@ -291,7 +304,8 @@ void attend_pages(const Pages& pages, const Step& step, const Look& look, const 
         const int run = number / parts, first = runs[run];
         const Task task{first, runs[run + 1] - first, number % parts, K / parts};
         if (pages.format == Format::int8) return attend_int8(pages, step, look, q, q_stride, task, out);
-        const auto attend = pages.format == Format::halves ? attend_half : attend_float;
+        auto attend = pages.format == Format::halves ? attend_half : attend_float;
+        asm("" : "+r"(attend));  // a call of who knows what may throw (WARPLOOM_CLONES): it takes memory
         attend(pages, step, look, q, q_stride, task, scratch, out);
     });
 }

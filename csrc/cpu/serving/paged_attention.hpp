@@ -14,8 +14,8 @@ struct Step {
     const int64_t* positions;  // (tokens)
     const int32_t* sequences;  // (tokens): rows of the page table
     const int64_t* slots;      // (tokens): page · page size + offset; negative writes nothing
-    const int32_t* table;      // (sequences, width): pages
-    int width;
+    const int32_t* table;      // (rows, width): pages
+    int rows, width;
 };
 
 // The pages of one layer: (pages, page size, kv heads, head dim) of float32 or bfloat16, or tiles of int8_pages.hpp.
@@ -24,6 +24,7 @@ struct Pages {
     void* values;
     Format format;
     int page_size, kv_heads, head_dim;
+    int64_t count;
 };
 
 struct Look {
@@ -55,7 +56,8 @@ void each_token(const Step& step, const Work& work) {
     });
 }
 
-// Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none.
+// Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none. A slot that the pages
+// lack is an out_of_range, and so are, below, a sequence, a position or a page that there is not.
 void write_page(const Pages&, int64_t slot, const float* k, const float* v);
 
 // Every token's queries (rows `q_stride` apart) over all keys up to their own position; `out` is (tokens, heads, D).

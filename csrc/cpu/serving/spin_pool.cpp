@@ -1,11 +1,10 @@
 #include "cpu/serving/spin_pool.hpp"
 
 #include <chrono>
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#else
-static int getpid() { return 0; }
-#endif
+#include <system_error>
+#include <utility>
+
+#include "cpu/forks.hpp"
 
 namespace warploom {
 
@@ -32,17 +31,15 @@ void wait_until(const Done& done) {
 }  // namespace
 
 Workers& Workers::shared() {
-    static Workers* workers = new Workers;  // never destroyed: threads may outlive static destruction
-    return *workers;
+    static std::atomic<Workers*> pool{new Workers(1)};  // never destroyed: threads may outlive static destruction
+    static const bool renewed = (in_forked_children([] { pool.store(new Workers(pool.load()->wanted_)); }), true);
+    (void)renewed;
+    return *pool.load(std::memory_order_acquire);
 }
 
 void Workers::resize(int threads) {
     std::lock_guard<std::mutex> held(caller_);
-    if (owner_ != int(getpid())) {  // after a fork the threads are the parent's: leave them be
-        new (&threads_) std::vector<std::thread>;
-        asleep_ = inside_ = 0;
-        owner_ = int(getpid());
-    }
+    wanted_ = threads;
     if (size() == threads) return;
     stop_ = true;
     epoch_.fetch_add(1);
@@ -51,7 +48,11 @@ void Workers::resize(int threads) {
     for (auto& thread : threads_) thread.join();
     threads_.clear();
     stop_ = false;
-    for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    try {
+        while (int(threads_.size()) + 1 < threads) threads_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {  // the system has no more
+    }
+    size_ = wanted_ = int(threads_.size()) + 1;
 }
 
 void Workers::start(int tasks, Call call, const void* work) {
@@ -66,10 +67,18 @@ void Workers::start(int tasks, Call call, const void* work) {
     take();
     open_.store(false);  // whoever comes now stays out; wait for those inside
     wait_until([&] { return inside_.load() == 0; });
+    if (failed_.exchange(false)) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void Workers::take() {
-    for (int task; (task = next_.fetch_add(1)) < tasks_;) call_(work_, task);
+    for (int task; (task = next_.fetch_add(1)) < tasks_;) {
+        try {
+            call_(work_, task);
+        } catch (...) {
+            if (!failed_.exchange(true)) failure_ = std::current_exception();
+            next_.store(tasks_);  // the rest is not wanted any more
+        }
+    }
 }
 
 void Workers::serve() {

@@ -3,10 +3,14 @@
 // A decoding step is some sixty loops over small pieces of work, each too short to wake a sleeping thread for. So workers
 // look for the next loop for a moment before they sleep, and tasks are handed out one by one: where the machine
 // is busy and a worker does not get to run, the caller simply does its tasks too.
+//
+// What a task throws ends the loop and is thrown to the caller. A forked child has none of its parent's threads, and locks
+// and sleepers as they were at that moment: it begins with a pool of its own, which starts as many threads when it is used.
 #pragma once
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,14 +21,15 @@ class Workers {
 public:
     static Workers& shared();
 
-    // How many threads work on a loop, the caller included.
+    // How many threads work on a loop, the caller included; fewer where the system has no more.
     void resize(int threads);
-    int size() const { return int(threads_.size()) + 1; }
+    int size() const { return size_.load(std::memory_order_relaxed); }
 
     // Calls work(task) for every task below `tasks`, in any order, and returns when all are done.
     template <class Work>
     void run(int tasks, const Work& work) {
-        if (tasks <= 1 || threads_.empty() || !caller_.try_lock()) {
+        if (tasks > 1 && size() < wanted_.load(std::memory_order_relaxed)) resize(wanted_);
+        if (tasks <= 1 || size() == 1 || !caller_.try_lock()) {
             for (int task = 0; task < tasks; ++task) work(task);
             return;
         }
@@ -32,6 +37,7 @@ public:
         start(tasks, [](const void* w, int task) { (*static_cast<const Work*>(w))(task); }, &work);
     }
 
+    explicit Workers(int threads) : wanted_(threads) {}
     ~Workers() { resize(1); }
 
 private:
@@ -46,8 +52,10 @@ private:
     std::condition_variable wake_;
     std::atomic<unsigned> epoch_{0};
     std::atomic<int> next_{0}, inside_{0}, asleep_{0};
-    std::atomic<bool> open_{false}, stop_{false};
-    int tasks_ = 0, owner_ = 0;
+    std::atomic<int> size_{1}, wanted_;
+    std::atomic<bool> open_{false}, stop_{false}, failed_{false};
+    std::exception_ptr failure_;  // what the first task that failed threw
+    int tasks_ = 0;
     Call call_ = nullptr;
     const void* work_ = nullptr;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/index.hpp"
 #include "simd.hpp"
 #include "cpu/serving/spin_pool.hpp"
 
@@ -10,7 +11,6 @@ namespace warploom {
 namespace {
 
 WARPLOOM_CLONES void add_row(const Table& table, int64_t row, int width, float* to) {
-    if (!table.rows) return;
     if (table.half) {
         const bfloat16* from = static_cast<const bfloat16*>(table.rows) + row * width;
         for (int i = 0; i < width; ++i) to[i] += widen(from[i]);
@@ -18,6 +18,10 @@ WARPLOOM_CLONES void add_row(const Table& table, int64_t row, int width, float* 
         const float* from = static_cast<const float*>(table.rows) + row * width;
         for (int i = 0; i < width; ++i) to[i] += from[i];
     }
+}
+
+void look_up(const Table& table, const char* name, int64_t row, int width, float* to) {
+    if (table.rows) add_row(table, within(row, table.count, name), width, to);
 }
 
 }  // namespace
@@ -28,12 +32,15 @@ Transformer::Transformer(int width, Table embedding, Table positions, std::vecto
 
 void Transformer::run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages,
                       const Rotation& rotation, float* hidden) const {
+    if (pages.size() != blocks_.size())
+        throw std::invalid_argument("there are pages for " + std::to_string(pages.size()) + " layers, not for " +
+                                    std::to_string(blocks_.size()));
     thread_local Floats streams, deltas;
     streams.assign(size_t(step.tokens) * width_, 0.0f), deltas.assign(streams.size(), 0.0f);
     float *stream = streams.data(), *delta = deltas.data();
     each_row(step.tokens, [&](int t) {
-        add_row(embedding_, tokens[t], width_, stream + size_t(t) * width_);
-        add_row(positions_, step.positions[t], width_, stream + size_t(t) * width_);
+        look_up(embedding_, "token", tokens[t], width_, stream + size_t(t) * width_);
+        look_up(positions_, "position", step.positions[t], width_, stream + size_t(t) * width_);
     });
     for (size_t layer = 0; layer < blocks_.size(); ++layer) blocks_[layer]->run(stream, delta, step, pages[layer], rotation);
     each_row(step.tokens, [&](int t) {

@@ -10,13 +10,17 @@ namespace warploom {
 struct Table {  // rows as wide as the stream; no rows: nothing is looked up
     const void* rows;
     bool half;
+    int64_t count;
 };
 
 class Transformer {
 public:
     Transformer(int width, Table embedding, Table positions, std::vector<std::shared_ptr<Block>> blocks, Norm norm);
 
+    int width() const { return width_; }
+
     // `hidden` (tokens, width) becomes the normalized stream after the last layer; `pages` are those of each layer.
+    // A token or a position that the tables lack is an out_of_range.
     void run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages, const Rotation& rotation,
              float* hidden) const;
 

@@ -1,7 +1,9 @@
-// What Python sees of the training passes. Tensors come as addresses: the Python side owns them and checks their shapes.
+// What Python sees of the training passes. Tensors come as they are (array.hpp), and are checked against each other.
 #include <pybind11/pybind11.h>
 
+#include "cpu/array.hpp"
 #include "cpu/training/dense_attention.hpp"
+#include "cpu/forks.hpp"
 #include "cpu/training/pointwise.hpp"
 #include "cpu/training/omp_threads.hpp"
 
@@ -12,110 +14,158 @@ namespace warploom {
 namespace {
 
 using Address = uintptr_t;
+using Tensor = const Array&;
 
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-template <class T>
-Rows<T> rows_of(const py::tuple& x) {
-    return {at<T>(x[0].cast<Address>()), x[1].cast<int64_t>()};
+// The sizes of a task are ints.
+int size_of(int64_t n) {
+    if (n > INT32_MAX) throw py::value_error("a tensor has " + std::to_string(n) + " rows or columns: more than 2^31");
+    return int(n);
 }
 
+template <class Task>
+void run(const Task& task) {
+    py::gil_scoped_release unlocked;
+    task.run();
+}
+
+void norm_forward(float eps, Tensor x, Tensor residual, Tensor weight, Tensor y, Tensor sum, Tensor inverse) {
+    const int N = size_of(x.size(0)), D = size_of(x.size(1));
+    in_format(x, [&](auto number) {
+        using T = decltype(number);
+        run(NormForward<T>{N, D, eps, x.rows<const T>("x", N, D), residual.rows_or_none<const T>("residual", N, D),
+                           weight.numbers<const T>("weight", D), y.rows<T>("y", N, D), residual.given() ? sum.rows<T>("sum", N, D) : Rows<T>{},
+                           inverse.numbers<float>("inverse", N)});
+    });
+}
+
+void norm_backward(Tensor x, Tensor dy, Tensor dsum, Tensor weight, Tensor inverse, Tensor dx, Tensor partial,
+                   Tensor dweight) {
+    const int N = size_of(x.size(0)), D = size_of(x.size(1));
+    in_format(x, [&](auto number) {
+        using T = decltype(number);
+        constexpr int chunk = NormBackward<T>::kChunk;
+        run(NormBackward<T>{N, D, x.rows<const T>("x", N, D), dy.rows<const T>("dy", N, D),
+                            dsum.rows_or_none<const T>("dsum", N, D), weight.numbers<const T>("weight", D),
+                            inverse.numbers<const float>("inverse", N), dx.rows<T>("dx", N, D), {},
+                            partial.numbers<float>("partial", int64_t(N + chunk - 1) / chunk * D),
+                            dweight.numbers<T>("dweight", D)});
+    });
+}
+
+Gate gate_of(int kind) {
+    if (kind < 0 || kind > int(Gate::relu2)) throw py::value_error("no such gate: " + std::to_string(kind));
+    return Gate(kind);
+}
+
+void gate_forward(int kind, Tensor gate, Tensor up, Tensor y) {
+    const int N = size_of(gate.size(0)), D = size_of(gate.size(1));
+    in_format(gate, [&](auto number) {
+        using T = decltype(number);
+        run(Gating<T>{gate_of(kind), N, D, gate.rows<const T>("gate", N, D), up.rows<const T>("up", N, D), {},
+                      y.rows<T>("y", N, D), {}, {}});
+    });
+}
+
+void gate_backward(int kind, Tensor gate, Tensor up, Tensor dy, Tensor dgate, Tensor dup) {
+    const int N = size_of(gate.size(0)), D = size_of(gate.size(1));
+    in_format(gate, [&](auto number) {
+        using T = decltype(number);
+        run(Gating<T>{gate_of(kind), N, D, gate.rows<const T>("gate", N, D), up.rows<const T>("up", N, D),
+                      dy.rows<const T>("dy", N, D), {}, dgate.rows<T>("dgate", N, D), dup.rows<T>("dup", N, D)});
+    });
+}
+
+void turn(float sign, Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor y) {
+    const int64_t B = x.size(0), time = x.size(1), heads = x.size(2), width = x.size(3);
+    const int64_t most = cos.size(0), half = cos.size(1);
+    if (2 * half > width)
+        throw py::value_error("cos has " + std::to_string(half) + " columns: more than half a head of " +
+                              std::to_string(width));
+    size_of(B * time), size_of(heads * width);
+    const Rows<const float> cosines = cos.rows<const float>("cos", most, half), sines = sin.rows<const float>("sin", most, half);
+    if (cosines.stride != sines.stride) throw py::value_error("cos and sin must have the same strides");
+    in_format(x, [&](auto number) {
+        using T = decltype(number);
+        const T* from = x.heads<const T>("x", {B, time, heads, width});
+        run(Turn<T>{int(B), int(time), int(heads), int(width), int(half), sign, from, x.stride(0), x.stride(1), x.stride(2),
+                    cosines.at, sines.at, cosines.stride, most,
+                    positions.numbers_or_none<const int64_t>("positions", B * time),
+                    y.rows<T>("y", B * time, heads * width)});
+    });
+}
+
+void cross_entropy(int64_t ignore, float smoothing, float z, Tensor logits, Tensor targets, Tensor upstream,
+                   Tensor losses) {
+    const int N = size_of(logits.size(0)), V = size_of(logits.size(1));
+    in_format(logits, [&](auto number) {
+        using T = decltype(number);
+        run(CrossEntropy<T>{N, V, ignore, smoothing, z, logits.numbers<T>("logits", int64_t(N) * V),
+                            targets.numbers<const int64_t>("targets", N),
+                            upstream.numbers_or_none<const float>("upstream", N), losses.numbers<float>("losses", N)});
+    });
+}
+
+// The last `queries` of each matrix's rows are a block that sees the keys up to its own.
+void attend(int queries, float scale, Tensor scores, Tensor weights, Tensor d_weights) {
+    const int S = size_of(weights.size(weights.dims() - 1)), N = size_of(weights.count() / std::max(1, S));
+    if (queries < 1 || queries > S) throw py::value_error("queries must be 1 to " + std::to_string(S));
+    if (scores.given() == d_weights.given()) throw py::value_error("give either scores or d_weights");
+    in_format(weights, [&](auto number) {
+        using T = decltype(number);
+        run(Attend<T>{N, queries, S - queries, S, scale, scores.numbers_or_none<const float>("scores", int64_t(N) * S),
+                      weights.numbers<T>("weights", int64_t(N) * S),
+                      d_weights.numbers_or_none<T>("d_weights", int64_t(N) * S)});
+    });
+}
+
 template <class T>
-HeadsOf<T> heads_of(const py::handle& x) {
-    const auto [at_, batch, time, head] = x.cast<std::tuple<Address, int64_t, int64_t, int64_t>>();
-    return {at<T>(at_), batch, time, head};
+HeadsOf<T> heads_of(const char* name, const Array& x, int64_t B, int64_t time, int64_t heads, int64_t D) {
+    T* at = x.heads<T>(name, {B, time, heads, D});
+    return {at, x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // Forward with q, k, v and out; backward with q, k, v and the gradients of out, q, k and v.
-void attention(int batch, int time, int heads, int key_heads, int width, float scale, Address stats,
-               const py::args& tensors) {
-    const auto in = [&](int i) { return heads_of<const float>(tensors[i]); };
-    const auto out = [&](int i) { return heads_of<float>(tensors[i]); };
-    const DenseAttention task{batch, time, heads, key_heads, width, scale, in(0), in(1), in(2), at<float>(stats)};
-    if (tensors.size() == 4) {
-        const auto o = out(3);
+void attention(float scale, Tensor stats, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dq, Tensor dk, Tensor dv) {
+    const int64_t B = q.size(0), time = q.size(1), H = q.size(2), D = q.size(3), K = k.size(2);
+    size_of(B), size_of(time), size_of(H), size_of(D);
+    if (D % 16 || K < 1 || H % K)
+        throw py::value_error("heads must have a multiple of 16 numbers and share key heads evenly, got " +
+                              std::to_string(H) + " and " + std::to_string(K) + " heads of " + std::to_string(D));
+    const DenseAttention task{int(B), int(time), int(H), int(K), int(D), scale,
+                              heads_of<const float>("q", q, B, time, H, D), heads_of<const float>("k", k, B, time, K, D),
+                              heads_of<const float>("v", v, B, time, K, D), stats.numbers<float>("stats", 2 * B * H * time)};
+    if (!dq.given()) {
+        const auto o = heads_of<float>("out", out, B, time, H, D);
         py::gil_scoped_release unlocked;
         return task.forward(o);
     }
-    const auto d_out = in(3);
-    const auto dq = out(4), dk = out(5), dv = out(6);
+    const auto d_out = heads_of<const float>("d_out", out, B, time, H, D);
+    const auto to_q = heads_of<float>("dq", dq, B, time, H, D), to_k = heads_of<float>("dk", dk, B, time, K, D),
+               to_v = heads_of<float>("dv", dv, B, time, K, D);
     py::gil_scoped_release unlocked;
-    task.backward(d_out, dq, dk, dv);
+    task.backward(d_out, to_q, to_k, to_v);
 }
 
-// Each function is bound once a number format: `norm_forward_float32` and `norm_forward_bfloat16`.
-template <class T>
-void bind_format(py::module_& module, const std::string& format) {
-    using Tuple = const py::tuple&;
-    module.def(("norm_forward_" + format).c_str(),
-               [](int rows, int columns, float eps, Tuple x, Tuple residual, Address weight, Tuple y, Tuple sum,
-                  Address inverse) {
-                   const NormForward<T> task{rows, columns, eps, rows_of<const T>(x), rows_of<const T>(residual),
-                                             at<T>(weight), rows_of<T>(y), rows_of<T>(sum), at<float>(inverse)};
-                   py::gil_scoped_release unlocked;
-                   task.run();
-               });
-    module.def(("norm_backward_" + format).c_str(),
-               [](int rows, int columns, Tuple x, Tuple dy, Tuple dsum, Address weight, Address inverse, Tuple dx,
-                  Address partial, Address dweight) {
-                   const NormBackward<T> task{rows, columns, rows_of<const T>(x), rows_of<const T>(dy),
-                                              rows_of<const T>(dsum), at<T>(weight), at<float>(inverse),
-                                              rows_of<T>(dx), {}, at<float>(partial), at<T>(dweight)};
-                   py::gil_scoped_release unlocked;
-                   task.run();
-               });
-    module.def(("gate_forward_" + format).c_str(),
-               [](int kind, int rows, int columns, Tuple gate, Tuple up, Tuple y) {
-                   const Gating<T> task{Gate(kind), rows, columns, rows_of<const T>(gate), rows_of<const T>(up), {},
-                                        rows_of<T>(y), {}, {}};
-                   py::gil_scoped_release unlocked;
-                   task.run();
-               });
-    module.def(("gate_backward_" + format).c_str(),
-               [](int kind, int rows, int columns, Tuple gate, Tuple up, Tuple dy, Tuple dgate, Tuple dup) {
-                   const Gating<T> task{Gate(kind), rows, columns, rows_of<const T>(gate), rows_of<const T>(up),
-                                        rows_of<const T>(dy), {}, rows_of<T>(dgate), rows_of<T>(dup)};
-                   py::gil_scoped_release unlocked;
-                   task.run();
-               });
-    module.def(("turn_" + format).c_str(),
-               [](int batch, int time, int heads, int width, int half, float sign, Address x, int64_t batch_stride,
-                  int64_t time_stride, int64_t head_stride, Address cos, Address sin, int64_t table_stride,
-                  Address positions, Address y) {
-                   const Turn<T> task{batch, time, heads, width, half, sign, at<T>(x), batch_stride, time_stride,
-                                      head_stride, at<float>(cos), at<float>(sin), table_stride,
-                                      at<int64_t>(positions), {at<T>(y), int64_t(heads) * width}};
-                   py::gil_scoped_release unlocked;
-                   task.run();
-               });
-    module.def(("cross_entropy_" + format).c_str(),
-               [](int rows, int classes, int64_t ignore, float smoothing, float z, Address logits, Address targets,
-                  Address upstream, Address losses) {
-                   const CrossEntropy<T> task{rows, classes, ignore, smoothing, z, at<T>(logits),
-                                              at<int64_t>(targets), at<float>(upstream), at<float>(losses)};
-                   py::gil_scoped_release unlocked;
-                   task.run();
-               });
-    module.def(("attend_" + format).c_str(), [](int rows, int queries, int before, int keys, float scale,
-                                                Address scores, Address weights, Address d_weights) {
-        const Attend<T> task{rows, queries, before, keys, scale, at<float>(scores), at<T>(weights), at<T>(d_weights)};
-        py::gil_scoped_release unlocked;
-        task.run();
-    });
+void borrow_team(Address parallel, Address number, Address size) {
+    team = {reinterpret_cast<decltype(Team::parallel)>(parallel), reinterpret_cast<decltype(Team::number)>(number),
+            reinterpret_cast<decltype(Team::size)>(size)};
+    in_forked_children([] { team = {}; });
 }
 
 }  // namespace
 
 void bind_passes(py::module_& module) {
-    module.def("borrow_team", [](Address parallel, Address number, Address size) {
-        team = {reinterpret_cast<decltype(Team::parallel)>(parallel), reinterpret_cast<decltype(Team::number)>(number),
-                reinterpret_cast<decltype(Team::size)>(size)};
-    });
-    module.def("attention", &attention);
-    bind_format<float>(module, "float32");
-    bind_format<bfloat16>(module, "bfloat16");
+    module.def("borrow_team", &borrow_team);
+    module.def("norm_forward", &norm_forward);
+    module.def("norm_backward", &norm_backward);
+    module.def("gate_forward", &gate_forward);
+    module.def("gate_backward", &gate_backward);
+    module.def("turn", &turn);
+    module.def("cross_entropy", &cross_entropy);
+    module.def("attend", &attend);
+    module.def("attention", &attention, py::arg("scale"), py::arg("stats"), py::arg("q"), py::arg("k"), py::arg("v"),
+               py::arg("out"), py::arg("dq") = py::none(), py::arg("dk") = py::none(),
+               py::arg("dv") = py::none());
 }
 
 }  // namespace warploom

@@ -2,11 +2,13 @@
 //
 // Between two matrix products torch's threads wait in a spin for their next one. A second pool would fight them for the
 // cores, so passes that run between products borrow them instead, by the addresses of three functions of the library
-// that torch has loaded. Without it (another platform, another runtime) a pass runs on the calling thread.
+// that torch has loaded. Without it (another platform, another runtime) and in a forked child, which has none of these
+// threads, a pass runs on the calling thread. What a task throws is thrown to the caller.
 #pragma once
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace warploom {
 
@@ -26,6 +28,8 @@ void share(int tasks, const Work& work) {
         const Work& work;
         const int tasks;
         std::atomic<int> next[kShares] = {};
+        std::atomic<bool> failed{false};
+        std::exception_ptr failure = nullptr;  // what the first task that failed threw
     } job{work, tasks};
     const auto take = [](void* p) {
         Job& job = *static_cast<Job*>(p);
@@ -33,13 +37,21 @@ void share(int tasks, const Work& work) {
         for (int i = 0; i < shares; ++i) {
             const int64_t share = (mine + i) % shares;
             const int first = int(job.tasks * share / shares), end = int(job.tasks * (share + 1) / shares);
-            for (int task; (task = first + job.next[share].fetch_add(1)) < end;) job.work(task);
+            for (int task; !job.failed && (task = first + job.next[share].fetch_add(1)) < end;) {
+                try {
+                    job.work(task);
+                } catch (...) {  // the library's threads must not see it
+                    if (!job.failed.exchange(true)) job.failure = std::current_exception();
+                }
+            }
         }
     };
-    if (tasks > 1 && team.parallel)
-        team.parallel(take, &job, 0, 0);  // 0: as many threads as torch uses
-    else
+    if (tasks <= 1 || !team.parallel) {
         for (int task = 0; task < tasks; ++task) work(task);
+        return;
+    }
+    team.parallel(take, &job, 0, 0);  // 0: as many threads as torch uses
+    if (job.failure) std::rethrow_exception(job.failure);
 }
 
 // Shares out `rows` of `columns` numbers in runs that are long enough to be worth a thread: work(first, last).

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/index.hpp"
 #include "cpu/training/omp_threads.hpp"
 
 namespace warploom {
@@ -289,6 +290,8 @@ void Gating<T>::run() const {
 
 template <class T>
 void Turn<T>::some(int first, int last) const {
+    for (int token = first; token < last; ++token)
+        within(positions ? positions[token] : token % time, table_rows, "position");
     turn_tokens_of(*this, first, last);
 }
 
@@ -299,7 +302,11 @@ void Turn<T>::run() const {
 
 template <class T>
 void CrossEntropy<T>::run() const {
-    share_rows(rows, classes, [&](int first, int last) { entropy_rows_of(*this, first, last); });
+    share_rows(rows, classes, [&](int first, int last) {
+        for (int row = first; row < last; ++row)
+            if (targets[row] != ignore) within(targets[row], classes, "target");
+        entropy_rows_of(*this, first, last);
+    });
 }
 
 template <class T>

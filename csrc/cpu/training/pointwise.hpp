@@ -1,7 +1,8 @@
 // Passes over rows for training on a CPU: each reads its operands once, computes in float32, and writes its results once.
 //
 // T is float or bfloat16. Rows have unit stride inside and any distance between them. Every sum is taken in an order
-// that depends on the shapes alone, so results do not depend on the number of threads.
+// that depends on the shapes alone, so results do not depend on the number of threads. What a tensor says is an index is
+// compared with what it indexes, row by row.
 #pragma once
 #include <cstdint>
 
@@ -67,14 +68,15 @@ struct Turn {
     const T* x;
     int64_t batch_stride, time_stride, head_stride;
     const float *cos, *sin;
-    int64_t table_stride;
-    const int64_t* positions;  // of each token; null: its place in time
+    int64_t table_stride, table_rows;
+    const int64_t* positions;  // of each token; null: its place in time. One that the tables lack is an out_of_range
     Rows<T> y;                 // a token's heads side by side
     void some(int first, int last) const;
     void run() const;
 };
 
-// Cross-entropy of each row of logits and, where `upstream` is given, the logits' gradient in their place.
+// Cross-entropy of each row of logits and, where `upstream` is given, the logits' gradient in their place. A target that
+// is no class and not `ignore` is an out_of_range.
 template <class T>
 struct CrossEntropy {
     int rows, classes;

@@ -43,11 +43,11 @@ Panels lay_out(Room& room, const float* w, int terms, int columns, bool over) {
 template <class Work>
 void NormQkvRope::turn(float sign, const Work& work) const {
     Turn<float> t{batch, time, heads, head_width, half, sign, nullptr, 0, 0, head_width,
-                  cos,   sin,  table_stride, positions, {}};
+                  cos,   sin,  table_stride, table_rows, positions, {}};
     work(t, 0, 0);
     t.heads = key_heads;
     work(t, heads * head_width, 1);
-    t.half = 0;
+    t.half = 0, t.table_rows = INT64_MAX;
     work(t, (heads + key_heads) * head_width, 2);
 }
 

@@ -20,7 +20,7 @@ struct NormQkvRope {
     float eps;
     const float *norm, *qkv;  // weights (C), (J, C)
     const float *cos, *sin;
-    int64_t table_stride;
+    int64_t table_stride, table_rows;
     const int64_t* positions;
     float *sum, *inverse;  // (N, C), (N)
 

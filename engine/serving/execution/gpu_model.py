@@ -1,11 +1,11 @@
-"""The model as it serves on a GPU: fewer launches, and the same bits in any company.
+"""Executors for serving on a GPU: batch-invariant products, and attention with one launch before it.
 
 A step that makes one token for each of a few sequences is hundreds of small launches, and each costs microseconds
 however little it does. Between the product that makes q, k and v and attention there would be four: two norms, a
 rotation, a write into pages. `PagedAttention` is `Attention` with one.
 
-`BatchInvariantLinear` is `Linear` by `kernels.linear`: a library's product would sum in another order when the batch
-grows.
+`BatchInvariantLinear` is `Linear` by `kernels.linear` (batch invariance): a library's product would sum in another
+order when the batch grows.
 
 The twin shares its weights with the model, and is a `Transformer` in everything else.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .... import kernels
+from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ...model import Attention, Linear, Transformer
 from .kv_cache import KernelAttention
 
@@ -34,7 +35,12 @@ class BatchInvariantLinear(nn.Module):
 
 
 class PagedAttention(nn.Module):
-    """`Attention` that knows its pages: the tables of its rotation are its own, `rotate` is not asked."""
+    """`Attention` that writes its own pages: the tables of its rotation are its own, `rotate` is not asked."""
+
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS, "position": ("rope",)},
+    )
 
     def __init__(self, attention: Attention, tables: tuple[Tensor, Tensor]):
         super().__init__()
@@ -52,16 +58,16 @@ class PagedAttention(nn.Module):
             q_THD, k_TKD, v_TKD, *norms, *self.tables, attend.positions, *attend.pages(self), attend.slots,
             eps=1e-6 if self.q_norm is None else self.q_norm.eps,
         )  # fmt: skip
-        return self.output(attend.look(q_THD, self).flatten(-2)[None])
+        return self.output(attend.attend_pages(q_THD, self).flatten(-2)[None])
 
 
 def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transformer:
-    """The twin; `make_linear` makes its linear layers, which stay as they are without."""
+    """A model on the same weights with executors installed; `make_linear` makes its linear layers, if given."""
     twin = shallow_copy(model)
     if make_linear is not None:
         replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
     c = model.config
-    if c.position == "rope":
+    if PagedAttention.is_supported(c):
         tables = kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
         tables = tuple(table.to(model.device) for table in tables)
         replace(twin.blocks, Attention, lambda attention: PagedAttention(attention, tables))
@@ -80,7 +86,7 @@ def shallow_copy(model: Transformer) -> Transformer:
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
     """Every module of a kind inside, by what `make` makes of it."""
     for name, child in module.named_children():
-        if isinstance(child, kind):
+        if type(child) is kind:  # a subclass computes something else
             setattr(module, name, make(child))
         else:
             replace(child, kind, make)

@@ -41,7 +41,7 @@ class PagedKVCache:
         if HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS:
             sizes = PAGE_FORMATS[dtype], page_size, config.kv_heads, config.head_size
             sides = zip(self.keys, self.values)
-            self.layers = [_native.Pages(keys.data_ptr(), values.data_ptr(), *sizes) for keys, values in sides]
+            self.layers = [_native.Pages(keys, values, *sizes) for keys, values in sides]
 
     @staticmethod
     def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
@@ -125,19 +125,17 @@ class KernelAttention:
 
 
 class NativeAttend:
-    """`attend` in C++; what it points to lives as long as it does."""
+    """`attend` in C++."""
 
     def __init__(self, layers: list, layout: AttentionMetadata):
         self.layers, self.layout = layers, layout
-        arrays = layout.positions, layout.sequences, layout.slots, layout.tables
-        self.step = _native.Step(len(layout.positions), *(a.ctypes.data for a in arrays), layout.tables.shape[1])
+        self.step = _native.Step(layout.positions, layout.sequences, layout.slots, layout.tables)
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         q, k, v = (_rows(x) for x in (q_BTHD, k_BTKD, v_BTKD))
         o_BTHD = torch.zeros(q_BTHD.shape)
-        sides = (number for x in (q, k, v) for number in (x.data_ptr(), x.stride(1)))
         limits = layer.window or 0, layer.softcap or 0.0, layer.scale
-        _native.attend_pages(self.layers[layer.index], self.step, *sides, o_BTHD.data_ptr(), q.shape[2], *limits)
+        _native.attend_pages(self.layers[layer.index], self.step, q, k, v, o_BTHD, *limits)
         return o_BTHD.to(q_BTHD.dtype)
 
 

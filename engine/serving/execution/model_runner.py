@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...memory import PeakMemory, available_memory
 from ...model import Linear, Transformer
 from ..scheduling.step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
 from . import cuda_graphs
@@ -233,3 +234,26 @@ def deterministic_min_rows(dtype: torch.dtype) -> int:
     whole = x @ weights.T
     differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
     return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)
+
+
+def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
+    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
+    if model.device.type != "cuda":
+        return available_memory("cpu") // 2
+    with torch.cuda.device(model.device):
+        with PeakMemory("cuda") as peak:
+            largest_step(model, max_batch_tokens, max_batch)
+        free = available_memory("cuda")
+    recorded = 0
+    if cuda_graphs.enabled():
+        itemsize = model.embedding.weight.element_size()
+        recorded = cuda_graphs.graph_memory(model.config, max_batch, model.config.max_seq_len, itemsize)
+    return max(0, free - peak.bytes - recorded - free // 10)  # a tenth for what is compiled, and cut in pieces
+
+
+@torch.inference_mode()
+def largest_step(model: Transformer, max_batch_tokens: int, max_batch: int) -> None:
+    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
+    tokens = torch.zeros(1, max_batch_tokens, dtype=torch.int64, device=model.device)
+    hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
+    torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)

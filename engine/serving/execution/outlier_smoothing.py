@@ -30,9 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
+from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ...model import Attention, Block, MoE
 
 TALL = 8  # times the usual size of a head's keys: a bias like that is too large for the rest to share 8 bits with
+
+
+is_supported = Supported(
+    computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+    only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+)
 
 
 @torch.no_grad()

@@ -57,8 +57,7 @@ def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Ten
     """The same draw in C++, which looks the settings up by itself."""
     logits_RV = logits_RV.float().contiguous()
     tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
-    addresses = (tensor.data_ptr() for tensor in (index_R, *settings, tokens_R))
-    _native.sample(logits_RV.data_ptr(), *logits_RV.shape, *addresses)
+    _native.sample(logits_RV, index_R, *settings, tokens_R)
     return tokens_R
 
 

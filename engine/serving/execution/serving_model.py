@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
+from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
 from ...model import Block, Linear, MoE, Transformer, sinusoids
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
+from .outlier_smoothing import is_supported as can_smooth
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -62,13 +64,17 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
         y = torch.empty(*x.shape[:-1], self.outputs)
-        self.matrix.multiply(rows.data_ptr(), rows.numel() // rows.shape[-1], y.data_ptr())
+        self.matrix.multiply(rows, y)
         return y.to(x.dtype)
 
 
 class NativeTransformer:
     """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
 
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
     training = False
 
     def __init__(self, model: Transformer, form: str, release: bool):
@@ -87,22 +93,24 @@ class NativeTransformer:
             self.positions = model.positions.weight
         elif c.position == "sinusoidal":
             self.positions = sinusoids(c.max_seq_len, c.d_model) * model.embedding.std
-        tables = (x for table in (model.embedding.weight, self.positions) for x in _native_table(table))
+        # Detached, the tables' memory stays theirs: `model.to` replaces that of a parameter.
+        tables = (None if table is None else table.detach() for table in (model.embedding.weight, self.positions))
         self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """What `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        columns = self.rotation[0].shape[1] if self.rotation else 0
-        rotation = (table.data_ptr() for table in self.rotation) if self.rotation else (0, 0)
-        self.native.run(
-            tokens_BT.data_ptr(), attend.step, attend.layers, *rotation, columns, hidden_BTC.data_ptr()
-        )  # fmt: skip
+        self.native.run(tokens_BT, attend.step, attend.layers, *(self.rotation or (None, None)), hidden_BTC)
         return hidden_BTC
 
 
 class NativeMoE(nn.Module):
     """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+
+    is_supported = Supported(
+        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
+        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    )
 
     def __init__(self, moe: MoE, form: str):
         super().__init__()
@@ -141,7 +149,7 @@ def serving_model(
     """
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, None))
+        return fused_model(model, make), Head(model, make and make(*head_of(model)))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
@@ -149,18 +157,25 @@ def serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    head = NativeLinear(model.head_weight, None, form) if native else Int8Linear(model.head_weight, None)
-    if native and native_pages and not model.config.n_experts and dtype in FORMATS:
+    head = NativeLinear(*head_of(model), form) if native else Int8Linear(*head_of(model))
+    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
     if native:
+        smooth = form == "int8" and can_smooth(model.config)
         for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if form == "int8" else block
-            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+            if NativeMoE.is_supported(model.config):
+                replace(block, MoE, lambda moe: NativeMoE(moe, form))
             replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
+
+
+def head_of(model: Transformer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output head."""
+    return model.head_weight, None if model.head is None else model.head.bias
 
 
 def _native_block(block: Block, config, form: str):
@@ -175,15 +190,11 @@ def _native_block(block: Block, config, form: str):
     )  # fmt: skip
 
 
-def _native_table(table: Tensor | None) -> tuple[int, bool]:
-    return (0, False) if table is None else (table.data_ptr(), table.dtype == torch.bfloat16)
-
-
 def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
     """A weight as C++ keeps it."""
     rows = weight.detach().float().contiguous()
     offset = None if bias is None else bias.detach().float().contiguous()
-    return _native.Matrix(form, rows.data_ptr(), *rows.shape, 0 if offset is None else offset.data_ptr())
+    return _native.Matrix(form, rows, offset)
 
 
 def _native_norm(norm: nn.Module, config):

@@ -29,10 +29,9 @@ from ...errors import InputError
 from ...formats.model_directory import load_config, read_model
 from ...model import Transformer
 from ...parallel.tensor_parallel import check
-from ..llm import memory_for_pages
 from ..scheduling.step import StepPlan
 from .kv_cache import set_workers
-from .model_runner import InFlightStep
+from .model_runner import InFlightStep, memory_for_pages
 from .speculative import make_runner
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process

@@ -74,6 +74,7 @@ class Scheduler:
         self._rows = list(range(max_batch - 1, -1, -1))
         self._flights: deque[dict[Sequence, _Share]] = deque()
         self._arrivals = count()
+        self._suspects: list[Sequence] = []  # of a step that failed; the last one is being tried alone
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -141,8 +142,12 @@ class Scheduler:
         """What to compute next; None when there is nothing to compute, or nothing before the next commit."""
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[2], "cancelled")
-        if len(self._flights) >= self.depth:
+        while self._suspects and self._suspects[-1].finish_reason is not None:
+            self._suspects.pop()
+        if len(self._flights) >= (1 if self._suspects else self.depth):
             return None
+        if self._suspects:
+            return self._launched(self._try_alone(self._suspects[-1]))
         step: dict[Sequence, _Share] = {}
         budget, preempted = self.max_batch_tokens, self.preemptions
         for sequence in sorted(self.running, key=lambda sequence: (sequence.uncomputed > 1, sequence.order)):
@@ -150,6 +155,10 @@ class Scheduler:
                 budget -= self._advance(sequence, budget, step)
         if self.preemptions == preempted:
             self._admit(budget, step)
+        return self._launched(step)
+
+    def _launched(self, step: dict[Sequence, _Share]) -> StepPlan | None:
+        """The plan of a step, which is under way from now on."""
         if not step:
             return None
         self._flights.append(step)
@@ -170,11 +179,29 @@ class Scheduler:
             if sequence.finish_reason is None
         ]
 
-    def abort(self, reason: str) -> None:
-        """End every sequence of the plans under way: their results will not come."""
-        while self._flights:
-            for sequence in self._flights.popleft():
-                self.finish(sequence, reason)
+    def abandon(self) -> list[Sequence]:
+        """Give up the plans under way, whose results will not come; the sequences they were for."""
+        involved = {sequence: None for flight in self._flights for sequence in flight}
+        self._flights.clear()
+        return [sequence for sequence in involved if sequence.finish_reason is None]
+
+    def isolate(self) -> Sequence | None:
+        """After a failed step, compute its sequences again, each alone until it brings a token, the newest first.
+
+        Returns the one to blame if it was alone already; the others are then taken for innocent until they fail again.
+        """
+        involved = self.abandon()
+        for sequence in involved:
+            sequence.pending = 0
+            if sequence.running:
+                self._preempt(sequence)
+        self._suspects = sorted(involved, key=lambda sequence: sequence.order) if len(involved) > 1 else []
+        return None if self._suspects else (involved or [None])[0]
+
+    @property
+    def suspects(self) -> tuple[Sequence, ...]:
+        """The sequences of a failed step that still have to show that they did not cause it."""
+        return tuple(self._suspects)
 
     def check(self) -> None:
         """Assert every invariant. For tests."""
@@ -186,6 +213,22 @@ class Scheduler:
         for sequence in self.running:
             assert self.pool.pages_for(sequence.computed) <= len(sequence.pages)
             assert 0 <= sequence.computed <= sequence.capacity
+
+    def _try_alone(self, suspect: Sequence) -> dict[Sequence, _Share]:
+        """A step of one sequence, which gets whatever pages it needs; it may be empty if its owner has to choose."""
+        step: dict[Sequence, _Share] = {}
+        while suspect.uncomputed > 0 or not suspect.running:
+            if not suspect.running:
+                self._waiting.remove((suspect.order, suspect))
+                heapq.heapify(self._waiting)
+                while not self._rows or not self._enter(suspect, step):
+                    self._preempt(next(other for other in self.running if other is not suspect))
+            if self._advance(suspect, self.max_batch_tokens, step):
+                return step
+            for other in [other for other in self.running if other is not suspect]:
+                self._preempt(other)
+        self._suspects.pop()
+        return step
 
     def _advance(self, sequence: Sequence, budget: int, step: dict[Sequence, _Share]) -> int:
         """Give a running sequence its part of the step, as far as budget and pages go; how many tokens that is."""
@@ -302,6 +345,8 @@ class Scheduler:
         new = () if sequence.manual else sampled[: min([room, *ends])]
         sequence.tokens += new
         sequence.pending -= chunk.sampled > 0
+        if chunk.sampled and sequence in self._suspects:
+            self._suspects.remove(sequence)
         for counter in (self, sequence):
             counter.drafted += max(chunk.sampled - 1, 0)
             counter.accepted_drafts += max(len(sampled) - 1, 0)

@@ -1,4 +1,4 @@
-"""A state that no process has whole: each writes the blocks it keeps, all at once, and any grid of processes reads it.
+"""Distributed checkpoints (PyTorch's DCP): every process writes its blocks, and any grid of processes reads them.
 
 PyTorch's distributed checkpoint does the work. Processes tell each other which blocks they have; of a block that
 several have, one writes. Files are safetensors, whose headers say where in the whole each block lies, so a reader asks

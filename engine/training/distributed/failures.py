@@ -1,4 +1,4 @@
-"""When a run of many processes fails, one of them says why.
+"""Failure reporting: of the processes of a run that fail, the first one reports the error.
 
 A wrong flag is the same mistake in each of a thousand processes, and when one process fails the others lose it in the
 middle of a word. What people need is one sentence: that of the process that failed first. So whoever fails adds one to
@@ -25,7 +25,7 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "remot
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def report_first_failure() -> Iterator[None]:
     """Inside, of several processes that fail only the first raises its error; the others exit."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # alone, or started without torchrun
         yield

@@ -1,4 +1,4 @@
-"""Gradients on their way: added up over processes while the backward pass goes on.
+"""Bucketed gradient all-reduce that overlaps with the backward pass: what DDP does, for our float32 masters.
 
 Processes that keep the same numbers for other rows must add up their gradients. The backward pass makes gradients from
 the last block to the first, and meanwhile the network would be idle. So the weights are put into buckets, last ones
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..mixed_precision import Masters
-from .mesh import Team
+from .mesh import ProcessMesh
 
 BUCKET = 1 << 22  # numbers that leave together: many small messages are slow, one large one leaves late
 
@@ -33,28 +33,28 @@ class Bucket:
     missing: int = 0
 
 
-class Exchange:
-    """Adds up the gradients of `masters` over those that keep the same numbers; slices along fsdp arrive added up."""
+class GradReducer:
+    """All-reduces the gradients of `masters` over their replicas; FSDP reduces its slices by itself."""
 
-    def __init__(self, team: Team, masters: Masters) -> None:
+    def __init__(self, mesh: ProcessMesh, masters: Masters) -> None:
         self.masters = masters
-        self.buckets = _fill_buckets(team, masters)
+        self.buckets = _fill_buckets(mesh, masters)
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         self.left: list[dist.Work] | None = None  # the messages of the buckets that have left; None: nothing may leave
         for name, p in masters.model.named_parameters():
             if name in self.bucket_of:  # asked after the masters' own hooks, which take the gradient from the model
                 p.register_post_accumulate_grad_hook(functools.partial(self._complete, name))
 
-    def begin(self) -> None:
-        """The next backward pass completes the step's gradients."""
+    def arm(self) -> None:
+        """Let buckets go in the next backward pass, which completes the step's gradients."""
         self.left = []
         for bucket in self.buckets:
             bucket.missing = len(bucket.names)
 
-    def end(self) -> None:
+    def wait(self) -> None:
         """Wait until all gradients are sums over processes."""
         while len(self.left) < len(self.buckets):  # weights without a gradient have not told
-            self._send()
+            self._launch_bucket()
         for message in self.left:
             if message:
                 message.wait()
@@ -65,11 +65,11 @@ class Exchange:
             return
         self.bucket_of[name].missing -= 1
         while len(self.left) < len(self.buckets) and not self.buckets[len(self.left)].missing:
-            self._send()
+            self._launch_bucket()
 
     @torch.no_grad()
-    def _send(self) -> None:
-        """The next bucket leaves. Its gradients become views of the message, which takes their room."""
+    def _launch_bucket(self) -> None:
+        """Start the all-reduce of the next bucket. Its gradients become views of the message."""
         bucket = self.buckets[len(self.left)]
         masters = [p for p in map(self.masters.named.get, bucket.names) if p.grad is not None]
         if not masters:
@@ -80,13 +80,13 @@ class Exchange:
             p.grad = part.view_as(p)
 
 
-def _fill_buckets(team: Team, masters: Masters) -> list[Bucket]:
+def _fill_buckets(mesh: ProcessMesh, masters: Masters) -> list[Bucket]:
     """The buckets in the order in which the backward pass completes them, nearly."""
-    groups = {False: team.make_group("dp", "ep"), True: team.make_group("dp")}  # experts are no copies along ep
+    groups = {False: mesh.make_group("dp", "ep"), True: mesh.make_group("dp")}  # experts are no copies along ep
     filling: dict[bool, Bucket] = {}
     full: list[Bucket] = []
     for name, p in reversed(masters.named.items()):
-        own = masters.layouts[name].ep is not None
+        own = masters.specs[name].ep is not None
         if groups[own] is None:
             continue
         bucket = filling.setdefault(own, Bucket(groups[own]))

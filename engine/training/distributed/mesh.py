@@ -1,4 +1,4 @@
-"""Many processes, one run: what is split, what is copied, and what must be agreed on.
+"""The grid of processes of a run (DDP, FSDP, tensor and expert parallelism) and the few values they agree on.
 
 Every process reads the same global batch (a pure function of the step) and takes its share of the rows. So the order of
 the data does not depend on how many processes there are, and each knows how many targets the whole step has: gradients
@@ -10,10 +10,10 @@ The processes form a grid with four axes:
     fsdp    slices: other rows; each keeps a slice of every weight, gradient and moment, and gathers a block's weights
             just before it needs them (PyTorch's `fully_shard`, block by block)
     ep      experts: other rows; each owns some experts of every layer, the rest is copied as along dp
-    tp      pieces: the same rows; each owns some heads, features and words (`sharding.py`)
+    tp      tensor parallel: the same rows; each owns some heads, features and words (`sharding.py`)
 
-Since AdamW acts on each number alone, a piece is all that an optimizer needs to see. Slices are taken along the width
-of the stream, pieces and experts along other dimensions: so what a process keeps of a matrix is always one block of it.
+Since AdamW acts on each number alone, a shard is all that an optimizer needs to see. Slices are taken along the width
+of the stream, heads and experts along other dimensions: so what a process keeps of a matrix is always one block of it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...data.loader import Batch
+from ...device import pick_device
 from ...errors import InputError
 from ...model import Transformer
-from ...parallel.tensor_parallel import Layout, check, layouts, shard
+from ...parallel.tensor_parallel import ShardSpec, check, shard, shard_specs
 from ..config import TrainConfig
 from ..mixed_precision import Masters
 from .dcp import ShardWriter
 from .rendezvous import join
 
 
-class Team:
-    """This process's place among those of the run, and the little they say to each other.
+class ProcessMesh:
+    """This process's place in the grid, its process groups, and collectives on plain values.
 
     `restarted`: has torchrun started the processes again after a failure, here or on another machine? Then the run
     continues from its last checkpoint.
@@ -49,35 +50,35 @@ class Team:
     def __init__(self, device: torch.device, config: TrainConfig) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        self.device, self.mesh = device, None
+        self.device, self.device_mesh = device, None
         self.axes = _grid(config, self.size)
-        self.readers = self.size // self.axes["tp"]
+        self.dp_size = self.size // self.axes["tp"]
         rows = config.batch_size // (config.grad_accum_steps or 1)
-        if rows % self.readers:
+        if rows % self.dp_size:
             raise InputError(
                 f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps or 1} parts makes {rows} "
-                f"rows, which {self.readers} processes cannot share evenly: choose a multiple"
+                f"rows, which {self.dp_size} processes cannot share evenly: choose a multiple"
             )
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if self.size == 1:
             return
         self.joined = not dist.is_initialized()
         follows = self.joined and join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        self.restarted = bool(self.most(self.restarted or follows))
-        self.mesh = self._make_mesh(device.type)
-        self.host_mesh = self._make_mesh("cpu") if device.type != "cpu" and self.splits_state else self.mesh
-        self.shard_writer = ShardWriter() if self.splits_state else None
+        self.restarted = bool(self.all_reduce_max(self.restarted or follows))
+        self.device_mesh = self._make_mesh(device.type)
+        self.host_mesh = self._make_mesh("cpu") if device.type != "cpu" and self.is_sharded else self.device_mesh
+        self.shard_writer = ShardWriter() if self.is_sharded else None
 
     def _make_mesh(self, kind: str) -> dist.DeviceMesh:
         return dist.init_device_mesh(kind, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
 
     def mesh_of(self, device: torch.device) -> dist.DeviceMesh:
         """The grid, for tensors on the run's device or for copies in the memory of its host."""
-        return self.mesh if device.type == self.device.type else self.host_mesh
+        return self.device_mesh if device.type == self.device.type else self.host_mesh
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """This process and those that differ from it along one axis; None if there are none."""
-        return self.mesh.get_group(axis) if self.axes[axis] > 1 else None
+        return self.device_mesh.get_group(axis) if self.axes[axis] > 1 else None
 
     def make_group(self, *along: str) -> dist.ProcessGroup | None:
         """This process and those that differ from it along these axes, if there are any. Every process must ask."""
@@ -89,52 +90,52 @@ class Team:
         return dist.new_subgroups_by_enumeration(ranks.tolist())[0]
 
     @property
-    def leads(self) -> bool:
-        """Is this the process that writes files and talks to people?"""
+    def is_main(self) -> bool:
+        """True in the process that writes files and reports."""
         return self.rank == 0
 
     @property
-    def reader(self) -> int:
+    def dp_rank(self) -> int:
         """The number of this process's share of the rows; processes along tp have the same."""
         return self.rank // self.axes["tp"]
 
     @property
-    def splits_state(self) -> bool:
-        """Does no process have the whole state?"""
+    def is_sharded(self) -> bool:
+        """True if no process holds the whole state."""
         return self.size > self.axes["dp"]
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """The leader runs the block before the others do: what it leaves on disk is there for them."""
-        if not self.leads:
-            self.wait()
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block before the others do: files it writes are there for them."""
+        if not self.is_main:
+            self.barrier()
         yield
-        if self.leads:
-            self.wait()
+        if self.is_main:
+            self.barrier()
 
-    def leave(self) -> None:
-        """End what joining began, when all is well: with a process that died one cannot even part."""
+    def destroy(self) -> None:
+        """Destroy the process group; only when all is well, for with a dead process even that would hang."""
         if self.size > 1 and self.joined:
             dist.destroy_process_group()
 
-    def told(self, value: Any) -> Any:
-        """What the leader says, in every process."""
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, in every process."""
         if self.size == 1:
             return value
-        said = [value]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+        sent = [value]
+        dist.broadcast_object_list(sent, src=0)
+        return sent[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    def share(self, batch: Batch) -> Batch:
+    def local_rows(self, batch: Batch) -> Batch:
         """The rows of a micro-batch that are this process's."""
-        rows = len(batch.tokens_BT) // self.readers
-        return batch if self.readers == 1 else batch.rows(self.reader * rows, (self.reader + 1) * rows)
+        rows = len(batch.tokens_BT) // self.dp_size
+        return batch if self.dp_size == 1 else batch.rows(self.dp_rank * rows, (self.dp_rank + 1) * rows)
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """Sums over all processes, the same in each of them."""
         if self.size == 1:
             return list(values)
@@ -142,7 +143,7 @@ class Team:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def most(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         """The largest of all processes' values."""
         if self.size == 1:
             return value
@@ -150,23 +151,23 @@ class Team:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
-    def norm(self, masters: Masters) -> Tensor:
+    def grad_norm(self, masters: Masters) -> Tensor:
         """The joint 2-norm of all gradients, those of other processes included: each number counts once."""
         held = [(name, p.grad) for name, p in masters.named.items() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([grad for _, grad in held]))
-        if not self.splits_state:
+        if not self.is_sharded:
             return torch.linalg.vector_norm(norms)
-        copies = torch.tensor([self.copies(masters.layouts[name]) for name, _ in held], device=norms.device)
+        copies = torch.tensor([self.replicas(masters.specs[name]) for name, _ in held], device=norms.device)
         squared = (norms.double().square() / copies).sum()
         dist.all_reduce(squared)
         return squared.sqrt().to(norms.dtype)
 
-    def copies(self, where: Layout) -> int:
+    def replicas(self, where: ShardSpec) -> int:
         """How many processes keep the same numbers of a parameter."""
-        pieces = self.axes["fsdp"]
-        pieces *= self.axes["ep"] if where.ep is not None else 1
-        pieces *= self.axes["tp"] if where.tp is not None else 1
-        return self.size // pieces
+        parts = self.axes["fsdp"]
+        parts *= self.axes["ep"] if where.ep is not None else 1
+        parts *= self.axes["tp"] if where.tp is not None else 1
+        return self.size // parts
 
 
 def _grid(config: TrainConfig, size: int) -> dict[str, int]:
@@ -179,40 +180,41 @@ def _grid(config: TrainConfig, size: int) -> dict[str, int]:
     return axes
 
 
-def take_piece(model: Transformer, team: Team) -> Transformer:
-    """Of a whole model, what this process computes with (slices along fsdp come later, from `slice_weights`)."""
-    config, slices = model.config, team.axes["fsdp"]
-    check(config, team.axes["tp"], team.axes["ep"])
+def apply_tp_ep(model: Transformer, mesh: ProcessMesh) -> Transformer:
+    """Shard a model for tensor and expert parallelism (slices along fsdp come later, from `apply_fsdp`)."""
+    config, slices = model.config, mesh.axes["fsdp"]
+    check(config, mesh.axes["tp"], mesh.axes["ep"])
     if config.d_model % slices:
         raise InputError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
-    readers = team.make_group("dp", "fsdp", "ep") if config.n_experts else None
-    return shard(model, team.group("tp"), team.group("ep"), readers)
+    data_group = mesh.make_group("dp", "fsdp", "ep") if config.n_experts else None
+    return shard(model, mesh.group("tp"), mesh.group("ep"), data_group)
 
 
-def slice_weights(model: Transformer, dtype: torch.dtype, team: Team) -> None:
+def apply_fsdp(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> None:
     """Of each weight keep a slice, from which `fully_shard` gathers a copy in `dtype` when its block needs it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
     if dtype == torch.float16:
         raise InputError("fsdp trains in bfloat16 or float32, not in float16")
-    where = layouts(model)
+    where = shard_specs(model)
     dimension = {p: where[name].stream for name, p in model.named_parameters()}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fsdp = mesh.device_mesh["fsdp"]
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=team.mesh["fsdp"], mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
+        fully_shard(module, mesh=fsdp, mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
-    for method in ("losses", "hidden", "logits"):
+    for method in ("losses", "log_probs", "hidden", "logits"):
         register_fsdp_forward_method(model, method)
 
 
-class SlicedMasters(Masters):
-    """The float32 slices of a model that `slice_weights` has cut."""
+class FSDPMasters(Masters):
+    """The float32 slices of a model that `apply_fsdp` has cut."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.dtype, self.layouts = model, torch.float32, layouts(model)
+        self.model, self.dtype, self.specs = model, torch.float32, shard_specs(model)
         sliced = dict(model.named_parameters())
         self.named = {name: p.detach().to_local() for name, p in sliced.items()}
         for name, p in sliced.items():
@@ -228,6 +230,18 @@ def _slice_collector(part: Tensor):
     return collect
 
 
-def make_masters(model: Transformer, dtype: torch.dtype, team: Team) -> Masters:
+def make_masters(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> Masters:
     """The trained weights of this process: all that its model has, or slices of it."""
-    return SlicedMasters(model) if team.axes["fsdp"] > 1 else Masters(model, dtype)
+    return FSDPMasters(model) if mesh.axes["fsdp"] > 1 else Masters(model, dtype)
+
+
+def local_device(name: str) -> torch.device:
+    """Under torchrun, each process of a machine has a GPU of its own."""
+    device, number = pick_device(name), os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or number is None:
+        return device
+    if int(number) >= torch.cuda.device_count():
+        raise InputError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)  # before the processes meet: NCCL asks for the current one
+    return device

@@ -1,9 +1,9 @@
-"""What a process keeps of a run's state, and the whole that other programs know.
+"""Sharded state: this process's shard of weights, moments and averages, and the full tensors that others know.
 
-A weight, its moments and its running average have one shape and are cut alike: by `tp` and `ep` as `sharding.layout`
-says, by `fsdp` along the width of the stream. So a piece is one block of each matrix that is packed in the weight, and
-PyTorch's DTensor, told where that block lies, can find the whole of it or write it to a checkpoint that any other grid
-of processes reads (`checkpoint.py`).
+A weight, its moments and its running average have one shape and are cut alike: by `tp` and `ep` as
+`sharding.shard_spec` says, by `fsdp` along the width of the stream. So a shard is one block of each matrix that is
+packed in the weight, and PyTorch's DTensor, told where that block lies, can find the whole of it or write it to a
+checkpoint that any other grid of processes reads (`checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -14,69 +14,69 @@ import torch
 from torch import Tensor
 
 from ...model import Transformer
-from ...parallel.tensor_parallel import layouts, share_of
+from ...parallel.tensor_parallel import chunk_range, shard_specs
 from ..mixed_precision import Masters
-from .mesh import Team
+from .mesh import ProcessMesh
 
 
-class Pieces:
+class ShardedState:
     """Translates between this process's part of tensors shaped like weights and the whole, by the weights' names."""
 
-    def __init__(self, team: Team, whole: Transformer) -> None:
-        self.team, self.layouts = team, layouts(whole)
+    def __init__(self, mesh: ProcessMesh, whole: Transformer) -> None:
+        self.mesh, self.specs = mesh, shard_specs(whole)
         self.shapes = {name: p.shape for name, p in whole.named_parameters()}
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
+    def shard(self, name: str, whole: Tensor) -> Tensor:
         """What this process keeps of a whole tensor: a view of it where there is but one block."""
-        where, axes = self.layouts[name], self.team.axes
+        where, axes = self.specs[name], self.mesh.axes
         if where.tp is not None and axes["tp"] > 1:
             whole = where.cut(whole, self._rank("tp"), axes["tp"])
         for axis, dim in (("ep", where.ep), ("fsdp", where.stream)):
             if dim is not None and axes[axis] > 1:
-                share = share_of(whole.shape[dim], self._rank(axis), axes[axis])
+                share = chunk_range(whole.shape[dim], self._rank(axis), axes[axis])
                 whole = whole[(slice(None),) * dim + (share,)]
         return whole
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def full(self, name: str, part: Tensor) -> Tensor:
         """The tensor of which this process keeps `part`; every process must ask."""
-        if not self.team.splits_state:
+        if not self.mesh.is_sharded:
             return part
         blocks = [block.full_tensor() for block in self.blocks(name, part).values()]
-        return torch.cat(blocks, self.layouts[name].tp or 0)
+        return torch.cat(blocks, self.specs[name].tp or 0)
 
-    def on_whole(self, name: str, part: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    def with_full_matrix(self, name: str, part: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
         """This process's part of what `rule` makes of the whole matrix; every process must ask, and computes all of it.
 
         Whole experts are matrices of their own, for which nobody has to be asked.
         """
-        cut = self.team.axes["fsdp"] > 1 or (self.layouts[name].tp is not None and self.team.axes["tp"] > 1)
-        return self.part(name, rule(self.whole(name, part))) if cut else rule(part)
+        cut = self.mesh.axes["fsdp"] > 1 or (self.specs[name].tp is not None and self.mesh.axes["tp"] > 1)
+        return self.shard(name, rule(self.full(name, part))) if cut else rule(part)
 
     def blocks(self, name: str, part: Tensor) -> dict[str, Tensor]:
         """Views of a part, one a packed matrix, each knowing where in the whole matrix it lies."""
-        where, axes, whole = self.layouts[name], self.team.axes, self.shapes[name]
+        where, axes, whole = self.specs[name], self.mesh.axes, self.shapes[name]
         if where.tp is None:
             return {name: self._placed(name, part, whole)}
-        shares = [share_of(length, self._rank("tp"), axes["tp"]) for length in where.parts]
+        shares = [chunk_range(length, self._rank("tp"), axes["tp"]) for length in where.parts]
         views = part.split([share.stop - share.start for share in shares], where.tp)
         sizes = [torch.Size([*whole[: where.tp], length, *whole[where.tp + 1 :]]) for length in where.parts]
         return {f"{name}.{i}": self._placed(name, view, size) for i, (view, size) in enumerate(zip(views, sizes))}
 
     def _placed(self, name: str, part: Tensor, whole: torch.Size) -> Tensor:
-        if not self.team.splits_state:
+        if not self.mesh.is_sharded:
             return part
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        where = self.layouts[name]
+        where = self.specs[name]
         dims = {"dp": None, "fsdp": where.stream, "ep": where.ep, "tp": where.tp}
         places = [Replicate() if dim is None else Shard(dim) for dim in dims.values()]
         stride = torch.empty(whole, device="meta").stride()
         return DTensor.from_local(
-            part, self.team.mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
+            part, self.mesh.mesh_of(part.device), places, run_check=False, shape=whole, stride=stride
         )
 
     def _rank(self, axis: str) -> int:
-        return 0 if self.team.mesh is None else self.team.mesh.get_local_rank(axis)
+        return 0 if self.mesh.device_mesh is None else self.mesh.device_mesh.get_local_rank(axis)
 
 
 def local(p: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ def local(p: Tensor) -> Tensor:
     return p.to_local() if hasattr(p, "to_local") else p
 
 
-def whole_weights(pieces: Pieces, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def full_weights(shards: ShardedState, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Weights (or averages of them) as any other program knows them, one after the other; every process must ask."""
-    return ((name, pieces.whole(name, part)) for name, part in weights.items())
+    return ((name, shards.full(name, part)) for name, part in weights.items())
 
 
 def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
@@ -98,12 +98,12 @@ def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dic
     return parts
 
 
-def state_blocks(pieces: Pieces, parts: dict) -> dict[str, Tensor]:
+def state_blocks(shards: ShardedState, parts: dict) -> dict[str, Tensor]:
     """The same, cut into blocks that know where they lie."""
     return {
         f"{kind}.{key}": block
         for (kind, name), part in parts.items()
-        for key, block in pieces.blocks(name, part).items()
+        for key, block in shards.blocks(name, part).items()
     }
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from warploom.engine.config import ModelConfig
 from warploom.engine.generation import generate
 from warploom.engine.model import Transformer
-from warploom.engine.parallel.collectives import concatenate, share_of
-from warploom.engine.parallel.tensor_parallel import layout, shard
+from warploom.engine.parallel.collectives import all_gather_detached, chunk_range
+from warploom.engine.parallel.tensor_parallel import shard, shard_spec
 
 BASE = dict(vocab_size=67, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=16)
 MOE = dict(n_experts=4, balance_loss=0.1, router_z_loss=0.1)
@@ -52,7 +52,8 @@ def tensor_parallel(name, changes):
     whole, piece = models(changes, tp=group)
     tokens, targets = batch(3)
     close(piece(tokens), whole(tokens), f"{name} logits")
-    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+    weights = torch.randn(tokens.shape, dtype=torch.float64)
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"weights_BT": weights}):
         ours, theirs = (model.losses(tokens, targets, **options) for model in (piece, whole))
         close(ours.total, theirs.total, f"{name} loss")
         for model, loss in ((piece, ours), (whole, theirs)):
@@ -60,7 +61,7 @@ def tensor_parallel(name, changes):
             loss.total.backward()
         theirs = dict(whole.named_parameters())
         for path, p in piece.named_parameters():
-            where = layout(whole.config, path)
+            where = shard_spec(whole.config, path)
             expected = theirs[path].grad
             if where.tp is not None:
                 expected = where.cut(expected, group.rank(), group.size())
@@ -77,16 +78,16 @@ def expert_parallel(name, changes, router=1.0):
         block.ffn.router.weight.data *= router
     tokens, targets = batch(4)
     targets[:] = targets.clamp(min=0)
-    own = share_of(4, group.rank(), group.size())
+    own = chunk_range(4, group.rank(), group.size())
     whole.loss(tokens, targets).backward()
     (piece.loss(tokens[own], targets[own]) / group.size()).backward()
     theirs = dict(whole.named_parameters())
     for path, p in piece.named_parameters():
-        expected, where = theirs[path].grad, layout(whole.config, path)
+        expected, where = theirs[path].grad, shard_spec(whole.config, path)
         if where.ep is None:
-            close(concatenate(p.grad[None], group).sum(0), expected, f"{name} gradient of {path}")
+            close(all_gather_detached(p.grad[None], group).sum(0), expected, f"{name} gradient of {path}")
         else:
-            close(p.grad, expected[share_of(4, group.rank(), group.size())], f"{name} gradient of {path}")
+            close(p.grad, expected[chunk_range(4, group.rank(), group.size())], f"{name} gradient of {path}")
 
 
 os.environ |= {"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}  # noqa: F821

@@ -340,9 +340,11 @@ def test_drained_streams_end_with_their_error():
     """When the drain limit has passed: 57 of 200 streams once ended without a word."""
     server_options = {"drain_timeout": 1}
     with serving(HeldLLM, **server_options) as server:
-        server.bridge.llm.let(40)
-        clients = [connect(server, post({"prompt": "x", "max_tokens": 200, "stream": True})) for _ in range(3)]
-        whole = connect(server, post({"prompt": "x", "max_tokens": 200}))
+        body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True}
+        clients = [connect(server, post({**body, "stream": True})) for _ in range(3)]
+        whole = connect(server, post(body))
+        server.wait(lambda: len(server.bridge.flows) == 4 and all(flow.generations for flow in server.bridge.flows))
+        server.bridge.llm.let(40)  # now, so that no client uses up the steps before the others have come
         for client in clients:
             assert client.recv(1 << 16)
         stopping = threading.Thread(target=server.stop)

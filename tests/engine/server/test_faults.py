@@ -186,6 +186,50 @@ def test_a_broken_engine_restarts_once_and_then_health_stays_503():
         assert "warploom:engine_restarts_total 1.0" in client.get("/metrics").text
 
 
+def test_restart_is_due_again_after_health(monkeypatch):
+    from warploom.engine.server import async_engine
+
+    monkeypatch.setattr(async_engine, "HEALTHY", 0.0)
+    made = []
+
+    def make():
+        made.append(LLM(make_model(), make_tokenizer()))
+        return made[-1]
+
+    def burn(plan):
+        raise RuntimeError("on fire")
+
+    with serving(make) as server, client_of(server) as client:
+        for times in (1, 2, 3):
+            made[-1].engine.runner.launch = burn
+            for _ in range(3):
+                client.post("/v1/completions", json={"prompt": "x"})
+            server.wait(lambda times=times: len(made) == times + 1 and server.bridge.state == "ready")
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+
+
+def test_poison_request_harms_no_neighbor():
+    with serving() as server, client_of(server) as client, ThreadPoolExecutor(12) as others:
+        runner = server.bridge.llm.engine.runner
+        launch = runner.launch
+
+        def burn(plan):
+            if any(255 in chunk.tokens for chunk in plan.chunks):
+                raise RuntimeError("on fire")
+            return launch(plan)
+
+        runner.launch = burn
+        body = {"max_tokens": 60, "ignore_eos": True, "logit_bias": {"255": -100}}
+        asked = [
+            others.submit(client.post, "/v1/completions", json={**body, "prompt": [1, number]}) for number in range(10)
+        ]
+        poisoned = client.post("/v1/completions", json={"prompt": [255], "max_tokens": 2})
+        assert poisoned.status_code == 500
+        assert [each.result().status_code for each in asked] == [200] * 10
+        assert server.bridge.restarts == 0
+        server.assert_nothing_left()
+
+
 def test_a_dead_engine_thread_fails_those_who_wait(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with serving() as server, client_of(server) as client:

@@ -1,5 +1,6 @@
 """`warploom serve` as a user starts and stops it."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -27,8 +28,8 @@ def directory(tmp_path_factory):
     return save_model(make_model(), tmp_path_factory.mktemp("models") / "small", make_tokenizer())
 
 
-def start(*flags, **environment):
-    command = [sys.executable, "-m", "warploom.engine.cli", "serve", "--port", "0", "--no-ui", *flags]
+def start(*flags, launcher=("-m", "warploom.engine.cli"), **environment):
+    command = [sys.executable, *launcher, "serve", "--port", "0", "--no-ui", *flags]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
@@ -113,3 +114,32 @@ def test_serve_takes_every_engine_option(directory):
     flags = parse(Flags, [*argv, "--api-key", "one", "--api-key", "two"], "serve")
     assert flags.llm == dataclasses.replace(options, model=str(directory), **changed)
     assert api_keys(flags) == ("one", "two")
+
+
+BURNING = """
+import sys
+from warploom.engine.serving.execution import model_runner
+
+def burn(self, plan):
+    raise RuntimeError("on fire")
+
+model_runner.Runner.launch = burn
+from warploom.engine.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_serve_exits_nonzero_when_the_engine_has_failed(directory, tmp_path):
+    """Restart=on-failure then starts it again; it once lived on at 503."""
+    launcher = tmp_path / "burning.py"
+    launcher.write_text(BURNING)
+    process, url = start("--model", str(directory), launcher=[str(launcher)])
+    try:
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=10)
+        assert process.wait(30) == 1
+        assert "will not be restarted again" in process.stderr.read()
+    finally:
+        process.kill()

@@ -17,7 +17,7 @@ from warploom.engine.formats.model_directory import save_model
 from warploom.engine.generation import KVCache
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _in_one_copy
-from warploom.engine.serving.llm import largest_step
+from warploom.engine.serving.execution.model_runner import largest_step
 
 VOCABULARY = 97
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="without the C++ extension, bits depend on the batch")
@@ -379,7 +379,7 @@ def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkey
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
 
 
-@pytest.mark.parametrize("way", ["plain", "draft"])
+@pytest.mark.parametrize("way", ["plain", "draft_model"])
 def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_alive(tiny_model, way):
     model = tiny_model(d_model=16, n_layers=1, n_heads=2, d_ff=64, vocab_size=31)
     memory = 60 * 4 * model.config.kv_bytes_per_token(4)

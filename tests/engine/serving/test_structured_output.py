@@ -104,6 +104,12 @@ def test_text_satisfies_a_lark_or_gbnf_grammar(llm, source):
     assert re.fullmatch(r"a([0-9]x)*[0-9]?", text) and len(text) > 2
 
 
+@pytest.mark.parametrize("source", ["\U000fa85bs\x12\u00cb\x88", "root ::= (", "start: ???"])
+def test_grammar_malformed_is_refused(llm, source):
+    with pytest.raises(ValueError, match="grammar cannot be compiled"):
+        llm.generate("x", SamplingParams(grammar=source, max_tokens=2))
+
+
 def test_compiled_grammars_are_kept(llm, monkeypatch):
     built, build = [], grammar._build
     monkeypatch.setattr(grammar, "_build", lambda *source: built.append(source) or build(*source))

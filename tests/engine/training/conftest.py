@@ -5,30 +5,30 @@ from pathlib import Path
 
 import pytest
 
-from warploom.engine.training import TrainConfig, Watcher
+from warploom.engine.training import Callback, TrainConfig
 
 TINY = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32}
 
 
-class Recorder(Watcher):
+class Recorder(Callback):
     """Remembers what a run told."""
 
     def __init__(self):
         self.steps, self.evaluations, self.samples, self.notes, self.done = [], [], [], [], 0
 
-    def stepped(self, progress):
+    def on_step(self, progress):
         self.steps.append(progress)
 
-    def evaluated(self, step, evaluation):
+    def on_evaluation(self, step, evaluation):
         self.evaluations.append((step, evaluation))
 
-    def sampled(self, step, prompt, text):
+    def on_sample(self, step, prompt, text):
         self.samples.append((step, prompt, text))
 
-    def noted(self, text):
+    def on_message(self, text):
         self.notes.append(text)
 
-    def finished(self):
+    def on_end(self):
         self.done += 1
 
     @property

@@ -12,7 +12,7 @@ from warploom.engine.training.trainer import Trainer
 
 exchange.BUCKET = 4000
 trainer = Trainer(CONFIG, [])  # noqa: F821
-send, missing = exchange.Exchange._send, []
+send, missing = exchange.GradReducer._launch_bucket, []
 
 
 def watch(self):
@@ -20,6 +20,6 @@ def watch(self):
     send(self)
 
 
-exchange.Exchange._send = watch
+exchange.GradReducer._launch_bucket = watch
 trainer.one_step(trainer.loader.batch(0))
-Path(f"{CONFIG.out}-{RANK}.json").write_text(json.dumps([missing, len(trainer.exchange.buckets)]))  # noqa: F821
+Path(f"{CONFIG.out}-{RANK}.json").write_text(json.dumps([missing, len(trainer.reducer.buckets)]))  # noqa: F821

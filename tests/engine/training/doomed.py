@@ -12,7 +12,7 @@ one_step = Trainer.one_step
 
 
 def last_step(run, batch):
-    if run.step == 6:
+    if run.state.step == 6:
         while not run.checkpoints.steps():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -31,5 +31,5 @@ if RANK:  # noqa: F821
             trainer.one_step(trainer.loader.batch(step))
     found = peak.bytes
 else:
-    found = predict(trainer, parts).peak(trainer.config.batch_size // parts)
+    found = predict(trainer.state, trainer.loader, parts).peak(trainer.config.batch_size // parts)
 Path(f"{out}.bytes").write_text(str(found))

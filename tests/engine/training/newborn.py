@@ -13,7 +13,7 @@ os.environ.update({"RANK": str(RANK), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "1
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
 from warploom.engine.memory import PeakMemory
-from warploom.engine.training.distributed.sharded_state import whole_weights
+from warploom.engine.training.distributed.sharded_state import full_weights
 from warploom.engine.training.trainer import Trainer
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
@@ -24,7 +24,7 @@ Trainer(dataclasses.replace(CONFIG, out=f"{CONFIG.out}-warm", model=small), []) 
 with PeakMemory("cpu") as peak:
     trainer = Trainer(CONFIG, [])  # noqa: F821
 Path(f"{CONFIG.out}-{RANK}.bytes").write_text(str(peak.bytes))  # noqa: F821
-whole = dict(whole_weights(trainer.pieces, trainer.average.best_weights()))
-if trainer.team.leads:
+whole = dict(full_weights(trainer.state.shards, trainer.state.ema.best_weights()))
+if trainer.mesh.is_main:
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in whole.values()))
     Path(f"{CONFIG.out}.digest").write_text(digest.hexdigest())  # noqa: F821

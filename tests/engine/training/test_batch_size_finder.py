@@ -4,7 +4,7 @@ import pytest
 
 from warploom.engine.memory import RESET, left_in_container
 from warploom.engine.training import train
-from warploom.engine.training.batch_size_finder import MemoryLine, predict
+from warploom.engine.training.batch_size_finder import LinearMemoryModel, predict
 from warploom.engine.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
@@ -38,14 +38,17 @@ def test_predicting_leaves_the_run_as_new(tiny, recorders):
     for name, recorder in zip(("plain", "predicted"), curves):
         trainer = Trainer(tiny(name, eval_every=0, model={**tiny().model, "dropout": 0.1}), [recorder])
         if name == "predicted":
-            assert predict(trainer).peak(4) > 0
+            assert predict(trainer.state, trainer.loader).peak(4) > 0
         trainer.run()
     assert curves[0].losses == curves[1].losses
 
 
 def test_a_step_is_cut_into_as_few_micro_batches_as_fit(tiny, recorders, monkeypatch):
-    lines = {1: MemoryLine(1000, 100), 2: MemoryLine(1200, 100)}  # in parts, gradients wait for those of the next
-    monkeypatch.setattr("warploom.engine.training.batch_size_finder.predict", lambda run, parts=1: lines[parts])
+    lines = {
+        1: LinearMemoryModel(1000, 100),
+        2: LinearMemoryModel(1200, 100),
+    }  # in parts, gradients wait for those of the next
+    monkeypatch.setattr("warploom.engine.training.batch_size_finder.predict", lambda run, loader, parts=1: lines[parts])
     for available, cuts in ((1800, 1), (1799, 2), (1600, 2), (1599, 4), (1, 8)):
         monkeypatch.setattr(
             "warploom.engine.training.batch_size_finder.available_memory", lambda _, free=available: free / 0.9 + 1

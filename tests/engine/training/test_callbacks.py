@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from warploom.engine.training import train
-from warploom.engine.training.callbacks import JsonLog, Lines, Panel, Progress, Spikes, duration, sparkline
+from warploom.engine.training.callbacks import ConsoleLogger, JsonLog, LivePanel, Progress, Spikes, duration, sparkline
 from warploom.engine.training.evaluate import Evaluation
 
 
@@ -18,9 +18,9 @@ def progress(step, **changes):
 
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end():
     stream = io.StringIO()
-    lines = Lines(every_seconds=10, stream=stream)
+    lines = ConsoleLogger(every_seconds=10, stream=stream)
     for step in range(1, 101):
-        lines.stepped(progress(step))
+        lines.on_step(progress(step))
     written = stream.getvalue().splitlines()
     assert len(written) == pytest.approx(300 / 12, abs=2)
     assert (
@@ -32,13 +32,13 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end():
 def test_the_panel_shows_loss_speed_and_time_left():
     from rich.console import Console
 
-    panel = Panel()
+    panel = LivePanel()
     panel.console = panel.live.console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    panel.evaluated(1, Evaluation(2.5, 1.25, 100))
+    panel.on_evaluation(1, Evaluation(2.5, 1.25, 100))
     for step in range(1, 30):
-        panel.stepped(progress(step, expert_load=(0.5, 1.5)))
-    panel.noted("a sentence")
-    panel.finished()
+        panel.on_step(progress(step, expert_load=(0.5, 1.5)))
+    panel.on_message("a sentence")
+    panel.on_end()
     shown = panel.console.file.getvalue()
     for text in (
         "step 29 of 100",
@@ -57,20 +57,20 @@ def test_a_log_that_a_crash_cut_short_is_continued_from_the_checkpoint(tmp_path)
     path = tmp_path / "log.jsonl"
     log = JsonLog(path, 1, 0)
     for step in range(1, 8):
-        log.stepped(progress(step))
-    log.finished()
+        log.on_step(progress(step))
+    log.on_end()
     path.write_text(path.read_text()[:-20])
     log = JsonLog(path, 1, 4)
-    log.stepped(progress(5))
-    log.finished()
+    log.on_step(progress(5))
+    log.on_end()
     assert [line["step"] for line in JsonLog.read(path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_kill_while_a_log_is_taken_up_again_leaves_it_whole(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     log = JsonLog(path, 1, 0)
-    log.stepped(progress(1))
-    log.finished()
+    log.on_step(progress(1))
+    log.on_end()
     written = path.read_text()
     monkeypatch.setattr("os.replace", lambda *_: _raise(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from warploom.engine.training import AdamW, Watcher, load_checkpoint, save_checkpoint, train
-from warploom.engine.training.checkpoint import Checkpoints, generators, restore_generators
+from warploom.engine.training import AdamW, Callback, load_checkpoint, save_checkpoint, train
+from warploom.engine.training.checkpoint import Checkpoints, restore_rng_state, rng_state
 from warploom.tokenizer.sources import unfinished
 
 
@@ -51,10 +51,10 @@ def test_every_generator_continues_where_it_was():
         return random.random(), np.random.rand(), torch.rand(()).item(), np.random.randn()
 
     np.random.randn()  # leaves a second normal number waiting
-    state = generators()
+    state = rng_state()
     first = draw()
     draw()
-    restore_generators(state)
+    restore_rng_state(state)
     assert draw() == first
 
 
@@ -135,8 +135,8 @@ def test_what_is_written_is_the_state_at_the_save_though_training_goes_on(tiny, 
         assert step != 5 or reached.wait(200)
         write(self, step, *details)
 
-    class Release(Watcher):
-        def stepped(self, progress):
+    class Release(Callback):
+        def on_step(self, progress):
             if progress.step == 8:
                 reached.set()
 

@@ -19,7 +19,6 @@ from warploom.engine.training import train
 from warploom.engine.training.callbacks import JsonLog
 from warploom.engine.training.distributed import failures
 from warploom.engine.training.inputs import prepare
-from warploom.engine.training.milestones import averaged
 from warploom.engine.training.trainer import Trainer
 
 PAIRED = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}  # heads for two
@@ -138,8 +137,8 @@ def test_a_run_changes_its_processes_at_a_checkpoint(tiny, together, tmp_path, g
     assert len(list((saved / "shards").glob("*.safetensors"))) > 1 and not list(saved.glob("model*"))
     one = dataclasses.replace(steady, out=two.out, resume=True)
     resumed = Trainer(dataclasses.replace(one, steps=6), [])
-    with averaged(resumed):
-        save_model(resumed.model, tmp_path / "alone")
+    with resumed.state.ema.applied():
+        save_model(resumed.state.model, tmp_path / "alone")
     assert digest(tmp_path / "alone" / "model.safetensors") == digest(Path(two.out) / "model.safetensors")
     train(dataclasses.replace(one, steps=11))
     assert together(dataclasses.replace(one, **grid)) == pytest.approx(losses(steady), abs=1e-6)
@@ -170,7 +169,7 @@ def test_what_a_process_says_as_it_fails_is_heard_though_torchrun_ends_it(monkey
     monkeypatch.setattr(failures, "_is_first", asked)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))
     try:
-        with pytest.raises(ValueError, match="the reason"), failures.one_voice():
+        with pytest.raises(ValueError, match="the reason"), failures.report_first_failure():
             raise ValueError("the reason")
     finally:
         signal.signal(signal.SIGTERM, before)

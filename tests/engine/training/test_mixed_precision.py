@@ -9,7 +9,7 @@ from warploom.engine.data.tokens import TokenSplit
 from warploom.engine.model import Transformer
 from warploom.engine.training import train
 from warploom.engine.training.evaluate import losses
-from warploom.engine.training.mixed_precision import Average, LossScale, Masters
+from warploom.engine.training.mixed_precision import EMA, LossScale, Masters
 
 TINY = ModelConfig(50, d_model=16, n_layers=2, n_heads=2, max_seq_len=16)
 
@@ -49,7 +49,7 @@ def test_small_updates_and_small_gradients_survive_in_the_masters():
     with torch.no_grad():
         for _ in range(8):
             master.add_(1e-3)
-            masters.publish()
+            masters.copy_to_model()
     assert torch.allclose(master, torch.full_like(master, 1.008))
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, master.bfloat16())
     for size in (256.0, 1.0, -256.0):
@@ -60,7 +60,7 @@ def test_small_updates_and_small_gradients_survive_in_the_masters():
 def test_the_running_average_is_the_recurrence():
     model = Transformer(TINY)
     masters = Masters(model, torch.float32)
-    average, expected = Average(masters, 0.9), model.norm.weight.detach().clone()
+    average, expected = EMA(masters, 0.9), model.norm.weight.detach().clone()
     for step in range(5):
         with torch.no_grad():
             masters.named["norm.weight"].fill_(float(step))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from warploom.engine.formats.model_directory import load_model
-from warploom.engine.training import TrainConfig, Watcher, train
+from warploom.engine.training import Callback, TrainConfig, train
 from warploom.engine.training.checkpoint import verify
 
 
@@ -28,13 +28,13 @@ def last_weights(result):
     return weights(result.directory / "checkpoints" / f"step-{result.steps}")
 
 
-class StopAt(Watcher):
+class StopAt(Callback):
     """Sends this process a signal after a step, as a user or a scheduler would."""
 
     def __init__(self, step, number=signal.SIGTERM):
         self.step, self.number = step, number
 
-    def stepped(self, progress):
+    def on_step(self, progress):
         if progress.step == self.step:
             signal.raise_signal(self.number)
 
@@ -131,19 +131,19 @@ def test_bfloat16_follows_the_float32_curve(tiny, recorders):
     assert curves[0] != curves[1]
 
 
-class Poison(Watcher):
+class Poison(Callback):
     """Breaks the model after a step."""
 
     def __init__(self, at):
         self.at, self.trainer = at, None
 
-    def stepped(self, progress):
+    def on_step(self, progress):
         if progress.step in self.at:
-            self.trainer.masters.named["norm.weight"].data.fill_(float("nan"))
-            self.trainer.masters.publish()
+            self.trainer.state.masters.named["norm.weight"].data.fill_(float("nan"))
+            self.trainer.state.masters.copy_to_model()
         elif progress.step - 1 in self.at:
-            self.trainer.masters.named["norm.weight"].data.fill_(1.0)
-            self.trainer.masters.publish()
+            self.trainer.state.masters.named["norm.weight"].data.fill_(1.0)
+            self.trainer.state.masters.copy_to_model()
 
 
 def poisoned(config, at):
@@ -158,17 +158,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny):
     trainer = poisoned(tiny(eval_every=0), at={4})
     before = None
 
-    class Keep(Watcher):
-        def stepped(self, progress):
+    class Keep(Callback):
+        def on_step(self, progress):
             nonlocal before
-            current = trainer.masters.named["blocks.0.ffn.down.weight"].detach().clone()
+            current = trainer.state.masters.named["blocks.0.ffn.down.weight"].detach().clone()
             if progress.step == 5:
                 assert torch.equal(before, current) and progress.bad_steps == 1 and math.isnan(progress.loss)
             before = current
 
-    trainer.watchers.append(Keep())
+    trainer.callbacks.append(Keep())
     result = trainer.run()
-    assert result.steps == 12 and trainer.bad_steps == 1
+    assert result.steps == 12 and trainer.state.bad_steps == 1
     assert all(weight.isfinite().all() for weight in last_weights(result).values())
 
 
@@ -176,7 +176,7 @@ def test_a_run_that_stays_broken_ends_with_a_report(tiny):
     trainer = poisoned(tiny(steps=50, max_nonfinite_steps=3), at=set(range(4, 60)))
     with pytest.raises(ValueError, match=r"3 steps in a row.*lower lr"):
         trainer.run()
-    assert trainer.step < 10
+    assert trainer.state.step < 10
 
 
 class Clock:
@@ -222,7 +222,7 @@ def test_a_run_is_not_overwritten_by_accident(tiny, recorder):
 def test_two_runs_do_not_write_to_one_folder(tiny):
     config = tiny(steps=2, eval_every=0)
     train(config)
-    code = "import sys; from warploom.engine.training.checkpoint import *; file = claim(Path(sys.argv[1])); "
+    code = "import sys; from warploom.engine.training.checkpoint import *; file = lock_run(Path(sys.argv[1])); "
     command = [sys.executable, "-c", code + "print(file); input()", config.out]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()

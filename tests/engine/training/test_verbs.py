@@ -6,6 +6,7 @@ import json
 import pytest
 
 from warploom.engine.cli import main
+from warploom.engine.cli.flags import RENAMED
 from warploom.engine.cli.train import read
 from warploom.engine.data import TokenData
 from warploom.engine.training import train
@@ -35,6 +36,16 @@ def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
     assert config.model["n_layers"] == 3 and config.model["norm"] == "layernorm" and config.model["d_model"] == 768
     scaled = read(["x", "--rope-scaling", '{"rope_type": "linear", "factor": 2.0}'])
     assert scaled.model["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_train_old_names_warn(tmp_path, capsys):
+    """Flags and files from before the renaming are read under today's names."""
+    old = {new: f"--{old}".replace("_", "-") for old, new in RENAMED.items()}
+    (tmp_path / "run.toml").write_text('data = "x"\nclip = 0.5\n')
+    flags = [old["activation_checkpointing"], old["max_nonfinite_steps"] + "=3"]
+    config = read(["--config", str(tmp_path / "run.toml"), *flags])
+    assert (config.max_grad_norm, config.activation_checkpointing, config.max_nonfinite_steps) == (0.5, True, 3)
+    assert f"{flags[0]} is now --activation-checkpointing" in capsys.readouterr().err
 
 
 def test_resuming_needs_no_flag_again_and_takes_those_that_are_given(story, tmp_path, capsys):

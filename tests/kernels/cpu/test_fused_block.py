@@ -24,7 +24,7 @@ def by_ops(x, H, K, D, positions):
 
 def by_rows(x, H, K, D, positions):
     weights = [x[name] for name in ("norm", "qkv", "output", "between", "gate_up", "down")]
-    assert rows_cpu.serves(x["stream"], *weights)
+    assert rows_cpu.is_supported(x["stream"], *weights)
     norm, qkv, *others = weights
     tables = x.get("cos"), x.get("sin"), positions
     q, k, v, stream = rows_cpu.norm_qkv_rope(x["delta"], x["stream"], norm, EPS, qkv, (H, K), *tables)

@@ -86,9 +86,9 @@ def test_int8_plain_loop_equals_the_cpus_products(outputs, columns, rows, expone
     generator = torch.Generator().manual_seed(seed)
     weight, x = (torch.randn(n, columns, generator=generator) for n in (outputs, rows))
     linear = NativeLinear(weight * 2.0**exponent, torch.randn(outputs, generator=generator))
-    _native.use_byte_products(False)
+    _native.use_packed_loops("plain")
     plain = linear(x)
-    _native.use_byte_products(True)
+    _native.use_packed_loops("best")
     assert torch.equal(linear(x), plain)
     assert torch.equal(NativeLinear(weight * 2.0**exponent, None)(x), NativeLinear(weight, None)(x) * 2.0**exponent)
 
@@ -157,3 +157,49 @@ def test_a_draw_in_cpp_is_the_kernels_draw():
     positions = torch.randint(0, 2**40, (rows,), generator=generator)
     settings = temperature, top_k.int(), top_p, min_p, seeds, positions
     assert torch.equal(_sample_native(logits, torch.arange(rows), *settings), kernels.sample(logits, *settings))
+
+
+def test_llm_outlives_its_models_memory(tiny_model):
+    """`Module.to` replaces the memory of parameters, whose addresses C++ has."""
+    model = tiny_model()
+    llm = LLM(model)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    expected = llm.generate([1, 2, 3], params).token_ids
+    shape = model.embedding.weight.shape
+    model.to(torch.float64)
+    junk = [torch.full(shape, 1e3) for _ in range(8)]
+    assert llm.generate([1, 2, 3], params).token_ids == expected and junk
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokens": 97}, "token 97"),
+        ({"tokens": -1}, "token -1"),
+        ({"positions": 10**9}, "position 1000000000"),
+        ({"slots": 64}, "slot 64"),
+        ({"sequences": 1}, "sequence 1"),
+        ({"table": 4}, "page 4"),
+        ({"table": -1}, "page -1"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
+    from warploom.engine.serving.execution.kv_cache import _native
+    from warploom.engine.serving.execution.serving_model import serving_model
+
+    model, _ = serving_model(tiny_model(), None)
+    pages = PagedKVCache(model.config, 4, 16, dtype, torch.device("cpu")).layers
+    arrays = {"positions": np.zeros(1, np.int64), "sequences": np.zeros(1, np.int32), "slots": np.zeros(1, np.int64)}
+    arrays = {**arrays, "table": np.zeros((1, 4), np.int32), "tokens": np.zeros(1, np.int64)}
+
+    def run():
+        *step, tokens = arrays.values()
+        hidden = torch.empty(1, model.config.d_model)
+        model.native.run(tokens, _native.Step(*step), pages, *(model.rotation or (None, None)), hidden)
+
+    run()
+    for name, value in changes.items():
+        arrays[name][...] = value
+    with pytest.raises(IndexError, match=says):
+        run()

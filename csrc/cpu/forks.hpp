@@ -1,0 +1,17 @@
+// What a forked child must forget: it has none of its parent's threads, and locks as they were at that moment.
+#pragma once
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace warploom {
+
+inline void in_forked_children(void (*forget)()) {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, forget);
+#else
+    (void)forget;  // nothing forks
+#endif
+}
+
+}  // namespace warploom

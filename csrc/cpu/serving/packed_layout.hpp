@@ -1,0 +1,52 @@
+// How packed weights lie in memory, and the loops that multiply them, one per instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/serving/matrix.hpp"
+
+namespace warploom {
+
+// Weights of 8 or 4 bits in groups of columns with a scale: code · scale + minimum, or table[code] · scale; without either, a
+// code is offset by 128 or 8. `rotate`: of the weights that `hadamard` makes of each 64 columns.
+struct Layout {
+    int bits = 8, group = 64;  // 16, 32 or 64 columns
+    bool minimum = false, rotate = true, has_table = false;
+    int8_t table[16] = {};
+
+    int zero() const { return minimum ? 0 : bits == 8 || has_table ? 128 : 8; }
+};
+
+namespace packed {
+
+constexpr int kLanes = 16;     // outputs of one vector
+constexpr int kBlock = 4;      // vectors of outputs of one task
+constexpr int kRows = 4;       // rows of activations of one tile
+constexpr int kAhead = 8192;   // bytes that are requested before they are needed, where one row is alone
+
+// A group of a block of `vectors` vectors of outputs: lines of 64 bytes, 16 outputs with four columns each (of 4 bits eight: the
+// low halves are the first four), vector by vector; then scales and minima in half precision.
+inline int lines(const Layout& l) { return l.group * l.bits / 32; }
+inline size_t scales_at(const Layout& l, int vectors) { return size_t(vectors) * lines(l) * 64; }
+inline size_t group_bytes(const Layout& l, int vectors) {
+    return scales_at(l, vectors) + size_t(vectors * (l.minimum ? 2 : 1) + 1) / 2 * 64;
+}
+
+// A block of outputs for some rows: y (rows, width) = x · weightsᵀ · units + bias.
+struct Tile {
+    const Layout* layout;
+    const uint8_t* data;
+    const float *units, *bias;
+    int vectors, groups;
+};
+
+// Rows `row` to `row` + `rows` (at most kRows) of the activations.
+using Multiply = void (*)(const Tile&, const Activations&, int row, int rows, float* y, int width);
+
+void multiply_plain(const Tile&, const Activations&, int row, int rows, float* y, int width);
+Multiply multiply_avx512();  // null where the CPU or the compiler has it not
+Multiply multiply_avxvnni();
+Multiply multiply_avx2();
+
+}  // namespace packed
+}  // namespace warploom
