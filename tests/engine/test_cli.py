@@ -140,6 +140,13 @@ def test_cli_bug_of_ours_is_a_traceback(monkeypatch):
         main(["doctor"])
 
 
+def test_cli_unknown_backend_is_a_sentence():
+    command = [sys.executable, "-m", "warploom.engine.cli", "doctor"]
+    environment = {**os.environ, "WARPLOOM_BACKEND": "cuda"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 2 and shown.stderr.startswith("warploom doctor: WARPLOOM_BACKEND is 'cuda'")
+
+
 def test_cli_undecodable_prompts_file_is_a_sentence(directory, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9\n")
     assert main(["generate", "--model", str(directory), "--prompts-file", str(tmp_path / "prompts.txt")]) == 2
