@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 TURNED = 64  # columns that are rotated together
 
 
@@ -33,11 +35,11 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+            raise InputError(f"bits must be 4 or 8, got {self.bits}")
         if self.group not in (16, 32, 64):
-            raise ValueError(f"group must be 16, 32 or 64, got {self.group}")
+            raise InputError(f"group must be 16, 32 or 64, got {self.group}")
         if self.table and (len(self.table) != 16 or self.bits != 4 or self.minimum):
-            raise ValueError("table must have 16 values, for 4 bits and no minimum")
+            raise InputError("table must have 16 values, for 4 bits and no minimum")
 
     def groups(self, columns: int) -> int:
         """Of a row: whole spans where it is rotated."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+from ..errors import InputError
 from ..formats.packed_weight import Layout
 
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
@@ -33,10 +34,10 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.activations not in (8, 16):
-            raise ValueError(f"activations must be 8 or 16, got {self.activations}")
+            raise InputError(f"activations must be 8 or 16, got {self.activations}")
         for pattern in self.keep:
             if not any(fnmatch(name, pattern) for name in MATRICES):
-                raise ValueError(f"keep names no matrix by {pattern!r}; there are: {', '.join(MATRICES)}")
+                raise InputError(f"keep names no matrix by {pattern!r}; there are: {', '.join(MATRICES)}")
         for name in MATRICES:
             self.layout(name)
 
@@ -58,4 +59,4 @@ def scheme_of(quantize: str | Scheme | None, parameters: int) -> Scheme | None:
         return INT8
     if quantize == "int4":
         return Scheme(4, symmetric=False, keep={"ffn.down": 8} if parameters < SMALL else {})
-    raise ValueError(f"quantize must be None, 'int8', 'int4' or a Scheme, got {quantize!r}")
+    raise InputError(f"quantize must be None, 'int8', 'int4' or a Scheme, got {quantize!r}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
+from ...errors import InputError
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...layers import routing_options
 from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
@@ -161,7 +162,7 @@ def serving_model(
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
     if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
-        raise ValueError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
+        raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
         return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
