@@ -178,7 +178,8 @@ class GGUFFile:
         step = max(1, (1 << 20) // size)  # in the cache, and no second copy of the tensor
         per = numbers.size // len(blocks)
         for at in range(0, len(blocks), step):
-            numbers[at * per : (at + step) * per] = values(blocks[at : at + step]).reshape(-1)
+            with np.errstate(all="ignore"):  # a NaN is refused later, by name
+                numbers[at * per : (at + step) * per] = values(blocks[at : at + step]).reshape(-1)
         return torch.from_numpy(numbers).view(entry.shape)
 
     # Configuration
@@ -329,6 +330,8 @@ class GGUFWeights(Weights):
             return tensor.mT
         if self.architecture == "llama" and part in ("attn_q", "attn_k"):  # neighbors rotate there, halves here
             heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads
+            if len(tensor) != heads * self.config.head_size:
+                return tensor  # is refused for its shape
             return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
