@@ -2,7 +2,8 @@
 
 A language model here is data: `ModelConfig` names every choice on the road from GPT-2 (LayerNorm, learned positions,
 GELU, biases) to Llama (RMSNorm, RoPE, SwiGLU, grouped queries), Qwen3 (QK-norm) and Mixtral (sparse experts). One
-`Transformer` reads it; nothing else in the house asks "which model is this?".
+`Transformer` reads it; nothing else in the house asks "which model is this?". What a published family needs beyond
+that (interleaved rotations, packed matrices, norms that lack 1) is a change of variables in `formats/family.py`.
 
 This file imports no torch, so that the command line can show every field as a flag in a blink.
 """
@@ -10,6 +11,7 @@ This file imports no torch, so that the command line can show every field as a f
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "qwen3-0.6b": dict(
         vocab_size=151_936, d_model=1024, n_layers=28, n_heads=16, n_kv_heads=8, head_dim=128, d_ff=3072,
-        max_seq_len=40_960, rope_theta=1e6, qk_norm=True,
+        max_seq_len=40_960, rope_theta=1e6, qk_norm="head",
     ),
     "mixtral-8x7b": dict(
         vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, d_ff=14_336, max_seq_len=32_768,
@@ -59,7 +61,9 @@ ROPE_TYPES = {  # the numbers that each needs
     "dynamic": ("factor", ORIGINAL),
     "yarn": ("factor", ORIGINAL),
     "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "longrope": (ORIGINAL,),
 }
+GATED = ("swiglu", "geglu", "clamped_swiglu")
 
 
 @dataclass(frozen=True)
@@ -79,39 +83,90 @@ class ModelConfig:
     head_dim: int | None = None
     """Width of one head; None = d_model / n_heads."""
     d_ff: int | None = None
-    """Hidden width of the feed-forward (of one expert, when sparse); None = 4 d, or 8/3 d for swiglu."""
+    """Hidden width of the feed-forward (of one expert, when sparse); None = 4 d, or 8/3 d where it is gated."""
     max_seq_len: int = 512
     """Longest sequence the model accepts."""
+    layers: str = ""
+    """A letter a layer, repeated over the depth: w sees `sliding_window` tokens, f everything, n everything without
+    rotation (NoPE). Empty: all w where there is a sliding_window, else all f."""
     norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"
-    """Normalization before each sublayer and before the head."""
+    """Normalization of sublayers and before the head."""
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Where norms stand: before each sublayer, after it on what it adds to the stream (OLMo-2), or both (Gemma-2)."""
+    residual: Literal["serial", "parallel", "shared"] = "serial"
+    """Whether the feed-forward reads the stream after attention, or both read the same (parallel: two norms, GPT-NeoX;
+    shared: one norm, GPT-J)."""
+    embedding_scale: float = 1.0
+    """Factor on the embeddings (Gemma: the root of d_model)."""
+    residual_scale: float = 1.0
+    """Factor on what each sublayer adds to the stream (Granite)."""
+    logit_scale: float = 1.0
+    """Factor on the logits (Cohere), taken on the hidden states before the head."""
+    attention_scale: float | None = None
+    """Factor on attention scores; None = 1 / sqrt(head_dim)."""
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     """How the model knows where a token stands."""
-    ffn: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"
-    """Feed-forward nonlinearity: swiglu is gated; relu2 is the squared ReLU."""
+    ffn: Literal["swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_erf", "relu", "relu2"] = "swiglu"
+    """Feed-forward nonlinearity. Gated: swiglu, geglu (GELU by tanh), clamped_swiglu (gpt-oss). Plain: gelu (by tanh),
+    gelu_erf (exact), relu, relu2 (squared)."""
     n_experts: int = 0
     """Experts per layer; 0 = a dense feed-forward."""
     experts_per_token: int = 2
     """Experts each token visits; 1 = Switch routing."""
-    n_shared_experts: int = 0
-    """Experts that every token visits besides, as one dense feed-forward of that many times d_ff."""
+    n_dense_layers: int = 0
+    """The first so many layers have no experts (DeepSeek)."""
+    dense_ff: int | None = None
+    """Hidden width of those layers; None = d_ff."""
+    shared_ff: int = 0
+    """Hidden width of an expert that every token visits besides; 0 = there is none."""
+    shared_gate: bool = False
+    """Weigh the shared expert by a sigmoid gate of its own (Qwen2-MoE)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How router logits become expert weights."""
+    router_bias: bool = False
+    """A bias in the router (gpt-oss)."""
+    choice_bias: bool = False
+    """A learned bias that moves the choice of experts, never their weight (DeepSeek-V3). In training its gradient is
+    the error of the load: balancing without an auxiliary loss."""
+    expert_groups: int = 1
+    """Groups of experts, of which a token's experts come from the best `groups_used`."""
+    groups_used: int = 1
+    """See `expert_groups`. A group is as good as its best expert; with `choice_bias`, as its best two together."""
+    expert_bias: bool = False
+    """Biases in the experts (gpt-oss)."""
     normalize_experts: bool = True
     """Rescale the chosen experts' weights to sum to 1; for Switch (one expert) they are never rescaled."""
+    expert_scale: float = 1.0
+    """Factor on the blend of the chosen experts (DeepSeek)."""
     balance_loss: float = 0.01
     """Weight of the load-balancing loss that keeps experts equally busy."""
     router_z_loss: float = 0.001
     """Weight of the loss that keeps router logits small."""
-    qk_norm: bool = False
-    """RMS-normalize each query and key head before rotation."""
+    qk_norm: Literal["none", "head", "whole", "after"] = "none"
+    """RMS-normalize queries and keys: each head before rotation (Qwen3), all heads as one vector (OLMo-2), or each head
+    after rotation (Hunyuan). True means head."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head too."""
     rope_theta: float = 1e4
     """Base of the rotary wavelengths."""
     rope_scaling: dict[str, Any] | None = None
-    """Longer contexts than trained for: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", "factor": …, …}."""
+    """Longer contexts than trained for: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3"|"longrope", …}."""
+    local_rope: dict[str, Any] | None = None
+    """The rotation of w layers where it is another: {"rope_theta": …} and what `rope_scaling` may hold (Gemma 3)."""
+    rotary_dim: int | None = None
+    """How many of a head's columns rotate, from the first; None = all."""
+    kv_rank: int = 0
+    """Width of the latent vector that keys and values are decompressed from (MLA, DeepSeek); 0 = plain attention."""
+    q_rank: int = 0
+    """The same for queries; 0 = they are made from the stream."""
+    rope_dim: int = 0
+    """With `kv_rank`: how many of a head's columns rotate, with one key for all heads."""
+    value_dim: int = 0
+    """With `kv_rank`: width of a head's values."""
+    attention_sinks: bool = False
+    """A learned logit a head that takes part in attention's softmax and says nothing (gpt-oss)."""
     sliding_window: int | None = None
     """Each token sees itself and this many less one before it; None = everything before it."""
     attention_softcap: float | None = None
@@ -119,23 +174,33 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Squash output logits the same way."""
     bias: bool = False
-    """Biases in every linear layer and LayerNorm."""
+    """Biases in every linear layer but the head, and in every LayerNorm."""
     qkv_bias: bool | None = None
     """Biases of the query/key/value projection alone (Qwen2); None = as `bias`."""
+    output_bias: bool | None = None
+    """Biases of attention's output projection alone; None = as `bias`."""
+    ffn_bias: bool | None = None
+    """Biases of the feed-forward alone; None = as `bias`."""
+    norm_bias: bool | None = None
+    """Biases of LayerNorms alone; None = as `bias`."""
+    head_bias: bool = False
+    """A bias in the output head (Phi-2)."""
     dropout: float = 0.0
     """In training, the probability of dropping an element of the embeddings and of what each sublayer adds to the
     stream. Attention's weights are never dropped: fused attention holds no table of them."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"):
+        object.__setattr__(self, "qk_norm", {True: "head", False: "none"}.get(self.qk_norm, self.qk_norm))
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "expert_groups", "groups_used"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("n_kv_heads", "head_dim", "d_ff", "sliding_window"):
+        for name in ("n_kv_heads", "head_dim", "d_ff", "dense_ff", "sliding_window", "rotary_dim"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1 or None, not {value}")
-        for field in dataclasses.fields(self):
-            choices = _CHOICES.get(field.name)
-            value = getattr(self, field.name)
-            _require(choices is None or value in choices, f"{field.name} must be one of {choices}, not {value!r}")
+        for name in ("n_experts", "n_dense_layers", "shared_ff", "kv_rank", "q_rank", "rope_dim", "value_dim"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {choices}, not {value!r}")
         _require(
             self.head_dim is not None or self.d_model % self.n_heads == 0,
             f"n_heads={self.n_heads} does not divide d_model={self.d_model}: choose a divisor, or set head_dim",
@@ -145,26 +210,68 @@ class ModelConfig:
             f"n_kv_heads={self.kv_heads} does not divide n_heads={self.n_heads}: each key head serves equally many",
         )
         _require(
-            self.position != "rope" or self.head_size % 2 == 0,
-            f"position='rope' rotates pairs, so the head size must be even, not {self.head_size}",
-        )
-        _require(
             self.position != "sinusoidal" or self.d_model % 2 == 0,
             f"position='sinusoidal' needs an even d_model, not {self.d_model}",
         )
         _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout}")
-        _require(self.n_experts >= 0, f"n_experts must not be negative, not {self.n_experts}")
         _require(
-            not self.n_experts or 1 <= self.experts_per_token <= self.n_experts,
+            not (self.head_bias and self.tie_embeddings), "head_bias=True needs tie_embeddings=False: a head of its own"
+        )
+        self._check_layers()
+        self._check_rotation()
+        self._check_experts()
+
+    def _check_layers(self) -> None:
+        strange = set(self.layers) - set("wfn")
+        _require(not strange, f"layers={self.layers!r} must consist of the letters w, f and n")
+        _require(
+            "w" not in self.layers or self.sliding_window is not None,
+            f"layers={self.layers!r} names windows (w), but sliding_window is None",
+        )
+
+    def _check_rotation(self) -> None:
+        if self.kv_rank:
+            _require(self.rope_dim >= 1, f"kv_rank={self.kv_rank} needs rope_dim of at least 1, not {self.rope_dim}")
+            _require(
+                1 <= self.value_dim <= self.head_size,
+                f"value_dim must be between 1 and head_dim={self.head_size}, not {self.value_dim}",
+            )
+            _require(not self.attention_sinks, "kv_rank is not implemented together with attention_sinks")
+            _require(self.kv_heads == self.n_heads, f"kv_rank needs n_kv_heads=n_heads, not {self.kv_heads}")
+            _require(
+                self.qk_norm == "none", f"kv_rank has norms of its own: qk_norm must be 'none', not {self.qk_norm!r}"
+            )
+        if self.position == "rope":
+            size, name = self.rotary_size, "head size" if self.rotary_size == self.head_size else "rotating part"
+            _require(size % 2 == 0, f"position='rope' rotates pairs, so the {name} must be even, not {size}")
+            _require(size <= self.head_size, f"{size} columns rotate, but a head has {self.head_size}")
+        for name in ("rope_scaling", "local_rope"):
+            scaling = getattr(self, name)
+            if scaling is None:
+                continue
+            kind = scaling.get("rope_type", "default" if name == "local_rope" else None)
+            _require(kind in ROPE_TYPES, f"{name}['rope_type'] must be one of {(*ROPE_TYPES,)}, not {kind!r}")
+            for number in ROPE_TYPES[kind]:
+                value = scaling.get(number)
+                fits = isinstance(value, (int, float)) and value > 0
+                _require(fits, f"{name}[{number!r}] of {kind} must be a number above 0, not {value!r}")
+
+    def _check_experts(self) -> None:
+        if not self.n_experts:
+            return
+        _require(
+            1 <= self.experts_per_token <= self.n_experts,
             f"experts_per_token must be between 1 and n_experts={self.n_experts}, not {self.experts_per_token}",
         )
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type")
-            _require(kind in ROPE_TYPES, f"rope_scaling['rope_type'] must be one of {(*ROPE_TYPES,)}, not {kind!r}")
-            for name in ROPE_TYPES[kind]:
-                value = self.rope_scaling.get(name)
-                fits = isinstance(value, (int, float)) and value > 0
-                _require(fits, f"rope_scaling[{name!r}] of {kind} must be a number above 0, not {value!r}")
+        groups, used = self.expert_groups, self.groups_used
+        _require(
+            self.n_experts % groups == 0 and used <= groups,
+            f"expert_groups={groups} must divide n_experts={self.n_experts} and be at least groups_used={used}",
+        )
+        _require(
+            self.n_experts // groups * used >= self.experts_per_token,
+            f"experts_per_token={self.experts_per_token} do not fit in groups_used={used} of expert_groups={groups}",
+        )
 
     # Names for what is left at None.
 
@@ -177,19 +284,56 @@ class ModelConfig:
         return self.head_dim or self.d_model // self.n_heads
 
     @property
+    def rotary_size(self) -> int:
+        """Columns of a head that rotate."""
+        return self.rope_dim if self.kv_rank else self.rotary_dim or self.head_size
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
     def ff_size(self) -> int:
-        if self.d_ff:
-            return self.d_ff
-        wide = 8 * self.d_model / 3 if self.ffn == "swiglu" else 4 * self.d_model
-        return max(64, -(-int(wide) // 64) * 64)  # rounded up to what matrix units like
+        return self.d_ff or default_width(self.d_model, self.ffn)
 
     @property
     def gated(self) -> bool:
-        return self.ffn == "swiglu"
+        return self.ffn in GATED
+
+    def has_bias(self, part: Literal["qkv", "output", "ffn", "norm"]) -> bool:
+        own = getattr(self, f"{part}_bias")
+        return self.bias if own is None else own
+
+    # Layers by number.
+
+    def kind(self, layer: int) -> str:
+        """The letter of a layer: w, f or n."""
+        letters = self.layers or ("w" if self.sliding_window else "f")
+        return letters[layer % len(letters)]
 
     @property
-    def has_qkv_bias(self) -> bool:
-        return self.bias if self.qkv_bias is None else self.qkv_bias
+    def kinds(self) -> str:
+        return "".join(map(self.kind, range(self.n_layers)))
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_window if self.kind(layer) == "w" else None
+
+    def rope(self, kind: str) -> tuple[float, dict[str, Any] | None] | None:
+        """Base and scaling of the rotation in layers of this kind; None where nothing rotates."""
+        if self.position != "rope" or kind == "n":
+            return None
+        if kind == "f" or self.local_rope is None:
+            return self.rope_theta, self.rope_scaling
+        scaling = dict(self.local_rope)
+        theta = scaling.pop("rope_theta", self.rope_theta)
+        return theta, scaling if scaling.get("rope_type", "default") != "default" else None
+
+    def sparse(self, layer: int) -> bool:
+        return self.n_experts > 0 and layer >= self.n_dense_layers
+
+    def ff_width(self, layer: int) -> int:
+        """Hidden width of a dense layer's feed-forward."""
+        return self.dense_ff or self.ff_size if self.n_experts and layer < self.n_dense_layers else self.ff_size
 
     # Sizes, by arithmetic: no tensor is made.
 
@@ -199,36 +343,54 @@ class ModelConfig:
         The head counts as a matrix product whether or not it shares the embedding's table.
         """
         c = self
-        norm = {"rmsnorm": c.d_model, "layernorm": c.d_model * (2 if c.bias else 1), "none": 0}[c.norm]
-        heads = (c.n_heads + 2 * c.kv_heads) * c.head_size
-        attention = c.d_model * heads + (heads if c.has_qkv_bias else 0)
-        attention += c.n_heads * c.head_size * c.d_model + (c.d_model if c.bias else 0)
-        attention += 2 * c.head_size if c.qk_norm else 0
-        layer = 2 * norm + attention + self._ffn_parameters(active)
-        table, head = c.vocab_size * c.d_model, c.vocab_size * c.d_model
+        norm = {"rmsnorm": c.d_model, "layernorm": c.d_model * (2 if c.has_bias("norm") else 1), "none": 0}[c.norm]
+        before = 1 if c.residual == "shared" else 2
+        norms = {"before": before, "after": 2, "both": before + 2}[c.norm_place]
+        layers = c.n_layers * (norms * norm + self._attention_parameters())
+        layers += sum(self._ffn_parameters(layer, active) for layer in range(c.n_layers))
+        table, head = c.vocab_size * c.d_model, c.vocab_size * c.d_model + (c.vocab_size if c.head_bias else 0)
         positions = c.max_seq_len * c.d_model if c.position == "learned" else 0
         lookups = (0 if c.tie_embeddings else table) + positions
-        return c.n_layers * layer + norm + head + (lookups if embeddings else 0)
+        return layers + norm + head + (lookups if embeddings else 0)
 
-    def _ffn_parameters(self, active: bool) -> int:
-        inner = self.ff_size * (2 if self.gated else 1)
+    def _attention_parameters(self) -> int:
+        c, inner = self, self.n_heads * self.head_size
+        sinks = c.n_heads if c.attention_sinks else 0
 
-        def dense(copies: int) -> int:
-            weights = self.d_model * inner * copies + self.ff_size * copies * self.d_model
-            return weights + (inner * copies + self.d_model if self.bias else 0)
+        def linear(inputs: int, outputs: int, bias: bool = False) -> int:
+            return inputs * outputs + (outputs if bias else 0)
 
-        if not self.n_experts:
-            return dense(1)
-        expert = 3 * self.d_model * self.ff_size
-        visited = self.experts_per_token if active else self.n_experts
-        shared = dense(self.n_shared_experts) if self.n_shared_experts else 0
-        return self.d_model * self.n_experts + visited * expert + shared
+        if c.kv_rank:
+            queries = linear(c.q_rank or c.d_model, inner)
+            queries += linear(c.d_model, c.q_rank, c.has_bias("qkv")) + c.q_rank if c.q_rank else 0
+            latent = linear(c.d_model, c.kv_rank + c.rope_dim, c.has_bias("qkv")) + c.kv_rank
+            heads = linear(c.kv_rank, c.n_heads * (c.head_size - c.rope_dim + c.value_dim))
+            return queries + latent + heads + linear(c.n_heads * c.value_dim, c.d_model, c.has_bias("output"))
+        keys = c.kv_heads * c.head_size
+        norms = {"none": 0, "whole": inner + keys}.get(c.qk_norm, 2 * c.head_size)
+        heads = linear(c.d_model, inner + 2 * keys, c.has_bias("qkv"))
+        return heads + linear(inner, c.d_model, c.has_bias("output")) + norms + sinks
+
+    def _ffn_parameters(self, layer: int, active: bool) -> int:
+        c, inner = self, 2 if self.gated else 1
+
+        def dense(width: int) -> int:
+            biases = inner * width + c.d_model if c.has_bias("ffn") else 0
+            return c.d_model * inner * width + width * c.d_model + biases if width else 0
+
+        if not c.sparse(layer):
+            return dense(c.ff_width(layer))
+        expert = 3 * c.d_model * c.ff_size + (2 * c.ff_size + c.d_model if c.expert_bias else 0)
+        router = c.d_model * c.n_experts + c.n_experts * (c.router_bias + c.choice_bias)
+        shared = dense(c.shared_ff) + (c.d_model if c.shared_ff and c.shared_gate else 0)
+        return router + (c.experts_per_token if active else c.n_experts) * expert + shared
 
     def flops_per_token(self, sequence: int | None = None, *, training: bool = True) -> float:
         """Matrix FLOPs a token costs: 6 N + 12 L H D T in training, a third of it forward only."""
-        length = min(sequence or self.max_seq_len, self.sliding_window or self.max_seq_len)
+        length = sequence or self.max_seq_len
+        seen = sum(min(length, self.window(layer) or self.max_seq_len) for layer in range(self.n_layers))
         weights = 6 * self.parameter_count(active=True, embeddings=False)
-        scores = 12 * self.n_layers * self.n_heads * self.head_size * length
+        scores = 12 * self.n_heads * self.head_size * seen
         return (weights + scores) * (1.0 if training else 1 / 3)
 
     def kv_bytes_per_token(self, element_size: int = 2) -> int:
@@ -252,6 +414,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        values = current_names(values)
         known = sorted(field.name for field in dataclasses.fields(cls))
         unknown = sorted(set(values) - set(known))
         _require(
@@ -260,11 +423,26 @@ class ModelConfig:
         return cls(**values)
 
 
+def default_width(d_model: int, ffn: str) -> int:
+    """Hidden width of a feed-forward that nobody names: about as many parameters, gated or not."""
+    wide = 8 * d_model / 3 if ffn in GATED else 4 * d_model
+    return max(64, -(-int(wide) // 64) * 64)  # rounded up to what matrix units like
+
+
+def current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration that an earlier version wrote, by their names of today."""
+    values = dict(values)
+    if count := values.pop("n_shared_experts", 0):
+        width = values.get("d_ff") or default_width(values.get("d_model", 512), values.get("ffn", "swiglu"))
+        values["shared_ff"] = count * width
+    return values
+
+
+# The choices of a Literal field, by its name.
 _CHOICES = {
-    "norm": ("rmsnorm", "layernorm", "none"),
-    "position": ("rope", "learned", "sinusoidal", "none"),
-    "ffn": ("swiglu", "gelu", "relu", "relu2"),
-    "router": ("softmax", "sigmoid"),
+    name: typing.get_args(kind)
+    for name, kind in typing.get_type_hints(ModelConfig).items()
+    if typing.get_origin(kind) is Literal
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from .errors import InputError
-from .model import Attention, Transformer
+from .model import Attention, Transformer, dense_attention
 
 
 class KVCache:
@@ -46,10 +46,7 @@ class KVCache:
         values[:, start:end] = v_BTKD
         if layer.index == len(self.keys) - 1:  # the last layer has seen these tokens: they are now in the past
             self.length = end
-        return kernels.attention(
-            q_BTHD, keys[:, :end].to(q_BTHD.dtype), values[:, :end].to(q_BTHD.dtype),
-            window=layer.window, softcap=layer.softcap, scale=layer.scale,
-        )  # fmt: skip
+        return dense_attention(q_BTHD, keys[:, :end].to(q_BTHD.dtype), values[:, :end].to(q_BTHD.dtype), layer)
 
 
 @torch.inference_mode()

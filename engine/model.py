@@ -6,8 +6,8 @@ alone. A norm before each keeps the numbers at unit scale; a last norm and a hea
 
 Three ideas make this one file enough for every architecture and every way of running it:
 
-- **An architecture is data.** `ModelConfig` decides which norm, which positions, which feed-forward; the classes below
-  hold no more than that choice.
+- **An architecture is data.** `ModelConfig` decides which norm, which positions, which feed-forward; the classes here
+  and in `layers.py` hold no more than that choice.
 - **Attention is asked, not owned.** A block computes queries, keys and values and hands them to `attend(q, k, v,
   layer)`. Training passes dense causal attention; serving passes one that writes keys and values into pages and reads
   them back; `KVCache` below is the smallest such memory. The model itself knows no cache.
@@ -20,6 +20,7 @@ E experts, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,105 +31,26 @@ from torch.nn import functional as F
 
 from .. import kernels
 from .config import ModelConfig
+from .layers import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    MoE,
+    NoNorm,
+    RMSNorm,
+    SwiGLU,
+    draw,
+    make_feed_forward,
+    make_norm,
+    output_std,
+)
+
+__all__ = ["Attention", "Block", "Embedding", "FeedForward", "LatentAttention", "LayerNorm", "Linear", "Losses", "MoE"]
+__all__ += ["NoNorm", "RMSNorm", "Rotation", "SwiGLU", "Transformer", "dense_attention", "draw"]
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Attention"], Tensor]
-
-
-class Linear(nn.Module):
-    """y = x Wᵀ + b, with W stored (out, in) as the world's checkpoints do."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False, std: float | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-        self.std = inputs**-0.5 if std is None else std  # unit-scale inputs give unit-scale outputs
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        draw(self.weight, self.std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Module):
-    """A table with one learned vector a row: y = W[i]."""
-
-    def __init__(self, rows: int, width: int, std: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
-        self.std = std
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        draw(self.weight, self.std)
-
-    def forward(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """Scale each vector to unit root-mean-square, then by a learned weight per feature."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
-
-    def add(self, delta: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalized sum, and the sum itself: one pass over memory instead of two."""
-        return kernels.add_rms_norm(delta, stream, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    """Subtract each vector's mean, divide by its standard deviation, then scale and shift per feature."""
-
-    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if bias else None
-        self.eps = eps
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-    def add(self, delta: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        stream = stream + delta
-        return self(stream), stream
-
-
-class NoNorm(nn.Module):
-    """The absence of a norm, to see what norms are for."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-    def add(self, delta: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        stream = stream + delta
-        return stream, stream
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, config.norm_eps)
-    if config.norm == "layernorm":
-        return LayerNorm(config.d_model, config.norm_eps, config.bias)
-    return NoNorm()
+Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -144,93 +66,76 @@ class Attention(nn.Module):
         self.index = index
         self.heads = (c.n_heads, c.kv_heads, c.kv_heads)
         self.head_size = size
-        self.window = c.sliding_window
+        self.window = c.window(index)
         self.softcap = c.attention_softcap
-        self.scale = size**-0.5
-        self.qkv = Linear(c.d_model, sum(self.heads) * size, c.has_qkv_bias)
-        self.output = Linear(c.n_heads * size, c.d_model, c.bias, std=_output_std(c.n_heads * size, c))
-        self.q_norm = RMSNorm(size, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(size, c.norm_eps) if c.qk_norm else None
-
-    def forward(
-        self, x_BTC: Tensor, rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], attend: Attend
-    ) -> Tensor:
-        heads = self.qkv(x_BTC).unflatten(-1, (-1, self.head_size))
-        q_BTHD, k_BTKD, v_BTKD = heads.split(self.heads, dim=-2)
-        if self.q_norm is not None:
-            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
-        q_BTHD, k_BTKD = rotate(q_BTHD, k_BTKD)
-        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self)
-        return self.output(gathered_BTHD.flatten(-2))
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): one half decides how much of the other half passes."""
-
-    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
-        super().__init__()
-        width = width or config.ff_size
-        self.gate_up = Linear(config.d_model, 2 * width, config.bias)
-        self.down = Linear(width, config.d_model, config.bias, std=_output_std(width, config))
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(kernels.swiglu_packed(self.gate_up(x_BTC)))
-
-
-class FeedForward(nn.Module):
-    """down(f(up(x))) with f = GELU, ReLU or squared ReLU: the Transformer's original feed-forward."""
-
-    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
-        super().__init__()
-        width = width or config.ff_size
-        self.activation = ACTIVATIONS[config.ffn]
-        self.up = Linear(config.d_model, width, config.bias)
-        self.down = Linear(width, config.d_model, config.bias, std=_output_std(width, config))
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x_BTC)))
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
-    "relu": torch.relu,
-    "relu2": lambda x: torch.relu(x).square(),
-}
-
-
-def make_feed_forward(config: ModelConfig, width: int | None = None) -> nn.Module:
-    return SwiGLU(config, width) if config.gated else FeedForward(config, width)
-
-
-class MoE(nn.Module):
-    """A router sends each token to a few of many small feed-forwards, and their answers are blended by its weights.
-
-    Parameters grow with the number of experts, cost per token only with how many it visits. Two losses keep the router
-    honest: one rewards equal load, one keeps its logits small. With one expert a token this is the Switch Transformer.
-    Experts are always gated: `ffn` names the function of their gate.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.router = Linear(c.d_model, c.n_experts)
-        self.w_gate_up = nn.Parameter(torch.empty(c.n_experts, 2 * c.ff_size, c.d_model))
-        self.w_down = nn.Parameter(torch.empty(c.n_experts, c.d_model, c.ff_size))
-        self.shared = make_feed_forward(c, c.ff_size * c.n_shared_experts) if c.n_shared_experts else None
+        self.scale = c.score_scale
+        self.qkv = Linear(c.d_model, sum(self.heads) * size, c.has_bias("qkv"))
+        self.output = Linear(c.n_heads * size, c.d_model, c.has_bias("output"), std=output_std(c.n_heads * size, c))
+        self.qk_norm = c.qk_norm
+        widths = (c.n_heads * size, c.kv_heads * size) if c.qk_norm == "whole" else (size, size)
+        self.q_norm, self.k_norm = (None if c.qk_norm == "none" else RMSNorm(width, c.norm_eps) for width in widths)
+        self.sinks = nn.Parameter(torch.empty(c.n_heads)) if c.attention_sinks else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        draw(self.w_gate_up, self.config.d_model**-0.5)
-        draw(self.w_down, _output_std(self.config.ff_size, self.config))
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
-    def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
-        c = self.config
-        y_BTC, routing = kernels.moe(
-            x_BTC, self.router(x_BTC), self.w_gate_up, self.w_down, c.experts_per_token,
-            score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1,
-            activation="silu" if c.ffn == "swiglu" else c.ffn,
-        )  # fmt: skip
-        return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), routing
+    def forward(self, x_BTC: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
+        heads = self.qkv(x_BTC).unflatten(-1, (-1, self.head_size))
+        q_BTHD, k_BTKD, v_BTKD = heads.split(self.heads, dim=-2)
+        if self.qk_norm in ("head", "whole"):
+            q_BTHD, k_BTKD = self._normed(q_BTHD, self.q_norm), self._normed(k_BTKD, self.k_norm)
+        q_BTHD, k_BTKD = rotate(q_BTHD, k_BTKD)
+        if self.qk_norm == "after":
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self)
+        return self.output(gathered_BTHD.flatten(-2))
+
+    def _normed(self, x_BTHD: Tensor, norm: RMSNorm) -> Tensor:
+        return norm(x_BTHD.flatten(-2)).view(x_BTHD.shape) if self.qk_norm == "whole" else norm(x_BTHD)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small vector a token.
+
+    The first `rope_dim` columns of a head rotate, and their key is the same for all heads. Here the vector is
+    decompressed before attention, which is then plain: correct everywhere, at the memory of full keys and values.
+    """
+
+    def __init__(self, config: ModelConfig, index: int = 0) -> None:
+        super().__init__()
+        c, H, D = config, config.n_heads, config.head_size
+        self.index = index
+        self.heads, self.head_size, self.value_dim = (H, H, H), D, c.value_dim
+        self.latent = (c.kv_rank, c.rope_dim)
+        self.window = c.window(index)
+        self.softcap, self.scale = c.attention_softcap, c.score_scale
+        self.q_down = Linear(c.d_model, c.q_rank, c.has_bias("qkv")) if c.q_rank else None
+        self.q_norm = RMSNorm(c.q_rank, LATENT_EPS) if c.q_rank else None
+        self.q_up = Linear(c.q_rank or c.d_model, H * D)
+        self.kv_down = Linear(c.d_model, c.kv_rank + c.rope_dim, c.has_bias("qkv"))
+        self.kv_norm = RMSNorm(c.kv_rank, LATENT_EPS)
+        self.kv_up = Linear(c.kv_rank, H * (D - c.rope_dim + c.value_dim))
+        width = H * c.value_dim
+        self.output = Linear(width, c.d_model, c.has_bias("output"), std=output_std(width, c))
+        self.sinks = None
+
+    def forward(self, x_BTC: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
+        H, D, V = self.heads[0], self.head_size, self.value_dim
+        asked_BTC = x_BTC if self.q_down is None else self.q_norm(self.q_down(x_BTC))
+        q_BTHD = self.q_up(asked_BTC).unflatten(-1, (H, D))
+        latent_BTL, turning_BTR = self.kv_down(x_BTC).split(self.latent, dim=-1)
+        still_BTHS, v_BTHV = (
+            self.kv_up(self.kv_norm(latent_BTL)).unflatten(-1, (H, -1)).split((D - self.latent[1], V), -1)
+        )
+        k_BTHD = torch.cat([turning_BTR.unsqueeze(-2).expand(*still_BTHS.shape[:-1], -1), still_BTHS], -1)
+        q_BTHD, k_BTHD = rotate(q_BTHD, k_BTHD)
+        gathered_BTHD = attend(q_BTHD, k_BTHD, F.pad(v_BTHV, (0, D - V)), self)
+        return self.output(gathered_BTHD[..., :V].flatten(-2))
+
+
+LATENT_EPS = 1e-6  # of a latent vector's norms, whatever the config's norm_eps: published models leave it at that
 
 
 @dataclass(frozen=True)
@@ -252,21 +157,32 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, index)
-        self.ffn_norm = make_norm(config)
-        self.ffn = MoE(config) if config.n_experts else make_feed_forward(config)
-        self.dropout = config.dropout
+        c, before, after = config, config.norm_place != "after", config.norm_place != "before"
+        self.kind, self.residual, self.residual_scale = c.kind(index), c.residual, c.residual_scale
+        self.attention_norm = make_norm(c) if before else NoNorm()
+        self.attention = LatentAttention(c, index) if c.kv_rank else Attention(c, index)
+        self.attention_post = make_norm(c) if after else None
+        self.ffn_norm = make_norm(c) if before and c.residual != "shared" else NoNorm()
+        self.ffn = MoE(c) if c.sparse(index) else make_feed_forward(c, c.ff_width(index))
+        self.ffn_post = make_norm(c) if after else None
+        self.dropout = c.dropout
 
     def forward(self, stream, delta, rotate, attend):
         """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
         normed, stream = self.attention_norm.add(delta, stream)
-        delta = self.drop(self.attention(normed, rotate, attend))
-        normed, stream = self.ffn_norm.add(delta, stream)
+        attended = self.joining(self.attention(normed, rotate, attend), self.attention_post)
+        if self.residual == "serial":
+            normed, stream = self.ffn_norm.add(attended, stream)
+        elif self.residual == "parallel":
+            normed = self.ffn_norm(stream)
         delta, routing = self.ffn(normed) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
-        return stream, self.drop(delta), routing
+        delta = self.joining(delta, self.ffn_post)
+        return stream, delta if self.residual == "serial" else attended + delta, routing
 
-    def drop(self, delta: Tensor) -> Tensor:
+    def joining(self, delta: Tensor, post: nn.Module | None) -> Tensor:
+        """What a sublayer says as it joins the stream."""
+        delta = delta if post is None else post(delta)
+        delta = delta if self.residual_scale == 1 else delta * self.residual_scale
         return F.dropout(delta, self.dropout, self.training) if self.dropout else delta
 
 
@@ -292,8 +208,8 @@ class Transformer(nn.Module):
         self.positions = Embedding(c.max_seq_len, c.d_model, std) if c.position == "learned" else None
         self.blocks = nn.ModuleList(Block(c, index) for index in range(c.n_layers))
         self.norm = make_norm(c)
-        self.head = None if c.tie_embeddings else Linear(c.d_model, c.vocab_size)
-        self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
+        self.head = None if c.tie_embeddings else Linear(c.d_model, c.vocab_size, c.head_bias)
+        self._tables: dict[tuple[torch.device, str], tuple[Tensor, ...]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -302,6 +218,10 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        return None if self.head is None else self.head.bias
 
     def init_weights(self) -> Transformer:
         """Draw fresh weights, for a model built on the meta device and moved by `to_empty`."""
@@ -316,12 +236,14 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens_BT, positions, attend))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """The normalized stream after the last block: everything but the head."""
+        """The normalized stream after the last block, by `logit_scale`: everything but the head."""
         return self._run(tokens_BT, positions, attend)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         cap = self.config.logit_softcap
-        logits = hidden @ self.head_weight.T
+        logits = (
+            F.linear(hidden, self.head_weight, self.head_bias) if self.config.head_bias else hidden @ self.head_weight.T
+        )
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, **options) -> Tensor:
@@ -375,62 +297,81 @@ class Transformer(nn.Module):
 
     def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options) -> Tensor:
         """The head and its loss in one."""
+        weight_VC = self.head_weight
+        if self.head_bias is not None:  # is one more column, which reads a one
+            hidden_NC, weight_VC = (
+                F.pad(hidden_NC, (0, 1), value=1.0),
+                torch.cat([weight_VC, self.head_bias[:, None]], 1),
+            )
         return kernels.linear_cross_entropy(
-            hidden_NC, self.head_weight, targets_N, softcap=self.config.logit_softcap, **options
+            hidden_NC, weight_VC, targets_N, softcap=self.config.logit_softcap, **options
         )
 
     def _run(self, tokens_BT: Tensor, positions: Tensor | None, attend: Attend | None):
         if positions is None:
             self._check_length(tokens_BT.shape[-1])
-        stream, rotate = self._embed(tokens_BT, positions)
+        stream = self._embed(tokens_BT, positions)
         delta, routings = torch.zeros_like(stream), []
+        rotate = {kind: self.rotation(kind, positions) for kind in sorted(set(self.config.kinds))}
         for block in self.blocks:
-            stream, delta, routing = block(stream, delta, rotate, attend or dense_attention)
+            stream, delta, routing = block(stream, delta, rotate[block.kind], attend or dense_attention)
             if routing is not None:
                 routings.append(routing)
-        return self.norm.add(delta, stream)[0], routings
+        hidden = self.norm.add(delta, stream)[0]
+        return (hidden if self.config.logit_scale == 1 else hidden * self.config.logit_scale), routings
 
     def _check_length(self, length: int) -> None:
         limit = self.config.max_seq_len
         if length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the model's max_seq_len={limit}")
 
-    def _embed(self, tokens_BT: Tensor, positions: Tensor | None):
-        """The stream's start, and how this architecture rotates queries and keys."""
+    def _embed(self, tokens_BT: Tensor, positions: Tensor | None) -> Tensor:
+        """The stream's start."""
         c, stream = self.config, self.embedding(tokens_BT)
+        stream = stream if c.embedding_scale == 1 else stream * c.embedding_scale
         if c.position == "rope":
-            cos, sin = self._table(
-                lambda: kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
-            )
-            return stream, Rotation(cos, sin, positions)
+            return stream
         if c.position != "none":
             if c.position == "learned":
                 table = self.positions.weight
             else:
-                (table,) = self._table(lambda: (sinusoids(c.max_seq_len, c.d_model) * self.embedding.std,))
+                make = functools.partial(sinusoids, c.max_seq_len, c.d_model)
+                (table,) = self._table("sinusoids", lambda: (make() * self.embedding.std,))
             where = table[: tokens_BT.shape[-1]] if positions is None else F.embedding(positions, table)
             stream = stream + where.to(stream.dtype)
         if self.training and c.dropout:
             stream = F.dropout(stream, c.dropout)
-        return stream, Rotation()
+        return stream
 
-    def _table(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def rotation(self, kind: str, positions: Tensor | None = None) -> Rotation:
+        """How layers of a kind rotate queries and keys."""
+        if self.config.rope(kind) is None:
+            return Rotation()
+        same = kind == "f" or self.config.local_rope is None
+        cos, sin = self._table("f" if same else kind, lambda: rotary_tables(self.config, kind))
+        return Rotation(cos, sin, positions)
+
+    def _table(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Position tables are made once a device, not stored: a checkpoint holds only what was learned."""
-        if self.device not in self._tables:
+        key = self.device, name
+        if key not in self._tables:
             with torch.device("cpu"), torch.inference_mode(False):  # so that they outlive the context that asked first
-                self._tables[self.device] = tuple(table.to(self.device) for table in make())
-        return self._tables[self.device]
+                self._tables[key] = tuple(table.to(self.device) for table in make())
+        return self._tables[key]
+
+
+def rotary_tables(config: ModelConfig, kind: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a kind of layers: kernels.rope_tables of what the configuration says."""
+    theta, scaling = config.rope(kind)
+    return kernels.rope_tables(config.rotary_size, config.max_seq_len, theta, scaling)
 
 
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer: Attention) -> Tensor:
     """Training's `attend`: every token sees all tokens before it in its row."""
-    return kernels.attention(q_BTHD, k_BTKD, v_BTKD, window=layer.window, softcap=layer.softcap, scale=layer.scale)
-
-
-def draw(weight: Tensor, std: float) -> None:
-    """Fresh normal weights where there is memory: on the meta device, `normal_` would import the whole compiler."""
-    if not weight.is_meta:
-        nn.init.normal_(weight, std=std)
+    options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+    if layer.sinks is not None:
+        return kernels.attention_with_sinks(q_BTHD, k_BTKD, v_BTKD, layer.sinks, **options)
+    return kernels.attention(q_BTHD, k_BTKD, v_BTKD, **options)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -438,8 +379,3 @@ def sinusoids(length: int, width: int) -> Tensor:
     frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
     angle = torch.arange(length)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
-
-def _output_std(inputs: int, config: ModelConfig) -> float:
-    """2 L contributions join the stream; each starts 1/√(2 L) small, so that their sum has unit scale at any depth."""
-    return inputs**-0.5 / math.sqrt(2 * config.n_layers)

@@ -17,6 +17,7 @@ every token's sum; the parts add up to the whole.
 T tokens, C channels, E experts, F features of an expert, A assignments = T · top_k.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -37,19 +38,50 @@ class MoEAux(NamedTuple):
 
 
 def route(
-    router_logits: torch.Tensor, top_k: int, score: str = "softmax", normalize: bool = True
+    router_logits: torch.Tensor,
+    top_k: int,
+    score: str = "softmax",
+    normalize: bool = True,
+    *,
+    choice_bias: torch.Tensor | None = None,
+    groups: tuple[int, int] = (1, 1),
 ) -> tuple[torch.Tensor, torch.Tensor, MoEAux]:
-    """Weights and numbers of each token's `top_k` experts (T, top_k), and statistics; ties go to the lower number."""
+    """Weights and numbers of each token's `top_k` experts (T, top_k), and statistics; ties go to the lower number.
+
+    The experts chosen are those of the highest scores. `choice_bias` (E,) is added to them for the choice, not for the
+    weight (DeepSeek-V3's balancing without an auxiliary loss). `groups` = (G, n): experts in G groups, and only the n
+    best groups are chosen from; a group is as good as its best expert, with `choice_bias` as its two best together.
+    """
     E = router_logits.shape[-1]
     _check(E, top_k, score)
     logits_TE = router_logits.to(wide(router_logits))
     scores_TE = torch.softmax(logits_TE, -1) if score == "softmax" else torch.sigmoid(logits_TE)
-    order_TE = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices
+    merits_TE = logits_TE.detach()  # rise with the scores, and tell more of them apart
+    if choice_bias is not None:
+        merits_TE = scores_TE.detach() + choice_bias.detach().to(scores_TE.dtype)
+    if groups[0] > 1:
+        merits_TE = _within_best_groups(merits_TE, *groups, best=1 if choice_bias is None else 2)
+    order_TE = torch.sort(merits_TE, dim=-1, descending=True, stable=True).indices
     experts_TK = order_TE[:, :top_k]
     weights_TK = scores_TE.gather(-1, experts_TK)
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return weights_TK, experts_TK, _statistics(logits_TE, scores_TE, experts_TK, score)
+    aux = _statistics(logits_TE, scores_TE, experts_TK, score)
+    return weights_TK, experts_TK, aux if choice_bias is None else _with_load_error(aux, choice_bias)
+
+
+def _within_best_groups(merits_TE, count, used, best):
+    merits_TGM = merits_TE.unflatten(-1, (count, -1))
+    merit_TG = merits_TGM.topk(min(best, merits_TGM.shape[-1]), -1).values.sum(-1)
+    chosen_TG = torch.zeros_like(merit_TG, dtype=torch.bool).scatter(-1, merit_TG.topk(used, -1).indices, True)
+    return merits_TGM.masked_fill(~chosen_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _with_load_error(aux, choice_bias):
+    """Give `choice_bias` a gradient, by how much too often each expert is chosen; the loss keeps its value."""
+    share_E = aux.tokens_per_expert / aux.tokens_per_expert.sum().clamp(min=1)
+    pull = (choice_bias * (share_E - 1 / len(share_E)).to(choice_bias.dtype)).sum()
+    return aux._replace(load_balance=aux.load_balance + (pull - pull.detach()).to(aux.load_balance.dtype))
 
 
 def _check(E, top_k, score):
@@ -86,36 +118,47 @@ def _moe(
     normalize: bool = True,
     activation: str = "silu",
     first: int = 0,
+    b_gate_up: torch.Tensor | None = None,
+    b_down: torch.Tensor | None = None,
+    **choice,
 ) -> tuple[torch.Tensor, MoEAux]:
     """x (…, C) through the experts chosen by `router_logits` (…, E): (y, aux).
 
-    `w_gate_up` (E, 2F, C) holds each expert's gate and up projections, `w_down` (E, C, F) the way back. With fewer
-    weights than logits, they are those of the experts from `first` on, and y is what these alone contribute.
+    `w_gate_up` (E, 2F, C) holds each expert's gate and up projections, `w_down` (E, C, F) the way back, `b_gate_up` and
+    `b_down` their biases. With fewer weights than logits, they are those of the experts from `first` on, and y is what
+    these alone contribute. `choice` is `route`'s: choice_bias, groups.
     """
     _check_here(router_logits, w_down, first)
     flat_TC, logits_TE = x.flatten(0, -2), router_logits.flatten(0, -2)
-    weights_TK, experts_TK, aux = route(logits_TE, top_k, score, normalize)
+    weights_TK, experts_TK, aux = route(logits_TE, top_k, score, normalize, **choice)
     weights_TE = torch.zeros(logits_TE.shape, dtype=weights_TK.dtype, device=x.device)
     weights_TE = weights_TE.scatter(-1, experts_TK, weights_TK)[:, first : first + len(w_down)]
-    h_ETF = swiglu_packed.reference(torch.einsum("tc,efc->etf", flat_TC, w_gate_up), activation)
+    h_ETF = torch.einsum("tc,efc->etf", flat_TC, w_gate_up)
+    h_ETF = swiglu_packed.reference(h_ETF if b_gate_up is None else h_ETF + b_gate_up.unsqueeze(1), activation)
     y_ETC = torch.einsum("etf,ecf->etc", h_ETF, w_down)
+    y_ETC = y_ETC if b_down is None else y_ETC + b_down.unsqueeze(1)
     y_TC = torch.einsum("etc,te->tc", y_ETC.to(weights_TE.dtype), weights_TE)
     return y_TC.to(x.dtype).view(x.shape), aux
 
 
 def _moe_eager(
-    x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu", first=0
-):
+    x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu", first=0,
+    b_gate_up=None, b_down=None, **choice,
+):  # fmt: skip
     _check_here(router_logits, w_down, first)
     flat_TC, logits_TE = x.flatten(0, -2), router_logits.flatten(0, -2)
-    weights_TK, experts_TK, aux = route(logits_TE, top_k, score, normalize)
+    weights_TK, experts_TK, aux = route(logits_TE, top_k, score, normalize, **choice)
+    up_biases, down_biases = (itertools.repeat(None) if b is None else b for b in (b_gate_up, b_down))
+    biases = list(zip(range(len(w_down)), up_biases, down_biases))
     counts = aux.tokens_per_expert.tolist()
     before, here = sum(counts[:first]), counts[first : first + len(w_down)]
     order_A = experts_TK.flatten().argsort(stable=True)[before : before + sum(here)]
     pieces = flat_TC[order_A // top_k].split(here)
     outputs = [
-        F.linear(swiglu_packed.eager(F.linear(_filled(part), w_gate_up[e]), activation), w_down[e])[: len(part)]
-        for e, piece in enumerate(pieces)
+        F.linear(swiglu_packed.eager(F.linear(_filled(part), w_gate_up[e], b_up), activation), w_down[e], b)[
+            : len(part)
+        ]
+        for piece, (e, b_up, b) in zip(pieces, biases)
         if len(piece) or e == 0  # one runs on nothing too: the weights have a gradient, and it is zero
         for part in _parts(piece)
     ]
@@ -140,10 +183,31 @@ def _is_kept(x):
 
 
 def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
-    _check(router_logits.shape[-1], top_k, options.get("score", "softmax"))
+    score, normalize = options.get("score", "softmax"), options.get("normalize", True)
+    _check(router_logits.shape[-1], top_k, score)
     _check_here(router_logits, w_down, options.get("first", 0))
-    y, *aux = moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options)
-    return y, MoEAux(*aux)
+    if options.get("activation") == "clamped" or "b_gate_up" in options or "b_down" in options:
+        return _moe_unfused(x, router_logits, w_gate_up, w_down, top_k, **options)
+    choice = {name: options.pop(name) for name in ("choice_bias", "groups") if name in options}
+    if not choice:
+        y, *aux = moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options)
+        return y, MoEAux(*aux)
+    # The kernels choose the highest logits; so those that are not chosen here are put out of reach.
+    logits_TE = router_logits.flatten(0, -2)
+    _, experts_TK, aux = route(logits_TE, top_k, score, normalize, **choice)
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, experts_TK, True)
+    reachable_TE = logits_TE.masked_fill(~chosen_TE, -1e30)
+    y, *_ = moe_fused(x, reachable_TE.view(router_logits.shape), w_gate_up, w_down, top_k, **options)
+    if score == "softmax" and not normalize:  # theirs sum to 1 among the chosen
+        shares_TE = torch.softmax(logits_TE.to(wide(logits_TE)), -1)
+        y = y * (shares_TE * chosen_TE).sum(-1).view(*x.shape[:-1], 1).to(y.dtype)
+    return y, aux
+
+
+def _moe_unfused(x, *args, **options):
+    """What no kernel knows; a recorded CUDA graph cannot ask how many tokens an expert got, so there each gets all."""
+    recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return (_moe if recording else _moe_eager)(x, *args, **options)
 
 
 def _batch(m, T, C, E, F_, logits=None):
@@ -176,6 +240,17 @@ moe = Op(
         Case("all tokens to one expert", lambda m: (*_batch(m, 6, 16, 4, 16, m.tensor([[9.0, 1, 0, 0]] * 6)), 1)),
         Case("one token", lambda m: (*_batch(m, 1, 16, 4, 16), 2)),
         Case("every expert", lambda m: (*_batch(m, 5, 16, 3, 16), 3), {"activation": "gelu"}),
+        Case(
+            "a bias moves the choice",
+            lambda m: (*_batch(m, 9, 16, 6, 16), 2, {"choice_bias": m.normal(6, dtype=torch.float32, grad=False)}),
+            {"score": "sigmoid"},
+        ),
+        Case("best of four groups", lambda m: (*_batch(m, 9, 16, 8, 16), 2), {"groups": (4, 2), "normalize": False}),
+        Case(
+            "experts with biases, clamped",
+            lambda m: (*_batch(m, 9, 16, 4, 16), 2, {"b_gate_up": m.normal(4, 32), "b_down": m.normal(4, 16)}),
+            {"activation": "clamped"},
+        ),
         Case("expanded gradient", lambda m: (*_batch(m, 5, 16, 3, 16), 2), expanded=True),
         Case("some experts live elsewhere", lambda m: (*_some(m, 9, 16, 5, 16, slice(1, 3)), 2), {"first": 1}),
         Case("32768 tokens, 8 of 128 experts", lambda m: (*_batch(m, 32768, 2048, 128, 768), 8), bench=True),

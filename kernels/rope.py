@@ -7,7 +7,7 @@ frequencies θ_i falling geometrically from 1 to 1/theta. A query at p and a key
 Two pairings exist: half-split (i with i + D/2, as Llama's released weights) and interleaved (2i with 2i + 1, as the
 paper). Tables hold D/2 columns and may be narrower than the head (2 · columns < D): the rest of the head passes
 through. Longer contexts than were trained come from turning more slowly: `rope_tables` knows linear, NTK, YaRN and
-Llama-3 scaling, with the same formulas, rounded in the same places, as `transformers`.
+Llama-3 and LongRoPE scaling, with the same formulas, rounded in the same places, as `transformers`.
 
 B batch, T time, H query heads, K key heads, D head dim, R = half the rotary dim.
 """
@@ -28,8 +28,9 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables (max_len, head_dim / 2) of cos(p · θ_i) and sin(p · θ_i) in float32.
 
-    `scaling` is the mapping found in a model's config.json: `rope_type` ("linear", "ntk", "dynamic", "yarn", "llama3"
-    or "default"), `factor`, and what else the type needs. YaRN's attention factor is multiplied into both tables.
+    `scaling` is the mapping found in a model's config.json: `rope_type` ("linear", "ntk", "dynamic", "yarn", "llama3",
+    "longrope" or "default"), `factor`, and what else the type needs. YaRN's and LongRoPE's attention factor is
+    multiplied into both tables.
     """
     if head_dim % 2:
         raise ValueError(f"rope_tables: head_dim is {head_dim}; it must be even: a rotation turns pairs")
@@ -43,8 +44,10 @@ def _frequencies(dim: int, max_len: int, theta: float, scaling: Mapping, device)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     if kind == "default":
         return 1.0 / theta**exponents, 1.0
+    if kind == "longrope":
+        return _longrope(theta**exponents, max_len, scaling)
     if kind not in ("linear", "ntk", "dynamic", "yarn", "llama3"):
-        raise ValueError(f"rope_type is {kind!r}; valid are default, linear, ntk, dynamic, yarn, llama3")
+        raise ValueError(f"rope_type is {kind!r}; valid are default, linear, ntk, dynamic, yarn, llama3, longrope")
     factor = float(_required(scaling, kind, "factor"))
     if kind == "linear":
         return (1.0 / theta**exponents) / factor, 1.0
@@ -92,6 +95,24 @@ def _yarn(periods, dim, theta, factor, original, scaling):
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
         attention_factor = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1)
     return frequencies, float(attention_factor)
+
+
+def _longrope(periods, max_len, scaling):
+    """A learned factor a wave (Phi-3): one set up to the trained context, another for a model that reads further.
+
+    transformers changes sets when a sequence passes the trained length; a cache of rotated keys cannot, so here the
+    longest sequence that the model accepts decides.
+    """
+    original = _required(scaling, "longrope", "original_max_position_embeddings")
+    which = "long_factor" if max_len > original else "short_factor"
+    slow = torch.tensor(_required(scaling, "longrope", which), dtype=torch.float32, device=periods.device)
+    if slow.shape != periods.shape:
+        raise ValueError(f"rope scaling 'longrope': {which} has {len(slow)} numbers, and {len(periods)} waves rotate")
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        factor = scaling.get("factor") or max_len / original
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return 1.0 / (slow * periods), float(attention_factor)
 
 
 def _required(scaling: Mapping, kind: str, key: str):

@@ -24,9 +24,22 @@ ACTIVATIONS = {
 }
 
 
+LIMIT, SLOPE = 7.0, 1.702  # gpt-oss: of both halves, and inside the sigmoid
+
+
+def _clamped(gate, up):
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return (up + 1) * gate * torch.sigmoid(SLOPE * gate)
+
+
 def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """activation(gate) · up, computed in float32; `activation` is "silu", "gelu" (tanh form), "relu" or "relu2"."""
+    """activation(gate) · up, computed in float32; `activation` is "silu", "gelu" (tanh form), "relu" or "relu2".
+
+    "clamped" is gpt-oss's: both halves bounded, (up + 1) · gate · σ(1.702 gate).
+    """
     dtype = wide(gate)
+    if activation == "clamped":
+        return _clamped(gate.to(dtype), up.to(dtype)).to(gate.dtype)
     return (_activation(activation)(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
@@ -38,6 +51,8 @@ def _swiglu_packed(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
 
 
 def _swiglu_eager(gate, up, activation="silu"):
+    if activation == "clamped":
+        return _swiglu(gate, up, activation)
     act = _activation(activation)
     if gate.shape == up.shape and pointwise.serves(gate, up):
         return pointwise.gate(gate, up, activation)
@@ -45,6 +60,8 @@ def _swiglu_eager(gate, up, activation="silu"):
 
 
 def _swiglu_packed_eager(gate_up, activation="silu"):
+    if activation == "clamped":
+        return _swiglu_packed(gate_up, activation)
     _activation(activation)
     if pointwise.serves(gate_up) and gate_up.shape[-1] % 2 == 0:
         return pointwise.packed_gate(gate_up, activation)
@@ -53,7 +70,7 @@ def _swiglu_packed_eager(gate_up, activation="silu"):
 
 def _activation(name: str):
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation is {name!r}; valid are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation is {name!r}; valid are {', '.join(ACTIVATIONS)}, clamped")
     return ACTIVATIONS[name]
 
 
@@ -80,7 +97,7 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gate_kernel(
+def swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr,
     N, F, gate_row, gate_col, up_row, up_col,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -95,7 +112,7 @@ def _gate_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gate_backward_kernel(
+def swiglu_bwd_kernel(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
     N, F, gate_row, gate_col, up_row, up_col, dy_row, dy_col, dgate_row, dup_row,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +132,7 @@ def _launch_forward(gate_NF, up_NF, y, activation):
     N, F_ = gate_NF.shape
     grid, tile = _tiles("swiglu_forward", gate_NF)
     launch(
-        _gate_kernel, grid, gate_NF, up_NF, y,
+        swiglu_fwd_kernel, grid, gate_NF, up_NF, y,
         N, F_, *gate_NF.stride(), *up_NF.stride(), ACTIVATION=activation, **tile,
     )  # fmt: skip
     return y
@@ -126,7 +143,7 @@ def _launch_backward(gate_NF, up_NF, dy, dgate_NF, dup_NF, activation):
     dy_NF = as_rows(dy)
     grid, tile = _tiles("swiglu_backward", gate_NF)
     launch(
-        _gate_backward_kernel, grid, gate_NF, up_NF, dy_NF, dgate_NF, dup_NF,
+        swiglu_bwd_kernel, grid, gate_NF, up_NF, dy_NF, dgate_NF, dup_NF,
         N, F_, *gate_NF.stride(), *up_NF.stride(), *dy_NF.stride(), dgate_NF.stride(0), dup_NF.stride(0),
         ACTIVATION=activation, **tile,
     )  # fmt: skip
@@ -189,6 +206,8 @@ _gate_packed = AutogradOp(
 
 
 def _swiglu_fused(gate, up, activation="silu"):
+    if activation == "clamped":
+        return _swiglu(gate, up, activation)
     _activation(activation)
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
@@ -196,6 +215,8 @@ def _swiglu_fused(gate, up, activation="silu"):
 
 
 def _swiglu_packed_fused(gate_up, activation="silu"):
+    if activation == "clamped":
+        return _swiglu_packed(gate_up, activation)
     _activation(activation)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu_packed: the last dimension is {gate_up.shape[-1]}; it must be even: gate, then up")

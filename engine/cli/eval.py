@@ -41,6 +41,7 @@ def run(argv: list[str]) -> int:
     from ..data.tokens import file_hash
     from ..device import pick_device, pick_dtype
     from ..formats.model_directory import load_model
+    from ..formats.model_source import resolve_model
     from ..training.evaluate import evaluate, token_bytes, validation_batches
 
     device = pick_device(flags.device)
@@ -50,7 +51,7 @@ def run(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         if (Path(flags.data) / "meta.json").is_file():
             data, name = TokenData(flags.data), flags.split
-            if data.meta.tokenizer_sha256 != file_hash(Path(flags.model) / "tokenizer.json"):
+            if data.meta.tokenizer_sha256 != file_hash(resolve_model(flags.model) / "tokenizer.json"):
                 raise InputError(f"{flags.data} was tokenized with another tokenizer than {flags.model} has")
         else:
             data, name = write_token_data(files([flags.data]), tokenizer, Path(scratch) / "tokens", (1.0,)), "train"

@@ -52,9 +52,10 @@ def show_model(options: argparse.Namespace) -> None:
 def show_tokens(options: argparse.Namespace) -> None:
     """How a text splits into tokens: their ids, and the characters each covers."""
     from ...tokenizer import load_tokenizer
+    from ..formats.model_source import resolve_model
     from . import tokenizer
 
-    tokenizer.show_tokens(load_tokenizer(options.tokenizer), options.text)
+    tokenizer.show_tokens(load_tokenizer(resolve_model(options.tokenizer, weights=False)), options.text)
 
 
 def show_attention(options: argparse.Namespace) -> None:
@@ -144,10 +145,10 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 def _config_of(name: str) -> ModelConfig:
     if name in PRESETS:
         return ModelConfig.preset(name)
-    if not Path(name).exists():
-        raise InputError(f"{name!r} is neither a model directory nor a preset ({', '.join(PRESETS)})")
     from ..formats.model_directory import load_config
 
+    if not Path(name).exists() and "/" not in name:
+        raise InputError(f"{name!r} is neither a model directory, a Hub id nor a preset ({', '.join(PRESETS)})")
     return load_config(name)
 
 

@@ -106,7 +106,9 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
         from ..server.cluster.proxy import create_front
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
-    options = replace(flags.llm, model=str(Path(flags.llm.model).resolve()))
+    from ..formats.model_source import resolve_model
+
+    options = replace(flags.llm, model=str(resolve_model(flags.llm.model).resolve()))
     gpus = (options.device or "auto").partition(":")[0] in ("auto", "cuda")
     return create_front(options.open, config, keys, flags.replicas, gpus, loader.give_up)
 

@@ -225,8 +225,9 @@ def progress(*names: str) -> Iterator[list[Callable[[int, int], None]]]:
 
 def _load(path: Path):
     from ...tokenizer import load_tokenizer
+    from ..formats.model_source import resolve_model
 
-    return load_tokenizer(path)
+    return load_tokenizer(resolve_model(path, weights=False))
 
 
 def _text(token: str | bytes) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ...tokenizer.sources import read_text
-from ..config import ModelConfig
+from ..config import ModelConfig, current_names
 from ..errors import InputError
 from ..training.config import BUDGETS, TrainConfig
 from ..training.distributed.failures import report_first_failure
@@ -55,6 +55,8 @@ class ModelFlags(ModelConfig):
     """Rows of the embedding table, and the size of a tokenizer trained here; 0 = as the tokenizer (or preset) has."""
     rope_scaling: str | None = None
     """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
+    local_rope: str | None = None
+    """The rotation of windowed layers where it is another, as JSON: {"rope_theta": 1e4}."""
 
     def __post_init__(self) -> None:
         """Checked when it becomes a ModelConfig."""
@@ -107,6 +109,7 @@ def read(argv: list[str]) -> TrainConfig:
     return TrainConfig(**{**chosen, "preset": preset, "model": _model(flags.model)})
 
 
+JSON_FIELDS = ("rope_scaling", "local_rope")
 OF_A_START = ("out", "device", "dp", "fsdp", "tp", "ep", "resume", "overwrite")  # may differ when a run goes on
 
 
@@ -126,13 +129,13 @@ def _of_the_run_in(out: str, preset: str | None) -> dict[str, Any]:
 def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
     of_model = {field.name for field in dataclasses.fields(ModelConfig)}
     of_run = {field.name for field in dataclasses.fields(TrainConfig)} - {"model"}
+    settings = current_names(settings)
     unknown = sorted(set(settings) - of_model - of_run)
     if unknown:
         raise InputError(f"the configuration has no field {', '.join(unknown)}")
     shape = {**ModelConfig.preset(preset).to_dict(), "vocab_size": 0}
     shape |= {key: value for key, value in settings.items() if key in of_model}
-    if shape["rope_scaling"] is not None:
-        shape["rope_scaling"] = json.dumps(shape["rope_scaling"])
+    shape |= {name: json.dumps(shape[name]) for name in JSON_FIELDS if shape[name] is not None}
     run_settings = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in of_run
     }
@@ -142,12 +145,12 @@ def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
 def _model(flags: ModelFlags) -> dict[str, Any]:
     """The fields of a ModelConfig; vocab_size 0 waits for the tokenizer."""
     fields = dataclasses.asdict(flags)
-    if fields["rope_scaling"] is None:
-        return fields
-    try:
-        return {**fields, "rope_scaling": json.loads(fields["rope_scaling"])}
-    except ValueError as error:
-        raise InputError(f"rope_scaling must be JSON, not {fields['rope_scaling']!r}: {error}") from error
+    for name in JSON_FIELDS:
+        try:
+            fields[name] = None if fields[name] is None else json.loads(fields[name])
+        except ValueError as error:
+            raise InputError(f"{name} must be JSON, not {fields[name]!r}: {error}") from error
+    return fields
 
 
 def _read_toml(path: str) -> dict[str, Any]:

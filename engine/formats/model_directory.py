@@ -3,7 +3,7 @@
     config.json  model.safetensors  tokenizer.json  generation_config.json
 
 Anything that trains writes one, anything that serves reads one, and `transformers` opens the same files: names and
-layouts are the published ones (`architectures.py` translates). Writing is atomic: a reader sees the old directory or
+layouts are the published ones (`families.py` translates). Writing is atomic: a reader sees the old directory or
 the new one. Reading maps the file into memory and copies each tensor once, to where it will live.
 """
 
@@ -13,12 +13,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -30,7 +29,9 @@ from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
-from .families import describe, dtype_name, ignorable, pieces, understand
+from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+from .model_source import resolve_model
+from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")
@@ -63,7 +64,7 @@ def write_model(
     """The same of weights under our names that come one after the other: only those of one file are held at a time."""
     directory = Path(directory)
     check_vocabulary(tokenizer, config, "the tokenizer")
-    tensors = _published(config, ours)
+    tensors = _published(config, ours, dtype)
     with replacing(directory) as staging:
         if tokenizer is not None:
             tokenizer.save(staging)
@@ -86,11 +87,12 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     tp: ProcessGroup | None = None,
 ) -> tuple[Transformer, Any]:
-    """The model of a directory, ready to evaluate, and its tokenizer (None where it has none).
+    """The model of a directory or a Hub id, ready to evaluate, and its tokenizer (None where it has none).
 
     `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
     (`sharding.py`); it never holds more than that and one tensor.
     """
+    directory = resolve_model(directory)
     tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
     return read_model(directory, device, dtype, tp), tokenizer
 
@@ -102,6 +104,7 @@ def read_model(
     tp: ProcessGroup | None = None,
 ) -> Transformer:
     """The model of a directory alone, whatever its tokenizer."""
+    directory = resolve_model(directory)
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
@@ -114,7 +117,7 @@ def read_model(
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
     """The tokenizer of a model directory, or None where there is no file of one."""
-    directory = Path(directory)
+    directory = resolve_model(directory, weights=False)
     config = load_config(directory)
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
@@ -135,13 +138,17 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
 
 def load_config(directory: str | os.PathLike) -> ModelConfig:
     """The architecture of a model directory, without its weights."""
-    directory = Path(directory)
+    return understand(_read_config(directory))
+
+
+def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    directory = resolve_model(directory, weights=False)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
     path = directory / "config.json"
     if not path.exists():
         raise InputError(f"{directory} is not a model directory: it has no config.json")
-    return understand(_read_json(path))
+    return read_json(path)
 
 
 # Reading
@@ -151,76 +158,25 @@ def read_weights(
     directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read."""
-    config = load_config(directory)
+    directory = resolve_model(directory)
+    values = _read_config(directory)
+    config, kind = understand(values), kind_of(values)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
-    with open_weights(Path(directory)) as weights:
-        for piece in pieces(config, list(shapes)):
-            stored = weights(piece.theirs[0]).dtype
-            target = torch.empty(shapes[piece.ours], dtype=dtype or stored, device=device)
+    with open_weights(directory, values.get("quantization_config")) as weights:
+        for piece in pieces(config, list(shapes), kind):
+            stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
+            kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
+            target = torch.empty(shapes[piece.ours], dtype=kept, device=device)
             piece.fill(target, weights)
             if not _finite(target):
                 raise InputError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
             yield piece.ours, target
             del target
-        extra = [name for name in weights.unread() if not (config.tie_embeddings and name == "lm_head.weight")]
+        heads = ("lm_head.weight", "embed_out.weight") if config.tie_embeddings else ()
+        extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
         if extra:
             raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
-
-
-class Weights:
-    """Published tensors by name, read from mapped files only when asked for."""
-
-    def __init__(self, sources: dict[str, Any], path: Path) -> None:
-        self.sources, self.path = sources, path
-        self.read: set[str] = set()
-
-    def __call__(self, name: str) -> Tensor:
-        short = name.split(".", 1)[1]  # bare backbones are published without their leading "model."
-        found = next((key for key in (name, short) if key in self.sources), None)
-        if found is None:
-            raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for")
-        self.read.add(found)
-        source = self.sources[found]
-        return source if isinstance(source, Tensor) else source.get_tensor(found)
-
-    def unread(self) -> list[str]:
-        return [name for name in self.sources if name not in self.read and not ignorable(name)]
-
-
-@contextmanager
-def open_weights(directory: Path) -> Iterator[Weights]:
-    """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
-    index, single, pickled = (
-        directory / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    )
-    with ExitStack() as stack:
-        if index.exists():
-            places = _read_json(index).get("weight_map")
-            if not isinstance(places, dict):
-                raise InputError(f"{index} has no field 'weight_map'")
-            files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
-            yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
-        elif single.exists():
-            file = _open(single, stack)
-            yield Weights(dict.fromkeys(file.keys(), file), single)
-        elif pickled.exists():
-            try:
-                state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:
-                raise InputError(f"{pickled} is not a readable state dictionary: {_first_line(error)}") from error
-            yield Weights(dict(state), pickled)
-        else:
-            raise InputError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
-
-
-def _open(path: Path, stack: ExitStack) -> Any:
-    if not path.exists():
-        raise InputError(f"{path} is missing, though the index names it")
-    try:
-        return stack.enter_context(safe_open(path, "pt"))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or cut short: {_first_line(error)}") from error
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -231,10 +187,13 @@ def _finite(tensor: Tensor) -> bool:
 # Writing
 
 
-def _published(config: ModelConfig, ours: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _published(
+    config: ModelConfig, ours: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    kind = architecture_of(config)
     for name, tensor in ours:
-        (piece,) = pieces(config, [name])
-        yield from ((theirs, part.cpu()) for theirs, part in piece.split(tensor))
+        (piece,) = pieces(config, [name], kind)
+        yield from ((theirs, part.to("cpu", dtype)) for theirs, part in piece.split(tensor))
 
 
 def _save_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:
@@ -311,17 +270,3 @@ def _text_bounds(tokenizer: Any) -> dict[str, int | list[int] | None]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

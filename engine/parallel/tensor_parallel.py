@@ -41,7 +41,8 @@ from ...kernels.linear_cross_entropy import gpu_rows_per_slab, rows_per_slab
 from ...kernels.moe import route
 from ..config import ModelConfig
 from ..errors import InputError
-from ..executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
+from ..executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ..layers import routing_options
 from ..model import Attention, Embedding, Linear, MoE, RMSNorm, SwiGLU, Transformer
 from .collectives import (
     all_gather,
@@ -55,6 +56,13 @@ from .collectives import (
 )
 
 # How weights are cut
+
+is_supported = Supported(
+    computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"}
+    - {"head_bias", "n_dense_layers", "dense_ff", "shared_gate", "router_bias", "choice_bias", "expert_bias"}
+    - {"expert_groups", "groups_used"},
+    only={"qk_norm": ("none", "head", "after")},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ def shard_spec(config: ModelConfig, name: str) -> ShardSpec:
     """The sharding of the parameter of this name."""
     c, words = config, (config.vocab_size,)
     q, kv = c.n_heads * c.head_size, c.kv_heads * c.head_size
-    width, shared = c.ff_size, c.ff_size * c.n_shared_experts
+    width, shared = c.ff_size, c.shared_ff
     known = {
         "embedding.weight": ShardSpec(tp=0, stream=1, parts=words),
         "head.weight": ShardSpec(tp=0, stream=1, parts=words),
@@ -117,12 +125,6 @@ def shard_weights(
         where = shard_spec(config, name)
         yield name, whole if where.tp is None else where.cut(whole, tp.rank(), tp.size())
         del whole
-
-
-is_supported = Supported(
-    computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
-    only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
-)
 
 
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
@@ -232,13 +234,11 @@ class TensorParallelMoE(ShardedModule, MoE):
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x, logits = self.config, copy_to_group(x_BTC, self.group), copy_to_group(self.router(x_BTC), self.group)
         y_BTC, aux = kernels.moe(
-            x, logits, self.w_gate_up, self.w_down, c.experts_per_token,
-            score=c.router, normalize=c.normalize_experts and c.experts_per_token > 1, activation=_activation(c),
+            x, logits, self.w_gate_up, self.w_down, c.experts_per_token, **routing_options(c)
         )  # fmt: skip
         y_BTC, aux = all_reduce(y_BTC, self.group), reduce_router_stats(aux, logits, c, self.data_group)
         balance, z = (scale_gradient(x, self.group) for x in (aux.load_balance, aux.z))
-        aux = aux._replace(load_balance=balance, z=z)
-        return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
+        return self.with_shared(y_BTC, x_BTC), aux._replace(load_balance=balance, z=z)
 
 
 class ExpertParallelMoE(ShardedModule, MoE):
@@ -257,20 +257,15 @@ class ExpertParallelMoE(ShardedModule, MoE):
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x_TC = self.config, x_BTC.flatten(0, -2)
         logits_TE = self.router(x_TC)
-        options = {"score": c.router, "normalize": c.normalize_experts and c.experts_per_token > 1}
-        _, _, aux = route(logits_TE, c.experts_per_token, *options.values())
+        options = routing_options(c)
+        _, _, aux = route(logits_TE, c.experts_per_token, options["score"], options["normalize"])
         everyone = (all_gather(copy_to_group(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
         y_TC, _ = kernels.moe(
-            *everyone, self.w_gate_up, self.w_down, c.experts_per_token,
-            first=self.first, activation=_activation(c), **options,
+            *everyone, self.w_gate_up, self.w_down, c.experts_per_token, first=self.first, **options
         )  # fmt: skip
         y_BTC = all_reduce(reduce_scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
         aux = reduce_router_stats(aux, logits_TE, c, self.data_group)
-        return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), aux
-
-
-def _activation(config: ModelConfig) -> str:
-    return "silu" if config.ffn == "swiglu" else config.ffn
+        return self.with_shared(y_BTC, x_BTC), aux
 
 
 class VocabParallelTransformer(ShardedModule, Transformer):

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -21,6 +20,7 @@ from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..formats.model_directory import load_model, read_model
+from ..formats.model_source import resolve_model
 from ..model import Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
@@ -39,7 +39,7 @@ Prompt = str | Items[int]
 
 
 class LLM:
-    """Generates with a model directory or a `Transformer`.
+    """Generates with a model directory, a Hub id or a `Transformer`.
 
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
     `quantize="int8"` keeps weights in 8 bits, and on a CPU keys and values too, unless keys have biases far larger than
@@ -86,6 +86,9 @@ class LLM:
             raise InputError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if ngram_draft_tokens and draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
+        model, draft_model = (
+            resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
+        )
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
@@ -241,7 +244,7 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, obj
 
 def _stop_ids(model, tokenizer) -> frozenset[int]:
     """The ids that end a generation, by the tokenizer and by the model's own files."""
-    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(Path(model))
+    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(model)
     return named if tokenizer is None else named | tokenizer.stop_ids
 
 
@@ -250,7 +253,8 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
         eight = quantize == "int8" and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
-        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, model.blocks))
+        eight = eight and is_supported(model.config) and not model.config.attention_sinks
+        eight = eight and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.cpu import fused_block
 from ..config import ModelConfig
-from ..executors import BASIC, Supported
+from ..executors import OUTSIDE, ROUTING, SCALED, SHAPE, WINDOWS, Supported
 from ..model import Attend, Attention, Block, Linear, RMSNorm, Rotation, SwiGLU, Transformer
 
 
@@ -22,8 +22,10 @@ def _whole_vectors(c: ModelConfig) -> bool:
 
 
 is_supported = Supported(
-    computed=BASIC,
-    only={"qkv_bias": (None, False)},
+    computed=(*SHAPE, *OUTSIDE, *SCALED, *ROUTING, *WINDOWS, "norm_eps", "norm_bias", "attention_sinks"),
+    only={"norm": ("rmsnorm",), "ffn": ("swiglu",), "n_experts": (0,), "qk_norm": ("none",), "dropout": (0.0,)}
+    | {"bias": (False,)}
+    | dict.fromkeys(("qkv_bias", "output_bias", "ffn_bias"), (None, False)),
     where=_whole_vectors,
 )
 

@@ -15,6 +15,7 @@ from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
 from ..formats.model_directory import check_vocabulary, load_config
+from ..formats.model_source import resolve_model
 from .config import TrainConfig
 
 
@@ -36,8 +37,9 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     tokenizer = data.tokenizer()
     model = architecture(config, tokenizer.vocab_size)
     if config.init_from:
-        _check_same_tokenizer(Path(config.init_from), data)
-        tokenizer.special.stops |= read_stop_ids(Path(config.init_from))
+        start = resolve_model(config.init_from, weights=False)
+        _check_same_tokenizer(start, data)
+        tokenizer.special.stops |= read_stop_ids(start)
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
         raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
@@ -105,11 +107,12 @@ def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str]
     if source == "bpe":
         note(f"training a BPE tokenizer of {vocab_size} tokens …")
         return tokenizers.BPETokenizer.train(text, vocab_size, pattern="gpt4", special_tokens=(END,))
-    path = Path(source)
+    try:
+        path = resolve_model(source, weights=False)
+    except InputError as error:
+        raise InputError(f"tokenizer {source!r} is not bpe, char or word, and {error}") from None
     if path.suffix == ".tiktoken":
         return tokenizers.BPETokenizer.from_tiktoken(path, pattern="gpt4", special_tokens={})
     if (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
         return tokenizers.BPETokenizer.from_gpt2_files(path / "vocab.json", path / "merges.txt")
-    if path.exists():
-        return tokenizers.load_tokenizer(path)
-    raise InputError(f"tokenizer {source!r} is neither bpe, char, word nor a file or directory that exists")
+    return tokenizers.load_tokenizer(path)

@@ -25,7 +25,7 @@ VARIANTS = {
     "no positions": dict(position="none"),
     "ntk": dict(rope_scaling={"rope_type": "ntk", "factor": 4.0}),
     "mixtral": dict(n_experts=4),
-    "switch with a shared expert": dict(n_experts=4, experts_per_token=1, n_shared_experts=1, router="sigmoid"),
+    "switch with a shared expert": dict(n_experts=4, experts_per_token=1, shared_ff=48, router="sigmoid"),
 }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .... import kernels
-from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
+from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...model import Attention, Linear, Transformer
 from .kv_cache import KernelAttention
 
@@ -37,9 +37,9 @@ class BatchInvariantLinear(nn.Module):
 class PagedAttention(nn.Module):
     """`Attention` that writes its own pages: the tables of its rotation are its own, `rotate` is not asked."""
 
-    is_supported = Supported(
-        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
-        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS, "position": ("rope",)},
+    is_supported = Supported(  # all but attention is the definition's
+        computed=(*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"),
+        only={"qk_norm": ("none", "head")},
     )
 
     def __init__(self, attention: Attention, tables: tuple[Tensor, Tensor]):
@@ -66,11 +66,11 @@ def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transform
     twin = shallow_copy(model)
     if make_linear is not None:
         replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
-    c = model.config
-    if PagedAttention.is_supported(c):
-        tables = kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
-        tables = tuple(table.to(model.device) for table in tables)
-        replace(twin.blocks, Attention, lambda attention: PagedAttention(attention, tables))
+    if PagedAttention.is_supported(model.config):
+        for block in twin.blocks:
+            rotation = model.rotation(block.kind)
+            if rotation.cos is not None:
+                block.attention = PagedAttention(block.attention, (rotation.cos, rotation.sin))
     return twin
 
 

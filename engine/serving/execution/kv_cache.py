@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .... import kernels
+from ...errors import InputError
 from .int8_pages import TILE, Int8Attend, tile_bytes
+from .sinks import SinkAttend
 
 try:
     from .... import _native
@@ -34,7 +36,9 @@ class PagedKVCache:
         shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
         if dtype == torch.int8:
             shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
-        self.page_size, self.dtype = page_size, dtype
+        if config.attention_sinks and (device.type != "cpu" or dtype == torch.int8):
+            raise InputError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
+        self.page_size, self.dtype, self.sinks = page_size, dtype, config.attention_sinks
         kept = torch.uint8 if dtype == torch.int8 else dtype
         self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))
         self.layers = None
@@ -76,11 +80,15 @@ class PagedKVCache:
         starts = np.concatenate([[0], ends]).astype(np.int32)
         return AttentionMetadata(positions, sequences, slots, tables, contexts, counts, starts)
 
-    def attend(self, layout: "AttentionMetadata", step: list[Tensor]) -> "NativeAttend | KernelAttention | Int8Attend":
+    def attend(
+        self, layout: "AttentionMetadata", step: list[Tensor]
+    ) -> "NativeAttend | KernelAttention | Int8Attend | SinkAttend":
         """The attention of one step; `step` is the layout on the device."""
         if self.layers is not None:
-            return NativeAttend(self.layers, layout)
-        return Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttention(self, *step)
+            attend = NativeAttend(self.layers, layout)
+        else:
+            attend = Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttention(self, *step)
+        return SinkAttend(attend, self, layout) if self.sinks else attend
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,25 +30,28 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
+from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...model import Attention, Block, MoE
 
 TALL = 8  # times the usual size of a head's keys: a bias like that is too large for the rest to share 8 bits with
 
-
 is_supported = Supported(
-    computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
-    only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    computed={*SHAPE, *OUTSIDE, *SCALED, *WINDOWS, *ROUTING, *BIASES, *STREAM, "n_experts"}
+    - {"norm_place", "residual", "expert_bias"},
+    only={"ffn": ("swiglu", "geglu", "gelu", "gelu_erf", "relu", "relu2"), "qk_norm": ("none", "head")},
 )
 
 
 @torch.no_grad()
 def balanced(block: Block, config: ModelConfig) -> Block:
-    """The same layer with its channels evened out."""
+    """The same layer with its channels evened out, if what it computes is known here; else as it is."""
+    if not is_supported(config):
+        return block
     block = copy.deepcopy(block)
     ffn, readers, features = block.ffn, [], []
     if isinstance(ffn, MoE):
         readers, features = [ffn.router.weight, ffn.w_gate_up], [(ffn.w_gate_up, ffn.w_down)]
+        readers += [] if ffn.shared_gate is None else [ffn.shared_gate.weight]
         ffn = ffn.shared
     if ffn is not None:
         first = ffn.gate_up if config.gated else ffn.up
@@ -65,7 +68,12 @@ def balanced(block: Block, config: ModelConfig) -> Block:
 def has_tall_keys(block: Block) -> bool:
     """Is there a key channel whose bias is far larger than what a head's keys say by their weights?"""
     attention = block.attention
-    if attention.qkv.bias is None or attention.k_norm is not None:
+    if (
+        type(attention) is not Attention
+        or block.attention_post is not None
+        or attention.qkv.bias is None
+        or attention.k_norm is not None
+    ):
         return False
     (H, K, _), D = attention.heads, attention.head_size
     keys = slice(H * D, (H + K) * D)

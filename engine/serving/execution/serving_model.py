@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
-from ...executors import ACTIVATIONS, BASIC, NORMS, QK_NORMS, Supported
-from ...model import Block, Linear, MoE, Transformer, sinusoids
+from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...layers import routing_options
+from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .outlier_smoothing import balanced
@@ -72,8 +73,10 @@ class NativeTransformer:
     """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
 
     is_supported = Supported(
-        computed=(*BASIC, "bias", "qkv_bias", "dropout"),
-        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+        computed={*SHAPE, *OUTSIDE, *WINDOWS, *ROUTING, *BIASES, *STREAM, "rotary_dim", "head_bias"}
+        - {"local_rope", "norm_place", "residual", "residual_scale"},
+        only={"n_experts": (0,), "qk_norm": ("none", "head"), "ffn": ("swiglu", "gelu", "relu", "relu2")},
+        where=lambda config: "n" not in config.kinds,
     )
     training = False
 
@@ -87,7 +90,7 @@ class NativeTransformer:
                 model.blocks[index] = nn.Identity()
         self.rotation: tuple[Tensor, ...] = ()
         if c.position == "rope":
-            self.rotation = kernels.rope_tables(c.head_size, c.max_seq_len, c.rope_theta, c.rope_scaling)
+            self.rotation = rotary_tables(c, "f")
         self.positions = None
         if c.position == "learned":
             self.positions = model.positions.weight
@@ -107,24 +110,27 @@ class NativeTransformer:
 class NativeMoE(nn.Module):
     """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
 
-    is_supported = Supported(
-        computed=(*BASIC, "bias", "qkv_bias", "dropout", "n_experts"),
-        only={"norm": NORMS, "ffn": ACTIVATIONS, "qk_norm": QK_NORMS},
+    is_supported = Supported(  # whatever surrounds the experts
+        computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT}
+        | {"rotary_dim", "ffn", "n_experts", "qk_norm", "attention_sinks"},
     )
 
     def __init__(self, moe: MoE, form: str):
         super().__init__()
         self.config = c = moe.config
-        self.activation = "silu" if c.ffn == "swiglu" else c.ffn
-        self.router = NativeLinear(moe.router.weight, None, form)
-        pairs = zip(moe.w_gate_up, moe.w_down)
-        self.experts = [tuple(NativeLinear(weight, None, form) for weight in pair) for pair in pairs]
-        self.shared = moe.shared
+        self.options = routing_options(c)
+        self.activation = self.options.pop("activation")
+        self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
+        self.router = NativeLinear(moe.router.weight, moe.router.bias, form)
+        biases = ([None] * c.n_experts if bias is None else bias for bias in (moe.b_gate_up, moe.b_down))
+        parts = zip(moe.w_gate_up, moe.w_down, *biases)
+        self.experts = [(NativeLinear(up, b_up, form), NativeLinear(down, b, form)) for up, down, b_up, b in parts]
+        self.shared, self.shared_gate = moe.shared, moe.shared_gate
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         c, x_TC = self.config, x_BTC.flatten(0, -2)
-        normalize = c.normalize_experts and c.experts_per_token > 1
-        weights_TK, experts_TK, routing = route(self.router(x_TC), c.experts_per_token, c.router, normalize)
+        logits_TE = self.router(x_TC)
+        weights_TK, experts_TK, routing = route(logits_TE, c.experts_per_token, **self.options, **self.choice)
         order_A = experts_TK.flatten().argsort(stable=True)
         pieces = x_TC[order_A // c.experts_per_token].split(routing.tokens_per_expert.tolist())
         y_AC = torch.cat([
@@ -132,7 +138,7 @@ class NativeMoE(nn.Module):
         ])  # fmt: skip
         y_TKC = y_AC[order_A.argsort()].unflatten(0, (-1, c.experts_per_token)) * weights_TK.unsqueeze(-1)
         y_BTC = sum(y_TKC.unbind(1)).to(x_BTC.dtype).view_as(x_BTC)  # one after the other, in any batch
-        return y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)
+        return MoE.with_shared(self, y_BTC, x_BTC)
 
 
 def serving_model(
@@ -149,7 +155,7 @@ def serving_model(
     """
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(*head_of(model)))
+        return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
@@ -157,7 +163,8 @@ def serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    head = NativeLinear(*head_of(model), form) if native else Int8Linear(*head_of(model))
+    make = (lambda *head: NativeLinear(*head, form)) if native else Int8Linear
+    head = make(model.head_weight, model.head_bias)
     if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
@@ -171,11 +178,6 @@ def serving_model(
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
-
-
-def head_of(model: Transformer) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the output head."""
-    return model.head_weight, None if model.head is None else model.head.bias
 
 
 def _native_block(block: Block, config, form: str):

@@ -87,9 +87,7 @@ def test_shards_and_pickled_weights_come_back_bit_for_bit(options, tmp_path, tra
 
 
 def test_an_architecture_nobody_published_round_trips_under_our_own_name(tmp_path):
-    config = ModelConfig(
-        **SHAPE, norm="none", position="sinusoidal", ffn="relu2", logit_softcap=10.0, n_shared_experts=1
-    )
+    config = ModelConfig(**SHAPE, norm="none", position="sinusoidal", ffn="relu2", logit_softcap=10.0, shared_ff=48)
     ours = Transformer(config)
     save_model(ours, tmp_path / "model")
     again, _ = load_model(tmp_path / "model", device="cpu")

@@ -18,8 +18,12 @@ CASES = {
     "gpt2": dict(norm="layernorm", position="learned", ffn="gelu", bias=True, n_kv_heads=4),
     "untied": dict(tie_embeddings=False, qkv_bias=True, position="sinusoidal", logit_softcap=4.0),
     "qwen3": dict(qk_norm=True),
-    "moe": dict(**MOE, n_shared_experts=1),
+    "moe": dict(**MOE, shared_ff=48),
     "switch": dict(**MOE, experts_per_token=1),
+    "gemma": dict(qk_norm="head", norm_place="both", layers="wf", sliding_window=5, ffn="geglu", embedding_scale=3.0)
+    | dict(local_rope={"rope_theta": 100.0}, attention_scale=0.3),
+    "neox": dict(norm="layernorm", residual="parallel", rotary_dim=4, ffn="gelu_erf", bias=True, output_bias=False),
+    "granite": dict(residual="shared", residual_scale=0.3, logit_scale=0.5, qk_norm="after", layers="fn"),
 }
 LONELY = 0.0  # a router whose weights are zero sends every token to the first expert, which one process owns
 

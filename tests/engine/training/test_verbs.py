@@ -118,5 +118,5 @@ def test_tokenizers_of_others_are_read_where_a_tokenizer_is_asked_for(tmp_path):
     ours.to_tiktoken(tmp_path / "ours.tiktoken")
     for source in (tmp_path / "ours", tmp_path / "ours" / "tokenizer.json", tmp_path / "ours.tiktoken"):
         assert make_tokenizer(str(source), [], 0, print).encode(text) == ours.encode(text)
-    with pytest.raises(ValueError, match="neither bpe, char, word nor"):
+    with pytest.raises(ValueError, match="not bpe, char or word, and nowhere is not a directory"):
         make_tokenizer("nowhere", [], 0, print)

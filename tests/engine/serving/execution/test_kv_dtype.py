@@ -32,6 +32,7 @@ def filled_store(K, D, page_size, keys, values):
     """A store whose second layer holds keys and values in every place, written by the twin."""
 
     class Shape:
+        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
     store = PagedKVCache(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))

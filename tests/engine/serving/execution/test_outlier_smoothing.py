@@ -16,7 +16,7 @@ TEXT = [i * i % 487 for i in range(250)]
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2", "mixtral"])
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"n_shared_experts": 1, "n_experts": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"shared_ff": 64, "n_experts": 2}], ids=str)
 def test_a_balanced_layer_gives_the_very_same_bits(tiny_model, shape, changes):
     model = tiny_model(shape, **changes)
     for vector in (p for p in model.parameters() if p.dim() == 1):

@@ -46,6 +46,7 @@ def ragged_step(store, dtype, H, K, D):
 @pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}])
 def test_paged_attention_in_cpp_equals_the_kernels_reference(dtype, H, K, D, limits):
     class Shape:
+        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
     stores = [PagedKVCache(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]

@@ -1,0 +1,159 @@
+"""Weights as files hold them: mapped, read by name when asked for, unpacked where they are published in 8 or 4 bits.
+
+Two ways of packing are undone on reading: FP8 with a scale a tensor, a row, or a block of 128 by 128 (DeepSeek-V3,
+Qwen3-FP8), and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import InputError
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")  # ways of packing of which at least some are read
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+# Where a multimodal model keeps its language model, in front of "model." or instead of it.
+TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
+
+
+class Weights:
+    """Published tensors by name, read from mapped files only when asked for."""
+
+    def __init__(self, sources: Mapping[str, Any], path: Path) -> None:
+        self.sources, self.path = sources, path
+        self.read: set[str] = set()
+        self.tower = next((tower for tower in TOWERS if any(name.startswith(tower) for name in sources)), None)
+
+    def __call__(self, name: str) -> Tensor:
+        found = self._find(name)
+        if found is None:
+            blocks = self._find(f"{name}_blocks")
+            if blocks is None:
+                raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for")
+            return mxfp4(self._take(blocks), self._take(f"{blocks.removesuffix('_blocks')}_scales"))
+        tensor = self._take(found)
+        if tensor.dtype not in FP8:
+            return tensor
+        for suffix in ("_scale_inv", "_scale"):
+            if found + suffix in self.sources:
+                return fp8(tensor, self._take(found + suffix), found)
+        raise InputError(f"{self.path}: tensor {found} is in FP8 and has no scale")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The number format that a tensor has once it is read."""
+        found = self._find(name)
+        if found is None:
+            return torch.bfloat16
+        source = self.sources[found]
+        stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
+        return torch.bfloat16 if stored in FP8 else stored
+
+    def unread(self, layers: int) -> list[str]:
+        """What nobody asked for and is not known to be of another purpose."""
+        return [name for name in self.sources if name not in self.read and not self._ignorable(name, layers)]
+
+    def _find(self, name: str) -> str | None:
+        bare = name.split(".", 1)[1] if "." in name else name  # backbones are published without their leading "model."
+        names = [name, bare]
+        if self.tower is not None:
+            names += [self.tower + name.removeprefix("model."), f"language_model.{name}"]
+        return next((key for key in names if key in self.sources), None)
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self.sources:
+            raise InputError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
+        self.read.add(name)
+        source = self.sources[name]
+        return source if isinstance(source, Tensor) else source.get_tensor(name)
+
+    def _ignorable(self, name: str, layers: int) -> bool:
+        """Masks and tables of older files, predictors of a second next token, and what a model sees or hears with."""
+        if name.endswith((".attn.bias", "attn.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")):
+            return True
+        if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale")):  # of activations
+            return True
+        if self.tower is not None and not name.startswith(self.tower):
+            return True
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        return name.startswith("mtp.") or bool(layer and int(layer[1]) >= layers)
+
+
+def fp8(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
+    """Numbers in 8 bits times their scale: one, one a row, or one a block of 128 by 128."""
+    scale = scale.float()
+    if scale.numel() > 1 and tensor.ndim == 2 and scale.shape != (len(tensor), 1):
+        blocks = tuple(-(-size // 128) for size in tensor.shape)
+        if tuple(scale.shape) != blocks:
+            raise InputError(f"tensor {name} has scales of shape {tuple(scale.shape)}, its blocks are {blocks}")
+        scale = scale.repeat_interleave(128, 0)[: len(tensor)].repeat_interleave(128, 1)[:, : tensor.shape[1]]
+    return (tensor.float() * scale).bfloat16()
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Experts in blocks (E, rows, columns / 32, 16 bytes) as (E, columns, rows), as they are published in bfloat16."""
+    low, high = blocks & 15, blocks >> 4
+    numbers = FP4[torch.stack([low, high], -1).flatten(-2).int()]
+    numbers = torch.ldexp(numbers, (scales.int() - 127).unsqueeze(-1))
+    return numbers.bfloat16().flatten(-2).mT
+
+
+@contextmanager
+def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None) -> Iterator[Weights]:
+    """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
+    method = (quantization or {}).get("quant_method")
+    if method is not None and method not in UNPACKED:
+        raise InputError(f"{directory}: weights packed by {method!r} are not supported (fp8 and mxfp4 are)")
+    index, single, pickled = (
+        directory / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+    )
+    with ExitStack() as stack:
+        if index.exists():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise InputError(f"{index} has no field 'weight_map'")
+            files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
+            yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
+        elif single.exists():
+            file = _open(single, stack)
+            yield Weights(dict.fromkeys(file.keys(), file), single)
+        elif pickled.exists():
+            try:
+                state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:
+                raise InputError(f"{pickled} is not a readable state dictionary: {first_line(error)}") from error
+            yield Weights(dict(state), pickled)
+        else:
+            raise InputError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
+
+
+def _open(path: Path, stack: ExitStack) -> Any:
+    if not path.exists():
+        raise InputError(f"{path} is missing, though the index names it")
+    try:
+        return stack.enter_context(safe_open(path, "pt"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or cut short: {first_line(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
