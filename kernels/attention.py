@@ -145,6 +145,7 @@ attention = Op(
     name="attention",
     reference=_attention,
     eager=_attention_eager,
+    native=True,
     fused=attention_fused,
     rows=("q", "k", "v"),
     autocast=True,

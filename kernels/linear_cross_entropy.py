@@ -345,6 +345,7 @@ linear_cross_entropy = Op(
     name="linear_cross_entropy",
     reference=_linear_cross_entropy,
     eager=_linear_cross_entropy_eager,
+    native=True,
     fused=_linear_cross_entropy_fused,
     autocast=True,
     cases=[

@@ -151,6 +151,8 @@ class Op:
     cases: list[Case] = field(default_factory=list)
     mutates: tuple[str, ...] = ()
     """Parameters written in place; tests compare them as if they were returned."""
+    native: bool = False
+    """The eager path runs in the C++ extension where that is built: float32 on a CPU."""
     rows: tuple[str, ...] = ()
     """Parameters whose first dimension counts rows that do not influence each other, to the last bit."""
     autocast: bool | None = False
