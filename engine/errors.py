@@ -1,3 +1,3 @@
-"""What counts as a mistake of whoever called: one sentence and exit code 2, no traceback."""
+"""Errors that users cause: one sentence and exit code 2, no traceback."""
 
 MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError)

@@ -86,7 +86,7 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
 
 
 def scaled_back(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """What pages x (…, K, D) stand for, in a dtype."""
+    """Dequantize what pages x (…, K, D) stand for, in a dtype."""
     return x.to(dtype) if scale is None else (x.to(wide(scale)) * scale[:, None]).to(dtype)
 
 

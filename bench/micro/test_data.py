@@ -1,4 +1,4 @@
-"""What a batch costs before the model sees it."""
+"""Micro-benchmarks of data loading: a batch before the model sees it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What single calls of the tokenizer cost: a short text, a page, a token."""
+"""Micro-benchmarks of single tokenizer calls: a short text, a page, a token."""
 
 import itertools
 

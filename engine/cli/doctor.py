@@ -1,4 +1,4 @@
-"""What this machine is, which backend runs each op, what is missing and how to get it."""
+"""Report of this machine: device, which backend runs each op, what is missing and how to get it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class GrammarError(ValueError):
 
 
 class Grammar:
-    """Where one continuation stands in its grammar."""
+    """Grammar state of one continuation: where it stands in its grammar."""
 
     def __init__(self, matcher, vocabulary: int):
         self._matcher = matcher
@@ -43,7 +43,7 @@ class Grammar:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more can come."""
+        """Return whether nothing more can come."""
         return self.error is not None or self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
@@ -152,7 +152,7 @@ def field_of(params: SamplingParams) -> str:
 
 
 def too_slow(params: SamplingParams) -> ValueError:
-    """What to tell whoever sent a grammar that takes too long."""
+    """Error for whoever sent a grammar that takes too long."""
     return ValueError(f"{field_of(params)} takes more than {TIME_LIMIT:.0f} seconds to compile: simplify it")
 
 

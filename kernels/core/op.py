@@ -1,4 +1,4 @@
-"""What an op is: a reference, a fused twin and a spec; and the choice between them.
+"""Op records: a reference, a fused twin and a spec; and the choice between them.
 
 An `Op` ties together everything one needs to know about a fused operation. `reference` is the text to read and the
 oracle to beat: plain PyTorch, differentiable, exact in float64. `fused` is the Triton twin with the same signature.
@@ -84,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a kernel may cost. Stack bytes are spills: the default forbids them."""
+    """Resource budget of a kernel. Stack bytes are spills: the default forbids them."""
 
     registers: int = 255
     stack: int = 0

@@ -36,7 +36,7 @@ enabled = os.environ.get("WARPLOOM_HOPPER", "1")
 
 @triton.jit
 def _described(base, length, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What the copy engine needs to know of one head of a sequence."""
+    """TMA descriptor: what the copy engine needs to know of one head of a sequence."""
     return tl.make_tensor_descriptor(base, [tl.maximum(length, 1), D], [stride_t, 1], [BLOCK, BLOCK_D])
 
 
@@ -238,7 +238,7 @@ def attention_hopper_dkdv_kernel(
 
 
 def applies(kernel: str, *tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
+    """Return whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
     q = tensors[0]
     if (enabled != "1" and kernel not in enabled.split(",")) or architecture(q.device) != 90:
         return False
