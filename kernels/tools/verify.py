@@ -43,7 +43,7 @@ def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "tri
 def call(
     op: Op, case: Case, function: Callable, maker: Maker, convert: Callable = lambda x: x
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Run a case; return what it returns or writes in place, and the gradients of all inputs that want one."""
+    """What a case returns or writes in place, and the gradients of all inputs that want one."""
     args, options = case.build(maker)
     args, options = [convert(x) for x in args], {name: convert(x) for name, x in options.items()}
     outputs = tensors(function(*args, **options))
@@ -110,15 +110,15 @@ def _wrong(ours, formulas, exact, dtype) -> str:
     return "" if mine <= 2 * theirs + floor else f"our error {mine:.3g}, the formula's {theirs:.3g}, floor {floor:.3g}"
 
 
-def changes(op: Op, case: Case, dtype: torch.dtype, device: str) -> bool:
-    """Return whether two calls on the same inputs differ in any bit."""
+def nondeterministic(op: Op, case: Case, dtype: torch.dtype, device: str) -> bool:
+    """Whether two calls on the same inputs differ in any bit."""
     with backend("triton"):
         first, again = (call(op, case, op, Maker(dtype, device)) for _ in range(2))
     return not all(torch.equal(a, b) for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]]))
 
 
-def waits(op: Op) -> str:
-    """Return what PyTorch says if the op's first case makes the host wait for the GPU."""
+def synchronizes(op: Op) -> str:
+    """What PyTorch says if the op's first case makes the host wait for the GPU."""
     case = op.cases[0]
     with backend("triton"):
         call(op, case, op, Maker(torch.bfloat16, "cuda"))  # compiles, which may wait
@@ -136,8 +136,8 @@ def waits(op: Op) -> str:
     return ""
 
 
-def replays_otherwise(op: Op) -> bool:
-    """Return whether a CUDA graph of the op's first case gives other bits than a plain call."""
+def graph_replay_differs(op: Op) -> bool:
+    """Whether a CUDA graph of the op's first case gives other bits than a plain call."""
     with backend("triton"), torch.no_grad():
         args, options = op.cases[0].build(Maker(torch.bfloat16, "cuda"))
         kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
@@ -166,13 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases:
         try:
             wrong = errors(op, case, dtype, options.device)
-            wrong += ["two calls differ"] if changes(op, case, dtype, options.device) else []
+            wrong += ["two calls differ"] if nondeterministic(op, case, dtype, options.device) else []
         except Exception as error:
             wrong = [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"]
         found += bool(wrong)
         print("".join(f"{op.name} {options.dtype}, {case.name}: {text}\n" for text in wrong), end="", flush=True)
     if options.device == "cuda" and dtype == torch.bfloat16 and share == 1:
-        for wrong in (waits(op), "a CUDA graph gives other bits" if replays_otherwise(op) else ""):
+        for wrong in (synchronizes(op), "a CUDA graph gives other bits" if graph_replay_differs(op) else ""):
             found += bool(wrong)
             print(f"{op.name}, {op.cases[0].name}: {wrong}\n" if wrong else "", end="", flush=True)
     print(f"{op.name} {options.dtype}: {len(cases)} cases, {found} wrong")
