@@ -128,14 +128,9 @@ def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
     return rows
 
 
-<<<<<<< HEAD
-def insist(op: Op, args: list, options: dict, pass_: str) -> float:
+def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
     """Return how far our results lie from those of eager PyTorch; raises if that is far, or if they change between two
     runs.
-=======
-def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
-    """How far our results lie from those of eager PyTorch; raises if that is far, or if they change between two runs.
->>>>>>> main
 
     The distance is ‖ours − eager‖ / ‖eager‖, the largest over results and gradients; of whole numbers, the share that
     differs (two draws may fall on either side of a rounding)."""

@@ -101,13 +101,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-<<<<<<< HEAD
-def processors(device: torch.device) -> int:
-    """Return how many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
-=======
 def sm_count(device: torch.device) -> int:
-    """How many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
->>>>>>> main
+    """Return how many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 3

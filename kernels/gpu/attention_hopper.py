@@ -262,13 +262,8 @@ def attention_hopper_dkdv_kernel(
     store_tile(dv_at, dv_acc, keys, k_len, D, BLOCK_D)
 
 
-<<<<<<< HEAD
-def applies(kernel: str, *tensors: torch.Tensor) -> bool:
-    """Return whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
-=======
 def tma_can_address(kernel: str, *tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
->>>>>>> main
+    """Return whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
     q = tensors[0]
     if kernel not in hopper_kernels or architecture(q.device) != 90:
         return False
@@ -297,7 +292,8 @@ def kernel_and_tile(kernel: str, D: int, dtype: torch.dtype, device: torch.devic
 
 
 def gives_up(kernel: str, error: Exception) -> bool:
-    """Whether a launch that failed was this kernel's first, as on a compiler that refuses it. It is not tried again."""
+    """Return whether a launch that failed was this kernel's first, as on a compiler that refuses it. It is not tried
+    again."""
     if kernel in _proven:
         return False
     hopper_kernels.discard(kernel)
