@@ -205,8 +205,8 @@ def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
 
 
 def _moe_unfused(x, *args, **options):
-    """Eager experts for what no kernel knows. Neither a CUDA graph being recorded nor a tensor without numbers can say how
-    many tokens an expert got, so there each gets all."""
+    """Eager experts for what no kernel knows. Neither a CUDA graph being recorded nor a tensor without numbers can say
+    how many tokens an expert got, so there each gets all."""
     unknown = x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     return (_moe if unknown else _moe_eager)(x, *args, **options)
 
