@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import kernels
+from ..engine.errors import InputError
 from ..kernels.core.lang import architecture
 from ..kernels.core.op import Case, Maker, Op, backend, ops
 from ..kernels.gpu import attention_hopper
@@ -267,7 +268,7 @@ def draw(record, path) -> None:
                 points.append((f"{row.who}: {op}", max(done, 1) / moved, max(done, 1) / row.seconds.median))
     peak = ceilings.get("matmul bfloat16", 0.0)
     if not points or not peak or "copy" not in ceilings:
-        raise ValueError("a roofline needs a memory-bound op and a product on record; run the bench without --only")
+        raise InputError("a roofline needs a memory-bound op and a product on record; run the bench without --only")
     roofline(points, bandwidth=ceilings["copy"], peak=peak, path=path, title=f"warploom kernels, {record.device}")
 
 
