@@ -43,7 +43,7 @@ print(clock() - begin, 1024 * int(peak), flush=True)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What everybody starts."""
+    """The process that every contestant starts."""
 
     directory: Path
     dtype: str

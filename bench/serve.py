@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for a request, and when: seconds after the whole workload was submitted."""
+    """Tokens of a request and their times: seconds after the whole workload was submitted."""
 
     tokens: list[int]
     times: list[float]
@@ -55,7 +55,7 @@ Server = Callable[[list[Request]], list[Reply]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a contestant serves with."""
+    """Model and settings of a serving contestant."""
 
     directory: Path
     """The model directory."""

@@ -27,7 +27,7 @@ from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient,
 
 
 class Options(NamedTuple):
-    """What a loss depends on besides its tensors."""
+    """Options of a loss: what it depends on besides its tensors."""
 
     ignore_index: int
     label_smoothing: float

@@ -51,7 +51,7 @@ def imports(name: str, path: Path) -> set[str]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Which module of ours each imports when it runs, functions included; imports for types alone are left out."""
+    """Imports among our modules, those inside functions included; imports for types alone are left out."""
     paths = modules()
     graph = {}
     for name, path in paths.items():
@@ -71,7 +71,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
-    """What `start` comes to by one import or more."""
+    """All that `start` imports, directly or not."""
     found, waiting = set(), [start]
     while waiting:
         new = graph[waiting.pop()] - found

@@ -1,4 +1,4 @@
-"""What this machine is, which of Triton, C++ and PyTorch runs each op, what is missing and how to get it."""
+"""Report of this machine: device, which of Triton, C++ and PyTorch runs each op, what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _ops(device) -> None:
 
 
 def _backend(op, device) -> str:
-    """Which of Triton, C++ and PyTorch runs an op here, in the number formats that each knows."""
+    """Triton, C++ or PyTorch: the one that runs an op here, in the number formats that it knows."""
     import torch
 
     from ...kernels.core.lang import HAS_TRITON

@@ -1,4 +1,4 @@
-"""How good is a model on some text? `warploom eval --model DIR --data DATASET_OR_FILE`."""
+"""Evaluate a model on a text. `warploom eval --model DIR --data DATASET_OR_FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where text comes from: a corpus is something that can be read again and again, document by document.
+"""Corpora: a corpus is something that can be read again and again, document by document.
 
 Two questions have to be answered before any token is made, and both are answered here.
 

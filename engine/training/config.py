@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass, from which come the flags, the saved JSON and the defaults.
+"""Training configuration: one dataclass, from which come the flags, the saved JSON and the defaults.
 
 No torch is imported here, so that `warploom train --help` answers at once.
 """
