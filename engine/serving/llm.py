@@ -269,7 +269,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
 
 
 def _same_tokens(ours, theirs) -> bool:
-    """Whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
+    """Return whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
-from ..data.corpus import Corpus, files, stdlib
+from ..data.corpus import Corpus
+from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
 from ..formats.model_directory import check_vocabulary, load_config

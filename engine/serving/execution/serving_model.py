@@ -106,7 +106,7 @@ class NativeTransformer:
         self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
-        """What `Transformer.hidden` gives; the positions are those of `attend`."""
+        """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
         self.native.run(tokens_BT, attend.step, attend.layers, *(self.rotation or (None, None)), hidden_BTC)
         return hidden_BTC
