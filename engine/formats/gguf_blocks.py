@@ -1,8 +1,8 @@
 """Block formats of GGUF, as numbers in float32: of N blocks (N, bytes), the numbers (N, count), bit for bit as ggml's.
 
-A block has a scale d (float16), with a minimum m in formats that end in 1. In K formats 256 numbers share d, and each 16 or
-32 of them have a scale of their own in 6 or 8 bits. Four bits lie in the low halves of a run of bytes and then in the
-high ones.
+A block has a scale d (float16), with a minimum m in formats that end in 1. In K formats 256 numbers share d, and each
+16 or 32 of them have a scale of their own in 6 or 8 bits. Four bits lie in the low halves of a run of bytes and then in
+the high ones.
 """
 
 from __future__ import annotations
