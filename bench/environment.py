@@ -1,4 +1,5 @@
-"""What a number depends on besides the code under test: the machine, its load, the versions, the sources.
+"""The environment of a measurement: all it depends on besides the code under test: the machine, its load, the versions,
+the sources.
 
 Nothing here needs more than the standard library. torch is asked only where it is already imported or where a GPU
 is to be found, so that benches of torch-free rooms stay torch-free.
@@ -16,6 +17,7 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
+from ..engine.errors import InputError
 from .schema import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +31,13 @@ ARM_FLAGS = ("asimd", "sve", "sve2", "bf16", "i8mm")
 def find_device(asked: str = "") -> str:
     """The device asked for, if it is there; without a wish, `cuda` where torch sees a GPU and else `cpu`."""
     if asked not in ("", "cpu", "cuda"):
-        raise ValueError(f"device is {asked!r}; it must be cpu or cuda")
+        raise InputError(f"device is {asked!r}; it must be cpu or cuda")
     if asked == "cpu":
         return asked
     if _sees_gpu():
         return "cuda"
     if asked:
-        raise ValueError("device is 'cuda', but torch sees no CUDA GPU here; use cpu")
+        raise InputError("device is 'cuda', but torch sees no CUDA GPU here; use cpu")
     return "cpu"
 
 
@@ -94,7 +96,7 @@ def slug(name: str) -> str:
 
 
 class OtherWork:
-    """How busy everyone else kept the machine since this object was made (Linux)."""
+    """Load by other processes: how busy they kept the machine since this object was made (Linux)."""
 
     def __init__(self) -> None:
         self.begin, self.all, self.own = time.monotonic(), _busy_seconds(), sum(os.times()[:4])

@@ -77,7 +77,7 @@ class Session:
         return self.deadline - time.monotonic()
 
     def run(self, command: list[str], seconds: float, extra: dict[str, str] | None = None) -> tuple[str, str]:
-        """What a process printed and how it ended ("" is well), after these seconds at the latest."""
+        """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
         if self.left() < 5:
             return "", "the time was up"
         started = subprocess.Popen(
@@ -233,7 +233,8 @@ def check_names() -> list[str]:
 
 
 def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """How the check of each name that contains this ended; "" is right. What is on record as right is not run again."""
+    """Results of checks: how that of each name that contains `only` ended; "" is right. What is on record as right is
+    not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
     known = json.loads(path.read_text()) if path.exists() else {}

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from ..engine.errors import InputError
 from ..engine.memory import PeakMemory, release
 from ..tokenizer.sources import write_text
 from . import ceilings, environment, peers
@@ -43,7 +44,7 @@ RESULTS = environment.ROOT / "bench" / "results" if IN_CHECKOUT else Path("bench
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of any bench: a flag a field, with its line of `--help`.
+    """Options of every bench: a flag a field, with its line of `--help`.
 
     A bench with flags of its own subclasses this, and calls the class `Options` too."""
 
@@ -61,7 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("threads", 0), ("seconds", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Part:
 
 
 class Machine:
-    """What a part measures with: the device, its timer, its ceilings, and fair comparisons."""
+    """The measuring instruments of a part: the device, its timer, its ceilings, and fair comparisons."""
 
     def __init__(self, device: str = "cpu", timer: Timer | None = None, *, rounds: int = 15, seconds: float = 30.0):
         self.device, self.timer = device, timer or timer_for(device)
@@ -222,7 +223,7 @@ class DeviceLost(SystemExit):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run of a bench ended."""
+    """Outcome of a run of a bench."""
 
     record: Record
     path: Path
@@ -318,7 +319,8 @@ class Deadly:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Whoever asks the process to end (`timeout`, a shutdown) ends it in order: that is no fault of the part."""
+    """Turn SIGTERM into an orderly end: whoever asks the process to end (`timeout`, a shutdown) ends it in order: that
+    is no fault of the part."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -376,7 +378,7 @@ def _chosen(parts: list[Part], only: str) -> list[Part]:
     exact = [part for part in parts if part.name == only]
     chosen = exact or [part for part in parts if only in part.name or fnmatch(part.name, only)]
     if parts and not chosen:
-        raise ValueError(
+        raise InputError(
             f"--only is {only!r}, which names no part; there are: {', '.join(part.name for part in parts)}"
         )
     return chosen

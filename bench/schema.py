@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON file a bench and device, readable for years and resumable part by part.
+"""Records of benchmarks: one JSON file a bench and device, readable for years and resumable part by part.
 
 A `Record` holds finished `PartRecord`s. A part is the unit of resumption: it is saved the moment it ends, together
 with everything its numbers depend on (configuration, code fingerprint, environment, ceilings measured beside it), so
@@ -15,6 +15,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+
+from ..engine.errors import InputError
 
 SCHEMA = 1
 Value = float | int | str | bool | None
@@ -155,7 +157,7 @@ def load_record(path: Path, bench: str, device: str) -> Record:
             return Record(bench, device)
         return Record.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is no bench record ({type(error).__name__}: {error}); move it away or give another --results"
         ) from None
 

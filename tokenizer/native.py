@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from .byte_alphabet import HF_ORDER
+from .errors import InputError
 from .metaspace import Metaspace, bytes_of, character_merges
 from .patterns import Pattern, pattern_name, split
 from .reference import Merges, Progress, WordCounts, count_words
@@ -68,7 +69,7 @@ def build_decoder(native: ModuleType, every: dict[int, bytes]) -> Any:
 
 
 def byte_ends(text: str, pattern: Pattern) -> list[int]:
-    """Where the pieces of a text end, in bytes of its UTF-8."""
+    """Ends of the pieces of a text, in bytes of its UTF-8."""
     pieces = split(text, pattern)
     return list(accumulate(map(len, pieces if text.isascii() else map(str.encode, pieces))))
 
@@ -95,7 +96,7 @@ def file_blocks(
                 continue
             invalid = native.first_invalid_utf8(view[:cut])
             if invalid < cut:
-                raise ValueError(f"{path} is not valid UTF-8 at byte {done + invalid}")
+                raise InputError(f"{path} is not valid UTF-8 at byte {done + invalid}")
             if cut:
                 yield view[:cut], follows
                 follows = behind

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from ..errors import InputError
+
 T = TypeVar("T")
 
 RENAMED = {
@@ -61,11 +63,11 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise ValueError(_sentence(errors.getvalue(), verb)) from None
+        raise InputError(_sentence(errors.getvalue(), verb)) from None
 
 
 def _sentence(box: str, verb: str) -> str:
-    """What tyro's box says, without the box: its text up to the first rule."""
+    """Extract the sentence from tyro's error box: its text up to the first rule."""
     lines = [line.strip("│╭╰╮╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     words: list[str] = []
     for line in lines[1:]:

@@ -28,6 +28,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from ..errors import InputError
 from ..serving import Output, Piece, SamplingParams
 from ..serving import structured_output as grammars
 from ..serving.fair_pool import FairPool, PoolFull
@@ -51,7 +52,7 @@ class Event(NamedTuple):
 
 
 class RequestStream:
-    """What one HTTP request asked for, from the event loop's side."""
+    """Stream of one HTTP request, from the event loop's side."""
 
     def __init__(self, bridge: AsyncEngine, count: int, streaming: bool, party: Any = None) -> None:
         self.count, self.streaming, self.party = count, streaming, party
@@ -71,7 +72,8 @@ class RequestStream:
         self._timer = asyncio.get_running_loop().call_later(limit, self.fail, errors.too_slow(limit))
 
     async def batches(self) -> AsyncIterator[list[Event]]:
-        """What has come since the last look, until all continuations have ended; raises what ends the flow early."""
+        """Yield what has come since the last look, until all continuations have ended; raises what ends the flow
+        early."""
         while self._unfinished and not self.gone:
             await self._bell.wait()
             self._bell.clear()
@@ -94,9 +96,10 @@ class RequestStream:
         return [stream.output() for stream in self.streams]
 
     def _error(self) -> errors.APIError:
-        """What a failed continuation's client is told: what is wrong with its grammar, or that the engine failed."""
+        """Return what a failed continuation's client is told: what is wrong with its grammar, or that the engine
+        failed."""
         causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
-        return errors.from_value_error(causes[0]) if causes else errors.failed()
+        return errors.from_input_error(causes[0]) if causes else errors.failed()
 
     @property
     def streams(self) -> list[Any]:
@@ -134,7 +137,7 @@ class RequestStream:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody listens any more."""
+        """Return whether nobody listens any more."""
         return self.gone or self._closed
 
     def close(self) -> None:
@@ -213,8 +216,8 @@ class AsyncEngine:
             raise errors.busy(self._retry_after()) from None
         except (TimeoutError, asyncio.TimeoutError):
             raise errors.too_slow(limit) from None
-        except ValueError as error:
-            raise errors.from_value_error(error) from None
+        except InputError as error:
+            raise errors.from_input_error(error) from None
 
     @property
     def state(self) -> str:
@@ -224,12 +227,12 @@ class AsyncEngine:
 
     @property
     def engine_ready(self) -> bool:
-        """Whether requests are served."""
+        """Return whether requests are served."""
         return self.state == "ready"
 
     @property
     def capacity(self) -> int:
-        """How many continuations may be under way, waiting ones included."""
+        """Return how many continuations may be under way, waiting ones included."""
         return self.llm.engine.scheduler.max_batch + self.config.max_queue
 
     async def submit(
@@ -299,8 +302,8 @@ class AsyncEngine:
             future = self.llm.grammars.start(params, client)
         except PoolFull:
             raise errors.compiling() from None
-        except ValueError as error:
-            raise errors.from_value_error(error) from None
+        except InputError as error:
+            raise errors.from_input_error(error) from None
         compiled = asyncio.wrap_future(future)
         try:
             for _ in ("waiting", "compiling"):
@@ -309,8 +312,8 @@ class AsyncEngine:
                 if future.cancel():
                     raise errors.compiling()
             raise grammars.too_slow(params)
-        except ValueError as error:
-            raise errors.from_value_error(error) from None
+        except InputError as error:
+            raise errors.from_input_error(error) from None
         finally:
             future.cancel()
 
@@ -354,7 +357,7 @@ class AsyncEngine:
             try:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
-            except ValueError as error:  # a mistake of whoever started the server, who needs no traceback
+            except InputError as error:  # a mistake of whoever started the server, who needs no traceback
                 logger.error("the engine could not be built: %s", error)
                 break
             except Exception:

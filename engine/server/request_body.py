@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, ValidationError
 from pydantic_core import from_json
 from starlette.responses import Response
 
+from ..errors import InputError
 from .openai import errors
 
 INLINE = 1 << 16  # bytes that are parsed on the event loop: a millisecond
@@ -36,7 +37,7 @@ def at_most(count: int) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > count:
-            raise ValueError(f"at most {count} entries are allowed, got {len(value)}")
+            raise InputError(f"at most {count} entries are allowed, got {len(value)}")
         return value
 
     return BeforeValidator(check)
@@ -46,7 +47,7 @@ class BodyRoute(APIRoute):
     """Route whose `body` argument is read here; FastAPI only documents it. Endpoints take `(body, request)`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
+        """Handler of a request."""
         if self.body_field is None:
             return super().get_route_handler()
         kind, endpoint = self.body_field.field_info.annotation, self.endpoint
@@ -79,12 +80,13 @@ async def _read(kind: type[Kind], request: Request) -> Kind:
 
 
 def client_of(scope: dict[str, Any]) -> Any:
-    """Who asks, as far as that can be told: by key, else by address."""
+    """Client identity: who asks, as far as that can be told: by key, else by address."""
     return scope.get("salt") or (scope.get("client") or (None,))[0]
 
 
 def _is_json(header: str) -> bool:
-    """Whether a content type is JSON; a browser's form can send none that is, so other sites cannot forge requests."""
+    """Return whether a content type is JSON; a browser's form can send none that is, so other sites cannot forge
+    requests."""
     message = email.message.Message()
     message["content-type"] = header
     kind = message.get_content_type()

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..data.loader import Batch, Loader
+from ..errors import InputError
 from ..memory import PeakMemory, available_memory
 from .evaluate import losses
 from .run_state import RunState
@@ -82,7 +83,8 @@ def _kept_by_all(held: list[int]) -> int:
 
 
 def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory:
-    """What a run with micro-batches of so many rows takes. The first step makes what all later ones keep."""
+    """Predict the memory that a run with micro-batches of so many rows takes. The first step makes what all later ones
+    keep."""
     batch = loader.batch(0).rows(0, rows).to(run.device)
     run.optimizer.state.clear()
     with PeakMemory(run.device.type) as peak:
@@ -90,7 +92,7 @@ def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory
             _step(run, batch, min(parts, 3))
     run.optimizer.state.clear()
     if peak.bytes is None:
-        raise ValueError("grad_accum_steps=0 needs a system that tells the peak memory of a process: give a number")
+        raise InputError("grad_accum_steps=0 needs a system that tells the peak memory of a process: give a number")
     return peak
 
 

@@ -1,4 +1,4 @@
-"""How good is a model? Three scales for the same number.
+"""Evaluation: loss, perplexity, bits per byte. Three scales for the same number.
 
     loss            mean negative log-likelihood of a token, in nats
     perplexity      e^loss: as unsure as if choosing evenly among so many tokens
@@ -20,6 +20,7 @@ import torch
 from ... import kernels
 from ..data.loader import IGNORE, Batch, Epochs
 from ..data.tokens import TokenData, TokenSplit
+from ..errors import InputError
 from ..generation import generate
 from ..model import Transformer
 
@@ -43,7 +44,7 @@ class Evaluation:
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray | None:
-    """How many bytes of text each token stands for (0 for special tokens), or None if that has no meaning."""
+    """Return how many bytes of text each token stands for (0 for special tokens), or None if that has no meaning."""
     if tokenizer is None or not hasattr(tokenizer, "token_bytes"):
         return None
     special = set(getattr(tokenizer, "special_tokens", {}).values())
@@ -73,7 +74,7 @@ def evaluate(
             size += int(bytes_of[batch.targets_BT[counted].numpy()].sum())
     model.train(was_training)
     if not tokens:
-        raise ValueError("there is nothing to evaluate: the text has no token with a successor")
+        raise InputError("there is nothing to evaluate: the text has no token with a successor")
     mean = total / tokens
     return Evaluation(mean, total / math.log(2) / size if size else None, tokens)
 

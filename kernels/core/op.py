@@ -1,4 +1,4 @@
-"""What an op is: a reference, a fused twin and a spec; and the choice between them.
+"""Op records: a reference, a fused twin and a spec; and the choice between them.
 
 An `Op` ties together everything one needs to know about a fused operation. `reference` is the text to read and the
 oracle to beat: plain PyTorch, differentiable, exact in float64. `fused` is the Triton twin with the same signature.
@@ -27,13 +27,18 @@ import torch
 
 from .lang import HAS_TRITON, INTERPRET
 
+try:
+    from ...tokenizer.errors import InputError
+except ImportError:  # the kernels without the rest of the package
+    InputError = ValueError
+
 BACKENDS = ("auto", "triton", "eager")
 _REGISTRY: dict[str, "Op"] = {}
 
 
 def _valid_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; valid are {', '.join(BACKENDS)}")
+        raise InputError(f"{source} is {name!r}; valid are {', '.join(BACKENDS)}")
     return name
 
 
@@ -84,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a kernel may cost. Stack bytes are spills: the default forbids them."""
+    """Resource budget of a kernel. Stack bytes are spills: the default forbids them."""
 
     registers: int = 255
     stack: int = 0
@@ -146,6 +151,8 @@ class Op:
     cases: list[Case] = field(default_factory=list)
     mutates: tuple[str, ...] = ()
     """Parameters written in place; tests compare them as if they were returned."""
+    native: bool = False
+    """Of the eager path all but products by PyTorch runs in the C++ extension, on a CPU where that is built."""
     rows: tuple[str, ...] = ()
     """Parameters whose first dimension counts rows that do not influence each other, to the last bit."""
     autocast: bool | None = False
@@ -191,13 +198,13 @@ class Op:
         if _backend == "auto":
             return HAS_TRITON and self.fused is not None and not double
         if device.type == "cpu" and not INTERPRET:
-            raise ValueError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
+            raise InputError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
         if not HAS_TRITON:
-            raise ValueError('backend is "triton", but triton is not installed; valid here are auto and eager')
+            raise InputError('backend is "triton", but triton is not installed; valid here are auto and eager')
         if self.fused is None:
-            raise ValueError(f'backend is "triton", but {self.name} has no fused twin; valid for it are auto and eager')
+            raise InputError(f'backend is "triton", but {self.name} has no fused twin; valid for it are auto and eager')
         if double:
-            raise ValueError(f'backend is "triton", but {self.name} got float64; valid are float32, bfloat16, float16')
+            raise InputError(f'backend is "triton", but {self.name} got float64; valid are float32, bfloat16, float16')
         return True
 
 

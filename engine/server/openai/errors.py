@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import InputError
 from ...serving import SamplingParams
 
 KINDS = {
@@ -28,7 +29,7 @@ RENAMED = {"json_schema": "response_format"}
 
 
 class APIError(Exception):
-    """What a client is told instead of an answer."""
+    """Error body: what a client is told instead of an answer."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return APIError(400, message, param=param, code=code)
 
 
-def from_value_error(error: ValueError) -> APIError:
+def from_input_error(error: InputError) -> APIError:
     """A refusal by the engine or the tokenizer, in its words; the first one may be the name of a field."""
     message = " ".join(str(error).split())
     first = message.removeprefix("the ").split(" ", 1)[0]
@@ -82,7 +83,7 @@ def not_an_object() -> APIError:
 
 
 def _place(error: dict[str, Any]) -> str | None:
-    """Where in the body, without pydantic's names of types."""
+    """Path of a validation error in the body, without pydantic's names of types."""
     parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
     return ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or None
 

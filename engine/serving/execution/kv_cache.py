@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .... import kernels
+from ...errors import InputError
 from .int8_pages import TILE, Int8Attend, tile_bytes
 from .sinks import SinkAttend
 
@@ -36,7 +37,7 @@ class PagedKVCache:
         if dtype == torch.int8:
             shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
         if config.attention_sinks and (device.type != "cpu" or dtype == torch.int8):
-            raise ValueError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
+            raise InputError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
         self.page_size, self.dtype, self.sinks = page_size, dtype, config.attention_sinks
         kept = torch.uint8 if dtype == torch.int8 else dtype
         self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))
@@ -48,7 +49,7 @@ class PagedKVCache:
 
     @staticmethod
     def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
-        """What one page costs, over all layers."""
+        """Bytes of one page, over all layers."""
         if dtype == torch.int8:
             return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
         return page_size * config.kv_bytes_per_token(dtype.itemsize)
@@ -65,7 +66,8 @@ class PagedKVCache:
     def layout(
         self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray
     ) -> "AttentionMetadata":
-        """Where the tokens of a step lie: chunks of `counts` tokens of these rows at these positions, then padding."""
+        """Attention metadata of a step: where its tokens lie: chunks of `counts` tokens of these rows at these
+        positions, then padding."""
         ends = counts.cumsum()
         contexts = (positions[ends - 1] + 1).astype(np.int32)
         T, longest = int(ends[-1]), max(contexts.tolist())
@@ -103,7 +105,7 @@ class AttentionMetadata:
     starts: np.ndarray  # (N + 1): where each sequence's new tokens begin, and where the last one's end
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """What the kernels ask for."""
+        """Arguments of the kernels."""
         return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
 
 
@@ -189,7 +191,8 @@ def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:
-    """What gives a tensor's values, once asked. On a GPU they set out now, so that asking waits for no later work."""
+    """Copy to the host: return what gives a tensor's values, once asked. On a GPU they set out now, so that asking
+    waits for no later work."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     landed, event = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from ...errors import InputError
 from .page_pool import PagePool
 from .sequence import Order, Sequence
 from .step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
@@ -35,7 +36,7 @@ Event = tuple[Sequence, tuple[int, ...], ChunkResult]
 
 @dataclass(slots=True)
 class _Share:
-    """What one sequence gets in the step being planned."""
+    """Work of one sequence in the step being planned."""
 
     chunk: Chunk
     copies: list[tuple[int, int]]
@@ -59,7 +60,7 @@ class Scheduler:
         most_drafts: int = 4,
     ):
         if max_batch < 1 or max_batch_tokens < max_batch:
-            raise ValueError(
+            raise InputError(
                 f"max_batch_tokens must be at least max_batch, and that 1; got {max_batch_tokens} and {max_batch}"
             )
         self.pool = pool
@@ -82,19 +83,19 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to plan and nothing under way."""
+        """Return whether there is nothing to plan and nothing under way."""
         return not self.running and not self._flights and all(sequence.finish_reason for _, sequence in self._waiting)
 
     def fit(self, prompt_length: int, max_tokens: int) -> int:
-        """How many tokens can be generated; refuses, with the numbers, what could never be served."""
+        """Return how many tokens can be generated; refuses, with the numbers, what could never be served."""
         if prompt_length < 1:
-            raise ValueError("the prompt is empty: it must have at least 1 token")
+            raise InputError("the prompt is empty: it must have at least 1 token")
         if prompt_length + min(max_tokens, 1) > self.context:
-            raise ValueError(f"the prompt has {prompt_length} tokens, too many for a context of {self.context} tokens")
+            raise InputError(f"the prompt has {prompt_length} tokens, too many for a context of {self.context} tokens")
         max_tokens = min(max_tokens, self.context - prompt_length)
         needed = self.pool.pages_for(prompt_length + max(max_tokens - 1, 0))
         if needed > self.pool.num_pages:
-            raise ValueError(
+            raise InputError(
                 f"a prompt of {prompt_length} tokens with max_tokens={max_tokens} needs {needed} pages "
                 f"of {self.pool.page_size} tokens and the pool has {self.pool.num_pages}: lower it or raise kv_memory"
             )
@@ -138,7 +139,7 @@ class Scheduler:
         self._call_followers(sequence)
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
-        """What to compute next; None when there is nothing to compute, or nothing before the next commit."""
+        """Plan the next step; None when there is nothing to compute, or nothing before the next commit."""
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[2], "cancelled")
         while self._suspects and self._suspects[-1].finish_reason is not None:
@@ -405,5 +406,5 @@ class Scheduler:
 
 
 def _computed_before(sequence: Sequence, step: dict[Sequence, _Share]) -> int:
-    """How many of its tokens are in pages before the step being planned: what it could be copied from."""
+    """Return how many of its tokens are in pages before the step being planned: what it could be copied from."""
     return step[sequence].chunk.start if sequence in step else sequence.computed
