@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,8 @@ TRANSPOSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")  # of GPT-2, as i
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def is_gguf(path: str | os.PathLike) -> bool:
-    path = Path(path)
-    return path.suffix == ".gguf" and path.is_file()
+def is_gguf(path: Any) -> bool:
+    return isinstance(path, (str, os.PathLike)) and Path(path).suffix == ".gguf" and Path(path).is_file()
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,22 @@ class GGUFFile:
         types = {entry.type for entry in self.tensors.values() if len(entry.shape) > 1}
         return {(1,): torch.float16, (30,): torch.bfloat16}.get(tuple(types), torch.float32)
 
+    def refuse_repacking(self, scheme: Any) -> None:
+        """Rounding twice adds up: what is packed already is no source for 4 bits."""
+        counts = Counter(TYPES[entry.type][0] for entry in self.tensors.values() if len(entry.shape) > 1)
+        if packed := counts.keys() - {"F32", "F16", "BF16"}:
+            held = max(packed, key=counts.__getitem__)
+            raise InputError(
+                f"quantize={scheme!r} is for float weights, and {self.path} is {held} already: leave it out"
+            )
+
     def read(self, name: str) -> Tensor:
         """A tensor in float32."""
         entry = self.tensors[name]
         _, _, size, values = TYPES[entry.type]
         blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, size)
         numbers = np.empty(math.prod(entry.shape), np.float32)
-        step = max(1, (1 << 20) // size)  # in the cache, and no second copy of the tensor
+        step = max(1, (1 << 16) // size)  # in the cache, and no second copy of the tensor
         per = numbers.size // len(blocks)
         for at in range(0, len(blocks), step):
             with np.errstate(all="ignore"):  # a NaN is refused later, by name

