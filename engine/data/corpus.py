@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PASSAGE = 1 << 20  # characters; a corpus of any size passes through memory in pieces of about this
 FEW = 100  # below this many documents, splits are cut inside each that is long
@@ -183,16 +184,25 @@ def _documents(path: Path, field: str) -> Iterator[Iterable[str]]:
 
 def json_texts(path: Path, field: str) -> Iterator[str]:
     """The texts of a file with one JSON object a line."""
+    for line, row in json_lines(path):
+        try:
+            text = row[field]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{line} is not a JSON object with a field {field!r}") from error
+        if not isinstance(text, str):
+            raise ValueError(f"{line}: field {field!r} must be a string, not {type(text).__name__}")
+        yield text
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What each line of a file holds, with its place, `path:number`; empty lines are passed over."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number} is not a JSON object with a field {field!r}") from error
-        if not isinstance(text, str):
-            raise ValueError(f"{path}:{number}: field {field!r} must be a string, not {type(text).__name__}")
-        yield text
+            yield f"{path}:{number}", json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not a JSON object: {error}") from error
 
 
 def _open(path: Path):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
-from ..data.corpus import Corpus, files, stdlib
+from ..data.conversations import open_conversations, write_conversations
+from ..data.corpus import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..formats.model_directory import check_vocabulary, load_config
 from ..formats.model_source import resolve_model
@@ -76,22 +77,25 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
         if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
             raise ValueError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
         return data
-    corpus = stdlib() if config.data == "stdlib" else files([config.data])
-    tokenizer = open_tokenizer(config, corpus, note)
+    chats = None if config.data == "stdlib" else open_conversations(config.data)
+    corpus = chats or (stdlib() if config.data == "stdlib" else files([config.data]))
+    text = chats.texts() if chats else text_of(corpus, 0, config.splits)
+    tokenizer = open_tokenizer(config, text, note)
     note(f"tokenizing {corpus.name} …")
     if made.exists():
         shutil.rmtree(made)
-    data = write_token_data(corpus, tokenizer, made, config.splits)
+    write = write_conversations if chats else write_token_data
+    data = write(corpus, tokenizer, made, config.splits)
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
     note(f"tokens: {sizes}")
     return data
 
 
-def open_tokenizer(config: TrainConfig, corpus: Corpus, note: Callable[[str], None]) -> Any:
-    """The tokenizer a run names: one on disk, or one trained on the corpus's training split."""
+def open_tokenizer(config: TrainConfig, text: Iterable[str], note: Callable[[str], None]) -> Any:
+    """The tokenizer a run names: one on disk, or one trained on `text`."""
     source = config.init_from if config.init_from and config.tokenizer == "bpe" else config.tokenizer
     vocab_size = architecture(config, ModelConfig.preset(config.preset).vocab_size).vocab_size
-    return make_tokenizer(source, text_of(corpus, 0, config.splits), vocab_size, note)
+    return make_tokenizer(source, text, vocab_size, note)
 
 
 def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str], None]) -> Any:
