@@ -31,8 +31,8 @@ class RunFlags(TrainConfig):
     """What to train on, for how long, and how."""
 
     data: tyro.conf.Positional[str]
-    """A dataset directory (`warploom data`), 'stdlib', or a file, folder or glob of texts or of conversations: JSON lines
-    of messages, also as ShareGPT, Alpaca, or prompt and completion."""
+    """A dataset directory (`warploom data`), 'stdlib', or a file, folder or glob of texts or of conversations: JSON
+    lines of messages, also as ShareGPT, Alpaca, or prompt and completion."""
     model: tyro.conf.Suppress[None] = None
     resume: bool = False
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a

@@ -49,8 +49,8 @@ class TrainConfig:
     context: int | None = None
     """Tokens a row; None = the model's max_seq_len."""
     order: Literal["auto", "random", "epochs", "sequential", "packed"] = "auto"
-    """Random windows; each window once an epoch, shuffled or not; or whole documents, kept apart from each other. auto =
-    packed for conversations, random for other text."""
+    """Random windows; each window once an epoch, shuffled or not; or whole documents, kept apart from each other.
+    auto = packed for conversations, random for other text."""
     stride: int | None = None
     """Distance between windows for epochs and sequential; None = context, less = overlapping."""
     num_workers: int = 1

@@ -115,7 +115,10 @@ def write_sample(model: Transformer, tokenizer: Any, prompt: list[int], tokens: 
     """The text of a prompt, and that of a continuation drawn at temperature 0.8."""
     was_training = model.training
     model.eval()
-    drawn = list(generate(model, prompt, tokens, temperature=0.8, seed=seed))
+    drawn = generate(model, prompt, tokens, temperature=0.8, seed=seed)
+    drawn = [
+        token for token in drawn if token < tokenizer.vocab_size
+    ]  # a table may have more rows than there are tokens
     model.train(was_training)
     return tokenizer.decode(prompt), tokenizer.decode(drawn)
 

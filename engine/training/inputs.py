@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,21 @@ def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:
 
 
 def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
-    path = directory / "tokenizer.json"
-    if path.is_file() and file_hash(path) != data.meta.tokenizer_sha256:
+    path, made = directory / "tokenizer.json", data.meta.tokenizer_sha256
+    if path.is_file() and made not in (file_hash(path), _hash_as_saved(directory)):
         raise ValueError(
             f"{data.directory} was tokenized with another tokenizer than {directory}: "
             f"make the dataset with --tokenizer {directory}"
         )
+
+
+def _hash_as_saved(directory: Path) -> str:
+    """The hash of a directory's tokenizer.json as this library writes it: other programs order its keys otherwise."""
+    from ...tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        load_tokenizer(directory).save(scratch)
+        return file_hash(Path(scratch) / "tokenizer.json")
 
 
 def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> TokenData:
@@ -87,8 +97,14 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     write = write_conversations if chats else write_token_data
     data = write(corpus, tokenizer, made, config.splits)
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
-    note(f"tokens: {sizes}")
+    note(f"tokens: {sizes}{_learned_share(data)}")
     return data
+
+
+def _learned_share(data: TokenData) -> str:
+    splits = [info for info in data.meta.splits.values() if info.learned is not None]
+    tokens = sum(info.tokens for info in splits)
+    return f"; {sum(info.learned for info in splits) / tokens:.0%} of them learned" if tokens else ""
 
 
 def open_tokenizer(config: TrainConfig, text: Iterable[str], note: Callable[[str], None]) -> Any:
