@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
+from ..engine.errors import InputError
 from .schema import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +30,13 @@ ARM_FLAGS = ("asimd", "sve", "sve2", "bf16", "i8mm")
 def find_device(asked: str = "") -> str:
     """The device asked for, if it is there; without a wish, `cuda` where torch sees a GPU and else `cpu`."""
     if asked not in ("", "cpu", "cuda"):
-        raise ValueError(f"device is {asked!r}; it must be cpu or cuda")
+        raise InputError(f"device is {asked!r}; it must be cpu or cuda")
     if asked == "cpu":
         return asked
     if _sees_gpu():
         return "cuda"
     if asked:
-        raise ValueError("device is 'cuda', but torch sees no CUDA GPU here; use cpu")
+        raise InputError("device is 'cuda', but torch sees no CUDA GPU here; use cpu")
     return "cpu"
 
 

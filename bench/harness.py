@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from ..engine.errors import InputError
 from ..engine.memory import PeakMemory, release
 from ..tokenizer.sources import write_text
 from . import ceilings, environment, peers
@@ -61,7 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("threads", 0), ("seconds", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def _chosen(parts: list[Part], only: str) -> list[Part]:
     exact = [part for part in parts if part.name == only]
     chosen = exact or [part for part in parts if only in part.name or fnmatch(part.name, only)]
     if parts and not chosen:
-        raise ValueError(
+        raise InputError(
             f"--only is {only!r}, which names no part; there are: {', '.join(part.name for part in parts)}"
         )
     return chosen

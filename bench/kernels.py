@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import kernels
+from ..engine.errors import InputError
 from ..kernels.core.lang import architecture
 from ..kernels.core.op import Case, Maker, Op, backend, ops
 from ..kernels.gpu import attention_hopper
@@ -42,9 +43,9 @@ IMPORTANCE = (
 
 CHECKS = 6
 """Small cases that an op must pass on the device before it is timed."""
-FAR = 0.03
+MAX_RELATIVE_ERROR = 0.03
 """More than a few roundings of bfloat16, relative to the whole tensor."""
-PLAIN = {"attention", "linear", "moe", "paged_attention"}
+EAGER_IS_ORACLE_AT_SIZE = {"attention", "linear", "moe", "paged_attention"}
 """Ops whose reference no one would run at size: eager PyTorch's best way stands for it."""
 POINTWISE = {"rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "rope", "cross_entropy", "adamw_step"}
 """Ops that `torch.compile` can fuse; for the others it would only cost minutes."""
@@ -113,7 +114,7 @@ def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
         moved, done = _work(_op(op), args, options, pass_)
         intense = done > 100 * moved
         contestants = _contestants(_op(op), args, options, pass_)
-        difference = insist(_op(op), args, options, pass_)
+        difference = check_at_size(_op(op), args, options, pass_)
         rows += machine.compare(
             case.name,
             contestants,
@@ -128,7 +129,7 @@ def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
     return rows
 
 
-def insist(op: Op, args: list, options: dict, pass_: str) -> float:
+def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
     """How far our results lie from those of eager PyTorch; raises if that is far, or if they change between two runs.
 
     The distance is ‖ours − eager‖ / ‖eager‖, the largest over results and gradients; of whole numbers, the share that
@@ -140,9 +141,9 @@ def insist(op: Op, args: list, options: dict, pass_: str) -> float:
     if not all(torch.equal(a, b) for a, b in zip(first, again)):
         raise AssertionError(f"{op.name}: two runs on the same inputs differ")
     del again
-    eager = _results(op.eager if op.name in PLAIN else op.reference, args, options, pass_)
+    eager = _results(op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else op.reference, args, options, pass_)
     difference = max(map(_distance, first, eager), default=0.0)
-    if not difference < FAR:
+    if not difference < MAX_RELATIVE_ERROR:
         raise AssertionError(f"{op.name}: {difference:.3g} away from eager PyTorch")
     return difference
 
@@ -172,7 +173,7 @@ def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contest
 
         return call
 
-    eager = op.eager if op.name in PLAIN else op.reference
+    eager = op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else op.reference
     calls = {"ours": on("triton"), "torch eager": eager}
     calls |= {"torch.compile": torch.compile(eager)} if op.name in POINTWISE else {}
     calls |= {"ours, portable": _portable(on("triton"))} if op.name == "attention" else {}
@@ -187,11 +188,11 @@ def _portable(call):
     """The same without Hopper's kernels: are they worth having?"""
 
     def portable(*args, **options):
-        enabled, attention_hopper.enabled = attention_hopper.enabled, "0"
+        chosen, attention_hopper.hopper_kernels = attention_hopper.hopper_kernels, set()
         try:
             return call(*args, **options)
         finally:
-            attention_hopper.enabled = enabled
+            attention_hopper.hopper_kernels = chosen
 
     return portable
 
@@ -266,7 +267,7 @@ def draw(record, path) -> None:
                 points.append((f"{row.who}: {op}", max(done, 1) / moved, max(done, 1) / row.seconds.median))
     peak = ceilings.get("matmul bfloat16", 0.0)
     if not points or not peak or "copy" not in ceilings:
-        raise ValueError("a roofline needs a memory-bound op and a product on record; run the bench without --only")
+        raise InputError("a roofline needs a memory-bound op and a product on record; run the bench without --only")
     roofline(points, bandwidth=ceilings["copy"], peak=peak, path=path, title=f"warploom kernels, {record.device}")
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
+from ..engine.errors import InputError
+
 SCHEMA = 1
 Value = float | int | str | bool | None
 
@@ -155,7 +157,7 @@ def load_record(path: Path, bench: str, device: str) -> Record:
             return Record(bench, device)
         return Record.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is no bench record ({type(error).__name__}: {error}); move it away or give another --results"
         ) from None
 

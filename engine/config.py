@@ -15,6 +15,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .errors import InputError
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Small ones to train from nothing, on a laptop; the first is nanoGPT's example for a CPU as a Llama.
     "llama-characters": dict(vocab_size=128, d_model=128, n_layers=4, n_heads=4, max_seq_len=64),
@@ -51,7 +53,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = {  # the numbers that each needs
+    "default": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "dynamic": ("factor", ORIGINAL),
+    "yarn": ("factor", ORIGINAL),
+    "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "longrope": (ORIGINAL,),
+}
 GATED = ("swiglu", "geglu", "clamped_swiglu")
 
 
@@ -235,9 +246,15 @@ class ModelConfig:
             _require(size % 2 == 0, f"position='rope' rotates pairs, so the {name} must be even, not {size}")
             _require(size <= self.head_size, f"{size} columns rotate, but a head has {self.head_size}")
         for name in ("rope_scaling", "local_rope"):
-            kind = (getattr(self, name) or {}).get("rope_type", "default" if name == "local_rope" else None)
-            known = getattr(self, name) is None or kind in ROPE_TYPES
-            _require(known, f"{name}['rope_type'] must be one of {ROPE_TYPES}, not {kind!r}")
+            scaling = getattr(self, name)
+            if scaling is None:
+                continue
+            kind = scaling.get("rope_type", "default" if name == "local_rope" else None)
+            _require(kind in ROPE_TYPES, f"{name}['rope_type'] must be one of {(*ROPE_TYPES,)}, not {kind!r}")
+            for number in ROPE_TYPES[kind]:
+                value = scaling.get(number)
+                fits = isinstance(value, (int, float)) and value > 0
+                _require(fits, f"{name}[{number!r}] of {kind} must be a number above 0, not {value!r}")
 
     def _check_experts(self) -> None:
         if not self.n_experts:
@@ -386,7 +403,7 @@ class ModelConfig:
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """A known shape by name, with any field replaced: `ModelConfig.preset("llama-tiny", vocab_size=8192)`."""
         if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is not known; choose one of: {', '.join(sorted(PRESETS))}")
+            raise InputError(f"preset {name!r} is not known; choose one of: {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **overrides})
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -431,4 +448,4 @@ _CHOICES = {
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise InputError(message)

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,9 +31,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not known; use 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'") from error
+        raise InputError(f"device {device!r} is not known; use 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
+        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
     return chosen
 
 
@@ -42,7 +44,7 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: torch.device | st
     if dtype is None or dtype == "auto":
         return torch.bfloat16 if fast_bf16(torch.device(device)) else torch.float32
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; choose one of: auto, {', '.join(DTYPES)}")
+        raise InputError(f"dtype {dtype!r} is not known; choose one of: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 

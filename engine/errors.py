@@ -1,3 +1,7 @@
-"""What counts as a mistake of whoever called: one sentence and exit code 2, no traceback."""
+"""Errors that users cause: one sentence and exit code 2, no traceback."""
 
-MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError)
+from ..tokenizer.errors import InputError
+
+__all__ = ["USER_ERRORS", "InputError"]
+
+USER_ERRORS = (InputError, FileNotFoundError, IsADirectoryError, PermissionError)

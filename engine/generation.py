@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .errors import InputError
 from .model import Attention, Transformer, dense_attention
 
 
@@ -31,7 +32,7 @@ class KVCache:
     def positions(self, count: int) -> Tensor:
         """Positions of the next `count` tokens of every row, after making sure that they fit."""
         if self.length + count > self.capacity:
-            raise ValueError(
+            raise InputError(
                 f"{self.length} tokens and {count} more do not fit the cache of {self.capacity} "
                 f"(the model's max_seq_len is {self.limit})"
             )
@@ -63,7 +64,7 @@ def generate(
 ) -> Iterator[int]:
     """Tokens that continue `prompt`, one at a time: the same seed gives the same tokens. Temperature 0 is greedy."""
     if not prompt:
-        raise ValueError("the prompt is empty: give at least one token to continue from")
+        raise InputError("the prompt is empty: give at least one token to continue from")
     cache = KVCache(model, 1, len(prompt) + max_tokens)
     tokens = torch.tensor([list(prompt)], device=model.device)
 

@@ -83,7 +83,7 @@ def _one_minus_power(step, LOG_BETA: tl.constexpr):
 
 
 @triton.jit
-def _step_kernel(
+def adamw_kernel(
     param_ptr, grad_ptr, m_ptr, v_ptr, master_ptr,
     lr, step, grad_scale, lr_ptr, step_ptr, scale_ptr, seed, n,
     BETA1: tl.constexpr, BETA2: tl.constexpr, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
@@ -142,7 +142,7 @@ def adamw_launch(
     key, block = ("stochastic", 1024) if stochastic else ("any", 2048)  # random numbers take registers
     tile = tuned("adamw_step", param.device, key, {"BLOCK": block, "num_warps": 8})
     launch(
-        _step_kernel, (cdiv(n, tile["BLOCK"]),),
+        adamw_kernel, (cdiv(n, tile["BLOCK"]),),
         param, grad, exp_avg, exp_avg_sq, param if master is None else master,
         lr, step, grad_scale, *(param if x is None else x for x in tensors), seed if stochastic else 0, n,
         BETA1=beta1, BETA2=beta2, LOG_BETA1=math.log(beta1) if beta1 else -1e4, LOG_BETA2=math.log(beta2),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .core.lang import wide
 from .core.op import Budget, Case, Op
 from .cpu.attention import cpu_attention
-from .gpu.attention_launch import attention_fused
+from .gpu.attention_launch import attention_fused, check_scale
 
 
 def visible(T: int, S: int, causal: bool, window: int | None, device=None) -> torch.Tensor:
@@ -47,7 +47,7 @@ def _attention(
     Ragged batches: pass (T, H, D) and (T, K, D) with the sequences end to end and `cu_seqlens` (N + 1,), the offsets
     between them; no token sees another sequence. `max_seqlen` bounds their length, so that a GPU need not be asked.
     """
-    _check(q, k, v, window, cu_seqlens)
+    _check(q, k, v, window, cu_seqlens, scale)
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
     if cu_seqlens is not None:
         return _each_sequence(_attention, q, k, v, cu_seqlens, options)
@@ -68,7 +68,7 @@ def _attention(
 def _attention_eager(q, k, v, *, causal=True, window=None, softcap=None, scale=None, cu_seqlens=None, max_seqlen=None):
     """PyTorch's own attention, where its meaning is ours: it knows no soft cap, and a row without keys is NaN there."""
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale}
-    _check(q, k, v, window, cu_seqlens)
+    _check(q, k, v, window, cu_seqlens, scale)
     if cu_seqlens is not None:
         return _each_sequence(_attention_eager, q, k, v, cu_seqlens, options)
     T, S = q.shape[1], k.shape[1]
@@ -103,7 +103,7 @@ def _each_sequence(attend, q, k, v, cu_seqlens, options):
     return torch.cat(pieces, 1).reshape(shape)
 
 
-def _check(q, k, v, window, cu_seqlens):
+def _check(q, k, v, window, cu_seqlens, scale):
     H, K = q.shape[-2], k.shape[-2]
     if H % K:
         raise ValueError(f"attention: {H} query heads over {K} key heads; the former must be a multiple of the latter")
@@ -111,6 +111,7 @@ def _check(q, k, v, window, cu_seqlens):
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; it must be at least 1, or None for no limit")
+    check_scale("attention", scale)
     if cu_seqlens is None and q.dim() != 4:
         raise ValueError(f"attention: q has {q.dim()} dimensions; it must be (B, T, H, D), or ragged with cu_seqlens")
 

@@ -117,7 +117,7 @@ def row_gradient(
 
 
 @triton.jit
-def _loss_kernel(
+def cross_entropy_fwd_kernel(
     x_ptr, target_ptr, loss_ptr, lse_ptr, V, x_row, x_col, ignore_index,
     SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def _loss_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def cross_entropy_bwd_kernel(
     x_ptr, target_ptr, lse_ptr, upstream_ptr, dx_ptr, V, x_row, x_col, upstream_stride, ignore_index,
     SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,8 @@ def cross_entropy_forward(
     x_NV = as_rows(logits)
     losses, lse = (torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     launch(
-        _loss_kernel, (len(x_NV),), x_NV, targets.reshape(-1), losses, lse, x_NV.shape[1], *x_NV.stride(), ignore_index,
+        cross_entropy_fwd_kernel, (len(x_NV),), x_NV, targets.reshape(-1), losses, lse,
+        x_NV.shape[1], *x_NV.stride(), ignore_index,
         SMOOTHING=label_smoothing, Z=z_loss, CAP=softcap, **tile_of("cross_entropy_forward", x_NV),
     )  # fmt: skip
     return losses, lse
@@ -193,7 +194,7 @@ def cross_entropy_backward(
     x_NV, upstream_N = as_rows(logits), upstream.reshape(-1)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     launch(
-        _gradient_kernel, (len(x_NV),), x_NV, targets.reshape(-1), lse, upstream_N, gradient,
+        cross_entropy_bwd_kernel, (len(x_NV),), x_NV, targets.reshape(-1), lse, upstream_N, gradient,
         x_NV.shape[1], *x_NV.stride(), upstream_N.stride(0), ignore_index,
         SMOOTHING=label_smoothing, Z=z_loss, CAP=softcap, **tile_of("cross_entropy_backward", x_NV),
     )  # fmt: skip

@@ -16,8 +16,8 @@ M rows, C input channels, F output features.
 import torch
 import torch.nn.functional as nn
 
-from .core.lang import architecture, cdiv, tl, triton, wide
-from .core.launch import AutogradOp, as_rows, even, launch, launcher
+from .core.lang import cdiv, generation, tl, triton, wide
+from .core.launch import AutogradOp, as_rows, last_dim_contiguous, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
 
@@ -32,7 +32,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 @triton.jit(do_not_specialize=["M"])
-def _product_kernel(
+def linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
     SCALED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -58,7 +58,7 @@ def _product_kernel(
 
 def _tile(name: str, x: torch.Tensor, M: int) -> dict:
     """ROWS of x and BLOCK_F features a tile, BLOCK_C channels at a time, by how many rows there are."""
-    arch = architecture(x.device)
+    arch = generation(x.device)
     size, rows = ("few", 16) if M <= 16 else ("some", 64) if M <= 256 else ("many", 256 if arch >= 90 else 128)
     if arch == 0:
         rows, default = 16, {"BLOCK_F": 16, "BLOCK_C": 16 if size == "few" else 32, "num_warps": 4, "num_stages": 1}
@@ -80,12 +80,12 @@ def product(
     name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x · weightᵀ · scale + bias, with the launch settings of the op of that name."""
-    x_MC, weight = even(as_rows(x)), even(weight)
+    x_MC, weight = last_dim_contiguous(as_rows(x)), last_dim_contiguous(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
     tile = _tile(name, x, M)
     launch(
-        _product_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
+        linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
         x_MC, weight, x if scale is None else scale, x if bias is None else bias, y,
         M, F, C, x_MC.stride(0), weight.stride(0),
         SCALED=scale is not None, BIAS=bias is not None, WHOLE=C % tile["BLOCK_C"] == 0, **tile,

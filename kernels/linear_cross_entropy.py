@@ -164,7 +164,7 @@ def _slab(logits_SV, targets_S, options, scale_S):
 
 
 @triton.jit
-def _slab_kernel(
+def linear_cross_entropy_kernel(
     x_ptr, target_ptr, loss_ptr, upstream_ptr, V, x_row, upstream_stride, ignore_index,
     SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -223,7 +223,8 @@ def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidde
         rows = slice(start, min(start + step, N))
         logits_SV = torch.mm(hidden_NC[rows], weight_VC.T, out=slab[: rows.stop - start])
         launch(
-            _slab_kernel, (rows.stop - start,), logits_SV, targets_N[rows], losses_N[rows], upstream_N[rows],
+            linear_cross_entropy_kernel, (rows.stop - start,),
+            logits_SV, targets_N[rows], losses_N[rows], upstream_N[rows],
             V, V, upstream_N.stride(0), ignore_index,
             SMOOTHING=smoothing, Z=z_loss, CAP=softcap, GRADIENT=want_hidden or want_weight,
             **tile_of("linear_cross_entropy", logits_SV),

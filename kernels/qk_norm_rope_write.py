@@ -86,7 +86,7 @@ def _prepare_heads(
 
 
 @triton.jit
-def _prepare_kernel(
+def qk_norm_rope_kv_write_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr,
     q_out_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr,
     q_heads, k_heads, q_token, q_head, q_dim, k_token, k_head, k_dim, v_token, v_head, v_dim, table_row,
@@ -139,7 +139,7 @@ def qk_norm_rope_write_launch(
     norm = q_weight is not None
     width = next_power_of_2(D)
     launch(
-        _prepare_kernel, (T,),
+        qk_norm_rope_kv_write_kernel, (T,),
         q, k, v, q_weight if norm else q, k_weight if norm else k, cos, sin, positions, slots, out, k_pages, v_pages,
         k if k_scale is None else k_scale, v if v_scale is None else v_scale,
         H, K, *q.stride(), *k.stride(), *v.stride(), cos.stride(0),

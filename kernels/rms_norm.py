@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from .core.lang import cdiv, next_power_of_2, tl, triton, wide
-from .core.launch import AutogradOp, as_rows, launch, launcher, processors
+from .core.launch import AutogradOp, as_rows, launch, launcher, sm_count
 from .core.op import Budget, Case, Maker, Op
 from .cpu import pointwise
 
@@ -81,7 +81,7 @@ def _add_rms_norm_eager(x, residual, weight, eps=1e-6):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _forward_kernel(
+def rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, inverse_ptr,
     N, D, x_row, x_col, residual_row, residual_col, weight_col,
     eps: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -137,7 +137,7 @@ def _forward_wide_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "rows_each"])
-def _backward_kernel(
+def rms_norm_bwd_kernel(
     x_ptr, weight_ptr, inverse_ptr, dy_ptr, dsum_ptr, dx_ptr, partial_ptr,
     N, D, rows_each, x_row, x_col, weight_col, dy_row, dy_col, dsum_row, dsum_col,
     ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +234,7 @@ def _launch_forward(x, residual, weight, total, eps):
     tile = _tile(D, FORWARD_WIDTH)
     held = D <= FORWARD_WIDTH
     launch(
-        _forward_kernel if held else _forward_wide_kernel,
+        rms_norm_fwd_kernel if held else _forward_wide_kernel,
         (cdiv(N, tile["ROWS"]) if held else N,),
         rows, other, weight, y, total, inverse_N,
         N, D, *rows.stride(), *other.stride(), *weight.stride(),
@@ -271,14 +271,14 @@ def rms_norm_backward(
     add = dsum is not None
     dsum_rows = as_rows(dsum) if add else dy_rows
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = max(1, min(processors(x.device) * (2 if D > 1024 else 4), N))
+    programs = max(1, min(sm_count(x.device) * (2 if D > 1024 else 4), N))
     rows_each = cdiv(N, programs)
     partial = torch.empty(programs if want_weight else 0, D, dtype=torch.float32, device=x.device)
     strides = (*dy_rows.stride(), *dsum_rows.stride())
     tile = _tile(D, BACKWARD_WIDTH)
     if D <= BACKWARD_WIDTH:
         launch(
-            _backward_kernel, (programs,),
+            rms_norm_bwd_kernel, (programs,),
             rows, weight, inverse_N, dy_rows, dsum_rows, dx, partial,
             N, D, rows_each, *rows.stride(), *weight.stride(), *strides,
             ADD=add, WEIGHT=want_weight, **tile,

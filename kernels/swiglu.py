@@ -97,7 +97,7 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gate_kernel(
+def swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr,
     N, F, gate_row, gate_col, up_row, up_col,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -112,7 +112,7 @@ def _gate_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gate_backward_kernel(
+def swiglu_bwd_kernel(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr,
     N, F, gate_row, gate_col, up_row, up_col, dy_row, dy_col, dgate_row, dup_row,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -132,7 +132,7 @@ def _launch_forward(gate_NF, up_NF, y, activation):
     N, F_ = gate_NF.shape
     grid, tile = _tiles("swiglu_forward", gate_NF)
     launch(
-        _gate_kernel, grid, gate_NF, up_NF, y,
+        swiglu_fwd_kernel, grid, gate_NF, up_NF, y,
         N, F_, *gate_NF.stride(), *up_NF.stride(), ACTIVATION=activation, **tile,
     )  # fmt: skip
     return y
@@ -143,7 +143,7 @@ def _launch_backward(gate_NF, up_NF, dy, dgate_NF, dup_NF, activation):
     dy_NF = as_rows(dy)
     grid, tile = _tiles("swiglu_backward", gate_NF)
     launch(
-        _gate_backward_kernel, grid, gate_NF, up_NF, dy_NF, dgate_NF, dup_NF,
+        swiglu_bwd_kernel, grid, gate_NF, up_NF, dy_NF, dgate_NF, dup_NF,
         N, F_, *gate_NF.stride(), *up_NF.stride(), *dy_NF.stride(), dgate_NF.stride(0), dup_NF.stride(0),
         ACTIVATION=activation, **tile,
     )  # fmt: skip

@@ -70,7 +70,7 @@ def scaled(x, scale_ptr, head, mask, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _write_kernel(
+def kv_write_kernel(
     k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, slots_ptr, k_scale_ptr, v_scale_ptr,
     heads, k_token, k_head, k_dim, v_token, v_head, v_dim,
     D: tl.constexpr, LIMIT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,7 +109,7 @@ def write_pages_launch(
     T, K, D = k.shape
     heads, block = next_power_of_2(K), next_power_of_2(D)
     launch(
-        _write_kernel, (T,),
+        kv_write_kernel, (T,),
         k, v, k_pages, v_pages, slots, k if k_scale is None else k_scale, v if v_scale is None else v_scale,
         K, *k.stride(), *v.stride(), K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
         D=D, LIMIT=page_limit(k_pages), HEADS=heads, BLOCK=block, num_warps=max(1, min(8, heads * block // 512)),

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("engine", "kernels", "tokenizer", "bench")
 FLOORS = [  # from the ground up; a module imports from its own floor or below
+    ("tokenizer.errors",),
     ("tokenizer", "kernels"),
     (
         *("engine.config", "engine.device", "engine.model", "engine.generation", "engine.attention_maps"),

@@ -7,19 +7,43 @@ tok.save("model/")                     # tokenizer.json, which Hugging Face tool
 tok = load_tokenizer("model/")
 """
 
-from .base import Tokenizer
-from .bpe import BPETokenizer
-from .files import load_tokenizer
-from .patterns import PATTERNS
-from .stream import StreamDecoder
-from .words import CharTokenizer, WordTokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Tokenizer
+    from .bpe import BPETokenizer
+    from .errors import InputError
+    from .files import load_tokenizer
+    from .patterns import PATTERNS
+    from .stream import StreamDecoder
+    from .words import CharTokenizer, WordTokenizer
 
 __all__ = [
     "PATTERNS",
     "BPETokenizer",
     "CharTokenizer",
+    "InputError",
     "StreamDecoder",
     "Tokenizer",
     "WordTokenizer",
     "load_tokenizer",
 ]
+
+_HOMES = {
+    "PATTERNS": "patterns",
+    "BPETokenizer": "bpe",
+    "CharTokenizer": "words",
+    "InputError": "errors",
+    "StreamDecoder": "stream",
+    "Tokenizer": "base",
+    "WordTokenizer": "words",
+    "load_tokenizer": "files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first asked for: `errors` is needed where numpy would be too slow to load."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from .chat import GENERATION, Fence, encode_rendered, find_marks
+from .errors import InputError
 
 if TYPE_CHECKING:
     from .base import Tokenizer
@@ -32,7 +33,7 @@ def encode_conversation(
 ) -> tuple[list[int], list[bool]]:
     """The token ids of a conversation, and of each whether it is learned.
 
-    An assistant message with `weight` 0 is not learned. Raises ValueError where nothing is.
+    An assistant message with `weight` 0 is not learned. Raises InputError where nothing is.
     """
     special = tokenizer.special
     fence = Fence(special.ids.keys() - special.plain)
@@ -42,7 +43,7 @@ def encode_conversation(
     pieces = list(encode_rendered(tokenizer, fence, text, spans))
     learned = [learned for ids, learned in pieces for _ in ids]
     if not any(learned):
-        raise ValueError("nothing in it is learned: it has no assistant message with text or tool calls")
+        raise InputError("nothing in it is learned: it has no assistant message with text or tool calls")
     return [token for ids, _ in pieces for token in ids], learned
 
 
@@ -81,7 +82,7 @@ def _tagged_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tupl
     if all(map(_is_learned, said)):
         return text, spans
     if len(spans) != len(said):
-        raise ValueError(f"the chat template marks {len(spans)} stretches for {len(said)} assistant messages")
+        raise InputError(f"the chat template marks {len(spans)} stretches for {len(said)} assistant messages")
     return text, [span for span, message in zip(spans, said) if _is_learned(message)]
 
 
@@ -91,7 +92,7 @@ def _fenced_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tupl
     marked = [_mark(message, places, number) for number, message in enumerate(messages)]
     text, found = places.take(tokenizer.apply_chat_template(marked, **variables))
     if text != tokenizer.apply_chat_template(messages, **variables):
-        raise ValueError(f"the chat template depends on the words of an assistant message{_ADVICE}")
+        raise InputError(f"the chat template depends on the words of an assistant message{_ADVICE}")
     marks = find_marks(tokenizer, fence, text)
     stops = tokenizer.special.stop_ids()
     spans = []
@@ -100,11 +101,11 @@ def _fenced_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tupl
             continue
         ends = found.get(("e", number), [])
         if len(ends) != 1:
-            raise ValueError(f"the chat template shows message {number + 1} {len(ends)} times{_ADVICE}")
+            raise InputError(f"the chat template shows message {number + 1} {len(ends)} times{_ADVICE}")
         begin = _end_of_prompt(tokenizer, messages[:number], variables, text, ends[0])
         begin = found.get(("b", number), [None])[0] if begin is None else begin
         if begin is None:
-            raise ValueError(f"the chat template shows message {number + 1} without its beginning{_ADVICE}")
+            raise InputError(f"the chat template shows message {number + 1} without its beginning{_ADVICE}")
         if _is_learned(message):
             spans.append((begin, _end_of_turn(text, ends[0], marks, stops if message.get("tool_calls") else None)))
     return text, spans
@@ -132,7 +133,7 @@ def _mark(message: dict, places: _Places, number: int) -> dict:
             parts[index] = {**parts[index], "text": _around(parts[index]["text"], before, behind)}
         changed["content"] = parts
     elif not calls:
-        raise ValueError(f"message {number + 1} is an assistant's and says nothing")
+        raise InputError(f"message {number + 1} is an assistant's and says nothing")
     if calls:
         last = calls[-1]
         called = last.get("function", last)

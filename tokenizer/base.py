@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from .chat import render
+from .errors import InputError
 from .sources import atomic_writer, read_pieces, write_text
 from .specials import Follows, SpecialTokens, cut_stream
 from .stream import StreamDecoder
@@ -258,8 +259,8 @@ class Tokenizer(ABC):
         variables = {**self.special.roles(), **variables, "add_generation_prompt": add_generation_prompt}
         return render(self.chat_template, messages, variables)
 
-    def _bad_id(self, token_id: object) -> ValueError:
-        return ValueError(f"token id {token_id} is not in this vocabulary, whose ids are 0 to {self.vocab_size - 1}")
+    def _bad_id(self, token_id: object) -> InputError:
+        return InputError(f"token id {token_id} is not in this vocabulary, whose ids are 0 to {self.vocab_size - 1}")
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -273,11 +274,11 @@ def default_threads(threads: int | None) -> int:
     if threads is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads < 1:
-        raise ValueError(f"threads is {threads}; it must be at least 1, or None for every core")
+        raise InputError(f"threads is {threads}; it must be at least 1, or None for every core")
     return threads
 
 
-def id_array(ids: Iterable[int], bad_id: Callable[[object], ValueError]) -> np.ndarray:
+def id_array(ids: Iterable[int], bad_id: Callable[[object], InputError]) -> np.ndarray:
     """Ids in whatever form as a flat array of whole numbers."""
     if not isinstance(ids, np.ndarray):
         ids = list(ids)
@@ -289,5 +290,5 @@ def id_array(ids: Iterable[int], bad_id: Callable[[object], ValueError]) -> np.n
             raise bad_id(next((i for i in ids if not isinstance(i, (int, np.integer)) or abs(i) >= 1 << 63), ids))
         ids = array
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(f"ids must be a flat sequence of whole numbers, not {ids.ndim} dimensions of {ids.dtype}")
+        raise InputError(f"ids must be a flat sequence of whole numbers, not {ids.ndim} dimensions of {ids.dtype}")
     return ids

@@ -17,6 +17,7 @@ import numpy as np
 from . import native, rank_files
 from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
+from .errors import InputError
 from .metaspace import SPACE, Metaspace, bytes_of, spell_piece
 from .patterns import FORMS, Pattern, compile_pattern, pattern_name, safe_cut
 from .pipeline import BPE_FLAGS, stages_of
@@ -60,7 +61,7 @@ class BPETokenizer(Tokenizer):
         self.metaspace = metaspace
         _check_vocabulary(vocab, merges, self.special.ids, metaspace)
         if normalizer is not None and normalizer not in FORMS:
-            raise ValueError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
+            raise InputError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
         self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
         bytes_alone = metaspace.byte_tokens if metaspace else {}
         self._tokens = {token_id: bytes([byte]) for byte, token_id in bytes_alone.items()}
@@ -124,14 +125,14 @@ class BPETokenizer(Tokenizer):
         specials = list(dict.fromkeys(special_tokens))
         num_merges = vocab_size - 256 - len(specials)
         if num_merges < 0:
-            raise ValueError(
+            raise InputError(
                 f"vocab_size is {vocab_size}; 256 bytes and {len(specials)} special tokens need at least "
                 f"{256 + len(specials)}"
             )
         if min_frequency < 1:
-            raise ValueError(f"min_frequency is {min_frequency}; it must be at least 1")
+            raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
         if max_token_length is not None and max_token_length < 1:
-            raise ValueError(f"max_token_length is {max_token_length}; it must be at least 1, or None")
+            raise InputError(f"max_token_length is {max_token_length}; it must be at least 1, or None")
         tie_key(ties)
         compile_pattern(pattern)
         rules = (num_merges, ties, min_frequency, max_token_length, progress)
@@ -427,20 +428,20 @@ def _check_vocabulary(
 ) -> None:
     ids = set(vocab.values())
     if not ids:
-        raise ValueError("vocab is empty; it must hold at least one token")
+        raise InputError("vocab is empty; it must hold at least one token")
     if len(ids) != len(vocab):
-        raise ValueError("vocab gives one id to several tokens; each token needs an id of its own")
+        raise InputError("vocab gives one id to several tokens; each token needs an id of its own")
     if min(ids) < 0 or max(ids) >= 1 << 28:
-        raise ValueError(f"vocab has ids from {min(ids)} to {max(ids)}; ids go from 0 to {(1 << 28) - 1}")
+        raise InputError(f"vocab has ids from {min(ids)} to {max(ids)}; ids go from 0 to {(1 << 28) - 1}")
     for left, right in merges:
         for token in (left, right, left + right):
             if token not in vocab:
-                raise ValueError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
+                raise InputError(f"merges holds ({left!r}, {right!r}), but vocab lacks {token!r}")
         if not left or not right:
-            raise ValueError(f"merges holds ({left!r}, {right!r}); both halves need at least one byte")
+            raise InputError(f"merges holds ({left!r}, {right!r}); both halves need at least one byte")
     if metaspace and (missing := [byte for byte, token in enumerate(bytes_of(vocab, metaspace)) if token is None]):
-        raise ValueError(f"vocab lacks a token for the byte 0x{missing[0]:02x}; unknown tokens are not implemented")
+        raise InputError(f"vocab lacks a token for the byte 0x{missing[0]:02x}; unknown tokens are not implemented")
     for token, token_id in specials.items():
         spelled = token.replace(SPACE, " ") if metaspace else token
         if token_id in ids and vocab.get(spelled.encode()) != token_id:
-            raise ValueError(f"special token {token!r} has id {token_id}, which vocab gives to another token")
+            raise InputError(f"special token {token!r} has id {token_id}, which vocab gives to another token")

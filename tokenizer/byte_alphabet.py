@@ -5,6 +5,8 @@ the 256 bytes gets a printable character: itself where it is one in Latin-1, oth
 A space becomes Ġ, a newline Ċ.
 """
 
+from .errors import InputError
+
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 
@@ -25,4 +27,4 @@ def to_bytes(text: str) -> bytes:
     try:
         return bytes(map(CHAR_TO_BYTE.__getitem__, text))
     except KeyError as error:
-        raise ValueError(f"token {text!r} holds {error.args[0]!r}, which is not in the byte alphabet") from None
+        raise InputError(f"token {text!r} holds {error.args[0]!r}, which is not in the byte alphabet") from None

@@ -17,6 +17,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from .base import Tokenizer
 
@@ -35,7 +37,7 @@ def render(source: str | None, messages: list[dict], variables: Mapping[str, Any
         return compile_template(source or DEFAULT).render(given)
     except Exception as error:  # foreign code may raise anything
         said = str(error) or type(error).__name__
-        raise ValueError(f"the chat template refused these messages: {said}") from None
+        raise InputError(f"the chat template refused these messages: {said}") from None
 
 
 @lru_cache(maxsize=16)
@@ -84,7 +86,7 @@ def compile_template(source: str) -> Any:
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template does not compile: {error.message} (line {error.lineno})") from None
+        raise InputError(f"the chat template does not compile: {error.message} (line {error.lineno})") from None
 
 
 def encode_chat(tokenizer: "Tokenizer", messages: list[dict], /, **variables: Any) -> list[int]:
@@ -94,7 +96,7 @@ def encode_chat(tokenizer: "Tokenizer", messages: list[dict], /, **variables: An
     try:
         messages, variables = fence.around(messages), fence.around(variables)
     except RecursionError:
-        raise ValueError("the messages are nested too deeply") from None
+        raise InputError("the messages are nested too deeply") from None
     prompt = tokenizer.apply_chat_template(messages, **variables)
     return [token for ids, _ in encode_rendered(tokenizer, fence, prompt) for token in ids]
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from .base import Tokenizer
 from .bpe import BPETokenizer
 from .byte_alphabet import to_bytes
+from .errors import InputError
 from .metaspace import SPACE, bytes_of, pattern_for
 from .pipeline import added_tokens, check_overlaps, flat, metaspace_of, normalizer_of, pattern_of, prefix_of
 from .rank_files import read_json
+from .sources import read_text
 from .specials import SpecialTokens
 from .words import CharTokenizer, WordTokenizer, is_char_split, is_word_split
 
@@ -26,14 +28,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} is neither a tokenizer.json nor a directory that holds one")
+        raise InputError(f"{path} is neither a tokenizer.json nor a directory that holds one")
     data = read_json(file)
     try:
         tokenizer = _from_json(data)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a complete tokenizer.json: {type(error).__name__} {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise InputError(f"{file} is not a complete tokenizer.json: {type(error).__name__} {error}") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     _read_neighbors(tokenizer, file.parent)
     return tokenizer
 
@@ -46,7 +48,7 @@ def _read_neighbors(tokenizer: Tokenizer, directory: Path) -> None:
 
     jinja_file = directory / "chat_template.jinja"
     tokenizer.config = config = read("tokenizer_config.json")
-    tokenizer.chat_template = jinja_file.read_text("utf-8") if jinja_file.is_file() else _template_of(config)
+    tokenizer.chat_template = read_text(jinja_file) if jinja_file.is_file() else _template_of(config)
     names = {**read("special_tokens_map.json"), **config}
     for role in ("bos", "eos"):
         name = names.get(f"{role}_token")
@@ -87,7 +89,7 @@ def _from_json(data: dict) -> Tokenizer:
     elif kind == "WordLevel":
         tokenizer = _words_from_json(data, model, special)
     else:
-        raise ValueError(f'model.type is "{kind}"; implemented are "BPE" and "WordLevel"')
+        raise InputError(f'model.type is "{kind}"; implemented are "BPE" and "WordLevel"')
     tokenizer.prefix_ids = prefix_of(data.get("post_processor"))
     return tokenizer
 
@@ -95,7 +97,7 @@ def _from_json(data: dict) -> Tokenizer:
 def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokenizer:
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise ValueError(f"model.{field} is {model[field]!r}, which is not implemented")
+            raise InputError(f"model.{field} is {model[field]!r}, which is not implemented")
     check_overlaps(special)
     entries = model["vocab"].items()
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -107,13 +109,13 @@ def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokeni
     tokens, options = read(data, spelled)
     vocab = {token: spelled[text] for text, token in tokens.items()}
     if len(vocab) != len(tokens):
-        raise ValueError("model.vocab spells one token in two ways, with a space and with ▁, which is not implemented")
+        raise InputError("model.vocab spells one token in two ways, with a space and with ▁, which is not implemented")
     merges = [(tokens[left], tokens[right]) for left, right in pairs]
     whole_words = bool(model.get("ignore_merges"))
     if "metaspace" in options:
         options["pattern"] = pattern_for(merges, whole_words)
     elif model.get("unk_token") and None in bytes_of(vocab, None):
-        raise ValueError(f"model.unk_token is {model['unk_token']!r} and bytes are missing, which is not implemented")
+        raise InputError(f"model.unk_token is {model['unk_token']!r} and bytes are missing, which is not implemented")
     tokenizer = BPETokenizer(vocab, merges, special, whole_words=whole_words, **options)
     stages = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     kept = {name: value for name, value in model.items() if name not in _FIXED}
@@ -125,7 +127,7 @@ def _read_byte_level(data: dict, spelled: dict[str, int]) -> tuple[dict[str, byt
     """The tokens of a byte-level vocabulary, and what BPETokenizer must know besides."""
     decoder = data.get("decoder") or {}
     if decoder.get("type") != "ByteLevel":
-        raise ValueError(
+        raise InputError(
             f"decoder.type is {decoder.get('type')!r}; implemented are ByteLevel, and SentencePiece with byte_fallback"
         )
     pattern, form = pattern_of(data.get("pre_tokenizer")), normalizer_of(data.get("normalizer"))
@@ -150,7 +152,7 @@ def _words_from_json(data: dict, model: dict, special: SpecialTokens) -> Tokeniz
         return CharTokenizer(vocab, special, unknown)
     if is_word_split(source) and normalizers in ([], ["Lowercase"]):
         return WordTokenizer(vocab, special, unknown, lowercase=bool(normalizers))
-    raise ValueError(
+    raise InputError(
         "pre_tokenizer of this WordLevel model is not one that CharTokenizer or WordTokenizer writes: "
         f"{json.dumps(data.get('pre_tokenizer'))[:200]}"
     )

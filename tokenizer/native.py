@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from .byte_alphabet import HF_ORDER
+from .errors import InputError
 from .metaspace import Metaspace, bytes_of, character_merges
 from .patterns import Pattern, pattern_name, split
 from .reference import Merges, Progress, WordCounts, count_words
@@ -95,7 +96,7 @@ def file_blocks(
                 continue
             invalid = native.first_invalid_utf8(view[:cut])
             if invalid < cut:
-                raise ValueError(f"{path} is not valid UTF-8 at byte {done + invalid}")
+                raise InputError(f"{path} is not valid UTF-8 at byte {done + invalid}")
             if cut:
                 yield view[:cut], follows
                 follows = behind

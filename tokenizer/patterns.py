@@ -18,6 +18,8 @@ from functools import lru_cache
 
 import regex
 
+from .errors import InputError
+
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,7 +72,7 @@ def compile_pattern(pattern: Pattern) -> tuple[regex.Pattern, ...]:
         return tuple(map(regex.compile, pattern_steps(pattern)))
     except regex.error as error:
         names = ", ".join(PATTERNS)
-        raise ValueError(
+        raise InputError(
             f"pattern {pattern!r} is not a valid regular expression ({error}); known names: {names}"
         ) from None
 

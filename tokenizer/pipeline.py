@@ -13,6 +13,7 @@ from typing import Any
 
 import regex
 
+from .errors import InputError
 from .metaspace import SPACE, Metaspace
 from .patterns import FORMS, PATTERNS, Pattern, pattern_name, pattern_steps
 from .specials import SpecialTokens
@@ -33,7 +34,7 @@ def added_tokens(entries: list[dict]) -> SpecialTokens:
     """Added tokens with their flags."""
     special = SpecialTokens({entry["content"]: entry["id"] for entry in entries})
     if odd := next((entry["content"] for entry in entries if entry.get("single_word")), None):
-        raise ValueError(f"added_tokens: {odd!r} sets single_word, which is not implemented")
+        raise InputError(f"added_tokens: {odd!r} sets single_word, which is not implemented")
     special.plain = frozenset(entry["content"] for entry in entries if not entry.get("special", True))
     for flag in ("lstrip", "rstrip", "normalized"):
         setattr(special, flag, frozenset(entry["content"] for entry in entries if entry.get(flag)))
@@ -54,7 +55,7 @@ def check_overlaps(special: SpecialTokens) -> None:
         inside = any(token[i:j] in early for i in range(len(token)) for j in range(i + 1, len(token) + 1))
         space = (token in strip and spaced & early) or (token in spaced and strip & early)
         if inside or space or any(token[i:] in begins or token[:i] in ends for i in cuts):
-            raise ValueError(
+            raise InputError(
                 f"added_tokens: {token!r} is normalized and may overlap one that is not, which is not implemented"
             )
 
@@ -65,7 +66,7 @@ def normalizer_of(stage: dict | None) -> str | None:
     if not steps:
         return None
     if len(steps) > 1 or steps[0] not in FORMS:
-        raise ValueError(f"normalizer is {' + '.join(steps)}; implemented are none and {', '.join(FORMS)}")
+        raise InputError(f"normalizer is {' + '.join(steps)}; implemented are none and {', '.join(FORMS)}")
     return steps[0]
 
 
@@ -84,7 +85,7 @@ def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, M
         elif kind == "Replace" and pattern and not spaced:
             replaces[pattern] = content
         else:
-            raise ValueError(f"normalizer holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
+            raise InputError(f"normalizer holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
     for step in flat(data.get("pre_tokenizer"), "pretokenizers"):
         kind, pattern = step["type"], step.get("pattern", {}).get("String", "")
         if kind == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True):
@@ -92,11 +93,11 @@ def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, M
             fields = fields or {"prefix": scheme, "if_missing": scheme != "never"}
             spaced = True
         elif kind != "Split" or not spaced or not (" " in pattern or pattern in replaces):  # the others never match
-            raise ValueError(
+            raise InputError(
                 f"pre_tokenizer holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback"
             )
     if not spaced:
-        raise ValueError("normalizer and pre_tokenizer leave spaces as they are, which byte_fallback needs as ▁")
+        raise InputError("normalizer and pre_tokenizer leave spaces as they are, which byte_fallback needs as ▁")
     strip = _strip_of(data.get("decoder"))
     return form, Metaspace(byte_tokens, **fields, strip=strip, replaces=tuple(replaces.items()))
 
@@ -116,7 +117,7 @@ def _strip_of(stage: dict | None) -> str:
         elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0):
             strip = "space"
         elif kind not in ("Metaspace", "ByteFallback", "Fuse") and step.get("pattern") != {"String": SPACE}:
-            raise ValueError(f"decoder holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
+            raise InputError(f"decoder holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
     return strip
 
 
@@ -125,9 +126,9 @@ def pattern_of(stage: dict | None) -> Pattern:
     steps = flat(stage, "pretokenizers")
     if not steps or steps[-1]["type"] != "ByteLevel":
         shown = " + ".join(step["type"] for step in steps) or "none"
-        raise ValueError(f"pre_tokenizer is {shown}; implemented are steps that end with ByteLevel")
+        raise InputError(f"pre_tokenizer is {shown}; implemented are steps that end with ByteLevel")
     if steps[-1].get("add_prefix_space", True):
-        raise ValueError("pre_tokenizer.add_prefix_space is true, which is not implemented")
+        raise InputError("pre_tokenizer.add_prefix_space is true, which is not implemented")
     patterns = [split_pattern(step) for step in steps[:-1]]
     if steps[-1].get("use_regex", True):
         patterns.append("gpt2")
@@ -144,7 +145,7 @@ def split_pattern(step: dict[str, Any]) -> str:
         return _PUNCTUATION + ("+" if behavior == "Contiguous" else "")
     if kind != "Split":
         shown = f"{kind} with behavior {behavior}" if kind == "Punctuation" else kind
-        raise ValueError(f"pre_tokenizer holds {shown}; implemented before ByteLevel are Split, Digits and Punctuation")
+        raise InputError(f"pre_tokenizer holds {shown}; implemented before ByteLevel are Split, Digits and Punctuation")
     source = step["pattern"].get("Regex")
     source = regex.escape(step["pattern"]["String"]) if source is None else source
     if not step.get("invert"):
@@ -159,7 +160,7 @@ def split_pattern(step: dict[str, Any]) -> str:
             return rf"(?:{source})+"
     elif behavior == "Removed" and pattern_name(source):  # the pattern leaves nothing out, so nothing is removed
         return source
-    raise ValueError(
+    raise InputError(
         f'pre_tokenizer.behavior is "{behavior}" (invert {bool(step.get("invert"))}), which is not implemented'
     )
 

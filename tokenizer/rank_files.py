@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .byte_alphabet import to_bytes
+from .errors import InputError
 from .reference import Merges, PythonBPE
+from .sources import read_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -16,11 +18,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+        raise InputError(f"{path} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; it must hold an object")
+        raise InputError(f"{path} holds a {type(data).__name__}; it must hold an object")
     return data
 
 
@@ -34,9 +36,9 @@ def read_tiktoken(path: str | Path) -> dict[bytes, int]:
             token, rank = line.split()
             vocab[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{path} line {number} is {line[:60]!r}; it must be a base64 token and its rank") from None
+            raise InputError(f"{path} line {number} is {line[:60]!r}; it must be a base64 token and its rank") from None
     if missing := next((byte for byte in range(256) if bytes([byte]) not in vocab), None):
-        raise ValueError(f"{path} lacks the single byte 0x{missing:02x}; a byte-level vocabulary holds all 256")
+        raise InputError(f"{path} lacks the single byte 0x{missing:02x}; a byte-level vocabulary holds all 256")
     return vocab
 
 
@@ -75,7 +77,7 @@ def tiktoken_lines(vocab: dict[bytes, int], merges: Merges) -> str:
     """The content of a rank file; ids are the ranks, so they must rise in the order of the merges."""
     ids = [vocab[left + right] for left, right in merges]
     if ids != sorted(ids):
-        raise ValueError("tiktoken needs ids that rise in the order of the merges; this vocabulary's do not")
+        raise InputError("tiktoken needs ids that rise in the order of the merges; this vocabulary's do not")
     ordered = sorted(vocab.items(), key=lambda item: item[1])
     return "".join(f"{base64.b64encode(token).decode()} {token_id}\n" for token, token_id in ordered)
 
@@ -87,11 +89,11 @@ def read_gpt2_files(
     vocab = read_json(Path(vocab_json))
     specials = {token: vocab.pop(token) for token in special_tokens if token in vocab}
     merges = []
-    for number, line in enumerate(Path(merges_txt).read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(merges_txt).split("\n"), 1):
         if not line or line.startswith("#version"):
             continue
         parts = line.split(" ")
         if len(parts) != 2:
-            raise ValueError(f"{merges_txt} line {number} is {line[:60]!r}; it must be two tokens and one space")
+            raise InputError(f"{merges_txt} line {number} is {line[:60]!r}; it must be two tokens and one space")
         merges.append((to_bytes(parts[0]), to_bytes(parts[1])))
     return {to_bytes(text): token_id for text, token_id in vocab.items()}, merges, specials

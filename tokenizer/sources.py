@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import InputError
+
 Corpus = str | Path | Iterable[str | Path]
 
 _CHUNK = 1 << 20
@@ -29,14 +31,14 @@ def documents(corpus: Corpus) -> Iterator[str | Path]:
             return
         if any(are_files):
             missing = corpus[are_files.index(False)]
-            raise ValueError(f"corpus names files, but {missing[:100]!r} is not one")
+            raise InputError(f"corpus names files, but {missing[:100]!r} is not one")
     for item in corpus:
         if isinstance(item, Path):
             yield existing(item)
         elif isinstance(item, str):
             yield item
         else:
-            raise ValueError(f"corpus holds a {type(item).__name__}; it must hold texts (str) or paths")
+            raise InputError(f"corpus holds a {type(item).__name__}; it must hold texts (str) or paths")
 
 
 def size_of(corpus: Corpus) -> int:
@@ -50,7 +52,7 @@ def existing(path: str | Path) -> Path:
     """The path, if it is a file."""
     if not _is_file(path):
         shown = str(path) if len(str(path)) < 100 else str(path)[:100] + "…"
-        raise ValueError(f"corpus {shown!r} is not a file; pass a path, a list of paths, or an iterable of texts")
+        raise InputError(f"corpus {shown!r} is not a file; pass a path, a list of paths, or an iterable of texts")
     return Path(path)
 
 
@@ -73,12 +75,17 @@ def read_pieces(path: str | Path, size: int = _CHUNK) -> Iterator[str]:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 where = position - held + error.start
-                raise ValueError(f"{path} is not valid UTF-8 at byte {where}: {error.reason}") from None
+                raise InputError(f"{path} is not valid UTF-8 at byte {where}: {error.reason}") from None
             if text:
                 yield text
             if not data:
                 return
             position += len(data)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; newlines stay as they are."""
+    return "".join(read_pieces(path))
 
 
 def unfinished(path: str | Path) -> Path:

@@ -12,6 +12,8 @@ from typing import Literal
 
 import regex
 
+from .errors import InputError
+
 Follows = Literal["start", "added", "text"]  # what stands before a stretch of text: nothing, an added token, other text
 
 # Which tokens begin and end a text, where no file says so: the first of these names that the vocabulary holds.
@@ -28,13 +30,13 @@ class SpecialTokens:
     def __init__(self, ids: dict[str, int]) -> None:
         for token, token_id in ids.items():
             if not isinstance(token, str) or not token:
-                raise ValueError(f"special token {token!r} must be a string of at least one character")
+                raise InputError(f"special token {token!r} must be a string of at least one character")
             if not 0 <= token_id < 1 << 28:
-                raise ValueError(f"special token {token!r} has id {token_id}; ids go from 0 to {(1 << 28) - 1}")
+                raise InputError(f"special token {token!r} has id {token_id}; ids go from 0 to {(1 << 28) - 1}")
         self.ids = dict(ids)
         self.texts = {token_id: token for token, token_id in ids.items()}
         if len(self.texts) != len(self.ids):
-            raise ValueError(f"special_tokens gives one id to several tokens: {ids}")
+            raise InputError(f"special_tokens gives one id to several tokens: {ids}")
         self.eos: str | None = next((name for name in _END_NAMES if name in ids), None)
         self.bos: str | None = next((name for name in _BEGIN_NAMES if name in ids), None)
         self.stops: frozenset[int] = frozenset()  # ids that config files name as ends besides `eos`
@@ -58,10 +60,10 @@ class SpecialTokens:
         if allowed_special == "none":
             return {name: self.ids[name] for name in self.plain}
         if isinstance(allowed_special, str):
-            raise ValueError(f'allowed_special is {allowed_special!r}; it must be "none", "all" or a set of tokens')
+            raise InputError(f'allowed_special is {allowed_special!r}; it must be "none", "all" or a set of tokens')
         names = set(allowed_special)
         if unknown := sorted(names - self.ids.keys()):
-            raise ValueError(f"allowed_special names {unknown[0]!r}, but the special tokens are {sorted(self.ids)}")
+            raise InputError(f"allowed_special names {unknown[0]!r}, but the special tokens are {sorted(self.ids)}")
         return {name: self.ids[name] for name in names | self.plain}
 
     def find(self, text: str, allowed: Iterable[str]) -> Iterator[tuple[int, int, str]]:

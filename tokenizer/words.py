@@ -13,6 +13,7 @@ from pathlib import Path
 import regex
 
 from .base import Tokenizer, id_array
+from .errors import InputError
 from .sources import Corpus, documents, read_pieces
 from .specials import SpecialTokens, cut_stream, finder
 
@@ -37,11 +38,11 @@ class _Vocabulary(Tokenizer):
     ) -> None:
         super().__init__(special_tokens, chat_template)
         if unknown not in self.special.ids:
-            raise ValueError(f"special_tokens lacks the unknown token {unknown!r}: {sorted(self.special.ids)}")
+            raise InputError(f"special_tokens lacks the unknown token {unknown!r}: {sorted(self.special.ids)}")
         self._vocab = dict(vocab)
         self._tokens = {token_id: token for token, token_id in vocab.items()}
         if len(self._tokens) != len(vocab) or self._tokens.keys() & self.special.texts.keys():
-            raise ValueError("vocab gives one id to several tokens; each token needs an id of its own")
+            raise InputError("vocab gives one id to several tokens; each token needs an id of its own")
         self.unknown, self.unknown_id = unknown, self.special.ids[unknown]
 
     @property
@@ -133,7 +134,7 @@ class WordTokenizer(_Vocabulary):
         """Keep the most frequent words of a corpus (among equals, in code point order), after the special tokens."""
         specials = list(dict.fromkeys([*special_tokens, UNK]))
         if vocab_size <= len(specials):
-            raise ValueError(f"vocab_size is {vocab_size}; it must exceed the {len(specials)} special tokens")
+            raise InputError(f"vocab_size is {vocab_size}; it must exceed the {len(specials)} special tokens")
         counts: Counter[str] = Counter()
         for block in _blocks(corpus, specials, _cut_at_space):
             for stretch in finder(frozenset(specials)).split(block):

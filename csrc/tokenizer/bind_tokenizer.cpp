@@ -226,7 +226,7 @@ py::bytes decode_array(const Decoder& decoder, const py::array& ids) {
     if (ids.dtype().kind() == 'u' && ids.itemsize() == 2) return decode_as(uint16_t{});
     if (ids.dtype().kind() == 'u' && ids.itemsize() == 4) return decode_as(uint32_t{});
     if (ids.dtype().kind() != 'u' && ids.dtype().kind() != 'i' && ids.size() > 0)
-        throw py::value_error("ids must be whole numbers, not " + std::string(py::str(ids.dtype())));
+        throw std::invalid_argument("ids must be whole numbers, not " + std::string(py::str(ids.dtype())));
     return decode_as(int64_t{});
 }
 
@@ -245,9 +245,24 @@ py::array_t<uint64_t> split(py::handle text, const std::string& pattern) {
     return py::array_t<uint64_t>(static_cast<py::ssize_t>(all.size()), all.data());
 }
 
+// What a text, a vocabulary or a list of ids is refused for, as the rest of the tokenizer says it.
+void as_input_error(std::exception_ptr error) {
+    const auto raise = [](const char* what) {
+        PyErr_SetString(py::module_::import("warploom.tokenizer.errors").attr("InputError").ptr(), what);
+    };
+    try {
+        std::rethrow_exception(error);
+    } catch (const std::invalid_argument& refusal) {
+        raise(refusal.what());
+    } catch (const std::length_error& refusal) {
+        raise(refusal.what());
+    }
+}
+
 }  // namespace
 
 void bind_tokenizer(py::module_& module) {
+    py::register_local_exception_translator(&as_input_error);
     py::enum_<Follows>(module, "Follows")
         .value("start", Follows::kStart)
         .value("added", Follows::kAdded)

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
-from ..errors import MISTAKES
+from ..errors import USER_ERRORS
 
 VERBS = {
     "demo": "the whole loom in a few minutes: corpus, tokenizer, training, samples",
@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nwarploom: interrupted", file=sys.stderr)
         return 130
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         if os.environ.get("WARPLOOM_DEBUG"):
             raise
         print(f"warploom {verb}: {' '.join(str(error).split())}", file=sys.stderr)

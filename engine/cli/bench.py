@@ -16,6 +16,7 @@ from typing import get_args, get_type_hints
 from ... import bench as benches
 from ...bench import table
 from ...bench.harness import Options, Outcome, run_bench
+from ..errors import InputError
 
 BENCHES = ("kernels", "tokenizer", "train", "serve", "data", "kills")
 
@@ -25,7 +26,7 @@ def run(argv: list[str]) -> int:
     bench = _chooser().parse_args(argv if argv[:1] in (["-h"], ["--help"]) else argv[:1]).bench
     if bench != "all" and not _exists(bench):
         there = ", ".join(filter(_exists, BENCHES))
-        raise ValueError(f"there is no {bench!r} bench yet (no {bench}.py in warploom/bench); there are: {there}")
+        raise InputError(f"there is no {bench!r} bench yet (no {bench}.py in warploom/bench); there are: {there}")
     begin, failed = time.monotonic(), 0
     for name in filter(_exists, BENCHES) if bench == "all" else [bench]:
         spent = (time.monotonic() - begin) / 60

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...tokenizer.sources import write_text
+from ..errors import InputError
 from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.sampling_params import SamplingParams
@@ -96,7 +97,7 @@ class Chat:
             return f"{name} is not a command; /help lists them"
         try:
             return self._commands[name](rest.strip())
-        except ValueError as error:
+        except InputError as error:
             return str(error)
 
     def say(self, text: str) -> int:
@@ -109,7 +110,7 @@ class Chat:
                 print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             status = 130
-        except (ValueError, EngineError) as error:
+        except (InputError, EngineError) as error:
             self.messages.pop()
             print(f"chat: {error}", file=sys.stderr)
             return 2
@@ -136,7 +137,7 @@ class Chat:
         try:
             value = kind(text)
         except ValueError:
-            raise ValueError(f"{name} needs a number, got {text!r}") from None
+            raise InputError(f"{name} needs a number, got {text!r}") from None
         self.params = dataclasses.replace(self.params, **{name: value})
         return f"{name} is {value}"
 
@@ -151,7 +152,7 @@ class Chat:
         try:
             write_text(path, json.dumps(self._messages(), ensure_ascii=False, indent=2) + "\n")
         except OSError as error:
-            raise ValueError(f"cannot save to {path}: {error.strerror or error}") from None
+            raise InputError(f"cannot save to {path}: {error.strerror or error}") from None
         return f"saved {len(self.messages)} messages to {path}"
 
     def _reset(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import InputError
 from .flags import parse
 
 
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
         with Bar(corpus.name) as advance:
             data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
     except ConnectionError as error:
-        raise ValueError(f"{error}; the same command goes on where this one stopped") from error
+        raise InputError(f"{error}; the same command goes on where this one stopped") from error
     for name, info in data.meta.splits.items():
         rate = info.bytes / info.tokens if info.tokens else 0
         print(f"{name}: {info.tokens:,} tokens of {info.documents:,} documents, {rate:.2f} bytes a token")

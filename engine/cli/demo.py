@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from . import available
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples (default: 0)")
     options = parser.parse_args(argv)
     if options.steps is not None and options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, not {options.steps}")
+        raise InputError(f"--steps must be at least 1, not {options.steps}")
 
     from ..training import TrainConfig, train
     from .train import callback

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from ..errors import InputError
 from .flags import parse
 
 
@@ -46,17 +47,17 @@ def run(argv: list[str]) -> int:
     device = pick_device(flags.device)
     model, tokenizer = load_model(flags.model, device, pick_dtype(flags.dtype, device))
     if tokenizer is None:
-        raise ValueError(f"{flags.model} has no tokenizer.json, so there is no text to measure it on")
+        raise InputError(f"{flags.model} has no tokenizer.json, so there is no text to measure it on")
     with tempfile.TemporaryDirectory() as scratch:
         if (Path(flags.data) / "meta.json").is_file():
             data, name = TokenData(flags.data), flags.split
             if data.meta.tokenizer_sha256 != file_hash(resolve_model(flags.model) / "tokenizer.json"):
-                raise ValueError(f"{flags.data} was tokenized with another tokenizer than {flags.model} has")
+                raise InputError(f"{flags.data} was tokenized with another tokenizer than {flags.model} has")
         else:
             data, name = write_token_data(files([flags.data]), tokenizer, Path(scratch) / "tokens", (1.0,)), "train"
         split = data.split(name)
         if len(split) < 2:
-            raise ValueError(f"{flags.data} has {len(split)} tokens in {name!r}: at least 2 are needed")
+            raise InputError(f"{flags.data} has {len(split)} tokens in {name!r}: at least 2 are needed")
         context = min(flags.context or model.config.max_seq_len, model.config.max_seq_len)
         batches = validation_batches(split, flags.batch_size, context, flags.limit)
         found = evaluate(model, batches, token_bytes(tokenizer))

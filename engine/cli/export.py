@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import InputError
+
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
@@ -19,7 +21,7 @@ def run(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     if options.dtype == "q8_0" and options.to != "gguf":
-        raise ValueError(f"dtype q8_0 is a format of gguf, not of {options.to}")
+        raise InputError(f"dtype q8_0 is a format of gguf, not of {options.to}")
     FORMATS[options.to](options)
     return 0
 
@@ -53,7 +55,7 @@ def _write_tiktoken(options: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(resolve_model(options.model, weights=False))
     if not isinstance(tokenizer, BPETokenizer):
-        raise ValueError(f"a {type(tokenizer).__name__} has no rank file: tiktoken is byte-level BPE")
+        raise InputError(f"a {type(tokenizer).__name__} has no rank file: tiktoken is byte-level BPE")
     out = _file(options.out, "tokenizer.tiktoken")
     tokenizer.to_tiktoken(out)
     print(f"wrote {out}: {len(tokenizer.vocab):,} tokens. Not part of the format, so tell tiktoken yourself:")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from ..errors import InputError
+
 T = TypeVar("T")
 
 RENAMED = {
@@ -61,7 +63,7 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise ValueError(_sentence(errors.getvalue(), verb)) from None
+        raise InputError(_sentence(errors.getvalue(), verb)) from None
 
 
 def _sentence(box: str, verb: str) -> str:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...tokenizer.sources import write_text
+from ...tokenizer.sources import read_text, write_text
+from ..errors import InputError
 from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.sampling_params import SamplingParams
@@ -51,11 +52,11 @@ def run(argv: list[str]) -> int:
     """The verb `generate`."""
     options = parse(GenerateOptions, argv, "generate")
     if options.prompt is not None and options.prompts_file is not None:
-        raise ValueError("give --prompt or --prompts-file, not both")
+        raise InputError("give --prompt or --prompts-file, not both")
     if options.out is not None and options.prompts_file is None:
-        raise ValueError("--out is where the results of --prompts-file go; a single prompt is answered on the screen")
+        raise InputError("--out is where the results of --prompts-file go; a single prompt is answered on the screen")
     if options.beam_width is not None and options.prompts_file is not None:
-        raise ValueError("--beam-width works with --prompt, not with --prompts-file")
+        raise InputError("--beam-width works with --prompt, not with --prompts-file")
     if options.prompts_file is not None:
         return _continue_file(options)
     if options.beam_width is not None:
@@ -72,7 +73,7 @@ def _insist_on_search(params: SamplingParams) -> None:
     for entry in dataclasses.fields(params):
         if entry.name not in ("max_tokens", "seed") and getattr(params, entry.name) != entry.default:
             flag = f"--{entry.name.replace('_', '-')}"
-            raise ValueError(f"{flag} has no meaning for --beam-width, which searches; --max-tokens has")
+            raise InputError(f"{flag} has no meaning for --beam-width, which searches; --max-tokens has")
 
 
 def _stream(llm, prompt: str, params: SamplingParams) -> int:
@@ -134,7 +135,7 @@ def _answers(llm, jobs: list[tuple[int, Any, SamplingParams]]):
             for index, prompt, params in queue:
                 try:
                     running[index] = llm.submit(prompt, params)
-                except ValueError as error:
+                except InputError as error:
                     yield index, error
                 if len(running) >= 2 * llm.engine.scheduler.max_batch:
                     break
@@ -174,7 +175,7 @@ def _logprobs(name: str, entries) -> dict[str, Any]:
 
 def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, SamplingParams]]:
     """The file's prompts with their parameters; a mistake names its line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     if path.suffix not in (".jsonl", ".json"):
         return [(line, params) for line in lines if line]
     jobs = []
@@ -184,7 +185,7 @@ def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, Samplin
         try:
             jobs.append(_read_prompt(json.loads(line), params))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: {error}") from None
+            raise InputError(f"{path} line {number}: {error}") from None
     return jobs
 
 
@@ -192,12 +193,12 @@ def _read_prompt(value: Any, params: SamplingParams) -> tuple[Any, SamplingParam
     value = value if isinstance(value, dict) else {"prompt": value}
     prompt = value.get("prompt")
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
-        raise ValueError('a line must be a JSON string, a list of token ids, or an object with one of them as "prompt"')
+        raise InputError('a line must be a JSON string, a list of token ids, or an object with one of them as "prompt"')
     changes = {name: given for name, given in value.items() if name not in ("prompt", "index")}
     known = {entry.name for entry in dataclasses.fields(SamplingParams)}
     unknown = sorted(set(changes) - known)
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is not a sampling parameter; they are: {', '.join(sorted(known))}")
+        raise InputError(f"{unknown[0]!r} is not a sampling parameter; they are: {', '.join(sorted(known))}")
     return prompt, dataclasses.replace(params, **changes)
 
 
@@ -205,7 +206,7 @@ def _read_results(path: Path | None) -> set[int]:
     """Which prompts are answered in the output file; errors and a line torn by an interruption are taken out of it."""
     if path is None or not path.exists():
         return set()
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     *lines, torn = text.split("\n")  # not splitlines, which also splits at what may be in a text
     try:
         if not torn.startswith(RESULT[: len(torn)]):
@@ -213,7 +214,7 @@ def _read_results(path: Path | None) -> set[int]:
         entries = [(json.loads(line), line) for line in lines]
         answered = {entry["index"]: line for entry, line in entries if "error" not in entry}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a file of results: move it away, or choose another --out") from None
+        raise InputError(f"{path} is not a file of results: move it away, or choose another --out") from None
     kept = "".join(f"{line}\n" for line in answered.values())
     if kept != text:
         write_text(path, kept)

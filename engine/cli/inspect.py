@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import PRESETS, ModelConfig
+from ..errors import InputError
 
 MAP_TOKENS = 96  # more could not be read on one picture
 FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei", "Noto Sans")
@@ -67,13 +68,13 @@ def show_attention(options: argparse.Namespace) -> None:
 
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     if tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer.json, so there is no prompt it could read")
+        raise InputError(f"{options.model} has no tokenizer.json, so there is no prompt it could read")
     tokens = tokenizer.encode(options.prompt)
     limit = min(model.config.max_seq_len, MAP_TOKENS)
     if not 0 < len(tokens) <= limit:
-        raise ValueError(f"prompt has {len(tokens)} tokens; a map shows between 1 and {limit}")
+        raise InputError(f"prompt has {len(tokens)} tokens; a map shows between 1 and {limit}")
     if not 0 <= options.layer <= model.config.n_layers:
-        raise ValueError(f"layer={options.layer} is not between 1 and {model.config.n_layers} (0 = all)")
+        raise InputError(f"layer={options.layer} is not between 1 and {model.config.n_layers} (0 = all)")
     names = [_visible(tokenizer.decode([token])) for token in tokens]
     options.out.mkdir(parents=True, exist_ok=True)
     for layer, weights_HTS in enumerate(attention_maps(model, tokens), 1):
@@ -181,7 +182,7 @@ def _config_of(name: str) -> ModelConfig:
     from ..formats.model_directory import load_config
 
     if not Path(name).exists() and "/" not in name:
-        raise ValueError(f"{name!r} is neither a model directory, a Hub id nor a preset ({', '.join(PRESETS)})")
+        raise InputError(f"{name!r} is neither a model directory, a Hub id nor a preset ({', '.join(PRESETS)})")
     return load_config(name)
 
 

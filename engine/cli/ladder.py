@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from ..config import ModelConfig
+from ..errors import InputError
 from .flags import parse
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def run(argv: list[str]) -> int:
     flags = parse(Flags, argv, "ladder")
     known = {rung.name for rung in RUNGS}
     if unknown := [name for name in flags.rungs if name not in known]:
-        raise ValueError(f"rungs: {unknown[0]!r} is none of {', '.join(rung.name for rung in RUNGS)}")
+        raise InputError(f"rungs: {unknown[0]!r} is none of {', '.join(rung.name for rung in RUNGS)}")
     from ...tokenizer.sources import write_text
     from ..training.trainer import train
     from .train import callback

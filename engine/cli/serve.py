@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from ...tokenizer.sources import read_text
+from ..errors import InputError
 from ..server.config import ServerConfig
 from ..serving.options import LLMOptions
 from .flags import parse
@@ -43,11 +45,11 @@ def run(argv: list[str]) -> int:
         from ..server.app import create_app
         from ..server.http_server import HTTPServer, log_without_blocking, raise_file_limit
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
+        raise InputError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
     from ..formats.model_directory import load_config
 
     if flags.replicas < 1:
-        raise ValueError(f"replicas must be at least 1, got {flags.replicas}")
+        raise InputError(f"replicas must be at least 1, got {flags.replicas}")
     load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
     config, keys = named(flags), api_keys(flags)
     listener = listen(flags.host, flags.port)
@@ -83,11 +85,11 @@ class Loader:
     def __call__(self) -> Any:
         try:
             return self.flags.llm.open()
-        except ValueError as error:
+        except InputError as error:
             self.give_up(error)
             raise
 
-    def give_up(self, error: ValueError) -> None:
+    def give_up(self, error: InputError) -> None:
         """There is nothing to serve."""
         self.error = error
         self.stop()
@@ -103,7 +105,7 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
     try:
         from ..server.cluster.proxy import create_front
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
+        raise InputError(f"{error.name} is not installed: pip install 'warploom[cluster]'") from None
     from ..formats.model_source import resolve_model
 
     options = replace(flags.llm, model=str(resolve_model(flags.llm.model).resolve()))
@@ -120,10 +122,10 @@ def api_keys(flags: Flags) -> tuple[str, ...]:
     """The keys from the flags, the file and the environment."""
     keys = [*flags.api_key, *os.environ.get(KEYS, "").split(",")]
     if flags.api_key_file is not None:
-        lines = flags.api_key_file.read_text().splitlines()
+        lines = read_text(flags.api_key_file).splitlines()
         written = [line.strip() for line in lines if not line.lstrip().startswith("#")]
         if not any(written):
-            raise ValueError(f"api_key_file {flags.api_key_file} has no key in it")
+            raise InputError(f"api_key_file {flags.api_key_file} has no key in it")
         keys += written
     return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
 
@@ -131,9 +133,9 @@ def api_keys(flags: Flags) -> tuple[str, ...]:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket."""
     if not 0 <= port <= 65535:
-        raise ValueError(f"port must be between 0 and 65535, got {port}")
+        raise InputError(f"port must be between 0 and 65535, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+        raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None

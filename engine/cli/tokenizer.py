@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..errors import InputError
 from .flags import parse
 
 USAGE = """usage: warploom tokenizer train|encode|decode|show [flags]
@@ -102,7 +103,7 @@ def run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     if argv[0] not in ACTIONS:
-        raise ValueError(f"{argv[0]!r} is not an action; choose one of: {', '.join(ACTIONS)}")
+        raise InputError(f"{argv[0]!r} is not an action; choose one of: {', '.join(ACTIONS)}")
     flags, act = ACTIONS[argv[0]]
     act(parse(flags, argv[1:], f"tokenizer {argv[0]}"))
     return 0
@@ -140,10 +141,10 @@ def encode(flags: Encode) -> None:
     tokenizer = _load(flags.tokenizer)
     allowed = "all" if flags.allow_special else "none"
     if (flags.file is None) != (flags.out is None):
-        raise ValueError("--file and --out go together: the text file to read and the token file to write")
+        raise InputError("--file and --out go together: the text file to read and the token file to write")
     if flags.file is not None:
         if flags.text is not None:
-            raise ValueError("give a text or --file, not both")
+            raise InputError("give a text or --file, not both")
         began = time.perf_counter()
         with progress("encoding") as (advance,):
             total = tokenizer.encode_file(flags.file, flags.out, flags.threads, allowed, advance)
@@ -163,7 +164,7 @@ def decode(flags: Decode) -> None:
     if flags.file is not None:
         size, width = flags.file.stat().st_size, tokenizer.dtype.itemsize
         if size % width:
-            raise ValueError(f"{flags.file} has {size:,} bytes; a token file of this tokenizer has {width} for each id")
+            raise InputError(f"{flags.file} has {size:,} bytes; a token file of this tokenizer has {width} for each id")
         ids = np.fromfile(flags.file, dtype=tokenizer.dtype.newbyteorder("<"))
     else:
         ids = list(flags.ids) or [_whole_number(word) for word in sys.stdin.read().split()]
@@ -237,7 +238,7 @@ def _whole_number(word: str) -> int:
     try:
         return int(word)
     except ValueError:
-        raise ValueError(f"ids must be whole numbers; {word[:40]!r} is none") from None
+        raise InputError(f"ids must be whole numbers; {word[:40]!r} is none") from None
 
 
 ACTIONS = {"train": (Train, train), "encode": (Encode, encode), "decode": (Decode, decode), "show": (Show, show)}

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ...tokenizer.sources import read_text
 from ..config import ModelConfig, current_names
+from ..errors import InputError
 from ..training.config import BUDGETS, TrainConfig
 from ..training.distributed.failures import report_first_failure
 from .flags import parse, renamed_settings
@@ -131,7 +133,7 @@ def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
     settings = current_names(settings)
     unknown = sorted(set(settings) - of_model - of_run)
     if unknown:
-        raise ValueError(f"the configuration has no field {', '.join(unknown)}")
+        raise InputError(f"the configuration has no field {', '.join(unknown)}")
     shape = {**ModelConfig.preset(preset).to_dict(), "vocab_size": 0}
     shape |= {key: value for key, value in settings.items() if key in of_model}
     shape |= {name: json.dumps(shape[name]) for name in JSON_FIELDS if shape[name] is not None}
@@ -148,7 +150,7 @@ def _model(flags: ModelFlags) -> dict[str, Any]:
         try:
             fields[name] = None if fields[name] is None else json.loads(fields[name])
         except ValueError as error:
-            raise ValueError(f"{name} must be JSON, not {fields[name]!r}: {error}") from error
+            raise InputError(f"{name} must be JSON, not {fields[name]!r}: {error}") from error
     return fields
 
 
@@ -158,6 +160,6 @@ def _read_toml(path: str) -> dict[str, Any]:
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+        raise InputError(f"{path} is not valid TOML: {error}") from error

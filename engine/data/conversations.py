@@ -24,6 +24,7 @@ import numpy as np
 
 from ...tokenizer.assistant_mask import encode_conversation
 from ...tokenizer.chat import render
+from ..errors import InputError
 from .corpus import FEW, expand, json_lines
 from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
 
@@ -75,11 +76,11 @@ def to_conversation(row: Any, line: str) -> Conversation:
     """A row of any of the four forms; `line` names it in errors."""
     form = _form(row) if isinstance(row, Mapping) else None
     if form is None:
-        raise ValueError(f"{line} is no conversation: it needs {FORMS}: {_show(row)}")
+        raise InputError(f"{line} is no conversation: it needs {FORMS}: {_show(row)}")
     messages = form(row)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{line}: message {number} must be an object with a role, as in {{'role': 'user', …}}")
+            raise InputError(f"{line}: message {number} must be an object with a role, as in {{'role': 'user', …}}")
     tools = row.get("tools")
     return Conversation(messages, json.loads(tools) if isinstance(tools, str) and tools else tools or None, line)
 
@@ -126,7 +127,7 @@ def write_conversations(
     edges, out = split_edges(splits), Path(out)
     count = sum(1 for _ in itertools.islice(conversations.read(), FEW))
     if not count:
-        raise ValueError(f"{conversations.name} holds no conversation")
+        raise InputError(f"{conversations.name} holds no conversation")
     with directory_for(out) as scratch:
         tokenizer.save(scratch)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
@@ -153,7 +154,7 @@ def _encode(conversation: Conversation, tokenizer: Any) -> tuple[np.ndarray, np.
     try:
         ids, learned = encode_conversation(tokenizer, conversation.messages, **tools)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a foreign row may hold
-        raise ValueError(f"{conversation.line}: {error}: {_show(conversation.messages)}") from error
+        raise InputError(f"{conversation.line}: {error}: {_show(conversation.messages)}") from error
     return np.array(ids, np.uint32), np.array(learned, np.uint8)
 
 

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 PASSAGE = 1 << 20  # characters; a corpus of any size passes through memory in pieces of about this
 FEW = 100  # below this many documents, splits are cut inside each that is long
 LONG = 500  # characters; what is shorter stays whole
@@ -53,7 +55,7 @@ class Corpus:
         """The whole text in order, cut into passages, each with its place."""
         lengths = [sum(map(len, blocks)) for blocks in itertools.islice(self.read(), FEW)]
         if not any(lengths):
-            raise ValueError(f"the corpus {self.name} is empty: there is no text to train on")
+            raise InputError(f"the corpus {self.name} is empty: there is no text to train on")
         if len(lengths) == FEW:
             for blocks in self.read():
                 yield from _one_of_many(blocks)
@@ -167,12 +169,12 @@ def expand(patterns: Iterable[str | Path]) -> list[Path]:
         else:
             matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
         if not matches:
-            raise ValueError(
+            raise InputError(
                 f"no file matches {pattern!r}: give a text file, a folder, or a glob such as 'texts/*.txt'"
             )
         found.update(dict.fromkeys(matches))
     if not found:
-        raise ValueError("no files were given: source 'file' needs at least one path or glob in --files")
+        raise InputError("no files were given: source 'file' needs at least one path or glob in --files")
     return list(found)
 
 
@@ -188,9 +190,9 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
         try:
             text = row[field]
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{line} is not a JSON object with a field {field!r}") from error
+            raise InputError(f"{line} is not a JSON object with a field {field!r}") from error
         if not isinstance(text, str):
-            raise ValueError(f"{line}: field {field!r} must be a string, not {type(text).__name__}")
+            raise InputError(f"{line}: field {field!r} must be a string, not {type(text).__name__}")
         yield text
 
 
@@ -200,9 +202,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
+            row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is not a JSON object: {error}") from error
+            raise InputError(f"{path}:{number} is not a JSON object: {error}") from error
+        yield f"{path}:{number}", row
 
 
 def _open(path: Path):
@@ -214,7 +217,7 @@ def _blocks(path: Path) -> Iterator[str]:
     with _open(path) as file, _explained(path):
         while block := file.read(PASSAGE):
             if "\0" in block:
-                raise ValueError(f"{path} is a binary file (it contains zero bytes), not text")
+                raise InputError(f"{path} is a binary file (it contains zero bytes), not text")
             yield block
 
 
@@ -229,9 +232,9 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is a binary file or not UTF-8 text (byte {error.start} of a block)") from error
+        raise InputError(f"{path} is a binary file or not UTF-8 text (byte {error.start} of a block)") from error
     except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+        raise InputError(f"{path} is not a complete gzip file: {error}") from error
 
 
 def open_corpus(
@@ -246,4 +249,4 @@ def open_corpus(
         return files(patterns, limit=limit)
     if source in HUB:
         return hub(source, keep, limit)
-    raise ValueError(f"source {source!r} is not known; choose one of: stdlib, file, {', '.join(HUB)}")
+    raise InputError(f"source {source!r} is not known; choose one of: stdlib, file, {', '.join(HUB)}")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ...tokenizer.sources import write_text
+from ..errors import InputError
 from .corpus import Corpus, json_texts
 
 HUB = {
@@ -43,7 +44,7 @@ def hub(
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"source {source!r} needs the package datasets: pip install 'warploom[data]'") from error
+        raise InputError(f"source {source!r} needs the package datasets: pip install 'warploom[data]'") from error
     where = HUB[source] if data_files is None else {"path": kind, "data_files": data_files}
     path = Path(keep) / "documents.jsonl"
     begins = TITLE.match if source == "wikitext" else None

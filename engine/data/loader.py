@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .tokens import TokenSplit
 
 IGNORE = -100
@@ -121,7 +122,7 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 def _require_length(length: int, T: int) -> None:
     if length < T + 1:
-        raise ValueError(
+        raise InputError(
             f"the text has {length} tokens, too few for one window of context_length {T} and its next token: "
             f"give more text or a context of at most {max(length - 1, 0)}"
         )
@@ -189,7 +190,7 @@ class Epochs(_Rows):
         super().__init__()
         _require_length(len(split), context)
         if stride is not None and stride < 1:
-            raise ValueError(f"stride must be at least 1 token, not {stride}")
+            raise InputError(f"stride must be at least 1 token, not {stride}")
         self.tokens, self.learn = split.tokens, split.learn
         self.batch_size, self.context, self.seed = batch_size, context, seed
         self.stride, self.shuffle = stride or context, shuffle
@@ -215,7 +216,7 @@ class PackedDocuments(_Rows):
         self.shuffle = shuffle
         self.packed = pack(split.starts, len(split.tokens), context, split.learn)
         if not self.packed:
-            raise ValueError("no document has two tokens, so there is nothing to predict")
+            raise InputError("no document has two tokens, so there is nothing to predict")
 
     def count(self, epoch: int) -> int:
         return len(self.packed)
@@ -287,7 +288,7 @@ def open_loader(
         return Epochs(split, batch_size, context, seed, stride, shuffle=kind == "epochs")
     if kind == "packed":
         return PackedDocuments(split, batch_size, context, seed)
-    raise ValueError(f"order must be auto, random, epochs, sequential or packed, not {kind!r}")
+    raise InputError(f"order must be auto, random, epochs, sequential or packed, not {kind!r}")
 
 
 def prefetch(loader: Loader, start: int, device: torch.device, workers: int = 1) -> Iterator[Batch]:

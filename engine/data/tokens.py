@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...tokenizer.sources import unfinished
+from ..errors import InputError
 from .corpus import Corpus, Passage
 
 SPLITS = ("train", "val", "test")
@@ -81,19 +82,19 @@ class TokenData:
             splits = {name: SplitInfo(**info) for name, info in raw.pop("splits").items()}
             self.meta = Meta(**raw, splits=splits)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.directory} is no token directory: it has no meta.json") from error
+            raise InputError(f"{self.directory} is no token directory: it has no meta.json") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise InputError(f"{path} is damaged: {error}") from error
 
     def split(self, name: str) -> TokenSplit:
         """The tokens of 'train', 'val' or 'test'."""
         if name not in self.meta.splits:
-            raise ValueError(f"split {name!r} is not in {self.directory}; it has: {', '.join(self.meta.splits)}")
+            raise InputError(f"split {name!r} is not in {self.directory}; it has: {', '.join(self.meta.splits)}")
         info = self.meta.splits[name]
         path = self.directory / f"{name}.bin"
         dtype = np.dtype(self.meta.dtype)
         if not path.is_file() or path.stat().st_size != info.tokens * dtype.itemsize:
-            raise ValueError(f"{path} is missing or truncated: meta.json promises {info.tokens} tokens of {dtype}")
+            raise InputError(f"{path} is missing or truncated: meta.json promises {info.tokens} tokens of {dtype}")
         tokens = np.memmap(path, dtype, "r") if info.tokens else np.empty(0, dtype)
         starts = np.fromfile(self.directory / f"{name}.starts", np.int64)
         return TokenSplit(name, tokens, starts, info.bytes, info.sha256, self._learn(name, info))
@@ -103,7 +104,7 @@ class TokenData:
             return None
         path = self.directory / f"{name}.learn"
         if not path.is_file() or path.stat().st_size != info.tokens:
-            raise ValueError(
+            raise InputError(
                 f"{path} is missing or truncated: meta.json promises a byte for each of {info.tokens} tokens"
             )
         return np.memmap(path, np.uint8, "r") if info.tokens else np.empty(0, np.uint8)
@@ -157,7 +158,7 @@ def split_edges(splits: Sequence[float]) -> np.ndarray:
     """(0.8, 0.1, 0.1) -> the places where one split ends and the next begins."""
     parts = np.asarray(splits, dtype=float)
     if len(parts) not in (1, 2, 3) or (parts < 0).any() or parts[0] == 0 or not np.isclose(parts.sum(), 1):
-        raise ValueError(f"splits must be one to three shares (train, val, test) that sum to 1, not {list(splits)}")
+        raise InputError(f"splits must be one to three shares (train, val, test) that sum to 1, not {list(splits)}")
     return np.cumsum(parts)[:-1]
 
 
@@ -234,7 +235,7 @@ class SplitWriter:
 def directory_for(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` that takes its place when the block succeeds and vanishes when it fails."""
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
-        raise ValueError(f"{out} exists and is no token directory: give an --out that is new or empty")
+        raise InputError(f"{out} exists and is no token directory: give an --out that is new or empty")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch, old = unfinished(out), unfinished(f"{out}.old")
     for left in (scratch, old):  # by a process of the same number that was killed

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..config import ModelConfig
+from ..errors import InputError
 from .family import TRAINING_ONLY, Piece, piece_of
 from .family_table import ALIASES, FAMILIES
 
@@ -29,7 +30,7 @@ def kind_of(values: Mapping[str, Any]) -> str:
     known = ALIASES.get(kind, kind)
     if known not in FAMILIES and kind != "warploom":
         names = ", ".join(FAMILIES)
-        raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: {names}, warploom")
+        raise InputError(f"config.json: model_type {kind!r} is not supported; supported: {names}, warploom")
     return known
 
 

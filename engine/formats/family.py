@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..errors import InputError
 
 Values = Mapping[str, Any]
 TRAINING_ONLY = ("dropout", "balance_loss", "router_z_loss")  # what a published config.json has no standard word for
@@ -78,7 +79,7 @@ class Family:
         values = {word: value for word, value in values.items() if value is not None}
         for word, accepted in self.refused.items():
             if values.get(word) not in (*accepted, None):
-                raise ValueError(f"config.json: {word}={values[word]!r} is not supported (only {accepted[0]!r} is)")
+                raise InputError(f"config.json: {word}={values[word]!r} is not supported (only {accepted[0]!r} is)")
         fields = dict(self.granted)
         for word, name in self.words.items():
             said = next((values[w] for w in word.split("|") if values.get(w) is not None), None)
@@ -86,11 +87,11 @@ class Family:
                 fields |= dict.fromkeys(name.split("+"), said)
             elif name in NEEDED and name not in fields:
                 word, kind = word.split("|")[0], values["model_type"]
-                raise ValueError(f"config.json has no field {word!r}, which model_type {kind!r} needs")
+                raise InputError(f"config.json has no field {word!r}, which model_type {kind!r} needs")
         for word in self.more:
             fields |= word.read(values)
         if fields.get("experts_per_token") == 1 and fields.get("normalize_experts", True):
-            raise ValueError("config.json: one expert a token with a weight of 1 is not supported")
+            raise InputError("config.json: one expert a token with a weight of 1 is not supported")
         return ModelConfig(**_short(fields))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -201,7 +202,7 @@ class Piece:
             source = source[0] if self.framed and source.ndim > 1 else source.mT if self.transposed else source
             if part.shape != source.shape:
                 wanted = tuple(part.mT.shape if self.transposed else part.shape)
-                raise ValueError(f"tensor {name} has shape {tuple(read(name).shape)}, config.json says {wanted}")
+                raise InputError(f"tensor {name} has shape {tuple(read(name).shape)}, config.json says {wanted}")
             part.copy_(source)
         if self.order is not None:
             target.copy_(target.index_select(self._rows(target), self.order.to(target.device)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import ModelConfig
+from ..errors import InputError
 from .family import Values, Word
 
 SIZES = {
@@ -63,7 +64,7 @@ def _rope_values(values: Values) -> Values:
 def _read_rope(values: Values) -> dict[str, Any]:
     theta, scaling, part = _rotation(values, _rope_values(values), values.get("rope_theta", 1e4))
     if part != 1.0:
-        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+        raise InputError("config.json: partial_rotary_factor other than 1 is not supported")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -146,7 +147,7 @@ def layer_types(full: str = "f", pattern: Callable[[Values], str] = lambda value
     def read(values: Values) -> dict[str, Any]:
         names = values.get("layer_types")
         if strange := sorted(set(names or ()) - set(NAMED.values())):
-            raise ValueError(f"config.json: layer_types has {strange[0]!r}, which is not supported")
+            raise InputError(f"config.json: layer_types has {strange[0]!r}, which is not supported")
         letters = ["w" if name == "sliding_attention" else "f" for name in names or ()] or list(pattern(values))
         layers = values["num_hidden_layers"]
         whole = (letters * layers)[:layers]
@@ -164,7 +165,7 @@ def every(count: int) -> Callable[[Values], str]:
     def letters(values: Values) -> str:
         period = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern") or count
         if not isinstance(period, int):
-            raise ValueError(f"config.json: sliding_window_pattern={period!r} is not supported (only a number is)")
+            raise InputError(f"config.json: sliding_window_pattern={period!r} is not supported (only a number is)")
         return "w" * (period - 1) + "f"
 
     return letters
@@ -222,7 +223,7 @@ def activation(word: str, table: dict[str, str], silent: str) -> Word:
     def read(values: Values) -> dict[str, Any]:
         said = values.get(word, silent)
         if said not in table:
-            raise ValueError(f"config.json: {word}={said!r} is not supported (only {', '.join(table)} are)")
+            raise InputError(f"config.json: {word}={said!r} is not supported (only {', '.join(table)} are)")
         return {"ffn": table[said]}
 
     return Word(read, lambda c: {word: names[c.ffn]})
@@ -281,7 +282,7 @@ def _read_falcon(values: Values) -> dict[str, Any]:
         shared = (values.get("num_ln_in_parallel_attn") or 2) == 1
         return {"n_kv_heads": values.get("num_kv_heads"), "residual": "shared" if shared else "parallel"}
     if not values.get("parallel_attn", True):
-        raise ValueError("config.json: parallel_attn=False is not supported (only True is)")
+        raise InputError("config.json: parallel_attn=False is not supported (only True is)")
     return {"n_kv_heads": 1 if values.get("multi_query", True) else None, "residual": "shared"}
 
 
@@ -316,7 +317,7 @@ def dense_layers_by_name(word: str = "mlp_layer_types") -> Word:
         names = values.get(word) or ["dense"] * values.get("first_k_dense_replace", 1)
         dense = names.count("dense")
         if "sparse" in names[:dense]:
-            raise ValueError(f"config.json: {word} with sparse layers before dense ones is not supported")
+            raise InputError(f"config.json: {word} with sparse layers before dense ones is not supported")
         return {"n_dense_layers": dense}
 
     def write(c: ModelConfig) -> dict[str, Any]:

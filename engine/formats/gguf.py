@@ -28,6 +28,7 @@ from ...tokenizer.byte_alphabet import to_text
 from ...tokenizer.patterns import pattern_name
 from ...tokenizer.sources import atomic_writer
 from ..config import ModelConfig
+from ..errors import InputError
 from ..model import Transformer
 from .families import architecture_of
 
@@ -48,7 +49,7 @@ def save_gguf(
     config, path = model.config, Path(path)
     dtype = dtype or str(model.embedding.weight.dtype).removeprefix("torch.")
     if dtype not in STORED:
-        raise ValueError(f"dtype {dtype!r} has no GGUF form; choose one of: {', '.join(STORED)}")
+        raise InputError(f"dtype {dtype!r} has no GGUF form; choose one of: {', '.join(STORED)}")
     kind = _architecture(config)
     facts = {
         "general.architecture": kind, "general.name": path.stem, "general.alignment": ALIGNMENT,
@@ -79,15 +80,15 @@ def save_gguf(
 def _architecture(config: ModelConfig) -> str:
     kind = architecture_of(config)
     if kind not in ARCHITECTURES or (kind == "gpt2" and config.ffn != "gelu"):
-        raise ValueError("no architecture of GGUF matches this model: it must be a GPT-2, Llama, Qwen or Mixtral")
+        raise InputError("no architecture of GGUF matches this model: it must be a GPT-2, Llama, Qwen or Mixtral")
     if config.sliding_window and config.sliding_window < config.max_seq_len:
-        raise ValueError(
+        raise InputError(
             f"sliding_window={config.sliding_window} is shorter than max_seq_len={config.max_seq_len}: "
             f"readers of GGUF would attend to everything"
         )
     scaling = (config.rope_scaling or {}).get("rope_type", "default")
     if scaling not in ("default", "linear", "yarn", "llama3"):
-        raise ValueError(f"rope_scaling {scaling!r} has no GGUF form (linear, yarn and llama3 do)")
+        raise InputError(f"rope_scaling {scaling!r} has no GGUF form (linear, yarn and llama3 do)")
     return ARCHITECTURES[kind]
 
 
@@ -120,10 +121,10 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     if not isinstance(tokenizer, BPETokenizer):
-        raise ValueError(f"a {type(tokenizer).__name__} has no GGUF form: only byte-level BPE has")
+        raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only byte-level BPE has")
     splitter = pattern_name(tokenizer.pattern)
     if splitter is None or tokenizer.normalizer:
-        raise ValueError(
+        raise InputError(
             f"the pretokenizer has no GGUF form: only the patterns {', '.join(SPLITTERS)} have names there"
         )
     tokens, kinds = [f"[PAD{index}]" for index in range(config.vocab_size)], [UNUSED] * config.vocab_size

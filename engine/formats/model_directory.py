@@ -26,6 +26,7 @@ from ...tokenizer import load_tokenizer
 from ...tokenizer.sources import unfinished
 from ..config import ModelConfig
 from ..device import DTYPES, pick_device
+from ..errors import InputError
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
@@ -132,7 +133,7 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
     """
     needed = 1 + max(tokenizer.vocab.values(), default=-1) if tokenizer is not None else 0
     if needed > config.vocab_size:
-        raise ValueError(f"{name} has {needed} tokens, but the model's vocab_size is {config.vocab_size}")
+        raise InputError(f"{name} has {needed} tokens, but the model's vocab_size is {config.vocab_size}")
 
 
 def load_config(directory: str | os.PathLike) -> ModelConfig:
@@ -143,10 +144,10 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
 def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
     directory = resolve_model(directory, weights=False)
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
+        raise InputError(f"{directory} is not a directory: a model is a directory with config.json and its weights")
     path = directory / "config.json"
     if not path.exists():
-        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+        raise InputError(f"{directory} is not a model directory: it has no config.json")
     return read_json(path)
 
 
@@ -169,13 +170,13 @@ def read_weights(
             target = torch.empty(shapes[piece.ours], dtype=kept, device=device)
             piece.fill(target, weights)
             if not _finite(target):
-                raise ValueError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
+                raise InputError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
             yield piece.ours, target
             del target
         heads = ("lm_head.weight", "embed_out.weight") if config.tie_embeddings else ()
         extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
         if extra:
-            raise ValueError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+            raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -236,7 +237,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     config.json last, and weights of the former model are removed, so that two models never mix.
     """
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; a model is written to a directory")
+        raise InputError(f"{directory} is a file; a model is written to a directory")
     staging = unfinished(directory)
     shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
     staging.mkdir(parents=True)

@@ -11,6 +11,8 @@ import os
 import re
 from pathlib import Path
 
+from ..errors import InputError
+
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 TEXTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -26,7 +28,7 @@ def resolve_model(name: str | os.PathLike, weights: bool = True) -> Path:
         return path
     found = HUB_ID.fullmatch(str(name))
     if found is None or path.suffix == ".gguf":
-        raise ValueError(f"{name} is not a directory, a .gguf file or a Hub id (org/name or org/name@revision)")
+        raise InputError(f"{name} is not a directory, a .gguf file or a Hub id (org/name or org/name@revision)")
     directory = _fetch(found["repository"], found["revision"], TEXTS + (SAFETENSORS if weights else ()))
     if weights and not any(directory.glob("model*.safetensors")):
         directory = _fetch(found["repository"], found["revision"], (*TEXTS, "pytorch_model.bin"))
@@ -38,25 +40,25 @@ def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> 
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
-        raise ValueError(
+        raise InputError(
             f"{repository} is no directory here; to fetch it from the Hub, pip install huggingface_hub"
         ) from None
     where = repository if revision is None else f"{repository}@{revision}"
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
-        raise ValueError(
+        raise InputError(
             f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, and set HF_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(
+        raise InputError(
             f"{repository} is neither a directory here nor a model on the Hub (or it is private)"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{repository} has no revision {revision!r} on the Hub") from None
+        raise InputError(f"{repository} has no revision {revision!r} on the Hub") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         offline = "HF_HUB_OFFLINE is set" if _is_offline() else f"the Hub cannot be reached ({type(error).__name__})"
-        raise ValueError(
+        raise InputError(
             f"{where} is no directory here, it is not in the Hub's cache, and {offline}: fetch it once online"
         ) from None
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import InputError
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")  # ways of packing of which at least some are read
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -37,7 +39,7 @@ class Weights:
         if found is None:
             blocks = self._find(f"{name}_blocks")
             if blocks is None:
-                raise ValueError(f"{self.path} has no tensor {name!r}, which config.json calls for")
+                raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for")
             return mxfp4(self._take(blocks), self._take(f"{blocks.removesuffix('_blocks')}_scales"))
         tensor = self._take(found)
         if tensor.dtype not in FP8:
@@ -45,7 +47,7 @@ class Weights:
         for suffix in ("_scale_inv", "_scale"):
             if found + suffix in self.sources:
                 return fp8(tensor, self._take(found + suffix), found)
-        raise ValueError(f"{self.path}: tensor {found} is in FP8 and has no scale")
+        raise InputError(f"{self.path}: tensor {found} is in FP8 and has no scale")
 
     def dtype(self, name: str) -> torch.dtype:
         """The number format that a tensor has once it is read."""
@@ -69,7 +71,7 @@ class Weights:
 
     def _take(self, name: str) -> Tensor:
         if name not in self.sources:
-            raise ValueError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
+            raise InputError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
         self.read.add(name)
         source = self.sources[name]
         return source if isinstance(source, Tensor) else source.get_tensor(name)
@@ -92,7 +94,7 @@ def fp8(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
     if scale.numel() > 1 and tensor.ndim == 2 and scale.shape != (len(tensor), 1):
         blocks = tuple(-(-size // 128) for size in tensor.shape)
         if tuple(scale.shape) != blocks:
-            raise ValueError(f"tensor {name} has scales of shape {tuple(scale.shape)}, its blocks are {blocks}")
+            raise InputError(f"tensor {name} has scales of shape {tuple(scale.shape)}, its blocks are {blocks}")
         scale = scale.repeat_interleave(128, 0)[: len(tensor)].repeat_interleave(128, 1)[:, : tensor.shape[1]]
     return (tensor.float() * scale).bfloat16()
 
@@ -110,7 +112,7 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
     """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
     method = (quantization or {}).get("quant_method")
     if method is not None and method not in UNPACKED:
-        raise ValueError(f"{directory}: weights packed by {method!r} are not supported (fp8 and mxfp4 are)")
+        raise InputError(f"{directory}: weights packed by {method!r} are not supported (fp8 and mxfp4 are)")
     index, single, pickled = (
         directory / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
     )
@@ -118,7 +120,7 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
         if index.exists():
             places = read_json(index).get("weight_map")
             if not isinstance(places, dict):
-                raise ValueError(f"{index} has no field 'weight_map'")
+                raise InputError(f"{index} has no field 'weight_map'")
             files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
             yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
         elif single.exists():
@@ -128,28 +130,28 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
             try:
                 state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
-                raise ValueError(f"{pickled} is not a readable state dictionary: {first_line(error)}") from error
+                raise InputError(f"{pickled} is not a readable state dictionary: {first_line(error)}") from error
             yield Weights(dict(state), pickled)
         else:
-            raise ValueError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
+            raise InputError(f"{directory} has no weights: neither {single.name}, {index.name} nor {pickled.name}")
 
 
 def _open(path: Path, stack: ExitStack) -> Any:
     if not path.exists():
-        raise ValueError(f"{path} is missing, though the index names it")
+        raise InputError(f"{path} is missing, though the index names it")
     try:
         return stack.enter_context(safe_open(path, "pt"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
+        raise InputError(f"{path} is damaged or cut short: {first_line(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {first_line(error)}") from error
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise InputError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 

@@ -40,6 +40,7 @@ from ... import kernels
 from ...kernels.linear_cross_entropy import gpu_rows_per_slab, rows_per_slab
 from ...kernels.moe import route
 from ..config import ModelConfig
+from ..errors import InputError
 from ..executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ..layers import routing_options
 from ..model import Attention, Embedding, Linear, MoE, RMSNorm, SwiGLU, Transformer
@@ -130,14 +131,14 @@ def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
     """Raise a ValueError if this architecture cannot be sharded into so many parts."""
     c = config
     for field, value in is_supported.refused(c).items() if tp * ep > 1 else ():
-        raise ValueError(f"tp and ep cannot shard a model with {field}={value!r}: use fsdp, or one process")
+        raise InputError(f"tp and ep cannot shard a model with {field}={value!r}: use fsdp, or one process")
     for field, value in (("n_heads", c.n_heads), ("n_kv_heads", c.kv_heads), ("d_ff", c.ff_size)):
         if value % tp:
-            raise ValueError(f"tp={tp} does not divide {field}={value}: each process needs an equal share of it")
+            raise InputError(f"tp={tp} does not divide {field}={value}: each process needs an equal share of it")
     if (tp - 1) * -(-c.vocab_size // tp) >= c.vocab_size:
-        raise ValueError(f"vocab_size={c.vocab_size} is too small to be cut into tp={tp} pieces")
+        raise InputError(f"vocab_size={c.vocab_size} is too small to be cut into tp={tp} pieces")
     if ep > 1 and (not c.n_experts or c.n_experts % ep):
-        raise ValueError(f"ep={ep} does not divide n_experts={c.n_experts}: each process needs equally many experts")
+        raise InputError(f"ep={ep} does not divide n_experts={c.n_experts}: each process needs equally many experts")
 
 
 # Sharded modules

@@ -28,6 +28,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from ..errors import InputError
 from ..serving import Output, Piece, SamplingParams
 from ..serving import structured_output as grammars
 from ..serving.fair_pool import FairPool, PoolFull
@@ -96,7 +97,7 @@ class RequestStream:
     def _error(self) -> errors.APIError:
         """What a failed continuation's client is told: what is wrong with its grammar, or that the engine failed."""
         causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
-        return errors.from_value_error(causes[0]) if causes else errors.failed()
+        return errors.from_input_error(causes[0]) if causes else errors.failed()
 
     @property
     def streams(self) -> list[Any]:
@@ -213,8 +214,8 @@ class AsyncEngine:
             raise errors.busy(self._retry_after()) from None
         except (TimeoutError, asyncio.TimeoutError):
             raise errors.too_slow(limit) from None
-        except ValueError as error:
-            raise errors.from_value_error(error) from None
+        except InputError as error:
+            raise errors.from_input_error(error) from None
 
     @property
     def state(self) -> str:
@@ -299,8 +300,8 @@ class AsyncEngine:
             future = self.llm.grammars.start(params, client)
         except PoolFull:
             raise errors.compiling() from None
-        except ValueError as error:
-            raise errors.from_value_error(error) from None
+        except InputError as error:
+            raise errors.from_input_error(error) from None
         compiled = asyncio.wrap_future(future)
         try:
             for _ in ("waiting", "compiling"):
@@ -309,8 +310,8 @@ class AsyncEngine:
                 if future.cancel():
                     raise errors.compiling()
             raise grammars.too_slow(params)
-        except ValueError as error:
-            raise errors.from_value_error(error) from None
+        except InputError as error:
+            raise errors.from_input_error(error) from None
         finally:
             future.cancel()
 
@@ -354,7 +355,7 @@ class AsyncEngine:
             try:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
-            except ValueError as error:  # a mistake of whoever started the server, who needs no traceback
+            except InputError as error:  # a mistake of whoever started the server, who needs no traceback
                 logger.error("the engine could not be built: %s", error)
                 break
             except Exception:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -40,6 +42,6 @@ class ServerConfig:
         }
         for name, low in lowest.items():
             if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, or None for no limit, got {self.max_tokens}")
+            raise InputError(f"max_tokens must be at least 1, or None for no limit, got {self.max_tokens}")

@@ -26,6 +26,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..errors import InputError
 from .config import ServerConfig
 from .log import WRITER
 from .openai.errors import APIError
@@ -43,7 +44,7 @@ class RequestMiddleware:
 
     def __init__(self, app: Any, config: ServerConfig, keys: tuple[str, ...], visits: Any) -> None:
         if any(not key for key in keys):
-            raise ValueError("an API key must not be empty")
+            raise InputError("an API key must not be empty")
         self._app, self._config, self._visits = app, config, visits
         self._keys = [_digest(key.encode()) for key in keys]
 

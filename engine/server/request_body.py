@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, ValidationError
 from pydantic_core import from_json
 from starlette.responses import Response
 
+from ..errors import InputError
 from .openai import errors
 
 INLINE = 1 << 16  # bytes that are parsed on the event loop: a millisecond
@@ -36,7 +37,7 @@ def at_most(count: int) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > count:
-            raise ValueError(f"at most {count} entries are allowed, got {len(value)}")
+            raise InputError(f"at most {count} entries are allowed, got {len(value)}")
         return value
 
     return BeforeValidator(check)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 
+from ..errors import InputError
 from .engine import Engine
 from .outputs import EngineError, Metrics, Output
 from .sampling_params import SamplingParams
@@ -40,11 +41,11 @@ class _Beam:
 def beam_search(engine: Engine, prompt: list[int], width: int, max_tokens: int, length_penalty: float) -> list[Output]:
     """Up to `width` continuations of the prompt, best first."""
     if not 1 <= width <= 50:
-        raise ValueError(f"beam_width must be between 1 and 50, got {width}")
+        raise InputError(f"beam_width must be between 1 and 50, got {width}")
     if width > engine.scheduler.max_batch:
-        raise ValueError(f"beam_width={width} is more than max_batch={engine.scheduler.max_batch}")
+        raise InputError(f"beam_width={width} is more than max_batch={engine.scheduler.max_batch}")
     if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
     params = SamplingParams(temperature=0, logprobs=2 * width, max_tokens=max_tokens)
     limit = engine.scheduler.fit(len(prompt), max_tokens)
     root = Sequence(list(prompt), len(prompt), params, max_tokens=limit, manual=True, listener=_Beam(0.0))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
+from ..errors import InputError
 from .detokenizer import TextStream
 from .execution.model_runner import Runner
 from .outputs import EngineError, Metrics, Output, Piece
@@ -330,12 +331,12 @@ class Engine:
         for name, ids in (("prompt", tokens), ("stop_token_ids", params.stop_token_ids)):
             wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
             if wrong is not None:
-                raise ValueError(f"{name} has token id {wrong}, but the vocabulary has {vocabulary} tokens")
+                raise InputError(f"{name} has token id {wrong}, but the vocabulary has {vocabulary} tokens")
         wrong = next((token for token in params.logit_bias or () if token >= vocabulary), None)
         if wrong is not None:
-            raise ValueError(f"logit_bias has token id {wrong}, but the vocabulary has {vocabulary} tokens")
+            raise InputError(f"logit_bias has token id {wrong}, but the vocabulary has {vocabulary} tokens")
         if params.stop and self.tokenizer is None:
-            raise ValueError("stop needs a tokenizer, and this model has none; use stop_token_ids")
+            raise InputError("stop needs a tokenizer, and this model has none; use stop_token_ids")
 
 
 def _nth_seed(seed: int, index: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
+from ..errors import InputError
 from ..formats.model_directory import load_model, read_model
 from ..formats.model_source import resolve_model
 from ..model import Transformer
@@ -73,18 +74,18 @@ class LLM:
         batch_invariant: bool = True,
     ):
         if quantize not in (None, "int8"):
-            raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
+            raise InputError(f"quantize must be None or 'int8', got {quantize!r}")
         counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
         counts |= {"max_seq_len": max_seq_len, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
         for name, count in counts.items():
             if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+                raise InputError(f"{name} must be at least 1, got {count}")
         if ngram_draft_tokens < 0:
-            raise ValueError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
+            raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
         if tensor_parallel > 1 and quantize is not None:
-            raise ValueError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
+            raise InputError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if ngram_draft_tokens and draft_model is not None:
-            raise ValueError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
+            raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
         model, draft_model = (
             resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
         )
@@ -114,7 +115,7 @@ class LLM:
             enough = max_batch * -(-self.max_seq_len // page_size)
             if kv_memory is not None and kv_memory < cost:
                 short = f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
-                raise ValueError(short)
+                raise InputError(short)
             pages = max(1, min(enough, memory // cost))
             options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
             options |= {"max_batch": max_batch, "context": self.max_seq_len, "kv_dtype": cache_dtype}
@@ -139,10 +140,10 @@ class LLM:
         draft_model, tokenizer = _open(source, None, self.model.device, self.model.embedding.weight.dtype)
         ours, theirs = self.config.vocab_size, draft_model.config.vocab_size
         if ours != theirs or not _same_tokens(self.tokenizer, tokenizer):
-            raise ValueError(f"draft_model needs the model's vocabulary of {ours} tokens; it has another, of {theirs}")
+            raise InputError(f"draft_model needs the model's vocabulary of {ours} tokens; it has another, of {theirs}")
         if draft_model.config.max_seq_len < self.max_seq_len:
             limit = draft_model.config.max_seq_len
-            raise ValueError(f"draft_model reads {limit} tokens, not {self.max_seq_len}: set max_seq_len={limit}")
+            raise InputError(f"draft_model reads {limit} tokens, not {self.max_seq_len}: set max_seq_len={limit}")
         return draft_model
 
     @functools.cached_property
@@ -171,14 +172,14 @@ class LLM:
             return self.submit(prompts, params).result()
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
-            raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: give one, or one for each")
+            raise InputError(f"params has {len(each)} entries for {len(prompts)} prompts: give one, or one for each")
         generations = []
         try:
             for index, (prompt, chosen) in enumerate(zip(prompts, each)):
                 try:
                     generations.append(self.submit(prompt, chosen))
-                except ValueError as error:
-                    raise ValueError(f"prompts[{index}]: {error}") from None
+                except InputError as error:
+                    raise InputError(f"prompts[{index}]: {error}") from None
             return [generation.result() for generation in generations]
         finally:
             for generation in generations:
@@ -214,14 +215,14 @@ class LLM:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give the prompt as token ids")
+            raise InputError("this model has no tokenizer: give the prompt as token ids")
         prefix, ids = list(self.tokenizer.prefix_ids), self.tokenizer.encode(prompt)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """A conversation as token ids, by the tokenizer's chat template or a plain one."""
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: a conversation cannot be encoded")
+            raise InputError("this model has no tokenizer: a conversation cannot be encoded")
         return encode_chat(self.tokenizer, messages)
 
 
@@ -231,7 +232,7 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, obj
             return read_model(model, device, dtype, group), tokenizer
         return load_model(model, device, dtype, group)
     if not isinstance(model, Transformer):
-        raise ValueError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
+        raise InputError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     device = model.device if device is None else pick_device(device)
     if device != model.device or wanted not in (None, model.embedding.weight.dtype):
@@ -256,11 +257,11 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
         eight = eight and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
-        raise ValueError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")
+        raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")
     if kv_dtype == "int8" and device.type != "cpu":
-        raise ValueError(f"kv_dtype='int8' is for a CPU, and the model is on {device}: use 'fp8'")
+        raise InputError(f"kv_dtype='int8' is for a CPU, and the model is on {device}: use 'fp8'")
     if kv_dtype == "int8" and page_size % TILE:
-        raise ValueError(f"page_size must be a multiple of {TILE} with kv_dtype='int8', got {page_size}")
+        raise InputError(f"page_size must be a multiple of {TILE} with kv_dtype='int8', got {page_size}")
     if kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return torch.float8_e5m2  # what older GPUs can convert has fewer digits
     return formats[kv_dtype]

@@ -8,6 +8,8 @@ import json
 import math
 from dataclasses import dataclass
 
+from ..errors import InputError
+
 MAX_LOGPROBS = 100
 MAX_N = 256
 GRAMMARS = ("json_schema", "regex", "choice", "grammar")  # fields that say which texts are possible
@@ -111,33 +113,33 @@ class SamplingParams:
         for name in ("stop", "choice"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)):
-                raise ValueError(f"{name} must be strings that are not empty, got {value!r}")
+                raise InputError(f"{name} must be strings that are not empty, got {value!r}")
         if not isinstance(self.stop_token_ids, tuple):
-            raise ValueError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
+            raise InputError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
-                raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+                raise InputError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
             for token, bias in self.logit_bias.items():
                 _integer("logit_bias token id", token, 0)
                 _number("logit_bias", bias, -100, 100)
         if self.choice == ():
-            raise ValueError("choice must offer at least one string, got none")
+            raise InputError("choice must offer at least one string, got none")
         given = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"only one of {', '.join(GRAMMARS)} can be given, got {' and '.join(given)}")
+            raise InputError(f"only one of {', '.join(GRAMMARS)} can be given, got {' and '.join(given)}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
     valid = isinstance(value, int) and not isinstance(value, bool)
     if not valid or value < low or (high is not None and value > high):
         limits = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")
+        raise InputError(f"{name} must be a whole number {limits}, got {value!r}")
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not low <= value <= high or (open_low and value == low):
         limits = f"above {low} and at most {high}" if open_low else f"between {low} and {high}"
-        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+        raise InputError(f"{name} must be a number {limits}, got {value!r}")

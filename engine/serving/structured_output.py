@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .fair_pool import FairPool
 from .sampling_params import GRAMMARS, SamplingParams
 
@@ -28,7 +29,7 @@ CACHED = 64  # compiled grammars that are kept
 NAMES = ", ".join(GRAMMARS[:-1]) + f" and {GRAMMARS[-1]}"
 
 
-class GrammarError(ValueError):
+class GrammarError(InputError):
     """A grammar that outgrew its limits while the text was being generated."""
 
 
@@ -83,25 +84,25 @@ class GrammarCompiler:
 
     def prepare(self) -> None:
         """Build what every grammar needs, where structured output is possible at all: 0.1 s over 49,152 tokens."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(InputError):
             self._check()
             self._vocabulary()
 
     def compile(self, params: SamplingParams) -> Callable[[], Grammar]:
-        """A maker of fresh matchers for what a request asks; raises ValueError for what cannot be compiled."""
+        """A maker of fresh matchers for what a request asks; raises InputError for what cannot be compiled."""
         try:
             return self.start(params).result(TIME_LIMIT)
         except TooLong:
             raise too_slow(params) from None
 
     def start(self, params: SamplingParams, client: Hashable = None) -> Future:
-        """The same as a future; raises ValueError at once for what is too large, PoolFull if too many wait."""
+        """The same as a future; raises InputError at once for what is too large, PoolFull if too many wait."""
         self._check()
         field = field_of(params)
         key = (field, getattr(params, field))
         size = sum(map(len, key[1]))  # characters, of a text or of several
         if size > MOST_BYTES:
-            raise ValueError(f"{field} has {size} characters; at most {MOST_BYTES} are compiled")
+            raise InputError(f"{field} has {size} characters; at most {MOST_BYTES} are compiled")
         with self._keeping:
             matcher = self._kept.get(key)
         if matcher is None:
@@ -132,9 +133,9 @@ class GrammarCompiler:
         try:
             import llguidance  # noqa: F401
         except ImportError:
-            raise ValueError(f"{NAMES} need the package llguidance: pip install llguidance") from None
+            raise InputError(f"{NAMES} need the package llguidance: pip install llguidance") from None
         if self._tokenizer is None or self._tokenizer.eos_id is None:
-            raise ValueError(f"{NAMES} need a tokenizer with an end-of-text token")
+            raise InputError(f"{NAMES} need a tokenizer with an end-of-text token")
 
     def _vocabulary(self):
         with self._building:
@@ -151,9 +152,9 @@ def field_of(params: SamplingParams) -> str:
     return next(name for name in GRAMMARS if getattr(params, name) is not None)
 
 
-def too_slow(params: SamplingParams) -> ValueError:
+def too_slow(params: SamplingParams) -> InputError:
     """What to tell whoever sent a grammar that takes too long."""
-    return ValueError(f"{field_of(params)} takes more than {TIME_LIMIT:.0f} seconds to compile: simplify it")
+    return InputError(f"{field_of(params)} takes more than {TIME_LIMIT:.0f} seconds to compile: simplify it")
 
 
 def _build(vocabulary, field: str, value):
@@ -165,7 +166,7 @@ def _build(vocabulary, field: str, value):
     with contextlib.suppress(ValueError):  # what is too large from the start shows here
         trial.compute_bitmask()
     if trial.is_error():
-        raise ValueError(f"{field} cannot be compiled: {_first_line(trial.get_error())}")
+        raise InputError(f"{field} cannot be compiled: {_first_line(trial.get_error())}")
     return matcher
 
 
@@ -181,7 +182,7 @@ def _source(matcher, field: str, value) -> str:
             return matcher.grammar_from_lark(any_to_lark(value))
         return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
     except Exception as error:  # the converter of GBNF has errors of its own: whatever it says is about this grammar
-        raise ValueError(f"{field} cannot be compiled: {_first_line(error)}") from None
+        raise InputError(f"{field} cannot be compiled: {_first_line(error)}") from None
 
 
 def _escaped(text: str) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..data.loader import Batch, Loader
+from ..errors import InputError
 from ..memory import PeakMemory, available_memory
 from .evaluate import losses
 from .run_state import RunState
@@ -90,7 +91,7 @@ def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory
             _step(run, batch, min(parts, 3))
     run.optimizer.state.clear()
     if peak.bytes is None:
-        raise ValueError("grad_accum_steps=0 needs a system that tells the peak memory of a process: give a number")
+        raise InputError("grad_accum_steps=0 needs a system that tells the peak memory of a process: give a number")
     return peak
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ...tokenizer.sources import write_text
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -249,7 +250,7 @@ def check_packages(tensorboard: bool, wandb: str | None) -> None:
     """Refuse callbacks whose packages are not installed, before anything long begins."""
     for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
         if wanted and not find_spec(package):
-            raise ValueError(f"{package}={wanted} needs the package {package}: pip install {package}")
+            raise InputError(f"{package}={wanted} needs the package {package}: pip install {package}")
 
 
 class TensorBoard(Callback):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ...tokenizer.sources import atomic_writer
 from ..data.tokens import file_hash
+from ..errors import InputError
 
 
 def save_checkpoint(
@@ -57,7 +58,7 @@ def load_checkpoint(
     except (RuntimeError, EOFError, KeyError, TypeError, OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path_or_file} is no checkpoint: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path_or_file} is no checkpoint: {str(error).splitlines()[0]}") from error
     model.load_state_dict(weights)
     if optimizer is not None:
         optimizer.load_state_dict(moments)
@@ -183,22 +184,22 @@ class Checkpoints:
         for step in self.steps():
             try:
                 return self.path(step), verify(self.path(step))
-            except ValueError as error:
+            except InputError as error:
                 on_bad(f"skipped a damaged checkpoint: {error}")
         return None
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose every file is as it was written, else a ValueError that names the file."""
+    """The state of a checkpoint whose every file is as it was written, else an InputError that names the file."""
     path = directory / "state.json"
     try:
         state = json.loads(path.read_text())
         hashes = state["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is missing or unreadable") from error
+        raise InputError(f"{path} is missing or unreadable") from error
     for name, expected in hashes.items():
         if not (directory / name).is_file() or file_hash(directory / name) != expected:
-            raise ValueError(f"{directory / name} is missing or not what was saved")
+            raise InputError(f"{directory / name} is missing or not what was saved")
     return state
 
 
@@ -228,7 +229,7 @@ def lock_run(folder: Path) -> TextIO | None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"out={folder} is in use by another run: wait for its end, or choose another out") from None
+        raise InputError(f"out={folder} is in use by another run: wait for its end, or choose another out") from None
     except OSError:
         pass  # a file system without locks
     return file
@@ -249,4 +250,4 @@ def saving(what: str, folder: Path, comfort: str) -> Iterator[None]:
     except Exception as error:
         full = shutil.disk_usage(folder).free < 1 << 20
         reason = "No space left on device" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"saving {what} failed: {reason}; {comfort}") from error
+        raise InputError(f"saving {what} failed: {reason}; {comfort}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import ModelConfig
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -175,4 +176,4 @@ CHOICES = {
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise InputError(message)

@@ -20,6 +20,7 @@ import torch
 from ... import kernels
 from ..data.loader import IGNORE, Batch, Epochs, PackedDocuments, join
 from ..data.tokens import TokenData, TokenSplit
+from ..errors import InputError
 from ..generation import generate
 from ..model import Transformer
 
@@ -73,7 +74,7 @@ def evaluate(
             size += int(bytes_of[batch.targets_BT[counted].numpy()].sum())
     model.train(was_training)
     if not tokens:
-        raise ValueError("there is nothing to evaluate: the text has no token with a successor")
+        raise InputError("there is nothing to evaluate: the text has no token with a successor")
     mean = total / tokens
     return Evaluation(mean, total / math.log(2) / size if size else None, tokens)
 

@@ -14,6 +14,7 @@ from ..config import ModelConfig
 from ..data.conversations import open_conversations, write_conversations
 from ..data.corpus import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
+from ..errors import InputError
 from ..formats.model_directory import check_vocabulary, load_config
 from ..formats.model_source import resolve_model
 from .config import TrainConfig
@@ -42,7 +43,7 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
         tokenizer.special.stops |= read_stop_ids(start)
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
-        raise ValueError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
+        raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
     return RunInputs(data, tokenizer, model)
 
 
@@ -62,7 +63,7 @@ def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:
 def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
     path, made = directory / "tokenizer.json", data.meta.tokenizer_sha256
     if path.is_file() and made not in (file_hash(path), _hash_as_saved(directory)):
-        raise ValueError(
+        raise InputError(
             f"{data.directory} was tokenized with another tokenizer than {directory}: "
             f"make the dataset with --tokenizer {directory}"
         )
@@ -85,7 +86,7 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     if reuse and (made / "meta.json").is_file():
         data = TokenData(made)
         if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
-            raise ValueError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
+            raise InputError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
         return data
     chats = None if config.data == "stdlib" else open_conversations(config.data)
     corpus = chats or (stdlib() if config.data == "stdlib" else files([config.data]))
@@ -127,8 +128,8 @@ def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str]
         return tokenizers.BPETokenizer.train(text, vocab_size, pattern="gpt4", special_tokens=(END,))
     try:
         path = resolve_model(source, weights=False)
-    except ValueError as error:
-        raise ValueError(f"tokenizer {source!r} is not bpe, char or word, and {error}") from None
+    except InputError as error:
+        raise InputError(f"tokenizer {source!r} is not bpe, char or word, and {error}") from None
     if path.suffix == ".tiktoken":
         return tokenizers.BPETokenizer.from_tiktoken(path, pattern="gpt4", special_tokens={})
     if (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .config import TrainConfig
 
 Rule = Callable[[Tensor], Tensor]
@@ -63,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
         _check(lr=lr, eps=eps, weight_decay=weight_decay)
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
-                raise ValueError(f"betas[{i}] must be in [0, 1), not {beta}")
+                raise InputError(f"betas[{i}] must be in [0, 1), not {beta}")
         settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "fused": True})  # torch then loads step counters to where the weights are
 
@@ -136,7 +137,7 @@ class Muon(AdamW):
         on_whole: Callable[[Tensor, Tensor, Rule], Tensor] = lambda p, part, rule: rule(part),
     ) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), not {momentum}")
+            raise InputError(f"momentum must be in [0, 1), not {momentum}")
         super().__init__(params, lr, betas, eps, weight_decay)
         self.dtype, self.on_whole = dtype, on_whole
         self.defaults |= {"momentum": momentum, "orthogonal": True}
@@ -226,7 +227,7 @@ def _evaluate(closure: Callable[[], Tensor] | None) -> Tensor | None:
 def _check(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, not {value}")
+            raise InputError(f"{name} must be at least 0, not {value}")
 
 
 def make_optimizer(

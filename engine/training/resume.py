@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..config import ModelConfig
+from ..errors import InputError
 from ..formats.model_directory import read_weights, write_model
 from .checkpoint import Checkpoints, load_tensors, restore_rng_state, rng_state, saving, snapshot
 from .distributed.dcp import FOLDER, read_shards
@@ -108,14 +109,14 @@ def _check_same_run(run: RunState, directory: Path, before: dict[str, Any]) -> N
     now = describe(run)
     for key, what in (("tokenizer_sha256", "another tokenizer"), ("train_sha256", "other training data")):
         if now["data"][key] != before["data"][key]:
-            raise ValueError(f"{directory} was trained with {what} than {run.inputs.data.directory} holds")
+            raise InputError(f"{directory} was trained with {what} than {run.inputs.data.directory} holds")
     for field, value in ModelConfig.from_dict(before["model"]).to_dict().items():
         if now["model"][field] != value:
-            raise ValueError(
+            raise InputError(
                 f"{directory} was trained with {field}={value!r}, but this run asks for "
                 f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
             )
     if before["config"]["optimizer"] != run.config.optimizer:
-        raise ValueError(
+        raise InputError(
             f"{directory} was trained with optimizer={before['config']['optimizer']!r}, not {run.config.optimizer!r}"
         )

@@ -30,6 +30,7 @@ from torch import Tensor
 from ...tokenizer.sources import sweep
 from ..data.loader import IGNORE, Batch, Loader, open_loader, prefetch
 from ..device import measured_matmul_flops, pick_dtype
+from ..errors import InputError
 from .batch_size_finder import find_grad_accum_steps
 from .build_model import build_model
 from .callbacks import Callback, JsonLog, Progress, TensorBoard, Wandb, check_packages
@@ -72,7 +73,7 @@ class Trainer:
             if self.mesh.is_main:
                 self._prepare_out(again)
             elif self.mesh.is_sharded and not self.out.is_dir():
-                raise ValueError(f"out={self.out} is not there on this machine: all must see the folder they write to")
+                raise InputError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             inputs = prepare(config, self.note, reuse=again or not self.mesh.is_main)
         self.loader, self.state = start(config, inputs, self.mesh, dtype)
         self.reducer = GradReducer(self.mesh, self.state.masters)
@@ -94,12 +95,12 @@ class Trainer:
     def _prepare_out(self, again: bool) -> None:
         config = self.config
         if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out={config.out} is a file; a run is written to a directory")
+            raise InputError(f"out={config.out} is a file; a run is written to a directory")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run(self.out)
         if self.checkpoints.steps() and not again:
             if not config.overwrite:
-                raise ValueError(
+                raise InputError(
                     f"{config.out} already holds a run (step {self.checkpoints.steps()[0]}): "
                     f"continue it with resume, replace it with overwrite, or choose another out"
                 )
@@ -139,10 +140,10 @@ class Trainer:
             self.mesh.destroy()
             return result
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ValueError(self._how_to_shrink()) from error
+            raise InputError(self._how_to_shrink()) from error
         except RuntimeError as error:
             if "can't allocate memory" in str(error):  # what torch says on a CPU, without a class for it
-                raise ValueError(self._how_to_shrink()) from error
+                raise InputError(self._how_to_shrink()) from error
             raise
         finally:
             batches.close()
@@ -257,7 +258,7 @@ class Trainer:
             self.note(f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}")
             if state.bad_run >= self.config.max_nonfinite_steps:
                 saved = [self.checkpoints.path(step) for step in self.checkpoints.steps()]
-                raise ValueError(
+                raise InputError(
                     f"{state.bad_run} steps in a row had a loss or gradient that is not finite (the last: step "
                     f"{state.step + 1}, loss {loss}, gradient norm {norm}): lower lr={self.config.lr}, lengthen the "
                     f"warmup, or train in float32; last checkpoint: {saved[0] if saved else None}"

@@ -58,11 +58,36 @@ def architecture(device: torch.device) -> int:
         return 0
     if device.type == "cuda":
         return _capability(device)
-    return triton.runtime.driver.active.get_current_target().arch
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return arch if isinstance(arch, int) else AMD
+
+
+AMD = 42
+"""Stands for any AMD GPU, whose compute capability is a number of another kind."""
+
+
+def generation(device: torch.device) -> int:
+    """Whose tensor cores tiles are written for: 80 is `mma.sync` (of sm_86, 89 and 120 too), 90 `wgmma`, 100 `tcgen05`
+    (of 103 and 110 too), AMD what they have; 0 where kernels are interpreted."""
+    return generation_of(architecture(device))
+
+
+def generation_of(arch: int) -> int:
+    """The same, for the number of an architecture."""
+    return arch if arch in (0, 90, AMD) else 100 if 100 <= arch < 120 else 80
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes that one program may have: of a GPU for data centers, of another, of AMD's."""
+    if arch == AMD:
+        return 64 * 1024
+    return 1024 * ({80: 163, 87: 163}.get(arch, 99) if generation_of(arch) == 80 else 227)
 
 
 @functools.cache
 def _capability(device: torch.device) -> int:
+    if torch.version.hip:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

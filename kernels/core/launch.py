@@ -32,6 +32,7 @@ def launch(kernel, grid: tuple, *args, **options) -> None:
         if INTERPRET:
             return  # fake tensors: there is nothing to compute, and no compiler that would want to look inside
         kernel = torch.library.wrap_triton(kernel)
+        options.pop("sanitize_overflow", None)  # a compiler's option that tracing does not know
     kernel[grid](*args, **options)
 
 
@@ -89,7 +90,7 @@ class AutogradOp:
         return self.forward.function(*args)
 
 
-def even(x: torch.Tensor) -> torch.Tensor:
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """x with neighboring elements in its last dimension: what is expanded or strided there is copied."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -100,7 +101,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
     """How many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count

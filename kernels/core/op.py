@@ -27,13 +27,18 @@ import torch
 
 from .lang import HAS_TRITON, INTERPRET
 
+try:
+    from ...tokenizer.errors import InputError
+except ImportError:  # the kernels without the rest of the package
+    InputError = ValueError
+
 BACKENDS = ("auto", "triton", "eager")
 _REGISTRY: dict[str, "Op"] = {}
 
 
 def _valid_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; valid are {', '.join(BACKENDS)}")
+        raise InputError(f"{source} is {name!r}; valid are {', '.join(BACKENDS)}")
     return name
 
 
@@ -191,13 +196,13 @@ class Op:
         if _backend == "auto":
             return HAS_TRITON and self.fused is not None and not double
         if device.type == "cpu" and not INTERPRET:
-            raise ValueError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
+            raise InputError('backend is "triton" on CPU tensors: that needs TRITON_INTERPRET=1 in the environment')
         if not HAS_TRITON:
-            raise ValueError('backend is "triton", but triton is not installed; valid here are auto and eager')
+            raise InputError('backend is "triton", but triton is not installed; valid here are auto and eager')
         if self.fused is None:
-            raise ValueError(f'backend is "triton", but {self.name} has no fused twin; valid for it are auto and eager')
+            raise InputError(f'backend is "triton", but {self.name} has no fused twin; valid for it are auto and eager')
         if double:
-            raise ValueError(f'backend is "triton", but {self.name} got float64; valid are float32, bfloat16, float16')
+            raise InputError(f'backend is "triton", but {self.name} got float64; valid are float32, bfloat16, float16')
         return True
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .lang import architecture
+from .lang import AMD, architecture
 
 FILE = Path(__file__).with_name("tuned.json")
 _trial: dict[str, dict] = {}
@@ -32,7 +32,8 @@ def family(device: torch.device) -> str:
     Meta tensors stand for the GPU that is compiled for, so that budgets hold for what was tuned."""
     if device.type == "cpu":
         return "none"
-    return f"{'gfx' if torch.version.hip else 'sm'}_{architecture(device)}"
+    arch = architecture(device)
+    return "gfx" if arch == AMD else f"sm_{arch}"
 
 
 def tuned(kernel: str, device: torch.device, key: object, default: dict) -> dict:

@@ -6,10 +6,12 @@ architecture, each compiled ahead of time and found free of spills.
 B batch, T queries, S keys, H query heads, K key heads, D head dim; a ragged batch is one sequence of all its tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from ..core.lang import architecture, cdiv, next_power_of_2
-from ..core.launch import AutogradOp, even, launch, launcher
+from ..core.lang import AMD, architecture, cdiv, generation, next_power_of_2, shared_memory
+from ..core.launch import AutogradOp, last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
 from . import attention_hopper
 from .attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
@@ -32,6 +34,9 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
     # instead, where a cap, a ragged batch, an odd head size or the lack of a causal mask takes the last registers
     ("dq", 80, "other"): {64: (128, 32, 8, 2)},
     ("dkdv", 90, "other"): {128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
+    # instead, with the 99 KiB of shared memory of GPUs for desks, or AMD's 64
+    ("forward", 80, "small"): {256: (64, 32, 8, 2)},
+    ("dq", 80, "small"): {256: (32, 32, 8, 2)},
 }
 
 
@@ -41,47 +46,65 @@ def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain
     `plain` is a causal batch that is neither ragged nor capped: what is more takes registers, as does a head size that
     is no power of two."""
     plain = plain and next_power_of_2(D) == D
-    arch = architecture(device)
+    arch = generation(device)
     if arch == 0 or dtype == torch.float32:  # no tensor cores: small tiles, many warps
         side = 32 if D <= 64 else 16
         M, N, warps, stages = side, side, 8, 1 if D > 128 else 2
     else:
-        family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
+        family = 80 if arch == AMD else arch
         tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))
+        if shared_memory(architecture(device)) < 100 * 1024:
+            tiles |= _TILES.get((kernel, family, "small"), {})
         M, N, warps, stages = tiles[min(256, max(64, next_power_of_2(D)))]
     default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
     return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
 
 
+_PORTABLE = {"forward": attention_forward_kernel, "dq": attention_dq_kernel, "dkdv": attention_dkdv_kernel}
+
+
+def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: Callable) -> None:
+    """`run(kernel, tile)` with Hopper's kernel of this name or, if its first launch fails or without, the portable."""
+    D, dtype, device = q.shape[3], q.dtype, q.device
+    if hopper:
+        try:
+            run(*attention_hopper.kernel_and_tile(name, D, dtype, device))
+            return attention_hopper.works(name)
+        except Exception as error:  # a compiler's refusal has many types
+            if not attention_hopper.gives_up(name, error):
+                raise
+    run(_PORTABLE[name], tile_of(name, D, dtype, device, plain))
+
+
 class _Grid:
     """Programs for every tile of every head, and the numbers by which a program finds its own."""
 
-    def __init__(self, q, k, cu, block, heads, length, keep):
+    def __init__(self, q, k, cu, block, heads, length, kv_len):
         B, D = q.shape[0], q.shape[3]
         sequences = 0 if cu is None else cu.shape[0] - 1
         tiles = length // block + sequences if sequences else cdiv(length, block)
         shared = heads // k.shape[2]
-        group = shared * max(1, CACHED_BYTES // max(1, 2 * keep * D * q.itemsize))
+        heads_in_l2 = shared * max(1, CACHED_BYTES // max(1, 2 * kv_len * D * q.itemsize))
         self.grid = (tiles * B * heads,)
-        self.numbers = (tiles, B * heads, heads, min(group, B * heads), q.shape[1], k.shape[1], sequences)
+        self.scalar_args = (tiles, B * heads, heads, min(heads_in_l2, B * heads), q.shape[1], k.shape[1], sequences)
 
 
 def _meaning(q, k, cu, causal, window, softcap, scale):
     D = q.shape[3]
     return {
-        "SHARE": q.shape[2] // k.shape[2],
+        "Q_PER_KV": q.shape[2] // k.shape[2],
         "SCALE": scale,
         "SOFTCAP": softcap,
         "CAUSAL": causal,
         "WINDOW": window,
-        "HALVINGS": 0 if cu is None else halvings(cu.shape[0] - 1),
+        "SEARCH_STEPS": 0 if cu is None else search_steps(cu.shape[0] - 1),
         "D": D,
         "BLOCK_D": max(16, next_power_of_2(D)),
-        "WIDE": q.dtype == torch.float32,
+        "SPLIT_LSE": q.dtype == torch.float32,
     }
 
 
-def halvings(sequences: int) -> int:
+def search_steps(sequences: int) -> int:
     """Steps of a bisection among so many, in fours: a step too many does nothing, a kernel too many is compiled."""
     return max(4, 4 * cdiv((sequences - 1).bit_length(), 4))
 
@@ -112,23 +135,20 @@ def attention_forward(
     softcap: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = even(q), even(k), even(v)
-    B, T, H, D = q.shape
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    B, T, H = q.shape[:3]
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
-    lse_2BHT = _statistics(2 if meaning["WIDE"] else 1, B, H, T, device=q.device)
+    lse_2BHT = _statistics(2 if meaning["SPLIT_LSE"] else 1, B, H, T, device=q.device)
     plain = causal and cu is None and softcap == 0
-    if attention_hopper.applies("forward", q, k, v):
-        kernel, tile = attention_hopper.prepare("forward", D, q.dtype, q.device)
-    else:
-        kernel, tile = attention_forward_kernel, tile_of("forward", D, q.dtype, q.device, plain)
-    place = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
-    launch(
-        kernel, place.grid,
-        q, k, v, o, lse_2BHT, cu,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse_2BHT.stride()[:3], *place.numbers,
-        **meaning, **tile,
-    )  # fmt: skip
+    strides = [n for x in (q, k, v, o, lse_2BHT) for n in x.stride()[:3]]
+
+    def run(kernel, tile):
+        grid = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
+        launch(kernel, grid.grid, q, k, v, o, lse_2BHT, cu, *strides, *grid.scalar_args, **meaning, **tile)
+
+    hopper = attention_hopper.tma_can_address("forward", q, k, v)
+    _launch_either("forward", hopper, q, plain, run)
     return o, lse_2BHT
 
 
@@ -148,7 +168,7 @@ def attention_backward(
     want_q: bool,
     want_kv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    do, q, k, v = even(do), even(q), even(k), even(v)
+    do, q, k, v = last_dim_contiguous(do), last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     H, D = q.shape[2:]
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
@@ -157,34 +177,32 @@ def attention_backward(
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
 
-    if cu is None and attention_hopper.applies("dq", q, k, v, do):
-        kernel, tile = attention_hopper.prepare("dq", D, q.dtype, q.device)
-    else:
-        kernel, tile = attention_dq_kernel, tile_of("dq", D, q.dtype, q.device, plain)
-    place = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
+    grid = _Grid(q, k, cu, 32, H, q.shape[1], k.shape[1])
     launch(
-        attention_delta_kernel, place.grid,
-        o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *place.numbers,
-        HALVINGS=meaning["HALVINGS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=tile["BLOCK_M"],
+        attention_delta_kernel, grid.grid,
+        o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *grid.scalar_args,
+        SEARCH_STEPS=meaning["SEARCH_STEPS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=32,
     )  # fmt: skip
+    inputs = q, k, v, do, lse_2BHT, delta_BHT
+
+    def run_dq(kernel, tile):
+        grid = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
+        launch(
+            kernel, grid.grid, *inputs, dq, cu, *strides, *dq.stride()[:3], *stats, *grid.scalar_args, **meaning, **tile
+        )
+
+    def run_dkdv(kernel, tile):
+        grid = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
+        own = *dk.stride()[:3], *dv.stride()[:3]
+        launch(kernel, grid.grid, *inputs, dk, dv, cu, *strides, *own, *stats, *grid.scalar_args, **meaning, **tile)
+
+    # Ragged: the statistics of a sequence may begin where the copy engine cannot.
     if want_q:
-        launch(
-            kernel, place.grid,
-            q, k, v, do, lse_2BHT, delta_BHT, dq, cu, *strides, *dq.stride()[:3], *stats, *place.numbers,
-            **meaning, **tile,
-        )  # fmt: skip
+        hopper = cu is None and attention_hopper.tma_can_address("dq", q, k, v, do)
+        _launch_either("dq", hopper, q, plain, run_dq)
     if want_kv:
-        if cu is None and attention_hopper.applies("dkdv", q, k, v, do):
-            kernel, tile = attention_hopper.prepare("dkdv", D, q.dtype, q.device)
-        else:
-            kernel, tile = attention_dkdv_kernel, tile_of("dkdv", D, q.dtype, q.device, plain)
-        place = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
-        launch(
-            kernel, place.grid,
-            q, k, v, do, lse_2BHT, delta_BHT, dk, dv, cu,
-            *strides, *dk.stride()[:3], *dv.stride()[:3], *stats, *place.numbers,
-            **meaning, **tile,
-        )  # fmt: skip
+        hopper = cu is None and attention_hopper.tma_can_address("dkdv", q, k, v, do)
+        _launch_either("dkdv", hopper, q, plain, run_dkdv)
     return dq, dk, dv
 
 
@@ -206,8 +224,15 @@ def _gradient(ctx, do, _):
 _attend = AutogradOp(attention_forward, _save, _gradient)
 
 
+def check_scale(op: str, scale: float | None) -> None:
+    """The largest score is looked for before it is scaled, so a scale must keep their order."""
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{op}: scale is {scale}; it must be greater than 0, or None for 1 / sqrt(head dim)")
+
+
 def attention_fused(q, k, v, *, causal=True, window=None, softcap=None, scale=None, cu_seqlens=None, max_seqlen=None):
     """The fused twin of `attention`: same arguments, same meaning."""
+    check_scale("attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     meaning = (cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
     if q.dim() == 4:

@@ -6,8 +6,8 @@ For a block of queries that leaves one contiguous run of key blocks, and only th
 window's edge, the ragged last one) hold a hidden pair: blocks outside are never touched, blocks inside never masked.
 
 Ragged batches come as cumulative lengths on the device. Sequence s owns the tiles from `cu[s] // BLOCK + s` on: never
-fewer than it needs, known without reading a length back to the host, so the grid is static. HALVINGS, 0 for a batch
-that is not ragged, is how many steps the search for a tile's sequence takes.
+fewer than it needs, known without reading a length back to the host, so the grid is static. SEARCH_STEPS, 0 for a
+batch that is not ragged, is how many steps the search for a tile's sequence takes.
 
 Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
 """
@@ -15,18 +15,18 @@ Products that reach an address are 64-bit; row numbers, which masks compare, are
 from ..core.lang import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
-COUNTS = ("tiles", "batch_heads", "group", "q_len", "k_len", "sequences")
+UNSPECIALIZED = ("tiles", "batch_heads", "heads_in_l2", "q_len", "k_len", "sequences")
 """Arguments that change from batch to batch: a kernel that looked at their values would be compiled again and again."""
 
 
 @triton.jit
-def owner_of(tile, cu, sequences, BLOCK: tl.constexpr, HALVINGS: tl.constexpr):
+def sequence_of_tile(tile, cu, sequences, BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr):
     """The sequence that owns a tile of a ragged batch, by bisection: the last s with cu[s] // BLOCK + s <= tile.
 
     A fixed number of halvings without a branch: a loop that ends when it is done defeats warp specialization."""
     low = tl.cast(0, tl.int32)
     high = tl.cast(sequences, tl.int32)
-    for _ in tl.static_range(HALVINGS):
+    for _ in tl.static_range(SEARCH_STEPS):
         middle = (low + high) // 2
         here = tl.load(cu + middle) // BLOCK + middle <= tile
         low = tl.where(here, middle, low)
@@ -35,26 +35,27 @@ def owner_of(tile, cu, sequences, BLOCK: tl.constexpr, HALVINGS: tl.constexpr):
 
 
 @triton.jit
-def place(
-    cu, tiles, batch_heads, heads, group, q_len, k_len, sequences,
-    BLOCK: tl.constexpr, HALVINGS: tl.constexpr, LONGEST_LAST: tl.constexpr,
+def tile_coordinates(
+    cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
+    BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr, REVERSE_TILES: tl.constexpr,
 ):  # fmt: skip
     """-> (batch, head, row of the tile, its token, first token of the sequence, its queries, its keys).
 
-    Programs start in order, so heads go in groups whose keys and values fit the L2 cache, and in a group the tiles with
-    the most work go first: the short ones then fill the gaps at the end, which balances a causal triangle."""
+    Programs start in order, so heads go in groups of `heads_in_l2`, whose keys and values fit the L2 cache, and in a
+    group the tiles with the most work go first: the short ones then fill the gaps at the end, which balances a causal
+    triangle."""
     pid = tl.program_id(0).to(tl.int64)
-    per_group = tl.cast(tiles, tl.int64) * group
-    first_head = pid // per_group * group
-    width = tl.minimum(batch_heads - first_head, group)
+    per_group = tl.cast(tiles, tl.int64) * heads_in_l2
+    first_head = pid // per_group * heads_in_l2
+    width = tl.minimum(batch_heads - first_head, heads_in_l2)
     inside = pid % per_group
     tile = (inside // width).to(tl.int32)
-    if LONGEST_LAST:
+    if REVERSE_TILES:
         tile = tiles - 1 - tile
     flat = first_head + inside % width
     start = tl.cast(0, tl.int32)
-    if HALVINGS > 0:
-        sequence = owner_of(tile, cu, sequences, BLOCK, HALVINGS)
+    if SEARCH_STEPS > 0:
+        sequence = sequence_of_tile(tile, cu, sequences, BLOCK, SEARCH_STEPS)
         start = tl.load(cu + sequence).to(tl.int32)
         q_len = tl.load(cu + sequence + 1).to(tl.int32) - start
         k_len = q_len

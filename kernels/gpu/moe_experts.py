@@ -26,7 +26,7 @@ def _tile_of_expert(tile, offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constex
 
 
 @triton.jit
-def moe_gate_kernel(
+def moe_grouped_gemm_swiglu_kernel(
     x, w, order, offsets, gate_up, h,
     E, C, F, columns, stride_xt, stride_xc, stride_we, stride_wf, stride_wc,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
@@ -67,7 +67,7 @@ def moe_gate_kernel(
 
 
 @triton.jit
-def moe_rows_kernel(
+def moe_grouped_gemm_kernel(
     a, w, order, offsets, out,
     E, N, K, columns, stride_we, stride_wn, stride_wk,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -139,7 +139,7 @@ def _through_gate(
 
 
 @triton.jit(do_not_specialize=["A"])
-def moe_gate_backward_kernel(
+def moe_grouped_gemm_swiglu_bwd_kernel(
     dy, w_down, order, offsets, weights, gate_up, dgate_up, weighted, dweights,
     E, C, F, A, columns, stride_dt, stride_dc, stride_we, stride_wc, stride_wf,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -181,7 +181,7 @@ def moe_gate_backward_kernel(
 
 
 @triton.jit
-def moe_weights_kernel(
+def moe_grouped_dw_kernel(
     p, q, order, offsets, dw,
     N, M, columns, stride_pr, stride_pn, stride_qr, stride_qm,
     TOP_K: tl.constexpr, GATHER_P: tl.constexpr, GATHER_Q: tl.constexpr,

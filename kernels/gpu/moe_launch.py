@@ -8,15 +8,15 @@ T tokens, C channels, E experts, F features of an expert, K = top_k, A = T · K 
 
 import torch
 
-from ..core.lang import architecture, cdiv, next_power_of_2
+from ..core.lang import cdiv, generation, next_power_of_2
 from ..core.launch import AutogradOp, launch, launcher
 from ..core.tuned import tuned
 from .moe_experts import (
     moe_combine_kernel,
-    moe_gate_backward_kernel,
-    moe_gate_kernel,
-    moe_rows_kernel,
-    moe_weights_kernel,
+    moe_grouped_dw_kernel,
+    moe_grouped_gemm_kernel,
+    moe_grouped_gemm_swiglu_bwd_kernel,
+    moe_grouped_gemm_swiglu_kernel,
 )
 from .moe_route import moe_route_backward_kernel, moe_route_kernel, moe_scatter_kernel
 
@@ -28,7 +28,7 @@ def _tile(kernel: str, x: torch.Tensor, assignments: int, w: torch.Tensor) -> di
     """Tiles of the grouped products: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum.
 
     Rows of odd widths are read a number at a time, each by an address of its own in two registers: small tiles."""
-    arch = architecture(x.device)
+    arch = generation(x.device)
     large = assignments >= LARGE * len(w)
     odd = any(width % 16 for width in w.shape[1:])
     if arch == 0:
@@ -84,7 +84,7 @@ def moe_forward(
     tile = _tile("moe_gate", x, A, w_down)
     columns = cdiv(F, tile["BLOCK_N"])
     launch(
-        moe_gate_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
+        moe_grouped_gemm_swiglu_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         x, w_gate_up, order_A, offsets_E, gate_up, h_AF,
         E, C, F, columns, *x.stride(), *w_gate_up.stride(),
         TOP_K=top_k, ACTIVATION=activation, SAVE=save, BLOCK_E=block_e, **tile,
@@ -128,7 +128,7 @@ def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):
     tile = _tile(name, a_AK, A, w)
     columns = cdiv(N, tile["BLOCK_N"])
     launch(
-        moe_rows_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
+        moe_grouped_gemm_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         a_AK, w, order_A, offsets_E, out, E, N, K, columns, *strides,
         BLOCK_E=max(16, next_power_of_2(E)), **tile,
     )  # fmt: skip
@@ -185,7 +185,7 @@ def moe_backward(
     make = torch.empty if here is None else torch.zeros  # what is not computed here is no share of the gradient
     shares = make(columns, A, dtype=torch.float32, device=x.device)
     launch(
-        moe_gate_backward_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
+        moe_grouped_gemm_swiglu_bwd_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         dy, w_down, order_A, offsets_E, weights_TK, gate_up, dgate_up, weighted_AF, shares,
         E, C, F, A, columns, *dy.stride(), *w_down.stride(),
         TOP_K=top_k, ACTIVATION=activation, BLOCK_E=block_e, **tile,
@@ -221,7 +221,7 @@ def _weights_product(p, q, w, order_A, offsets_E, top_k, gather_p):
     tile = {**tile, "BLOCK_M": tile["BLOCK_N"]}
     columns = cdiv(M, tile["BLOCK_M"])
     launch(
-        moe_weights_kernel, (cdiv(N, tile["BLOCK_N"]) * columns, E),
+        moe_grouped_dw_kernel, (cdiv(N, tile["BLOCK_N"]) * columns, E),
         p, q, order_A, offsets_E, dw, N, M, columns, *p.stride(), *q.stride(),
         TOP_K=top_k, GATHER_P=gather_p, GATHER_Q=not gather_p, **tile,
     )  # fmt: skip

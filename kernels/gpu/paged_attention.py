@@ -20,11 +20,11 @@ T tokens, N sequences, H query heads, K key heads, G = H / K, D head dim, P page
 
 import torch
 
-from ..core.lang import architecture, cdiv, next_power_of_2, tl, triton
+from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import launch, launcher
 from ..core.tuned import tuned
-from .attention_launch import halvings
-from .attention_tiles import LOG2E, capped, owner_of, visible
+from .attention_launch import check_scale, search_steps
+from .attention_tiles import LOG2E, capped, sequence_of_tile, visible
 
 SEGMENT = 256
 """Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
@@ -95,7 +95,7 @@ def paged_attention_kernel(
 ):  # fmt: skip
     """Programs below `split_programs` take one segment of one sequence that decodes, the others a tile of a chunk."""
     BLOCK_Q: tl.constexpr = BLOCK_M // Q_PER_KV
-    UNIT: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
+    SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     pid = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     splits = pid < split_programs
@@ -105,7 +105,7 @@ def paged_attention_kernel(
     else:
         # Tokens behind the last sequence are one more, without keys: its tiles write zeros.
         tile = pid - split_programs
-        sequence = owner_of(tile, starts, sequences + 1, BLOCK_Q, SEARCH_STEPS)
+        sequence = sequence_of_tile(tile, starts, sequences + 1, BLOCK_Q, SEARCH_STEPS)
         token = (tile - (tl.load(starts + sequence).to(tl.int32) // BLOCK_Q + sequence)) * BLOCK_Q
     padding = sequence == sequences
     first = tl.load(starts + sequence).to(tl.int32)
@@ -165,9 +165,9 @@ def paged_attention_kernel(
         k = tl.load(k_pages + k_offsets, mask=there, other=0.0).to(q_tile.dtype)
         scores = capped(tl.dot(q_tile, tl.trans(k), input_precision="ieee") * k_scale, SCALE, SOFTCAP)
         scores = tl.where(visible(q_pos[:, None], keys[None, :], end, True, WINDOW), scores, float("-inf"))
-        new_m = tl.maximum(m_s, tl.max(scores, 1) * UNIT)
+        new_m = tl.maximum(m_s, tl.max(scores, 1) * SCALE_LOG2)
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        p = tl.exp2(tl.fma(scores, UNIT, -base[:, None]))
+        p = tl.exp2(tl.fma(scores, SCALE_LOG2, -base[:, None]))
         alpha = tl.exp2(m_s - base)
         l_s = tl.fma(l_s, alpha, tl.sum(p, 1))
         m_s = new_m
@@ -206,7 +206,7 @@ def paged_attention_kernel(
 def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
     """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
     rows = next_power_of_2(G)
-    arch = architecture(device)
+    arch = generation(device)
     if arch == 0 or dtype == torch.float32:
         tile, block, warps = 16, 32, 4
     else:
@@ -260,7 +260,7 @@ def paged_attention_forward(
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
         T, N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
         Q_PER_KV=G, SCALE=scale, SOFTCAP=softcap, WINDOW=window, PAGE=page, SEGMENT=SEGMENT,
-        D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, halvings(N + 1)), UNROLL=UNROLL, **tile,
+        D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, search_steps(N + 1)), UNROLL=UNROLL, **tile,
         K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
     )  # fmt: skip
     return o_THD
@@ -271,6 +271,7 @@ def paged_attention_fused(
     *, window=None, softcap=None, scale=None, k_scale=None, v_scale=None, starts=None, arrivals=None,
 ):  # fmt: skip
     """The fused twin of `paged_attention`: same arguments, same meaning."""
+    check_scale("paged_attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if starts is None:
         starts = query_starts(query_lens)

@@ -55,7 +55,7 @@ class Cost:
     wgmma: bool
     vector_accesses: int
     scalar_accesses: int
-    narrow_products: list[str] = field(default_factory=list)
+    int32_offset_products: list[str] = field(default_factory=list)
     """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
     failure: str = ""
     """What the compiler said if it gave up."""
@@ -124,7 +124,7 @@ def _cost(op, case, dtype, arch, kernel) -> Cost:
         wgmma="wgmma.mma_async" in ptx,
         vector_accesses=len(VECTOR_ACCESS.findall(ptx)),
         scalar_accesses=len(SCALAR_ACCESS.findall(ptx)),
-        narrow_products=narrow_products(kernel.asm["ttir"]),
+        int32_offset_products=int32_offset_products(kernel.asm["ttir"]),
     )
 
 
@@ -138,7 +138,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def narrow_products(ttir: str) -> list[str]:
+def int32_offset_products(ttir: str) -> list[str]:
     """32-bit products that are offsets into memory, as lines of TTIR: beyond 2³¹ elements they would wrap.
 
     An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors
@@ -181,7 +181,7 @@ def violations(cost: Cost, budget: Budget) -> list[str]:
         found.append("no wgmma instruction on sm_90")
     if budget.vector and not cost.vector_accesses:
         found.append("no 16-byte access to global memory")
-    found += [f"32-bit address arithmetic: {line}" for line in cost.narrow_products]
+    found += [f"32-bit address arithmetic: {line}" for line in cost.int32_offset_products]
     return found
 
 

@@ -110,14 +110,14 @@ def _wrong(ours, formulas, exact, dtype) -> str:
     return "" if mine <= 2 * theirs + floor else f"our error {mine:.3g}, the formula's {theirs:.3g}, floor {floor:.3g}"
 
 
-def changes(op: Op, case: Case, dtype: torch.dtype, device: str) -> bool:
+def nondeterministic(op: Op, case: Case, dtype: torch.dtype, device: str) -> bool:
     """Whether two calls on the same inputs differ in any bit."""
     with backend("triton"):
         first, again = (call(op, case, op, Maker(dtype, device)) for _ in range(2))
     return not all(torch.equal(a, b) for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]]))
 
 
-def waits(op: Op) -> str:
+def synchronizes(op: Op) -> str:
     """What PyTorch says if the op's first case makes the host wait for the GPU."""
     case = op.cases[0]
     with backend("triton"):
@@ -136,7 +136,7 @@ def waits(op: Op) -> str:
     return ""
 
 
-def replays_otherwise(op: Op) -> bool:
+def graph_replay_differs(op: Op) -> bool:
     """Whether a CUDA graph of the op's first case gives other bits than a plain call."""
     with backend("triton"), torch.no_grad():
         args, options = op.cases[0].build(Maker(torch.bfloat16, "cuda"))
@@ -166,13 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     for case in cases:
         try:
             wrong = errors(op, case, dtype, options.device)
-            wrong += ["two calls differ"] if changes(op, case, dtype, options.device) else []
+            wrong += ["two calls differ"] if nondeterministic(op, case, dtype, options.device) else []
         except Exception as error:
             wrong = [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"]
         found += bool(wrong)
         print("".join(f"{op.name} {options.dtype}, {case.name}: {text}\n" for text in wrong), end="", flush=True)
     if options.device == "cuda" and dtype == torch.bfloat16 and share == 1:
-        for wrong in (waits(op), "a CUDA graph gives other bits" if replays_otherwise(op) else ""):
+        for wrong in (synchronizes(op), "a CUDA graph gives other bits" if graph_replay_differs(op) else ""):
             found += bool(wrong)
             print(f"{op.name}, {op.cases[0].name}: {wrong}\n" if wrong else "", end="", flush=True)
     print(f"{op.name} {options.dtype}: {len(cases)} cases, {found} wrong")

@@ -126,3 +126,28 @@ def test_a_reader_that_leaves_early_is_no_error():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_cli_bug_of_ours_is_a_traceback(monkeypatch):
+    """Only what users cause is a sentence and exit 2: any other ValueError came from deep inside."""
+    from warploom.engine.cli import doctor
+
+    def fail(argv):
+        raise ValueError("invalid literal for int()")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["doctor"])
+
+
+def test_cli_unknown_backend_is_a_sentence():
+    command = [sys.executable, "-m", "warploom.engine.cli", "doctor"]
+    environment = {**os.environ, "WARPLOOM_BACKEND": "cuda"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 2 and shown.stderr.startswith("warploom doctor: WARPLOOM_BACKEND is 'cuda'")
+
+
+def test_cli_undecodable_prompts_file_is_a_sentence(directory, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes(b"caf\xe9\n")
+    assert main(["generate", "--model", str(directory), "--prompts-file", str(tmp_path / "prompts.txt")]) == 2
+    assert "prompts.txt is not valid UTF-8 at byte 3" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from warploom.engine.config import PRESETS, ModelConfig
+from warploom.engine.errors import InputError
 from warploom.engine.generation import KVCache, generate
 from warploom.engine.model import Block, Transformer, dense_attention
 
@@ -186,13 +187,17 @@ BAD_CONFIGS = {
     "dropout": (dict(dropout=1.5), r"dropout must be in \[0, 1\), not 1.5"),
     "experts": (dict(n_experts=2, experts_per_token=3), "between 1 and n_experts=2, not 3"),
     "scaling": (dict(rope_scaling={"rope_type": "magic"}), "must be one of .* not 'magic'"),
+    "scaling without a factor": (
+        dict(rope_scaling={"rope_type": "linear"}),
+        "of linear must be a number",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
 def test_an_impossible_architecture_is_refused_by_field_and_value(name):
     changes, message = BAD_CONFIGS[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         make(**changes)
 
 

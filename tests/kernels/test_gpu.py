@@ -16,12 +16,12 @@ FUSED = [op for op in ops() if op.fused is not None]
 
 @pytest.mark.parametrize("op", FUSED, ids=lambda op: op.name)
 def test_no_op_waits_for_the_device(op):
-    assert not verify.waits(op)
+    assert not verify.synchronizes(op)
 
 
 @pytest.mark.parametrize("op", FUSED, ids=lambda op: op.name)
 def test_a_cuda_graph_holds_every_op_and_replays_its_bits(op):
-    assert not verify.replays_otherwise(op)
+    assert not verify.graph_replay_differs(op)
 
 
 def test_rows_beyond_two_billion_elements_are_those_of_a_small_tensor():

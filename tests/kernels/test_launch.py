@@ -38,7 +38,7 @@ def test_so_they_are_in_float16(op, case):
 
 @fused_cases()
 def test_the_same_call_gives_the_same_bits(op, case):
-    assert not verify.changes(op, case, torch.bfloat16, DEVICE)
+    assert not verify.nondeterministic(op, case, torch.bfloat16, DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["spread", "flat", "tied", "masked"])

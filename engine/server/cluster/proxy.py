@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from ...errors import InputError
 from ..app import allowed_origins
 from ..config import ServerConfig
 from ..metrics import Metrics, count_visits, join_replicas
@@ -45,11 +46,11 @@ def create_front(
     keys: tuple[str, ...],
     replicas: int,
     gpus: bool,
-    on_mistake: Callable[[ValueError], None],
+    on_mistake: Callable[[InputError], None],
 ) -> Any:
     """The application of a server with replicas; `make()` builds an `LLM`, and is sent to each of them.
 
-    `on_mistake` hears the ValueError of a `make()` that can never succeed.
+    `on_mistake` hears the InputError of a `make()` that can never succeed.
     """
     front = Front(make, config, replicas, gpus, on_mistake)
     door = RequestMiddleware(front, config, keys, front.visits)
@@ -65,7 +66,7 @@ class Front:
         config: ServerConfig,
         replicas: int,
         gpus: bool,
-        on_mistake: Callable[[ValueError], None],
+        on_mistake: Callable[[InputError], None],
     ) -> None:
         self._make, self._config, self._count, self._gpus = make, config, replicas, gpus
         self._on_mistake = on_mistake
@@ -99,10 +100,10 @@ class Front:
             handle = await asyncio.to_thread(self._cluster.deploy, self._make, self._config, self._count, self._gpus)
             mistakes = await handle.broadcast("mistake").results_async()
             if mistake := next(filter(None, mistakes), None):
-                return self._on_mistake(ValueError(mistake))
+                return self._on_mistake(InputError(mistake))
             self._handle = handle
         except ConnectionError:
-            self._on_mistake(ValueError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"))
+            self._on_mistake(InputError(f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"))
         except Exception:
             logger.exception("the replicas could not be started")
             self._failed = True

@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from ...errors import InputError
+
 OWN_RAY = "RAY_ADDRESS" not in os.environ
 if OWN_RAY:  # read when ray is imported; the name of the second one notwithstanding, it means "loopback only"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,7 +62,7 @@ class Replica:
     def _make(self, make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except ValueError as error:  # the next attempt would end the same way
+        except InputError as error:  # the next attempt would end the same way
             self._mistake = str(error)
             raise
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import InputError
 from ...serving import SamplingParams
 
 KINDS = {
@@ -55,7 +56,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return APIError(400, message, param=param, code=code)
 
 
-def from_value_error(error: ValueError) -> APIError:
+def from_input_error(error: InputError) -> APIError:
     """A refusal by the engine or the tokenizer, in its words; the first one may be the name of a field."""
     message = " ".join(str(error).split())
     first = message.removeprefix("the ").split(" ", 1)[0]

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from ...errors import InputError
 from ...serving import SamplingParams
 from ..request_body import FIRST_ERROR, at_most
-from .errors import from_value_error, invalid
+from .errors import from_input_error, invalid
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], FIRST_ERROR, Field(min_length=1)]
@@ -226,8 +227,8 @@ class Sampling(Body):
                 **self.grammar(),
                 **others,
             )
-        except ValueError as error:
-            raise from_value_error(error) from None
+        except InputError as error:
+            raise from_input_error(error) from None
 
 
 class CompletionRequest(Sampling):

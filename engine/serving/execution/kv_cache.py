@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .... import kernels
+from ...errors import InputError
 from .int8_pages import TILE, Int8Attend, tile_bytes
 from .sinks import SinkAttend
 
@@ -36,7 +37,7 @@ class PagedKVCache:
         if dtype == torch.int8:
             shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
         if config.attention_sinks and (device.type != "cpu" or dtype == torch.int8):
-            raise ValueError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
+            raise InputError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
         self.page_size, self.dtype, self.sinks = page_size, dtype, config.attention_sinks
         kept = torch.uint8 if dtype == torch.int8 else dtype
         self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))

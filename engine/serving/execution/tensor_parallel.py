@@ -25,6 +25,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ...errors import InputError
 from ...formats.model_directory import load_config, read_model
 from ...model import Transformer
 from ...parallel.tensor_parallel import check
@@ -145,13 +146,13 @@ def start_team(
 ) -> TPRunner:
     """Start the processes that share a model (and each run a draft, if there is a second directory)."""
     if not all(isinstance(place, (str, os.PathLike)) for place in directories):
-        raise ValueError("tensor_parallel needs models in directories, which each process can read: use save_model")
+        raise InputError("tensor_parallel needs models in directories, which each process can read: use save_model")
     check(load_config(directories[0]), size)
     if dist.is_initialized():
-        raise ValueError("tensor_parallel starts its own processes, but torch.distributed is in use here already")
+        raise InputError("tensor_parallel starts its own processes, but torch.distributed is in use here already")
     devices = torch.cuda.device_count()
     if device.type == "cuda" and devices < size:
-        raise ValueError(f"tensor_parallel={size} needs as many GPUs, and torch sees {devices}")
+        raise InputError(f"tensor_parallel={size} needs as many GPUs, and torch sees {devices}")
     store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False, timeout=PATIENCE)
     threads = max(1, torch.get_num_threads() // size)
     places = tuple(os.path.abspath(place) for place in directories)
@@ -200,7 +201,7 @@ def work() -> None:
     try:
         models = [read_model(place, share.device, share.dtype, group)]
         models += [read_model(draft, share.device, models[0].embedding.weight.dtype) for draft in drafts]
-    except ValueError:
+    except InputError:
         os._exit(1)  # the first process reads the same files, and says what is wrong
     print("loaded", file=said, flush=True)
     print(memory_for_pages(models[0], *share.largest), file=said, flush=True)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from ...errors import InputError
 from .page_pool import PagePool
 from .sequence import Order, Sequence
 from .step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
@@ -59,7 +60,7 @@ class Scheduler:
         most_drafts: int = 4,
     ):
         if max_batch < 1 or max_batch_tokens < max_batch:
-            raise ValueError(
+            raise InputError(
                 f"max_batch_tokens must be at least max_batch, and that 1; got {max_batch_tokens} and {max_batch}"
             )
         self.pool = pool
@@ -88,13 +89,13 @@ class Scheduler:
     def fit(self, prompt_length: int, max_tokens: int) -> int:
         """How many tokens can be generated; refuses, with the numbers, what could never be served."""
         if prompt_length < 1:
-            raise ValueError("the prompt is empty: it must have at least 1 token")
+            raise InputError("the prompt is empty: it must have at least 1 token")
         if prompt_length + min(max_tokens, 1) > self.context:
-            raise ValueError(f"the prompt has {prompt_length} tokens, too many for a context of {self.context} tokens")
+            raise InputError(f"the prompt has {prompt_length} tokens, too many for a context of {self.context} tokens")
         max_tokens = min(max_tokens, self.context - prompt_length)
         needed = self.pool.pages_for(prompt_length + max(max_tokens - 1, 0))
         if needed > self.pool.num_pages:
-            raise ValueError(
+            raise InputError(
                 f"a prompt of {prompt_length} tokens with max_tokens={max_tokens} needs {needed} pages "
                 f"of {self.pool.page_size} tokens and the pool has {self.pool.num_pages}: lower it or raise kv_memory"
             )

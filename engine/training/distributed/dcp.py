@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...data.tokens import file_hash
+from ...errors import InputError
 
 FOLDER = "shards"
 
@@ -41,7 +42,7 @@ class ShardWriter:
         found = {name: digest for some in hashes for name, digest in some.items()}
         missing = [name for name in found if not (directory / name).exists()]
         if missing and dist.get_rank() == 0:  # who may by now have renamed the folder, so nobody else can tell
-            raise ValueError(f"{missing[0]} was written on another machine: all must see one and the same folder")
+            raise InputError(f"{missing[0]} was written on another machine: all must see one and the same folder")
         return found
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from ....tokenizer.sources import write_text
-from ...errors import MISTAKES
+from ...errors import USER_ERRORS
 
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "remote process exit")
 
@@ -35,7 +35,7 @@ def report_first_failure() -> Iterator[None]:
     except Exception as error:
         _not_to_be_interrupted()
         lost = any(sign in str(error) for sign in LOST)
-        code = 2 if isinstance(error, MISTAKES) and not lost else 1
+        code = 2 if isinstance(error, USER_ERRORS) and not lost else 1
         if not _is_first():
             sys.exit(code)
         sentence = _of_the_lost() if lost else " ".join(str(error).split())

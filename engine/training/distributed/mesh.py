@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ...data.loader import Batch
 from ...device import pick_device
+from ...errors import InputError
 from ...model import Transformer
 from ...parallel.tensor_parallel import ShardSpec, check, shard, shard_specs
 from ..config import TrainConfig
@@ -54,7 +55,7 @@ class ProcessMesh:
         self.dp_size = self.size // self.axes["tp"]
         rows = config.batch_size // (config.grad_accum_steps or 1)
         if rows % self.dp_size:
-            raise ValueError(
+            raise InputError(
                 f"batch_size={config.batch_size} in grad_accum_steps={config.grad_accum_steps or 1} parts makes {rows} "
                 f"rows, which {self.dp_size} processes cannot share evenly: choose a multiple"
             )
@@ -175,7 +176,7 @@ def _grid(config: TrainConfig, size: int) -> dict[str, int]:
     axes = {"dp": config.dp or max(1, size // others), "fsdp": config.fsdp, "ep": config.ep, "tp": config.tp}
     if math.prod(axes.values()) != size:
         product = " × ".join(f"{axis}={length}" for axis, length in axes.items())
-        raise ValueError(f"{product} needs {math.prod(axes.values())} processes, but this run has {size}")
+        raise InputError(f"{product} needs {math.prod(axes.values())} processes, but this run has {size}")
     return axes
 
 
@@ -184,7 +185,7 @@ def apply_tp_ep(model: Transformer, mesh: ProcessMesh) -> Transformer:
     config, slices = model.config, mesh.axes["fsdp"]
     check(config, mesh.axes["tp"], mesh.axes["ep"])
     if config.d_model % slices:
-        raise ValueError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
+        raise InputError(f"fsdp={slices} does not divide d_model={config.d_model}: each process needs an equal slice")
     data_group = mesh.make_group("dp", "fsdp", "ep") if config.n_experts else None
     return shard(model, mesh.group("tp"), mesh.group("ep"), data_group)
 
@@ -195,7 +196,7 @@ def apply_fsdp(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> Non
     from torch.distributed.tensor import Shard
 
     if dtype == torch.float16:
-        raise ValueError("fsdp trains in bfloat16 or float32, not in float16")
+        raise InputError("fsdp trains in bfloat16 or float32, not in float16")
     where = shard_specs(model)
     dimension = {p: where[name].stream for name, p in model.named_parameters()}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -240,7 +241,7 @@ def local_device(name: str) -> torch.device:
     if device.type != "cuda" or number is None:
         return device
     if int(number) >= torch.cuda.device_count():
-        raise ValueError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
+        raise InputError(f"torchrun started a process for GPU {number}, but there are {torch.cuda.device_count()} here")
     device = torch.device("cuda", int(number))
     torch.cuda.set_device(device)  # before the processes meet: NCCL asks for the current one
     return device

@@ -4,6 +4,7 @@ Random tiny models, float32, sequences longer than any window; nothing that is 1
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,8 @@ def test_family_assumes_what_its_class_does(kind):
     sizes |= {"n_group": 4, "topk_group": 2} if kind == "deepseek_v3" else {}
     whole = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
     assert full(understand({"model_type": kind, **sizes})) == full(understand(whole))
+
+
+def test_page_of_models_names_every_family():
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    assert {kind for kind in FAMILIES if f"`{kind}`" not in page} == set()

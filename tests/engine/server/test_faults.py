@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from warploom.engine.errors import InputError
 from warploom.engine.server.async_engine import RequestStream
 from warploom.engine.server.config import ServerConfig
 from warploom.engine.serving import LLM, SamplingParams
@@ -75,6 +76,17 @@ def test_server_tiny_settings_do_not_end_it(client, settings, status):
     answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, **settings})
     assert answer.status_code == status, answer.text
     assert status == 200 or "greater than or equal to 0.01" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(InputError("prompt is odd"), 400), (ValueError("ours"), 500)])
+def test_server_only_input_errors_are_the_clients(server, client, monkeypatch, error, status):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(server.bridge.llm, "submit", fail)
+    answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    assert answer.status_code == status
+    assert (str(error) in answer.text) == (status == 400)
 
 
 def test_server_nan_weights_answer_in_valid_json():

@@ -13,7 +13,7 @@ from warploom.kernels.core.lang import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("needs triton's compiler", allow_module_level=True)
 
-from warploom.kernels.tools.compile_offline import ARCHITECTURES, Cost, budget_of, narrow_products, violations
+from warploom.kernels.tools.compile_offline import ARCHITECTURES, Cost, budget_of, int32_offset_products, violations
 
 pytestmark = pytest.mark.timeout(1800)  # hundreds of kernels are compiled meanwhile, on as many cores as there are
 
@@ -97,8 +97,8 @@ def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
       %1 = arith.addi %0, %range : tensor<64xi32>
       %2 = tt.addptr %x, %1 : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
     """
-    assert narrow_products(narrow) == ["%offset = arith.muli %pid, %stride : i32"]
-    assert narrow_products(narrow.replace("%stride : i32", "%stride : i64")) == []
+    assert int32_offset_products(narrow) == ["%offset = arith.muli %pid, %stride : i32"]
+    assert int32_offset_products(narrow.replace("%stride : i32", "%stride : i64")) == []
 
 
 def test_a_kernel_over_its_budget_is_told_what_it_exceeds():
