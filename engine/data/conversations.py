@@ -77,12 +77,18 @@ def to_conversation(row: Any, line: str) -> Conversation:
     form = _form(row) if isinstance(row, Mapping) else None
     if form is None:
         raise InputError(f"{line} is no conversation: it needs {FORMS}: {_show(row)}")
-    messages = form(row)
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"{line}: message {number} must be an object with a role, as in {{'role': 'user', …}}")
-    tools = row.get("tools")
-    return Conversation(messages, json.loads(tools) if isinstance(tools, str) and tools else tools or None, line)
+    try:
+        messages, tools = form(row), row.get("tools") or None
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{line} is no conversation: {error}: {_show(row)}") from error
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise InputError(f"{line}: messages must be a list of objects with a role and a content: {_show(row)}")
+    return Conversation(messages, tools, line)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
 
 
 def _form(row: Mapping) -> Callable[[Mapping], list[dict]] | None:
