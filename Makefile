@@ -2,7 +2,7 @@
 #
 #   make demo        a small model of your own in a few minutes
 #   make test        the whole test suite
-#   make bench       micro-benchmarks of single functions
+#   make bench       peers and ourselves side by side, ARGS="train"; without ARGS all of it
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found
 #   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
@@ -35,7 +35,7 @@ test: .venv/ready-dev
 	$(BIN)/python -m pytest tests/kernels/test_in_pytorch.py $(ARGS)
 
 bench: .venv/ready-dev
-	$(BIN)/python -m pytest bench/micro $(ARGS)
+	$(BIN)/warploom bench $(or $(ARGS),all)
 
 gpu: export WARPLOOM_REQUIRE_NATIVE :=
 gpu: export PYTHONPATH := $(CURDIR)/build/path$(if $(SITE),:$(SITE))

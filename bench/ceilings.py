@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured: the denominator of every share printed here.
+"""Measured ceilings of the machine: the denominator of every share printed here.
 
 A datasheet's peak is the limit of a machine nobody has. These are rates this machine reached minutes ago, under the
 same load and clocks as the contestants: `copy` (bytes read plus bytes written), `read` (bytes read), and

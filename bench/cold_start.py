@@ -20,6 +20,7 @@ from typing import Any
 
 from . import peers
 from .harness import Machine
+from .random_model import printable_tokenizer, save_random
 from .schema import Row
 
 OURS = """
@@ -42,7 +43,7 @@ print(clock() - begin, 1024 * int(peak), flush=True)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What everybody starts."""
+    """The process that every contestant starts."""
 
     directory: Path
     dtype: str
@@ -65,12 +66,11 @@ def measure(
 ) -> list[Row]:
     """Ours, by Python and by the command line, against every peer that can start on the same weights."""
     from ..engine.config import ModelConfig
-    from .serve import _save_random, _tokenizer
 
     config = ModelConfig.preset(preset, **overrides)
     with TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
-        _save_random(config, dtype, machine.device, directory, _tokenizer(config))
+        save_random(config, dtype, machine.device, directory, printable_tokenizer(config))
         start = Start(directory, dtype, machine.device, quantize, tuple(range(33, 49)))
         programs = {"ours": OURS} | (peers.build("cold_start", start) if rivals else {})
         notes: dict[str, Any] = {who: {} for who in programs}

@@ -44,7 +44,8 @@ def _write(folder: str, size: int, threads: int | None) -> tuple[float, int, int
     """Seconds, tokens and the process's peak memory for a corpus of `size` bytes."""
     import resource
 
-    from ..engine.data.corpus import Corpus, stdlib
+    from ..engine.data.corpus import Corpus
+    from ..engine.data.sources import stdlib
     from ..engine.data.tokens import write_token_data
     from ..tokenizer import BPETokenizer
 

@@ -1,4 +1,5 @@
-"""What a number depends on besides the code under test: the machine, its load, the versions, the sources.
+"""The environment of a measurement: all it depends on besides the code under test: the machine, its load, the versions,
+the sources.
 
 Nothing here needs more than the standard library. torch is asked only where it is already imported or where a GPU
 is to be found, so that benches of torch-free rooms stay torch-free.
@@ -95,7 +96,7 @@ def slug(name: str) -> str:
 
 
 class OtherWork:
-    """How busy everyone else kept the machine since this object was made (Linux)."""
+    """Load by other processes: how busy they kept the machine since this object was made (Linux)."""
 
     def __init__(self) -> None:
         self.begin, self.all, self.own = time.monotonic(), _busy_seconds(), sum(os.times()[:4])

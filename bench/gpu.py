@@ -57,7 +57,7 @@ class Session:
         return self.deadline - time.monotonic()
 
     def run(self, command: list[str], seconds: float) -> tuple[str, str]:
-        """What a process printed and how it ended ("" is well), after these seconds at the latest."""
+        """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
         started = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, text=True, errors="replace", start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -162,7 +162,8 @@ def check_names() -> list[str]:
 
 
 def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """How the check of each name that begins so ended; "" is right. What is on record as right is not run again."""
+    """Results of checks by name: how the check of each name that begins so ended; "" is right. What is on record as
+    right is not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
     known = json.loads(path.read_text()) if path.exists() else {}

@@ -44,7 +44,7 @@ RESULTS = environment.ROOT / "bench" / "results" if IN_CHECKOUT else Path("bench
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of any bench: a flag a field, with its line of `--help`.
+    """Options of every bench: a flag a field, with its line of `--help`.
 
     A bench with flags of its own subclasses this, and calls the class `Options` too."""
 
@@ -79,7 +79,7 @@ class Part:
 
 
 class Machine:
-    """What a part measures with: the device, its timer, its ceilings, and fair comparisons."""
+    """The measuring instruments of a part: the device, its timer, its ceilings, and fair comparisons."""
 
     def __init__(self, device: str = "cpu", timer: Timer | None = None, *, rounds: int = 15, seconds: float = 30.0):
         self.device, self.timer = device, timer or timer_for(device)
@@ -223,7 +223,7 @@ class DeviceLost(SystemExit):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run of a bench ended."""
+    """Outcome of a run of a bench."""
 
     record: Record
     path: Path
@@ -319,7 +319,8 @@ class Deadly:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Whoever asks the process to end (`timeout`, a shutdown) ends it in order: that is no fault of the part."""
+    """Turn SIGTERM into an orderly end: whoever asks the process to end (`timeout`, a shutdown) ends it in order: that
+    is no fault of the part."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

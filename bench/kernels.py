@@ -53,7 +53,7 @@ POINTWISE = {"rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "rope", "cro
 
 @dataclass(frozen=True)
 class Options(harness.Options):
-    """What `warploom bench kernels` is asked."""
+    """Options of `warploom bench kernels`."""
 
     budgets: bool = field(default=False, metadata={"help": "print what each kernel costs, compiled for absent GPUs"})
     tune: bool = field(default=False, metadata={"help": "search launch settings on this GPU and file the best"})
@@ -130,7 +130,8 @@ def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
 
 
 def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
-    """How far our results lie from those of eager PyTorch; raises if that is far, or if they change between two runs.
+    """Return how far our results lie from those of eager PyTorch; raises if that is far, or if they change between two
+    runs.
 
     The distance is ‖ours − eager‖ / ‖eager‖, the largest over results and gradients; of whole numbers, the share that
     differs (two draws may fall on either side of a rounding)."""
@@ -149,7 +150,7 @@ def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
 
 
 def _results(function, args: list, options: dict, pass_: str) -> list[torch.Tensor]:
-    """What a call returns, and for "both" its gradients."""
+    """Return what a call returns, and for "both" its gradients."""
     with torch.set_grad_enabled(pass_ == "both"):
         results = verify.tensors(function(*args, **options))
         out = [x for x in results if x.requires_grad]
@@ -227,7 +228,7 @@ def _remembered(make):
 
 
 def host_microseconds(op: Op, machine: Machine, calls: int = 200) -> float:
-    """What one call costs the host: the time to enqueue it on inputs too small to keep the device busy."""
+    """Measure the host time of a call: the time to enqueue it on inputs too small to keep the device busy."""
     args, options = op.cases[0].build(Maker(torch.bfloat16, machine.device))
     step = _step(op, args, options, "forward")
     with backend("triton"):

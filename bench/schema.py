@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: one JSON file a bench and device, readable for years and resumable part by part.
+"""Records of benchmarks: one JSON file a bench and device, readable for years and resumable part by part.
 
 A `Record` holds finished `PartRecord`s. A part is the unit of resumption: it is saved the moment it ends, together
 with everything its numbers depend on (configuration, code fingerprint, environment, ceilings measured beside it), so

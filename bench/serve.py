@@ -21,6 +21,7 @@ from typing import Any
 
 from . import cold_start, peers
 from .harness import Machine, Options, Part
+from .random_model import printable_tokenizer, save_random
 from .schema import Row, Value
 
 ROOMS = ("engine/config.py", "engine/model.py", "engine/serving", "engine/server", "kernels", "csrc")
@@ -39,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for a request, and when: seconds after the whole workload was submitted."""
+    """Tokens of a request and their times: seconds after the whole workload was submitted."""
 
     tokens: list[int]
     times: list[float]
@@ -54,7 +55,7 @@ Server = Callable[[list[Request]], list[Reply]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a contestant serves with."""
+    """Model and settings of a serving contestant."""
 
     directory: Path
     """The model directory."""
@@ -144,9 +145,8 @@ def serve(
         machine.ceiling(name)
     with TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
-        _save_random(
-            config, dtype, machine.device, directory, tokenizer=_tokenizer(config) if "stream" in also else None
-        )
+        tokenizer = printable_tokenizer(config) if "stream" in also else None
+        save_random(config, dtype, machine.device, directory, tokenizer)
         lengths = sorted((len(request.prompt) + request.tokens for request in work), reverse=True)
         job = Job(directory, dtype, machine.device, batch, tuple(lengths[:batch]), quantize, temperature)
         builders = {"ours": partial(ours, job)} | {
@@ -264,27 +264,6 @@ def bounds(
 
 def _prefill(work: list[Request]) -> bool:
     return all(request.tokens == 1 for request in work)
-
-
-def _save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer: Any = None) -> None:
-    import torch
-
-    from ..engine.formats.model_directory import save_model
-    from ..engine.model import Transformer
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Transformer(config)
-    save_model(model.to(getattr(torch, dtype)), directory, tokenizer)
-
-
-def _tokenizer(config: Any) -> Any:
-    """One with a text for every token, so that every token of a stream is told: pairs of printable characters."""
-    from ..tokenizer import BPETokenizer
-
-    pairs = [(bytes([a]), bytes([b])) for a in range(33, 127) for b in range(33, 127)][: config.vocab_size - 256]
-    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in pairs)]
-    return BPETokenizer({token: number for number, token in enumerate(tokens)}, pairs, None, "gpt2")
 
 
 def _starting(build: Callable[[], Server] | peers.Missing, work: list[Request]):

@@ -27,7 +27,7 @@ class WallTimer:
         self.clock, self.min_sample = clock, min_sample
 
     def calls(self, estimate: float) -> int:
-        """How often to call within one sample what takes `estimate` seconds."""
+        """Return how often to call within one sample what takes `estimate` seconds."""
         return min(100_000, max(1, math.ceil(self.min_sample / max(estimate, 1e-9))))
 
     def sample(self, call: Call, calls: int) -> float:
@@ -49,7 +49,7 @@ class CudaTimer:
         self.evict = torch.ones(max(4 * cache_bytes, 256 * 2**20) // 4, device="cuda")
 
     def calls(self, estimate: float) -> int:
-        """How many calls make one sample of what takes `estimate` seconds."""
+        """Return how many calls make one sample of what takes `estimate` seconds."""
         return min(50, max(1, math.ceil(self.min_sample / max(estimate, 1e-6))))
 
     def sample(self, call: Call, calls: int) -> float:
@@ -83,7 +83,7 @@ def synchronize(device: str) -> None:
 
 
 def order(names: list[str], turn: int) -> list[str]:
-    """Who goes when in round `turn`: rotated every second round, reversed in between.
+    """Order of contestants in round `turn`: rotated every second round, reversed in between.
 
     In 2·n rounds each of n contestants stands twice at every place."""
     shift = (turn // 2) % max(1, len(names))

@@ -50,7 +50,7 @@ class Options(Common):
 
 @dataclass(frozen=True)
 class Work:
-    """What every contestant gets."""
+    """Inputs of every contestant."""
 
     tokenizer: BPETokenizer
     directory: Path
@@ -176,7 +176,7 @@ def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contesta
 
 
 def same_ids(theirs: object, ours: object) -> bool:
-    """Whether two results hold the same ids, as arrays or lists, whole or one a document."""
+    """Return whether two results hold the same ids, as arrays or lists, whole or one a document."""
     return np.array_equal(_flat(theirs), _flat(ours))
 
 

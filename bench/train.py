@@ -21,7 +21,7 @@ SLOW_BF16 = 1.2  # a CPU whose bf16 product is not this much faster than its flo
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a contestant trains."""
+    """Model and shape that a contestant trains."""
 
     preset: str
     overrides: tuple[tuple[str, int], ...]

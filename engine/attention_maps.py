@@ -1,4 +1,4 @@
-"""Where a model looks: the attention weights of every layer and head, as numbers one can draw.
+"""Attention maps: the attention weights of every layer and head, as numbers one can draw.
 
 Fused attention never holds these weights, so they are recomputed here by the plain formula, from the same queries and
 keys: the model hands them to whatever `attend` it is given.

@@ -438,12 +438,13 @@ def current_names(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-# The choices of a Literal field, by its name.
-_CHOICES = {
-    name: typing.get_args(kind)
-    for name, kind in typing.get_type_hints(ModelConfig).items()
-    if typing.get_origin(kind) is Literal
-}
+def choices_of(config: type) -> dict[str, tuple[str, ...]]:
+    """The values of each field of a dataclass that is typed as a Literal."""
+    hints = typing.get_type_hints(config).items()
+    return {name: typing.get_args(kind) for name, kind in hints if typing.get_origin(kind) is Literal}
+
+
+_CHOICES = choices_of(ModelConfig)
 
 
 def _require(holds: bool, message: str) -> None:

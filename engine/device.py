@@ -1,4 +1,4 @@
-"""What this machine is: device, number format, threads, and measured peaks.
+"""Device detection: device, number format, threads, and measured peaks.
 
 Peaks are measured, not looked up: a table of datasheets is wrong for shared, throttled or virtual machines. The two
 that decide everything are how fast memory can be copied and how fast a large matrix product runs; every "percent of

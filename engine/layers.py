@@ -195,7 +195,7 @@ class MoE(nn.Module):
         return self.with_shared(y_BTC, x_BTC), routing
 
     def biases(self) -> dict[str, Tensor]:
-        """What only some routers and experts have, by the kernels' names."""
+        """Optional tensors of routers and experts, by the kernels' names."""
         own = {"choice_bias": self.choice_bias, "b_gate_up": self.b_gate_up, "b_down": self.b_down}
         return {name: bias for name, bias in own.items() if bias is not None}
 
@@ -209,7 +209,7 @@ class MoE(nn.Module):
 
 
 def routing_options(config: ModelConfig) -> dict[str, Any]:
-    """How a router's logits become experts and weights, by the kernels' names."""
+    """Routing options: how a router's logits become experts and weights, by the kernels' names."""
     c = config
     options = {"score": c.router, "normalize": c.normalize_experts and c.experts_per_token > 1}
     if c.expert_groups > 1:

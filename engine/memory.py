@@ -71,7 +71,7 @@ def available_memory(device: str) -> int:
 
 
 def left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the container (a control group with a limit) still allows; files kept in its cache do not count."""
+    """Memory that the container (a control group with a limit) still allows; files kept in its cache do not count."""
     try:
         limit, used = ((folder / f"memory.{what}").read_text().strip() for what in ("max", "current"))
         kept = next(

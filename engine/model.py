@@ -140,7 +140,7 @@ LATENT_EPS = 1e-6  # of a latent vector's norms, whatever the config's norm_eps:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How queries and keys learn where they are: turned by the rows of two tables, or as they are without."""
+    """Rotary embedding of queries and keys: turned by the rows of two tables, or as they are without."""
 
     cos: Tensor | None = None
     sin: Tensor | None = None
@@ -180,7 +180,7 @@ class Block(nn.Module):
         return stream, delta if self.residual == "serial" else attended + delta, routing
 
     def joining(self, delta: Tensor, post: nn.Module | None) -> Tensor:
-        """What a sublayer says as it joins the stream."""
+        """Output of a sublayer as it joins the stream."""
         delta = delta if post is None else post(delta)
         delta = delta if self.residual_scale == 1 else delta * self.residual_scale
         return F.dropout(delta, self.dropout, self.training) if self.dropout else delta
@@ -188,7 +188,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Losses:
-    """What a training step minimizes, in parts: the trainer shows them apart and descends on their `total`."""
+    """Losses of a training step, in parts: the trainer shows them apart and descends on their `total`."""
 
     cross_entropy: Tensor
     balance: Tensor | None = None
@@ -344,7 +344,7 @@ class Transformer(nn.Module):
         return stream
 
     def rotation(self, kind: str, positions: Tensor | None = None) -> Rotation:
-        """How layers of a kind rotate queries and keys."""
+        """Rotation of queries and keys in layers of a kind queries and keys."""
         if self.config.rope(kind) is None:
             return Rotation()
         same = kind == "f" or self.config.local_rope is None

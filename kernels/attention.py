@@ -132,7 +132,8 @@ def _ragged(m, lengths, H, K, D):
 
 
 def _pairs(q, k, causal=True, window=None, cu_seqlens=None, **_):
-    """How many (query, key) pairs are seen, over batch and heads; sequences of a ragged batch count as equally long."""
+    """Return how many (query, key) pairs are seen, over batch and heads; sequences of a ragged batch count as equally
+    long."""
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     T, S = (x.shape[-3] if cu_seqlens is None else x.shape[-3] // sequences for x in (q, k))
     seen = T * S - (T * (T - 1) // 2 if causal else 0)
@@ -145,6 +146,7 @@ attention = Op(
     name="attention",
     reference=_attention,
     eager=_attention_eager,
+    native=True,
     fused=attention_fused,
     rows=("q", "k", "v"),
     autocast=True,

@@ -27,7 +27,7 @@ from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient,
 
 
 class Options(NamedTuple):
-    """What a loss depends on besides its tensors."""
+    """Options of a loss: what it depends on besides its tensors."""
 
     ignore_index: int
     label_smoothing: float
@@ -345,6 +345,7 @@ linear_cross_entropy = Op(
     name="linear_cross_entropy",
     reference=_linear_cross_entropy,
     eager=_linear_cross_entropy_eager,
+    native=True,
     fused=_linear_cross_entropy_fused,
     autocast=True,
     cases=[

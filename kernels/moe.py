@@ -30,7 +30,7 @@ from .swiglu import swiglu_packed
 
 
 class MoEAux(NamedTuple):
-    """What the router's loss needs, and how tokens were spread."""
+    """Auxiliary outputs of routing: what the router's loss needs, and how tokens were spread."""
 
     load_balance: torch.Tensor
     z: torch.Tensor
@@ -205,9 +205,10 @@ def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
 
 
 def _moe_unfused(x, *args, **options):
-    """What no kernel knows; a recorded CUDA graph cannot ask how many tokens an expert got, so there each gets all."""
-    recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (_moe if recording else _moe_eager)(x, *args, **options)
+    """Eager experts for what no kernel knows. Neither a CUDA graph being recorded nor a tensor without numbers can say
+    how many tokens an expert got, so there each gets all."""
+    unknown = x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return (_moe if unknown else _moe_eager)(x, *args, **options)
 
 
 def _batch(m, T, C, E, F_, logits=None):
@@ -230,6 +231,7 @@ moe = Op(
     name="moe",
     reference=_moe,
     eager=_moe_eager,
+    native=True,
     fused=_moe_fused,
     rows=("x", "router_logits"),
     autocast=None,

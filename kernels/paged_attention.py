@@ -86,7 +86,7 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
 
 
 def scaled_back(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """What pages x (…, K, D) stand for, in a dtype."""
+    """Dequantize what pages x (…, K, D) stand for, in a dtype."""
     return x.to(dtype) if scale is None else (x.to(wide(scale)) * scale[:, None]).to(dtype)
 
 
@@ -114,6 +114,7 @@ paged_attention = Op(
     name="paged_attention",
     reference=_paged_attention,
     eager=_paged_attention_eager,
+    native=True,
     fused=paged_attention_fused,
     cases=[
         Case("decode", lambda m: _batch(m, [1, 9, 40], [1, 1, 1], 4, 2, 32, 16)),

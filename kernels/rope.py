@@ -282,6 +282,7 @@ rope = Op(
     name="rope",
     reference=_rope,
     eager=_rope_eager,
+    native=True,
     fused=_rope_fused,
     rows=("q", "k", "positions"),
     cases=[

@@ -35,7 +35,7 @@ TORCHLESS = (
 
 
 def modules() -> dict[str, Path]:
-    paths = (path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "micro" not in path.parts)
+    paths = (path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
@@ -47,6 +47,36 @@ def imports(name: str, path: Path) -> set[str]:
             base = name.split(".")[: -node.level]
             target = [*base, *(node.module.split(".") if node.module else [])]
             found |= {".".join([*target, alias.name]) for alias in node.names} | {".".join(target)}
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Imports among our modules, those inside functions included; imports for types alone are left out."""
+    paths = modules()
+    graph = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text())
+        typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+        skipped = {id(inner) for node in typed for inner in ast.walk(node)}
+        graph[name] = set()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in skipped:
+                continue
+            base = ".".join([*name.split(".")[: -node.level], *(node.module.split(".") if node.module else [])])
+            for alias in node.names:
+                candidates = (f"{base}.{alias.name}", f"{base}.{alias.name}.__init__", base, f"{base}.__init__")
+                graph[name].add(next((target for target in candidates if target in paths), name))
+        graph[name].discard(name)
+    return graph
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """All that `start` imports, directly or not."""
+    found, waiting = set(), [start]
+    while waiting:
+        new = graph[waiting.pop()] - found
+        found |= new
+        waiting += new
     return found
 
 
@@ -68,6 +98,14 @@ def test_a_room_imports_only_from_its_own_floor_or_below():
             assert there <= here, f"{name} imports {target}, which is on a floor above"
             pair = (room(name, everything), room(target, everything))
             assert not {pair, pair[::-1]} & STRANGERS, f"{name} imports {target}; these rooms do not know each other"
+
+
+def test_no_module_imports_itself_by_a_detour():
+    """A circle is a circle in a function too: `import` inside `def` only hides it."""
+    graph = import_graph()
+    assert len(graph) > 150 and sum(map(len, graph.values())) > 500
+    circles = {name for name in graph if name in reachable(graph, name)}
+    assert not circles, f"these import each other: {sorted(circles)}"
 
 
 @pytest.mark.parametrize("name", TORCHLESS)

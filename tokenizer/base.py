@@ -1,4 +1,4 @@
-"""What every tokenizer can do, written once over two primitives.
+"""Base class: what every tokenizer can do, written once over two primitives.
 
 A kind of tokenizer (BPE, characters, words) says how ordinary text becomes ids (`_encode_stretch`) and which bytes an
 id stands for (`token_bytes`). Everything else here follows from that: special tokens, arrays, batches, streams, files.
@@ -185,7 +185,7 @@ class Tokenizer(ABC):
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:
-        """How many ids `encode` would give."""
+        """Return how many ids `encode` would give."""
         return len(self.encode_array(text, allowed_special))
 
     def encode_with_offsets(

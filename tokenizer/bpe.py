@@ -70,7 +70,7 @@ class BPETokenizer(Tokenizer):
         self._build_engine()
 
     def _build_engine(self) -> None:
-        """What encodes and decodes; added tokens have a say in how wide ids are."""
+        """Native encoder and decoder: what encodes and decodes; added tokens have a say in how wide ids are."""
         self._native = native.extension()
         self._scans = bool(self._native and pattern_name(self.pattern))  # text can go straight to C++
         self._finders: dict[str | frozenset[str], object] = {}
@@ -232,7 +232,7 @@ class BPETokenizer(Tokenizer):
         return self.metaspace.normalize(text) if self.metaspace else text
 
     def _is_direct(self, text: str) -> bool:
-        """Whether the native encoder may be given this text as it is, added tokens and all."""
+        """Return whether the native encoder may be given this text as it is, added tokens and all."""
         if self._is_verbatim or not self._scans:
             return self._is_verbatim
         if self.normalizer and not unicodedata.is_normalized(self.normalizer, text):

@@ -147,7 +147,7 @@ class Fence:
         return value
 
     def holds(self, text: str, begin: int, end: int) -> bool:
-        """Whether what stands there in a rendered text is fenced."""
+        """Return whether what stands there in a rendered text is fenced."""
         return text.endswith(self._open, 0, begin) or text.startswith(self._close, end)
 
     def remove(self, text: str) -> str:

@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _read_neighbors(tokenizer: Tokenizer, directory: Path) -> None:
-    """What other files of a model directory say about its tokenizer."""
+    """Read what other files of a model directory say about its tokenizer."""
 
     def read(name: str) -> dict:
         return read_json(directory / name) if (directory / name).is_file() else {}

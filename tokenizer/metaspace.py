@@ -22,7 +22,7 @@ WHOLE_TEXT = r"(?s:.)+"
 
 @dataclass(frozen=True, slots=True)
 class Metaspace:
-    """What a SentencePiece vocabulary has besides tokens and merges."""
+    """SentencePiece BPE: what such a vocabulary has besides tokens and merges."""
 
     byte_tokens: dict[int, int]
     """The id of each byte's own token, by which a character that is no token is spelled."""
@@ -36,7 +36,7 @@ class Metaspace:
     """Strings that are replaced in a text first, with what takes their place (ChatGLM)."""
 
     def puts_space(self, text: str, follows: str) -> bool:
-        """Whether a stretch of text gets a space in front."""
+        """Return whether a stretch of text gets a space in front."""
         if not text or self.prefix == "never" or follows == "text" or (self.prefix == "first" and follows == "added"):
             return False
         return not (self.if_missing and text[0] in (SPACE, " "))
@@ -48,7 +48,7 @@ class Metaspace:
         return text.replace(SPACE, " ")
 
     def opening(self, token: bytes) -> bytes:
-        """What decoding makes of the first token of a text."""
+        """Decode the first token: what decoding makes of the first token of a text."""
         if self.strip == "token":
             return token.replace(b" ", b"")
         return token.removeprefix(b" ") if self.strip == "space" else token
@@ -86,6 +86,6 @@ def character_merges(vocab: dict[bytes, int], byte_ids: list[int | None], first_
 
 
 def pattern_for(merges: Merges, whole_words: bool) -> Pattern:
-    """How text may be cut without changing what these merges make of it."""
+    """Rules of cutting: how text may be cut without changing what these merges make of it."""
     before = {left[-1:] for left, right in merges if right[:1] == b" " and left.strip(b" ")}
     return "spaces" if before <= {b">"} and not whole_words else WHOLE_TEXT

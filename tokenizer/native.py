@@ -69,7 +69,7 @@ def build_decoder(native: ModuleType, every: dict[int, bytes]) -> Any:
 
 
 def byte_ends(text: str, pattern: Pattern) -> list[int]:
-    """Where the pieces of a text end, in bytes of its UTF-8."""
+    """Ends of the pieces of a text, in bytes of its UTF-8."""
     pieces = split(text, pattern)
     return list(accumulate(map(len, pieces if text.isascii() else map(str.encode, pieces))))
 

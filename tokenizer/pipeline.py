@@ -103,12 +103,12 @@ def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, M
 
 
 def _scheme(step: dict) -> str:
-    """Where a Metaspace step puts spaces; older files say it in other words."""
+    """Metaspace scheme: where a Metaspace step puts spaces; older files say it in other words."""
     return step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
 
 
 def _strip_of(stage: dict | None) -> str:
-    """What the decoder of a SentencePiece pipeline takes away in front."""
+    """Count of spaces that the decoder of a SentencePiece pipeline takes away in front."""
     strip = "never"
     for step in flat(stage, "decoders"):
         kind = step["type"]
@@ -166,7 +166,8 @@ def split_pattern(step: dict[str, Any]) -> str:
 
 
 def prefix_of(stage: dict | None) -> list[int]:
-    """What a post-processor puts before a text: the special tokens in front of the sequence of a template."""
+    """Special tokens that a post-processor puts before a text: the special tokens in front of the sequence of a
+    template."""
     ids: list[int] = []
     for step in flat(stage, "processors"):
         if step["type"] != "TemplateProcessing":

@@ -32,7 +32,7 @@ _CACHE_LIMIT = 1 << 16
 def count_words(
     corpus: Corpus, pattern: Pattern, specials: Iterable[str] = (), reading: Progress | None = None
 ) -> WordCounts:
-    """How often each distinct piece of a corpus occurs: all that training needs to know about it."""
+    """Word counts: how often each distinct piece of a corpus occurs: all that training needs to know about it."""
     done, total = 0, size_of(corpus) if reading else 0
     cut = partial(safe_cut, pattern=pattern)
     special = SpecialTokens({token: number for number, token in enumerate(dict.fromkeys(specials))})
@@ -50,7 +50,8 @@ def count_words(
 
 
 def tie_key(ties: str) -> Callable[[bytes, int], object]:
-    """How equally frequent pairs are ranked: a key of each half (its bytes, its id); the smallest pair of keys wins.
+    """Tie-break: how equally frequent pairs are ranked: a key of each half (its bytes, its id); the smallest pair of
+    keys wins.
 
     `bytes` prefers the lexicographically greatest bytes, `ids` the smallest ids, and `hf` the smallest ids too, with
     single bytes in the order in which Hugging Face's byte alphabet lists them.
@@ -202,7 +203,7 @@ class PythonBPE:
         return [token_id for token_id in ids if token_id >= 0]
 
     def _first_ids(self, word: bytes) -> list[int]:
-        """What a word is before any merge: its bytes or its characters."""
+        """Initial symbols: what a word is before any merge: its bytes or its characters."""
         if self.characters is None:
             return [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None]
         ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Where text comes from and where files go: corpora as streams, outputs that appear whole or not at all."""
+"""Sources and targets: corpora as streams, outputs that appear whole or not at all."""
 
 import codecs
 import os
@@ -89,7 +89,7 @@ def read_text(path: str | Path) -> str:
 
 
 def unfinished(path: str | Path) -> Path:
-    """Where this process writes a file or a folder before it takes its name."""
+    """Return the path where this process writes a file or a folder before it takes its name."""
     path = Path(path)
     return path.parent / f".{path.name}.{os.getpid()}.partial"
 

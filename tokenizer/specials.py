@@ -117,7 +117,7 @@ class SpecialTokens:
         return self.stops | turns | (set() if end is None else {end})
 
     def roles(self) -> dict[str, str]:
-        """What chat templates and `tokenizer_config.json` call the tokens that begin and end a text."""
+        """Names that chat templates and `tokenizer_config.json` call the tokens that begin and end a text."""
         return {role: token for role, token in (("bos_token", self.bos), ("eos_token", self.eos)) if token}
 
 
@@ -145,7 +145,7 @@ class Finder:
                 position += 1
 
     def split(self, text: str) -> Iterator[str]:
-        """What stands before, between and behind the occurrences."""
+        """Split into what stands before, between and behind the occurrences."""
         position = 0
         for start, end in self.finditer(text):
             yield text[position:start]

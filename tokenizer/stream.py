@@ -31,7 +31,7 @@ class StreamDecoder:
         return self._decoder.decode(data)
 
     def finish(self) -> str:
-        """What an unfinished character at the end decodes to; resets the stream."""
+        """Return what an unfinished character at the end decodes to; resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         self._opens = self._opening is not None

@@ -218,10 +218,10 @@ def _blocks(corpus: Corpus, specials: list[str], cut) -> Iterable[str]:
 
 
 def is_char_split(pattern: str) -> bool:
-    """Whether a regular expression found in a tokenizer.json matches exactly one character, whatever it is."""
+    """Return whether a regular expression found in a tokenizer.json matches exactly one character, whatever it is."""
     return pattern in (r"[\s\S]", r"(?s:.)", r"(?s).", r"[\S\s]")
 
 
 def is_word_split(pattern: str) -> bool:
-    """Whether a regular expression found in a tokenizer.json is the one `WordTokenizer` uses."""
+    """Return whether a regular expression found in a tokenizer.json is the one `WordTokenizer` uses."""
     return re.sub(r"\s", "", pattern) == _WORD_PATTERN

@@ -46,7 +46,8 @@ def names(package: str = __name__) -> list[str]:
 def build(
     task: str, *args: object, only: Iterable[str] | None = None, package: str = __name__, **options: object
 ) -> Contestants:
-    """What to time for `task` from every peer that knows it (or those in `only`); each gets the same arguments."""
+    """Return the functions to time for `task` from every peer that knows it (or those in `only`); each gets the same
+    arguments."""
     contestants: Contestants = {}
     for name in names(package) if only is None else only:
         try:

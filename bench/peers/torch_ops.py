@@ -1,4 +1,4 @@
-"""What PyTorch itself offers beyond eager code: its best attention backend, grouped products, fused AdamW."""
+"""Peers from PyTorch itself, beyond eager code: its best attention backend, grouped products, fused AdamW."""
 
 NEEDS = ("torch",)
 

@@ -24,7 +24,7 @@ TEMPERATURES = (0.0, 0.5, 0.8, 1.1)
 
 @dataclass(frozen=True)
 class Size:
-    """What one `--size` trains."""
+    """Model and budget of a `--size`."""
 
     preset: str
     minutes: float

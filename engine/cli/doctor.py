@@ -1,8 +1,9 @@
-"""What this machine is, which backend runs each op, what is missing and how to get it."""
+"""Report of this machine: device, which of Triton, C++ and PyTorch runs each op, what is missing and how to get it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -72,11 +73,26 @@ def _native_row() -> None:
 
 def _ops(device) -> None:
     from ... import kernels
+    from ..serving.execution.kv_cache import HAS_NATIVE
 
     _section("ops")
     for op in kernels.ops():
-        fused = op.fused is not None and device.type == "cuda" and _installed("triton")
-        _row(op.name, "triton" if fused else "eager")
+        _row(op.name, _backend(op, device))
+    if device.type == "cpu":
+        _row("serving", "C++" if HAS_NATIVE else "PyTorch")
+
+
+def _backend(op, device) -> str:
+    """Triton, C++ or PyTorch: the one that runs an op here, in the number formats that it knows."""
+    import torch
+
+    from ...kernels.core.lang import HAS_TRITON
+    from ...kernels.cpu import pointwise
+
+    chosen = os.environ.get("WARPLOOM_BACKEND", "auto")
+    if op.fused and HAS_TRITON and (chosen == "triton" or (chosen == "auto" and device.type == "cuda")):
+        return "Triton"
+    return "C++" if op.native and pointwise.serves(torch.zeros(1, device=device)) else "PyTorch"
 
 
 def _installed(name: str) -> str | None:

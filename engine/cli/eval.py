@@ -1,4 +1,4 @@
-"""How good is a model on some text? `warploom eval --model DIR --data DATASET_OR_FILE`."""
+"""Evaluate a model on a text. `warploom eval --model DIR --data DATASET_OR_FILE`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Flags:
 def run(argv: list[str]) -> int:
     flags = parse(Flags, argv, "eval")
     from ..data import TokenData, write_token_data
-    from ..data.corpus import files
+    from ..data.sources import files
     from ..data.tokens import file_hash
     from ..device import pick_device, pick_dtype
     from ..formats.model_directory import load_model

@@ -67,7 +67,7 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
 
 
 def _sentence(box: str, verb: str) -> str:
-    """What tyro's box says, without the box: its text up to the first rule."""
+    """Extract the sentence from tyro's error box: its text up to the first rule."""
     lines = [line.strip("│╭╰╮╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     words: list[str] = []
     for line in lines[1:]:

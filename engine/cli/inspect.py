@@ -53,7 +53,7 @@ def show_model(options: argparse.Namespace) -> None:
 
 
 def show_tokens(options: argparse.Namespace) -> None:
-    """How a text splits into tokens: their ids, and the characters each covers."""
+    """Show the tokens of a text: their ids, and the characters each covers."""
     from ...tokenizer import load_tokenizer
     from ..formats.model_source import resolve_model
     from . import tokenizer
@@ -62,7 +62,7 @@ def show_tokens(options: argparse.Namespace) -> None:
 
 
 def show_attention(options: argparse.Namespace) -> None:
-    """Where each head of each layer looks while it reads a prompt: a PNG a layer, a panel a head."""
+    """Draw the attention maps of a prompt: a PNG a layer, a panel a head."""
     from ..attention_maps import attention_maps
     from ..formats.model_directory import load_model
 
@@ -111,7 +111,7 @@ def _styled(text: str, style: str, without: str = "") -> str:
 
 
 def _habit(weights_TS) -> str:
-    """What a head does most, in a word: the share of attention that stays, goes one back, or goes to the first."""
+    """Name a head's main pattern: the share of attention that stays, goes one back, or goes to the first."""
     later_TS = weights_TS[1:]  # the first token has no choice
     if not len(later_TS):
         return "has one token to look at"

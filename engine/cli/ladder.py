@@ -123,7 +123,7 @@ def share_data(flags: Flags) -> str:
 
 
 def architectures(flags: Flags) -> dict[str, dict[str, Any]]:
-    """What each rung is, its own idea and those of all rungs below included."""
+    """Describe each rung: its own idea and those of all rungs below included."""
     width = ModelConfig(vocab_size=1, d_model=flags.d_model, n_heads=flags.n_heads).ff_size
     named = {"heads": flags.n_heads, "kv_heads": max(1, flags.n_heads // 2), "expert": max(8, width // 2)}
     model = dict(d_model=flags.d_model, n_layers=flags.n_layers, max_seq_len=flags.context)
@@ -163,7 +163,7 @@ def finished(config: TrainConfig) -> bool:
 
 
 def read(rung: Rung, directory: Path) -> dict[str, Any]:
-    """What came of a rung, from its run card and log."""
+    """Read the result of a rung, from its run card and log."""
     from ..training.callbacks import JsonLog
 
     card = json.loads((directory / "run.json").read_text("utf-8"))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunFlags(TrainConfig):
-    """What to train on, for how long, and how."""
+    """Options of a training run: data, budget, optimization."""
 
     data: tyro.conf.Positional[str]
     """A dataset directory (`warploom data`), 'stdlib', or a file, folder or glob of texts or of conversations: JSON
@@ -115,7 +115,7 @@ OF_A_START = ("out", "device", "dp", "fsdp", "tp", "ep", "resume", "overwrite") 
 
 
 def _of_the_run_in(out: str, preset: str | None) -> dict[str, Any]:
-    """What the run in `out` was told when it last saved; no architecture if a preset names one."""
+    """Return the settings that the run in `out` had when it last saved; no architecture if a preset names one."""
     states = Path(out, "checkpoints").glob("step-*/state.json")
     for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: training will say so

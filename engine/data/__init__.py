@@ -1,7 +1,8 @@
 """Text to tokens on disk to batches."""
 
-from .corpus import Corpus, open_corpus
+from .corpus import Corpus
 from .loader import Batch, Epochs, PackedDocuments, RandomWindows, get_batch, open_loader, prefetch
+from .sources import open_corpus
 from .tokens import TokenData, TokenSplit, text_of, write_token_data
 
 __all__ = [

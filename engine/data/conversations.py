@@ -25,7 +25,8 @@ import numpy as np
 from ...tokenizer.assistant_mask import encode_conversation
 from ...tokenizer.chat import render
 from ..errors import InputError
-from .corpus import FEW, expand, json_lines
+from .corpus import FEW, json_lines
+from .sources import expand
 from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT

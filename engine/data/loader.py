@@ -62,7 +62,7 @@ class Batch:
 
 
 class Loader(Protocol):
-    """What the trainer asks of a loader."""
+    """Interface of a data loader."""
 
     batch_size: int
     context: int

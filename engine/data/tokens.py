@@ -30,7 +30,7 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds."""
+    """A split of a data set."""
 
     tokens: int
     documents: int

@@ -1,4 +1,5 @@
-"""What several published architectures say in the same words: rotations, windows, activations, experts, multipliers."""
+"""Configuration words that several published architectures share: in the same words: rotations, windows, activations,
+experts, multipliers."""
 
 from __future__ import annotations
 
@@ -243,7 +244,7 @@ QUERY_SCALE = Word(
 
 
 def shared_experts(word: str) -> Word:
-    """How many experts every token visits, which we keep as one of their width."""
+    """Shared experts that every token visits, which we keep as one of their width."""
     return Word(
         lambda values: {"shared_ff": (values.get(word) or 0) * values["moe_intermediate_size"]},
         lambda c: {word: c.shared_ff // c.ff_size},

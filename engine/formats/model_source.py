@@ -22,7 +22,8 @@ SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.in
 
 
 def resolve_model(name: str | os.PathLike, weights: bool = True) -> Path:
-    """Where the files of a model are, fetched from the Hub if need be; without `weights`, only its small ones."""
+    """Return the directory with the files of a model, fetched from the Hub if need be; without `weights`, only its
+    small ones."""
     path = Path(name)
     if path.exists():
         return path

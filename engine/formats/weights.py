@@ -59,7 +59,7 @@ class Weights:
         return torch.bfloat16 if stored in FP8 else stored
 
     def unread(self, layers: int) -> list[str]:
-        """What nobody asked for and is not known to be of another purpose."""
+        """Return tensors that nobody asked for and is not known to be of another purpose."""
         return [name for name in self.sources if name not in self.read and not self._ignorable(name, layers)]
 
     def _find(self, name: str) -> str | None:

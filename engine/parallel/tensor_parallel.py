@@ -67,7 +67,7 @@ is_supported = Supported(
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """How a parameter is sharded. A matrix may hold several, packed side by side (`parts`): each is cut by itself."""
+    """Sharding of a parameter. A matrix may hold several, packed side by side (`parts`): each is cut by itself."""
 
     tp: int | None = None
     """The dimension that tensor parallelism cuts."""

@@ -144,7 +144,7 @@ def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> No
 
 
 def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> Playground | None:
-    """What is at /: the playground, or how to get it. The playground takes whatever no other route does."""
+    """The page at /: the playground, or how to get it. The playground takes whatever no other route does."""
     if config.ui and available():
         playground = Playground(service)
         app.router.default = playground
@@ -152,7 +152,7 @@ def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> Playgroun
 
     @app.get("/", include_in_schema=False)
     async def landing() -> Response:
-        """What there is, and how to get the page."""
+        """Plain page that says what there is and how to get the page."""
         return HTMLResponse(landing_page(config))
 
     return None

@@ -52,7 +52,7 @@ class Event(NamedTuple):
 
 
 class RequestStream:
-    """What one HTTP request asked for, from the event loop's side."""
+    """Stream of one HTTP request, from the event loop's side."""
 
     def __init__(self, bridge: AsyncEngine, count: int, streaming: bool, party: Any = None) -> None:
         self.count, self.streaming, self.party = count, streaming, party
@@ -72,7 +72,8 @@ class RequestStream:
         self._timer = asyncio.get_running_loop().call_later(limit, self.fail, errors.too_slow(limit))
 
     async def batches(self) -> AsyncIterator[list[Event]]:
-        """What has come since the last look, until all continuations have ended; raises what ends the flow early."""
+        """Yield what has come since the last look, until all continuations have ended; raises what ends the flow
+        early."""
         while self._unfinished and not self.gone:
             await self._bell.wait()
             self._bell.clear()
@@ -95,7 +96,8 @@ class RequestStream:
         return [stream.output() for stream in self.streams]
 
     def _error(self) -> errors.APIError:
-        """What a failed continuation's client is told: what is wrong with its grammar, or that the engine failed."""
+        """Return what a failed continuation's client is told: what is wrong with its grammar, or that the engine
+        failed."""
         causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
         return errors.from_input_error(causes[0]) if causes else errors.failed()
 
@@ -135,7 +137,7 @@ class RequestStream:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody listens any more."""
+        """Return whether nobody listens any more."""
         return self.gone or self._closed
 
     def close(self) -> None:
@@ -225,12 +227,12 @@ class AsyncEngine:
 
     @property
     def engine_ready(self) -> bool:
-        """Whether requests are served."""
+        """Return whether requests are served."""
         return self.state == "ready"
 
     @property
     def capacity(self) -> int:
-        """How many continuations may be under way, waiting ones included."""
+        """Return how many continuations may be under way, waiting ones included."""
         return self.llm.engine.scheduler.max_batch + self.config.max_queue
 
     async def submit(

@@ -1,4 +1,4 @@
-"""What a server may be told: one record; the flags of `warploom serve` and the docs come from it."""
+"""Server configuration: one record; the flags of `warploom serve` and the docs come from it."""
 
 from __future__ import annotations
 

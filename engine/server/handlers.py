@@ -1,4 +1,4 @@
-"""What the routes do: check a request against the model, run it, answer it whole or as a stream."""
+"""Request handlers: check a request against the model, run it, answer it whole or as a stream."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Service:
         return replace(params, max_tokens=max(1, min(limit for limit in (room, most, default) if limit is not None)))
 
     def _head(self, kind: str, body: CompletionRequest | ChatRequest, request: Request) -> dict[str, Any]:
-        """What every answer and every chunk begins with."""
+        """Fields with which every answer and every chunk begins with."""
         visit = request.scope["visit"]
         if body.user is not None:
             visit.record["user"] = body.user[:LOGGED]

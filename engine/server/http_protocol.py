@@ -20,7 +20,7 @@ PROGRESS = 1 << 10  # bytes sent or read that count as progress
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a connection may cost."""
+    """Limits of a connection."""
 
     head_bytes: int = 1 << 16
     head_fields: int = 100

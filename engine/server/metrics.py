@@ -1,4 +1,4 @@
-"""What operators watch: Prometheus metrics, named as the leaders name theirs, with our prefix."""
+"""Metrics: Prometheus metrics, named as the leaders name theirs, with our prefix."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ VISITS = "warploom:http_requests"
 
 
 def count_visits(registry: CollectorRegistry) -> Counter:
-    """What the door counts."""
+    """Counters of the middleware."""
     return Counter(VISITS, "HTTP requests.", ("method", "route", "status"), registry=registry)
 
 

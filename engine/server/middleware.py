@@ -145,7 +145,7 @@ class RequestContext:
         await self.send({"type": "http.response.body", "body": body})
 
     def line(self) -> dict[str, Any]:
-        """What the log says about it."""
+        """Fields of the request's log line."""
         now = time.time()
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",

@@ -47,7 +47,7 @@ class BodyRoute(APIRoute):
     """Route whose `body` argument is read here; FastAPI only documents it. Endpoints take `(body, request)`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
+        """Handler of a request."""
         if self.body_field is None:
             return super().get_route_handler()
         kind, endpoint = self.body_field.field_info.annotation, self.endpoint
@@ -80,12 +80,13 @@ async def _read(kind: type[Kind], request: Request) -> Kind:
 
 
 def client_of(scope: dict[str, Any]) -> Any:
-    """Who asks, as far as that can be told: by key, else by address."""
+    """Client identity: who asks, as far as that can be told: by key, else by address."""
     return scope.get("salt") or (scope.get("client") or (None,))[0]
 
 
 def _is_json(header: str) -> bool:
-    """Whether a content type is JSON; a browser's form can send none that is, so other sites cannot forge requests."""
+    """Return whether a content type is JSON; a browser's form can send none that is, so other sites cannot forge
+    requests."""
     message = email.message.Message()
     message["content-type"] = header
     kind = message.get_content_type()

@@ -103,7 +103,7 @@ class _Search:
         self.ended.append((self._score(score, len(tokens)), tokens, reason))
 
     def _settled(self, best: tuple[float, Sequence, int]) -> bool:
-        """Whether enough have ended with scores that the best beam does not reach."""
+        """Return whether enough have ended with scores that the best beam does not reach."""
         worst = self.ranking()[-1][0] if len(self.ended) >= self.width else -math.inf
         return self._score(best[0], len(best[1].tokens) - self.start + 1) <= worst
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """What `tokenizer.stream()` gives: text as soon as it is certain."""
+    """Interface of `tokenizer.stream()`: text as soon as it is certain."""
 
     def push(self, token: int) -> str: ...
     def finish(self) -> str: ...
@@ -31,7 +31,7 @@ class StopFinder:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """What is certain to come before any stop string."""
+        """Return the text that is certain to come before any stop string."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -74,7 +74,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Return whether a stop string has come."""
         return self._stops.found is not None
 
     def push(self, token: int) -> str:

@@ -99,7 +99,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether all continuations have ended."""
+        """Return whether all continuations have ended."""
         return all(stream.finished for stream in self.streams)
 
     def cancel(self) -> None:
@@ -246,7 +246,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether requests will be served: the runner can, and the thread, if there is one, is running."""
+        """Return whether requests will be served: the runner can, and the thread, if there is one, is running."""
         return self.runner.alive and (self._thread is None or self._thread.is_alive())
 
     def _loop(self) -> None:

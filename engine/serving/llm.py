@@ -33,6 +33,7 @@ from .outputs import Output, Piece
 from .sampling_params import SamplingParams
 from .scheduling.page_pool import PagePool
 from .scheduling.scheduler import Scheduler
+from .scheme import Scheme, scheme_of
 from .structured_output import GrammarCompiler
 
 Prompt = str | Items[int]
@@ -42,9 +43,10 @@ class LLM:
     """Generates with a model directory, a Hub id or a `Transformer`.
 
     `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
-    `quantize="int8"` keeps weights in 8 bits, and on a CPU keys and values too, unless keys have biases far larger than
-    themselves. `kv_dtype` chooses their format by itself: the name of a dtype, "int8" (on a CPU) or "fp8" (on a GPU); 8
-    bits are half the bytes of bfloat16, so twice the tokens in the same memory, read in half the time.
+    `quantize="int8"` keeps weights in 8 bits, "int4" in 4 (of small models not all), a `Scheme` as it says; on a CPU
+    keys and values are in 8 bits then too, unless keys have biases far larger than themselves. `kv_dtype` chooses their
+    format by itself: the name of a dtype, "int8" (on a CPU) or "fp8" (on a GPU); 8 bits are half the bytes of bfloat16,
+    so twice the tokens in the same memory, read in half the time.
     `max_batch_tokens` bounds the tokens of one step. `ngram_draft_tokens` is how many tokens an n-gram lookup may guess
     ahead, `draft_model` a smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the
     speed, not the output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own
@@ -62,7 +64,7 @@ class LLM:
         max_batch: int = 64,
         kv_memory: int | None = None,
         page_size: int = 16,
-        quantize: str | None = None,
+        quantize: str | Scheme | None = None,
         kv_dtype: str | None = None,
         max_batch_tokens: int | None = None,
         max_seq_len: int | None = None,
@@ -73,8 +75,7 @@ class LLM:
         tensor_parallel: int = 1,
         batch_invariant: bool = True,
     ):
-        if quantize not in (None, "int8"):
-            raise InputError(f"quantize must be None or 'int8', got {quantize!r}")
+        scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
         counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
         counts |= {"max_seq_len": max_seq_len, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
         for name, count in counts.items():
@@ -248,11 +249,11 @@ def _stop_ids(model, tokenizer) -> frozenset[int]:
     return named if tokenizer is None else named | tokenizer.stop_ids
 
 
-def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, page_size: int) -> torch.dtype:
+def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Transformer, page_size: int) -> torch.dtype:
     """The number format of keys and values."""
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
-        eight = quantize == "int8" and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
+        eight = quantize is not None and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
         eight = eight and is_supported(model.config) and not model.config.attention_sinks
         eight = eight and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
@@ -268,7 +269,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | None, model: Transformer, 
 
 
 def _same_tokens(ours, theirs) -> bool:
-    """Whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
+    """Return whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 

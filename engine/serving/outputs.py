@@ -1,4 +1,4 @@
-"""What a caller gets back: pieces while it streams, an `Output` at the end."""
+"""Outputs: pieces while it streams, an `Output` at the end."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from .scheduling.step import TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What became certain at one moment: text that may be shown, and the tokens that came."""
+    """Piece of a streamed output: text that may be shown, and the tokens that came."""
 
     text: str
     token_ids: tuple[int, ...] = ()

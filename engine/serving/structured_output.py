@@ -34,7 +34,7 @@ class GrammarError(InputError):
 
 
 class Grammar:
-    """Where one continuation stands in its grammar."""
+    """Grammar state of one continuation: where it stands in its grammar."""
 
     def __init__(self, matcher, vocabulary: int):
         self._matcher = matcher
@@ -44,7 +44,7 @@ class Grammar:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more can come."""
+        """Return whether nothing more can come."""
         return self.error is not None or self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
@@ -153,7 +153,7 @@ def field_of(params: SamplingParams) -> str:
 
 
 def too_slow(params: SamplingParams) -> InputError:
-    """What to tell whoever sent a grammar that takes too long."""
+    """Error for whoever sent a grammar that takes too long."""
     return InputError(f"{field_of(params)} takes more than {TIME_LIMIT:.0f} seconds to compile: simplify it")
 
 

@@ -83,7 +83,8 @@ def _kept_by_all(held: list[int]) -> int:
 
 
 def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory:
-    """What a run with micro-batches of so many rows takes. The first step makes what all later ones keep."""
+    """Predict the memory that a run with micro-batches of so many rows takes. The first step makes what all later ones
+    keep."""
     batch = loader.batch(0).rows(0, rows).to(run.device)
     run.optimizer.state.clear()
     with PeakMemory(run.device.type) as peak:

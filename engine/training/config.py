@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass, from which come the flags, the saved JSON and the defaults.
+"""Training configuration: one dataclass, from which come the flags, the saved JSON and the defaults.
 
 No torch is imported here, so that `warploom train --help` answers at once.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import ModelConfig
+from ..config import ModelConfig, choices_of
 from ..errors import InputError
 
 
@@ -143,10 +143,9 @@ class TrainConfig:
             f"batch_size={self.batch_size} must be a multiple of grad_accum_steps={self.grad_accum_steps}",
         )
         _require(not (self.resume and self.overwrite), "give one of resume and overwrite, not both")
-        for field in dataclasses.fields(self):
-            choices = CHOICES.get(field.name)
-            value = getattr(self, field.name)
-            _require(choices is None or value in choices, f"{field.name} must be one of {choices}, not {value!r}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {choices}, not {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -166,12 +165,7 @@ RANGES = {
     ),
     "in [0, 1)": (lambda x: 0 <= x < 1, ("beta1", "beta2", "label_smoothing", "ema")),
 }  # fmt: skip
-CHOICES = {
-    "order": ("auto", "random", "epochs", "sequential", "packed"),
-    "optimizer": ("adamw", "muon", "sgd"),
-    "schedule": ("cosine", "linear", "wsd", "constant"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
+CHOICES = choices_of(TrainConfig)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""How good is a model? Three scales for the same number.
+"""Evaluation: loss, perplexity, bits per byte. Three scales for the same number.
 
     loss            mean negative log-likelihood of a token, in nats
     perplexity      e^loss: as unsure as if choosing evenly among so many tokens
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray | None:
-    """How many bytes of text each token stands for (0 for special tokens), or None if that has no meaning."""
+    """Return how many bytes of text each token stands for (0 for special tokens), or None if that has no meaning."""
     if tokenizer is None or not hasattr(tokenizer, "token_bytes"):
         return None
     special = set(getattr(tokenizer, "special_tokens", {}).values())

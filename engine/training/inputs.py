@@ -12,7 +12,7 @@ from typing import Any
 from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
 from ..data.conversations import open_conversations, write_conversations
-from ..data.corpus import files, stdlib
+from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
 from ..formats.model_directory import check_vocabulary, load_config

@@ -122,5 +122,5 @@ class EMA:
             self.masters.load(live)
 
     def best_weights(self) -> dict[str, Tensor]:
-        """What to evaluate and to save: the average where there is one, else the masters."""
+        """Return the weights to evaluate and to save: the average where there is one, else the masters."""
         return self.weights or {name: p.detach() for name, p in self.masters.named.items()}

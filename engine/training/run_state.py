@@ -24,7 +24,8 @@ from .mixed_precision import EMA, LossScale, Masters
 
 @dataclass
 class RunState:
-    """What a run's next step depends on. The first block is fixed by the configuration, the second changes."""
+    """State of a run: all that its next step depends on. The first block is fixed by the configuration, the second
+    changes."""
 
     config: TrainConfig
     inputs: RunInputs
@@ -65,7 +66,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of a run. `directory` holds the best model by validation loss."""
+    """Result of a run. `directory` holds the best model by validation loss."""
 
     directory: Path
     val_loss: float | None

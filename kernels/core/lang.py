@@ -35,7 +35,7 @@ else:
 
 
 def cdiv(a: int, b: int) -> int:
-    """How many tiles of b cover a."""
+    """Return how many tiles of b cover a."""
     return -(-a // b)
 
 

@@ -1,4 +1,4 @@
-"""How a fused op meets PyTorch: direct calls in plain eager, registered operators everywhere else.
+"""Kernel launch under PyTorch: direct calls in plain eager, registered operators everywhere else.
 
 A *launcher* is a function that allocates outputs and launches kernels. `torch.compile`, fake tensors and tracing need
 it as an operator with a schema; plain eager does not, and the operator boundary costs tens of microseconds a call. So
@@ -20,7 +20,7 @@ _REAL = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_real(args: tuple) -> bool:
-    """Whether these tensors hold numbers: not fake, not functional, not any other subclass."""
+    """Return whether these tensors hold numbers: not fake, not functional, not any other subclass."""
     return all(type(x) in _REAL for x in args if isinstance(x, torch.Tensor))
 
 
@@ -102,7 +102,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """How many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
+    """Return how many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 3

@@ -1,4 +1,4 @@
-"""What an op is: a reference, a fused twin and a spec; and the choice between them.
+"""Op records: a reference, a fused twin and a spec; and the choice between them.
 
 An `Op` ties together everything one needs to know about a fused operation. `reference` is the text to read and the
 oracle to beat: plain PyTorch, differentiable, exact in float64. `fused` is the Triton twin with the same signature.
@@ -89,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a kernel may cost. Stack bytes are spills: the default forbids them."""
+    """Resource budget of a kernel. Stack bytes are spills: the default forbids them."""
 
     registers: int = 255
     stack: int = 0
@@ -151,6 +151,8 @@ class Op:
     cases: list[Case] = field(default_factory=list)
     mutates: tuple[str, ...] = ()
     """Parameters written in place; tests compare them as if they were returned."""
+    native: bool = False
+    """Of the eager path all but products by PyTorch runs in the C++ extension, on a CPU where that is built."""
     rows: tuple[str, ...] = ()
     """Parameters whose first dimension counts rows that do not influence each other, to the last bit."""
     autocast: bool | None = False

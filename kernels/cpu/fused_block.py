@@ -67,7 +67,7 @@ def out_proj_mlp(
     gate_up: Tensor,
     down: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What a SwiGLU feed-forward adds to the stream that attention's heads have joined, and that stream."""
+    """Compute what a SwiGLU feed-forward adds to the stream that attention's heads have joined, and that stream."""
     return _OutProjMlp.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
 
 

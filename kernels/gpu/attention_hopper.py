@@ -57,7 +57,7 @@ _proven: set[str] = set()
 
 @triton.jit
 def _described(base, length, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What the copy engine needs to know of one head of a sequence."""
+    """TMA descriptor: what the copy engine needs to know of one head of a sequence."""
     return tl.make_tensor_descriptor(base, [tl.maximum(length, 1), D], [stride_t, 1], [BLOCK, BLOCK_D])
 
 
@@ -263,7 +263,7 @@ def attention_hopper_dkdv_kernel(
 
 
 def tma_can_address(kernel: str, *tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
+    """Return whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
     q = tensors[0]
     if kernel not in hopper_kernels or architecture(q.device) != 90:
         return False
@@ -292,7 +292,8 @@ def kernel_and_tile(kernel: str, D: int, dtype: torch.dtype, device: torch.devic
 
 
 def gives_up(kernel: str, error: Exception) -> bool:
-    """Whether a launch that failed was this kernel's first, as on a compiler that refuses it. It is not tried again."""
+    """Return whether a launch that failed was this kernel's first, as on a compiler that refuses it. It is not tried
+    again."""
     if kernel in _proven:
         return False
     hopper_kernels.discard(kernel)

@@ -1,4 +1,4 @@
-"""What every attention kernel shares: who sees whom, which blocks a block walks, and where a tile lies.
+"""Tile arithmetic that every attention kernel shares: who sees whom, which blocks a block walks, and where a tile lies.
 
 A query at row i of a sequence sits at key position i + shift, where shift = keys - queries: the mask is aligned at the
 end, so a chunk of new queries sees the whole past. `causal` hides the future; `window` hides what is W or more away.
@@ -73,7 +73,7 @@ def tile_offsets(rows, stride, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def head_of(x, batch, head, token, stride_b, stride_t, stride_h):
-    """Where the row of a token begins, in one head."""
+    """Offset of the row of a token: where it begins, in one head."""
     return x + batch * stride_b + head * stride_h + token * stride_t
 
 

@@ -120,7 +120,7 @@ def moe_combine_kernel(
 def _through_gate(
     dh, weight, place, end, begin, F, gate_up, dgate_up, weighted, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """What follows from dh = dy · W_down, WIDTH features from `begin` on; returns each row's sum of dh · h."""
+    """Compute what follows from dh = dy · W_down, WIDTH features from `begin` on; returns each row's sum of dh · h."""
     feature = begin + tl.arange(0, WIDTH)
     mask = (place[:, None] < end) & (feature[None, :] < F)
     narrow = place.to(tl.int64)[:, None] * F + feature[None, :]

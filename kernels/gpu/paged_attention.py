@@ -36,7 +36,8 @@ UNSPECIALIZED = ("tokens", "sequences", "grid_splits", "split_programs", "stride
 
 @triton.jit
 def _rescale(m_i, new_m):
-    """What sums relative to the maximum `m_i` are multiplied by to be relative to `new_m`; a row without keys is 0."""
+    """Rescaling factor: what sums relative to the maximum `m_i` are multiplied by to be relative to `new_m`; a row
+    without keys is 0."""
     return tl.exp2(m_i - tl.where(new_m == float("-inf"), 0.0, new_m))
 
 
@@ -217,7 +218,7 @@ def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
 
 
 def query_starts(query_lens: torch.Tensor) -> torch.Tensor:
-    """Where the queries of each sequence begin, and where the last one's end (N + 1)."""
+    """Cumulative query lengths: where the queries of each sequence begin, and where the last one's end (N + 1)."""
     return torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
 

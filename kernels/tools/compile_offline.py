@@ -1,4 +1,4 @@
-"""What kernels cost on GPUs that are not there.
+"""Ahead-of-time compilation: what kernels cost on GPUs that are not there.
 
 Triton's compiler needs no GPU. So: install a driver that only answers "which target?", turn every launch into a
 compilation, and call the real op on meta tensors, which have shapes and strides but no memory. What compiles is
@@ -41,7 +41,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(slots=True)
 class Cost:
-    """What one kernel of one call takes on one architecture."""
+    """Resources that one kernel of one call takes on one architecture."""
 
     op: str
     case: str

@@ -43,7 +43,7 @@ def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "tri
 def call(
     op: Op, case: Case, function: Callable, maker: Maker, convert: Callable = lambda x: x
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What a case returns or writes in place, and the gradients of all inputs that want one."""
+    """Run a case; return what it returns or writes in place, and the gradients of all inputs that want one."""
     args, options = case.build(maker)
     args, options = [convert(x) for x in args], {name: convert(x) for name, x in options.items()}
     outputs = tensors(function(*args, **options))
@@ -111,14 +111,14 @@ def _wrong(ours, formulas, exact, dtype) -> str:
 
 
 def nondeterministic(op: Op, case: Case, dtype: torch.dtype, device: str) -> bool:
-    """Whether two calls on the same inputs differ in any bit."""
+    """Return whether two calls on the same inputs differ in any bit."""
     with backend("triton"):
         first, again = (call(op, case, op, Maker(dtype, device)) for _ in range(2))
     return not all(torch.equal(a, b) for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]]))
 
 
 def synchronizes(op: Op) -> str:
-    """What PyTorch says if the op's first case makes the host wait for the GPU."""
+    """Return what PyTorch says if the op's first case makes the host wait for the GPU."""
     case = op.cases[0]
     with backend("triton"):
         call(op, case, op, Maker(torch.bfloat16, "cuda"))  # compiles, which may wait
@@ -137,7 +137,7 @@ def synchronizes(op: Op) -> str:
 
 
 def graph_replay_differs(op: Op) -> bool:
-    """Whether a CUDA graph of the op's first case gives other bits than a plain call."""
+    """Return whether a CUDA graph of the op's first case gives other bits than a plain call."""
     with backend("triton"), torch.no_grad():
         args, options = op.cases[0].build(Maker(torch.bfloat16, "cuda"))
         kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]

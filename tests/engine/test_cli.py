@@ -86,12 +86,16 @@ def test_inspect_attention_draws_a_picture_a_layer(tmp_path, capsys):
     assert main([*show, "the", "--layer", "3"]) == 2 and "between 1 and 2" in capsys.readouterr().err
 
 
-def test_doctor_tells_the_backend_of_every_op(capsys):
+def test_doctor_tells_what_runs_every_op(capsys):
     from warploom import kernels
+    from warploom.kernels.cpu import pointwise
 
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert all(op.name in shown for op in kernels.ops()) and str(torch.__version__) in shown
+    rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  "))
+    assert str(torch.__version__) in shown
+    for op in kernels.ops() if not torch.cuda.is_available() else ():
+        assert rows[op.name] == ("C++" if op.native and pointwise.HAS_PASSES else "PyTorch"), op.name
 
 
 def test_export_to_bin_is_a_model_transformers_and_we_open(directory, tmp_path, capsys):

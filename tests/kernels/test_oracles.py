@@ -53,6 +53,28 @@ def test_the_eager_path_means_what_the_reference_says(op, case, native, dtype, m
         assert errors(op, case, dtype, "cpu", "eager") == []
 
 
+class Calls:
+    """The C++ extension, and which of its functions were called."""
+
+    def __init__(self, module):
+        self.module, self.names = module, set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.module, name)
+
+
+@pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="needs the C++ extension")
+@pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
+def test_op_native_says_what_runs_in_cpp(op, monkeypatch):
+    calls = Calls(passes_cpu._native)
+    monkeypatch.setattr(passes_cpu, "_native", calls)
+    for case in op.cases:
+        if not case.bench:
+            call(op, case, op.eager or op.reference, Maker())
+    assert op.native == bool(calls.names)
+
+
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), [(torch.float32, 1e-5, 5e-6), (torch.bfloat16, 5e-2, 5e-2)])
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 30}], ids=str)
 def test_pytorchs_fused_attention_is_its_formula(options, dtype, atol, rtol, monkeypatch):

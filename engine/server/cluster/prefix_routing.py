@@ -47,7 +47,7 @@ def prefix_hashes(body: bytes, salt: Hashable = None) -> Chain:
 
 
 class Affinity:
-    """Who has served which beginnings, and who should serve the next."""
+    """Prefix table of the replicas: who has served which beginnings, and who should serve the next."""
 
     def __init__(self, slack: float = 1.25, few: int = 4, remembered: int = 1 << 16) -> None:
         self._slack, self._few, self._remembered = slack, few, remembered
@@ -90,7 +90,8 @@ class Affinity:
 
 
 def _prompt(asked: dict[str, Any]) -> str | list | None:
-    """What the cache of a replica is looked up with, or something that begins alike whenever that does."""
+    """Hash chain of a request's prefix: what the cache of a replica is looked up with, or something that begins alike
+    whenever that does."""
     if messages := asked.get("messages"):
         return json.dumps([asked.get("tools"), messages])
     prompt = asked.get("prompt") or asked.get("idx")

@@ -123,7 +123,7 @@ class Front:
             refused += (answer.replica,)
 
     def _well(self) -> asyncio.Future[int]:
-        """How many replicas are well; Ray is asked once in a while, however many ask here."""
+        """Return how many replicas are well; Ray is asked once in a while, however many ask here."""
         now = asyncio.get_running_loop().time()
         if self._health_cache is None or now > self._census_until:
             asking = asyncio.to_thread(self._cluster.running)
@@ -131,7 +131,7 @@ class Front:
         return asyncio.shield(self._health_cache)
 
     async def _health(self) -> Response:
-        """Whether anybody serves."""
+        """Return whether anybody serves."""
         with suppress(Exception):  # no word from Ray is a word too
             if self._handle and (well := await self._well()):
                 return JSONResponse({"status": "ok", "replicas": well, "wanted": self._count})

@@ -106,7 +106,7 @@ class Replica:
         return self._name, self._app.state.metrics.text().decode()
 
     async def mistake(self) -> str:
-        """What is wrong with what the server was told, if the engine says so."""
+        """Return what is wrong with what the server was told, if the engine says so."""
         return self._mistake
 
     def check_health(self) -> None:
@@ -154,7 +154,7 @@ class PrefixRouter(RequestRouter):
         self._count(internal_request_id, None)
 
     def _count(self, request: str, name: str | None) -> None:
-        """Where a request is now."""
+        """State of a request."""
         if before := self._under_way.pop(request, None):
             self._loads[before] -= 1
         if name:
@@ -185,7 +185,7 @@ class Cluster:
         return handle
 
     def running(self) -> int:
-        """How many replicas are well, as far as Ray knows."""
+        """Return how many replicas are well, as far as Ray knows."""
         return self._application().deployments[Replica.__name__].replica_states.get("RUNNING", 0)
 
     def end(self) -> None:
@@ -236,7 +236,8 @@ def _start(make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: b
 
 
 def share(replicas: int, gpus: bool) -> dict[str, float]:
-    """What Ray should set aside for each replica: a GPU, if there are any, and its part of a node's cores."""
+    """Ray resources of a replica: what Ray should set aside for each replica: a GPU, if there are any, and its part of
+    a node's cores."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     each = -(-replicas // len(nodes))
     cores = max(1, min(int(node.get("CPU", 1)) for node in nodes) // each)

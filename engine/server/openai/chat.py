@@ -40,7 +40,7 @@ def encode_conversation(
 
 
 def reads_tools(tokenizer: Any) -> bool:
-    """Whether the model's chat template shows it tools, and in the form that `ToolCallReader` reads back."""
+    """Return whether the model's chat template shows it tools, and in the form that `ToolCallReader` reads back."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "tools" in template and OPEN in template
 
@@ -73,7 +73,7 @@ class PlainReader:
         return text, []
 
     def finish(self) -> tuple[str, list]:
-        """What was kept back."""
+        """Return text that was kept back."""
         return "", []
 
     def finish_reason(self, reason: str | None) -> str | None:
@@ -110,7 +110,7 @@ class ToolCallReader:
         return said + text[: len(text) - keep], calls
 
     def finish(self) -> tuple[str, list]:
-        """What was kept back for a call that was never completed."""
+        """Return text that was kept back for a call that was never completed."""
         held, self._held = self._held, ""
         return held, []
 

@@ -29,7 +29,7 @@ RENAMED = {"json_schema": "response_format"}
 
 
 class APIError(Exception):
-    """What a client is told instead of an answer."""
+    """Error body: what a client is told instead of an answer."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ def not_an_object() -> APIError:
 
 
 def _place(error: dict[str, Any]) -> str | None:
-    """Where in the body, without pydantic's names of types."""
+    """Path of a validation error in the body, without pydantic's names of types."""
     parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
     return ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or None
 

@@ -98,7 +98,7 @@ def _why_not(name: str) -> str:
 
 
 class StreamOptions(Body):
-    """What a stream tells besides the text."""
+    """Options of a stream: what it tells besides the text."""
 
     include_usage: bool = Field(False, description="A last chunk with the token counts.")
 
@@ -140,7 +140,7 @@ class StructuredOutputs(Body):
 
 
 class Sampling(Body):
-    """How to choose tokens: what completions and chat have in common."""
+    """Sampling fields: what completions and chat have in common."""
 
     model: str | None = Field(None, description="The served model's name, or nothing.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the most likely token.")
@@ -177,11 +177,12 @@ class Sampling(Body):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
+        """Return whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def grammar(self) -> dict[str, Any]:
-        """What the text must satisfy, as a field of `SamplingParams`, from whichever spelling was used."""
+        """Grammar of the request: what the text must satisfy, as a field of `SamplingParams`, from whichever spelling
+        was used."""
         other = self.structured_outputs or StructuredOutputs()
         given = {
             "response_format": ("json_schema", self.response_format and self.response_format.grammar()),
@@ -200,12 +201,12 @@ class Sampling(Body):
         return dict(given.values())
 
     def check(self) -> None:
-        """What one field alone cannot tell."""
+        """Check what one field alone cannot tell."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is allowed only with stream=true", "stream_options")
 
     def params(self, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
-        """What the engine is asked."""
+        """Sampling parameters of the request."""
         self.check()
         try:
             return SamplingParams(
@@ -246,7 +247,7 @@ class CompletionRequest(Sampling):
         return self.prompt if several else [self.prompt]
 
     def sampling(self) -> SamplingParams:
-        """What the engine is asked for each prompt."""
+        """Sampling parameters of each prompt."""
         scores = self.logprobs if self.echo else None
         return self.params(self.max_tokens, self.logprobs, echo=self.echo, prompt_logprobs=scores)
 
@@ -285,7 +286,7 @@ class Message(Body):
 
 
 class Function(Body):
-    """What a tool is called, does and takes."""
+    """Function tool: what it is called, does and takes."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -313,7 +314,7 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
     def sampling(self) -> SamplingParams:
-        """What the engine is asked."""
+        """Sampling parameters of the request."""
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
         return self.params(self.limit, (self.top_logprobs or 0) if self.logprobs else None)
@@ -346,7 +347,7 @@ class GenerateRequest(Body):
         return self.idx or ([self.prompt] if isinstance(self.prompt, str) else self.prompt)
 
     def sampling(self) -> SamplingParams:
-        """What the engine is asked for each prompt."""
+        """Sampling parameters of each prompt."""
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p, seed=self.seed)
 
 

@@ -1,4 +1,4 @@
-"""What clients read: choices, log-probabilities, token counts, chunks of a stream.
+"""Response bodies: choices, log-probabilities, token counts, chunks of a stream.
 
 Plain dictionaries in OpenAI's shapes: a token is answered thousands of times a second, and a model class a token would
 cost more than the token. `schemas.py` says the same shapes for `/openapi.json`, and the tests hold the two together.
@@ -61,7 +61,7 @@ class Words:
 
 @dataclass(slots=True)
 class Part:
-    """What is new about one continuation: some text, the tokens it took, and whether it has ended."""
+    """Delta of one continuation: some text, the tokens it took, and whether it has ended."""
 
     text: str = ""
     logprobs: list = field(default_factory=list)
@@ -171,7 +171,7 @@ class CompletionWriter:
         self._unsaid_echo = set(range(len(streams))) if self._echoing else set()
 
     def collector(self) -> Collector:
-        """What joins the pieces of the stream."""
+        """Accumulator that joins the pieces of the stream."""
         return Collector(wait_for_tokens=self._echoing)
 
     def whole(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class CompletionWriter:
         return {**self._head, "choices": [self._choice(*part) for part in parts], "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """What a stream tells about one part."""
+        """Chunk for one part."""
         return [{**self._head, "choices": [self._choice(index, part)]}]
 
     def last(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class ChatWriter:
         self._greeted: set[int] = set()
 
     def collector(self) -> Collector:
-        """What joins the pieces of the stream."""
+        """Accumulator that joins the pieces of the stream."""
         return Collector()
 
     def whole(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class ChatWriter:
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """What a stream tells about one part: nothing while a tool call is incomplete."""
+        """Chunk for one part: nothing while a tool call is incomplete."""
         reader = self._readers[index]
         text, calls = reader.push(part.text)
         if part.finish_reason:

@@ -17,7 +17,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What went wrong."""
+    """Error object."""
 
     error: ErrorBody
 

@@ -32,7 +32,7 @@ WAITING = "<!doctype html><meta http-equiv=refresh content=1><p style='font-fami
 
 
 def available() -> bool:
-    """Whether gradio is installed."""
+    """Return whether gradio is installed."""
     return find_spec("gradio") is not None
 
 

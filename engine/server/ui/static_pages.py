@@ -31,7 +31,7 @@ def docs_page(schema: dict[str, Any]) -> str:
 
 
 def landing_page(config: ServerConfig) -> str:
-    """What is served here, where there is no playground."""
+    """List of what is served here, where there is no playground."""
     missing = "The playground was left out with --no-ui."
     if config.ui:
         missing = "For a playground on this page: <code>pip install gradio</code>, and start the server again."

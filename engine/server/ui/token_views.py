@@ -1,5 +1,5 @@
-"""What the playground shows besides text: tokens colored by probability, and attention as a heat map. HTML and SVG,
-made here, so that the page needs no library and no network."""
+"""Token and attention views of the playground, besides text: tokens colored by probability, and attention as a heat
+map. HTML and SVG, made here, so that the page needs no library and no network."""
 
 from __future__ import annotations
 

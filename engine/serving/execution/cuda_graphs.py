@@ -39,12 +39,12 @@ class Shape(NamedTuple):
 
 
 def enabled() -> bool:
-    """Whether the environment lets graphs be recorded."""
+    """Return whether the environment lets graphs be recorded."""
     return os.environ.get("WARPLOOM_GRAPHS", "1") != "0"
 
 
 def shapes(max_batch: int, most_pages: int, page_size: int) -> list[Shape]:
-    """What is recorded, largest first. Products take 16 or 64 rows at a time, so more sizes would save nothing."""
+    """Sizes to record, largest first. Products take 16 or 64 rows at a time, so more sizes would save nothing."""
     sizes = {min(size, max_batch) for size in (1, 2, 4, 8, 16, 32, *range(64, max_batch + 64, 64))}
     doubled = {-(-SHORTEST // page_size) << i for i in range(most_pages.bit_length())}
     return sorted(
@@ -138,7 +138,7 @@ def _inputs(shape: Shape) -> list[tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def record_cuda() -> Record:
-    """How to record on a GPU: what one graph leaves of the pool's memory, the next one uses again."""
+    """Recorder of CUDA graphs: what one graph leaves of the pool's memory, the next one uses again."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:

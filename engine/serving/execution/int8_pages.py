@@ -53,7 +53,7 @@ def write(x_TKD: Tensor, pages: Tensor, slots: Tensor, *, keys: bool) -> None:
 
 
 def read(pages: Tensor, head_size: int, *, keys: bool) -> Tensor:
-    """What pages (P, tiles, K, bytes) stand for: (P, page size, K, D) in float32."""
+    """Dequantize pages: what pages (P, tiles, K, bytes) stand for: (P, page size, K, D) in float32."""
     numbers, scales = _parts(pages, _padded(head_size))
     if keys:
         numbers_PtKSD = (numbers ^ 128).unflatten(-1, (-1, TILE, 4)).transpose(-3, -2).flatten(-2)

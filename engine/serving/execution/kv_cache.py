@@ -49,7 +49,7 @@ class PagedKVCache:
 
     @staticmethod
     def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
-        """What one page costs, over all layers."""
+        """Bytes of one page, over all layers."""
         if dtype == torch.int8:
             return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
         return page_size * config.kv_bytes_per_token(dtype.itemsize)
@@ -66,7 +66,8 @@ class PagedKVCache:
     def layout(
         self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray
     ) -> "AttentionMetadata":
-        """Where the tokens of a step lie: chunks of `counts` tokens of these rows at these positions, then padding."""
+        """Attention metadata of a step: where its tokens lie: chunks of `counts` tokens of these rows at these
+        positions, then padding."""
         ends = counts.cumsum()
         contexts = (positions[ends - 1] + 1).astype(np.int32)
         T, longest = int(ends[-1]), max(contexts.tolist())
@@ -104,7 +105,7 @@ class AttentionMetadata:
     starts: np.ndarray  # (N + 1): where each sequence's new tokens begin, and where the last one's end
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """What the kernels ask for."""
+        """Arguments of the kernels."""
         return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
 
 
@@ -190,7 +191,8 @@ def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:
-    """What gives a tensor's values, once asked. On a GPU they set out now, so that asking waits for no later work."""
+    """Copy to the host: return what gives a tensor's values, once asked. On a GPU they set out now, so that asking
+    waits for no later work."""
     if tensor.device.type != "cuda":
         return tensor.tolist
     landed, event = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), torch.cuda.Event()

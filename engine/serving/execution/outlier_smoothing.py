@@ -130,7 +130,7 @@ def _even_features(gate_up: Tensor, down: Tensor, norm: nn.Module) -> None:
 
 
 def _sizes(weight: Tensor, norm: nn.Module) -> Tensor:
-    """How large the outputs of a product are that follows a norm (root mean square)."""
+    """Estimate how large the outputs of a product are that follows a norm (root mean square)."""
     gain_C = getattr(norm, "weight", weight.new_ones(weight.shape[-1]))
     return (weight.float().square() @ gain_C.float().square()).sqrt()
 
@@ -145,7 +145,7 @@ def _relative(s: Tensor) -> Tensor:
 
 
 def _floored(x: Tensor) -> Tensor:
-    """What is next to nothing is not blown up."""
+    """Clamp scales: what is next to nothing is not blown up."""
     return x.clamp(min=1e-3 * x.max().clamp(min=1e-30))
 
 

@@ -8,25 +8,30 @@ batch.
 In 8 bits, weights and activations are rounded in groups of 64 columns, each with a scale, after a Walsh-Hadamard
 transform of the group (csrc/cpu/serving/hadamard.hpp): products of whole numbers are four times as many an instruction.
 What that costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; bfloat16 moves them by 0.02), KL 0.0025;
-a tenth of that in models trained for minutes. Channels far larger than their neighbors are taken apart beforehand
-(`balance.py`). A block with experts is no single call: its products are, and each expert's. On a GPU the twin is
-`fused.py`'s. Without the extension the model serves as it is. In both, 8-bit layers are `kernels.int8_linear`, which
-rounds weights alone."""
+a tenth of that in models trained for minutes. `scheme.py` has what else there is. Channels far larger than their
+neighbors are taken apart beforehand (`outlier_smoothing.py`). A block with experts is no single call: its products are,
+and each expert's. On a GPU the twin is `gpu_model.py`'s. Without the extension the model serves as it is. In both,
+8-bit layers are `kernels.int8_linear`, which rounds weights alone.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.moe import route
+from ...errors import InputError
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...layers import routing_options
 from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
+from ..scheme import INT8, MATRICES, Scheme, scheme_of
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
+from .native_matrix import native_matrix
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
 
 
 class Head:
@@ -57,10 +62,10 @@ class Int8Linear(nn.Module):
 class NativeLinear(nn.Module):
     """A linear layer in C++."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, form: str = "int8"):
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: str | Scheme = INT8, name: str = "ffn.up"):
         super().__init__()
         self.outputs = weight.shape[0]
-        self.matrix = native_matrix(weight, bias, form)
+        self.matrix = native_matrix(weight, bias, form, name)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().contiguous()
@@ -80,12 +85,12 @@ class NativeTransformer:
     )
     training = False
 
-    def __init__(self, model: Transformer, form: str, release: bool):
+    def __init__(self, model: Transformer, form: str | Scheme, release: bool):
         c = self.config = model.config
         self.device, self.embedding = model.device, model.embedding
         blocks = []
         for index, block in enumerate(model.blocks):
-            blocks.append(_native_block(balanced(block, c) if form == "int8" else block, c, form))
+            blocks.append(_native_block(balanced(block, c) if isinstance(form, Scheme) else block, c, form))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
         self.rotation: tuple[Tensor, ...] = ()
@@ -101,7 +106,7 @@ class NativeTransformer:
         self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
-        """What `Transformer.hidden` gives; the positions are those of `attend`."""
+        """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
         self.native.run(tokens_BT, attend.step, attend.layers, *(self.rotation or (None, None)), hidden_BTC)
         return hidden_BTC
@@ -115,16 +120,19 @@ class NativeMoE(nn.Module):
         | {"rotary_dim", "ffn", "n_experts", "qk_norm", "attention_sinks"},
     )
 
-    def __init__(self, moe: MoE, form: str):
+    def __init__(self, moe: MoE, form: str | Scheme):
         super().__init__()
         self.config = c = moe.config
         self.options = routing_options(c)
         self.activation = self.options.pop("activation")
         self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
-        self.router = NativeLinear(moe.router.weight, moe.router.bias, form)
+        self.router = NativeLinear(moe.router.weight, moe.router.bias, form, "ffn.router")
         biases = ([None] * c.n_experts if bias is None else bias for bias in (moe.b_gate_up, moe.b_down))
         parts = zip(moe.w_gate_up, moe.w_down, *biases)
-        self.experts = [(NativeLinear(up, b_up, form), NativeLinear(down, b, form)) for up, down, b_up, b in parts]
+        self.experts = [
+            (NativeLinear(up, b_up, form, "ffn.up"), NativeLinear(down, b_down, form, "ffn.down"))
+            for up, down, b_up, b_down in parts
+        ]
         self.shared, self.shared_gate = moe.shared, moe.shared_gate
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ class NativeMoE(nn.Module):
 
 def serving_model(
     model: Transformer,
-    quantize: str | None,
+    quantize: str | Scheme | None,
     release: bool = False,
     batch_invariant: bool = True,
     native_pages: bool = True,
@@ -153,34 +161,38 @@ def serving_model(
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     """
+    if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
+        raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
         return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
-    form = quantize or FORMATS.get(dtype)
+    form = scheme_of(quantize, sum(p.numel() for p in model.parameters())) or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    make = (lambda *head: NativeLinear(*head, form)) if native else Int8Linear
+    make = (lambda *head: NativeLinear(*head, form, "head")) if native else Int8Linear
     head = make(model.head_weight, model.head_bias)
     if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
     if native:
-        smooth = form == "int8" and can_smooth(model.config)
+        smooth = isinstance(form, Scheme) and can_smooth(model.config)
         for index, block in enumerate(twin.blocks):
             twin.blocks[index] = block = balanced(block, model.config) if smooth else block
             if NativeMoE.is_supported(model.config):
                 replace(block, MoE, lambda moe: NativeMoE(moe, form))
-            replace(block, Linear, lambda layer: NativeLinear(layer.weight, layer.bias, form))
+            for path, layer in [(path, m) for path, m in block.named_modules() if type(m) is Linear]:
+                name = NAMES.get(path.rpartition(".")[2], "ffn.up")
+                block.set_submodule(path, NativeLinear(layer.weight, layer.bias, form, name))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
 
 
-def _native_block(block: Block, config, form: str):
+def _native_block(block: Block, config, form: str | Scheme):
     """A whole layer in C++: the twin of `Block`."""
     c, attention, ffn = config, block.attention, block.ffn
     layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
@@ -188,15 +200,8 @@ def _native_block(block: Block, config, form: str):
         c.d_model, c.n_heads, c.kv_heads, c.head_size, c.ff_size, attention.window or 0, attention.softcap or 0.0,
         attention.scale, c.norm_eps, c.ffn, _native_norm(block.attention_norm, c), _native_norm(block.ffn_norm, c),
         _floats(getattr(attention.q_norm, "weight", None)), _floats(getattr(attention.k_norm, "weight", None)),
-        *(native_matrix(layer.weight, layer.bias, form) for layer in layers),
+        *(native_matrix(layer.weight, layer.bias, form, name) for layer, name in zip(layers, MATRICES)),
     )  # fmt: skip
-
-
-def native_matrix(weight: Tensor, bias: Tensor | None, form: str):
-    """A weight as C++ keeps it."""
-    rows = weight.detach().float().contiguous()
-    offset = None if bias is None else bias.detach().float().contiguous()
-    return _native.Matrix(form, rows, offset)
 
 
 def _native_norm(norm: nn.Module, config):

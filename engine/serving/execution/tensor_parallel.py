@@ -95,7 +95,7 @@ class TPRunner:
 
     @property
     def alive(self) -> bool:
-        """Whether all processes are there."""
+        """Return whether all processes are there."""
         return self.broken is None and all(worker.poll() is None for worker in self.workers)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
@@ -189,7 +189,7 @@ def _dismiss(workers: list[subprocess.Popen]) -> None:
 
 
 def work() -> None:
-    """What the other processes do: meet, load their share, and run plans until there are no more."""
+    """Main loop of the other processes: meet, load their share, and run plans until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints (NCCL_DEBUG, for one) is not said to the first process

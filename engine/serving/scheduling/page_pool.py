@@ -56,7 +56,7 @@ class PagePool:
             self._append_free(page)
 
     def pages_for(self, tokens: int) -> int:
-        """How many pages hold `tokens` tokens."""
+        """Return how many pages hold `tokens` tokens."""
         return -(-tokens // self.page_size)
 
     def allocate(self) -> int | None:
@@ -86,7 +86,8 @@ class PagePool:
                 self._append_free(page)
 
     def make_writable(self, number: int) -> bool:
-        """Whether the caller is the only holder and may write into the page; the prefix cache then forgets it."""
+        """Return whether the caller is the only holder and may write into the page; the prefix cache then forgets
+        it."""
         page = self._pages[number]
         if page.references > 1:
             return False

@@ -36,7 +36,7 @@ Event = tuple[Sequence, tuple[int, ...], ChunkResult]
 
 @dataclass(slots=True)
 class _Share:
-    """What one sequence gets in the step being planned."""
+    """Work of one sequence in the step being planned."""
 
     chunk: Chunk
     copies: list[tuple[int, int]]
@@ -83,11 +83,11 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to plan and nothing under way."""
+        """Return whether there is nothing to plan and nothing under way."""
         return not self.running and not self._flights and all(sequence.finish_reason for _, sequence in self._waiting)
 
     def fit(self, prompt_length: int, max_tokens: int) -> int:
-        """How many tokens can be generated; refuses, with the numbers, what could never be served."""
+        """Return how many tokens can be generated; refuses, with the numbers, what could never be served."""
         if prompt_length < 1:
             raise InputError("the prompt is empty: it must have at least 1 token")
         if prompt_length + min(max_tokens, 1) > self.context:
@@ -139,7 +139,7 @@ class Scheduler:
         self._call_followers(sequence)
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
-        """What to compute next; None when there is nothing to compute, or nothing before the next commit."""
+        """Plan the next step; None when there is nothing to compute, or nothing before the next commit."""
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[2], "cancelled")
         while self._suspects and self._suspects[-1].finish_reason is not None:
@@ -406,5 +406,5 @@ class Scheduler:
 
 
 def _computed_before(sequence: Sequence, step: dict[Sequence, _Share]) -> int:
-    """How many of its tokens are in pages before the step being planned: what it could be copied from."""
+    """Return how many of its tokens are in pages before the step being planned: what it could be copied from."""
     return step[sequence].chunk.start if sequence in step else sequence.computed

@@ -8,7 +8,7 @@ Order = tuple[float, int]
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """What the scheduler knows of one continuation. The first part is given, the second is the scheduler's own."""
+    """Scheduler state of one continuation. The first part is given, the second is the scheduler's own."""
 
     tokens: list[int]
     prompt_length: int
@@ -44,27 +44,27 @@ class Sequence:
 
     @property
     def running(self) -> bool:
-        """Whether it holds a row and pages."""
+        """Return whether it holds a row and pages."""
         return self.row >= 0
 
     @property
     def length(self) -> int:
-        """How many tokens there are, read or not."""
+        """Return how many tokens there are, read or not."""
         return len(self.tokens) + self.pending
 
     @property
     def generated(self) -> int:
-        """How many of them come after the prompt."""
+        """Return how many of them come after the prompt."""
         return self.length - self.prompt_length
 
     @property
     def capacity(self) -> int:
-        """How many tokens will ever have to be in pages: the last one generated need not."""
+        """Return how many tokens will ever have to be in pages: the last one generated need not."""
         return self.prompt_length + max(self.max_tokens - 1, 0)
 
     @property
     def uncomputed(self) -> int:
-        """How many tokens could be computed now."""
+        """Return how many tokens could be computed now."""
         return min(self.length, self.capacity) - self.computed
 
     def copy(self, listener: Any = None) -> "Sequence":

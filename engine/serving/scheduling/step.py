@@ -1,4 +1,5 @@
-"""What crosses the line between scheduler and runner: a plan one way, a result the other, and nothing else.
+"""Step plan and result: all that crosses the line between scheduler and runner: a plan one way, a result the other, and
+nothing else.
 
 Both are frozen records of plain numbers. A *row* is a slot of the batch: a sequence keeps its row while it runs, so the
 runner can keep what it knows of a row (its parameters, its page table, its last token) on the device.
@@ -39,7 +40,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the runner is to do, in this order: copy pages, take in rows, compute chunks."""
+    """Plan of a step for the runner, in this order: copy pages, take in rows, compute chunks."""
 
     chunks: tuple[Chunk, ...]
     admitted: tuple[NewRow, ...] = ()
@@ -57,7 +58,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What a chunk brought: if it samples, one token, and one more for each draft that proved right."""
+    """Result of a chunk: if it samples, one token, and one more for each draft that proved right."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -163,7 +163,7 @@ class ProcessMesh:
         return squared.sqrt().to(norms.dtype)
 
     def replicas(self, where: ShardSpec) -> int:
-        """How many processes keep the same numbers of a parameter."""
+        """Return how many processes keep the same numbers of a parameter."""
         parts = self.axes["fsdp"]
         parts *= self.axes["ep"] if where.ep is not None else 1
         parts *= self.axes["tp"] if where.tp is not None else 1

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, also after some of them were killed.
+"""Rendezvous: how the processes of a run find each other, also after some of them were killed.
 
 `torchrun` keeps one key-value store for as long as it lives, and processes leave their addresses in it. When one dies,
 torchrun ends the others and starts all of them anew, with the same store: a process that reads a peer's address before

@@ -27,7 +27,7 @@ class ShardedState:
         self.shapes = {name: p.shape for name, p in whole.named_parameters()}
 
     def shard(self, name: str, whole: Tensor) -> Tensor:
-        """What this process keeps of a whole tensor: a view of it where there is but one block."""
+        """Return this process's shard of a whole tensor: a view of it where there is but one block."""
         where, axes = self.specs[name], self.mesh.axes
         if where.tp is not None and axes["tp"] > 1:
             whole = where.cut(whole, self._rank("tp"), axes["tp"])

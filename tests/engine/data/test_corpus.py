@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.engine.data.corpus import cut, files, open_corpus, stdlib
+from warploom.engine.data.corpus import cut
+from warploom.engine.data.sources import files, open_corpus, stdlib
 
 
 def texts(source):

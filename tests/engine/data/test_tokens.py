@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from warploom.engine.data import TokenData, text_of, write_token_data
-from warploom.engine.data.corpus import Corpus, files
+from warploom.engine.data.corpus import Corpus
+from warploom.engine.data.sources import files
 from warploom.tokenizer.sources import unfinished
 
 

@@ -8,6 +8,7 @@ import torch
 from tests.smollm2 import smollm2, smollm2_file
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.serving.scheme import Scheme
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,6 +34,8 @@ def real():
         ({"dtype": "bfloat16"}, 0.025, 0.0004),
         ({"kv_dtype": "int8"}, 0.03, 0.0005),
         ({"quantize": "int8"}, 0.09, 0.003),
+        ({"quantize": Scheme(activations=16)}, 0.08, 0.0025),
+        ({"quantize": "int4"}, 0.75, 0.19),
     ],
     ids=str,
 )

@@ -1,0 +1,26 @@
+"""A model of random weights to serve: what it says does not matter to its speed."""
+
+from pathlib import Path
+from typing import Any
+
+
+def save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer: Any = None) -> None:
+    """A model directory of random weights, the same for every contestant."""
+    import torch
+
+    from ..engine.formats.model_directory import save_model
+    from ..engine.model import Transformer
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Transformer(config)
+    save_model(model.to(getattr(torch, dtype)), directory, tokenizer)
+
+
+def printable_tokenizer(config: Any) -> Any:
+    """One with a text for every token, so that every token of a stream is told: pairs of printable characters."""
+    from ..tokenizer import BPETokenizer
+
+    pairs = [(bytes([a]), bytes([b])) for a in range(33, 127) for b in range(33, 127)][: config.vocab_size - 256]
+    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in pairs)]
+    return BPETokenizer({token: number for number, token in enumerate(tokens)}, pairs, None, "gpt2")

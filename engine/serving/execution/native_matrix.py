@@ -1,0 +1,45 @@
+"""Weights as the C++ engine keeps them: in a number format, or packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formats.packed_weight import Layout, PackedWeight, Segment
+from ..scheme import Scheme
+from .kv_cache import _native
+
+
+def native_matrix(weight: Tensor, bias: Tensor | None, form: str | Scheme, name: str):
+    """A matrix in a number format, or as the scheme has the matrix of that name."""
+    rows, offset = _floats(weight), None if bias is None else _floats(bias)
+    if isinstance(form, Scheme):
+        return _native.PackedMatrix(rows, offset, native_layout(form.layout(name)), form.activations == 16)
+    return _native.Matrix(form, rows, offset)
+
+
+def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool = False):
+    """A matrix of a weight that is packed already."""
+    parts = [(native_layout(s.layout), s.codes, s.scales, s.minima, s.units) for s in weight.segments]
+    return _native.PackedMatrix(parts, weight.columns, None if bias is None else _floats(bias), wide)
+
+
+def pack(weight: Tensor, layout: Layout) -> PackedWeight:
+    """A float weight (rows, columns), rounded as `native_matrix` rounds it."""
+    count, columns = weight.shape
+    groups = layout.groups(columns)
+    codes = torch.empty(count, groups * layout.group, dtype=torch.uint8)
+    scales, units = torch.empty(count, groups, dtype=torch.float16), torch.empty(count)
+    minima = torch.empty_like(scales) if layout.minimum else None
+    _native.quantize_rows(_floats(weight), native_layout(layout), codes, scales, minima, units)
+    if layout.bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)
+
+
+def native_layout(layout: Layout):
+    return _native.Layout(layout.bits, layout.group, layout.minimum, layout.rotate, list(layout.table))
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()

@@ -1,0 +1,62 @@
+"""What `quantize=` means: bits, groups and what stays finer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from ..errors import InputError
+from ..formats.packed_weight import Layout
+
+MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
+SMALL = 1_000_000_000  # parameters below which 4 bits leave the down products in 8: a third of the loss is theirs
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How weights are rounded when a float model is served on a CPU."""
+
+    bits: int = 8
+    """Of a weight: 8 or 4."""
+    group: int = 64
+    """Columns that share a scale: 16, 32 or 64."""
+    symmetric: bool = True
+    """Without a minimum a group."""
+    rotate: bool = True
+    """Rounded after a Walsh-Hadamard transform of each 64 columns."""
+    activations: int = 8
+    """Bits of an activation: 8, or 16, which cost prefill and batches a third to a half, and nothing alone."""
+    head: int = 8
+    """Bits of the head's weights."""
+    keep: Mapping[str, int] = field(default_factory=dict)
+    """Bits of matrices by pattern, as {"*.down": 8}; names are those of MATRICES."""
+
+    def __post_init__(self) -> None:
+        if self.activations not in (8, 16):
+            raise InputError(f"activations must be 8 or 16, got {self.activations}")
+        for pattern in self.keep:
+            if not any(fnmatch(name, pattern) for name in MATRICES):
+                raise InputError(f"keep names no matrix by {pattern!r}; there are: {', '.join(MATRICES)}")
+        for name in MATRICES:
+            self.layout(name)
+
+    def layout(self, name: str) -> Layout:
+        """Of the matrix of that name."""
+        bits = self.head if name == "head" else self.bits
+        bits = next((kept for pattern, kept in self.keep.items() if fnmatch(name, pattern)), bits)
+        return Layout(bits, self.group, not self.symmetric and bits == self.bits, (), self.rotate)
+
+
+INT8 = Scheme()
+
+
+def scheme_of(quantize: str | Scheme | None, parameters: int) -> Scheme | None:
+    """The scheme of a name, for a model of so many parameters."""
+    if quantize is None or isinstance(quantize, Scheme):
+        return quantize
+    if quantize == "int8":
+        return INT8
+    if quantize == "int4":
+        return Scheme(4, symmetric=False, keep={"ffn.down": 8} if parameters < SMALL else {})
+    raise InputError(f"quantize must be None, 'int8', 'int4' or a Scheme, got {quantize!r}")
