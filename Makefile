@@ -4,7 +4,7 @@
 #   make test        the whole test suite
 #   make bench       peers and ourselves side by side, ARGS="train"; without ARGS all of it
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
-#                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found
+#                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
 #   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
 #   make native-test the thread pools under ThreadSanitizer, without Python
 #   make lint        ruff
@@ -41,8 +41,7 @@ gpu: export WARPLOOM_REQUIRE_NATIVE :=
 gpu: export PYTHONPATH := $(CURDIR)/build/path$(if $(SITE),:$(SITE))
 gpu:
 	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom
-	-timeout 120 $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(ARGS)
+	$(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(if $(MORE),--more) $(ARGS)
 
 sanitize: .venv/ready-dev
 	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force

@@ -4,10 +4,14 @@ For a machine on which nothing can be installed (torch, triton and numpy are eno
 may never have run before. A wrong address costs a process its GPU for good; a barrier nobody reaches hangs it. So
 nothing runs in this process:
 
-1. each op is held to its oracle, in each precision, by a process of its own (`warploom.kernels.tools.verify`), many at
-once;
-2. the tests that need a GPU run where pytest is there;
-3. the benches run, most important first; one whose process dies is started again, without the part that killed it.
+1. a smoke test: a line for each thing without which the rest is in vain (`smoke.py`);
+2. each op is held to its oracle in bfloat16 by a process of its own (`warploom.kernels.tools.verify`), many at once;
+3. `PLAN`: parts of the benches by value, each in a slot of its own, so that one that hangs costs only that; one whose
+process dies is started again, without the part that killed it;
+4. the tests that need a GPU, where pytest is there; then the other precisions; then what else the benches have.
+
+`--more` is for a second command: what was wrong again under `compute-sanitizer`; if nothing was, the busiest kernels
+under `ncu`, and the benches beside all peers.
 
 An op that is wrong is not timed. If attention is wrong with its Hopper kernels only, the portable ones stand in. All is
 saved as it ends, below --results and, if OUT is set or --out given, in that folder too; the same command goes on where
@@ -23,7 +27,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +44,22 @@ DTYPES = ("bfloat16", "float32", "float16")
 CASES = 8
 """How many cases of an op one process checks: compiling them takes most of its time."""
 TESTS = ("test_gpu.py", "test_attention_and_experts.py", "test_model.py", "test_in_pytorch.py")
-BENCHES = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
+FEW = {"WARPLOOM_PEERS": "torch_ops,liger,cut_cross_entropy"}
+ALONE = {"WARPLOOM_PEERS": ""}
+SHORT = ["--rounds", "2", "--seconds", "6"]
+PLAN = (
+    ("serve", 50, ["--only", "batch 1", *SHORT], ALONE),
+    ("train", 60, ["--only", "gpt2-124m", "--rounds", "5", "--seconds", "8"], {}),
+    ("kernels", 95, ["--only", "*[dh]", "--rounds", "5", "--seconds", "4"], FEW),  # "forward", "both": not "right:"
+    ("train", 60, ["--only", "llama-1b", "--rounds", "5", "--seconds", "8"], {}),
+    ("serve", 50, ["--only", "batch 32", *SHORT], ALONE),
+    ("serve", 55, ["--only", "mixed", *SHORT], ALONE),
+)
+"""By value: which bench, its slot in seconds, its flags, its environment. The smoke test and the checks, about 90 s,
+and all slots fit into nine minutes, and leave a minute for the tests."""
+REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
+PROFILED = ("attention", "linear", "paged_attention", "moe")
 WHOLE_FILES = ("*.json", "*.png", "gpu.log")
 
 
@@ -56,11 +76,13 @@ class Session:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def run(self, command: list[str], seconds: float) -> tuple[str, str]:
+    def run(self, command: list[str], seconds: float, extra: dict[str, str] | None = None) -> tuple[str, str]:
         """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
+        if self.left() < 5:
+            return "", "the time was up"
         started = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, text=True, errors="replace", start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env=self.environment | (extra or {}), text=True, errors="replace",
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         hung = False
         try:
@@ -105,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=os.environ.get("OUT") or None, help="a second place for them ($OUT)"
     )
+    parser.add_argument("--more", action="store_true", help="look closer, after a first run")
     parser.add_argument("--tune", action="store_true", help="search launch settings before anything is timed")
     options = parser.parse_args(argv)
     device = device_name()
@@ -116,18 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.results / environment.slug(device)
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(time.monotonic() + 60 * options.minutes, folder, options.out)
-    found = check_ops(session)
-    wrong = {name: ended for name, ended in found.items() if ended}
-    broken = {name.split()[0] for name in wrong}
-    if "attention" in broken and "WARPLOOM_HOPPER" not in session.environment:
-        broken -= {"attention"} if without_hopper(session) else set()
-    tests = run_tests(session)
-    skipped = sorted(broken)
-    if options.tune:
-        measure(session, "kernels", 0.9, 9.0, options.results, ["--tune", "--skip", ",".join(skipped)])
-    for name, share, limit in BENCHES:
-        flags = ["--skip", ",".join(skipped)] if name == "kernels" else []
-        measure(session, name, share, limit, options.results, flags)
+    with clocks(session):
+        found, tests = look_closer(session, options) if options.more else first_look(session, options)
     failures = report(session, found, tests)
     with contextlib.suppress(Exception):  # a picture is welcome, not needed
         draw(session)
@@ -135,11 +148,69 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
+    """The checks, the plan, the tests and the rest: how the checks ended, and the tests' last lines."""
+    printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
+    say(f"{printed}smoke: {ended or 'done'}")
+    found = check_ops(session, " bfloat16 ")
+    broken = {name.split()[0] for name, ended in found.items() if ended}
+    if "attention" in broken and "WARPLOOM_HOPPER" not in session.environment:
+        broken -= {"attention"} if without_hopper(session) else set()
+    skip = ["--skip", ",".join(sorted(broken))]
+    if options.tune:
+        measure(session, "kernels", 0.9 * session.left(), 9.0, options.results, ["--tune", *skip])
+    for bench, seconds, flags, extra in PLAN:
+        more = skip if bench == "kernels" else []
+        limit = 0.5 if more else seconds / 60  # kernels are many parts
+        measure(session, bench, seconds, limit, options.results, [*flags, *more], extra, minutes=9.0)
+    tests = run_tests(session)
+    for dtype in DTYPES[1:]:
+        found |= check_ops(session, f" {dtype} ")
+    run_rest(session, options, skip, [])
+    return found, tests
+
+
+def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
+    """What is wrong once more under a checker of addresses; else profiles, then all peers."""
+    found = check_ops(session, " bfloat16 ")
+    wrong = [name for name, ended in found.items() if ended]
+    for name in wrong[:3]:
+        session.run(["compute-sanitizer", "--tool", "memcheck", *check_command(name)], 60)
+    if not wrong and shutil.which("ncu"):
+        for op in PROFILED:
+            ncu = ["ncu", "--clock-control", "none", "--set", "basic", "-c", "6", "--kernel-name", f"regex:{op}"]
+            session.run([*ncu, *check_command(f"{op} bfloat16 1/3")], 40)
+    run_rest(session, options, ["--skip", ",".join(sorted({name.split()[0] for name in wrong}))], ["--again"])
+    return found, "left out"
+
+
+def run_rest(session: Session, options: argparse.Namespace, skip: list[str], flags: list[str]) -> None:
+    """Whatever the benches have, most important first."""
+    for bench, share, limit in REST:
+        more = skip if bench == "kernels" else []
+        measure(session, bench, share * session.left(), limit, options.results, [*flags, *more])
+
+
+@contextlib.contextmanager
+def clocks(session: Session) -> Iterator[None]:
+    """Clocks and power every two seconds, between the other lines of the log: a rate without them says little."""
+    if not shutil.which("nvidia-smi"):
+        yield
+        return
+    with (session.folder / "gpu.log").open("a") as log:
+        watcher = subprocess.Popen(["nvidia-smi", "dmon", "-s", "pucm", "-d", "2", "-o", "T"], stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            watcher.kill()
+            watcher.wait()
+
+
 def without_hopper(session: Session) -> bool:
     """Is attention right with fewer of its Hopper kernels, or none? Then it stays so for what follows."""
     for kept in ("forward,dq", "forward", "0"):
         session.environment["WARPLOOM_HOPPER"] = kept
-        if not any(check_ops(session, "attention ").values()):
+        if not any(check_ops(session, "attention bfloat16 ").values()):
             say(f"attention is wrong with all its Hopper kernels, and right with WARPLOOM_HOPPER={kept}: kept so")
             return True
     del session.environment["WARPLOOM_HOPPER"]
@@ -162,27 +233,36 @@ def check_names() -> list[str]:
 
 
 def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """Results of checks by name: how the check of each name that begins so ended; "" is right. What is on record as
-    right is not run again."""
+    """Results of checks: how that of each name that contains `only` ended; "" is right. What is on record as right is
+    not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
     known = json.loads(path.read_text()) if path.exists() else {}
     right = set(known.get(code, []))
-    names = [name for name in check_names() if name.startswith(only)]
+    names = [name for name in check_names() if only in name]
+    saving = threading.Lock()
 
     def check(name: str) -> tuple[str, str]:
-        op, dtype, share = name.split()
-        command = [sys.executable, "-m", "warploom.kernels.tools.verify", op, "--dtype", dtype, "--share", share]
-        printed, ended = session.run([*command, "--device", "cuda"], 120)
+        printed, ended = session.run(check_command(name), 120, {"OMP_NUM_THREADS": "1"})
+        if not ended:
+            with saving:
+                right.add(name)
+                write_text(path, json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
         lines = [line for line in printed.splitlines() if line.strip()]
         return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended else ""
 
+    due = [name for name in names if name not in right]
     with ThreadPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
-        found = dict(pool.map(check, [name for name in names if name not in right]))
-    right |= {name for name, ended in found.items() if not ended}
-    write_text(path, json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
+        found = dict(pool.map(check, due))
     session.keep()
-    return dict.fromkeys(right, "") | found
+    return dict.fromkeys((name for name in names if name in right), "") | found
+
+
+def check_command(name: str) -> list[str]:
+    """The process that checks `attention bfloat16 1/3`."""
+    op, dtype, share = name.split()
+    command = [sys.executable, "-m", "warploom.kernels.tools.verify", op, "--dtype", dtype, "--share", share]
+    return [*command, "--device", "cuda"]
 
 
 def run_tests(session: Session) -> str:
@@ -198,17 +278,36 @@ def run_tests(session: Session) -> str:
     return "\n".join([*lines[:12], f"{last[:200]} {ended}".strip()])
 
 
-def measure(session: Session, bench: str, share: float, limit: float, results: Path, flags: list[str]) -> None:
-    """Run a bench in a process of its own, again as long as each one loses its life to another part."""
-    end = time.monotonic() + share * session.left()
+def measure(
+    session: Session,
+    bench: str,
+    seconds: float,
+    limit: float,
+    results: Path,
+    flags: list[str],
+    extra: dict[str, str] | None = None,
+    minutes: float = 0.0,
+) -> None:
+    """Run a bench in a process of its own, again as long as each one loses its life to another part.
+
+    It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
+    end = time.monotonic() + min(seconds, session.left())
     deadly = session.folder / f"{bench}.deadly"
     before = None
-    while end - time.monotonic() > 20:
-        minutes = f"{(end - time.monotonic()) / 60:.2f}"
-        command = [sys.executable, "-m", "warploom.engine.cli", "bench", bench, "--minutes", minutes]
-        command += ["--results", str(results), "--limit", str(limit), *flags]
-        _, ended = session.run(command, end - time.monotonic() + 60 * limit)
-        say(f"{bench}: {ended or 'done'}")
+    while end - time.monotonic() > 15:
+        left = end - time.monotonic()
+        command = [
+            sys.executable,
+            "-m",
+            "warploom.engine.cli",
+            "bench",
+            bench,
+            "--minutes",
+            f"{minutes or left / 60:.2f}",
+        ]
+        command += ["--results", str(results), "--limit", f"{limit:.2f}", *flags]
+        _, ended = session.run(command, left, extra)
+        say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
         names = deadly.read_text() if deadly.exists() else None
         if names == before:
             return
@@ -229,7 +328,7 @@ def report(session: Session, found: dict[str, str], tests: str) -> int:
     say(f"\nchecks: {len(found) - len(wrong)} right" + "".join(f"\n  {name}: {ended}" for name, ended in wrong.items()))
     say(f"tests: {tests}")
     failed = len(wrong) + ("failed" in tests or "error" in tests.lower())
-    for bench in dict.fromkeys(name for name, *_ in BENCHES):
+    for bench in dict.fromkeys(name for name, *_ in REST):
         record = load_record(session.folder / f"{bench}.json", bench, session.folder.name)
         deadly = session.folder / f"{bench}.deadly"
         lost = [line.partition(" ")[2] for line in deadly.read_text().splitlines()] if deadly.exists() else []

@@ -9,6 +9,7 @@ Without a GPU nothing is timed. What can be known is printed: registers, spills 
 three architectures, from a compiler that needs no device.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def _parts_of(op: Op, dtype: str) -> list[Part]:
 
 def print_budgets() -> None:
     """The table of `warploom.kernels.tools.compile_offline`, which chooses its environment itself."""
-    command = [sys.executable, "-m", f"{kernels.__name__}.offline", "--table"]
+    command = [sys.executable, "-m", f"{kernels.__name__}.tools.compile_offline", "--table"]
     subprocess.run(command, check=False)
 
 
@@ -176,7 +177,8 @@ def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contest
 
     eager = op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else op.reference
     calls = {"ours": on("triton"), "torch eager": eager}
-    calls |= {"torch.compile": torch.compile(eager)} if op.name in POINTWISE else {}
+    if op.name in POINTWISE and "WARPLOOM_PEERS" not in os.environ:  # ten seconds of compiling each
+        calls["torch.compile"] = torch.compile(eager)
     calls |= {"ours, portable": _portable(on("triton"))} if op.name == "attention" else {}
     calls |= peers.build("kernel", op.name, args, options)
     return {

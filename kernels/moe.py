@@ -259,7 +259,8 @@ moe = Op(
         Case("128 tokens, 8 of 128 experts", lambda m: (*_batch(m, 128, 2048, 128, 768), 8), bench=True),
     ],
     budget={
-        f"moe_{name}_kernel": Budget(wgmma=True, vector=True) for name in ("gate", "rows", "gate_backward", "weights")
+        f"moe_grouped_{name}_kernel": Budget(wgmma=True, vector=True)
+        for name in ("gemm_swiglu", "gemm", "gemm_swiglu_bwd", "dw")
     },
     traffic=lambda x, logits, up, down, k, **_: (
         2 * x.nbytes + up.nbytes + down.nbytes,

@@ -11,11 +11,13 @@ returns what to time, by the name to print:
         return {"transformers": step}
 
 Nothing is registered anywhere: `build("train", shape)` asks every module that has a `train`. A peer that is not
-installed, or fails to build, becomes a `Missing` with its reason, and a row of the table that says so.
+installed, or fails to build, becomes a `Missing` with its reason, and a row of the table that says so. WARPLOOM_PEERS
+names the only ones to ask, separated by commas (none if empty), where time is short.
 """
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,7 +51,10 @@ def build(
     """Return the functions to time for `task` from every peer that knows it (or those in `only`); each gets the same
     arguments."""
     contestants: Contestants = {}
+    chosen = os.environ.get("WARPLOOM_PEERS")
     for name in names(package) if only is None else only:
+        if chosen is not None and name not in chosen.split(","):
+            continue
         try:
             peer = importlib.import_module(f"{package}.{name}")
         except Exception as error:  # a peer that cannot even be imported

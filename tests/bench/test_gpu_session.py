@@ -69,7 +69,7 @@ def machine(monkeypatch, tmp_path):
     class Machine:
         answers = staticmethod(lambda command, environment: ("", ""))
 
-    def run(session, command, seconds):
+    def run(session, command, seconds, extra=None):
         asked.append(" ".join(command[2:]))
         return Machine.answers(asked[-1], session.environment)
 
@@ -117,6 +117,39 @@ def test_the_portable_attention_stands_in_for_a_hopper_kernel_that_hangs(machine
     assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 1
     assert seen["warploom.engine.cli bench kernels"] == (portable, not portable)
     assert seen["warploom.engine.cli bench train"][0] == portable
+
+
+def test_plan_of_nine_minutes_has_every_part_in_order(machine, tmp_path):
+    assert 90 + sum(seconds for _, seconds, *_ in gpu.PLAN) <= 9 * 60 - 60
+    gpu.main(["--results", str(tmp_path), "--minutes", "9"])
+    kinds = ["bench.smoke", "verify", "bench serve", "bench train", "bench kernels", "test_gpu.py"]
+    first = [next(i for i, command in enumerate(machine.asked) if kind in command) for kind in kinds]
+    assert first == sorted(first)
+    assert all(
+        any(f"--only {part}" in command for command in machine.asked) for part in ("batch 1", "llama-1b", "mixed")
+    )
+
+
+def test_checks_killed_midway_keep_what_was_right(machine, session):
+    session.folder.mkdir()
+
+    def answers(command, _):
+        if "verify moe" in command:
+            raise KeyboardInterrupt
+        return "", ""
+
+    machine.answers = answers
+    with pytest.raises(KeyboardInterrupt):
+        check_ops(session)
+    (right,) = json.loads((session.folder / "checks.json").read_text()).values()
+    assert right == ["attention bfloat16 1/1"]
+
+
+def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):
+    machine.answers = lambda command, _: ("", "exit 1") if "verify moe" in command else ("", "")
+    gpu.main(["--results", str(tmp_path), "--minutes", "4", "--more"])
+    assert any("memcheck" in command and "verify moe" in command for command in machine.asked)
+    assert not any("bench.smoke" in command for command in machine.asked)
 
 
 def test_checks_are_on_record_by_the_code_they_checked(machine, session, monkeypatch):

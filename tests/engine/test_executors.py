@@ -45,6 +45,25 @@ def test_fused_block_leaves_replaced_parts_alone():
     assert [type(block) for block in model.blocks] == [fused_block.FusedBlock, Block]
 
 
+def test_sharding_refuses_a_field_it_never_heard_of():
+    with pytest.raises(ValueError, match=r"tp and ep cannot shard a model with twist=2\.0"):
+        tensor_parallel.check(Tomorrow(**SHAPE, twist=2.0), tp=2)
+    tensor_parallel.check(Tomorrow(**SHAPE, twist=2.0), tp=1)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_serving_falls_back_from_an_unknown_field(quantize):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SHAPE)).eval()
+    expected = model(torch.arange(8)[None])
+    model.config = Tomorrow(**SHAPE, twist=2.0)
+    served, head = serving_model.serving_model(model, quantize)
+    assert not isinstance(served, serving_model.NativeTransformer)
+    tolerance = 0.1 if quantize else 1e-4
+    torch.testing.assert_close(head(served.hidden(torch.arange(8)[None])), expected, rtol=tolerance, atol=tolerance)
+    assert not any(type(m) is gpu_model.PagedAttention for m in gpu_model.fused_model(model, None).modules())
+
+
 EXECUTORS = {
     "fused block": fused_block.is_supported,
     "native decoder": serving_model.NativeTransformer.is_supported,

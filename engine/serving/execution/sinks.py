@@ -15,7 +15,7 @@ from torch import Tensor
 from ....kernels.attention_sinks import log_sums
 
 if TYPE_CHECKING:
-    from .execution.kv_cache import AttentionMetadata, PagedKVCache
+    from .kv_cache import AttentionMetadata, PagedKVCache
 
 
 class SinkAttend:

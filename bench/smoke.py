@@ -1,0 +1,81 @@
+"""The first seconds on a GPU: a line for each thing that the rest needs, and that may never have run on one.
+
+python -m warploom.bench.smoke
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+
+import torch
+
+from .. import kernels
+from ..kernels.gpu import attention_hopper
+from ..kernels.tools import verify
+
+
+def toolchain() -> str:
+    """What a compiled kernel depends on, in short: with the same key a cache made elsewhere serves here."""
+    import triton
+    from triton.runtime.cache import triton_key
+
+    key = hashlib.sha256(triton_key().encode()).hexdigest()[:16]
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, key {key}"
+
+
+def addmm_float32() -> str:
+    """The product of `linear_cross_entropy`, which older versions of PyTorch refuse."""
+    a, b = (torch.randn(shape, device="cuda").bfloat16() for shape in ((64, 16), (16, 32)))
+    total = torch.zeros(64, 32, device="cuda")
+    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return f"off by {(total - a.float() @ b.float()).abs().max().item():.1e}"
+
+
+def small(op: kernels.Op) -> str:
+    """The op's first small case against its oracle, forward and backward."""
+    return "; ".join(verify.errors(op, op.cases[0], torch.bfloat16, "cuda")) or "right"
+
+
+def portable() -> str:
+    """Attention without Hopper's kernels."""
+    chosen, attention_hopper.hopper_kernels = attention_hopper.hopper_kernels, set()
+    try:
+        return small(kernels.attention)
+    finally:
+        attention_hopper.hopper_kernels = chosen
+
+
+def graph() -> str:
+    """The capture and replay of the op that serving lives on."""
+    return "other bits" if verify.graph_replay_differs(kernels.paged_attention) else "same bits"
+
+
+STEPS: dict[str, Callable[[], str]] = {
+    "toolchain": toolchain,
+    "addmm into float32": addmm_float32,
+    "rms_norm": lambda: small(kernels.rms_norm),
+    "attention, portable": portable,
+    "attention": lambda: small(kernels.attention),
+    "moe": lambda: small(kernels.moe),
+    "paged_attention": lambda: small(kernels.paged_attention),
+    "a graph of paged_attention": graph,
+}
+
+
+def main() -> int:
+    """Run every step, whatever the others said: how many failed."""
+    failed = 0
+    for name, step in STEPS.items():
+        begin = time.perf_counter()
+        try:
+            said = step()
+            torch.cuda.synchronize()
+        except Exception as error:
+            said = f"FAILED {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        failed += said.startswith("FAILED")
+        print(f"{name:28} {time.perf_counter() - begin:6.2f} s  {said}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,58 @@
+"""Counts what a serving step of Qwen3-0.6B launches, on meta tensors. One JSON line: step → [Triton kernels, others].
+
+Others are PyTorch's operators that compute; views and empty tensors launch nothing."""
+
+import json
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from warploom.engine.config import ModelConfig
+from warploom.engine.model import Transformer
+from warploom.engine.serving.execution.gpu_model import BatchInvariantLinear, fused_model
+from warploom.engine.serving.execution.kv_cache import KernelAttention, PagedKVCache
+from warploom.kernels import backend
+from warploom.kernels.tools.compile_offline import compiling_for
+
+PAGE, PAGES = 16, 64
+STEPS = {"decode": [1, 1, 1, 1], "mixed": [1, 1, 300, 17]}
+"""Tokens of each sequence."""
+
+
+class Operators(TorchDispatchMode):
+    """Those that are neither views nor empty tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name
+        free = operator.is_view or "empty" in name or name in ("aten::_unsafe_view", "aten::result_type")
+        if name.startswith("aten::") and not free:
+            self.seen.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+def step_launches(model, store, counts):
+    """Of the blocks and the last norm; sampling has its own kernel."""
+
+    def ints(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, N = sum(counts), len(counts)
+    ids = ints(1, T, dtype=torch.int64)
+    with backend("triton"), compiling_for(90) as kernels, Operators() as others, torch.inference_mode():
+        batch = ints(N, 64), ints(N), ints(N), ints(N + 1)
+        attend = KernelAttention(store, ints(T, dtype=torch.int64), ints(T, dtype=torch.int64), *batch)
+        model.hidden(ids, attend.positions[None], attend)
+    return len(kernels), others.seen
+
+
+if __name__ == "__main__":
+    config = ModelConfig.preset("qwen3-0.6b")
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16).eval()
+        twin = fused_model(model, BatchInvariantLinear)
+        store = PagedKVCache(config, PAGES, PAGE, torch.bfloat16, torch.device("meta"))
+    print(json.dumps({name: step_launches(twin, store, counts) for name, counts in STEPS.items()}))

@@ -1,0 +1,39 @@
+"""Launches of a serving step: each costs microseconds, however little it does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from warploom.engine.config import ModelConfig
+from warploom.kernels.core.lang import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton's compiler")
+
+PROGRAM = Path(__file__).parents[1] / "count_launches.py"
+A_LAYER = 9
+"""Four products, two norms, the preparation of q, k and v, attention, the gate."""
+
+
+@pytest.fixture(scope="module")
+def steps():
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("step", ["decode", "mixed"])
+def test_step_launches_nine_kernels_a_layer(steps, step):
+    kernels, _ = steps[step]
+    assert kernels <= A_LAYER * ModelConfig.preset("qwen3-0.6b").n_layers + 1
+
+
+@pytest.mark.parametrize("step", ["decode", "mixed"])
+def test_step_metadata_made_once_not_a_layer(steps, step):
+    """The counters of attention, the embedding and the first residual: nothing else is PyTorch's."""
+    _, others = steps[step]
+    assert others == ["aten::zeros", "aten::embedding", "aten::zeros_like"]
