@@ -1,10 +1,9 @@
 """One of two processes that hold a model together: compares it with the whole model, which each of them also has."""
 
-import os
-
 import torch
 import torch.distributed as dist
 
+from tests.processes import join_run
 from warploom.engine.config import ModelConfig
 from warploom.engine.generation import generate
 from warploom.engine.model import Transformer
@@ -94,13 +93,13 @@ def expert_parallel(name, changes, router=1.0):
             close(p.grad, expected[chunk_range(4, group.rank(), group.size())], f"{name} gradient of {path}")
 
 
-os.environ |= {"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}  # noqa: F821
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the test's, as it is torchrun's elsewhere
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-for name, changes in CASES.items():
-    tensor_parallel(name, changes)
-for name in ("moe", "switch"):
-    expert_parallel(name, CASES[name])
-expert_parallel("lonely", CASES["switch"], router=LONELY)
-dist.destroy_process_group()
+def main(rank, port):
+    join_run(rank, 2, port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name, changes in CASES.items():
+        tensor_parallel(name, changes)
+    for name in ("moe", "switch"):
+        expert_parallel(name, CASES[name])
+    expert_parallel("lonely", CASES["switch"], router=LONELY)
+    dist.destroy_process_group()

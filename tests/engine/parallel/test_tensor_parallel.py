@@ -1,12 +1,10 @@
 """A model in two processes is the model in one: logits, losses, gradients, what it generates."""
 
-import multiprocessing
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.engine.parallel import loads, shards
+from tests.processes import run_processes
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.model_directory import save_model
 from warploom.engine.memory import RESET
@@ -17,27 +15,18 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 @pytest.fixture
 def in_two(monkeypatch):
-    """Runs a script in two processes, and returns how they ended."""
+    """Runs a function in two processes, and returns how they ended."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return in_two_processes
 
 
-def in_two_processes(script, **globals_):
+def in_two_processes(main, **given):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warploom.engine.formats.model_directory", "torch.distributed"])
-    path = str(Path(__file__).with_name(script))
-    given = [{"RANK": rank, "PORT": store.port, **globals_} for rank in range(2)]
-    team = [context.Process(target=runpy.run_path, args=(path, names), daemon=True) for names in given]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join()
-    return [process.exitcode for process in team]
+    return run_processes(main, port=store.port, **given)
 
 
 def test_pieces_compute_what_the_whole_computes(in_two):
-    assert in_two("shards.py") == [0, 0]
+    assert in_two(shards.main) == [0, 0]
 
 
 @pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
@@ -48,7 +37,7 @@ def test_who_loads_a_share_never_holds_much_more(in_two, tmp_path):
     places = [tmp_path / f"model {number}" for number in range(len(configs))]
     for place, changes in zip(places, configs):
         save_model(Transformer(ModelConfig(**shape | changes)), place)
-    assert in_two("loads.py", PLACES=places) == [0, 0]
+    assert in_two(loads.main, places=places) == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
-import multiprocessing
 import random
-import runpy
-from pathlib import Path
 
 import pytest
 
+from tests.processes import run_processes
 from warploom.engine.training import Callback, TrainConfig
 
 TINY = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32}
@@ -73,25 +71,6 @@ def recorders():
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Runs a script in a few processes; returns how they ended."""
+    """Runs `main(rank, …)` in a few processes; returns how they ended."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.formats.model_directory"]
-    )
-
-    def run(script, count=2, **globals_):
-        path = str(Path(__file__).with_name(script))
-        ranks = range(count)
-        team = [context.Process(target=runpy.run_path, args=(path, {"RANK": rank, **globals_})) for rank in ranks]
-        try:
-            for process in team:
-                process.start()
-            for process in team:
-                process.join()
-            return [process.exitcode for process in team]
-        finally:  # whatever ended the test, none goes on beside the next
-            for process in team:
-                process.kill()
-
-    return run
+    return run_processes

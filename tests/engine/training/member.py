@@ -1,10 +1,9 @@
-"""One process of a run: what torchrun would start, without the seconds it takes to start it."""
+"""One process of a run."""
 
-import os
-
-os.environ.update({"RANK": str(RANK), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)})  # noqa: F821
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-
+from tests.processes import join_run
 from warploom.engine.training import train
 
-train(CONFIG)  # noqa: F821
+
+def main(rank, size, port, config):
+    join_run(rank, size, port)
+    train(config)

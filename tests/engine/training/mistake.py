@@ -3,10 +3,12 @@
 import os
 import sys
 
-os.environ |= {"RANK": str(RANK), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}  # noqa: F821
-os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": f"{OUT}{RANK}.json"}  # noqa: F821
+from tests.processes import join_run
+from warploom.engine.cli import main as command
 
-from warploom.engine.cli import main
 
-with open(f"{OUT}{RANK}.said", "w") as sys.stderr:  # noqa: F821
-    sys.exit(main(["train", "stdlib", f"--out={OUT}", "--tp=3", "--device=cpu"]))  # noqa: F821
+def main(rank, port, out):
+    join_run(rank, 2, port)
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{out}{rank}.json"
+    with open(f"{out}{rank}.said", "w") as sys.stderr:
+        sys.exit(command(["train", "stdlib", f"--out={out}", "--tp=3", "--device=cpu"]))

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from tests.engine.training import footprint
 from warploom.engine.memory import RESET, left_in_container
 from warploom.engine.training import train
 from warploom.engine.training.batch_size_finder import LinearMemoryModel, predict
@@ -27,7 +28,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_predicted_memory_is_within_a_tenth_of_what_the_system_gives_a_run(tiny, processes, tmp_path, name):
     changes = {"batch_size": 8, "preset": "llama-tiny", "save_every": 0, **RUNS[name]}
-    assert processes("footprint.py", CONFIG=tiny(**changes)) == [0, 0]
+    assert processes(footprint.main, config=tiny(**changes)) == [0, 0]
     predicted, taken = (int((tmp_path / f"run-{rank}.bytes").read_text()) for rank in (0, 1))
     assert taken > 20 << 20
     assert predicted == pytest.approx(taken, rel=0.1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.training import courier, generation, member, mistake, newborn
 from warploom.engine.formats.model_directory import save_model
 from warploom.engine.memory import RESET
 from warploom.engine.model import Transformer
@@ -38,7 +39,7 @@ def together(processes):
     def run(config):
         size = (config.dp or 1) * config.fsdp * config.tp * config.ep
         kept = store()
-        assert processes("member.py", size, SIZE=size, PORT=kept.port, CONFIG=config) == [0] * size
+        assert processes(member.main, size, size=size, port=kept.port, config=config) == [0] * size
         return losses(config)
 
     return run
@@ -72,7 +73,7 @@ def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_proce
     for grid in ({"fsdp": 2}, {"tp": 2}):
         out, kept = one.out.replace("one", str(*grid)), store()
         config = dataclasses.replace(one, out=out, **grid)
-        assert processes("newborn.py", SIZE=2, PORT=kept.port, CONFIG=config) == [0, 0]
+        assert processes(newborn.main, size=2, port=kept.port, config=config) == [0, 0]
         assert Path(f"{out}.digest").read_text() == numbers, grid
         taken = [int(Path(f"{out}-{rank}.bytes").read_text()) for rank in (0, 1)]
         assert size / 2 < max(taken) < 0.75 * size, grid
@@ -81,7 +82,7 @@ def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_proce
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_leave_in_the_last_micro_batch_while_those_before_them_are_still_made(tiny, processes, dtype):
     config, kept = tiny(model=PAIRED, dp=2, grad_accum_steps=2, dtype=dtype), store()
-    assert processes("courier.py", PORT=kept.port, CONFIG=config) == [0, 0]
+    assert processes(courier.main, port=kept.port, config=config) == [0, 0]
     for rank in (0, 1):
         missing, buckets = json.loads(Path(f"{config.out}-{rank}.json").read_text())
         assert len(missing) == buckets > 2, "each leaves once, none of them in the first micro-batch"
@@ -119,7 +120,7 @@ def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny,
 
 def test_a_mistake_of_all_processes_is_said_by_one_of_them_and_by_torchrun(processes, tmp_path):
     kept = store()
-    assert processes("mistake.py", PORT=kept.port, OUT=tmp_path / "run") == [2, 2]
+    assert processes(mistake.main, port=kept.port, out=tmp_path / "run") == [2, 2]
     sentence = "dp=1 × fsdp=1 × ep=1 × tp=3 needs 3 processes, but this run has 2"
     said = sorted((tmp_path / f"run{rank}.said").read_text() for rank in (0, 1))
     assert said == ["", f"warploom train: {sentence}\n"]
@@ -156,8 +157,8 @@ def test_a_torn_shard_is_passed_over_with_a_message(tiny, together, recorder):
 
 def test_processes_do_not_wait_for_the_dead_whose_addresses_torchrun_keep(processes):
     kept = store()
-    assert processes("generation.py", PORT=kept.port, DOOMED=1) == [1, -signal.SIGKILL]
-    assert processes("generation.py", PORT=kept.port, DOOMED=None) == [0, 0]
+    assert processes(generation.main, port=kept.port, doomed=1) == [1, -signal.SIGKILL]
+    assert processes(generation.main, port=kept.port, doomed=None) == [0, 0]
 
 
 def test_what_a_process_says_as_it_fails_is_heard_though_torchrun_ends_it(monkeypatch):
