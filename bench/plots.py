@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..tokenizer.sources import atomic_writer
 from .schema import Record, Row
 from .table import si
 
@@ -82,7 +83,5 @@ def _figure(width: float, height: float, rows: int = 1, heights: Sequence[float]
 
 
 def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=150, format="png")
-    beside.replace(path)
+    with atomic_writer(path) as file:
+        figure.savefig(file, dpi=150, format="png")

@@ -11,12 +11,12 @@ Amounts are in base units (seconds, bytes, FLOPs, tokens); only the table uses p
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
 from ..engine.errors import InputError
+from ..tokenizer.sources import write_text
 
 SCHEMA = 1
 Value = float | int | str | bool | None
@@ -137,14 +137,8 @@ class Record:
         return cls(bench=data["bench"], device=data["device"], schema=data["schema"], parts=parts)
 
     def save(self, path: Path) -> None:
-        """Write beside `path` and rename, so that the file is always a whole record."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(self.to_json(indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        """Write the whole record or, where that fails, leave the one before it."""
+        write_text(path, self.to_json(indent=1) + "\n")
 
 
 def load_record(path: Path, bench: str, device: str) -> Record:

@@ -12,7 +12,7 @@ two, and what is left of them is dropped.
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ DEFAULT = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+GENERATION = ("generation_begins", "generation_ends")  # variables printed where these tags stand: nothing by default
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first or second
 
 
@@ -52,8 +53,10 @@ def compile_template(source: str) -> Any:
         tags = frozenset({"generation"})
 
         def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (jinja2.nodes.Output([jinja2.nodes.Name(name, "load")], lineno=line) for name in GENERATION)
+            return [begin, *body, end]
 
     class Namespace(jinja2.utils.Namespace):
         """Jinja's own lets a template store, and so reach, attributes such as __class__."""
@@ -95,15 +98,34 @@ def encode_chat(tokenizer: "Tokenizer", messages: list[dict], /, **variables: An
     except RecursionError:
         raise InputError("the messages are nested too deeply") from None
     prompt = tokenizer.apply_chat_template(messages, **variables)
-    ids: list[int] = []
+    return [token for ids, _ in encode_rendered(tokenizer, fence, prompt) for token in ids]
+
+
+def encode_rendered(
+    tokenizer: "Tokenizer", fence: "Fence", text: str, spans: Sequence[tuple[int, int]] = ()
+) -> Iterator[tuple[list[int], bool]]:
+    """The ids of a rendered text piece by piece, each with whether `spans` hold it; no token crosses their borders."""
+    borders = sorted({border for span in spans for border in span})
     done, follows = 0, "start"
-    for begin, end, token in special.find(prompt, special.ids):
-        if token in special.plain or fence.holds(prompt, begin, end):
-            continue
-        ids += tokenizer.encode_part(fence.remove(prompt[done:begin]), follows).tolist()
-        ids.append(special.ids[token])
-        done, follows = end, "added"
-    return ids + tokenizer.encode_part(fence.remove(prompt[done:]), follows).tolist()
+    for begin, end, token in [*find_marks(tokenizer, fence, text), (len(text), len(text), None)]:
+        for cut in [*(border for border in borders if done < border < begin), begin]:
+            learned = any(first <= done < last for first, last in spans)
+            ids = tokenizer.encode_part(fence.remove(text[done:cut]), follows).tolist()
+            yield ids, learned
+            done, follows = cut, "text" if ids else follows
+        if token is not None:
+            yield [token], any(first <= begin < last for first, last in spans)
+            done, follows = end, "added"
+
+
+def find_marks(tokenizer: "Tokenizer", fence: "Fence", text: str) -> list[tuple[int, int, int]]:
+    """Begin, end and id of each special token in a rendered text that no message has put there."""
+    special = tokenizer.special
+    return [
+        (begin, end, special.ids[token])
+        for begin, end, token in special.find(text, special.ids)
+        if token not in special.plain and not fence.holds(text, begin, end)
+    ]
 
 
 class Fence:

@@ -1,9 +1,12 @@
 """Look inside: `inspect model` shows what a model is made of, without making it; `inspect tokens` how a text splits;
-`inspect attention` where each head looks."""
+`inspect attention` where each head looks; `inspect data` what a run learns of its data."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +85,31 @@ def show_attention(options: argparse.Namespace) -> None:
             print(f"{path}: head {looks}")
 
 
+def show_data(options: argparse.Namespace) -> None:
+    """The first documents of a run's training split, what is learned of them in green (in ⟦ ⟧ where color is off)."""
+    from ..data import TokenData
+
+    made = options.run / "data"
+    data = TokenData(made if (made / "meta.json").is_file() else options.run)
+    split, tokenizer = data.split(options.split), data.tokenizer()
+    ends = [*split.starts[1:], len(split)]
+    for number, (start, end) in enumerate(list(zip(split.starts, ends))[: options.rows], 1):
+        ids = split.tokens[start:end].tolist()
+        learn = [True] * len(ids) if split.learn is None else (split.learn[start:end] > 0).tolist()
+        print(f"{_styled(f'document {number}', '1')}: {len(ids)} tokens, {sum(learn)} learned")
+        for learned, group in itertools.groupby(zip(ids, learn), key=lambda pair: pair[1]):
+            text = tokenizer.decode([token for token, _ in group])
+            print(_styled(text, "32", "⟦⟧") if learned else _styled(text, "2"), end="")
+        print("\n")
+
+
+def _styled(text: str, style: str, without: str = "") -> str:
+    """A text in an ANSI style, or between the two characters of `without` where color is off."""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        return "\n".join(f"\x1b[{style}m{line}\x1b[0m" if line else line for line in text.split("\n"))
+    return f"{without[:1]}{text}{without[1:]}"
+
+
 def _habit(weights_TS) -> str:
     """Name a head's main pattern: the share of attention that stays, goes one back, or goes to the first."""
     later_TS = weights_TS[1:]  # the first token has no choice
@@ -125,6 +153,12 @@ def _visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") or "∅"
 
 
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run that made its tokens itself, or a directory of token files")
+    parser.add_argument("--rows", type=int, default=3, help="documents to show (default: 3)")
+    parser.add_argument("--split", default="train", help="train, val or test (default: train)")
+
+
 def _attention_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory")
     parser.add_argument("--prompt", required=True, help=f"what it reads, at most {MAP_TOKENS} tokens")
@@ -156,6 +190,7 @@ TOPICS: dict[str, tuple[Callable, Callable]] = {
     "model": (show_model, _model_flags),
     "tokens": (show_tokens, _tokens_flags),
     "attention": (show_attention, _attention_flags),
+    "data": (show_data, _data_flags),
 }
 
 

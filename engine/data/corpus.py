@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 
@@ -113,16 +114,26 @@ def _mark_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 def json_texts(path: Path, field: str) -> Iterator[str]:
     """The texts of a file with one JSON object a line."""
+    for line, row in json_lines(path):
+        try:
+            text = row[field]
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{line} is not a JSON object with a field {field!r}") from error
+        if not isinstance(text, str):
+            raise InputError(f"{line}: field {field!r} must be a string, not {type(text).__name__}")
+        yield text
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What each line of a file holds, with its place, `path:number`; empty lines are passed over."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}:{number} is not a JSON object with a field {field!r}") from error
-        if not isinstance(text, str):
-            raise InputError(f"{path}:{number}: field {field!r} must be a string, not {type(text).__name__}")
-        yield text
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number} is not a JSON object: {error}") from error
+        yield f"{path}:{number}", row
 
 
 def _open(path: Path):

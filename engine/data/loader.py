@@ -15,7 +15,7 @@ Shapes: B rows, T tokens a row.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,10 +95,29 @@ def get_batch(
     return batch.tokens_BT.to(device), batch.targets_BT.to(device)
 
 
-def _windows(tokens: np.ndarray, starts_B: np.ndarray, T: int) -> Batch:
-    window_BT = tokens[starts_B[:, None] + np.arange(T + 1)].astype(np.int64)
-    both = torch.from_numpy(window_BT)
-    return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+def _windows(tokens: np.ndarray, starts_B: np.ndarray, T: int, learn: np.ndarray | None = None) -> Batch:
+    places_BT = starts_B[:, None] + np.arange(T + 1)
+    both = torch.from_numpy(tokens[places_BT].astype(np.int64))
+    targets_BT = both[:, 1:].contiguous()
+    if learn is not None:
+        targets_BT[torch.from_numpy(learn[places_BT[:, 1:]] == 0)] = IGNORE
+    return Batch(both[:, :-1].contiguous(), targets_BT)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches of one context as one batch."""
+    T = batches[0].tokens_BT.shape[1]
+    tokens_BT, targets_BT = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens_BT", "targets_BT")
+    )
+    if batches[0].cu_seqlens is None:
+        return Batch(tokens_BT, targets_BT)
+    borders, rows = [batches[0].cu_seqlens[:1]], 0
+    for batch in batches:
+        borders.append(batch.cu_seqlens[1:] + rows * T)
+        rows += len(batch.tokens_BT)
+    positions_BT = torch.cat([batch.positions_BT for batch in batches])
+    return Batch(tokens_BT, targets_BT, positions_BT, torch.cat(borders))
 
 
 def _require_length(length: int, T: int) -> None:
@@ -114,14 +133,15 @@ class RandomWindows:
 
     def __init__(self, split: TokenSplit, batch_size: int, context: int, seed: int = 0) -> None:
         _require_length(len(split), context)
-        self.tokens, self.batch_size, self.context, self.seed = split.tokens, batch_size, context, seed
+        self.tokens, self.learn = split.tokens, split.learn
+        self.batch_size, self.context, self.seed = batch_size, context, seed
 
     def __len__(self) -> int:
         return max(1, len(self.tokens) // (self.batch_size * self.context))
 
     def batch(self, step: int) -> Batch:
         starts_B = generator(self.seed, step).integers(len(self.tokens) - self.context, size=self.batch_size)
-        return _windows(self.tokens, starts_B, self.context)
+        return _windows(self.tokens, starts_B, self.context, self.learn)
 
 
 class _Rows:
@@ -171,14 +191,15 @@ class Epochs(_Rows):
         _require_length(len(split), context)
         if stride is not None and stride < 1:
             raise InputError(f"stride must be at least 1 token, not {stride}")
-        self.tokens, self.batch_size, self.context, self.seed = split.tokens, batch_size, context, seed
+        self.tokens, self.learn = split.tokens, split.learn
+        self.batch_size, self.context, self.seed = batch_size, context, seed
         self.stride, self.shuffle = stride or context, shuffle
 
     def count(self, epoch: int) -> int:
         return (len(self.tokens) - self.context - 1) // self.stride + 1
 
     def batch(self, step: int) -> Batch:
-        return _windows(self.tokens, self.row_numbers(step) * self.stride, self.context)
+        return _windows(self.tokens, self.row_numbers(step) * self.stride, self.context, self.learn)
 
 
 class PackedDocuments(_Rows):
@@ -190,9 +211,10 @@ class PackedDocuments(_Rows):
 
     def __init__(self, split: TokenSplit, batch_size: int, context: int, seed: int = 0, shuffle: bool = True) -> None:
         super().__init__()
-        self.tokens, self.batch_size, self.context, self.seed = split.tokens, batch_size, context, seed
+        self.tokens, self.learn = split.tokens, split.learn
+        self.batch_size, self.context, self.seed = batch_size, context, seed
         self.shuffle = shuffle
-        self.packed = pack(split.starts, len(split.tokens), context)
+        self.packed = pack(split.starts, len(split.tokens), context, split.learn)
         if not self.packed:
             raise InputError("no document has two tokens, so there is nothing to predict")
 
@@ -208,7 +230,8 @@ class PackedDocuments(_Rows):
             for start, length in self.packed[number]:
                 piece = np.asarray(self.tokens[start : start + length + 1], np.int64)
                 tokens_BT[row, at : at + length] = piece[:-1]
-                targets_BT[row, at : at + length] = piece[1:]
+                learned = slice(None) if self.learn is None else self.learn[start + 1 : start + length + 1] > 0
+                targets_BT[row, at : at + length][learned] = piece[1:][learned]
                 positions_BT[row, at : at + length] = np.arange(length)
                 at += length
                 borders.append(row * T + at)
@@ -219,14 +242,19 @@ class PackedDocuments(_Rows):
         return Batch(*map(torch.from_numpy, arrays))
 
 
-def pack(starts: np.ndarray, total: int, T: int) -> list[list[tuple[int, int]]]:
-    """Rows of (start, inputs) pieces: at most T inputs a row, every piece followed by its own last target."""
+def pack(starts: np.ndarray, total: int, T: int, learn: np.ndarray | None = None) -> list[list[tuple[int, int]]]:
+    """Rows of (start, inputs) pieces: at most T inputs a row, every piece followed by its own last target.
+
+    Pieces in which nothing is learned (the beginning of a conversation longer than a row) are left out.
+    """
     ends = np.append(starts[1:], total)
     pieces = [
         (int(at), int(min(T, end - 1 - at)))
         for start, end in zip(starts, ends)
         for at in range(int(start), int(end) - 1, T)
     ]
+    if learn is not None:
+        pieces = [(at, length) for at, length in pieces if learn[at + 1 : at + length + 1].any()]
     pieces.sort(key=lambda piece: -piece[1])
     rows: list[list[tuple[int, int]]] = []
     open_rows: list[list[int]] = [[] for _ in range(T + 1)]  # row numbers by the room they have left
@@ -251,14 +279,16 @@ def pack(starts: np.ndarray, total: int, T: int) -> list[list[tuple[int, int]]]:
 def open_loader(
     kind: str, split: TokenSplit, batch_size: int, context: int, seed: int, stride: int | None = None
 ) -> Loader:
-    """The loader that `--order` names."""
+    """The loader that `--order` names; `auto` is packed for conversations and random for other text."""
+    if kind == "auto":
+        kind = "random" if split.learn is None else "packed"
     if kind == "random":
         return RandomWindows(split, batch_size, context, seed)
     if kind in ("epochs", "sequential"):
         return Epochs(split, batch_size, context, seed, stride, shuffle=kind == "epochs")
     if kind == "packed":
         return PackedDocuments(split, batch_size, context, seed)
-    raise InputError(f"order must be random, epochs, sequential or packed, not {kind!r}")
+    raise InputError(f"order must be auto, random, epochs, sequential or packed, not {kind!r}")
 
 
 def prefetch(loader: Loader, start: int, device: torch.device, workers: int = 1) -> Iterator[Batch]:

@@ -37,6 +37,8 @@ class SplitInfo:
     bytes: int
     """UTF-8 bytes of its text: what bits per byte are measured against."""
     sha256: str
+    learned: int | None = None
+    """Tokens that are targets, as `train.learn` says; None: all, and there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ class Meta:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """One split, mapped from disk: `tokens` in order, `starts` of the documents."""
+    """One split, mapped from disk: `tokens` in order, `starts` of the documents, `learn` of a conversation's tokens."""
 
     name: str
     tokens: np.ndarray
     starts: np.ndarray
     bytes: int
     sha256: str = ""
+    learn: np.ndarray | None = None
+    """A byte a token: whether it is a target. None: all are."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -93,7 +97,17 @@ class TokenData:
             raise InputError(f"{path} is missing or truncated: meta.json promises {info.tokens} tokens of {dtype}")
         tokens = np.memmap(path, dtype, "r") if info.tokens else np.empty(0, dtype)
         starts = np.fromfile(self.directory / f"{name}.starts", np.int64)
-        return TokenSplit(name, tokens, starts, info.bytes, info.sha256)
+        return TokenSplit(name, tokens, starts, info.bytes, info.sha256, self._learn(name, info))
+
+    def _learn(self, name: str, info: SplitInfo) -> np.ndarray | None:
+        if info.learned is None:
+            return None
+        path = self.directory / f"{name}.learn"
+        if not path.is_file() or path.stat().st_size != info.tokens:
+            raise InputError(
+                f"{path} is missing or truncated: meta.json promises a byte for each of {info.tokens} tokens"
+            )
+        return np.memmap(path, np.uint8, "r") if info.tokens else np.empty(0, np.uint8)
 
     def tokenizer(self) -> Any:
         """The tokenizer that made these tokens."""
@@ -118,7 +132,7 @@ def write_token_data(
         vocab_size = tokenizer.vocab_size
         dtype = "uint16" if vocab_size <= 2**16 else "uint32"
         end = getattr(tokenizer, "special_tokens", {}).get(END)
-        writers = [_Writer(scratch / name, dtype, end) for name in SPLITS]
+        writers = [SplitWriter(scratch / name, dtype, end) for name in SPLITS]
         read = 0
         for index, group in _groups(corpus.passages(), edges):
             ids, offsets = _encode([passage.text for passage in group], tokenizer, threads)
@@ -179,18 +193,20 @@ def _encode(texts: list[str], tokenizer: Any, threads: int | None) -> tuple[np.n
     return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
 
 
-class _Writer:
-    """Appends documents to one split's files, hashing as it goes."""
+class SplitWriter:
+    """Appends documents to one split's files, hashing as it goes; with `learn`, also what is learned of each."""
 
-    def __init__(self, stem: Path, dtype: str, end: int | None) -> None:
+    def __init__(self, stem: Path, dtype: str, end: int | None, learn: bool = False) -> None:
         self.file = open(stem.with_suffix(".bin"), "wb")  # noqa: SIM115
         self.starts_file = open(stem.with_suffix(".starts"), "wb")  # noqa: SIM115
+        self.learn_file = open(stem.with_suffix(".learn"), "wb") if learn else None  # noqa: SIM115
+        self.learned = 0
         self.dtype, self.hash = dtype, hashlib.sha256()
         self.end = np.array([] if end is None else [end], dtype)
         self.tokens = self.documents = self.bytes = 0
         self.between = True
 
-    def add(self, ids: np.ndarray, ends: bool, size: int) -> None:
+    def add(self, ids: np.ndarray, ends: bool, size: int, learned: np.ndarray | None = None) -> None:
         if self.between:
             self.starts_file.write(np.int64(self.tokens).tobytes())
             self.documents += 1
@@ -199,13 +215,20 @@ class _Writer:
             self.file.write(raw)
             self.hash.update(raw)
             self.tokens += len(part)
+        if learned is not None:
+            self.learn_file.write(learned.tobytes())
+            self.hash.update(learned.tobytes())
+            self.learned += int(learned.sum())
         self.bytes += size
         self.between = ends
 
     def close(self) -> SplitInfo:
         self.file.close()
         self.starts_file.close()
-        return SplitInfo(self.tokens, self.documents, self.bytes, self.hash.hexdigest())
+        if self.learn_file is not None:
+            self.learn_file.close()
+        learned = None if self.learn_file is None else self.learned
+        return SplitInfo(self.tokens, self.documents, self.bytes, self.hash.hexdigest(), learned)
 
 
 @contextmanager

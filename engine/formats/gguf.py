@@ -168,7 +168,7 @@ def _tensors(model: Transformer, kind: str) -> Iterator[tuple[str, Tensor]]:
         for new, piece in _split(part, tensor, c, kind):
             yield f"{prefix}{new}.{leaf}", piece
     if (c.rope_scaling or {}).get("rope_type") == "llama3":
-        yield "rope_freqs.weight", _slowdown(c)
+        yield "rope_freqs.weight", slowdown(c)
 
 
 def _split(part: str, tensor: Tensor, c: ModelConfig, kind: str) -> list[tuple[str, Tensor]]:
@@ -191,7 +191,7 @@ def _interleave(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _slowdown(c: ModelConfig) -> Tensor:
+def slowdown(c: ModelConfig) -> Tensor:
     """By how much Llama 3's scaling slows each rotation: the angle a step makes without it, over that with it."""
     (cos, sin), (plain_cos, plain_sin) = (
         kernels.rope_tables(c.head_size, 2, c.rope_theta, scaling) for scaling in (c.rope_scaling, None)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from ..errors import InputError
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
 from .weights import open_weights, read_json
 
@@ -118,6 +119,11 @@ def read_model(
 def read_tokenizer(directory: str | os.PathLike) -> Any:
     """The tokenizer of a model directory, or None where there is no file of one."""
     directory = resolve_model(directory, weights=False)
+    if is_gguf(directory):
+        file = GGUFFile(directory)
+        tokenizer = file.tokenizer()
+        check_vocabulary(tokenizer, file.config(), str(directory))
+        return tokenizer
     config = load_config(directory)
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
@@ -137,7 +143,9 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
 
 
 def load_config(directory: str | os.PathLike) -> ModelConfig:
-    """The architecture of a model directory, without its weights."""
+    """The architecture of a model directory or GGUF file, without its weights."""
+    if is_gguf(directory):
+        return GGUFFile(directory).config()
     return understand(_read_config(directory))
 
 
@@ -159,11 +167,17 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read."""
     directory = resolve_model(directory)
-    values = _read_config(directory)
-    config, kind = understand(values), kind_of(values)
+    if is_gguf(directory):
+        file = GGUFFile(directory)
+        config, kind = file.config(), file.config_values()["model_type"]
+        opened = nullcontext(GGUFWeights(file, config))
+    else:
+        values = _read_config(directory)
+        config, kind = understand(values), kind_of(values)
+        opened = open_weights(directory, values.get("quantization_config"))
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
-    with open_weights(directory, values.get("quantization_config")) as weights:
+    with opened as weights:
         for piece in pieces(config, list(shapes), kind):
             stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
             kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored

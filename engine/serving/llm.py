@@ -19,6 +19,7 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
 from ..errors import InputError
+from ..formats.gguf_reader import GGUFFile, is_gguf
 from ..formats.model_directory import load_model, read_model
 from ..formats.model_source import resolve_model
 from ..model import Transformer
@@ -75,7 +76,7 @@ class LLM:
         tensor_parallel: int = 1,
         batch_invariant: bool = True,
     ):
-        scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
+        scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
         counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
         counts |= {"max_seq_len": max_seq_len, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
         for name, count in counts.items():
@@ -90,6 +91,8 @@ class LLM:
         model, draft_model = (
             resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
         )
+        if scheme is not None and scheme.bits == 4 and is_gguf(model):
+            GGUFFile(model).refuse_repacking(quantize)
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)

@@ -19,7 +19,7 @@ class TrainConfig:
     a run computes does not depend on how it is cut up."""
 
     data: str
-    """A dataset directory (`warploom data`), a text file, a folder or glob of text files, or 'stdlib'."""
+    """A dataset directory (`warploom data`), a file, folder or glob of texts or of conversations, or 'stdlib'."""
     out: str = "runs/train"
     """Where the run goes: a model directory with its checkpoints, log and curves."""
 
@@ -33,7 +33,7 @@ class TrainConfig:
     tokenizer: str = "bpe"
     """For raw text: bpe, char or word (trained on the training split), or a directory with a tokenizer.json."""
     splits: tuple[float, ...] = (0.9, 0.1)
-    """For raw text: shares of train, validation and test."""
+    """For raw text and conversations: shares of train, validation and test."""
 
     steps: int | None = None
     """Optimizer steps. With none of steps, epochs, tokens, minutes: 1000."""
@@ -49,8 +49,9 @@ class TrainConfig:
     """Micro-batches one step is cut into; memory falls, the result stays. 0 = as few as the free memory allows."""
     context: int | None = None
     """Tokens a row; None = the model's max_seq_len."""
-    order: Literal["random", "epochs", "sequential", "packed"] = "random"
-    """Random windows; each window once an epoch, shuffled or not; or whole documents, kept apart from each other."""
+    order: Literal["auto", "random", "epochs", "sequential", "packed"] = "auto"
+    """Random windows; each window once an epoch, shuffled or not; or whole documents, kept apart from each other.
+    auto = packed for conversations, random for other text."""
     stride: int | None = None
     """Distance between windows for epochs and sequential; None = context, less = overlapping."""
     num_workers: int = 1

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ... import kernels
-from ..data.loader import IGNORE, Batch, Epochs
+from ..data.loader import IGNORE, Batch, Epochs, PackedDocuments, join
 from ..data.tokens import TokenData, TokenSplit
 from ..errors import InputError
 from ..generation import generate
@@ -116,25 +116,31 @@ def write_sample(model: Transformer, tokenizer: Any, prompt: list[int], tokens: 
     """The text of a prompt, and that of a continuation drawn at temperature 0.8."""
     was_training = model.training
     model.eval()
-    drawn = list(generate(model, prompt, tokens, temperature=0.8, seed=seed))
+    drawn = generate(model, prompt, tokens, temperature=0.8, seed=seed)
+    drawn = [
+        token for token in drawn if token < tokenizer.vocab_size
+    ]  # a table may have more rows than there are tokens
     model.train(was_training)
     return tokenizer.decode(prompt), tokenizer.decode(drawn)
 
 
 def validation_batches(split: TokenSplit, batch_size: int, context: int, limit: int = 0) -> Iterable[Batch]:
-    """Every window of a split in order, or `limit` batches spread evenly over it; the last window may be short."""
-    context = min(context, len(split) - 1)
+    """Every window of a split in order, or `limit` batches spread evenly over it; the last window may be short.
+
+    Conversations are packed instead, as in training.
+    """
+    packed = split.learn is not None
+    context = context if packed else min(context, len(split) - 1)
     if context < 1:
         return
-    windows = Epochs(split, 1, context, shuffle=False)
+    windows = (PackedDocuments if packed else Epochs)(split, 1, context, shuffle=False)
     count = windows.count(0)
     numbers = np.arange(count)
     if limit and count > limit * batch_size:
         numbers = np.linspace(0, count - 1, limit * batch_size).astype(int)
     for start in range(0, len(numbers), batch_size):
-        rows = [windows.batch(int(number)) for number in numbers[start : start + batch_size]]
-        yield Batch(torch.cat([row.tokens_BT for row in rows]), torch.cat([row.targets_BT for row in rows]))
+        yield join([windows.batch(int(number)) for number in numbers[start : start + batch_size]])
     rest = count * context
-    if not limit and rest < len(split) - 1:
+    if not limit and not packed and rest < len(split) - 1:
         tail = torch.from_numpy(np.asarray(split.tokens[rest:], np.int64))[None]
         yield Batch(tail[:, :-1], tail[:, 1:])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
-from ..data.corpus import Corpus
+from ..data.conversations import open_conversations, write_conversations
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
@@ -60,12 +61,21 @@ def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:
 
 
 def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
-    path = directory / "tokenizer.json"
-    if path.is_file() and file_hash(path) != data.meta.tokenizer_sha256:
+    path, made = directory / "tokenizer.json", data.meta.tokenizer_sha256
+    if path.is_file() and made not in (file_hash(path), _hash_as_saved(directory)):
         raise InputError(
             f"{data.directory} was tokenized with another tokenizer than {directory}: "
             f"make the dataset with --tokenizer {directory}"
         )
+
+
+def _hash_as_saved(directory: Path) -> str:
+    """The hash of a directory's tokenizer.json as this library writes it: other programs order its keys otherwise."""
+    from ...tokenizer import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        load_tokenizer(directory).save(scratch)
+        return file_hash(Path(scratch) / "tokenizer.json")
 
 
 def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> TokenData:
@@ -78,22 +88,31 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
         if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
             raise InputError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
         return data
-    corpus = stdlib() if config.data == "stdlib" else files([config.data])
-    tokenizer = open_tokenizer(config, corpus, note)
+    chats = None if config.data == "stdlib" else open_conversations(config.data)
+    corpus = chats or (stdlib() if config.data == "stdlib" else files([config.data]))
+    text = chats.texts() if chats else text_of(corpus, 0, config.splits)
+    tokenizer = open_tokenizer(config, text, note)
     note(f"tokenizing {corpus.name} …")
     if made.exists():
         shutil.rmtree(made)
-    data = write_token_data(corpus, tokenizer, made, config.splits)
+    write = write_conversations if chats else write_token_data
+    data = write(corpus, tokenizer, made, config.splits)
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
-    note(f"tokens: {sizes}")
+    note(f"tokens: {sizes}{_learned_share(data)}")
     return data
 
 
-def open_tokenizer(config: TrainConfig, corpus: Corpus, note: Callable[[str], None]) -> Any:
-    """The tokenizer a run names: one on disk, or one trained on the corpus's training split."""
+def _learned_share(data: TokenData) -> str:
+    splits = [info for info in data.meta.splits.values() if info.learned is not None]
+    tokens = sum(info.tokens for info in splits)
+    return f"; {sum(info.learned for info in splits) / tokens:.0%} of them learned" if tokens else ""
+
+
+def open_tokenizer(config: TrainConfig, text: Iterable[str], note: Callable[[str], None]) -> Any:
+    """The tokenizer a run names: one on disk, or one trained on `text`."""
     source = config.init_from if config.init_from and config.tokenizer == "bpe" else config.tokenizer
     vocab_size = architecture(config, ModelConfig.preset(config.preset).vocab_size).vocab_size
-    return make_tokenizer(source, text_of(corpus, 0, config.splits), vocab_size, note)
+    return make_tokenizer(source, text, vocab_size, note)
 
 
 def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str], None]) -> Any:

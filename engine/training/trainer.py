@@ -195,7 +195,7 @@ class Trainer:
         """
         state, config = self.state, self.config
         rows = state.micro_batch_rows
-        targets = (batch.targets_BT != IGNORE).sum()
+        targets = (batch.targets_BT != IGNORE).sum().clamp(min=1)  # a window may hold none that is learned
         loss = torch.zeros((), device=state.device)
         for start in range(0, config.batch_size, rows):
             if start + rows == config.batch_size:

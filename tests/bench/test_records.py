@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(bench, monkey
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("warploom.bench.schema.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="no space"):
         outcome.record.save(outcome.path)
     assert outcome.path.read_bytes() == before

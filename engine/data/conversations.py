@@ -1,0 +1,176 @@
+"""Conversations: JSON lines in, tokens and what is learned of them out.
+
+One form is read, `{"messages": [{"role": …, "content": …}], "tools": […]}`; three others become it by renaming keys:
+
+    ShareGPT            {"conversations": [{"from": "human" | "gpt", "value": …}]}
+    Alpaca              {"instruction": …, "input": …, "output": …}
+    prompt, completion  {"prompt": …, "completion": …}, each a string or a list of messages; the prompt is not learned
+
+A conversation is a document of the token files, and a byte a token in `train.learn` says which are targets. Which
+conversation belongs to which split is decided as for texts: by its hash, or where there are few, by its place in line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...tokenizer.assistant_mask import encode_conversation
+from ...tokenizer.chat import render
+from ..errors import InputError
+from .corpus import FEW, json_lines
+from .sources import expand
+from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
+
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT
+FORMS = "messages, conversations, instruction and output, or prompt and completion"
+SHOWN = 300  # characters of a row that an error shows
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, the tools their assistant may call, and the line of the file they are from."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """The conversations of some files, which can be read again and again."""
+
+    paths: list[Path]
+
+    @property
+    def name(self) -> str:
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+
+    def read(self) -> Iterator[Conversation]:
+        """Every conversation in order."""
+        for path in self.paths:
+            for line, row in json_lines(path):
+                yield to_conversation(row, line)
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer may be trained on: the training split is nearly all of it."""
+        return (render(None, conversation.messages, {}) for conversation in self.read())
+
+
+def open_conversations(pattern: str | Path) -> Conversations | None:
+    """The conversations that a file, folder or glob holds, or None where its first line is not one."""
+    paths = expand([pattern])
+    if not paths[0].name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+        return None
+    row = next((row for _, row in json_lines(paths[0])), None)
+    return Conversations(paths) if isinstance(row, Mapping) and _form(row) else None
+
+
+def to_conversation(row: Any, line: str) -> Conversation:
+    """A row of any of the four forms; `line` names it in errors."""
+    form = _form(row) if isinstance(row, Mapping) else None
+    if form is None:
+        raise InputError(f"{line} is no conversation: it needs {FORMS}: {_show(row)}")
+    try:
+        messages, tools = form(row), row.get("tools") or None
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{line} is no conversation: {error}: {_show(row)}") from error
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise InputError(f"{line}: messages must be a list of objects with a role and a content: {_show(row)}")
+    return Conversation(messages, tools, line)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
+
+
+def _form(row: Mapping) -> Callable[[Mapping], list[dict]] | None:
+    return next((form for keys, form in FORMS_BY_KEYS.items() if all(row.get(key) for key in keys)), None)
+
+
+def _sharegpt(row: Mapping) -> list[dict]:
+    return [
+        {**turn, "role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        if isinstance(turn, Mapping) and "from" in turn
+        else turn
+        for turn in row["conversations"]
+    ]
+
+
+def _alpaca(row: Mapping) -> list[dict]:
+    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+
+
+def _completion(row: Mapping) -> list[dict]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return [*({**message, "weight": 0} for message in prompt), *completion]
+
+
+FORMS_BY_KEYS = {
+    ("messages",): lambda row: row["messages"],
+    ("conversations",): _sharegpt,
+    ("instruction", "output"): _alpaca,
+    ("prompt", "completion"): _completion,
+}
+
+
+def write_conversations(
+    conversations: Conversations, tokenizer: Any, out: str | Path, splits: tuple[float, ...]
+) -> TokenData:
+    """Encode conversations into `out`/{train,val,test}.bin, with what is learned of each in `.learn`."""
+    edges, out = split_edges(splits), Path(out)
+    count = sum(1 for _ in itertools.islice(conversations.read(), FEW))
+    if not count:
+        raise InputError(f"{conversations.name} holds no conversation")
+    with directory_for(out) as scratch:
+        tokenizer.save(scratch)
+        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        writers = [SplitWriter(scratch / name, dtype, None, learn=True) for name in SPLITS]
+        for number, conversation in enumerate(conversations.read()):
+            place = (number + 0.5) / count if count < FEW else _place(conversation)
+            ids, learned = _encode(conversation, tokenizer)
+            size = len(tokenizer.decode(ids).encode("utf-8", "surrogatepass"))
+            writers[int(np.searchsorted(edges, place, side="right"))].add(ids, True, size, learned)
+        meta = Meta(
+            source=conversations.name,
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            end_of_document=None,
+            tokenizer_sha256=file_hash(scratch / "tokenizer.json"),
+            splits={name: writer.close() for name, writer in zip(SPLITS, writers)},
+        )
+        (scratch / "meta.json").write_text(json.dumps(asdict(meta), indent=2))
+    return TokenData(out)
+
+
+def _encode(conversation: Conversation, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    try:
+        ids, learned = encode_conversation(tokenizer, conversation.messages, **tools)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a foreign row may hold
+        raise InputError(f"{conversation.line}: {error}: {_show(conversation.messages)}") from error
+    return np.array(ids, np.uint32), np.array(learned, np.uint8)
+
+
+def _place(conversation: Conversation) -> float:
+    text = json.dumps(conversation.messages, sort_keys=True)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+def _show(row: Any) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
