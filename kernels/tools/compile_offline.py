@@ -27,16 +27,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ..core.lang import HAS_TRITON, INTERPRET
+from ..core.lang import HAS_TRITON, INTERPRET, shared_memory
 from ..core.op import Budget, Case, Maker, Op, backend, ops
 from .verify import tensors
 
 ARCHITECTURES = (80, 90, 100)
+"""Those of the budgets: one of each generation of tensor cores."""
+TARGETS = (80, 89, 90, 100, 120)
+"""All that can be asked for; sm_89 and sm_120 have 99 KiB of shared memory."""
 VECTOR_ACCESS = re.compile(
     r"(?:ld|st)\.global[^;]*\.v(?:4\.[bf]32|8\.[bf]32|[24]\.b64)|cp\.async\.c[ga][^;]*, 0x10|cp\.async\.bulk"
 )
 SCALAR_ACCESS = re.compile(r"(?:ld|st)\.global[.\w:]*\.b(?:8|16) ")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @dataclass(slots=True)
@@ -175,8 +177,8 @@ def violations(cost: Cost, budget: Budget) -> list[str]:
         found.append(f"{cost.registers} registers, budget {budget.registers}")
     if cost.stack > budget.stack:
         found.append(f"{cost.stack} bytes of stack, budget {budget.stack}")
-    if cost.shared > min(budget.shared, SHARED_LIMIT[cost.arch]):
-        found.append(f"{cost.shared} bytes of shared memory, budget {min(budget.shared, SHARED_LIMIT[cost.arch])}")
+    if cost.shared > min(budget.shared, shared_memory(cost.arch)):
+        found.append(f"{cost.shared} bytes of shared memory, budget {min(budget.shared, shared_memory(cost.arch))}")
     if budget.wgmma and cost.arch == 90 and not cost.wgmma:
         found.append("no wgmma instruction on sm_90")
     if budget.vector and not cost.vector_accesses:
@@ -241,7 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="names of ops; all by default")
     parser.add_argument(
-        "--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90 or 100; all by default"
+        "--arch", type=int, action="append", choices=TARGETS, help="a target; 80, 90 and 100 by default"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--small", action="store_true", help="the small cases of the tests: no budget, but no spills")

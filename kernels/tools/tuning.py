@@ -19,6 +19,7 @@ from statistics import median
 import torch
 
 from ..core import tuned
+from ..core.lang import shared_memory
 
 MARGIN = 0.98
 """A change has to be this much faster to be believed."""
@@ -113,7 +114,7 @@ def _compile_all(requests: Iterable[dict]) -> Iterator[list[str]]:
 def main() -> None:
     """For each settings of a request: the bytes its kernels spill, null where they do not compile or do not fit."""
     from ..core.op import ops
-    from .compile_offline import SHARED_LIMIT, costs
+    from .compile_offline import costs
 
     request = json.load(sys.stdin)
     op = next(op for op in ops() if op.name == request["op"])
@@ -122,7 +123,7 @@ def main() -> None:
         spilled = None
         with contextlib.suppress(Exception), tuned.trying(request["kernel"], settings):
             found = costs(op, case, getattr(torch, request["dtype"]), request["arch"])
-            if max(cost.shared for cost in found) <= SHARED_LIMIT.get(request["arch"], 99 * 1024):
+            if max(cost.shared for cost in found) <= shared_memory(request["arch"]):
                 spilled = max(cost.stack for cost in found)
         print(json.dumps(spilled), flush=True)
 

@@ -88,6 +88,25 @@ def test_a_batch_of_another_size_needs_no_other_kernel():
     assert done.stdout.split() == ["1"]
 
 
+DESK = """
+import torch
+from warploom.kernels import attention
+from warploom.kernels.core.lang import shared_memory
+from warploom.kernels.tools.compile_offline import costs
+
+(case,) = [case for case in attention.cases if case.name.startswith("8192 causal, 32")]
+found = [(arch, cost) for arch in (89, 120) for cost in costs(attention, case, torch.bfloat16, arch)]
+print(*(cost.shared <= shared_memory(arch) for arch, cost in found))
+"""
+
+
+def test_attention_fits_the_shared_memory_of_desk_gpus():
+    """99 KiB: what an accumulator of 128 by 128 and three stages of keys exceed."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", DESK], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["True"] * 8
+
+
 def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
     narrow = """
       %pid = tt.get_program_id x : i32
