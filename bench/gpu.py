@@ -42,7 +42,7 @@ from .schema import load_record
 ROOT = environment.ROOT
 DTYPES = ("bfloat16", "float32", "float16")
 CASES = 8
-"""How many cases of an op one process checks: compiling them takes most of its time."""
+"""Cases of an op that one process checks: compiling them takes most of its time."""
 TESTS = ("test_gpu.py", "test_attention_and_experts.py", "test_model.py", "test_in_pytorch.py")
 FEW = {"WARPLOOM_PEERS": "torch_ops,liger,cut_cross_entropy"}
 ALONE = {"WARPLOOM_PEERS": ""}
@@ -171,7 +171,7 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
 
 
 def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """What is wrong once more under a checker of addresses; else profiles, then all peers."""
+    """Plan the second command: what was wrong once more under compute-sanitizer; else profiles, then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
     for name in wrong[:3]:

@@ -73,7 +73,7 @@ class Part:
     run: Callable[..., list[Row]]
     """Called as `run(machine, **config)`."""
     config: dict[str, Value] = field(default_factory=dict)
-    """What the result depends on besides the code; changing it makes a record stale."""
+    """Settings that the result depends on besides the code; changing it makes a record stale."""
     minutes: float = 0.0
     """About how long it takes: it is not begun with less of the budget left."""
 

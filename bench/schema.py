@@ -52,7 +52,7 @@ class Row:
     """One contestant on one case."""
 
     case: str
-    """What was measured: a shape, a data set, a batch size."""
+    """The workload: a shape, a data set, a batch size."""
     who: str
     """`ours`, or the peer's name."""
     seconds: Spread | None = None
@@ -95,7 +95,7 @@ class Environment:
     """python and the packages that decide speed."""
     commit: str | None
     dirty: bool | None
-    """Whether the working tree differed from the commit."""
+    """True if the working tree differed from the commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class PartRecord:
     """A finished part."""
 
     config: dict[str, Value]
-    """What was asked for. A different question makes the part stale."""
+    """Configuration asked for. A different question makes the part stale."""
     code: str
     """Fingerprint of the sources the numbers depend on."""
     took: float

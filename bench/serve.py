@@ -46,7 +46,7 @@ class Reply:
     times: list[float]
     """When each token, or at least the first and the last, was there; empty where a contestant cannot say."""
     text: str = ""
-    """Where there is a tokenizer; of a stream, whose tokens nobody is told, only they are counted."""
+    """Tokens, where there is a tokenizer; of a stream, whose tokens nobody is told, only they are counted."""
 
 
 Server = Callable[[list[Request]], list[Reply]]

@@ -15,7 +15,7 @@ from ..kernels.tools import verify
 
 
 def toolchain() -> str:
-    """What a compiled kernel depends on, in short: with the same key a cache made elsewhere serves here."""
+    """Key of the toolchain that a compiled kernel depends on: with the same key a cache made elsewhere serves here."""
     import triton
     from triton.runtime.cache import triton_key
 

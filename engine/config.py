@@ -94,9 +94,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
     norm_place: Literal["before", "after", "both"] = "before"
-    """Where norms stand: before each sublayer, after it on what it adds to the stream (OLMo-2), or both (Gemma-2)."""
+    """Place of the norms: before each sublayer, after it on what it adds to the stream (OLMo-2), or both (Gemma-2)."""
     residual: Literal["serial", "parallel", "shared"] = "serial"
-    """Whether the feed-forward reads the stream after attention, or both read the same (parallel: two norms, GPT-NeoX;
+    """Residual stream: the feed-forward reads it after attention, or both read the same (parallel: two norms, GPT-NeoX;
     shared: one norm, GPT-J)."""
     embedding_scale: float = 1.0
     """Factor on the embeddings (Gemma: the root of d_model)."""
@@ -107,7 +107,7 @@ class ModelConfig:
     attention_scale: float | None = None
     """Factor on attention scores; None = 1 / sqrt(head_dim)."""
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
-    """How the model knows where a token stands."""
+    """Position encoding."""
     ffn: Literal["swiglu", "geglu", "clamped_swiglu", "gelu", "gelu_erf", "relu", "relu2"] = "swiglu"
     """Feed-forward nonlinearity. Gated: swiglu, geglu (GELU by tanh), clamped_swiglu (gpt-oss). Plain: gelu (by tanh),
     gelu_erf (exact), relu, relu2 (squared)."""
@@ -124,7 +124,7 @@ class ModelConfig:
     shared_gate: bool = False
     """Weigh the shared expert by a sigmoid gate of its own (Qwen2-MoE)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become expert weights."""
+    """Function from router logits to expert weights."""
     router_bias: bool = False
     """A bias in the router (gpt-oss)."""
     choice_bias: bool = False
@@ -156,7 +156,7 @@ class ModelConfig:
     local_rope: dict[str, Any] | None = None
     """The rotation of w layers where it is another: {"rope_theta": …} and what `rope_scaling` may hold (Gemma 3)."""
     rotary_dim: int | None = None
-    """How many of a head's columns rotate, from the first; None = all."""
+    """Columns of a head that rotate, from the first; None = all."""
     kv_rank: int = 0
     """Width of the latent vector that keys and values are decompressed from (MLA, DeepSeek); 0 = plain attention."""
     q_rank: int = 0

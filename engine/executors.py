@@ -19,7 +19,7 @@ from .config import ModelConfig
 
 SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
 OUTSIDE = ("position", "tie_embeddings", "rope_theta", "rope_scaling", "logit_softcap")
-"""What `Transformer` computes before the first block and after the last."""
+"""Fields of what `Transformer` computes before the first block and after the last."""
 SCALED = ("embedding_scale", "logit_scale", "head_bias")
 """The same, for those that leave the embedding and the head to it."""
 ROUTING = (
@@ -27,14 +27,14 @@ ROUTING = (
     "choice_bias", "expert_groups", "groups_used", "expert_bias", "normalize_experts", "expert_scale", "balance_loss",
     "router_z_loss",
 )  # fmt: skip
-"""What matters only where there are experts."""
+"""Fields that matter only where there are experts."""
 STREAM = ("norm", "norm_eps", "norm_place", "norm_bias", "residual", "residual_scale", "dropout")
-"""How sublayers read the stream and join it."""
+"""Fields of how sublayers read the stream and join it."""
 WINDOWS = ("layers", "local_rope", "sliding_window", "attention_softcap", "attention_scale")
-"""What the attention that is asked and the rotation that is given know for all."""
+"""Fields that the attention that is asked and the rotation that is given know for all."""
 BIASES = ("bias", "qkv_bias", "output_bias", "ffn_bias", "norm_bias")
 LATENT = ("kv_rank", "q_rank", "rope_dim", "value_dim")
-"""What only latent attention has."""
+"""Fields of latent attention."""
 
 
 class Supported:

@@ -73,7 +73,7 @@ class _Places:
 
 
 def _tagged_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tuple[int, int]]]:
-    """Where `{% generation %}` tags say."""
+    """Spans that `{% generation %}` tags mark."""
     places = _Places()
     marked = dict(zip(GENERATION, (places.begin(0), places.end(0))))
     text, found = places.take(tokenizer.apply_chat_template(messages, **variables, **marked))
@@ -87,7 +87,7 @@ def _tagged_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tupl
 
 
 def _fenced_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tuple[int, int]]]:
-    """Where each assistant message came to stand."""
+    """Spans of the assistant messages in the rendered text."""
     places = _Places()
     marked = [_mark(message, places, number) for number, message in enumerate(messages)]
     text, found = places.take(tokenizer.apply_chat_template(marked, **variables))
@@ -150,7 +150,7 @@ def _around(text: str, begin: str, end: str) -> str:
 
 
 def _end_of_prompt(tokenizer, before, variables, text: str, limit: int) -> int | None:
-    """Where the prompt for the next message ends, if the text begins with it."""
+    """End of the generation prompt, if the text begins with it."""
     try:
         prompt = tokenizer.apply_chat_template(before, **{**variables, "add_generation_prompt": True})
     except ValueError:  # some templates refuse a conversation that begins with an answer
@@ -159,7 +159,7 @@ def _end_of_prompt(tokenizer, before, variables, text: str, limit: int) -> int |
 
 
 def _end_of_turn(text: str, at: int, marks: list[tuple[int, int, int]], stops: frozenset[int] | None) -> int:
-    """Where the mark behind a message ends; with `stops`, the first of these that follows."""
+    """End of the end-of-turn mark behind a message; with `stops`, the first of these that follows."""
     behind = [mark for mark in marks if mark[0] >= at]
     if stops is not None:
         behind = [mark for mark in behind if mark[2] in stops] or behind

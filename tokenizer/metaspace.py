@@ -27,11 +27,11 @@ class Metaspace:
     byte_tokens: dict[int, int]
     """The id of each byte's own token, by which a character that is no token is spelled."""
     prefix: Literal["never", "first", "always"] = "never"
-    """Where a space is put in front: of no text, of the text alone, or of what stands behind added tokens too."""
+    """Places that get a space in front: no text, of the text alone, or of what stands behind added tokens too."""
     if_missing: bool = False
-    """Whether it is only put where there is none."""
+    """Put the space only where there is none."""
     strip: Literal["never", "space", "token"] = "never"
-    """What decoding takes away again: a leading space, or all spaces of the first token."""
+    """Spaces that decoding takes away again: a leading space, or all spaces of the first token."""
     replaces: tuple[tuple[str, str], ...] = ()
     """Strings that are replaced in a text first, with what takes their place (ChatGLM)."""
 

@@ -43,7 +43,7 @@ class ChatOptions:
     llm: LLMOptions
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=256, temperature=0.8))
     system: str = ""
-    """What the model is told before everything."""
+    """System message."""
     prompt: str | None = None
     """Say this, print the answer, and leave."""
 

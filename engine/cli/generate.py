@@ -41,7 +41,7 @@ class GenerateOptions:
     prompts_file: Path | None = None
     """One prompt a line: JSONL, or plain text."""
     out: Path | None = None
-    """Where results of a prompts file go, as JSONL; by default standard output."""
+    """File for the results of a prompts file, as JSONL; by default standard output."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling."""
     length_penalty: float = 1.0

@@ -56,7 +56,7 @@ class Flags:
     data: tyro.conf.Positional[str] = "stdlib"
     """A dataset directory (`warploom data`), a text file, a folder or glob of text files, or 'stdlib'."""
     out: str = "runs/ladder"
-    """Where the table, the curves and each rung's model go. Rungs that are there already are not trained again."""
+    """Directory of the table, the curves and each rung's model. Rungs that are there already are not trained again."""
     tokenizer: str = "bpe"
     """For raw text: bpe, char or word, or a directory with a tokenizer.json."""
     vocab_size: int = 1024

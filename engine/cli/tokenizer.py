@@ -39,7 +39,7 @@ class Train:
     vocab_size: int = 8192
     """Tokens in all, special ones included (char takes every character there is)."""
     pattern: str = "gpt4"
-    """How text is cut before merging: gpt2, gpt4, o200k, qwen2, or a regular expression."""
+    """Pre-tokenization pattern: gpt2, gpt4, o200k, qwen2, or a regular expression."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Markers that get ids of their own and are never merged across (bpe, char)."""
     ties: Literal["bytes", "hf", "ids"] = "bytes"
@@ -49,7 +49,7 @@ class Train:
     max_token_length: int | None = None
     """No token gets more bytes than this."""
     lowercase: bool = True
-    """Whether kind word folds case."""
+    """Fold case (kind word)."""
     threads: int | None = None
     """Threads that count; None = all cores."""
 
@@ -95,7 +95,7 @@ class Show:
     text: Annotated[str | None, tyro.conf.Positional] = None
     """A text to split."""
     longest: int = 10
-    """How many of the longest tokens to list."""
+    """Longest tokens to list."""
 
 
 def run(argv: list[str]) -> int:

@@ -60,7 +60,7 @@ class Conversations:
                 yield to_conversation(row, line)
 
     def texts(self) -> Iterator[str]:
-        """What a tokenizer may be trained on: the training split is nearly all of it."""
+        """Text to train a tokenizer on: the training split is nearly all of it."""
         return (render(None, conversation.messages, {}) for conversation in self.read())
 
 

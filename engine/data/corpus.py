@@ -125,7 +125,7 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """What each line of a file holds, with its place, `path:number`; empty lines are passed over."""
+    """Yield what each line of a file holds, with its place, `path:number`; empty lines are passed over."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue

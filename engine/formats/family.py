@@ -50,7 +50,7 @@ class Family:
     words: dict[str, str]
     """config.json's word → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""
     more: tuple[Word, ...] = ()
-    """What takes more than a word."""
+    """Words that take more than a renaming."""
     granted: dict[str, Any] = field(default_factory=dict)
     """Our fields that have one value in this family."""
     assumed: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +64,9 @@ class Family:
     framed: tuple[str, ...] = ()
     """Vectors that are published as a matrix of one row."""
     offset: float = 0.0
-    """What published norm weights lack."""
+    """Offset that published norm weights lack."""
     layers: str = "model.layers"
-    """Where layers are."""
+    """Prefix of the layers' tensors."""
     model_type: str = ""
     """config.json's model_type, where it is not the key in FAMILIES: a family with two ways of being."""
     writes: bool = True

@@ -74,7 +74,7 @@ def is_gguf(path: Any) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, and what its bytes mean; the shape as PyTorch has it."""
+    """Place and type of a tensor in the file; the shape as PyTorch has it."""
 
     shape: tuple[int, ...]
     type: int
@@ -194,7 +194,7 @@ class GGUFFile:
     # Configuration
 
     def config_values(self) -> dict[str, Any]:
-        """What a config.json would say."""
+        """The configuration in the words of a config.json."""
         kind = self.metadata.get("general.architecture")
         if kind not in ("llama", "qwen2", "qwen3", "gpt2"):
             raise InputError(f"{self.path}: architecture {kind!r} is not read; llama, qwen2, qwen3 and gpt2 are")

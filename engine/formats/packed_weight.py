@@ -25,7 +25,7 @@ TURNED = 64  # columns that are rotated together
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a segment's codes are meant."""
+    """Encoding of a segment: bits, group, minimum, table, rotation."""
 
     bits: int = 8
     group: int = 64
@@ -83,7 +83,7 @@ class PackedWeight:
     columns: int
 
     def dequantize(self) -> Tensor:
-        """What the weight is, in float32: the definition that products are held to."""
+        """The weight in float32: the definition that products are held to."""
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
     @property

@@ -257,8 +257,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
         eight = quantize is not None and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
-        eight = eight and is_supported(model.config) and not model.config.attention_sinks
-        eight = eight and not any(map(has_tall_keys, model.blocks))
+        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")

@@ -18,7 +18,7 @@ class LLMOptions:
     model: str
     """The model directory."""
     device: str | None = None
-    """Where to run: auto, cpu, cuda, cuda:0, mps."""
+    """Device: auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Number format of weights and cache; by default as stored."""
     max_batch: int = 64

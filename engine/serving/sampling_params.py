@@ -47,7 +47,7 @@ class SamplingParams:
     seed: int | None = None
     """Same request and same seed, same tokens; None draws a new seed for each request."""
     n: int = 1
-    """How many continuations of the prompt to generate."""
+    """Continuations of the prompt to generate."""
     logprobs: int | None = None
     """Report the log-probability of each token and of this many most likely alternatives."""
     prompt_logprobs: int | None = None

@@ -1,4 +1,4 @@
-"""What `quantize=` means: bits, groups and what stays finer."""
+"""Quantization schemes, the values of `quantize=`: bits, groups and what stays finer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = 1_000_000_000  # parameters below which 4 bits leave the down products i
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How weights are rounded when a float model is served on a CPU."""
+    """Quantization of the weights of a float model that is served on a CPU."""
 
     bits: int = 8
     """Of a weight: 8 or 4."""

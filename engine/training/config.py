@@ -21,7 +21,7 @@ class TrainConfig:
     data: str
     """A dataset directory (`warploom data`), a file, folder or glob of texts or of conversations, or 'stdlib'."""
     out: str = "runs/train"
-    """Where the run goes: a model directory with its checkpoints, log and curves."""
+    """Directory of the run: a model directory with its checkpoints, log and curves."""
 
     model: ModelConfig | dict[str, Any] | None = None
     """The architecture, or the fields in which it differs from `preset`. A vocab_size of 0 or none is the tokenizer's,
@@ -66,7 +66,7 @@ class TrainConfig:
     warmup: int | None = None
     """Steps of linear warm-up from 0; None = a twentieth of the run, at most 500."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """Shape of the learning rate after the warm-up."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors never decay."""
     beta1: float = 0.9
@@ -114,7 +114,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between samples of text; 0 = only at the end."""
     sample_prompt: str | None = None
-    """What samples continue; None = the start of the validation text."""
+    """Prompt of the samples; None = the start of the validation text."""
     sample_tokens: int = 64
     """Tokens of a sample; 0 = no samples."""
     log_every: int = 10

@@ -60,7 +60,7 @@ class Cost:
     int32_offset_products: list[str] = field(default_factory=list)
     """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
     failure: str = ""
-    """What the compiler said if it gave up."""
+    """The compiler's message if it gave up."""
 
 
 class _AbsentDevice:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from warploom.kernels import Case, Maker, attention, backend, ops
-from warploom.kernels.cpu import pointwise as passes_cpu
+from warploom.kernels.cpu import pointwise
 from warploom.kernels.tools.verify import call, double, errors, tensors
 
 
@@ -45,8 +45,8 @@ def test_the_gradient_is_the_derivative(op, case):
 def test_the_eager_path_means_what_the_reference_says(op, case, native, dtype, monkeypatch):
     """By our rule where the numbers are ours. Those of PyTorch's attention depend on the make of the CPU: the test
     below holds them to PyTorch's promise; here it computes by its formula, and a steep case in float64."""
-    native = native and passes_cpu.HAS_PASSES
-    monkeypatch.setattr(passes_cpu, "HAS_PASSES", native)
+    native = native and pointwise.HAS_PASSES
+    monkeypatch.setattr(pointwise, "HAS_PASSES", native)
     if op is attention and case.steep and dtype == torch.float32 and not native:
         dtype = torch.float64
     with sdpa_kernel(SDPBackend.MATH):
@@ -64,11 +64,11 @@ class Calls:
         return getattr(self.module, name)
 
 
-@pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="needs the C++ extension")
+@pytest.mark.skipif(not pointwise.HAS_PASSES, reason="needs the C++ extension")
 @pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
 def test_op_native_says_what_runs_in_cpp(op, monkeypatch):
-    calls = Calls(passes_cpu._native)
-    monkeypatch.setattr(passes_cpu, "_native", calls)
+    calls = Calls(pointwise._native)
+    monkeypatch.setattr(pointwise, "_native", calls)
     for case in op.cases:
         if not case.bench:
             call(op, case, op.eager or op.reference, Maker())
@@ -79,7 +79,7 @@ def test_op_native_says_what_runs_in_cpp(op, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 30}], ids=str)
 def test_pytorchs_fused_attention_is_its_formula(options, dtype, atol, rtol, monkeypatch):
     """Within the tolerances of PyTorch's own tests (test_scaled_dot_product_fused_attention_vs_math_cpu)."""
-    monkeypatch.setattr(passes_cpu, "HAS_PASSES", False)
+    monkeypatch.setattr(pointwise, "HAS_PASSES", False)
     case = Case(
         "longer than what our bfloat16 path takes", lambda m: [m.normal(1, 530, n, 16) for n in (4, 2, 2)], options
     )

@@ -66,14 +66,9 @@ def balanced(block: Block, config: ModelConfig) -> Block:
 
 
 def has_tall_keys(block: Block) -> bool:
-    """Is there a key channel whose bias is far larger than what a head's keys say by their weights?"""
+    """Return whether a key channel's bias is far larger than what its weights say; for what `is_supported` knows."""
     attention = block.attention
-    if (
-        type(attention) is not Attention
-        or block.attention_post is not None
-        or attention.qkv.bias is None
-        or attention.k_norm is not None
-    ):
+    if attention.qkv.bias is None or attention.k_norm is not None:
         return False
     (H, K, _), D = attention.heads, attention.head_size
     keys = slice(H * D, (H + K) * D)

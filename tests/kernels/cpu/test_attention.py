@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from warploom import kernels
-from warploom.kernels.cpu import pointwise as passes_cpu
+from warploom.kernels.cpu import pointwise
 from warploom.kernels.cpu.attention import BLOCK, LONGEST, fuses, use_blocked
 
-needs_passes = pytest.mark.skipif(not passes_cpu.HAS_PASSES, reason="the C++ extension is not built")
+needs_passes = pytest.mark.skipif(not pointwise.HAS_PASSES, reason="the C++ extension is not built")
 
 
 def plain(q, k, v, scale):
