@@ -27,15 +27,14 @@ from ...tokenizer.specials import SpecialTokens
 from ..config import ModelConfig
 from ..errors import InputError
 from .families import understand
-from .gguf import CONTROL, UNUSED, USER, slowdown
+from .gguf import CONTROL, SMOLLM, UNUSED, USER, slowdown
 from .gguf_blocks import TYPES
 from .weights import Weights
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-DIGITS = r"\p{N}"
 SPLITTERS = {
-    "gpt-2": "gpt2", "smollm": (DIGITS, "gpt2"), "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4",
+    "gpt-2": "gpt2", "smollm": SMOLLM, "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4",
     "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2", "gpt-4o": "o200k",
     "llama4": "o200k",
 }  # fmt: skip

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.smollm2 import smollm2, smollm2_file
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.serving.fidelity import log_probabilities, loss_of
 from warploom.engine.serving.scheme import Scheme
 
 pytestmark = [
@@ -42,30 +42,7 @@ def real():
 def test_fidelity_on_a_real_model(real, options, rms, divergence):
     """Root mean square of the change of a token's log-probability, and KL over the vocabulary, against float32."""
     model, texts, exact = real
-    change, spread = [], []
-    for text, a_TV, b_TV in zip(texts, exact, log_probabilities(LLM(model, **options), texts)):
-        change.append((b_TV - a_TV).gather(1, torch.tensor(text[1:])[:, None]))
-        spread.append((a_TV.exp() * (a_TV - b_TV)).sum(-1))
-    change, spread = torch.cat(change), torch.cat(spread)
-    print(f"{options}: rms {change.square().mean().sqrt():.4f}, KL {spread.mean():.5f}, {change.mean():+.4f} nats")
-    assert change.square().mean().sqrt() < rms
-    assert spread.mean() < divergence
-
-
-def log_probabilities(llm, texts):
-    """Of the whole vocabulary, after each token but the last."""
-    runner, given = llm.engine.runner, []
-    head = runner.head
-
-    def record(hidden):
-        given.append(head(hidden))
-        return given[-1]
-
-    record.needs_padding = head.needs_padding
-    runner.head = record
-    found = []
-    for text in texts:
-        given.clear()
-        llm.score(text)
-        found.append(torch.cat(given)[: len(text) - 1].float().log_softmax(-1))
-    return found
+    lost = loss_of(LLM(model, **options), texts, exact)
+    print(f"{options}: {lost}")
+    assert lost["rms"] < rms
+    assert lost["kl"] < divergence
