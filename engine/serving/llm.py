@@ -164,7 +164,7 @@ class LLM:
         self.engine.runner.close()
 
     def refresh(self) -> None:
-        """Serve the weights that the given `Transformer` has by now: they are packed anew, cached prefixes forgotten."""
+        """Serve the weights that the given `Transformer` has by now: pack them anew, forget cached prefixes."""
         if not isinstance(self._source, Transformer) or not isinstance(self.engine.runner, Runner):
             raise InputError("refresh needs an LLM of a Transformer, in one process and without draft_model")
         self.engine.call(self._refresh)
