@@ -168,7 +168,7 @@ def base_of(directory: Path, weights: bool = True) -> Path:
 
 def kind_in(directory: str | os.PathLike) -> str:
     """Which published architecture the tensors of a model directory or GGUF file are named by."""
-    directory = resolve_model(directory, weights=False)
+    directory = base_of(resolve_model(directory, weights=False), weights=False)
     return GGUFFile(directory).config_values()["model_type"] if is_gguf(directory) else kind_of(_read_config(directory))
 
 
@@ -263,6 +263,17 @@ def write_adapter(
         _write_json(staging / CONFIG, adapter.to_peft(_transposed(config, kind)))
         shutil.copymode(staging / CONFIG, staging / TENSORS)
     return directory
+
+
+def copy_adapter(source: Path, directory: Path) -> Adapter:
+    """Write the adapter of a directory, and nothing else that lies there, to another."""
+    adapter, tokenizer = open_adapter(source), read_tokenizer(source)
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        for name in (TENSORS, CONFIG):
+            shutil.copyfile(source / name, staging / name)
+    return adapter
 
 
 def _transposed(config: ModelConfig, kind: str) -> bool:

@@ -149,4 +149,4 @@ def _with_tied_head(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) 
     for name, tensor in weights:
         yield name, tensor
         if name == WHOLE[0] and config.tie_embeddings:
-            yield WHOLE[1], tensor
+            yield WHOLE[1], tensor.clone()  # safetensors writes no memory twice
