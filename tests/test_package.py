@@ -19,8 +19,8 @@ FLOORS = [  # from the ground up; a module imports from its own floor or below
         *("engine.config", "engine.device", "engine.model", "engine.generation", "engine.attention_maps"),
         *("engine.formats", "engine.parallel", "engine.executors"),
     ),
-    ("engine.data", "engine.training", "engine.serving"),
-    ("engine.server",),
+    ("engine.data", "engine.tasks", "engine.training", "engine.serving"),
+    ("engine.server", "engine.rl"),
     ("engine.cli", "bench"),
 ]
 STRANGERS = {("engine.training", "engine.serving"), ("tokenizer", "kernels")}  # on one floor, but never of each other
@@ -31,6 +31,7 @@ TORCHLESS = (
     "engine.serving.scheduling.page_pool",
     "engine.serving.scheduling.scheduler",
     "engine.cli.__init__",
+    "engine.tasks",
 )
 
 
