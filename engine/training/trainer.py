@@ -40,6 +40,7 @@ from .distributed.grad_buckets import GradReducer
 from .distributed.mesh import ProcessMesh, local_device, make_masters
 from .evaluate import evaluate, losses, token_bytes, validation_batches, validation_split, write_sample
 from .inputs import RunInputs, prepare
+from .lora import LoraMasters
 from .mixed_precision import EMA, LossScale
 from .optim import clip_grad_norm, make_optimizer
 from .report import describe, write_card
@@ -390,7 +391,7 @@ def start(config: TrainConfig, inputs: RunInputs, mesh: ProcessMesh, dtype: torc
     split = inputs.data.split("train")
     loader = open_loader(config.order, split, config.batch_size, context, config.seed, config.stride)
     model, shards = build_model(config, inputs.model, mesh, dtype)
-    masters = make_masters(model, dtype, mesh)
+    masters = LoraMasters(model, dtype, shards, config) if config.lora else make_masters(model, dtype, mesh)
     state = RunState(
         config, inputs, split, context, mesh, dtype, shards, count_steps(config, loader), config.grad_accum_steps or 1,
         model, masters, EMA(masters, config.ema),
