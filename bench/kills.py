@@ -106,9 +106,10 @@ def run_killed(context, config, kills: int, seed: int = 0) -> list[float]:
 
 
 def digest(config) -> str:
-    """SHA-256 over the weights, the optimizer's state and the best model of a finished run."""
+    """SHA-256 over the weights, the optimizer's state and the best model (or adapter) of a finished run."""
+    weights = "adapter_model.safetensors" if config.lora else "model.safetensors"
     last = Path(config.out) / "checkpoints" / f"step-{config.steps}"
     found = hashlib.sha256()
-    for path in (Path(config.out) / "model.safetensors", last / "model.safetensors", last / "optimizer.pt"):
+    for path in (Path(config.out) / weights, last / weights, last / "optimizer.pt"):
         found.update(path.read_bytes())
     return found.hexdigest()

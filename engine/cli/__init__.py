@@ -18,7 +18,7 @@ VERBS = {
     "data": "turn text into token files",
     "tokenizer": "train a tokenizer; encode, decode, show",
     "train": "train a model from a dataset directory or a text file",
-    "eval": "loss, perplexity and bits per byte",
+    "eval": "loss, perplexity and bits per byte; accuracy at a task",
     "generate": "continue a prompt, or a file of prompts",
     "chat": "talk to a model in the terminal",
     "serve": "HTTP server and playground page",

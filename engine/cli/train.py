@@ -33,8 +33,8 @@ class RunFlags(TrainConfig):
     """Options of a training run: data, budget, optimization."""
 
     data: tyro.conf.Positional[str]
-    """A dataset directory (`warploom data`), 'stdlib', or a file, folder or glob of texts or of conversations: JSON
-    lines of messages, also as ShareGPT, Alpaca, or prompt and completion."""
+    """A dataset directory (`warploom data`), 'stdlib', tasks:NAME (a task's solved problems), or a file, folder or glob
+    of texts or of conversations: JSON lines of messages, also as ShareGPT, Alpaca, or prompt and completion."""
     model: tyro.conf.Suppress[None] = None
     resume: bool = False
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a

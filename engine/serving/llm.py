@@ -27,8 +27,9 @@ from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.int8_pages import TILE
 from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
-from .execution.model_runner import memory_for_pages
+from .execution.model_runner import Runner, memory_for_pages
 from .execution.outlier_smoothing import has_tall_keys, is_supported
+from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
@@ -104,6 +105,7 @@ class LLM:
             team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group)
+            self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
@@ -160,6 +162,23 @@ class LLM:
         """Stop the engine, and the processes of `tensor_parallel`; happens by itself when the program ends."""
         self.engine.stop()
         self.engine.runner.close()
+
+    def refresh(self) -> None:
+        """Serve the weights that the given `Transformer` has by now: pack them anew, forget cached prefixes."""
+        if not isinstance(self._source, Transformer) or not isinstance(self.engine.runner, Runner):
+            raise InputError("refresh needs an LLM of a Transformer, in one process and without draft_model")
+        self.engine.call(self._refresh)
+        self.model = self.engine.runner.model
+
+    def _refresh(self) -> None:
+        scheduler, runner = self.engine.scheduler, self.engine.runner
+        if not scheduler.idle:
+            raise InputError("refresh needs an engine at rest: requests under way began with the old weights")
+        where, dtype, quantize, batch_invariant = self._packing
+        model, _ = _open(self._source, None, where, dtype)
+        native_pages = runner.store.layers is not None
+        runner.model, runner.head = serving_model(model, quantize, False, batch_invariant, native_pages)
+        scheduler.pool.forget()
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
         """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
