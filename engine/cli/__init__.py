@@ -25,6 +25,7 @@ VERBS = {
     "ladder": "train each rung from a bare MLP to a MoE Llama, side by side",
     "inspect": "look inside: a model's sizes, a text's tokens, where its heads look",
     "bench": "measure against peers and the machine's limits",
+    "quantize": "round a model to 8 or 4 bits, calibrated on a text",
     "export": "write a model for other tools",
     "doctor": "what this machine is, and what is missing",
 }

@@ -9,11 +9,13 @@ the new one. Reading maps the file into memory and copies each tensor once, to w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
+from .packed_weight import PackedLinear, PackedWeight, from_tensors, install, layout_from, matrix_of, to_tensors
 from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -83,20 +86,42 @@ def write_model(
     return directory
 
 
+def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any = None) -> Path:
+    """Write a model of packed weights (`serving.calibrate`) to a directory that ours alone opens."""
+    directory = Path(directory)
+    check_vocabulary(tokenizer, model.config, "the tokenizer")
+    packed = {path: layer.packed for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    parts = (part for path, weight in packed.items() for part in to_tensors(f"{path}.weight", weight))
+    floats = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    layouts = {matrix_of(path): dataclasses.asdict(weight.segments[0].layout) for path, weight in packed.items()}
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        _save_shards(chain(floats, parts), staging, SHARD_BYTES)
+        ids = _text_bounds(tokenizer)
+        _write_json(staging / "generation_config.json", ids)
+        quantization = {"quantization_config": {"quant_method": "warploom", "layouts": layouts}}
+        _write_json(staging / "config.json", describe(model.config, "warploom") | ids | quantization)
+        for file in staging.glob("*.safetensors"):
+            shutil.copymode(staging / "config.json", file)
+    return directory
+
+
 def load_model(
     directory: str | os.PathLike,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tp: ProcessGroup | None = None,
+    packed: bool = False,
 ) -> tuple[Transformer, Any]:
     """The model of a directory or a Hub id, ready to evaluate, and its tokenizer (None where it has none).
 
-    `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
+    `dtype=None` keeps the stored number format; `packed` leaves quantized weights as they are stored. With `tp`, the piece of the model that this process of the group keeps
     (`sharding.py`); it never holds more than that and one tensor.
     """
     directory = resolve_model(directory)
     tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
-    return read_model(directory, device, dtype, tp), tokenizer
+    return read_model(directory, device, dtype, tp, packed), tokenizer
 
 
 def read_model(
@@ -104,17 +129,36 @@ def read_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tp: ProcessGroup | None = None,
+    packed: bool = False,
 ) -> Transformer:
     """The model of a directory alone, whatever its tokenizer."""
     directory = resolve_model(directory)
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype))
+    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed)
     if tp is not None:
         model, weights = shard(model, tp), shard_weights(config, weights, tp)
-    model.load_state_dict(dict(weights), assign=True)
+    kept = {}
+    for name, weight in weights:
+        if isinstance(weight, PackedWeight):
+            install(model, name, weight)
+        else:
+            kept[name] = weight
+    model.load_state_dict(kept, assign=True)
     return model.eval()
+
+
+def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> None:
+    """Rounding twice adds up: what is packed already is no source for 4 bits, and ours needs no other scheme."""
+    if is_gguf(directory):
+        if bits == 4:
+            GGUFFile(directory).refuse_repacking(scheme)
+        return
+    quantization = _read_config(directory).get("quantization_config") or {}
+    if quantization.get("quant_method") == "warploom":
+        held = max(layout_from(values).bits for kind, values in quantization["layouts"].items() if kind != "head")
+        raise InputError(f"quantize={scheme!r} is for float weights, and {directory} has {held} bits: leave it out")
 
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
@@ -211,7 +255,11 @@ def read_weights(
     else:
         values = _read_config(directory)
         config, kind = understand(values), kind_of(values)
-        opened = open_weights(directory, values.get("quantization_config"))
+        quantization = values.get("quantization_config") or {}
+        opened = open_weights(directory, quantization)
+        if quantization.get("quant_method") == "warploom":
+            yield from _packed_weights(opened, config, quantization, torch.device(device), dtype, packed)
+            return
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
     with opened as weights:
@@ -231,6 +279,31 @@ def read_weights(
         extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
         if extra:
             raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+
+
+def _packed_weights(opened, config, quantization, device, dtype, packed) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """Weights of `save_packed`: a tensor by our name, or the parts of a packed one."""
+    layouts = quantization.get("layouts")
+    if not isinstance(layouts, dict):
+        raise InputError("config.json: quantization_config has no field 'layouts'")
+    layouts = {kind: layout_from(values) for kind, values in layouts.items()}
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+    if config.tie_embeddings and packed:
+        shapes["head.weight"] = shapes["embedding.weight"]
+    with opened as weights:
+        for name, shape in shapes.items():
+            if f"{name}.codes" not in weights.sources:
+                tensor = weights(name)
+                if tuple(tensor.shape) != shape:
+                    raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
+                yield name, tensor.to(device, dtype)
+                continue
+            kind = matrix_of(name.removesuffix(".weight"))
+            if kind not in layouts:
+                raise InputError(f"config.json: quantization_config has no layout of {kind!r}, which {name} needs")
+            weight = from_tensors(name, layouts[kind], shape, weights.sources_of(name))
+            yield name, weight if packed else weight.dequantize().to(device, dtype)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -13,14 +13,26 @@ A matrix is a list of segments of rows: what files store apart, and in different
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import InputError
 
 TURNED = 64  # columns that are rotated together
+MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
+NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
+PARTS = "codes", "scales", "minima", "units"
+
+
+def matrix_of(path: str) -> str:
+    """The member of MATRICES that a layer's path means: blocks.3.attention.qkv is attention.qkv."""
+    return NAMES.get(path.rpartition(".")[2], "ffn.up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +99,82 @@ class PackedWeight:
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return sum(len(segment.units) for segment in self.segments), self.columns
+
+    @property
     def nbytes(self) -> int:
         tensors = (t for s in self.segments for t in (s.codes, s.scales, s.minima, s.units) if t is not None)
         return sum(tensor.nbytes for tensor in tensors)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a packed weight, by the definition; executors multiply the codes themselves."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.packed, self.bias = packed, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float32, made when asked for."""
+        return self.packed.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.device, x.dtype), self.bias)
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def install(model: nn.Module, name: str, packed: PackedWeight) -> None:
+    """Let a packed weight stand for the one of that name."""
+    path = name.removesuffix(".weight")
+    model.set_submodule(path, PackedLinear(packed, getattr(model.get_submodule(path), "bias", None)))
+
+
+# Own files: the tensors of a weight beside each other, its layout in config.json by the kind of matrix.
+
+
+def to_tensors(name: str, packed: PackedWeight) -> Iterator[tuple[str, Tensor]]:
+    """A weight of one segment as tensors of a file."""
+    (segment,) = packed.segments
+    yield from ((f"{name}.{part}", getattr(segment, part)) for part in PARTS if getattr(segment, part) is not None)
+
+
+def from_tensors(name: str, layout: Layout, shape: tuple[int, int], read: Mapping[str, Tensor]) -> PackedWeight:
+    """A weight from the tensors of a file, held against the shape that the model has."""
+    rows, groups = shape[0], layout.groups(shape[1])
+    wanted = {
+        "codes": (torch.uint8, (rows, groups * layout.group * layout.bits // 8)),
+        "scales": (torch.float16, (rows, groups)),
+        "minima": (torch.float16, (rows, groups)),
+        "units": (torch.float32, (rows,)),
+    }
+    if not layout.minimum:
+        del wanted["minima"]
+    for part, (dtype, size) in wanted.items():
+        tensor = read.get(f"{name}.{part}")
+        if tensor is None:
+            raise InputError(f"{name} has no {part}, which its layout calls for")
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+            raise InputError(f"{name}.{part} is {found}; by its layout it is {dtype} {size}".replace("torch.", ""))
+        if dtype.is_floating_point and not tensor.isfinite().all():
+            raise InputError(f"{name}.{part} holds NaN or infinity")
+    return PackedWeight((Segment(layout, *(read.get(f"{name}.{part}") for part in PARTS)),), shape[1])
+
+
+def layout_from(values: Any) -> Layout:
+    """A layout as config.json has it."""
+    fields = {field.name for field in dataclasses.fields(Layout)}
+    if not isinstance(values, Mapping) or not values.keys() <= fields:
+        raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")
+    given = {name: tuple(value) if name == "table" else value for name, value in values.items()}
+    if any(type(value) is not type(getattr(Layout(), name)) for name, value in given.items()):
+        raise InputError(f"a layout in quantization_config has values of other types than {Layout()}: {values!r}")
+    return Layout(**given)
 
 
 def hadamard(n: int) -> Tensor:

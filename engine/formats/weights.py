@@ -20,7 +20,13 @@ from torch import Tensor
 from ..errors import InputError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")  # ways of packing of which at least some are read
+UNPACKED = (
+    "fp8",
+    "mxfp4",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "warploom",
+)  # ways of packing of which at least some are read
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
@@ -61,6 +67,10 @@ class Weights:
     def unread(self, layers: int) -> list[str]:
         """Return tensors that nobody asked for and is not known to be of another purpose."""
         return [name for name in self.sources if name not in self.read and not self._ignorable(name, layers)]
+
+    def sources_of(self, name: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with that one."""
+        return {key: self._take(key) for key in self.sources if key.startswith(f"{name}.")}
 
     def _find(self, name: str) -> str | None:
         bare = name.split(".", 1)[1] if "." in name else name  # backbones are published without their leading "model."

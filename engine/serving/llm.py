@@ -19,9 +19,9 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
 from ..errors import InputError
-from ..formats.gguf_reader import GGUFFile, is_gguf
-from ..formats.model_directory import load_model, read_model
+from ..formats.model_directory import load_model, read_model, refuse_repacking
 from ..formats.model_source import resolve_model
+from ..formats.packed_weight import is_packed
 from ..model import Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
@@ -92,8 +92,8 @@ class LLM:
         model, draft_model = (
             resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
         )
-        if scheme is not None and scheme.bits == 4 and is_gguf(model):
-            GGUFFile(model).refuse_repacking(quantize)
+        if scheme is not None and isinstance(model, (str, os.PathLike)):
+            refuse_repacking(model, quantize, scheme.bits)
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
@@ -104,7 +104,8 @@ class LLM:
 
             team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
-            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group)
+            packed = quantize is None and team is None and HAS_NATIVE and where.type == "cpu"
+            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
@@ -249,15 +250,17 @@ class LLM:
         return encode_chat(self.tokenizer, messages)
 
 
-def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, object]:
+def _open(model, tokenizer, device, dtype, group=None, packed=False) -> tuple[Transformer, object]:
     if isinstance(model, (str, os.PathLike)):
         if tokenizer is not None:
-            return read_model(model, device, dtype, group), tokenizer
-        return load_model(model, device, dtype, group)
+            return read_model(model, device, dtype, group, packed), tokenizer
+        return load_model(model, device, dtype, group, packed)
     if not isinstance(model, Transformer):
         raise InputError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     device = model.device if device is None else pick_device(device)
+    if is_packed(model):
+        return model.eval(), tokenizer
     if device != model.device or wanted not in (None, model.embedding.weight.dtype):
         copy = Transformer(model.config).to(device, wanted)
         copy.load_state_dict(model.state_dict())
@@ -275,7 +278,9 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
     """The number format of keys and values."""
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
-        eight = quantize is not None and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
+        eight = (
+            (quantize is not None or is_packed(model)) and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
+        )
         eight = eight and is_supported(model.config) and not any(map(has_tall_keys, model.blocks))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
