@@ -35,7 +35,7 @@ from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
-from .packed_weight import PackedLinear, PackedWeight, from_tensors, install, layout_from, matrix_of, to_tensors
+from .packed_weight import PackedLinear, PackedWeight, install, layout_from, matrix_of, packed_weights, to_tensors
 from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -116,8 +116,9 @@ def load_model(
 ) -> tuple[Transformer, Any]:
     """The model of a directory or a Hub id, ready to evaluate, and its tokenizer (None where it has none).
 
-    `dtype=None` keeps the stored number format; `packed` leaves quantized weights as they are stored. With `tp`, the piece of the model that this process of the group keeps
-    (`sharding.py`); it never holds more than that and one tensor.
+    `dtype=None` keeps the stored number format; `packed` leaves quantized weights as they are stored. With `tp`, the
+    piece of the model that this process of the group keeps (`sharding.py`); it never holds more than that and one
+    tensor.
     """
     directory = resolve_model(directory)
     tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
@@ -221,7 +222,7 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
     directory = resolve_model(directory)
     if not is_adapter(directory):
         raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
-    base = base_of(directory, weights=False) if base is None else base
+    base = base_of(directory if base is None else Path(base), weights=False)
     return Adapter(directory, load_config(base), kind_in(base))
 
 
@@ -239,8 +240,11 @@ def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_weights(
-    directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Tensor]]:
+    directory: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
     Of an adapter's directory, its base's with the adapter merged.
@@ -258,7 +262,14 @@ def read_weights(
         quantization = values.get("quantization_config") or {}
         opened = open_weights(directory, quantization)
         if quantization.get("quant_method") == "warploom":
-            yield from _packed_weights(opened, config, quantization, torch.device(device), dtype, packed)
+            if adapter:
+                raise InputError(f"{directory} is packed, and an adapter is merged into float weights: serve it apart")
+            with opened as weights:
+                for name, weight in packed_weights(weights, config, quantization):
+                    if packed or not isinstance(weight, PackedWeight):
+                        yield name, weight if packed else weight.to(device, dtype)
+                    elif name != "head.weight" or not config.tie_embeddings:
+                        yield name, weight.dequantize().to(device, dtype)
             return
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
@@ -279,31 +290,6 @@ def read_weights(
         extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
         if extra:
             raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
-
-
-def _packed_weights(opened, config, quantization, device, dtype, packed) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """Weights of `save_packed`: a tensor by our name, or the parts of a packed one."""
-    layouts = quantization.get("layouts")
-    if not isinstance(layouts, dict):
-        raise InputError("config.json: quantization_config has no field 'layouts'")
-    layouts = {kind: layout_from(values) for kind, values in layouts.items()}
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
-    if config.tie_embeddings and packed:
-        shapes["head.weight"] = shapes["embedding.weight"]
-    with opened as weights:
-        for name, shape in shapes.items():
-            if f"{name}.codes" not in weights.sources:
-                tensor = weights(name)
-                if tuple(tensor.shape) != shape:
-                    raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
-                yield name, tensor.to(device, dtype)
-                continue
-            kind = matrix_of(name.removesuffix(".weight"))
-            if kind not in layouts:
-                raise InputError(f"config.json: quantization_config has no layout of {kind!r}, which {name} needs")
-            weight = from_tensors(name, layouts[kind], shape, weights.sources_of(name))
-            yield name, weight if packed else weight.dequantize().to(device, dtype)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import ModelConfig
 from ..errors import InputError
+from ..model import Transformer
+from .weights import Weights
 
 TURNED = 64  # columns that are rotated together
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
@@ -164,6 +167,29 @@ def from_tensors(name: str, layout: Layout, shape: tuple[int, int], read: Mappin
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise InputError(f"{name}.{part} holds NaN or infinity")
     return PackedWeight((Segment(layout, *(read.get(f"{name}.{part}") for part in PARTS)),), shape[1])
+
+
+def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The weights of `save_packed`: tensors under our names, and packed ones in their parts."""
+    layouts = said.get("layouts")
+    if not isinstance(layouts, Mapping):
+        raise InputError("config.json: quantization_config has no field 'layouts'")
+    layouts = {kind: layout_from(values) for kind, values in layouts.items()}
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+    if config.tie_embeddings:
+        shapes["head.weight"] = shapes["embedding.weight"]
+    for name, shape in shapes.items():
+        kind = matrix_of(name.removesuffix(".weight"))
+        if f"{name}.codes" in weights.sources:
+            if kind not in layouts:
+                raise InputError(f"config.json: quantization_config has no layout of {kind!r}, which {name} needs")
+            yield name, from_tensors(name, layouts[kind], shape, weights.parts(name))
+            continue
+        tensor = weights(name)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
+        yield name, tensor
 
 
 def layout_from(values: Any) -> Layout:

@@ -68,7 +68,7 @@ class Weights:
         """Return tensors that nobody asked for and is not known to be of another purpose."""
         return [name for name in self.sources if name not in self.read and not self._ignorable(name, layers)]
 
-    def sources_of(self, name: str) -> dict[str, Tensor]:
+    def parts(self, name: str) -> dict[str, Tensor]:
         """The tensors whose names begin with that one."""
         return {key: self._take(key) for key in self.sources if key.startswith(f"{name}.")}
 

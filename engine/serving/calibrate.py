@@ -62,9 +62,7 @@ def quantize(
 ) -> None:
     """Replace the model's matrices by packed ones; with rows of tokens, of one length, calibrated on them."""
     if model.config.n_experts:
-        raise InputError(
-            "a mixture of experts is not quantized to a directory: serve it with quantize='int8' or 'int4'"
-        )
+        raise InputError("a mixture of experts is not written quantized: serve it with quantize='int8' or 'int4'")
     total = len(model.blocks) + 1
     parts = torch.tensor(rows).split(max(1, BATCH // len(rows[0]))) if rows else ()
     state = [(stream := model._embed(part, None), torch.zeros_like(stream)) for part in parts]
