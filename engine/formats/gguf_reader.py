@@ -29,6 +29,8 @@ from ..errors import InputError
 from .families import understand
 from .gguf import CONTROL, SMOLLM, UNUSED, USER, slowdown
 from .gguf_blocks import TYPES
+from .gguf_packed import PACKED, pack_blocks
+from .packed_weight import Segment
 from .weights import Weights
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -190,6 +192,19 @@ class GGUFFile:
                 numbers[at * per : (at + step) * per] = values(blocks[at : at + step]).reshape(-1)
         return torch.from_numpy(numbers).view(entry.shape)
 
+    def read_packed(self, name: str) -> Segment | None:
+        """A matrix as its blocks have it; None where it is not packed, or not in a way that is kept."""
+        entry = self.tensors[name]
+        if entry.type not in PACKED or len(entry.shape) != 2:
+            return None
+        blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, TYPES[entry.type][2])
+        with np.errstate(all="ignore"):
+            segment = pack_blocks(entry.type, blocks, entry.shape[0])
+        parts = () if segment is None else (segment.scales, segment.minima)
+        if not all(part is None or part.isfinite().all() for part in parts):
+            raise InputError(f"{self.path}: tensor {name} holds NaN or infinity")
+        return segment
+
     # Configuration
 
     def config_values(self) -> dict[str, Any]:
@@ -336,12 +351,28 @@ class GGUFWeights(Weights):
         part, leaf = stored.split(".")[-2:]
         if self.architecture == "gpt2" and leaf == "weight" and part in TRANSPOSED:
             return tensor.mT
-        if self.architecture == "llama" and part in ("attn_q", "attn_k"):  # neighbors rotate there, halves here
-            heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads
-            if len(tensor) != heads * self.config.head_size:
-                return tensor  # is refused for its shape
-            return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        return tensor
+        order = self._order(part, len(tensor))
+        return tensor if order is None else tensor[order]
+
+    def packed(self, name: str) -> Segment | None:
+        """A matrix as it is stored, if it is packed and its rows stay rows."""
+        stored = self.stored.get(name)
+        part = "" if stored is None else stored.split(".")[-2]
+        if stored is None or (self.architecture == "gpt2" and part in TRANSPOSED):
+            return None
+        segment = self.file.read_packed(stored)
+        self.read |= set() if segment is None else {name}
+        order = None if segment is None else self._order(part, len(segment.units))
+        return segment if order is None else segment.at(order)
+
+    def _order(self, part: str, rows: int) -> Tensor | None:
+        """Which row comes where, if they change places: llama's neighbors rotate there, halves of a head here."""
+        if self.architecture != "llama" or part not in ("attn_q", "attn_k"):
+            return None
+        heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads
+        if rows != heads * self.config.head_size:
+            return None  # is refused for its shape
+        return torch.arange(rows).unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten()
 
     def _published(self, name: str) -> str:
         gpt2 = self.architecture == "gpt2"

@@ -29,6 +29,7 @@ from ...tokenizer.sources import unfinished
 from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..errors import InputError
+from ..layers import Linear
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
 from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
@@ -272,9 +273,18 @@ def read_weights(
                         yield name, weight.dequantize().to(device, dtype)
             return
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+        empty = Transformer(config)
+    shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
     with opened as weights:
         for piece in pieces(config, list(shapes), kind):
+            product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
+            if packed and not adapter and (product == "head.weight" or product in products):
+                weight = weights.as_packed(piece, shapes[piece.ours])
+                if weight is not None:
+                    yield product, weight
+                    if product == piece.ours:
+                        continue
             stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
             kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
             adapted = piece.ours in adapter

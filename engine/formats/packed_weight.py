@@ -14,9 +14,10 @@ A matrix is a list of segments of rows: what files store apart, and in different
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from torch.nn import functional as F
 from ..config import ModelConfig
 from ..errors import InputError
 from ..model import Transformer
-from .weights import Weights
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 TURNED = 64  # columns that are rotated together
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
@@ -71,6 +74,19 @@ class Segment:
     minima: Tensor | None  # float16 (N, G)
     units: Tensor  # float32 (N)
 
+    def in_groups(self, group: int) -> Segment:
+        """The same in groups of fewer columns."""
+        times = self.layout.group // group
+        if times == 1:
+            return self
+        scales, minima = (None if x is None else x.repeat_interleave(times, 1) for x in (self.scales, self.minima))
+        return Segment(dataclasses.replace(self.layout, group=group), self.codes, scales, minima, self.units)
+
+    def at(self, rows: Tensor) -> Segment:
+        """These rows, in this order."""
+        parts = (None if x is None else x[rows] for x in (self.codes, self.scales, self.minima, self.units))
+        return Segment(self.layout, *parts)
+
     def dequantize(self, columns: int) -> Tensor:
         """The rows in float32."""
         layout, codes = self.layout, self.codes
@@ -96,6 +112,18 @@ class PackedWeight:
 
     segments: tuple[Segment, ...]
     columns: int
+
+    @classmethod
+    def joined(cls, segments: Sequence[Segment], columns: int) -> PackedWeight:
+        """One weight of segments, whatever their groups; neighbors of one layout become one."""
+        group, found = min(segment.layout.group for segment in segments), []
+        for _, alike in groupby((segment.in_groups(group) for segment in segments), key=lambda each: each.layout):
+            first, *rest = alike
+            if rest:
+                parts = ([getattr(each, part) for each in (first, *rest)] for part in PARTS)
+                first = Segment(first.layout, *(None if each[0] is None else torch.cat(each) for each in parts))
+            found.append(first)
+        return cls(tuple(found), columns)
 
     def dequantize(self) -> Tensor:
         """The weight in float32: the definition that products are held to."""
@@ -134,7 +162,9 @@ def is_packed(model: nn.Module) -> bool:
 def install(model: nn.Module, name: str, packed: PackedWeight) -> None:
     """Let a packed weight stand for the one of that name."""
     path = name.removesuffix(".weight")
-    model.set_submodule(path, PackedLinear(packed, getattr(model.get_submodule(path), "bias", None)))
+    parent, _, leaf = path.rpartition(".")
+    layer = getattr(model.get_submodule(parent), leaf)  # None: the head of a tied embedding
+    setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
 
 
 # Own files: the tensors of a weight beside each other, its layout in config.json by the kind of matrix.

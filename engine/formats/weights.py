@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from .family import Piece
+from .packed_weight import PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNPACKED = (
@@ -63,6 +65,26 @@ class Weights:
         source = self.sources[found]
         stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
         return torch.bfloat16 if stored in FP8 else stored
+
+    def packed(self, name: str) -> Segment | None:
+        """A published matrix as it is packed, if it is, in a way that is kept."""
+        return None
+
+    def as_packed(self, piece: Piece, shape: Sequence[int]) -> PackedWeight | None:
+        """One of our matrices from published ones, if all of them are packed and rows stay rows."""
+        if piece.stacked or piece.transposed or piece.framed or piece.offset or piece.order is not None:
+            return None
+        segments: list[Segment] = []
+        for name in piece.theirs:
+            segment = self.packed(name)
+            if segment is None:
+                return None
+            segments.append(segment)
+        rows = piece.sizes if len(segments) > 1 else shape[:1]
+        fits = all(
+            len(s.units) == n and s.scales.shape[1] * s.layout.group == shape[-1] for s, n in zip(segments, rows)
+        )
+        return PackedWeight.joined(segments, shape[-1]) if fits else None  # the reader of floats says what is wrong
 
     def unread(self, layers: int) -> list[str]:
         """Return tensors that nobody asked for and is not known to be of another purpose."""

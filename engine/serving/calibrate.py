@@ -50,7 +50,7 @@ class Correlations:
         diagonal += DAMPING * diagonal.mean().clamp(min=1e-12)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.total))
         upper = torch.linalg.cholesky(inverse, upper=True)
-        return (upper / upper.diagonal()[:, None]).float()
+        return (upper / upper.diagonal()[:, None]).float().contiguous()
 
 
 @torch.inference_mode()
