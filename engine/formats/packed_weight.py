@@ -14,6 +14,7 @@ A matrix is a list of segments of rows: what files store apart, and in different
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -157,6 +158,23 @@ class PackedLinear(nn.Module):
 
 def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def describe(model: nn.Module) -> str | None:
+    """What runs packed, what was dequantized and how many bytes they are, in one line; None if nothing is packed."""
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            kinds = {f"{s.layout.bits} bits in groups of {s.layout.group}" for s in layer.packed.segments}
+            kind = " and ".join(sorted(kinds))
+            sizes[kind] += layer.packed.nbytes
+            counts[kind] += 1
+    if not sizes:
+        return None
+    packed = "; ".join(f"{counts[kind]} matrices of {kind}, {size / 1e6:,.1f} MB" for kind, size in sizes.items())
+    floats = sum(parameter.nbytes for parameter in model.parameters())
+    return f"packed: {packed}; dequantized or never packed: {floats / 1e6:,.1f} MB"
 
 
 def install(model: nn.Module, name: str, packed: PackedWeight) -> None:

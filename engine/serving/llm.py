@@ -21,7 +21,7 @@ from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..formats.model_directory import base_of, load_model, read_model, refuse_repacking
 from ..formats.model_source import resolve_model
-from ..formats.packed_weight import is_packed
+from ..formats.packed_weight import describe, is_packed
 from ..model import Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
@@ -112,6 +112,7 @@ class LLM:
         with team or nullcontext():
             packed = quantize is None and team is None and HAS_NATIVE and where.type == "cpu"
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
+            self.packing = describe(self.model)
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.adapters = open_adapters(adapters or {}, model)
