@@ -96,7 +96,7 @@ def _form(row: Mapping) -> Callable[[Mapping], list[dict]] | None:
     return next((form for keys, form in FORMS_BY_KEYS.items() if all(row.get(key) for key in keys)), None)
 
 
-def _sharegpt(row: Mapping) -> list[dict]:
+def _sharegpt(row: Mapping) -> list[Any]:
     return [
         {**turn, "role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
         if isinstance(turn, Mapping) and "from" in turn
