@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,8 +52,9 @@ def run(argv: list[str]) -> int:
     if flags.replicas < 1:
         raise InputError(f"replicas must be at least 1, got {flags.replicas}")
     load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
-    config, keys = named(flags), api_keys(flags)
+    keys = api_keys(flags)
     listener = listen(flags.host, flags.port)
+    config = named(flags, is_private=not keys and _is_loopback(listener))
     loader = Loader(flags)
     log_without_blocking()
     raise_file_limit()
@@ -60,11 +62,11 @@ def run(argv: list[str]) -> int:
         app = create_app(loader, config, keys, loader.stop)
         end_streams = app.state.bridge.end_flows
     else:
-        app, end_streams = front(loader, config, keys), None
+        app, end_streams = front(loader, config, keys)
     server = loader.server = HTTPServer(app, config, end_streams)
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    if not keys and not ipaddress.ip_address(address).is_loopback:
+    if not keys and not _is_loopback(listener):
         print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
     print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
     server.run(sockets=[listener])
@@ -99,8 +101,8 @@ class Loader:
         self.failed = self.server.should_exit = True
 
 
-def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
-    """The application that hands requests on to replicas, each of which loads the model for itself."""
+def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[Any, Callable[[], None]]:
+    """The application that hands requests on to replicas, each of which loads the model; what ends its streams."""
     flags = loader.flags
     try:
         from ..server.cluster.proxy import create_front
@@ -113,9 +115,14 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
     return create_front(options.open, config, keys, flags.replicas, gpus, loader.give_up)
 
 
-def named(flags: Flags) -> ServerConfig:
-    """The server's configuration, with a name for the model."""
-    return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name)
+def named(flags: Flags, is_private: bool) -> ServerConfig:
+    """The server's configuration, with names for the model and, where nobody else should come, the host."""
+    hosts = flags.server.allowed_hosts or ("localhost",) * is_private
+    return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name, allowed_hosts=hosts)
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def api_keys(flags: Flags) -> tuple[str, ...]:
