@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ class Flags:
     """An OpenAI-compatible server for one model, with a playground page."""
 
     llm: LLMOptions
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=DIR: a LoRA adapter of the model, once for each; requests name it as their model. Many share one batch."""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 is every one this machine has."""
     port: int = 8000
@@ -52,9 +55,12 @@ def run(argv: list[str]) -> int:
     if flags.replicas < 1:
         raise InputError(f"replicas must be at least 1, got {flags.replicas}")
     load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
-    keys = api_keys(flags)
+    config, keys = named(flags), api_keys(flags)
+    if config.name in adapters(flags):
+        raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
     listener = listen(flags.host, flags.port)
-    config = named(flags, is_private=not keys and _is_loopback(listener))
+    if not keys and _is_loopback(listener) and not config.allowed_hosts:
+        config = replace(config, allowed_hosts=("localhost",))
     loader = Loader(flags)
     log_without_blocking()
     raise_file_limit()
@@ -86,7 +92,7 @@ class Loader:
 
     def __call__(self) -> Any:
         try:
-            return self.flags.llm.open()
+            return self.flags.llm.open(adapters(self.flags))
         except InputError as error:
             self.give_up(error)
             raise
@@ -112,13 +118,21 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[
 
     options = replace(flags.llm, model=str(resolve_model(flags.llm.model).resolve()))
     gpus = (options.device or "auto").partition(":")[0] in ("auto", "cuda")
-    return create_front(options.open, config, keys, flags.replicas, gpus, loader.give_up)
+    return create_front(partial(options.open, adapters(flags)), config, keys, flags.replicas, gpus, loader.give_up)
 
 
-def named(flags: Flags, is_private: bool) -> ServerConfig:
-    """The server's configuration, with names for the model and, where nobody else should come, the host."""
-    hosts = flags.server.allowed_hosts or ("localhost",) * is_private
-    return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name, allowed_hosts=hosts)
+def adapters(flags: Flags) -> dict[str, str]:
+    """The directories of adapters by name."""
+    pairs = [given.partition("=") for given in flags.adapter]
+    for given, (name, _, directory) in zip(flags.adapter, pairs):
+        if not name or not directory:
+            raise InputError(f"adapter must be NAME=DIR, got {given!r}")
+    return {name: directory for name, _, directory in pairs}
+
+
+def named(flags: Flags) -> ServerConfig:
+    """The server's configuration, with a name for the model."""
+    return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name)
 
 
 def _is_loopback(listener: socket.socket) -> bool:

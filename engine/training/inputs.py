@@ -16,7 +16,7 @@ from ..data.corpus import Corpus
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
-from ..formats.model_directory import check_vocabulary, load_config
+from ..formats.model_directory import base_of, check_vocabulary, load_config
 from ..formats.model_source import resolve_model
 from ..tasks import PREFIX as TASKS
 from ..tasks import GeneratedTask, open_task
@@ -43,7 +43,7 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     if config.init_from:
         start = resolve_model(config.init_from, weights=False)
         _check_same_tokenizer(start, data)
-        tokenizer.special.stops |= read_stop_ids(start)
+        tokenizer.special.stops |= read_stop_ids(base_of(start))
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
         raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
