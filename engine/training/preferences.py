@@ -67,7 +67,7 @@ def pair_losses(margins_B: Tensor, kind: str, beta: float) -> Tensor:
 def preference_losses(model: Transformer, batch: PairBatch) -> Losses:
     """The mean loss of the pairs of a batch."""
     loss = pair_losses(margins(model, batch), batch.kind, batch.beta).mean()
-    return Losses(loss, total=loss)
+    return Losses(loss, loss)
 
 
 @torch.no_grad()
