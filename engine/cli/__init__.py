@@ -18,6 +18,7 @@ VERBS = {
     "data": "turn text into token files",
     "tokenizer": "train a tokenizer; encode, decode, show",
     "train": "train a model from a dataset directory or a text file",
+    "rl": "reinforcement learning from rewards, by group policy gradient",
     "eval": "loss, perplexity and bits per byte; accuracy at a task",
     "generate": "continue a prompt, or a file of prompts",
     "chat": "talk to a model in the terminal",

@@ -6,7 +6,9 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,8 @@ class Flags:
     """An OpenAI-compatible server for one model, with a playground page."""
 
     llm: LLMOptions
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=DIR: a LoRA adapter of the model, once for each; requests name it as their model. Many share one batch."""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 is every one this machine has."""
     port: int = 8000
@@ -52,7 +56,11 @@ def run(argv: list[str]) -> int:
         raise InputError(f"replicas must be at least 1, got {flags.replicas}")
     load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
     config, keys = named(flags), api_keys(flags)
+    if config.name in adapters(flags):
+        raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
     listener = listen(flags.host, flags.port)
+    if not keys and _is_loopback(listener) and not config.allowed_hosts:
+        config = replace(config, allowed_hosts=("localhost",))
     loader = Loader(flags)
     log_without_blocking()
     raise_file_limit()
@@ -60,11 +68,11 @@ def run(argv: list[str]) -> int:
         app = create_app(loader, config, keys, loader.stop)
         end_streams = app.state.bridge.end_flows
     else:
-        app, end_streams = front(loader, config, keys), None
+        app, end_streams = front(loader, config, keys)
     server = loader.server = HTTPServer(app, config, end_streams)
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    if not keys and not ipaddress.ip_address(address).is_loopback:
+    if not keys and not _is_loopback(listener):
         print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
     print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
     server.run(sockets=[listener])
@@ -84,7 +92,7 @@ class Loader:
 
     def __call__(self) -> Any:
         try:
-            return self.flags.llm.open()
+            return self.flags.llm.open(adapters(self.flags))
         except InputError as error:
             self.give_up(error)
             raise
@@ -99,8 +107,8 @@ class Loader:
         self.failed = self.server.should_exit = True
 
 
-def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
-    """The application that hands requests on to replicas, each of which loads the model for itself."""
+def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[Any, Callable[[], None]]:
+    """The application that hands requests on to replicas, each of which loads the model; what ends its streams."""
     flags = loader.flags
     try:
         from ..server.cluster.proxy import create_front
@@ -110,12 +118,25 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
 
     options = replace(flags.llm, model=str(resolve_model(flags.llm.model).resolve()))
     gpus = (options.device or "auto").partition(":")[0] in ("auto", "cuda")
-    return create_front(options.open, config, keys, flags.replicas, gpus, loader.give_up)
+    return create_front(partial(options.open, adapters(flags)), config, keys, flags.replicas, gpus, loader.give_up)
+
+
+def adapters(flags: Flags) -> dict[str, str]:
+    """The directories of adapters by name."""
+    pairs = [given.partition("=") for given in flags.adapter]
+    for given, (name, _, directory) in zip(flags.adapter, pairs):
+        if not name or not directory:
+            raise InputError(f"adapter must be NAME=DIR, got {given!r}")
+    return {name: directory for name, _, directory in pairs}
 
 
 def named(flags: Flags) -> ServerConfig:
     """The server's configuration, with a name for the model."""
     return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name)
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def api_keys(flags: Flags) -> tuple[str, ...]:

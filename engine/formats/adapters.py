@@ -196,6 +196,8 @@ class Adapter:
             raise InputError(
                 f"{path} holds {next(iter(tensors))!r}, which its model {self.config.base} has no layer for"
             )
+        if not self.factors and not self.whole:
+            raise InputError(f"{path} holds no factors: nothing would be changed")
         self.weights = {
             name: weight for name, weight in weights.items() if any(layer in self.scales for layer in weight.layers)
         }

@@ -177,7 +177,7 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
     directory = resolve_model(directory)
     if not is_adapter(directory):
         raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
-    base = base_of(directory, weights=False) if base is None else base
+    base = base_of(directory if base is None else Path(base), weights=False)
     return Adapter(directory, load_config(base), kind_in(base))
 
 

@@ -5,6 +5,9 @@ from ..lazy import lazily
 __getattr__, __all__ = lazily(
     __name__,
     {
+        "config": ("RLConfig",),
         "evaluate": ("TaskResult", "evaluate_task"),
+        "report": ("RLProgress",),
+        "trainer": ("reinforce",),
     },
 )

@@ -35,6 +35,10 @@ class TaskResult:
     """Share of answers that ended by themselves."""
     examples: list[dict[str, Any]] = field(default_factory=list)
 
+    def figures(self) -> dict[str, float]:
+        """The figures by name, as logs have them."""
+        return {"accuracy": self.accuracy, "answer_length": self.length, "answers_ended": self.ended}
+
     def __str__(self) -> str:
         more = "".join(f", pass@{k} {share:.3f}" for k, share in self.pass_at.items())
         how = f"{self.length:.1f} tokens an answer, {self.ended:.0%} ended" if self.length else "by likelihood"

@@ -78,7 +78,7 @@ class Trainer:
             elif self.mesh.is_sharded and not self.out.is_dir():
                 raise InputError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             inputs = self._open_inputs(reuse=again or not self.mesh.is_main)
-        self.loader, self.state = start(config, inputs, self.mesh, dtype)
+        self.loader, self.state = self._start(inputs, dtype)
         self.reducer = GradReducer(self.mesh, self.state.masters)
         self.bytes_of = token_bytes(inputs.tokenizer)
         self.told_to_stop: str | None = None
@@ -97,6 +97,9 @@ class Trainer:
 
     def _open_inputs(self, reuse: bool) -> RunInputs:
         return prepare(self.config, self.note, reuse)
+
+    def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Any, RunState]:
+        return start(self.config, inputs, self.mesh, dtype)
 
     def _prepare_out(self, again: bool) -> None:
         config = self.config
@@ -390,14 +393,26 @@ def start(config: TrainConfig, inputs: RunInputs, mesh: ProcessMesh, dtype: torc
     context = config.context or inputs.model.max_seq_len
     split = inputs.data.split("train")
     loader = open_loader(config.order, split, config.batch_size, context, config.seed, config.stride)
+    return loader, first_state(config, inputs, split, context, mesh, dtype, count_steps(config, loader))
+
+
+def first_state(
+    config: TrainConfig,
+    inputs: RunInputs,
+    split: Any,
+    context: int,
+    mesh: ProcessMesh,
+    dtype: torch.dtype,
+    steps: int,
+) -> RunState:
+    """The state of a run before the first step."""
     model, shards = build_model(config, inputs.model, mesh, dtype)
     masters = LoraMasters(model, dtype, shards, config) if config.lora else make_masters(model, dtype, mesh)
-    state = RunState(
-        config, inputs, split, context, mesh, dtype, shards, count_steps(config, loader), config.grad_accum_steps or 1,
+    return RunState(
+        config, inputs, split, context, mesh, dtype, shards, steps, config.grad_accum_steps or 1,
         model, masters, EMA(masters, config.ema),
         make_optimizer(config, masters.named, dtype, shards.with_full_matrix), LossScale(dtype),
     )  # fmt: skip
-    return loader, state
 
 
 def count_steps(config: TrainConfig, loader: Loader) -> int:

@@ -18,7 +18,7 @@ T tokens of the step, N chunks, R sampled positions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, chain, pairwise
 
 import numpy as np
@@ -31,8 +31,9 @@ from ..scheduling.step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, Ste
 from . import cuda_graphs
 from .cuda_graphs import DecodeGraphs
 from .kv_cache import PagedKVCache, to_device, to_host
+from .lora import ServedAdapters
 from .sampler import Logprobs, RowSettings, penalize
-from .serving_model import Head, Int8Linear, NativeTransformer
+from .serving_model import Head, Int8Linear, NativeTransformer, deterministic_min_rows
 
 SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
 
@@ -58,9 +59,17 @@ class Runner:
     alive = True
 
     def __init__(
-        self, model, store: PagedKVCache, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
+        self,
+        model,
+        store: PagedKVCache,
+        *,
+        max_batch: int,
+        context: int,
+        head: Head,
+        batch_invariant: bool = True,
+        adapters: ServedAdapters | None = None,
     ):
-        self.model, self.store = model, store
+        self.model, self.store, self.adapters = model, store, adapters
         self.head = head
         self.device = model.device
         self.settings = RowSettings(max_batch, self.device)
@@ -76,7 +85,8 @@ class Runner:
         self.least_samples = least if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and type(model) is Transformer and cuda_graphs.enabled():
+        recordable = self.device.type == "cuda" and type(model) is Transformer and adapters is None
+        if recordable and cuda_graphs.enabled():
             self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], cuda_graphs.record_cuda())
 
     def close(self) -> None:
@@ -141,6 +151,8 @@ class Runner:
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self._record_tokens(*where, tokens_T[:T])
+        if self.adapters is not None:
+            self.adapters.begin_step([self.rows[row].adapter for row in rows], counts, self.device)
         return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> InFlightStep:
@@ -235,16 +247,6 @@ class Runner:
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)
-
-
-@cache
-def deterministic_min_rows(dtype: torch.dtype) -> int:
-    """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
-    generator = torch.Generator().manual_seed(0)
-    x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))
-    whole = x @ weights.T
-    differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
-    return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)
 
 
 def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
