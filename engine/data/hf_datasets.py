@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ...tokenizer.sources import write_text
 from ..errors import InputError
@@ -46,7 +47,7 @@ def hub(
         import datasets
     except ImportError as error:
         raise InputError(f"source {source!r} needs the package datasets: pip install 'warploom[data]'") from error
-    where = HUB[source] if data_files is None else {"path": kind, "data_files": data_files}
+    where: dict[str, Any] = HUB[source] if data_files is None else {"path": kind, "data_files": data_files}
     path = Path(keep) / "documents.jsonl"
     begins = TITLE.match if source == "wikitext" else None
 
