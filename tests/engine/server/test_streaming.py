@@ -54,7 +54,8 @@ texts = st.lists(
 
 @settings(max_examples=200)
 @given(texts, st.data())
-def test_tool_calls_are_read_alike_however_the_text_is_cut(text, data):
+def test_tool_calls_read_alike_however_cut(text, data):
+    """Tool calls are read alike however the text is cut."""
     from warploom.engine.server.openai.chat import ToolCallReader
 
     def read_all(pieces):
