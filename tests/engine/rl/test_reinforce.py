@@ -30,7 +30,7 @@ def weights(config):
 
 
 @exactly
-def test_sampled_scored_and_trained_log_probs_are_the_same_bits(tiny):
+def test_log_probs_sampled_scored_trained_same_bits(tiny):
     """At every step, of weights that change."""
     trainer = RLTrainer(tiny(steps=6, updates=1), [])
     kept = []
@@ -232,7 +232,8 @@ def test_prompts_without_a_score_or_too_long_are_refused(tiny, tmp_path):
         list(reinforce(tiny(data=str(path))))
 
 
-def test_mismatch_is_measured_where_it_is_not_zero_and_bounded(tiny, make_base, recorder):
+def test_mismatch_is_measured_and_bounded(tiny, make_base, recorder):
+    """Mismatch is measured where it is not zero and bounded."""
     qwen = str(make_base(qk_norm=True))
     found = list(reinforce(tiny(init_from=qwen, steps=2), callbacks=[recorder]))
     assert all(0 < step.mismatch < 1e-4 and step.mismatch_k3 < 1e-8 for step in found)
