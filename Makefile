@@ -7,7 +7,7 @@
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
 #   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
 #   make native-test the thread pools under ThreadSanitizer, without Python
-#   make lint        ruff
+#   make lint        ruff, and the types that users meet
 #   make clean       remove what the others made
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="…" passes flags on: make demo ARGS="--steps 200"
@@ -22,11 +22,14 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* cs
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
-.PHONY: demo test bench gpu sanitize native-test lint format clean
+.PHONY: demo demo-chat test bench gpu sanitize native-test lint format clean
 .DELETE_ON_ERROR:  # an interpreter without its build tools is made anew
 
 demo: .venv/ready-base
 	$(BIN)/warploom demo $(ARGS)
+
+demo-chat: .venv/ready-chat
+	$(BIN)/warploom demo --chat $(ARGS)
 
 # Three processes: PyTorch's operator checks have been seen to fail in one that had done much else before.
 test: .venv/ready-dev
@@ -60,6 +63,7 @@ native-test:
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/types/check.py
 
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix .
@@ -73,6 +77,10 @@ clean:
 .venv/ready-base: $(SOURCES) | .venv/bin/python
 	@echo "installing warploom and what it needs (a few minutes the first time: PyTorch is large)"
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+.venv/ready-chat: .venv/ready-base
+	$(PIP) install --constraint constraints.txt chitchat-dataset
 	@touch $@
 
 .venv/ready-dev: $(SOURCES) | .venv/bin/python

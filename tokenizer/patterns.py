@@ -15,6 +15,7 @@ too, so no byte is ever lost.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Literal, get_args
 
 import regex
 
@@ -38,7 +39,8 @@ PATTERNS: dict[str, str] = {
     "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
 }
 
-FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # Unicode normalization, applied to text before it is cut
+Form = Literal["NFC", "NFD", "NFKC", "NFKD"]  # Unicode normalization, applied to text before it is cut
+FORMS: tuple[Form, ...] = get_args(Form)
 
 # Other spellings of the same languages, found in published tokenizers.
 _ALIASES = {

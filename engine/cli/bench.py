@@ -18,7 +18,7 @@ from ...bench import table
 from ...bench.harness import Options, Outcome, run_bench
 from ..errors import InputError
 
-BENCHES = ("kernels", "tokenizer", "train", "serve", "quantization", "data", "kills")
+BENCHES = ("kernels", "tokenizer", "train", "serve", "quantization", "rl", "data", "kills")
 
 
 def run(argv: list[str]) -> int:

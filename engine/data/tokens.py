@@ -53,6 +53,8 @@ class Meta:
     tokenizer_sha256: str
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     format: int = 1
+    pairs: bool = False
+    """Documents are preference pairs: a chosen answer, then the rejected one."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class SplitWriter:
             self.file.write(raw)
             self.hash.update(raw)
             self.tokens += len(part)
-        if learned is not None:
+        if learned is not None and self.learn_file is not None:
             self.learn_file.write(learned.tobytes())
             self.hash.update(learned.tobytes())
             self.learned += int(learned.sum())

@@ -15,12 +15,13 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..serving import SamplingParams
+from ..serving.sampling_params import GRAMMARS
 from .async_engine import Ask, AsyncEngine, RequestStream
 from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
 from .openai import errors
-from .openai.chat import PlainReader, ToolCallReader, encode_conversation
+from .openai.chat import encode_conversation, plan_chat
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .openai.responses import END_OF_STREAM, ChatWriter, CompletionWriter, Words, server_sent, to_json
 from .request_body import client_of
@@ -28,6 +29,7 @@ from .request_body import client_of
 Writer = ChatWriter | CompletionWriter
 DEFAULT_COMPLETION = 16  # OpenAI's
 DEFAULT_GENERATION = 100
+NO_GRAMMAR = dict.fromkeys(GRAMMARS)
 LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the event that says so
 
 
@@ -61,16 +63,18 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """/v1/chat/completions."""
-        params, words = body.sampling(), self.words
-        tools = body.tools if body.tool_choice != "none" else None
+        words, params = self.words, body.sampling()
+        plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, client=client_of(request.scope))
+        params = replace(params, **{**NO_GRAMMAR, **plan.grammar}) if plan.grammar else params
 
         def asks(llm: Any) -> Iterable[Ask]:
-            tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
+            for message in body.messages:
+                refuse_long(llm, message.text)
+            tokens = encode_conversation(llm.tokenizer, body.messages, plan.tools, plan.variables)
             yield tokens, self._fit(llm, tokens, params)
 
         flow = await self._submit(request, asks, body.n, params, body.model, body.stream)
-        reader = ToolCallReader if tools else PlainReader
-        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, reader)
+        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, plan.reader)
         return await self._answer(request, body.stream, flow, writer)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
@@ -160,6 +164,7 @@ class Service:
     ) -> Callable[[Any], Iterable[Ask]]:
         def asks(llm: Any) -> Iterable[Ask]:
             for prompt in prompts:
+                refuse_long(llm, prompt)
                 tokens = llm.encode(prompt)
                 yield tokens, self._fit(llm, tokens, params, default)
 
@@ -229,6 +234,18 @@ class Service:
             "finish_reason": sorted({stream.sequence.finish_reason or "cancelled" for stream in streams}),
             "client_left": flow.gone,
         }
+
+
+def refuse_long(llm: Any, text: str | list[int]) -> None:
+    """Refuse a text far longer than the context by its beginning alone: tokenizing 4 MB takes a second.
+
+    English has four or five characters a token; a sixteenth of the longest beginning decides only where it alone has
+    twice the tokens of the context, so that where it was cut does not matter.
+    """
+    most, context = 16 * llm.max_seq_len, llm.max_seq_len
+    if isinstance(text, str) and len(text) > most and len(llm.encode(text[:most])) > 2 * context:
+        message = f"the prompt has far more tokens than the model's context, which holds {context}"
+        raise errors.invalid(message, "prompt", "context_length_exceeded")
 
 
 class EventStream(Response):

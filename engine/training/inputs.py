@@ -13,6 +13,7 @@ from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
 from ..data.conversations import open_conversations, write_conversations
 from ..data.corpus import Corpus
+from ..data.hf_datasets import fetch_rows, is_hub_id
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
@@ -38,6 +39,9 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     With `reuse`, tokens that are already there are not made again.
     """
     data = open_data(config, note, reuse)
+    if data.meta.pairs != (config.loss != "cross_entropy"):
+        holds = "preference pairs: give loss dpo or ipo" if data.meta.pairs else "no preference pairs"
+        raise InputError(f"loss={config.loss}, but {config.data} holds {holds}")
     tokenizer = data.tokenizer()
     model = architecture(config, tokenizer.vocab_size)
     if config.init_from:
@@ -91,9 +95,13 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
         if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
             raise InputError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
         return data
-    made_here = config.data == "stdlib" or config.data.startswith(TASKS)
-    chats = None if made_here else open_conversations(config.data)
-    corpus = chats or _corpus(config.data)
+    source = config.data
+    if is_hub_id(source):
+        note(f"fetching {source} from the hub …")
+        source = str(fetch_rows(source, Path(config.out) / "download"))
+    made_here = source == "stdlib" or source.startswith(TASKS)
+    chats = None if made_here else open_conversations(source)
+    corpus = chats or _corpus(source)
     text = chats.texts() if chats else text_of(corpus, 0, config.splits)
     tokenizer = open_tokenizer(config, text, note)
     note(f"tokenizing {corpus.name} …")
