@@ -169,7 +169,7 @@ def write_conversations(
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         writers = [SplitWriter(scratch / name, dtype, None, learn=True) for name in SPLITS]
         for number, documents in enumerate(conversations.read()):
-            place = (number + 0.5) / count if count < FEW else _place(documents[0])
+            place = (number + 0.5) / count if count < FEW else place_of(documents[0].messages)
             writer = writers[int(np.searchsorted(edges, place, side="right"))]
             for conversation in documents:
                 ids, learned = _encode(conversation, tokenizer)
@@ -196,8 +196,9 @@ def _encode(conversation: Conversation, tokenizer: Any) -> tuple[np.ndarray, np.
     return np.array(ids, np.uint32), np.array(learned, np.uint8)
 
 
-def _place(conversation: Conversation) -> float:
-    text = json.dumps(conversation.messages, sort_keys=True)
+def place_of(messages: list[dict[str, Any]]) -> float:
+    """A conversation's place between the edges of splits, by its hash."""
+    text = json.dumps(messages, sort_keys=True)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
