@@ -22,12 +22,8 @@ from ..device import DTYPES, pick_device, pick_dtype
 from ..errors import InputError
 from ..formats.model_directory import base_of, load_model, read_model, refuse_repacking
 from ..formats.model_source import resolve_model
-<<<<<<< HEAD
 from ..formats.packed_weight import describe, is_packed
-from ..model import Transformer
-=======
 from ..model import Block, Transformer
->>>>>>> main
 from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.int8_pages import TILE
@@ -100,20 +96,12 @@ class LLM:
             raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
-<<<<<<< HEAD
-        model, draft_model = (
-            resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
-        )
-        if scheme is not None and isinstance(model, (str, os.PathLike)):
-            refuse_repacking(base_of(model), quantize, scheme.bits)
-=======
         if isinstance(model, (str, os.PathLike)):
             model = resolve_model(model)
         if isinstance(draft_model, (str, os.PathLike)):
             draft_model = resolve_model(draft_model)
-        if scheme is not None and scheme.bits == 4 and not isinstance(model, Transformer) and is_gguf(model):
-            GGUFFile(model).refuse_repacking(quantize)
->>>>>>> main
+        if scheme is not None and not isinstance(model, Transformer):
+            refuse_repacking(base_of(model), quantize, scheme.bits)
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
@@ -319,11 +307,7 @@ class LLM:
         return encode_chat(self.tokenizer, messages)
 
 
-<<<<<<< HEAD
-def _open(model, tokenizer, device, dtype, group=None, packed=False) -> tuple[Transformer, object]:
-=======
-def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, Any]:
->>>>>>> main
+def _open(model, tokenizer, device, dtype, group=None, packed=False) -> tuple[Transformer, Any]:
     if isinstance(model, (str, os.PathLike)):
         if tokenizer is not None:
             return read_model(model, device, dtype, group, packed), tokenizer
@@ -331,12 +315,9 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, Any
     if not isinstance(model, Transformer):
         raise InputError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
     device = model.device if device is None else pick_device(device)
-<<<<<<< HEAD
     if is_packed(model):
         return model.eval(), tokenizer
-=======
     wanted = None if dtype is None else pick_dtype(dtype, device)
->>>>>>> main
     if device != model.device or wanted not in (None, model.embedding.weight.dtype):
         copy = Transformer(model.config).to(device, wanted)
         copy.load_state_dict(model.state_dict())
@@ -354,15 +335,9 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
     """The number format of keys and values."""
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
-<<<<<<< HEAD
-        eight = (
-            (quantize is not None or is_packed(model)) and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
-        )
-        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, model.blocks))
-=======
-        eight = quantize is not None and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
+        eight = quantize is not None or is_packed(model)
+        eight = eight and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
         eight = eight and is_supported(model.config) and not any(map(has_tall_keys, cast("list[Block]", model.blocks)))
->>>>>>> main
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")
