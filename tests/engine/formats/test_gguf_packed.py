@@ -15,6 +15,7 @@ from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.packed_weight import PackedLinear, PackedWeight
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.tokenizer import BPETokenizer
 
 SCALES = {
     2: (0, 2),
@@ -104,3 +105,37 @@ def test_joined_segments_share_their_smallest_groups():
     weight = PackedWeight.joined(segments, 256)
     assert [segment.layout.group for segment in weight.segments] == [16, 16, 16]
     assert weight.shape == (6, 256) and not weight.dequantize()[:2].any()
+
+
+@pytest.mark.parametrize("form", ["q8_0", "q4_0", "q4_k_m"])
+def test_llama_cpp_reads_what_is_exported(form, tmp_path):
+    """Log-probabilities of the whole vocabulary after several prompts, within what its 8-bit activations cost."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=288, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=128)
+    tokenizer = BPETokenizer.train(["warp and weft"], 280, special_tokens=("<|endoftext|>",))
+    save_gguf(Transformer(config), tmp_path / "model.gguf", tokenizer, form)
+    model, _ = load_model(tmp_path / "model.gguf", "cpu")
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.warmup, settings.verbosity = (
+        str(tmp_path / "model.gguf"),
+        256,
+        False,
+        -1,
+    )
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(settings)
+    compared = 0
+    for start in range(6):
+        tokens = [(7 * i + start) % 280 for i in range(20 + start)]
+        asked = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": 280, "n_probs": 280}
+        found = server.handle_completions(asked)["choices"][0]["logprobs"]
+        if found is None:  # the likeliest token ends the text
+            continue
+        theirs = {entry["id"]: entry["logprob"] for entry in found["content"][0]["top_logprobs"]}
+        with torch.no_grad():
+            ours = model(torch.tensor([tokens]))[0, -1].log_softmax(-1)
+        change = torch.tensor([ours[token].item() - logprob for token, logprob in theirs.items()])
+        assert len(theirs) >= 270 and change.square().mean().sqrt() < 0.05  # what 4-bit weights cost: 0.5 and more
+        compared += 1
+    assert compared >= 3
