@@ -222,6 +222,12 @@ WARPLOOM_INLINE void widen_pairs(const bfloat16* p, V& even, V& odd) {
     const Words low = bits << 16, high = bits & 0xffff0000u;
     std::memcpy(&even, &low, sizeof(V)), std::memcpy(&odd, &high, sizeof(V));
 }
+WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {  // of any alignment, which templates forget
+    u16 bits;
+    std::memcpy(&bits, p, 64);
+    const u16 low = bits << 16, high = bits & 0xffff0000u;
+    std::memcpy(&even, &low, 64), std::memcpy(&odd, &high, 64);
+}
 
 WARPLOOM_INLINE float largest(f16 x) {
     f8 a, b;
