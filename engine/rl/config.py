@@ -49,10 +49,10 @@ class RLConfig(TrainConfig):
 
     steps: int | None = None
     """Steps, each a batch of samples. With neither steps nor minutes: 100."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """Peak learning rate."""
-    warmup: int | None = 0
-    """Steps of linear warm-up from 0."""
+    warmup: int | None = 5
+    """Steps of linear warm-up from 0: AdamW's first steps move every weight by the whole rate, whatever they know."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "constant"
     """Shape of the learning rate after the warm-up."""
     weight_decay: float = 0.0
