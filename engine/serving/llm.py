@@ -193,6 +193,8 @@ class LLM:
         native_pages = runner.store.layers is not None
         packing = quantize, False, batch_invariant, native_pages
         runner.model, runner.head = serving_model(model, *packing, runner.adapters)
+        if quantize is not None:
+            runner.graphs = None  # they were recorded with the old ones; without, the twin shares the model's weights
         scheduler.pool.forget()
 
     def submit(
