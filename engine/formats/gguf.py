@@ -38,7 +38,10 @@ FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
 ARCHITECTURES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
 }  # fmt: skip
-SPLITTERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "o200k": "gpt-4o", "qwen2": "qwen2"}
+SPLITTERS = {
+    "gpt2": "gpt-2", "digits": "smollm", "gpt4": "dbrx", "qwen2": "qwen2", "qwen3.5": "qwen35", "o200k": "gpt-4o",
+    "tekken": "tekken", "deepseek": "deepseek-v3",
+}  # fmt: skip
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # kinds of tokens
 
 
@@ -123,7 +126,7 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
     if not isinstance(tokenizer, BPETokenizer):
         raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only byte-level BPE has")
     splitter = pattern_name(tokenizer.pattern)
-    if splitter is None or tokenizer.normalizer:
+    if splitter not in SPLITTERS or tokenizer.normalizer:
         raise InputError(
             f"the pretokenizer has no GGUF form: only the patterns {', '.join(SPLITTERS)} have names there"
         )

@@ -33,11 +33,11 @@ from .weights import Weights
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-DIGITS = r"\p{N}"
 SPLITTERS = {
-    "gpt-2": "gpt2", "smollm": (DIGITS, "gpt2"), "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4",
-    "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2", "gpt-4o": "o200k",
-    "llama4": "o200k",
+    "gpt-2": "gpt2", "smollm": "digits", "starcoder": "digits", "refact": "digits", "command-r": "digits",
+    "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4", "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2",
+    "deepseek-r1-qwen": "qwen2", "qwen35": "qwen3.5", "gpt-4o": "o200k", "llama4": "o200k", "tekken": "tekken",
+    "deepseek-v3": "deepseek",
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 WORDS = {
