@@ -1,9 +1,9 @@
-"""Build of warploom: the repository root is the package `warploom`, and csrc/ becomes `warploom._native`.
+"""Build of warploom: the repository root is the package `warploom`; csrc/ becomes `_tokenizer` and `_native` in it.
 
 Everything declarative is in pyproject.toml. This file does what only code can: it maps the folders `engine/`,
-`kernels/`, `tokenizer/`, `bench/` to `warploom.*`, and compiles the C++ extension, with ninja where it is present (in
-parallel, and only what changed). A machine without a C++ compiler still gets a working, slower package: the extension
-is optional, and every native function has a pure-Python twin. WARPLOOM_PURE=1 does not even try.
+`kernels/`, `tokenizer/`, `bench/` to `warploom.*`, and compiles the C++ extensions, with ninja where it is present (in
+parallel, and only what changed). A machine without a C++ compiler still gets a working, slower package: each extension
+is optional and fails alone, and Python or PyTorch does what it would have done. WARPLOOM_PURE=1 does not even try.
 """
 
 import os
@@ -25,16 +25,28 @@ if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension u
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
     link = ["-fsanitize=address,undefined"]
 
-native = Pybind11Extension(
-    "warploom._native",
-    sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parts[1] != "tests"),
-    include_dirs=["csrc"],
-    depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".hpp", ".inc")),
-    cxx_std=17,
-    extra_compile_args=flags,
-    extra_link_args=link,
-)
-native.optional = not os.environ.get("WARPLOOM_REQUIRE_NATIVE")
+
+def extension(name, folder):
+    """`warploom.<name>` of the sources in csrc/<folder>; its failure fails nothing else, unless it is required."""
+    files = sorted(Path("csrc", folder).rglob("*.?pp"))
+    made = Pybind11Extension(
+        f"warploom.{name}",
+        [str(path) for path in files if path.suffix == ".cpp"],
+        include_dirs=["csrc"],
+        depends=[str(path) for path in [*files, *Path("csrc").glob("*.hpp")] if path.suffix == ".hpp"],
+        cxx_std=17,
+        extra_compile_args=flags,
+        extra_link_args=link,
+    )
+    made.optional = not os.environ.get("WARPLOOM_REQUIRE_NATIVE")
+    return made
+
+
+EXTENSIONS = [extension("_tokenizer", "tokenizer"), extension("_native", "cpu")]
+LOST = {
+    "warploom._tokenizer": "texts will be encoded in Python, some hundred times slower",
+    "warploom._native": "a CPU will train and serve by PyTorch alone, and not in 8 bits by C++",
+}
 
 
 class RoomsOnly(build_py):
@@ -49,10 +61,17 @@ class NinjaBuild(build_ext):
     """Compile with ninja where it is found; its dependency files know which headers a source read."""
 
     def build_extension(self, ext):
+        try:
+            self.compile(ext)
+        except BaseException:
+            print(f"\n*** {ext.name} could not be built: {LOST[ext.name]} ***\n", file=sys.stderr)
+            raise
+
+    def compile(self, ext):
         ninja = find_ninja()
         if ninja is None or self.compiler.compiler_type != "unix":
             return super().build_extension(ext)
-        folder = Path(self.build_temp, "ninja").resolve()
+        folder = Path(self.build_temp, ext.name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +81,7 @@ class NinjaBuild(build_ext):
         except subprocess.CalledProcessError as error:
             from setuptools.errors import CompileError
 
-            raise CompileError("the C++ extension did not compile (see above)") from error
+            raise CompileError(f"{ext.name} did not compile (see above)") from error
 
     def plan(self, ext, target):
         compile_, link_ = self.compiler.compiler_so, self.compiler.linker_so
@@ -98,6 +117,6 @@ setup(
     packages=["warploom"]
     + [f"warploom.{name}" for room in ROOMS for name in find_packages(include=[room, f"{room}.*"])],
     package_dir={"warploom": "."},
-    ext_modules=[] if os.environ.get("WARPLOOM_PURE") else [native],
+    ext_modules=[] if os.environ.get("WARPLOOM_PURE") else EXTENSIONS,
     cmdclass={"build_ext": NinjaBuild, "build_py": RoomsOnly},
 )

@@ -61,24 +61,28 @@ def processes():
     return context
 
 
-def run_once(context, config) -> None:
-    """A run in a process of its own, to its end."""
+def train(config) -> None:
+    """The run that is killed unless another is given."""
     from ..engine.training import train
 
-    process = context.Process(target=train, args=(config,))
+    train(config)
+
+
+def run_once(context, config, run=train) -> None:
+    """A run in a process of its own, to its end."""
+    process = context.Process(target=run, args=(config,))
     process.start()
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"the run in {config.out} ended with exit code {process.exitcode}")
 
 
-def run_killed(context, config, kills: int, seed: int = 0) -> list[float]:
+def run_killed(context, config, kills: int, seed: int = 0, run=train) -> list[float]:
     """Kill a run up to `kills` times, then let it finish; the seconds from kill to kill.
 
     Most deaths come up to a tenth of a second after a new checkpoint, or with the next one, if that is sooner; every
     fifth one comes wherever start-up has got to.
     """
-    from ..engine.training import train
     from ..engine.training.checkpoint import Checkpoints
 
     draw, checkpoints, gaps = random.Random(seed), Checkpoints(Path(config.out) / "checkpoints"), []
@@ -92,7 +96,7 @@ def run_killed(context, config, kills: int, seed: int = 0) -> list[float]:
     while len(gaps) < kills:
         begin = time.monotonic()
         patience = draw.random() if len(gaps) % 5 == 4 else float("inf")
-        process = context.Process(target=train, args=(dataclasses.replace(config, num_workers=len(gaps) % 4),))
+        process = context.Process(target=run, args=(dataclasses.replace(config, num_workers=len(gaps) % 4),))
         process.start()
         await_save(process, patience)
         await_save(process, draw.random() * 0.1)
@@ -101,14 +105,15 @@ def run_killed(context, config, kills: int, seed: int = 0) -> list[float]:
         process.kill()
         process.join()
         gaps.append(time.monotonic() - begin)
-    run_once(context, config)
+    run_once(context, config, run)
     return gaps
 
 
 def digest(config) -> str:
-    """SHA-256 over the weights, the optimizer's state and the best model of a finished run."""
+    """SHA-256 over the weights, the optimizer's state and the best model (or adapter) of a finished run."""
+    weights = "adapter_model.safetensors" if config.lora else "model.safetensors"
     last = Path(config.out) / "checkpoints" / f"step-{config.steps}"
     found = hashlib.sha256()
-    for path in (Path(config.out) / "model.safetensors", last / "model.safetensors", last / "optimizer.pt"):
+    for path in (Path(config.out) / weights, last / weights, last / "optimizer.pt"):
         found.update(path.read_bytes())
     return found.hexdigest()

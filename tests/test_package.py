@@ -19,8 +19,8 @@ FLOORS = [  # from the ground up; a module imports from its own floor or below
         *("engine.config", "engine.device", "engine.model", "engine.generation", "engine.attention_maps"),
         *("engine.formats", "engine.parallel", "engine.executors"),
     ),
-    ("engine.data", "engine.training", "engine.serving"),
-    ("engine.server",),
+    ("engine.data", "engine.tasks", "engine.training", "engine.serving"),
+    ("engine.server", "engine.rl"),
     ("engine.cli", "bench"),
 ]
 STRANGERS = {("engine.training", "engine.serving"), ("tokenizer", "kernels")}  # on one floor, but never of each other
@@ -31,6 +31,7 @@ TORCHLESS = (
     "engine.serving.scheduling.page_pool",
     "engine.serving.scheduling.scheduler",
     "engine.cli.__init__",
+    "engine.tasks",
 )
 
 
@@ -117,7 +118,7 @@ def test_what_must_not_know_torch_does_not_import_it(name):
 def test_everything_runs_without_triton_and_without_the_extension():
     code = """
 import sys
-sys.modules["triton"] = sys.modules["warploom._native"] = None  # as if neither were installed
+sys.modules.update({"triton": None, "warploom._native": None, "warploom._tokenizer": None})  # as if not installed
 import torch
 from warploom import kernels
 from warploom.engine import ModelConfig, Transformer, generate
@@ -156,6 +157,24 @@ def test_root_exports_are_lazy():
     import warploom
 
     assert f'version = "{warploom.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("broken, whole", [("cpu", "_tokenizer"), ("tokenizer", "_native")])
+def test_extension_that_fails_leaves_the_other(tmp_path, broken, whole):
+    """A build that fails is said in a line of its own, and the other extension is there."""
+    for path in (ROOT / "csrc").rglob("*.hpp"):
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("cpu", "tokenizer"):
+        module = f"PYBIND11_MODULE({'_native' if name == 'cpu' else '_tokenizer'}, module) {{}}"
+        text = "#error broken" if name == broken else f"#include <pybind11/pybind11.h>\n{module}"
+        (tmp_path / "csrc" / name / "module.cpp").write_text(text)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "-b", "out"]
+    shown = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert [path.name.split(".")[0] for path in (tmp_path / "out" / "warploom").iterdir()] == [whole]
+    assert shown.stderr.count("could not be built") == 1
 
 
 def test_clang_compiles_the_extension_too():

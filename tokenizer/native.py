@@ -1,9 +1,10 @@
-"""The C++ extension, if there is one: how it is found, fed with a vocabulary, and given corpora.
+"""The C++ tokenizer, if there is one: how it is found, fed with a vocabulary, and given corpora.
 
 `WARPLOOM_NATIVE=0` in the environment, or an extension that was not built, leaves the pure-Python twin.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -22,14 +23,20 @@ _NO_TOKEN = 0xFFFFFFFF  # of a byte that is dropped
 
 
 def extension() -> ModuleType | None:
-    """The module `warploom._native`, or None where the twin is to be used."""
-    if os.environ.get("WARPLOOM_NATIVE", "1") == "0":
+    """The module `warploom._tokenizer`, or None where the twin is to be used."""
+    if os.environ.get("WARPLOOM_NATIVE") == "0":
         return None
     try:
-        from .. import _native
-    except ImportError:
+        from .. import _tokenizer
+    except ImportError as error:
+        warnings.warn(
+            f"warploom's C++ tokenizer is missing ({error}): its Python twin is some hundred times slower. "
+            "`warploom doctor` says how to get it; WARPLOOM_NATIVE=0 says that this is meant",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
-    return _native if hasattr(_native, "BPE16") else None
+    return _tokenizer
 
 
 def build_encoder(

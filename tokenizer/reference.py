@@ -140,7 +140,7 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 class PythonBPE:
-    """Encoding and decoding with a list of merges; what `warploom._native.BPE` does, in Python."""
+    """Encoding and decoding with a list of merges; what `warploom._tokenizer.BPE` does, in Python."""
 
     def __init__(
         self,

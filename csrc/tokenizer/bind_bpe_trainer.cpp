@@ -38,7 +38,7 @@ py::array_t<Symbol> learn(WordCounter& counter, uint64_t num_merges, const std::
 
 }  // namespace
 
-void bind_training(py::module_& module) {
+void bind_bpe_trainer(py::module_& module) {
     py::class_<WordCounter>(module, "WordCounter")
         .def(py::init([](const std::string& pattern, unsigned threads) { return WordCounter(pattern_of(pattern), threads); }))
         .def("add",

@@ -11,8 +11,6 @@ namespace py = pybind11;
 
 namespace warploom {
 
-void bind_training(py::module_& module);
-
 namespace {
 
 template <class T>
@@ -300,7 +298,6 @@ void bind_tokenizer(py::module_& module) {
     });
     module.def("instruction_set", &instruction_set);
     module.def("use_instruction_set", &use_instruction_set);
-    bind_training(module);
 }
 
 }  // namespace warploom

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import shutil
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = {  # what it is for, and how to get it
@@ -41,7 +42,7 @@ def run(argv: list[str]) -> int:
     _row("matrix format", str(pick_dtype(None, device)).removeprefix("torch."))
     if options.measure:
         _measure(device)
-    _native_row()
+    _extensions()
     _ops(device)
     _section("packages")
     for name, (purpose, how) in PACKAGES.items():
@@ -60,15 +61,18 @@ def _measure(device) -> None:
     _row("copy", f"{measured_copy_bytes(device) / 1e9:.1f} GB/s read plus written")
 
 
-def _native_row() -> None:
-    try:
-        from ... import _native
-
-        _row("C++ extension", _native.__file__)
-    except ImportError:
-        compiler = shutil.which("c++") or shutil.which("g++")
-        how = "reinstall warploom" if compiler else "install a C++ compiler (Debian: apt install g++), then reinstall"
-        _row("C++ extension", f"missing: the pure-Python twins run instead, slowly; {how}")
+def _extensions() -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    how = "reinstall warploom" if compiler else "install a C++ compiler (Debian: apt install g++), then reinstall"
+    for name, module, instead in (
+        ("C++ tokenizer", "_tokenizer", "its Python twin runs, some hundred times slower"),
+        ("C++ engine", "_native", "PyTorch runs alone"),
+    ):
+        try:
+            extension = import_module(f"...{module}", __package__)
+            _row(name, f"{extension.instruction_set()}, {extension.__file__}")
+        except ImportError as error:
+            _row(name, f"missing ({error}): {instead}; {how}")
 
 
 def _ops(device) -> None:

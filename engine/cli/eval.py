@@ -1,4 +1,4 @@
-"""Evaluate a model on a text. `warploom eval --model DIR --data DATASET_OR_FILE`."""
+"""Evaluate a model on a text, or at a task: `warploom eval DIR DATASET_OR_FILE`, `warploom eval DIR tasks:addition`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 import tyro
 
 from ..errors import InputError
+from ..tasks import PREFIX, open_task
 from .flags import parse
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Loss, perplexity and bits per byte of a model on a split of a dataset, or on a whole text file."""
+    """Loss, perplexity and bits per byte of a model on a split of a dataset, or on a whole text file; or the share of a
+    task's problems that it solves."""
 
     model: tyro.conf.Positional[str]
     """A model directory."""
     data: tyro.conf.Positional[str]
-    """A dataset directory made with the model's tokenizer, or a text file."""
+    """A dataset directory made with the model's tokenizer, a text file, or tasks:NAME (addition, sums, sorting,
+    reversal, brackets, dates, each with :LEVEL if wanted; reasoning-gym/NAME)."""
     split: str = "val"
     """Which split of a dataset directory."""
     context: int | None = None
@@ -27,7 +30,17 @@ class Flags:
     batch_size: int = 16
     """Windows at a time."""
     limit: int = 0
-    """Read only this many batches, spread evenly; 0 = everything."""
+    """Read only this many batches, spread evenly (0 = everything); of a task, so many problems (0 = 100)."""
+    samples: int = 1
+    """Of a task: answers a problem; more than one also give pass@k."""
+    choices: bool = False
+    """Of a task: choose the likeliest of a problem's choices instead of writing an answer."""
+    temperature: float = 1.0
+    """Of a task: divides the logits of answers; 0 = the likeliest token."""
+    max_tokens: int = 128
+    """Of a task: most tokens of an answer."""
+    seed: int = 0
+    """Of a task: another seed is other problems."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     dtype: str = "auto"
@@ -36,6 +49,8 @@ class Flags:
 
 def run(argv: list[str]) -> int:
     flags = parse(Flags, argv, "eval")
+    if flags.data.startswith(PREFIX):
+        return _evaluate_task(flags)
     from ..data import TokenData, write_token_data
     from ..data.sources import files
     from ..data.tokens import file_hash
@@ -62,4 +77,24 @@ def run(argv: list[str]) -> int:
         batches = validation_batches(split, flags.batch_size, context, flags.limit)
         found = evaluate(model, batches, token_bytes(tokenizer))
     print(f"{found} ({found.tokens:,} tokens)")
+    return 0
+
+
+def _evaluate_task(flags: Flags) -> int:
+    task = open_task(flags.data)
+    from ..rl.evaluate import evaluate_choices, evaluate_task
+    from ..serving.llm import LLM
+
+    problems = flags.limit or 100
+    llm = LLM(flags.model, device=flags.device, dtype=None if flags.dtype == "auto" else flags.dtype, max_batch=256)
+    if llm.tokenizer is None:
+        raise InputError(f"{flags.model} has no tokenizer.json, so no question can be put to it")
+    if flags.choices:
+        print(evaluate_choices(llm, task, problems, flags.seed))
+        return 0
+    options = {"temperature": flags.temperature, "max_tokens": flags.max_tokens, "seed": flags.seed}
+    found = evaluate_task(llm, task, problems, flags.samples, **options)
+    for example in found.examples:
+        print(f"{'right' if example['score'] >= 1 else 'wrong'}: {example['prompt']!r} → {example['answer']!r}")
+    print(found)
     return 0

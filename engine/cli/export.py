@@ -1,5 +1,6 @@
 """Write a model for other tools: `--to hf` (config.json + safetensors), `bin` (pytorch_model.bin), `gguf` (one file for
-llama.cpp and its relatives) or `tiktoken` (the tokenizer's rank file)."""
+llama.cpp and its relatives) or `tiktoken` (the tokenizer's rank file). An adapter is written as an adapter, or with
+`--merge` as the model that it makes of its base."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="number format (default: as stored); q8_0, eight bits, is for gguf alone"
     )
+    parser.add_argument("--merge", action="store_true", help="of an adapter: write its base with the adapter merged")
     options = parser.parse_args(argv)
     if options.dtype == "q8_0" and options.to != "gguf":
         raise InputError(f"dtype q8_0 is a format of gguf, not of {options.to}")
@@ -27,9 +29,16 @@ def run(argv: list[str]) -> int:
 
 
 def _write_directory(options: argparse.Namespace) -> None:
+    from ..formats.adapters import is_adapter
     from ..formats.families import architecture_of
-    from ..formats.model_directory import load_model, save_model
+    from ..formats.model_directory import copy_adapter, load_model, save_model
 
+    if options.merge and not is_adapter(options.model):
+        raise InputError(f"{options.model} is no adapter: there is nothing to merge")
+    if is_adapter(options.model) and not options.merge and options.to == "hf":
+        adapter = copy_adapter(options.model, options.out)
+        print(f"wrote {options.out}: an adapter of rank {adapter.config.rank} of {adapter.config.base}")
+        return
     model, tokenizer = load_model(options.model, device="cpu", dtype=options.dtype)
     save_model(model, options.out, tokenizer, weights="bin" if options.to == "bin" else "safetensors")
     kind = architecture_of(model.config)

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,8 @@ class Flags:
     """An OpenAI-compatible server for one model, with a playground page."""
 
     llm: LLMOptions
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=DIR: a LoRA adapter of the model, once for each; requests name it as their model. Many share one batch."""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 is every one this machine has."""
     port: int = 8000
@@ -52,6 +55,8 @@ def run(argv: list[str]) -> int:
         raise InputError(f"replicas must be at least 1, got {flags.replicas}")
     load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
     config, keys = named(flags), api_keys(flags)
+    if config.name in adapters(flags):
+        raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
     listener = listen(flags.host, flags.port)
     loader = Loader(flags)
     log_without_blocking()
@@ -84,7 +89,7 @@ class Loader:
 
     def __call__(self) -> Any:
         try:
-            return self.flags.llm.open()
+            return self.flags.llm.open(adapters(self.flags))
         except InputError as error:
             self.give_up(error)
             raise
@@ -110,7 +115,16 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
 
     options = replace(flags.llm, model=str(resolve_model(flags.llm.model).resolve()))
     gpus = (options.device or "auto").partition(":")[0] in ("auto", "cuda")
-    return create_front(options.open, config, keys, flags.replicas, gpus, loader.give_up)
+    return create_front(partial(options.open, adapters(flags)), config, keys, flags.replicas, gpus, loader.give_up)
+
+
+def adapters(flags: Flags) -> dict[str, str]:
+    """The directories of adapters by name."""
+    pairs = [given.partition("=") for given in flags.adapter]
+    for given, (name, _, directory) in zip(flags.adapter, pairs):
+        if not name or not directory:
+            raise InputError(f"adapter must be NAME=DIR, got {given!r}")
+    return {name: directory for name, _, directory in pairs}
 
 
 def named(flags: Flags) -> ServerConfig:

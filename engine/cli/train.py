@@ -33,8 +33,8 @@ class RunFlags(TrainConfig):
     """Options of a training run: data, budget, optimization."""
 
     data: tyro.conf.Positional[str]
-    """A dataset directory (`warploom data`), 'stdlib', or a file, folder or glob of texts or of conversations: JSON
-    lines of messages, also as ShareGPT, Alpaca, or prompt and completion."""
+    """A dataset directory (`warploom data`), 'stdlib', tasks:NAME (a task's solved problems), or a file, folder or glob
+    of texts or of conversations: JSON lines of messages, also as ShareGPT, Alpaca, or prompt and completion."""
     model: tyro.conf.Suppress[None] = None
     resume: bool = False
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a
@@ -101,7 +101,7 @@ def read(argv: list[str]) -> TrainConfig:
     settings = renamed_settings(_read_toml(given["config"])) if "config" in given else {}
     chosen = {**settings, **given}
     if chosen.get("resume"):
-        settings = {**_of_the_run_in(chosen.get("out", TrainConfig.out), chosen.get("preset")), **settings}
+        settings = {**saved_settings(chosen.get("out", TrainConfig.out), chosen.get("preset")), **settings}
     if any(name in chosen for name in BUDGETS):
         settings = {name: value for name, value in settings.items() if name in chosen or name not in BUDGETS}
     preset = given.get("preset") or settings.get("preset", TrainConfig.preset)
@@ -114,7 +114,7 @@ JSON_FIELDS = ("rope_scaling", "local_rope")
 OF_A_START = ("out", "device", "dp", "fsdp", "tp", "ep", "resume", "overwrite")  # may differ when a run goes on
 
 
-def _of_the_run_in(out: str, preset: str | None) -> dict[str, Any]:
+def saved_settings(out: str, preset: str | None) -> dict[str, Any]:
     """Return the settings that the run in `out` had when it last saved; no architecture if a preset names one."""
     states = Path(out, "checkpoints").glob("step-*/state.json")
     for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):

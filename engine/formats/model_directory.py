@@ -29,6 +29,7 @@ from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
+from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
@@ -126,7 +127,7 @@ def read_tokenizer(directory: str | os.PathLike) -> Any:
         return tokenizer
     config = load_config(directory)
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
+        return read_tokenizer(base_of(directory)) if is_adapter(directory) else None
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config, str(directory / "tokenizer.json"))
     return tokenizer
@@ -143,10 +144,41 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
 
 
 def load_config(directory: str | os.PathLike) -> ModelConfig:
-    """The architecture of a model directory or GGUF file, without its weights."""
+    """The architecture of a model directory or GGUF file, without its weights; an adapter's is that of its base."""
+    directory = base_of(resolve_model(directory, weights=False), weights=False)
     if is_gguf(directory):
         return GGUFFile(directory).config()
     return understand(_read_config(directory))
+
+
+def base_of(directory: Path, weights: bool = True) -> Path:
+    """Return the directory of the model that an adapter is for; of a model, itself."""
+    if not is_adapter(directory):
+        return directory
+    base = AdapterConfig.read(directory).base
+    near = directory / base  # PEFT means a path from where one stands; files that travel together mean this
+    try:
+        found = near if near.is_dir() else resolve_model(base, weights)
+    except InputError as error:
+        raise InputError(f"{directory} is an adapter, and its model is not here: {error}") from None
+    if is_adapter(found):
+        raise InputError(f"{directory} is an adapter of {found}, which is an adapter itself: merge that one first")
+    return found
+
+
+def kind_in(directory: str | os.PathLike) -> str:
+    """Which published architecture the tensors of a model directory or GGUF file are named by."""
+    directory = base_of(resolve_model(directory, weights=False), weights=False)
+    return GGUFFile(directory).config_values()["model_type"] if is_gguf(directory) else kind_of(_read_config(directory))
+
+
+def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = None) -> Adapter:
+    """The adapter in a directory, held against its model, or against the one it is to be used with."""
+    directory = resolve_model(directory)
+    if not is_adapter(directory):
+        raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
+    base = base_of(directory if base is None else Path(base), weights=False)
+    return Adapter(directory, load_config(base), kind_in(base))
 
 
 def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -165,8 +197,13 @@ def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
 def read_weights(
     directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """A model directory's weights under our names, one after the other: none is held when the next is read."""
+    """A model directory's weights under our names, one after the other: none is held when the next is read.
+
+    Of an adapter's directory, its base's with the adapter merged.
+    """
     directory = resolve_model(directory)
+    adapter = open_adapter(directory) if is_adapter(directory) else ()
+    directory = base_of(directory)
     if is_gguf(directory):
         file = GGUFFile(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -181,8 +218,11 @@ def read_weights(
         for piece in pieces(config, list(shapes), kind):
             stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
             kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
-            target = torch.empty(shapes[piece.ours], dtype=kept, device=device)
+            adapted = piece.ours in adapter
+            target = torch.empty(shapes[piece.ours], dtype=torch.float32 if adapted else kept, device=device)
             piece.fill(target, weights)
+            if adapted:
+                target = adapter.merged(piece.ours, target).to(kept)
             if not _finite(target):
                 raise InputError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
             yield piece.ours, target
@@ -199,6 +239,46 @@ def _finite(tensor: Tensor) -> bool:
 
 
 # Writing
+
+
+def write_adapter(
+    adapter: AdapterConfig,
+    config: ModelConfig,
+    kind: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: str | os.PathLike,
+    tokenizer: Any = None,
+) -> Path:
+    """Write an adapter that PEFT opens: factors by their published names, embedding and head by ours."""
+    directory = Path(directory)
+    published: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        named = pieces(config, [name], kind)[0].split(tensor) if name in WHOLE else ((name, tensor),)
+        published |= {PREFIX + theirs: part.to("cpu", torch.float32).contiguous() for theirs, part in named}
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        save_file(published, staging / TENSORS, metadata={"format": "pt"})
+        _write_json(staging / "generation_config.json", _text_bounds(tokenizer))
+        _write_json(staging / CONFIG, adapter.to_peft(_transposed(config, kind)))
+        shutil.copymode(staging / CONFIG, staging / TENSORS)
+    return directory
+
+
+def copy_adapter(source: Path, directory: Path) -> Adapter:
+    """Write the adapter of a directory, and nothing else that lies there, to another."""
+    adapter, tokenizer = open_adapter(source), read_tokenizer(source)
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        for name in (TENSORS, CONFIG):
+            shutil.copyfile(source / name, staging / name)
+    return adapter
+
+
+def _transposed(config: ModelConfig, kind: str) -> bool:
+    names = [weight.weight for weight in low_rank_weights(config, kind)]
+    return any(piece.transposed for piece in pieces(config, names, kind))
 
 
 def _published(
@@ -248,7 +328,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     """A staging directory whose files take their place in `directory` when the block ends well, or vanish.
 
     A new directory appears whole, by one rename. In an existing one each file is renamed over its predecessor,
-    config.json last, and weights of the former model are removed, so that two models never mix.
+    config.json last, and weights of the former model or adapter are removed, so that two never mix.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; a model is written to a directory")
@@ -263,9 +343,10 @@ def replacing(directory: Path) -> Iterator[Path]:
         written = sorted(os.listdir(staging), key=lambda name: name == "config.json")
         for name in written:
             os.replace(staging / name, directory / name)
-        for stale in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model.bin")]:
-            if stale.name not in written:
-                stale.unlink()
+        for pattern in ("model*.safetensors*", "pytorch_model.bin", "adapter_*", "config.json"):
+            for stale in directory.glob(pattern):
+                if stale.name not in written:
+                    stale.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -73,8 +73,9 @@ class ShardSpec:
     """The dimension that tensor parallelism cuts."""
     ep: int | None = None
     """The dimension that counts experts."""
-    stream: int = 0
-    """The dimension of size C, which neither of them touches (of a vector: its only one)."""
+    stream: int | None = 0
+    """The dimension of size C, which neither of them touches (of a vector: its only one), and FSDP cuts; None: whole
+    in every process, as an adapter's factors are."""
     parts: tuple[int, ...] = ()
     """Sizes of what is packed along dimension `tp`."""
 

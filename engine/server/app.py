@@ -101,14 +101,14 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=answers(schemas.ModelList), tags=["model"])
     async def models() -> Response:
-        """The model that is served."""
+        """The model that is served, and its adapters, each as a model."""
         return JSONResponse({"object": "list", "data": service.models()})
 
     @app.get("/v1/models/{model:path}", responses=answers(schemas.Model, 404), tags=["model"])
     async def model(model: str) -> Response:
-        """The model, by its name."""
-        service.check_model(model)
-        return JSONResponse(service.models()[0])
+        """The model, or one of its adapters, by its name."""
+        service.adapter_of(model)
+        return JSONResponse(next(each for each in service.models() if each["id"] == model))
 
     @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:

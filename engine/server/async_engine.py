@@ -243,6 +243,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         streaming: bool = False,
         salt: Any = None,
+        adapter: str | None = None,
         client: Any = None,
         party: Any = None,
         receive: Callable[[], Awaitable[dict]] | None = None,
@@ -268,7 +269,7 @@ class AsyncEngine:
         if receive is not None:
             flow.watch(receive)
         try:
-            await flow.wait_for(self._prepare(flow, asks, params, salt, client))
+            await flow.wait_for(self._prepare(flow, asks, params, {"salt": salt, "adapter": adapter}, client))
         except BaseException:
             flow.close()
             raise
@@ -289,9 +290,8 @@ class AsyncEngine:
         self._duration += 0.1 * (time.monotonic() - flow.arrival - self._duration)
 
     async def _prepare(
-        self, flow: RequestStream, asks: Any, params: SamplingParams | None, salt: Any, client: Any
+        self, flow: RequestStream, asks: Any, params: SamplingParams | None, options: dict[str, Any], client: Any
     ) -> None:
-        options = {"salt": salt}
         if params is not None and params.constrained:
             options["grammar"] = await self._compile(params, client)
         await self.offload(self._submit, flow, asks, options, client=client)

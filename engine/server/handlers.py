@@ -92,7 +92,7 @@ class Service:
 
     async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         """/tokenize."""
-        self.check_model(body.model)
+        self.adapter_of(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise errors.invalid("give either prompt or messages", "prompt")
         tokenized = await self.bridge.offload(self._tokenized, self.llm, body, client=client_of(request.scope))
@@ -105,7 +105,7 @@ class Service:
 
     async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         """/detokenize."""
-        self.check_model(body.model)
+        self.adapter_of(body.model)
         if self.llm.tokenizer is None:
             raise errors.invalid("this model has no tokenizer")
         decode = self.llm.tokenizer.decode
@@ -113,16 +113,25 @@ class Service:
         return json_response({"prompt": text})
 
     def models(self) -> list[dict[str, Any]]:
-        """/v1/models: the one there is."""
+        """/v1/models: the one there is, then its adapters."""
         longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
-        model = {"id": self.config.name, "object": "model", "created": self.started, "owned_by": "warploom"}
-        return [{**model, "max_model_len": longest}]
+        model = {"object": "model", "created": self.started, "owned_by": "warploom", "max_model_len": longest}
+        return [{"id": name, **model} for name in (self.config.name, *self.adapters)]
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served."""
-        if name not in (None, self.config.name):
-            message = f"the model {name!r} is not served here; there is {self.config.name!r}"
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of adapters, once they are loaded."""
+        return tuple(self.bridge.llm.adapters) if self.bridge.llm else ()
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a request's `model` names, if it is one; what is not served is refused."""
+        if name in (None, self.config.name):
+            return None
+        if name not in self.adapters:
+            served = ", ".join(map(repr, (self.config.name, *self.adapters)))
+            message = f"the model {name!r} is not served here; there is {served}"
             raise errors.APIError(404, message, param="model", code="model_not_found")
+        return name
 
     async def _submit(
         self,
@@ -133,14 +142,14 @@ class Service:
         model: str | None = None,
         streaming: bool = False,
     ) -> RequestStream:
-        self.check_model(model)
-        scope = request.scope
+        adapter, scope = self.adapter_of(model), request.scope
         return await self.bridge.submit(
             asks,
             count,
             params=params,
             streaming=streaming,
             salt=scope.get("salt"),
+            adapter=adapter,
             client=client_of(scope),
             party=scope.get("party"),
             receive=request.receive,
@@ -179,7 +188,7 @@ class Service:
         head = {
             "id": f"{kind}-{visit.id}",
             "created": int(time.time()),
-            "model": self.config.name,
+            "model": body.model or self.config.name,
             "system_fingerprint": FINGERPRINT,
         }
         return {**head, "usage": None} if body.include_usage else head

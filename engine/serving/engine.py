@@ -160,6 +160,7 @@ class Engine:
         priority: int = 0,
         deadline: float | None = None,
         salt: object = None,
+        adapter: str | None = None,
         grammar: Callable[[], object] | None = None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> Generation:
@@ -175,7 +176,8 @@ class Engine:
                 sequence = Sequence(list(tokens), len(tokens), params, _nth_seed(seed, index), limit)
                 ends = frozenset() if params.ignore_eos else self.eos
                 sequence.stop_tokens = frozenset(params.stop_token_ids) | ends
-                sequence.arrival, sequence.priority, sequence.salt = now, priority, salt
+                sequence.arrival, sequence.priority, sequence.adapter = now, priority, adapter
+                sequence.salt = salt if adapter is None else (adapter, salt)  # its keys and values are its own
                 sequence.deadline = None if deadline is None else now + deadline
                 sequence.grammar = grammar() if grammar else None
                 sequence.use_cache = params.prompt_logprobs is None

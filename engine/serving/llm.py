@@ -9,7 +9,7 @@ through the one engine, so calls from several threads share its batches.
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import nullcontext
 
@@ -20,15 +20,17 @@ from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..formats.gguf_reader import GGUFFile, is_gguf
-from ..formats.model_directory import load_model, read_model
+from ..formats.model_directory import base_of, load_model, read_model
 from ..formats.model_source import resolve_model
 from ..model import Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.int8_pages import TILE
 from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
-from .execution.model_runner import memory_for_pages
+from .execution.lora import ServedAdapters, open_adapters
+from .execution.model_runner import Runner, memory_for_pages
 from .execution.outlier_smoothing import has_tall_keys, is_supported
+from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
@@ -52,7 +54,9 @@ class LLM:
     ahead, `draft_model` a smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the
     speed, not the output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own
     where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request
-    gets may then depend, in the last bits, on its company.
+    gets may then depend, in the last bits, on its company. `adapters` are directories of LoRA adapters by name: each
+    request may name one, and one batch may hold many; layers then run one by one. A directory of one adapter that is
+    itself the `model` is merged, and costs nothing.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class LLM:
         prefix_cache: bool = True,
         tensor_parallel: int = 1,
         batch_invariant: bool = True,
+        adapters: Mapping[str, str | os.PathLike] | None = None,
     ):
         scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
         counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
@@ -86,6 +91,8 @@ class LLM:
             raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
         if tensor_parallel > 1 and quantize is not None:
             raise InputError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
+        if tensor_parallel > 1 and adapters:
+            raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
         model, draft_model = (
@@ -104,7 +111,9 @@ class LLM:
             team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group)
+            self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
+            self.adapters = open_adapters(adapters or {}, model)
             self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_workers()
@@ -124,7 +133,8 @@ class LLM:
             options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
             options |= {"max_batch": max_batch, "context": self.max_seq_len, "kv_dtype": cache_dtype}
             options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
-            runner = team.begin(models, options) if team else make_runner(models, **options)
+            served = ServedAdapters(self.adapters) if self.adapters else None
+            runner = team.begin(models, options) if team else make_runner(models, **options, adapters=served)
         self.model = runner.model
         guess = ngram_draft if ngram_draft_tokens else None if draft_model is None else model_draft
         scheduler = Scheduler(
@@ -161,27 +171,62 @@ class LLM:
         self.engine.stop()
         self.engine.runner.close()
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options) -> Generation:
-        """Ask for a generation without waiting; `options` are those of `Engine.submit`. For servers."""
+    def refresh(self) -> None:
+        """Serve the weights that the given `Transformer` has by now: pack them anew, forget cached prefixes."""
+        if not isinstance(self._source, Transformer) or not isinstance(self.engine.runner, Runner):
+            raise InputError("refresh needs an LLM of a Transformer, in one process and without draft_model")
+        self.engine.call(self._refresh)
+        self.model = self.engine.runner.model
+
+    def _refresh(self) -> None:
+        scheduler, runner = self.engine.scheduler, self.engine.runner
+        if not scheduler.idle:
+            raise InputError("refresh needs an engine at rest: requests under way began with the old weights")
+        where, dtype, quantize, batch_invariant = self._packing
+        model, _ = _open(self._source, None, where, dtype)
+        native_pages = runner.store.layers is not None
+        packing = quantize, False, batch_invariant, native_pages
+        runner.model, runner.head = serving_model(model, *packing, runner.adapters)
+        scheduler.pool.forget()
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None, **options
+    ) -> Generation:
+        """Ask for a generation without waiting, by the model or with an adapter; `options` are those of
+        `Engine.submit`. For servers."""
         params = params or SamplingParams()
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise InputError(f"adapter {adapter!r} is not loaded; loaded: {known}")
         if params.constrained and "grammar" not in options:
             options["grammar"] = self.grammars.compile(params)
-        return self.engine.submit(self.encode(prompt), params, **options)
+        return self.engine.submit(self.encode(prompt), params, adapter=adapter, **options)
 
     def generate(
-        self, prompts: Prompt | Items[Prompt], params: SamplingParams | Items[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Items[Prompt],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        adapter: str | Items[str | None] | None = None,
     ) -> Output | list[Output]:
-        """Continue prompts, together; one prompt gives one Output, a list gives a list in its order."""
+        """Continue prompts, together; one prompt gives one Output, a list gives a list in its order.
+
+        `params` and `adapter` are those of all prompts, or a list of one for each.
+        """
         if _is_prompt(prompts):
-            return self.submit(prompts, params).result()
+            return self.submit(prompts, params, adapter=adapter).result()
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise InputError(f"params has {len(each)} entries for {len(prompts)} prompts: give one, or one for each")
+        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        for name, given in (("params", each), ("adapter", names)):
+            if len(given) != len(prompts):
+                raise InputError(
+                    f"{name} has {len(given)} entries for {len(prompts)} prompts: give one, or one for each"
+                )
         generations = []
         try:
-            for index, (prompt, chosen) in enumerate(zip(prompts, each)):
+            for index, (prompt, chosen, name) in enumerate(zip(prompts, each, names)):
                 try:
-                    generations.append(self.submit(prompt, chosen))
+                    generations.append(self.submit(prompt, chosen, adapter=name))
                 except InputError as error:
                     raise InputError(f"prompts[{index}]: {error}") from None
             return [generation.result() for generation in generations]
@@ -189,13 +234,15 @@ class LLM:
             for generation in generations:
                 generation.cancel()
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[Piece]:
         """Pieces of the text as they become certain; joined, they are the text. Leaving the loop cancels."""
-        return iter(self.submit(prompt, params))
+        return iter(self.submit(prompt, params, adapter=adapter))
 
-    def chat(self, messages: list[dict], params: SamplingParams | None = None) -> Output:
+    def chat(self, messages: list[dict], params: SamplingParams | None = None, *, adapter: str | None = None) -> Output:
         """The next message of a conversation: [{"role": "user", "content": "…"}, …]."""
-        return self.submit(self.encode_chat(messages), params).result()
+        return self.submit(self.encode_chat(messages), params, adapter=adapter).result()
 
     def beam_search(
         self, prompt: Prompt, beam_width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
@@ -203,10 +250,10 @@ class LLM:
         """The most likely continuations found by keeping the best `beam_width` at every step, best first."""
         return beam_search(self.engine, self.encode(prompt), beam_width, max_tokens, length_penalty)
 
-    def score(self, texts: Prompt | Items[Prompt]) -> list:
-        """Log-probabilities of each text's tokens from the second on, by the model alone."""
-        one = _is_prompt(texts)
-        outputs = self.generate([texts] if one else texts, SamplingParams(max_tokens=0, prompt_logprobs=0))
+    def score(self, texts: Prompt | Items[Prompt], *, adapter: str | None = None) -> list:
+        """Log-probabilities of each text's tokens from the second on, by the model (and an adapter) alone."""
+        one, params = _is_prompt(texts), SamplingParams(max_tokens=0, prompt_logprobs=0)
+        outputs = self.generate([texts] if one else texts, params, adapter=adapter)
         scores = [[entry.logprob for entry in output.prompt_logprobs] for output in outputs]
         return scores[0] if one else scores
 
@@ -248,7 +295,7 @@ def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, obj
 
 def _stop_ids(model, tokenizer) -> frozenset[int]:
     """The ids that end a generation, by the tokenizer and by the model's own files."""
-    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(model)
+    named = frozenset() if isinstance(model, Transformer) else read_stop_ids(base_of(model))
     return named if tokenizer is None else named | tokenizer.stop_ids
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -48,8 +49,8 @@ class LLMOptions:
     prefix_cache: bool = True
     """Reuse what is already computed of a prompt's beginning."""
 
-    def open(self) -> LLM:
-        """Load the model."""
+    def open(self, adapters: Mapping[str, str] | None = None) -> LLM:
+        """Load the model, and adapters of it by name."""
         watched = gc.isenabled()
         gc.disable()  # PyTorch brings a quarter of a million objects to stay: a tenth of its import is looking among
         try:
@@ -59,4 +60,4 @@ class LLMOptions:
         finally:
             if watched:
                 gc.enable()
-        return LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, adapters=adapters)

@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +47,29 @@ class Progress:
     bad_steps: int = 0
     expert_load: tuple[float, float] | None = None
     """Least and most loaded expert, as multiples of an equal share."""
+
+    @property
+    def curve(self) -> float:
+        """The figure to watch, drawn over the steps."""
+        return self.loss
+
+    def line(self) -> str:
+        """The figures in a line of a log."""
+        return (
+            f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  norm {self.grad_norm:.2f}  "
+            f"{self.tokens_per_second:,.0f} tok/s  {self.utilization:.0%} of peak  {duration(self.seconds_left)} left"
+        )
+
+    def rows(self, curve: str, evaluation: Any) -> Iterator[tuple[str, str, str]]:
+        """The figures in rows of the live panel: (name, figure, remark)."""
+        yield "loss", f"[bold]{self.loss:.4f}[/]", curve
+        if evaluation is not None:
+            yield "validation", f"{evaluation.loss:.4f}", str(evaluation).split(", ", 1)[1]
+        yield "speed", f"{self.tokens_per_second:,.0f} tok/s", f"{self.utilization:.0%} of this machine's matmul"
+        yield "rate", f"{self.lr:.2e}", f"gradient norm {self.grad_norm:.2f}"
+        if self.expert_load:
+            yield "experts", f"{self.expert_load[0]:.2f}–{self.expert_load[1]:.2f}", "× equal share of tokens"
+        yield "memory", memory_in_use(), f"{self.tokens:,} tokens seen"
 
 
 class Callback:
@@ -90,10 +114,7 @@ class ConsoleLogger(Callback):
         if p.seconds < self.next and p.step != p.steps:
             return
         self.next = p.seconds + self.every_seconds
-        self.on_message(
-            f"step {p.step}/{p.steps}  loss {p.loss:.4f}  lr {p.lr:.2e}  norm {p.grad_norm:.2f}  "
-            f"{p.tokens_per_second:,.0f} tok/s  {p.utilization:.0%} of peak  {duration(p.seconds_left)} left"
-        )
+        self.on_message(p.line())
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.on_message(f"step {step}: validation {evaluation}")
@@ -113,13 +134,13 @@ class LivePanel(Callback):
         from rich.live import Live
 
         self.console = Console(stderr=True)
-        self.losses: list[float] = []
+        self.curve: list[float] = []
         self.last: Progress | None = None
         self.evaluation: Evaluation | None = None
         self.live = Live(console=self.console, get_renderable=self._draw, refresh_per_second=4)
 
     def on_step(self, progress: Progress) -> None:
-        self.losses.append(progress.loss)
+        self.curve.append(progress.curve)
         self.last = progress
         if not self.live.is_started:
             self.live.start()
@@ -150,14 +171,8 @@ class LivePanel(Callback):
         if p is None:
             return ""
         table = Table.grid(padding=(0, 2))
-        table.add_row("loss", f"[bold]{p.loss:.4f}[/]", sparkline(self.losses, 40))
-        if self.evaluation is not None:
-            table.add_row("validation", f"{self.evaluation.loss:.4f}", str(self.evaluation).split(", ", 1)[1])
-        table.add_row("speed", f"{p.tokens_per_second:,.0f} tok/s", f"{p.utilization:.0%} of this machine's matmul")
-        table.add_row("rate", f"{p.lr:.2e}", f"gradient norm {p.grad_norm:.2f}")
-        if p.expert_load:
-            table.add_row("experts", f"{p.expert_load[0]:.2f}–{p.expert_load[1]:.2f}", "× equal share of tokens")
-        table.add_row("memory", memory_in_use(), f"{p.tokens:,} tokens seen")
+        for row in p.rows(sparkline(self.curve, 40), self.evaluation):
+            table.add_row(*row)
         table.add_row("time", duration(p.seconds), f"{duration(p.seconds_left)} left")
         table.add_row("", "", ProgressBar(total=p.steps, completed=p.step, width=40))
         return Panel(table, title=f"step {p.step} of {p.steps}", width=88)
@@ -213,7 +228,7 @@ class JsonLog(Callback):
             self._write({key: _short(value) for key, value in asdict(progress).items() if value is not None})
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._write({"step": step, "val_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte})
+        self._write({"step": step, **evaluation.figures()})
 
     def on_end(self) -> None:
         self.file.close()
@@ -262,11 +277,14 @@ class TensorBoard(Callback):
         self.writer = SummaryWriter(str(directory / "tensorboard"))
 
     def on_step(self, progress: Progress) -> None:
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "utilization"):
-            self.writer.add_scalar(name, getattr(progress, name), progress.step)
+        for name, value in asdict(progress).items():
+            if isinstance(value, float) and name not in ("seconds", "seconds_left"):
+                self.writer.add_scalar(name, value, progress.step)
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self.writer.add_scalar("val_loss", evaluation.loss, step)
+        for name, value in evaluation.figures().items():
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
 
     def on_end(self) -> None:
         self.writer.close()
@@ -287,7 +305,7 @@ class Wandb(Callback):
         self.run.log({key: value for key, value in asdict(progress).items() if value is not None}, step=progress.step)
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self.run.log({"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}, step=step)
+        self.run.log(evaluation.figures(), step=step)
 
     def on_end(self) -> None:
         self.run.finish()

@@ -35,6 +35,19 @@ class TrainConfig:
     splits: tuple[float, ...] = (0.9, 0.1)
     """For raw text and conversations: shares of train, validation and test."""
 
+    lora: int | None = None
+    """Train an adapter of this rank instead of the weights of init_from (LoRA); out becomes a directory that PEFT
+    opens."""
+    lora_alpha: float | None = None
+    """The adapter's change is multiplied by alpha / rank; None = twice the rank."""
+    lora_rslora: bool = False
+    """Divide by the root of the rank instead."""
+    lora_targets: tuple[str, ...] = ()
+    """Last parts of the published names of the layers to adapt, such as q_proj v_proj; none = all linear layers of the
+    blocks, but routers and experts."""
+    lora_embeddings: bool = False
+    """Also train the embedding and the head, whole (PEFT's modules_to_save)."""
+
     steps: int | None = None
     """Optimizer steps. With none of steps, epochs, tokens, minutes: 1000."""
     epochs: float | None = None
@@ -142,6 +155,13 @@ class TrainConfig:
             self.batch_size % (self.grad_accum_steps or 1) == 0,
             f"batch_size={self.batch_size} must be a multiple of grad_accum_steps={self.grad_accum_steps}",
         )
+        _require(
+            self.lora is None or self.init_from is not None,
+            f"lora={self.lora} needs init_from (--from): an adapter belongs to a model",
+        )
+        _require(self.lora is None or self.tp == 1, f"lora={self.lora} cannot be cut by tp={self.tp}: use fsdp or dp")
+        given = [name for name in LORA[1:] if getattr(self, name)]
+        _require(self.lora is not None or not given, f"{', '.join(given)} is for an adapter: give lora, its rank")
         _require(not (self.resume and self.overwrite), "give one of resume and overwrite, not both")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -152,11 +172,12 @@ class TrainConfig:
 
 
 BUDGETS = ("steps", "epochs", "tokens", "minutes")
+LORA = ("lora", "lora_alpha", "lora_rslora", "lora_targets", "lora_embeddings")
 RANGES = {
     "more than 0": (
         lambda x: x > 0,
         (*BUDGETS, "batch_size", "context", "stride", "lr", "dp", "fsdp", "tp", "ep", "keep_last", "log_every",
-         "max_nonfinite_steps"),
+         "max_nonfinite_steps", "lora", "lora_alpha"),
     ),
     "at least 0": (
         lambda x: x >= 0, ("grad_accum_steps", "num_workers", "min_lr", "warmup", "weight_decay", "eps",

@@ -38,6 +38,10 @@ class Evaluation:
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
+    def figures(self) -> dict[str, float | None]:
+        """The figures by name, as logs have them."""
+        return {"val_loss": self.loss, "bits_per_byte": self.bits_per_byte}
+
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits}"

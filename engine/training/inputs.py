@@ -12,11 +12,14 @@ from typing import Any
 from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
 from ..data.conversations import open_conversations, write_conversations
+from ..data.corpus import Corpus
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
-from ..formats.model_directory import check_vocabulary, load_config
+from ..formats.model_directory import base_of, check_vocabulary, load_config
 from ..formats.model_source import resolve_model
+from ..tasks import PREFIX as TASKS
+from ..tasks import GeneratedTask, open_task
 from .config import TrainConfig
 
 
@@ -40,7 +43,7 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     if config.init_from:
         start = resolve_model(config.init_from, weights=False)
         _check_same_tokenizer(start, data)
-        tokenizer.special.stops |= read_stop_ids(start)
+        tokenizer.special.stops |= read_stop_ids(base_of(start))
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
         raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
@@ -88,8 +91,9 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
         if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
             raise InputError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
         return data
-    chats = None if config.data == "stdlib" else open_conversations(config.data)
-    corpus = chats or (stdlib() if config.data == "stdlib" else files([config.data]))
+    made_here = config.data == "stdlib" or config.data.startswith(TASKS)
+    chats = None if made_here else open_conversations(config.data)
+    corpus = chats or _corpus(config.data)
     text = chats.texts() if chats else text_of(corpus, 0, config.splits)
     tokenizer = open_tokenizer(config, text, note)
     note(f"tokenizing {corpus.name} …")
@@ -100,6 +104,16 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
     note(f"tokens: {sizes}{_learned_share(data)}")
     return data
+
+
+def _corpus(source: str) -> Corpus:
+    """The documents that `data` names: the standard library, a task's solved problems, or those of files."""
+    if source.startswith(TASKS):
+        task = open_task(source)
+        if not isinstance(task, GeneratedTask):
+            raise InputError(f"data={source} has no solved problems to learn from; a built-in task has")
+        return task.corpus()
+    return stdlib() if source == "stdlib" else files([source])
 
 
 def _learned_share(data: TokenData) -> str:

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..formats.model_directory import read_weights, write_model
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard_specs
 
@@ -37,6 +40,10 @@ class Masters:
         for p, master in zip(self._rounded, self.named.values()):
             p.register_post_accumulate_grad_hook(_collector(master))
 
+    def made_from(self, name: str) -> list[str]:
+        """The masters whose gradients come from that of the model's parameter of this name."""
+        return [name]
+
     @property
     def separate(self) -> bool:
         return self.dtype != torch.float32
@@ -53,6 +60,14 @@ class Masters:
         for name, master in self.named.items():
             master.copy_(weights[name])
         self.copy_to_model()
+
+    def write(self, directory: Path, weights: Iterable[tuple[str, Tensor]], tokenizer: Any) -> None:
+        """A directory of (copies of) the masters by name, as others open it: a model."""
+        write_model(self.model.config, weights, torch.float32, directory, tokenizer)
+
+    def read(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
+        """What `write` wrote, by name."""
+        return read_weights(directory)
 
     def zero_grad(self) -> None:
         for master in self.named.values():

@@ -46,7 +46,8 @@ def describe(run: RunState) -> dict[str, Any]:
     return {
         "config": run.config.to_dict(),
         "model": run.inputs.model.to_dict(),
-        "parameters": sum(shape.numel() for shape in run.shards.shapes.values()),
+        "parameters": run.shards.parameters,
+        "trained_parameters": run.trained_parameters,
         "dtype": str(run.dtype).removeprefix("torch."),
         "processes": run.mesh.axes,
         "steps": run.steps,
@@ -83,6 +84,7 @@ def _markdown(run: dict[str, Any]) -> str:
     bits = result.get("bits_per_byte")
     rows = [
         ("model", f"{run['parameters']:,} parameters, {model['n_layers']} layers, width {model['d_model']}"),
+        ("trained", f"{run['trained_parameters']:,} parameters"),
         (
             "data",
             f"{run['data']['source']}: {run['data']['train_tokens']:,} tokens, {run['data']['train_sha256'][:16]}…",

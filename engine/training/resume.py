@@ -12,8 +12,8 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import InputError
-from ..formats.model_directory import read_weights, write_model
 from .checkpoint import Checkpoints, load_tensors, restore_rng_state, rng_state, saving, snapshot
+from .config import LORA
 from .distributed.dcp import FOLDER, read_shards
 from .distributed.sharded_state import full_weights, map_optimizer, state_blocks, state_parts, whole_state
 from .evaluate import Evaluation
@@ -47,10 +47,10 @@ def save_run(run: RunState, checkpoints: Checkpoints) -> None:
         return
     weights = snapshot({name: p.detach() for name, p in run.masters.named.items()})
     tensors = {"optimizer": snapshot(moments), "scheduler": {**scheduler, "average": snapshot(average)}}
-    config, tokenizer = run.model.config, run.inputs.tokenizer
+    masters, tokenizer = run.masters, run.inputs.tokenizer
 
     def write_copies(directory: Path) -> None:
-        write_model(config, weights.items(), torch.float32, directory, tokenizer)
+        masters.write(directory, weights.items(), tokenizer)
 
     checkpoints.save(run.step, tensors, state, write_model=write_copies)
 
@@ -62,7 +62,7 @@ def write_weights(run: RunState, out: Path) -> None:
         collections.deque(weights, maxlen=0)  # takes part in gathering each, keeps none
         return
     with saving(f"the model to {out}", out, "resume goes on from the last checkpoint"):
-        write_model(run.model.config, weights, torch.float32, out, run.inputs.tokenizer)
+        run.masters.write(out, weights, run.inputs.tokenizer)
 
 
 def resume_run(run: RunState, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
@@ -99,7 +99,7 @@ def _load_state(run: RunState, directory: Path) -> None:
     if (directory / FOLDER).is_dir():
         read_shards(directory, state_blocks(shards, parts))
     else:
-        for key, name, whole in whole_state(masters, run.optimizer, moments, average, read_weights(directory)):
+        for key, name, whole in whole_state(masters, run.optimizer, moments, average, masters.read(directory)):
             parts[key, name].copy_(shards.shard(name, whole))
             del whole
     masters.copy_to_model()
@@ -116,7 +116,7 @@ def _check_same_run(run: RunState, directory: Path, before: dict[str, Any]) -> N
                 f"{directory} was trained with {field}={value!r}, but this run asks for "
                 f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
             )
-    if before["config"]["optimizer"] != run.config.optimizer:
-        raise InputError(
-            f"{directory} was trained with optimizer={before['config']['optimizer']!r}, not {run.config.optimizer!r}"
-        )
+    for name in ("optimizer", *LORA):
+        then, asked = before["config"].get(name), now["config"][name]
+        if name in before["config"] and (tuple(then) if isinstance(then, list) else then) != asked:
+            raise InputError(f"{directory} was trained with {name}={then!r}, not {asked!r}")

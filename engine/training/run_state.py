@@ -59,6 +59,11 @@ class RunState:
         return self.mesh.device
 
     @property
+    def trained_parameters(self) -> int:
+        """How many numbers are learned: all of the model's, or an adapter's."""
+        return sum(self.shards.shapes[name].numel() for name in self.masters.named)
+
+    @property
     def micro_batch_rows(self) -> int:
         """Rows of a micro-batch over all processes."""
         return self.config.batch_size // self.grad_accum_steps

@@ -19,7 +19,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from .distributed.grad_buckets import GradReducer
 from .distributed.mesh import ProcessMesh, local_device, make_masters
 from .evaluate import evaluate, losses, token_bytes, validation_batches, validation_split, write_sample
 from .inputs import RunInputs, prepare
+from .lora import LoraMasters
 from .mixed_precision import EMA, LossScale
 from .optim import clip_grad_norm, make_optimizer
 from .report import describe, write_card
@@ -59,6 +60,8 @@ def train(config: TrainConfig, callbacks: Iterable[Callback] = ()) -> TrainResul
 class Trainer:
     """The loop over a `RunState`."""
 
+    result: TrainResult
+
     def __init__(self, config: TrainConfig, callbacks: list[Callback]) -> None:
         device = local_device(config.device)
         dtype = pick_dtype(config.dtype, device)
@@ -74,8 +77,8 @@ class Trainer:
                 self._prepare_out(again)
             elif self.mesh.is_sharded and not self.out.is_dir():
                 raise InputError(f"out={self.out} is not there on this machine: all must see the folder they write to")
-            inputs = prepare(config, self.note, reuse=again or not self.mesh.is_main)
-        self.loader, self.state = start(config, inputs, self.mesh, dtype)
+            inputs = self._open_inputs(reuse=again or not self.mesh.is_main)
+        self.loader, self.state = self._start(inputs, dtype)
         self.reducer = GradReducer(self.mesh, self.state.masters)
         self.bytes_of = token_bytes(inputs.tokenizer)
         self.told_to_stop: str | None = None
@@ -91,6 +94,12 @@ class Trainer:
         self.callbacks = self._all_callbacks()
 
     # Setting up
+
+    def _open_inputs(self, reuse: bool) -> RunInputs:
+        return prepare(self.config, self.note, reuse)
+
+    def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Any, RunState]:
+        return start(self.config, inputs, self.mesh, dtype)
 
     def _prepare_out(self, again: bool) -> None:
         config = self.config
@@ -120,25 +129,31 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train until the budget is used or a signal arrives."""
+        for _ in self.steps():
+            pass
+        return self.result
+
+    def steps(self) -> Iterator[Any]:
+        """The run step by step: the figures of each. `result` is there at the end."""
         state = self.state
         self.tell("on_start", describe(state))
         self.began = time.perf_counter() - state.seconds
-        batches = prefetch(self.loader, state.step, state.device, self.config.num_workers)
+        batches = self._batches()
         try:
             while state.step < state.steps and not self.stop_signal:
                 tick = time.perf_counter()
-                progress = self.one_step(next(batches))
+                figures = self.one_step(next(batches))
                 self.step_seconds.append(time.perf_counter() - tick)
                 self._fit_to_budget()
-                self._report(*progress)
+                progress = self._report(*figures)
                 self._run_periodic()
                 if len(self.step_seconds) == 1:
                     gc.collect()
                     gc.freeze()  # what exists now lives as long as the run: no need to search it for garbage
+                yield progress
             state.seconds = time.perf_counter() - self.began
-            result = self._finish()
+            self.result = self._finish()
             self.mesh.destroy()
-            return result
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError(self._how_to_shrink()) from error
         except RuntimeError as error:
@@ -154,6 +169,9 @@ class Trainer:
                 self.tell("on_end")
                 unlock_run(self.lock)
 
+    def _batches(self) -> Iterator[Any]:
+        return prefetch(self.loader, self.state.step, self.state.device, self.config.num_workers)
+
     def _how_to_shrink(self) -> str:
         config, state = self.config, self.state
         rows = state.micro_batch_rows
@@ -167,7 +185,14 @@ class Trainer:
         """One optimizer step: (loss, gradient norm, learning rate, least and most loaded expert)."""
         state = self.state
         _seed(state.device, self.config.seed, state.step, self.mesh.dp_rank)  # dropout is a function of the step
-        loss, load = self.accumulate(batch)
+        figures = self._update(*self.accumulate(batch))
+        state.step += 1
+        state.tokens += batch.tokens_BT.numel()
+        return figures
+
+    def _update(self, loss: Tensor, load: list[Tensor]) -> tuple[float, float, float, tuple[float, ...]]:
+        """Step the optimizer by the gradients that have been accumulated."""
+        state = self.state
         parameters = list(state.masters.named.values())
         self.reducer.wait()
         state.loss_scale.unscale(parameters)
@@ -184,8 +209,6 @@ class Trainer:
             state.ema.update()
         state.masters.zero_grad()
         self._check_finite(finite, loss, norm)
-        state.step += 1
-        state.tokens += batch.tokens_BT.numel()
         return loss, norm, lr, tuple(load)
 
     def accumulate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -304,7 +327,7 @@ class Trainer:
         state.samples.append({"step": state.step, "prompt": before, "text": text})
         self.tell("on_sample", state.step, before, text)
 
-    def _report(self, loss: float, norm: float, lr: float, load: tuple[float, ...]) -> None:
+    def _report(self, loss: float, norm: float, lr: float, load: tuple[float, ...]) -> Progress:
         state, pace = self.state, sum(self.step_seconds) / len(self.step_seconds)
         speed = self.config.batch_size * state.context / pace
         self.speed, self.utilization = speed, speed * self.flops_per_token / (self.peak * self.mesh.size)
@@ -315,6 +338,7 @@ class Trainer:
             bad_steps=state.bad_steps, expert_load=load or None,
         )  # fmt: skip
         self.tell("on_step", progress)
+        return progress
 
     @functools.cached_property
     def peak(self) -> float:
@@ -349,8 +373,11 @@ class Trainer:
             stopped_by=self.stop_signal,
         )
         if self.mesh.is_main:
-            write_card(self.out, describe(state), result, self.utilization, state.samples)
+            self._write_card(result)
         return result
+
+    def _write_card(self, result: TrainResult) -> None:
+        write_card(self.out, describe(self.state), result, self.utilization, self.state.samples)
 
     def tell(self, event: str, *details: Any) -> None:
         """Report an event to every callback."""
@@ -366,14 +393,26 @@ def start(config: TrainConfig, inputs: RunInputs, mesh: ProcessMesh, dtype: torc
     context = config.context or inputs.model.max_seq_len
     split = inputs.data.split("train")
     loader = open_loader(config.order, split, config.batch_size, context, config.seed, config.stride)
+    return loader, first_state(config, inputs, split, context, mesh, dtype, count_steps(config, loader))
+
+
+def first_state(
+    config: TrainConfig,
+    inputs: RunInputs,
+    split: Any,
+    context: int,
+    mesh: ProcessMesh,
+    dtype: torch.dtype,
+    steps: int,
+) -> RunState:
+    """The state of a run before the first step."""
     model, shards = build_model(config, inputs.model, mesh, dtype)
-    masters = make_masters(model, dtype, mesh)
-    state = RunState(
-        config, inputs, split, context, mesh, dtype, shards, count_steps(config, loader), config.grad_accum_steps or 1,
+    masters = LoraMasters(model, dtype, shards, config) if config.lora else make_masters(model, dtype, mesh)
+    return RunState(
+        config, inputs, split, context, mesh, dtype, shards, steps, config.grad_accum_steps or 1,
         model, masters, EMA(masters, config.ema),
         make_optimizer(config, masters.named, dtype, shards.with_full_matrix), LossScale(dtype),
     )  # fmt: skip
-    return loader, state
 
 
 def count_steps(config: TrainConfig, loader: Loader) -> int:

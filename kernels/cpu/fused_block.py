@@ -95,7 +95,8 @@ class _NormQkvRope(torch.autograd.Function):
         partial, d_norm = _room_for_norm(B * T, C)
         arrived = [x.contiguous() for x in upstream]
         _native.NormQkvRope(*ctx.numbers, *kept).backward(*arrived, d_stream, d_heads, normed, partial, d_norm)
-        return d_stream, d_stream, d_norm, None, torch.mm(d_heads.t(), normed), None, None, None, None
+        d_qkv = torch.mm(d_heads.t(), normed) if ctx.needs_input_grad[4] else None  # frozen under an adapter
+        return d_stream, d_stream, d_norm, None, d_qkv, None, None, None, None
 
 
 class _OutProjMlp(torch.autograd.Function):
@@ -125,9 +126,11 @@ class _OutProjMlp(torch.autograd.Function):
         _native.OutProjMlp(ctx.eps, *kept).backward(
             d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm
         )
-        d_output = torch.mm(d_stream.view(N, C).t(), gathered.view(N, J))
-        d_down = torch.mm(d_delta.view(N, C).t(), middle)
-        return d_gathered, d_stream, d_output, d_norm, None, torch.mm(d_both.t(), normed), d_down
+        _, _, output, _, _, gate_up, down = ctx.needs_input_grad
+        d_output = torch.mm(d_stream.view(N, C).t(), gathered.view(N, J)) if output else None
+        d_gate_up = torch.mm(d_both.t(), normed) if gate_up else None
+        d_down = torch.mm(d_delta.view(N, C).t(), middle) if down else None
+        return d_gathered, d_stream, d_output, d_norm, None, d_gate_up, d_down
 
 
 def _room_for_norm(rows: int, C: int) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,9 @@ from pathlib import Path
 import torch
 
 from ..core.launch import as_rows, is_real
+from .extension import native as _native
 
-try:
-    from ... import _native
-except ImportError:
-    _native = None
-
-HAS_PASSES = hasattr(_native, "borrow_team") and os.environ.get("WARPLOOM_NATIVE") != "0"
+HAS_PASSES = _native is not None
 FORMATS = torch.float32, torch.bfloat16
 GATES = {"silu": 0, "gelu": 1, "relu": 2, "relu2": 3}
 CHUNK = 64  # rows a partial sum: NormBackward::kChunk

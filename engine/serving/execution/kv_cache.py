@@ -7,7 +7,6 @@ narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a 
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,17 +15,13 @@ import torch
 from torch import Tensor
 
 from .... import kernels
+from ....kernels.cpu.extension import native as _native
 from ...errors import InputError
 from .int8_pages import TILE, Int8Attend, tile_bytes
 from .sinks import SinkAttend
 
-try:
-    from .... import _native
-except ImportError:  # the extension is optional
-    _native = None
-
 PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
-HAS_NATIVE = hasattr(_native, "attend_pages") and os.environ.get("WARPLOOM_NATIVE") != "0"
+HAS_NATIVE = _native is not None
 
 
 class PagedKVCache:

@@ -18,7 +18,7 @@ T tokens of the step, N chunks, R sampled positions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from itertools import accumulate, chain, pairwise
 
 import numpy as np
@@ -27,14 +27,18 @@ from torch import Tensor
 
 from ...memory import PeakMemory, available_memory
 from ...model import Linear, Transformer
-from ..scheduling.step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
+from ..scheduling.step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult, TokenLogprob
 from . import cuda_graphs
 from .cuda_graphs import DecodeGraphs
 from .kv_cache import PagedKVCache, to_device, to_host
+from .lora import ServedAdapters
 from .sampler import Logprobs, RowSettings, penalize
-from .serving_model import Head, Int8Linear, NativeTransformer
+from .serving_model import Head, Int8Linear, NativeTransformer, deterministic_min_rows
 
 SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
+
+
+ReadLogprobs = Callable[[], tuple[TokenLogprob, ...]]
 
 
 @dataclass(slots=True)
@@ -45,8 +49,8 @@ class InFlightStep:
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
     draft_accepted: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
     spans: list[range]  # of R, for each chunk
-    logprobs: dict[int, list[Logprobs]]  # by chunk
-    prompt_logprobs: dict[int, list[Logprobs]]
+    logprobs: dict[int, list[ReadLogprobs]]  # by chunk
+    prompt_logprobs: dict[int, list[ReadLogprobs]]
 
 
 class Runner:
@@ -55,9 +59,17 @@ class Runner:
     alive = True
 
     def __init__(
-        self, model, store: PagedKVCache, *, max_batch: int, context: int, head: Head, batch_invariant: bool = True
+        self,
+        model,
+        store: PagedKVCache,
+        *,
+        max_batch: int,
+        context: int,
+        head: Head,
+        batch_invariant: bool = True,
+        adapters: ServedAdapters | None = None,
     ):
-        self.model, self.store = model, store
+        self.model, self.store, self.adapters = model, store, adapters
         self.head = head
         self.device = model.device
         self.settings = RowSettings(max_batch, self.device)
@@ -73,7 +85,8 @@ class Runner:
         self.least_samples = least if head.needs_padding else 1
 
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and type(model) is Transformer and cuda_graphs.enabled():
+        recordable = self.device.type == "cuda" and type(model) is Transformer and adapters is None
+        if recordable and cuda_graphs.enabled():
             self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], cuda_graphs.record_cuda())
 
     def close(self) -> None:
@@ -110,7 +123,7 @@ class Runner:
             if grammar is not None and tokens:
                 grammar.accept(tokens[0])
             reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(ChunkResult(tokens, *(tuple(chain(*(part.read() for part in each))) for each in reports)))
+            results.append(ChunkResult(tokens, *(tuple(chain(*(read() for read in each))) for each in reports)))
         return StepResult(tuple(results))
 
     def _admit(self, admission: NewRow) -> None:
@@ -138,6 +151,8 @@ class Runner:
         if UNKNOWN in tokens[:T]:
             tokens_T[:T] = torch.where(tokens_T[:T] == UNKNOWN, self.tokens[where].long(), tokens_T[:T])
         self._record_tokens(*where, tokens_T[:T])
+        if self.adapters is not None:
+            self.adapters.begin_step([self.rows[row].adapter for row in rows], counts, self.device)
         return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
 
     def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> InFlightStep:
@@ -196,11 +211,19 @@ class Runner:
         return logits_RV
 
     def _describe(self, flight: InFlightStep, logits_RV: Tensor, sampled_R: Tensor) -> None:
-        for index, (chunk, span) in enumerate(zip(flight.plan.chunks, flight.spans)):
-            top = self.settings.params[chunk.row].logprobs
-            if chunk.sampled and top is not None:
-                rows = slice(span.start, span.stop)
-                flight.logprobs[index] = [Logprobs(logits_RV[rows], sampled_R[rows], top)]
+        """Log-probabilities of the sampled tokens, in one pass over the rows of all chunks that ask for them."""
+        tops = [self.settings.params[chunk.row].logprobs for chunk in flight.plan.chunks]
+        asked = [i for i, (span, top) in enumerate(zip(flight.spans, tops)) if span and top is not None]
+        if not asked:
+            return
+        if len(asked) < sum(map(bool, flight.spans)):
+            (places,) = self._to_device(np.concatenate([flight.spans[i] for i in asked]))
+            logits_RV, sampled_R = logits_RV[places], sampled_R[places]
+        found, first = Logprobs(logits_RV, sampled_R, max(tops[i] for i in asked)), 0
+        for i in asked:
+            last = first + len(flight.spans[i])
+            flight.logprobs[i] = [partial(found.read, first, last, tops[i])]
+            first = last
 
     def _score_prompts(self, flight: InFlightStep, hidden_TC: Tensor, ends: list[int]) -> None:
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
@@ -211,7 +234,7 @@ class Runner:
             places = np.arange(count) + end - len(chunk.tokens)
             targets = self.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count].long()
             flight.prompt_logprobs[index] = [
-                Logprobs(self._logits(hidden_TC, places[part]), targets[part], top)
+                Logprobs(self._logits(hidden_TC, places[part]), targets[part], top).read
                 for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
             ]
 
@@ -224,16 +247,6 @@ class Runner:
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)
-
-
-@cache
-def deterministic_min_rows(dtype: torch.dtype) -> int:
-    """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
-    generator = torch.Generator().manual_seed(0)
-    x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))
-    whole = x @ weights.T
-    differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
-    return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)
 
 
 def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:

@@ -9,6 +9,8 @@ depends on the request alone. Log-probabilities are the model's own: of the logi
 R rows that sample, V vocabulary.
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -79,12 +81,22 @@ class Logprobs:
 
     def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
-        chosen_R = logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]
-        best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
-        chosen_R, best_RK = (x.nan_to_num(nan=IMPOSSIBLE, neginf=IMPOSSIBLE) for x in (chosen_R, best.values))
-        self._columns = [to_host(column) for column in (tokens_R, chosen_R, best.indices, best_RK)]
+        self._columns = [to_host(tokens_R), to_host(_possible(logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]))]
+        if top:
+            best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
+            self._columns += [to_host(best.indices), to_host(_possible(best.values))]
 
-    def read(self) -> tuple[TokenLogprob, ...]:
-        """One entry a row; waits for the device."""
-        rows = zip(*(column() for column in self._columns))
-        return tuple(TokenLogprob(token, value, tuple(zip(ids, values))) for token, value, ids, values in rows)
+    @cached_property
+    def _rows(self) -> list[tuple]:
+        return list(zip(*(column() for column in self._columns)))
+
+    def read(self, first: int = 0, last: int | None = None, top: int | None = None) -> tuple[TokenLogprob, ...]:
+        """One entry for each of these rows, with so many of the most likely tokens; waits for the device."""
+        return tuple(
+            TokenLogprob(token, value, tuple(zip(*(column[:top] for column in best))))
+            for token, value, *best in self._rows[first:last]
+        )
+
+
+def _possible(logprobs: Tensor) -> Tensor:
+    return logprobs.nan_to_num(nan=IMPOSSIBLE, neginf=IMPOSSIBLE)

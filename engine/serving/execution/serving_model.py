@@ -14,8 +14,11 @@ and each expert's. On a GPU the twin is `gpu_model.py`'s. Without the extension 
 8-bit layers are `kernels.int8_linear`, which rounds weights alone.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .... import kernels
 from ....kernels.moe import route
@@ -26,6 +29,7 @@ from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
 from ..scheme import INT8, MATRICES, Scheme, scheme_of
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
+from .lora import ServedAdapters
 from .native_matrix import native_matrix
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
@@ -72,6 +76,36 @@ class NativeLinear(nn.Module):
         y = torch.empty(*x.shape[:-1], self.outputs)
         self.matrix.multiply(rows, y)
         return y.to(x.dtype)
+
+
+class PaddedLinear(nn.Module):
+    """A linear layer by PyTorch without a bias, with as many rows as make a row's bits the same in any batch."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = max(0, deterministic_min_rows(x.dtype) - len(x))
+        return F.linear(F.pad(x, (0, 0, 0, missing)), self.weight)[: len(x)]
+
+
+def factor_linear(weight: Tensor, model: Transformer) -> nn.Module:
+    """A product with an adapter's factor beside the products of a model."""
+    if model.device.type == "cpu" and HAS_NATIVE:
+        return NativeLinear(weight, None, "float32")
+    weight = weight.to(model.device, model.embedding.weight.dtype).contiguous()
+    return BatchInvariantLinear(weight, None) if model.device.type == "cuda" else PaddedLinear(weight)
+
+
+@cache
+def deterministic_min_rows(dtype: torch.dtype) -> int:
+    """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))
+    whole = x @ weights.T
+    differing = [rows for rows in range(1, 160) if not torch.equal(x[:rows] @ weights.T, whole[:rows])]
+    return next((rows for rows in (1, 16, 32, 64, 128) if rows > max(differing, default=0)), 256)
 
 
 class NativeTransformer:
@@ -155,12 +189,26 @@ def serving_model(
     release: bool = False,
     batch_invariant: bool = True,
     native_pages: bool = True,
+    adapters: ServedAdapters | None = None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
     """The model as it is served, and its head; what need not change is shared with the original.
 
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
+    With `adapters`, layers run one by one, and in 8 bits channels are as large as the factors know them.
     """
+    served, head = _serving_model(model, quantize, release, batch_invariant, native_pages, adapters is not None)
+    return (served if adapters is None else adapters.install(served, model, factor_linear)), head
+
+
+def _serving_model(
+    model: Transformer,
+    quantize: str | Scheme | None,
+    release: bool,
+    batch_invariant: bool,
+    native_pages: bool,
+    layer_by_layer: bool,
+) -> tuple[Transformer | NativeTransformer, Head]:
     if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
         raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
@@ -175,11 +223,12 @@ def serving_model(
         return model, Head(model)
     make = (lambda *head: NativeLinear(*head, form, "head")) if native else Int8Linear
     head = make(model.head_weight, model.head_bias)
-    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
+    whole = native and native_pages and not layer_by_layer
+    if whole and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
     twin = shallow_copy(model)
     if native:
-        smooth = isinstance(form, Scheme) and can_smooth(model.config)
+        smooth = isinstance(form, Scheme) and can_smooth(model.config) and not layer_by_layer
         for index, block in enumerate(twin.blocks):
             twin.blocks[index] = block = balanced(block, model.config) if smooth else block
             if NativeMoE.is_supported(model.config):

@@ -22,6 +22,7 @@ from ...model import Transformer
 from ..scheduling.sequence import Sequence
 from ..scheduling.step import UNKNOWN, Chunk, StepPlan
 from .kv_cache import PagedKVCache
+from .lora import ServedAdapters
 from .model_runner import InFlightStep, Runner
 from .serving_model import serving_model
 
@@ -84,19 +85,22 @@ def make_runner(
     kv_dtype: torch.dtype,
     release: tuple[bool, ...],
     batch_invariant: bool,
+    adapters: ServedAdapters | None = None,
 ) -> Runner | DraftRunner:
     """A runner for a model, or for a model and its draft, each with a cache of so many pages.
 
-    `release` says for each whether it may be used up, because nobody else has it.
+    `release` says for each whether it may be used up, because nobody else has it. `adapters` are of the first: what a
+    draft guesses without them is checked as ever.
     """
     runners = []
     for model, own in zip(models, release):
         c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
         store = PagedKVCache(ours, pages, page_size, kv_dtype, model.device)
-        served, head = serving_model(model, quantize, own, batch_invariant, store.layers is not None)
+        mine = None if runners else adapters
+        served, head = serving_model(model, quantize, own, batch_invariant, store.layers is not None, mine)
         sizes = {"max_batch": max_batch, "context": context}
-        runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant))
+        runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant, adapters=mine))
     return DraftRunner(*runners) if len(runners) > 1 else runners[0]
 
 

@@ -94,6 +94,11 @@ class PagePool:
         self._forget(page)
         return True
 
+    def forget(self) -> None:
+        """Empty the prefix cache: what pages hold was computed by weights that are no more."""
+        for page in list(self._published.values()):
+            self._forget(page)
+
     def match(self, tokens: Sequence[int], salt: Hashable = None) -> tuple[list[int], Hashable]:
         """The longest published run of full pages that `tokens` starts with, retained, and the chain they end in."""
         found: list[int] = []

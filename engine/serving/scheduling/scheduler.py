@@ -371,7 +371,8 @@ class Scheduler:
     def _announce(self, sequence: Sequence) -> NewRow:
         sequence.announced = True
         tokens = tuple(sequence.tokens)
-        return NewRow(sequence.row, sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar)
+        given = sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar, sequence.adapter
+        return NewRow(sequence.row, *given)
 
     def _queue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))

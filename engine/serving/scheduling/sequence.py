@@ -20,6 +20,7 @@ class Sequence:
     priority: int = 0  # the smaller, the sooner
     deadline: float | None = None
     salt: Any = None  # sequences of different salt never share pages
+    adapter: str | None = None  # sequences of different adapters have different salts
     grammar: Any = None
     listener: Any = None  # whom the engine tells; the scheduler never looks
     use_cache: bool = True
@@ -80,6 +81,7 @@ class Sequence:
             self.priority,
             self.deadline,
             self.salt,
+            self.adapter,
             listener=listener,
             manual=self.manual,
         )

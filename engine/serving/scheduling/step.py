@@ -21,6 +21,7 @@ class NewRow:
     tokens: tuple[int, ...]
     prompt_length: int
     grammar: Any = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

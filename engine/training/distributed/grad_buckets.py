@@ -42,8 +42,9 @@ class GradReducer:
         self.bucket_of = {name: bucket for bucket in self.buckets for name in bucket.names}
         self.left: list[dist.Work] | None = None  # the messages of the buckets that have left; None: nothing may leave
         for name, p in masters.model.named_parameters():
-            if name in self.bucket_of:  # asked after the masters' own hooks, which take the gradient from the model
-                p.register_post_accumulate_grad_hook(functools.partial(self._complete, name))
+            for made in masters.made_from(name):
+                if made in self.bucket_of:  # asked after the masters' own hooks, which take the model's gradient
+                    p.register_post_accumulate_grad_hook(functools.partial(self._complete, made))
 
     def arm(self) -> None:
         """Let buckets go in the next backward pass, which completes the step's gradients."""
@@ -82,16 +83,18 @@ class GradReducer:
 
 def _fill_buckets(mesh: ProcessMesh, masters: Masters) -> list[Bucket]:
     """The buckets in the order in which the backward pass completes them, nearly."""
-    groups = {False: mesh.make_group("dp", "ep"), True: mesh.make_group("dp")}  # experts are no copies along ep
-    filling: dict[bool, Bucket] = {}
+    groups = {"copied": mesh.make_group("dp", "ep"), "experts": mesh.make_group("dp")}  # no copies along ep
+    groups["whole"] = mesh.make_group("dp", "fsdp", "ep")  # an adapter's factors, which no process has slices of
+    filling: dict[str, Bucket] = {}
     full: list[Bucket] = []
     for name, p in reversed(masters.named.items()):
-        own = masters.specs[name].ep is not None
-        if groups[own] is None:
+        where = masters.specs[name]
+        kind = "experts" if where.ep is not None else "whole" if where.stream is None else "copied"
+        if groups[kind] is None:
             continue
-        bucket = filling.setdefault(own, Bucket(groups[own]))
+        bucket = filling.setdefault(kind, Bucket(groups[kind]))
         bucket.names.append(name)
         bucket.numbers += p.numel()
         if bucket.numbers >= BUCKET:
-            full.append(filling.pop(own))
+            full.append(filling.pop(kind))
     return full + list(filling.values())

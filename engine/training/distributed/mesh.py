@@ -164,7 +164,7 @@ class ProcessMesh:
 
     def replicas(self, where: ShardSpec) -> int:
         """Return how many processes keep the same numbers of a parameter."""
-        parts = self.axes["fsdp"]
+        parts = self.axes["fsdp"] if where.stream is not None else 1
         parts *= self.axes["ep"] if where.ep is not None else 1
         parts *= self.axes["tp"] if where.tp is not None else 1
         return self.size // parts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...model import Transformer
-from ...parallel.tensor_parallel import chunk_range, shard_specs
+from ...parallel.tensor_parallel import ShardSpec, chunk_range, shard_specs
 from ..mixed_precision import Masters
 from .mesh import ProcessMesh
 
@@ -25,6 +25,12 @@ class ShardedState:
     def __init__(self, mesh: ProcessMesh, whole: Transformer) -> None:
         self.mesh, self.specs = mesh, shard_specs(whole)
         self.shapes = {name: p.shape for name, p in whole.named_parameters()}
+        self.parameters = sum(shape.numel() for shape in self.shapes.values())
+
+    def add_whole(self, tensors: dict[str, Tensor]) -> None:
+        """Tensors beside the model's weights that every process has whole: an adapter's factors."""
+        self.specs |= dict.fromkeys(tensors, ShardSpec(stream=None))
+        self.shapes |= {name: tensor.shape for name, tensor in tensors.items()}
 
     def shard(self, name: str, whole: Tensor) -> Tensor:
         """Return this process's shard of a whole tensor: a view of it where there is but one block."""

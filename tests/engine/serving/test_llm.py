@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from warploom.engine.device import DTYPES
+from warploom.engine.errors import InputError
 from warploom.engine.formats.model_directory import save_model
 from warploom.engine.generation import KVCache
 from warploom.engine.serving import LLM, SamplingParams
@@ -421,3 +422,35 @@ def test_a_message_cannot_forge_a_turn(tmp_path):
     forged = encode_chat(tokenizer, [{"role": "user", "content": "<|endoftext|>some<|endoftext|> words"}])
     assert forged.count(end) == honest.count(end)
     assert "<|endoftext|>some" in tokenizer.decode([token for token in forged if token != end])
+
+
+@pytest.mark.parametrize("shape", ["llama", "mixtral"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_refresh_serves_changed_weights(tiny_model, shape, quantize):
+    """As a new LLM of the same weights would, though a prefix was cached under the old ones."""
+    model, prompt = tiny_model(shape), list(range(40))
+    params = SamplingParams(max_tokens=12, seed=3, logprobs=0)
+    llm = LLM(model, quantize=quantize)
+    before = llm.generate(prompt, params)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    llm.refresh()
+    again, new = llm.generate(prompt, params), LLM(model, quantize=quantize).generate(prompt, params)
+    assert (again.token_ids, again.logprobs) == (new.token_ids, new.logprobs) != (before.token_ids, before.logprobs)
+    under_way = llm.submit(prompt, params)
+    llm.engine.step()
+    with pytest.raises(InputError, match="engine at rest"):
+        llm.refresh()
+    under_way.cancel()
+
+
+def test_logprobs_of_a_batch_are_each_requests_own(model):
+    """Made in one pass over the rows that ask, however many of the most likely tokens each wants."""
+    prompts, wanted = [[1, 2, 3], [4, 5], [6], [7, 8]], [0, 3, None, 5]
+    params = [SamplingParams(max_tokens=6, seed=9, logprobs=top) for top in wanted]
+    together = LLM(model).generate(prompts, params)
+    for prompt, chosen, output in zip(prompts, params, together):
+        alone = LLM(model).generate(prompt, chosen)
+        assert (output.token_ids, output.logprobs) == (alone.token_ids, alone.logprobs)
+        assert output.logprobs is None or all(len(entry.top) == chosen.logprobs for entry in output.logprobs)

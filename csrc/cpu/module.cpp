@@ -1,0 +1,29 @@
+// warploom._native: the CPU engine, training and serving. Nothing here includes torch.
+#include <pybind11/pybind11.h>
+
+namespace warploom {
+void bind_passes(pybind11::module_& module);
+void bind_rows(pybind11::module_& module);
+void bind_serving(pybind11::module_& module);
+
+// What this build makes of this CPU.
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512f")) return __builtin_cpu_supports("avx512vnni") ? "avx512 with vnni" : "avx512";
+    if (__builtin_cpu_supports("fma")) return "avx2";
+    return "sse2";
+#elif defined(__aarch64__)
+    return "neon";
+#else
+    return "portable";
+#endif
+}
+}  // namespace warploom
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "warploom's CPU engine in C++: what runs without it is PyTorch";
+    module.def("instruction_set", &warploom::instruction_set);
+    warploom::bind_passes(module);
+    warploom::bind_rows(module);
+    warploom::bind_serving(module);
+}

@@ -1,0 +1,176 @@
+"""The policy gradient as a weighted cross-entropy.
+
+The gradient of every objective here is Σ wₜ ∇(−log pₜ) with a weight a token:
+
+    on-policy                     w = A                                   the ratio is 1
+    several updates, clipped      w = A r where r may still move, else 0   r = p now / p when sampled (PPO)
+    with a KL penalty             w − β (1 − p₀ / p)                      the gradient of the estimator k3
+
+Samples lie end to end, none padded; only attention sees them side by side. Where the server's C++ attention and head
+run in float32 (`exact`), the forward pass takes both: what is trained then has the very bits of what was sampled, for
+norms, products, rotation and gates add up in one order in trainer and server anyway. The backward pass is the
+trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model import Attend, Transformer, dense_attention
+from ..serving.execution.kv_cache import NativeAttend, PagedKVCache
+from ..serving.execution.serving_model import Head, NativeTransformer
+from ..serving.llm import LLM
+from ..training.evaluate import within_documents
+from ..training.fused_block import FusedBlock
+from .rollouts import Sample
+
+PAGE = 16  # of `LLM`: sums over keys go page by page
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Samples laid end to end: N inputs, of which `places` (S) predict a token that was sampled."""
+
+    tokens_1N: Tensor
+    positions_1N: Tensor
+    lengths: list[int]
+    places_S: Tensor
+    targets_S: Tensor
+    sampled_S: Tensor
+    """Log-probabilities when sampled."""
+    advantages_S: Tensor
+
+
+def pack(samples: list[Sample], device: torch.device) -> Packed:
+    """Samples as tensors."""
+    lengths = [len(sample.tokens) - 1 for sample in samples]
+    starts = np.cumsum([0, *lengths[:-1]])
+    inputs = np.concatenate([sample.tokens[:-1] for sample in samples])
+    places = np.concatenate([start - 1 + np.array(sample.sampled) for start, sample in zip(starts, samples)])
+    targets = np.concatenate([np.array(sample.tokens)[sample.sampled] for sample in samples])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    likely = np.concatenate([np.array(sample.logprobs, np.float32) for sample in samples])
+    counts = [len(sample.sampled) for sample in samples]
+    advantages = np.repeat(np.array([sample.advantage for sample in samples], np.float32), counts)
+    move = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    whole = (move(array)[None] for array in (inputs, positions))
+    return Packed(*whole, lengths, *map(move, (places, targets, likely, advantages)))
+
+
+def micro_batches(samples: list[Sample], tokens: int) -> list[list[Sample]]:
+    """Samples by length, so that attention pads little, in batches of at most so many tokens (or one sample)."""
+    parts: list[list[Sample]] = []
+    room = 0
+    for sample in sorted(samples, key=lambda sample: len(sample.tokens)):
+        if len(sample.tokens) > room:
+            parts.append([])
+            room = tokens
+        parts[-1].append(sample)
+        room -= len(sample.tokens)
+    return parts
+
+
+def exact_obstacle(model: Transformer, llm: LLM) -> str | None:
+    """Say what keeps trainer and server from computing the same bits, if anything does."""
+    if model.device.type != "cpu" or model.embedding.weight.dtype != torch.float32:
+        return f"it needs float32 on a CPU, not {str(model.embedding.weight.dtype)[6:]} on {model.device.type}"
+    if not isinstance(llm.engine.runner.model, NativeTransformer) or llm.engine.scheduler.pool.page_size != PAGE:
+        return "the C++ decoder does not serve this model here"
+    if not all(isinstance(block, FusedBlock) for block in model.blocks):
+        return "the fused C++ block does not train this model here"
+    return None
+
+
+class Policy:
+    """A model, seen from its samples: log-probabilities, and the gradient of a weighted loss."""
+
+    def __init__(self, model: Transformer, head: Callable[[], Head] | None = None) -> None:
+        """`head` gives the server's, for weights that are the model's own: then all is exact."""
+        self.model, self.head = model, head
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Hidden states (S, C) of the places that predict, with gradient."""
+        hidden_1NC = self.model.hidden(packed.tokens_1N, packed.positions_1N, self._attend(packed))
+        return hidden_1NC[0].index_select(0, packed.places_S)
+
+    def _attend(self, packed: Packed) -> Attend:
+        if self.model.device.type == "cuda":
+            borders = torch.tensor([0, *np.cumsum(packed.lengths)], dtype=torch.int32, device=self.model.device)
+            return within_documents(borders, max(packed.lengths))
+        attend = side_by_side(packed.lengths)
+        return attend if self.head is None else paged(self.model.config, packed.lengths, attend)
+
+    @torch.no_grad()
+    def log_probs(self, hidden_SC: Tensor, targets_S: Tensor) -> Tensor:
+        """Log-probabilities of the targets; exact ones by the server's head, slab by slab."""
+        hidden_SC = hidden_SC.detach()
+        if self.head is None:
+            return -self.model.cross_entropy(hidden_SC, targets_S, reduction="none").float()
+        found = [
+            torch.log_softmax(self.head()(hidden).float(), -1).gather(-1, targets[:, None])[:, 0]
+            for hidden, targets in zip(hidden_SC.split(256), targets_S.split(256))
+        ]
+        return torch.cat(found)
+
+
+def token_weights(
+    logp_S: Tensor, packed: Packed, clip: float | None = None, kl: float = 0.0, reference_S: Tensor | None = None
+) -> Tensor:
+    """The weight of each token's −log p in the gradient; `clip` for samples that are no longer the policy's own."""
+    weights_S = packed.advantages_S
+    if clip is not None:
+        ratio_S = (logp_S - packed.sampled_S).exp()
+        beyond_S = torch.where(weights_S > 0, ratio_S > 1 + clip, ratio_S < 1 - clip)
+        weights_S = torch.where(beyond_S, 0.0, weights_S * ratio_S)
+    if kl:
+        weights_S = weights_S - kl * (1 - (reference_S - logp_S).exp())
+    return weights_S
+
+
+def side_by_side(lengths: list[int]) -> Attend:
+    """An `attend` over sequences laid end to end, padded for it alone: one call for all of them."""
+    B, T = len(lengths), max(lengths)
+    places_N = torch.cat([torch.arange(length) + row * T for row, length in enumerate(lengths)])
+
+    def attend(q_1NHD: Tensor, k_1NKD: Tensor, v_1NKD: Tensor, layer) -> Tensor:
+        padded = (
+            x.new_zeros(B * T, *x.shape[2:]).index_copy(0, places_N, x[0]).unflatten(0, (B, T))
+            for x in (q_1NHD, k_1NKD, v_1NKD)
+        )
+        return dense_attention(*padded, layer).flatten(0, 1).index_select(0, places_N)[None]
+
+    return attend
+
+
+def paged(config, lengths: list[int], dense: Attend) -> Attend:
+    """An `attend` with the server's numbers and the gradient of `dense`."""
+    pages = [-(-length // PAGE) for length in lengths]
+    store = PagedKVCache(replace(config, n_layers=1), sum(pages), PAGE, torch.float32, torch.device("cpu"))
+    table = np.zeros((len(lengths), max(pages)), dtype=np.int32)
+    for row, (first, count) in enumerate(zip(np.cumsum([0, *pages[:-1]]), pages)):
+        table[row, :count] = np.arange(first, first + count)
+    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    layout = store.layout(table, np.arange(len(lengths)), positions, np.array(lengths, dtype=np.int32))
+    exact = NativeAttend(store.layers * config.n_layers, layout)  # every layer uses the same pages, after the last
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer) -> Tensor:
+        return _Replaced.apply(dense(q, k, v, layer), exact(q.detach(), k.detach(), v.detach(), layer))
+
+    return attend
+
+
+class _Replaced(torch.autograd.Function):
+    """Other numbers for the same function: the gradient goes to where the first ones came from."""
+
+    @staticmethod
+    def forward(ctx, computed: Tensor, exact: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return upstream, None

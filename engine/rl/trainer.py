@@ -1,0 +1,291 @@
+"""Reinforcement learning by group policy gradient (GRPO), exactly on-policy and resumable.
+
+    for each step:
+        prompts, a pure function of (seed, step)
+        a group of samples for each, by the serving engine over the weights of now, noise keyed by (seed, step, row)
+        rewards; the advantage of a sample is its reward minus the group's mean
+        one gradient step on −Σ advantage · log p, and the engine serves the new weights
+
+It is the trainer's loop (`training/trainer.py`) with other batches and another loss: checkpoints, resuming to the same
+bits, signals, logs, LoRA and data-parallel processes are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.tokens import file_hash
+from ..device import pick_device
+from ..errors import InputError
+from ..formats.model_directory import load_config, load_model, read_tokenizer
+from ..formats.model_source import resolve_model
+from ..serving.llm import LLM
+from ..training.callbacks import Callback
+from ..training.distributed.failures import report_first_failure
+from ..training.inputs import RunInputs
+from ..training.report import describe
+from ..training.resume import save_run
+from ..training.run_state import RunState, TrainResult
+from ..training.signals import interruptible
+from ..training.trainer import Trainer, first_state
+from .config import RLConfig
+from .evaluate import evaluate_task
+from .policy import Packed, Policy, exact_obstacle, micro_batches, pack, token_weights
+from .prompts import Prompts, open_prompts
+from .report import RLProgress, write_rl_card
+from .rewards import RewardError, RewardFunction, Rewards, open_rewards
+from .rollouts import Rollouts, roll_out
+
+FRESH = 1 << 40  # added to the seed of a run, the seed of the problems it is evaluated on
+
+
+def reinforce(
+    config: RLConfig, reward: RewardFunction | Sequence[RewardFunction] = (), callbacks: Iterable[Callback] = ()
+) -> Iterator[RLProgress]:
+    """Run `config`, step by step: the figures of each. `reward`: a function, or several, instead of `config.reward`."""
+    trainer = RLTrainer(config, list(callbacks), [reward] if callable(reward) else reward)
+    with interruptible(trainer.stop):
+        yield from trainer.steps()
+
+
+def run_reinforce(config: RLConfig, callbacks: Iterable[Callback] = ()) -> TrainResult:
+    """The whole run."""
+    trainer = RLTrainer(config, list(callbacks))
+    with report_first_failure(), interruptible(trainer.stop):
+        return trainer.run()
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """What the report and a resumed run ask of a run's data."""
+
+    directory: str
+    source: str
+    tokenizer_sha256: str
+
+    @property
+    def meta(self) -> PromptData:
+        return self
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the samples of a step, and how far the trainer's log-probabilities are from the server's."""
+
+    tokens: int = 0
+    trained: int = 0
+    k3: float = 0.0
+    mismatch: float = 0.0
+    seconds: float = 0.0
+
+
+class RLTrainer(Trainer):
+    """The loop, with samples for batches and the policy gradient for a loss."""
+
+    state: RunState
+
+    def __init__(self, config: RLConfig, callbacks: list[Callback], rewards: Sequence[RewardFunction] = ()) -> None:
+        if config.dtype == "auto" and pick_device(config.device).type == "cpu":
+            config = dataclasses.replace(config, dtype="float32")
+        self.prompts = open_prompts(config.data, config.seed)
+        self.score = self._open_rewards(config, rewards)
+        super().__init__(config, callbacks)
+        self.tally = Tally()
+
+    def _open_rewards(self, config: RLConfig, given: Sequence[RewardFunction]) -> Rewards:
+        if given:
+            return Rewards(list(given), config.reward_weights or [1.0] * len(given), config.reward_seconds)
+        if config.reward:
+            return open_rewards(config.reward, config.reward_weights, config.reward_seconds)
+        if self.prompts.task is None:
+            raise InputError(f"data={config.data} is no task, so it has no score: give a reward, FILE.py:function")
+        task = self.prompts.task
+        return Rewards([lambda completion, row: task.score(completion, row)], [1.0], config.reward_seconds)
+
+    def _open_inputs(self, reuse: bool) -> RunInputs:
+        directory = resolve_model(self.config.init_from)
+        tokenizer, file = read_tokenizer(directory), directory / "tokenizer.json"
+        if tokenizer is None:
+            raise InputError(f"{directory} has no tokenizer, so no prompt can be put to it")
+        sha256 = file_hash(file) if file.is_file() else ""
+        return RunInputs(PromptData(self.config.data, self.prompts.source, sha256), tokenizer, load_config(directory))
+
+    def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Prompts, RunState]:
+        config = self.config
+        steps = 10**9 if config.minutes is not None else config.steps or 100
+        state = first_state(config, inputs, self.prompts, inputs.model.max_seq_len, self.mesh, dtype, steps)
+        state.model.eval()  # for what samples has no dropout
+        return self.prompts, state
+
+    # What serves, and what is trained
+
+    @functools.cached_property
+    def llm(self) -> LLM:
+        """The serving engine over the trained weights."""
+        return LLM(self.state.model, self.state.inputs.tokenizer, max_batch=self.config.max_batch)
+
+    @functools.cached_property
+    def exact(self) -> bool:
+        """Compute the very bits that sampled?"""
+        obstacle = exact_obstacle(self.state.model, self.llm) if self.config.exact in (None, True) else "exact=False"
+        if obstacle and self.config.exact:
+            raise InputError(f"exact=True cannot be kept: {obstacle}")
+        if obstacle:
+            self.note(f"trainer and server differ in their last digits ({obstacle}); the mismatch is measured")
+        return obstacle is None
+
+    def policy(self, update: int) -> Policy:
+        """The policy that is trained: after the first update of a step the server's head has older weights."""
+        exact = self.exact and update == 0
+        return Policy(self.state.model, (lambda: self.llm.engine.runner.head) if exact else None)
+
+    @functools.cached_property
+    def reference(self) -> Policy:
+        """The starting weights, for the KL penalty."""
+        model, _ = load_model(self.config.init_from, self.state.device, self.state.dtype)
+        return Policy(model.requires_grad_(False))
+
+    # A step
+
+    def _batches(self) -> Iterator[Rollouts]:
+        if self.state.step == 0:
+            self._evaluate()
+        while True:
+            began = time.perf_counter()
+            try:
+                rollouts = roll_out(self.llm, self.prompts, self._numbers(), self.state.step, self.config, self.score)
+            except RewardError as error:
+                raise RewardError(f"{error}{self._rescue()}") from None
+            rollouts.seconds = time.perf_counter() - began
+            yield rollouts
+
+    def _numbers(self) -> range:
+        """The prompts of this step that are this process's."""
+        own = self.config.batch_size // self.mesh.dp_size
+        first = self.state.step * self.config.batch_size + self.mesh.dp_rank * own
+        return range(first, first + own)
+
+    def _rescue(self) -> str:
+        if not self.state.step or self.mesh.size > 1:
+            return ""
+        save_run(self.state, self.checkpoints)
+        return f"; saved to {self.checkpoints.path(self.state.step)}: resume continues from there"
+
+    def one_step(self, rollouts: Rollouts) -> tuple[Any, ...]:
+        """One step: as many updates as configured, and the engine serves the new weights."""
+        state, began = self.state, time.perf_counter()
+        self.rollouts, self.tally = rollouts, Tally()
+        (tokens,) = self.mesh.all_reduce_sum(rollouts.count)
+        self.tally.tokens = int(tokens)
+        for update in range(self.config.updates):
+            figures = self._one_update(rollouts, update)
+        self.llm.refresh()
+        self.tally.seconds = time.perf_counter() - began
+        state.step += 1
+        state.tokens += self.tally.tokens
+        return figures
+
+    def _one_update(self, rollouts: Rollouts, update: int) -> tuple[Any, ...]:
+        samples = [sample for sample in rollouts.samples if sample.advantage or self.config.kl]
+        (everywhere,) = self.mesh.all_reduce_sum(len(samples))
+        if not everywhere:  # all groups were of one mind: there is nothing to learn
+            return self._reduce_step_stats(0.0), 0.0, self.learning_rate(self.state.step + 1), ()
+        return self._update(*self.accumulate_policy(micro_batches(samples, self.config.micro_tokens), update))
+
+    def accumulate_policy(self, parts: list, update: int) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the policy's loss over micro-batches."""
+        state, config, policy = self.state, self.config, self.policy(update)
+        loss = torch.zeros((), device=state.device)
+        if not parts:  # other processes have samples
+            self.reducer.arm()
+            for master in state.masters.named.values():
+                master.grad = torch.zeros_like(master)
+        for number, samples in enumerate(parts, 1):
+            if number == len(parts):
+                self.reducer.arm()
+            packed = pack(samples, state.device)
+            hidden_SC = policy.hidden(packed)
+            logp_S = policy.log_probs(hidden_SC, packed.targets_S)
+            if update == 0:
+                self._compare(logp_S, packed)
+            reference_S = self._reference(packed) if config.kl else None
+            weights_S = token_weights(logp_S, packed, config.clip if update else None, config.kl, reference_S)
+            part = state.model.cross_entropy(
+                hidden_SC, packed.targets_S, weights=weights_S / self.tally.tokens, reduction="sum"
+            )
+            (part * state.loss_scale.value).backward()
+            loss += part.detach().float()
+        return loss, []
+
+    @torch.no_grad()
+    def _reference(self, packed: Packed) -> Tensor:
+        return self.reference.log_probs(self.reference.hidden(packed), packed.targets_S)
+
+    def _compare(self, logp_S: Tensor, packed: Packed) -> None:
+        """Measure how far the trainer's log-probabilities are from the server's."""
+        change_S = logp_S - packed.sampled_S
+        self.tally.mismatch = max(self.tally.mismatch, float(change_S.abs().max()))
+        self.tally.k3 += float((change_S.exp() - 1 - change_S).double().sum())
+        self.tally.trained += len(change_S)
+
+    # What is told
+
+    def _report(self, loss: float, norm: float, lr: float, load: tuple[float, ...]) -> RLProgress:
+        state, config, samples = self.state, self.config, self.rollouts.samples
+        groups = [samples[start : start + config.group] for start in range(0, len(samples), config.group)]
+        sums = self.mesh.all_reduce_sum(
+            len(samples),
+            sum(sample.reward for sample in samples),
+            sum(sample.reward**2 for sample in samples),
+            sum(sample.ended for sample in samples),
+            -math.fsum(value for sample in samples for value in sample.logprobs),
+            sum(any(sample.advantage for sample in group) for group in groups),
+            self.tally.k3,
+            self.tally.trained,
+        )
+        count, reward, squared, ended, surprise, mixed, k3, trained = sums
+        mean, tokens = reward / count, self.tally.tokens
+        pace = sum(self.step_seconds) / len(self.step_seconds)
+        progress = RLProgress(
+            step=state.step, steps=state.steps, reward=mean, reward_std=math.sqrt(max(0.0, squared / count - mean**2)),
+            mixed=mixed * config.group / count, length=tokens / count, ended=ended / count, entropy=surprise / tokens,
+            mismatch=self.mesh.all_reduce_max(self.tally.mismatch), mismatch_k3=k3 / max(trained, 1), lr=lr,
+            grad_norm=norm, samples=int(count), tokens=state.tokens, sampled_per_second=tokens / self.rollouts.seconds,
+            trained_per_second=trained / self.tally.seconds, seconds=state.seconds,
+            seconds_left=(state.steps - state.step) * pace, bad_steps=state.bad_steps,
+        )  # fmt: skip
+        self.tell("on_step", progress)
+        if progress.mismatch_k3 > config.max_mismatch:
+            raise InputError(
+                f"step {state.step}: the mismatch of server and trainer, a KL estimate of {progress.mismatch_k3:.2g}, "
+                f"is above max_mismatch={config.max_mismatch}: use float32, or raise it{self._rescue()}"
+            )
+        return progress
+
+    def _evaluate(self) -> None:
+        """Ask fresh problems of the task."""
+        task, problems = self.prompts.task, self.config.eval_problems
+        if task is None or not problems or not self.mesh.is_main:
+            return
+        seed = self.config.seed + FRESH
+        found = evaluate_task(self.llm, task, problems, max_tokens=self.config.max_tokens, seed=seed)
+        self.tell("on_evaluation", self.state.step, found)
+
+    def _sample(self) -> None:
+        """Show the first answer of the first two groups."""
+        for sample in self.rollouts.samples[: 2 * self.config.group : self.config.group]:
+            text = f"{sample.text}  (reward {sample.reward:g})"
+            self.state.samples.append({"step": self.state.step, "prompt": sample.prompt, "text": text})
+            self.tell("on_sample", self.state.step, sample.prompt, text)
+
+    def _write_card(self, result: TrainResult) -> None:
+        write_rl_card(self.out, describe(self.state), result, self.state.samples)

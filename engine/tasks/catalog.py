@@ -1,0 +1,34 @@
+"""Tasks by name: `NAME[:LEVEL[:THINK]]` of those built in, `reasoning-gym/NAME`."""
+
+from __future__ import annotations
+
+from ..errors import InputError
+from .builtin import BUILTIN
+from .task import GeneratedTask, Task
+
+PREFIX = "tasks:"
+
+
+def open_task(name: str) -> Task:
+    """The task of a name, with or without `tasks:` in front."""
+    name = name.removeprefix(PREFIX)
+    source, _, part = name.partition("/")
+    if source == "reasoning-gym":
+        from .reasoning_gym import ReasoningGymTask
+
+        return ReasoningGymTask(part)
+    kind, *numbers = name.split(":")
+    if kind not in BUILTIN:
+        raise InputError(f"task {kind!r} is not known; the tasks are: {', '.join(BUILTIN)}, reasoning-gym/NAME")
+    make, level, counts, think = BUILTIN[kind]
+    try:
+        level = int(numbers[0]) if numbers else level
+        think = float(numbers[1]) if numbers[1:] else think
+    except ValueError:
+        level = 0
+    if level < 1 or not 0 <= think <= 1 or numbers[2:]:
+        raise InputError(
+            f"task {name!r}: write {kind}:LEVEL or {kind}:LEVEL:THINK, a level of at least 1 ({counts}) and the share "
+            f"of documents that show the work, 0 to 1"
+        )
+    return GeneratedTask(kind, make, level, think)

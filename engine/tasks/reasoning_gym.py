@@ -1,0 +1,33 @@
+"""Tasks of the package reasoning-gym: a hundred generators, each with a score of its own."""
+
+from __future__ import annotations
+
+from ..errors import InputError
+from .task import Row, final_answer
+
+
+class ReasoningGymTask:
+    """One of its data sets. Its rows are asked for by (seed, index), so none is kept."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise InputError(
+                f"tasks:reasoning-gym/{name} needs the package reasoning-gym: pip install reasoning-gym"
+            ) from error
+        self.name, self._create = f"reasoning-gym/{name}", reasoning_gym.create_dataset
+        try:
+            self._scorer = self._create(name, seed=0, size=1)
+        except ValueError as error:
+            known = ", ".join(sorted(reasoning_gym.factory.DATASETS))
+            raise InputError(f"reasoning-gym has no task {name!r}; it has: {known}") from error
+
+    def row(self, seed: int, index: int) -> Row:
+        return dict(self._create(self.name.partition("/")[2], seed=seed, size=index + 1)[index])
+
+    def question(self, row: Row) -> list[dict]:
+        return [{"role": "user", "content": row["question"]}]
+
+    def score(self, answer: str, row: Row) -> float:
+        return float(self._scorer.score_answer(final_answer(answer), row))

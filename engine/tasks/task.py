@@ -1,0 +1,76 @@
+"""A task: rows made from a seed, the question of a row, the score of an answer to it.
+
+A row is a pure function of (seed, index), so a run that continues asks what it would have asked, and two seeds are two
+sets of problems. Rows are plain dicts: a reward function gets their entries by name.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ..data.corpus import Corpus
+
+Row = dict[str, Any]
+_THOUGHTS = re.compile(r"<think>.*?</think>|<[^<>]*>", re.DOTALL)
+
+
+class Task(Protocol):
+    """Anything with these four members is a task."""
+
+    name: str
+
+    def row(self, seed: int, index: int) -> Row:
+        """Row number `index` of the problems of a seed."""
+
+    def question(self, row: Row) -> str | list[dict]:
+        """The prompt: a text to continue, or messages."""
+
+    def score(self, answer: str, row: Row) -> float:
+        """The worth of an answer, 1 for a right one."""
+
+
+def final_answer(text: str) -> str:
+    """The answer without what was thought before it: `<3,7,2>2` and `<think>…</think> 2` say 2."""
+    return _THOUGHTS.sub("", text).strip()
+
+
+@dataclass(frozen=True)
+class GeneratedTask:
+    """A task whose rows are drawn: `make(draw, level)` gives a question, its only right answer, and perhaps the work
+    that leads to it (`<…>`) and the choices there are."""
+
+    name: str
+    make: Callable[[random.Random, int], Row]
+    level: int
+    """Difficulty: of most tasks a length."""
+    think: float = 0.0
+    """Share of the documents that show the work."""
+
+    def row(self, seed: int, index: int) -> Row:
+        return self.make(random.Random(f"{self.name}/{self.level}/{seed}/{index}"), self.level)
+
+    def question(self, row: Row) -> str:
+        return row["question"]
+
+    def score(self, answer: str, row: Row) -> float:
+        return float(final_answer(answer) == row["answer"])
+
+    def document(self, row: Row, thinking: bool) -> str:
+        """A question with its right answer, to learn from."""
+        return row["question"] + (row.get("work", "") if thinking else "") + row["answer"]
+
+    def corpus(self, documents: int = 50_000, seed: int = 0) -> Corpus:
+        """Documents of solved problems."""
+        from ..data.corpus import Corpus  # here, for it brings torch
+
+        def read() -> Iterator[list[str]]:
+            for index in range(documents):
+                draw = random.Random(f"think/{seed}/{index}")
+                yield [self.document(self.row(seed, index), draw.random() < self.think)]
+
+        return Corpus(f"tasks:{self.name}:{self.level}:{self.think:g}", read)
