@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from .bpe import BPETokenizer
 from .errors import InputError
-from .metaspace import SPACE, Metaspace, pattern_for
+from .metaspace import SPACE, Metaspace, pattern_for, spell_piece
 from .specials import SpecialTokens
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # kinds of pieces, here and in GGUF
+_NEVER_JOINED = -1e9  # score of a piece that no two others make
 _BPE = 2  # model_type of the trainer
 _IDENTITY = ("", "identity")  # names of normalizers that change nothing
 
@@ -57,6 +58,30 @@ def from_pieces(pieces: Iterable[Piece], prefix: bool) -> BPETokenizer:
     return BPETokenizer(vocab, merges, special, pattern_for(merges, whole_words=False), metaspace=metaspace)
 
 
+def to_pieces(tokenizer: BPETokenizer) -> dict[int, Piece]:
+    """The pieces of a SentencePiece vocabulary by their ids; `from_pieces` backwards.
+
+    Scores say which piece comes first, so each piece must be made by all of its cuts, one after the other.
+    """
+    vocab, metaspace = tokenizer.vocab, tokenizer.metaspace
+    assert metaspace is not None
+    if metaspace.replaces or metaspace.if_missing or metaspace.prefix == "first":
+        raise InputError("the tokenizer's normalizer has no SentencePiece form: only a space before every text has")
+    made = [left + right for left, right in tokenizer.merges]
+    order = [token for token, before in zip(made, [None, *made]) if token != before]
+    cuts = sum(token[:i] in vocab and token[i:] in vocab for token in vocab for i in range(1, len(token)))
+    if len(set(order)) != len(order) or cuts != len(made):
+        raise InputError("the tokenizer's merges have no SentencePiece form: they are not all cuts of pieces, by score")
+    scores = {token: -float(rank) for rank, token in enumerate(order)}
+    pieces = {token_id: Piece(f"<0x{byte:02X}>", 0.0, BYTE) for byte, token_id in metaspace.byte_tokens.items()}
+    for token, token_id in vocab.items():
+        pieces[token_id] = Piece(spell_piece(token), scores.get(token, _NEVER_JOINED), NORMAL)
+    for token, token_id in tokenizer.special_tokens.items():
+        kind = USER if token in tokenizer.special.plain else UNKNOWN if token == "<unk>" else CONTROL
+        pieces[token_id] = Piece(token, 0.0, kind)
+    return pieces
+
+
 def read_sentencepiece(path: Path) -> BPETokenizer:
     """The tokenizer of a `tokenizer.model`."""
     try:
@@ -86,11 +111,13 @@ def _read(data: bytes) -> BPETokenizer:
     rules = normalizer.get(1, b"").decode()
     if rules not in _IDENTITY and normalizer.get(2):
         raise InputError(f"normalizer_spec.name is {rules!r}; only identity is implemented")
-    if normalizer.get(4, 1) and normalizer.get(2):
+    if normalizer.get(4, 1):
         raise InputError("normalizer_spec.remove_extra_whitespaces is true, which is not implemented")
     tokenizer = from_pieces(pieces, bool(normalizer.get(3, 1)))
     for role, number, usual in (("bos", 41, 1), ("eos", 42, 2)):
         setattr(tokenizer.special, role, tokenizer.special.texts.get(trainer.get(number, usual)))
+    if tokenizer.special.bos:  # such a file has no post-processor to say so; whoever reads it puts one
+        tokenizer.prefix_ids = [tokenizer.special.ids[tokenizer.special.bos]]
     return tokenizer
 
 
