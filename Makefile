@@ -7,7 +7,7 @@
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
 #   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
 #   make native-test the thread pools under ThreadSanitizer, without Python
-#   make lint        ruff
+#   make lint        ruff, and the types that users meet
 #   make clean       remove what the others made
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="…" passes flags on: make demo ARGS="--steps 200"
@@ -60,6 +60,7 @@ native-test:
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/types/check.py
 
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix .

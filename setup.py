@@ -7,6 +7,7 @@ is optional and fails alone, and Python or PyTorch does what it would have done.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -19,14 +20,28 @@ from setuptools.command.build_py import build_py
 
 ROOMS = ["engine", "kernels", "tokenizer", "bench"]
 
-flags = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"] if os.name == "posix" else ["/O2"]
+CXX = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++")
+SANITIZE = bool(os.environ.get("WARPLOOM_SANITIZE"))  # `make sanitize`: the same extensions under ASan and UBSan
+flags = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
 link = []
-if os.environ.get("WARPLOOM_SANITIZE"):  # `make sanitize`: the same extension under ASan and UBSan
+if SANITIZE:
     flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
     link = ["-fsanitize=address,undefined"]
 
 
-def extension(name, folder):
+def is_clang():
+    try:
+        return "clang" in subprocess.run([*shlex.split(CXX), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return False
+
+
+# Whose functions do not choose their instructions when they are loaded (simd.hpp) are compiled for this machine alone.
+one_cpu = ["-march=native", "-mprefer-vector-width=512", "-DWARPLOOM_ONE_CPU"]
+one_cpu = one_cpu if platform.machine() in ("x86_64", "AMD64") and (SANITIZE or is_clang()) else []
+
+
+def extension(name, folder, more_flags=()):
     """`warploom.<name>` of the sources in csrc/<folder>; its failure fails nothing else, unless it is required."""
     files = sorted(Path("csrc", folder).rglob("*.?pp"))
     made = Pybind11Extension(
@@ -35,14 +50,14 @@ def extension(name, folder):
         include_dirs=["csrc"],
         depends=[str(path) for path in [*files, *Path("csrc").glob("*.hpp")] if path.suffix == ".hpp"],
         cxx_std=17,
-        extra_compile_args=flags,
+        extra_compile_args=[*flags, *more_flags],
         extra_link_args=link,
     )
     made.optional = not os.environ.get("WARPLOOM_REQUIRE_NATIVE")
     return made
 
 
-EXTENSIONS = [extension("_tokenizer", "tokenizer"), extension("_native", "cpu")]
+EXTENSIONS = [extension("_tokenizer", "tokenizer"), extension("_native", "cpu", one_cpu)]
 LOST = {
     "warploom._tokenizer": "texts will be encoded in Python, some hundred times slower",
     "warploom._native": "a CPU will train and serve by PyTorch alone, and not in 8 bits by C++",
@@ -85,18 +100,17 @@ class NinjaBuild(build_ext):
 
     def plan(self, ext, target):
         compile_, link_ = self.compiler.compiler_so, self.compiler.linker_so
-        cxx = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++")
         includes = [f"-I{Path(path).resolve()}" for path in [*ext.include_dirs, *self.compiler.include_dirs]]
         objects = {Path(source).resolve(): Path(source).with_suffix(".o").name for source in ext.sources}
         lines = [
             "rule compile",
-            f"  command = {cxx} {shlex.join([*compile_[1:], *includes, *ext.extra_compile_args])} -MMD -MF $out.d "
+            f"  command = {CXX} {shlex.join([*compile_[1:], *includes, *ext.extra_compile_args])} -MMD -MF $out.d "
             "-c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compiling $in",
             "rule link",
-            f"  command = {cxx} {shlex.join([*link_[1:], *ext.extra_link_args])} $in -o $out",
+            f"  command = {CXX} {shlex.join([*link_[1:], *ext.extra_link_args])} $in -o $out",
             "  description = linking $out",
         ]
         lines += [f"build {escape(name)}: compile {escape(source)}" for source, name in objects.items()]

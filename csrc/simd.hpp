@@ -1,22 +1,48 @@
-// Sixteen floats at a time, in whatever registers the CPU has.
+// Vector code of both extensions: sixteen floats at a time in whatever registers the CPU has, and functions for one
+// instruction set.
 //
 // The code is written once with the compiler's vector types and compiled for several CPUs (WARPLOOM_CLONES), of which the
 // loader picks one. GCC takes a call of such a function for one that throws nothing, so none may: what may fail is done
 // before, where it is called. Sums are taken in a fixed order, so a result does not depend on the neighbours of its row.
+//
+// Where intrinsics are written by hand, WARPLOOM_COMPILE_FOR("avx2,…") … WARPLOOM_COMPILE_FOR_ALL enclose the functions of one
+// instruction set: no standard header may be included in between.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
-    !defined(__SANITIZE_ADDRESS__)
-#define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WARPLOOM_CLONES
-#endif
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined: no call passes one
+#endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers
+#endif
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#define WARPLOOM_X86 1
+#endif
+
+// The choice needs glibc's loader and GCC: for Clang, a function inlined into a clone is still one of the baseline. Such builds,
+// and those under a sanitizer, which is not ready when the loader chooses, are for one machine (setup.py). GCC 11 knows
+// features, GCC 12 whole levels.
+#if !defined(WARPLOOM_X86) || !defined(__GLIBC__) || defined(__clang__) || defined(WARPLOOM_ONE_CPU)
+#define WARPLOOM_CLONES
+#elif __GNUC__ < 12
+#define WARPLOOM_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#else
+#define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+
+#define WARPLOOM_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define WARPLOOM_COMPILE_FOR(isa) WARPLOOM_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define WARPLOOM_COMPILE_FOR_ALL _Pragma("clang attribute pop")
+#else
+#define WARPLOOM_COMPILE_FOR(isa) _Pragma("GCC push_options") WARPLOOM_PRAGMA(GCC target(isa))
+#define WARPLOOM_COMPILE_FOR_ALL _Pragma("GCC pop_options")
 #endif
 #define WARPLOOM_INLINE inline __attribute__((always_inline))
 
@@ -134,10 +160,17 @@ WARPLOOM_INLINE f16 exp(f16 x) {
     return x;
 }
 
+// Lanes of two vectors, by numbers.
+#if defined(__clang__) || __GNUC__ >= 12
+#define WARPLOOM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define WARPLOOM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i16{__VA_ARGS__})
+#endif
+
 // Lanes i to i + 7 of two vectors, in turns.
-#define WARPLOOM_ZIP(a, b, i)                                                                                       \
-    __builtin_shufflevector(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, \
-                            i + 6, i + 22, i + 7, i + 23)
+#define WARPLOOM_ZIP(a, b, i) \
+    WARPLOOM_SHUFFLE(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, i + 6, \
+                     i + 22, i + 7, i + 23)
 
 // A square of sixteen rows turned over: four perfect shuffles of its rows.
 WARPLOOM_INLINE void turn_square_over(const float* from, int64_t from_row, float* to, int64_t to_row) {

@@ -190,7 +190,8 @@ class ModelConfig:
     stream. Attention's weights are never dropped: fused attention holds no table of them."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "qk_norm", {True: "head", False: "none"}.get(self.qk_norm, self.qk_norm))
+        if isinstance(self.qk_norm, bool):  # older files
+            object.__setattr__(self, "qk_norm", "head" if self.qk_norm else "none")
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "expert_groups", "groups_used"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("n_kv_heads", "head_dim", "d_ff", "dense_ff", "sliding_window", "rotary_dim"):

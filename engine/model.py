@@ -190,11 +190,11 @@ class Block(nn.Module):
 class Losses:
     """Losses of a training step, in parts: the trainer shows them apart and descends on their `total`."""
 
+    total: Tensor
     cross_entropy: Tensor
     balance: Tensor | None = None
     router_z: Tensor | None = None
     expert_load: Tensor | None = None  # (layers, experts): how many tokens each expert received
-    total: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -275,12 +275,12 @@ class Transformer(nn.Module):
             hidden.flatten(0, -2), targets_BT.flatten(), weights=weights, label_smoothing=label_smoothing, z_loss=z_loss
         )
         if not routings:
-            return Losses(entropy, total=entropy)
+            return Losses(entropy, entropy)
         balance = torch.stack([routing.load_balance for routing in routings]).mean()
         router_z = torch.stack([routing.z for routing in routings]).mean()
         load = torch.stack([routing.tokens_per_expert for routing in routings])
         total = entropy + c.balance_loss * balance + c.router_z_loss * router_z
-        return Losses(entropy, balance, router_z, load, total)
+        return Losses(total, entropy, balance, router_z, load)
 
     def log_probs(
         self,

@@ -11,6 +11,7 @@ extension was not built.
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
 from .errors import InputError
 from .metaspace import SPACE, Metaspace, bytes_of, spell_piece
-from .patterns import FORMS, Pattern, compile_pattern, pattern_name, safe_cut
+from .patterns import FORMS, Form, Pattern, compile_pattern, pattern_name, safe_cut
 from .pipeline import BPE_FLAGS, stages_of
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
 from .sources import Corpus, atomic_writer, write_text
@@ -60,21 +61,23 @@ class BPETokenizer(Tokenizer):
         compile_pattern(pattern)
         self.metaspace = metaspace
         _check_vocabulary(vocab, merges, self.special.ids, metaspace)
-        if normalizer is not None and normalizer not in FORMS:
+        self.normalizer: Form | None = next((form for form in FORMS if form == normalizer), None)
+        if normalizer is not None and self.normalizer is None:
             raise InputError(f"normalizer is {normalizer!r}; it must be None or one of {', '.join(FORMS)}")
-        self._vocab, self._merges = dict(vocab), [tuple(pair) for pair in merges]
+        self._vocab, self._merges = dict(vocab), [(left, right) for left, right in merges]
         bytes_alone = metaspace.byte_tokens if metaspace else {}
         self._tokens = {token_id: bytes([byte]) for byte, token_id in bytes_alone.items()}
         self._tokens |= {token_id: token for token, token_id in vocab.items()}
-        self.pattern, self.whole_words, self.normalizer = pattern, whole_words, normalizer
+        self.pattern, self.whole_words = pattern, whole_words
         self._build_engine()
 
     def _build_engine(self) -> None:
         """Native encoder and decoder: what encodes and decodes; added tokens have a say in how wide ids are."""
-        self._native = native.extension()
+        self._native: Any = native.extension()
+        self._engine: Any
         self._scans = bool(self._native and pattern_name(self.pattern))  # text can go straight to C++
-        self._finders: dict[str | frozenset[str], object] = {}
-        self._decoder = None
+        self._finders: dict[str | frozenset[str], Any] = {}
+        self._decoder: Any = None
         parts = (self._vocab, self._merges, self.pattern, self.whole_words)
         if self._native:
             self._engine = native.build_encoder(self._native, *parts, self.metaspace, wide=self.dtype.itemsize == 4)
@@ -85,7 +88,7 @@ class BPETokenizer(Tokenizer):
         changes = self.normalizer or self._late or (self.metaspace and self.metaspace.replaces)
         self._is_verbatim = self._scans and not changes
         bare = self._is_verbatim and not self.special.plain
-        self._encode_bare = self._engine.bare_encode() if bare else None
+        self._encode_bare: Any = self._engine.bare_encode() if bare else None
 
     def __getstate__(self) -> dict:
         """Everything but the engine, so that tokenizers can be copied and sent to other processes."""
@@ -93,7 +96,7 @@ class BPETokenizer(Tokenizer):
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._build_engine()
 
     @classmethod
@@ -310,7 +313,7 @@ class BPETokenizer(Tokenizer):
         # A space that the normalizer puts in front belongs to a token behind it; the pre-tokenizer puts it there later.
         prepends = metaspace is not None and metaspace.prefix == "always" and not metaspace.if_missing
         sought = {" " * prepends + self._normalize(token): token_id for token, token_id in late.items()}
-        if prepends and metaspace.puts_space(text, follows):
+        if metaspace and prepends and metaspace.puts_space(text, follows):
             text, start, follows = " " + text, -1, "text"
         for piece, added_id in self.special.split(text, sought):
             begin, start = start, start + len(piece)

@@ -43,14 +43,15 @@ def render(source: str | None, messages: list[dict], variables: Mapping[str, Any
 @lru_cache(maxsize=16)
 def compile_template(source: str) -> Any:
     """Compile a chat template, or say in one sentence what is wrong with it."""
-    import jinja2
+    import jinja2.nodes
+    import jinja2.utils
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """`{% generation %}` marks what an assistant says, for training; the text is the same without it."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser):
             line = next(parser.stream).lineno

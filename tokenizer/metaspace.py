@@ -17,6 +17,8 @@ from .patterns import Pattern
 from .reference import Merges
 
 SPACE = "▁"
+Symbol = int | None  # of a byte that has no token, None
+Strip = Literal["never", "space", "token"]
 WHOLE_TEXT = r"(?s:.)+"
 
 
@@ -30,7 +32,7 @@ class Metaspace:
     """Places that get a space in front: no text, of the text alone, or of what stands behind added tokens too."""
     if_missing: bool = False
     """Put the space only where there is none."""
-    strip: Literal["never", "space", "token"] = "never"
+    strip: Strip = "never"
     """Spaces that decoding takes away again: a leading space, or all spaces of the first token."""
     replaces: tuple[tuple[str, str], ...] = ()
     """Strings that are replaced in a text first, with what takes their place (ChatGLM)."""
@@ -66,13 +68,15 @@ def bytes_of(vocab: dict[bytes, int], metaspace: Metaspace | None) -> list[int |
     return [vocab.get(bytes([byte]), fallback.get(byte)) if byte < own else fallback.get(byte) for byte in range(256)]
 
 
-def character_merges(vocab: dict[bytes, int], byte_ids: list[int | None], first_id: int) -> list[tuple[int, int, int]]:
+def character_merges(
+    vocab: dict[bytes, int], byte_ids: list[int | None], first_id: int
+) -> list[tuple[Symbol, Symbol, int]]:
     """Merges (left, right, result) that make every character of a vocabulary from its bytes.
 
     Beginnings of characters get ids from `first_id` on.
     """
     beginnings: dict[bytes, int] = {}
-    merges: dict[tuple[int, int], int] = {}
+    merges: dict[tuple[Symbol, Symbol], int] = {}
     for token, token_id in vocab.items():
         if not 1 < len(token) <= 4 or not 0xC2 <= token[0] < 0xF5 or any(byte & 0xC0 != 0x80 for byte in token[1:]):
             continue

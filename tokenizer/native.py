@@ -132,9 +132,8 @@ def train_merges(
     finder = native.Specials([(token.encode(), 0, False, False) for token in specials]) if specials else None
     if name:
         for document in documents(corpus):
-            blocks = [(document, None)]
-            if isinstance(document, Path):
-                blocks = file_blocks(native, document, finder, pattern, threads)
+            is_file = isinstance(document, Path)
+            blocks = file_blocks(native, document, finder, pattern, threads) if is_file else [(document, None)]
             for block, _ in blocks:
                 counter.add(block, finder)
                 done += len(block)

@@ -18,6 +18,7 @@ is ever lost.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Literal, get_args
 
 import regex
 
@@ -57,7 +58,8 @@ PATTERNS: dict[str, Pattern] = {
 }
 PATTERNS["digits"] = (r"\p{N}", str(PATTERNS["gpt2"]))
 
-FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # Unicode normalization, applied to text before it is cut
+Form = Literal["NFC", "NFD", "NFKC", "NFKD"]  # Unicode normalization, applied to text before it is cut
+FORMS: tuple[Form, ...] = get_args(Form)
 
 # Other spellings of the same languages, found in published tokenizers.
 _ALIASES = {

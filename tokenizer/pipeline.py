@@ -14,7 +14,7 @@ from typing import Any
 import regex
 
 from .errors import InputError
-from .metaspace import SPACE, Metaspace
+from .metaspace import SPACE, Metaspace, Strip
 from .patterns import FORMS, PATTERNS, Pattern, pattern_name, pattern_steps
 from .specials import SpecialTokens
 
@@ -72,7 +72,8 @@ def normalizer_of(stage: dict | None) -> str | None:
 
 def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, Metaspace]:
     """The normalization form of a SentencePiece pipeline, and the rest of it."""
-    form, spaced, fields = None, False, {}
+    form, spaced = None, False
+    fields: dict[str, Any] = {}
     replaces: dict[str, str] = {}
     for number, step in enumerate(flat(data.get("normalizer"), "normalizers")):
         kind, pattern, content = step["type"], step.get("pattern", {}).get("String"), step.get("content")
@@ -83,7 +84,7 @@ def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, M
         elif kind == "Replace" and pattern == " " and content == SPACE:
             spaced = True
         elif kind == "Replace" and pattern and not spaced:
-            replaces[pattern] = content
+            replaces[pattern] = str(content)
         else:
             raise InputError(f"normalizer holds {json.dumps(step)[:200]}, which is not implemented with byte_fallback")
     for step in flat(data.get("pre_tokenizer"), "pretokenizers"):
@@ -107,9 +108,9 @@ def _scheme(step: dict) -> str:
     return step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
 
 
-def _strip_of(stage: dict | None) -> str:
+def _strip_of(stage: dict | None) -> Strip:
     """Count of spaces that the decoder of a SentencePiece pipeline takes away in front."""
-    strip = "never"
+    strip: Strip = "never"
     for step in flat(stage, "decoders"):
         kind = step["type"]
         if kind == "Metaspace" and _scheme(step) != "never":
@@ -190,7 +191,7 @@ BPE_FLAGS = {
 
 def stages_of(pattern: Pattern, form: str | None, metaspace: Metaspace | None) -> dict:
     """The stages of a tokenizer.json for a pipeline that was not read from one."""
-    normalizers = [{"type": form}] if form else []
+    normalizers: list[dict] = [{"type": form}] if form else []
     if metaspace is None:
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         splits = [

@@ -205,11 +205,12 @@ class PythonBPE:
     def _first_ids(self, word: bytes) -> list[int]:
         """Initial symbols: what a word is before any merge: its bytes or its characters."""
         if self.characters is None:
-            return [self.byte_ids[byte] for byte in word if self.byte_ids[byte] is not None]
+            return [token_id for byte in word if (token_id := self.byte_ids[byte]) is not None]
         ids: list[int] = []
         for character in map(str.encode, word.decode()):
             whole = self.characters.get(character)
-            ids += [self.byte_ids[byte] for byte in character] if whole is None else [whole]
+            spelled = [self.byte_ids[byte] for byte in character] if whole is None else [whole]
+            ids += [token_id for token_id in spelled if token_id is not None]
         return ids
 
     def _offer(self, heap: list, position: int, pair: tuple[int, int]) -> None:

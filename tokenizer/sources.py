@@ -30,7 +30,7 @@ def documents(corpus: Corpus) -> Iterator[str | Path]:
             yield from map(Path, corpus)
             return
         if any(are_files):
-            missing = corpus[are_files.index(False)]
+            missing = str(corpus[are_files.index(False)])
             raise InputError(f"corpus names files, but {missing[:100]!r} is not one")
     for item in corpus:
         if isinstance(item, Path):

@@ -72,9 +72,11 @@ class SpecialTokens:
         for start, end in finder(frozenset(allowed)).finditer(text):
             token = text[start:end]
             if token in self.lstrip:
-                start = max(done, _SPACES_BACKWARD.match(text, 0, start).start())
+                before = _SPACES_BACKWARD.match(text, 0, start)
+                start = max(done, before.start()) if before else start
             if token in self.rstrip:
-                end = _SPACES.match(text, end).end()
+                after = _SPACES.match(text, end)
+                end = after.end() if after else end
             yield start, end, token
             done = end
 

@@ -20,19 +20,19 @@ class StreamDecoder:
     ) -> None:
         """`opening`: what the bytes of the first token are where the text begins with them."""
         self._token_bytes, self._opening = token_bytes, opening
-        self._opens = opening is not None
+        self._first = opening  # until the first token has come
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; often one word, sometimes empty."""
         data = self._token_bytes(token_id)
-        if self._opens:
-            data, self._opens = self._opening(data), False
+        if self._first:
+            data, self._first = self._first(data), None
         return self._decoder.decode(data)
 
     def finish(self) -> str:
         """Return what an unfinished character at the end decodes to; resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
-        self._opens = self._opening is not None
+        self._first = self._opening
         return rest

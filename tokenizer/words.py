@@ -16,6 +16,7 @@ from .base import Tokenizer, id_array
 from .errors import InputError
 from .sources import Corpus, documents, read_pieces
 from .specials import SpecialTokens, cut_stream, finder
+from .stream import StreamDecoder
 
 Span = tuple[int, int]
 
@@ -161,7 +162,7 @@ class WordTokenizer(_Vocabulary):
         """The words, with a space between each two."""
         return b" ".join(map(self.token_bytes, id_array(ids, self._bad_id).tolist()))
 
-    def stream(self, continues: bool = False):
+    def stream(self, continues: bool = False) -> StreamDecoder:
         """A decoder that takes ids one by one."""
         return _SpacedStream(self)
 
@@ -178,20 +179,21 @@ class WordTokenizer(_Vocabulary):
         }
 
 
-class _SpacedStream:
+class _SpacedStream(StreamDecoder):
     """Streaming decode of words."""
 
     def __init__(self, tokenizer: WordTokenizer) -> None:
-        self._tokenizer, self._separator = tokenizer, ""
+        super().__init__(tokenizer.token_bytes)
+        self._separator = ""
 
     def push(self, token_id: int) -> str:
-        text = self._separator + self._tokenizer.token_bytes(token_id).decode()
+        text = self._separator + super().push(token_id)
         self._separator = " "
         return text
 
     def finish(self) -> str:
         self._separator = ""
-        return ""
+        return super().finish()
 
 
 def _words(text: str, lowercase: bool) -> list[str]:

@@ -18,9 +18,22 @@ const char* instruction_set() {
     return "portable";
 #endif
 }
+
+// A build for one machine (simd.hpp) says so on another, where it would end in an illegal instruction.
+void require_cpu() {
+#if defined(WARPLOOM_ONE_CPU) && defined(__AVX512F__)
+    const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl");
+#elif defined(WARPLOOM_ONE_CPU) && defined(__AVX2__)
+    const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    const bool here = true;
+#endif
+    if (!here) throw pybind11::import_error("warploom._native was compiled on another CPU, for instructions that this one lacks");
+}
 }  // namespace warploom
 
 PYBIND11_MODULE(_native, module) {
+    warploom::require_cpu();
     module.doc() = "warploom's CPU engine in C++: what runs without it is PyTorch";
     module.def("instruction_set", &warploom::instruction_set);
     warploom::bind_passes(module);

@@ -1,12 +1,10 @@
 // The loops for AVX2: two halves of 32 bytes.
 #include "tokenizer/simd_dispatch.hpp"
 #include "tokenizer/masks.hpp"
+#include "simd.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#include <immintrin.h>
-
-// Only code of this file is compiled for these instructions: no standard header may come after this line.
-#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt")
+#ifdef WARPLOOM_X86
+WARPLOOM_COMPILE_FOR("avx2,bmi,bmi2,lzcnt,popcnt")
 
 namespace warploom {
 namespace avx2 {
@@ -75,6 +73,10 @@ static inline size_t many_to_utf8(const Unit*, size_t, uint8_t*&) {
 #include "tokenizer/simd_loops.hpp"
 
 }  // namespace avx2
+}  // namespace warploom
+WARPLOOM_COMPILE_FOR_ALL
+
+namespace warploom {
 
 const Kernels* kernels_for_avx2() {
     __builtin_cpu_init();

@@ -1,14 +1,10 @@
 // The loops for AVX-512: one instruction compares 64 bytes into a mask, another one turns a mask into offsets.
 #include "tokenizer/simd_dispatch.hpp"
 #include "tokenizer/masks.hpp"
+#include "simd.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside the compiler's own header
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-
-// Only code of this file is compiled for these instructions: no standard header may come after this line.
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,lzcnt,popcnt")
+#ifdef WARPLOOM_X86
+WARPLOOM_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,lzcnt,popcnt")
 
 namespace warploom {
 namespace avx512 {
@@ -121,6 +117,10 @@ static inline size_t many_to_utf8(const Unit* text, size_t count, uint8_t*& out)
 #include "tokenizer/simd_loops.hpp"
 
 }  // namespace avx512
+}  // namespace warploom
+WARPLOOM_COMPILE_FOR_ALL
+
+namespace warploom {
 
 const Kernels* kernels_for_avx512() {
     __builtin_cpu_init();

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,8 @@ def run(argv: list[str]) -> int:
     if config.name in adapters(flags):
         raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
     listener = listen(flags.host, flags.port)
+    if not keys and _is_loopback(listener) and not config.allowed_hosts:
+        config = replace(config, allowed_hosts=("localhost",))
     loader = Loader(flags)
     log_without_blocking()
     raise_file_limit()
@@ -65,11 +68,11 @@ def run(argv: list[str]) -> int:
         app = create_app(loader, config, keys, loader.stop)
         end_streams = app.state.bridge.end_flows
     else:
-        app, end_streams = front(loader, config, keys), None
+        app, end_streams = front(loader, config, keys)
     server = loader.server = HTTPServer(app, config, end_streams)
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    if not keys and not ipaddress.ip_address(address).is_loopback:
+    if not keys and not _is_loopback(listener):
         print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
     print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
     server.run(sockets=[listener])
@@ -104,8 +107,8 @@ class Loader:
         self.failed = self.server.should_exit = True
 
 
-def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> Any:
-    """The application that hands requests on to replicas, each of which loads the model for itself."""
+def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[Any, Callable[[], None]]:
+    """The application that hands requests on to replicas, each of which loads the model; what ends its streams."""
     flags = loader.flags
     try:
         from ..server.cluster.proxy import create_front
@@ -130,6 +133,10 @@ def adapters(flags: Flags) -> dict[str, str]:
 def named(flags: Flags) -> ServerConfig:
     """The server's configuration, with a name for the model."""
     return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name)
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def api_keys(flags: Flags) -> tuple[str, ...]:

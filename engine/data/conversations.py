@@ -31,15 +31,17 @@ from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_ha
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT
 FORMS = "messages, conversations, instruction and output, or prompt and completion"
+RESERVED = ("messages", "tools", "add_generation_prompt")  # which the row itself says, or training
 SHOWN = 300  # characters of a row that an error shows
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, the tools their assistant may call, and the line of the file they are from."""
+    """Messages, the line of the file they are from, and what else the template reads: the tools there are, and a
+    row's `chat_template_kwargs`."""
 
     messages: list[dict[str, Any]]
-    tools: list[Any] | None
+    variables: dict[str, Any]
     line: str
 
 
@@ -83,9 +85,13 @@ def to_conversation(row: Any, line: str) -> Conversation:
         tools = json.loads(tools) if isinstance(tools, str) else tools
     except (TypeError, ValueError) as error:
         raise InputError(f"{line} is no conversation: {error}: {_show(row)}") from error
+    variables = row.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping) or variables.keys() & RESERVED:
+        reserved = ", ".join(RESERVED)
+        raise InputError(f"{line}: chat_template_kwargs must be an object without {reserved}: {_show(variables)}")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise InputError(f"{line}: messages must be a list of objects with a role and a content: {_show(row)}")
-    return Conversation(messages, tools, line)
+    return Conversation(messages, {**variables, **({"tools": tools} if tools else {})}, line)
 
 
 def _is_message(message: Any) -> bool:
@@ -96,7 +102,7 @@ def _form(row: Mapping) -> Callable[[Mapping], list[dict]] | None:
     return next((form for keys, form in FORMS_BY_KEYS.items() if all(row.get(key) for key in keys)), None)
 
 
-def _sharegpt(row: Mapping) -> list[dict]:
+def _sharegpt(row: Mapping) -> list[Any]:
     return [
         {**turn, "role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
         if isinstance(turn, Mapping) and "from" in turn
@@ -157,9 +163,8 @@ def write_conversations(
 
 
 def _encode(conversation: Conversation, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    tools = {"tools": conversation.tools} if conversation.tools else {}
     try:
-        ids, learned = encode_conversation(tokenizer, conversation.messages, **tools)
+        ids, learned = encode_conversation(tokenizer, conversation.messages, **conversation.variables)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a foreign row may hold
         raise InputError(f"{conversation.line}: {error}: {_show(conversation.messages)}") from error
     return np.array(ids, np.uint32), np.array(learned, np.uint8)

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ...tokenizer.sources import write_text
 from ..errors import InputError
@@ -25,6 +26,7 @@ HUB = {
     "openwebtext": {"path": "Skylion007/openwebtext"},
     "wikitext": {"path": "Salesforce/wikitext", "name": "wikitext-103-raw-v1"},
 }
+HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<name>[\w.-]+))?(:(?P<split>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 TITLE = re.compile(r"\s*= [^=].*[^=] =\s*$")
 OFTEN = 1000  # rows from one note of the state to the next
 
@@ -45,7 +47,7 @@ def hub(
         import datasets
     except ImportError as error:
         raise InputError(f"source {source!r} needs the package datasets: pip install 'warploom[data]'") from error
-    where = HUB[source] if data_files is None else {"path": kind, "data_files": data_files}
+    where: dict[str, Any] = HUB[source] if data_files is None else {"path": kind, "data_files": data_files}
     path = Path(keep) / "documents.jsonl"
     begins = TITLE.match if source == "wikitext" else None
 
@@ -59,16 +61,46 @@ def hub(
     return Corpus(source, read)
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is a data set of the hub, org/name[/subset][:split][@revision], and no path here."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def fetch_rows(name: str, keep: str | Path) -> Path:
+    """The JSON lines of a data set of the hub (of its split `train`, if none is named), downloaded to `keep`."""
+    asked = {key: value for key, value in HUB_ID.fullmatch(name).groupdict().items() if value is not None}
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{name!r} is no file here; as a data set it needs: pip install 'warploom[data]'") from error
+    own = re.sub(r"[^\w.-]+", "--", name)
+    path = Path(keep) / own / f"{own}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        download(lambda: datasets.load_dataset(**{"split": "train", **asked}, streaming=True), path, None, columns=dict)
+    except OSError as error:
+        where = "there is no data set of that name, or it cannot be reached"
+        raise InputError(f"{name!r} is no file here, and on the hub {where}: {_first_line(error)}") from error
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the data set {name!r} cannot be read: {_first_line(error)}") from error
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def download(
     open_stream: Callable,
     path: Path,
     limit: int | None,
     begins: Callable[[str], object] | None = None,
     on_progress: Callable[[int], None] = lambda documents: None,
+    columns: Callable[[dict], dict] = lambda row: {"text": row["text"]},
 ) -> None:
     """Stream rows into `path`, from where an earlier call was interrupted; does nothing once all are there.
 
-    `begins` says whether a row begins a new document; None: every row is one.
+    `begins` says whether a row begins a new document (None: every row is one), `columns` what of a row is kept.
     """
     note = path.with_name("state.json")
     state = (
@@ -93,7 +125,7 @@ def download(
         documents = state["documents"]
         for count, row in enumerate(stream, 1):
             documents += begins is None or bool(begins(row["text"]))
-            file.write(json.dumps({"text": row["text"]}).encode() + b"\n")
+            file.write(json.dumps(columns(row), default=str).encode() + b"\n")
             if documents >= enough:
                 return remember()
             if count % OFTEN == 0:

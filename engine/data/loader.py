@@ -53,12 +53,14 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
+        def move(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        return Batch(*map(move, (self.tokens_BT, self.targets_BT, self.positions_BT, self.cu_seqlens)))
+        def move_if_any(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else move(tensor)
+
+        positions, borders = move_if_any(self.positions_BT), move_if_any(self.cu_seqlens)
+        return Batch(move(self.tokens_BT), move(self.targets_BT), positions, borders)
 
 
 class Loader(Protocol):
@@ -110,13 +112,14 @@ def join(batches: Sequence[Batch]) -> Batch:
     tokens_BT, targets_BT = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens_BT", "targets_BT")
     )
-    if batches[0].cu_seqlens is None:
-        return Batch(tokens_BT, targets_BT)
-    borders, rows = [batches[0].cu_seqlens[:1]], 0
+    borders, positions, rows = [], [], 0
     for batch in batches:
-        borders.append(batch.cu_seqlens[1:] + rows * T)
+        if batch.cu_seqlens is None or batch.positions_BT is None:
+            return Batch(tokens_BT, targets_BT)
+        borders.append(batch.cu_seqlens[1 if borders else 0 :] + rows * T)
+        positions.append(batch.positions_BT)
         rows += len(batch.tokens_BT)
-    positions_BT = torch.cat([batch.positions_BT for batch in batches])
+    positions_BT = torch.cat(positions)
     return Batch(tokens_BT, targets_BT, positions_BT, torch.cat(borders))
 
 

@@ -215,7 +215,7 @@ class SplitWriter:
             self.file.write(raw)
             self.hash.update(raw)
             self.tokens += len(part)
-        if learned is not None:
+        if learned is not None and self.learn_file is not None:
             self.learn_file.write(learned.tobytes())
             self.hash.update(learned.tobytes())
             self.learned += int(learned.sum())

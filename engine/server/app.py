@@ -82,7 +82,7 @@ def allowed_origins(config: ServerConfig) -> dict[str, Any]:
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
-    generating = {"tags": ["generate"]}
+    generating: dict[str, Any] = {"tags": ["generate"]}
 
     @app.post("/v1/completions", responses=answers(schemas.Completion, *REFUSALS, stream=True), **generating)
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -27,6 +27,9 @@ class ServerConfig:
     """Most tokens a request may generate; None: as many as the context holds."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call this server from a browser; none by default."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names in the Host header that are served, besides addresses; none: any, but only localhost on 127.0.0.1 and ::1
+    without keys, where the page of a stranger could else reach the server under its own name (DNS rebinding)."""
     ui: bool = True
     """The playground page at / (needs gradio)."""
     log: bool = True

@@ -65,6 +65,8 @@ class Service:
         tools = body.tools if body.tool_choice != "none" else None
 
         def asks(llm: Any) -> Iterable[Ask]:
+            for message in body.messages:
+                refuse_long(llm, message.text)
             tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
             yield tokens, self._fit(llm, tokens, params)
 
@@ -160,6 +162,7 @@ class Service:
     ) -> Callable[[Any], Iterable[Ask]]:
         def asks(llm: Any) -> Iterable[Ask]:
             for prompt in prompts:
+                refuse_long(llm, prompt)
                 tokens = llm.encode(prompt)
                 yield tokens, self._fit(llm, tokens, params, default)
 
@@ -229,6 +232,18 @@ class Service:
             "finish_reason": sorted({stream.sequence.finish_reason or "cancelled" for stream in streams}),
             "client_left": flow.gone,
         }
+
+
+def refuse_long(llm: Any, text: str | list[int]) -> None:
+    """Refuse a text far longer than the context by its beginning alone: tokenizing 4 MB takes a second.
+
+    English has four or five characters a token; a sixteenth of the longest beginning decides only where it alone has
+    twice the tokens of the context, so that where it was cut does not matter.
+    """
+    most, context = 16 * llm.max_seq_len, llm.max_seq_len
+    if isinstance(text, str) and len(text) > most and len(llm.encode(text[:most])) > 2 * context:
+        message = f"the prompt has far more tokens than the model's context, which holds {context}"
+        raise errors.invalid(message, "prompt", "context_length_exceeded")
 
 
 class EventStream(Response):

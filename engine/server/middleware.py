@@ -15,6 +15,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -22,6 +23,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -32,6 +34,16 @@ from .log import WRITER
 from .openai.errors import APIError
 
 OPEN_ROUTES = {"/health"}
+# Pages load and send nothing elsewhere: not even an image that a model's answer names. Gradio needs inline scripts.
+PAGE_POLICY = "; ".join(
+    [
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    ]
+)
 LOGGED = 256  # characters of what a client chose to send: a path, its user
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 logger = logging.getLogger("warploom.server")
@@ -74,6 +86,7 @@ class RequestMiddleware:
 
     def _admit(self, visit: RequestContext) -> None:
         headers = visit.headers
+        self._check_host(headers.get(b"host", b"").decode("latin-1"))
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._config.max_body_bytes:
             raise self._too_large()
@@ -89,6 +102,13 @@ class RequestMiddleware:
         visit.scope["salt"] = self._keys[matches.index(True)]  # whoever has another key shares no cached prefixes
         if len(self._keys) > 1:
             visit.scope["party"] = visit.scope["salt"]
+
+    def _check_host(self, host: str) -> None:
+        """Refuse a name that is not this server's; an address is the one that was connected to."""
+        names = self._config.allowed_hosts
+        name = urlsplit(f"//{host}").hostname if host else None
+        if names and name and name not in names and not _is_address(name):
+            raise APIError(421, f"the host {name[:LOGGED]!r} is not served here: start the server with --allowed-hosts")
 
     def _bounded(self, receive: Receive) -> Receive:
         taken = 0
@@ -131,7 +151,10 @@ class RequestContext:
         """Pass a message on, with the request's id."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode())]}
+            headers = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
+            if dict(headers).get(b"content-type", b"").startswith(b"text/html"):
+                headers.append((b"content-security-policy", PAGE_POLICY.encode()))
+            message = {**message, "headers": headers}
         await self._send(message)
 
     async def refuse(self, error: APIError) -> None:
@@ -157,6 +180,13 @@ class RequestContext:
             "seconds": round(time.monotonic() - self.start, 4),
             **self.record,
         }
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def _key_of(header: bytes) -> bytes:

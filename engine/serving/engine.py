@@ -13,19 +13,41 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..errors import InputError
 from .detokenizer import TextStream
-from .execution.model_runner import Runner
 from .outputs import EngineError, Metrics, Output, Piece
 from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Sequence
-from .scheduling.step import ChunkResult
+from .scheduling.step import ChunkResult, StepPlan, StepResult
 
 Result = TypeVar("Result")
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+class PlanRunner(Protocol):
+    """Executor of step plans: one model in this process, a model and its draft, or several processes."""
+
+    model: Any
+
+    @property
+    def alive(self) -> bool:
+        """Return whether it can compute further plans."""
+        ...
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Start computing a plan."""
+        ...
+
+    def collect(self, flight: Any) -> StepResult:
+        """Wait for a launched plan."""
+        ...
+
+    def close(self) -> object:
+        """Release what it holds."""
+        ...
 
 
 class Continuation:
@@ -37,7 +59,7 @@ class Continuation:
         self.logprobs: list = []
         self.prompt_logprobs: list = []
         self._computed_again = 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.finished = False
         self._text, self._tell = text, tell
         if text.text:
@@ -81,7 +103,7 @@ class Continuation:
         return Output(
             self._text.text,
             tuple(sequence.tokens[start : start + self.metrics.generated_tokens]),
-            sequence.finish_reason,
+            sequence.finish_reason or "",
             tuple(sequence.tokens[:start]),
             None if params.logprobs is None else tuple(self.logprobs),
             None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
@@ -139,11 +161,13 @@ class Generation:
 class Engine:
     """One model, one pool, one loop."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer=None, eos: frozenset[int] = frozenset()):
+    def __init__(
+        self, scheduler: Scheduler, runner: PlanRunner, tokenizer: Any = None, eos: frozenset[int] = frozenset()
+    ):
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, eos
         self.failures = 0  # of steps
         self.failed_alone = 0  # of steps with one sequence, or none
-        self.last_error: Exception | None = None
+        self.last_error: BaseException | None = None
         self.generated_tokens = 0
         self._notes: deque[Callable[[], None]] = deque()
         self._flights: deque = deque()
@@ -295,7 +319,7 @@ class Engine:
             sequence.finish_reason = "stop"
         self.scheduler.finish(sequence, "stop")
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """A step went wrong: end the sequence that causes it, found by computing each alone; keep everything else."""
         self.failures += 1
         self.last_error = error

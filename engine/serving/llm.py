@@ -12,17 +12,18 @@ import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import nullcontext
+from typing import Any, TypeGuard, cast, overload
 
 import torch
 
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
-from ..device import DTYPES, pick_device
+from ..device import DTYPES, pick_device, pick_dtype
 from ..errors import InputError
 from ..formats.gguf_reader import GGUFFile, is_gguf
 from ..formats.model_directory import base_of, load_model, read_model
 from ..formats.model_source import resolve_model
-from ..model import Transformer
+from ..model import Block, Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.int8_pages import TILE
@@ -62,7 +63,7 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike | Transformer,
-        tokenizer=None,
+        tokenizer: Any = None,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -95,10 +96,11 @@ class LLM:
             raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
-        model, draft_model = (
-            resolve_model(each) if isinstance(each, (str, os.PathLike)) else each for each in (model, draft_model)
-        )
-        if scheme is not None and scheme.bits == 4 and is_gguf(model):
+        if isinstance(model, (str, os.PathLike)):
+            model = resolve_model(model)
+        if isinstance(draft_model, (str, os.PathLike)):
+            draft_model = resolve_model(draft_model)
+        if scheme is not None and scheme.bits == 4 and not isinstance(model, Transformer) and is_gguf(model):
             GGUFFile(model).refuse_repacking(quantize)
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
@@ -119,11 +121,10 @@ class LLM:
             set_workers()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
             memory = kv_memory
-            if team or kv_memory is None:  # the processes of a team measure in any case
-                measured = (team.memory_for_pages if team else memory_for_pages)(
-                    self.model, max_batch_tokens, max_batch
-                )
-                memory = measured if kv_memory is None else kv_memory
+            if team or memory is None:  # the processes of a team measure in any case
+                measure = team.memory_for_pages if team else memory_for_pages
+                measured = measure(self.model, max_batch_tokens, max_batch)
+                memory = measured if memory is None else memory
             cost = sum(PagedKVCache.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
             enough = max_batch * -(-self.max_seq_len // page_size)
             if kv_memory is not None and kv_memory < cost:
@@ -173,13 +174,14 @@ class LLM:
 
     def refresh(self) -> None:
         """Serve the weights that the given `Transformer` has by now: pack them anew, forget cached prefixes."""
-        if not isinstance(self._source, Transformer) or not isinstance(self.engine.runner, Runner):
+        runner = self.engine.runner
+        if not isinstance(self._source, Transformer) or not isinstance(runner, Runner):
             raise InputError("refresh needs an LLM of a Transformer, in one process and without draft_model")
-        self.engine.call(self._refresh)
-        self.model = self.engine.runner.model
+        self.engine.call(lambda: self._refresh(runner))
+        self.model = runner.model
 
-    def _refresh(self) -> None:
-        scheduler, runner = self.engine.scheduler, self.engine.runner
+    def _refresh(self, runner: Runner) -> None:
+        scheduler = self.engine.scheduler
         if not scheduler.idle:
             raise InputError("refresh needs an engine at rest: requests under way began with the old weights")
         where, dtype, quantize, batch_invariant = self._packing
@@ -202,6 +204,20 @@ class LLM:
             options["grammar"] = self.grammars.compile(params)
         return self.engine.submit(self.encode(prompt), params, adapter=adapter, **options)
 
+    @overload
+    def generate(  # pyright: ignore[reportOverlappingOverload]  # a str is a Sequence[str] too
+        self, prompts: str | Items[int], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Output: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Items[Prompt],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        adapter: str | Items[str | None] | None = None,
+    ) -> list[Output]: ...
+
     def generate(
         self,
         prompts: Prompt | Items[Prompt],
@@ -214,17 +230,22 @@ class LLM:
         `params` and `adapter` are those of all prompts, or a list of one for each.
         """
         if _is_prompt(prompts):
+            if not (params is None or isinstance(params, SamplingParams)):
+                raise InputError(f"params has {len(params)} entries for one prompt: give one")
+            if not (adapter is None or isinstance(adapter, str)):
+                raise InputError(f"adapter has {len(adapter)} entries for one prompt: give one")
             return self.submit(prompts, params, adapter=adapter).result()
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        several = _prompts(prompts)
+        each = [params] * len(several) if params is None or isinstance(params, SamplingParams) else list(params)
+        names = [adapter] * len(several) if adapter is None or isinstance(adapter, str) else list(adapter)
         for name, given in (("params", each), ("adapter", names)):
-            if len(given) != len(prompts):
+            if len(given) != len(several):
                 raise InputError(
-                    f"{name} has {len(given)} entries for {len(prompts)} prompts: give one, or one for each"
+                    f"{name} has {len(given)} entries for {len(several)} prompts: give one, or one for each"
                 )
         generations = []
         try:
-            for index, (prompt, chosen, name) in enumerate(zip(prompts, each, names)):
+            for index, (prompt, chosen, name) in enumerate(zip(several, each, names)):
                 try:
                     generations.append(self.submit(prompt, chosen, adapter=name))
                 except InputError as error:
@@ -250,12 +271,19 @@ class LLM:
         """The most likely continuations found by keeping the best `beam_width` at every step, best first."""
         return beam_search(self.engine, self.encode(prompt), beam_width, max_tokens, length_penalty)
 
-    def score(self, texts: Prompt | Items[Prompt], *, adapter: str | None = None) -> list:
+    @overload
+    def score(  # pyright: ignore[reportOverlappingOverload]
+        self, texts: str | Items[int], *, adapter: str | None = None
+    ) -> list[float]: ...
+
+    @overload
+    def score(self, texts: Items[Prompt], *, adapter: str | None = None) -> list[list[float]]: ...
+
+    def score(self, texts: Prompt | Items[Prompt], *, adapter: str | None = None) -> list[float] | list[list[float]]:
         """Log-probabilities of each text's tokens from the second on, by the model (and an adapter) alone."""
-        one, params = _is_prompt(texts), SamplingParams(max_tokens=0, prompt_logprobs=0)
-        outputs = self.generate([texts] if one else texts, params, adapter=adapter)
-        scores = [[entry.logprob for entry in output.prompt_logprobs] for output in outputs]
-        return scores[0] if one else scores
+        outputs = self.generate(_prompts(texts), SamplingParams(max_tokens=0, prompt_logprobs=0), adapter=adapter)
+        scores = [[entry.logprob for entry in output.prompt_logprobs or ()] for output in outputs]
+        return scores[0] if _is_prompt(texts) else scores
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids; text never becomes a special token.
@@ -277,15 +305,15 @@ class LLM:
         return encode_chat(self.tokenizer, messages)
 
 
-def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, object]:
+def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, Any]:
     if isinstance(model, (str, os.PathLike)):
         if tokenizer is not None:
             return read_model(model, device, dtype, group), tokenizer
         return load_model(model, device, dtype, group)
     if not isinstance(model, Transformer):
         raise InputError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
-    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     device = model.device if device is None else pick_device(device)
+    wanted = None if dtype is None else pick_dtype(dtype, device)
     if device != model.device or wanted not in (None, model.embedding.weight.dtype):
         copy = Transformer(model.config).to(device, wanted)
         copy.load_state_dict(model.state_dict())
@@ -304,7 +332,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
         eight = quantize is not None and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
-        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, model.blocks))
+        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, cast("list[Block]", model.blocks)))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")
@@ -322,5 +350,10 @@ def _same_tokens(ours, theirs) -> bool:
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 
-def _is_prompt(prompts) -> bool:
+def _is_prompt(prompts: Prompt | Items[Prompt]) -> TypeGuard[Prompt]:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+def _prompts(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
+    """One prompt, or several, as a list."""
+    return [prompts] if _is_prompt(prompts) else list(cast("Items[Prompt]", prompts))

@@ -38,9 +38,10 @@ class Metrics:
     @property
     def tokens_per_second(self) -> float | None:
         """Rate of the tokens after the first."""
-        if self.generated_tokens < 2 or self.finished is None or self.finished <= self.first_token:
+        if self.generated_tokens < 2 or self.first_token is None or self.finished is None:
             return None
-        return (self.generated_tokens - 1) / (self.finished - self.first_token)
+        seconds = self.finished - self.first_token
+        return (self.generated_tokens - 1) / seconds if seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ model (context length, vocabulary) is checked when the request meets it, in `req
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import InputError
 
@@ -131,15 +132,15 @@ class SamplingParams:
             raise InputError(f"only one of {', '.join(GRAMMARS)} can be given, got {' and '.join(given)}")
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool)
-    if not valid or value < low or (high is not None and value > high):
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not (is_int and low <= value and (high is None or value <= high)):
         limits = f"of at least {low}" if high is None else f"between {low} and {high}"
         raise InputError(f"{name} must be a whole number {limits}, got {value!r}")
 
 
-def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not low <= value <= high or (open_low and value == low):
+def _number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and low <= value <= high) or (open_low and value == low):
         limits = f"above {low} and at most {high}" if open_low else f"between {low} and {high}"
         raise InputError(f"{name} must be a number {limits}, got {value!r}")

@@ -13,6 +13,7 @@ from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
 from ..data.conversations import open_conversations, write_conversations
 from ..data.corpus import Corpus
+from ..data.hf_datasets import fetch_rows, is_hub_id
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
@@ -91,9 +92,13 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
         if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
             raise InputError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
         return data
-    made_here = config.data == "stdlib" or config.data.startswith(TASKS)
-    chats = None if made_here else open_conversations(config.data)
-    corpus = chats or _corpus(config.data)
+    source = config.data
+    if is_hub_id(source):
+        note(f"fetching {source} from the hub …")
+        source = str(fetch_rows(source, Path(config.out) / "download"))
+    made_here = source == "stdlib" or source.startswith(TASKS)
+    chats = None if made_here else open_conversations(source)
+    corpus = chats or _corpus(source)
     text = chats.texts() if chats else text_of(corpus, 0, config.splits)
     tokenizer = open_tokenizer(config, text, note)
     note(f"tokenizing {corpus.name} …")

@@ -18,10 +18,10 @@ Calling an `Op` runs the path that `backend` selects:
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -34,6 +34,8 @@ except ImportError:  # the kernels without the rest of the package
 
 BACKENDS = ("auto", "triton", "eager")
 _REGISTRY: dict[str, "Op"] = {}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _valid_backend(name: str, source: str) -> str:
@@ -141,12 +143,12 @@ class Maker:
 
 
 @dataclass(eq=False, kw_only=True)
-class Op:
-    """A fused operation: call it like its reference. See the module's docstring for the idea."""
+class Op(Generic[P, R]):
+    """A fused operation: call it like its reference, whose signature it has. See the module's docstring."""
 
-    reference: Callable
-    fused: Callable | None = None
-    eager: Callable | None = None
+    reference: Callable[P, R]
+    fused: Callable[..., R] | None = None
+    eager: Callable[..., R] | None = None
     name: str = ""
     cases: list[Case] = field(default_factory=list)
     mutates: tuple[str, ...] = ()
@@ -171,19 +173,21 @@ class Op:
         self.__name__ = self.__qualname__ = self.name
         _REGISTRY[self.name] = self
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         device = _device_of(self.name, args, kwargs)
         if self.autocast is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
             return self._run(device, args, kwargs)
+        given: tuple[Sequence, Mapping] = args, kwargs
         if self.autocast:
             dtype = torch.get_autocast_dtype(device.type)
-            args, kwargs = [_cast(x, dtype) for x in args], {name: _cast(x, dtype) for name, x in kwargs.items()}
+            given = [_cast(x, dtype) for x in args], {name: _cast(x, dtype) for name, x in kwargs.items()}
         with torch.autocast(device.type, enabled=False):
-            return self._run(device, args, kwargs)
+            return self._run(device, *given)
 
-    def _run(self, device, args, kwargs):
-        if not self._takes_fused(device, args, kwargs):
-            return (self.eager or self.reference)(*args, **kwargs)
+    def _run(self, device: torch.device, args: Sequence, kwargs: Mapping) -> R:
+        if not self._takes_fused(device, args, kwargs) or self.fused is None:
+            plain: Callable[..., R] = self.eager or self.reference
+            return plain(*args, **kwargs)
         if device.type != "cuda" or torch.compiler.is_compiling() or device.index == torch.cuda.current_device():
             return self.fused(*args, **kwargs)
         with torch.cuda.device(device):

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cpu/serving/spin_pool.hpp"
-#include "x86.hpp"
+#include "simd.hpp"
 
 namespace warploom {
 

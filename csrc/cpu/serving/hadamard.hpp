@@ -9,7 +9,7 @@
 namespace warploom {
 
 // Lanes with their partners `apart` places away: the lower becomes the sum, the upper the difference.
-#define WARPLOOM_BUTTERFLY(x, sign, ...) x = x * sign + __builtin_shufflevector(x, x, __VA_ARGS__)
+#define WARPLOOM_BUTTERFLY(x, sign, ...) x = x * sign + WARPLOOM_SHUFFLE(x, x, __VA_ARGS__)
 
 // 16 · `count` numbers in place, `count` a power of two, without the division by √n. Only sums and differences: the same bits
 // on every CPU, as long as the order of the steps is the same.

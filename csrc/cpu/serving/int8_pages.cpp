@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu/serving/hadamard.hpp"
-#include "x86.hpp"
+#include "simd.hpp"
 
 namespace warploom {
 

@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "cpu/serving/packed_layout.hpp"
-#include "x86.hpp"
+#include "simd.hpp"
 #ifdef WARPLOOM_X86
 #include <cpuid.h>
 #endif

@@ -15,8 +15,8 @@ namespace {
 constexpr int kQueries = 16;  // queries of one task: they share the pages that it reads
 constexpr int kSpan = 32;     // numbers read together; heads are padded to whole spans
 
-#define WARPLOOM_EVENS(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-#define WARPLOOM_ODDS(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define WARPLOOM_EVENS(a, b) WARPLOOM_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define WARPLOOM_ODDS(a, b) WARPLOOM_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
 
 // Keys and values as they are read: spans of 32 as two vectors. In bfloat16 these hold the even and the odd places, so
 // queries are laid out the same way, and outputs laid back.
@@ -60,16 +60,16 @@ struct Scratch {
 // Lane by lane sums of two vectors' halves, quarters, … : four dot products end side by side.
 #define WARPLOOM_BY_FOUR(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
 WARPLOOM_INLINE f16 add_halves(f16 x, f16 y) {
-    return __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(0, 16, 1, 17)) +
-           __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(2, 18, 3, 19));
+    return WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(0, 16, 1, 17)) +
+           WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(2, 18, 3, 19));
 }
 WARPLOOM_INLINE f16 add_quarters(f16 x, f16 y) {
-    return __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(0, 1, 16, 17)) +
-           __builtin_shufflevector(x, y, WARPLOOM_BY_FOUR(2, 3, 18, 19));
+    return WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(0, 1, 16, 17)) +
+           WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(2, 3, 18, 19));
 }
 WARPLOOM_INLINE f16 add_lanes(f16 x, f16 y) {
-    return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    return WARPLOOM_SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           WARPLOOM_SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
 // A query with four keys (or fewer: the last is repeated): four partial sums in each quarter of a vector.

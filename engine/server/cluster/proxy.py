@@ -47,14 +47,16 @@ def create_front(
     replicas: int,
     gpus: bool,
     on_mistake: Callable[[InputError], None],
-) -> Any:
-    """The application of a server with replicas; `make()` builds an `LLM`, and is sent to each of them.
+) -> tuple[Any, Callable[[], None]]:
+    """The application of a server with replicas, and a call that ends its streams.
 
-    `on_mistake` hears the InputError of a `make()` that can never succeed.
+    `make()` builds an `LLM`, and is sent to each replica; `on_mistake` hears the InputError of a `make()` that can
+    never succeed.
     """
     front = Front(make, config, replicas, gpus, on_mistake)
     door = RequestMiddleware(front, config, keys, front.visits)
-    return CORSMiddleware(door, **allowed_origins(config)) if config.cors_origins else door
+    app = CORSMiddleware(door, **allowed_origins(config)) if config.cors_origins else door
+    return app, front.end_streams
 
 
 class Front:
@@ -75,6 +77,7 @@ class Front:
         self._failed = False
         self._health_cache: asyncio.Task | None = None
         self._census_until = 0.0
+        self._answers: set[Answer] = set()
         self.registry = CollectorRegistry()
         self.visits = count_visits(self.registry)
 
@@ -118,9 +121,18 @@ class Front:
         for last in [False] * (self._count - 1) + [True]:
             messages = self._handle.visit.remote(**ask, avoid=refused)
             answer = Answer(messages, scope["visit"], send, self._config.request_timeout, self._well)
-            if not await answer.relay(receive, keep_refusal=last):
-                return
+            self._answers.add(answer)
+            try:
+                if not await answer.relay(receive, keep_refusal=last):
+                    return
+            finally:
+                self._answers.discard(answer)
             refused += (answer.replica,)
+
+    def end_streams(self) -> None:
+        """Fail whatever is under way: the server stops."""
+        for answer in list(self._answers):
+            answer.fail(errors.unavailable("stopping"))
 
     def _well(self) -> asyncio.Future[int]:
         """Return how many replicas are well; Ray is asked once in a while, however many ask here."""
@@ -179,7 +191,11 @@ class Answer:
 
     def _give_up(self) -> None:
         """No replica has taken the request, or none has said that its time is up."""
-        self._failure = errors.too_slow(self._limit)
+        self.fail(errors.too_slow(self._limit))
+
+    def fail(self, error: errors.APIError) -> None:
+        """End the answer with an error."""
+        self._failure = error
         self._messages.cancel()
 
     async def _ask_for_replicas(self) -> None:
@@ -188,9 +204,7 @@ class Answer:
         while not self._started:
             with suppress(Exception):  # without a word from Ray, a replica may yet answer
                 if not await self._well() and not self._started:
-                    self._failure = errors.unavailable("restarting")
-                    self._messages.cancel()
-                    return
+                    return self.fail(errors.unavailable("restarting"))
             await asyncio.sleep(PATIENCE)
 
     async def _pass_on(self, message: dict) -> None:

@@ -11,6 +11,8 @@ import json
 import secrets
 from typing import Any
 
+from pydantic_core import from_json
+
 from ....tokenizer.chat import encode_chat
 from . import errors
 from .requests import Message, Tool
@@ -48,21 +50,15 @@ def reads_tools(tokenizer: Any) -> bool:
 def _plain(message: Message, template: str) -> dict[str, Any]:
     """A message as templates expect it: content a string, arguments a dictionary."""
     plain = message.model_dump(exclude_none=True)
-    plain["content"] = _text(message.content)
+    plain["content"] = message.text
     if message.role == "developer" and "developer" not in template:
         plain["role"] = "system"
     for call in plain.get("tool_calls", ()):
         try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            call["function"]["arguments"] = from_json(call["function"]["arguments"], allow_inf_nan=False)
         except ValueError:
             raise errors.invalid("tool_calls: arguments must be JSON", "messages") from None
     return plain
-
-
-def _text(content: str | list | None) -> str:
-    if isinstance(content, list):
-        return "".join(part.text for part in content)
-    return content or ""
 
 
 class PlainReader:

@@ -284,6 +284,13 @@ class Message(Body):
     tool_call_id: str | None = None
     refusal: str | None = None
 
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
 
 class Function(Body):
     """Function tool: what it is called, does and takes."""

@@ -8,6 +8,7 @@ import pytest
 
 from warploom.engine.data import open_loader
 from warploom.engine.data.conversations import open_conversations, write_conversations
+from warploom.engine.data.hf_datasets import fetch_rows, is_hub_id
 from warploom.engine.data.loader import IGNORE
 from warploom.engine.errors import InputError
 from warploom.engine.training.evaluate import validation_batches
@@ -118,6 +119,11 @@ def test_validation_of_conversations_reads_each_target_once(talks):
             "message 3 is an assistant's and says nothing",
         ),
         ({"instruction": 5, "output": "x"}, "line.jsonl:2 is no conversation: "),
+        (
+            {"messages": MESSAGES, "chat_template_kwargs": [1]},
+            "chat_template_kwargs must be an object",
+        ),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"tools": 1}}, "must be an object without messages, tools"),
         ({"messages": MESSAGES, "tools": "{"}, "line.jsonl:2 is no conversation: Expecting"),
     ],
 )
@@ -126,6 +132,51 @@ def test_conversation_row_that_is_wrong_is_shown(tmp_path, tok, row, words):
     with pytest.raises(InputError, match=words):
         tokens(path, tok, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
+
+
+def test_row_variables_reach_the_template(tmp_path, tok):
+    """`chat_template_kwargs` of a row are that row's alone."""
+    path = write(
+        tmp_path / "two.jsonl", [{**FORMS["messages"], "chat_template_kwargs": {"mark": "x"}}, FORMS["alpaca"]]
+    )
+    marking = CharTokenizer.train(["abcdefghijklmnopqrstuvwxyz:\n 0123456789"])
+    marking.chat_template = "{{ mark }}" + TEMPLATE
+    split = tokens(path, marking, tmp_path / "tokens").split("train")
+    assert marking.decode(split.tokens.tolist()) == "xu:hi\na:yes\nu:hi\na:yes\n"
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A hub with one data set, read from local files as `datasets` reads others."""
+    datasets, asked = pytest.importorskip("datasets"), []
+    write(tmp_path / "hub.jsonl", [{**FORMS["messages"], "score": 1}] * 3)
+    load = datasets.load_dataset
+
+    def load_dataset(path, *, split, streaming, **others):
+        asked.append({"path": path, "split": split, **others})
+        if path != "org/talks":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset {path!r} doesn't exist on the Hub")
+        return load("json", data_files=str(tmp_path / "hub.jsonl"), split="train", streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_dataset_id_names_conversations(tmp_path, tok, stand_in):
+    for _ in range(2):  # all rows are here the second time
+        path = fetch_rows("org/talks/small:train_sft@v1", tmp_path / "keep")
+    assert stand_in == [{"path": "org/talks", "name": "small", "split": "train_sft", "revision": "v1"}]
+    assert tokens(path, tok, tmp_path / "tokens").meta.splits["train"].documents == 3
+    with pytest.raises(InputError, match="'org/none' is no file here, and on the hub there is no data set"):
+        fetch_rows("org/none", tmp_path / "keep")
+
+
+@pytest.mark.parametrize("name, is_id", [("org/talks", True), ("org/talks:train", True), ("in/none.jsonl", False)])
+def test_dataset_id_is_told_from_a_path(tmp_path, monkeypatch, name, is_id):
+    """A folder that is here means a file in it, even one that is not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    assert is_hub_id(name) is is_id
 
 
 def test_text_rows_are_no_conversations(tmp_path):

@@ -409,3 +409,67 @@ def test_log_bounds_what_a_client_chose(capfd):
         assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
         assert httpx.get(f"{server.url}/{'p' * 9000}", timeout=60).status_code == 404
     assert max(map(len, capfd.readouterr().err.splitlines())) < 1000
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+BAD_TEMPLATES = ["{{ 1 // 0 }}", "{{ 'x' + 1 }}", "{{ 10.0 ** 999 }}", "{% if %}", "{{ messages[9].content.x }}"]
+
+
+def test_template_variables_cannot_break_a_chat(client, server):
+    deep = value = {}
+    for _ in range(150):
+        value["a"] = value = {}
+    hi = [{"role": "user", "content": "hi"}]
+    for name in ("self", "cls", "source", "tokenizer", "value", "add_generation_prompt", "messages", "loop", "\n"):
+        answer = client.post(
+            "/v1/chat/completions", json={"messages": hi, "max_tokens": 1, "chat_template_kwargs": {name: 1}}
+        )
+        assert answer.status_code in (200, 400), (name, answer.text)
+    for kwargs in (deep, {"x": "\ud83d"}):
+        body = {"messages": hi, "max_tokens": 1, "chat_template_kwargs": kwargs}
+        assert client.post("/v1/chat/completions", content=json.dumps(body), headers=JSON).status_code in (200, 400)
+    call = {"type": "function", "function": {"name": "f", "arguments": "[" * 5000 + "]" * 5000}}
+    refused = client.post("/v1/chat/completions", json={"messages": [*hi, {"role": "assistant", "tool_calls": [call]}]})
+    assert refused.status_code == 400 and "arguments" in refused.json()["error"]["message"]
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES)
+def test_broken_template_is_refused_in_a_sentence(template, monkeypatch, client, server):
+    monkeypatch.setattr(server.bridge.llm.tokenizer, "chat_template", template)
+    refused = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+    assert refused.status_code == 400 and "the chat template" in refused.json()["error"]["message"]
+
+
+def test_prompt_far_beyond_the_context_is_not_tokenized(client, server, monkeypatch):
+    llm, seen = server.bridge.llm, []
+    encode = llm.tokenizer.encode
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, *rest: seen.append(len(text)) or encode(text, *rest))
+    text = "word " * 400_000
+    for path, body in (
+        ("completions", {"prompt": text}),
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        refused = client.post(f"/v1/{path}", json=body)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    assert max(seen) <= 16 * llm.max_seq_len
+
+
+# -- browsers ---------------------------------------------------------------------------------------------------------
+
+
+def test_host_of_a_stranger_is_refused_where_names_are_known(client):
+    assert client.get("/health", headers={"host": "evil.example"}).status_code == 200, "any host, unless told"
+    with serving(allowed_hosts=("localhost",)) as server, httpx.Client(base_url=server.url) as client:
+        for host in ("localhost:8000", "localhost", "127.0.0.1:9", "[::1]:8000"):
+            assert client.get("/health", headers={"host": host}).status_code == 200, host
+        for host in ("evil.example", "localhost.evil.example:80", "127.0.0.1.evil.example"):
+            assert client.get("/health", headers={"host": host}).status_code == 421, host
+
+
+def test_pages_load_nothing_from_elsewhere(client):
+    for path in ("/docs", "/"):
+        policy = client.get(path).headers["content-security-policy"]
+        assert "http" not in policy and "*" not in policy and "default-src 'self'" in policy
+    assert "content-security-policy" not in client.get("/health").headers

@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from warploom.bench.kills import digest, processes, run_killed, run_once
+from tests.engine.training import member
+from warploom.bench.kills import digest, run_killed, run_once
+from warploom.bench.kills import processes as commands
 from warploom.engine import ModelConfig, Transformer
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
+from warploom.engine.formats.families import pieces
 from warploom.engine.formats.model_directory import load_model, save_model
 from warploom.engine.training import train
+from warploom.engine.training.callbacks import JsonLog
 from warploom.engine.training.trainer import Trainer
 from warploom.tokenizer import BPETokenizer
 
@@ -57,7 +62,7 @@ def chat(tiny, base):
     return make
 
 
-def test_conversation_loss_equals_trl(base, chat, tmp_path):
+def test_conversation_loss_and_gradients_equal_trl(base, chat, tmp_path):
     """Packed with borders and masked without tags; TRL pads, and needs its tags."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -69,8 +74,8 @@ def test_conversation_loss_equals_trl(base, chat, tmp_path):
     theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     theirs_tokenizer.chat_template = CHATML
     theirs_tokenizer.pad_token = "<|im_end|>"
-    pieces = [at for number in loader.row_numbers(0) for at, _ in loader.packed[number]]
-    used = [int(split.starts.searchsorted(at)) for at in pieces]
+    starts = [at for number in loader.row_numbers(0) for at, _ in loader.packed[number]]
+    used = [int(split.starts.searchsorted(at)) for at in starts]
     theirs_model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path / "trl"), per_device_train_batch_size=len(used), max_length=128, use_cpu=True,
@@ -82,9 +87,14 @@ def test_conversation_loss_equals_trl(base, chat, tmp_path):
     )  # fmt: skip
     padded = next(iter(sft.get_train_dataloader()))
     assert int((padded["labels"] != -100).sum()) == int((batch.targets_BT != -100).sum())
-    with torch.no_grad():
-        theirs = float(sft.compute_loss(theirs_model.eval(), dict(padded)))
-    assert float(ours) == pytest.approx(theirs, abs=1e-6)
+    theirs = sft.compute_loss(theirs_model.train(), dict(padded))
+    theirs.backward()
+    assert float(ours) == pytest.approx(float(theirs.detach()), abs=1e-6)
+    gradients = dict(theirs_model.named_parameters())
+    for name, p in trainer.state.masters.named.items():
+        for published, grad in pieces(trainer.state.model.config, [name])[0].split(p.grad):
+            wanted = gradients[published].grad
+            assert (grad - wanted).norm() <= 1e-6 * wanted.norm(), published
 
 
 def test_conversation_loss_is_per_target(chat, recorders):
@@ -95,6 +105,23 @@ def test_conversation_loss_is_per_target(chat, recorders):
         train(chat(f"parts{parts}", grad_accum_steps=parts), [recorder])
         curves.append(recorder.losses)
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("grid", [{"dp": 2}, {"fsdp": 2}], ids=["dp", "fsdp"])
+def test_conversation_loss_is_per_target_of_all_processes(chat, processes, grid):
+    """Processes whose rows hold more and fewer targets: the curve of one process."""
+    one = chat("one", steps=8, grad_accum_steps=2, log_every=1)
+    train(one)
+    two, store = (
+        dataclasses.replace(one, out=one.out.replace("one", "two"), **grid),
+        torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
+    )
+    assert processes(member.main, 2, size=2, port=store.port, config=two) == [0, 0]
+    curves = [
+        [line["loss"] for line in JsonLog.read(Path(config.out) / "log.jsonl") if "loss" in line]
+        for config in (one, two)
+    ]
+    assert len(curves[0]) == 8 and curves[1] == pytest.approx(curves[0], abs=1e-6)
 
 
 def test_windows_without_a_target_do_not_stop_a_run(chat, recorder):
@@ -114,8 +141,8 @@ def test_conversation_run_killed_ends_with_same_bits(chat, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = chat("whole", steps=24, save_every=3, eval_every=9)
     killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"))
-    run_once(processes(), whole)
-    assert run_killed(processes(), killed, 3)
+    run_once(commands(), whole)
+    assert run_killed(commands(), killed, 3)
     assert digest(killed) == digest(whole)
 
 
