@@ -98,7 +98,8 @@ def test_sentencepiece_vocabulary_is_llama_cpps(tmp_path):
         with open(tmp_path / "tokenizer.model", "wb") as file:
             trainer.train(
                 sentence_iterator=iter(lines), model_writer=file, model_type="bpe", vocab_size=330, byte_fallback=True,
-                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix, minloglevel=2,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix,
+                minloglevel=2,
             )  # fmt: skip
         tokenizer = load_tokenizer(tmp_path)
         save_gguf(build(vocab_size=336), tmp_path / "m.gguf", tokenizer)
