@@ -22,11 +22,14 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* cs
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
-.PHONY: demo test bench gpu sanitize native-test lint format clean
+.PHONY: demo demo-chat test bench gpu sanitize native-test lint format clean
 .DELETE_ON_ERROR:  # an interpreter without its build tools is made anew
 
 demo: .venv/ready-base
 	$(BIN)/warploom demo $(ARGS)
+
+demo-chat: .venv/ready-chat
+	$(BIN)/warploom demo --chat $(ARGS)
 
 # Three processes: PyTorch's operator checks have been seen to fail in one that had done much else before.
 test: .venv/ready-dev
@@ -74,6 +77,10 @@ clean:
 .venv/ready-base: $(SOURCES) | .venv/bin/python
 	@echo "installing warploom and what it needs (a few minutes the first time: PyTorch is large)"
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+.venv/ready-chat: .venv/ready-base
+	$(PIP) install --constraint constraints.txt chitchat-dataset
 	@touch $@
 
 .venv/ready-dev: $(SOURCES) | .venv/bin/python

@@ -115,7 +115,8 @@ def test_what_must_not_know_torch_does_not_import_it(name):
     subprocess.run([sys.executable, "-c", code.replace(".__init__", "")], check=True)
 
 
-def test_everything_runs_without_triton_and_without_the_extension():
+def test_everything_runs_without_extensions():
+    """Everything runs without triton and without the extension."""
     code = """
 import sys
 sys.modules.update({"triton": None, "warploom._native": None, "warploom._tokenizer": None})  # as if not installed

@@ -3,23 +3,36 @@
 The corpus is the Python standard library of the interpreter that runs this: real text of tens of megabytes that every
 machine already has. Files, not lines, are split between training and validation, so nothing leaks. What comes out is
 a small Llama that completes Python, in a directory that `transformers` opens too.
+
+With `--chat` it learns to converse instead: first the next token of what people have written to each other, whoever
+wrote it (pretraining), then only what the second of them answered (instruction tuning). Some conversations are kept
+from both, to measure on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import available
 
 if TYPE_CHECKING:
     from ...tokenizer.base import Tokenizer
+    from ..training import TrainResult
 
 TEMPERATURES = (0.0, 0.5, 0.8, 1.1)
+LINES = (
+    "Hi! How are you doing today?",
+    "What do you like to do for fun?",
+    "Do you have any pets?",
+    "Nice talking to you!",
+)
+FIRST = 0.6  # of the time of --chat, for the base
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--size", choices=SIZES, default="tiny", help="what to train (default: tiny, under five minutes on two cores)"
     )
+    parser.add_argument("--chat", action="store_true", help="learn to converse, from conversations of people")
     parser.add_argument("--out", default="runs/demo", help="where the model goes (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the size's minutes")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples (default: 0)")
@@ -51,21 +65,76 @@ def run(argv: list[str]) -> int:
     if options.steps is not None and options.steps < 1:
         raise InputError(f"--steps must be at least 1, not {options.steps}")
 
-    from ..training import TrainConfig, train
-    from .train import callback
-
-    size = SIZES[options.size]
-    config = TrainConfig(
-        data="stdlib", out=options.out, overwrite=True, preset=size.preset, optimizer="muon", lr=size.lr,
-        batch_size=size.batch_size, steps=options.steps, minutes=None if options.steps else size.minutes,
-        seed=options.seed, save_every=0, sample_tokens=0,
-    )  # fmt: skip
-    result = train(config, [callback()])
+    if options.chat:
+        return learn_to_converse(options)
+    result = _train(options, "stdlib", options.out)
     if result.evaluation is not None:
         print(f"\nheld-out text after {result.steps} steps: {result.evaluation}")
     show_samples(result.directory, options.seed)
     print(farewell(result.directory))
     return 130 if result.stopped_by else 0
+
+
+def _train(options: argparse.Namespace, data: str, out: str, share: float = 1.0, **changes: Any) -> TrainResult:
+    from ..training import TrainConfig, train
+    from .train import callback
+
+    size = SIZES[options.size]
+    budget = {"steps": options.steps} if options.steps else {"minutes": size.minutes * share}
+    settings = {
+        "preset": size.preset, "optimizer": "muon", "lr": size.lr, "batch_size": size.batch_size, "seed": options.seed,
+        "save_every": 0, "sample_tokens": 0, "overwrite": True,
+    }  # fmt: skip
+    return train(TrainConfig(data=data, out=out, **{**settings, **budget, **changes}), [callback()])
+
+
+def learn_to_converse(options: argparse.Namespace) -> int:
+    """Train a base on what people wrote to each other, tune it on the answers, and show a conversation as it is."""
+    out = Path(options.out)
+    texts, chats = write_conversations(out / "conversations")
+    base = _train(options, str(texts), str(out / "base"), FIRST)
+    if base.stopped_by:
+        return 130
+    changes = {"init_from": str(base.directory), "lr": SIZES[options.size].lr / 4, "eval_batches": 0}
+    result = _train(options, str(chats), options.out, 1 - FIRST, **changes)
+    if result.evaluation is not None:
+        print(f"\nheld-out answers after {base.steps} and {result.steps} steps: {result.evaluation}\n")
+    show_conversation(result.directory, options.seed)
+    print(farewell(result.directory, completes=False))
+    return 130 if result.stopped_by else 0
+
+
+def write_conversations(folder: Path) -> tuple[Path, Path]:
+    """Files of the texts to train a base on and of the conversations to tune it on, whose held-out part no text has."""
+    from ...tokenizer.chat import render
+    from ..data.chitchat import chitchat
+    from ..data.conversations import place_of
+    from ..training import TrainConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts, chats = folder / "texts.jsonl", folder / "chats.jsonl"
+    with open(texts, "w", encoding="utf-8") as plain, open(chats, "w", encoding="utf-8") as rows:
+        for messages in chitchat():
+            rows.write(json.dumps({"messages": messages}) + "\n")
+            if place_of(messages) < TrainConfig.splits[0]:
+                plain.write(json.dumps({"text": render(None, messages, {})}) + "\n")
+    return texts, chats
+
+
+def show_conversation(directory: Path, seed: int) -> None:
+    """A short exchange with the saved model, as anyone will have it who chats with it."""
+    from ..serving import LLM, SamplingParams
+
+    llm, messages = LLM(directory), []
+    params = SamplingParams(max_tokens=48, temperature=0.7, top_p=0.9, seed=seed)
+    for line in LINES:
+        messages.append({"role": "user", "content": line})
+        while len(llm.encode_chat(messages)) + params.max_tokens > llm.max_seq_len:
+            del messages[:2]  # the oldest is forgotten
+        said = llm.chat(messages, params).text.strip()
+        messages.append({"role": "assistant", "content": said or "…"})
+        print(f"you:   {line}\nmodel: {said}")
+    llm.close()
 
 
 def show_samples(directory: Path, seed: int) -> None:
@@ -94,7 +163,7 @@ def held_out_prompts(data: Path, tokenizer: Tokenizer, count: int = 3) -> list[s
     return heads[:: max(1, len(heads) // count)][:count] or [text[:40]]
 
 
-def farewell(directory: Path) -> str:
+def farewell(directory: Path, completes: bool = True) -> str:
     lines = [f"the model is in {directory} (loss curve: {directory / 'loss.png'}). Now:"]
     verbs = {
         "generate": f'warploom generate --model {directory} --prompt "def read_file("',
@@ -102,5 +171,7 @@ def farewell(directory: Path) -> str:
         "serve": f"warploom serve --model {directory}",
         "inspect": f"warploom inspect model {directory}",
     }
+    if not completes:
+        del verbs["generate"]
     lines += [f"  {command}" for verb, command in verbs.items() if verb in available()]
     return "\n" + "\n".join(lines)

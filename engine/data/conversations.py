@@ -6,6 +6,9 @@ One form is read, `{"messages": [{"role": …, "content": …}], "tools": […]}
     Alpaca              {"instruction": …, "input": …, "output": …}
     prompt, completion  {"prompt": …, "completion": …}, each a string or a list of messages; the prompt is not learned
 
+Preference pairs are `{"prompt": …, "chosen": …, "rejected": …}`, strings or messages; without a prompt it is the
+messages that both begin with. A pair becomes two documents of one split, the chosen answer first.
+
 A conversation is a document of the token files, and a byte a token in `train.learn` says which are targets. Which
 conversation belongs to which split is decided as for texts: by its hash, or where there are few, by its place in line.
 """
@@ -30,7 +33,7 @@ from .sources import expand
 from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT
-FORMS = "messages, conversations, instruction and output, or prompt and completion"
+FORMS = "messages, conversations, instruction and output, prompt and completion"
 RESERVED = ("messages", "tools", "add_generation_prompt")  # which the row itself says, or training
 SHOWN = 300  # characters of a row that an error shows
 
@@ -50,20 +53,22 @@ class Conversations:
     """The conversations of some files, which can be read again and again."""
 
     paths: list[Path]
+    pairs: bool = False
+    """Are these preference pairs?"""
 
     @property
     def name(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
 
-    def read(self) -> Iterator[Conversation]:
-        """Every conversation in order."""
+    def read(self) -> Iterator[tuple[Conversation, ...]]:
+        """The conversation of every line in order; of a preference pair, both."""
         for path in self.paths:
             for line, row in json_lines(path):
-                yield to_conversation(row, line)
+                yield to_pair(row, line) if self.pairs else (to_conversation(row, line),)
 
     def texts(self) -> Iterator[str]:
         """Text to train a tokenizer on: the training split is nearly all of it."""
-        return (render(None, conversation.messages, {}) for conversation in self.read())
+        return (render(None, conversation.messages, {}) for each in self.read() for conversation in each)
 
 
 def open_conversations(pattern: str | Path) -> Conversations | None:
@@ -72,14 +77,17 @@ def open_conversations(pattern: str | Path) -> Conversations | None:
     if not paths[0].name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         return None
     row = next((row for _, row in json_lines(paths[0])), None)
-    return Conversations(paths) if isinstance(row, Mapping) and _form(row) else None
+    if not isinstance(row, Mapping):
+        return None
+    pairs = "chosen" in row and "rejected" in row
+    return Conversations(paths, pairs) if pairs or _form(row) else None
 
 
 def to_conversation(row: Any, line: str) -> Conversation:
     """A row of any of the four forms; `line` names it in errors."""
     form = _form(row) if isinstance(row, Mapping) else None
     if form is None:
-        raise InputError(f"{line} is no conversation: it needs {FORMS}: {_show(row)}")
+        raise InputError(f"{line} is no conversation: it needs {FORMS}, or chosen and rejected: {_show(row)}")
     try:
         messages, tools = form(row), row.get("tools") or None
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -92,6 +100,21 @@ def to_conversation(row: Any, line: str) -> Conversation:
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise InputError(f"{line}: messages must be a list of objects with a role and a content: {_show(row)}")
     return Conversation(messages, {**variables, **({"tools": tools} if tools else {})}, line)
+
+
+def to_pair(row: Any, line: str) -> tuple[Conversation, Conversation]:
+    """A preference pair: the conversations that end in the chosen answer and in the rejected one."""
+    sides = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, Mapping) else [None]
+    if not all(sides):
+        raise InputError(f"{line} is no preference pair: it needs chosen and rejected: {_show(row)}")
+    prompt = row.get("prompt")
+    if not prompt and all(isinstance(side, list) for side in sides):
+        shared = len(list(itertools.takewhile(lambda both: both[0] == both[1], zip(*sides))))
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+    if not prompt or not all(sides):
+        raise InputError(f"{line}: chosen and rejected have no common prompt: give a prompt: {_show(row)}")
+    both = ({**row, "prompt": prompt, "completion": side} for side in sides)
+    return tuple(to_conversation(each, line) for each in both)
 
 
 def _is_message(message: Any) -> bool:
@@ -145,11 +168,13 @@ def write_conversations(
         tokenizer.save(scratch)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         writers = [SplitWriter(scratch / name, dtype, None, learn=True) for name in SPLITS]
-        for number, conversation in enumerate(conversations.read()):
-            place = (number + 0.5) / count if count < FEW else _place(conversation)
-            ids, learned = _encode(conversation, tokenizer)
-            size = len(tokenizer.decode(ids).encode("utf-8", "surrogatepass"))
-            writers[int(np.searchsorted(edges, place, side="right"))].add(ids, True, size, learned)
+        for number, documents in enumerate(conversations.read()):
+            place = (number + 0.5) / count if count < FEW else place_of(documents[0].messages)
+            writer = writers[int(np.searchsorted(edges, place, side="right"))]
+            for conversation in documents:
+                ids, learned = _encode(conversation, tokenizer)
+                size = len(tokenizer.decode(ids).encode("utf-8", "surrogatepass"))
+                writer.add(ids, True, size, learned)
         meta = Meta(
             source=conversations.name,
             dtype=dtype,
@@ -157,6 +182,7 @@ def write_conversations(
             end_of_document=None,
             tokenizer_sha256=file_hash(scratch / "tokenizer.json"),
             splits={name: writer.close() for name, writer in zip(SPLITS, writers)},
+            pairs=conversations.pairs,
         )
         (scratch / "meta.json").write_text(json.dumps(asdict(meta), indent=2))
     return TokenData(out)
@@ -170,8 +196,9 @@ def _encode(conversation: Conversation, tokenizer: Any) -> tuple[np.ndarray, np.
     return np.array(ids, np.uint32), np.array(learned, np.uint8)
 
 
-def _place(conversation: Conversation) -> float:
-    text = json.dumps(conversation.messages, sort_keys=True)
+def place_of(messages: list[dict[str, Any]]) -> float:
+    """A conversation's place between the edges of splits, by its hash."""
+    text = json.dumps(messages, sort_keys=True)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 

@@ -39,6 +39,11 @@ class Batch:
     positions_BT: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """What the mean of the loss is over: the targets that count."""
+        return (self.targets_BT != IGNORE).sum()
+
     def rows(self, start: int, stop: int) -> Batch:
         """A micro-batch: some rows of this batch."""
         T = self.tokens_BT.shape[1]

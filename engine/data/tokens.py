@@ -53,6 +53,8 @@ class Meta:
     tokenizer_sha256: str
     splits: dict[str, SplitInfo] = field(default_factory=dict)
     format: int = 1
+    pairs: bool = False
+    """Documents are preference pairs: a chosen answer, then the rejected one."""
 
 
 @dataclass(frozen=True)

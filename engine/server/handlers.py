@@ -15,12 +15,13 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..serving import SamplingParams
+from ..serving.sampling_params import GRAMMARS
 from .async_engine import Ask, AsyncEngine, RequestStream
 from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
 from .openai import errors
-from .openai.chat import PlainReader, ToolCallReader, encode_conversation
+from .openai.chat import encode_conversation, plan_chat
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .openai.responses import END_OF_STREAM, ChatWriter, CompletionWriter, Words, server_sent, to_json
 from .request_body import client_of
@@ -28,6 +29,7 @@ from .request_body import client_of
 Writer = ChatWriter | CompletionWriter
 DEFAULT_COMPLETION = 16  # OpenAI's
 DEFAULT_GENERATION = 100
+NO_GRAMMAR = dict.fromkeys(GRAMMARS)
 LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the event that says so
 
 
@@ -61,18 +63,18 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """/v1/chat/completions."""
-        params, words = body.sampling(), self.words
-        tools = body.tools if body.tool_choice != "none" else None
+        words, params = self.words, body.sampling()
+        plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, client=client_of(request.scope))
+        params = replace(params, **{**NO_GRAMMAR, **plan.grammar}) if plan.grammar else params
 
         def asks(llm: Any) -> Iterable[Ask]:
             for message in body.messages:
                 refuse_long(llm, message.text)
-            tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
+            tokens = encode_conversation(llm.tokenizer, body.messages, plan.tools, plan.variables)
             yield tokens, self._fit(llm, tokens, params)
 
         flow = await self._submit(request, asks, body.n, params, body.model, body.stream)
-        reader = ToolCallReader if tools else PlainReader
-        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, reader)
+        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, plan.reader)
         return await self._answer(request, body.stream, flow, writer)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:

@@ -70,6 +70,11 @@ class TrainConfig:
     num_workers: int = 1
     """Threads that prepare batches ahead; does not change their order. 0 = none."""
 
+    loss: Literal["cross_entropy", "dpo", "ipo"] = "cross_entropy"
+    """cross_entropy of the next token; dpo or ipo for preference pairs, of which a step has batch_size."""
+    beta: float = 0.1
+    """Of dpo and ipo: how strongly the model is held to the weights it started from."""
+
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     """adamw; muon (matrices orthogonalized, the rest adamw); sgd with 1/sqrt(t) decay."""
     lr: float = 2e-3
@@ -162,6 +167,10 @@ class TrainConfig:
         _require(self.lora is None or self.tp == 1, f"lora={self.lora} cannot be cut by tp={self.tp}: use fsdp or dp")
         given = [name for name in LORA[1:] if getattr(self, name)]
         _require(self.lora is not None or not given, f"{', '.join(given)} is for an adapter: give lora, its rank")
+        _require(
+            self.loss == "cross_entropy" or self.init_from is not None,
+            f"loss={self.loss} needs init_from (--from): the model whose preferences are tuned",
+        )
         _require(not (self.resume and self.overwrite), "give one of resume and overwrite, not both")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -177,7 +186,7 @@ RANGES = {
     "more than 0": (
         lambda x: x > 0,
         (*BUDGETS, "batch_size", "context", "stride", "lr", "dp", "fsdp", "tp", "ep", "keep_last", "log_every",
-         "max_nonfinite_steps", "lora", "lora_alpha"),
+         "max_nonfinite_steps", "lora", "lora_alpha", "beta"),
     ),
     "at least 0": (
         lambda x: x >= 0, ("grad_accum_steps", "num_workers", "min_lr", "warmup", "weight_decay", "eps",

@@ -19,10 +19,12 @@ import torch
 
 from ... import kernels
 from ..data.loader import IGNORE, Batch, Epochs, PackedDocuments, join
+from ..data.pairs import PairBatch
 from ..data.tokens import TokenData, TokenSplit
 from ..errors import InputError
 from ..generation import generate
 from ..model import Transformer
+from .preferences import preference_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ def evaluate(
 
 def losses(model: Transformer, batch: Batch, **options: float):
     """The model's losses on a batch; documents packed into one row are kept apart."""
+    if isinstance(batch, PairBatch):
+        return preference_losses(model, batch)
     if batch.cu_seqlens is None:
         return model.losses(batch.tokens_BT, batch.targets_BT, **options)
     flat = (1, batch.tokens_BT.numel())

@@ -39,6 +39,9 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
     With `reuse`, tokens that are already there are not made again.
     """
     data = open_data(config, note, reuse)
+    if data.meta.pairs != (config.loss != "cross_entropy"):
+        holds = "preference pairs: give loss dpo or ipo" if data.meta.pairs else "no preference pairs"
+        raise InputError(f"loss={config.loss}, but {config.data} holds {holds}")
     tokenizer = data.tokenizer()
     model = architecture(config, tokenizer.vocab_size)
     if config.init_from:

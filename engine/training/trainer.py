@@ -13,6 +13,7 @@ in a `RunState`; the trainer adds only what dies with the process.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import math
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor
 
 from ...tokenizer.sources import sweep
-from ..data.loader import IGNORE, Batch, Loader, open_loader, prefetch
+from ..data.loader import Batch, Loader, open_loader, prefetch
+from ..data.pairs import PreferencePairs
 from ..device import measured_matmul_flops, pick_dtype
 from ..errors import InputError
 from .batch_size_finder import find_grad_accum_steps
@@ -43,6 +45,7 @@ from .inputs import RunInputs, prepare
 from .lora import LoraMasters
 from .mixed_precision import EMA, LossScale
 from .optim import clip_grad_norm, make_optimizer
+from .preferences import add_reference, evaluate_pairs, every_pair
 from .report import describe, write_card
 from .resume import resume_run, save_run, write_weights
 from .run_state import RunState, TrainResult
@@ -86,6 +89,7 @@ class Trainer:
         self.speed = self.utilization = 0.0
         self.began = time.perf_counter()
         self.step_seconds: deque[float] = deque(maxlen=50)
+        self.pairs = self._open_pairs(again)
         if not config.grad_accum_steps:
             self.state.grad_accum_steps = find_grad_accum_steps(self.state, self.loader, self.note)
         if again:
@@ -100,6 +104,18 @@ class Trainer:
 
     def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Any, RunState]:
         return start(self.config, inputs, self.mesh, dtype)
+
+    def _open_pairs(self, again: bool) -> PreferencePairs | None:
+        """The preference pairs to evaluate on, after the reference has judged them and those to train on."""
+        if not isinstance(self.loader, PreferencePairs):
+            return None
+        split, state, name = validation_split(self.state.inputs.data), self.state, "reference-{}.npy"
+        held_out = None if split is None else dataclasses.replace(self.loader, split=split, shuffle=False)
+        rows = state.micro_batch_rows // self.mesh.dp_size
+        for pairs in filter(None, (self.loader, held_out)):
+            path = self.out / name.format(pairs.split.name)
+            add_reference(state.model, pairs, rows, path, self.mesh.is_main, again)
+        return held_out
 
     def _prepare_out(self, again: bool) -> None:
         config = self.config
@@ -187,7 +203,8 @@ class Trainer:
         _seed(state.device, self.config.seed, state.step, self.mesh.dp_rank)  # dropout is a function of the step
         figures = self._update(*self.accumulate(batch))
         state.step += 1
-        state.tokens += batch.tokens_BT.numel()
+        self.step_tokens = batch.tokens_BT.numel()
+        state.tokens += self.step_tokens
         return figures
 
     def _update(self, loss: Tensor, load: list[Tensor]) -> tuple[float, float, float, tuple[float, ...]]:
@@ -218,13 +235,13 @@ class Trainer:
         """
         state, config = self.state, self.config
         rows = state.micro_batch_rows
-        targets = (batch.targets_BT != IGNORE).sum().clamp(min=1)  # a window may hold none that is learned
+        targets = batch.weight.clamp(min=1)  # a window may hold none that is learned
         loss = torch.zeros((), device=state.device)
         for start in range(0, config.batch_size, rows):
             if start + rows == config.batch_size:
                 self.reducer.arm()  # gradients leave as soon as they are complete
             micro = self.mesh.local_rows(batch.rows(start, start + rows))
-            share = (micro.targets_BT != IGNORE).sum() / targets
+            share = micro.weight / targets
             parts = losses(state.model, micro, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
             (parts.total * (share * state.loss_scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
@@ -305,9 +322,12 @@ class Trainer:
         split = validation_split(state.inputs.data)
         if split is None:
             return
-        batches = validation_batches(split, config.batch_size, state.context, config.eval_batches)
         with state.ema.applied():
-            found = evaluate(state.model, batches, self.bytes_of, state.micro_batch_rows // self.mesh.dp_size)
+            if self.pairs:
+                found = evaluate_pairs(state.model, every_pair(self.pairs, config.eval_batches))
+            else:
+                batches = validation_batches(split, config.batch_size, state.context, config.eval_batches)
+                found = evaluate(state.model, batches, self.bytes_of, state.micro_batch_rows // self.mesh.dp_size)
         self.tell("on_evaluation", state.step, found)
         if state.best is None or found.loss < state.best.loss:
             state.best = found
@@ -329,7 +349,7 @@ class Trainer:
 
     def _report(self, loss: float, norm: float, lr: float, load: tuple[float, ...]) -> Progress:
         state, pace = self.state, sum(self.step_seconds) / len(self.step_seconds)
-        speed = self.config.batch_size * state.context / pace
+        speed = self.step_tokens / pace
         self.speed, self.utilization = speed, speed * self.flops_per_token / (self.peak * self.mesh.size)
         progress = Progress(
             step=state.step, steps=state.steps, loss=loss, lr=lr, grad_norm=norm, tokens=state.tokens,
@@ -392,7 +412,10 @@ def start(config: TrainConfig, inputs: RunInputs, mesh: ProcessMesh, dtype: torc
     """The batches of a run and its state before the first step."""
     context = config.context or inputs.model.max_seq_len
     split = inputs.data.split("train")
-    loader = open_loader(config.order, split, config.batch_size, context, config.seed, config.stride)
+    if inputs.data.meta.pairs:
+        loader = PreferencePairs(split, config.batch_size, context, config.seed, kind=config.loss, beta=config.beta)
+    else:
+        loader = open_loader(config.order, split, config.batch_size, context, config.seed, config.stride)
     return loader, first_state(config, inputs, split, context, mesh, dtype, count_steps(config, loader))
 
 

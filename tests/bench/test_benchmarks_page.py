@@ -32,14 +32,16 @@ def bench(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_bench_on_the_page_measures_and_its_record_is_read_as_shown(bench, monkeypatch, capsys):
+def test_benchmark_page_measures_reads_record(bench, monkeypatch, capsys):
+    """The bench on the page measures and its record is read as shown."""
     monkeypatch.chdir(bench)
     exec(code("Record.from_json"), {})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and "softmax 4096 rows ours" in printed[0]
 
 
-def test_the_peer_on_the_page_is_reported_as_not_installed(tmp_path, monkeypatch):
+def test_benchmark_page_peer_not_installed(tmp_path, monkeypatch):
+    """The peer on the page is reported as not installed."""
     folder = tmp_path / "pagepeers"
     folder.mkdir()
     (folder / "__init__.py").touch()

@@ -38,7 +38,8 @@ class FakeCuda:
         return Event()
 
 
-def test_each_call_is_timed_alone_after_the_cache_was_swept(monkeypatch):
+def test_timing_sweeps_cache_before_each_call(monkeypatch):
+    """Each call is timed alone after the cache was swept."""
     cuda = FakeCuda()
 
     def ones(count, device):
@@ -59,7 +60,8 @@ def test_each_call_is_timed_alone_after_the_cache_was_swept(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_twice_the_bytes_take_about_twice_as_long_and_the_host_does_not_wait():
+def test_cuda_timer_scales_with_bytes():
+    """Twice the bytes take about twice as long and the host does not wait."""
     timer = CudaTimer()
     small, large = (torch.ones(count, device="cuda") for count in (2**27, 2**28))
     times = [min(timer.sample(lambda x=x: x.clone(), 10) for _ in range(5)) for x in (small, large)]

@@ -42,7 +42,8 @@ sys.exit(len(outcome.failed))
 """
 
 
-def test_a_part_that_takes_its_process_down_costs_itself_alone(tmp_path):
+def test_gpu_session_crash_costs_one_part(tmp_path):
+    """A part that takes its process down costs itself alone."""
     codes = []
     for _ in range(4):
         done = subprocess.run(
@@ -81,7 +82,8 @@ def machine(monkeypatch, tmp_path):
     return Machine
 
 
-def test_a_process_that_hangs_or_crashes_is_ended_and_told_so(session):
+def test_bench_hanging_process_is_ended(session):
+    """A process that hangs or crashes is ended and told so."""
     session.folder.mkdir()
     printed, ended = session.run(["sh", "-c", "echo begun; exec sleep 60"], 2)
     assert (printed.partition("\n")[0], ended) == ("begun", "stopped after 2 s")
@@ -91,7 +93,8 @@ def test_a_process_that_hangs_or_crashes_is_ended_and_told_so(session):
     assert "os.abort" in (session.copy / "gpu.log").read_text()
 
 
-def test_wrong_ops_are_not_timed_and_what_was_right_is_not_checked_again(machine, tmp_path, capsys):
+def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
+    """Wrong ops are not timed and what was right is not checked again."""
     bad = "moe bfloat16, switch: bad", "exit 1"
     machine.answers = lambda command, _: bad if "verify moe" in command else ("", "")
     arguments = ["--results", str(tmp_path), "--minutes", "0.5"]
@@ -105,7 +108,8 @@ def test_wrong_ops_are_not_timed_and_what_was_right_is_not_checked_again(machine
 
 
 @pytest.mark.parametrize("portable", [True, False], ids=["portable right", "both wrong"])
-def test_the_portable_attention_stands_in_for_a_hopper_kernel_that_hangs(machine, tmp_path, portable):
+def test_portable_attention_replaces_hung_hopper(machine, tmp_path, portable):
+    """The portable attention stands in for a hopper kernel that hangs."""
     seen = {}
 
     def answers(command, environment):
@@ -162,7 +166,8 @@ def test_checks_are_on_record_by_the_code_they_checked(machine, session, monkeyp
     assert (session.copy / "checks.json").exists()
 
 
-def test_every_case_of_every_op_has_its_share_in_the_checks():
+def test_every_case_has_its_share_of_checks():
+    """Every case of every op has its share in the checks."""
     names = check_names()
     for op in kernels.ops():
         small = [case for case in op.cases if not case.bench]

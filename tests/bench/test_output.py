@@ -23,7 +23,8 @@ def record():
     return Record("fake", "here", parts={"decode": part})
 
 
-def test_a_table_shows_every_row_with_units_and_drops_empty_columns(record):
+def test_table_has_rows_units_no_empty_columns(record):
+    """A table shows every row with units and drops empty columns."""
     columns, lines = table.cells(record.parts["decode"])
     assert columns == ["case", "who", "median", "p25–p75", "rate", "ours ÷ it", "% of copy", "first", "peak"]
     assert lines[0] == ["b1", "ours", "2 ms", "2 ms–2 ms", "2,000,000 tok/s", "", "50.0", "", "3 GB"]
@@ -33,7 +34,8 @@ def test_a_table_shows_every_row_with_units_and_drops_empty_columns(record):
     assert "copy 25 GB/s · matmul float32 200 GFLOP/s" in table.subtitle(record.parts["decode"])
 
 
-def test_in_brief_our_rows_have_a_line_each_with_the_toughest_peer(record):
+def test_brief_has_line_each_with_best_peer(record):
+    """In brief our rows have a line each with the toughest peer."""
     record.parts["decode"].rows.append(Row("b1", "fastpeer", Spread.of([0.001]), 4e6, "tok", Spread.of([0.5])))
     assert table.brief(record) == ["  decode, b1: 2 ms · 2,000,000 tok/s · 50 % of copy · 0.50× fastpeer"]
 
@@ -116,14 +118,16 @@ def test_the_last_line_is_the_record_on_disk(fake_bench, capsys):
     assert json.loads(last)["parts"]["sum"]["config"] == {"size": 5}
 
 
-def test_a_failed_part_is_told_apart_and_ends_with_exit_code_1(fake_bench, capsys):
+def test_gpu_session_failed_part_exits_1(fake_bench, capsys):
+    """A failed part is told apart and ends with exit code 1."""
     assert main(["bench", "all", "--results", str(fake_bench)]) == 1
     captured = capsys.readouterr()
     assert "fails failed: ZeroDivisionError" in captured.err
     assert list(json.loads(captured.out.splitlines()[-1])["parts"]) == ["sum"]
 
 
-def test_a_bench_that_is_not_there_and_a_part_that_is_not_there_are_one_sentence(fake_bench, capsys):
+def test_bench_unknown_name_one_sentence(fake_bench, capsys):
+    """A bench that is not there and a part that is not there are one sentence."""
     assert main(["bench", "later"]) == 2
     assert capsys.readouterr().err == (
         "warploom bench: there is no 'later' bench yet (no later.py in warploom/bench); there are: speed\n"

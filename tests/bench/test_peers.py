@@ -44,7 +44,8 @@ def test_only_chooses_and_an_unknown_task_has_no_peers(package):
     assert set(peers.build("fly", package=package)) == {"torn"}
 
 
-def test_the_peers_here_can_be_listed_without_loading_what_they_wrap():
+def test_peers_are_listed_without_loading():
+    """The peers here can be listed without loading what they wrap."""
     listing = "import sys; from warploom.bench import peers; print(*peers.names()); sys.exit('torch' in sys.modules)"
     listed = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout.split()
     assert {"torch", "transformers"} <= set(listed)

@@ -55,7 +55,8 @@ def test_a_second_run_measures_only_what_is_not_on_record(bench):
     assert bench.ran == ["a", "b"]
 
 
-def test_the_budget_stops_between_parts_and_the_next_run_goes_on(bench):
+def test_gpu_session_budget_stops_next_goes_on(bench):
+    """The budget stops between parts and the next run goes on."""
     parts = [bench.part("first"), bench.part("long", minutes=5), bench.part("short"), bench.part("last")]
     outcome = bench.run(parts, minutes=2.5)
     assert bench.ran == ["first", "short"]
@@ -74,7 +75,8 @@ def test_each_part_is_on_disk_the_moment_it_ends(bench):
     assert any("interrupted in b" in line for line in bench.lines)
 
 
-def test_a_failing_part_costs_neither_the_others_nor_its_own_old_record(bench):
+def test_bench_failing_part_keeps_old_record(bench):
+    """A failing part costs neither the others nor its own old record."""
     bench.run([bench.part("a"), bench.part("b")])
     broken = bench.part("a", error=RuntimeError("out of memory"), size=9)
     outcome = bench.run([broken, bench.part("c")])
@@ -83,7 +85,8 @@ def test_a_failing_part_costs_neither_the_others_nor_its_own_old_record(bench):
     assert outcome.record.parts["a"].config == {}
 
 
-def test_a_part_is_stale_when_what_its_numbers_depend_on_changed(bench):
+def test_gpu_session_part_stale_when_inputs_changed(bench):
+    """A part is stale when what its numbers depend on changed."""
     part = bench.part("a", size=1)
     record = bench.run([part]).record
     old = record.parts["a"]
@@ -106,7 +109,8 @@ def test_another_number_of_threads_is_another_measurement(bench):
     assert outcome.record.parts["a"].rows[0].extra == {"size": 1}
 
 
-def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(bench, monkeypatch):
+def test_record_write_failing_keeps_old(bench, monkeypatch):
+    """A write that fails leaves the old record and nothing else."""
     outcome = bench.run([bench.part("a")])
     before = outcome.path.read_bytes()
 
@@ -152,7 +156,8 @@ def test_a_record_of_another_schema_is_begun_anew(tmp_path):
         ("", ["fp8", "fp8 compiled", "bf16"]),
     ],
 )
-def test_only_names_a_part_exactly_or_by_what_it_contains_or_matches(bench, only, names):
+def test_only_selects_parts_by_name_or_pattern(bench, only, names):
+    """Only names a part exactly or by what it contains or matches."""
     bench.run([bench.part("fp8"), bench.part("fp8 compiled"), bench.part("bf16")], only=only)
     assert bench.ran == names
 
@@ -162,7 +167,8 @@ def test_only_that_names_no_part_says_which_there_are(bench):
         bench.run([bench.part("fp8"), bench.part("bf16")], only="int4")
 
 
-def test_the_fingerprint_follows_the_sources_and_nothing_else(tmp_path, monkeypatch):
+def test_fingerprint_follows_sources(tmp_path, monkeypatch):
+    """The fingerprint follows the sources and nothing else."""
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     for name in ("kernels/a.py", "kernels/a.md", "tokenizer/b.py", "tokenizer/c.py", "bench/speed.py", "bench/x.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

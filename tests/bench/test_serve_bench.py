@@ -21,7 +21,8 @@ def test_the_shared_protocol_is_the_same_everywhere():
     assert {request.tokens for request in workload(9, span("7"), span("7-7"), 5)} == {7}
 
 
-def test_greedy_answers_agree_with_transformers_and_everyone_is_timed():
+def test_serve_bench_greedy_equals_transformers():
+    """Greedy answers agree with transformers and everyone is timed."""
     machine = Machine("cpu", rounds=1)
     machine.ceilings["read"] = 1e10
     rows = serve(machine, "llama-tiny", "float32", requests=5, prompt="3-12", output="2-9", batch=2, **TINY)
@@ -48,7 +49,8 @@ def test_streams_over_http_say_what_the_engine_does():
         assert rows["ours http"].extra["agrees"] == rows["ours stream"].extra["agrees"] == 1.0
 
 
-def test_what_repeatability_costs_is_measured_beside_drawing_freely_and_products_of_pytorch():
+def test_serve_bench_measures_batch_invariance_cost():
+    """What repeatability costs is measured beside drawing freely and products of pytorch."""
     machine = Machine("cpu", rounds=1)
     machine.ceilings["read"] = 1e10
     protocol = {"requests": 4, "prompt": "3-12", "output": "5-9", "batch": 2, "also": "unseeded unsteady"}
@@ -58,7 +60,8 @@ def test_what_repeatability_costs_is_measured_beside_drawing_freely_and_products
     assert all(0 < row.extra["gap_p50_seconds"] <= row.extra["gap_p99_seconds"] for row in rows)
 
 
-def test_a_cold_start_is_timed_from_the_process_on_and_from_the_model_on():
+def test_cold_start_timed_from_process_and_model():
+    """A cold start is timed from the process on and from the model on."""
     shape = TINY | {"vocab_size": 300}
     rows = cold_start.measure(Machine("cpu", rounds=1), "llama-tiny", "float32", rivals=False, **shape)
     found = {row.who: row for row in rows}
@@ -80,7 +83,9 @@ def test_every_round_asks_something_new():
     assert asked == [[[turn, 9], [turn, 9]] for turn in range(3)]
 
 
-def test_a_contestant_that_returns_too_few_tokens_is_no_contestant():
+def test_serve_bench_too_few_tokens_refused():
+    """A contestant that returns too few tokens is no contestant."""
+
     def stingy(requests):
         return [Reply([1], []) for _ in requests]
 
@@ -91,7 +96,8 @@ def test_a_contestant_that_returns_too_few_tokens_is_no_contestant():
     assert _answering(gone, [], {}, "gone") is gone
 
 
-def test_the_bound_counts_weights_once_a_step_and_each_token_s_own_past():
+def test_bound_counts_weights_and_past():
+    """The bound counts weights once a step and each token s own past."""
     config = ModelConfig.preset("llama-tiny", **TINY)
     weights = 4 * config.parameter_count(embeddings=False)
     past = sum(10 + index + 0.5 for index in range(8)) * config.kv_bytes_per_token(4)
@@ -113,7 +119,8 @@ def test_latencies_are_percentiles_over_requests():
     assert notes["agrees"] == 0.99
 
 
-def test_the_whole_protocol_comes_first_on_a_gpu_and_every_part_fits_its_model(monkeypatch):
+def test_serve_bench_gpu_protocol_first_and_fits(monkeypatch):
+    """The whole protocol comes first on a gpu and every part fits its model."""
     monkeypatch.setattr("warploom.bench.environment._sees_gpu", lambda: True)
     for device in ("cpu", "cuda"):
         listed = parts(Options(device=device))

@@ -36,7 +36,8 @@ def machine(clock: FakeClock, **options) -> Machine:
 
 @given(st.integers(1, 7))
 @settings(max_examples=7)
-def test_over_two_rotations_everyone_has_stood_twice_at_every_place(count):
+def test_rotation_gives_every_place_to_everyone(count):
+    """Over two rotations everyone has stood twice at every place."""
     names = [f"n{index}" for index in range(count)]
     places = Counter((name, place) for turn in range(2 * count) for place, name in enumerate(order(names, turn)))
     assert places == {(name, place): 2 for name in names for place in range(count)}
@@ -57,14 +58,16 @@ def test_drift_changes_the_times_but_not_the_ratio():
     assert peer.ratio.median == pytest.approx(3.0, rel=0.01)
 
 
-def test_short_calls_are_repeated_until_the_clock_can_see_them():
+def test_timing_repeats_short_calls():
+    """Short calls are repeated until the clock can see them."""
     clock = FakeClock()
     samples = interleave({"a": clock.work("a", 0.001)}, WallTimer(clock, min_sample=0.01), rounds=2, seconds=1e9)
     assert samples["a"] == pytest.approx([0.001, 0.001])
     assert len(clock.log) == 1 + 2 * 10
 
 
-def test_the_time_limit_ends_a_comparison_but_never_before_three_rounds():
+def test_comparison_limit_after_three_rounds():
+    """The time limit ends a comparison but never before three rounds."""
     for seconds_a_call, expected in ((1.0, 6), (100.0, 3)):
         clock = FakeClock()
         timer = WallTimer(clock, min_sample=0.0)
@@ -81,7 +84,8 @@ def test_rates_shares_and_first_calls_are_what_they_say():
     assert row.extra == {"first_seconds": 2.0}
 
 
-def test_a_missing_or_failing_peer_is_a_row_and_our_own_failure_an_error():
+def test_bench_missing_peer_is_row_own_is_error():
+    """A missing or failing peer is a row and our own failure an error."""
     clock = FakeClock()
 
     def broken():
@@ -97,7 +101,8 @@ def test_a_missing_or_failing_peer_is_a_row_and_our_own_failure_an_error():
         machine(clock).compare("x", {"ours": broken, "peer": ours})
 
 
-def test_preparing_notes_the_time_to_the_first_result_and_forgives_peers_alone():
+def test_bench_preparation_timed_peers_forgiven():
+    """Preparing notes the time to the first result and forgives peers alone."""
     clock = FakeClock()
 
     def build():
@@ -117,7 +122,8 @@ def test_preparing_notes_the_time_to_the_first_result_and_forgives_peers_alone()
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
 @settings(max_examples=50)
-def test_a_spread_brackets_its_median_and_stays_within_the_samples(samples):
+def test_spread_brackets_median(samples):
+    """A spread brackets its median and stays within the samples."""
     spread = Spread.of(samples)
     tiny = 1e-9 * max(samples)
     assert min(samples) - tiny <= spread.low <= spread.median + tiny

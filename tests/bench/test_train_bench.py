@@ -21,7 +21,8 @@ def machine() -> Machine:
     return machine
 
 
-def test_every_contestant_trains_on_the_same_tokens_at_a_plausible_loss(machine):
+def test_train_bench_same_tokens_plausible_loss(machine):
+    """Every contestant trains on the same tokens at a plausible loss."""
     rows = {row.who: row for row in duel(machine, "llama-tiny", batch=2, time=16, dtype="float32", **TINY)}
     assert {"ours", "torch", "transformers"} <= set(rows)
     for row in rows.values():
@@ -46,7 +47,8 @@ def test_the_plain_peer_has_the_size_of_the_architecture(preset):
     assert sum(p.numel() for p in plain.parameters()) == config.parameter_count()
 
 
-def test_the_plain_peer_computes_what_transformers_computes():
+def test_plain_peer_equals_transformers():
+    """The plain peer computes what transformers computes."""
     transformers = pytest.importorskip("transformers")
     config = Shape("llama-tiny", tuple(TINY.items()), 1, 16, "float32", "cpu").model
     values = describe(config)

@@ -99,7 +99,8 @@ def test_doctor_tells_what_runs_every_op(capsys):
         assert rows[op.name] == ("C++" if op.native and pointwise.HAS_PASSES else "PyTorch"), op.name
 
 
-def test_export_to_bin_is_a_model_transformers_and_we_open(directory, tmp_path, capsys):
+def test_export_bin_opens_in_transformers(directory, tmp_path, capsys):
+    """Export to bin is a model transformers and we open."""
     transformers = pytest.importorskip("transformers")
     assert main(["export", str(directory), str(tmp_path / "bin"), "--to", "bin"]) == 0
     assert "pytorch_model.bin" in os.listdir(tmp_path / "bin")

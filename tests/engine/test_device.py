@@ -6,7 +6,8 @@ import torch
 from warploom.engine.device import fast_bf16, measured_matmul_flops, memory_bytes, pick_device, pick_dtype
 
 
-def test_auto_is_a_device_that_works_and_the_dtype_it_is_fast_in():
+def test_auto_device_works_and_dtype_is_fast():
+    """Auto is a device that works and the dtype it is fast in."""
     device = pick_device("auto")
     assert torch.ones(2, device=device).sum() == 2
     assert pick_dtype("auto", device) == (torch.bfloat16 if fast_bf16(device) else torch.float32)

@@ -28,7 +28,8 @@ def test_all_rungs_cost_a_token_about_as_many_parameters():
     assert max(active) < 1.1 * min(active)
 
 
-def test_the_ladder_ends_with_a_table_and_a_second_climb_trains_only_new_rungs(tmp_path, capsys):
+def test_ladder_second_climb_trains_new_rungs(tmp_path, capsys):
+    """The ladder ends with a table and a second climb trains only new rungs."""
     corpus, out = tmp_path / "story.txt", tmp_path / "ladder"
     corpus.write_text("the loom weaves a thread, and the thread a cloth; " * 60)
     assert climb(corpus, out, "mlp", "moe") == 0

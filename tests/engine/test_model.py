@@ -40,7 +40,8 @@ def tokens(batch: int = 2, time: int = 20, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_experts", [0, 3], ids=["dense", "moe"])
 @pytest.mark.parametrize("norm, position, ffn", list(itertools.product(NORMS, POSITIONS, FFNS)))
-def test_every_corner_of_the_architecture_overfits_one_batch(norm, position, ffn, n_experts):
+def test_every_architecture_overfits_one_batch(norm, position, ffn, n_experts):
+    """Every corner of the architecture overfits one batch."""
     model = make(norm=norm, position=position, ffn=ffn, n_experts=n_experts)
     data = tokens(batch=2, time=9, seed=3)
     data[1] = data[0].flip(0)  # order matters: without positions, causality must tell
@@ -84,7 +85,8 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(name):
     torch.testing.assert_close(losses.cross_entropy, expected, atol=1e-9, rtol=1e-9)
 
 
-def test_log_probs_and_a_weighted_loss_follow_from_the_logits():
+def test_log_probs_and_weighted_loss_equal_logits():
+    """Log probs and a weighted loss follow from the logits."""
     model = make(logit_softcap=3.0).double()
     inputs, targets = tokens(time=9), tokens(time=9, seed=1)
     targets[0, 3:] = -100
@@ -125,7 +127,8 @@ def test_the_stream_keeps_unit_scale_at_any_depth(depth):
     assert 0.5 < model(tokens(4, 32)).std() < 2.0
 
 
-def test_gradients_reach_every_parameter_at_comparable_scale():
+def test_gradients_reach_every_parameter():
+    """Gradients reach every parameter at comparable scale."""
     model, data = make(n_layers=16, d_model=64, tie_embeddings=False), tokens(8, 24)
     model.loss(data[:, :-1], data[:, 1:]).backward()
     norms = [block.ffn.down.weight.grad.norm() for block in model.blocks]
@@ -149,7 +152,8 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(data), model(data))
 
 
-def test_balance_losses_are_one_when_even_and_train_the_router():
+def test_balance_losses_even_is_1_train_router():
+    """Balance losses are one when even and train the router."""
     model, data = make(n_experts=4), tokens(8, 24)
     losses = model.losses(data, data)
     assert losses.expert_load.shape == (2, 4) and losses.expert_load.sum(1).tolist() == [8 * 24 * 2] * 2
@@ -158,7 +162,8 @@ def test_balance_losses_are_one_when_even_and_train_the_router():
     assert all(block.ffn.router.weight.grad.any() for block in model.blocks)
 
 
-def test_the_same_seed_gives_the_same_text_and_temperature_zero_is_greedy():
+def test_seed_fixes_text_temperature_0_greedy():
+    """The same seed gives the same text and temperature zero is greedy."""
     model = make().eval()
     drawn = [list(generate(model, [1, 2], 12, seed=seed)) for seed in (5, 5, 6)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -195,7 +200,8 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_an_impossible_architecture_is_refused_by_field_and_value(name):
+def test_config_impossible_refused_by_field(name):
+    """An impossible architecture is refused by field and value."""
     changes, message = BAD_CONFIGS[name]
     with pytest.raises(InputError, match=message):
         make(**changes)

@@ -33,7 +33,8 @@ def hopper(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_hopper_kernels_compute_what_the_portable_ones_do(case, hopper, monkeypatch):
+def test_hopper_kernels_equal_portable(case, hopper, monkeypatch):
+    """The hopper kernels compute what the portable ones do."""
     with backend("triton"):
         ours, grads = verify.call(attention, case, attention, Maker(torch.bfloat16, DEVICE))
     expected = ["forward", "dq", "dkdv"] if grads and "ragged" not in case.name else ["forward"]
@@ -46,7 +47,8 @@ def test_the_hopper_kernels_compute_what_the_portable_ones_do(case, hopper, monk
         torch.testing.assert_close(mine / size, theirs / size, atol=2**-7, rtol=2**-7)
 
 
-def test_a_length_of_1023_over_1024_keys_is_no_special_case():
+def test_attention_1023_of_1024_keys():
+    """A length of 1023 over 1024 keys is no special case."""
     q, k, v, do = (Maker(torch.float32, DEVICE, seed=i).normal(1, 1023 + (i in (1, 2)), 1, 16) for i in range(4))
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     exact = attention.reference(*doubles)
@@ -68,7 +70,8 @@ def pages_of(contexts, K=2, D=16, page=4, width=None):
     return *(m.normal(len(contexts) * width, page, K, D, grad=False) for _ in range(2)), table
 
 
-def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch():
+def test_sequence_bits_alone_and_in_any_batch():
+    """A sequence gets the same bits alone and in any batch."""
     contexts, queries = [700, 33, 5, 300], [1, 9, 1, 0]
     k_pages, v_pages, table = pages_of(contexts)
     lens = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (contexts, queries)]
@@ -86,7 +89,8 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch():
 
 
 @pytest.mark.parametrize("tokens", [0, 5], ids=["no tokens", "most experts empty"])
-def test_experts_nobody_chose_cost_nothing_and_get_no_gradient(tokens):
+def test_experts_not_chosen_cost_nothing(tokens):
+    """Experts nobody chose cost nothing and get no gradient."""
     m = Maker(torch.float32, DEVICE)
     logits = torch.zeros(tokens, 8, device=DEVICE)
     logits[:, 6] = 3.0
@@ -101,7 +105,8 @@ def test_experts_nobody_chose_cost_nothing_and_get_no_gradient(tokens):
         assert bool(weight.grad[6].any()) == (tokens > 0)
 
 
-def test_under_autocast_experts_multiply_in_its_precision_and_route_in_full():
+def test_autocast_experts_low_router_full():
+    """Under autocast experts multiply in its precision and route in full."""
     m = Maker(torch.float32, DEVICE)
     x, logits, up, down = m.normal(6, 16), m.normal(6, 4), m.normal(4, 16, 16), m.normal(4, 16, 8)
     with backend("triton"):

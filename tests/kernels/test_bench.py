@@ -16,14 +16,16 @@ from warploom.kernels.tools import tuning
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
 
 
-def test_without_a_gpu_budgets_are_printed_and_nothing_is_timed(monkeypatch, capsys):
+def test_no_gpu_budgets_printed_none_timed(monkeypatch, capsys):
+    """Without a gpu budgets are printed and nothing is timed."""
     printed = []
     monkeypatch.setattr(bench, "print_budgets", lambda: printed.append(True))
     assert bench.parts(bench.Options(device="cpu")) == []
     assert printed and "no GPU here" in capsys.readouterr().err
 
 
-def test_on_a_gpu_every_op_is_checked_before_it_is_timed_and_the_important_ones_come_first():
+def test_gpu_session_checks_before_timing():
+    """On a gpu every op is checked before it is timed and the important ones come first."""
     names = [part.name for part in bench.parts(bench.Options(device="cuda"))]
     assert names[:4] == ["right: attention", "attention forward", "attention both", "right: linear_cross_entropy"]
     assert {name.removeprefix("right: ") for name in names if name.startswith("right: ")} == {
@@ -32,7 +34,8 @@ def test_on_a_gpu_every_op_is_checked_before_it_is_timed_and_the_important_ones_
 
 
 @interpreted
-def test_a_check_passes_for_a_right_twin_and_names_what_is_wrong_with_another(monkeypatch):
+def test_verify_right_passes_wrong_is_named(monkeypatch):
+    """A check passes for a right twin and names what is wrong with another."""
     monkeypatch.setattr(rms_norm, "cases", rms_norm.cases[:2])
     machine = Machine("cpu")
     assert bench.check(machine, "rms_norm")[0].extra == {"checks": 2, "wrong": 0}
@@ -42,7 +45,8 @@ def test_a_check_passes_for_a_right_twin_and_names_what_is_wrong_with_another(mo
 
 
 @interpreted
-def test_a_large_case_is_timed_forward_and_both_ways_beside_eager_and_compiled(monkeypatch):
+def test_large_case_timed_beside_eager_and_compiled(monkeypatch):
+    """A large case is timed forward and both ways beside eager and compiled."""
     case = Case("small", lambda m: (m.normal(4, 64), m.normal(64)), bench=True)
     monkeypatch.setattr(rms_norm, "cases", [rms_norm.cases[0], case])
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -77,7 +81,8 @@ class Timer:
         return self.seconds()
 
 
-def test_tuning_finds_the_fastest_settings_nearby_and_files_them(no_table):
+def test_tuning_files_fastest_nearby(no_table):
+    """Tuning finds the fastest settings nearby and files them."""
     used, default = {}, {"BLOCK": 512, "num_warps": 4, "num_stages": 2}
 
     def step():
@@ -102,7 +107,7 @@ def test_a_search_is_small_enough_for_a_few_minutes():
 
 
 @interpreted
-def test_an_op_is_tuned_from_its_launches_to_the_file_and_settings_that_spill_are_never_timed(no_table, monkeypatch):
+def test_op_tuned_to_file_spills_never_timed(no_table, monkeypatch):
     """The compiler sees the large case, the fake clock a small one of the same name: it likes few threads best."""
     small = Case(adamw_step.cases[-1].name, adamw_step.cases[3].make, bench=True)
     monkeypatch.setattr(adamw_step, "cases", [*adamw_step.cases[:-1], small])

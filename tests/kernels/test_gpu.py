@@ -24,7 +24,8 @@ def test_a_cuda_graph_holds_every_op_and_replays_its_bits(op):
     assert not verify.graph_replay_differs(op)
 
 
-def test_rows_beyond_two_billion_elements_are_those_of_a_small_tensor():
+def test_rows_beyond_2_31_elements():
+    """Rows beyond two billion elements are those of a small tensor."""
     rows, width = (1 << 31) // 4096 + 8, 4096
     x = torch.randn(8, width, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(width, device="cuda", dtype=torch.bfloat16)
@@ -36,7 +37,7 @@ def test_rows_beyond_two_billion_elements_are_those_of_a_small_tensor():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_of_a_product_has_the_same_bits_in_every_size_of_batch(dtype):
+def test_product_row_bits_at_every_batch_size(dtype):
     """Tiles grow with the batch; tensor cores are taken to sum alike in all of them."""
     generator = torch.Generator("cuda").manual_seed(0)
     x, weight = (torch.randn(rows, 512, generator=generator, device="cuda").to(dtype) for rows in (4096, 768))

@@ -73,7 +73,8 @@ def test_compiling_changes_no_bit_and_breaks_no_graph(op):
         assert torch.equal(a, b)
 
 
-def test_a_kernel_runs_on_the_device_of_its_tensors_whichever_is_current(monkeypatch):
+def test_kernel_runs_on_device_of_its_tensors(monkeypatch):
+    """A kernel runs on the device of its tensors whichever is current."""
     entered = []
 
     @contextlib.contextmanager
@@ -96,7 +97,8 @@ def test_the_documentation_names_every_fused_op():
 
 
 @each_op(has_gradient)
-def test_any_one_input_alone_gets_the_gradient_it_gets_among_all(op):
+def test_gradient_of_one_input_equals_among_all(op):
+    """Any one input alone gets the gradient it gets among all."""
     args, options = op.cases[0].build(Maker(torch.float32, DEVICE))
     wanted = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.requires_grad]
 
@@ -112,7 +114,9 @@ def test_any_one_input_alone_gets_the_gradient_it_gets_among_all(op):
 
 
 @each_op(lambda op: op.autocast)
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_inputs(op):
+def test_autocast_dtype_forward_and_gradients(op):
+    """Autocast computes in its dtype and returns gradients in that of the inputs."""
+
     def gradients(cast, **autocast):
         args, options = op.cases[0].build(Maker(torch.float32, DEVICE))
         leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]

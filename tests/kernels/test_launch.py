@@ -42,7 +42,8 @@ def test_the_same_call_gives_the_same_bits(op, case):
 
 
 @pytest.mark.parametrize("kind", ["spread", "flat", "tied", "masked"])
-def test_sampling_without_a_sort_draws_the_tokens_of_sampling_with_one(kind):
+def test_sample_without_sort_equals_with(kind):
+    """Sampling without a sort draws the tokens of sampling with one."""
     random = torch.Generator().manual_seed(len(kind))
     B, V = 6, 333
     logits = torch.randn(B, V, generator=random) * (0.2 if kind == "flat" else 3)

@@ -43,7 +43,8 @@ def train(config, name, steps=2, autocast=False):
 
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["llama", "mixtral"])
-def test_a_model_learns_and_writes_the_same_on_both_backends(config):
+def test_backends_learn_and_write_the_same(config):
+    """A model learns and writes the same on both backends."""
     losses, text = train(config, "triton")
     expected, expected_text = train(config, "eager")
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -69,7 +70,8 @@ def serve(model, name):
 
 
 @pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["llama", "mixtral"])
-def test_a_model_serves_the_same_from_pages_on_both_backends(config):
+def test_backends_serve_pages_the_same(config):
+    """A model serves the same from pages on both backends."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**config)).to(DEVICE)
     assert serve(model, "triton") == serve(model, "eager")

@@ -81,7 +81,8 @@ def test_cross_entropy_is_that_of_pytorch():
     torch.testing.assert_close(z, 0.5 * logits.logsumexp(-1)[targets >= 0].square().mean())
 
 
-def test_linear_cross_entropy_in_many_chunks_is_that_in_one(monkeypatch):
+def test_linear_cross_entropy_chunks_equal_one(monkeypatch):
+    """Linear cross entropy in many chunks is that in one."""
     module = importlib.import_module("warploom.kernels.linear_cross_entropy")
     hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(19, 8, dtype=torch.float64, requires_grad=True)
@@ -113,7 +114,8 @@ def test_a_query_without_keys_gets_zeros():
     assert torch.equal(kernels.attention(q, k, k)[:, :2], torch.zeros(1, 2, 1, 8))
 
 
-def test_paged_attention_is_attention_over_what_was_written():
+def test_paged_attention_equals_attention():
+    """Paged attention is attention over what was written."""
     K, D, page = 2, 16, 4
     k_pages, v_pages = torch.zeros(2, 9, page, K, D)
     table = torch.tensor([[3, 5, 1], [2, 8, 0]], dtype=torch.int32)
@@ -141,7 +143,8 @@ def test_experts_of_mixtral_give_the_same_output():
     assert aux.tokens_per_expert.sum() == 14
 
 
-def test_an_even_load_costs_one_and_a_collapsed_one_costs_the_number_of_experts():
+def test_balance_loss_even_is_1_collapsed_is_E():
+    """An even load costs one and a collapsed one costs the number of experts."""
     x, up, down = torch.randn(8, 4), torch.randn(4, 6, 4), torch.randn(4, 4, 3)
     even = kernels.moe(x, 50.0 * F.one_hot(torch.arange(8) % 4, 4), up, down, 1)[1]
     collapsed = kernels.moe(x, 50.0 * F.one_hot(torch.zeros(8, dtype=torch.long), 4), up, down, 1)[1]
@@ -160,7 +163,8 @@ def test_philox_gives_the_published_numbers():
     assert [hex(w) for w in words.tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
-def test_samples_follow_the_distribution_that_was_asked_for():
+def test_samples_follow_distribution():
+    """Samples follow the distribution that was asked for."""
     logits = torch.tensor([3.0, 2.5, 2.0, 1.0, 0.0, -1.0])
     rows = 20_000
     for options in ({}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}):

@@ -33,7 +33,8 @@ def test_ids_equal_tiktokens_and_hugging_faces(tok, tmp_path, texts, noise):
         assert tok.decode(ids) == text
 
 
-def test_ids_equal_tiktokens_and_hugging_faces_on_any_text(tok, tmp_path):
+def test_ids_equal_tiktoken_and_tokenizers(tok, tmp_path):
+    """Ids equal tiktokens and hugging faces on any text."""
     tok.save(tmp_path)
     peer, hugging = as_tiktoken(tok), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
@@ -97,7 +98,8 @@ def test_the_longest_special_token_wins(corpus):
     assert tok.encode("<a><b><a><a><b><b>", allowed_special="all") == [ab, a, ab, b]
 
 
-def test_added_special_tokens_come_last_and_keep_other_ids(tok):
+def test_added_special_tokens_come_last(tok):
+    """Added special tokens come last and keep other ids."""
     fresh = BPETokenizer(tok.vocab, tok.merges, tok.special_tokens, tok.pattern)
     before = fresh.encode("hello world")
     assert fresh.add_special_tokens(["<|new|>", "<|end|>"]) == [tok.vocab_size, tok.special_tokens["<|end|>"]]
@@ -145,7 +147,8 @@ def test_saving_and_loading_changes_nothing(tok, tmp_path):
     tok.chat_template = None
 
 
-def test_a_rank_file_with_tokens_no_merge_reaches_is_followed_as_tiktoken_does(tmp_path):
+def test_tiktoken_unreachable_tokens_follow_tiktoken(tmp_path):
+    """A rank file with tokens no merge reaches is followed as tiktoken does."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256, b"de": 257, b"def": 258, b"ef": 259}
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     (tmp_path / "ranks").write_text("".join(lines))
@@ -155,7 +158,8 @@ def test_a_rank_file_with_tokens_no_merge_reaches_is_followed_as_tiktoken_does(t
         assert tok.encode(text) == peer.encode(text)
 
 
-def test_copies_and_other_processes_get_the_same_tokenizer(tok):
+def test_tokenizer_copies_and_pickles_equal(tok):
+    """Copies and other processes get the same tokenizer."""
     for copied in (copy.deepcopy(tok), pickle.loads(pickle.dumps(tok))):
         assert copied.encode("it's a copy") == tok.encode("it's a copy") and copied.vocab == tok.vocab
 
@@ -194,7 +198,8 @@ def test_a_pattern_of_ones_own_loses_no_text(corpus, texts):
         ({"model": {"type": "BPE"}}, "vocab"),
     ],
 )
-def test_a_file_we_cannot_follow_exactly_is_refused_by_field(tok, tmp_path, change, field):
+def test_tokenizer_json_unknown_stage_refused(tok, tmp_path, change, field):
+    """A file we cannot follow exactly is refused by field."""
     tok.save(tmp_path)
     data = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     (tmp_path / "odd.json").write_text(json.dumps({**data, **change}), "utf-8")

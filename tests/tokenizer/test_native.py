@@ -91,7 +91,7 @@ def test_pieces_are_those_of_regex(isa, pattern, texts, noise):
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k", "qwen3.5", "deepseek"])
-def test_every_character_of_unicode_is_classed_as_regex_does(pattern):
+def test_unicode_classes_equal_regex(pattern):
     """Assigned or not: after a letter and before one; in used planes also twice, and among digits and signs."""
     for start in range(0, 0x110000, 0x8000):
         codes = [code for code in range(start, start + 0x8000) if not 0xD800 <= code < 0xE000]
@@ -138,7 +138,8 @@ def test_any_list_of_merges_is_applied_like_the_twin_does(vocabulary, texts):
 
 @settings(max_examples=200)
 @given(any_merges(), st.lists(st.text("aabbc", min_size=1, max_size=17), max_size=60))
-def test_new_words_are_merged_side_by_side_as_they_are_alone(vocabulary, words):
+def test_merges_x16_equal_one_by_one(vocabulary, words):
+    """New words are merged side by side as they are alone."""
     vocab, merges, whole = vocabulary
     tok, twin = BPETokenizer(vocab, merges, {}, "gpt2", whole_words=whole), PythonBPE(vocab, merges, "gpt2", whole)
     text = "\n".join(words)
@@ -158,7 +159,8 @@ def test_training_equals_the_twins(corpus, ties, pattern, threads):
     assert train_merges(native, corpus, pattern, [], threads, *options) == twin
 
 
-def test_training_does_not_depend_on_threads_or_on_how_the_corpus_is_cut(tmp_path, texts, monkeypatch):
+def test_bpe_training_independent_of_threads(tmp_path, texts, monkeypatch):
+    """Training does not depend on threads or on how the corpus is cut."""
     text = "<|endoftext|>".join(texts) * 30
     (tmp_path / "corpus.txt").write_bytes(text.encode())
     one = BPETokenizer.train([text], 600, threads=1)
@@ -177,7 +179,8 @@ def test_a_file_is_encoded_alike_in_small_blocks(tok, tmp_path, texts, monkeypat
         assert np.fromfile(tmp_path / "ids", dtype="<u2").tolist() == tok.encode(text, allowed_special="all")
 
 
-def test_a_file_that_is_not_utf8_is_refused_with_its_place(tok, tmp_path):
+def test_file_not_utf8_refused_with_place(tok, tmp_path):
+    """A file that is not utf8 is refused with its place."""
     (tmp_path / "bad").write_bytes(b"a word " * 500 + b"\xff" + b" more" * 10)
     with pytest.raises(ValueError, match="not valid UTF-8 at byte 3500"):
         tok.encode_file(tmp_path / "bad", tmp_path / "ids")
@@ -192,7 +195,7 @@ def test_a_megabyte_without_a_break_is_no_trap(tok):
 
 
 @pytest.mark.parametrize("ties", ["bytes", "hf", "ids"])
-def test_training_goes_on_rightly_where_what_was_merged_is_forgotten(ties):
+def test_bpe_training_right_with_forgotten_merges(ties):
     """Enough merges for many sweeps, of words long enough to leave many pairs behind."""
     words = words_of_many_scripts(1500)
     rules = (4000, ties, 1, None, None)
@@ -237,7 +240,7 @@ def words_of_many_scripts(count: int) -> str:
     return "".join(word + draw.choice([" ", " ", ", ", "\n", "  ", "\u3000", "\xa0"]) for word in words)
 
 
-def test_a_large_text_gives_the_ids_of_the_twin_whatever_the_machine(isa):
+def test_encode_large_text_equals_twin(isa):
     """Large enough for several segments, and with more new words than are merged at once."""
     source = "".join(path.read_text("utf-8", "ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60])
     tok = BPETokenizer.train([source, words_of_many_scripts(3000)], 12_000, "gpt4")

@@ -35,7 +35,8 @@ def textbook(words: dict[bytes, int], steps: int) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def test_the_most_frequent_pair_wins_and_the_greatest_among_equals():
+def test_bpe_most_frequent_then_greatest_pair():
+    """The most frequent pair wins and the greatest among equals."""
     text = "low low low low low lower lower widest widest widest newest newest newest newest newest newest"
     tok = BPETokenizer.train([text], 256 + 6, pattern=r"\S+", special_tokens=())
     assert tok.merges == [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"), (b"n", b"e")]
@@ -90,7 +91,8 @@ def test_special_tokens_are_never_merged_across(tmp_path):
     assert tok.vocab_size == 258
 
 
-def test_paths_lists_of_paths_and_texts_are_the_same_corpus(tmp_path, samples):
+def test_corpus_paths_and_texts_are_equal(tmp_path, samples):
+    """Paths lists of paths and texts are the same corpus."""
     for name, text in (("a", samples["english"]), ("b", samples["code"])):
         (tmp_path / name).write_bytes((text + "\n").encode())
     files = [tmp_path / "a", tmp_path / "b"]
@@ -131,7 +133,8 @@ def test_a_wrong_argument_is_named(arguments, message):
         BPETokenizer.train(**arguments)
 
 
-def test_a_corpus_that_is_not_utf8_is_refused_with_its_place(tmp_path):
+def test_corpus_not_utf8_refused_with_place(tmp_path):
+    """A corpus that is not utf8 is refused with its place."""
     path = tmp_path / "latin1.txt"
     path.write_bytes(b"fine so far, caf\xe9 not")
     with pytest.raises(ValueError, match=r"latin1\.txt is not valid UTF-8 at byte 16"):

@@ -99,7 +99,8 @@ def test_loader_targets_are_the_learned_tokens(talks, tok, order):
         )
 
 
-def test_validation_of_conversations_reads_each_target_once(talks):
+def test_validation_reads_each_target_once(talks):
+    """Validation of conversations reads each target once."""
     split = talks.split("val")
     batches = list(validation_batches(split, 4, 64))
     assert sum(int((batch.targets_BT != IGNORE).sum()) for batch in batches) == split.learn.sum()

@@ -13,7 +13,8 @@ def texts(source):
     return ["".join(blocks) for blocks in source.read()]
 
 
-def test_text_json_lines_gzip_and_globs_are_read_as_documents(tmp_path):
+def test_corpus_reads_text_jsonl_gzip_globs(tmp_path):
+    """Text json lines gzip and globs are read as documents."""
     (tmp_path / "a.txt").write_text("first\r\n", newline="")
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "second"}) + "\n\n" + json.dumps({"text": "third"}))
     with gzip.open(tmp_path / "c.txt.gz", "wt") as file:
@@ -50,7 +51,8 @@ def test_unknown_names_say_what_is_valid(tmp_path):
         open_corpus("moon")
 
 
-def test_the_standard_library_is_a_large_corpus_of_python_in_a_fixed_order():
+def test_stdlib_corpus_is_large_and_ordered():
+    """The standard library is a large corpus of python in a fixed order."""
     first, second = (texts(stdlib(limit=30)) for _ in range(2))
     assert first == second and len(first) == 30
     assert sum("import" in text for text in first) > 15
@@ -73,7 +75,8 @@ def test_passages_are_cut_before_words_that_begin_a_line():
     assert all(passage.startswith("def") for passage in passages)
 
 
-def test_many_documents_keep_their_place_and_copies_share_it(tmp_path):
+def test_documents_keep_place_copies_share_it(tmp_path):
+    """Many documents keep their place and copies share it."""
     documents = [f"document {i % 60}" for i in range(120)]
     path = tmp_path / "many.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in documents))
@@ -92,7 +95,8 @@ def test_one_long_document_is_split_by_position(tmp_path):
     assert [passage.ends for passage in passages] == [False] * (len(passages) - 1) + [True]
 
 
-def test_a_few_short_documents_stay_whole_and_share_out_the_splits_among_them(tmp_path):
+def test_splits_of_few_short_documents_stay_whole(tmp_path):
+    """A few short documents stay whole and share out the splits among them."""
     path = tmp_path / "few.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"document number {i} "}) for i in range(20)))
     passages = list(files([path]).passages())

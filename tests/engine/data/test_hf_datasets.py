@@ -44,7 +44,8 @@ def test_a_download_that_breaks_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     assert read == sorted(read) and len(read) == len(set(read))  # it never began anew
 
 
-def test_no_more_is_downloaded_than_asked_for_and_none_of_it_twice(tmp_path):
+def test_hub_downloads_only_what_is_asked_once(tmp_path):
+    """No more is downloaded than asked for and none of it twice."""
     where = {"data_files": shards(tmp_path, [f"story {i}" for i in range(9)], 1, "json")}
     source = hub("tinystories", tmp_path / "some", limit=3, **where)
     assert texts(source) == ["story 0", "story 1", "story 2"] == texts(source)

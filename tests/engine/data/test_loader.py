@@ -18,7 +18,8 @@ def split_of(lengths):
 
 
 @pytest.mark.parametrize("kind", ["random", "epochs", "sequential", "packed"])
-def test_targets_are_the_next_tokens_and_a_step_is_always_the_same_batch(kind):
+def test_loader_targets_next_tokens_by_step(kind):
+    """Targets are the next tokens and a step is always the same batch."""
     split = split_of([50, 3, 80, 17, 200])
     first, second = (open_loader(kind, split, 4, 16, seed=7) for _ in range(2))
     for step in (0, 9, 3):
@@ -31,7 +32,8 @@ def test_targets_are_the_next_tokens_and_a_step_is_always_the_same_batch(kind):
 
 
 @pytest.mark.parametrize("kind", ["random", "epochs", "packed"])
-def test_the_order_depends_on_the_seed_and_not_on_the_number_of_workers(kind):
+def test_loader_order_by_seed_not_workers(kind):
+    """The order depends on the seed and not on the number of workers."""
     split = split_of([40] * 20)
     loader, cpu = open_loader(kind, split, 3, 16, seed=1), torch.device("cpu")
     runs = [
@@ -57,7 +59,8 @@ def test_an_epoch_visits_every_window_exactly_once(total, T, stride, B, shuffle)
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=40), st.integers(1, 16))
-def test_packing_covers_every_prediction_once_and_overfills_no_row(lengths, T):
+def test_packing_covers_targets_once(lengths, T):
+    """Packing covers every prediction once and overfills no row."""
     split = split_of(lengths)
     rows = pack(split.starts, len(split.tokens), T)
     assert all(0 < sum(length for _, length in row) <= T for row in rows)
@@ -84,7 +87,8 @@ def test_packed_documents_do_not_see_each_other():
         assert half.cu_seqlens.tolist() == [border - 16 for border in borders if border >= 16]
 
 
-def test_get_batch_draws_every_window_and_repeats_with_its_generator():
+def test_get_batch_draws_every_window():
+    """Get batch draws every window and repeats with its generator."""
     tokens = np.arange(12)
     inputs, targets = get_batch(tokens, 400, 8, "cpu", torch.Generator().manual_seed(0))
     assert inputs.dtype == torch.int64 and inputs.shape == (400, 8)
@@ -94,7 +98,8 @@ def test_get_batch_draws_every_window_and_repeats_with_its_generator():
     assert torch.equal(inputs, again)
 
 
-def test_a_text_shorter_than_a_window_is_refused_with_the_numbers():
+def test_text_shorter_than_window_refused():
+    """A text shorter than a window is refused with the numbers."""
     with pytest.raises(ValueError, match=r"3 tokens.*context_length 8.*at most 2"):
         get_batch(np.arange(3), 1, 8)
     with pytest.raises(ValueError, match="3 tokens"):

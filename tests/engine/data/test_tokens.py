@@ -18,7 +18,8 @@ def stories(tmp_path):
     return files([path])
 
 
-def test_the_splits_hold_every_document_once_and_share_none(tmp_path, stories, byte_tokenizer):
+def test_splits_hold_documents_once(tmp_path, stories, byte_tokenizer):
+    """The splits hold every document once and share none."""
     data = write_token_data(stories, byte_tokenizer, tmp_path / "tokens", (0.6, 0.2, 0.2))
     documents = []
     for name in ("train", "val", "test"):
@@ -32,7 +33,8 @@ def test_the_splits_hold_every_document_once_and_share_none(tmp_path, stories, b
     assert not set(documents[0]) & set(documents[1])
 
 
-def test_the_training_text_is_what_the_training_tokens_hold(tmp_path, stories, byte_tokenizer):
+def test_training_text_equals_training_tokens(tmp_path, stories, byte_tokenizer):
+    """The training text is what the training tokens hold."""
     data = write_token_data(stories, byte_tokenizer, tmp_path / "tokens")
     tokens = np.asarray(data.split("train").tokens)
     assert "".join(text_of(stories)).encode() == tokens[tokens != 256].astype(np.uint8).tobytes()
@@ -69,7 +71,8 @@ def test_a_failure_leaves_the_old_directory_as_it_was(tmp_path, stories, byte_to
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_writer_that_was_killed_is_not_in_the_way_of_a_process_of_the_same_number(tmp_path, stories, byte_tokenizer):
+def test_token_writer_killed_leaves_no_obstacle(tmp_path, stories, byte_tokenizer):
+    """A writer that was killed is not in the way of a process of the same number."""
     out = tmp_path / "tokens"
     write_token_data(stories, byte_tokenizer, out)
     for left in (unfinished(out), unfinished(f"{out}.old")):
@@ -79,7 +82,8 @@ def test_a_writer_that_was_killed_is_not_in_the_way_of_a_process_of_the_same_num
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_damaged_or_foreign_directory_is_refused_in_one_sentence(tmp_path, stories, byte_tokenizer):
+def test_token_data_damaged_or_foreign_refused(tmp_path, stories, byte_tokenizer):
+    """A damaged or foreign directory is refused in one sentence."""
     with pytest.raises(ValueError, match="no token directory"):
         TokenData(tmp_path)
     with pytest.raises(ValueError, match="no token directory"):

@@ -53,7 +53,8 @@ def read(path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_transformers_reads_the_file_and_computes_the_same(name, tmp_path):
+def test_transformers_reads_gguf_same_logits(name, tmp_path):
+    """Transformers reads the file and computes the same."""
     transformers = pytest.importorskip("transformers")
     ours = build(**CONFIGS[name])
     tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
@@ -71,7 +72,7 @@ def test_llama_cpp_splits_text_alike(tmp_path):
 
 @pytest.mark.parametrize("name", [*CONFIGS, "llama3", "yarn", "mixtral"])
 @torch.no_grad()
-def test_llama_cpp_computes_the_same(name, tmp_path):
+def test_llama_cpp_reads_file_same_logits(name, tmp_path):
     scaled = {
         "llama3": dict(rope_scaling=LLAMA3),
         "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
@@ -110,7 +111,8 @@ def test_sentencepiece_vocabulary_is_llama_cpps(tmp_path):
         assert again.prefix_ids == tokenizer.prefix_ids == [1] and again.eos_id == tokenizer.eos_id == 2
 
 
-def test_metadata_and_vocabulary_are_what_llama_cpp_looks_for(tmp_path):
+def test_gguf_metadata_is_what_llama_cpp_reads(tmp_path):
+    """Metadata and vocabulary are what llama cpp looks for."""
     tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
     save_gguf(build(), tmp_path / "m.gguf", tokenizer)
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
@@ -123,7 +125,7 @@ def test_metadata_and_vocabulary_are_what_llama_cpp_looks_for(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
-def test_narrow_formats_hold_the_weights_as_closely_as_they_can(dtype, tmp_path):
+def test_gguf_narrow_formats_round_closest(dtype, tmp_path):
     """Against the numbers that gguf's own decoder finds in the file."""
     model = build()
     save_gguf(model, tmp_path / "m.gguf", dtype=dtype)

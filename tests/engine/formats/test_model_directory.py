@@ -50,7 +50,8 @@ def transformers():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_transformers_opens_what_we_write_and_computes_the_same(name, tmp_path, transformers):
+def test_transformers_opens_ours_same_logits(name, tmp_path, transformers):
+    """Transformers opens what we write and computes the same."""
     config = ModelConfig(**{**SHAPE, **CONFIGS[name]})
     assert architecture_of(config) == name.split()[0]
     ours = randomized(Transformer(config))
@@ -62,7 +63,7 @@ def test_transformers_opens_what_we_write_and_computes_the_same(name, tmp_path, 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_we_open_what_transformers_writes_and_compute_the_same(name, tmp_path, transformers):
+def test_transformers_model_opens_same_logits(name, tmp_path, transformers):
     """Theirs is built from their own config class, drawn by them, saved by them."""
     config = ModelConfig(**{**SHAPE, **CONFIGS[name]})
     save_model(Transformer(config), tmp_path / "shape")
@@ -86,7 +87,8 @@ def test_shards_and_pickled_weights_come_back_bit_for_bit(options, tmp_path, tra
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-def test_an_architecture_nobody_published_round_trips_under_our_own_name(tmp_path):
+def test_unpublished_architecture_round_trips(tmp_path):
+    """An architecture nobody published round trips under our own name."""
     config = ModelConfig(**SHAPE, norm="none", position="sinusoidal", ffn="relu2", logit_softcap=10.0, shared_ff=48)
     ours = Transformer(config)
     save_model(ours, tmp_path / "model")
@@ -95,12 +97,14 @@ def test_an_architecture_nobody_published_round_trips_under_our_own_name(tmp_pat
     assert torch.equal(ours(TOKENS), again(TOKENS))
 
 
-def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
+def test_weights_readable_like_config(tmp_path):
+    """Weights may be read by whoever may read the config."""
     save_model(Transformer(ModelConfig(**SHAPE)), tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
-def test_saving_over_a_model_leaves_no_tensor_of_the_former_one(tmp_path):
+def test_save_over_model_leaves_no_old_tensor(tmp_path):
+    """Saving over a model leaves no tensor of the former one."""
     save_model(Transformer(ModelConfig(**SHAPE)), tmp_path, shard_bytes=40_000)
     (tmp_path / "notes.txt").write_text("mine")
     small = Transformer(ModelConfig(**{**SHAPE, "n_layers": 1}))
@@ -124,7 +128,8 @@ def test_a_failed_save_leaves_the_former_model_whole(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_save_that_was_killed_is_not_in_the_way_of_a_process_of_the_same_number(tmp_path):
+def test_save_killed_leaves_no_obstacle(tmp_path):
+    """A save that was killed is not in the way of a process of the same number."""
     unfinished(tmp_path / "model").mkdir()
     (unfinished(tmp_path / "model") / "model-00001-of-00002.safetensors").write_text("half of")
     save_model(Transformer(ModelConfig(**SHAPE)), tmp_path / "model")
@@ -173,7 +178,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_directory_is_refused_in_one_sentence_that_names_the_fault(name, tmp_path):
+def test_model_directory_damaged_refused_by_name(name, tmp_path):
+    """A damaged directory is refused in one sentence that names the fault."""
     harm, message = DAMAGE[name]
     save_model(Transformer(ModelConfig(**SHAPE)), tmp_path)
     harm(tmp_path)

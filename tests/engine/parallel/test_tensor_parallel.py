@@ -50,7 +50,8 @@ def test_who_loads_a_share_never_holds_much_more(in_two, tmp_path):
         ({"n_experts": 3}, (1, 2), "ep=2 does not divide n_experts=3"),
     ],
 )
-def test_what_cannot_be_cut_evenly_is_refused_in_one_sentence(changes, pieces, reason):
+def test_tp_uneven_split_refused(changes, pieces, reason):
+    """What cannot be cut evenly is refused in one sentence."""
     from warploom.engine.parallel.tensor_parallel import check
 
     config = ModelConfig(**{"vocab_size": 50, "d_model": 64, "position": "none", **changes})

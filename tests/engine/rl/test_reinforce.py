@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def weights(config):
 
 
 @exactly
-def test_sampled_scored_and_trained_log_probs_are_the_same_bits(tiny):
+def test_log_probs_sampled_scored_trained_same_bits(tiny):
     """At every step, of weights that change."""
     trainer = RLTrainer(tiny(steps=6, updates=1), [])
     kept = []
@@ -231,7 +232,8 @@ def test_prompts_without_a_score_or_too_long_are_refused(tiny, tmp_path):
         list(reinforce(tiny(data=str(path))))
 
 
-def test_mismatch_is_measured_where_it_is_not_zero_and_bounded(tiny, make_base, recorder):
+def test_mismatch_is_measured_and_bounded(tiny, make_base, recorder):
+    """Mismatch is measured where it is not zero and bounded."""
     qwen = str(make_base(qk_norm=True))
     found = list(reinforce(tiny(init_from=qwen, steps=2), callbacks=[recorder]))
     assert all(0 < step.mismatch < 1e-4 and step.mismatch_k3 < 1e-8 for step in found)
@@ -274,3 +276,13 @@ def test_rl_verb_runs_and_resumes(tiny, base, tmp_path, capsys):
     card = (tmp_path / "verb" / "RUN.md").read_text()
     assert "accuracy on fresh problems | " in card and "(step 0) → " in card and (tmp_path / "verb/curves.png").exists()
     assert main(["rl", "tasks:sums", "--out", out + "2"]) == 2
+
+
+def test_forty_lines_of_the_learning_path_run(base, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "learning-path.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 40
+    monkeypatch.chdir(tmp_path)
+    shrunk = code.replace("runs/adder", str(base)).replace("range(40)", "range(2)").replace(", 16, 16", ", 2, 4")
+    exec(compile(shrunk, "learning-path.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("0 0.0") and (tmp_path / "runs/better-adder/model.safetensors").exists()

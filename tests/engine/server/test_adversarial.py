@@ -253,7 +253,8 @@ def test_large_heads_are_431_and_the_connection_closes(server):
     assert read_all(connect(server, allowed)).startswith(b"HTTP/1.1 200")
 
 
-def test_large_bodies_and_pipelined_requests_pass_the_limits(server):
+def test_large_and_pipelined_requests_pass(server):
+    """Large bodies and pipelined requests pass the limits."""
     one = post({"prompt": "x", "max_tokens": 1, "user": "u" * 300_000})
     client = connect(server, one * 2 + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     assert read_all(client).count(b"HTTP/1.1 200") == 3
@@ -459,7 +460,8 @@ def test_prompt_far_beyond_the_context_is_not_tokenized(client, server, monkeypa
 # -- browsers ---------------------------------------------------------------------------------------------------------
 
 
-def test_host_of_a_stranger_is_refused_where_names_are_known(client):
+def test_host_header_of_stranger_refused(client):
+    """Host of a stranger is refused where names are known."""
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 200, "any host, unless told"
     with serving(allowed_hosts=("localhost",)) as server, httpx.Client(base_url=server.url) as client:
         for host in ("localhost:8000", "localhost", "127.0.0.1:9", "[::1]:8000"):

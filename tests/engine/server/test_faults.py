@@ -44,7 +44,8 @@ def raw(body):
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
-def test_a_client_that_leaves_mid_stream_stops_its_generation_at_once(held):
+def test_client_gone_mid_stream_frees_pages(held):
+    """A client that leaves mid stream stops its generation at once."""
     held.bridge.llm.let(40)
     with client_of(held) as client, client.stream("POST", "/v1/completions", json=LONG) as answer:
         next(answer.iter_lines())
@@ -54,7 +55,8 @@ def test_a_client_that_leaves_mid_stream_stops_its_generation_at_once(held):
     assert held.bridge.llm.engine.generated_tokens <= 41, "no step after the one that was under way"
 
 
-def test_a_client_that_leaves_before_the_answer_stops_its_generation_too(held):
+def test_client_gone_before_answer_frees_pages(held):
+    """A client that leaves before the answer stops its generation too."""
     with socket.create_connection(held.socket.getsockname()) as client:
         client.sendall(raw({**LONG, "stream": False, "n": 3}))
         held.wait(lambda: held.bridge.llm.engine.scheduler.running)
@@ -130,7 +132,8 @@ def test_the_event_loop_answers_while_the_engine_computes(held):
         assert asked.result().status_code == 200
 
 
-def test_a_request_that_takes_too_long_is_told_so_and_frees_its_pages():
+def test_request_timeout_frees_pages():
+    """A request that takes too long is told so and frees its pages."""
     with serving(HeldLLM, request_timeout=0.3) as server, client_of(server) as client:
         whole = client.post("/v1/completions", json={**LONG, "stream": False})
         assert whole.status_code == 504 and "0.3 s" in whole.json()["error"]["message"]
@@ -143,7 +146,8 @@ def test_a_request_that_takes_too_long_is_told_so_and_frees_its_pages():
         server.assert_nothing_left()
 
 
-def test_a_failed_step_fails_its_requests_and_nobody_elses():
+def test_failed_step_fails_its_requests_only():
+    """A failed step fails its requests and nobody elses."""
     with serving() as server, client_of(server) as client:
         runner = server.bridge.llm.engine.runner
         launch = runner.launch
@@ -160,7 +164,8 @@ def test_a_failed_step_fails_its_requests_and_nobody_elses():
         server.assert_nothing_left()
 
 
-def test_a_broken_engine_restarts_once_and_then_health_stays_503():
+def test_engine_broken_restarts_once_then_503():
+    """A broken engine restarts once and then health stays 503."""
     made = []
 
     def make():
@@ -243,7 +248,8 @@ def test_a_dead_engine_thread_fails_those_who_wait(monkeypatch):
         assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
 
 
-def test_while_the_model_loads_health_is_503_and_so_are_requests():
+def test_loading_health_and_requests_503():
+    """While the model loads health is 503 and so are requests."""
     loading = threading.Event()
 
     def make():
@@ -318,7 +324,8 @@ def test_two_thousand_vanishing_clients_leave_no_trace():
         assert engine.generated_tokens - done <= 3, "nobody else is being served"
 
 
-def test_two_hundred_streams_at_once_are_complete_correct_and_none_starves(monkeypatch):
+def test_two_hundred_streams_complete(monkeypatch):
+    """Two hundred streams at once are complete correct and none starves."""
     body = {"prompt": "together", "max_tokens": 16, "ignore_eos": True, "temperature": 0.8}
 
     async def ask(client, seed):

@@ -77,7 +77,8 @@ def llm():
     return LLM(make_model(), make_tokenizer())
 
 
-def test_likelihoods_and_accuracy_equal_scoring_in_process(evaluated, llm):
+def test_lm_eval_equals_scoring_in_process(evaluated, llm):
+    """Likelihoods and accuracy equal scoring in process."""
     samples, results = evaluated
     right = 0
     for document, sample in zip(DOCUMENTS, samples["weaving_choice"]):

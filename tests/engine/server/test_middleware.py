@@ -46,7 +46,8 @@ def test_every_route_but_health_asks_for_a_key(guarded, stranger):
         assert stranger.get("/v1/models", headers=bearer(wrong)).status_code == 401
 
 
-def test_each_key_opens_and_browsers_may_send_it_as_a_password(stranger):
+def test_api_key_opens_also_as_password(stranger):
+    """Each key opens and browsers may send it as a password."""
     for key in KEYS:
         assert stranger.get("/v1/models", headers=bearer(key)).status_code == 200
         assert stranger.get("/docs", auth=("anybody", key)).status_code == 200
@@ -62,7 +63,8 @@ def test_keys_do_not_share_cached_prefixes(guarded, stranger):
     assert [cached(KEYS[0]), cached(KEYS[1]), cached(KEYS[0])] == [0, 0, 32]
 
 
-def test_a_body_that_is_too_large_is_refused_announced_or_not(stranger):
+def test_body_too_large_refused(stranger):
+    """A body that is too large is refused announced or not."""
     huge = json.dumps({"prompt": "x" * 5000}).encode()
     headers = {**bearer(KEYS[0]), "content-type": "application/json"}
     announced = stranger.post("/v1/completions", content=huge, headers=headers)
@@ -108,7 +110,8 @@ def test_malformed_bodies_are_400_in_openais_shape(client):
     assert lone.status_code == 400
 
 
-def test_requests_carry_an_id_from_the_client_or_a_new_one(client):
+def test_request_id_from_client_or_new(client):
+    """Requests carry an id from the client or a new one."""
     assert client.get("/health", headers={"x-request-id": "my-id.1"}).headers["x-request-id"] == "my-id.1"
     forged = client.get("/health", headers={"x-request-id": 'bad"id'}).headers["x-request-id"]
     assert re.fullmatch("[0-9a-f]{24}", forged)
@@ -116,7 +119,8 @@ def test_requests_carry_an_id_from_the_client_or_a_new_one(client):
     assert answer.json()["id"] == "cmpl-abc"
 
 
-def test_the_log_has_a_line_of_json_for_each_request_and_no_prompt(capfd):
+def test_access_log_is_json_without_prompt(capfd):
+    """The log has a line of json for each request and no prompt."""
     with serving(log=True) as server:
         body = {"prompt": "very private words", "max_tokens": 3, "user": "ann"}
         httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "r1"}, timeout=60)
@@ -170,7 +174,8 @@ def test_ids_in_ids_out(client):
     assert client.post("/generate", json={"idx": [[0]]}, follow_redirects=True).status_code == 200
 
 
-def test_the_dashboard_and_the_docs_name_only_metrics_that_exist(client):
+def test_dashboard_names_existing_metrics(client):
+    """The dashboard and the docs name only metrics that exist."""
     docs = Path(__file__).parents[3] / "docs"
     client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
     there = set(re.findall(r"^warploom:\w+", client.get("/metrics").text, re.MULTILINE))

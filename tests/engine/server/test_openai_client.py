@@ -70,7 +70,8 @@ def test_echoed_logprobs_equal_the_engines_scores(api, llm):
     assert all(len(top) in (2, 3) for top in scores.top_logprobs[1:])
 
 
-def test_a_chat_streams_the_message_it_would_have_answered_whole(api):
+def test_chat_stream_equals_whole_answer(api):
+    """A chat streams the message it would have answered whole."""
     options = {"model": "tiny", "messages": HELLO, "max_completion_tokens": 40, "seed": 11, "n": 2}
     whole = api.chat.completions.create(**options)
     texts, reasons, usage = ["", ""], [None, None], None
@@ -85,7 +86,8 @@ def test_a_chat_streams_the_message_it_would_have_answered_whole(api):
     assert usage.total_tokens == whole.usage.total_tokens
 
 
-def test_chat_logprobs_belong_to_the_text_in_a_stream_as_in_one_piece(api):
+def test_chat_logprobs_streamed_equal_whole(api):
+    """Chat logprobs belong to the text in a stream as in one piece."""
     options = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "seed": 5, "logprobs": True, "top_logprobs": 3}
     whole = api.chat.completions.create(**options).choices[0]
     spelled = bytes(byte for entry in whole.logprobs.content for byte in entry.bytes)
@@ -111,7 +113,8 @@ def test_an_answer_parses_into_a_pydantic_model(api):
     assert isinstance(answer.choices[0].message.parsed, Verdict)
 
 
-def test_json_mode_gives_an_object_and_regex_and_choice_what_they_say(api):
+def test_json_mode_regex_and_choice_hold(api):
+    """Json mode gives an object and regex and choice what they say."""
     pytest.importorskip("llguidance", reason="structured output needs llguidance")
     import json
 
@@ -132,7 +135,8 @@ def test_stop_strings_end_the_text_before_them(api):
     assert cut.choices[0].text == free[: free.index(stop)] and cut.choices[0].finish_reason == "stop"
 
 
-def test_messages_may_have_parts_and_roles_the_template_does_not_know(api, client):
+def test_chat_message_parts_and_unknown_roles(api, client):
+    """Messages may have parts and roles the template does not know."""
     parts = [
         {"role": "developer", "content": "be kind"},
         {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]},
@@ -150,7 +154,9 @@ def test_a_message_cannot_speak_for_somebody_else(client):
     assert client.post("/detokenize", json={"tokens": tokens}).json()["prompt"].count("<|im_start|>system") == 1
 
 
-def test_errors_are_of_the_clients_own_classes_and_say_what_is_valid(api):
+def test_errors_are_openais_classes(api):
+    """Errors are of the clients own classes and say what is valid."""
+
     def message(error, **body):
         with pytest.raises(error) as raised:
             api.completions.create(**{"model": "tiny", "prompt": "x", **body})
@@ -179,7 +185,9 @@ def test_absent_max_tokens_are_what_fits(api):
     assert answer.usage.total_tokens == CONTEXT and answer.choices[0].finish_reason == "length"
 
 
-def test_many_async_streams_share_the_batch_and_keep_their_answers_apart(server):
+def test_async_streams_share_batch_stay_apart(server):
+    """Many async streams share the batch and keep their answers apart."""
+
     async def ask(api, seed):
         chunks = await api.completions.create(model="tiny", prompt="hi", max_tokens=30, seed=seed, stream=True)
         return "".join([chunk.choices[0].text async for chunk in chunks])

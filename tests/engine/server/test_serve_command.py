@@ -45,7 +45,8 @@ def wait_ready(process, url):
         time.sleep(0.05)
 
 
-def test_it_serves_a_directory_under_its_name_and_drains_when_told_to_stop(directory, tmp_path):
+def test_serve_directory_and_drain_on_signal(directory, tmp_path):
+    """It serves a directory under its name and drains when told to stop."""
     keys = tmp_path / "keys"
     keys.write_text("# ours\nfrom-file\n")
     process, url = start("--model", str(directory), "--api-key-file", str(keys), WARPLOOM_API_KEYS="one, two")

@@ -36,7 +36,8 @@ stop_sets = st.lists(st.text("abcé", min_size=1, max_size=5), max_size=4)
 
 @settings(max_examples=400)
 @given(texts, stop_sets)
-def test_streamed_pieces_join_to_the_text_cut_before_the_first_stop_string(text, stops):
+def test_streamed_pieces_join_to_cut_text(text, stops):
+    """Streamed pieces join to the text cut before the first stop string."""
     stream = TextStream(Utf8(), stops)
     pieces = [stream.push(byte) for byte in text.encode()] + [stream.finish()]
     assert "".join(pieces) == stream.text == cut(text, stops)
@@ -45,7 +46,8 @@ def test_streamed_pieces_join_to_the_text_cut_before_the_first_stop_string(text,
 
 @settings(max_examples=200)
 @given(st.lists(st.text("abcd", max_size=6), max_size=8), stop_sets)
-def test_the_cut_does_not_depend_on_how_the_text_arrives_and_nothing_is_kept_back_needlessly(pieces, stops):
+def test_stop_cut_independent_of_pieces(pieces, stops):
+    """The cut does not depend on how the text arrives and nothing is kept back needlessly."""
     finder, said, seen = StopFinder(stops), "", ""
     for piece in pieces:
         said += finder.push(piece)
@@ -65,7 +67,8 @@ def test_any_bytes_obey_the_law(tokens, stops):
     assert "".join(pieces) == stream.text == cut(bytes(tokens).decode(errors="replace"), stops)
 
 
-def test_hidden_tokens_and_a_start_do_not_disturb_the_text():
+def test_text_stream_hides_tokens_keeps_start():
+    """Hidden tokens and a start do not disturb the text."""
     stream = TextStream(Utf8(), skip_ids=[0], start="so: ")
     assert stream.push(104) + stream.push(0) + stream.push(105) == "hi"
     assert stream.text == "so: hi"

@@ -38,7 +38,8 @@ def ids(outputs):
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
-def test_greedy_is_token_identical_to_transformers_through_preemption_and_prefix_hits(shape, tiny_model, tmp_path):
+def test_greedy_tokens_equal_transformers(shape, tiny_model, tmp_path):
+    """Greedy is token identical to transformers through preemption and prefix hits."""
     transformers = pytest.importorskip("transformers")
     model = tiny_model(shape)
     save_model(model, tmp_path / "model")
@@ -77,7 +78,7 @@ def said(outputs):
 @NEEDS_NATIVE
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
-def test_a_request_with_a_seed_gets_the_same_bits_in_any_company(tiny_model, shape, dtype):
+def test_seeded_request_same_bits_in_any_batch(tiny_model, shape, dtype):
     """In a batch of 64, alone, after a prefix hit, after preemption, in chunks of any size."""
     model = tiny_model(shape, dtype=DTYPES[dtype])
     prompts, params = seeded_requests()
@@ -104,7 +105,7 @@ for directory in sys.argv[1:]:
 
 
 @NEEDS_NATIVE
-def test_a_request_with_a_seed_gets_the_same_bits_after_a_restart(tiny_model, tmp_path):
+def test_seeded_request_same_bits_after_restart(tiny_model, tmp_path):
     """In a new process, from the model directory."""
     prompts, params = (each[:9] for each in seeded_requests())
     models = {"mixtral": torch.float32, "llama": torch.bfloat16}
@@ -119,7 +120,7 @@ def test_a_request_with_a_seed_gets_the_same_bits_after_a_restart(tiny_model, tm
 
 
 @pytest.mark.parametrize("guesser", ["text", "small", "itself"])
-def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokenizer, guesser):
+def test_speculation_changes_steps_not_tokens(tiny_model, tokenizer, guesser):
     """Any temperature, penalties, logprobs, `n`, stop strings, grammars, prefix hits, preemption, cancellation."""
     model, small = tiny_model(vocab_size=99), tiny_model("gpt2", seed=1, n_layers=1, vocab_size=99)
     ways = {
@@ -156,7 +157,8 @@ def test_guessing_ahead_changes_the_steps_and_not_the_tokens(tiny_model, tokeniz
         assert 0 < sum(each.accepted_drafts for each in metrics) <= sum(each.drafted for each in metrics)
 
 
-def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):
+def test_draft_model_of_other_vocabulary_refused(tiny_model):
+    """A draft model that cannot guess for this one is refused."""
     model = tiny_model()
     with pytest.raises(ValueError, match="vocabulary of 97 tokens; it has another, of 98"):
         LLM(model, draft_model=tiny_model(vocab_size=98))
@@ -166,7 +168,7 @@ def test_a_draft_model_that_cannot_guess_for_this_one_is_refused(tiny_model):
         LLM(model, draft_model=model, ngram_draft_tokens=2)
 
 
-def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tokenizer):
+def test_planning_ahead_changes_no_token(model, tokenizer):
     """What a GPU does: two steps under way, tokens handed from one to the next on the device."""
     prompts = prompts_of([9, 30, 2, 17, 41, 5])
     params = [
@@ -184,11 +186,13 @@ def test_planning_a_step_before_the_last_one_is_read_changes_no_token(model, tok
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "mixtral", "gpt2"])
-def test_the_step_that_memory_is_measured_by_needs_no_cache(tiny_model, shape):
+def test_memory_step_needs_no_cache(tiny_model, shape):
+    """The step that memory is measured by needs no cache."""
     largest_step(tiny_model(shape), 40, 3)
 
 
-def test_arrays_that_travel_in_one_parcel_arrive_as_they_were():
+def test_parcel_of_arrays_round_trips():
+    """Arrays that travel in one parcel arrive as they were."""
     numbers = np.random.default_rng(0)
     shapes = [((3,), np.int64), ((5, 7), np.int32), ((0,), np.int64), ((1,), np.float32), ((2, 3), np.int64)]
     sent = [numbers.integers(-9, 9, shape).astype(kind) for shape, kind in shapes]
@@ -201,7 +205,8 @@ ALL_SHAPES = [("llama", {}), ("llama", {"sliding_window": 9, "logit_softcap": 6.
 
 
 @pytest.mark.parametrize(("shape", "changes"), ALL_SHAPES)
-def test_paged_logits_equal_contiguous_ones_and_those_without_a_cache(tiny_model, shape, changes):
+def test_paged_logits_equal_contiguous(tiny_model, shape, changes):
+    """Paged logits equal contiguous ones and those without a cache."""
     model = tiny_model(shape, **changes)
     (prompt,) = prompts_of([50])
     output = LLM(model, page_size=4, max_batch_tokens=7, max_batch=7).generate(
@@ -235,7 +240,8 @@ def test_scores_are_those_of_the_trainers_forward(tiny_model, tokenizer, shape, 
         assert -sum(scores) / len(scores) == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_beam_search_finds_what_exhaustive_bookkeeping_finds(model):
+def test_beam_search_equals_exhaustive(model):
+    """Beam search finds what exhaustive bookkeeping finds."""
     (prompt,) = prompts_of([11])
     width, steps = 3, 5
     llm = LLM(model, page_size=4)
@@ -253,9 +259,8 @@ def test_beam_search_finds_what_exhaustive_bookkeeping_finds(model):
 
 
 @pytest.mark.parametrize(("shape", "end", "length_penalty"), [("llama", 7, 1.0), ("gpt2", 7, 0.0), ("gpt2", 20, 2.0)])
-def test_beam_search_finds_what_transformers_finds_with_ends_and_length_penalties(
-    tiny_model, tmp_path, shape, end, length_penalty
-):
+def test_beam_search_equals_transformers(tiny_model, tmp_path, shape, end, length_penalty):
+    """Beam search finds what transformers finds with ends and length penalties."""
     transformers = pytest.importorskip("transformers")
     model = tiny_model(shape)
     save_model(model, tmp_path / "model")
@@ -272,7 +277,8 @@ def test_beam_search_finds_what_transformers_finds_with_ends_and_length_penaltie
         assert ids(llm.beam_search(prompt, 4, 12, length_penalty)) == expected
 
 
-def test_n_continuations_share_their_prompt_and_differ_by_seed(model):
+def test_n_continuations_share_prompt_not_seed(model):
+    """N continuations share their prompt and differ by seed."""
     llm = LLM(model, page_size=4)
     (prompt,) = prompts_of([21])
     output = llm.generate(prompt, SamplingParams(n=4, seed=1, max_tokens=20))
@@ -280,7 +286,8 @@ def test_n_continuations_share_their_prompt_and_differ_by_seed(model):
     assert output.token_ids == llm.generate(prompt, SamplingParams(seed=1, max_tokens=20)).token_ids
 
 
-def test_text_ends_before_a_stop_string_and_the_pieces_join_to_the_text(model, tokenizer):
+def test_stop_string_cut_and_pieces_join(model, tokenizer):
+    """Text ends before a stop string and the pieces join to the text."""
     llm = LLM(model, tokenizer)
     whole = llm.generate("hello", SamplingParams(seed=4, max_tokens=40, ignore_eos=True))
     stop = whole.text[10:13]
@@ -319,7 +326,8 @@ def test_bias_bans_and_forces_tokens(model):
         ("text", {}, "no tokenizer"),
     ],
 )
-def test_bad_input_is_refused_clearly_while_the_others_go_on(model, prompt, params, message):
+def test_bad_input_refused_others_go_on(model, prompt, params, message):
+    """Bad input is refused clearly while the others go on."""
     llm = LLM(model, kv_memory=8 * 16 * model.config.kv_bytes_per_token(4))
     going = llm.submit([1, 2, 3], GREEDY)
     with pytest.raises(ValueError, match=message):
@@ -327,7 +335,8 @@ def test_bad_input_is_refused_clearly_while_the_others_go_on(model, prompt, para
     assert len(going.result().token_ids) == 12
 
 
-def test_a_deadline_ends_a_request_and_a_priority_lets_one_overtake(model):
+def test_deadline_ends_and_priority_overtakes(model):
+    """A deadline ends a request and a priority lets one overtake."""
     llm = LLM(model, max_batch=1)
     late, going = llm.submit([1, 2], GREEDY, deadline=0.0), llm.submit([1], GREEDY)
     patient, urgent = llm.submit([2], GREEDY, priority=1), llm.submit([3], GREEDY)
@@ -353,7 +362,8 @@ def test_nobody_who_comes_later_is_queued_first(model):
     assert [ends[arrival] for arrival in sorted(ends)] == sorted(ends.values())
 
 
-def test_the_loop_hears_that_it_should_stop_even_as_it_lies_down(model):
+def test_engine_stop_while_idle_returns(model):
+    """The loop hears that it should stop even as it lies down."""
     engine = LLM(model).engine
 
     class Bell(threading.Event):
@@ -368,7 +378,8 @@ def test_the_loop_hears_that_it_should_stop_even_as_it_lies_down(model):
     assert not engine._thread.is_alive()
 
 
-def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkeypatch):
+def test_failing_step_ends_its_requests_only(model, monkeypatch):
+    """A failing step ends its own requests and the engine lives."""
     llm = LLM(model)
     failing = llm.submit([1, 2, 3], GREEDY)
     with monkeypatch.context() as patch:
@@ -381,7 +392,8 @@ def test_a_failing_step_ends_its_own_requests_and_the_engine_lives(model, monkey
 
 
 @pytest.mark.parametrize("way", ["plain", "draft_model"])
-def test_ten_thousand_requests_and_cancels_leave_the_pool_full_and_the_engine_alive(tiny_model, way):
+def test_ten_thousand_requests_leave_pool_full(tiny_model, way):
+    """Ten thousand requests and cancels leave the pool full and the engine alive."""
     model = tiny_model(d_model=16, n_layers=1, n_heads=2, d_ff=64, vocab_size=31)
     memory = 60 * 4 * model.config.kv_bytes_per_token(4)
     options = {"plain": {"kv_memory": memory}, "draft_model": {"kv_memory": 2 * memory, "draft_model": model}}[way]

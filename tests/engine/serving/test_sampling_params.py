@@ -39,7 +39,8 @@ from warploom.engine.serving.sampling_params import SamplingParams
         ("choice", ()),
     ],
 )
-def test_an_impossible_value_is_refused_by_field_and_value(field, value):
+def test_params_impossible_refused_by_field(field, value):
+    """An impossible value is refused by field and value."""
     with pytest.raises(ValueError, match=field):
         SamplingParams(**{field: value})
 

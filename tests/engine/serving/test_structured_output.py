@@ -17,7 +17,8 @@ def llm(tiny_model, tokenizer):
     return LLM(tiny_model(vocab_size=tokenizer.vocab_size + 5), tokenizer)
 
 
-def test_text_matches_the_regular_expression_whatever_the_model_would_say(llm):
+def test_regex_constrained_text_matches(llm):
+    """Text matches the regular expression whatever the model would say."""
     params = [SamplingParams(regex=r"[a-c]{3}-\d{2,4}", seed=seed, temperature=2.0) for seed in range(8)]
     outputs = llm.generate(["x"] * 8, params)
     assert all(re.fullmatch(r"[a-c]{3}-\d{2,4}", output.text) for output in outputs)
@@ -33,7 +34,8 @@ def test_text_is_one_of_the_choices(llm):
     assert {output.text for output in outputs} <= set(choices) and len({output.text for output in outputs}) > 1
 
 
-def test_text_is_json_that_satisfies_the_schema_beside_free_neighbours(llm):
+def test_json_schema_beside_free_requests(llm):
+    """Text is json that satisfies the schema beside free neighbours."""
     schema = {
         "type": "object",
         "properties": {"name": {"enum": ["Ann", "Bo"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -54,7 +56,8 @@ def test_text_is_json_that_satisfies_the_schema_beside_free_neighbours(llm):
     "params",
     [{"regex": "(unclosed"}, {"json_schema": "not json"}, {"json_schema": {"type": "no such type"}}],
 )
-def test_what_cannot_be_compiled_is_refused_and_the_engine_goes_on(llm, params):
+def test_grammar_invalid_refused_engine_goes_on(llm, params):
+    """What cannot be compiled is refused and the engine goes on."""
     with pytest.raises(ValueError, match=f"{next(iter(params))} cannot be compiled"):
         llm.generate("x", SamplingParams(**params))
     assert llm.generate("x", SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
@@ -65,7 +68,8 @@ def test_without_a_tokenizer_a_grammar_is_refused(model):
         LLM(model).generate([1], SamplingParams(regex="a"))
 
 
-def test_a_grammar_that_outgrows_its_limits_ends_its_own_request_and_nobody_elses(llm):
+def test_grammar_outgrowing_limits_ends_alone(llm):
+    """A grammar that outgrows its limits ends its own request and nobody elses."""
     wide = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1500)}}
     strict, free = SamplingParams(json_schema=wide), SamplingParams(seed=2, max_tokens=9)
     alone = llm.generate("b", free)
@@ -76,7 +80,8 @@ def test_a_grammar_that_outgrows_its_limits_ends_its_own_request_and_nobody_else
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
 
 
-def test_a_grammar_that_takes_too_long_to_compile_is_refused(llm, monkeypatch):
+def test_grammar_slow_to_compile_refused(llm, monkeypatch):
+    """A grammar that takes too long to compile is refused."""
     monkeypatch.setattr(grammar, "TIME_LIMIT", 0.0)
     many = {f"p{i}": {"type": "string", "pattern": "^(a|b){1,500}$"} for i in range(300)}
     with pytest.raises(ValueError, match="json_schema takes more than 0 seconds"):

@@ -21,7 +21,8 @@ def type_in(monkeypatch):
     return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, type_in):
+def test_generate_prompt_from_flag_or_pipe(directory, capsys, type_in):
+    """Generate continues a prompt from a flag or a pipe."""
     flags = ["generate", "--model", directory, "--seed", "1", "--max-tokens", "8"]
     assert main([*flags, "--prompt", "hello"]) == 0
     said = capsys.readouterr().out
@@ -39,7 +40,8 @@ def test_generate_continues_a_prompt_from_a_flag_or_a_pipe(directory, capsys, ty
         assert value <= best[0][1] and len(best) == 2 and best[0][1] >= best[1][1]
 
 
-def test_generate_answers_a_file_and_goes_on_where_it_was_stopped(directory, tmp_path, capsys):
+def test_generate_file_continues_where_stopped(directory, tmp_path, capsys):
+    """Generate answers a file and goes on where it was stopped."""
     source, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     lines = [json.dumps(f"prompt {i}") for i in range(5)] + [json.dumps({"prompt": "own", "max_tokens": 2, "n": 2})]
     source.write_text("\n".join(lines))
@@ -56,7 +58,8 @@ def test_generate_answers_a_file_and_goes_on_where_it_was_stopped(directory, tmp
     assert "3 of 6 prompts are answered already" in capsys.readouterr().err
 
 
-def test_generate_says_what_cannot_be_answered_and_goes_on(directory, tmp_path, capsys):
+def test_generate_bad_prompt_said_goes_on(directory, tmp_path, capsys):
+    """Generate says what cannot be answered and goes on."""
     source, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     command = ["generate", "--model", directory, "--prompts-file", str(source), "--out", str(out), "--max-tokens", "3"]
     source.write_text('"first"\n""\n{"prompt": [1, 2]}\n"' + "x" * 300 + '"\n"a line\u2028break"\n')
@@ -106,7 +109,8 @@ def test_chat_works_through_a_pipe_and_obeys_its_commands(directory, tmp_path, c
     assert messages[2]["content"] in "\n".join(lines)
 
 
-def test_chat_forgets_the_oldest_exchange_but_never_the_system_prompt(directory):
+def test_chat_forgets_oldest_keeps_system(directory):
+    """Chat forgets the oldest exchange but never the system prompt."""
     from warploom.engine.cli.chat import Chat
     from warploom.engine.serving import LLM, SamplingParams
 

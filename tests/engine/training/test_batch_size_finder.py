@@ -26,7 +26,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_predicted_memory_is_within_a_tenth_of_what_the_system_gives_a_run(tiny, processes, tmp_path, name):
+def test_predicted_memory_within_a_tenth(tiny, processes, tmp_path, name):
+    """Predicted memory is within a tenth of what the system gives a run."""
     changes = {"batch_size": 8, "preset": "llama-tiny", "save_every": 0, **RUNS[name]}
     assert processes(footprint.main, config=tiny(**changes)) == [0, 0]
     predicted, taken = (int((tmp_path / f"run-{rank}.bytes").read_text()) for rank in (0, 1))
@@ -63,7 +64,8 @@ def test_a_step_is_cut_into_as_few_micro_batches_as_fit(tiny, recorders, monkeyp
         assert recorder.losses == plain.losses
 
 
-def test_a_container_leaves_what_its_limit_and_its_cache_say(tmp_path):
+def test_memory_of_a_container_is_its_limit(tmp_path):
+    """A container leaves what its limit and its cache say."""
     for name, text in {"max": "1000\n", "current": "700\n", "stat": "anon 1\ninactive_file 200\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
     assert left_in_container(tmp_path) == 500

@@ -16,7 +16,8 @@ def progress(step, **changes):
     return Progress(**{**settings, **changes})
 
 
-def test_a_log_gets_a_line_now_and_then_and_one_at_the_end():
+def test_console_logger_line_now_and_then():
+    """A log gets a line now and then and one at the end."""
     stream = io.StringIO()
     lines = ConsoleLogger(every_seconds=10, stream=stream)
     for step in range(1, 101):
@@ -53,7 +54,8 @@ def test_the_panel_shows_loss_speed_and_time_left():
     assert not panel.live.is_started
 
 
-def test_a_log_that_a_crash_cut_short_is_continued_from_the_checkpoint(tmp_path):
+def test_log_cut_short_continues_from_checkpoint(tmp_path):
+    """A log that a crash cut short is continued from the checkpoint."""
     path = tmp_path / "log.jsonl"
     log = JsonLog(path, 1, 0)
     for step in range(1, 8):
@@ -66,7 +68,8 @@ def test_a_log_that_a_crash_cut_short_is_continued_from_the_checkpoint(tmp_path)
     assert [line["step"] for line in JsonLog.read(path)] == [1, 2, 3, 4, 5]
 
 
-def test_a_kill_while_a_log_is_taken_up_again_leaves_it_whole(tmp_path, monkeypatch):
+def test_kill_while_log_is_cut_leaves_it_whole(tmp_path, monkeypatch):
+    """A kill while a log is taken up again leaves it whole."""
     path = tmp_path / "log.jsonl"
     log = JsonLog(path, 1, 0)
     log.on_step(progress(1))
@@ -104,7 +107,8 @@ def _raise(error):
 
 
 @pytest.mark.parametrize("changes", [{"tensorboard": True}, {"wandb": "project"}])
-def test_a_missing_package_is_named_before_anything_long_begins(tiny, monkeypatch, changes):
+def test_missing_package_named_before_start(tiny, monkeypatch, changes):
+    """A missing package is named before anything long begins."""
     monkeypatch.setattr("warploom.engine.training.callbacks.find_spec", lambda name: None)
     (package,) = changes
     with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):

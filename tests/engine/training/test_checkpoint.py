@@ -22,7 +22,8 @@ def trained():
     return model, optimizer
 
 
-def test_a_checkpoint_file_restores_weights_optimizer_and_step(tmp_path):
+def test_checkpoint_file_restores_state(tmp_path):
+    """A checkpoint file restores weights optimizer and step."""
     model, optimizer = trained()
     file = io.BytesIO()
     for target in (tmp_path / "state.pt", str(tmp_path / "again.pt"), file):
@@ -37,7 +38,8 @@ def test_a_checkpoint_file_restores_weights_optimizer_and_step(tmp_path):
         assert moments.param_groups[0]["lr"] == 0.1
 
 
-def test_a_torn_checkpoint_file_is_refused_in_one_sentence(tmp_path):
+def test_checkpoint_file_torn_is_refused(tmp_path):
+    """A torn checkpoint file is refused in one sentence."""
     path = tmp_path / "state.pt"
     save_checkpoint(*trained(), 1, path)
     path.write_bytes(path.read_bytes()[:100])
@@ -59,7 +61,8 @@ def test_every_generator_continues_where_it_was():
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_message(tiny, recorder, damage):
+def test_checkpoint_damaged_is_passed_over(tiny, recorder, damage):
+    """A damaged checkpoint is passed over with a message."""
     result = train(tiny())
     last = result.directory / "checkpoints" / "step-12"
     victim = last / {"state": "state.json", "remove": "optimizer.pt"}.get(damage, "model.safetensors")
@@ -103,7 +106,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tiny, monkeypatch):
     assert not list(folder.folder.glob(".*"))
 
 
-def test_what_killed_processes_have_left_half_written_is_in_nobodys_way(tiny):
+def test_leftovers_of_killed_processes_no_obstacle(tiny):
     """Numbers of processes come again: in a container each may be the first."""
     config = tiny()
     out = Path(config.out)
@@ -117,7 +120,8 @@ def test_what_killed_processes_have_left_half_written_is_in_nobodys_way(tiny):
     assert list(out.parent.glob(".*")) == [neighbor]
 
 
-def test_the_leader_of_a_save_leaves_what_others_have_begun_to_write(tmp_path):
+def test_save_leader_leaves_others_files(tmp_path):
+    """The leader of a save leaves what others have begun to write."""
     early = tmp_path / ".step-4.partial" / "shards" / "shard-2"
     early.parent.mkdir(parents=True)
     early.write_text("by a process that was first")
@@ -127,7 +131,7 @@ def test_the_leader_of_a_save_leaves_what_others_have_begun_to_write(tmp_path):
     assert (tmp_path / "step-4" / "shards" / "shard-2").exists()
 
 
-def test_what_is_written_is_the_state_at_the_save_though_training_goes_on(tiny, monkeypatch):
+def test_save_writes_state_at_the_save(tiny, monkeypatch):
     """A slow disk: the writer of step 5 gets to work only when step 8 is done."""
     reached, write = threading.Event(), Checkpoints._write
 

@@ -53,7 +53,8 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_copies_slices_and_pieces_train_as_one_process_does(tiny, together):
+def test_ddp_fsdp_tp_train_as_one_process(tiny, together):
+    """Copies slices and pieces train as one process does."""
     unequal = {"order": "packed", "grad_accum_steps": 2}  # rows with more and with fewer targets
     one = tiny("one", model=PAIRED, steps=20, save_every=10, **unequal)
     train(one)
@@ -63,7 +64,8 @@ def test_copies_slices_and_pieces_train_as_one_process_does(tiny, together):
 
 
 @pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
-def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_process_does(tiny, processes):
+def test_fsdp_init_holds_only_its_shard(tiny, processes):
+    """No process ever holds more than its part and yet all start as one process does."""
     shape = {"d_model": 512, "n_layers": 8, "n_experts": 4, "d_ff": 512}
     one = tiny("one", model={**PAIRED, **shape})
     torch.manual_seed(one.seed)
@@ -80,7 +82,8 @@ def test_no_process_ever_holds_more_than_its_part_and_yet_all_start_as_one_proce
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_leave_in_the_last_micro_batch_while_those_before_them_are_still_made(tiny, processes, dtype):
+def test_ddp_sends_during_last_micro_batch(tiny, processes, dtype):
+    """Gradients leave in the last micro batch while those before them are still made."""
     config, kept = tiny(model=PAIRED, dp=2, grad_accum_steps=2, dtype=dtype), store()
     assert processes(courier.main, port=kept.port, config=config) == [0, 0]
     for rank in (0, 1):
@@ -90,7 +93,8 @@ def test_gradients_leave_in_the_last_micro_batch_while_those_before_them_are_sti
 
 
 @pytest.mark.parametrize("grid", [{"ep": 2}, {"tp": 2}, {"dp": 2, "ep": 2}, {"fsdp": 2}], ids="-".join)
-def test_experts_are_trained_and_balanced_as_one_process_does(tiny, together, grid):
+def test_experts_train_as_one_process(tiny, together, grid):
+    """Experts are trained and balanced as one process does."""
     experts = {"n_experts": 4, "d_ff": 64, "balance_loss": 0.3, "router_z_loss": 0.1}  # so that they matter
     one = tiny("one", model={**PAIRED, **experts}, steps=20, save_every=50, eval_every=0)
     train(one)
@@ -98,7 +102,8 @@ def test_experts_are_trained_and_balanced_as_one_process_does(tiny, together, gr
     assert together(config) == pytest.approx(losses(one), abs=1e-6)
 
 
-def test_muon_orthogonalizes_whole_matrices_whoever_keeps_their_parts(tiny, together):
+def test_muon_orthogonalizes_whole_matrices(tiny, together):
+    """Muon orthogonalizes whole matrices whoever keeps their parts."""
     one = tiny("one", model={**PAIRED, "n_experts": 2, "d_ff": 64}, optimizer="muon", steps=20, save_every=10)
     train(one)
     for grid in ({"fsdp": 2}, {"tp": 2}, {"ep": 2}):
@@ -113,12 +118,14 @@ def test_muon_orthogonalizes_whole_matrices_whoever_keeps_their_parts(tiny, toge
         ({"fsdp": 2}, "fsdp=2 .* needs 2 processes, but this run has 1"),
     ],
 )
-def test_a_grid_that_does_not_fit_the_processes_is_refused_in_one_sentence(tiny, changes, sentence):
+def test_mesh_not_fitting_processes_refused(tiny, changes, sentence):
+    """A grid that does not fit the processes is refused in one sentence."""
     with pytest.raises(ValueError, match=sentence):
         train(tiny(**changes))
 
 
-def test_a_mistake_of_all_processes_is_said_by_one_of_them_and_by_torchrun(processes, tmp_path):
+def test_mistake_of_all_processes_said_once(processes, tmp_path):
+    """A mistake of all processes is said by one of them and by torchrun."""
     kept = store()
     assert processes(mistake.main, port=kept.port, out=tmp_path / "run") == [2, 2]
     sentence = "dp=1 × fsdp=1 × ep=1 × tp=3 needs 3 processes, but this run has 2"
@@ -155,13 +162,16 @@ def test_a_torn_shard_is_passed_over_with_a_message(tiny, together, recorder):
     assert any("resuming" in note and "step-4" in note for note in recorder.notes)
 
 
-def test_processes_do_not_wait_for_the_dead_whose_addresses_torchrun_keep(processes):
+def test_rendezvous_forgets_dead_addresses(processes):
+    """Processes do not wait for the dead whose addresses torchrun keep."""
     kept = store()
     assert processes(generation.main, port=kept.port, doomed=1) == [1, -signal.SIGKILL]
     assert processes(generation.main, port=kept.port, doomed=None) == [0, 0]
 
 
-def test_what_a_process_says_as_it_fails_is_heard_though_torchrun_ends_it(monkeypatch):
+def test_failing_process_heard_under_torchrun(monkeypatch):
+    """What a process says as it fails is heard though torchrun ends it."""
+
     def asked():
         signal.raise_signal(signal.SIGTERM)  # while the store is asked
         return True
@@ -176,7 +186,8 @@ def test_what_a_process_says_as_it_fails_is_heard_though_torchrun_ends_it(monkey
         signal.signal(signal.SIGTERM, before)
 
 
-def test_torchrun_restarts_a_run_whose_process_was_killed_and_ends_with_the_same_bits(tiny, together):
+def test_torchrun_restart_ends_with_same_bits(tiny, together):
+    """Torchrun restarts a run whose process was killed and ends with the same bits."""
     whole = tiny("whole", steps=12, save_every=4, eval_every=0, fsdp=2)
     together(whole)
     out = Path(whole.out).with_name("restarted")

@@ -25,7 +25,8 @@ def case():
     return model, tokenizer, tokenizer.encode(TEXT)
 
 
-def test_a_full_evaluation_counts_every_target_once_and_equals_the_definition(case):
+def test_evaluate_full_equals_definition(case):
+    """A full evaluation counts every target once and equals the definition."""
     model, tokenizer, ids = case
     found = evaluate(model, validation_batches(split_of(ids), 3, 16), token_bytes(tokenizer))
     nll, size = 0.0, 0
@@ -41,13 +42,15 @@ def test_a_full_evaluation_counts_every_target_once_and_equals_the_definition(ca
     assert size == len(TEXT) - len(tokenizer.token_bytes(ids[0]))
 
 
-def test_a_limited_evaluation_spreads_over_the_whole_split():
+def test_evaluate_limited_spreads_over_split():
+    """A limited evaluation spreads over the whole split."""
     batches = list(validation_batches(split_of(np.arange(2000)), 2, 16, limit=5))
     starts = [int(row[0]) for batch in batches for row in batch.tokens_BT]
     assert len(starts) == 10 and starts[0] == 0 and starts[-1] > 1960
     assert max(np.diff(starts)) - min(np.diff(starts)) <= 16
 
 
-def test_a_split_shorter_than_the_context_is_still_evaluated(case):
+def test_evaluate_split_shorter_than_context(case):
+    """A split shorter than the context is still evaluated."""
     model, _, ids = case
     assert evaluate(model, validation_batches(split_of(ids[:5]), 3, 16)).tokens == 4

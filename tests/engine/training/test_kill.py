@@ -13,7 +13,8 @@ KILLS = 5
 
 
 @pytest.mark.timeout(300)
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tiny, monkeypatch):
+def test_killed_run_ends_with_same_bits(tiny, monkeypatch):
+    """A run killed at random moments ends with the same bits."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = {**tiny().model, "dropout": 0.1}
     whole = tiny("whole", model=model, steps=8 * KILLS, save_every=3, eval_every=9, dtype="bfloat16")

@@ -14,7 +14,8 @@ from warploom.engine.training.mixed_precision import EMA, LossScale, Masters
 TINY = ModelConfig(50, d_model=16, n_layers=2, n_heads=2, max_seq_len=16)
 
 
-def test_float16_trains_with_a_scaled_loss_and_follows_the_float32_curve(tiny, recorders):
+def test_float16_follows_float32_curve(tiny, recorders):
+    """Float16 trains with a scaled loss and follows the float32 curve."""
     curves = []
     for dtype in ("float32", "float16"):
         recorder = recorders()
@@ -24,7 +25,8 @@ def test_float16_trains_with_a_scaled_loss_and_follows_the_float32_curve(tiny, r
     assert curves[1] == pytest.approx(curves[0], rel=0.02)
 
 
-def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_calm():
+def test_loss_scale_halves_then_doubles():
+    """The loss scale halves on overflow and doubles after a calm."""
     scale = LossScale(torch.float16, patience=3)
     start = scale.value
     scale.update(finite=False)
@@ -41,7 +43,8 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_calm():
     assert off.value == 1.0
 
 
-def test_small_updates_and_small_gradients_survive_in_the_masters():
+def test_masters_keep_small_updates():
+    """Small updates and small gradients survive in the masters."""
     torch.manual_seed(0)
     model = Transformer(TINY)
     masters = Masters(model, torch.bfloat16)

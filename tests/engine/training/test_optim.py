@@ -43,7 +43,8 @@ def test_adamw_equals_torch_and_the_written_formula(dtype):
         torch.testing.assert_close(results[0], other, rtol=50 * torch.finfo(dtype).eps, atol=1e-7)
 
 
-def test_adamw_in_float32_stays_as_close_to_float64_as_torch_does():
+def test_adamw_float32_as_close_as_torch():
+    """Adamw in float32 stays as close to float64 as torch does."""
     (exact, grads64), errors = problem(torch.float64), []
     run(torch.optim.AdamW(exact, lr=0.1), exact, grads64)
     for cls in (AdamW, torch.optim.AdamW):
@@ -77,7 +78,8 @@ def muon_by_svd(p, grads, lr, momentum=0.95, weight_decay=0.1):
     return p
 
 
-def test_muon_follows_the_paper_as_closely_as_torch_and_leaves_vectors_to_adamw():
+def test_muon_follows_paper_like_torch():
+    """Muon follows the paper as closely as torch and leaves vectors to adamw."""
     params, grads = problem()
     exact = [muon_by_svd(params[i].detach(), [step[i] for step in grads], 0.1) for i in (0, 2)]
     grads = [[grad.float() for grad in step] for step in grads]
@@ -93,7 +95,8 @@ def test_muon_follows_the_paper_as_closely_as_torch_and_leaves_vectors_to_adamw(
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (3, 20, 5)])
-def test_orthogonalize_keeps_directions_and_levels_the_singular_values(shape):
+def test_orthogonalize_levels_singular_values(shape):
+    """Orthogonalize keeps directions and levels the singular values."""
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     levelled = torch.linalg.svdvals(orthogonalize(matrix, dtype=torch.float64))
@@ -105,7 +108,8 @@ def test_orthogonalize_keeps_directions_and_levels_the_singular_values(shape):
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
-def test_clipping_equals_torch_and_returns_the_norm_before(max_norm):
+def test_clipping_equals_torch(max_norm):
+    """Clipping equals torch and returns the norm before."""
     ours, theirs = (problem()[0] for _ in range(2))
     for params in (ours, theirs):
         for p, grad in zip(params, problem()[1][0]):
@@ -135,7 +139,7 @@ def test_a_restored_optimizer_continues_exactly():
         assert all(torch.equal(p, q) for p, q in zip(params, whole))
 
 
-def test_a_restored_optimizer_counts_where_its_weights_are():
+def test_restored_optimizer_state_on_weights_device():
     """A checkpoint is read to the CPU; the fused step on a GPU wants its counters beside the weights."""
     here, there = (torch.nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "meta"))
     here.grad = torch.ones(2)

@@ -7,7 +7,8 @@ from warploom.engine.training.schedule import SCHEDULES, cosine_schedule
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_starts_at_zero_peaks_after_warmup_and_ends_where_it_says(name):
+def test_schedules_start_peak_end(name):
+    """Every schedule starts at zero peaks after warmup and ends where it says."""
     rates = [SCHEDULES[name](step, 1.0, 0.1, 10, 100) for step in range(150)]
     assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1.0 == max(rates)
     end = 1.0 if name == "constant" else 0.1

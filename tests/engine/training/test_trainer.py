@@ -39,7 +39,8 @@ class StopAt(Callback):
             signal.raise_signal(self.number)
 
 
-def test_a_run_learns_and_leaves_a_model_directory_a_log_a_curve_and_a_card(tiny, recorder):
+def test_run_learns_and_leaves_model_and_log(tiny, recorder):
+    """A run learns and leaves a model directory a log a curve and a card."""
     result = train(tiny(steps=60, lr=1e-2, eval_every=30), [recorder])
     assert recorder.losses[0] > 3 and min(recorder.losses[-5:]) < 2.3
     assert result.val_loss == min(found.loss for _, found in recorder.evaluations) < 2.4
@@ -81,7 +82,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, recorder):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_between_a_step_and_the_next_loses_no_step(tiny, monkeypatch):
+def test_signal_between_steps_loses_no_step(tiny, monkeypatch):
     """Garbage is collected there once, when it has been decided whether the first step is saved."""
 
     def collect():
@@ -94,7 +95,8 @@ def test_a_signal_between_a_step_and_the_next_loses_no_step(tiny, monkeypatch):
     assert verify(result.directory / "checkpoints" / f"step-{result.steps}")["step"] == result.steps
 
 
-def test_what_a_run_computes_does_not_depend_on_how_it_is_cut_up(tiny, recorders):
+def test_run_independent_of_how_it_is_cut(tiny, recorders):
+    """What a run computes does not depend on how it is cut up."""
     ends = []
 
     def losses(**changes):
@@ -233,13 +235,15 @@ def test_two_runs_do_not_write_to_one_folder(tiny):
     assert train(tiny(steps=4, resume=True)).steps == 4
 
 
-def test_a_corpus_of_three_characters_is_refused_in_one_sentence(tiny, tmp_path):
+def test_corpus_of_three_characters_refused(tiny, tmp_path):
+    """A corpus of three characters is refused in one sentence."""
     (tmp_path / "abc.txt").write_text("abc")
     with pytest.raises(ValueError, match="tokens, too few for one window of context_length 32"):
         train(tiny(data=str(tmp_path / "abc.txt")))
 
 
-def test_fine_tuning_starts_from_the_weights_of_a_directory(tiny, recorder):
+def test_fine_tuning_starts_from_directory(tiny, recorder):
+    """Fine tuning starts from the weights of a directory."""
     base = train(tiny("base", steps=40, lr=1e-2))
     data = str(base.directory / "data")
     train(tiny("tuned", data=data, init_from=str(base.directory), steps=2, lr=1e-5), [recorder])

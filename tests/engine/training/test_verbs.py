@@ -16,7 +16,8 @@ SHAPE = {"d-model": 16, "n-layers": 1, "n-heads": 2, "n-kv-heads": 1, "max-seq-l
 TINY = [f"--{name}={value}" for name, value in {**SHAPE, "batch-size": 2, "sample-tokens": 0}.items()]
 
 
-def test_a_text_file_becomes_a_dataset_a_model_and_a_number(story, tmp_path, capsys):
+def test_text_file_to_dataset_to_model_to_loss(story, tmp_path, capsys):
+    """A text file becomes a dataset a model and a number."""
     data, out = str(tmp_path / "data"), str(tmp_path / "run")
     assert main(["data", "--source", "file", "--files", str(story), "--tokenizer", "char", "--out", data]) == 0
     assert set(TokenData(data).meta.splits) == {"train", "val", "test"}
@@ -29,7 +30,8 @@ def test_a_text_file_becomes_a_dataset_a_model_and_a_number(story, tmp_path, cap
     assert run["model"]["d_model"] == 16 and run["config"]["steps"] == 4
 
 
-def test_flags_override_the_file_which_overrides_the_preset(tmp_path):
+def test_flags_override_file_overrides_preset(tmp_path):
+    """Flags override the file which overrides the preset."""
     (tmp_path / "run.toml").write_text('data = "x"\npreset = "gpt2-124m"\nn_layers = 3\nlr = 0.5\nsteps = 7\n')
     config = read(["--config", str(tmp_path / "run.toml"), "--lr", "0.25", "--from", "base"])
     assert (config.data, config.lr, config.steps, config.init_from) == ("x", 0.25, 7, "base")
@@ -48,7 +50,8 @@ def test_train_old_names_warn(tmp_path, capsys):
     assert f"{flags[0]} is now --activation-checkpointing" in capsys.readouterr().err
 
 
-def test_resuming_needs_no_flag_again_and_takes_those_that_are_given(story, tmp_path, capsys):
+def test_resume_needs_no_flag_takes_given(story, tmp_path, capsys):
+    """Resuming needs no flag again and takes those that are given."""
     out = ["--out", str(tmp_path / "run")]
     first = read([str(story), *out, "--steps", "2", "--tokenizer", "char", "--lr", "0.01", "--device", "cpu", *TINY])
     train(first)
@@ -108,7 +111,8 @@ def test_a_dataset_of_another_tokenizer_is_refused(story, tmp_path, capsys):
     assert capsys.readouterr().err.count("another tokenizer") == 2
 
 
-def test_tokenizers_of_others_are_read_where_a_tokenizer_is_asked_for(tmp_path):
+def test_foreign_tokenizers_read_where_asked(tmp_path):
+    """Tokenizers of others are read where a tokenizer is asked for."""
     from warploom.engine.training.inputs import make_tokenizer
     from warploom.tokenizer import BPETokenizer
 

@@ -46,7 +46,8 @@ def assert_as_exact_as_the_formula(inputs, upstream, scale, dtype):
 
 @pytest.mark.parametrize("T", [2, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
 @pytest.mark.parametrize(("H", "K", "scale"), [(2, 2, None), (4, 2, 0.3), (3, 1, None)])
-def test_staircase_attention_is_as_exact_as_the_plain_formula(T, H, K, scale):
+def test_staircase_attention_as_exact_as_formula(T, H, K, scale):
+    """Staircase attention is as exact as the plain formula."""
     inputs, upstream = inputs_of(T, H, K, 32, torch.bfloat16)
     assert use_blocked(inputs[0].clone().requires_grad_(), inputs[1])
     assert_as_exact_as_the_formula(inputs, upstream, scale, torch.bfloat16)
@@ -64,7 +65,8 @@ def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale):
 
 
 @needs_passes
-def test_fused_attention_stays_exact_where_weights_are_nearly_one_or_zero():
+def test_fused_attention_exact_at_extreme_weights():
+    """Fused attention stays exact where weights are nearly one or zero."""
     inputs, upstream = inputs_of(130, 2, 2, 64, torch.float32, size=6.0)
     assert_as_exact_as_the_formula(inputs, upstream, None, torch.float32)
 
@@ -78,7 +80,8 @@ def test_fused_attention_large_scores_cost_no_digits():
 
 
 @needs_passes
-def test_fused_attention_gives_the_same_bits_on_any_number_of_threads():
+def test_fused_attention_bits_on_any_threads():
+    """Fused attention gives the same bits on any number of threads."""
     inputs, upstream = inputs_of(150, 6, 2, 32, torch.float32)
     threads = torch.get_num_threads()
     try:
@@ -105,7 +108,8 @@ def test_each_way_serves_only_what_it_was_made_for():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_strided_inputs_and_gradients_are_read_as_they_lie(dtype):
+def test_strided_inputs_and_gradients(dtype):
+    """Strided inputs and gradients are read as they lie."""
     both = torch.randn(2, 70, 6, 16).to(dtype)
     results_of = []
     for copy in (lambda x: x, torch.clone):

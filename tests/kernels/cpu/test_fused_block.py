@@ -65,7 +65,8 @@ def draw(B, T, C, H, K, D, F, turned):
     [(2, 37, 48, 3, 1, 16, 80, True), (1, 130, 128, 4, 4, 32, 384, False), (3, 50, 96, 2, 2, 48, 208, True)],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_rows_in_tiles_are_as_exact_as_the_formulas_of_their_ops(B, T, C, H, K, D, F, turned, packed):
+def test_fused_rows_as_exact_as_their_ops(B, T, C, H, K, D, F, turned, packed):
+    """Rows in tiles are as exact as the formulas of their ops."""
     inputs, upstream = draw(B, T, C, H, K, D, F, turned)
     positions = torch.arange(T).flip(0).repeat(B, 1) if packed else None
     sizes = H, K, D, positions
@@ -76,7 +77,8 @@ def test_rows_in_tiles_are_as_exact_as_the_formulas_of_their_ops(B, T, C, H, K, 
         assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + 2**-23 * truth.norm()
 
 
-def test_a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads():
+def test_row_bits_alone_and_on_any_threads():
+    """A row has the same bits alone and among others on any number of threads."""
     H, K, D = 4, 2, 32
     inputs, _ = draw(3, 70, 128, H, K, D, 192, False)
     threads = torch.get_num_threads()
@@ -95,7 +97,8 @@ def test_a_row_has_the_same_bits_alone_and_among_others_on_any_number_of_threads
 LLAMA = {"vocab_size": 32, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 16}
 
 
-def test_training_goes_by_rows_and_finds_the_gradients_of_the_ops(monkeypatch):
+def test_fused_block_gradients_equal_ops(monkeypatch):
+    """Training goes by rows and finds the gradients of the ops."""
     model = Transformer(ModelConfig(**LLAMA))
     rows.install(model)
     tokens = torch.randint(32, (2, 16))

@@ -33,7 +33,8 @@ def has_large_case(op):
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if has_large_case(op)], ids=lambda op: op.name)
-def test_large_cases_stay_within_the_budget_on_every_architecture(op, costs):
+def test_large_cases_within_budget_everywhere(op, costs):
+    """Large cases stay within the budget on every architecture."""
     mine = [cost for cost in costs["large"] if cost.op == op.name]
     assert {cost.arch for cost in mine} == set(ARCHITECTURES)
     broken = {f"{c.kernel} sm_{c.arch}": violations(c, budget_of(op, c.kernel)) for c in mine}
@@ -41,7 +42,8 @@ def test_large_cases_stay_within_the_budget_on_every_architecture(op, costs):
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
-def test_small_cases_compile_spill_nothing_and_compute_addresses_in_64_bits(op, costs):
+def test_small_cases_no_spills_64_bit_addresses(op, costs):
+    """Small cases compile spill nothing and compute addresses in 64 bits."""
     mine = [cost for cost in costs["small"] if cost.op == op.name]
     assert mine
     broken = {f"{cost.case}, {cost.kernel}": violations(cost, Budget()) for cost in mine}
@@ -58,7 +60,8 @@ print(*(costs(adamw_step, adamw_step.cases[-1], torch.bfloat16, arch)[0].warps f
 """
 
 
-def test_a_budget_is_that_of_the_settings_on_file_for_the_architecture(tmp_path):
+def test_budget_is_of_the_settings_on_file(tmp_path):
+    """A budget is that of the settings on file for the architecture."""
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"sm_90": {"adamw_step": {"any": {"BLOCK": 1024, "num_warps": 2}}}}))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
@@ -107,7 +110,8 @@ def test_attention_fits_the_shared_memory_of_desk_gpus():
     assert done.stdout.split() == ["True"] * 8
 
 
-def test_the_address_lint_finds_a_32_bit_offset_and_lets_a_64_bit_one_pass():
+def test_address_lint_finds_32_bit_offset():
+    """The address lint finds a 32 bit offset and lets a 64 bit one pass."""
     narrow = """
       %pid = tt.get_program_id x : i32
       %range = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32>
@@ -132,6 +136,7 @@ def test_a_kernel_over_its_budget_is_told_what_it_exceeds():
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
-def test_a_compiler_sees_the_kernels_and_no_opaque_operator(op, survey):
+def test_compile_sees_kernels_not_operators(op, survey):
+    """A compiler sees the kernels and no opaque operator."""
     kernels, opaque = json.loads(survey("trace"))[op.name]
     assert kernels >= 1 and not opaque

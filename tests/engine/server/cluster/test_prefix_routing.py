@@ -18,7 +18,8 @@ def chain(text, salt=None):
 
 
 @given(st.lists(st.tuples(texts, loads), max_size=20))
-def test_nobody_is_first_choice_beyond_a_quarter_more_than_its_share(asks):
+def test_router_first_choice_bounded_load(asks):
+    """Nobody is first choice beyond a quarter more than its share."""
     affinity = Affinity()
     for text, load in asks:
         order = affinity.rank(chain(text), load)
@@ -29,7 +30,8 @@ def test_nobody_is_first_choice_beyond_a_quarter_more_than_its_share(asks):
 
 
 @given(texts, texts, st.sets(st.sampled_from(NAMES), min_size=2))
-def test_a_longer_conversation_goes_where_its_beginning_went(text, more, names):
+def test_router_longer_conversation_same_replica(text, more, names):
+    """A longer conversation goes where its beginning went."""
     affinity, idle = Affinity(), dict.fromkeys(names, 0)
     text = text * (64 // len(text) + 1)
     for served in sorted(names):
@@ -47,7 +49,8 @@ def test_when_a_replica_goes_only_its_own_prompts_move(text, names, data):
     assert after == [name for name in before if name != gone]
 
 
-def test_prompts_that_share_nothing_spread_evenly_and_one_popular_beginning_does_too():
+def test_router_spreads_evenly_popular_too():
+    """Prompts that share nothing spread evenly and one popular beginning does too."""
     affinity, idle = Affinity(), dict.fromkeys("abcd", 0)
     firsts = Counter(affinity.rank(chain(str(number)), idle)[0] for number in range(2000))
     assert min(firsts.values()) > 350
@@ -60,7 +63,8 @@ def test_prompts_that_share_nothing_spread_evenly_and_one_popular_beginning_does
     assert max(busy.values()) <= 32, "100 requests under way at four replicas: 25 each, and a quarter"
 
 
-def test_a_busy_replica_hands_over_and_the_next_one_has_that_beginning_too():
+def test_router_busy_replica_hands_over():
+    """A busy replica hands over and the next one has that beginning too."""
     affinity, text = Affinity(), chain("a long prompt, " * 20)
     affinity.remember(text, "a")
     assert affinity.rank(text, {"a": 1, "b": 0, "c": 0})[0] == "a"
@@ -81,7 +85,9 @@ def test_its_memory_is_bounded_and_forgets_the_oldest(prompts):
         assert all(block in affinity._served for block in chain(prompt)[-20:])
 
 
-def test_equal_beginnings_are_equal_chains_whatever_the_route_and_keys_share_none():
+def test_prefix_hashes_equal_for_equal_beginnings():
+    """Equal beginnings are equal chains whatever the route and keys share none."""
+
     def same(one, other):
         shared = [
             a == b for a, b in zip(prefix_hashes(json.dumps(one).encode()), prefix_hashes(json.dumps(other).encode()))

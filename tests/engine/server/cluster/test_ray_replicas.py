@@ -138,7 +138,8 @@ def cluster(directory):
         cluster.end()
 
 
-def test_its_answers_are_those_of_one_engine_whole_or_streamed(cluster, directory):
+def test_proxy_answers_equal_one_engine(cluster, directory):
+    """Its answers are those of one engine whole or streamed."""
     params = SamplingParams(max_tokens=30, temperature=0.8, seed=5, ignore_eos=True)
     alone = LLM(directory, max_batch=1).generate("the same", params).text
     body = {"max_tokens": 30, "temperature": 0.8, "seed": 5, "ignore_eos": True}
@@ -166,7 +167,8 @@ def test_its_routes_and_refusals_are_those_of_one_server(cluster):
     assert 'http_requests_total{method="POST",route="/v1/completions"' in cluster.client.get("/metrics").text
 
 
-def test_prompts_that_begin_alike_find_their_pages_and_others_spread(cluster):
+def test_proxy_prefixes_stay_others_spread(cluster):
+    """Prompts that begin alike find their pages and others spread."""
     before = cluster.metric("prompt_tokens_total")
     beginning = "a conversation that grows with every turn, and whose beginning is in somebody's cache; " * 2
     cached = []
@@ -182,7 +184,8 @@ def test_prompts_that_begin_alike_find_their_pages_and_others_spread(cluster):
     assert all(spread[name] > after[name] for name in after)
 
 
-def test_a_client_that_leaves_stops_its_generation_at_the_replica(cluster):
+def test_proxy_client_gone_stops_replica(cluster):
+    """A client that leaves stops its generation at the replica."""
     before = sum(cluster.metric("generation_tokens_total").values())
     with cluster.client.stream("POST", "/v1/completions", json={"prompt": "go on", **LONG}) as answer:
         next(answer.iter_lines())
@@ -192,7 +195,8 @@ def test_a_client_that_leaves_stops_its_generation_at_the_replica(cluster):
     assert not any(cluster.metric("kv_cache_usage_perc").values())
 
 
-def test_when_all_queues_are_full_clients_are_told_to_come_back(cluster):
+def test_proxy_full_queues_answer_503(cluster):
+    """When all queues are full clients are told to come back."""
     refused, seen = threading.Semaphore(0), threading.Event()
 
     def ask(number):
@@ -213,7 +217,9 @@ def test_when_all_queues_are_full_clients_are_told_to_come_back(cluster):
     assert all(status == 200 or (status == 429 and int(seconds) >= 1) for status, seconds in answers)
 
 
-def test_a_replica_that_dies_fails_its_own_requests_and_is_replaced(cluster):
+def test_proxy_dead_replica_is_replaced(cluster):
+    """A replica that dies fails its own requests and is replaced."""
+
     def watch(number, started):
         body = {"prompt": f"{number} lives", **LONG, "max_tokens": 4000}
         with cluster.client.stream("POST", "/v1/completions", json=body) as answer:
@@ -237,7 +243,8 @@ def test_a_replica_that_dies_fails_its_own_requests_and_is_replaced(cluster):
     assert survivor in cluster.replicas() and victim not in cluster.replicas()
 
 
-def test_with_no_replica_alive_clients_are_told_when_to_come_back(cluster):
+def test_proxy_no_replica_says_retry_after(cluster):
+    """With no replica alive clients are told when to come back."""
     with cluster.without_replicas():
         answer = cluster.complete("anybody there?", max_tokens=2)
     assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
@@ -246,7 +253,8 @@ def test_with_no_replica_alive_clients_are_told_when_to_come_back(cluster):
     assert cluster.complete("and now?", max_tokens=2).status_code == 200
 
 
-def test_told_to_stop_it_finishes_what_is_under_way_and_leaves_nobody_behind(cluster):
+def test_serve_stop_finishes_leaves_none_behind(cluster):
+    """Told to stop it finishes what is under way and leaves nobody behind."""
     children = psutil.Process(cluster.process.pid).children(recursive=True)
     body = {"prompt": "to the end", **LONG, "max_tokens": 1000}
     with cluster.client.stream("POST", "/v1/completions", json=body) as answer:
@@ -261,7 +269,8 @@ def test_told_to_stop_it_finishes_what_is_under_way_and_leaves_nobody_behind(clu
     assert not alive
 
 
-def test_told_to_stop_while_it_starts_it_starts_no_replica(directory):
+def test_replicas_stop_while_starting(directory):
+    """Told to stop while it starts it starts no replica."""
     process, seen = start(directory), []
     process.stdout.readline()
     while not psutil.Process(process.pid).children():  # Ray's own are the first

@@ -78,7 +78,8 @@ def test_a_prompt_streams_tokens_and_stop_ends_them(page, page_server):
     assert len(shown.find_elements("css selector", "span > b > u")) >= 5, "each token has its alternatives"
 
 
-def test_a_chat_answers_with_the_length_that_the_slider_says(page, page_server):
+def test_playground_chat_keeps_slider_length(page, page_server):
+    """A chat answers with the length that the slider says."""
     box = find(page, "#max-tokens input[type=number]")
     page.execute_script("arguments[0].value = 7; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))", box)
     page.execute_script("arguments[0].dispatchEvent(new Event('change', {bubbles: true}))", box)
@@ -95,7 +96,8 @@ def test_a_chat_answers_with_the_length_that_the_slider_says(page, page_server):
     page_server.assert_nothing_left()
 
 
-def test_the_attention_map_has_a_cell_for_each_pair_of_tokens(page):
+def test_attention_map_has_a_cell_a_pair(page):
+    """The attention map has a cell for each pair of tokens."""
     open_tab(page, "Attention")
     text = find(page, "#attention-text textarea, #attention-text input")
     text.clear()
@@ -147,7 +149,8 @@ def test_attention_maps_are_what_the_model_attends_with():
         assert torch.allclose(model(ids, attend=attend), model(ids), atol=1e-4)
 
 
-def test_without_gradio_the_server_runs_and_says_how_to_get_the_page(monkeypatch):
+def test_no_gradio_server_runs_says_how(monkeypatch):
+    """Without gradio the server runs and says how to get the page."""
     httpx = pytest.importorskip("httpx", reason="needs httpx")
     import warploom.engine.server.app as app
 
@@ -159,7 +162,8 @@ def test_without_gradio_the_server_runs_and_says_how_to_get_the_page(monkeypatch
         assert "--no-ui" in page and "pip install" not in page
 
 
-def test_unknown_routes_under_v1_are_openais_errors_even_with_the_page(page_server):
+def test_unknown_v1_route_openai_error(page_server):
+    """Unknown routes under v1 are openais errors even with the page."""
     httpx = pytest.importorskip("httpx", reason="needs httpx")
     unknown = httpx.post(f"{page_server.url}/v1/embeddings", json={}, timeout=60)
     assert unknown.status_code == 404 and unknown.json()["error"]["type"] == "not_found_error"

@@ -53,7 +53,8 @@ def ragged_step(page_size) -> AttentionMetadata:
 @NEEDS_NATIVE
 @pytest.mark.parametrize(("H", "K", "D", "page_size"), [(4, 2, 32, 16), (3, 3, 24, 32), (8, 1, 64, 16), (6, 2, 80, 48)])
 @pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}, {"window": 18}])
-def test_cpp_writes_the_twins_bytes_and_sees_what_they_stand_for(H, K, D, page_size, limits):
+def test_cpp_int8_pages_equal_twin(H, K, D, page_size, limits):
+    """Cpp writes the twins bytes and sees what they stand for."""
     torch.manual_seed(0)
     keys, values = torch.randn(20 * page_size, K, D), torch.randn(20 * page_size, K, D)
     values[::7, :, 3] *= 50  # one large number costs only its own token precision
@@ -70,7 +71,7 @@ def test_cpp_writes_the_twins_bytes_and_sees_what_they_stand_for(H, K, D, page_s
 
 
 @pytest.mark.parametrize(("keys", "width"), [(True, 64), (False, 40)])
-def test_no_number_is_off_by_more_than_half_of_its_tokens_step(keys, width):
+def test_int8_pages_error_within_half_step(keys, width):
     """Of a key, no number of its rotation."""
     torch.manual_seed(0)
     turn = sylvester(width) if keys else torch.eye(width)
@@ -103,7 +104,7 @@ def sylvester(n):
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])  # a mixture may choose another expert
-def test_rounding_keys_and_values_costs_no_more_than_two_of_bfloat16s_roundings(tiny_model, shape):
+def test_int8_kv_costs_two_bf16_roundings(tiny_model, shape):
     """Log-probabilities against float32: of 8-bit pages, and of the model in bfloat16."""
     model, text = tiny_model(shape, vocab_size=500), [i * i % 487 for i in range(250)]
     exact, halves, eight = (
@@ -114,7 +115,7 @@ def test_rounding_keys_and_values_costs_no_more_than_two_of_bfloat16s_roundings(
 
 @NEEDS_NATIVE
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 24}])
-def test_with_8_bit_pages_too_the_bits_are_the_same_in_any_company(tiny_model, changes):
+def test_int8_pages_batch_invariant(tiny_model, changes):
     """In a batch, after a prefix hit, in small chunks with preemption, and behind a draft model."""
     draw = random.Random(0)
     prompts = [[draw.randrange(97) for _ in range(draw.randrange(1, 60))] for _ in range(16)]
@@ -136,7 +137,8 @@ def test_with_8_bit_pages_too_the_bits_are_the_same_in_any_company(tiny_model, c
 
 
 @NEEDS_NATIVE
-def test_8_bit_weights_bring_8_bit_pages_unless_another_format_is_asked_for(tiny_model):
+def test_kv_dtype_follows_quantize(tiny_model):
+    """8 bit weights bring 8 bit pages unless another format is asked for."""
     model = tiny_model(dtype=torch.bfloat16, head_dim=64)
     memory = 4 * 16 * model.config.kv_bytes_per_token(2)
     pages = {}
@@ -149,7 +151,8 @@ def test_8_bit_weights_bring_8_bit_pages_unless_another_format_is_asked_for(tiny
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_float8_pages_serve_by_the_kernels_and_in_a_gpus_fixed_buffers(tiny_model, quantize):
+def test_fp8_pages_serve_by_kernels(tiny_model, quantize):
+    """Float8 pages serve by the kernels and in a gpus fixed buffers."""
     model, text = tiny_model(), [i * i % 89 for i in range(100)]
     formats = "float32", "bfloat16", "fp8"
     llms = [LLM(model, kv_dtype=name, quantize=quantize, max_batch=3) for name in formats]

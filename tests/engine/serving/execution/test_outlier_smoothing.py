@@ -42,7 +42,8 @@ def test_what_outliers_take_from_eight_bits_is_given_back(tiny_model, monkeypatc
 
 
 @needs_native
-def test_keys_with_large_biases_keep_sixteen_bits_unless_told_otherwise(tiny_model):
+def test_tall_keys_keep_16_bit_pages(tiny_model):
+    """Keys with large biases keep sixteen bits unless told otherwise."""
     model = tiny_model("llama", qkv_bias=True, vocab_size=500, tie_embeddings=False)
     pages = {}
     for bias in (1.0, 60.0):

@@ -82,7 +82,8 @@ def test_draws_follow_the_exact_distribution(changes, by, monkeypatch):
     assert chi_squared < freedom + 5 * math.sqrt(2 * freedom), "about one in a million by chance"
 
 
-def test_different_rows_of_a_batch_keep_their_own_settings():
+def test_sampler_rows_keep_their_settings():
+    """Different rows of a batch keep their own settings."""
     rows = [SamplingParams(temperature=0), SamplingParams(top_k=1), SamplingParams(temperature=5.0), SamplingParams()]
     settings = RowSettings(4, torch.device("cpu"))
     for row, params in enumerate(rows):
@@ -98,7 +99,8 @@ def test_different_rows_of_a_batch_keep_their_own_settings():
 
 @settings(max_examples=60)
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), st.integers(0, 5))
-def test_reported_logprobs_are_the_models_own_and_best_first(values, top):
+def test_logprobs_are_models_own_best_first(values, top):
+    """Reported logprobs are the models own and best first."""
     logits = torch.tensor([values])
     (entry,) = Logprobs(logits, torch.tensor([1]), top).read()
     expected = torch.log_softmax(logits.double(), -1)[0]

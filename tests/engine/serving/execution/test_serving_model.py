@@ -44,7 +44,9 @@ def ragged_step(store, dtype, H, K, D):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 2, 32), (3, 3, 24), (8, 1, 64), (2, 1, 80)])
 @pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}])
-def test_paged_attention_in_cpp_equals_the_kernels_reference(dtype, H, K, D, limits):
+def test_paged_attention_cpp_equals_reference(dtype, H, K, D, limits):
+    """Paged attention in cpp equals the kernels reference."""
+
     class Shape:
         attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
@@ -66,7 +68,8 @@ def test_paged_attention_in_cpp_equals_the_kernels_reference(dtype, H, K, D, lim
 
 
 @pytest.mark.parametrize(("outputs", "columns"), [(64, 64), (50, 72), (200, 300), (16, 24)])
-def test_an_8_bit_product_is_as_near_as_8_bits_allow_and_the_same_in_any_batch(outputs, columns):
+def test_int8_product_error_and_batch_invariance(outputs, columns):
+    """An 8 bit product is as near as 8 bits allow and the same in any batch."""
     torch.manual_seed(0)
     weight, bias, x = torch.randn(outputs, columns), torch.randn(outputs), torch.randn(23, columns)
     x[:, 3] *= 100  # one large activation
@@ -95,7 +98,8 @@ def test_int8_plain_loop_equals_the_cpus_products(outputs, columns, rows, expone
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2", "mixtral"])
-def test_a_quantized_model_says_nearly_the_same_and_leaves_the_original_alone(tiny_model, shape):
+def test_quantized_model_close_original_kept(tiny_model, shape):
+    """A quantized model says nearly the same and leaves the original alone."""
     model = tiny_model(shape)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     (prompt,) = [[i * 7 % 97 for i in range(60)]]
@@ -110,7 +114,7 @@ def test_a_quantized_model_says_nearly_the_same_and_leaves_the_original_alone(ti
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt2"])
-def test_rounding_activations_too_at_most_doubles_the_error_of_rounding_the_weights(tiny_model, shape):
+def test_int8_activations_double_error_at_most(tiny_model, shape):
     """Against weights that are rounded the same way and meet activations in full."""
     model, rounded = (tiny_model(shape, vocab_size=500, tie_embeddings=False) for _ in range(2))
     with torch.no_grad():
@@ -125,7 +129,8 @@ def test_rounding_activations_too_at_most_doubles_the_error_of_rounding_the_weig
     assert 0 < (both - exact).norm() < 2 * (weights - exact).norm()
 
 
-def test_a_quantized_model_gives_the_same_tokens_in_any_company(tiny_model):
+def test_quantized_tokens_batch_invariant(tiny_model):
+    """A quantized model gives the same tokens in any company."""
     model = tiny_model(dtype=torch.bfloat16)
     prompts = [[(i * j + j) % 97 for j in range(1, 5 + 3 * i)] for i in range(12)]
     params = [SamplingParams(max_tokens=12, seed=i, ignore_eos=True) for i in range(12)]

@@ -55,7 +55,8 @@ def test_two_processes_generate_the_tokens_of_one(team, shape, options):
     assert worker.poll() == 0, "it has gone, by itself"
 
 
-def test_a_process_that_dies_ends_what_was_computed_with_a_sentence_and_nothing_hangs(team):
+def test_tp_dead_process_ends_requests(team):
+    """A process that dies ends what was computed with a sentence and nothing hangs."""
     _, llm = team("llama")
     going = llm.submit([1, 2, 3], SamplingParams(200, ignore_eos=True))
     llm.engine.step()
@@ -67,7 +68,8 @@ def test_a_process_that_dies_ends_what_was_computed_with_a_sentence_and_nothing_
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_pages
 
 
-def test_what_cannot_be_spread_is_refused_before_any_process_starts(tiny_model, tmp_path):
+def test_tp_unsupported_refused_before_start(tiny_model, tmp_path):
+    """What cannot be spread is refused before any process starts."""
     with pytest.raises(ValueError, match="use save_model"):
         LLM(tiny_model(), tensor_parallel=2)
     place = save_model(tiny_model(), tmp_path / "model")

@@ -16,7 +16,8 @@ def compute(pool: PagePool, tokens: list[int], salt=None) -> list[int]:
     return pages
 
 
-def test_a_released_prefix_is_found_again_and_only_by_the_same_text():
+def test_page_pool_released_prefix_found_again():
+    """A released prefix is found again and only by the same text."""
     pool = PagePool(8, page_size=2)
     pages = compute(pool, [1, 2, 3, 4, 5, 6])
     pool.release(pages)
@@ -41,7 +42,8 @@ def test_colliding_hashes_do_not_share_a_page():
     assert pool.match([twin])[0] == []
 
 
-def test_the_least_recently_used_pages_and_the_ends_of_texts_are_forgotten_first():
+def test_page_pool_evicts_oldest_ends_first():
+    """The least recently used pages and the ends of texts are forgotten first."""
     pool = PagePool(6, page_size=1)
     pool.release(compute(pool, [1, 2, 3]))
     pool.release(compute(pool, [4, 5, 6]))
@@ -52,7 +54,8 @@ def test_the_least_recently_used_pages_and_the_ends_of_texts_are_forgotten_first
     pool.release(found + taken)
 
 
-def test_an_empty_pool_says_so_and_release_returns_the_page():
+def test_page_pool_empty_says_so():
+    """An empty pool says so and release returns the page."""
     pool = PagePool(1)
     page = pool.allocate()
     assert pool.allocate() is None

@@ -95,9 +95,8 @@ requests = st.lists(
 @given(
     requests, st.integers(1, 12), st.integers(1, 3), st.integers(1, 4), st.integers(0, 8), st.sampled_from([1, 2, 3])
 )
-def test_whatever_comes_and_goes_every_sequence_gets_what_the_model_alone_would_say(
-    asked, num_pages, page_size, max_batch, extra_budget, depth
-):
+def test_scheduler_any_order_equals_model_alone(asked, num_pages, page_size, max_batch, extra_budget, depth):
+    """Whatever comes and goes every sequence gets what the model alone would say."""
     pool = PagePool(num_pages, page_size)
     scheduler = Scheduler(
         pool,
@@ -169,7 +168,8 @@ def test_followers_share_the_pages_of_the_prompt():
     drain(scheduler, runner)
 
 
-def test_the_running_sequence_with_the_least_work_is_preempted_and_nothing_is_lost():
+def test_preemption_takes_least_work_loses_none():
+    """The running sequence with the least work is preempted and nothing is lost."""
     pool = PagePool(10, page_size=2)
     scheduler = Scheduler(pool, max_batch=4, max_batch_tokens=64)
     runner = PageReader(10, 2)
@@ -181,7 +181,8 @@ def test_the_running_sequence_with_the_least_work_is_preempted_and_nothing_is_lo
     assert all(s.tokens[s.prompt_length :] == continuation(s.tokens[: s.prompt_length], 6, s.seed) for s in sequences)
 
 
-def test_a_long_prompt_is_computed_in_chunks_while_others_go_on():
+def test_scheduler_long_prompt_is_chunked():
+    """A long prompt is computed in chunks while others go on."""
     scheduler = Scheduler(PagePool(100, 4), max_batch=4, max_batch_tokens=8)
     runner = PageReader(100, 4)
     short, long = Sequence([1], 1, max_tokens=50), Sequence(list(range(40)), 40, max_tokens=1)
@@ -196,7 +197,8 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_go_on():
     assert sizes == [[1, 7]] * 5 + [[1, 5]]
 
 
-def test_priority_is_served_first_but_patience_lets_nobody_starve():
+def test_priority_first_but_none_starves():
+    """Priority is served first but patience lets nobody starve."""
     scheduler = Scheduler(PagePool(100), max_batch=1, max_batch_tokens=8, patience=10)
     runner = PageReader(100, 16)
     low = Sequence([1], 1, max_tokens=1, priority=1, arrival=0)
