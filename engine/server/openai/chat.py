@@ -7,6 +7,7 @@ tool calls and reasoning follows from its chat template (`tool_formats.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,13 +54,19 @@ class ChatPlan:
     reader: Callable[[], PlainReader]
 
 
-def plan_chat(tokenizer: Any, body: ChatRequest) -> ChatPlan:
-    """Decide by the model's chat template what a request's tools, reasoning and answer format mean."""
+def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> ChatPlan:
+    """Decide by the model's chat template what a request's tools, reasoning and answer format mean.
+
+    `effort` is a wish that is passed over where the template has no switch for it; the body's own is refused then.
+    """
     template = getattr(tokenizer, "chat_template", None)
     tools = body.tools if body.tool_choice != "none" else None
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables |= _effort(template or "", body.reasoning_effort)
+    if effort:
+        with suppress(errors.APIError):
+            variables |= _effort(template or "", effort)
     grammar, forced = body.grammar(), _forced(body)
     if forced and grammar:
         raise errors.invalid("tool_choice and a format of the answer exclude each other: give one", "tool_choice")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from ...serving import Piece
@@ -23,9 +24,10 @@ def to_json(value: Any) -> bytes:
     return _encode(value).encode()
 
 
-def server_sent(value: Any) -> bytes:
-    """One event of a stream."""
-    return b"data: " + to_json(value) + b"\n\n"
+def server_sent(value: dict[str, Any]) -> bytes:
+    """One event of a stream, under its name where it has a type."""
+    name = f"event: {value['type']}\n".encode() if "type" in value else b""
+    return name + b"data: " + to_json(value) + b"\n\n"
 
 
 END_OF_STREAM = b"data: [DONE]\n\n"
@@ -159,6 +161,8 @@ class CompletionScores:
 class CompletionWriter:
     """Answers to one completion request: whole, or chunk by chunk."""
 
+    end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
+
     def __init__(
         self, head: dict[str, Any], flow: RequestStream, words: Words, hidden: frozenset[int], top: int | None
     ) -> None:
@@ -212,6 +216,8 @@ class CompletionWriter:
 
 class ChatWriter:
     """Answers to one chat request: whole, or chunk by chunk."""
+
+    end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
 
     def __init__(
         self, head: dict[str, Any], flow: RequestStream, words: Words, top: int | None, reader: Callable[[], Any]
