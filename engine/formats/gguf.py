@@ -27,6 +27,7 @@ from ...tokenizer.base import Tokenizer
 from ...tokenizer.bpe import BPETokenizer
 from ...tokenizer.byte_alphabet import to_text
 from ...tokenizer.patterns import pattern_name
+from ...tokenizer.sentencepiece_files import CONTROL, NORMAL, UNUSED, USER, Piece, to_pieces
 from ...tokenizer.sources import atomic_writer
 from ..config import ModelConfig
 from ..errors import InputError
@@ -44,9 +45,10 @@ NARROWER = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where rows are no whole blocks of
 ARCHITECTURES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
 }  # fmt: skip
-SMOLLM = r"\p{N}", "gpt2"  # digits one by one
-SPLITTERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "o200k": "gpt-4o", "qwen2": "qwen2", "smollm": "smollm"}
-NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # kinds of tokens
+SPLITTERS = {
+    "gpt2": "gpt-2", "digits": "smollm", "gpt4": "dbrx", "qwen2": "qwen2", "qwen3.5": "qwen35", "o200k": "gpt-4o",
+    "tekken": "tekken", "deepseek": "deepseek-v3",
+}  # fmt: skip
 
 
 def save_gguf(
@@ -128,8 +130,30 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     if not isinstance(tokenizer, BPETokenizer):
-        raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only byte-level BPE has")
-    splitter = "smollm" if tokenizer.pattern == SMOLLM else pattern_name(tokenizer.pattern)
+        raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only BPE has")
+    words = _pieces(tokenizer, config) if tokenizer.metaspace else _byte_level(tokenizer, config)
+    words["add_bos_token"] = bool(tokenizer.prefix_ids)
+    if tokenizer.eos_id is not None:
+        bos = tokenizer.special.ids.get(tokenizer.special.bos or "", tokenizer.eos_id)
+        words |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": bos}
+    facts = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return facts | template
+
+
+def _pieces(tokenizer: BPETokenizer, config: ModelConfig) -> dict[str, Any]:
+    if tokenizer.normalizer:
+        raise InputError(f"the normalizer {tokenizer.normalizer} has no GGUF form with SentencePiece")
+    pieces = to_pieces(tokenizer)
+    unused = (Piece(f"[PAD{index}]", 0.0, UNUSED) for index in range(config.vocab_size))
+    tokens, scores, kinds = zip(*(pieces.get(index, pad) for index, pad in enumerate(unused)))
+    prefix = tokenizer.metaspace.prefix == "always"
+    return {"model": "llama", "tokens": list(tokens), "scores": list(scores), "token_type": list(kinds),
+            "add_space_prefix": prefix}  # fmt: skip
+
+
+def _byte_level(tokenizer: BPETokenizer, config: ModelConfig) -> dict[str, Any]:
+    splitter = pattern_name(tokenizer.pattern)
     if splitter not in SPLITTERS or tokenizer.normalizer:
         raise InputError(
             f"the pretokenizer has no GGUF form: only the patterns {', '.join(SPLITTERS)} have names there"
@@ -139,16 +163,10 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
         tokens[index], kinds[index] = to_text(token), NORMAL
     for token, index in tokenizer.special_tokens.items():
         tokens[index], kinds[index] = token, USER if token in tokenizer.special.plain else CONTROL
-    words = {
+    return {
         "model": "gpt2", "pre": "llama-bpe" if tokenizer.whole_words and splitter == "gpt4" else SPLITTERS[splitter],
         "tokens": tokens, "token_type": kinds, "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges],
-        "add_bos_token": False,
     }  # fmt: skip
-    if tokenizer.eos_id is not None:
-        words |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id}
-    facts = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return facts | template
 
 
 # The weights
