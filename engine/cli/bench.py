@@ -18,7 +18,7 @@ from ...bench import table
 from ...bench.harness import Options, Outcome, run_bench
 from ..errors import InputError
 
-BENCHES = ("kernels", "tokenizer", "train", "serve", "data", "kills")
+BENCHES = ("kernels", "tokenizer", "train", "tune", "serve", "data", "kills")
 
 
 def run(argv: list[str]) -> int:
