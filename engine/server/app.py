@@ -21,6 +21,8 @@ from .openai import schemas
 from .openai.errors import APIError
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .openai.schemas import answers
+from .protocols.messages import MessagesRequest, MessagesWriter
+from .protocols.responses import ResponsesRequest, ResponsesWriter
 from .request_body import BodyRoute
 from .ui.playground import Playground, available
 from .ui.static_pages import docs_page, landing_page
@@ -94,6 +96,21 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         """The next message of a conversation. With `stream`, server-sent events."""
         return await service.chat(body, request)
 
+    @app.post("/v1/responses", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **generating)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """OpenAI's Responses, stateless: the next items of a conversation. With `stream`, server-sent events."""
+        return await service.agent(body, request, ResponsesWriter)
+
+    @app.post("/v1/messages", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **generating)
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """Anthropic's Messages: the next message of a conversation. With `stream`, server-sent events."""
+        return await service.agent(body, request, MessagesWriter)
+
+    @app.post("/v1/messages/count_tokens", responses=answers(schemas.Whatever, *REFUSALS), **generating)
+    async def count_tokens(body: MessagesRequest, request: Request) -> Response:
+        """How many tokens a conversation has, for `/v1/messages`."""
+        return await service.count_tokens(body, request)
+
     @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **generating)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Rows of token ids, or texts, in; the rows with their continuations, and those as text, out."""
@@ -162,8 +179,9 @@ def _add_errors(app: FastAPI) -> None:
     def answer(error: APIError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
-    async def known(_: Request, error: APIError) -> Response:
-        return answer(error)
+    async def known(request: Request, error: APIError) -> Response:
+        body = {"type": "error", **error.body} if request.url.path.startswith("/v1/messages") else error.body
+        return JSONResponse(body, error.status, error.headers)
 
     async def http(_: Request, error: HTTPException) -> Response:
         return answer(APIError(error.status_code, str(error.detail), headers=dict(error.headers or {})))

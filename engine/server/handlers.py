@@ -15,19 +15,24 @@ from fastapi import Request
 from starlette.responses import Response
 
 from ..serving import SamplingParams
+from ..serving.sampling_params import GRAMMARS
 from .async_engine import Ask, AsyncEngine, RequestStream
 from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
 from .openai import errors
-from .openai.chat import PlainReader, ToolCallReader, encode_conversation
+from .openai.chat import ChatPlan, encode_conversation, plan_chat
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .openai.responses import END_OF_STREAM, ChatWriter, CompletionWriter, Words, server_sent, to_json
+from .openai.responses import ChatWriter, CompletionWriter, Words, server_sent, to_json
+from .protocols.messages import MessagesWriter
+from .protocols.responses import ResponsesWriter
+from .protocols.tolerant import IGNORED, AgentRequest, as_chat
 from .request_body import client_of
 
-Writer = ChatWriter | CompletionWriter
+Writer = ChatWriter | CompletionWriter | MessagesWriter | ResponsesWriter
 DEFAULT_COMPLETION = 16  # OpenAI's
 DEFAULT_GENERATION = 100
+NO_GRAMMAR = dict.fromkeys(GRAMMARS)
 LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the event that says so
 
 
@@ -61,19 +66,50 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """/v1/chat/completions."""
-        params, words = body.sampling(), self.words
-        tools = body.tools if body.tool_choice != "none" else None
+        words = self.words
+        flow, plan, params = await self._converse(body, request, body.stream)
+        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, plan.reader)
+        return await self._answer(request, body.stream, flow, writer)
+
+    async def agent(self, body: AgentRequest, request: Request, writer: Callable[..., Writer]) -> Response:
+        """/v1/responses and /v1/messages: a chat in other words."""
+        chat = as_chat(body)
+        flow, plan, params = await self._converse(chat, request, body.stream, body.effort)
+        made = writer(body, self._head("", body, request), flow, plan, params)
+        answer = await self._answer(request, body.stream, flow, made)
+        if ignored := body.ignored():
+            answer.headers[IGNORED] = ", ".join(name for name in ignored if name.isprintable() and name.isascii())[
+                :1024
+            ]
+        return answer
+
+    async def count_tokens(self, body: AgentRequest, request: Request) -> Response:
+        """/v1/messages/count_tokens."""
+        chat = as_chat(body)
+        self.adapter_of(chat.model)
+
+        def count(llm: Any) -> int:
+            plan = plan_chat(llm.tokenizer, chat, body.effort)
+            return len(encode_conversation(llm.tokenizer, chat.messages, plan.tools, plan.variables))
+
+        tokens = await self.bridge.offload(count, self.llm, client=client_of(request.scope))
+        return json_response({"input_tokens": tokens})
+
+    async def _converse(
+        self, body: ChatRequest, request: Request, stream: bool, effort: str | None = None
+    ) -> tuple[RequestStream, ChatPlan, SamplingParams]:
+        """Submit a conversation. With `effort`, the client is an agent: what it cannot know is fitted to the model."""
+        params, is_agent = body.sampling(), effort is not None
+        plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, effort, client=client_of(request.scope))
+        params = replace(params, **{**NO_GRAMMAR, **plan.grammar}) if plan.grammar else params
 
         def asks(llm: Any) -> Iterable[Ask]:
             for message in body.messages:
                 refuse_long(llm, message.text)
-            tokens = encode_conversation(llm.tokenizer, body.messages, tools, body.chat_template_kwargs)
-            yield tokens, self._fit(llm, tokens, params)
+            tokens = encode_conversation(llm.tokenizer, body.messages, plan.tools, plan.variables)
+            yield tokens, self._fit(llm, tokens, params, at_most=is_agent)
 
-        flow = await self._submit(request, asks, body.n, params, body.model, body.stream)
-        reader = ToolCallReader if tools else PlainReader
-        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, reader)
-        return await self._answer(request, body.stream, flow, writer)
+        return await self._submit(request, asks, body.n, params, body.model, stream), plan, params
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
@@ -168,9 +204,16 @@ class Service:
 
         return asks
 
-    def _fit(self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None) -> SamplingParams:
-        """Refuse more tokens than the context holds if that many were asked for; take what there is if none were."""
+    def _fit(
+        self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None, at_most: bool = False
+    ) -> SamplingParams:
+        """Refuse more tokens than the context holds if that many were asked for; take what there is if none were.
+
+        With `at_most` the number asked for is a bound, as other protocols mean it.
+        """
         context, most, asked = llm.max_seq_len, self.config.max_tokens, params.max_tokens
+        if at_most:
+            default, asked = asked, None
         if len(tokens) + (1 if asked is None else asked) > context:
             wish = "" if asked is None else f" and {asked} more were asked for"
             message = f"the prompt has {len(tokens)} tokens{wish}; the model's context holds {context}"
@@ -183,7 +226,9 @@ class Service:
         room = min(context, pool.num_pages * pool.page_size) - len(tokens)
         return replace(params, max_tokens=max(1, min(limit for limit in (room, most, default) if limit is not None)))
 
-    def _head(self, kind: str, body: CompletionRequest | ChatRequest, request: Request) -> dict[str, Any]:
+    def _head(
+        self, kind: str, body: CompletionRequest | ChatRequest | AgentRequest, request: Request
+    ) -> dict[str, Any]:
         """Fields with which every answer and every chunk begins with."""
         visit = request.scope["visit"]
         if body.user is not None:
@@ -202,7 +247,7 @@ class Service:
             first = await anext(chunks, None)  # an error before the first token still gets its own status
             if first is None:
                 raise errors.gone()
-            return EventStream(first, chunks, self.config.request_timeout + LAST_EVENTS)
+            return EventStream(first, chunks, self.config.request_timeout + LAST_EVENTS, writer.error)
         try:
             await flow.outputs()
             return json_response(writer.whole())
@@ -218,7 +263,7 @@ class Service:
                 if chunks := [server_sent(chunk) for part in parts for chunk in writer.chunks(*part)]:
                     yield b"".join(chunks)
             if not flow.gone:
-                yield (server_sent(writer.last()) if writer.counts_usage else b"") + END_OF_STREAM
+                yield (server_sent(writer.last()) if writer.counts_usage else b"") + writer.end
         finally:
             self._close(request, flow)
 
@@ -251,9 +296,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], seconds: float) -> None:
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes], seconds: float, tell: Callable[..., Any]) -> None:
         self.status_code, self.background = 200, None
-        self._first, self._rest, self._seconds = first, rest, seconds
+        self._first, self._rest, self._seconds, self._tell = first, rest, seconds, tell
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -268,7 +313,7 @@ class EventStream(Response):
                 async for chunk in rest:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except errors.APIError as error:
-                await send({"type": "http.response.body", "body": server_sent(error.body), "more_body": True})
+                await send({"type": "http.response.body", "body": server_sent(self._tell(error)), "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
 

@@ -92,7 +92,7 @@ class RequestMiddleware:
             raise self._too_large()
         if not self._keys or visit.scope["path"] in OPEN_ROUTES:
             return
-        given = _digest(_key_of(headers.get(b"authorization", b"")))
+        given = _digest(headers.get(b"x-api-key") or _key_of(headers.get(b"authorization", b"")))
         matches = [hmac.compare_digest(given, key) for key in self._keys]
         if not any(matches):
             message = "a valid API key is needed: send it as the header Authorization: Bearer KEY"

@@ -77,6 +77,11 @@ class TextStream:
         """Return whether a stop string has come."""
         return self._stops.found is not None
 
+    @property
+    def stop_string(self) -> str | None:
+        """Return which stop string has come."""
+        return self._stops.found
+
     def push(self, token: int) -> str:
         """The text that this token makes certain; nothing after a stop string."""
         if self._decoder is None or token in self._hidden or self.stopped:

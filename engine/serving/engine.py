@@ -96,6 +96,11 @@ class Continuation:
             setattr(self.metrics, count, getattr(self.sequence, count))
         self._tell(Piece(self._text.finish(), (), reason, (), self.index))
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has come, if one has."""
+        return self._text.stop_string
+
     def output(self) -> Output:
         """The whole of it, once it has finished."""
         sequence, params = self.sequence, self.sequence.params

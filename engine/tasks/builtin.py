@@ -22,10 +22,10 @@ def addition(draw: random.Random, digits: int) -> Row:
 
 
 def sums(draw: random.Random, count: int) -> Row:
-    """The last digit of a sum: hard at a glance, easy digit by digit."""
+    """The last digit of a sum: hard at a glance, easy digit by digit. The work is each digit and the total so far."""
     digits = [draw.randrange(10) for _ in range(count)]
-    totals = (f"+{digit}={sum(digits[:number]) % 10}" for number, digit in enumerate(digits[1:], 2))
-    work = f"<{digits[0]}{''.join(totals)}>"
+    totals = (f"{digit}{sum(digits[:number]) % 10}" for number, digit in enumerate(digits, 1))
+    work = f"<{''.join(totals)}>"
     return {"question": f"{'+'.join(map(str, digits))}=", "answer": str(sum(digits) % 10), "work": work}
 
 

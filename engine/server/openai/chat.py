@@ -1,23 +1,24 @@
-"""Conversations: messages to the prompt the model was trained on, and its text back to messages and tool calls.
+"""Conversations: messages to the prompt the model was trained on, and how its answer is to be constrained and read.
 
-The prompt itself is made by `tokenizer.chat`, which keeps what a user wrote from forging turns. Templates that know
-tools teach the model to answer `<tool_call>{"name": …, "arguments": {…}}</tool_call>`; `ToolCallReader` finds those in
-a text that comes in pieces.
+The prompt itself is made by `tokenizer.chat`, which keeps what a user wrote from forging turns. How the model writes
+tool calls and reasoning follows from its chat template (`tool_formats.py`).
 """
 
 from __future__ import annotations
 
-import json
-import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-from pydantic_core import from_json
 
 from ....tokenizer.chat import encode_chat
 from . import errors
-from .requests import Message, Tool
+from .message_reader import PlainReader, make_reader
+from .requests import ChatRequest, Message, NamedTool, Tool
+from .tool_formats import format_of, read_json, thoughts_of
+from .tool_grammar import answer_grammar, call_grammar
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 RESERVED = {"messages", "tools", "add_generation_prompt"}
 
 
@@ -34,17 +35,84 @@ def encode_conversation(
     if taken := RESERVED & variables.keys():
         raise errors.invalid(f"chat_template_kwargs cannot set {min(taken)}", "chat_template_kwargs")
     if tools:
-        if not reads_tools(tokenizer):
-            raise errors.invalid("tools: this model's chat template has no tools", "tools", "unsupported_parameter")
+        if format_of(tokenizer.chat_template) is None:
+            message = "tools: this model's chat template has no tools, or none whose calls can be read"
+            raise errors.invalid(message, "tools", "unsupported_parameter")
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     plain = [_plain(message, tokenizer.chat_template or "") for message in messages]
     return encode_chat(tokenizer, plain, **variables)
 
 
-def reads_tools(tokenizer: Any) -> bool:
-    """Return whether the model's chat template shows it tools, and in the form that `ToolCallReader` reads back."""
-    template = getattr(tokenizer, "chat_template", None) or ""
-    return "tools" in template and OPEN in template
+@dataclass(frozen=True, slots=True)
+class ChatPlan:
+    """How a conversation is shown to the model, and its answer constrained and read."""
+
+    tools: list[Tool] | None
+    variables: dict[str, Any]
+    grammar: dict[str, Any]
+    """What the answer must satisfy, as fields of `SamplingParams`."""
+    reader: Callable[[], PlainReader]
+
+
+def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> ChatPlan:
+    """Decide by the model's chat template what a request's tools, reasoning and answer format mean.
+
+    `effort` is a wish that is passed over where the template has no switch for it; the body's own is refused then.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    tools = body.tools if body.tool_choice != "none" else None
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables |= _effort(template or "", body.reasoning_effort)
+    if effort:
+        with suppress(errors.APIError):
+            variables |= _effort(template or "", effort)
+    grammar, forced = body.grammar(), _forced(body)
+    if forced and grammar:
+        raise errors.invalid("tool_choice and a format of the answer exclude each other: give one", "tool_choice")
+    several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
+    row, thoughts = format_of(template), thoughts_of(template)
+    reasoning = _reasoning(tokenizer, thoughts, variables) if thoughts else None
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in forced or tools or ()}
+    if forced and row:
+        grammar = {"grammar": call_grammar(tokenizer, row, schemas, several, reasoning)}
+    elif reasoning and isinstance(schema := grammar.get("json_schema"), dict):
+        grammar = {"grammar": answer_grammar(tokenizer, schema, reasoning)}
+    reader = partial(make_reader, row, schemas, thoughts, reasoning, None if several else 1)
+    return ChatPlan(tools, variables, grammar, reader)
+
+
+def _forced(body: ChatRequest) -> list[Tool]:
+    """The tools of which one must be called."""
+    choice, tools = body.tool_choice, body.tools or []
+    if isinstance(choice, NamedTool):
+        named = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not named:
+            raise errors.invalid(f"tool_choice names {choice.function.name!r}, which is not in tools", "tool_choice")
+        return named
+    if choice == "required" and not tools:
+        raise errors.invalid("tool_choice is required, but there are no tools", "tool_choice")
+    return tools if choice == "required" else []
+
+
+def _effort(template: str, effort: str) -> dict[str, Any]:
+    """Variables of the chat template that say how much to reason."""
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": effort}
+    if "enable_thinking" in template:
+        return {"enable_thinking": effort != "none"}
+    message = "reasoning_effort is not supported: this model's chat template has no switch for reasoning"
+    raise errors.invalid(message, "reasoning_effort", "unsupported_parameter")
+
+
+def _reasoning(tokenizer: Any, thoughts: tuple[str, str], variables: dict[str, Any]) -> str | None:
+    """Whether the answer begins inside the reasoning, may begin with it (free), or has none."""
+    if taken := RESERVED & variables.keys():
+        raise errors.invalid(f"chat_template_kwargs cannot set {min(taken)}", "chat_template_kwargs")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], **variables).rstrip()
+    if prompt.endswith(thoughts[0].rstrip()):
+        return "inside"
+    return None if prompt.endswith(thoughts[1]) else "free"
 
 
 def _plain(message: Message, template: str) -> dict[str, Any]:
@@ -54,76 +122,14 @@ def _plain(message: Message, template: str) -> dict[str, Any]:
     if message.role == "developer" and "developer" not in template:
         plain["role"] = "system"
     for call in plain.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = from_json(call["function"]["arguments"], allow_inf_nan=False)
-        except ValueError:
-            raise errors.invalid("tool_calls: arguments must be JSON", "messages") from None
+        arguments = read_json(call["function"]["arguments"] or "{}")
+        if not isinstance(arguments, dict):
+            raise errors.invalid("tool_calls: arguments must be a JSON object", "messages")
+        if not _joins_arguments(template):
+            call["function"]["arguments"] = arguments
     return plain
 
 
-class PlainReader:
-    """Passes text through: for requests without tools."""
-
-    def push(self, text: str) -> tuple[str, list]:
-        """Text that can be shown, and the calls that are complete, each with its number."""
-        return text, []
-
-    def finish(self) -> tuple[str, list]:
-        """Return text that was kept back."""
-        return "", []
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """Why the message ended."""
-        return reason
-
-
-class ToolCallReader:
-    """Splits a text that comes in pieces into what is said and the tools that are called."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._count = 0
-
-    def push(self, text: str) -> tuple[str, list[tuple[int, dict]]]:
-        """Text that can be shown, and the calls that are complete, each with its number."""
-        text, self._held = self._held + text, ""
-        said, calls = "", []
-        while OPEN in text:
-            before, _, rest = text.partition(OPEN)
-            body, closed, after = rest.partition(CLOSE)
-            said += before
-            if not closed:
-                self._held = OPEN + rest
-                return said, calls
-            if call := _call(body):
-                calls.append((self._count, call))
-                self._count += 1
-            else:
-                said += f"{OPEN}{body}{CLOSE}"
-            text = after
-        keep = next(n for n in range(len(OPEN) - 1, -1, -1) if text.endswith(OPEN[:n]))
-        self._held = text[len(text) - keep :]
-        return said + text[: len(text) - keep], calls
-
-    def finish(self) -> tuple[str, list]:
-        """Return text that was kept back for a call that was never completed."""
-        held, self._held = self._held, ""
-        return held, []
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """Why the message ended: to call tools, if it does."""
-        return "tool_calls" if reason == "stop" and self._count else reason
-
-
-def _call(body: str) -> dict[str, Any] | None:
-    try:
-        call = json.loads(body)
-        name, arguments = call["name"], call.get("arguments", {})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {
-        "id": f"call_{secrets.token_hex(12)}",
-        "type": "function",
-        "function": {"name": str(name), "arguments": written},
-    }
+def _joins_arguments(template: str) -> bool:
+    """Return whether a template puts the arguments' text together with others, as DeepSeek's: it needs a string."""
+    return not any(word in template for word in ("tojson", "items", "mapping"))

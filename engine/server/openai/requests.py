@@ -33,7 +33,6 @@ REFUSED = {
     "audio": "this model reads and writes text",
     "prediction": "start the server with --ngram-draft-tokens, which needs no prediction",
     "web_search_options": "this server reaches no network",
-    "reasoning_effort": "use chat_template_kwargs, where the model's chat template has a switch for it",
     "verbosity": "no model served here has been trained for it",
 }
 # Values that ask for what happens anyway.
@@ -283,6 +282,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = Field(None, description="What the assistant reasoned before it answered.")
 
     @property
     def text(self) -> str:
@@ -308,6 +308,19 @@ class Tool(Body):
     function: Function
 
 
+class FunctionName(Body):
+    """Name of a function."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(Sampling):
     """The next message of a conversation."""
 
@@ -317,7 +330,13 @@ class ChatRequest(Sampling):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], FIRST_ERROR, Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="required and a function's name force a call, with arguments that satisfy the schema."
+    )
+    parallel_tool_calls: bool = Field(True, description="Several calls in one message.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="Where the model's chat template has a switch for it."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
     def sampling(self) -> SamplingParams:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from ...serving import Piece
@@ -23,9 +24,10 @@ def to_json(value: Any) -> bytes:
     return _encode(value).encode()
 
 
-def server_sent(value: Any) -> bytes:
-    """One event of a stream."""
-    return b"data: " + to_json(value) + b"\n\n"
+def server_sent(value: dict[str, Any]) -> bytes:
+    """One event of a stream, under its name where it has a type."""
+    name = f"event: {value['type']}\n".encode() if "type" in value else b""
+    return name + b"data: " + to_json(value) + b"\n\n"
 
 
 END_OF_STREAM = b"data: [DONE]\n\n"
@@ -159,6 +161,8 @@ class CompletionScores:
 class CompletionWriter:
     """Answers to one completion request: whole, or chunk by chunk."""
 
+    end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
+
     def __init__(
         self, head: dict[str, Any], flow: RequestStream, words: Words, hidden: frozenset[int], top: int | None
     ) -> None:
@@ -213,6 +217,8 @@ class CompletionWriter:
 class ChatWriter:
     """Answers to one chat request: whole, or chunk by chunk."""
 
+    end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
+
     def __init__(
         self, head: dict[str, Any], flow: RequestStream, words: Words, top: int | None, reader: Callable[[], Any]
     ) -> None:
@@ -233,17 +239,18 @@ class ChatWriter:
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
         """Chunk for one part: nothing while a tool call is incomplete."""
         reader = self._readers[index]
-        text, calls = reader.push(part.text)
+        said = reader.push(part.text)
         if part.finish_reason:
-            rest, more = reader.finish()
-            text, calls = text + rest, calls + more
-        delta: dict[str, Any] = {} if index in self._greeted else {"role": "assistant"}
-        if text or (delta and not calls):
-            delta["content"] = text
-        if calls:
-            delta["tool_calls"] = [{"index": first, **call} for first, call in calls]
-        if not (text or calls or part.finish_reason or part.logprobs):
+            said += reader.finish()
+        if not (said or part.finish_reason or part.logprobs):
             return []
+        delta: dict[str, Any] = {} if index in self._greeted else {"role": "assistant"}
+        if said.reasoning:
+            delta["reasoning_content"] = said.reasoning
+        if said.content or (delta and not said):
+            delta["content"] = said.content
+        if said.calls:
+            delta["tool_calls"] = [{"index": number, **call} for number, call in said.calls]
         self._greeted.add(index)
         choice = {"index": index, "delta": delta, "logprobs": self._logprobs(part.logprobs)}
         choice["finish_reason"] = reader.finish_reason(part.finish_reason)
@@ -255,12 +262,14 @@ class ChatWriter:
 
     def _message(self, index: int, stream: Any) -> dict[str, Any]:
         reader = self._readers[index]
-        text, calls = reader.push(stream.output().text)
-        rest, more = reader.finish()
-        text, calls = text + rest, calls + more
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        if calls:
-            message["tool_calls"] = [call for _, call in calls]
+        said = reader.push(stream.output().text)
+        said += reader.finish()
+        content = said.content if said.content or not said.calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = [call for _, call in said.calls]
         reason = reader.finish_reason(stream.sequence.finish_reason)
         logprobs = self._logprobs(stream.logprobs)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 Reason = Literal["stop", "length", "tool_calls"]
 
@@ -89,6 +89,7 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
+    reasoning_content: str | None = None
     tool_calls: list[CalledTool] | None = None
 
 
@@ -109,6 +110,12 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class Whatever(BaseModel):
+    """Answer in the shape of another protocol, whose own description is the vendor's."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class Model(BaseModel):

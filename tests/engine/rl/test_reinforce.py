@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,13 @@ def test_rl_verb_runs_and_resumes(tiny, base, tmp_path, capsys):
     card = (tmp_path / "verb" / "RUN.md").read_text()
     assert "accuracy on fresh problems | " in card and "(step 0) → " in card and (tmp_path / "verb/curves.png").exists()
     assert main(["rl", "tasks:sums", "--out", out + "2"]) == 2
+
+
+def test_forty_lines_of_the_learning_path_run(base, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "learning-path.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 40
+    monkeypatch.chdir(tmp_path)
+    shrunk = code.replace("runs/adder", str(base)).replace("range(40)", "range(2)").replace(", 16, 16", ", 2, 4")
+    exec(compile(shrunk, "learning-path.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("0 0.0") and (tmp_path / "runs/better-adder/model.safetensors").exists()

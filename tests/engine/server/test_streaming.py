@@ -56,14 +56,15 @@ texts = st.lists(
 @given(texts, st.data())
 def test_tool_calls_read_alike_however_cut(text, data):
     """Tool calls are read alike however the text is cut."""
-    from warploom.engine.server.openai.chat import ToolCallReader
+    from warploom.engine.server.openai.message_reader import Delta, make_reader
+    from warploom.engine.server.openai.tool_formats import format_of
 
     def read_all(pieces):
-        reader, said, calls = ToolCallReader(), "", []
+        reader, said = make_reader(format_of(f"tools {OPEN}"), {"look": {}}, None, None), Delta()
         for piece in pieces:
-            shown, found = reader.push(piece)
-            said, calls = said + shown, calls + found
-        return said + reader.finish()[0], [(number, call["function"]) for number, call in calls]
+            said += reader.push(piece)
+        said += reader.finish()
+        return said.content, [(number, call["function"]) for number, call in said.calls]
 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]

@@ -1,0 +1,295 @@
+"""Tool calls as models write them: one row a format, recognized by the chat template that taught it.
+
+    Hermes, Qwen       <tool_call>{"name": "f", "arguments": {…}}</tool_call>
+    Llama 3            {"name": "f", "parameters": {…}}
+    Mistral            [TOOL_CALLS][{"name": "f", "arguments": {…}}]   or   [TOOL_CALLS]f[ARGS]{…}
+    Qwen3-Coder        <tool_call><function=f><parameter=x>…</parameter></function></tool_call>
+    GLM                <tool_call>f<arg_key>x</arg_key><arg_value>…</arg_value></tool_call>
+    DeepSeek           <｜tool▁call▁begin｜>f<｜tool▁sep｜>{…}<｜tool▁call▁end｜>
+    gpt-oss (harmony)  <|channel|>commentary to=functions.f <|message|>{…}
+    Gemma 4            <|tool_call>call:f{x:<|"|>…<|"|>}<tool_call|>
+
+A row says how a call is found (`opens`), read (`scan`) and forced (`call`, NAME and ARGS standing for what varies).
+`tool_grammar.py` makes grammars of it, `message_reader.py` reads what the model writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+from pydantic_core import from_json
+
+Schemas = Mapping[str, dict]  # of a tool's arguments, by its name
+Call = tuple[str, dict]  # a name and arguments
+# What stands at the beginning of a text: a length, and the calls that it is (none: text); None: more must come.
+Scan = tuple[int, list[Call]] | None
+Scanner = Callable[[str, Schemas, bool], Scan]
+TEXT: Scan = (1, [])  # it only began like a call
+
+
+def scan_json(head: str, tail: str) -> Scanner:
+    """Scanner of JSON between two patterns: arguments if the head has a group `name`, else a call or a list of them."""
+    heads, tails = regex.compile(head), regex.compile(tail)
+
+    def scan(text: str, schemas: Schemas, final: bool) -> Scan:
+        begin = heads.match(text, partial=not final)
+        if begin is None:
+            return TEXT
+        end = None if begin.partial else end_of_json(text, begin.end())
+        if end is None:
+            return TEXT if final else None
+        value = read_json(text[begin.end() : end])
+        close = tails.match(text, end, partial=not final)
+        if close is not None and close.partial:
+            return None
+        name = begin.groupdict().get("name")
+        given = value if name is None else {"name": name, "arguments": value}
+        calls = [_call(each) for each in (given if isinstance(given, list) else [given])]
+        return max(close.end() if close else end, 1), calls if all(calls) else []
+
+    return scan
+
+
+def scan_tagged(close: str, name: str, pair: str) -> Scanner:
+    """Scanner of arguments between tags; a schema says which of them are strings and which JSON."""
+    closes, names, pairs = regex.compile(close), regex.compile(name), regex.compile(pair, regex.DOTALL)
+
+    def scan(text: str, schemas: Schemas, final: bool) -> Scan:
+        end = closes.search(text)
+        if end is None:
+            return TEXT if final else None
+        called = names.match(text)
+        if called is None:
+            return end.end(), []
+        known = schemas.get(called[1], {}).get("properties", {})
+        found = pairs.findall(text, called.end(), end.start())
+        return end.end(), [(called[1], {key: _typed(value, known.get(key)) for key, value in found})]
+
+    return scan
+
+
+def scan_gemma(text: str, schemas: Schemas, final: bool) -> Scan:
+    """Scanner of Gemma's notation: JSON with bare keys, and strings between marks instead of quotes."""
+    begin = regex.match(r"<\|tool_call>call:([\w.-]+)(?={)", text, partial=not final)
+    if begin is None:
+        return TEXT
+    parts = text[begin.end() :].split('<|"|>')
+    for number, part in enumerate(parts[::2]):
+        if (close := part.find("<tool_call|>")) >= 0:
+            parts = [*parts[: 2 * number], part[:close]]
+            break
+    else:
+        return TEXT if final else None
+    end = begin.end() + len('<|"|>'.join(parts)) + len("<tool_call|>")
+    keyed = (regex.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', part) for part in parts)
+    value = read_json("".join(json.dumps(parts[i]) if i % 2 else part for i, part in enumerate(keyed)))
+    return end, [(begin[1], value)] if isinstance(value, dict) else []
+
+
+def end_of_json(text: str, start: int) -> int | None:
+    """End of the object or list that begins there, if it is complete; of anything else, where it begins."""
+    if start == len(text):
+        return None
+    if text[start] not in "{[":
+        return start
+    depth = 0
+    for found in _BRACKETS.finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+        if not depth:
+            return found.end()
+    return None
+
+
+def read_json(text: str) -> Any:
+    """JSON that any client can read: no NaN, no half of a surrogate pair, 200 levels at most; else None."""
+    try:
+        value = from_json(text, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is infinite
+    except ValueError:
+        return None
+    return value
+
+
+def _call(value: Any) -> Call | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = read_json(arguments)
+    return (value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def _typed(text: str, schema: Any) -> Any:
+    """A tag's text as its schema wants it."""
+    if isinstance(schema, dict) and is_text(schema):
+        return text
+    value = read_json(text)
+    return text if value is None and text.strip() != "null" else value
+
+
+def is_text(schema: dict) -> bool:
+    """Return whether a schema describes a string and nothing else."""
+    return schema.get("type") == "string" or all(isinstance(value, str) for value in schema.get("enum", [0]))
+
+
+_BRACKETS = regex.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', regex.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a family of models writes a call."""
+
+    name: str
+    marks: tuple[str, ...]
+    """What a chat template of the format holds, all of it."""
+    opens: tuple[str, ...]
+    """What a call may begin with."""
+    call: str
+    """A call, as a grammar forces it."""
+    scan: Scanner
+    begin: str = ""
+    between: str = ""
+    end: str = ""
+    close: str = ""
+    """What stands behind the last call."""
+    only_first: bool = False
+    """Calls stand at the beginning of the message or behind another one, since `opens` may mean anything elsewhere."""
+    style: str = "json"
+    """How arguments are written: json, function, argument (pairs of tags) or gemma."""
+    thoughts: tuple[str, str] = ("<think>", "</think>")
+    """What the model puts around its reasoning."""
+
+
+_NAME = r"(?P<name>[\w.-]{1,64})"
+FORMATS = (
+    ToolFormat(
+        "gemma",
+        ("<|tool_call>",),
+        ("<|tool_call>",),
+        "<|tool_call>call:NAMEARGS<tool_call|>",
+        scan_gemma,
+        style="gemma",
+        thoughts=("<|channel>thought\n", "<channel|>"),
+    ),
+    ToolFormat(
+        "harmony",
+        ("<|channel|>", "<|message|>"),
+        ("<|channel|>",),
+        " to=functions.NAME<|channel|>commentary <|constrain|>json<|message|>ARGS",
+        scan_json(r"", ""),
+        thoughts=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+    ),
+    ToolFormat(
+        "deepseek",
+        ("<｜tool▁calls▁begin｜>", "```json"),
+        ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGS\n```<｜tool▁call▁end｜>",
+        scan_json(
+            rf"(<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>\w+<｜tool▁sep｜>{_NAME}\s*```json\s*",
+            r"\s*```<｜tool▁call▁end｜>",
+        ),
+        begin="<｜tool▁calls▁begin｜>",
+        between="\n",
+        end="<｜tool▁calls▁end｜>",
+        close="<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat(
+        "deepseek-3.1",
+        ("<｜tool▁calls▁begin｜>",),
+        ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+        "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGS<｜tool▁call▁end｜>",
+        scan_json(
+            rf"(<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>{_NAME}<｜tool▁sep｜>",
+            r"\s*<｜tool▁call▁end｜>",
+        ),
+        begin="<｜tool▁calls▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+        close="<｜tool▁calls▁end｜>",
+    ),
+    ToolFormat(
+        "mistral",
+        ("[TOOL_CALLS]", "[ARGS]"),
+        ("[TOOL_CALLS]",),
+        "[TOOL_CALLS]NAME[ARGS]ARGS",
+        scan_json(rf"\[TOOL_CALLS\]{_NAME}(\[CALL_ID\]\w+)?\[ARGS\]\s*", ""),
+        thoughts=("[THINK]", "[/THINK]"),
+    ),
+    ToolFormat(
+        "mistral-list",
+        ("[TOOL_CALLS]",),
+        ("[TOOL_CALLS]",),
+        '{"name": "NAME", "arguments": ARGS}',
+        scan_json(r"\[TOOL_CALLS\]\s*", ""),
+        begin="[TOOL_CALLS][",
+        between=", ",
+        end="]",
+    ),
+    ToolFormat(
+        "qwen3-coder",
+        ("<tool_call>", "<function="),
+        ("<tool_call>",),
+        "<tool_call>\n<function=NAME>\nARGS</function>\n</tool_call>",
+        scan_tagged(
+            r"</function>\s*</tool_call>",
+            r"<tool_call>\s*<function=([^>]+)>",
+            r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>",
+        ),
+        between="\n",
+        style="function",
+    ),
+    ToolFormat(
+        "glm",
+        ("<tool_call>", "<arg_key>"),
+        ("<tool_call>",),
+        "<tool_call>NAME\nARGS</tool_call>",
+        scan_tagged(
+            r"</tool_call>",
+            r"<tool_call>\s*([\w.-]+)",
+            r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>",
+        ),
+        between="\n",
+        style="argument",
+    ),
+    ToolFormat(
+        "hermes",
+        ("<tool_call>",),
+        ("<tool_call>",),
+        '<tool_call>\n{"name": "NAME", "arguments": ARGS}\n</tool_call>',
+        scan_json(r"<tool_call>\s*", r"\s*</tool_call>"),
+        between="\n",
+    ),
+    ToolFormat(
+        "llama3",
+        ('{"name": ', '"parameters": '),
+        ("<|python_tag|>", "{"),
+        '{"name": "NAME", "parameters": ARGS}',
+        scan_json(r"(<\|python_tag\|>)?\s*", r"\s*;"),
+        between="; ",
+        only_first=True,
+    ),
+)
+
+
+def format_of(template: str | None) -> ToolFormat | None:
+    """The format that a chat template teaches; None where it knows no tools, or writes calls in no known way."""
+    if not template or "tools" not in template:
+        return None
+    return next((row for row in FORMATS if all(mark in template for mark in row.marks)), None)
+
+
+def thoughts_of(template: str | None) -> tuple[str, str] | None:
+    """The marks around a model's reasoning, if its chat template shows that it reasons."""
+    row = format_of(template)
+    marks = (row.thoughts,) if row else ()
+    known = (*marks, ("<think>", "</think>"), FORMATS[1].thoughts)
+    return next((pair for pair in known if _shows(template or "", pair)), None)
+
+
+def _shows(template: str, pair: tuple[str, str]) -> bool:
+    if pair == FORMATS[1].thoughts:  # in pieces
+        return all(mark in template for mark in FORMATS[1].marks)
+    return any(mark.strip() in template for mark in pair)

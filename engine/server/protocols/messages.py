@@ -1,0 +1,208 @@
+"""Anthropic's Messages: `/v1/messages`, as a chat in other words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ...serving import SamplingParams
+from ..openai import errors
+from ..openai.chat import ChatPlan
+from ..openai.message_reader import Delta, as_call
+from ..openai.requests import ChatRequest, Text
+from ..openai.responses import Collector, Part, usage
+from ..openai.tool_formats import read_json
+from ..request_body import FIRST_ERROR
+from .tolerant import AgentRequest, Blocks, Tolerant, is_function, text_of
+
+REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+class Turn(Tolerant):
+    """One message: a text, or blocks."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | Annotated[list[dict[str, Any]], FIRST_ERROR]
+
+
+class ToolChoice(Tolerant):
+    """Whether a tool is to be called, and which."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class MessagesRequest(AgentRequest):
+    """The next message of a conversation."""
+
+    model: str | None = None
+    messages: Annotated[list[Turn], FIRST_ERROR, Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="At most; default: what the context holds.")
+    system: str | Annotated[list[dict[str, Any]], FIRST_ERROR] | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    stop_sequences: Annotated[list[Text], FIRST_ERROR, Field(max_length=16)] | None = None
+    tools: Annotated[list[dict[str, Any]], FIRST_ERROR, Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+
+    thinking: dict[str, Any] | None = Field(None, description="enabled or disabled, where the template has a switch.")
+
+    @property
+    def effort(self) -> str:
+        return {"enabled": "high", "disabled": "none"}.get((self.thinking or {}).get("type", ""), "")
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat."""
+        messages = [{"role": "system", "content": text_of(self.system, "system")}] if self.system else []
+        for turn in self.messages:
+            messages += _assistant(turn) if turn.role == "assistant" else _user(turn)
+        tools = [_tool(tool) for tool in self.tools or [] if is_function(tool)]
+        body = {"messages": messages, "tools": tools or None, "max_tokens": self.max_tokens, "model": self.model}
+        body |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        body |= {"stop": self.stop_sequences, "user": self.user}
+        if self.tool_choice is not None:
+            choice = self.tool_choice
+            named = {"type": "function", "function": {"name": choice.name or ""}}
+            body["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)
+            body["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        return ChatRequest.model_validate(body)
+
+
+def _user(turn: Turn) -> list[dict[str, Any]]:
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    results, texts = [], []
+    for block in turn.content:
+        if block.get("type") == "tool_result":
+            text = text_of(block.get("content"), "messages.content")
+            results.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id")), "content": text})
+        else:
+            texts.append(block)
+    return [*results, *([{"role": turn.role, "content": text_of(texts, "messages.content")}] if texts else [])]
+
+
+def _assistant(turn: Turn) -> list[dict[str, Any]]:
+    if isinstance(turn.content, str):
+        return [{"role": "assistant", "content": turn.content}]
+    texts, calls, thoughts = [], [], []
+    for block in turn.content:
+        if block.get("type") == "tool_use":
+            calls.append(_call(block))
+        elif block.get("type") in ("thinking", "redacted_thinking"):
+            thoughts.append(str(block.get("thinking", "")))
+        else:
+            texts.append(block)
+    message = {"role": "assistant", "content": text_of(texts, "messages.content")}
+    message |= {"tool_calls": calls or None, "reasoning_content": "".join(thoughts) or None}
+    return [message]
+
+
+def _call(block: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(block.get("name"), str) or not isinstance(block.get("input"), dict):
+        raise errors.invalid("messages.content: a tool_use needs a name and an input, which is an object", "messages")
+    return {**as_call(block["name"], block["input"]), "id": str(block.get("id"))}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool["input_schema"]}
+    return {"type": "function", "function": function}
+
+
+class MessagesWriter:
+    """Answers to one request: whole, or as events."""
+
+    counts_usage, end = False, b""
+
+    def __init__(
+        self, body: MessagesRequest, head: dict[str, Any], flow: Any, plan: ChatPlan, params: SamplingParams
+    ) -> None:
+        self._flow, self._reader, self._blocks = flow, plan.reader(), Blocks()
+        self._head = {
+            "id": f"msg_{head['id'].partition('-')[2]}",
+            "type": "message",
+            "role": "assistant",
+            "model": head["model"],
+        }
+        self._started = False
+
+    def collector(self) -> Collector:
+        """Accumulator that joins the pieces of the stream."""
+        return Collector()
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that has ended."""
+        (stream,) = self._flow.streams
+        said = self._reader.push(stream.output().text)
+        said += self._reader.finish()
+        content: list[dict[str, Any]] = []
+        for event, kind, value in [*self._blocks.feed(said), *self._blocks.close()]:
+            if event in ("end", "call"):
+                content.append(_block(kind, value))
+        return {**self._head, "content": content, **self._stop(stream), "usage": self._usage()}
+
+    def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
+        """Events for one part."""
+        said = self._reader.push(part.text)
+        if part.finish_reason:
+            said += self._reader.finish()
+        events = [] if self._started else [self._start()]
+        happened = [*self._blocks_events(said)]
+        if part.finish_reason:
+            happened += self._blocks_events(None)
+            (stream,) = self._flow.streams
+            happened.append({"type": "message_delta", "delta": self._stop(stream), "usage": self._usage()})
+            happened.append({"type": "message_stop"})
+        return events + happened
+
+    def error(self, error: errors.APIError) -> dict[str, Any]:
+        """The event of an error."""
+        return {"type": "error", **error.body}
+
+    def _start(self) -> dict[str, Any]:
+        self._started = True
+        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
+        return {"type": "message_start", "message": {**message, "usage": self._usage()}}
+
+    def _blocks_events(self, said: Delta | None) -> list[dict[str, Any]]:
+        made = []
+        for event, kind, value in self._blocks.close() if said is None else self._blocks.feed(said):
+            at = {"index": self._blocks.count}
+            begin = {"type": "content_block_start", **at}
+            stop = {"type": "content_block_stop", **at}
+            if event == "begin":
+                made.append({**begin, "content_block": _block(kind, "")})
+            elif event == "grow":
+                delta = {"reasoning": {"type": "thinking_delta", "thinking": value}}
+                delta = delta.get(kind, {"type": "text_delta", "text": value})
+                made.append({"type": "content_block_delta", **at, "delta": delta})
+            elif event == "end":
+                made.append(stop)
+            else:
+                made.append({**begin, "content_block": {**_block(kind, value), "input": {}}})
+                written = {"type": "input_json_delta", "partial_json": value["function"]["arguments"]}
+                made += [{"type": "content_block_delta", **at, "delta": written}, stop]
+        return made
+
+    def _stop(self, stream: Any) -> dict[str, Any]:
+        reason = self._reader.finish_reason(stream.sequence.finish_reason)
+        if reason == "stop" and stream.stop_string is not None:
+            return {"stop_reason": "stop_sequence", "stop_sequence": stream.stop_string}
+        return {"stop_reason": REASONS.get(reason, reason), "stop_sequence": None}
+
+    def _usage(self) -> dict[str, int]:
+        counts = usage(self._flow)
+        cached = counts["prompt_tokens_details"]["cached_tokens"]
+        both = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": cached}
+        return {"input_tokens": counts["prompt_tokens"] - cached, "output_tokens": counts["completion_tokens"], **both}
+
+
+def _block(kind: str, value: Any) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "thinking", "thinking": value, "signature": ""}
+    if kind == "text":
+        return {"type": "text", "text": value}
+    name, arguments = value["function"]["name"], read_json(value["function"]["arguments"])
+    return {"type": "tool_use", "id": value["id"], "name": name, "input": arguments}

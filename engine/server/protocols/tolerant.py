@@ -1,0 +1,119 @@
+"""What both protocols share: bodies that grow with their vendors' clients, and messages as runs of blocks.
+
+Agents send whatever their vendor's newest interface knows. Fields and tools that mean nothing here are passed over, and
+named in the answer's header, instead of being refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from ..openai.errors import from_validation, invalid
+from ..openai.message_reader import Delta
+from ..openai.requests import MOST_FIELDS, ChatRequest
+
+IGNORED = "x-warploom-ignored"
+
+
+class Tolerant(BaseModel):
+    """Strict about what it knows, silent about the rest; null means absent."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MOST_FIELDS:
+            raise invalid(f"an object has {len(data)} fields; at most {MOST_FIELDS} are allowed")
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class AgentRequest(Tolerant):
+    """A request that can be said as a chat."""
+
+    stream: bool = False
+    user: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Return whether chunks carry a usage field: these protocols tell it in events of their own."""
+        return False
+
+    @property
+    def effort(self) -> str:
+        """How much to reason, if the request says so; else empty."""
+        return ""
+
+    def ignored(self) -> list[str]:
+        """Names of what is passed over."""
+        tools = [tool for tool in getattr(self, "tools", None) or [] if not is_function(tool)]
+        return sorted(self.model_extra or {}) + [f"tools.{str(tool.get('type'))[:64]}" for tool in tools]
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat."""
+        raise NotImplementedError
+
+
+def as_chat(body: AgentRequest) -> ChatRequest:
+    """The same as a chat; raises APIError where it cannot be said so."""
+    try:
+        return body.chat()
+    except ValidationError as error:
+        raise from_validation(error.errors(include_url=False, include_context=False)) from None
+
+
+def is_function(tool: dict[str, Any]) -> bool:
+    """Return whether a tool is a function of the client's, in either protocol."""
+    return tool.get("type", "custom") in ("function", "custom") and ("parameters" in tool or "input_schema" in tool)
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a content: a string, or blocks of text."""
+    if isinstance(content, str) or not content:
+        return content or ""
+    if not isinstance(content, list):
+        raise invalid(f"{where}: must be a text or a list of parts", where)
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise invalid(f"{where}: this model reads text, not parts of type {kind!r}", where)
+    return "".join(part["text"] for part in content)
+
+
+class Blocks:
+    """Deltas of a message as runs of one kind each: where a block begins, grows and ends."""
+
+    def __init__(self) -> None:
+        self.count = 0  # blocks that have ended
+        self.kind: str | None = None  # of the one that is open
+        self.text = ""  # … and what it has so far
+
+    def feed(self, delta: Delta) -> Iterator[tuple[str, str, Any]]:
+        """What happens, as (begin, grow or end; kind; text or call)."""
+        for kind, text in (("reasoning", delta.reasoning), ("text", delta.content)):
+            if text:
+                yield from self._enter(kind)
+                self.text += text
+                yield "grow", kind, text
+        for _, call in delta.calls:
+            yield from self.close()
+            yield "call", "call", call
+            self.count += 1
+
+    def close(self) -> Iterator[tuple[str, str, Any]]:
+        """End the block that is open."""
+        if self.kind is not None:
+            kind, text, self.kind, self.text = self.kind, self.text, None, ""
+            yield "end", kind, text
+            self.count += 1
+
+    def _enter(self, kind: str) -> Iterator[tuple[str, str, Any]]:
+        if self.kind != kind:
+            yield from self.close()
+            self.kind = kind
+            yield "begin", kind, ""

@@ -1,0 +1,235 @@
+"""Tool calls and reasoning in the formats of many models: read, streamed and forced."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from warploom.engine.server.openai.message_reader import Delta, make_reader
+from warploom.engine.server.openai.tool_formats import FORMATS, format_of, thoughts_of
+
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "enum": [1, 20]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+SCHEMAS = {"weather": SCHEMA, "note.1": {"type": "object", "properties": {"text": {"type": "string"}}}}
+CALLS = [("weather", {"city": "Oslo", "days": 20}), ("note.1", {"text": 'a "b" {\n</x> é'})]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+OTHER = {"type": "function", "function": {"name": "ping"}}
+ONE, TWO = (json.dumps(arguments, ensure_ascii=False) for _, arguments in CALLS)
+RAW = CALLS[1][1]["text"]
+WRITTEN = {
+    "hermes": f'<tool_call>\n{{"name": "weather", "arguments": {ONE}}}\n</tool_call>\n'
+    f'<tool_call>{{"arguments":{TWO}, "name":"note.1"}}</tool_call>',
+    "llama3": f'{{"name": "weather", "parameters": {ONE}}}; {{"name": "note.1", "parameters": {TWO}}}',
+    "mistral-list": f'[TOOL_CALLS][{{"name": "weather", "arguments": {ONE}, "id": "x"}}, '
+    f'{{"name": "note.1", "arguments": {TWO}}}]',
+    "mistral": f"[TOOL_CALLS]weather[ARGS]{ONE}[TOOL_CALLS]note.1[CALL_ID]a1[ARGS]{TWO}",
+    "qwen3-coder": "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n20\n"
+    f"</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=note.1>\n<parameter=text>\n{RAW}\n"
+    "</parameter>\n</function>\n</tool_call>",
+    "glm": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n"
+    f"<arg_value>20</arg_value>\n</tool_call>\n<tool_call>note.1\n<arg_key>text</arg_key>\n<arg_value>{RAW}"
+    "</arg_value>\n</tool_call>",
+    "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+    f"```json\n{ONE}\n```<｜tool▁call▁end｜>\n"
+    f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>note.1\n```json\n{TWO}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek-3.1": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{ONE}<｜tool▁call▁end｜>"
+    f"<｜tool▁call▁begin｜>note.1<｜tool▁sep｜>{TWO}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "harmony": f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ONE}<|end|><|start|>assistant "
+    f"to=functions.note.1<|channel|>commentary json<|message|>{TWO}",
+    "gemma": '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:20}<tool_call|>'
+    f'<|tool_call>call:note.1{{text:<|"|>{RAW}<|"|>}}<tool_call|>',
+}
+ROWS = {row.name: row for row in FORMATS}
+BAD = [
+    '<tool_call>{"name": "weather", "arguments": {"x": NaN}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": {"x": 1e999}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": {"x": "\\ud83d"}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+    '<tool_call>{"name": "unlisted", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "weather", "arguments": ' + "[" * 1500 + "]" * 1500 + "}</tool_call>",
+    '<tool_call>{"name": "weather", "arguments": ' + "[" * 1500,
+    "<tool_call>junk</tool_call> more <tool_call",
+    '<tool_call>{"name": 5}</tool_call>',
+]
+
+
+def template_of(row):
+    """A chat template that shows the row's marks, and hardly any prompt."""
+    marks = " ".join([*row.marks, "tools", "tojson"]).replace("#}", "")
+    return f"{{# {marks} #}}{{{{ messages[0].content }}}}:"
+
+
+def read(reader, pieces):
+    delta = Delta()
+    for piece in pieces:
+        delta += reader.push(piece)
+    return delta + reader.finish()
+
+
+def cut(text, rng):
+    places = sorted(rng.choices(range(len(text) + 1), k=rng.choice([1, 4, len(text)])))
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
+
+
+def plain(delta):
+    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for _, call in delta.calls]
+    assert [number for number, _ in delta.calls] == [*range(len(calls))]
+    return delta.reasoning, delta.content, calls
+
+
+def reads_alike(make, text):
+    """What a reader makes of a text, however it is cut."""
+    rng, whole = random.Random(0), plain(read(make(), [text]))
+    for _ in range(60):
+        assert plain(read(make(), cut(text, rng))) == whole
+    assert plain(read(make(), text)) == whole
+    return whole
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_calls_of_each_format_are_read_alike_in_pieces(name):
+    row, before = ROWS[name], "" if ROWS[name].only_first else "I look it up.\n"
+    if name == "harmony":
+        before = "<|channel|>commentary<|message|>I look it up.<|end|><|start|>assistant"
+    thoughts = row.thoughts if name == "harmony" else None
+    said = reads_alike(lambda: make_reader(row, SCHEMAS, thoughts, None), before + WRITTEN[name])
+    assert said == ("", "I look it up." if before else "", CALLS)
+
+
+def test_every_format_is_recognized_by_its_own_template():
+    assert set(WRITTEN) == set(ROWS)
+    for row in FORMATS:
+        assert format_of(template_of(row)) is row
+    assert format_of("<tool_call> without") is None and format_of("tools in no known way") is None
+
+
+def test_published_templates_have_their_formats():
+    trl = pytest.importorskip("trl", reason="needs the chat templates that trl brings")
+    published = {
+        "hermes": ["qwen2_5", "qwen3", "qwen3_instruct_2507"],
+        "qwen3-coder": ["qwen3_5_think", "qwen3_6"],
+        "llama3": ["llama3_1", "llama3_2"],
+        "glm": ["glm4moe"],
+        "gemma": ["gemma4"],
+        "harmony": ["gptoss"],
+        None: ["deepseekv3", "phi3", "gemma3", "llama3"],
+    }
+    for wanted, names in published.items():
+        for name in names:
+            found = format_of((Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text())
+            assert (found and found.name) == wanted, name
+
+
+@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
+def test_what_only_looks_like_a_call_stays_text(text):
+    reasoning, content, calls = reads_alike(lambda: make_reader(ROWS["hermes"], SCHEMAS, None, None), text)
+    assert (reasoning, content, calls) == ("", text, [])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_random_texts_of_marks_are_read_alike_in_pieces(name):
+    row, rng = ROWS[name], random.Random(1)
+    words = [*row.opens, WRITTEN[name][:40], WRITTEN[name][-30:], " ", "\n", "x", "{", "}", '"', ";", *row.thoughts]
+    for _ in range(30):
+        text = "".join(rng.choices(words, k=8))
+        for state in (None, "free", "inside"):
+            reads_alike(lambda state=state: make_reader(row, SCHEMAS, row.thoughts, state), text)
+
+
+def test_reasoning_is_split_from_the_answer():
+    def said(text, state, row=None):
+        return reads_alike(lambda: make_reader(row, SCHEMAS if row else {}, ("<think>", "</think>"), state), text)
+
+    assert said("<think>\nhm\n\nhm\n</think>\n\nyes\n", "free") == ("hm\n\nhm", "yes\n", [])
+    assert said("hm</think>yes", "inside") == ("hm", "yes", [])
+    assert said("  yes <think>", "free") == ("", "  yes <think>", [])
+    assert said("<think>cut", "free") == ("cut", "", [])
+    called = said("<think>hm</think>\n\n" + WRITTEN["hermes"], "free", ROWS["hermes"])
+    assert called == ("hm", "", CALLS)
+    harmony = lambda: make_reader(None, {}, ROWS["harmony"].thoughts, "free")  # noqa: E731
+    text = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes"
+    assert reads_alike(harmony, text) == ("hm", "yes", [])
+    assert reads_alike(harmony, '{"no": "head"}') == ("", '{"no": "head"}', [])
+    assert thoughts_of("no such thing") is None and thoughts_of("{{ '<think>' }}") == ("<think>", "</think>")
+
+
+# -- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+def ask(client, monkeypatch, server, row, **body):
+    monkeypatch.setattr(server.bridge.llm.tokenizer, "chat_template", template_of(row))
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [OTHER, TOOL],
+        "seed": 3,
+        "logit_bias": {"60": -50},
+        **body,
+    }
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def joined(stream):
+    """The message that a stream's chunks add up to, and why it ended."""
+    message, reason = {"content": "", "tool_calls": []}, None
+    for line in stream.text.splitlines():
+        if line.startswith("data: {"):
+            choice = json.loads(line[6:])["choices"][0]
+            reason = choice["finish_reason"] or reason
+            message["content"] += choice["delta"].get("content") or ""
+            message["tool_calls"] += choice["delta"].get("tool_calls", [])
+    return message, reason
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_forced_call_satisfies_its_schema_in_each_format(name, client, server, monkeypatch):
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
+    row = ROWS[name]
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ({"tool_choice": "required", "tools": [TOOL], "parallel_tool_calls": False}, {"tool_choice": named}):
+        whole = ask(client, monkeypatch, server, row, **choice).json()["choices"][0]
+        (call,) = whole["message"]["tool_calls"]
+        jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
+        assert call["function"]["name"] == "weather" and whole["finish_reason"] == "tool_calls"
+        message, reason = joined(ask(client, monkeypatch, server, row, stream=True, **choice))
+        assert reason == "tool_calls" and message["content"] == ""
+        assert [each["function"] for each in message["tool_calls"]] == [call["function"]]
+
+
+def test_tool_choice_that_cannot_be_met_is_refused(client, server, monkeypatch):
+    monkeypatch.setattr(server.bridge.llm.tokenizer, "chat_template", template_of(ROWS["hermes"]))
+    hi = {"messages": [{"role": "user", "content": "hi"}]}
+    cases = [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "nobody"}}, "tools": [TOOL]},
+        {"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"reasoning_effort": "high"},
+    ]
+    for case in cases:
+        refused = client.post("/v1/chat/completions", json={**hi, **case})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] in case, refused.text
+
+
+def test_json_comes_after_reasoning_where_the_model_reasons(client, server, monkeypatch):
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}"
+    monkeypatch.setattr(server.bridge.llm.tokenizer, "chat_template", template)
+    body = {"messages": [{"role": "user", "content": "hi"}], "seed": 1, "logit_bias": {"60": 12}}  # <
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    for effort in ("none", "high"):
+        answer = client.post("/v1/chat/completions", json={**body, "reasoning_effort": effort}).json()
+        message = answer["choices"][0]["message"]
+        if answer["choices"][0]["finish_reason"] == "stop":
+            assert json.loads(message["content"])["city"] in ("Oslo", "Rome")
+        assert effort == "high" or "reasoning_content" not in message
+    server.assert_nothing_left()
