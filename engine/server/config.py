@@ -25,6 +25,12 @@ class ServerConfig:
     """Most bytes of a request's body; beyond that, 413."""
     max_tokens: int | None = None
     """Most tokens a request may generate; None: as many as the context holds."""
+    model_defaults: bool = True
+    """Take temperature, top_p, top_k, min_p and repetition_penalty that a request leaves open from the model's
+    generation_config.json."""
+    lenient: bool = False
+    """Ignore fields of a request that are unknown or cannot be honored, and name them in the header
+    x-warploom-ignored, instead of refusing the request."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call this server from a browser; none by default."""
     allowed_hosts: tuple[str, ...] = ()

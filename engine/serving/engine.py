@@ -22,6 +22,7 @@ from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Sequence
 from .scheduling.step import ChunkResult, StepPlan, StepResult
+from .structured_output import MinTokens
 
 Result = TypeVar("Result")
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -209,6 +210,8 @@ class Engine:
                 sequence.salt = salt if adapter is None else (adapter, salt)  # its keys and values are its own
                 sequence.deadline = None if deadline is None else now + deadline
                 sequence.grammar = grammar() if grammar else None
+                if params.min_tokens and not grammar:
+                    sequence.grammar = MinTokens(params.min_tokens, sequence.stop_tokens)
                 sequence.use_cache = params.prompt_logprobs is None
                 tell = on_piece or generation.pieces.put
                 sequence.listener = Continuation(sequence, self._text(tokens, params), index, tell)
@@ -363,6 +366,8 @@ class Engine:
             wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
             if wrong is not None:
                 raise InputError(f"{name} has token id {wrong}, but the vocabulary has {vocabulary} tokens")
+        if params.min_tokens and params.constrained:
+            raise InputError("min_tokens cannot be given with a grammar, which says itself when the text may end")
         wrong = next((token for token in params.logit_bias or () if token >= vocabulary), None)
         if wrong is not None:
             raise InputError(f"logit_bias has token id {wrong}, but the vocabulary has {vocabulary} tokens")
