@@ -47,7 +47,7 @@ class Playground:
         self._closing = asyncio.Event()
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["path"].startswith("/v1/"):
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
             raise HTTPException(404)
         state = self._service.bridge.state
         if self._page is None and self._service.bridge.llm is None:
