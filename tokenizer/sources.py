@@ -3,7 +3,7 @@
 import codecs
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -116,6 +116,36 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | Path, merge: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
+    """A staging directory that appears as `path` when the block ends well, and vanishes when it fails.
+
+    Where `path` exists already it is replaced whole, or `merge(staging, path)` moves the files over.
+    """
+    path = Path(path)
+    staging = unfinished(path)
+    shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if merge is not None and path.exists():
+            merge(staging, path)
+        else:
+            replace_directory(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_directory(staging: Path, path: Path) -> None:
+    """Give a finished directory its name, in place of one that has it."""
+    old = unfinished(f"{path}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(staging, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

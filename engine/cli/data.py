@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..errors import InputError
 from .flags import parse
+from .progress import progress
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
         note(f"downloading {corpus.name} from the Hugging Face hub to {keep}; interrupted, the same command goes on")
     try:
         tokenizer = make_tokenizer(flags.tokenizer, text_of(corpus, 0, flags.splits), flags.vocab_size, note)
-        with Bar(corpus.name) as advance:
+        with progress(f"tokenizing {corpus.name}", unit="bytes") as (advance,):
             data = write_token_data(corpus, tokenizer, flags.out, flags.splits, flags.threads, advance)
     except ConnectionError as error:
         raise InputError(f"{error}; the same command goes on where this one stopped") from error
@@ -60,35 +60,3 @@ def run(argv: list[str]) -> int:
         print(f"{name}: {info.tokens:,} tokens of {info.documents:,} documents, {rate:.2f} bytes a token")
     shutil.rmtree(keep, ignore_errors=True)
     return 0
-
-
-class Bar:
-    """A bar with the rate on a terminal, a line every ten seconds in a log."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.began, self.next = name, time.perf_counter(), 10.0
-        self.bar = None
-
-    def __enter__(self):
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
-
-            columns = (SpinnerColumn(), TextColumn(f"tokenizing {self.name}"), DownloadColumn(), TransferSpeedColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.bar.start()
-            self.task = self.bar.add_task(self.name, total=None)
-        return self
-
-    def __call__(self, done: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done)
-            return
-        seconds = time.perf_counter() - self.began
-        if seconds > self.next:
-            self.next = seconds + 10
-            print(f"tokenized {done / 1e6:.0f} MB, {done / 1e6 / seconds:.1f} MB/s", file=sys.stderr, flush=True)
-
-    def __exit__(self, *error) -> None:
-        if self.bar is not None:
-            self.bar.stop()

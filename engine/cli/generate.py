@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.sampling_params import SamplingParams
 from .flags import parse
+from .progress import progress
 
 RESULT = '{"index": '  # how each line of results begins
 
@@ -108,18 +108,22 @@ def _continue_file(options: GenerateOptions) -> int:
         return 0
     llm = options.llm.open()
     file = sys.stdout if options.out is None else open(options.out, "a", encoding="utf-8")  # noqa: SIM115
-    progress, failed = _Progress(len(missing)), 0
+    answered = tokens = failed = 0
     try:
-        for index, output in _answers(llm, missing):
-            print(json.dumps(_result(index, output, llm), ensure_ascii=False), file=file, flush=True)
-            failed += isinstance(output, Exception)
-            progress.advance(0 if isinstance(output, Exception) else sum(len(o.token_ids) for o in output.choices))
+        with progress("answering", unit="tok") as (advance,):
+            for index, output in _answers(llm, missing):
+                print(json.dumps(_result(index, output, llm), ensure_ascii=False), file=file, flush=True)
+                answered += 1
+                if isinstance(output, Exception):
+                    failed += 1
+                else:
+                    tokens += sum(len(each.token_ids) for each in output.choices)
+                advance(answered, len(missing), tokens)
     except KeyboardInterrupt:
         where = "" if options.out is None else f" in {options.out}; the same command does the rest"
-        print(f"\nstopped: {progress.done} of {len(missing)} answers are saved{where}", file=sys.stderr)
+        print(f"\nstopped: {answered} of {len(missing)} answers are saved{where}", file=sys.stderr)
         return 130
     finally:
-        progress.close()
         if options.out is not None:
             file.close()
     if failed:
@@ -219,37 +223,3 @@ def _read_results(path: Path | None) -> set[int]:
     if kept != text:
         write_text(path, kept)
     return set(answered)
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.tokens = total, 0, 0
-        self._start = self._last = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total, rate="")
-            self._bar.start()
-
-    def advance(self, tokens: int) -> None:
-        """One more prompt is answered."""
-        self.done += 1
-        self.tokens += tokens
-        now = time.monotonic()
-        rate = f"{self.tokens / max(now - self._start, 1e-9):,.0f} tok/s"
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, rate=rate)
-        elif now - self._last >= 10 or self.done == self.total:
-            self._last = now
-            print(f"{self.done} of {self.total} prompts, {rate}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +12,7 @@ import tyro
 
 from ..errors import InputError
 from .flags import parse
+from .progress import progress
 
 USAGE = """usage: warploom tokenizer train|encode|decode|show [flags]
 
@@ -195,32 +193,6 @@ def show_tokens(tokenizer, text: str) -> None:
         print(f"{token_id:>8}  {start:>5}-{end:<5} {_text(tokenizer.token_bytes(token_id))!r}")
     size = len(text.encode())
     print(f"{len(ids)} tokens, {len(text)} characters, {size} bytes: {size / max(len(ids), 1):.2f} bytes a token")
-
-
-@contextmanager
-def progress(*names: str) -> Iterator[list[Callable[[int, int], None]]]:
-    """For each name a function (done, total) that draws a bar on a terminal, or prints a line every ten seconds."""
-    if not sys.stderr.isatty():
-        latest = time.perf_counter()
-
-        def line(name: str, done: int, total: int) -> None:
-            nonlocal latest
-            if time.perf_counter() - latest > 10:
-                latest = time.perf_counter()
-                print(f"{name}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-        yield [partial(line, name) for name in names]
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-
-        def draw(task: int, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=True)
-
-        yield [partial(draw, bar.add_task(name, total=None, visible=False)) for name in names]
 
 
 def _load(path: Path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...tokenizer.sources import unfinished
+from ...tokenizer.sources import atomic_directory
 from ..errors import InputError
 from .corpus import Corpus, Passage
 
@@ -238,22 +237,8 @@ def directory_for(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` that takes its place when the block succeeds and vanishes when it fails."""
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
         raise InputError(f"{out} exists and is no token directory: give an --out that is new or empty")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch, old = unfinished(out), unfinished(f"{out}.old")
-    for left in (scratch, old):  # by a process of the same number that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with atomic_directory(out) as scratch:
         yield scratch
-        if out.exists():
-            out.rename(old)
-            scratch.rename(out)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def file_hash(path: Path) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...tokenizer import load_tokenizer
-from ...tokenizer.sources import unfinished
+from ...tokenizer.sources import atomic_directory
 from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..errors import InputError
@@ -401,23 +401,18 @@ def replacing(directory: Path) -> Iterator[Path]:
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; a model is written to a directory")
-    staging = unfinished(directory)
-    shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
-    staging.mkdir(parents=True)
-    try:
+    with atomic_directory(directory, _rename_over) as staging:
         yield staging
-        if not directory.exists():
-            os.rename(staging, directory)
-            return
-        written = sorted(os.listdir(staging), key=lambda name: name == "config.json")
-        for name in written:
-            os.replace(staging / name, directory / name)
-        for pattern in ("model*.safetensors*", "pytorch_model.bin", "adapter_*", "config.json"):
-            for stale in directory.glob(pattern):
-                if stale.name not in written:
-                    stale.unlink()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _rename_over(staging: Path, directory: Path) -> None:
+    written = sorted(os.listdir(staging), key=lambda name: name == "config.json")
+    for name in written:
+        os.replace(staging / name, directory / name)
+    for pattern in ("model*.safetensors*", "pytorch_model.bin", "adapter_*", "config.json"):
+        for stale in directory.glob(pattern):
+            if stale.name not in written:
+                stale.unlink()
 
 
 def _text_bounds(tokenizer: Any) -> dict[str, int | list[int] | None]:

@@ -1,4 +1,4 @@
-"""Between the event loop and the engine's thread.
+"""Bridge between the event loop and the engine's thread, with backpressure on both sides.
 
 The engine computes in a thread of its own and tells each new token through a callback. Those callbacks must cost the
 engine nothing: they put the piece into a mailbox and ring the loop's bell once, however many pieces lie there by the

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...tokenizer.sources import atomic_writer
+from ...tokenizer.sources import atomic_writer, replace_directory
 from ..data.tokens import file_hash
 from ..errors import InputError
 
@@ -164,8 +164,7 @@ class Checkpoints:
                 (scratch / "state.json").write_text(json.dumps({**state, "step": step, "sha256": hashes}, indent=1))
                 for path in scratch.iterdir():
                     _flush(path)
-                shutil.rmtree(self.path(step), ignore_errors=True)
-                os.rename(scratch, self.path(step))
+                replace_directory(scratch, self.path(step))
                 _flush(self.folder)
         except BaseException:
             if self.is_main:

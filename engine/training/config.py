@@ -59,7 +59,8 @@ class TrainConfig:
     batch_size: int = 16
     """Rows of one optimizer step, over all micro-batches and processes."""
     grad_accum_steps: int = 1
-    """Micro-batches one step is cut into; memory falls, the result stays. 0 = as few as the free memory allows."""
+    """Gradient accumulation: micro-batches one step is cut into; memory falls, the result stays. 0 = as few as the free
+    memory allows."""
     context: int | None = None
     """Tokens a row; None = the model's max_seq_len."""
     order: Literal["auto", "random", "epochs", "sequential", "packed"] = "auto"
@@ -117,7 +118,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile each block."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
+    """Activation checkpointing: keep each block's input, recompute the rest in backward: less memory, a third more
+    work."""
     seed: int = 0
     """Of the weights, the order of the data, dropout and samples."""
 

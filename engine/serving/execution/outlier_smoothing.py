@@ -1,4 +1,4 @@
-"""Evens out a layer's channels before it is rounded to 8 bits, without changing what it computes.
+"""Exact, data-free outlier smoothing before a layer is rounded to 8 bits (SmoothQuant's idea).
 
 Numbers in 8 bits share scales: an activation or a weight with the other 63 of its group, a key or value with its
 head. Trained models have channels that are fifty times larger than the rest, and beside one of them the others keep

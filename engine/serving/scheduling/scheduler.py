@@ -1,9 +1,9 @@
 """Continuous batching: which sequence computes how many tokens in the next step.
 
-There is no prefill phase and no decode phase. Every sequence has some tokens, and of those some are *computed* (their
-keys and values lie in pages). A step is a set of chunks `{sequence: how many more tokens to compute}` under one budget
-of tokens: a decoding sequence asks for one, a fresh prompt for as many as the budget still allows. A chunk that reaches
-a sequence's last token also samples the next one.
+Chunked prefill: there is no prefill phase and no decode phase. Every sequence has some tokens, and of those some are
+*computed* (their keys and values lie in pages). A step is a set of chunks `{sequence: how many more tokens to compute}`
+under one budget of tokens: a decoding sequence asks for one, a fresh prompt for as many as the budget still allows. A
+chunk that reaches a sequence's last token also samples the next one.
 
 `plan()` says what to compute, `commit()` learns what came out; between the two, the runner works. Up to `depth` plans
 may be under way at once: a plan made before the tokens of the one before are read writes UNKNOWN for them, and the
