@@ -5,7 +5,8 @@
 #   make bench       peers and ourselves side by side, ARGS="train"; without ARGS all of it
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
-#   make sanitize    the tokenizer's tests with the extension under ASan and UBSan
+#   make sanitize    tests of the tokenizer, kernels, serving and training with both extensions under ASan and UBSan
+#   make fuzz        the tokenizer under libFuzzer for SECONDS=60, where Clang is
 #   make native-test the thread pools under ThreadSanitizer, without Python
 #   make lint        ruff, and the types that users meet
 #   make clean       remove what the others made
@@ -15,6 +16,7 @@
 PYTHON ?= python3
 ARGS ?=
 MINUTES ?= 9
+SECONDS ?= 60
 BIN := .venv/bin
 PIP := @PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
@@ -22,7 +24,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* cs
 export PYTHONPATH :=
 export WARPLOOM_REQUIRE_NATIVE := 1
 
-.PHONY: demo demo-chat test bench gpu sanitize native-test lint format clean
+.PHONY: demo demo-chat test bench gpu sanitize native-test fuzz lint format clean
 .DELETE_ON_ERROR:  # an interpreter without its build tools is made anew
 
 demo: .venv/ready-base
@@ -51,7 +53,8 @@ sanitize: .venv/ready-dev
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 \
 		$(BIN)/python -m pytest tests/tokenizer tests/kernels/cpu tests/engine/test_model.py \
-		tests/engine/serving/execution/test_serving_model.py tests/engine/serving/execution/test_kv_dtype.py --timeout 1000 -k "not leak" $(ARGS)
+		tests/engine/serving/execution/test_serving_model.py tests/engine/serving/execution/test_kv_dtype.py \
+		tests/engine/serving/execution/test_packed_weight.py tests/engine/training/test_golden.py --timeout 1000 -k "not leak" $(ARGS)
 	$(BIN)/python setup.py -q build_ext --inplace --force
 
 native-test:
@@ -59,6 +62,13 @@ native-test:
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc csrc/tests/pools.cpp csrc/cpu/serving/spin_pool.cpp \
 		csrc/tokenizer/interruptible_threads.cpp -o build/pools
 	build/pools
+
+FUZZED := $(filter-out %/module.cpp %/bpe_trainer.cpp %/word_counter.cpp,$(filter-out csrc/tokenizer/bind_%,$(wildcard csrc/tokenizer/*.cpp)))
+fuzz:
+	@mkdir -p build/corpus
+	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -pthread -Icsrc \
+		csrc/tests/fuzz_tokenizer.cpp $(FUZZED) -o build/fuzz
+	build/fuzz build/corpus csrc/tests/corpus -max_total_time=$(SECONDS) -max_len=600 -print_final_stats=1 -verbosity=0
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

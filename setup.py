@@ -83,6 +83,10 @@ class NinjaBuild(build_ext):
             raise
 
     def compile(self, ext):
+        if self.compiler.compiler_type == "msvc":
+            from setuptools.errors import CompileError
+
+            raise CompileError("csrc/ is written for GCC and Clang, whose vector types MSVC has not")
         ninja = find_ninja()
         if ninja is None or self.compiler.compiler_type != "unix":
             return super().build_extension(ext)
