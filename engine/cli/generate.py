@@ -40,8 +40,10 @@ class GenerateOptions:
     """The text to continue; without it and without a prompts file, standard input."""
     prompts_file: Path | None = None
     """One prompt a line: JSONL, or plain text."""
+    batch: Path | None = None
+    """Requests in OpenAI's batch format, one a line; needs warploom[serve]. The same command does what is missing."""
     out: Path | None = None
-    """File for the results of a prompts file, as JSONL; by default standard output."""
+    """File for the results of a prompts file or a batch, as JSONL; by default standard output."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling."""
     length_penalty: float = 1.0
@@ -51,8 +53,11 @@ class GenerateOptions:
 def run(argv: list[str]) -> int:
     """The verb `generate`."""
     options = parse(GenerateOptions, argv, "generate")
-    if options.prompt is not None and options.prompts_file is not None:
-        raise InputError("give --prompt or --prompts-file, not both")
+    given = [options.prompt is not None, options.prompts_file is not None, options.batch is not None]
+    if sum(given) > 1:
+        raise InputError("give one of --prompt, --prompts-file and --batch")
+    if options.batch is not None:
+        return _answer_batch(options)
     if options.out is not None and options.prompts_file is None:
         raise InputError("--out is where the results of --prompts-file go; a single prompt is answered on the screen")
     if options.beam_width is not None and options.prompts_file is not None:
@@ -66,6 +71,26 @@ def run(argv: list[str]) -> int:
     if options.beam_width is not None:
         return _search(llm, prompt, options)
     return _stream(llm, prompt, options.sampling)
+
+
+def _answer_batch(options: GenerateOptions) -> int:
+    try:
+        from ..server.offline_batch import answer_batch, answered, read_batch
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
+    done, requests = answered(options.out), read_batch(options.batch)
+    missing = [request for request in requests if request["custom_id"] not in done]
+    if not missing:
+        return 0
+    file = sys.stdout if options.out is None else open(options.out, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        failed = answer_batch(options.llm.open, missing, file)
+    finally:
+        if options.out is not None:
+            file.close()
+    if failed:
+        print(f"{failed} of {len(missing)} requests could not be answered: see their status_code", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _insist_on_search(params: SamplingParams) -> None:

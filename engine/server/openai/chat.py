@@ -81,7 +81,10 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     reasoning = _reasoning(tokenizer, thoughts, variables) if thoughts and not body.continue_final_message else None
     schemas = {tool.function.name: tool.function.parameters or {} for tool in forced or tools or ()}
     if forced and row:
-        grammar = {"grammar": call_grammar(tokenizer, row, schemas, several, reasoning)}
+        try:
+            grammar = {"grammar": call_grammar(tokenizer, row, schemas, several, reasoning)}
+        except (AttributeError, TypeError, RecursionError):  # whatever was sent as a schema
+            raise errors.invalid("tools: parameters must be a JSON schema", "tools") from None
     elif reasoning and isinstance(schema := grammar.get("json_schema"), dict):
         grammar = {"grammar": answer_grammar(tokenizer, schema, reasoning)}
     reader = partial(make_reader, row, schemas, thoughts, reasoning, None if several else 1)

@@ -65,7 +65,7 @@ def scan_tagged(close: str, name: str, pair: str) -> Scanner:
         called = names.match(text)
         if called is None:
             return end.end(), []
-        known = schemas.get(called[1], {}).get("properties", {})
+        known = properties_of(schemas.get(called[1], {}))
         found = pairs.findall(text, called.end(), end.start())
         return end.end(), [(called[1], {key: _typed(value, known.get(key)) for key, value in found})]
 
@@ -133,7 +133,15 @@ def _typed(text: str, schema: Any) -> Any:
 
 def is_text(schema: dict) -> bool:
     """Return whether a schema describes a string and nothing else."""
-    return schema.get("type") == "string" or all(isinstance(value, str) for value in schema.get("enum", [0]))
+    choices = schema.get("enum")
+    listed = isinstance(choices, list) and bool(choices) and all(isinstance(value, str) for value in choices)
+    return listed or (choices is None and schema.get("type") == "string")
+
+
+def properties_of(schema: dict) -> dict:
+    """The properties of an object's schema; a client may send anything as one."""
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
 _BRACKETS = regex.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', regex.DOTALL)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .tool_formats import Schemas, ToolFormat, is_text, thoughts_of
+from .tool_formats import Schemas, ToolFormat, is_text, properties_of, thoughts_of
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 
@@ -92,7 +92,7 @@ def _object(schema: dict) -> dict:
 def _tags(before: str, between: str, after: str) -> Any:
     def arguments(lark: Lark, schema: dict) -> str:
         parts = []
-        for name, kind in schema.get("properties", {}).items():
+        for name, kind in properties_of(schema).items():
             kind = _defined(kind, schema)
             if not is_text(kind):
                 value = f"{lark.json(kind)} {lark.text(after)}"
@@ -115,7 +115,7 @@ def _defined(schema: Any, whole: dict) -> dict:
 
 def _gemma(lark: Lark, schema: dict) -> str:
     parts, first = [], True
-    properties = sorted(schema.get("properties", {}).items())
+    properties = sorted(properties_of(schema).items())
     needed = [pair for pair in properties if pair[0] in schema.get("required", ())]
     for name, kind in needed or properties[:1]:  # an optional one would need a comma that depends on the others
         parts.append(f"{lark.text(('' if first else ',') + name + ':')} {_gemma_value(lark, kind)}")

@@ -110,7 +110,8 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool["input_schema"]}
+    schema = tool.get("input_schema", tool.get("parameters"))
+    function = {"name": tool.get("name"), "description": tool.get("description"), "parameters": schema}
     return {"type": "function", "function": function}
 
 

@@ -67,7 +67,7 @@ def as_chat(body: AgentRequest) -> ChatRequest:
 
 def is_function(tool: dict[str, Any]) -> bool:
     """Return whether a tool is a function of the client's, in either protocol."""
-    return tool.get("type", "custom") in ("function", "custom") and ("parameters" in tool or "input_schema" in tool)
+    return tool.get("type") == "function" or (tool.get("type", "custom") == "custom" and "input_schema" in tool)
 
 
 def text_of(content: Any, where: str) -> str:

@@ -220,6 +220,23 @@ def test_tool_choice_that_cannot_be_met_is_refused(client, server, monkeypatch):
         assert refused.status_code == 400 and refused.json()["error"]["param"] in case, refused.text
 
 
+STRANGE = [{"properties": []}, {"properties": {"a": 5, "b": {"enum": 7}}, "required": 3}, {"required": [[]]}]
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder", "glm", "gemma", "hermes"])
+def test_strange_schemas_are_no_server_error(name, client, server, monkeypatch):
+    monkeypatch.setattr(server.bridge.llm.tokenizer, "chat_template", template_of(ROWS[name]))
+    for parameters in STRANGE:
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        body = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "max_tokens": 150, "seed": 1}
+        for choice in ("required", "auto"):
+            answer = client.post("/v1/chat/completions", json={**body, "tool_choice": choice})
+            assert answer.status_code in (200, 400), answer.text
+    for row in (ROWS["qwen3-coder"], ROWS["glm"]):
+        read(make_reader(row, {"weather": STRANGE[0]}, None, None), [WRITTEN[row.name]])
+    server.assert_nothing_left()
+
+
 def test_json_comes_after_reasoning_where_the_model_reasons(client, server, monkeypatch):
     pytest.importorskip("llguidance", reason="structured output needs llguidance")
     template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}"
