@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from warploom.bench import chart
 from warploom.engine.cli import available, main
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,17 @@ def test_every_make_target_and_verb_that_is_named_exists():
 
 
 def test_every_linked_file_exists():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_log_pages_are_all_in_the_index():
+    log = ROOT / "docs" / "log"
+    index = (log / "README.md").read_text(encoding="utf-8")
+    assert all(f"({page.name})" in index for page in log.glob("*-*.md"))
+
+
+def test_readme_fits_and_its_chart_is_drawn_from_the_records():
+    assert len(README.splitlines()) <= 120
+    assert chart.draw() == (ROOT / "docs" / "chart.svg").read_text(), "run: warploom bench chart"

@@ -10,12 +10,14 @@ import importlib
 import importlib.util
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import get_args, get_type_hints
 
 from ... import bench as benches
 from ...bench import table
 from ...bench.harness import Options, Outcome, run_bench
+from ...tokenizer.sources import write_text
 from ..errors import InputError
 
 BENCHES = ("kernels", "tokenizer", "train", "serve", "rl", "data", "kills")
@@ -23,6 +25,8 @@ BENCHES = ("kernels", "tokenizer", "train", "serve", "rl", "data", "kills")
 
 def run(argv: list[str]) -> int:
     """Run the bench that `argv` names, or all there are; 1 if a part failed."""
+    if argv[:1] == ["chart"]:
+        return _chart(argv[1:])
     bench = _chooser().parse_args(argv if argv[:1] in (["-h"], ["--help"]) else argv[:1]).bench
     if bench != "all" and not _exists(bench):
         there = ", ".join(filter(_exists, BENCHES))
@@ -52,6 +56,20 @@ def _run_one(bench: str, argv: list[str], spent: float) -> int:
     return len(outcome.failed)
 
 
+def _chart(argv: list[str]) -> int:
+    """Draw the README's chart from the saved records."""
+    from ...bench import chart
+
+    parser = argparse.ArgumentParser(prog="warploom bench chart", description=chart.__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=chart.RESULTS, help="where the records are")
+    parser.add_argument("--device", default=chart.DEVICE, help="whose records (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/chart.svg"), help="default: %(default)s")
+    options = parser.parse_args(argv)
+    write_text(options.out, chart.draw(options.results, options.device))
+    print(f"drawn: {options.out}")
+    return 0
+
+
 def _draw(module: ModuleType, outcome: Outcome) -> None:
     from ...bench import plots
 
@@ -70,7 +88,9 @@ def _module_name(bench: str) -> str:
 
 def _chooser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="warploom bench", description=__doc__.splitlines()[0])
-    parser.add_argument("bench", choices=(*BENCHES, "all"), help="what to measure; NAME --help shows flags of its own")
+    parser.add_argument(
+        "bench", choices=(*BENCHES, "all", "chart"), help="what to measure; NAME --help shows its flags"
+    )
     _add_flags(parser, Options)
     return parser
 
