@@ -46,7 +46,7 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if argv[0] == "--version":
+    if argv[0] == "--version" or argv[1:] == ["--version"]:
         return _print_version()
     verb, rest = argv[0], argv[1:]
     if verb not in available():

@@ -13,6 +13,8 @@ class ServerConfig:
 
     name: str = ""
     """The model's name in requests; those that name another one get 404. Empty: its directory's name."""
+    served_model_name: tuple[str, ...] = ()
+    """The model's names in requests, the first of which is shown; as name, and several."""
     max_queue: int = 256
     """Continuations that may wait for a place in the batch; beyond that, requests get 429."""
     request_timeout: float = 600.0
@@ -40,6 +42,11 @@ class ServerConfig:
     """The playground page at / (needs gradio)."""
     log: bool = True
     """Write a line of JSON to stderr for each request."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that mean the model itself."""
+        return tuple(dict.fromkeys(name for name in (self.name, *self.served_model_name) if name))
 
     def __post_init__(self) -> None:
         lowest = {

@@ -165,7 +165,7 @@ class Service:
         """/v1/models: the one there is, then its adapters."""
         longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
         model = {"object": "model", "created": self.started, "owned_by": "warploom", "max_model_len": longest}
-        return [{"id": name, **model} for name in (self.config.name, *self.adapters)]
+        return [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -174,10 +174,10 @@ class Service:
 
     def adapter_of(self, name: str | None) -> str | None:
         """The adapter that a request's `model` names, if it is one; what is not served is refused."""
-        if name in (None, self.config.name):
+        if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
-            served = ", ".join(map(repr, (self.config.name, *self.adapters)))
+            served = ", ".join(map(repr, (*self.config.names, *self.adapters)))
             message = f"the model {name!r} is not served here; there is {served}"
             raise errors.APIError(404, message, param="model", code="model_not_found")
         return name

@@ -19,6 +19,7 @@ from ..errors import InputError
 from .detokenizer import TextStream
 from .outputs import EngineError, Metrics, Output, Piece
 from .sampling_params import SamplingParams
+from .scheduling.pace import StepPace
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Sequence
 from .scheduling.step import ChunkResult, StepPlan, StepResult
@@ -175,6 +176,8 @@ class Engine:
         self.failed_alone = 0  # of steps with one sequence, or none
         self.last_error: BaseException | None = None
         self.generated_tokens = 0
+        self.pace: StepPace | None = None  # None: every step may have all its tokens
+        self._collected = 0.0  # when the last step ended
         self._notes: deque[Callable[[], None]] = deque()
         self._flights: deque = deque()
         self._lock, self._arriving = threading.Lock(), threading.RLock()
@@ -293,13 +296,19 @@ class Engine:
 
     def _turn(self) -> bool:
         self._read_notes()
-        while plan := self.scheduler.plan(time.monotonic()):
-            self._flights.append(self.runner.launch(plan))
+        if self.pace is not None:
+            self.scheduler.shared_tokens = self.pace.tokens
+        while plan := self.scheduler.plan(began := time.monotonic()):
+            self._flights.append((self.runner.launch(plan), began, sum(len(chunk.tokens) for chunk in plan.chunks)))
         self._tell_ended()
         if not self._flights:
             return False
-        result = self.runner.collect(self._flights.popleft())
+        flight, began, computed = self._flights.popleft()
+        result = self.runner.collect(flight)
         now = time.monotonic()
+        if self.pace is not None:
+            self.pace.observe(computed, now - max(began, self._collected))
+        self._collected = now
         for sequence, tokens, chunk in self.scheduler.commit(result):
             self.generated_tokens += len(tokens)
             stopped = sequence.listener.receive(tokens, chunk, now)

@@ -22,8 +22,8 @@ class LLMOptions:
     """Device: auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Number format of weights and cache; by default as stored."""
-    max_batch: int = 64
-    """Most sequences computed together."""
+    max_batch: int | None = None
+    """Most sequences computed together; by default 256 at most, as memory holds a quarter of the context for each."""
     kv_memory: int | None = None
     """Bytes for keys and values; by default what max_batch full contexts need, as far as memory goes."""
     page_size: int = 16
@@ -33,7 +33,7 @@ class LLMOptions:
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
     """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize. fp8: GPUs."""
     max_batch_tokens: int | None = None
-    """Most tokens computed in one step."""
+    """Most tokens computed in one step; by default so that nobody waits longer than 200 ms for the next token."""
     max_seq_len: int | None = None
     """Longest sequence to serve; by default the model's own limit."""
     ngram_draft_tokens: int = 0

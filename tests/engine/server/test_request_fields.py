@@ -75,21 +75,25 @@ def test_priority_lets_others_go_first():
     from concurrent.futures import ThreadPoolExecutor
 
     with serving(lambda: HeldLLM(max_batch=1)) as server, ThreadPoolExecutor(3) as pool:
-        done = []
 
         def ask(name, priority):
             body = {"prompt": name, "max_tokens": 2, "priority": priority}
             assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
-            done.append(name)
 
-        asked = []
-        for number, (name, priority) in enumerate([("first", 0), ("patient", 5), ("next", 0)], 1):
+        asked, flows = [], {}
+
+        def new():
+            return [flow for flow in server.bridge.flows if flow not in flows and flow.generations]
+
+        for name, priority in (("first", 0), ("patient", 5), ("next", 0)):
             asked.append(pool.submit(ask, name, priority))
-            server.wait(lambda number=number: sum(len(f.generations) for f in server.bridge.flows) == number)
+            server.wait(new)
+            flows.update(dict.fromkeys(new(), name))
         server.bridge.llm.free()
         for each in asked:
             each.result()
-        assert done == ["first", "next", "patient"]
+        ended = sorted(flows, key=lambda flow: flow.streams[0].metrics.finished)
+        assert [flows[flow] for flow in ended] == ["first", "next", "patient"]
 
 
 def test_model_says_how_it_wants_to_be_sampled(tmp_path):
