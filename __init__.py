@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .engine.formats.model_directory import load_model, save_model
     from .engine.generation import generate
     from .engine.model import Transformer
+    from .engine.rl.config import RLConfig
+    from .engine.rl.trainer import reinforce
     from .engine.serving.llm import LLM
     from .engine.serving.outputs import Output
     from .engine.serving.sampling_params import SamplingParams
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _ENGINE = (
-    *("LLM", "ModelConfig", "Output", "SamplingParams", "TrainConfig", "Transformer"),
-    *("generate", "load_model", "save_model", "train"),
+    *("LLM", "ModelConfig", "Output", "RLConfig", "SamplingParams", "TrainConfig", "Transformer"),
+    *("generate", "load_model", "reinforce", "save_model", "train"),
 )
 _TOKENIZER = ("BPETokenizer", "CharTokenizer", "WordTokenizer", "load_tokenizer")
 
@@ -32,6 +34,7 @@ __all__ = [
     "CharTokenizer",
     "ModelConfig",
     "Output",
+    "RLConfig",
     "SamplingParams",
     "TrainConfig",
     "Transformer",
@@ -39,6 +42,7 @@ __all__ = [
     "generate",
     "load_model",
     "load_tokenizer",
+    "reinforce",
     "save_model",
     "train",
 ]

@@ -18,13 +18,13 @@ from .schema import Row, Spread
 ROOMS = ("engine/rl", "engine/tasks", "engine/training", "engine/serving", "engine/model.py")
 DEVICE = "cpu"
 MODEL = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "max_seq_len": 96}
-SIZES = {"batch_size": 16, "group": 16, "max_tokens": 64, "lr": 3e-4}
+SIZES = {"batch_size": 16, "group": 16, "max_tokens": 64}
 
 
 def parts(options: Options) -> list[Part]:
     """The picture first: it needs a base that can think."""
     return [
-        Part("thinking pays", think, {"task": "sums:8", "learn": 400, "habit": 250, "steps": 40}, minutes=6),
+        Part("thinking pays", think, {"task": "sums:8", "learn": 400, "habit": 200, "steps": 40}, minutes=6),
         Part("addition", duel, {"task": "addition:3", "learn": 400, "steps": 20}, minutes=4),
     ]
 
@@ -45,14 +45,14 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def run_ours(base: Path, task: str, steps: int, out: Path, problems: int = 0) -> tuple[list[float], list]:
+def run_ours(base: Path, task: str, steps: int, out: Path, lr: float, problems: int = 0) -> tuple[list[float], list]:
     """CPU seconds and figures of every step."""
     from ..engine.rl import RLConfig
     from ..engine.rl.trainer import RLTrainer
 
     config = RLConfig(
         f"tasks:{task}", out=str(out), init_from=str(base), steps=steps, device="cpu", save_every=0,
-        eval_problems=problems, **SIZES,
+        eval_problems=problems, lr=lr, warmup=0, **SIZES,
     )  # fmt: skip
     trainer, seconds, figures, began = RLTrainer(config, []), [], [], time.process_time()
     for step in trainer.steps():
@@ -84,10 +84,10 @@ def think(machine: Machine, task: str, learn: int, habit: int, steps: int) -> li
     with scratch() as folder:
         able = train_base(folder / "able", f"{task}:0.6", learn)
         base = train_base(
-            folder / "base", f"{task}:0.1", habit, init_from=str(able), tokenizer=str(able), model=None, lr=1e-3
+            folder / "base", f"{task}:0.12", habit, init_from=str(able), tokenizer=str(able), model=None, lr=1.5e-3
         )
         before = ask(base)
-        seconds, figures = run_ours(base, task, steps, folder / "run", 100)
+        seconds, figures = run_ours(base, task, steps, folder / "run", 3e-4, 100)
         after = ask(folder / "run")
     told = {"accuracy_before": before[0], "accuracy_after": after[0], "thinks_before": before[1]}
     told |= {"thinks_after": after[1], "mismatch": max(step.mismatch for step in figures), "steps": steps}
@@ -99,10 +99,10 @@ def duel(machine: Machine, task: str, learn: int, steps: int) -> list[Row]:
     """CPU seconds a step, ours and the peers'."""
     with scratch() as folder:
         base = train_base(folder / "base", task, learn)
-        seconds, figures = run_ours(base, task, steps, folder / "run")
+        seconds, figures = run_ours(base, task, steps, folder / "run", 1e-4)
         ours = Spread.of(seconds[1:])
         rows = [Row(task, "ours", ours, extra=_ends([step.reward for step in figures]))]
-        for who, run in peers.build("rl", base, task, steps, SIZES).items():
+        for who, run in peers.build("rl", base, task, steps, {**SIZES, "lr": 1e-4}).items():
             if isinstance(run, peers.Missing):
                 rows.append(Row(task, who, missing=run.reason))
                 continue

@@ -30,6 +30,8 @@
 // features, GCC 12 whole levels.
 #if !defined(WARPLOOM_X86) || !defined(__GLIBC__) || defined(__clang__) || defined(WARPLOOM_ONE_CPU)
 #define WARPLOOM_CLONES
+#elif defined(WARPLOOM_NO_AVX512)
+#define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #elif __GNUC__ < 12
 #define WARPLOOM_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
 #else
@@ -54,6 +56,21 @@ typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef float f4 __attribute__((vector_size(16), aligned(4)));
+
+// Vectors as large as a register where there is no AVX-512: of larger ones, compilers keep sums in memory.
+#if defined(__aarch64__)
+typedef f4 Register;
+#else
+typedef f8 Register;
+#endif
+template <class V>
+constexpr int lanes_of = int(sizeof(V) / sizeof(float));
+
+#if defined(WARPLOOM_X86) && !defined(WARPLOOM_NO_AVX512)
+inline const bool has_avx512 = __builtin_cpu_supports("avx512f");
+#else
+constexpr bool has_avx512 = false;  // WARPLOOM_NO_AVX512: what a CPU with AVX2 runs, on any
+#endif
 
 struct bfloat16 {
     uint16_t bits;
@@ -124,6 +141,15 @@ WARPLOOM_INLINE void store(T* p, f16 x, int n) {
     for (int i = 0; i < n; ++i) narrow(y[i], p[i]);
 }
 
+template <class V>
+WARPLOOM_INLINE void load_as(const float* p, V& x) {
+    std::memcpy(&x, p, sizeof(V));
+}
+template <class V>
+WARPLOOM_INLINE void store_as(float* p, const V& x) {
+    std::memcpy(p, &x, sizeof(V));
+}
+
 WARPLOOM_INLINE float sum(f16 x) {
     f8 a, b;
     std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
@@ -186,8 +212,17 @@ WARPLOOM_INLINE void turn_square_over(const float* from, int64_t from_row, float
     for (int i = 0; i < 16; ++i) store(to + i * to_row, x[i]);
 }
 
-// bfloat16 by pairs: of 32 numbers, those at even places (the lower halves of the words) and those at odd ones.
-WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {
+// bfloat16 by pairs: of twice as many numbers as a vector has, those at even places (the lower halves of the words) and those
+// at odd ones.
+template <class V>
+WARPLOOM_INLINE void widen_pairs(const bfloat16* p, V& even, V& odd) {
+    typedef uint32_t Words __attribute__((vector_size(sizeof(V))));
+    Words bits;
+    std::memcpy(&bits, p, sizeof(V));
+    const Words low = bits << 16, high = bits & 0xffff0000u;
+    std::memcpy(&even, &low, sizeof(V)), std::memcpy(&odd, &high, sizeof(V));
+}
+WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {  // of any alignment, which templates forget
     u16 bits;
     std::memcpy(&bits, p, 64);
     const u16 low = bits << 16, high = bits & 0xffff0000u;

@@ -11,5 +11,6 @@ __getattr__, __all__ = lazily(
         "formats.model_directory": ("save_model", "load_model"),
         "training": ("train", "TrainConfig", "AdamW", "SGDDecay", "Muon", "cosine_schedule", "clip_grad_norm"),
         "serving": ("LLM", "SamplingParams", "Output"),
+        "rl": ("RLConfig", "reinforce"),
     },
 )

@@ -17,6 +17,7 @@ SHRUNK = {  # the same commands, a smaller model of less text
     "train": "--steps 4 --d-model 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --max-seq-len 32",
     "data": "--num-samples 100 --vocab-size 512",
     "eval": "--limit 2",
+    "rl": "--steps 1 --prompts 2 --group 2 --max-tokens 4 --eval-problems 2",
 }
 
 

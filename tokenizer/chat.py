@@ -90,15 +90,28 @@ def compile_template(source: str) -> Any:
         raise InputError(f"the chat template does not compile: {error.message} (line {error.lineno})") from None
 
 
-def encode_chat(tokenizer: "Tokenizer", messages: list[dict], /, **variables: Any) -> list[int]:
-    """The token ids that ask a model for the next message; nothing inside a message becomes a special token."""
+def encode_chat(
+    tokenizer: "Tokenizer", messages: list[dict], /, continue_last: bool = False, **variables: Any
+) -> list[int]:
+    """The token ids that ask a model for the next message; nothing inside a message becomes a special token.
+
+    With `continue_last` they end with the last message's content instead, for the model to go on with.
+    """
     special = tokenizer.special
     fence = Fence(special.ids.keys() - special.plain)
     try:
         messages, variables = fence.around(messages), fence.around(variables)
     except RecursionError:
         raise InputError("the messages are nested too deeply") from None
-    prompt = tokenizer.apply_chat_template(messages, **variables)
+    if not continue_last:
+        prompt = tokenizer.apply_chat_template(messages, **variables)
+    else:
+        end = secrets.token_hex(8)
+        last = {**messages[-1], "content": messages[-1]["content"] + end}
+        options = {**variables, "add_generation_prompt": False}
+        prompt, found, _ = tokenizer.apply_chat_template([*messages[:-1], last], **options).rpartition(end)
+        if not found:
+            raise InputError("the chat template does not show the last message as it is: it cannot be continued")
     return [token for ids, _ in encode_rendered(tokenizer, fence, prompt) for token in ids]
 
 

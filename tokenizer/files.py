@@ -1,9 +1,10 @@
-"""Loading: `tokenizer.json` and what lies beside it in a model directory.
+"""Loading: `tokenizer.json`, `tokenizer.model` or `tekken.json`, and what lies beside it in a model directory.
 
 What a file asks for is either done exactly or refused by name (pipeline.py). What does not change ids (post-processors,
 chat templates) is kept, and saved as it was read.
 """
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -14,30 +15,45 @@ from .byte_alphabet import to_bytes
 from .errors import InputError
 from .metaspace import SPACE, bytes_of, pattern_for
 from .pipeline import added_tokens, check_overlaps, flat, metaspace_of, normalizer_of, pattern_of, prefix_of
-from .rank_files import read_json
+from .rank_files import merges_of_ranks, read_json
+from .sentencepiece_files import read_sentencepiece
 from .sources import read_text
 from .specials import SpecialTokens
 from .words import CharTokenizer, WordTokenizer, is_char_split, is_word_split
 
+FILES = ("tokenizer.json", "tokenizer.model", "tekken.json")
+_TEKKEN_SPECIALS = [  # of files that do not list theirs; the rest are <SPECIAL_20> and so on
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+]  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _FIXED = ("type", "vocab", "merges", "dropout")  # of a model: what is not kept as it was read
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a directory that holds `tokenizer.json`, or from such a file."""
+    """Load a tokenizer from a directory that holds one of `FILES`, or from such a file."""
     path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{path} is neither a tokenizer.json nor a directory that holds one")
-    data = read_json(file)
-    try:
-        tokenizer = _from_json(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a complete tokenizer.json: {type(error).__name__} {error}") from None
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+    candidates = [path / name for name in FILES] if path.is_dir() else [path]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise InputError(f"{path} is neither a tokenizer file nor a directory with one of {', '.join(FILES)}")
+
+    tokenizer = read_sentencepiece(file) if file.suffix == ".model" else _read_json_tokenizer(file)
     _read_neighbors(tokenizer, file.parent)
     return tokenizer
+
+
+def _read_json_tokenizer(file: Path) -> Tokenizer:
+    data = read_json(file)
+    is_tekken = isinstance(data.get("vocab"), list)
+    try:
+        return _from_tekken(data) if is_tekken else _from_json(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"{file}: {error}") from None
+        name = "tekken.json" if is_tekken else "tokenizer.json"
+        raise InputError(f"{file} is not a complete {name}: {type(error).__name__} {error}") from None
 
 
 def _read_neighbors(tokenizer: Tokenizer, directory: Path) -> None:
@@ -140,6 +156,24 @@ def _read_pieces(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes],
     form, metaspace = metaspace_of(data, {byte: spelled[text] for text, byte in alone.items()})
     tokens = {text: text.replace(SPACE, " ").encode() for text in spelled if text not in alone}
     return tokens, {"normalizer": form, "metaspace": metaspace}
+
+
+def _from_tekken(data: dict) -> BPETokenizer:
+    """Mistral's tekken.json: ranks as tiktoken's, of which the first few are used, behind the special tokens."""
+    config = data["config"]
+    first = int(config["default_num_special_tokens"])
+    entries = data["vocab"][: int(config["default_vocab_size"]) - first]
+    ranks = {base64.b64decode(entry["token_bytes"], validate=True): entry["rank"] for entry in entries}
+    if len(ranks) != len(entries) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise InputError("vocab must hold each of its tokens once, and all 256 bytes")
+    merges, whole_words = merges_of_ranks(ranks)
+    listed = data.get("special_tokens")
+    named = {entry["rank"]: entry["token_str"] for entry in listed} if listed else dict(enumerate(_TEKKEN_SPECIALS))
+    special = {named.get(rank, f"<SPECIAL_{rank}>"): rank for rank in range(first)}
+    vocab = {token: rank + first for token, rank in ranks.items()}
+    tokenizer = BPETokenizer(vocab, merges, special, config["pattern"], whole_words=whole_words)
+    tokenizer.prefix_ids = [special["<s>"]] if "<s>" in special else []
+    return tokenizer
 
 
 def _words_from_json(data: dict, model: dict, special: SpecialTokens) -> Tokenizer:

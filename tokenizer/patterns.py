@@ -1,14 +1,17 @@
 r"""Pretokenization: cutting text into the pieces that BPE never merges across.
 
 A pattern is a regular expression; its successive matches are the pieces. Without it BPE would spend its vocabulary on
-"dog.", "dog!" and "dog?"; with it, "dog" is learned once. Three patterns are known by name and have hand-written
-scanners in C++ (csrc/tokenizer/scanner.hpp); any other goes through the `regex` module. Text between matches is a piece
-too, so no byte is ever lost.
+"dog.", "dog!" and "dog?"; with it, "dog" is learned once. Those known by name have hand-written scanners in C++
+(csrc/tokenizer/scanner.hpp); any other goes through the `regex` module. Text between matches is a piece too, so no byte
+is ever lost.
 
 `gpt2`   letters, digits and signs apart, each with at most one leading space; English contractions apart.
+`digits` gpt2 with single digits: first `\p{N}`, then gpt2 (SmolLM, StarCoder2, Granite).
 `gpt4`   the same with any case of contraction, digits in groups of three, and newlines that end a piece.
 `o200k`  words also break where a lowercase letter meets an uppercase one; a contraction stays with its word.
-`qwen2`  gpt4 with single digits.
+`qwen2`  gpt4 with single digits; `qwen3.5` takes marks for letters too.
+`tekken` o200k with single digits and without contractions (Mistral).
+`deepseek` digits in threes first, then kana and Han, then words.
 `spaces` spaces and the word behind them; with those behind a > too, to which some vocabularies join them. What
          SentencePiece, which does not pretokenize, can be cut into (metaspace.py).
 """
@@ -25,7 +28,9 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
-PATTERNS: dict[str, str] = {
+Pattern = str | tuple[str, ...]  # a name, a regular expression, or several of them
+
+PATTERNS: dict[str, Pattern] = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "gpt4": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
     "o200k": "|".join(
@@ -37,7 +42,21 @@ PATTERNS: dict[str, str] = {
     ),
     "spaces": r" *(?:[^ ]|(?<=>) +)+| +",
     "qwen2": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL,
+    "qwen3.5": _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _TAIL,
+    "tekken": "|".join(
+        [
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*",
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _TAIL,
+        ]
+    ),
+    "deepseek": (
+        r"\p{N}{1,3}",
+        "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+        "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
 }
+PATTERNS["digits"] = (r"\p{N}", str(PATTERNS["gpt2"]))
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]  # Unicode normalization, applied to text before it is cut
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -51,20 +70,19 @@ _ALIASES = {
 }
 
 
-Pattern = str | tuple[str, ...]  # a name, a regular expression, or several of them
-
-
 def pattern_steps(pattern: Pattern) -> tuple[str, ...]:
     """The regular expressions that a pattern stands for; each cuts the pieces of the one before."""
-    return tuple(PATTERNS.get(step, step) for step in ((pattern,) if isinstance(pattern, str) else pattern))
+    if isinstance(pattern, tuple):
+        return tuple(part for step in pattern for part in pattern_steps(step))
+    known = PATTERNS.get(pattern, pattern)
+    return (known,) if isinstance(known, str) else known
 
 
 def pattern_name(pattern: Pattern) -> str | None:
     """The name of the scanner that splits exactly as a pattern does, if there is one."""
-    steps = pattern_steps(pattern)
-    if len(steps) != 1:
-        return None
-    return next((name for name, known in PATTERNS.items() if known == steps[0]), _ALIASES.get(steps[0]))
+    spellings = (_ALIASES.get(step, step) for step in pattern_steps(pattern))
+    steps = tuple(part for step in spellings for part in pattern_steps(step))
+    return next((name for name in PATTERNS if pattern_steps(name) == steps), None)
 
 
 @lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ BITS = {  # the order of `enum Class` in unicode.hpp
     r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]": 16,
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]": 32,
     r"[\r\n]": 64,
+    r"[\p{P}\p{S}]": 128,
 }
 TARGET = Path(__file__).with_name("unicode_classes.inc")
 
@@ -39,6 +40,7 @@ def classes() -> bytearray:
             assert bool(bits & 1) == (category[0] == "L"), hex(code)
             assert bool(bits & 2) == (category[0] == "N"), hex(code)
             assert bool(bits & 8) == (category[0] == "M"), hex(code)
+            assert bool(bits & 128) == (category[0] in "PS"), hex(code)
             assert bool(bits & 4) == (chr(code).isspace() and not 0x1C <= code <= 0x1F), hex(code)
     return table
 

@@ -13,7 +13,7 @@ constexpr size_t kNoUtf8 = ~size_t{0};
 
 struct Kernels {
     const char* name;
-    SplitFunction split[5];  // of each Pattern
+    SplitFunction split[kPatterns];
     LookUp<uint16_t> look_up16;
     LookUp<uint32_t> look_up32;
     void (*merge)(const Merges& merges, NewWords& words);

@@ -10,8 +10,10 @@
 
 static const Kernels* kernels_named(const char* name) {
     static const Kernels all = {name,
-                                {split_blocks<Pattern::kGpt2>, split_blocks<Pattern::kGpt4>, split_blocks<Pattern::kQwen2>,
-                                 split_blocks<Pattern::kO200k>, split_blocks<Pattern::kSpaces>},
+                                {split_blocks<Pattern::kGpt2>, split_blocks<Pattern::kDigits>, split_blocks<Pattern::kGpt4>,
+                                 split_blocks<Pattern::kQwen2>, split_blocks<Pattern::kQwen35>, split_blocks<Pattern::kO200k>,
+                                 split_blocks<Pattern::kTekken>, split_blocks<Pattern::kSpaces>,
+                                 split_pieces<Pattern::kDeepSeek>},
                                 look_up<uint16_t>,
                                 look_up<uint32_t>,
                                 merge_side_by_side,

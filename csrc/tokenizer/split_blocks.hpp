@@ -47,7 +47,7 @@ static inline uint64_t cut_contractions(const uint8_t* text, uint64_t starts, ui
 template <Pattern pattern>
 static inline void decode(const uint8_t* text, Masks& m) {
     uint64_t high = m.high;
-    if (pattern != Pattern::kO200k) {
+    if (!is_cased(pattern)) {
         uint64_t whole = m.ideograph & ~0ull >> 2, span = whole | whole << 1 | whole << 2;
         m.letter |= span;
         m.wide[3] |= whole;
@@ -60,29 +60,31 @@ static inline void decode(const uint8_t* text, Masks& m) {
         if (i + length > 64) return;
         uint8_t bits = character_at(text + i, text + 64).bits;
         if (bits & kSpace || (pattern != Pattern::kGpt2 && bits & kDigit)) return;
-        if (pattern == Pattern::kO200k && (bits & kUpper) && (bits & kLower)) return;
+        if (is_cased(pattern) && (bits & kUpper) && (bits & kLower)) return;
         uint64_t span = ((1ull << length) - 1) << i;
-        m.letter |= bits & kLetter ? span : 0;  // which of them is hard to predict
+        m.letter |= bits & word_bits(pattern) ? span : 0;  // which of them is hard to predict
         m.digit |= bits & kDigit ? span : 0;
-        if (pattern == Pattern::kO200k) m.upper |= bits & kUpper ? span : 0;
+        if (is_cased(pattern)) m.upper |= bits & kUpper ? span : 0;
         m.wide[length] |= 1ull << i;
         high &= ~span;
     }
     m.high = 0;
 }
 
+template <Pattern pattern>
 static inline uint64_t gpt2_starts(const uint8_t* text, const Masks& m, uint64_t valid) {
+    constexpr bool single = is_single_digit(pattern);  // then no space goes with a digit
     uint64_t space = m.blank | m.other_space, after_blank = m.blank << 1;
     uint64_t sign = valid & ~(m.letter | m.digit | space);
-    uint64_t starts = (m.letter & ~(m.letter << 1 | after_blank)) | (m.digit & ~(m.digit << 1 | after_blank)) |
-                      (sign & ~(sign << 1 | after_blank)) | (space & ~(space << 1)) | (space & (valid & ~space) >> 1);
+    uint64_t starts = (m.letter & ~(m.letter << 1 | after_blank)) | (single ? m.digit : m.digit & ~(m.digit << 1 | after_blank)) |
+                      (sign & ~(sign << 1 | after_blank)) | (space & ~(space << 1)) | (space & (valid & ~(single ? space | m.digit : space)) >> 1);
     return cut_contractions(text, starts, m.apostrophe & (starts | 1), false);
 }
 
-// Every third digit begins a piece, counted from the begin of its run; every one in qwen2.
+// Every third digit begins a piece, counted from the begin of its run; every one where they are single.
 template <Pattern pattern>
 static inline uint64_t digit_starts(uint64_t digit) {
-    if (pattern == Pattern::kQwen2) return digit;
+    if (is_single_digit(pattern)) return digit;
     uint64_t starts = digit & ~(digit << 1);
     uint64_t fourth = digit & digit << 1 & digit << 2 & digit << 3;
     for (uint64_t next = starts; (next = next << 3 & fourth);) starts |= next;
@@ -104,10 +106,10 @@ static inline uint64_t join_contractions(const uint8_t* text, uint64_t starts, u
     return starts;
 }
 
-// gpt4, qwen2 and o200k. `trusted` is the place up to which the block is believed; it may come down.
+// gpt4, o200k and their kin. `trusted` is the place up to which the block is believed; it may come down.
 template <Pattern pattern>
 static inline uint64_t gpt4_starts(const uint8_t* text, const Masks& m, uint64_t valid, unsigned& trusted) {
-    constexpr bool o200k = pattern == Pattern::kO200k;
+    constexpr bool cased = is_cased(pattern);
     uint64_t space = m.blank | m.other_space, flat = space & ~m.newline, newline = m.newline;
     uint64_t sign = valid & ~(m.letter | m.digit | space);
     uint64_t sign_start = sign & ~(sign << 1 | m.blank << 1);
@@ -124,7 +126,7 @@ static inline uint64_t gpt4_starts(const uint8_t* text, const Masks& m, uint64_t
         uint64_t first = run_start(flat, __builtin_ctzll(doubtful));
         uncertain = newline & first >> 1 ? first : first << 1;
     }
-    if (o200k) uncertain |= m.slash & taken << 1;  // slashes go on with newlines behind signs
+    if (cased) uncertain |= m.slash & taken << 1;  // slashes go on with newlines behind signs
     if (uncertain && static_cast<unsigned>(__builtin_ctzll(uncertain)) < trusted) trusted = __builtin_ctzll(uncertain);
     // Nor can it be known of a run that reaches the end of what is believed.
     if (trusted < 64 && trusted > 0 && space >> (trusted - 1) & 1) trusted = __builtin_ctzll(run_start(space, trusted - 1)) + 1;
@@ -134,9 +136,9 @@ static inline uint64_t gpt4_starts(const uint8_t* text, const Masks& m, uint64_t
         lead = (lead & ~(wide << 1)) | (wide & m.wide[2]) << 2 | (wide & m.wide[3]) << 3 | (wide & m.wide[4]) << 4;
     starts |= m.letter & ~(m.letter << 1 | lead);
     starts |= digit_starts<pattern>(m.digit);
-    if (!o200k) return cut_contractions(text, starts, m.apostrophe & (sign_start | 1), true);
+    if (!cased) return cut_contractions(text, starts, m.apostrophe & (sign_start | 1), true);
     starts |= m.upper & (m.letter & ~m.upper) << 1;
-    return join_contractions(text, starts, m.apostrophe & m.letter << 1);
+    return pattern == Pattern::kTekken ? starts : join_contractions(text, starts, m.apostrophe & m.letter << 1);
 }
 
 // A run of spaces begins a piece, unless it stands behind a >.
@@ -175,7 +177,7 @@ static size_t split_blocks(Split& split, uint32_t* ends, size_t capacity) {
         }
         uint64_t starts;
         if constexpr (pattern == Pattern::kSpaces) starts = spaced_starts(block, m);
-        else if constexpr (pattern == Pattern::kGpt2) starts = gpt2_starts(block, m, valid);
+        else if constexpr (pattern == Pattern::kGpt2 || pattern == Pattern::kDigits) starts = gpt2_starts<pattern>(block, m, valid);
         else starts = gpt4_starts<pattern>(block, m, valid, trusted);
         starts &= below(trusted) & valid & ~1ull;
         if (limit - at < 64) starts &= below(static_cast<unsigned>(limit - at) + 1);
@@ -191,9 +193,23 @@ static size_t split_blocks(Split& split, uint32_t* ends, size_t capacity) {
         while (at < limit && count < capacity) {
             at = static_cast<uint64_t>(next_piece<pattern>(text + at, text + size) - text);
             ends[count++] = static_cast<uint32_t>(at);
-            if (pattern != Pattern::kO200k || at + 1 >= size || (text[at] | text[at + 1]) < 0x80) break;
+            if (!is_cased(pattern) || at + 1 >= size || (text[at] | text[at + 1]) < 0x80) break;
         }
     }
     split.position += at;
+    return count;
+}
+
+// Splitting by the scanner alone, for patterns that have no algebra of their own.
+template <Pattern pattern>
+static size_t split_pieces(Split& split, uint32_t* ends, size_t capacity) {
+    const uint8_t *text = split.text + split.position, *at = text;
+    const uint8_t *limit = split.text + split.limit, *end = split.text + split.size;
+    size_t count = 0;
+    while (count < capacity && at < limit) {
+        at = next_piece<pattern>(at, end);
+        ends[count++] = static_cast<uint32_t>(at - text);
+    }
+    split.position += static_cast<uint64_t>(at - text);
     return count;
 }

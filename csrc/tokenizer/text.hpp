@@ -63,12 +63,11 @@ inline void check_signals() {
 }
 
 inline Pattern pattern_of(const std::string& name) {
-    if (name == "gpt2") return Pattern::kGpt2;
-    if (name == "gpt4") return Pattern::kGpt4;
-    if (name == "qwen2") return Pattern::kQwen2;
-    if (name == "o200k") return Pattern::kO200k;
-    if (name == "spaces") return Pattern::kSpaces;
-    throw pybind11::value_error("pattern is '" + name + "'; native scanners exist for gpt2, gpt4, qwen2, o200k and spaces");
+    for (size_t i = 0; i < kPatterns; ++i)
+        if (name == kPatternNames[i]) return static_cast<Pattern>(i);
+    std::string known;
+    for (const char* each : kPatternNames) known += std::string(known.empty() ? "" : ", ") + each;
+    throw pybind11::value_error("pattern is '" + name + "'; native scanners exist for " + known);
 }
 
 }  // namespace warploom

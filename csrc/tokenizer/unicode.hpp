@@ -17,6 +17,7 @@ enum Class : uint8_t {
     kUpper = 16,  // Lu Lt Lm Lo M: may stand in the first half of an o200k word
     kLower = 32,  // Ll Lm Lo M: may stand in its second half
     kNewline = 64,
+    kSign = 128,  // punctuation and symbols
 };
 
 struct UnicodeClasses {

@@ -26,6 +26,7 @@ VERBS = {
     "ladder": "train each rung from a bare MLP to a MoE Llama, side by side",
     "inspect": "look inside: a model's sizes, a text's tokens, where its heads look",
     "bench": "measure against peers and the machine's limits",
+    "quantize": "round a model to 8 or 4 bits, calibrated on a text",
     "export": "write a model for other tools",
     "doctor": "what this machine is, and what is missing",
 }
@@ -46,7 +47,7 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if argv[0] == "--version":
+    if argv[0] == "--version" or argv[1:] == ["--version"]:
         return _print_version()
     verb, rest = argv[0], argv[1:]
     if verb not in available():

@@ -20,7 +20,7 @@ from ...bench.harness import Options, Outcome, run_bench
 from ...tokenizer.sources import write_text
 from ..errors import InputError
 
-BENCHES = ("kernels", "tokenizer", "train", "serve", "rl", "data", "kills")
+BENCHES = ("kernels", "tokenizer", "train", "tune", "serve", "quantization", "rl", "data", "kills")
 
 
 def run(argv: list[str]) -> int:

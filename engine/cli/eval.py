@@ -22,7 +22,7 @@ class Flags:
     """A model directory."""
     data: tyro.conf.Positional[str]
     """A dataset directory made with the model's tokenizer, a text file, or tasks:NAME (addition, sums, sorting,
-    reversal, brackets, dates, each with :LEVEL if wanted; reasoning-gym/NAME)."""
+    reversal, brackets, dates, each with :LEVEL if wanted; reasoning-gym/NAME; human-eval)."""
     split: str = "val"
     """Which split of a dataset directory."""
     context: int | None = None
@@ -41,6 +41,8 @@ class Flags:
     """Of a task: most tokens of an answer."""
     seed: int = 0
     """Of a task: another seed is other problems."""
+    run_code: bool = False
+    """Of tasks:human-eval: allow it to run what the model writes, in a process with limits."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     dtype: str = "auto"
@@ -81,7 +83,7 @@ def run(argv: list[str]) -> int:
 
 
 def _evaluate_task(flags: Flags) -> int:
-    task = open_task(flags.data)
+    task = open_task(flags.data, flags.run_code)
     from ..rl.evaluate import evaluate_choices, evaluate_task
     from ..serving.llm import LLM
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")  # the last is --quantize q8_0, as it was once asked for
+QUANTIZED = ("q8_0", "q4_0", "q4_k_m")
 
 
 def run(argv: list[str]) -> int:
@@ -17,13 +18,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument("model", type=Path, help="the model directory to read")
     parser.add_argument("out", type=Path, help="the directory to write (hf, bin) or the file (gguf, tiktoken)")
     parser.add_argument("--to", choices=FORMATS, default="hf", help="what to write (default: hf)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="number format (default: as stored); q8_0, eight bits, is for gguf alone"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="number format (default: as stored)")
+    parser.add_argument("--quantize", choices=QUANTIZED, help="gguf only: 8 bits, 4 bits, or llama.cpp's Q4_K_M")
     parser.add_argument("--merge", action="store_true", help="of an adapter: write its base with the adapter merged")
     options = parser.parse_args(argv)
-    if options.dtype == "q8_0" and options.to != "gguf":
-        raise InputError(f"dtype q8_0 is a format of gguf, not of {options.to}")
+    if options.dtype == "q8_0":
+        options.dtype, options.quantize = None, "q8_0"
+    if options.quantize and options.to != "gguf":
+        raise InputError(f"{options.quantize} is a format of gguf, not of {options.to}")
+    if options.quantize and options.dtype:
+        raise InputError(f"dtype {options.dtype} and quantize {options.quantize} are two number formats: give one")
     FORMATS[options.to](options)
     return 0
 
@@ -52,9 +56,9 @@ def _write_gguf(options: argparse.Namespace) -> None:
     from ..formats.model_directory import load_model
 
     out = _file(options.out, "model.gguf")
-    dtype = "float32" if options.dtype == "q8_0" else options.dtype
+    dtype = "float32" if options.quantize else options.dtype
     model, tokenizer = load_model(options.model, device="cpu", dtype=dtype)
-    kind = save_gguf(model, out, tokenizer, options.dtype)
+    kind = save_gguf(model, out, tokenizer, options.quantize or options.dtype)
     print(f"wrote {out}: {model.config.parameter_count():,} parameters as {kind}, {out.stat().st_size / 1e6:,.1f} MB")
 
 

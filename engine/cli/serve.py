@@ -20,6 +20,7 @@ from ..server.config import ServerConfig
 from ..serving.options import LLMOptions
 from .flags import parse
 
+UNIX = getattr(socket, "AF_UNIX", None)  # not on Windows
 KEYS = "WARPLOOM_API_KEYS"
 
 
@@ -38,6 +39,16 @@ class Flags:
     """A key that clients may use, once for each; others can read it in the list of processes: prefer the next flag."""
     api_key_file: Path | None = None
     """A file with a key a line (# begins a comment). The environment's WARPLOOM_API_KEYS, with commas, adds to it."""
+    uds: Path | None = None
+    """Listen at this Unix domain socket instead, for this user alone."""
+    ssl_certfile: Path | None = None
+    """A certificate (PEM): speak TLS."""
+    ssl_keyfile: Path | None = None
+    """The certificate's private key."""
+    root_path: str = ""
+    """The path under which a proxy shows this server, such as /llm."""
+    chat_template: Path | None = None
+    """A Jinja file to use instead of the model's own chat template."""
     replicas: int = 1
     """Engines to spread the requests over, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
@@ -58,10 +69,10 @@ def run(argv: list[str]) -> int:
     config, keys = named(flags), api_keys(flags)
     if config.name in adapters(flags):
         raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
-    listener = listen(flags.host, flags.port)
+    listener = listen(flags.host, flags.port) if flags.uds is None else listen_local(flags.uds)
     if not keys and _is_loopback(listener) and not config.allowed_hosts:
         config = replace(config, allowed_hosts=("localhost",))
-    loader = Loader(flags)
+    loader = Loader(flags, config, len(keys))
     log_without_blocking()
     raise_file_limit()
     if flags.replicas == 1:
@@ -69,12 +80,11 @@ def run(argv: list[str]) -> int:
         end_streams = app.state.bridge.end_flows
     else:
         app, end_streams = front(loader, config, keys)
-    server = loader.server = HTTPServer(app, config, end_streams)
-    address, port = listener.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
+    server = loader.server = HTTPServer(app, config, end_streams, **transport(flags))
+    where = address_of(listener, secure=flags.ssl_certfile is not None)
     if not keys and not _is_loopback(listener):
         print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
-    print(f"warploom: {config.name} at http://{shown}:{port}", flush=True)
+    print(f"warploom: {config.name} at {where}", flush=True)
     server.run(sockets=[listener])
     if loader.error:
         raise loader.error
@@ -84,15 +94,17 @@ def run(argv: list[str]) -> int:
 class Loader:
     """Builds the engine; a mistake in the flags that shows only then stops the server."""
 
-    def __init__(self, flags: Flags) -> None:
-        self.flags = flags
+    def __init__(self, flags: Flags, config: ServerConfig, keys: int) -> None:
+        self.flags, self.config, self.keys = flags, config, keys
         self.server: Any = None
         self.error: ValueError | None = None
         self.failed = False
 
     def __call__(self) -> Any:
         try:
-            return self.flags.llm.open(adapters(self.flags))
+            llm = open_model(self.flags.llm, adapters(self.flags), template_of(self.flags))
+            print(f"warploom: {described(llm)}, {self.keys or 'no'} keys", flush=True)
+            return llm
         except InputError as error:
             self.give_up(error)
             raise
@@ -118,7 +130,69 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[
 
     options = replace(flags.llm, model=str(resolve_model(flags.llm.model).resolve()))
     gpus = (options.device or "auto").partition(":")[0] in ("auto", "cuda")
-    return create_front(partial(options.open, adapters(flags)), config, keys, flags.replicas, gpus, loader.give_up)
+    make = partial(open_model, options, adapters(flags), template_of(flags))
+    return create_front(make, config, keys, flags.replicas, gpus, loader.give_up)
+
+
+def open_model(options: LLMOptions, adapters: dict[str, str], template: str | None) -> Any:
+    """Load the model, with another chat template if there is one."""
+    llm = options.open(adapters)
+    if template is not None and llm.tokenizer is not None:
+        llm.tokenizer.chat_template = template
+    return llm
+
+
+def template_of(flags: Flags) -> str | None:
+    """The chat template of `--chat-template`, once it is known to compile."""
+    if flags.chat_template is None:
+        return None
+    from ...tokenizer.chat import compile_template
+
+    template = read_text(flags.chat_template)
+    compile_template(template)
+    return template
+
+
+def described(llm: Any) -> str:
+    """One line about what will be served."""
+    from ..serving.execution.kv_cache import HAS_NATIVE
+
+    scheduler, model, runner = llm.engine.scheduler, llm.model, llm.engine.runner
+    pages, size = scheduler.pool.num_pages, scheduler.pool.page_size
+    device = model.device.type
+    executor = "C++" if device == "cpu" and HAS_NATIVE else "Triton" if device == "cuda" else "PyTorch"
+    store = getattr(runner, "store", None)
+    stored = f", keys and values in {str(store.dtype).removeprefix('torch.')}" if hasattr(store, "dtype") else ""
+    return (
+        f"ready on {device} ({executor}{stored}): context {llm.max_seq_len:,}, {pages:,} pages of {size} tokens "
+        f"({pages * size:,} in all), {scheduler.max_batch} sequences a batch, "
+        f"{scheduler.max_batch_tokens} tokens a step"
+    )
+
+
+def transport(flags: Flags) -> dict[str, Any]:
+    """What uvicorn is told about TLS and the path in front of ours."""
+    if (flags.ssl_certfile is None) != (flags.ssl_keyfile is None):
+        raise InputError("ssl_certfile and ssl_keyfile go together: give both")
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        file = getattr(flags, name)
+        if file is not None and not file.is_file():
+            raise InputError(f"{name} {file} is not a file")
+    if flags.root_path and not flags.root_path.startswith("/"):
+        raise InputError(f"root_path must begin with /, got {flags.root_path!r}")
+    options: dict[str, Any] = {"root_path": flags.root_path.rstrip("/")}
+    if flags.ssl_certfile is not None:
+        options |= {"ssl_certfile": str(flags.ssl_certfile), "ssl_keyfile": str(flags.ssl_keyfile)}
+    return options
+
+
+def address_of(listener: socket.socket, secure: bool) -> str:
+    """Where clients find a listening socket."""
+    if listener.family == UNIX:
+        return f"unix:{listener.getsockname()}"
+    address, port = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    return f"{'https' if secure else 'http'}://{shown}:{port}"
 
 
 def adapters(flags: Flags) -> dict[str, str]:
@@ -132,11 +206,12 @@ def adapters(flags: Flags) -> dict[str, str]:
 
 def named(flags: Flags) -> ServerConfig:
     """The server's configuration, with a name for the model."""
-    return replace(flags.server, name=flags.server.name or Path(flags.llm.model).resolve().name)
+    names = (*flags.server.served_model_name, Path(flags.llm.model).resolve().name)
+    return replace(flags.server, name=flags.server.name or names[0])
 
 
 def _is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    return listener.family == UNIX or ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def api_keys(flags: Flags) -> tuple[str, ...]:
@@ -149,6 +224,25 @@ def api_keys(flags: Flags) -> tuple[str, ...]:
             raise InputError(f"api_key_file {flags.api_key_file} has no key in it")
         keys += written
     return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+
+
+def listen_local(path: Path) -> socket.socket:
+    """A listening socket in the file system, for this user alone."""
+    if UNIX is None:
+        raise InputError("uds: this system has no Unix domain sockets")
+    try:
+        if path.is_socket():
+            path.unlink()  # what a killed server left
+        listener = socket.socket(UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(2048)
+    except OSError as error:
+        raise InputError(f"cannot listen at {path}: {error.strerror or error}") from None
+    return listener
 
 
 def listen(host: str, port: int) -> socket.socket:

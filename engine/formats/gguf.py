@@ -6,7 +6,8 @@ Three things differ from our own directories. Names are shorter (`blk.3.attn_q.w
 first. And the architecture `llama` rotates neighboring pairs of a head where we (and published checkpoints) rotate its
 two halves, so the rows of its q and k projections are interleaved here; `qwen2`, `qwen3` and `gpt2` keep theirs.
 
-Matrices may be stored as `q8_0`: blocks of 32 numbers share a float16 scale, and each is one byte.
+Matrices may be stored in blocks of 8 or 4 bits (gguf_quantize.py): `q8_0`, `q4_0`, or `q4_k_m`, the usual mixture of
+4 and 6 bits, which gives values and the down product of some layers the finer ones.
 """
 
 from __future__ import annotations
@@ -26,37 +27,45 @@ from ...tokenizer.base import Tokenizer
 from ...tokenizer.bpe import BPETokenizer
 from ...tokenizer.byte_alphabet import to_text
 from ...tokenizer.patterns import pattern_name
+from ...tokenizer.sentencepiece_files import CONTROL, NORMAL, UNUSED, USER, Piece, to_pieces
 from ...tokenizer.sources import atomic_writer
 from ..config import ModelConfig
 from ..errors import InputError
 from ..model import Transformer
 from .families import architecture_of
+from .gguf_blocks import TYPES
+from .gguf_quantize import QUANTIZERS
 
-ALIGNMENT, BLOCK = 32, 32
-STORED = {"float32": 0, "float16": 1, "q8_0": 8, "bfloat16": 30}  # numbers of the tensor types
-FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
+ALIGNMENT = 32
+STORED = {  # numbers of the tensor types
+    "float32": 0, "float16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q4_k": 12, "q6_k": 14, "bfloat16": 30,
+}  # fmt: skip
+FILE_TYPES = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bfloat16": 32}
+NARROWER = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where rows are no whole blocks of 256
 ARCHITECTURES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
 }  # fmt: skip
-SPLITTERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "o200k": "gpt-4o", "qwen2": "qwen2"}
-NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # kinds of tokens
+SPLITTERS = {
+    "gpt2": "gpt-2", "digits": "smollm", "gpt4": "dbrx", "qwen2": "qwen2", "qwen3.5": "qwen35", "o200k": "gpt-4o",
+    "tekken": "tekken", "deepseek": "deepseek-v3",
+}  # fmt: skip
 
 
 def save_gguf(
     model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None
 ) -> str:
-    """Write `model` to a GGUF file and return the architecture's name in it. `dtype` is a key of STORED; None keeps."""
+    """Write `model` to a GGUF file; return the architecture's name. `dtype` is a key of FILE_TYPES, None keeps."""
     config, path = model.config, Path(path)
     dtype = dtype or str(model.embedding.weight.dtype).removeprefix("torch.")
-    if dtype not in STORED:
-        raise InputError(f"dtype {dtype!r} has no GGUF form; choose one of: {', '.join(STORED)}")
+    if dtype not in FILE_TYPES:
+        raise InputError(f"dtype {dtype!r} has no GGUF form; choose one of: {', '.join(FILE_TYPES)}")
     kind = _architecture(config)
     facts = {
         "general.architecture": kind, "general.name": path.stem, "general.alignment": ALIGNMENT,
         "general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2,
         **{f"{kind}.{key}": value for key, value in _shape(config, kind).items()}, **_vocabulary(tokenizer, config),
     }  # fmt: skip
-    tensors = [(name, tensor, _type_of(name, tensor, dtype)) for name, tensor in _tensors(model, kind)]
+    tensors = [(name, tensor, _type_of(name, tensor, dtype, config)) for name, tensor in _tensors(model, kind)]
     sizes = [_size(tensor, stored) for _, tensor, stored in tensors]
     offsets = list(accumulate(map(_padded, sizes), initial=0))
     with atomic_writer(path) as file:
@@ -121,9 +130,31 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
     if not isinstance(tokenizer, BPETokenizer):
-        raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only byte-level BPE has")
+        raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only BPE has")
+    words = _pieces(tokenizer, config) if tokenizer.metaspace else _byte_level(tokenizer, config)
+    words["add_bos_token"] = bool(tokenizer.prefix_ids)
+    if tokenizer.eos_id is not None:
+        bos = tokenizer.special.ids.get(tokenizer.special.bos or "", tokenizer.eos_id)
+        words |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": bos}
+    facts = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return facts | template
+
+
+def _pieces(tokenizer: BPETokenizer, config: ModelConfig) -> dict[str, Any]:
+    if tokenizer.normalizer:
+        raise InputError(f"the normalizer {tokenizer.normalizer} has no GGUF form with SentencePiece")
+    pieces = to_pieces(tokenizer)
+    unused = (Piece(f"[PAD{index}]", 0.0, UNUSED) for index in range(config.vocab_size))
+    tokens, scores, kinds = zip(*(pieces.get(index, pad) for index, pad in enumerate(unused)))
+    prefix = tokenizer.metaspace.prefix == "always"
+    return {"model": "llama", "tokens": list(tokens), "scores": list(scores), "token_type": list(kinds),
+            "add_space_prefix": prefix}  # fmt: skip
+
+
+def _byte_level(tokenizer: BPETokenizer, config: ModelConfig) -> dict[str, Any]:
     splitter = pattern_name(tokenizer.pattern)
-    if splitter is None or tokenizer.normalizer:
+    if splitter not in SPLITTERS or tokenizer.normalizer:
         raise InputError(
             f"the pretokenizer has no GGUF form: only the patterns {', '.join(SPLITTERS)} have names there"
         )
@@ -132,16 +163,10 @@ def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, A
         tokens[index], kinds[index] = to_text(token), NORMAL
     for token, index in tokenizer.special_tokens.items():
         tokens[index], kinds[index] = token, USER if token in tokenizer.special.plain else CONTROL
-    words = {
+    return {
         "model": "gpt2", "pre": "llama-bpe" if tokenizer.whole_words and splitter == "gpt4" else SPLITTERS[splitter],
         "tokens": tokens, "token_type": kinds, "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges],
-        "add_bos_token": False,
     }  # fmt: skip
-    if tokenizer.eos_id is not None:
-        words |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id}
-    facts = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return facts | template
 
 
 # The weights
@@ -202,28 +227,39 @@ def slowdown(c: ModelConfig) -> Tensor:
 # Bytes
 
 
-def _type_of(name: str, tensor: Tensor, dtype: str) -> str:
+def _type_of(name: str, tensor: Tensor, dtype: str, config: ModelConfig) -> str:
     if tensor.ndim == 1 or name.startswith(("position_embd", "rope_freqs")) or "ffn_gate_inp" in name:
         return "float32"
-    return "float16" if dtype == "q8_0" and tensor.shape[-1] % BLOCK else dtype
+    stored = _mixed(name, config) if dtype == "q4_k_m" else dtype
+    columns = tensor.shape[-1]
+    if columns % TYPES[STORED[stored]][1]:
+        stored = NARROWER.get(stored, stored)
+    return "float16" if columns % TYPES[STORED[stored]][1] else stored
+
+
+def _mixed(name: str, config: ModelConfig) -> str:
+    """The type of a matrix in llama.cpp's mixture Q4_K_M: finer where errors cost most."""
+    if name.startswith("output.") or (name.startswith("token_embd") and config.tie_embeddings):
+        return "q6_k"
+    _, layer, part, *_ = [*name.split("."), "", ""]
+    if part not in ("attn_v", "ffn_down", "ffn_down_exps"):
+        return "q4_k"
+    eighth, index = config.n_layers // 8, int(layer)
+    finer = index < eighth or index >= 7 * config.n_layers // 8 or (index - eighth) % 3 == 2
+    return "q6_k" if finer else "q4_k"
 
 
 def _size(tensor: Tensor, stored: str) -> int:
-    return (
-        tensor.numel() // BLOCK * (BLOCK + 2)
-        if stored == "q8_0"
-        else tensor.numel() * (4 if stored == "float32" else 2)
-    )
+    _, count, size, _ = TYPES[STORED[stored]]
+    return tensor.numel() // count * size
 
 
 def _encode(tensor: Tensor, stored: str) -> bytes:
-    if stored != "q8_0":
+    if stored not in QUANTIZERS:
         return tensor.to(getattr(torch, stored)).contiguous().view(torch.uint8).numpy().tobytes()
-    blocks = tensor.float().reshape(-1, BLOCK).numpy()
-    scales = np.abs(blocks).max(axis=1, keepdims=True) / 127
-    with np.errstate(divide="ignore", invalid="ignore"):
-        numbers = np.where(scales > 0, np.rint(blocks / scales), 0).astype(np.int8)
-    return np.concatenate([scales.astype("<f2").view(np.int8), numbers], axis=1).tobytes()
+    blocks = tensor.float().reshape(-1, TYPES[STORED[stored]][1]).numpy()
+    with np.errstate(all="ignore"):  # of blocks that are all zero
+        return b"".join(QUANTIZERS[stored](blocks[at : at + 4096]).tobytes() for at in range(0, len(blocks), 4096))
 
 
 def _padded(size: int) -> int:

@@ -23,21 +23,24 @@ from torch import Tensor
 
 from ...tokenizer import BPETokenizer
 from ...tokenizer.byte_alphabet import CHAR_TO_BYTE, to_bytes
+from ...tokenizer.sentencepiece_files import CONTROL, UNUSED, USER, Piece, from_pieces
 from ...tokenizer.specials import SpecialTokens
 from ..config import ModelConfig
 from ..errors import InputError
 from .families import understand
-from .gguf import CONTROL, UNUSED, USER, slowdown
+from .gguf import slowdown
 from .gguf_blocks import TYPES
+from .gguf_packed import PACKED, pack_blocks
+from .packed_weight import Segment
 from .weights import Weights
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-DIGITS = r"\p{N}"
 SPLITTERS = {
-    "gpt-2": "gpt2", "smollm": (DIGITS, "gpt2"), "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4",
-    "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2", "gpt-4o": "o200k",
-    "llama4": "o200k",
+    "gpt-2": "gpt2", "smollm": "digits", "starcoder": "digits", "refact": "digits", "command-r": "digits",
+    "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4", "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2",
+    "deepseek-r1-qwen": "qwen2", "qwen35": "qwen3.5", "gpt-4o": "o200k", "llama4": "o200k", "tekken": "tekken",
+    "deepseek-v3": "deepseek",
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 WORDS = {
@@ -191,6 +194,19 @@ class GGUFFile:
                 numbers[at * per : (at + step) * per] = values(blocks[at : at + step]).reshape(-1)
         return torch.from_numpy(numbers).view(entry.shape)
 
+    def read_packed(self, name: str) -> Segment | None:
+        """A matrix as its blocks have it; None where it is not packed, or not in a way that is kept."""
+        entry = self.tensors[name]
+        if entry.type not in PACKED or len(entry.shape) != 2:
+            return None
+        blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, TYPES[entry.type][2])
+        with np.errstate(all="ignore"):
+            segment = pack_blocks(entry.type, blocks, entry.shape[0])
+        parts = () if segment is None else (segment.scales, segment.minima)
+        if not all(part is None or part.isfinite().all() for part in parts):
+            raise InputError(f"{self.path}: tensor {name} holds NaN or infinity")
+        return segment
+
     # Configuration
 
     def config_values(self) -> dict[str, Any]:
@@ -282,14 +298,30 @@ class GGUFFile:
         model, pre = words.get("model", "none"), words.get("pre")
         if model == "none":
             return None
-        if model != "gpt2":
-            raise InputError(f"{self.path}: tokenizer model {model!r} is not read; byte-level BPE ('gpt2') is")
-        if pre not in SPLITTERS:
+        tokens, kinds, scores = (self._list(words, name) for name in ("tokens", "token_type", "scores"))
+        kinds, scores = kinds or [1] * len(tokens), scores or [0.0] * len(tokens)
+        for name, found in (("token_type", kinds), ("scores", scores)):
+            if len(found) != len(tokens):
+                raise InputError(f"{self.path}: there are {len(tokens)} tokens, but {len(found)} of {name}")
+        if model == "llama":
+            tokenizer = from_pieces(map(Piece, tokens, scores, kinds), prefix=words.get("add_space_prefix", True))
+        elif model != "gpt2":
+            raise InputError(f"{self.path}: tokenizer model {model!r} is not read; BPE ('gpt2', 'llama') is")
+        elif pre not in SPLITTERS:
             raise InputError(f"{self.path}: pretokenizer {pre!r} is not read; {', '.join(SPLITTERS)} are")
-        tokens, kinds, merges = (self._list(words, name) for name in ("tokens", "token_type", "merges"))
-        kinds = kinds or [1] * len(tokens)
-        if len(kinds) != len(tokens):
-            raise InputError(f"{self.path}: there are {len(tokens)} tokens, but {len(kinds)} of token_type")
+        else:
+            tokenizer = self._byte_level(tokens, kinds, self._list(words, "merges"), pre)
+        special = tokenizer.special
+        for role in ("bos", "eos"):
+            named = words.get(f"{role}_token_id")
+            if named is not None and named in special.texts:
+                setattr(special, role, special.texts[named])
+        if special.bos and words.get("add_bos_token", model == "llama" or pre in WHOLE_WORDS):
+            tokenizer.prefix_ids = [special.ids[special.bos]]
+        tokenizer.chat_template = self.metadata.get("tokenizer.chat_template")
+        return tokenizer
+
+    def _byte_level(self, tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> BPETokenizer:
         vocab: dict[bytes, int] = {}
         added: dict[str, int] = {}
         plain: set[str] = set()
@@ -304,17 +336,11 @@ class GGUFFile:
         pairs = [tuple(map(to_bytes, merge.split(" ", 1))) for merge in merges]
         if any(len(pair) != 2 for pair in pairs):
             raise InputError(f"{self.path}: a merge in tokenizer.ggml.merges is not two tokens with a space between")
-        for role in ("bos", "eos"):
-            named = words.get(f"{role}_token_id")
-            if named is not None and named in special.texts:
-                setattr(special, role, special.texts[named])
-        template = self.metadata.get("tokenizer.chat_template")
-        whole = pre in WHOLE_WORDS
-        return BPETokenizer(vocab, pairs, special, SPLITTERS[pre], whole_words=whole, chat_template=template)
+        return BPETokenizer(vocab, pairs, special, SPLITTERS[pre], whole_words=pre in WHOLE_WORDS)
 
     def _list(self, words: dict[str, Any], name: str) -> list:
         found = words.get(name, [])
-        kind = int if name == "token_type" else str
+        kind = {"token_type": int, "scores": float}.get(name, str)
         if not isinstance(found, list) or (found and type(found[0]) is not kind):
             raise InputError(f"{self.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}")
         return found
@@ -337,12 +363,28 @@ class GGUFWeights(Weights):
         part, leaf = stored.split(".")[-2:]
         if self.architecture == "gpt2" and leaf == "weight" and part in TRANSPOSED:
             return tensor.mT
-        if self.architecture == "llama" and part in ("attn_q", "attn_k"):  # neighbors rotate there, halves here
-            heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads
-            if len(tensor) != heads * self.config.head_size:
-                return tensor  # is refused for its shape
-            return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        return tensor
+        order = self._order(part, len(tensor))
+        return tensor if order is None else tensor[order]
+
+    def packed(self, name: str) -> Segment | None:
+        """A matrix as it is stored, if it is packed and its rows stay rows."""
+        stored = self.stored.get(name)
+        part = "" if stored is None else stored.split(".")[-2]
+        if stored is None or (self.architecture == "gpt2" and part in TRANSPOSED):
+            return None
+        segment = self.file.read_packed(stored)
+        self.read |= set() if segment is None else {name}
+        order = None if segment is None else self._order(part, len(segment.units))
+        return segment if order is None else segment.at(order)
+
+    def _order(self, part: str, rows: int) -> Tensor | None:
+        """Which row comes where, if they change places: llama's neighbors rotate there, halves of a head here."""
+        if self.architecture != "llama" or part not in ("attn_q", "attn_k"):
+            return None
+        heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads
+        if rows != heads * self.config.head_size:
+            return None  # is refused for its shape
+        return torch.arange(rows).unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten()
 
     def _published(self, name: str) -> str:
         gpt2 = self.architecture == "gpt2"

@@ -9,11 +9,13 @@ the new one. Reading maps the file into memory and copies each tensor once, to w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +29,14 @@ from ...tokenizer.sources import atomic_directory
 from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..errors import InputError
+from ..layers import Linear
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
 from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
 from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
+from .packed_weight import PackedLinear, PackedWeight, install, layout_from, matrix_of, packed_weights, to_tensors
 from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -83,20 +87,43 @@ def write_model(
     return directory
 
 
+def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any = None) -> Path:
+    """Write a model of packed weights (`serving.calibrate`) to a directory that ours alone opens."""
+    directory = Path(directory)
+    check_vocabulary(tokenizer, model.config, "the tokenizer")
+    packed = {path: layer.packed for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    parts = (part for path, weight in packed.items() for part in to_tensors(f"{path}.weight", weight))
+    floats = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    layouts = {matrix_of(path): dataclasses.asdict(weight.segments[0].layout) for path, weight in packed.items()}
+    with replacing(directory) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        _save_shards(chain(floats, parts), staging, SHARD_BYTES)
+        ids = _text_bounds(tokenizer)
+        _write_json(staging / "generation_config.json", ids)
+        quantization = {"quantization_config": {"quant_method": "warploom", "layouts": layouts}}
+        _write_json(staging / "config.json", describe(model.config, "warploom") | ids | quantization)
+        for file in staging.glob("*.safetensors"):
+            shutil.copymode(staging / "config.json", file)
+    return directory
+
+
 def load_model(
     directory: str | os.PathLike,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tp: ProcessGroup | None = None,
+    packed: bool = False,
 ) -> tuple[Transformer, Any]:
     """The model of a directory or a Hub id, ready to evaluate, and its tokenizer (None where it has none).
 
-    `dtype=None` keeps the stored number format. With `tp`, the piece of the model that this process of the group keeps
-    (`sharding.py`); it never holds more than that and one tensor.
+    `dtype=None` keeps the stored number format; `packed` leaves quantized weights as they are stored. With `tp`, the
+    piece of the model that this process of the group keeps (`sharding.py`); it never holds more than that and one
+    tensor.
     """
     directory = resolve_model(directory)
     tokenizer = read_tokenizer(directory)  # a file that cannot be read is told before gigabytes are
-    return read_model(directory, device, dtype, tp), tokenizer
+    return read_model(directory, device, dtype, tp, packed), tokenizer
 
 
 def read_model(
@@ -104,17 +131,36 @@ def read_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tp: ProcessGroup | None = None,
+    packed: bool = False,
 ) -> Transformer:
     """The model of a directory alone, whatever its tokenizer."""
     directory = resolve_model(directory)
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype))
+    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed)
     if tp is not None:
         model, weights = shard(model, tp), shard_weights(config, weights, tp)
-    model.load_state_dict(dict(weights), assign=True)
+    kept = {}
+    for name, weight in weights:
+        if isinstance(weight, PackedWeight):
+            install(model, name, weight)
+        else:
+            kept[name] = weight
+    model.load_state_dict(kept, assign=True)
     return model.eval()
+
+
+def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> None:
+    """Rounding twice adds up: what is packed already is no source for 4 bits, and ours needs no other scheme."""
+    if is_gguf(directory):
+        if bits == 4:
+            GGUFFile(directory).refuse_repacking(scheme)
+        return
+    quantization = _read_config(directory).get("quantization_config") or {}
+    if quantization.get("quant_method") == "warploom":
+        held = max(layout_from(values).bits for kind, values in quantization["layouts"].items() if kind != "head")
+        raise InputError(f"quantize={scheme!r} is for float weights, and {directory} has {held} bits: leave it out")
 
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
@@ -195,8 +241,11 @@ def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_weights(
-    directory: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Tensor]]:
+    directory: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
     Of an adapter's directory, its base's with the adapter merged.
@@ -211,11 +260,31 @@ def read_weights(
     else:
         values = _read_config(directory)
         config, kind = understand(values), kind_of(values)
-        opened = open_weights(directory, values.get("quantization_config"))
+        quantization = values.get("quantization_config") or {}
+        opened = open_weights(directory, quantization)
+        if quantization.get("quant_method") == "warploom":
+            if adapter:
+                raise InputError(f"{directory} is packed, and an adapter is merged into float weights: serve it apart")
+            with opened as weights:
+                for name, weight in packed_weights(weights, config, quantization):
+                    if packed or not isinstance(weight, PackedWeight):
+                        yield name, weight if packed else weight.to(device, dtype)
+                    elif name != "head.weight" or not config.tie_embeddings:
+                        yield name, weight.dequantize().to(device, dtype)
+            return
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+        empty = Transformer(config)
+    shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
     with opened as weights:
         for piece in pieces(config, list(shapes), kind):
+            product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
+            if packed and not adapter and (product == "head.weight" or product in products):
+                weight = weights.as_packed(piece, shapes[piece.ours])
+                if weight is not None:
+                    yield product, weight
+                    if product == piece.ours:
+                        continue
             stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
             kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
             adapted = piece.ours in adapter

@@ -16,9 +16,9 @@ from ..errors import InputError
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 TEXTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "adapter_config.json",
 )  # fmt: skip
-SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
 def resolve_model(name: str | os.PathLike, weights: bool = True) -> Path:
@@ -31,7 +31,7 @@ def resolve_model(name: str | os.PathLike, weights: bool = True) -> Path:
     if found is None or path.suffix == ".gguf":
         raise InputError(f"{name} is not a directory, a .gguf file or a Hub id (org/name or org/name@revision)")
     directory = _fetch(found["repository"], found["revision"], TEXTS + (SAFETENSORS if weights else ()))
-    if weights and not any(directory.glob("model*.safetensors")):
+    if weights and not any(directory.glob("*model*.safetensors")):
         directory = _fetch(found["repository"], found["revision"], (*TEXTS, "pytorch_model.bin"))
     return directory
 

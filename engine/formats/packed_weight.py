@@ -13,14 +13,33 @@ A matrix is a list of segments of rows: what files store apart, and in different
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..config import ModelConfig
 from ..errors import InputError
+from ..model import Transformer
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 TURNED = 64  # columns that are rotated together
+MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
+NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
+PARTS = "codes", "scales", "minima", "units"
+
+
+def matrix_of(path: str) -> str:
+    """The member of MATRICES that a layer's path means: blocks.3.attention.qkv is attention.qkv."""
+    return NAMES.get(path.rpartition(".")[2], "ffn.up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +75,21 @@ class Segment:
     minima: Tensor | None  # float16 (N, G)
     units: Tensor  # float32 (N)
 
-    def dequantize(self, columns: int) -> Tensor:
-        """The rows in float32."""
+    def in_groups(self, group: int) -> Segment:
+        """The same in groups of fewer columns."""
+        times = self.layout.group // group
+        if times == 1:
+            return self
+        scales, minima = (None if x is None else x.repeat_interleave(times, 1) for x in (self.scales, self.minima))
+        return Segment(dataclasses.replace(self.layout, group=group), self.codes, scales, minima, self.units)
+
+    def at(self, rows: Tensor) -> Segment:
+        """These rows, in this order."""
+        parts = (None if x is None else x[rows] for x in (self.codes, self.scales, self.minima, self.units))
+        return Segment(self.layout, *parts)
+
+    def dequantize(self, columns: int | None = None) -> Tensor:
+        """The rows in float32, without the columns that fill the last group."""
         layout, codes = self.layout, self.codes
         if layout.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
@@ -82,14 +114,141 @@ class PackedWeight:
     segments: tuple[Segment, ...]
     columns: int
 
+    @classmethod
+    def joined(cls, segments: Sequence[Segment], columns: int) -> PackedWeight:
+        """One weight of segments, whatever their groups; neighbors of one layout become one."""
+        group, found = min(segment.layout.group for segment in segments), []
+        for _, alike in groupby((segment.in_groups(group) for segment in segments), key=lambda each: each.layout):
+            first, *rest = alike
+            if rest:
+                parts = ([getattr(each, part) for each in (first, *rest)] for part in PARTS)
+                first = Segment(first.layout, *(None if each[0] is None else torch.cat(each) for each in parts))
+            found.append(first)
+        return cls(tuple(found), columns)
+
     def dequantize(self) -> Tensor:
         """The weight in float32: the definition that products are held to."""
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return sum(len(segment.units) for segment in self.segments), self.columns
+
+    @property
     def nbytes(self) -> int:
         tensors = (t for s in self.segments for t in (s.codes, s.scales, s.minima, s.units) if t is not None)
         return sum(tensor.nbytes for tensor in tensors)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a packed weight, by the definition; executors multiply the codes themselves."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.packed, self.bias = packed, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float32, made when asked for."""
+        return self.packed.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.device, x.dtype), self.bias)
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def describe(model: nn.Module) -> str | None:
+    """What runs packed, what was dequantized and how many bytes they are, in one line; None if nothing is packed."""
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            kinds = {f"{s.layout.bits} bits in groups of {s.layout.group}" for s in layer.packed.segments}
+            kind = " and ".join(sorted(kinds))
+            sizes[kind] += layer.packed.nbytes
+            counts[kind] += 1
+    if not sizes:
+        return None
+    packed = "; ".join(f"{counts[kind]} matrices of {kind}, {size / 1e6:,.1f} MB" for kind, size in sizes.items())
+    floats = sum(parameter.nbytes for parameter in model.parameters())
+    return f"packed: {packed}; dequantized or never packed: {floats / 1e6:,.1f} MB"
+
+
+def install(model: nn.Module, name: str, packed: PackedWeight) -> None:
+    """Let a packed weight stand for the one of that name."""
+    path = name.removesuffix(".weight")
+    parent, _, leaf = path.rpartition(".")
+    layer = getattr(model.get_submodule(parent), leaf)  # None: the head of a tied embedding
+    setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
+
+
+# Own files: the tensors of a weight beside each other, its layout in config.json by the kind of matrix.
+
+
+def to_tensors(name: str, packed: PackedWeight) -> Iterator[tuple[str, Tensor]]:
+    """A weight of one segment as tensors of a file."""
+    (segment,) = packed.segments
+    yield from ((f"{name}.{part}", getattr(segment, part)) for part in PARTS if getattr(segment, part) is not None)
+
+
+def from_tensors(name: str, layout: Layout, shape: tuple[int, int], read: Mapping[str, Tensor]) -> PackedWeight:
+    """A weight from the tensors of a file, held against the shape that the model has."""
+    rows, groups = shape[0], layout.groups(shape[1])
+    wanted = {
+        "codes": (torch.uint8, (rows, groups * layout.group * layout.bits // 8)),
+        "scales": (torch.float16, (rows, groups)),
+        "minima": (torch.float16, (rows, groups)),
+        "units": (torch.float32, (rows,)),
+    }
+    if not layout.minimum:
+        del wanted["minima"]
+    for part, (dtype, size) in wanted.items():
+        tensor = read.get(f"{name}.{part}")
+        if tensor is None:
+            raise InputError(f"{name} has no {part}, which its layout calls for")
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+            raise InputError(f"{name}.{part} is {found}; by its layout it is {dtype} {size}".replace("torch.", ""))
+        if dtype.is_floating_point and not tensor.isfinite().all():
+            raise InputError(f"{name}.{part} holds NaN or infinity")
+    return PackedWeight((Segment(layout, *(read.get(f"{name}.{part}") for part in PARTS)),), shape[1])
+
+
+def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The weights of `save_packed`: tensors under our names, and packed ones in their parts."""
+    layouts = said.get("layouts")
+    if not isinstance(layouts, Mapping):
+        raise InputError("config.json: quantization_config has no field 'layouts'")
+    layouts = {kind: layout_from(values) for kind, values in layouts.items()}
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
+    if config.tie_embeddings:
+        shapes["head.weight"] = shapes["embedding.weight"]
+    for name, shape in shapes.items():
+        kind = matrix_of(name.removesuffix(".weight"))
+        if f"{name}.codes" in weights.sources:
+            if kind not in layouts:
+                raise InputError(f"config.json: quantization_config has no layout of {kind!r}, which {name} needs")
+            yield name, from_tensors(name, layouts[kind], shape, weights.parts(name))
+            continue
+        tensor = weights(name)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
+        yield name, tensor
+
+
+def layout_from(values: Any) -> Layout:
+    """A layout as config.json has it."""
+    fields = {field.name for field in dataclasses.fields(Layout)}
+    if not isinstance(values, Mapping) or not values.keys() <= fields:
+        raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")
+    given = {name: tuple(value) if name == "table" else value for name, value in values.items()}
+    if any(type(value) is not type(getattr(Layout(), name)) for name, value in given.items()):
+        raise InputError(f"a layout in quantization_config has values of other types than {Layout()}: {values!r}")
+    return Layout(**given)
 
 
 def hadamard(n: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from .family import Piece
+from .packed_checkpoints import METHODS, read_integers
+from .packed_weight import PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNPACKED = ("fp8", "mxfp4", "compressed-tensors", "fbgemm_fp8")  # ways of packing of which at least some are read
+UNPACKED = ("fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "fbgemm_fp8", "warploom")
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
@@ -29,12 +32,15 @@ TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "
 class Weights:
     """Published tensors by name, read from mapped files only when asked for."""
 
-    def __init__(self, sources: Mapping[str, Any], path: Path) -> None:
-        self.sources, self.path = sources, path
+    def __init__(self, sources: Mapping[str, Any], path: Path, quantization: Mapping[str, Any] | None = None) -> None:
+        self.sources, self.path, self.quantization = sources, path, quantization or {}
         self.read: set[str] = set()
         self.tower = next((tower for tower in TOWERS if any(name.startswith(tower) for name in sources)), None)
 
     def __call__(self, name: str) -> Tensor:
+        integers = self._integers(name)
+        if integers is not None:
+            return integers if isinstance(integers, Tensor) else integers.dequantize()
         found = self._find(name)
         if found is None:
             blocks = self._find(f"{name}_blocks")
@@ -51,16 +57,54 @@ class Weights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The number format that a tensor has once it is read."""
-        found = self._find(name)
+        scales = (f"{name.removesuffix('.weight')}.{part}" for part in ("scales", "weight_scale"))
+        found = next((found for part in (*scales, name) if (found := self._find(part)) is not None), None)
         if found is None:
             return torch.bfloat16
         source = self.sources[found]
         stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
         return torch.bfloat16 if stored in FP8 else stored
 
+    def packed(self, name: str) -> Segment | None:
+        """A published matrix as it is packed, if it is, in a way that is kept."""
+        found = self._integers(name)
+        return found if isinstance(found, Segment) else None
+
+    def _integers(self, name: str) -> Segment | Tensor | None:
+        if self.quantization.get("quant_method") not in METHODS or not name.endswith(".weight"):
+            return None
+        has, take = lambda part: self._find(part) is not None, lambda part: self._take(self._found(part))
+        return read_integers(name, has, take, self.quantization)
+
+    def _found(self, name: str) -> str:
+        found = self._find(name)
+        if found is None:
+            raise InputError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
+        return found
+
+    def as_packed(self, piece: Piece, shape: Sequence[int]) -> PackedWeight | None:
+        """One of our matrices from published ones, if all of them are packed and rows stay rows."""
+        if piece.stacked or piece.transposed or piece.framed or piece.offset or piece.order is not None:
+            return None
+        segments: list[Segment] = []
+        for name in piece.theirs:
+            segment = self.packed(name)
+            if segment is None:
+                return None
+            segments.append(segment)
+        rows = piece.sizes if len(segments) > 1 else shape[:1]
+        fits = all(
+            len(s.units) == n and s.scales.shape[1] * s.layout.group == shape[-1] for s, n in zip(segments, rows)
+        )
+        return PackedWeight.joined(segments, shape[-1]) if fits else None  # the reader of floats says what is wrong
+
     def unread(self, layers: int) -> list[str]:
         """Return tensors that nobody asked for and is not known to be of another purpose."""
         return [name for name in self.sources if name not in self.read and not self._ignorable(name, layers)]
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with that one."""
+        return {key: self._take(key) for key in self.sources if key.startswith(f"{name}.")}
 
     def _find(self, name: str) -> str | None:
         bare = name.split(".", 1)[1] if "." in name else name  # backbones are published without their leading "model."
@@ -112,7 +156,9 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
     """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
     method = (quantization or {}).get("quant_method")
     if method is not None and method not in UNPACKED:
-        raise InputError(f"{directory}: weights packed by {method!r} are not supported (fp8 and mxfp4 are)")
+        raise InputError(
+            f"{directory}: weights packed by {method!r} are not supported ({', '.join(UNPACKED[:-1])} are)"
+        )
     index, single, pickled = (
         directory / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
     )
@@ -122,10 +168,10 @@ def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None)
             if not isinstance(places, dict):
                 raise InputError(f"{index} has no field 'weight_map'")
             files = {name: _open(directory / name, stack) for name in sorted(set(places.values()))}
-            yield Weights({tensor: files[name] for tensor, name in places.items()}, index)
+            yield Weights({tensor: files[name] for tensor, name in places.items()}, index, quantization)
         elif single.exists():
             file = _open(single, stack)
-            yield Weights(dict.fromkeys(file.keys(), file), single)
+            yield Weights(dict.fromkeys(file.keys(), file), single, quantization)
         elif pickled.exists():
             try:
                 state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)

@@ -23,6 +23,11 @@ class RLConfig(TrainConfig):
     """A factor for each reward function; none = 1 each."""
     reward_seconds: float = 60.0
     """Longest time that one call of a reward function may take."""
+    environment: str | None = None
+    """A class, FILE.py:Class, that answers answers over several turns, instead of a reward (engine/rl/environments.py
+    has an example)."""
+    turns: int = 8
+    """With an environment: most answers of a sample."""
     group: int = 16
     """Samples of a prompt, whose rewards are compared with each other."""
     max_tokens: int = 64
@@ -49,10 +54,10 @@ class RLConfig(TrainConfig):
 
     steps: int | None = None
     """Steps, each a batch of samples. With neither steps nor minutes: 100."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """Peak learning rate."""
-    warmup: int | None = 0
-    """Steps of linear warm-up from 0."""
+    warmup: int | None = 5
+    """Steps of linear warm-up from 0: AdamW's first steps move every weight by the whole rate, whatever they know."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "constant"
     """Shape of the learning rate after the warm-up."""
     weight_decay: float = 0.0
@@ -76,6 +81,8 @@ class RLConfig(TrainConfig):
             ("group", 2 <= self.group <= 256, "between 2 and 256: samples are compared with each other"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("updates", self.updates >= 1, "at least 1"),
+            ("turns", self.turns >= 1, "at least 1"),
+            ("environment", self.environment is None or not self.reward, "alone: it gives the rewards itself"),
             ("clip", 0 < self.clip < 1, "between 0 and 1"),
             ("kl", self.kl >= 0, "at least 0"),
             ("reward_seconds", self.reward_seconds > 0, "more than 0"),

@@ -48,34 +48,40 @@ class Rewards:
 
     def _one(self, function: RewardFunction, rows: list[dict[str, Any]]) -> list[float]:
         if not getattr(function, "batch", False):
-            return [_number(self._call(function, row, row), function, row) for row in rows]
+            return [number(self._call(function, row, row), function, row) for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in rows[0]} if rows else {}
         values = list(self._call(function, columns, rows[0])) if rows else []
         if len(values) != len(rows):
             raise RewardError(f"the reward {_name(function)} gave {len(values)} values for {len(rows)} samples")
-        return [_number(value, function, row) for value, row in zip(values, rows)]
+        return [number(value, function, row) for value, row in zip(values, rows)]
 
     def _call(self, function: RewardFunction, arguments: dict[str, Any], shown: dict[str, Any]) -> Any:
         parameters = inspect.signature(function).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             names = {parameter.name for parameter in parameters}
             arguments = {name: value for name, value in arguments.items() if name in names}
-        try:
-            with time_limit(self.seconds):
-                return function(**arguments)
-        except _TimeUpError:
-            said = f"took longer than reward_seconds={self.seconds:g}"
-        except Exception as error:
-            said = f"failed: {type(error).__name__}: {error}"
-        raise RewardError(f"the reward {_name(function)} {said}; the sample: {_show(shown)}")
+        return call(function, (), arguments, self.seconds, shown)
+
+
+def call(function: RewardFunction, given: tuple, named: dict[str, Any], seconds: float, shown: dict[str, Any]) -> Any:
+    """What a user's function returns; whatever goes wrong is said in a sentence that shows the sample."""
+    try:
+        with time_limit(seconds):
+            return function(*given, **named)
+    except _TimeUpError:
+        said = f"took longer than reward_seconds={seconds:g}"
+    except Exception as error:
+        said = f"failed: {type(error).__name__}: {error}"
+    raise RewardError(f"the reward {_name(function)} {said}; the sample: {_show(shown)}")
 
 
 def open_rewards(names: Sequence[str], weights: Sequence[float], seconds: float) -> Rewards:
     """The functions that FILE.py:function name."""
-    return Rewards([_load(name) for name in names], weights or [1.0] * len(names), seconds)
+    return Rewards([load_function(name) for name in names], weights or [1.0] * len(names), seconds)
 
 
-def _load(name: str) -> RewardFunction:
+def load_function(name: str) -> Callable[..., Any]:
+    """What FILE.py:name names."""
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not function:
         raise InputError(f"reward {name!r} must be FILE.py:function")
@@ -116,14 +122,15 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _number(value: Any, function: RewardFunction, row: dict[str, Any]) -> float:
+def number(value: Any, function: RewardFunction, row: dict[str, Any]) -> float:
+    """A reward, if it is a finite number."""
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+        found = math.nan
+    if not math.isfinite(found):
         raise RewardError(f"the reward {_name(function)} gave {value!r}, not a finite number; the sample: {_show(row)}")
-    return number
+    return found
 
 
 def _name(function: RewardFunction) -> str:

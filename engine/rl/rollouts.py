@@ -6,7 +6,7 @@ what else is in the batch. The samples of a group share the pages of their promp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
@@ -28,7 +28,7 @@ class Sample:
     prompt: str
     text: str
     tokens: list[int]
-    sampled: range
+    sampled: Sequence[int]
     logprobs: list[float]
     ended: bool
     reward: float = 0.0

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +38,27 @@ from ..training.run_state import RunState, TrainResult
 from ..training.signals import interruptible
 from ..training.trainer import Trainer, first_state
 from .config import RLConfig
+from .environments import Environment, play
 from .evaluate import evaluate_task
 from .policy import Packed, Policy, exact_obstacle, micro_batches, pack, token_weights
 from .prompts import Prompts, open_prompts
 from .report import RLProgress, write_rl_card
-from .rewards import RewardError, RewardFunction, Rewards, open_rewards
+from .rewards import RewardError, RewardFunction, Rewards, load_function, open_rewards
 from .rollouts import Rollouts, roll_out
 
 FRESH = 1 << 40  # added to the seed of a run, the seed of the problems it is evaluated on
 
 
 def reinforce(
-    config: RLConfig, reward: RewardFunction | Sequence[RewardFunction] = (), callbacks: Iterable[Callback] = ()
+    config: RLConfig,
+    reward: RewardFunction | Sequence[RewardFunction] = (),
+    callbacks: Iterable[Callback] = (),
+    environment: Callable[[], Environment] | None = None,
 ) -> Iterator[RLProgress]:
-    """Run `config`, step by step: the figures of each. `reward`: a function, or several, instead of `config.reward`."""
-    trainer = RLTrainer(config, list(callbacks), [reward] if callable(reward) else reward)
+    """Run `config`, step by step: the figures of each.
+
+    `reward` is a function, or several, instead of `config.reward`; `environment` a class instead of its."""
+    trainer = RLTrainer(config, list(callbacks), [reward] if callable(reward) else reward, environment)
     with interruptible(trainer.stop):
         yield from trainer.steps()
 
@@ -93,11 +99,18 @@ class RLTrainer(Trainer):
 
     state: RunState
 
-    def __init__(self, config: RLConfig, callbacks: list[Callback], rewards: Sequence[RewardFunction] = ()) -> None:
+    def __init__(
+        self,
+        config: RLConfig,
+        callbacks: list[Callback],
+        rewards: Sequence[RewardFunction] = (),
+        environment: Callable[[], Environment] | None = None,
+    ) -> None:
         if config.dtype == "auto" and pick_device(config.device).type == "cpu":
             config = dataclasses.replace(config, dtype="float32")
         self.prompts = open_prompts(config.data, config.seed)
-        self.score = self._open_rewards(config, rewards)
+        self.environment = load_function(config.environment) if config.environment else environment
+        self.score = None if self.environment else self._open_rewards(config, rewards)
         super().__init__(config, callbacks)
         self.tally = Tally()
 
@@ -162,11 +175,17 @@ class RLTrainer(Trainer):
         while True:
             began = time.perf_counter()
             try:
-                rollouts = roll_out(self.llm, self.prompts, self._numbers(), self.state.step, self.config, self.score)
+                rollouts = self._roll_out()
             except RewardError as error:
                 raise RewardError(f"{error}{self._rescue()}") from None
             rollouts.seconds = time.perf_counter() - began
             yield rollouts
+
+    def _roll_out(self) -> Rollouts:
+        asked = self.prompts, self._numbers(), self.state.step, self.config
+        if self.environment:
+            return play(self.llm, self.environment, *asked)
+        return roll_out(self.llm, *asked, self.score)
 
     def _numbers(self) -> range:
         """The prompts of this step that are this process's."""
@@ -274,7 +293,7 @@ class RLTrainer(Trainer):
     def _evaluate(self) -> None:
         """Ask fresh problems of the task."""
         task, problems = self.prompts.task, self.config.eval_problems
-        if task is None or not problems or not self.mesh.is_main:
+        if task is None or self.environment or not problems or not self.mesh.is_main:
             return
         seed = self.config.seed + FRESH
         found = evaluate_task(self.llm, task, problems, max_tokens=self.config.max_tokens, seed=seed)

@@ -141,6 +141,12 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> None:
     unhealthy = {503: {"model": schemas.Health}, 200: {"model": schemas.Health}}
 
+    @app.api_route("/version", methods=["GET"], responses=answers(schemas.Version), tags=["server"])
+    async def version() -> Response:
+        """The version of this server."""
+        return JSONResponse({"version": app.version})
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=unhealthy, tags=["server"])
     async def health() -> Response:
         """200 if requests are served, else 503 and why not. Needs no key."""

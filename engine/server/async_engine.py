@@ -243,6 +243,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         streaming: bool = False,
         salt: Any = None,
+        priority: int = 0,
         adapter: str | None = None,
         client: Any = None,
         party: Any = None,
@@ -269,7 +270,9 @@ class AsyncEngine:
         if receive is not None:
             flow.watch(receive)
         try:
-            await flow.wait_for(self._prepare(flow, asks, params, {"salt": salt, "adapter": adapter}, client))
+            await flow.wait_for(
+                self._prepare(flow, asks, params, {"salt": salt, "adapter": adapter, "priority": priority}, client)
+            )
         except BaseException:
             flow.close()
             raise

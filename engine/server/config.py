@@ -13,6 +13,8 @@ class ServerConfig:
 
     name: str = ""
     """The model's name in requests; those that name another one get 404. Empty: its directory's name."""
+    served_model_name: tuple[str, ...] = ()
+    """The model's names in requests, the first of which is shown; as name, and several."""
     max_queue: int = 256
     """Continuations that may wait for a place in the batch; beyond that, requests get 429."""
     request_timeout: float = 600.0
@@ -25,6 +27,12 @@ class ServerConfig:
     """Most bytes of a request's body; beyond that, 413."""
     max_tokens: int | None = None
     """Most tokens a request may generate; None: as many as the context holds."""
+    model_defaults: bool = True
+    """Take temperature, top_p, top_k, min_p and repetition_penalty that a request leaves open from the model's
+    generation_config.json."""
+    lenient: bool = False
+    """Ignore fields of a request that are unknown or cannot be honored, and name them in the header
+    x-warploom-ignored, instead of refusing the request."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call this server from a browser; none by default."""
     allowed_hosts: tuple[str, ...] = ()
@@ -34,6 +42,11 @@ class ServerConfig:
     """The playground page at / (needs gradio)."""
     log: bool = True
     """Write a line of JSON to stderr for each request."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that mean the model itself."""
+        return tuple(dict.fromkeys(name for name in (self.name, *self.served_model_name) if name))
 
     def __post_init__(self) -> None:
         lowest = {

@@ -20,13 +20,21 @@ from .async_engine import Ask, AsyncEngine, RequestStream
 from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
+from .model_defaults import sampling_defaults
 from .openai import errors
 from .openai.chat import ChatPlan, encode_conversation, plan_chat
-from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
+from .openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    Sampling,
+    TokenizeRequest,
+)
 from .openai.responses import ChatWriter, CompletionWriter, Words, server_sent, to_json
 from .protocols.messages import MessagesWriter
 from .protocols.responses import ResponsesWriter
-from .protocols.tolerant import IGNORED, AgentRequest, as_chat
+from .protocols.tolerant import AgentRequest, as_chat
 from .request_body import client_of
 
 Writer = ChatWriter | CompletionWriter | MessagesWriter | ResponsesWriter
@@ -55,12 +63,18 @@ class Service:
         """The names of the model's tokens."""
         return Words(self.llm.tokenizer)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Sampling parameters that the model's authors recommend, unless the server was told not to use them."""
+        return sampling_defaults(self.llm) if self.config.model_defaults else {}
+
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """/v1/completions."""
+        body = body.with_defaults(self.defaults)
         params, words = body.sampling(), self.words
         hidden = self.llm.engine.eos.union(params.stop_token_ids)
-        asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION)
-        flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body.model, body.stream)
+        asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION, body.truncate_prompt_tokens)
+        flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body, body.stream)
         writer = CompletionWriter(self._head("cmpl", body, request), flow, words, hidden, body.logprobs)
         return await self._answer(request, body.stream, flow, writer)
 
@@ -76,12 +90,7 @@ class Service:
         chat = as_chat(body)
         flow, plan, params = await self._converse(chat, request, body.stream, body.effort)
         made = writer(body, self._head("", body, request), flow, plan, params)
-        answer = await self._answer(request, body.stream, flow, made)
-        if ignored := body.ignored():
-            answer.headers[IGNORED] = ", ".join(name for name in ignored if name.isprintable() and name.isascii())[
-                :1024
-            ]
-        return answer
+        return await self._answer(request, body.stream, flow, made)
 
     async def count_tokens(self, body: AgentRequest, request: Request) -> Response:
         """/v1/messages/count_tokens."""
@@ -90,7 +99,7 @@ class Service:
 
         def count(llm: Any) -> int:
             plan = plan_chat(llm.tokenizer, chat, body.effort)
-            return len(encode_conversation(llm.tokenizer, chat.messages, plan.tools, plan.variables))
+            return len(plan.encode(llm.tokenizer, chat))
 
         tokens = await self.bridge.offload(count, self.llm, client=client_of(request.scope))
         return json_response({"input_tokens": tokens})
@@ -99,17 +108,19 @@ class Service:
         self, body: ChatRequest, request: Request, stream: bool, effort: str | None = None
     ) -> tuple[RequestStream, ChatPlan, SamplingParams]:
         """Submit a conversation. With `effort`, the client is an agent: what it cannot know is fitted to the model."""
+        body = body.with_defaults(self.defaults)
         params, is_agent = body.sampling(), effort is not None
         plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, effort, client=client_of(request.scope))
         params = replace(params, **{**NO_GRAMMAR, **plan.grammar}) if plan.grammar else params
 
         def asks(llm: Any) -> Iterable[Ask]:
-            for message in body.messages:
-                refuse_long(llm, message.text)
-            tokens = encode_conversation(llm.tokenizer, body.messages, plan.tools, plan.variables)
+            if body.truncate_prompt_tokens is None:
+                for message in body.messages:
+                    refuse_long(llm, message.text)
+            tokens = truncated(llm, plan.encode(llm.tokenizer, body), params, body.truncate_prompt_tokens)
             yield tokens, self._fit(llm, tokens, params, at_most=is_agent)
 
-        return await self._submit(request, asks, body.n, params, body.model, stream), plan, params
+        return await self._submit(request, asks, body.n, params, body, stream), plan, params
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
@@ -154,7 +165,7 @@ class Service:
         """/v1/models: the one there is, then its adapters."""
         longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
         model = {"object": "model", "created": self.started, "owned_by": "warploom", "max_model_len": longest}
-        return [{"id": name, **model} for name in (self.config.name, *self.adapters)]
+        return [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -163,10 +174,10 @@ class Service:
 
     def adapter_of(self, name: str | None) -> str | None:
         """The adapter that a request's `model` names, if it is one; what is not served is refused."""
-        if name in (None, self.config.name):
+        if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
-            served = ", ".join(map(repr, (self.config.name, *self.adapters)))
+            served = ", ".join(map(repr, (*self.config.names, *self.adapters)))
             message = f"the model {name!r} is not served here; there is {served}"
             raise errors.APIError(404, message, param="model", code="model_not_found")
         return name
@@ -177,16 +188,18 @@ class Service:
         asks: Callable[[Any], Iterable[Ask]],
         count: int,
         params: SamplingParams,
-        model: str | None = None,
+        body: Sampling | None = None,
         streaming: bool = False,
     ) -> RequestStream:
-        adapter, scope = self.adapter_of(model), request.scope
+        scope, salt = request.scope, request.scope.get("salt")
+        adapter = self.adapter_of(body and body.model)
         return await self.bridge.submit(
             asks,
             count,
             params=params,
             streaming=streaming,
-            salt=scope.get("salt"),
+            salt=(salt, body.cache_salt) if body and body.cache_salt else salt,
+            priority=body.priority if body else 0,
             adapter=adapter,
             client=client_of(scope),
             party=scope.get("party"),
@@ -194,12 +207,13 @@ class Service:
         )
 
     def _continuing(
-        self, prompts: list[str | list[int]], params: SamplingParams, default: int
+        self, prompts: list[str | list[int]], params: SamplingParams, default: int, truncate: int | None = None
     ) -> Callable[[Any], Iterable[Ask]]:
         def asks(llm: Any) -> Iterable[Ask]:
             for prompt in prompts:
-                refuse_long(llm, prompt)
-                tokens = llm.encode(prompt)
+                if truncate is None:
+                    refuse_long(llm, prompt)
+                tokens = truncated(llm, llm.encode(prompt), params, truncate)
                 yield tokens, self._fit(llm, tokens, params, default)
 
         return asks
@@ -277,6 +291,17 @@ class Service:
             "finish_reason": sorted({stream.sequence.finish_reason or "cancelled" for stream in streams}),
             "client_left": flow.gone,
         }
+
+
+def truncated(llm: Any, tokens: list[int], params: SamplingParams, most: int | None) -> list[int]:
+    """The last `most` tokens of a prompt, -1 being what the context has room for; None keeps them all."""
+    if most is None:
+        return tokens
+    if most < 0:
+        most = max(llm.max_seq_len - max(params.max_tokens or 1, 1), 1)
+    if most == 0:
+        raise errors.invalid("truncate_prompt_tokens must be at least 1, or -1", "truncate_prompt_tokens")
+    return tokens[-most:]
 
 
 def refuse_long(llm: Any, text: str | list[int]) -> None:

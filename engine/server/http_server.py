@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -48,11 +49,14 @@ class HTTPServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list | None = None) -> None:
         """Let requests finish; those that do not are told so, before uvicorn cancels them."""
+        local = [name for name in (each.getsockname() for each in sockets or ()) if isinstance(name, str)]
         timer = asyncio.get_running_loop().call_later(self._drain, self._end_streams)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+            for path in local:  # here, since a signal is raised again after this
+                Path(path).unlink(missing_ok=True)
 
 
 def log_without_blocking() -> None:

@@ -45,6 +45,7 @@ PAGE_POLICY = "; ".join(
     ]
 )
 LOGGED = 256  # characters of what a client chose to send: a path, its user
+TRACE = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")  # OpenTelemetry's, by W3C
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 logger = logging.getLogger("warploom.server")
 Receive = Callable[[], Awaitable[dict]]
@@ -90,7 +91,7 @@ class RequestMiddleware:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._config.max_body_bytes:
             raise self._too_large()
-        if not self._keys or visit.scope["path"] in OPEN_ROUTES:
+        if not self._keys or visit.scope["path"].removeprefix(visit.scope.get("root_path", "")) in OPEN_ROUTES:
             return
         given = _digest(headers.get(b"x-api-key") or _key_of(headers.get(b"authorization", b"")))
         matches = [hmac.compare_digest(given, key) for key in self._keys]
@@ -144,6 +145,8 @@ class RequestContext:
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         self.record: dict[str, Any] = {}
+        if trace := TRACE.fullmatch(self.headers.get(b"traceparent", b"")):
+            self.record["trace_id"] = trace[1].decode()
         self.route: str | None = None  # where whoever answers knows it, and the scope does not
         scope["visit"] = self
 

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from ..errors import InputError
 from .openai import errors
 
+IGNORED = "x-warploom-ignored"  # header that names fields which were passed over
 INLINE = 1 << 16  # bytes that are parsed on the event loop: a millisecond
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -53,30 +54,39 @@ class BodyRoute(APIRoute):
         kind, endpoint = self.body_field.field_info.annotation, self.endpoint
 
         async def handle(request: Request) -> Response:
-            return await endpoint(await _read(kind, request), request)
+            body, ignored = await _read(kind, request)
+            answer = await endpoint(body, request)
+            if ignored := [name for name in ignored if name.isascii() and name.isprintable()]:
+                answer.headers[IGNORED] = ", ".join(ignored)[:1024]
+            return answer
 
         return handle
 
 
-def parse(kind: type[Kind], content: bytes) -> Kind:
-    """A request from its JSON; raises APIError."""
+def parse(kind: type[Kind], content: bytes, lenient: bool = False) -> tuple[Kind, list[str]]:
+    """A request from its JSON, and the names of fields that are passed over; raises APIError."""
     try:
         value = from_json(content)
     except ValueError:
         raise errors.invalid("the body is not valid JSON", code="invalid_json") from None
+    dropped = sorted(kind.unknown(value)) if lenient and hasattr(kind, "unknown") and isinstance(value, dict) else []
+    for name in dropped:
+        del value[name]
     try:
-        return kind.model_validate(value)
+        body = kind.model_validate(value)
+        return body, dropped + (body.ignored() if hasattr(body, "ignored") else [])
     except ValidationError as error:
         raise errors.from_validation(error.errors(include_url=False, include_context=False)) from None
 
 
-async def _read(kind: type[Kind], request: Request) -> Kind:
+async def _read(kind: type[Kind], request: Request) -> tuple[Kind, list[str]]:
     content = await request.body()
     if not content or not _is_json(request.headers.get("content-type", "")):
         raise errors.not_an_object()
+    lenient = request.app.state.bridge.config.lenient
     if len(content) <= INLINE:
-        return parse(kind, content)
-    return await request.app.state.bridge.offload(parse, kind, content, client=client_of(request.scope))
+        return parse(kind, content, lenient)
+    return await request.app.state.bridge.offload(parse, kind, content, lenient, client=client_of(request.scope))
 
 
 def client_of(scope: dict[str, Any]) -> Any:

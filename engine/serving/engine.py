@@ -19,9 +19,11 @@ from ..errors import InputError
 from .detokenizer import TextStream
 from .outputs import EngineError, Metrics, Output, Piece
 from .sampling_params import SamplingParams
+from .scheduling.pace import StepPace
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Sequence
 from .scheduling.step import ChunkResult, StepPlan, StepResult
+from .structured_output import MinTokens
 
 Result = TypeVar("Result")
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -174,6 +176,8 @@ class Engine:
         self.failed_alone = 0  # of steps with one sequence, or none
         self.last_error: BaseException | None = None
         self.generated_tokens = 0
+        self.pace: StepPace | None = None  # None: every step may have all its tokens
+        self._collected = 0.0  # when the last step ended
         self._notes: deque[Callable[[], None]] = deque()
         self._flights: deque = deque()
         self._lock, self._arriving = threading.Lock(), threading.RLock()
@@ -209,6 +213,8 @@ class Engine:
                 sequence.salt = salt if adapter is None else (adapter, salt)  # its keys and values are its own
                 sequence.deadline = None if deadline is None else now + deadline
                 sequence.grammar = grammar() if grammar else None
+                if params.min_tokens and not grammar:
+                    sequence.grammar = MinTokens(params.min_tokens, sequence.stop_tokens)
                 sequence.use_cache = params.prompt_logprobs is None
                 tell = on_piece or generation.pieces.put
                 sequence.listener = Continuation(sequence, self._text(tokens, params), index, tell)
@@ -290,13 +296,19 @@ class Engine:
 
     def _turn(self) -> bool:
         self._read_notes()
-        while plan := self.scheduler.plan(time.monotonic()):
-            self._flights.append(self.runner.launch(plan))
+        if self.pace is not None:
+            self.scheduler.shared_tokens = self.pace.tokens
+        while plan := self.scheduler.plan(began := time.monotonic()):
+            self._flights.append((self.runner.launch(plan), began, sum(len(chunk.tokens) for chunk in plan.chunks)))
         self._tell_ended()
         if not self._flights:
             return False
-        result = self.runner.collect(self._flights.popleft())
+        flight, began, computed = self._flights.popleft()
+        result = self.runner.collect(flight)
         now = time.monotonic()
+        if self.pace is not None:
+            self.pace.observe(computed, now - max(began, self._collected))
+        self._collected = now
         for sequence, tokens, chunk in self.scheduler.commit(result):
             self.generated_tokens += len(tokens)
             stopped = sequence.listener.receive(tokens, chunk, now)
@@ -363,6 +375,8 @@ class Engine:
             wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
             if wrong is not None:
                 raise InputError(f"{name} has token id {wrong}, but the vocabulary has {vocabulary} tokens")
+        if params.min_tokens and params.constrained:
+            raise InputError("min_tokens cannot be given with a grammar, which says itself when the text may end")
         wrong = next((token for token in params.logit_bias or () if token >= vocabulary), None)
         if wrong is not None:
             raise InputError(f"logit_bias has token id {wrong}, but the vocabulary has {vocabulary} tokens")

@@ -20,9 +20,9 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
 from ..errors import InputError
-from ..formats.gguf_reader import GGUFFile, is_gguf
-from ..formats.model_directory import base_of, load_model, read_model
+from ..formats.model_directory import base_of, load_model, read_model, refuse_repacking
 from ..formats.model_source import resolve_model
+from ..formats.packed_weight import describe, is_packed
 from ..model import Block, Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
@@ -35,29 +35,33 @@ from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
+from .scheduling.pace import StepPace
 from .scheduling.page_pool import PagePool
 from .scheduling.scheduler import Scheduler
 from .scheme import Scheme, scheme_of
 from .structured_output import GrammarCompiler
 
 Prompt = str | Items[int]
+MOST_ROWS = 256  # of a batch, unless more are asked for: 160 streams were 19 % faster together than 64 at a time
 
 
 class LLM:
     """Generates with a model directory, a Hub id or a `Transformer`.
 
-    `kv_memory` bounds the cache in bytes; by default it is what `max_batch` full contexts need, as far as memory goes.
-    `quantize="int8"` keeps weights in 8 bits, "int4" in 4 (of small models not all), a `Scheme` as it says; on a CPU
-    keys and values are in 8 bits then too, unless keys have biases far larger than themselves. `kv_dtype` chooses their
-    format by itself: the name of a dtype, "int8" (on a CPU) or "fp8" (on a GPU); 8 bits are half the bytes of bfloat16,
-    so twice the tokens in the same memory, read in half the time.
-    `max_batch_tokens` bounds the tokens of one step. `ngram_draft_tokens` is how many tokens an n-gram lookup may guess
-    ahead, `draft_model` a smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the
-    speed, not the output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own
-    where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request
-    gets may then depend, in the last bits, on its company. `adapters` are directories of LoRA adapters by name: each
-    request may name one, and one batch may hold many; layers then run one by one. A directory of one adapter that is
-    itself the `model` is merged, and costs nothing.
+    `max_batch` bounds the sequences computed together; by default it is 256 on a CPU, or what memory holds a
+    quarter of the context for, and 64 elsewhere. `kv_memory` bounds the cache in bytes; by default it is what
+    `max_batch` full contexts need, as far as memory goes. `quantize="int8"` keeps weights in 8 bits, "int4" in 4
+    (of small models not all), a `Scheme` as it says; on a CPU keys and values are in 8 bits then too, unless keys
+    have biases far larger than themselves. `kv_dtype` chooses their format by itself: the name of a dtype, "int8"
+    (on a CPU) or "fp8" (on a GPU); 8 bits are half the bytes of bfloat16, so twice the tokens in the same memory,
+    read in half the time. `max_batch_tokens` bounds the tokens of one step; by default a step that others wait for
+    takes 200 ms at most. `ngram_draft_tokens` is how many tokens an n-gram lookup may guess ahead, `draft_model` a
+    smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the speed, not the
+    output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own where there are
+    GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request gets may then
+    depend, in the last bits, on its company. `adapters` are directories of LoRA adapters by name: each request may
+    name one, and one batch may hold many; layers then run one by one. A directory of one adapter that is itself the
+    `model` is merged, and costs nothing.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class LLM:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        max_batch: int = 64,
+        max_batch: int | None = None,
         kv_memory: int | None = None,
         page_size: int = 16,
         quantize: str | Scheme | None = None,
@@ -100,11 +104,13 @@ class LLM:
             model = resolve_model(model)
         if isinstance(draft_model, (str, os.PathLike)):
             draft_model = resolve_model(draft_model)
-        if scheme is not None and scheme.bits == 4 and not isinstance(model, Transformer) and is_gguf(model):
-            GGUFFile(model).refuse_repacking(quantize)
+        if scheme is not None and not isinstance(model, Transformer):
+            refuse_repacking(base_of(model), quantize, scheme.bits)
         self._source = model
         sources = [model] if draft_model is None else [model, draft_model]
         where = model.device if device is None and isinstance(model, Transformer) else pick_device(device)
+        paced, fitted = max_batch_tokens is None, max_batch is None
+        max_batch = max_batch or (MOST_ROWS if where.type == "cpu" and tensor_parallel == 1 else 64)
         max_batch_tokens = max(max_batch_tokens or (8192 if where.type == "cuda" else 512), max_batch)
         team = None
         if tensor_parallel > 1:
@@ -112,7 +118,11 @@ class LLM:
 
             team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
-            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group)
+            packed = quantize is None and team is None and HAS_NATIVE and where.type == "cpu"
+            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
+            self.packing = describe(self.model)
+            if packed and self.packing and self.model.embedding.weight.dtype == torch.float16:
+                self.model.float()  # what is not packed: C++ knows float32 and bfloat16
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.adapters = open_adapters(adapters or {}, model)
@@ -126,6 +136,8 @@ class LLM:
                 measured = measure(self.model, max_batch_tokens, max_batch)
                 memory = measured if memory is None else memory
             cost = sum(PagedKVCache.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
+            if fitted:  # a quarter of the context each, as conversations are; who outgrows that may be preempted
+                max_batch = min(max_batch, max(16, memory // cost * page_size * 4 // self.max_seq_len))
             enough = max_batch * -(-self.max_seq_len // page_size)
             if kv_memory is not None and kv_memory < cost:
                 short = f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
@@ -149,6 +161,8 @@ class LLM:
         )
         self.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size)
         self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
+        if paced:
+            self.engine.pace = StepPace(max_batch_tokens)
 
     def _open_draft(self, source) -> Transformer:
         """A model that can guess for ours."""
@@ -189,6 +203,8 @@ class LLM:
         native_pages = runner.store.layers is not None
         packing = quantize, False, batch_invariant, native_pages
         runner.model, runner.head = serving_model(model, *packing, runner.adapters)
+        if quantize is not None:
+            runner.graphs = None  # they were recorded with the old ones; without, the twin shares the model's weights
         scheduler.pool.forget()
 
     def submit(
@@ -305,14 +321,16 @@ class LLM:
         return encode_chat(self.tokenizer, messages)
 
 
-def _open(model, tokenizer, device, dtype, group=None) -> tuple[Transformer, Any]:
+def _open(model, tokenizer, device, dtype, group=None, packed=False) -> tuple[Transformer, Any]:
     if isinstance(model, (str, os.PathLike)):
         if tokenizer is not None:
-            return read_model(model, device, dtype, group), tokenizer
-        return load_model(model, device, dtype, group)
+            return read_model(model, device, dtype, group, packed), tokenizer
+        return load_model(model, device, dtype, group, packed)
     if not isinstance(model, Transformer):
         raise InputError(f"model must be a model directory or a Transformer, got {type(model).__name__}")
     device = model.device if device is None else pick_device(device)
+    if is_packed(model):
+        return model.eval(), tokenizer
     wanted = None if dtype is None else pick_dtype(dtype, device)
     if device != model.device or wanted not in (None, model.embedding.weight.dtype):
         copy = Transformer(model.config).to(device, wanted)
@@ -331,7 +349,8 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
     """The number format of keys and values."""
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
-        eight = quantize is not None and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
+        eight = quantize is not None or is_packed(model)
+        eight = eight and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
         eight = eight and is_supported(model.config) and not any(map(has_tall_keys, cast("list[Block]", model.blocks)))
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -22,18 +23,19 @@ class LLMOptions:
     """Device: auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Number format of weights and cache; by default as stored."""
-    max_batch: int = 64
-    """Most sequences computed together."""
+    max_batch: int | None = None
+    """Most sequences computed together; by default 256 at most, as memory holds a quarter of the context for each."""
     kv_memory: int | None = None
     """Bytes for keys and values; by default what max_batch full contexts need, as far as memory goes."""
     page_size: int = 16
     """Tokens a page of the cache."""
     quantize: Literal["int8", "int4"] | None = None
-    """Keep weights in 8 bits, or 4 (on a CPU); on a CPU, activations, keys and values are rounded to 8 bits too."""
+    """Keep weights in 8 bits, or 4 (on a CPU); on a CPU, activations, keys and values are rounded to 8 bits too.
+    Without it, files that are quantized stay as they are."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
     """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize. fp8: GPUs."""
     max_batch_tokens: int | None = None
-    """Most tokens computed in one step."""
+    """Most tokens computed in one step; by default so that nobody waits longer than 200 ms for the next token."""
     max_seq_len: int | None = None
     """Longest sequence to serve; by default the model's own limit."""
     ngram_draft_tokens: int = 0
@@ -60,4 +62,7 @@ class LLMOptions:
         finally:
             if watched:
                 gc.enable()
-        return LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, adapters=adapters)
+        llm = LLM(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, adapters=adapters)
+        if llm.packing:
+            print(f"warploom: {llm.packing}", file=sys.stderr)
+        return llm

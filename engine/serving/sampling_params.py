@@ -45,6 +45,8 @@ class SamplingParams:
     """Generation ends with any of these tokens, which is not shown in the text."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
+    min_tokens: int = 0
+    """Tokens to generate before one may end the generation (a stop string still may)."""
     seed: int | None = None
     """Same request and same seed, same tokens; None draws a new seed for each request."""
     n: int = 1
@@ -96,6 +98,9 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 0)
+        _integer("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}")
         _number("temperature", self.temperature, 0, 100)
         _integer("top_k", self.top_k, 0)
         _number("top_p", self.top_p, 0, 1, open_low=True)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 from ..errors import InputError
-from ..formats.packed_weight import Layout
+from ..formats.packed_weight import MATRICES, Layout
 
-MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
 SMALL = 1_000_000_000  # parameters below which 4 bits leave the down products in 8: a third of the loss is theirs
 
 

@@ -73,6 +73,28 @@ class Grammar:
         logits_V.masked_fill_(~torch.from_numpy(allowed).bool().to(logits_V.device), -torch.inf)
 
 
+class MinTokens:
+    """Grammar in which the tokens that end a generation are impossible at first."""
+
+    error, finished = None, False
+
+    def __init__(self, count: int, ends: frozenset[int]):
+        self._count, self._seen, self._ends = count, 0, sorted(ends)
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        self._seen += 1
+
+    def rewind(self, tokens: list[int]) -> None:
+        """Stand again where these tokens lead."""
+        self._seen = len(tokens)
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Make the end impossible, in place, while it is too early."""
+        if self._seen < self._count:
+            logits_V[self._ends] = -torch.inf
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and a model's `vocabulary` rows, and keeps the last ones."""
 

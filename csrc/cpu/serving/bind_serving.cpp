@@ -64,8 +64,9 @@ Layout make_layout(int bits, int group, bool minimum, bool rotate, const std::ve
     return layout;
 }
 
-// A byte a code; scales, minima and units as `quantize_row` gives them.
-void quantize_rows(Tensor weight, const Layout& layout, Tensor codes, Tensor scales, Tensor minima, Tensor units) {
+// A byte a code; scales, minima and units as `quantize_row` gives them; `feedback` is what it takes, or None.
+void quantize_rows(Tensor weight, const Layout& layout, Tensor codes, Tensor scales, Tensor minima, Tensor units,
+                   Tensor feedback) {
     const int rows = size_of("rows", weight.size(0)), columns = size_of("columns", weight.size(1));
     const int64_t groups = groups_of(layout, columns), width = groups * layout.group;
     const float* from = weight.numbers<const float>("weight", int64_t(rows) * columns);
@@ -73,10 +74,11 @@ void quantize_rows(Tensor weight, const Layout& layout, Tensor codes, Tensor sca
     uint16_t *scale = scales.numbers<uint16_t>("scales", rows * groups),
              *least = minima.numbers_or_none<uint16_t>("minima", rows * groups);
     float* unit = units.numbers<float>("units", rows);
+    const float* back = feedback.numbers_or_none<const float>("feedback", width * width);
     py::gil_scoped_release unlocked;
     Workers::shared().run(rows, [&](int row) {
         unit[row] = quantize_row(from + int64_t(row) * columns, columns, layout, to + row * width, scale + row * groups,
-                                 least ? least + row * groups : nullptr);
+                                 least ? least + row * groups : nullptr, back);
     });
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/serving/spin_pool.hpp"
+#include "cpu/serving/weight_memory.hpp"
 #include "simd.hpp"
 
 namespace warploom {
@@ -26,46 +27,46 @@ struct Task {
     float* y;
 };
 
-// ROWS × VECTORS sums in registers: each weight vector loaded serves all rows, each activation all vectors.
-template <int ROWS, int VECTORS>
+// ROWS × VECTORS · 16 sums in registers, whose size is that of V: each weight loaded serves all rows, each activation all
+// vectors.
+template <class V, int ROWS, int VECTORS>
 WARPLOOM_INLINE void tile(const Task<float, float>& t, const float* weights, float* y) {
-    f16 total[ROWS][VECTORS] = {};
+    constexpr int lanes = lanes_of<V>, parts = VECTORS * kLanes / lanes;
+    V total[ROWS][parts] = {};
     for (int c = 0; c < t.columns; ++c) {
-        f16 weight[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * t.stride + size_t(c) * kLanes);
+        V weight[parts];
+        for (int p = 0; p < parts; ++p)
+            load_as(weights + p * lanes / kLanes * t.stride + size_t(c) * kLanes + p * lanes % kLanes, weight[p]);
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) total[r][v] += weight[v] * t.x[r * t.x_stride + c];
+            for (int p = 0; p < parts; ++p) total[r][p] += weight[p] * t.x[r * t.x_stride + c];
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
+        for (int p = 0; p < parts; ++p) store_as(y + r * t.vectors * kLanes + p * lanes, total[r][p]);
 }
 
-template <int ROWS, int VECTORS>
+template <class V, int ROWS, int VECTORS>
 WARPLOOM_INLINE void tile(const Task<bfloat16, float>& t, const bfloat16* weights, float* y) {
-    f16 total[ROWS][VECTORS] = {};
-    int c = 0;
-    for (; c + 2 <= t.columns; c += 2) {
-        f16 first[VECTORS], second[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) widen_pairs(weights + v * t.stride + size_t(c) * kLanes, first[v], second[v]);
+    constexpr int lanes = lanes_of<V>, parts = VECTORS * kLanes / lanes;
+    V total[ROWS][parts] = {};
+    for (int c = 0; c < t.columns; c += 2) {
+        V first[parts], second[parts];
+        for (int p = 0; p < parts; ++p)
+            widen_pairs(weights + p * lanes / kLanes * t.stride + size_t(c) * kLanes + p * lanes % kLanes * 2, first[p], second[p]);
+        const bool pair = c + 1 < t.columns;  // else an odd last column
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) {
-                total[r][v] += first[v] * t.x[r * t.x_stride + c];
-                total[r][v] += second[v] * t.x[r * t.x_stride + c + 1];
+            for (int p = 0; p < parts; ++p) {
+                total[r][p] += first[p] * t.x[r * t.x_stride + c];
+                if (pair) total[r][p] += second[p] * t.x[r * t.x_stride + c + 1];
             }
     }
-    for (int v = 0; v < VECTORS && c < t.columns; ++v) {  // an odd last column
-        f16 first, none;
-        widen_pairs(weights + v * t.stride + size_t(c) * kLanes, first, none);
-        for (int r = 0; r < ROWS; ++r) total[r][v] += first * t.x[r * t.x_stride + c];
-    }
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(y + (r * t.vectors + v) * kLanes, total[r][v]);
+        for (int p = 0; p < parts; ++p) store_as(y + r * t.vectors * kLanes + p * lanes, total[r][p]);
 }
 
 #ifdef WARPLOOM_X86
 #define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
-template <int ROWS, int VECTORS>
+template <class V, int ROWS, int VECTORS>
 WARPLOOM_BF16 inline void tile(const Task<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
     __m512 total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
@@ -86,29 +87,40 @@ WARPLOOM_BF16 inline void tile(const Task<bfloat16, bfloat16>& t, const bfloat16
 }
 #endif
 
-// Few rows take whole blocks of four vectors, more rows pairs of them: the sums fill the registers either way.
-#define WARPLOOM_COVER(ROWS, WIDE)                                                              \
-    for (; v + WIDE <= t.vectors; v += WIDE)                                                    \
-        tile<ROWS, WIDE>(t, t.weights + v * t.stride, t.y + v * kLanes);                        \
-    for (; v < t.vectors; ++v) tile<ROWS, 1>(t, t.weights + v * t.stride, t.y + v * kLanes);    \
-    break;
-#define WARPLOOM_TILES                        \
-    int v = 0;                                \
-    switch (t.rows) {                         \
-        case 1: WARPLOOM_COVER(1, 4)          \
-        case 2: WARPLOOM_COVER(2, 4)          \
-        case 3: WARPLOOM_COVER(3, 4)          \
-        case 4: WARPLOOM_COVER(4, 4)          \
-        case 5: WARPLOOM_COVER(5, 2)          \
-        default: WARPLOOM_COVER(6, 2)         \
-    }
+// Vectors of a tile. Six rows by four are 24 sums of the 32 registers of AVX-512; weights that are widened take twice the
+// registers. Of smaller ones, 16 of eight floats or 32 of four, twelve or 24 are sums.
+template <class V, class T, class X>
+constexpr int vectors_of(int rows) {
+    if (lanes_of<V> == kLanes) return rows > 4 && sizeof(T) != sizeof(X) ? 2 : 4;
+    return rows == 1 ? 4 : rows < 4 ? 2 : 1;
+}
 
-WARPLOOM_CLONES void run(const Task<float, float>& t) { WARPLOOM_TILES }
-WARPLOOM_CLONES void run(const Task<bfloat16, float>& t) { WARPLOOM_TILES }
+template <class V, int ROWS, class T, class X>
+WARPLOOM_INLINE void cover(const Task<T, X>& t) {
+    constexpr int some = vectors_of<V, T, X>(ROWS);
+    int v = 0;
+    for (; v + some <= t.vectors; v += some) tile<V, ROWS, some>(t, t.weights + v * t.stride, t.y + v * kLanes);
+    for (; v < t.vectors; ++v) tile<V, ROWS, 1>(t, t.weights + v * t.stride, t.y + v * kLanes);
+}
+
+template <class V, class T, class X>
+WARPLOOM_INLINE void run_in(const Task<T, X>& t) {
+    switch (t.rows) {
+        case 1: return cover<V, 1>(t);
+        case 2: return cover<V, 2>(t);
+        case 3: return cover<V, 3>(t);
+        case 4: return cover<V, 4>(t);
+        case 5: return cover<V, 5>(t);
+        default: return cover<V, 6>(t);
+    }
+}
+
+WARPLOOM_CLONES void run(const Task<float, float>& t) { has_avx512 ? run_in<f16>(t) : run_in<Register>(t); }
+WARPLOOM_CLONES void run(const Task<bfloat16, float>& t) { has_avx512 ? run_in<f16>(t) : run_in<Register>(t); }
 
 #ifdef WARPLOOM_X86
-WARPLOOM_BF16 void run(const Task<bfloat16, bfloat16>& t) { WARPLOOM_TILES }
-const bool pairs_are_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+WARPLOOM_BF16 void run(const Task<bfloat16, bfloat16>& t) { run_in<f16>(t); }
+const bool pairs_are_fast = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
 void run(const Task<bfloat16, bfloat16>&) { __builtin_unreachable(); }
 const bool pairs_are_fast = false;
@@ -148,8 +160,8 @@ DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const
     constexpr int together = sizeof(T) == 2 ? 2 : 1;  // columns that lie side by side
     const int vectors = (outputs + kLanes - 1) / kLanes;
     const size_t bytes = size_t(vectors) * kLanes * padded_ * sizeof(T);
-    memory_.reset(new uint8_t[bytes + 64]());
-    weights_ = reinterpret_cast<T*>(memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64);
+    memory_ = weight_memory(bytes);
+    weights_ = reinterpret_cast<T*>(memory_.get());
     bias_.assign(size_t(vectors) * kLanes, 0.0f);
     if (bias) std::copy(bias, bias + outputs, bias_.begin());
     Workers::shared().run(vectors, [&](int vector) {

@@ -28,7 +28,7 @@ public:
 
 private:
     int outputs_, columns_, padded_;
-    std::unique_ptr<uint8_t[]> memory_;
+    std::shared_ptr<uint8_t> memory_;
     T* weights_;
     std::vector<float> bias_;
 };

@@ -13,6 +13,7 @@ namespace warploom {
 namespace {
 
 constexpr int kTogether = 16;       // queries whose heads walk the pages side by side
+constexpr int kDirect = 4;          // queries for which memory is waited for: the next tile is requested
 constexpr float kMost = 127 * 128;  // of a query's numbers: high within ±127, low within −64 … 63
 constexpr float kParts = 65535;     // of the largest weight of a tile
 constexpr float kLeast = 1e-30f;    // below it, nothing
@@ -352,7 +353,7 @@ void attend_int8(const Pages& pages, const Step& step, const Look& look, const f
         for (int64_t at = seen[0].since / kTile * kTile; at < end; at += kTile) {
             while (seen[a].end <= at) ++a;
             while (b < task.tokens && seen[b].since < at + kTile) ++b;
-            const bool more = Q == 1 && at + kTile < end;
+            const bool more = Q <= kDirect && at + kTile < end;
             visit(look, Tiles{tile_at(pages.keys, at), tile_at(pages.values, at),
                               more ? tile_at(pages.keys, at + kTile) : nullptr,
                               more ? tile_at(pages.values, at + kTile) : nullptr, bytes, at, seen.data(), D, groups, Q,

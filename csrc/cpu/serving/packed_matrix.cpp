@@ -105,13 +105,26 @@ WARPLOOM_CLONES void fit_range(const float* x, int n, float most, float unit, ui
     }
 }
 
+// Codes of a group of n one after the other: what each loses is taken from the columns after it, `left` in all.
+WARPLOOM_CLONES void feed_back(float* x, int n, int left, float scale, float shift, float most, const float* feedback,
+                               int stride, float* codes) {
+    const float inverse = scale > 0 ? 1 / scale : 0;
+    for (int i = 0; i < n; ++i, feedback += stride + 1) {
+        const float code = std::min(std::max(std::nearbyint((x[i] - shift) * inverse), 0.0f), most);
+        const float error = x[i] - (code * scale + shift);
+        codes[i] = code;
+        for (int j = 1; j < left - i; ++j) x[i + j] -= error * feedback[j];
+    }
+}
+
 }  // namespace
 
 int groups_of(const Layout& l, int columns) {
     return l.rotate ? (columns + kTurned - 1) / kTurned * (kTurned / l.group) : (columns + l.group - 1) / l.group;
 }
 
-float quantize_row(const float* row, int columns, const Layout& l, uint8_t* codes, uint16_t* scales, uint16_t* minima) {
+float quantize_row(const float* row, int columns, const Layout& l, uint8_t* codes, uint16_t* scales, uint16_t* minima,
+                   const float* feedback) {
     thread_local Floats rotated;
     const int groups = groups_of(l, columns), n = groups * l.group, half = 1 << (l.bits - 1);
     rotated.assign(size_t(n), 0.0f);
@@ -132,6 +145,11 @@ float quantize_row(const float* row, int columns, const Layout& l, uint8_t* code
             scales[g] = to_half(size / most / unit);
             const float scale = from_half(scales[g]) * unit;
             round_codes(x, l.group, scale, -float(half) * scale, float(2 * half - 1), numbers);
+        }
+        if (feedback) {
+            const float scale = from_half(scales[g]) * unit, shift = l.minimum ? from_half(minima[g]) * unit : -float(half) * scale;
+            const int at = g * l.group;
+            feed_back(x, l.group, n - at, scale, shift, float(2 * half - 1), feedback + size_t(at) * n + at, n, numbers);
         }
         for (int i = 0; i < l.group; ++i) codes[i] = uint8_t(numbers[i]);
     }

@@ -32,7 +32,11 @@ struct Codes {
 // One row of float weights as codes, a byte each. Eight bits take the largest number of a group as it is, four bits the best
 // scale and minimum of a few (least squares). What scales and minima are counted in is returned, a power of two: half
 // precision has but five bits of exponent.
-float quantize_row(const float* row, int columns, const Layout&, uint8_t* codes, uint16_t* scales, uint16_t* minima);
+//
+// With `feedback`, (groups · group)² numbers, what a code loses is taken from the columns after it: row c says how much of the
+// error of column c each of them makes good, given how columns move together in the activations (GPTQ; calibrate.py makes it).
+float quantize_row(const float* row, int columns, const Layout&, uint8_t* codes, uint16_t* scales, uint16_t* minima,
+                   const float* feedback = nullptr);
 
 class PackedMatrix : public Matrix {
 public:

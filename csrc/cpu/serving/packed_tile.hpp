@@ -10,6 +10,7 @@
 
 enum class Kind { bytes, nibbles, table };
 
+// The small loops are unrolled by name: else GCC 12 keeps the sums in memory, and stores and loads each at every line.
 // ROWS × VECTORS sums in registers, from vector `v` on: each line loaded serves all rows, each activation all vectors. After each
 // group they join float sums, which may lie in memory. WIDE: activations of two bytes, 128 · high + low.
 template <int ROWS, int VECTORS, Kind KIND, bool WIDE>
@@ -24,12 +25,16 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
     const uint8_t* w = t.data + size_t(v) * 64;
     const Bytes table = KIND == Kind::table ? spread_table(l.table) : Bytes{};
     Floats total[ROWS][VECTORS];
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
         for (int i = 0; i < VECTORS; ++i) clear(total[r][i]);
     constexpr int step = KIND == Kind::bytes ? 4 : 8;  // columns of a line
     for (int g = 0; g < t.groups; ++g, w += size, values += l.group, low += l.group) {
         Ints sums[ROWS][VECTORS], high[ROWS][VECTORS];
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
             for (int i = 0; i < VECTORS; ++i) {
                 spread(sums[r][i], offset * totals[size_t(r) * x.groups + g]);
                 if (WIDE) spread(high[r][i], 0);
@@ -37,6 +42,7 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
 #pragma GCC unroll 2
         for (int k = 0; k < count; ++k) {
             Bytes first[VECTORS], second[VECTORS];
+#pragma GCC unroll 4
             for (int i = 0; i < VECTORS; ++i) {
                 const uint8_t* at = w + k * line + i * 64;
                 first[i] = load_line(at);
@@ -45,23 +51,29 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
                 second[i] = high_halves(first[i]), first[i] = low_halves(first[i]);
                 if (KIND == Kind::table) first[i] = look_up(table, first[i]), second[i] = look_up(table, second[i]);
             }
+#pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
                 const size_t at = size_t(r) * x.columns + k * step;
+#pragma GCC unroll 4
                 for (int half = 0; half < step; half += 4) {
                     const Bytes* weight = half ? second : first;
                     const Bytes four = four_bytes((WIDE ? low : values) + at + half);
+#pragma GCC unroll 4
                     for (int i = 0; i < VECTORS; ++i) dot<KIND>(sums[r][i], weight[i], four);
                     if (!WIDE) continue;
                     const Bytes upper = four_bytes(values + at + half);
+#pragma GCC unroll 4
                     for (int i = 0; i < VECTORS; ++i) dot<KIND>(high[r][i], weight[i], upper);
                 }
             }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < VECTORS; ++i) {
             const uint8_t* at = w + halves + i * 32;
             const Floats weight = from_halves(at);
             Floats minimum;
             if (l.minimum) minimum = from_halves(at + vectors * 32);
+#pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
                 if (WIDE) add_shifted(sums[r][i], high[r][i]);
                 const float scale = scales[size_t(r) * x.groups + g];
@@ -70,8 +82,10 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
             }
         }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < VECTORS; ++i) {
         const int n = (v + i) * kLanes;
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) finish(y + size_t(r) * width + n, total[r][i], t.units + n, t.bias + n);
     }
 }

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kQueries = 16;  // queries of one task: they share the pages that it reads
 constexpr int kSpan = 32;     // numbers read together; heads are padded to whole spans
+constexpr int kDirect = 4;    // queries that read a page where it lies; more of them share its widened rows
 
 #define WARPLOOM_EVENS(a, b) WARPLOOM_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define WARPLOOM_ODDS(a, b) WARPLOOM_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
@@ -209,6 +210,15 @@ WARPLOOM_INLINE void attend_task(const Pages& pages, const Step& step, const Loo
     const int32_t* table = step.table + int64_t(step.sequences[task.first]) * step.width;
     const int64_t stride = int64_t(pages.kv_heads) * D, whole = size * stride;
     const T *all_keys = static_cast<const T*>(pages.keys), *all_values = static_cast<const T*>(pages.values);
+    // Of the next page a part in order, where all of it is this task's; else the rows of its heads.
+    const auto fetch_part = [&](int64_t page, int g) __attribute__((always_inline)) {
+        const bool mine = task.groups == pages.kv_heads;
+        const int64_t next = page + (mine ? int64_t(g) * size * D : (task.group + g) * int64_t(D));
+        for (int j = 0; j < size; ++j) {
+            const int64_t row = next + j * (mine ? D : stride);
+            fetch(all_keys + row, D), fetch(all_values + row, D);
+        }
+    };
     for (int64_t at = begin / size * size; at < end; at += size) {
         for (int i = 0; i < all; ++i) {
             const int64_t last = least + i % Q / shared, since = look.window > 0 ? last - look.window : 0;
@@ -217,13 +227,10 @@ WARPLOOM_INLINE void attend_task(const Pages& pages, const Step& step, const Loo
         const int count = int(std::min<int64_t>(size, end - at));
         const int64_t offset = table[at / size] * whole + task.group * D;
         const T *keys = all_keys + offset, *values = all_values + offset;
-        if (Q == 1 && D == padded) {
+        if (Q <= kDirect && D == padded) {
             for (int g = 0; g < task.groups; ++g) {
-                if (at + size < end && task.groups == pages.kv_heads) {  // a part of the next page, in order
-                    const int64_t next = table[at / size + 1] * whole + g * size * D;
-                    fetch(all_keys + next, size * D), fetch(all_values + next, size * D);
-                }
-                visit(look, keys + g * D, values + g * D, stride, size, D, g, g + 1, s);
+                if (at + size < end) fetch_part(table[at / size + 1] * whole, g);
+                visit(look, keys + g * D, values + g * D, stride, size, D, g * Q, (g + 1) * Q, s);
             }
             continue;
         }

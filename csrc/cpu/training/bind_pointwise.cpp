@@ -105,19 +105,6 @@ void cross_entropy(int64_t ignore, float smoothing, float z, Tensor logits, Tens
     });
 }
 
-// The last `queries` of each matrix's rows are a block that sees the keys up to its own.
-void attend(int queries, float scale, Tensor scores, Tensor weights, Tensor d_weights) {
-    const int S = size_of(weights.size(weights.dims() - 1)), N = size_of(weights.count() / std::max(1, S));
-    if (queries < 1 || queries > S) throw py::value_error("queries must be 1 to " + std::to_string(S));
-    if (scores.given() == d_weights.given()) throw py::value_error("give either scores or d_weights");
-    in_format(weights, [&](auto number) {
-        using T = decltype(number);
-        run(Attend<T>{N, queries, S - queries, S, scale, scores.numbers_or_none<const float>("scores", int64_t(N) * S),
-                      weights.numbers<T>("weights", int64_t(N) * S),
-                      d_weights.numbers_or_none<T>("d_weights", int64_t(N) * S)});
-    });
-}
-
 template <class T>
 HeadsOf<T> heads_of(const char* name, const Array& x, int64_t B, int64_t time, int64_t heads, int64_t D) {
     T* at = x.heads<T>(name, {B, time, heads, D});
@@ -125,25 +112,30 @@ HeadsOf<T> heads_of(const char* name, const Array& x, int64_t B, int64_t time, i
 }
 
 // Forward with q, k, v and out; backward with q, k, v and the gradients of out, q, k and v.
-void attention(float scale, Tensor stats, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dq, Tensor dk, Tensor dv) {
+template <class T>
+void attention_of(float scale, Tensor stats, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dq, Tensor dk, Tensor dv) {
     const int64_t B = q.size(0), time = q.size(1), H = q.size(2), D = q.size(3), K = k.size(2);
     size_of(B), size_of(time), size_of(H), size_of(D);
     if (D % 16 || K < 1 || H % K)
         throw py::value_error("heads must have a multiple of 16 numbers and share key heads evenly, got " +
                               std::to_string(H) + " and " + std::to_string(K) + " heads of " + std::to_string(D));
-    const DenseAttention task{int(B), int(time), int(H), int(K), int(D), scale,
-                              heads_of<const float>("q", q, B, time, H, D), heads_of<const float>("k", k, B, time, K, D),
-                              heads_of<const float>("v", v, B, time, K, D), stats.numbers<float>("stats", 2 * B * H * time)};
+    const DenseAttention<T> task{int(B), int(time), int(H), int(K), int(D), scale,
+                              heads_of<const T>("q", q, B, time, H, D), heads_of<const T>("k", k, B, time, K, D),
+                              heads_of<const T>("v", v, B, time, K, D), stats.numbers<float>("stats", 2 * B * H * time)};
     if (!dq.given()) {
-        const auto o = heads_of<float>("out", out, B, time, H, D);
+        const auto o = heads_of<T>("out", out, B, time, H, D);
         py::gil_scoped_release unlocked;
         return task.forward(o);
     }
-    const auto d_out = heads_of<const float>("d_out", out, B, time, H, D);
-    const auto to_q = heads_of<float>("dq", dq, B, time, H, D), to_k = heads_of<float>("dk", dk, B, time, K, D),
-               to_v = heads_of<float>("dv", dv, B, time, K, D);
+    const auto d_out = heads_of<const T>("d_out", out, B, time, H, D);
+    const auto to_q = heads_of<T>("dq", dq, B, time, H, D), to_k = heads_of<T>("dk", dk, B, time, K, D),
+               to_v = heads_of<T>("dv", dv, B, time, K, D);
     py::gil_scoped_release unlocked;
     task.backward(d_out, to_q, to_k, to_v);
+}
+
+void attention(float scale, Tensor stats, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dq, Tensor dk, Tensor dv) {
+    in_format(q, [&](auto number) { attention_of<decltype(number)>(scale, stats, q, k, v, out, dq, dk, dv); });
 }
 
 void borrow_team(Address parallel, Address number, Address size) {
@@ -162,7 +154,6 @@ void bind_passes(py::module_& module) {
     module.def("gate_backward", &gate_backward);
     module.def("turn", &turn);
     module.def("cross_entropy", &cross_entropy);
-    module.def("attend", &attend);
     module.def("attention", &attention, py::arg("scale"), py::arg("stats"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("dq") = py::none(), py::arg("dk") = py::none(),
                py::arg("dv") = py::none());

@@ -16,13 +16,6 @@ constexpr int kKeys = 64;     // keys of a block
 constexpr int kRows = 8;      // rows of a product come in multiples of this
 constexpr int kAhead = 16;    // rows that memory is asked for before they are needed
 
-// Sixteen lanes in one register, and 32 of those; a CPU with less keeps sums of eight lanes in registers.
-#ifdef __x86_64__
-const bool many_registers = __builtin_cpu_supports("avx512f");
-#else
-const bool many_registers = false;
-#endif
-
 // Which sums of a product are needed where a block of queries meets the keys of the same tokens.
 enum class Part {
     all,
@@ -70,8 +63,8 @@ WARPLOOM_CLONES void multiply(const Product& p, Part part) {
         int column = part == Part::late_columns ? row / kLanes * kLanes : 0;
         while (column < p.columns) {
             const int left = p.columns - column;
-            if (!many_registers) {
-                tile<f8, 4, 16>(p, row, column, from, to), tile<f8, 4, 16>(p, row + 4, column, from, to), column += 16;
+            if (!has_avx512) {
+                tile<Register, 4, 16>(p, row, column, from, to), tile<Register, 4, 16>(p, row + 4, column, from, to), column += 16;
             } else if (left >= 64) {
                 tile<f16, 4, 64>(p, row, column, from, to), tile<f16, 4, 64>(p, row + 4, column, from, to), column += 64;
             } else if (left == 48) {
@@ -93,7 +86,8 @@ WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
 }
 
 // `rows` rows of a head, times a factor, side by side; zeros up to `padded`.
-WARPLOOM_CLONES void gather(const float* from, int64_t stride, int rows, int padded, int width, float factor, float* to) {
+template <class T>
+WARPLOOM_INLINE void gather_rows(const T* from, int64_t stride, int rows, int padded, int width, float factor, float* to) {
     for (int row = 0; row < rows; ++row, from += stride, to += width)
         for (int c = 0; c < width; c += kLanes) {
             __builtin_prefetch(from + c + kAhead * stride);
@@ -102,8 +96,9 @@ WARPLOOM_CLONES void gather(const float* from, int64_t stride, int rows, int pad
     std::fill(to, to + (padded - rows) * width, 0.0f);
 }
 
-WARPLOOM_CLONES void scatter(const float* from, int rows, int width, const float* factors, float factor, float* to,
-                             int64_t stride) {
+template <class T>
+WARPLOOM_INLINE void scatter_rows(const float* from, int rows, int width, const float* factors, float factor, T* to,
+                                  int64_t stride) {
     for (int row = 0; row < rows; ++row, from += width, to += stride) {
         const float by = factors ? factors[row] : factor;
         for (int c = 0; c < width; c += kLanes) {
@@ -112,6 +107,17 @@ WARPLOOM_CLONES void scatter(const float* from, int rows, int width, const float
         }
     }
 }
+
+#define WARPLOOM_FORMAT(T)                                                                                                \
+    WARPLOOM_CLONES void gather(const T* from, int64_t stride, int rows, int padded, int width, float factor, float* to) { \
+        gather_rows(from, stride, rows, padded, width, factor, to);                                                       \
+    }                                                                                                                     \
+    WARPLOOM_CLONES void scatter(const float* from, int rows, int width, const float* factors, float factor, T* to,       \
+                                 int64_t stride) {                                                                        \
+        scatter_rows(from, rows, width, factors, factor, to, stride);                                                     \
+    }
+WARPLOOM_FORMAT(float)
+WARPLOOM_FORMAT(bfloat16)
 
 constexpr float kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -175,20 +181,23 @@ struct Scratch {
     float totals[kQueries], peaks[kQueries], spreads[kQueries], means[kQueries];
 };
 
-void take_keys(const DenseAttention& t, int b, int head, int padded, Scratch& s) {
+template <class F>
+void take_keys(const DenseAttention<F>& t, int b, int head, int padded, Scratch& s) {
     s.k.resize(padded * t.width), s.v.resize(padded * t.width);
     gather(t.k(b, 0, head), t.k.time, t.time, padded, t.width, 1, s.k.data());
     gather(t.v(b, 0, head), t.v.time, t.time, padded, t.width, 1, s.v.data());
 }
 
 // A block of queries, or of their gradients, as it lies and turned over.
-void take_queries(const float* from, int64_t stride, int count, int width, float factor, Floats& x, Floats& over) {
+template <class F>
+void take_queries(const F* from, int64_t stride, int count, int width, float factor, Floats& x, Floats& over) {
     x.resize(kQueries * width), over.resize(kQueries * width);
     gather(from, stride, count, kQueries, width, factor, x.data());
     turn_over(x.data(), width, over.data());
 }
 
-void forward_task(const DenseAttention& t, const HeadsOf<float>& out, int b, int head, Scratch& s) {
+template <class F>
+void forward_task(const DenseAttention<F>& t, const HeadsOf<F>& out, int b, int head, Scratch& s) {
     const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
     s.scores.resize(padded * kQueries), s.sums.resize(kQueries * D);
     take_keys(t, b, head, padded, s);
@@ -211,8 +220,9 @@ void forward_task(const DenseAttention& t, const HeadsOf<float>& out, int b, int
         }
 }
 
-void backward_task(const DenseAttention& t, const HeadsOf<const float>& d_out, const HeadsOf<float>& dq,
-                   const HeadsOf<float>& dk, const HeadsOf<float>& dv, int b, int head, Scratch& s) {
+template <class F>
+void backward_task(const DenseAttention<F>& t, const HeadsOf<const F>& d_out, const HeadsOf<F>& dq, const HeadsOf<F>& dk,
+                   const HeadsOf<F>& dv, int b, int head, Scratch& s) {
     const int D = t.width, T = t.time, group = t.heads / t.key_heads, padded = padded_to(kKeys, T);
     s.dk.assign(padded * D, 0), s.dv.assign(padded * D, 0);
     s.scores.resize(padded * kQueries), s.slopes.resize(padded * kQueries), s.sums.resize(kQueries * D);
@@ -257,14 +267,19 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-void DenseAttention::forward(HeadsOf<float> out) const {
+template <class F>
+void DenseAttention<F>::forward(HeadsOf<F> out) const {
     share(batch * key_heads, [&](int task) { forward_task(*this, out, task / key_heads, task % key_heads, scratch); });
 }
 
-void DenseAttention::backward(HeadsOf<const float> d_out, HeadsOf<float> dq, HeadsOf<float> dk, HeadsOf<float> dv) const {
+template <class F>
+void DenseAttention<F>::backward(HeadsOf<const F> d_out, HeadsOf<F> dq, HeadsOf<F> dk, HeadsOf<F> dv) const {
     share(batch * key_heads, [&](int task) {
         backward_task(*this, d_out, dq, dk, dv, task / key_heads, task % key_heads, scratch);
     });
 }
+
+template struct DenseAttention<float>;
+template struct DenseAttention<bfloat16>;
 
 }  // namespace warploom

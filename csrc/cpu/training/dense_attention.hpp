@@ -1,4 +1,5 @@
-// Causal attention for training on a CPU, in float32: every query over the keys up to its own, forward and backward.
+// Causal attention for training on a CPU: every query over the keys up to its own, forward and backward. Tensors are float32 or
+// bfloat16; in between all is float32.
 //
 // A task takes one key head of one sequence, with the query heads that share it, so no two tasks add to the same sum
 // and results do not depend on the number of threads. Queries go by blocks of 64, four vectors: scores lie as (keys,
@@ -15,6 +16,8 @@
 #pragma once
 #include <cstdint>
 
+#include "simd.hpp"
+
 namespace warploom {
 
 // A tensor (batch, time, heads, width) with unit stride inside its heads.
@@ -25,16 +28,17 @@ struct HeadsOf {
     T* operator()(int b, int t, int h) const { return at + b * batch + t * time + h * head; }
 };
 
+template <class T>
 struct DenseAttention {
     int batch, time, heads, key_heads, width;  // width: a multiple of 16
     float scale;
-    HeadsOf<const float> q, k, v;
+    HeadsOf<const T> q, k, v;
     float* stats;  // (2, batch, heads, time): largest scores, and logarithms of the sums of exp(score - largest)
     float* peaks(int b, int t, int h) const { return stats + (int64_t(b) * heads + h) * time + t; }
     float* spreads(int b, int t, int h) const { return peaks(batch + b, t, h); }
 
-    void forward(HeadsOf<float> out) const;
-    void backward(HeadsOf<const float> d_out, HeadsOf<float> dq, HeadsOf<float> dk, HeadsOf<float> dv) const;
+    void forward(HeadsOf<T> out) const;
+    void backward(HeadsOf<const T> d_out, HeadsOf<T> dq, HeadsOf<T> dk, HeadsOf<T> dv) const;
 };
 
 }  // namespace warploom

@@ -200,39 +200,6 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
     }
 }
 
-template <class T>
-WARPLOOM_INLINE void attend_rows(const Attend<T>& t, int first, int last) {
-    for (int row = first; row < last; ++row) {
-        const int seen = t.before + row % t.queries + 1;
-        T* weights = t.weights + int64_t(row) * t.keys;
-        if (t.d_weights) {
-            T* d = t.d_weights + int64_t(row) * t.keys;
-            f16 dots = {};
-            across(seen, [&](int c, int n) __attribute__((always_inline)) { dots += load(d + c, n) * load(weights + c, n); });
-            const float dot = sum(dots);
-            across(seen, [&](int c, int n) __attribute__((always_inline)) {
-                store(d + c, load(weights + c, n) * (load(d + c, n) - dot) * t.scale, n);
-            });
-            std::fill(d + seen, d + t.keys, T{});
-            continue;
-        }
-        const float* scores = t.scores + int64_t(row) * t.keys;
-        const int whole = seen / 16 * 16;
-        f16 top = f16{} - INFINITY, mass = {};
-        for (int c = 0; c < whole; c += 16) top = select(load(scores + c) > top, load(scores + c), top);
-        float highest = largest(top);
-        for (int c = whole; c < seen; ++c) highest = std::max(highest, scores[c]);
-        for (int c = 0; c < whole; c += 16) mass += exp((load(scores + c) - highest) * t.scale);
-        float total = sum(mass);
-        for (int c = whole; c < seen; ++c) total += std::exp((scores[c] - highest) * t.scale);
-        const float share = 1.0f / total;
-        across(seen, [&](int c, int n) __attribute__((always_inline)) {
-            store(weights + c, exp((load(scores + c, n) - highest) * t.scale) * share, n);
-        });
-        std::fill(weights + seen, weights + t.keys, T{});
-    }
-}
-
 // One compiled version a CPU and a number format.
 #define WARPLOOM_FORMATS(name, Task)                                                                           \
     WARPLOOM_CLONES void name##_of(const Task<float>& t, int first, int last) { name(t, first, last); }        \
@@ -242,7 +209,6 @@ WARPLOOM_FORMATS(norm_rows, NormForward)
 WARPLOOM_FORMATS(gate_rows, Gating)
 WARPLOOM_FORMATS(turn_tokens, Turn)
 WARPLOOM_FORMATS(entropy_rows, CrossEntropy)
-WARPLOOM_FORMATS(attend_rows, Attend)
 
 WARPLOOM_CLONES void norm_chunk_of(const NormBackward<float>& t, int chunk) { norm_chunk(t, chunk); }
 WARPLOOM_CLONES void norm_chunk_of(const NormBackward<bfloat16>& t, int chunk) { norm_chunk(t, chunk); }
@@ -309,11 +275,6 @@ void CrossEntropy<T>::run() const {
     });
 }
 
-template <class T>
-void Attend<T>::run() const {
-    share_rows(rows, keys, [&](int first, int last) { attend_rows_of(*this, first, last); });
-}
-
 #define WARPLOOM_TYPES(Task)    \
     template struct Task<float>; \
     template struct Task<bfloat16>;
@@ -322,6 +283,5 @@ WARPLOOM_TYPES(NormBackward)
 WARPLOOM_TYPES(Gating)
 WARPLOOM_TYPES(Turn)
 WARPLOOM_TYPES(CrossEntropy)
-WARPLOOM_TYPES(Attend)
 
 }  // namespace warploom

@@ -89,15 +89,4 @@ struct CrossEntropy {
     void run() const;
 };
 
-// The softmax of a block of causal attention: row r of `rows` is query r % queries of the block, and sees the keys up to
-// `before` + its own number. Forward: scores become weights. Backward: d_weights become the gradient of unscaled scores.
-template <class T>
-struct Attend {
-    int rows, queries, before, keys;
-    float scale;
-    const float* scores;
-    T *weights, *d_weights;
-    void run() const;
-};
-
 }  // namespace warploom

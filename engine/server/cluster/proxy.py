@@ -85,7 +85,7 @@ class Front:
         if scope["type"] == "lifespan":
             return await _live(self.life, receive, send)
         route = {"/health": self._health, "/metrics": self._metrics}.get(scope["path"])
-        if route and scope["method"] == "GET":
+        if route and scope["method"] in ("GET", "HEAD"):
             scope["visit"].route = scope["path"]
             return await (await route())(scope, receive, send)
         await self._relay(scope, receive, send)

@@ -19,7 +19,7 @@ from .requests import ChatRequest, Message, NamedTool, Tool
 from .tool_formats import format_of, read_json, thoughts_of
 from .tool_grammar import answer_grammar, call_grammar
 
-RESERVED = {"messages", "tools", "add_generation_prompt"}
+RESERVED = {"messages", "tools", "add_generation_prompt", "continue_last"}
 
 
 def encode_conversation(
@@ -27,20 +27,19 @@ def encode_conversation(
     messages: list[Message],
     tools: list[Tool] | None = None,
     variables: dict[str, Any] | None = None,
+    continue_last: bool = False,
 ) -> list[int]:
-    """The token ids that ask a model for the next message."""
+    """The token ids that ask a model for the next message, or to go on with the last one."""
     if tokenizer is None:
         raise errors.invalid("this model has no tokenizer: it cannot chat; send token ids to /v1/completions")
     variables = dict(variables or {})
-    if taken := RESERVED & variables.keys():
-        raise errors.invalid(f"chat_template_kwargs cannot set {min(taken)}", "chat_template_kwargs")
     if tools:
         if format_of(tokenizer.chat_template) is None:
             message = "tools: this model's chat template has no tools, or none whose calls can be read"
             raise errors.invalid(message, "tools", "unsupported_parameter")
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     plain = [_plain(message, tokenizer.chat_template or "") for message in messages]
-    return encode_chat(tokenizer, plain, **variables)
+    return encode_chat(tokenizer, plain, continue_last, **variables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,11 @@ class ChatPlan:
     """What the answer must satisfy, as fields of `SamplingParams`."""
     reader: Callable[[], PlainReader]
 
+    def encode(self, tokenizer: Any, body: ChatRequest) -> list[int]:
+        """The prompt's token ids."""
+        variables = self.variables | ({} if body.add_generation_prompt else {"add_generation_prompt": False})
+        return encode_conversation(tokenizer, body.messages, self.tools, variables, body.continue_final_message)
+
 
 def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> ChatPlan:
     """Decide by the model's chat template what a request's tools, reasoning and answer format mean.
@@ -62,6 +66,8 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     template = getattr(tokenizer, "chat_template", None)
     tools = body.tools if body.tool_choice != "none" else None
     variables = dict(body.chat_template_kwargs or {})
+    if taken := RESERVED & variables.keys():
+        raise errors.invalid(f"chat_template_kwargs cannot set {min(taken)}", "chat_template_kwargs")
     if body.reasoning_effort is not None:
         variables |= _effort(template or "", body.reasoning_effort)
     if effort:
@@ -72,7 +78,7 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
         raise errors.invalid("tool_choice and a format of the answer exclude each other: give one", "tool_choice")
     several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
     row, thoughts = format_of(template), thoughts_of(template)
-    reasoning = _reasoning(tokenizer, thoughts, variables) if thoughts else None
+    reasoning = _reasoning(tokenizer, thoughts, variables) if thoughts and not body.continue_final_message else None
     schemas = {tool.function.name: tool.function.parameters or {} for tool in forced or tools or ()}
     if forced and row:
         grammar = {"grammar": call_grammar(tokenizer, row, schemas, several, reasoning)}
@@ -107,8 +113,6 @@ def _effort(template: str, effort: str) -> dict[str, Any]:
 
 def _reasoning(tokenizer: Any, thoughts: tuple[str, str], variables: dict[str, Any]) -> str | None:
     """Whether the answer begins inside the reasoning, may begin with it (free), or has none."""
-    if taken := RESERVED & variables.keys():
-        raise errors.invalid(f"chat_template_kwargs cannot set {min(taken)}", "chat_template_kwargs")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], **variables).rstrip()
     if prompt.endswith(thoughts[0].rstrip()):
         return "inside"

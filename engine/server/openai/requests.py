@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from typing_extensions import Self
 
 from ...errors import InputError
 from ...serving import SamplingParams
@@ -84,6 +85,11 @@ class Body(BaseModel):
             raise invalid(_why_not(name), name, "unsupported_parameter")
         return kept
 
+    @classmethod
+    def unknown(cls, data: dict[str, Any]) -> list[str]:
+        """Names of the fields that would be refused whatever they hold."""
+        return [name for name, value in data.items() if name not in cls.model_fields and not _harmless(name, value)]
+
 
 def _harmless(name: str, value: Any) -> bool:
     allowed = HARMLESS.get(name)
@@ -100,6 +106,7 @@ class StreamOptions(Body):
     """Options of a stream: what it tells besides the text."""
 
     include_usage: bool = Field(False, description="A last chunk with the token counts.")
+    include_obfuscation: Literal[False] = Field(False, description="Chunks are not padded.")
 
 
 class JsonSchema(Body):
@@ -154,6 +161,7 @@ class Sampling(Body):
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same request and seed, same tokens.")
     n: int = Field(1, ge=1, le=128)
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="Tokens before one may end the text.")
     stop: Text | Annotated[list[Text], FIRST_ERROR, Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], FIRST_ERROR, Field(max_length=64)] | None = None
     ignore_eos: bool = False
@@ -169,6 +177,13 @@ class Sampling(Body):
     guided_grammar: Text | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="Keep only so many of the prompt's last tokens; -1: what the context has room for."
+    )
+    priority: int = Field(0, ge=0, le=100, description="Each step lets requests of the next 30 seconds go first.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Cached prefixes are shared only with requests of the same salt."
+    )
     user: str | None = Field(None, description="Written to the access log; changes nothing else.")
     metadata: Annotated[dict[str, str], at_most(64)] | None = Field(
         None, max_length=64, description="For the caller's own records; changes nothing."
@@ -204,6 +219,10 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is allowed only with stream=true", "stream_options")
 
+    def with_defaults(self, defaults: dict[str, Any]) -> Self:
+        """The same request, with the model's own defaults for what it leaves open."""
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
+
     def params(self, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
         """Sampling parameters of the request."""
         self.check()
@@ -222,6 +241,7 @@ class Sampling(Body):
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=self.ignore_eos,
                 seed=self.seed,
+                min_tokens=self.min_tokens,
                 n=self.n,
                 logprobs=logprobs,
                 **self.grammar(),
@@ -338,11 +358,17 @@ class ChatRequest(Sampling):
         None, description="Where the model's chat template has a switch for it."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
+    add_generation_prompt: bool = Field(True, description="Ask for a new message.")
+    continue_final_message: bool = Field(False, description="Continue the last message, which is the assistant's.")
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters of the request."""
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or last.tool_calls or not last.text):
+            message = "continue_final_message needs a last message of the assistant's, with text and no tool_calls"
+            raise invalid(message, "continue_final_message")
         return self.params(self.limit, (self.top_logprobs or 0) if self.logprobs else None)
 
     @property

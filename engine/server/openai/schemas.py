@@ -150,6 +150,10 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class Version(BaseModel):
+    version: str
+
+
 class Health(BaseModel):
     """ "ok", or why requests are not served."""
 

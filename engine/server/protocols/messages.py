@@ -61,13 +61,16 @@ class MessagesRequest(AgentRequest):
             messages += _assistant(turn) if turn.role == "assistant" else _user(turn)
         tools = [_tool(tool) for tool in self.tools or [] if is_function(tool)]
         body = {"messages": messages, "tools": tools or None, "max_tokens": self.max_tokens, "model": self.model}
-        body |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        body |= {
+            name: getattr(self, name) for name in ("temperature", "top_p", "top_k") if name in self.model_fields_set
+        }
         body |= {"stop": self.stop_sequences, "user": self.user}
         if self.tool_choice is not None:
             choice = self.tool_choice
             named = {"type": "function", "function": {"name": choice.name or ""}}
             body["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)
             body["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        body["continue_final_message"] = self.messages[-1].role == "assistant"
         return ChatRequest.model_validate(body)
 
 

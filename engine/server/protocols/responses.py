@@ -46,7 +46,8 @@ class ResponsesRequest(AgentRequest):
                 raise errors.invalid(f"{name} is not supported: {why}", name, "unsupported_parameter")
         tools = [_tool(tool) for tool in self.tools or [] if is_function(tool)]
         body = {"messages": self._messages(), "tools": tools or None, "model": self.model, "user": self.user}
-        body |= {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_output_tokens}
+        body |= {name: getattr(self, name) for name in ("temperature", "top_p") if name in self.model_fields_set}
+        body["max_tokens"] = self.max_output_tokens
         body |= {"parallel_tool_calls": self.parallel_tool_calls, "response_format": self._format()}
         choice = self.tool_choice
         if isinstance(choice, dict):

@@ -15,8 +15,6 @@ from ..openai.errors import from_validation, invalid
 from ..openai.message_reader import Delta
 from ..openai.requests import MOST_FIELDS, ChatRequest
 
-IGNORED = "x-warploom-ignored"
-
 
 class Tolerant(BaseModel):
     """Strict about what it knows, silent about the rest; null means absent."""

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse
 
+from ....tokenizer.chat import DEFAULT
 from ...attention_maps import attention_maps
 from ...serving import SamplingParams
 from ..async_engine import Ask
@@ -28,6 +29,8 @@ from .token_views import CSS, facts, heat_map, token_view
 
 REDRAW = 0.08  # seconds between two pictures of a growing text
 MAP_TOKENS = 48
+CHATS = "This model has a chat template: it answers."
+CONTINUES = "This model has no chat template: it continues the conversation as it would any text."
 WAITING = "<!doctype html><meta http-equiv=refresh content=1><p style='font-family:system-ui'>The model is {} …</p>"
 
 
@@ -47,7 +50,7 @@ class Playground:
         self._closing = asyncio.Event()
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["path"].startswith("/v1/"):
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
             raise HTTPException(404)
         state = self._service.bridge.state
         if self._page is None and self._service.bridge.llm is None:
@@ -97,16 +100,20 @@ def _blocks(gradio: Any, service: Service) -> Any:
     with gradio.Blocks(title=f"{service.config.name} · warploom", analytics_enabled=False) as blocks:
         gradio.HTML(f"<div class=loom-title><b>{escape(service.config.name)}</b><span>{about}</span></div>")
         with gradio.Row():
-            main = gradio.Column(scale=3, min_width=340)
-            with gradio.Column(scale=1, min_width=290):
+            main = gradio.Column(scale=3, min_width=320)
+            with gradio.Column(scale=1, min_width=290, elem_id="settings") as side:
                 settings = _settings(gradio, llm.max_seq_len)
         with main, gradio.Tabs():
-            with gradio.Tab("Chat"):
+            with gradio.Tab("Chat") as chat:
                 _chat_tab(gradio, service, settings)
-            with gradio.Tab("Complete"):
+            with gradio.Tab("Complete") as complete:
                 _completion_tab(gradio, service, settings)
-            with gradio.Tab("Attention"):
+            with gradio.Tab("Attention") as attention:
                 _attention_tab(gradio, service)
+        for tab in (chat, complete, attention):  # sampling means nothing to an attention map
+            tab.select(
+                lambda shown=tab is not attention: gradio.Column(visible=shown), None, side, show_progress="hidden"
+            )
     return blocks.queue(default_concurrency_limit=None)
 
 
@@ -114,54 +121,89 @@ def _settings(gradio: Any, context: int) -> list[Any]:
     slider = gradio.Slider
     longest = max(context - 1, 2)
     return [
-        slider(0.1, 2.0, 0.8, step=0.05, label="Temperature", elem_id="temperature"),
+        slider(0.0, 2.0, 0.8, step=0.05, label="Temperature (0: the most likely)", elem_id="temperature"),
         slider(0, 200, 0, step=1, label="Top-k (0: all)"),
         slider(0.05, 1.0, 0.95, step=0.01, label="Top-p"),
         slider(0.0, 1.0, 0.0, step=0.01, label="Min-p"),
         slider(1.0, 2.0, 1.0, step=0.05, label="Repetition penalty"),
-        slider(1, longest, min(200, longest), step=1, label="Max new tokens", elem_id="max-tokens"),
+        slider(1, longest, min(512, longest), step=1, label="Max new tokens", elem_id="max-tokens"),
         gradio.Number(-1, label="Seed (-1: a new one each time)", precision=0, elem_id="seed"),
     ]
 
 
 def _chat_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
+    template = getattr(service.llm.tokenizer, "chat_template", None)
     history = gradio.Chatbot(
-        height=430,
+        height=None,
         feedback_options=None,
         allow_tags=False,
         latex_delimiters=[],
         buttons=["copy"],
+        editable="user",
         elem_id="chat",
         show_label=False,
-        placeholder="A base model continues the conversation; a chat model answers.",
+        placeholder=CHATS if template else CONTINUES,
     )
-    speed = gradio.HTML(elem_id="chat-speed")
-    message = gradio.Textbox(show_label=False, placeholder="Say something", elem_id="message")
-    with gradio.Row():
-        send = gradio.Button("Send", variant="primary", elem_id="send")
-        stop = gradio.Button("Stop", variant="stop", elem_id="stop-chat")
-        clear = gradio.Button("Clear")
-    with gradio.Accordion("System message", open=False):
-        system = gradio.Textbox(show_label=False, placeholder="How the model should behave", lines=2, max_lines=6)
+    with gradio.Row(elem_id="chat-line"):
+        speed = gradio.HTML(elem_id="chat-speed")
+        proceed = gradio.Button("Continue", size="sm", visible=False, elem_id="continue-chat", scale=0)
+    sending = {"submit_btn": "Send", "stop_btn": False}
+    message = gradio.Textbox(
+        show_label=False, container=False, placeholder="Say something", elem_id="message", autofocus=True, **sending
+    )
+    with gradio.Accordion("System message and template", open=False):
+        system = gradio.Textbox(label="System message", placeholder="How the model should behave", max_lines=6)
+        gradio.Textbox(template or DEFAULT, label="Chat template", lines=4, max_lines=12, buttons=["copy"])
 
-    async def reply(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
-        if not (text or "").strip():
-            yield turns, text, ""
-            return
-        turns = [*turns, {"role": "user", "content": text}]
+    async def answer(request: Any, turns: list[dict], system: str | None, chosen: tuple, begun: str = "") -> Any:
+        """Answer the turns, or go on with what has begun; yields history, message, speed and whether to continue."""
         said = [{"role": "system", "content": system}] if system else []
-        messages = [Message(role=turn["role"], content=_plain(turn["content"])) for turn in (*said, *turns)]
+        said += [*turns, *([{"role": "assistant", "content": begun}] if begun else [])]
+        messages = [Message(role=turn["role"], content=_plain(turn["content"])) for turn in said]
 
         def asks(llm: Any) -> Iterable[Ask]:
-            yield encode_conversation(llm.tokenizer, messages), _params(chosen)
+            yield encode_conversation(llm.tokenizer, messages, continue_last=bool(begun)), _params(chosen)
 
+        busy, more = gradio.Textbox(value="", submit_btn=False, stop_btn="Stop"), gradio.Button(visible=False)
         async for progress in _generate(gradio, service, asks, request):
-            yield [*turns, {"role": "assistant", "content": progress.text}], "", progress.facts
+            if progress.reason:
+                busy, more = gradio.Textbox(**sending), gradio.Button(visible=progress.reason == "length")
+            shown = [*turns, {"role": "assistant", "content": begun + progress.text}]
+            yield shown, busy, progress.facts, more
+            busy = gradio.Textbox()
 
-    inputs, outputs = [message, history, system, *settings], [history, message, speed]
-    running = gradio.on([send.click, message.submit], reply, inputs, outputs, show_progress="hidden")
-    stop.click(None, cancels=[running])
-    clear.click(lambda: ([], ""), None, [history, speed], cancels=[running])
+    async def send(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+        if not (text or "").strip():
+            yield turns, gradio.Textbox(), "", gradio.Button(visible=False)
+            return
+        async for shown in answer(request, [*turns, {"role": "user", "content": text}], system, chosen):
+            yield shown
+
+    async def retry(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+        asked = max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+        async for shown in answer(request, turns[: asked + 1], system, chosen):
+            yield shown
+
+    async def edit(
+        request: gradio.Request, data: gradio.EditData, text: str, turns: list[dict], system: str | None, *chosen: Any
+    ) -> Any:
+        place = data.index if isinstance(data.index, int) else data.index[0]
+        changed = [*turns[:place], {"role": "user", "content": data.value}]
+        async for shown in answer(request, changed, system, chosen):
+            yield shown
+
+    async def go_on(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+        if turns and turns[-1]["role"] == "assistant":
+            async for shown in answer(request, turns[:-1], system, chosen, _plain(turns[-1]["content"])):
+                yield shown
+
+    inputs, outputs = [message, history, system, *settings], [history, message, speed, proceed]
+    triggers = ((message.submit, send), (history.retry, retry), (history.edit, edit), (proceed.click, go_on))
+    running = [trigger(run, inputs, outputs, show_progress="hidden") for trigger, run in triggers]
+    for each in running:
+        each.failure(lambda: gradio.Textbox(**sending), None, message)
+    message.stop(lambda: gradio.Textbox(**sending), None, message, cancels=running)
+    history.clear(lambda: ("", gradio.Button(visible=False)), None, [speed, proceed], cancels=running)
 
 
 def _completion_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
@@ -215,6 +257,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self.text, self.entries, self.facts = "", [], facts(0, None, 0, None)
+        self.reason: str | None = None
 
 
 async def _generate(gradio: Any, service: Service, asks: Any, request: Any) -> AsyncIterator[_Progress]:
@@ -238,6 +281,7 @@ async def _generate(gradio: Any, service: Service, asks: Any, request: Any) -> A
             first = first or now - start
             if reason or now - drawn > REDRAW:
                 drawn = now
+                progress.reason = reason
                 progress.facts = facts(len(progress.entries), first, now - start, reason)
                 yield progress
     except APIError as error:

@@ -13,6 +13,13 @@ from ..openai.responses import Words
 CSS = """
 .loom-title { display: flex; gap: .9rem; align-items: baseline; flex-wrap: wrap; padding: .2rem 0; }
 .loom-title b { font-size: 1.6rem; } .loom-title span { opacity: .65; font-size: .9rem; }
+#chat { height: clamp(14rem, calc(100dvh - 19rem), 60rem) !important; }
+#chat-line { align-items: center; flex-wrap: nowrap; min-height: 2rem; } #continue-chat { min-width: 6rem; }
+@media (max-width: 640px) {
+  gradio-app > div { padding: 0 .4rem !important; }
+  .loom-facts { font-size: 11px; } .loom-title b { font-size: 1.15rem; } .loom-title span { font-size: .75rem; }
+  #chat { height: calc(100dvh - 21rem) !important; }
+}
 .loom-tokens { font: 15px/2.1 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere;
   padding: .6rem .2rem; }
 .loom-tokens > i { font-style: normal; opacity: .55; }

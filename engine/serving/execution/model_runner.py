@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...formats.packed_weight import PackedLinear
 from ...memory import PeakMemory, available_memory
 from ...model import Linear, Transformer
 from ..scheduling.step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult, TokenLogprob
@@ -77,7 +78,7 @@ class Runner:
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
         self.rows: list[NewRow | None] = [None] * max_batch
         by_torch = not isinstance(model, NativeTransformer) and any(
-            isinstance(module, (Linear, Int8Linear)) for module in model.blocks.modules()
+            isinstance(module, (Linear, PackedLinear, Int8Linear)) for module in model.blocks.modules()
         )
         padded = batch_invariant and self.device.type == "cpu" and (by_torch or head.needs_padding)
         least = deterministic_min_rows(model.embedding.weight.dtype) if padded else 1

@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...formats.packed_weight import Layout, PackedWeight, Segment
+from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment
 from ..scheme import Scheme
 from .kv_cache import _native
 
 
-def native_matrix(weight: Tensor, bias: Tensor | None, form: str | Scheme, name: str):
-    """A matrix in a number format, or as the scheme has the matrix of that name."""
+def stored(layer: torch.nn.Module) -> Tensor | PackedWeight:
+    """The weight of a linear layer as it is kept."""
+    return layer.packed if isinstance(layer, PackedLinear) else layer.weight
+
+
+def native_matrix(weight: Tensor | PackedWeight, bias: Tensor | None, form: str | Scheme, name: str):
+    """A matrix in a number format, or as the scheme has the matrix of that name; a packed one as it is."""
+    if isinstance(weight, PackedWeight):
+        return packed_matrix(weight, bias)
     rows, offset = _floats(weight), None if bias is None else _floats(bias)
     if isinstance(form, Scheme):
         return _native.PackedMatrix(rows, offset, native_layout(form.layout(name)), form.activations == 16)
@@ -24,14 +31,14 @@ def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool =
     return _native.PackedMatrix(parts, weight.columns, None if bias is None else _floats(bias), wide)
 
 
-def pack(weight: Tensor, layout: Layout) -> PackedWeight:
-    """A float weight (rows, columns), rounded as `native_matrix` rounds it."""
+def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> PackedWeight:
+    """A float weight (rows, columns), rounded as `native_matrix` rounds it; with the error fed back, calibrated."""
     count, columns = weight.shape
     groups = layout.groups(columns)
     codes = torch.empty(count, groups * layout.group, dtype=torch.uint8)
     scales, units = torch.empty(count, groups, dtype=torch.float16), torch.empty(count)
     minima = torch.empty_like(scales) if layout.minimum else None
-    _native.quantize_rows(_floats(weight), native_layout(layout), codes, scales, minima, units)
+    _native.quantize_rows(_floats(weight), native_layout(layout), codes, scales, minima, units, feedback)
     if layout.bits == 4:
         codes = codes[:, ::2] | codes[:, 1::2] << 4
     return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)

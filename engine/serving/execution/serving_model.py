@@ -24,18 +24,18 @@ from .... import kernels
 from ....kernels.moe import route
 from ...errors import InputError
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
 from ...layers import routing_options
 from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
-from ..scheme import INT8, MATRICES, Scheme, scheme_of
+from ..scheme import INT8, Scheme, scheme_of
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .lora import ServedAdapters
-from .native_matrix import native_matrix
+from .native_matrix import native_matrix, stored
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
 
 
 class Head:
@@ -66,7 +66,9 @@ class Int8Linear(nn.Module):
 class NativeLinear(nn.Module):
     """A linear layer in C++."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, form: str | Scheme = INT8, name: str = "ffn.up"):
+    def __init__(
+        self, weight: Tensor | PackedWeight, bias: Tensor | None, form: str | Scheme = INT8, name: str = "ffn.up"
+    ):
         super().__init__()
         self.outputs = weight.shape[0]
         self.matrix = native_matrix(weight, bias, form, name)
@@ -160,7 +162,7 @@ class NativeMoE(nn.Module):
         self.options = routing_options(c)
         self.activation = self.options.pop("activation")
         self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
-        self.router = NativeLinear(moe.router.weight, moe.router.bias, form, "ffn.router")
+        self.router = NativeLinear(stored(moe.router), moe.router.bias, form, "ffn.router")
         biases = ([None] * c.n_experts if bias is None else bias for bias in (moe.b_gate_up, moe.b_down))
         parts = zip(moe.w_gate_up, moe.w_down, *biases)
         self.experts = [
@@ -222,7 +224,7 @@ def _serving_model(
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
     make = (lambda *head: NativeLinear(*head, form, "head")) if native else Int8Linear
-    head = make(model.head_weight, model.head_bias)
+    head = make(model.embedding.weight if model.head is None else stored(model.head), model.head_bias)
     whole = native and native_pages and not layer_by_layer
     if whole and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release), Head(model, head)
@@ -233,9 +235,8 @@ def _serving_model(
             twin.blocks[index] = block = balanced(block, model.config) if smooth else block
             if NativeMoE.is_supported(model.config):
                 replace(block, MoE, lambda moe: NativeMoE(moe, form))
-            for path, layer in [(path, m) for path, m in block.named_modules() if type(m) is Linear]:
-                name = NAMES.get(path.rpartition(".")[2], "ffn.up")
-                block.set_submodule(path, NativeLinear(layer.weight, layer.bias, form, name))
+            for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
+                block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     else:
         replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
     return twin, Head(model, head)
@@ -249,7 +250,7 @@ def _native_block(block: Block, config, form: str | Scheme):
         c.d_model, c.n_heads, c.kv_heads, c.head_size, c.ff_size, attention.window or 0, attention.softcap or 0.0,
         attention.scale, c.norm_eps, c.ffn, _native_norm(block.attention_norm, c), _native_norm(block.ffn_norm, c),
         _floats(getattr(attention.q_norm, "weight", None)), _floats(getattr(attention.k_norm, "weight", None)),
-        *(native_matrix(layer.weight, layer.bias, form, name) for layer, name in zip(layers, MATRICES)),
+        *(native_matrix(stored(layer), layer.bias, form, name) for layer, name in zip(layers, MATRICES)),
     )  # fmt: skip
 
 

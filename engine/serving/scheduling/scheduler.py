@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from ...errors import InputError
+from .pace import LEAST
 from .page_pool import PagePool
 from .sequence import Order, Sequence
 from .step import UNKNOWN, Chunk, ChunkResult, NewRow, StepPlan, StepResult
@@ -65,6 +66,7 @@ class Scheduler:
             )
         self.pool = pool
         self.max_batch, self.max_batch_tokens, self.context = max_batch, max_batch_tokens, context
+        self.shared_tokens = max_batch_tokens  # of a step in which somebody decodes
         self.patience, self.depth, self.draft, self.most_drafts = patience, depth, draft, most_drafts
         self.running: list[Sequence] = []
         self.ended: list[Sequence] = []  # since somebody last looked and cleared it
@@ -150,6 +152,8 @@ class Scheduler:
             return self._launched(self._try_alone(self._suspects[-1]))
         step: dict[Sequence, _Share] = {}
         budget, preempted = self.max_batch_tokens, self.preemptions
+        if decoding := sum(sequence.uncomputed <= 1 for sequence in self.running):
+            budget = min(budget, max(self.shared_tokens, decoding + LEAST))
         for sequence in sorted(self.running, key=lambda sequence: (sequence.uncomputed > 1, sequence.order)):
             if budget and sequence.running:
                 budget -= self._advance(sequence, budget, step)

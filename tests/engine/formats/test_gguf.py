@@ -6,10 +6,12 @@ import torch
 
 from warploom.engine.cli import main
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.gguf import save_gguf
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.gguf import SPLITTERS, save_gguf
+from warploom.engine.formats.model_directory import read_tokenizer, save_model
 from warploom.engine.model import Transformer
-from warploom.tokenizer import BPETokenizer, CharTokenizer
+from warploom.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+
+from ...llama_cpp import LlamaCpp
 
 gguf = pytest.importorskip("gguf", reason="needs gguf, which reads what is written here")
 SENTENCE = "The loom weaves 1234 threads — isn't it fine?\n\n  织布机 naïve  \tend"
@@ -61,26 +63,52 @@ def test_transformers_reads_gguf_same_logits(name, tmp_path):
     torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k", "qwen2"])
+def test_llama_cpp_splits_text_alike(tmp_path):
+    for pattern in SPLITTERS:
+        tokenizer = BPETokenizer.train([SENTENCE], 280, pattern=pattern, special_tokens=("<|endoftext|>",))
+        save_gguf(build(), tmp_path / "m.gguf", tokenizer)
+        assert LlamaCpp(tmp_path / "m.gguf").tokenize(SENTENCE) == tokenizer.encode(SENTENCE)
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, "llama3", "yarn", "mixtral"])
 @torch.no_grad()
-def test_llama_cpp_reads_file_same_logits(name, pattern, tmp_path):
-    """Llama cpp reads the file splits and computes the same."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is built from source")
+def test_llama_cpp_reads_file_same_logits(name, tmp_path):
     scaled = {
         "llama3": dict(rope_scaling=LLAMA3),
         "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
         "mixtral": dict(n_experts=4),
     }
-    tokenizer = BPETokenizer.train([SENTENCE], 280, pattern=pattern, special_tokens=("<|endoftext|>",))
+    tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
     ours = build(**{**CONFIGS, **scaled}[name])
     save_gguf(ours, tmp_path / "m.gguf", tokenizer)
-    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
-    ids = theirs.tokenize(SENTENCE.encode(), add_bos=False)
-    assert ids == tokenizer.encode(SENTENCE)
-    theirs.eval(ids[:60])
-    found = torch.from_numpy(theirs.scores[: len(ids[:60])].copy())
-    torch.testing.assert_close(found, ours(torch.tensor([ids[:60]]))[0], atol=1e-3, rtol=1e-4)
+    theirs = LlamaCpp(tmp_path / "m.gguf")
+    for length in (1, 20, 50):
+        ids = tokenizer.encode(SENTENCE)[:length]
+        expected = ours(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        found = theirs.log_probs(ids, len(expected))
+        told = ~found.isnan()
+        assert told.sum() > 270
+        torch.testing.assert_close(found[told], expected[told], atol=1e-3, rtol=1e-4)
+
+
+def test_sentencepiece_vocabulary_is_llama_cpps(tmp_path):
+    """Written, read by llama.cpp, and read back: the same ids, begin token and end token."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    lines = [line for text in (SENTENCE, __doc__, *CONFIGS) for line in text.split("\n")]
+    for prefix in (True, False):
+        with open(tmp_path / "tokenizer.model", "wb") as file:
+            trainer.train(
+                sentence_iterator=iter(lines), model_writer=file, model_type="bpe", vocab_size=330, byte_fallback=True,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix,
+                minloglevel=2,
+            )  # fmt: skip
+        tokenizer = load_tokenizer(tmp_path)
+        save_gguf(build(vocab_size=336), tmp_path / "m.gguf", tokenizer)
+        theirs, again = LlamaCpp(tmp_path / "m.gguf"), read_tokenizer(tmp_path / "m.gguf")
+        for text in (SENTENCE, "  two  spaces", "a\n\n  b 你好 é"):
+            assert theirs.tokenize(text) == tokenizer.encode(text) == again.encode(text)
+            assert again.decode(again.encode(text)) == text
+        assert again.prefix_ids == tokenizer.prefix_ids == [1] and again.eos_id == tokenizer.eos_id == 2
 
 
 def test_gguf_metadata_is_what_llama_cpp_reads(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.model_directory import load_config, load_model, save_model
+from warploom.engine.formats.adapters import AdapterConfig, factor_names, low_rank_weights
+from warploom.engine.formats.model_directory import load_config, load_model, save_model, write_adapter
 from warploom.engine.formats.model_source import resolve_model
 from warploom.engine.model import Transformer
 from warploom.tokenizer import CharTokenizer
@@ -106,6 +107,18 @@ def test_hub_id_opens_and_stays(hub, tmp_path):
 def test_hub_id_by_revision(hub, tmp_path):
     assert ask(hub, tmp_path / "home", "org/tiny@v1.0").returncode == 0
     assert any("v1.0" in path for path in hub.asked)
+
+
+def test_hub_id_of_an_adapter_opens_with_its_base(hub, tmp_path):
+    weights = low_rank_weights(load_config(tmp_path / "model"), "llama")
+    a, b = factor_names(weights[0].layers[0])
+    factors = {a: torch.ones(2, 32), b: torch.ones(weights[0].sizes[0], 2)}
+    config = AdapterConfig(str(tmp_path / "model"), 2, 4)
+    write_adapter(config, load_config(tmp_path / "model"), "llama", factors.items(), tmp_path / "adapter")
+    hub.files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+    said = ask(hub, tmp_path / "home", "org/tiny")
+    assert said.returncode == 0, said.stderr
+    assert any(path.endswith("adapter_model.safetensors") for path in hub.asked)
 
 
 @pytest.mark.parametrize(

@@ -144,3 +144,83 @@ def test_serve_exits_nonzero_when_the_engine_has_failed(directory, tmp_path):
         assert "will not be restarted again" in process.stderr.read()
     finally:
         process.kill()
+
+
+def test_start_line_says_what_is_served(directory):
+    process, url = start("--model", str(directory), "--api-key", "a", "--api-key", "b", "--served-model-name", "x", "y")
+    try:
+        line = process.stdout.readline()
+        assert "context 320" in line and "pages of 16 tokens" in line and "256 sequences a batch" in line
+        assert "on cpu (" in line and line.endswith("2 keys\n")
+        wait_ready(process, url)
+        assert httpx.head(f"{url}/health").status_code == 200
+        client = httpx.Client(base_url=url, headers={"authorization": "Bearer a"}, timeout=60)
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["x", "y"]
+        assert client.get("/version").json()["version"]
+        for name, status in (("x", 200), ("y", 200), ("small", 404)):
+            body = {"model": name, "prompt": "x", "max_tokens": 1}
+            assert client.post("/v1/completions", json=body).status_code == status
+    finally:
+        process.kill()
+
+
+def test_unix_socket_and_template_of_a_file(directory, tmp_path):
+    template, path = tmp_path / "own.jinja", tmp_path / "w.sock"
+    template.write_text("{{ messages[0].content }}!")
+    command = [sys.executable, "-m", "warploom.engine.cli", "serve", "--no-ui", "--model", str(directory)]
+    command += ["--uds", str(path), "--chat-template", str(template), "--root-path", "/llm"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert f"unix:{path}" in process.stdout.readline()
+        assert path.stat().st_mode & 0o077 == 0
+        client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x", timeout=60)
+        while client.get("/health", headers={"host": "localhost"}).status_code != 200:
+            assert process.poll() is None, process.stderr.read()
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        assert client.post("/tokenize", json=body, headers={"host": "localhost"}).json()["tokens"] == list(b"hi!")
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        assert not path.exists()
+    finally:
+        process.kill()
+
+
+def test_tls_pair_is_spoken(directory, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+    ]
+    try:
+        subprocess.run([*made, str(key), "-out", str(cert)], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs openssl")
+    assert main(["serve", "--model", str(directory), "--port", "0", "--ssl-certfile", str(cert)]) == 2
+    command = [
+        sys.executable,
+        "-m",
+        "warploom.engine.cli",
+        "serve",
+        "--no-ui",
+        "--model",
+        str(directory),
+        "--port",
+        "0",
+    ]
+    command += ["--ssl-certfile", str(cert), "--ssl-keyfile", str(key)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"https://\S+", process.stdout.readline()).group()
+        with httpx.Client(verify=False, timeout=60) as client:
+            assert client.get(f"{url}/health").status_code in (200, 503)
+    finally:
+        process.kill()

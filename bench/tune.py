@@ -1,0 +1,127 @@
+"""Tuning speed: one optimizer step on conversations, of all weights and of a LoRA adapter, beside TRL and PEFT.
+
+Every contestant takes the same step: the same conversations of unequal length in the same template, the same targets
+(what the assistant says), AdamW, the gradient norm clipped to 1. What is counted are the conversations' tokens, so
+padding is nobody's gain: ours lays conversations side by side in rows with borders, TRL pads them (its packing needs
+FlashAttention; without it, conversations would see each other).
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from . import peers
+from .harness import Machine, Options, Part
+from .schema import Row
+
+ROOMS = ("engine/config.py", "engine/model.py", "engine/training", "engine/formats/adapters.py", "kernels", "csrc")
+CONTEXT = 256
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A step to take: the base model's directory, with a tokenizer, and conversations beside it."""
+
+    base: Path
+    conversations: int
+    lora: int | None
+
+    @property
+    def data(self) -> Path:
+        """The file of the conversations."""
+        return self.base / "chats.jsonl"
+
+    def rows(self) -> list[dict]:
+        """The conversations."""
+        return [json.loads(line) for line in self.data.read_text().splitlines()]
+
+
+def parts(options: Options) -> list[Part]:
+    """The demo's model and one of 24M, all weights and an adapter of rank 16, in float32."""
+    larger = {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6}
+    shapes = {"llama-tiny": {}, "llama-24m": larger}
+    kinds = {"all weights": None, "lora 16": 16}
+    return [
+        Part(f"{name}, {kind}", duel, {"conversations": 16, "lora": rank, **shape}, minutes=1.5)
+        for name, shape in shapes.items()
+        for kind, rank in kinds.items()
+    ]
+
+
+def duel(machine: Machine, conversations: int, lora: int | None, **overrides: int) -> list[Row]:
+    """Ours against TRL on one shape."""
+    import torch
+
+    from ..engine.config import ModelConfig
+    from ..engine.formats.model_directory import save_model
+    from ..engine.model import Transformer
+
+    with TemporaryDirectory() as folder:
+        job = Job(Path(folder) / "base", conversations, lora)
+        tokenizer = write_conversations(job)
+        torch.manual_seed(0)
+        shape = ModelConfig.preset("llama-tiny", **{**overrides, "vocab_size": 2048, "max_seq_len": CONTEXT})
+        save_model(Transformer(shape), job.base, tokenizer)
+        tokens, step = ours(job)
+        losses: dict[str, float] = {}
+        builders = {"ours": lambda: step} | peers.build("tune", job)
+        builders = {who: each if isinstance(each, peers.Missing) else partial(_first, each, losses, who)
+                    for who, each in builders.items()}  # fmt: skip
+        calls, extra = machine.prepare(builders)
+        size = f"{shape.parameter_count() / 1e6:.0f}M"
+        case = f"{size}, {conversations} conversations, {f'lora {lora}' if lora else 'all weights'}"
+        rows = machine.compare(case, calls, amount=tokens, unit="tok", extra=extra)
+    return [replace(row, extra=row.extra | ({"loss": losses[row.who]} if row.who in losses else {})) for row in rows]
+
+
+def _first(build: Callable[[], Callable], losses: dict[str, float], who: str) -> Callable[[], None]:
+    """The call that a builder makes; it leaves the loss of its first step, before which all weights are the same."""
+    call = build()
+
+    def step() -> None:
+        losses.setdefault(who, float(call()))
+
+    return step
+
+
+def write_conversations(job: Job):
+    """Conversations of two to eight turns and their tokenizer."""
+    from ..tokenizer import BPETokenizer
+
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeinorst", k=draw.randrange(2, 8))) for _ in range(800)]
+    rows = []
+    for _ in range(job.conversations):
+        turns = [" ".join(draw.choices(words, k=draw.randrange(3, 16))) for _ in range(2 * draw.randrange(1, 5))]
+        roles = ("user", "assistant") * len(turns)
+        rows.append({"messages": [{"role": role, "content": text} for role, text in zip(roles, turns)]})
+    job.base.mkdir(parents=True)
+    job.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    special = ("<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer = BPETokenizer.train([" ".join(words)], 700, special_tokens=special)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def ours(job: Job) -> tuple[int, Callable[[], float]]:
+    """The tokens of a step of `warploom train` on all conversations, and the step."""
+    from ..engine.training import TrainConfig
+    from ..engine.training.trainer import Trainer
+
+    settings = {
+        "data": str(job.data), "init_from": str(job.base), "splits": (1.0,), "lr": 3e-4, "warmup": 0, "steps": 10**6,
+        "dtype": "float32", "device": "cpu", "lora": job.lora, "weight_decay": 0.0, "schedule": "constant",
+    }  # fmt: skip
+    rows = Trainer(TrainConfig(out=str(job.base / "rows"), batch_size=1, **settings), []).loader.packed
+    trainer = Trainer(TrainConfig(out=str(job.base / "run"), batch_size=len(rows), **settings), [])
+    batch = trainer.loader.batch(0)
+    return len(trainer.state.train_split), lambda: trainer.one_step(batch)[0]

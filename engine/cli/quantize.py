@@ -1,0 +1,65 @@
+"""Round a model to 8 or 4 bits, and write a model directory that serves as it is.
+
+With `--calibrate TEXT` the errors of rounding cancel in the activations of that text; its last tenth is held out, and
+what the model loses on it is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import InputError
+
+ROW = 512  # tokens of a row of the text
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="warploom quantize", description=__doc__)
+    parser.add_argument("model", help="the model directory, GGUF file or Hub id to read, of float weights")
+    parser.add_argument("--to", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--scheme", choices=("int8", "int4"), default="int8", help="bits of a weight (default: int8)")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="a text file, of the kind the model will see")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of it to use (default: 16384)")
+    options = parser.parse_args(argv)
+
+    from ..formats.model_directory import load_model, refuse_repacking, save_packed
+    from ..serving import LLM
+    from ..serving.calibrate import quantize
+    from ..serving.fidelity import log_probabilities, loss_of
+    from ..serving.scheme import scheme_of
+
+    refuse_repacking(options.model, options.scheme, 4 if options.scheme == "int4" else 8)
+    model, tokenizer = load_model(options.model, "cpu", "float32")
+    rows, held = _rows(options, model, tokenizer) if options.calibrate else ([], [])
+    exact = log_probabilities(LLM(model, tokenizer), held) if held else []
+    quantize(model, scheme_of(options.scheme, model.config.parameter_count()), rows, _say)
+    save_packed(model, options.to, tokenizer)
+    size = sum(file.stat().st_size for file in options.to.glob("*.safetensors"))
+    print(f"wrote {options.to}: {options.scheme}, {size / 1e6:,.1f} MB")
+    if held:
+        lost = loss_of(LLM(options.to), held, exact)
+        print(
+            f"loss on {sum(map(len, held)):,} tokens held out: KL {lost['kl']:.5f}, perplexity "
+            f"{100 * lost['perplexity']:+.2f} %, rms of log-probabilities {lost['rms']:.3f}"
+        )
+    return 0
+
+
+def _rows(options: argparse.Namespace, model, tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of the text to calibrate on, and rows that are held out."""
+    if tokenizer is None:
+        raise InputError(f"{options.model} has no tokenizer, so there is no text it could be calibrated on")
+    ids = tokenizer.encode(options.calibrate.read_text(encoding="utf-8"))
+    length = min(ROW, model.config.max_seq_len)
+    rows = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+    if len(rows) < 2:
+        raise InputError(f"{options.calibrate} has {len(ids)} tokens; calibration needs at least {2 * length}")
+    split = len(rows) - -(-len(rows) // 10)
+    return rows[: min(split, max(1, options.tokens // length))], rows[split:][:8]
+
+
+def _say(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\rlayer {done} of {total}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""Blocks of GGUF as packed weights: the codes stay what they are, in another order; no number is rounded again.
+
+Scales of simple formats are half precision already. K formats multiply two to get one, which is rounded to half
+precision (within 2⁻¹¹); a power of two a row keeps it away from the smallest numbers of that format. Five and six bits
+lie in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from .gguf_blocks import (
+    E2M1,
+    IQ4,
+    TYPES,
+    Bytes,
+    Floats,
+    five,
+    half,
+    iq4_xs_scales,
+    k_scales,
+    mxfp4_scales,
+    parts,
+    q5_k_codes,
+    q6_k_codes,
+    q6_k_scales,
+)
+from .packed_weight import Layout, Segment
+
+Codes = tuple[Bytes, Floats, Floats | None]  # of N blocks: (N, count) codes, (N, groups) scales and minima
+
+
+def _signed(x: Bytes) -> Bytes:
+    return x ^ np.uint8(128)
+
+
+def _k(x: Bytes, codes: Bytes) -> Codes:
+    scales, minima = k_scales(x)
+    return codes, scales, -minima
+
+
+_IQ4, _E2M1 = tuple(int(value) for value in IQ4), tuple(int(value) for value in E2M1)
+# Number of the type: bits and columns of a group, minima or not, table, and what blocks hold.
+PACKED: dict[int, tuple[int, int, bool, tuple[int, ...], Callable[[Bytes], Codes]]] = {
+    2: (4, 32, False, (), lambda x: (parts(x[:, 2:], 16, 4), half(x[:, :2]), None)),
+    3: (4, 32, True, (), lambda x: (parts(x[:, 4:], 16, 4), half(x[:, :2]), half(x[:, 2:4]))),
+    6: (8, 32, False, (), lambda x: (five(x[:, 6:], x[:, 2:6]) + np.uint8(128 - 16), half(x[:, :2]), None)),
+    7: (8, 32, True, (), lambda x: (five(x[:, 8:], x[:, 4:8]), half(x[:, :2]), half(x[:, 2:4]))),
+    8: (8, 32, False, (), lambda x: (_signed(x[:, 2:]), half(x[:, :2]), None)),
+    12: (4, 32, True, (), lambda x: _k(x, parts(x[:, 16:], 32, 4))),
+    13: (8, 32, True, (), lambda x: _k(x, q5_k_codes(x))),
+    14: (8, 16, False, (), lambda x: (q6_k_codes(x) + np.uint8(128 - 32), q6_k_scales(x), None)),
+    20: (4, 32, False, _IQ4, lambda x: (parts(x[:, 2:], 16, 4), half(x[:, :2]), None)),
+    23: (4, 32, False, _IQ4, lambda x: (parts(x[:, 8:], 16, 4), iq4_xs_scales(x), None)),
+    39: (4, 32, False, _E2M1, lambda x: (parts(x[:, 1:], 16, 4), mxfp4_scales(x), None)),
+}
+MADE = (12, 13, 14, 23, 39)  # whose scales are made: they are counted in a power of two of the row
+
+
+def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
+    """Rows of blocks (N, bytes) as a segment; None where half precision cannot hold MXFP4's powers of two."""
+    bits, group, minimum, table, read = PACKED[kind]
+    _, count, size, _ = TYPES[kind]
+    columns = len(blocks) // rows * count
+    layout = Layout(bits, group, minimum, table, rotate=False)
+    codes = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
+    scales = np.empty((rows, columns // group), np.float32)
+    minima = np.empty_like(scales) if minimum else None
+    step = max(1, (1 << 16) // (len(blocks) // rows * size))  # rows that fit the cache
+    for at in range(0, rows, step):
+        some = blocks[at * columns // count : (at + step) * columns // count]
+        numbers, scale, least = read(some)
+        numbers = numbers.reshape(-1, columns)
+        if bits == 4:
+            numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
+        codes.numpy()[at : at + step] = numbers
+        scales[at : at + step] = scale.reshape(-1, columns // group)
+        if minima is not None:
+            minima[at : at + step] = least.reshape(-1, columns // group)
+    units = np.ones(rows, np.float32)
+    if kind in MADE:
+        largest = np.abs(scales if minima is None else np.maximum(np.abs(scales), np.abs(minima))).max(axis=1)
+        units = np.ldexp(np.float32(1), np.frexp(largest)[1] - 15)
+    halves = [None if x is None else (x / units[:, None]).astype(np.float16) for x in (scales, minima)]
+    if kind == 39 and not np.array_equal(halves[0] * units[:, None], scales, equal_nan=True):
+        return None
+    return Segment(
+        layout, codes, *(None if x is None else torch.from_numpy(x) for x in halves), torch.from_numpy(units)
+    )

@@ -1,0 +1,93 @@
+"""Calibration: weights rounded so that their errors cancel in the activations of a text (GPTQ).
+
+Rounding to the nearest treats columns alone. But activations are correlated: what the rounding of one column adds to a
+product, the columns after it can take away, if one knows how they move together. That is the inverse of the Hessian of
+a layer's squared error, H = Σ x xᵀ over the tokens of the text: with the upper Cholesky factor U of H⁻¹, column j takes
+U[c, j] / U[c, c] of the error of column c. x is rotated as the weights are (csrc/cpu/serving/hadamard.hpp), and a
+layer sees the activations that rounded layers before it make.
+
+On SmolLM2-135M that halves the loss of 8 bits, and cuts that of 4 to a quarter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..formats.packed_weight import TURNED, Layout, PackedLinear, PackedWeight, hadamard, install, matrix_of
+from ..layers import Linear
+from ..model import Transformer, dense_attention
+from .execution.native_matrix import pack
+from .scheme import Scheme
+
+DAMPING = 0.01  # of the mean of H's diagonal: columns that the text never uses stay where they are
+BATCH = 4096  # tokens computed together
+
+
+class Correlations:
+    """H of a layer, gathered by a hook on its inputs."""
+
+    def __init__(self, layer: torch.nn.Module, layout: Layout) -> None:
+        self.layout, self.total = layout, torch.zeros(0)
+        self.hook = layer.register_forward_pre_hook(lambda _, inputs: self.add(inputs[0]))
+
+    def add(self, x: Tensor) -> None:
+        rows_NC = x.flatten(0, -2).float()
+        step = TURNED if self.layout.rotate else self.layout.group
+        rows_NC = torch.nn.functional.pad(rows_NC, (0, -rows_NC.shape[1] % step))
+        if self.layout.rotate:
+            rows_NC = (rows_NC.unflatten(-1, (-1, TURNED)) @ hadamard(TURNED)).flatten(1)
+        product = rows_NC.T @ rows_NC
+        self.total = self.total + product.double() if self.total.numel() else product.double()
+
+    def feedback(self) -> Tensor:
+        """Row c: what each later column takes of column c's error."""
+        self.hook.remove()
+        diagonal = self.total.diagonal()
+        diagonal += DAMPING * diagonal.mean().clamp(min=1e-12)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.total))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+        return (upper / upper.diagonal()[:, None]).float().contiguous()
+
+
+@torch.inference_mode()
+def quantize(
+    model: Transformer,
+    scheme: Scheme,
+    rows: Sequence[list[int]] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Replace the model's matrices by packed ones; with rows of tokens, of one length, calibrated on them."""
+    if model.config.n_experts:
+        raise InputError("a mixture of experts is not written quantized: serve it with quantize='int8' or 'int4'")
+    total = len(model.blocks) + 1
+    parts = torch.tensor(rows).split(max(1, BATCH // len(rows[0]))) if rows else ()
+    state = [(stream := model._embed(part, None), torch.zeros_like(stream)) for part in parts]
+    for index, block in enumerate(model.blocks):
+        layers = {path: layer for path, layer in block.named_modules() if type(layer) is Linear}
+        layouts = {path: scheme.layout(matrix_of(path)) for path in layers}
+        rotate, seen = model.rotation(block.kind), {}
+        if rows:
+            seen = {path: Correlations(layer, layouts[path]) for path, layer in layers.items()}
+            for stream, delta in state:
+                block(stream, delta, rotate, dense_attention)
+        for path, layer in layers.items():
+            packed = _packed(layer.weight, layouts[path], seen.get(path))
+            install(block, path, packed)
+        state = [block(stream, delta, rotate, dense_attention)[:2] for stream, delta in state]
+        progress(index + 1, total)
+    seen = None
+    if rows:
+        head = torch.nn.Identity()
+        seen = Correlations(head, scheme.layout("head"))
+        for stream, delta in state:
+            head(model.norm.add(delta, stream)[0])
+    model.head = PackedLinear(_packed(model.head_weight, scheme.layout("head"), seen), model.head_bias)
+    progress(total, total)
+
+
+def _packed(weight: Tensor, layout: Layout, seen: Correlations | None) -> PackedWeight:
+    return pack(weight, layout, None if seen is None else seen.feedback())

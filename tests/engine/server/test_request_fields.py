@@ -1,0 +1,120 @@
+"""What requests may ask for beyond OpenAI's fields: where to begin, when to end, whom to share with."""
+
+import json
+
+import pytest
+
+from warploom.engine.formats.model_directory import save_model
+from warploom.engine.serving import LLM
+
+from .conftest import HeldLLM, make_model, make_tokenizer, serving
+
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+httpx = pytest.importorskip("httpx", reason="these tests need httpx")
+
+HI = {"role": "user", "content": "hi"}
+
+
+def text_of(answer):
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def test_min_tokens_keep_the_end_away(client, server):
+    eos = server.bridge.llm.tokenizer.eos_id
+    body = {"prompt": "x", "max_tokens": 20, "seed": 1, "logit_bias": {str(eos): 100}}
+    for least in (0, 7):
+        answer = client.post("/v1/completions", json={**body, "min_tokens": least}).json()
+        assert answer["usage"]["completion_tokens"] == least + 1 and answer["choices"][0]["finish_reason"] == "stop"
+    refused = client.post("/v1/completions", json={**body, "min_tokens": 21})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "min_tokens"
+    both = client.post("/v1/completions", json={**body, "min_tokens": 5, "regex": "a+"})
+    assert both.status_code == 400 and "grammar" in both.json()["error"]["message"]
+
+
+def test_final_message_is_continued_where_it_ends(client):
+    """Its prompt is the template's up to the content's last character, special tokens in it fenced."""
+    said = "I say <|im_end|> and "
+    turns = [HI, {"role": "assistant", "content": said}]
+    body = {"max_tokens": 12, "seed": 4, "temperature": 0}
+    chat = client.post("/v1/chat/completions", json={"messages": turns, "continue_final_message": True, **body})
+    opened = client.post("/tokenize", json={"messages": [HI]}).json()["tokens"]
+    prompt = opened + list(said.encode())
+    assert chat.json()["usage"]["prompt_tokens"] == len(prompt)
+    assert text_of(chat) == text_of(client.post("/v1/completions", json={"prompt": prompt, **body}))
+    refused = client.post("/v1/chat/completions", json={"messages": [HI], "continue_final_message": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "continue_final_message"
+    prefilled = client.post(
+        "/v1/messages", json={"messages": turns, **{k: body[k] for k in ("max_tokens", "temperature")}}
+    )
+    assert prefilled.json()["content"][0]["text"] == text_of(chat)
+
+
+def test_salt_separates_cached_prefixes(client):
+    body = {"prompt": "a prompt of more than one page, shared or not", "max_tokens": 1}
+
+    def cached(salt):
+        answer = client.post("/v1/completions", json={**body, "cache_salt": salt})
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached("a"), cached("b"), cached("a") > 0] == [0, 0, True]
+
+
+def test_prompt_is_truncated_from_its_beginning(client):
+    body = {"max_tokens": 8, "seed": 2}
+    whole = client.post("/v1/completions", json={"prompt": "the end", **body})
+    cut = client.post("/v1/completions", json={"prompt": "x" * 5000 + "the end", "truncate_prompt_tokens": 7, **body})
+    assert text_of(cut) == text_of(whole) and cut.json()["usage"]["prompt_tokens"] == 7
+    fitted = client.post("/v1/completions", json={"prompt": "x" * 5000, "truncate_prompt_tokens": -1, **body})
+    assert fitted.json()["usage"]["prompt_tokens"] == 320 - 8
+    assert client.post("/v1/completions", json={"prompt": "x", "truncate_prompt_tokens": 0}).status_code == 400
+
+
+def test_priority_lets_others_go_first():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with serving(lambda: HeldLLM(max_batch=1)) as server, ThreadPoolExecutor(3) as pool:
+
+        def ask(name, priority):
+            body = {"prompt": name, "max_tokens": 2, "priority": priority}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+        asked, flows = [], {}
+
+        def new():
+            return [flow for flow in server.bridge.flows if flow not in flows and flow.generations]
+
+        for name, priority in (("first", 0), ("patient", 5), ("next", 0)):
+            asked.append(pool.submit(ask, name, priority))
+            server.wait(new)
+            flows.update(dict.fromkeys(new(), name))
+        server.bridge.llm.free()
+        for each in asked:
+            each.result()
+        ended = sorted(flows, key=lambda flow: flow.streams[0].metrics.finished)
+        assert [flows[flow] for flow in ended] == ["first", "next", "patient"]
+
+
+def test_model_says_how_it_wants_to_be_sampled(tmp_path):
+    directory = save_model(make_model(), tmp_path / "model", make_tokenizer())
+    (directory / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.01, "top_k": 1, "eos_token_id": 256})
+    )
+    body = {"prompt": "x", "max_tokens": 20}
+    for model_defaults in (True, False):
+        with serving(lambda: LLM(directory), model_defaults=model_defaults) as server:
+            texts = {text_of(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)) for _ in range(3)}
+            assert (len(texts) == 1) == model_defaults
+            own = {**body, "temperature": 2.0, "top_k": 0}
+            texts = {text_of(httpx.post(f"{server.url}/v1/completions", json=own, timeout=60)) for _ in range(3)}
+            assert len(texts) == 3
+
+
+def test_lenient_server_ignores_and_names_what_it_does_not_know():
+    body = {"prompt": "x", "max_tokens": 2, "tempreture": 1, "suffix": "y", "best_of": 1}
+    with serving(lenient=True) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200 and answer.headers["x-warploom-ignored"] == "suffix, tempreture"
+        assert client.post("/v1/completions", json={**body, "temperature": 9}).status_code == 400
+        assert "x-warploom-ignored" not in client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).headers

@@ -1,0 +1,107 @@
+"""Calibrated weights: errors that cancel in a text, and directories of packed weights."""
+
+import json
+
+import pytest
+import torch
+
+from warploom.engine import Transformer
+from warploom.engine.cli import main
+from warploom.engine.config import ModelConfig
+from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.packed_weight import Layout, PackedLinear
+from warploom.engine.serving import LLM
+from warploom.engine.serving.calibrate import Correlations
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.serving.execution.native_matrix import pack
+from warploom.tokenizer import BPETokenizer
+
+pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
+TEXT = "The loom weaves 1234 threads, and more of them; warp and weft cross at right angles.\n"
+
+
+@pytest.mark.parametrize("layout", [Layout(8), Layout(4, 64, True), Layout(4, 32, False, (), False)], ids=str)
+@pytest.mark.parametrize("columns", [192, 150])
+def test_fed_back_errors_cancel_in_correlated_columns(layout, columns):
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(columns, columns, generator=generator) @ torch.diag(torch.linspace(1, 0.01, columns))
+    x_NC = torch.randn(2000, columns, generator=generator) @ mixed.T
+    weight = torch.randn(80, columns, generator=generator)
+    layer = torch.nn.Identity()
+    seen = Correlations(layer, layout)
+    layer(x_NC[:1000]), layer(x_NC[1000:])
+
+    def lost(packed):
+        return ((packed.dequantize() - weight) @ x_NC.T).norm().item()
+
+    assert lost(pack(weight, layout, seen.feedback())) < 0.7 * lost(pack(weight, layout))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny model's directory, and a text it can read."""
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=288, d_model=96, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=160, max_seq_len=64)
+    save_model(Transformer(config), directory / "float", BPETokenizer.train([TEXT], 280))
+    (directory / "text.txt").write_text(TEXT * 20)
+    return directory
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantize_writes_what_serves_as_it_is(trained, scheme, capsys):
+    there = trained / scheme
+    flags = ["--to", str(there), "--scheme", scheme, "--calibrate", str(trained / "text.txt")]
+    assert main(["quantize", str(trained / "float"), *flags]) == 0
+    assert "held out: KL" in capsys.readouterr().out
+    packed, tokenizer = load_model(there, "cpu", packed=True)
+    assert isinstance(packed.blocks[1].ffn.down, PackedLinear) and tokenizer is not None
+    tokens = [7 * i % 280 for i in range(60)]
+    exact, again, served, eight = (
+        torch.tensor(LLM(model, quantize=quantize).score(tokens))
+        for model, quantize in (
+            (trained / "float", None), (load_model(there, "cpu")[0], None), (there, None), (trained / "float", "int8")
+        )
+    )  # fmt: skip
+    usual = (eight - exact).norm()  # activations, keys, values and the head are rounded in both
+    assert 0 < (again - exact).norm() < (1 if scheme == "int8" else 20) * usual
+    assert (served - again).norm() < 1.2 * usual
+    with pytest.raises(ValueError, match=f"quantize='int8' is for float weights, and .*{scheme} has [48] bits"):
+        LLM(there, quantize="int8")
+
+
+def test_quantize_without_text_is_the_usual_rounding(trained):
+    assert main(["quantize", str(trained / "float"), "--to", str(trained / "plain")]) == 0
+    float_llm, packed = LLM(trained / "float", quantize="int8"), LLM(trained / "plain")
+    torch.testing.assert_close(torch.tensor(packed.score(TEXT)), torch.tensor(float_llm.score(TEXT)), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda q: q.pop("layouts"), "has no field 'layouts'"),
+        (lambda q: q["layouts"].pop("ffn.down"), "no layout of 'ffn.down'"),
+        (lambda q: q["layouts"]["ffn.down"].update(bits=5), "bits must be 4 or 8, got 5"),
+        (lambda q: q["layouts"]["ffn.down"].update(group="64"), "values of other types"),
+        (lambda q: q["layouts"]["ffn.down"].update(zero=1), "has the fields bits"),
+        (
+            lambda q: q["layouts"]["ffn.down"].update(group=32),
+            r"scales is float16 \(96, 3\); by its layout",
+        ),
+    ],
+)
+def test_packed_directory_that_lies_is_refused(trained, tmp_path, change, says):
+    main(["quantize", str(trained / "float"), "--to", str(tmp_path / "packed")])
+    path = tmp_path / "packed" / "config.json"
+    values = json.loads(path.read_text())
+    change(values["quantization_config"])
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=says):
+        load_model(tmp_path / "packed", "cpu", packed=True)
+
+
+def test_quantize_needs_enough_text(trained, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("The loom")
+    flags = ["--to", str(tmp_path / "out"), "--calibrate", str(tmp_path / "short.txt")]
+    assert main(["quantize", str(trained / "float"), *flags]) == 2
+    assert "calibration needs at least 128" in capsys.readouterr().err
