@@ -7,7 +7,7 @@ first. Every way to cut a piece into two pieces is therefore a merge, in the ord
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .bpe import BPETokenizer
 from .errors import InputError
@@ -127,8 +127,8 @@ def _byte_of(text: str) -> int:
     return int(text[3:5], 16)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """The fields of a protocol buffer message, each with its number."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer message, each an int, a float or bytes, with its number."""
     at = 0
 
     def varint() -> int:

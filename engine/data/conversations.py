@@ -104,7 +104,7 @@ def to_conversation(row: Any, line: str) -> Conversation:
 
 def to_pair(row: Any, line: str) -> tuple[Conversation, Conversation]:
     """A preference pair: the conversations that end in the chosen answer and in the rejected one."""
-    sides = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, Mapping) else [None]
+    sides: list[Any] = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, Mapping) else [None]
     if not all(sides):
         raise InputError(f"{line} is no preference pair: it needs chosen and rejected: {_show(row)}")
     prompt = row.get("prompt")
@@ -113,8 +113,8 @@ def to_pair(row: Any, line: str) -> tuple[Conversation, Conversation]:
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
     if not prompt or not all(sides):
         raise InputError(f"{line}: chosen and rejected have no common prompt: give a prompt: {_show(row)}")
-    both = ({**row, "prompt": prompt, "completion": side} for side in sides)
-    return tuple(to_conversation(each, line) for each in both)
+    chosen, rejected = ({**row, "prompt": prompt, "completion": side} for side in sides)
+    return to_conversation(chosen, line), to_conversation(rejected, line)
 
 
 def _is_message(message: Any) -> bool:

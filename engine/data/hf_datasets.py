@@ -68,7 +68,10 @@ def is_hub_id(name: str) -> bool:
 
 def fetch_rows(name: str, keep: str | Path) -> Path:
     """The JSON lines of a data set of the hub (of its split `train`, if none is named), downloaded to `keep`."""
-    asked = {key: value for key, value in HUB_ID.fullmatch(name).groupdict().items() if value is not None}
+    found = HUB_ID.fullmatch(name)
+    if found is None:
+        raise InputError(f"{name!r} is no data set of the hub: org/name[/subset][:split][@revision]")
+    asked = {key: value for key, value in found.groupdict().items() if value is not None}
     try:
         import datasets
     except ImportError as error:

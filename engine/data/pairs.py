@@ -66,9 +66,12 @@ class PreferencePairs(_Rows):
 
     def __post_init__(self) -> None:
         super().__init__()
+        if self.split.learn is None:
+            raise InputError("preference pairs need conversations: this data does not say which tokens are learned")
+        self.learn = self.split.learn
         edges = np.append(self.split.starts, len(self.split))
         self.spans = [(int(start), int(min(end, start + self.context + 1))) for start, end in itertools.pairwise(edges)]
-        learned = [bool(np.any(self.split.learn[start + 1 : end])) for start, end in self.spans]
+        learned = [bool(np.any(self.learn[start + 1 : end])) for start, end in self.spans]
         self.pairs = [pair for pair in range(len(self.spans) // 2) if learned[2 * pair] and learned[2 * pair + 1]]
         if not self.pairs:
             raise InputError(f"no preference pair fits a context of {self.context} tokens: prompts alone fill it")
@@ -86,7 +89,7 @@ class PreferencePairs(_Rows):
         tokens, targets = np.zeros((len(spans), T), np.int64), np.full((len(spans), T), IGNORE, np.int64)
         for number, (start, end) in enumerate(spans):
             text = np.asarray(self.split.tokens[start:end], np.int64)
-            learned = self.split.learn[start + 1 : end] > 0
+            learned = self.learn[start + 1 : end] > 0
             tokens[number, : len(text) - 1] = text[:-1]
             targets[number, : len(text) - 1][learned] = text[1:][learned]
         both = (torch.from_numpy(array).view(len(rows), 2, T) for array in (tokens, targets))
