@@ -70,9 +70,8 @@ def build_encoder(
 
 
 def build_decoder(native: ModuleType, every: dict[int, bytes]) -> Any:
-    """A native decoder: the bytes of each id, in an array."""
-    size = 1 + max(every)
-    return native.Decoder([every.get(i, b"") for i in range(size)], [i in every for i in range(size)])
+    """A native decoder: the bytes of each id."""
+    return native.Decoder(list(every.items()))
 
 
 def byte_ends(text: str, pattern: Pattern) -> list[int]:

@@ -96,7 +96,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         encoder.encode_pieces({copy.data(), piece}, &end, piece > 0, merged);
         require(Ids(merged.data(), merged.data() + merged.size) == merging.apply(copy.data(), piece), "a piece is merged by rank");
     }
-    const Decoder decoder(merging.tokens, std::vector<bool>(merging.tokens.size(), true));
+    std::vector<std::pair<uint64_t, std::string>> tokens;
+    for (const std::string& token : merging.tokens) tokens.push_back({tokens.size(), token});
+    const Decoder decoder(tokens);
     std::string back(decoder.size_of(first.data(), first.size()), '\0');
     decoder.write(first.data(), first.size(), &back[0], back.size());
     require(back == std::string(copy.begin(), copy.end()), "ids spell the text");

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "tokenizer/text.hpp"
 #include "tokenizer/bpe_trainer.hpp"
 
@@ -40,7 +42,7 @@ py::array_t<Symbol> learn(WordCounter& counter, uint64_t num_merges, const std::
 
 void bind_bpe_trainer(py::module_& module) {
     py::class_<WordCounter>(module, "WordCounter")
-        .def(py::init([](const std::string& pattern, unsigned threads) { return WordCounter(pattern_of(pattern), threads); }))
+        .def(py::init([](const std::string& pattern, unsigned threads) { return WordCounter(pattern_of(pattern), std::max(1u, threads)); }))
         .def("add",
              [](WordCounter& counter, py::handle text, const Specials* specials) {
                  Text utf8(text);

@@ -26,14 +26,23 @@ py::array to_array(IdBuffer<Id>& ids) {
     return to_array(ids.release(), size);
 }
 
+const std::vector<TokenId>& checked(const std::vector<TokenId>& byte_ids, const std::vector<TokenId>& left,
+                                    const std::vector<TokenId>& right, const std::vector<TokenId>& merged) {
+    if (byte_ids.size() != 256 || left.size() != right.size() || left.size() != merged.size())
+        throw py::value_error("a vocabulary is the ids of 256 bytes and as many left halves, right halves and results of merges, got " +
+                              std::to_string(byte_ids.size()) + ", " + std::to_string(left.size()) + ", " +
+                              std::to_string(right.size()) + " and " + std::to_string(merged.size()));
+    return byte_ids;
+}
+
 template <class Id>
 class Bpe {
 public:
     Bpe(std::vector<TokenId> byte_ids, std::vector<TokenId> left, std::vector<TokenId> right, std::vector<TokenId> merged,
         const std::string& pattern, std::vector<std::pair<std::string, TokenId>> whole_words, TokenId first_fragment,
         Metaspace metaspace)
-        : encoder_(Merges(byte_ids, left, right, merged, first_fragment), pattern_of(pattern), std::move(whole_words),
-                   metaspace) {}
+        : encoder_(Merges(checked(byte_ids, left, right, merged), left, right, merged, first_fragment), pattern_of(pattern),
+                   std::move(whole_words), metaspace) {}
 
     ~Bpe() {
         for (PyObject* number : numbers_) Py_XDECREF(number);
@@ -284,7 +293,7 @@ void bind_tokenizer(py::module_& module) {
     bind_bpe<uint32_t>(module, "BPE32");
 
     py::class_<Decoder>(module, "Decoder")
-        .def(py::init<const std::vector<std::string>&, std::vector<bool>>())
+        .def(py::init<const std::vector<std::pair<uint64_t, std::string>>&>())
         .def("decode", &decode_array);
 
     module.def("split", &split, "Byte offsets of the ends of a text's pieces.");
