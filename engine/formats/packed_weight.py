@@ -80,13 +80,14 @@ class Segment:
         times = self.layout.group // group
         if times == 1:
             return self
-        scales, minima = (None if x is None else x.repeat_interleave(times, 1) for x in (self.scales, self.minima))
-        return Segment(dataclasses.replace(self.layout, group=group), self.codes, scales, minima, self.units)
+        minima = None if self.minima is None else self.minima.repeat_interleave(times, 1)
+        layout, scales = dataclasses.replace(self.layout, group=group), self.scales.repeat_interleave(times, 1)
+        return Segment(layout, self.codes, scales, minima, self.units)
 
     def at(self, rows: Tensor) -> Segment:
         """These rows, in this order."""
-        parts = (None if x is None else x[rows] for x in (self.codes, self.scales, self.minima, self.units))
-        return Segment(self.layout, *parts)
+        minima = None if self.minima is None else self.minima[rows]
+        return Segment(self.layout, self.codes[rows], self.scales[rows], minima, self.units[rows])
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""

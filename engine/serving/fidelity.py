@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,16 @@ Texts = Sequence[list[int]]
 
 def log_probabilities(llm: LLM, texts: Texts) -> list[Tensor]:
     """Of the whole vocabulary, after each token of a text but the last: (T - 1, V) each."""
-    runner, given, found = llm.engine.runner, [], []
-    head = runner.head
+    runner: Any = llm.engine.runner
+    head, given, found = runner.head, [], []
 
     def record(hidden: Tensor) -> Tensor:
         given.append(head(hidden))
         return given[-1]
 
-    record.needs_padding = head.needs_padding
-    runner.head = record
+    listening: Any = record
+    listening.needs_padding = head.needs_padding
+    runner.head = listening
     try:
         for text in texts:
             given.clear()
