@@ -12,7 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from ..engine.errors import InputError
 from . import harness, peers
@@ -77,9 +77,8 @@ def speed(file: Path, machine: Machine, model: str, kind: str, batch: int) -> li
     machine = machine.by_the_wall()
     with TemporaryDirectory() as folder:
         rivals = peers.build("quantization", job, Path(folder))
-        calls, extra = machine.prepare(
-            {f"ours {name}": partial(ours, job, name) for name in SCHEMES} | rivals, "ours int8"
-        )
+        builders: peers.Builders = {f"ours {name}": partial(ours, job, name) for name in SCHEMES}
+        calls, extra = machine.prepare(builders | cast(peers.Builders, rivals), "ours int8")
         amount = batch * (tokens if kind == "decode" else prompt)
         case = f"{model}, {kind}, {batch} × {prompt}→{tokens}"
         return machine.compare(case, calls, amount=amount, unit="tok", extra=extra, warmup=1, ours="ours int8")

@@ -8,9 +8,11 @@ lie in bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .gguf_blocks import (
     E2M1,
@@ -84,9 +86,8 @@ def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
     if kind in MADE:
         largest = np.abs(scales if minima is None else np.maximum(np.abs(scales), np.abs(minima))).max(axis=1)
         units = np.ldexp(np.float32(1), np.frexp(largest)[1] - 15)
-    halves = [None if x is None else (x / units[:, None]).astype(np.float16) for x in (scales, minima)]
+    halves: list[Any] = [None if x is None else (x / units[:, None]).astype(np.float16) for x in (scales, minima)]
     if kind == 39 and not np.array_equal(halves[0] * units[:, None], scales, equal_nan=True):
         return None
-    return Segment(
-        layout, codes, *(None if x is None else torch.from_numpy(x) for x in halves), torch.from_numpy(units)
-    )
+    scale, least, unit = (x if x is None else torch.from_numpy(x) for x in (*halves, units))
+    return Segment(layout, codes, cast(Tensor, scale), least, cast(Tensor, unit))

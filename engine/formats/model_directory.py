@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -140,7 +140,7 @@ def read_model(
         model = Transformer(config)
     weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed)
     if tp is not None:
-        model, weights = shard(model, tp), shard_weights(config, weights, tp)
+        model, weights = shard(model, tp), shard_weights(config, cast("Iterator[tuple[str, Tensor]]", weights), tp)
     kept = {}
     for name, weight in weights:
         if isinstance(weight, PackedWeight):

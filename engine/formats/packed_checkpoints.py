@@ -113,10 +113,11 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, zeros_NG: Tensor | N
     minima_NG = -zeros_NG * scale_NG if minimum and zeros_NG is not None else None
     largest = scale_NG.abs().amax(1) if minima_NG is None else torch.maximum(scale_NG.abs(), minima_NG.abs()).amax(1)
     units = torch.ldexp(torch.ones(rows), torch.frexp(largest).exponent - 15)
-    halves = [
-        None if part is None else (part / units[:, None]).half().repeat_interleave(size // group, 1)
-        for part in (scale_NG, minima_NG)
-    ]
+
+    def halved(part: Tensor) -> Tensor:
+        return (part / units[:, None]).half().repeat_interleave(size // group, 1)
+
     codes = codes_NC.to(torch.uint8).contiguous()
     codes = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
-    return Segment(Layout(bits, group, minimum, (), rotate=False), codes, *halves, units)
+    minima = None if minima_NG is None else halved(minima_NG)
+    return Segment(Layout(bits, group, minimum, (), rotate=False), codes, halved(scale_NG), minima, units)

@@ -122,8 +122,9 @@ class PackedWeight:
         for _, alike in groupby((segment.in_groups(group) for segment in segments), key=lambda each: each.layout):
             first, *rest = alike
             if rest:
-                parts = ([getattr(each, part) for each in (first, *rest)] for part in PARTS)
-                first = Segment(first.layout, *(None if each[0] is None else torch.cat(each) for each in parts))
+                parts: Any = ([getattr(each, part) for each in (first, *rest)] for part in PARTS)
+                joined: Any = [None if each[0] is None else torch.cat(each) for each in parts]
+                first = Segment(first.layout, *joined)
             found.append(first)
         return cls(tuple(found), columns)
 
@@ -195,7 +196,7 @@ def to_tensors(name: str, packed: PackedWeight) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"{name}.{part}", getattr(segment, part)) for part in PARTS if getattr(segment, part) is not None)
 
 
-def from_tensors(name: str, layout: Layout, shape: tuple[int, int], read: Mapping[str, Tensor]) -> PackedWeight:
+def from_tensors(name: str, layout: Layout, shape: Sequence[int], read: Mapping[str, Tensor]) -> PackedWeight:
     """A weight from the tensors of a file, held against the shape that the model has."""
     rows, groups = shape[0], layout.groups(shape[1])
     wanted = {
@@ -215,7 +216,8 @@ def from_tensors(name: str, layout: Layout, shape: tuple[int, int], read: Mappin
             raise InputError(f"{name}.{part} is {found}; by its layout it is {dtype} {size}".replace("torch.", ""))
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise InputError(f"{name}.{part} holds NaN or infinity")
-    return PackedWeight((Segment(layout, *(read.get(f"{name}.{part}") for part in PARTS)),), shape[1])
+    parts: Any = [read.get(f"{name}.{part}") for part in PARTS]
+    return PackedWeight((Segment(layout, *parts),), shape[1])
 
 
 def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -246,7 +248,7 @@ def layout_from(values: Any) -> Layout:
     fields = {field.name for field in dataclasses.fields(Layout)}
     if not isinstance(values, Mapping) or not values.keys() <= fields:
         raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")
-    given = {name: tuple(value) if name == "table" else value for name, value in values.items()}
+    given: dict[str, Any] = {name: tuple(value) if name == "table" else value for name, value in values.items()}
     if any(type(value) is not type(getattr(Layout(), name)) for name, value in given.items()):
         raise InputError(f"a layout in quantization_config has values of other types than {Layout()}: {values!r}")
     return Layout(**given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ..scheme import Scheme
 from .kv_cache import _native
 
 
-def stored(layer: torch.nn.Module) -> Tensor | PackedWeight:
+def stored(layer: Any) -> Tensor | PackedWeight:
     """The weight of a linear layer as it is kept."""
     return layer.packed if isinstance(layer, PackedLinear) else layer.weight
 
