@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     if sum(given) > 1:
         raise InputError("give one of --prompt, --prompts-file and --batch")
     if options.batch is not None:
-        return _answer_batch(options)
+        return _answer_batch(options, options.batch)
     if options.out is not None and options.prompts_file is None:
         raise InputError("--out is where the results of --prompts-file go; a single prompt is answered on the screen")
     if options.beam_width is not None and options.prompts_file is not None:
@@ -73,12 +73,12 @@ def run(argv: list[str]) -> int:
     return _stream(llm, prompt, options.sampling)
 
 
-def _answer_batch(options: GenerateOptions) -> int:
+def _answer_batch(options: GenerateOptions, batch: Path) -> int:
     try:
         from ..server.offline_batch import answer_batch, answered, read_batch
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
-    done, requests = answered(options.out), read_batch(options.batch)
+    done, requests = answered(options.out), read_batch(batch)
     missing = [request for request in requests if request["custom_id"] not in done]
     if not missing:
         return 0

@@ -161,8 +161,8 @@ def described(llm: Any) -> str:
     pages, size = scheduler.pool.num_pages, scheduler.pool.page_size
     device = model.device.type
     executor = "C++" if device == "cpu" and HAS_NATIVE else "Triton" if device == "cuda" else "PyTorch"
-    store = getattr(runner, "store", None)
-    stored = f", keys and values in {str(store.dtype).removeprefix('torch.')}" if hasattr(store, "dtype") else ""
+    dtype = getattr(getattr(runner, "store", None), "dtype", None)
+    stored = "" if dtype is None else f", keys and values in {str(dtype).removeprefix('torch.')}"
     return (
         f"ready on {device} ({executor}{stored}): context {llm.max_seq_len:,}, {pages:,} pages of {size} tokens "
         f"({pages * size:,} in all), {scheduler.max_batch} sequences a batch, "

@@ -277,7 +277,10 @@ class Service:
                 if chunks := [server_sent(chunk) for part in parts for chunk in writer.chunks(*part)]:
                     yield b"".join(chunks)
             if not flow.gone:
-                yield (server_sent(writer.last()) if writer.counts_usage else b"") + writer.end
+                last = b""
+                if isinstance(writer, (ChatWriter, CompletionWriter)) and writer.counts_usage:
+                    last = server_sent(writer.last())
+                yield last + writer.end
         finally:
             self._close(request, flow)
 

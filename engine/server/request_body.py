@@ -69,12 +69,13 @@ def parse(kind: type[Kind], content: bytes, lenient: bool = False) -> tuple[Kind
         value = from_json(content)
     except ValueError:
         raise errors.invalid("the body is not valid JSON", code="invalid_json") from None
-    dropped = sorted(kind.unknown(value)) if lenient and hasattr(kind, "unknown") and isinstance(value, dict) else []
+    unknown = getattr(kind, "unknown", None) if lenient and isinstance(value, dict) else None
+    dropped = sorted(unknown(value)) if unknown else []
     for name in dropped:
         del value[name]
     try:
         body = kind.model_validate(value)
-        return body, dropped + (body.ignored() if hasattr(body, "ignored") else [])
+        return body, dropped + getattr(body, "ignored", list)()
     except ValidationError as error:
         raise errors.from_validation(error.errors(include_url=False, include_context=False)) from None
 
@@ -89,7 +90,7 @@ async def _read(kind: type[Kind], request: Request) -> tuple[Kind, list[str]]:
     return await request.app.state.bridge.offload(parse, kind, content, lenient, client=client_of(request.scope))
 
 
-def client_of(scope: dict[str, Any]) -> Any:
+def client_of(scope: Any) -> Any:
     """Client identity: who asks, as far as that can be told: by key, else by address."""
     return scope.get("salt") or (scope.get("client") or (None,))[0]
 

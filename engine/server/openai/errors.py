@@ -7,6 +7,7 @@ to the log, under the request's id.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import InputError
@@ -64,7 +65,7 @@ def from_input_error(error: InputError) -> APIError:
     return invalid(message, RENAMED.get(first, first if first in FIELDS else None))
 
 
-def from_validation(errors: list[dict[str, Any]]) -> APIError:
+def from_validation(errors: Sequence[Any]) -> APIError:
     """The first field that is wrong, and what it could have been, in one sentence."""
     first = errors[0]
     if not first["loc"]:

@@ -72,8 +72,9 @@ class MessageReader(PlainReader):
         limit: int | None = None,
     ) -> None:
         super().__init__(limit)
-        self._row, self._schemas, self._thoughts = row, schemas, thoughts
-        self._step = {"inside": self._think, "free": self._start}.get(reasoning, self._say)
+        self._row: Any = row
+        self._schemas, self._thoughts = schemas, thoughts or ("", "")
+        self._step = {"inside": self._think, "free": self._start}.get(reasoning or "", self._say)
         self._opens = (*row.opens, *([row.close] if row.close else ())) if row else ()
         self._held = self._space = ""  # white space at the end: dropped if a call follows
         self._fresh = True  # nothing but white space since the last mark

@@ -302,7 +302,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    reasoning_content: str | None = Field(None, description="What the assistant reasoned before it answered.")
+    reasoning_content: str | None = Field(default=None, description="What the assistant reasoned before it answered.")
 
     @property
     def text(self) -> str:

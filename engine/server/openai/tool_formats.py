@@ -49,7 +49,7 @@ def scan_json(head: str, tail: str) -> Scanner:
         name = begin.groupdict().get("name")
         given = value if name is None else {"name": name, "arguments": value}
         calls = [_call(each) for each in (given if isinstance(given, list) else [given])]
-        return max(close.end() if close else end, 1), calls if all(calls) else []
+        return max(close.end() if close else end, 1), [call for call in calls if call] if all(calls) else []
 
     return scan
 

@@ -67,7 +67,7 @@ def call_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas, parallel: bo
 
 def answer_grammar(tokenizer: Any, schema: dict, reasoning: str) -> str:
     """JSON that satisfies a schema, after the reasoning of a model that reasons."""
-    lark, pair = Lark(tokenizer), thoughts_of(tokenizer.chat_template)
+    lark, pair = Lark(tokenizer), thoughts_of(tokenizer.chat_template) or ("", "")
     final = lark.text("<|channel|>final<|message|>") if pair[0].startswith("<|channel|>") else ""
     plain = {"x-guidance": {"whitespace_flexible": False}, **schema}
     return lark.source(f"{_thought(lark, pair, reasoning)} {final} {lark.json(plain)}")

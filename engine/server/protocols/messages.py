@@ -37,7 +37,6 @@ class ToolChoice(Tolerant):
 class MessagesRequest(AgentRequest):
     """The next message of a conversation."""
 
-    model: str | None = None
     messages: Annotated[list[Turn], FIRST_ERROR, Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="At most; default: what the context holds.")
     system: str | Annotated[list[dict[str, Any]], FIRST_ERROR] | None = None
@@ -118,7 +117,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 class MessagesWriter:
     """Answers to one request: whole, or as events."""
 
-    counts_usage, end = False, b""
+    end = b""
 
     def __init__(
         self, body: MessagesRequest, head: dict[str, Any], flow: Any, plan: ChatPlan, params: SamplingParams
@@ -194,7 +193,7 @@ class MessagesWriter:
         reason = self._reader.finish_reason(stream.sequence.finish_reason)
         if reason == "stop" and stream.stop_string is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": stream.stop_string}
-        return {"stop_reason": REASONS.get(reason, reason), "stop_sequence": None}
+        return {"stop_reason": REASONS.get(reason or "", reason), "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         counts = usage(self._flow)

@@ -25,7 +25,6 @@ STATEFUL = {
 class ResponsesRequest(AgentRequest):
     """The next items of a conversation."""
 
-    model: str | None = None
     input: str | Annotated[list[dict[str, Any]], FIRST_ERROR, Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="At most.")
@@ -115,7 +114,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 class ResponsesWriter:
     """Answers to one request: whole, or as events."""
 
-    counts_usage, end = False, b""
+    end = b""
 
     def __init__(self, body: ResponsesRequest, head: dict[str, Any], flow: Any, plan: ChatPlan, params: SamplingParams):
         self._flow, self._reader, self._blocks = flow, plan.reader(), Blocks()

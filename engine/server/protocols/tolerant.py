@@ -34,6 +34,7 @@ class Tolerant(BaseModel):
 class AgentRequest(Tolerant):
     """A request that can be said as a chat."""
 
+    model: str | None = None
     stream: bool = False
     user: str | None = None
 

@@ -155,7 +155,9 @@ def _chat_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
         system = gradio.Textbox(label="System message", placeholder="How the model should behave", max_lines=6)
         gradio.Textbox(template or DEFAULT, label="Chat template", lines=4, max_lines=12, buttons=["copy"])
 
-    async def answer(request: Any, turns: list[dict], system: str | None, chosen: tuple, begun: str = "") -> Any:
+    async def answer(
+        request: Any, turns: list[dict], system: str | None, chosen: tuple, begun: str = ""
+    ) -> AsyncIterator[Any]:
         """Answer the turns, or go on with what has begun; yields history, message, speed and whether to continue."""
         said = [{"role": "system", "content": system}] if system else []
         said += [*turns, *([{"role": "assistant", "content": begun}] if begun else [])]
@@ -172,32 +174,33 @@ def _chat_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
             yield shown, busy, progress.facts, more
             busy = gradio.Textbox()
 
-    async def send(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+    async def send(request: Any, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
         if not (text or "").strip():
             yield turns, gradio.Textbox(), "", gradio.Button(visible=False)
             return
         async for shown in answer(request, [*turns, {"role": "user", "content": text}], system, chosen):
             yield shown
 
-    async def retry(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+    async def retry(request: Any, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
         asked = max((index for index, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
         async for shown in answer(request, turns[: asked + 1], system, chosen):
             yield shown
 
-    async def edit(
-        request: gradio.Request, data: gradio.EditData, text: str, turns: list[dict], system: str | None, *chosen: Any
-    ) -> Any:
+    async def edit(request: Any, data: Any, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
         place = data.index if isinstance(data.index, int) else data.index[0]
         changed = [*turns[:place], {"role": "user", "content": data.value}]
         async for shown in answer(request, changed, system, chosen):
             yield shown
 
-    async def go_on(request: gradio.Request, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
+    async def go_on(request: Any, text: str, turns: list[dict], system: str | None, *chosen: Any) -> Any:
         if turns and turns[-1]["role"] == "assistant":
             async for shown in answer(request, turns[:-1], system, chosen, _plain(turns[-1]["content"])):
                 yield shown
 
     inputs, outputs = [message, history, system, *settings], [history, message, speed, proceed]
+    for run in (send, retry, edit, go_on):  # Gradio fills in a parameter by its type
+        run.__annotations__["request"] = gradio.Request
+    edit.__annotations__["data"] = gradio.EditData
     triggers = ((message.submit, send), (history.retry, retry), (history.edit, edit), (proceed.click, go_on))
     running = [trigger(run, inputs, outputs, show_progress="hidden") for trigger, run in triggers]
     for each in running:
