@@ -1,5 +1,6 @@
 """What formats cost on a real model: models trained for minutes lose a tenth of it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_file_in_q4_1_runs_as_it_is(real):
     assert lost["rms"] < 0.09 and lost["kl"] < 0.004
 
 
+@pytest.mark.skipif("WARPLOOM_SLOW" not in os.environ, reason="takes minutes: WARPLOOM_SLOW=1 runs it")
 @pytest.mark.parametrize(("scheme", "rms", "divergence"), [("int8", 0.06, 0.0016), ("int4", 0.4, 0.075)])
 def test_calibrated_weights_lose_less(real, scheme, rms, divergence):
     """In 4 bits a third of what Q4_K loses on this model, KL 0.224, at most; the text is another than that measured."""
