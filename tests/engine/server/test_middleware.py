@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,12 @@ def test_metrics_are_prometheus_and_count_what_happened(client):
     client.post("/v1/completions", json=body)
     with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         answer.read()
-    after = scrape()
+    finished = ("warploom:http_requests_total", "POST", "/v1/completions", "200")
+    for _ in range(500):  # a stream is counted when its connection is done with it, after the last byte
+        after = scrape()
+        if after.get(finished, 0) - before.get(finished, 0) == 2:
+            break
+        time.sleep(0.02)
 
     def grown(name, *labels):
         key = (f"warploom:{name}", *labels)

@@ -81,7 +81,7 @@ def test_generate_bad_prompt_said_goes_on(directory, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--prompt", "x", "--temperature", "-1"], "temperature must be a number between 0 and 100, got -1"),
-        (["--prompt", "x", "--prompts-file", "y"], "not both"),
+        (["--prompt", "x", "--prompts-file", "y"], "give one of --prompt, --prompts-file and --batch"),
         (["--prompt", "x", "--out", "y"], "--prompts-file"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x", "--beam-width", "2", "--top-k", "3"], "--top-k has no meaning for --beam-width"),
