@@ -122,7 +122,7 @@ def test_packed_unfit_tensor_raises():
     with pytest.raises(ValueError, match="minima are None"):
         native.PackedMatrix([(native.Layout(8, 64, True, True, []), codes, scales, None, units)], 64, None, False)
     with pytest.raises(ValueError, match="units must have 4 numbers"):
-        native.quantize_rows(torch.ones(4, 64), layout, codes, scales, None, torch.ones(3))
+        native.quantize_rows(torch.ones(4, 64), layout, codes, scales, None, torch.ones(3), None)
 
 
 def test_team_is_found_whatever_its_name(tmp_path):
