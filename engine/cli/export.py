@@ -63,10 +63,10 @@ def _write_gguf(options: argparse.Namespace) -> None:
 
 
 def _write_tiktoken(options: argparse.Namespace) -> None:
-    from ...tokenizer import BPETokenizer, load_tokenizer
-    from ..formats.model_source import resolve_model
+    from ...tokenizer import BPETokenizer
+    from ..formats.model_directory import open_tokenizer
 
-    tokenizer = load_tokenizer(resolve_model(options.model, weights=False))
+    tokenizer = open_tokenizer(options.model)
     if not isinstance(tokenizer, BPETokenizer):
         raise InputError(f"a {type(tokenizer).__name__} has no rank file: tiktoken is byte-level BPE")
     out = _file(options.out, "tokenizer.tiktoken")

@@ -8,7 +8,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..config import PRESETS, ModelConfig
@@ -50,15 +50,33 @@ def show_model(options: argparse.Namespace) -> None:
     _row("training state", f"{_gib(total * 16)} (float32 weights, gradients and two moments)")
     _row("cache per token", f"{config.kv_bytes_per_token() / 1024:.1f} KiB in bfloat16")
     _row("cache, full context", _gib(config.kv_bytes_per_token() * config.max_seq_len))
+    print()
+    from ..formats.families import architecture_of
+
+    _row("family", architecture_of(config))
+    for executor, refused in _executors(config):
+        _row(executor, "layer by layer: " + refused if refused else "yes")
+
+
+def _executors(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Faster ways to compute than the definition, each with the fields that it does not know."""
+    from ..serving.execution.gpu_model import PagedAttention
+    from ..serving.execution.serving_model import NativeTransformer
+    from ..training.fused_block import is_supported as is_fused
+
+    predicates = {"serve in one C++ call": NativeTransformer.is_supported, "serve on a GPU, fused":
+                  PagedAttention.is_supported, "train in fused blocks": is_fused}  # fmt: skip
+    for executor, is_supported in predicates.items():
+        refused = ", ".join(f"{field}={value!r}" for field, value in is_supported.refused(config).items())
+        yield executor, "" if is_supported(config) else refused or "widths are not whole vectors"
 
 
 def show_tokens(options: argparse.Namespace) -> None:
     """Show the tokens of a text: their ids, and the characters each covers."""
-    from ...tokenizer import load_tokenizer
-    from ..formats.model_source import resolve_model
+    from ..formats.model_directory import open_tokenizer
     from . import tokenizer
 
-    tokenizer.show_tokens(load_tokenizer(resolve_model(options.tokenizer, weights=False)), options.text)
+    tokenizer.show_tokens(open_tokenizer(options.tokenizer), options.text)
 
 
 def show_attention(options: argparse.Namespace) -> None:

@@ -196,10 +196,9 @@ def show_tokens(tokenizer, text: str) -> None:
 
 
 def _load(path: Path):
-    from ...tokenizer import load_tokenizer
-    from ..formats.model_source import resolve_model
+    from ..formats.model_directory import open_tokenizer
 
-    return load_tokenizer(resolve_model(path, weights=False))
+    return open_tokenizer(path)
 
 
 def _text(token: str | bytes) -> str:

@@ -179,6 +179,17 @@ def read_tokenizer(directory: str | os.PathLike) -> Any:
     return tokenizer
 
 
+def open_tokenizer(name: str | os.PathLike) -> Any:
+    """The tokenizer that a model's name, or a file or directory of a tokenizer alone, stands for."""
+    path = resolve_model(name, weights=False)
+    if not is_gguf(path):
+        return load_tokenizer(path)
+    tokenizer = GGUFFile(path).tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{path} has no tokenizer")
+    return tokenizer
+
+
 def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
     """Every ordinary token needs a row of the model's table; added ones (Gemma's <image_soft_token>) may lie past it.
 

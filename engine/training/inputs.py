@@ -17,6 +17,7 @@ from ..data.hf_datasets import fetch_rows, is_hub_id
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
+from ..formats import model_directory
 from ..formats.model_directory import base_of, check_vocabulary, load_config
 from ..formats.model_source import resolve_model
 from ..tasks import PREFIX as TASKS
@@ -156,4 +157,4 @@ def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str]
         return tokenizers.BPETokenizer.from_tiktoken(path, pattern="gpt4", special_tokens={})
     if (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
         return tokenizers.BPETokenizer.from_gpt2_files(path / "vocab.json", path / "merges.txt")
-    return tokenizers.load_tokenizer(path)
+    return model_directory.open_tokenizer(path)

@@ -1,14 +1,17 @@
 """The command line: quick to answer, clear when it cannot."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from warploom.engine.cli import available, main
 from warploom.engine.config import ModelConfig
+from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.model_directory import load_model, save_model
 from warploom.engine.model import Transformer
 
@@ -62,16 +65,28 @@ def test_a_user_error_is_one_line_and_exit_2(capsys, tmp_path):
 
 def test_inspect_model_reads_a_directory(directory, capsys):
     assert main(["inspect", "model", str(directory)]) == 0
-    assert f"{SMALL.parameter_count():,}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{SMALL.parameter_count():,}" in shown
+    assert re.search(r"family +llama\n.*in one C\+\+ call +yes\n.*on a GPU, fused +yes\n.*in fused blocks +yes", shown)
+
+
+def test_inspect_model_names_unknown_fields(tmp_path, capsys):
+    save_model(Transformer(replace(SMALL, norm_place="after", qk_norm="whole")), tmp_path / "olmo2")
+    assert main(["inspect", "model", str(tmp_path / "olmo2")]) == 0
+    shown = capsys.readouterr().out
+    assert "family" in shown and "layer by layer: norm_place='after', qk_norm='whole'" in shown
 
 
 def test_inspect_tokens_shows_how_a_text_splits(tmp_path, capsys):
     from warploom.tokenizer import BPETokenizer
 
-    BPETokenizer.train(["the loom weaves the thread"] * 9, vocab_size=270).save(tmp_path)
-    assert main(["inspect", "tokens", "the loom 织", "--tokenizer", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "the" in shown and "10 characters, 12 bytes" in shown
+    tokenizer = BPETokenizer.train(["the loom weaves the thread"] * 9, vocab_size=270)
+    tokenizer.save(tmp_path)
+    save_gguf(Transformer(SMALL), tmp_path / "model.gguf", tokenizer)
+    for source in (tmp_path, tmp_path / "model.gguf"):
+        assert main(["inspect", "tokens", "the loom 织", "--tokenizer", str(source)]) == 0
+        shown = capsys.readouterr().out
+        assert "the" in shown and "10 characters, 12 bytes" in shown
 
 
 def test_inspect_attention_draws_a_picture_a_layer(tmp_path, capsys):
