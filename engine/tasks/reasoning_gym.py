@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from ..errors import InputError
 from .task import Row, final_answer
 
@@ -11,7 +13,7 @@ class ReasoningGymTask:
 
     def __init__(self, name: str) -> None:
         try:
-            import reasoning_gym
+            reasoning_gym = import_module("reasoning_gym")
         except ImportError as error:
             raise InputError(
                 f"tasks:reasoning-gym/{name} needs the package reasoning-gym: pip install reasoning-gym"

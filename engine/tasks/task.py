@@ -22,16 +22,20 @@ _THOUGHTS = re.compile(r"<think>.*?</think>|<[^<>]*>", re.DOTALL)
 class Task(Protocol):
     """Anything with these four members is a task."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def row(self, seed: int, index: int) -> Row:
         """Row number `index` of the problems of a seed."""
+        ...
 
     def question(self, row: Row) -> str | list[dict]:
         """The prompt: a text to continue, or messages."""
+        ...
 
     def score(self, answer: str, row: Row) -> float:
         """The worth of an answer, 1 for a right one."""
+        ...
 
 
 def final_answer(text: str) -> str:
