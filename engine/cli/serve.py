@@ -171,7 +171,7 @@ def described(llm: Any) -> str:
 
 
 def transport(flags: Flags) -> dict[str, Any]:
-    """What uvicorn is told about TLS and the path in front of ours."""
+    """uvicorn options for TLS and the root path."""
     if (flags.ssl_certfile is None) != (flags.ssl_keyfile is None):
         raise InputError("ssl_certfile and ssl_keyfile go together: give both")
     for name in ("ssl_certfile", "ssl_keyfile"):
@@ -187,7 +187,7 @@ def transport(flags: Flags) -> dict[str, Any]:
 
 
 def address_of(listener: socket.socket, secure: bool) -> str:
-    """Where clients find a listening socket."""
+    """The address of a listening socket, as clients write it."""
     if listener.family == UNIX:
         return f"unix:{listener.getsockname()}"
     address, port = listener.getsockname()[:2]

@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def weight(self) -> Tensor:
-        """What the mean of the loss is over: the targets that count."""
+        """Denominator of the mean loss: the targets that count."""
         return (self.targets_BT != IGNORE).sum()
 
     def rows(self, start: int, stop: int) -> Batch:

@@ -106,7 +106,7 @@ def low_rank_weights(config: ModelConfig, kind: str) -> list[LowRank]:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `adapter_config.json` says, as far as it decides what is computed."""
+    """Fields of `adapter_config.json` that decide what is computed."""
 
     base: str
     """The model it belongs to: a directory or a Hub id."""

@@ -163,7 +163,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def describe(model: nn.Module) -> str | None:
-    """What runs packed, what was dequantized and how many bytes they are, in one line; None if nothing is packed."""
+    """Describe in one line the packed and the dequantized weights with their bytes; None if nothing is packed."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for layer in model.modules():

@@ -33,13 +33,13 @@ from .rollouts import Rollouts, Sample, set_advantages
 
 
 class Environment(Protocol):
-    """What a conversation is held with."""
+    """Environment: the other side of a conversation."""
 
     def reset(self, row: dict[str, Any]) -> str | list[dict]:
         """Begin with a row of the prompts: the text to continue, or the messages to answer."""
 
     def step(self, answer: str) -> str | dict | list[dict] | float:
-        """What the model reads next (a text is a user's message, where there are messages), or its reward."""
+        """Answer the model: its next message (a text is a user's message, where there are messages), or its reward."""
 
 
 class Game:

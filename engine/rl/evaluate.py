@@ -21,7 +21,7 @@ from .prompts import encode_prompt, sample_seed
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How a model did at a task."""
+    """Result of a model at a task."""
 
     task: str
     problems: int

@@ -54,7 +54,7 @@ class Prompts:
 
     @property
     def sha256(self) -> str:
-        """What a resumed run must find again."""
+        """Identity of the prompts, which a resumed run must find again."""
         told = self.source if self.task else json.dumps(self.rows, sort_keys=True)
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -64,7 +64,7 @@ class Rewards:
 
 
 def call(function: RewardFunction, given: tuple, named: dict[str, Any], seconds: float, shown: dict[str, Any]) -> Any:
-    """What a user's function returns; whatever goes wrong is said in a sentence that shows the sample."""
+    """Call a user's reward function; whatever goes wrong is said in a sentence that shows the sample."""
     try:
         with time_limit(seconds):
             return function(*given, **named)
@@ -81,7 +81,7 @@ def open_rewards(names: Sequence[str], weights: Sequence[float], seconds: float)
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """What FILE.py:name names."""
+    """Import the object that FILE.py:name names."""
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not function:
         raise InputError(f"reward {name!r} must be FILE.py:function")

@@ -72,7 +72,7 @@ def run_reinforce(config: RLConfig, callbacks: Iterable[Callback] = ()) -> Train
 
 @dataclass(frozen=True)
 class PromptData:
-    """What the report and a resumed run ask of a run's data."""
+    """Description of a run's prompts, for its report and for resuming."""
 
     directory: str
     source: str

@@ -108,7 +108,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages/count_tokens", responses=answers(schemas.Whatever, *REFUSALS), **generating)
     async def count_tokens(body: MessagesRequest, request: Request) -> Response:
-        """How many tokens a conversation has, for `/v1/messages`."""
+        """Count the tokens of a conversation, for `/v1/messages`."""
         return await service.count_tokens(body, request)
 
     @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **generating)

@@ -141,7 +141,7 @@ class RequestStream:
         return self.gone or self._closed
 
     def close(self) -> None:
-        """Nobody listens any more: what still runs is cancelled before the engine's next step."""
+        """Disconnect: what still runs is cancelled before the engine's next step."""
         if self._closed:
             return
         self._closed = True

@@ -1,4 +1,4 @@
-"""What a quantized model loses: its log-probabilities beside those of the exact one, on the same texts.
+"""Fidelity of a quantized model: its log-probabilities beside those of the exact one, on the same texts.
 
 Two figures tell most: the root mean square of the change of a token's log-probability, and the KL divergence over the
 vocabulary, which is the steadier of the two: for a model that is not biased the perplexity rises by about as much.

@@ -111,7 +111,7 @@ class LoraMasters(Masters):
 
 
 def adapter_config(config: TrainConfig, model: ModelConfig, layers: list[str], kind: str) -> AdapterConfig:
-    """What a run's adapter tells others of itself."""
+    """Description of a run's adapter."""
     base = resolve_model(config.init_from, weights=False)
     if base_of(base, weights=False) != base:
         raise InputError(f"{config.init_from} is an adapter itself: merge it first, by warploom export --merge")

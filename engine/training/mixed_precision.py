@@ -66,7 +66,7 @@ class Masters:
         write_model(self.model.config, weights, torch.float32, directory, tokenizer)
 
     def read(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
-        """What `write` wrote, by name."""
+        """Tensors that `write` wrote, by name."""
         return read_weights(directory)
 
     def zero_grad(self) -> None:

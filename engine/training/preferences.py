@@ -27,7 +27,7 @@ from ..model import Losses, Transformer
 
 @dataclass(frozen=True, slots=True)
 class PairEvaluation:
-    """How well a model tells chosen answers from rejected ones."""
+    """Evaluation of preferences: how well chosen answers are told from rejected ones."""
 
     loss: float
     accuracy: float
@@ -72,7 +72,7 @@ def preference_losses(model: Transformer, batch: PairBatch) -> Losses:
 
 @torch.no_grad()
 def reference_log_probs(model: Transformer, pairs: PreferencePairs, rows: int) -> Tensor:
-    """What the model thinks of all answers (pairs, 2), by so many pairs at a time."""
+    """Log-probabilities of all answers (pairs, 2), by so many pairs at a time."""
     count, found = len(pairs.pairs), []
     for start in range(0, count, rows):
         batch = pairs.take(np.arange(start, min(start + rows, count))).to(model.device)

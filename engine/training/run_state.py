@@ -60,7 +60,7 @@ class RunState:
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers are learned: all of the model's, or an adapter's."""
+        """Count the trained numbers: all of the model's, or an adapter's."""
         return sum(self.shards.shapes[name].numel() for name in self.masters.named)
 
     @property

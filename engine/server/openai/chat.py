@@ -44,12 +44,12 @@ def encode_conversation(
 
 @dataclass(frozen=True, slots=True)
 class ChatPlan:
-    """How a conversation is shown to the model, and its answer constrained and read."""
+    """Plan of a chat: its prompt, the constraint on the answer, the reader of it."""
 
     tools: list[Tool] | None
     variables: dict[str, Any]
     grammar: dict[str, Any]
-    """What the answer must satisfy, as fields of `SamplingParams`."""
+    """Constraints on the answer, as fields of `SamplingParams`."""
     reader: Callable[[], PlainReader]
 
     def encode(self, tokenizer: Any, body: ChatRequest) -> list[int]:
@@ -115,7 +115,7 @@ def _effort(template: str, effort: str) -> dict[str, Any]:
 
 
 def _reasoning(tokenizer: Any, thoughts: tuple[str, str], variables: dict[str, Any]) -> str | None:
-    """Whether the answer begins inside the reasoning, may begin with it (free), or has none."""
+    """State of the reasoning when the answer begins: inside it, free to begin with it, or none."""
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], **variables).rstrip()
     if prompt.endswith(thoughts[0].rstrip()):
         return "inside"

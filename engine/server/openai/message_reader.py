@@ -41,11 +41,11 @@ class PlainReader:
         self._count, self._limit = 0, limit
 
     def push(self, text: str) -> Delta:
-        """What is certain now."""
+        """Deltas that are certain now."""
         return Delta(content=text)
 
     def finish(self) -> Delta:
-        """What was kept back."""
+        """Deltas that were kept back."""
         return Delta()
 
     def finish_reason(self, reason: str | None) -> str | None:
@@ -158,7 +158,7 @@ class MessageReader(PlainReader):
         return True
 
     def _find(self, text: str) -> int | None:
-        """Where a call may begin."""
+        """The place at which a call may begin."""
         if self._row and self._row.only_first:
             start = len(text) - len(text.lstrip())
             return start if self._fresh and text.startswith(self._opens, start) else None

@@ -68,6 +68,15 @@ Prompt = Annotated[
 ]
 
 
+def drop_nulls(data: Any) -> Any:
+    """An object without its null fields, which mean absent ones; too many fields are refused."""
+    if not isinstance(data, dict):
+        return data
+    if len(data) > MOST_FIELDS:
+        raise invalid(f"an object has {len(data)} fields; at most {MOST_FIELDS} are allowed")
+    return {name: value for name, value in data.items() if value is not None}
+
+
 class Body(BaseModel):
     """Strict: no unknown fields, no "5" for 5, no NaN."""
 
@@ -76,11 +85,10 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_changes_nothing(cls, data: Any) -> Any:
+        data = drop_nulls(data)
         if not isinstance(data, dict):
             return data
-        if len(data) > MOST_FIELDS:
-            raise invalid(f"an object has {len(data)} fields; at most {MOST_FIELDS} are allowed")
-        kept = {name: value for name, value in data.items() if value is not None and not _harmless(name, value)}
+        kept = {name: value for name, value in data.items() if not _harmless(name, value)}
         for name in kept.keys() & (REFUSED.keys() | HARMLESS.keys()) - cls.model_fields.keys():
             raise invalid(_why_not(name), name, "unsupported_parameter")
         return kept

@@ -149,13 +149,13 @@ _BRACKETS = regex.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', regex.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family of models writes a call."""
+    """Tool-call format of a family of models."""
 
     name: str
     marks: tuple[str, ...]
-    """What a chat template of the format holds, all of it."""
+    """Strings that every chat template of the format holds."""
     opens: tuple[str, ...]
-    """What a call may begin with."""
+    """Strings that a call may begin with."""
     call: str
     """A call, as a grammar forces it."""
     scan: Scanner
@@ -163,13 +163,13 @@ class ToolFormat:
     between: str = ""
     end: str = ""
     close: str = ""
-    """What stands behind the last call."""
+    """Text behind the last call."""
     only_first: bool = False
     """Calls stand at the beginning of the message or behind another one, since `opens` may mean anything elsewhere."""
     style: str = "json"
-    """How arguments are written: json, function, argument (pairs of tags) or gemma."""
+    """Notation of arguments: json, function, argument (pairs of tags) or gemma."""
     thoughts: tuple[str, str] = ("<think>", "</think>")
-    """What the model puts around its reasoning."""
+    """Marks around the reasoning."""
 
 
 _NAME = r"(?P<name>[\w.-]{1,64})"

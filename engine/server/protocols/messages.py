@@ -27,7 +27,7 @@ class Turn(Tolerant):
 
 
 class ToolChoice(Tolerant):
-    """Whether a tool is to be called, and which."""
+    """Tool choice: whether one is to be called, and which."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None

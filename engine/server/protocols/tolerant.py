@@ -1,4 +1,4 @@
-"""What both protocols share: bodies that grow with their vendors' clients, and messages as runs of blocks.
+"""Parts that both protocols share: bodies that grow with their vendors' clients, and messages as runs of blocks.
 
 Agents send whatever their vendor's newest interface knows. Fields and tools that mean nothing here are passed over, and
 named in the answer's header, instead of being refused.
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..openai.errors import from_validation, invalid
 from ..openai.message_reader import Delta
-from ..openai.requests import MOST_FIELDS, ChatRequest
+from ..openai.requests import ChatRequest, drop_nulls
 
 
 class Tolerant(BaseModel):
@@ -24,11 +24,7 @@ class Tolerant(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_null(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MOST_FIELDS:
-            raise invalid(f"an object has {len(data)} fields; at most {MOST_FIELDS} are allowed")
-        return {name: value for name, value in data.items() if value is not None}
+        return drop_nulls(data)
 
 
 class AgentRequest(Tolerant):
@@ -45,7 +41,7 @@ class AgentRequest(Tolerant):
 
     @property
     def effort(self) -> str:
-        """How much to reason, if the request says so; else empty."""
+        """Reasoning effort, if the request names one; else empty."""
         return ""
 
     def ignored(self) -> list[str]:
@@ -93,7 +89,7 @@ class Blocks:
         self.text = ""  # … and what it has so far
 
     def feed(self, delta: Delta) -> Iterator[tuple[str, str, Any]]:
-        """What happens, as (begin, grow or end; kind; text or call)."""
+        """Events, as (begin, grow or end; kind; text or call)."""
         for kind, text in (("reasoning", delta.reasoning), ("text", delta.content)):
             if text:
                 yield from self._enter(kind)

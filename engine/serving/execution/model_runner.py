@@ -91,7 +91,7 @@ class Runner:
             self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], cuda_graphs.record_cuda())
 
     def close(self) -> None:
-        """Nothing of it outlives it."""
+        """Release: nothing outlives a runner."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for the result."""

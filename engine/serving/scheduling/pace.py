@@ -1,4 +1,4 @@
-"""How many tokens a step may compute while somebody waits for his next one.
+"""Token budget of a step while other requests are decoding.
 
 A long prompt is computed in chunks, and whoever decodes beside it waits for each of them. A step's time is nearly
 linear in its tokens, but its slope differs a thousandfold between devices and models: 512 tokens of SmolLM2-135M on two
