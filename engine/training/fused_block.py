@@ -44,7 +44,7 @@ class FusedBlock(Block):
 
 def install(model: Transformer) -> None:
     """Replace the blocks of a model whose configuration is supported; other models stay as they are."""
-    if not fused_block.HAS_ROWS or not is_supported(model.config):
+    if not fused_block.HAS_FUSED_BLOCK or not is_supported(model.config):
         return
     for block in model.blocks:
         if _is_plain(block):

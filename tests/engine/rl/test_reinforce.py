@@ -20,9 +20,9 @@ from warploom.engine.rl.rollouts import Sample, set_advantages
 from warploom.engine.rl.trainer import RLTrainer, reinforce, run_reinforce
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
 from warploom.engine.training.callbacks import JsonLog
-from warploom.kernels.cpu.fused_block import HAS_ROWS
+from warploom.kernels.cpu.fused_block import HAS_FUSED_BLOCK
 
-exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_ROWS), reason="needs the C++ extension and AVX-512")
+exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_FUSED_BLOCK), reason="needs the C++ extension and AVX-512")
 
 
 def weights(config):
