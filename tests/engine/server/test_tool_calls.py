@@ -70,8 +70,8 @@ def template_of(row):
 def read(reader, pieces):
     delta = Delta()
     for piece in pieces:
-        delta += reader.push(piece)
-    return delta + reader.finish()
+        delta += reader.read(piece, final=False)
+    return delta + reader.read("")
 
 
 def cut(text, rng):
@@ -80,8 +80,8 @@ def cut(text, rng):
 
 
 def plain(delta):
-    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for _, call in delta.calls]
-    assert [number for number, _ in delta.calls] == [*range(len(calls))]
+    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in delta.whole_calls()]
+    assert [number for number, call in delta.calls if "id" in call] == [*range(len(calls))]
     return delta.reasoning, delta.content, calls
 
 
@@ -102,6 +102,40 @@ def test_calls_of_each_format_are_read_alike_in_pieces(name):
     thoughts = row.thoughts if name == "harmony" else None
     said = reads_alike(lambda: make_reader(row, SCHEMAS, thoughts, None), before + WRITTEN[name])
     assert said == ("", "I look it up." if before else "", CALLS)
+
+
+@pytest.mark.parametrize("name", [row.name for row in FORMATS if row.heads])
+def test_arguments_come_as_they_are_written(name):
+    """Cut anywhere, they are those of one piece; a half-written call has its name and half of its arguments."""
+    row, before = ROWS[name], "" if ROWS[name].only_first else "I look it up.\n"
+
+    def make():
+        return make_reader(row, SCHEMAS, None, None, eager=True)
+
+    text = forced(row, CALLS)
+    assert reads_alike(make, before + text) == ("", before.strip(), CALLS)
+    reader = make()
+    delta = reader.read(before + text[: text.index("Oslo") + 1], final=False)
+    ((_, first), *more) = delta.calls
+    assert first["function"] == {"name": "weather", "arguments": ""} and len(more) == (row.style == "json")
+    pieces = [call["function"]["arguments"] for _, call in make().read(before + text).calls]
+    streamed = read(make(), before + text)
+    assert len(streamed.calls) > len(pieces) and streamed.whole_calls()[0]["function"]["arguments"] == ONE
+
+
+def forced(row, calls):
+    """Calls exactly as a grammar of the format has them written."""
+
+    def one(name, arguments):
+        pairs = {
+            "json": json.dumps(arguments, ensure_ascii=False),
+            "function": "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in arguments.items()),
+            "argument": "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in arguments.items()),
+        }
+        before, _, after = row.call.replace("NAME", name).rpartition("ARGS")
+        return before + pairs[row.style] + after
+
+    return row.begin + row.between.join(one(*call) for call in calls) + row.end
 
 
 def test_every_format_is_recognized_by_its_own_template():
@@ -186,7 +220,8 @@ def joined(stream):
             choice = json.loads(line[6:])["choices"][0]
             reason = choice["finish_reason"] or reason
             message["content"] += choice["delta"].get("content") or ""
-            message["tool_calls"] += choice["delta"].get("tool_calls", [])
+            message["tool_calls"] += [(call["index"], call) for call in choice["delta"].get("tool_calls", [])]
+    message["tool_calls"] = Delta(calls=message["tool_calls"]).whole_calls()
     return message, reason
 
 
