@@ -212,6 +212,15 @@ def ask(client, monkeypatch, server, row, **body):
     return answer
 
 
+def test_forced_arguments_are_streamed_in_pieces(client, server, monkeypatch):
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    answer = ask(client, monkeypatch, server, ROWS["hermes"], stream=True, tools=[TOOL], tool_choice="required")
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert parts[0]["id"] and parts[0]["function"] == {"name": "weather", "arguments": ""}
+    assert len(parts) > 4 and all(part.keys() == {"index", "function"} for part in parts[1:])
+
+
 def joined(stream):
     """The message that a stream's chunks add up to, and why it ended."""
     message, reason = {"content": "", "tool_calls": []}, None
@@ -239,6 +248,51 @@ def test_forced_call_satisfies_its_schema_in_each_format(name, client, server, m
         message, reason = joined(ask(client, monkeypatch, server, row, stream=True, **choice))
         assert reason == "tool_calls" and message["content"] == ""
         assert [each["function"] for each in message["tool_calls"]] == [call["function"]]
+
+
+class Led:
+    """A grammar behind a text that the model has to write first, token by token."""
+
+    error, finished = None, False
+
+    def __init__(self, bound, tokens):
+        self.bound, self.left = bound, tokens
+
+    @property
+    def active(self):
+        return bool(self.left) or self.bound.active
+
+    def accept(self, token):
+        self.left = self.left[1:]
+        self.bound.accept(token)
+
+    def mask(self, logits):
+        if self.left:
+            kept = logits[self.left[0]].clone()
+            logits.fill_(-float("inf"))[self.left[0]] = kept
+        else:
+            self.bound.mask(logits)
+
+
+@pytest.mark.parametrize("name", [row.name for row in FORMATS if row.mark])
+def test_call_that_is_begun_freely_satisfies_its_schema(name, client, server, monkeypatch):
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
+    from warploom.engine.server.openai.chat import Trigger
+
+    row, bind = ROWS[name], Trigger.bind
+    lead = list(((" " if row.only_first else "Yes <tool ") + row.mark).encode())
+    monkeypatch.setattr(Trigger, "bind", lambda self, *rest: lambda: Led(bind(self, *rest)(), lead))
+    whole = ask(client, monkeypatch, server, row, tools=[TOOL]).json()["choices"][0]
+    (call, *_) = whole["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
+    assert call["function"]["name"] == "weather"
+    message, reason = joined(ask(client, monkeypatch, server, row, tools=[TOOL], stream=True))
+    assert reason == whole["finish_reason"] and message["content"] == (whole["message"]["content"] or "")
+    assert [each["function"] for each in message["tool_calls"]] == [
+        each["function"] for each in whole["message"]["tool_calls"]
+    ]
+    server.assert_nothing_left()
 
 
 def test_tool_choice_that_cannot_be_met_is_refused(client, server, monkeypatch):
