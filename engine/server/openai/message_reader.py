@@ -17,7 +17,7 @@ from typing import Any
 
 import regex
 
-from .argument_stream import ArgumentStream, argument_stream
+from .argument_stream import ArgumentStream, JsonArguments, argument_stream
 from .tool_formats import FORMATS, Call, Schemas, ToolFormat, read_json
 
 
@@ -98,7 +98,7 @@ class MessageReader(PlainReader):
         super().__init__(limit)
         self._row: Any = row
         self._eager = eager and row is not None and row.heads is not None
-        self._stream: ArgumentStream | None = None  # of the call that is being read
+        self._stream: ArgumentStream = JsonArguments()  # of the call that is being read
         self._schemas, self._thoughts = schemas, thoughts or ("", "")
         self._step = {"inside": self._think, "free": self._start}.get(reasoning or "", self._say)
         self._opens = (*row.opens, *([row.close] if row.close else ())) if row else ()

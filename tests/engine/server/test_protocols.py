@@ -173,7 +173,11 @@ def test_agent_of_pydantic_ai_calls_its_tool(scripted, stream):
         asked.append(city)
         return "sunny"
 
-    said = agent.run_stream_sync("weather?").get_output() if stream else agent.run_sync("weather?").output
+    async def read(_, events):
+        async for _ in events:
+            pass
+
+    said = agent.run_sync("weather?", event_stream_handler=read if stream else None).output
     assert (asked, said) == (["Bern"], ANSWER)
 
 
