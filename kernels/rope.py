@@ -149,7 +149,7 @@ def _rotate(x, cos_TR, sin_TR, interleaved):
 
 def _rope_eager(q, k, cos, sin, positions=None, interleaved=False):
     plain = cos.dtype == sin.dtype == torch.float32 and cos.stride() == sin.stride() and cos.stride(1) == 1
-    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and pointwise.serves(q, k):
+    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and pointwise.is_supported(q, k):
         return pointwise.rope(q, k, cos, sin, positions)
     return _rope(q, k, cos, sin, positions, interleaved)
 
@@ -204,7 +204,7 @@ def angles_of(cos_ptr, sin_ptr, position, table_row, R: tl.constexpr, HALF: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])
-def _rope_kernel(
+def rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
     T, q_heads, k_heads,
     q_batch, q_time, q_head, q_dim, k_batch, k_time, k_head, k_dim, table_row,
@@ -245,7 +245,7 @@ def rope_rotate(
         positions = positions.expand(q.shape[:-2]).reshape(-1)
     heads = next_power_of_2(max(H, K))
     launch(
-        _rope_kernel, (q_BTHD.shape[0] * T,),
+        rope_kernel, (q_BTHD.shape[0] * T,),
         q_BTHD, k_BTKD, cos, sin, q if positions is None else positions, q_out, k_out,
         T, H, K, *q_BTHD.stride(), *k_BTKD.stride(), cos.stride(0),
         D=D, R=R, INTERLEAVED=interleaved, BACKWARD=backward, POSITIONS=positions is not None,

@@ -60,8 +60,8 @@ if _openmp:
 HAS_OPENMP = _openmp is not None
 
 
-def serves(*tensors: torch.Tensor) -> bool:
-    """Can the passes take these? They share a number format that C++ knows, on a CPU, and hold numbers.
+def is_supported(*tensors: torch.Tensor) -> bool:
+    """Return whether the C++ loops take these: on a CPU, of one number format that C++ knows, and holding numbers.
 
     And they have all the threads that torch's own operations would have."""
     dtype = tensors[0].dtype

@@ -16,7 +16,7 @@ from warploom.bench.kills import digest, run_killed, run_once
 from warploom.bench.kills import processes as commands
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
-from warploom.engine.formats.families import pieces
+from warploom.engine.formats.families import weight_map
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.training import train
 from warploom.engine.training.callbacks import JsonLog
@@ -86,7 +86,7 @@ def test_conversation_loss_and_gradients_equal_trl(base, chat, tmp_path):
     assert float(ours) == pytest.approx(float(theirs.detach()), abs=1e-6)
     gradients = dict(theirs_model.named_parameters())
     for name, p in trainer.state.masters.named.items():
-        for published, grad in pieces(trainer.state.model.config, [name])[0].split(p.grad):
+        for published, grad in weight_map(trainer.state.model.config, [name])[0].split(p.grad):
             wanted = gradients[published].grad
             assert (grad - wanted).norm() <= 1e-6 * wanted.norm(), published
 

@@ -138,13 +138,13 @@ def test_team_is_found_whatever_its_name(tmp_path):
     assert any(int(first, 16) <= parallel < int(end, 16) for first, end in spans)
 
 
-def test_passes_without_team_leave_threads_to_torch(monkeypatch):
+def test_passes_without_openmp_leave_threads_to_torch(monkeypatch):
     monkeypatch.setattr(pointwise, "HAS_OPENMP", False)
     x = torch.randn(4, 32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not pointwise.serves(x)
+    assert not pointwise.is_supported(x)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert pointwise.serves(x)
+    assert pointwise.is_supported(x)
 
 
 FORK = """
