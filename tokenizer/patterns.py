@@ -12,6 +12,7 @@ is ever lost.
 `qwen2`  gpt4 with single digits; `qwen3.5` takes marks for letters too.
 `tekken` o200k with single digits and without contractions (Mistral).
 `deepseek` digits in threes first, then kana and Han, then words.
+`falcon` runs of punctuation first, then gpt2, then ASCII digits in threes.
 `spaces` spaces and the word behind them; with those behind a > too, to which some vocabularies join them. What
          SentencePiece, which does not pretokenize, can be cut into (metaspace.py).
 """
@@ -26,6 +27,7 @@ from .errors import InputError
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"  # Unicode's, and every ASCII sign
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 Pattern = str | tuple[str, ...]  # a name, a regular expression, or several of them
@@ -57,6 +59,7 @@ PATTERNS: dict[str, Pattern] = {
     ),
 }
 PATTERNS["digits"] = (r"\p{N}", str(PATTERNS["gpt2"]))
+PATTERNS["falcon"] = (PUNCTUATION + "+", str(PATTERNS["gpt2"]), "[0-9][0-9][0-9]")
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]  # Unicode normalization, applied to text before it is cut
 FORMS: tuple[Form, ...] = get_args(Form)
