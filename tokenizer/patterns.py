@@ -17,7 +17,8 @@ is ever lost.
          SentencePiece, which does not pretokenize, can be cut into (metaspace.py).
 """
 
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -63,6 +64,36 @@ PATTERNS["falcon"] = (PUNCTUATION + "+", str(PATTERNS["gpt2"]), "[0-9][0-9][0-9]
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]  # Unicode normalization, applied to text before it is cut
 FORMS: tuple[Form, ...] = get_args(Form)
+
+_ASCII = regex.compile(r"[\x00-\x7f]")  # characters that compose with nothing before them
+_PART = 4096
+
+
+def compose(text: str, unsafe: regex.Pattern) -> str | None:
+    """NFC of a text, or None where that would compose or make what `unsafe` finds.
+
+    Part by part: a mark somewhere in a long text costs the normalization of its surroundings, not of everything.
+    """
+    parts, begin = [], 0
+    while begin < len(text):
+        match = _ASCII.search(text, begin + _PART)
+        end = match.start() if match else len(text)
+        part = text[begin:end]
+        if not unicodedata.is_normalized("NFC", part):
+            if unsafe.search(part):
+                return None
+            part = unicodedata.normalize("NFC", part)
+        parts.append(part)
+        begin = end
+    return "".join(parts)
+
+
+def composed_with(tokens: Iterable[str]) -> regex.Pattern:
+    """Where composing a text would change which of some ASCII tokens are found in it: a mark behind one, or a character
+    that becomes one of ASCII."""
+    ends = "".join(sorted({regex.escape(token[-1]) for token in tokens}))
+    return regex.compile(rf"[{ends}]\p{{M}}|[\u037e\u1fef\u212a]" if ends else r"(?!)")
+
 
 # Other spellings of the same languages, found in published tokenizers.
 _ALIASES = {
