@@ -243,8 +243,11 @@ class BPETokenizer(Tokenizer):
             return text
         if not self._scans:
             return None
-        if self.normalizer and not unicodedata.is_normalized(self.normalizer, text):
-            return compose(text, self._unsafe) if self._unsafe else None
+        if self.normalizer and not text.isascii():
+            if self._unsafe:
+                return compose(text, self._unsafe)
+            if not unicodedata.is_normalized(self.normalizer, text):
+                return None
         if self.metaspace is None:
             return text
         late = finder(self._late).finditer(text.replace(SPACE, " ")) if self._late else ()
