@@ -84,13 +84,18 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
         heads = self.qkv(x_BTC).unflatten(-1, (-1, self.head_size))
         q_BTHD, k_BTKD, v_BTKD = heads.split(self.heads, dim=-2)
+        q_BTHD, k_BTKD = self.turned(q_BTHD, k_BTKD, rotate)
+        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self)
+        return self.output(gathered_BTHD.flatten(-2))
+
+    def turned(self, q_BTHD: Tensor, k_BTKD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normalized where the configuration says so and rotated."""
         if self.qk_norm in ("head", "whole"):
             q_BTHD, k_BTKD = self._normed(q_BTHD, self.q_norm), self._normed(k_BTKD, self.k_norm)
         q_BTHD, k_BTKD = rotate(q_BTHD, k_BTKD)
         if self.qk_norm == "after":
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
-        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self)
-        return self.output(gathered_BTHD.flatten(-2))
+        return q_BTHD, k_BTKD
 
     def _normed(self, x_BTHD: Tensor, norm: RMSNorm) -> Tensor:
         return norm(x_BTHD.flatten(-2)).view(x_BTHD.shape) if self.qk_norm == "whole" else norm(x_BTHD)

@@ -54,7 +54,7 @@ def _swiglu_eager(gate, up, activation="silu"):
     if activation == "clamped":
         return _swiglu(gate, up, activation)
     act = _activation(activation)
-    if gate.shape == up.shape and pointwise.serves(gate, up):
+    if gate.shape == up.shape and pointwise.is_supported(gate, up):
         return pointwise.gate(gate, up, activation)
     return act(gate) * up
 
@@ -63,7 +63,7 @@ def _swiglu_packed_eager(gate_up, activation="silu"):
     if activation == "clamped":
         return _swiglu_packed(gate_up, activation)
     _activation(activation)
-    if pointwise.serves(gate_up) and gate_up.shape[-1] % 2 == 0:
+    if pointwise.is_supported(gate_up) and gate_up.shape[-1] % 2 == 0:
         return pointwise.packed_gate(gate_up, activation)
     return _swiglu_eager(*gate_up.chunk(2, -1), activation)
 

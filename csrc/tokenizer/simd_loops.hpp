@@ -16,7 +16,7 @@ static const Kernels* kernels_named(const char* name) {
                                  split_pieces<Pattern::kDeepSeek>, split_pieces<Pattern::kFalcon>},
                                 look_up<uint16_t>,
                                 look_up<uint32_t>,
-                                merge_side_by_side,
+                                merge_x16,
                                 to_utf8<uint8_t>,
                                 to_utf8<uint16_t>,
                                 to_utf8<uint32_t>};

@@ -28,7 +28,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..layers import Linear
 from ..model import Transformer
-from .families import pieces
+from .families import weight_map
 from .weights import first_line, read_json
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -98,7 +98,7 @@ def low_rank_weights(config: ModelConfig, kind: str) -> list[LowRank]:
         if type(module) is not Linear or path.endswith("router"):
             continue
         name = f"blocks.{path}.weight"
-        (piece,) = pieces(config, [name], kind)
+        (piece,) = weight_map(config, [name], kind)
         layers, shape = tuple(each.removesuffix(".weight") for each in piece.theirs), tuple(module.weight.shape)
         found.append(LowRank(name, shape, layers, piece.sizes or shape[:1], piece.order))
     return found
@@ -223,7 +223,7 @@ class Adapter:
         """Embedding and head, by our names; a head that is tied may be there too, as the embedding again."""
         taken: dict[str, Tensor] = {}
         for name in WHOLE:
-            (published,) = pieces(config, [name], kind)[0].theirs
+            (published,) = weight_map(config, [name], kind)[0].theirs
             found = tensors.pop(published, None)
             if found is None:
                 continue

@@ -180,7 +180,7 @@ def _short(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightMapping:
     """One tensor of ours from published ones: joined by rows, put in order, perhaps one set an expert."""
 
     ours: str
@@ -233,14 +233,14 @@ class Piece:
         return [name for group in self.groups for name in group]
 
 
-def piece_of(family: Family, config: ModelConfig, name: str) -> Piece:
+def mapping_of(family: Family, config: ModelConfig, name: str) -> WeightMapping:
     """The published tensors that our tensor of this name is made of."""
     c = config
     layer, part, kind = dissect(name)
     published = family.names[part]
     published = published(c) if callable(published) else published
     if published is None:
-        return Piece(name, ())
+        return WeightMapping(name, ())
     prefix, suffix = "" if layer is None else f"{family.layers}.{layer}.", f".{kind}" if kind else ""
     names = tuple(f"{prefix}{x}{suffix}" for x in ((published,) if isinstance(published, str) else published))
     stacked = "*" in names[0]
@@ -248,7 +248,7 @@ def piece_of(family: Family, config: ModelConfig, name: str) -> Piece:
     groups = tuple(tuple(x.replace("*", str(number)) for x in names) for number in copies)
     order = family.orders.get(part)
     norm = kind == "weight" and part.endswith(("norm", "_post"))
-    return Piece(
+    return WeightMapping(
         name, groups, _sizes(c, part, layer) if len(names) > 1 else (), part in family.transposed and kind != "bias",
         stacked, None if order is None else order(c), family.offset if norm else 0.0, part in family.framed,
     )  # fmt: skip

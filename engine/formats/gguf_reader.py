@@ -27,7 +27,7 @@ from ...tokenizer.sentencepiece_files import CONTROL, UNUSED, USER, Piece, from_
 from ...tokenizer.specials import SpecialTokens
 from ..config import ModelConfig
 from ..errors import InputError
-from .families import understand
+from .families import from_hf_config
 from .gguf import slowdown
 from .gguf_blocks import TYPES
 from .gguf_packed import PACKED, pack_blocks
@@ -261,7 +261,7 @@ class GGUFFile:
         if said != len(layers):
             raise InputError(f"{self.path}: {kind}.block_count is {said}, but there are tensors of {len(layers)}")
         try:
-            config = understand(values)
+            config = from_hf_config(values)
         except ValueError as error:
             raise InputError(f"{self.path}: {error}") from None
         heads = config.n_heads * config.head_size

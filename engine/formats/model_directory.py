@@ -33,7 +33,7 @@ from ..layers import Linear
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
 from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
-from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+from .families import architecture_of, dtype_name, from_hf_config, kind_of, to_hf_config, weight_map
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
 from .packed_weight import PackedLinear, PackedWeight, install, layout_from, matrix_of, packed_weights, to_tensors
@@ -80,7 +80,7 @@ def write_model(
             _save_shards(tensors, staging, shard_bytes)
         ids = _text_bounds(tokenizer)
         _write_json(staging / "generation_config.json", ids)
-        description = describe(config) | ids | {"dtype": dtype_name(dtype)}
+        description = to_hf_config(config) | ids | {"dtype": dtype_name(dtype)}
         _write_json(staging / "config.json", description)
         for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
             shutil.copymode(staging / "config.json", file)
@@ -102,7 +102,7 @@ def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any
         ids = _text_bounds(tokenizer)
         _write_json(staging / "generation_config.json", ids)
         quantization = {"quantization_config": {"quant_method": "warploom", "layouts": layouts}}
-        _write_json(staging / "config.json", describe(model.config, "warploom") | ids | quantization)
+        _write_json(staging / "config.json", to_hf_config(model.config, "warploom") | ids | quantization)
         for file in staging.glob("*.safetensors"):
             shutil.copymode(staging / "config.json", file)
     return directory
@@ -205,7 +205,7 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     if is_gguf(directory):
         return GGUFFile(directory).config()
-    return understand(_read_config(directory))
+    return from_hf_config(_read_config(directory))
 
 
 def base_of(directory: Path, weights: bool = True) -> Path:
@@ -270,7 +270,7 @@ def read_weights(
         opened = nullcontext(GGUFWeights(file, config))
     else:
         values = _read_config(directory)
-        config, kind = understand(values), kind_of(values)
+        config, kind = from_hf_config(values), kind_of(values)
         quantization = values.get("quantization_config") or {}
         opened = open_weights(directory, quantization)
         if quantization.get("quant_method") == "warploom":
@@ -288,7 +288,7 @@ def read_weights(
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
     with opened as weights:
-        for piece in pieces(config, list(shapes), kind):
+        for piece in weight_map(config, list(shapes), kind):
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
             if packed and not adapter and (product == "head.weight" or product in products):
                 weight = weights.as_packed(piece, shapes[piece.ours])
@@ -333,7 +333,7 @@ def write_adapter(
     directory = Path(directory)
     published: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        named = pieces(config, [name], kind)[0].split(tensor) if name in WHOLE else ((name, tensor),)
+        named = weight_map(config, [name], kind)[0].split(tensor) if name in WHOLE else ((name, tensor),)
         published |= {PREFIX + theirs: part.to("cpu", torch.float32).contiguous() for theirs, part in named}
     with replacing(directory) as staging:
         if tokenizer is not None:
@@ -358,7 +358,7 @@ def copy_adapter(source: Path, directory: Path) -> Adapter:
 
 def _transposed(config: ModelConfig, kind: str) -> bool:
     names = [weight.weight for weight in low_rank_weights(config, kind)]
-    return any(piece.transposed for piece in pieces(config, names, kind))
+    return any(piece.transposed for piece in weight_map(config, names, kind))
 
 
 def _published(
@@ -366,7 +366,7 @@ def _published(
 ) -> Iterator[tuple[str, Tensor]]:
     kind = architecture_of(config)
     for name, tensor in ours:
-        (piece,) = pieces(config, [name], kind)
+        (piece,) = weight_map(config, [name], kind)
         yield from ((theirs, part.to("cpu", dtype)) for theirs, part in piece.split(tensor))
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
-from .family import Piece
+from .family import WeightMapping
 from .packed_checkpoints import METHODS, read_integers
 from .packed_weight import PackedWeight, Segment
 
@@ -82,7 +82,7 @@ class Weights:
             raise InputError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
         return found
 
-    def as_packed(self, piece: Piece, shape: Sequence[int]) -> PackedWeight | None:
+    def as_packed(self, piece: WeightMapping, shape: Sequence[int]) -> PackedWeight | None:
         """One of our matrices from published ones, if all of them are packed and rows stay rows."""
         if piece.stacked or piece.transposed or piece.framed or piece.offset or piece.order is not None:
             return None

@@ -98,6 +98,7 @@ class RLTrainer(Trainer):
     """The loop, with samples for batches and the policy gradient for a loss."""
 
     state: RunState
+    config: RLConfig
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class RLTrainer(Trainer):
     def policy(self, update: int) -> Policy:
         """The policy that is trained: after the first update of a step the server's head has older weights."""
         exact = self.exact and update == 0
-        return Policy(self.state.model, (lambda: self.llm.engine.runner.head) if exact else None)
+        return Policy(self.state.model, self.llm if exact else None)
 
     @functools.cached_property
     def reference(self) -> Policy:
@@ -251,9 +252,9 @@ class RLTrainer(Trainer):
 
     def _compare(self, logp_S: Tensor, packed: Packed) -> None:
         """Measure how far the trainer's log-probabilities are from the server's."""
-        change_S = logp_S - packed.sampled_S
+        change_S = logp_S.double() - packed.sampled_S
         self.tally.mismatch = max(self.tally.mismatch, float(change_S.abs().max()))
-        self.tally.k3 += float((change_S.exp() - 1 - change_S).double().sum())
+        self.tally.k3 += float((change_S.exp() - 1 - change_S).sum())
         self.tally.trained += len(change_S)
 
     # What is told

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import InputError
 from ..formats.adapters import WHOLE, AdapterConfig, LowRank, choose_layers, factor_names, low_rank_weights
-from ..formats.families import pieces
+from ..formats.families import weight_map
 from ..formats.model_directory import base_of, kind_in, open_adapter, write_adapter
 from ..formats.model_source import resolve_model
 from ..model import Transformer
@@ -117,7 +117,7 @@ def adapter_config(config: TrainConfig, model: ModelConfig, layers: list[str], k
         raise InputError(f"{config.init_from} is an adapter itself: merge it first, by warploom export --merge")
     local_path = Path(config.init_from).exists()
     targets = config.lora_targets or tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
-    saved = [pieces(model, [name], kind)[0].theirs[0] for name in WHOLE if config.lora_embeddings]
+    saved = [weight_map(model, [name], kind)[0].theirs[0] for name in WHOLE if config.lora_embeddings]
     saved = tuple(name.removesuffix(".weight").rpartition(".")[2] for name in saved)
     return AdapterConfig(
         str(base.resolve()) if local_path else config.init_from, config.lora,

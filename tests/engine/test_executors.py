@@ -37,7 +37,9 @@ def test_supported_joins_lists_and_conditions():
     assert not even(ModelConfig(**SHAPE | {"n_layers": 3}, norm="none"))
 
 
-@pytest.mark.skipif(not fused_block.fused_block.HAS_ROWS, reason="needs the C++ extension and a CPU with AVX-512")
+@pytest.mark.skipif(
+    not fused_block.fused_block.HAS_FUSED_BLOCK, reason="needs the C++ extension and a CPU with AVX-512"
+)
 def test_fused_block_leaves_replaced_parts_alone():
     model = Transformer(ModelConfig(**SHAPE))
     model.blocks[1].ffn = torch.nn.Identity()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from warploom.engine.formats.families import architecture_of, describe, pieces, understand
+from warploom.engine.formats.families import architecture_of, from_hf_config, to_hf_config, weight_map
 from warploom.engine.formats.family import full
 from warploom.engine.formats.family_table import FAMILIES
 from warploom.engine.formats.model_directory import load_model, save_model
@@ -196,10 +196,10 @@ def _save_as(kind, model, directory):
 
     tensors = {}
     for name, parameter in model.named_parameters():
-        (piece,) = pieces(model.config, [name], kind)
+        (piece,) = weight_map(model.config, [name], kind)
         tensors |= dict(piece.split(parameter.detach()))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(describe(model.config, kind)))
+    (directory / "config.json").write_text(json.dumps(to_hf_config(model.config, kind)))
 
 
 SIZES = ("expert", "moe", "rank", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "rotary_dim", "kv_heads")
@@ -213,7 +213,7 @@ def test_family_assumes_what_its_class_does(kind):
     sizes |= {"num_key_value_heads": 4} if kind in ("phi", "gpt_neox") or "kv_lora_rank" in sizes else {}
     sizes |= {"n_group": 4, "topk_group": 2} if kind == "deepseek_v3" else {}
     whole = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
-    assert full(understand({"model_type": kind, **sizes})) == full(understand(whole))
+    assert full(from_hf_config({"model_type": kind, **sizes})) == full(from_hf_config(whole))
 
 
 def test_page_of_models_names_every_family():

@@ -20,19 +20,27 @@ from warploom.engine.rl.rollouts import Sample, set_advantages
 from warploom.engine.rl.trainer import RLTrainer, reinforce, run_reinforce
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
 from warploom.engine.training.callbacks import JsonLog
-from warploom.kernels.cpu.fused_block import HAS_ROWS
+from warploom.kernels.cpu.fused_block import HAS_FUSED_BLOCK
 
-exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_ROWS), reason="needs the C++ extension and AVX-512")
+exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_FUSED_BLOCK), reason="needs the C++ extension and AVX-512")
 
 
 def weights(config):
     return load_file(f"{config.out}/model.safetensors")
 
 
+EXPERTS = {"n_experts": 4, "experts_per_token": 2, "shared_ff": 32}
+
+
 @exactly
-def test_log_probs_sampled_scored_trained_same_bits(tiny):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qk_norm": "head"}, {"qk_norm": "after"}, EXPERTS, {**EXPERTS, "qk_norm": "whole", "norm_place": "both"}],
+    ids=["llama", "qwen3", "hunyuan", "experts", "olmo2-experts"],
+)
+def test_log_probs_sampled_scored_trained_same_bits(tiny, make_base, changes):
     """At every step, of weights that change."""
-    trainer = RLTrainer(tiny(steps=6, updates=1), [])
+    trainer = RLTrainer(tiny(init_from=str(make_base(**changes)), steps=6, updates=1), [])
     kept = []
     accumulate = trainer.accumulate_policy
 
@@ -82,7 +90,7 @@ def samples_of(trainer):
     return next(trainer._batches()).samples
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "sliding_window": 5, "norm": "layernorm"}])
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "sliding_window": 5, "norm": "layernorm"}, EXPERTS])
 def test_gradient_is_that_of_the_formula(tiny, make_base, changes):
     """Σ −A log p over all tokens of the step, in float64, one sample after the other and without our kernels."""
     trainer = RLTrainer(tiny(init_from=str(make_base(**changes)), micro_tokens=60), [])
@@ -234,12 +242,12 @@ def test_prompts_without_a_score_or_too_long_are_refused(tiny, tmp_path):
 
 def test_mismatch_is_measured_and_bounded(tiny, make_base, recorder):
     """Mismatch is measured where it is not zero and bounded."""
-    qwen = str(make_base(qk_norm=True))
-    found = list(reinforce(tiny(init_from=qwen, steps=2), callbacks=[recorder]))
+    gpt = str(make_base(norm="layernorm", ffn="gelu"))
+    found = list(reinforce(tiny(init_from=gpt, steps=2), callbacks=[recorder]))
     assert all(0 < step.mismatch < 1e-4 and step.mismatch_k3 < 1e-8 for step in found)
     assert any("differ in their last digits" in note for note in recorder.notes)
-    with pytest.raises(InputError, match="is above max_mismatch=1e-12: use float32"):
-        list(reinforce(tiny("bounded", init_from=qwen, max_mismatch=1e-12)))
+    with pytest.raises(InputError, match="is above max_mismatch=1e-14: use float32"):
+        list(reinforce(tiny("bounded", init_from=gpt, max_mismatch=1e-14)))
 
 
 @pytest.mark.parametrize("changes", [{"kl": 0.1}, {"updates": 3}, {"normalize": "std"}, {"lora": 4}])
