@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     if config.name in adapters(flags):
         raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
     listener = listen(flags.host, flags.port) if flags.uds is None else listen_local(flags.uds)
-    if not keys and _is_loopback(listener) and not config.allowed_hosts:
+    if not keys and listener.family != UNIX and _is_loopback(listener) and not config.allowed_hosts:
         config = replace(config, allowed_hosts=("localhost",))
     loader = Loader(flags, config, len(keys))
     log_without_blocking()

@@ -241,6 +241,7 @@ class AsyncEngine:
         count: int,
         *,
         params: SamplingParams | None = None,
+        grammar: Callable[[], Any] | None = None,
         streaming: bool = False,
         salt: Any = None,
         priority: int = 0,
@@ -251,9 +252,10 @@ class AsyncEngine:
     ) -> RequestStream:
         """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
 
-        `params` says whether there is a grammar to compile, `client` is whose turn it takes, `receive` tells when that
-        client leaves; its body must have been read. A `party` is one of several that share the server: none may hold
-        more than SHARE times the places it leaves free, so there are always some for another.
+        `params` says whether there is a grammar to compile, `grammar` makes one that has been; `client` is whose turn
+        it takes, `receive` tells when that client leaves; its body must have been read. A `party` is one of several
+        that share the server: none may hold more than SHARE times the places it leaves free, so there are always some
+        for another.
         """
         if not self.engine_ready:
             raise errors.unavailable(self.state)
@@ -271,7 +273,13 @@ class AsyncEngine:
             flow.watch(receive)
         try:
             await flow.wait_for(
-                self._prepare(flow, asks, params, {"salt": salt, "adapter": adapter, "priority": priority}, client)
+                self._prepare(
+                    flow,
+                    asks,
+                    params,
+                    {"salt": salt, "adapter": adapter, "priority": priority, "grammar": grammar},
+                    client,
+                )
             )
         except BaseException:
             flow.close()
@@ -296,10 +304,10 @@ class AsyncEngine:
         self, flow: RequestStream, asks: Any, params: SamplingParams | None, options: dict[str, Any], client: Any
     ) -> None:
         if params is not None and params.constrained:
-            options["grammar"] = await self._compile(params, client)
+            options["grammar"] = await self.compile(params, client)
         await self.offload(self._submit, flow, asks, options, client=client)
 
-    async def _compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
+    async def compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
         """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
         try:
             future = self.llm.grammars.start(params, client)

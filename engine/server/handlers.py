@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,7 +22,7 @@ from .metrics import Metrics
 from .middleware import LOGGED
 from .model_defaults import sampling_defaults
 from .openai import errors
-from .openai.chat import ChatPlan, encode_conversation, plan_chat
+from .openai.chat import ChatPlan, Trigger, encode_conversation, plan_chat
 from .openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -112,6 +112,9 @@ class Service:
         params, is_agent = body.sampling(), effort is not None
         plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, effort, client=client_of(request.scope))
         params = replace(params, **{**NO_GRAMMAR, **plan.grammar}) if plan.grammar else params
+        bound = None if plan.grammar or plan.trigger is None else await self._bind(plan.trigger, request)
+        if bound:
+            plan = replace(plan, reader=partial(plan.reader, eager=True))
 
         def asks(llm: Any) -> Iterable[Ask]:
             if body.truncate_prompt_tokens is None:
@@ -120,7 +123,15 @@ class Service:
             tokens = truncated(llm, plan.encode(llm.tokenizer, body), params, body.truncate_prompt_tokens)
             yield tokens, self._fit(llm, tokens, params, at_most=is_agent)
 
-        return await self._submit(request, asks, body.n, params, body, stream), plan, params
+        return await self._submit(request, asks, body.n, params, body, stream, bound), plan, params
+
+    async def _bind(self, trigger: Trigger, request: Request) -> Callable[[], Any] | None:
+        """A maker of grammars that bind once a call begins; None where there can be none: the calls are free then."""
+        params = SamplingParams(grammar=trigger.grammar)
+        try:
+            return trigger.bind(await self.bridge.compile(params, client_of(request.scope)), self.llm.tokenizer)
+        except errors.APIError:
+            return None
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
@@ -190,6 +201,7 @@ class Service:
         params: SamplingParams,
         body: Sampling | None = None,
         streaming: bool = False,
+        grammar: Callable[[], Any] | None = None,
     ) -> RequestStream:
         scope, salt = request.scope, request.scope.get("salt")
         adapter = self.adapter_of(body and body.model)
@@ -197,6 +209,7 @@ class Service:
             asks,
             count,
             params=params,
+            grammar=grammar,
             streaming=streaming,
             salt=(salt, body.cache_salt) if body and body.cache_salt else salt,
             priority=body.priority if body else 0,

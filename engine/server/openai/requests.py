@@ -291,6 +291,7 @@ class FunctionCall(Body):
 
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True, description="As the openai client adds it; arguments count.")
 
 
 class ToolCall(Body):
@@ -299,6 +300,7 @@ class ToolCall(Body):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(None, exclude=True, description="As streams have it; changes nothing.")
 
 
 class Message(Body):
@@ -310,6 +312,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    parsed: Any = Field(None, exclude=True, description="As the openai client adds it; content counts.")
     reasoning_content: str | None = Field(default=None, description="What the assistant reasoned before it answered.")
 
     @property

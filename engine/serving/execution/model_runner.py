@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +122,8 @@ class Runner:
             right = next((i for i, place in enumerate(span[:-1]) if not draft_accepted[place]), len(span) - 1)
             tokens = tuple(sampled[span.start : span.start + right + 1])
             grammar = self.rows[chunk.row].grammar
-            if grammar is not None and tokens:
-                grammar.accept(tokens[0])
+            if grammar is not None:
+                tokens = _accept(grammar, tokens)
             reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
             results.append(ChunkResult(tokens, *(tuple(chain(*(read() for read in each))) for each in reports)))
         return StepResult(tuple(results))
@@ -191,7 +192,7 @@ class Runner:
         """The logits after grammar, bias and penalties, for the rows that ask for them."""
         changed = [
             r for r, row in enumerate(rows) if self.settings.params[row].penalized
-            or row in self.settings.bias or self.rows[row].grammar is not None
+            or row in self.settings.bias or _binds(self.rows[row].grammar)
         ]  # fmt: skip
         if not changed:
             return logits_RV
@@ -207,7 +208,7 @@ class Runner:
             if row in self.settings.bias:
                 tokens, values = self.settings.bias[row]
                 logits_RV[r, tokens] += values
-            if admission.grammar is not None:
+            if _binds(admission.grammar):
                 admission.grammar.mask(logits_RV[r])
         return logits_RV
 
@@ -248,6 +249,19 @@ class Runner:
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)
+
+
+def _binds(grammar: Any) -> bool:
+    return grammar is not None and grammar.active
+
+
+def _accept(grammar: Any, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Tell a grammar which tokens came; those that stand: drafts end where it begins to bind."""
+    for number, token in enumerate(tokens, 1):
+        grammar.accept(token)
+        if grammar.active:
+            return tokens[:number]
+    return tokens
 
 
 def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
