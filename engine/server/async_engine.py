@@ -242,6 +242,7 @@ class AsyncEngine:
         *,
         params: SamplingParams | None = None,
         grammar: Callable[[], Any] | None = None,
+        pooling: str | None = None,
         streaming: bool = False,
         salt: Any = None,
         priority: int = 0,
@@ -277,7 +278,7 @@ class AsyncEngine:
                     flow,
                     asks,
                     params,
-                    {"salt": salt, "adapter": adapter, "priority": priority, "grammar": grammar},
+                    {"salt": salt, "adapter": adapter, "priority": priority, "grammar": grammar, "pooling": pooling},
                     client,
                 )
             )
