@@ -71,9 +71,9 @@ async def score(service: Service, body: ScoreRequest, request: Request) -> dict[
     if len(left) != len(right) and 1 not in (len(left), len(right)):
         message = f"text_1 has {len(left)} texts and text_2 {len(right)}: give as many, or one on a side"
         raise errors.invalid(message, "text_2")
-    texts = list(dict.fromkeys([*left, *right]))
+    texts: list[str | list[int]] = [*dict.fromkeys([*left, *right])]
     vectors, tokens = await _vectors(service, body, texts, request)
-    of = dict(zip(texts, vectors))
+    of = dict(zip(map(str, texts), vectors))
     pairs = max(len(left), len(right))
     sides = (side * pairs if len(side) == 1 else side for side in (left, right))
     data = [

@@ -78,7 +78,7 @@ class Runner:
         self.settings = RowSettings(max_batch, self.device)
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
-        self.rows: list[NewRow | None] = [None] * max_batch
+        self.rows: dict[int, NewRow] = {}
         self.sums: dict[int, np.ndarray] = {}  # of the hidden states of prompts under way, by row
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, PackedLinear, Int8Linear)) for module in model.blocks.modules()
@@ -129,7 +129,9 @@ class Runner:
             reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
             results.append(
                 ChunkResult(
-                    tokens, *(tuple(chain(*(read() for read in each))) for each in reports), flight.pooled.get(index)
+                    tokens,
+                    *(tuple(chain(*(read() for read in each))) for each in reports),
+                    pooled=flight.pooled.get(index),
                 )
             )
         return StepResult(tuple(results))
