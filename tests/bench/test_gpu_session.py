@@ -1,6 +1,7 @@
 """A session on a GPU survives its kernels: rehearsed here with processes that crash, hang and lose their device."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -147,6 +148,17 @@ def test_checks_killed_midway_keep_what_was_right(machine, session):
         check_ops(session)
     (right,) = json.loads((session.folder / "checks.json").read_text()).values()
     assert right == ["attention bfloat16 1/1"]
+
+
+def test_gpu_tests_collect_without_hypothesis():
+    """A GPU machine has pytest at most; a file that cannot be imported there is a test that never runs."""
+    program = "import sys; sys.modules['hypothesis'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    files = [str(environment.ROOT / "tests" / "kernels" / name) for name in gpu.TESTS]
+    options = ["--collect-only", "-q", "-o", "addopts=", "--import-mode=importlib"]
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", program, *options, *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):
