@@ -21,7 +21,7 @@ static inline void classify(const uint8_t* text, Masks& m) {
         if (bits & kDigit) m.digit |= bit;
         if (byte == ' ') m.blank |= bit;
         else if (bits & kSpace) m.other_space |= bit;
-        if (bits & kNewline) m.newline |= bit;
+        if (is_newline(byte)) m.newline |= bit;
         if (byte == '\'') m.apostrophe |= bit;
         if (byte == '/') m.slash |= bit;
     }

@@ -40,7 +40,7 @@ SPLITTERS = {
     "gpt-2": "gpt2", "smollm": "digits", "starcoder": "digits", "refact": "digits", "command-r": "digits",
     "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4", "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2", "qwen35": "qwen3.5", "gpt-4o": "o200k", "llama4": "o200k", "tekken": "tekken",
-    "deepseek-v3": "deepseek",
+    "deepseek-v3": "deepseek", "falcon": "falcon",
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 WORDS = {
