@@ -59,7 +59,8 @@ class Cost:
     vector_accesses: int
     scalar_accesses: int
     loop_spills: int = 0
-    """Accesses to spilled registers inside an innermost loop: outside of it, spilling costs next to nothing."""
+    """Accesses to spilled registers inside innermost loops, outside of which spilling costs next to nothing."""
+    loops: int = 0
     wgmma_pending: int = 0
     """Products that a warp group has under way at most when it waits inside a loop; 0: each is waited for at once."""
     copies_pending: int = 0
@@ -135,6 +136,7 @@ def _cost(op, case, dtype, arch, kernel) -> Cost:
         vector_accesses=len(VECTOR_ACCESS.findall(ptx)),
         scalar_accesses=len(SCALAR_ACCESS.findall(ptx)),
         loop_spills=sum(len(SPILL.findall(loop)) for loop in innermost_loops(_disassembled(cubin))) if stack else 0,
+        loops=len(inner),
         wgmma_pending=_most(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", inner),
         copies_pending=_most(r"cp\.async\.wait_group\s+(\d+)", inner),
         int32_offset_products=int32_offset_products(kernel.asm["ttir"]),
@@ -169,7 +171,7 @@ def innermost_loops(assembly: str) -> list[str]:
         if label:
             labels[label[1]] = n
         target = re.search(r"\b(?:bra|BRA)\b.*?([$.]L[\w$]+)", line)
-        if target and target[1] in labels:
+        if target and labels.get(target[1], n) < n - 1:  # code ends with a branch to itself
             found.append((labels[target[1]], n))
     inner = [one for one in found if not any(one != other and _holds(one, other) for other in found)]
     return ["\n".join(lines[first : last + 1]) for first, last in inner]

@@ -109,8 +109,8 @@ def _compile_all(requests: Iterable[dict]) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """For each settings of a request: how often its loops touch spilled registers; null where it does not compile or
-    does not fit."""
+    """For each settings of a request: how often its loops touch spilled registers (without loops, the bytes spilled);
+    null where it does not compile or does not fit."""
     from ..core.op import ops
     from .compile_offline import costs
 
@@ -122,7 +122,7 @@ def main() -> None:
         with contextlib.suppress(Exception), tuned.trying(request["kernel"], settings):
             found = costs(op, case, getattr(torch, request["dtype"]), request["arch"])
             if max(cost.shared for cost in found) <= shared_memory(request["arch"]):
-                spilled = max(cost.loop_spills for cost in found)
+                spilled = max(cost.loop_spills if cost.loops else cost.stack for cost in found)
         print(json.dumps(spilled), flush=True)
 
 
