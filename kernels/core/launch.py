@@ -11,7 +11,7 @@ operator's registered formula for the rest, from the same two functions.
 
 import functools
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -63,7 +63,7 @@ class Launcher:
 def launcher(function: Callable) -> Launcher: ...
 @overload
 def launcher(*, mutates: tuple[str, ...]) -> Callable[[Callable], Launcher]: ...
-def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ()):
+def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
     """Makes a `Launcher` of a function; `mutates` names the arguments it writes to."""
     return functools.partial(Launcher, mutates=mutates) if function is None else Launcher(function, mutates)
 
