@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,12 @@ def test_inspect_data_shows_what_is_learned(chat, capsys):
     said = capsys.readouterr().out
     assert "document 1: " in said and "⟦That makes " in said and "<|im_end|>⟧" in said
     assert load_file(f"{config.out}/model.safetensors")
+
+
+def test_task_is_a_conversation_for_a_chat_model(chat, capsys):
+    """Its problems are learned as `rl` and `eval` ask them: in the template of the model."""
+    config = chat(data="tasks:sums:3", steps=1)
+    train(config)
+    assert main(["inspect", "data", config.out, "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"user\n\d\+\d\+\d=<\|im_end\|>\n?<\|im_start\|>assistant\n⟦(<\d+>)?\d<\|im_end\|>⟧", said)
