@@ -28,9 +28,11 @@ from ..device import pick_device
 from ..errors import InputError
 from ..formats.model_directory import load_config, load_model, read_tokenizer
 from ..formats.model_source import resolve_model
+from ..model import Transformer
 from ..serving.llm import LLM
 from ..training.callbacks import Callback
 from ..training.distributed.failures import report_first_failure
+from ..training.distributed.sharded_state import full_weights, local
 from ..training.inputs import RunInputs
 from ..training.report import describe
 from ..training.resume import save_run
@@ -145,7 +147,24 @@ class RLTrainer(Trainer):
     @functools.cached_property
     def llm(self) -> LLM:
         """The serving engine over the trained weights."""
-        return LLM(self.state.model, self.state.inputs.tokenizer, max_batch=self.config.max_batch)
+        self._gather()
+        return LLM(self.served, self.state.inputs.tokenizer, max_batch=self.config.max_batch)
+
+    @functools.cached_property
+    def served(self) -> Transformer:
+        """The model that samples: the trained one, or where processes keep slices, a whole one beside it."""
+        state = self.state
+        if not self.mesh.is_sharded:
+            return state.model
+        return Transformer(state.inputs.model).to(state.device, state.dtype).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Bring slices of the trained weights together in the model that samples; every process must ask."""
+        if self.mesh.is_sharded:
+            slices = {name: local(p.detach()) for name, p in self.state.model.named_parameters()}
+            for name, whole in full_weights(self.state.shards, slices):
+                self.served.get_parameter(name).copy_(whole)
 
     @functools.cached_property
     def exact(self) -> bool:
@@ -208,6 +227,7 @@ class RLTrainer(Trainer):
         self.tally.tokens = int(tokens)
         for update in range(self.config.updates):
             figures = self._one_update(rollouts, update)
+        self._gather()
         self.llm.refresh()
         self.tally.seconds = time.perf_counter() - began
         state.step += 1
@@ -219,7 +239,11 @@ class RLTrainer(Trainer):
         (everywhere,) = self.mesh.all_reduce_sum(len(samples))
         if not everywhere:  # all groups were of one mind: there is nothing to learn
             return self._reduce_step_stats(0.0), 0.0, self.learning_rate(self.state.step + 1), ()
-        return self._update(*self.accumulate_policy(micro_batches(samples, self.config.micro_tokens), update))
+        parts = micro_batches(samples, self.config.micro_tokens)
+        if self.mesh.is_sharded:  # processes gather weights together: each needs as many micro-batches as any other
+            missing = int(self.mesh.all_reduce_max(len(parts))) - len(parts)
+            parts += [[dataclasses.replace(rollouts.samples[0], advantage=0.0)]] * missing
+        return self._update(*self.accumulate_policy(parts, update))
 
     def accumulate_policy(self, parts: list, update: int) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the policy's loss over micro-batches."""
@@ -293,11 +317,11 @@ class RLTrainer(Trainer):
 
     def _evaluate(self) -> None:
         """Ask fresh problems of the task."""
-        task, problems = self.prompts.task, self.config.eval_problems
+        llm, task, problems = self.llm, self.prompts.task, self.config.eval_problems  # which every process makes
         if task is None or self.environment or not problems or not self.mesh.is_main:
             return
         seed = self.config.seed + FRESH
-        found = evaluate_task(self.llm, task, problems, max_tokens=self.config.max_tokens, seed=seed)
+        found = evaluate_task(llm, task, problems, max_tokens=self.config.max_tokens, seed=seed)
         self.tell("on_evaluation", self.state.step, found)
 
     def _sample(self) -> None:

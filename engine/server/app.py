@@ -18,6 +18,7 @@ from .handlers import FINGERPRINT, Service
 from .metrics import Metrics
 from .middleware import RequestMiddleware
 from .openai import schemas
+from .openai.embeddings import EmbeddingRequest, ScoreRequest
 from .openai.errors import APIError
 from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .openai.schemas import answers
@@ -110,6 +111,16 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def count_tokens(body: MessagesRequest, request: Request) -> Response:
         """Count the tokens of a conversation, for `/v1/messages`."""
         return await service.count_tokens(body, request)
+
+    @app.post("/v1/embeddings", responses=answers(schemas.Embeddings, *REFUSALS), tags=["embed"])
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        """Texts as unit vectors: the mean of the last layer's hidden states, or the last token's."""
+        return await service.embed(body, request)
+
+    @app.post("/v1/score", responses=answers(schemas.Scores, *REFUSALS), tags=["embed"])
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """How near pairs of texts are: the cosine between their embeddings."""
+        return await service.score(body, request)
 
     @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **generating)
     async def generate(body: GenerateRequest, request: Request) -> Response:

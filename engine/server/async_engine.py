@@ -23,7 +23,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -116,7 +116,7 @@ class RequestStream:
                 raise errors.gone() from None
             raise self._failure or asyncio.CancelledError from None
 
-    def watch(self, receive: Callable[[], Awaitable[dict]]) -> None:
+    def watch(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
         """End the flow when the client disconnects; its body must have been read."""
         self._watcher = asyncio.create_task(self._wait_for_leave(receive))
 
@@ -156,7 +156,7 @@ class RequestStream:
         for generation in self.generations:
             generation.cancel()
 
-    async def _wait_for_leave(self, receive: Callable[[], Awaitable[dict]]) -> None:
+    async def _wait_for_leave(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.gone = True
@@ -242,13 +242,14 @@ class AsyncEngine:
         *,
         params: SamplingParams | None = None,
         grammar: Callable[[], Any] | None = None,
+        pooling: str | None = None,
         streaming: bool = False,
         salt: Any = None,
         priority: int = 0,
         adapter: str | None = None,
         client: Any = None,
         party: Any = None,
-        receive: Callable[[], Awaitable[dict]] | None = None,
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]] | None = None,
     ) -> RequestStream:
         """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
 
@@ -277,7 +278,7 @@ class AsyncEngine:
                     flow,
                     asks,
                     params,
-                    {"salt": salt, "adapter": adapter, "priority": priority, "grammar": grammar},
+                    {"salt": salt, "adapter": adapter, "priority": priority, "grammar": grammar, "pooling": pooling},
                     client,
                 )
             )

@@ -21,8 +21,9 @@ from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
 from .model_defaults import sampling_defaults
-from .openai import errors
+from .openai import embeddings, errors
 from .openai.chat import ChatPlan, Trigger, encode_conversation, plan_chat
+from .openai.embeddings import EmbeddingRequest, ScoreRequest
 from .openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -133,6 +134,14 @@ class Service:
         except errors.APIError:
             return None
 
+    async def embed(self, body: EmbeddingRequest, request: Request) -> Response:
+        """/v1/embeddings."""
+        return json_response(await embeddings.embed(self, body, request))
+
+    async def score(self, body: ScoreRequest, request: Request) -> Response:
+        """/v1/score."""
+        return json_response(await embeddings.score(self, body, request))
+
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
         params = body.sampling()
@@ -141,7 +150,7 @@ class Service:
         try:
             outputs = await flow.outputs()
         finally:
-            self._close(request, flow)
+            self.close(request, flow)
         return json_response(
             {
                 "idx": [[*output.prompt_token_ids, *output.token_ids] for output in outputs],
@@ -224,12 +233,18 @@ class Service:
     ) -> Callable[[Any], Iterable[Ask]]:
         def asks(llm: Any) -> Iterable[Ask]:
             for prompt in prompts:
-                if truncate is None:
-                    refuse_long(llm, prompt)
-                tokens = truncated(llm, llm.encode(prompt), params, truncate)
+                tokens = self.tokens_of(llm, prompt, params, truncate)
                 yield tokens, self._fit(llm, tokens, params, default)
 
         return asks
+
+    def tokens_of(
+        self, llm: Any, prompt: str | list[int], params: SamplingParams, truncate: int | None = None
+    ) -> list[int]:
+        """A prompt's tokens, or the last ones of them; a prompt far beyond the context is refused unread."""
+        if truncate is None:
+            refuse_long(llm, prompt)
+        return truncated(llm, llm.encode(prompt), params, truncate)
 
     def _fit(
         self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None, at_most: bool = False
@@ -279,7 +294,7 @@ class Service:
             await flow.outputs()
             return json_response(writer.whole())
         finally:
-            self._close(request, flow)
+            self.close(request, flow)
 
     async def _chunks(self, request: Request, flow: RequestStream, writer: Writer) -> AsyncIterator[bytes]:
         collector, spoke = writer.collector(), {}
@@ -295,9 +310,10 @@ class Service:
                     last = server_sent(writer.last())
                 yield last + writer.end
         finally:
-            self._close(request, flow)
+            self.close(request, flow)
 
-    def _close(self, request: Request, flow: RequestStream) -> None:
+    def close(self, request: Request, flow: RequestStream) -> None:
+        """End a request, and write down what it was."""
         flow.close()
         self.metrics.request(flow)
         streams = flow.streams

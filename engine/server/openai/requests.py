@@ -68,6 +68,12 @@ Prompt = Annotated[
 ]
 
 
+def listed(prompt: Any) -> list[str | list[int]]:
+    """A prompt, or several, as a list."""
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return prompt if several else [prompt]
+
+
 def drop_nulls(data: Any) -> Any:
     """An object without its null fields, which mean absent ones; too many fields are refused."""
     if not isinstance(data, dict):
@@ -270,8 +276,7 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, whatever they came as."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return self.prompt if several else [self.prompt]
+        return listed(self.prompt)
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters of each prompt."""

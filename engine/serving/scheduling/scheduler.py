@@ -377,7 +377,7 @@ class Scheduler:
         sequence.announced = True
         tokens = tuple(sequence.tokens)
         given = sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar, sequence.adapter
-        return NewRow(sequence.row, *given)
+        return NewRow(sequence.row, *given, sequence.pooling)
 
     def _queue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))

@@ -26,7 +26,7 @@ exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_FUSED_BLOCK), reason="needs
 
 
 def weights(config):
-    return load_file(f"{config.out}/model.safetensors")
+    return load_file(f"{config.out}/{'adapter_' * bool(config.lora)}model.safetensors")
 
 
 EXPERTS = {"n_experts": 4, "experts_per_token": 2, "shared_ff": 32}
@@ -217,7 +217,7 @@ def test_failing_reward_loses_nothing(tiny):
     [
         ({"group": 1}, "group must be between 2 and 256"),
         ({"init_from": None}, "name the model to start from"),
-        ({"fsdp": 2}, "the server holds whole weights"),
+        ({"tp": 2}, "the server holds whole weights"),
         ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1 rewards"),
         ({"data": "nothing.jsonl"}, "no file matches"),
         ({"exact": True, "dtype": "bfloat16"}, "exact=True cannot be kept: it needs float32"),
@@ -257,9 +257,12 @@ def test_options_train_and_raise_the_reward(tiny, changes):
     assert last > first + 0.03
 
 
-def test_processes_sample_what_one_would(tiny, processes):
-    """Two processes of two prompts each ask and answer what one of four does; gradients are sums in another order."""
-    whole, apart = tiny("whole", steps=3), tiny("apart", steps=3, dp=2)
+@pytest.mark.parametrize("changes", [{"dp": 2}, {"fsdp": 2}, {"fsdp": 2, "lora": 4, "micro_tokens": 60}])
+def test_processes_sample_what_one_would(tiny, processes, changes):
+    """Two processes of two prompts each ask and answer what one of four does; gradients are sums in another order.
+
+    Under FSDP each gathers the weights that it serves."""
+    whole, apart = tiny("whole", steps=3, lora=changes.get("lora")), tiny("apart", steps=3, **changes)
     run_reinforce(whole)
     kept = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert processes(member.main, 2, size=2, port=kept.port, config=apart) == [0, 0]
@@ -269,6 +272,7 @@ def test_processes_sample_what_one_would(tiny, processes):
     for ours, theirs in zip(*lines, strict=True):
         for name in ("reward", "length", "entropy", "mixed", "tokens"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+        assert theirs["mismatch"] == ours["mismatch"]
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(tensor, weights(apart)[name], atol=1e-4, rtol=1e-3)
 
