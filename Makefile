@@ -43,6 +43,7 @@ bench: .venv/ready-dev
 	$(BIN)/warploom bench $(or $(ARGS),all)
 
 gpu: export WARPLOOM_REQUIRE_NATIVE :=
+gpu: export WARPLOOM_NATIVE := 0
 gpu: export PYTHONPATH := $(CURDIR)/build/path$(if $(SITE),:$(SITE))
 gpu:
 	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom

@@ -217,7 +217,7 @@ WARPLOOM_INLINE f16 tanh(f16 x) { return 1.0f - 2.0f / (1.0f + exp(x + x)); }
                      i + 22, i + 7, i + 23)
 
 // A square of sixteen rows turned over: four perfect shuffles of its rows.
-WARPLOOM_INLINE void turn_square_over(const float* from, int64_t from_row, float* to, int64_t to_row) {
+WARPLOOM_INLINE void transpose_16x16(const float* from, int64_t from_row, float* to, int64_t to_row) {
     f16 x[16], y[16];
     for (int i = 0; i < 16; ++i) x[i] = load(from + i * from_row);
     for (int round = 0; round < 4; ++round) {

@@ -155,6 +155,8 @@ class ModelConfig:
     """Longer contexts than trained for: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3"|"longrope", …}."""
     local_rope: dict[str, Any] | None = None
     """The rotation of w layers where it is another: {"rope_theta": …} and what `rope_scaling` may hold (Gemma 3)."""
+    query_growth: dict[str, float] | None = None
+    """{"beta": …, "length": …}: a query grows by 1 + beta ln(1 + ⌊position / length⌋) (Ministral 3)."""
     rotary_dim: int | None = None
     """Columns of a head that rotate, from the first; None = all."""
     kv_rank: int = 0
@@ -181,6 +183,8 @@ class ModelConfig:
     """Biases of attention's output projection alone; None = as `bias`."""
     ffn_bias: bool | None = None
     """Biases of the feed-forward alone; None = as `bias`."""
+    norm_weight: bool = True
+    """Norms learn a factor a feature; False = layernorm without any parameter (OLMo)."""
     norm_bias: bool | None = None
     """Biases of LayerNorms alone; None = as `bias`."""
     head_bias: bool = False
@@ -218,6 +222,10 @@ class ModelConfig:
         _require(
             not (self.head_bias and self.tie_embeddings), "head_bias=True needs tie_embeddings=False: a head of its own"
         )
+        _require(
+            self.norm_weight or (self.norm == "layernorm" and not self.has_bias("norm")),
+            f"norm_weight=False needs norm='layernorm' and norm_bias=False, not {self.norm!r} and {self.norm_bias}",
+        )
         self._check_layers()
         self._check_rotation()
         self._check_experts()
@@ -246,6 +254,11 @@ class ModelConfig:
             size, name = self.rotary_size, "head size" if self.rotary_size == self.head_size else "rotating part"
             _require(size % 2 == 0, f"position='rope' rotates pairs, so the {name} must be even, not {size}")
             _require(size <= self.head_size, f"{size} columns rotate, but a head has {self.head_size}")
+        growth = self.query_growth
+        _require(
+            growth is None or (sorted(growth) == ["beta", "length"] and growth["length"] > 0),
+            f"query_growth must be None or {{'beta': …, 'length': …}}, a length above 0, not {growth!r}",
+        )
         for name in ("rope_scaling", "local_rope"):
             scaling = getattr(self, name)
             if scaling is None:
@@ -344,7 +357,8 @@ class ModelConfig:
         The head counts as a matrix product whether or not it shares the embedding's table.
         """
         c = self
-        norm = {"rmsnorm": c.d_model, "layernorm": c.d_model * (2 if c.has_bias("norm") else 1), "none": 0}[c.norm]
+        learned = {"rmsnorm": 1, "layernorm": c.norm_weight + c.has_bias("norm"), "none": 0}[c.norm]
+        norm = learned * c.d_model
         before = 1 if c.residual == "shared" else 2
         norms = {"before": before, "after": 2, "both": before + 2}[c.norm_place]
         layers = c.n_layers * (norms * norm + self._attention_parameters())

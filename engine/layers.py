@@ -75,20 +75,21 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Subtract each vector's mean, divide by its standard deviation, then scale and shift per feature."""
 
-    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True, weight: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width)) if weight else None
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
-        self.eps = eps
+        self.shape, self.eps = (width,), eps
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
     def add(self, delta: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         stream = stream + delta
@@ -110,7 +111,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, config.norm_eps)
     if config.norm == "layernorm":
-        return LayerNorm(config.d_model, config.norm_eps, config.has_bias("norm"))
+        return LayerNorm(config.d_model, config.norm_eps, config.has_bias("norm"), config.norm_weight)
     return NoNorm()
 
 

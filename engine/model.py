@@ -84,13 +84,18 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
         heads = self.qkv(x_BTC).unflatten(-1, (-1, self.head_size))
         q_BTHD, k_BTKD, v_BTKD = heads.split(self.heads, dim=-2)
+        q_BTHD, k_BTKD = self.turned(q_BTHD, k_BTKD, rotate)
+        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self)
+        return self.output(gathered_BTHD.flatten(-2))
+
+    def turned(self, q_BTHD: Tensor, k_BTKD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normalized where the configuration says so and rotated."""
         if self.qk_norm in ("head", "whole"):
             q_BTHD, k_BTKD = self._normed(q_BTHD, self.q_norm), self._normed(k_BTKD, self.k_norm)
         q_BTHD, k_BTKD = rotate(q_BTHD, k_BTKD)
         if self.qk_norm == "after":
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
-        gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, self)
-        return self.output(gathered_BTHD.flatten(-2))
+        return q_BTHD, k_BTKD
 
     def _normed(self, x_BTHD: Tensor, norm: RMSNorm) -> Tensor:
         return norm(x_BTHD.flatten(-2)).view(x_BTHD.shape) if self.qk_norm == "whole" else norm(x_BTHD)
@@ -145,10 +150,15 @@ class Rotation:
     cos: Tensor | None = None
     sin: Tensor | None = None
     positions: Tensor | None = None
+    growth: Tensor | None = None
+    """Factor of queries by position."""
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor) -> tuple[Tensor, Tensor]:
         if self.cos is None:
             return q_BTHD, k_BTKD
+        if self.growth is not None:
+            where = self.growth[: q_BTHD.shape[-3]] if self.positions is None else self.growth[self.positions]
+            q_BTHD = q_BTHD * where[..., None, None].to(q_BTHD.dtype)
         return kernels.rope(q_BTHD, k_BTKD, self.cos, self.sin, self.positions)
 
 
@@ -344,12 +354,15 @@ class Transformer(nn.Module):
         return stream
 
     def rotation(self, kind: str, positions: Tensor | None = None) -> Rotation:
-        """Rotation of queries and keys in layers of a kind queries and keys."""
+        """Rotation of queries and keys in layers of a kind."""
         if self.config.rope(kind) is None:
             return Rotation()
         same = kind == "f" or self.config.local_rope is None
         cos, sin = self._table("f" if same else kind, lambda: rotary_tables(self.config, kind))
-        return Rotation(cos, sin, positions)
+        if self.config.query_growth is None:
+            return Rotation(cos, sin, positions)
+        (growth,) = self._table("growth", lambda: (growth_table(**self.config.query_growth, size=len(cos)),))
+        return Rotation(cos, sin, positions, growth)
 
     def _table(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Position tables are made once a device, not stored: a checkpoint holds only what was learned."""
@@ -364,6 +377,11 @@ def rotary_tables(config: ModelConfig, kind: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines of a kind of layers: kernels.rope_tables of what the configuration says."""
     theta, scaling = config.rope(kind)
     return kernels.rope_tables(config.rotary_size, config.max_seq_len, theta, scaling)
+
+
+def growth_table(beta: float, length: float, size: int) -> Tensor:
+    """Factor of a query by its position."""
+    return 1 + beta * torch.log(1 + torch.floor(torch.arange(size) / length))
 
 
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer: Attention) -> Tensor:

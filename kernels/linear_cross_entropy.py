@@ -132,7 +132,7 @@ def rows_per_slab(V: int) -> int:
 def _slab(logits_SV, targets_S, options, scale_S):
     """Losses of a slab and, given each row's upstream gradient, the gradient of its logits."""
     ignore_index, smoothing, z_loss, softcap, _ = options
-    if softcap is None and pointwise.serves(logits_SV):
+    if softcap is None and pointwise.is_supported(logits_SV):
         losses_S = pointwise.entropy(logits_SV, targets_S, scale_S, ignore_index, smoothing, z_loss)
         return losses_S, logits_SV
     dtype = wide(logits_SV)

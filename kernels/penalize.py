@@ -56,7 +56,7 @@ def _penalize(
 
 
 @triton.jit
-def _penalize_kernel(
+def penalize_kernel(
     x_ptr, token_ptr, sequence_ptr, prompt_ptr, length_ptr, repetition_ptr, presence_ptr, frequency_ptr, y_ptr,
     V, x_row, x_col, token_row,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -102,7 +102,7 @@ def penalize_launch(
     block = min(1024, max(128, next_power_of_2(V)))
     tile = tuned("penalize", logits.device, next_power_of_2(V), {"BLOCK": block, "CHUNK": 256, "num_warps": 4})
     launch(
-        _penalize_kernel, (R, cdiv(V, tile["BLOCK"])),
+        penalize_kernel, (R, cdiv(V, tile["BLOCK"])),
         logits, tokens, sequences, prompt_lens, lengths, repetition, presence, frequency, y,
         V, *logits.stride(), tokens.stride(0), **tile,
     )  # fmt: skip

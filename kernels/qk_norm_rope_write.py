@@ -13,7 +13,7 @@ from .core.lang import next_power_of_2, tl, triton
 from .core.launch import launch, launcher
 from .core.op import Budget, Case, Op
 from .rms_norm import rms_norm
-from .rope import angles_of, rope, turn
+from .rope import angles_of, rope, rotate
 from .write_pages import page_limit, saturate, scaled, write_pages
 
 
@@ -75,7 +75,7 @@ def _prepare_heads(
         b *= inverse * tl.load(weight_ptr + b_col, mask=pair < R, other=0.0).to(tl.float32)
         if REST > 0:
             rest *= inverse * tl.load(weight_ptr + rest_col, mask=rest_col < D, other=0.0).to(tl.float32)
-    a, b = turn(a, b, cos, sin)
+    a, b = rotate(a, b, cos, sin)
     a, b = scaled(a, scale_ptr, head, head < heads, SCALED), scaled(b, scale_ptr, head, head < heads, SCALED)
     mask, y_row = mask & write, y_ptr + head * D
     tl.store(y_row + a_col, saturate(a, LIMIT).to(y_ptr.dtype.element_ty), mask=mask)

@@ -57,7 +57,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _rms_norm_eager(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    if x.shape[-1] <= PASS_WIDTH and pointwise.serves(x, weight):
+    if x.shape[-1] <= PASS_WIDTH and pointwise.is_supported(x, weight):
         return pointwise.norm(x, weight, eps)
     return _Eager.apply(x, weight, eps)
 
@@ -71,7 +71,7 @@ def _add_rms_norm(
 
 
 def _add_rms_norm_eager(x, residual, weight, eps=1e-6):
-    if x.shape == residual.shape and x.shape[-1] <= PASS_WIDTH and pointwise.serves(x, residual, weight):
+    if x.shape == residual.shape and x.shape[-1] <= PASS_WIDTH and pointwise.is_supported(x, residual, weight):
         return pointwise.add_norm(x, residual, weight, eps)
     residual = residual + x
     return _rms_norm_eager(residual, weight, eps), residual
@@ -105,7 +105,7 @@ def rms_norm_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _forward_wide_kernel(
+def rms_norm_wide_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, inverse_ptr,
     N, D, x_row, x_col, residual_row, residual_col, weight_col,
     eps: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
@@ -169,7 +169,7 @@ def rms_norm_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _backward_wide_kernel(
+def rms_norm_wide_bwd_kernel(
     x_ptr, weight_ptr, inverse_ptr, dy_ptr, dsum_ptr, dx_ptr,
     N, D, x_row, x_col, weight_col, dy_row, dy_col, dsum_row, dsum_col,
     ADD: tl.constexpr, BLOCK: tl.constexpr,
@@ -198,7 +198,7 @@ def _backward_wide_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "rows_each"])
-def _weight_wide_kernel(
+def rms_norm_wide_dw_kernel(
     x_ptr, inverse_ptr, dy_ptr, partial_ptr,
     N, D, rows_each, x_row, x_col, dy_row, dy_col, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -234,7 +234,7 @@ def _launch_forward(x, residual, weight, total, eps):
     tile = _tile(D, FORWARD_WIDTH)
     held = D <= FORWARD_WIDTH
     launch(
-        rms_norm_fwd_kernel if held else _forward_wide_kernel,
+        rms_norm_fwd_kernel if held else rms_norm_wide_fwd_kernel,
         (cdiv(N, tile["ROWS"]) if held else N,),
         rows, other, weight, y, total, inverse_N,
         N, D, *rows.stride(), *other.stride(), *weight.stride(),
@@ -285,14 +285,14 @@ def rms_norm_backward(
         )  # fmt: skip
     else:
         launch(
-            _backward_wide_kernel, (N,),
+            rms_norm_wide_bwd_kernel, (N,),
             rows, weight, inverse_N, dy_rows, dsum_rows, dx,
             N, D, *rows.stride(), *weight.stride(), *strides,
             ADD=add, **tile,
         )  # fmt: skip
         if want_weight:
             launch(
-                _weight_wide_kernel, (cdiv(D, 512), programs),
+                rms_norm_wide_dw_kernel, (cdiv(D, 512), programs),
                 rows, inverse_N, dy_rows, partial,
                 N, D, rows_each, *rows.stride(), *dy_rows.stride(), BLOCK=512, num_warps=4,
             )  # fmt: skip

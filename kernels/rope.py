@@ -149,8 +149,8 @@ def _rotate(x, cos_TR, sin_TR, interleaved):
 
 def _rope_eager(q, k, cos, sin, positions=None, interleaved=False):
     plain = cos.dtype == sin.dtype == torch.float32 and cos.stride() == sin.stride() and cos.stride(1) == 1
-    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and pointwise.serves(q, k):
-        return pointwise.turn(q, k, cos, sin, positions)
+    if plain and not interleaved and k.shape[:-2] == q.shape[:-2] and pointwise.is_supported(q, k):
+        return pointwise.rope(q, k, cos, sin, positions)
     return _rope(q, k, cos, sin, positions, interleaved)
 
 
@@ -158,13 +158,13 @@ def _rope_eager(q, k, cos, sin, positions=None, interleaved=False):
 
 
 @triton.jit
-def turn(a, b, cos, sin):
+def rotate(a, b, cos, sin):
     """The points (a, b) turned by the angle."""
     return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
-def turn_heads(
+def rotate_heads(
     x_ptr, y_ptr, heads, x_head, x_dim, y_head, cos, sin,
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
@@ -176,7 +176,7 @@ def turn_heads(
         mask = (head < heads) & (col < 2 * R)
         x = tl.load(x_ptr + head * x_head + col * x_dim, mask=mask, other=0.0).to(tl.float32)
         a, b = tl.split(x.reshape([HEADS, HALF, 2]))
-        a, b = turn(a, b, cos, sin)
+        a, b = rotate(a, b, cos, sin)
         y = tl.join(a, b).reshape([HEADS, 2 * HALF])
         tl.store(y_ptr + head * y_head + col, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
@@ -184,7 +184,7 @@ def turn_heads(
         mask = (head < heads) & (col < R)
         a = tl.load(x_ptr + head * x_head + col * x_dim, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_ptr + head * x_head + (col + R) * x_dim, mask=mask, other=0.0).to(tl.float32)
-        a, b = turn(a, b, cos, sin)
+        a, b = rotate(a, b, cos, sin)
         tl.store(y_ptr + head * y_head + col, a.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(y_ptr + head * y_head + col + R, b.to(y_ptr.dtype.element_ty), mask=mask)
     if REST > 0:
@@ -204,7 +204,7 @@ def angles_of(cos_ptr, sin_ptr, position, table_row, R: tl.constexpr, HALF: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])
-def _rope_kernel(
+def rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
     T, q_heads, k_heads,
     q_batch, q_time, q_head, q_dim, k_batch, k_time, k_head, k_dim, table_row,
@@ -217,11 +217,11 @@ def _rope_kernel(
     position = tl.load(positions_ptr + token) if POSITIONS else time
     cos, sin = angles_of(cos_ptr, sin_ptr, position, table_row, R, HALF)
     sin = -sin if BACKWARD else sin
-    turn_heads(
+    rotate_heads(
         q_ptr + batch * q_batch + time * q_time, q_out_ptr + token * q_heads * D, q_heads, q_head, q_dim, D, cos, sin,
         D, R, INTERLEAVED, Q_HEADS, HALF, REST,
     )  # fmt: skip
-    turn_heads(
+    rotate_heads(
         k_ptr + batch * k_batch + time * k_time, k_out_ptr + token * k_heads * D, k_heads, k_head, k_dim, D, cos, sin,
         D, R, INTERLEAVED, K_HEADS, HALF, REST,
     )  # fmt: skip
@@ -245,7 +245,7 @@ def rope_rotate(
         positions = positions.expand(q.shape[:-2]).reshape(-1)
     heads = next_power_of_2(max(H, K))
     launch(
-        _rope_kernel, (q_BTHD.shape[0] * T,),
+        rope_kernel, (q_BTHD.shape[0] * T,),
         q_BTHD, k_BTKD, cos, sin, q if positions is None else positions, q_out, k_out,
         T, H, K, *q_BTHD.stride(), *k_BTKD.stride(), cos.stride(0),
         D=D, R=R, INTERLEAVED=interleaved, BACKWARD=backward, POSITIONS=positions is not None,
@@ -265,13 +265,13 @@ def _unrotate(ctx, dq, dk):
     return *rope_rotate(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None, None
 
 
-_turn = AutogradOp(rope_rotate, _save, _unrotate)
+_rope_op = AutogradOp(rope_rotate, _save, _unrotate)
 
 
 def _rope_fused(q, k, cos, sin, positions=None, interleaved=False):
     if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} may differ in their heads only")
-    return _turn(q, k, cos, sin, positions, interleaved, False)
+    return _rope_op(q, k, cos, sin, positions, interleaved, False)
 
 
 def _tables(m, length, half):

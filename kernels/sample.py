@@ -178,7 +178,7 @@ def _race(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.conste
 
 
 @triton.jit
-def _sample_kernel(
+def sample_kernel(
     x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, token_ptr,
     V, x_row, x_col, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -237,7 +237,7 @@ def sample_tokens(
     block = min(8192, max(width, 128))
     tile = tuned("sample", logits.device, width, {"BLOCK": block, "num_warps": max(4, block // 512)})
     launch(
-        _sample_kernel, (B,), logits, temperature, top_k, top_p, min_p, seeds, positions, tokens,
+        sample_kernel, (B,), logits, temperature, top_k, top_p, min_p, seeds, positions, tokens,
         V, *logits.stride(), **tile,
     )  # fmt: skip
     return tokens

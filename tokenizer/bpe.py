@@ -20,7 +20,7 @@ from .base import Allowed, Tokenizer, default_threads, id_array
 from .byte_alphabet import to_text
 from .errors import InputError
 from .metaspace import SPACE, Metaspace, bytes_of, spell_piece
-from .patterns import FORMS, Form, Pattern, compile_pattern, pattern_name, safe_cut
+from .patterns import FORMS, Form, Pattern, compile_pattern, compose, composed_with, pattern_name, safe_cut
 from .pipeline import BPE_FLAGS, stages_of
 from .reference import Merges, Progress, PythonBPE, count_words, tie_key, train_merges
 from .sources import Corpus, atomic_writer, write_text
@@ -85,6 +85,9 @@ class BPETokenizer(Tokenizer):
             self._engine = PythonBPE(*parts, self.metaspace and self.metaspace.byte_tokens)
         late = self.special.normalized if self.metaspace else ()  # they look otherwise once text is normalized
         self._late = frozenset(map(self._normalize, late))
+        early = self.special.ids.keys() - self.special.normalized
+        composes = self.normalizer == "NFC" and not self.metaspace and all(map(str.isascii, early))
+        self._unsafe = composed_with(early) if composes else None
         changes = self.normalizer or self._late or (self.metaspace and self.metaspace.replaces)
         self._is_verbatim = self._scans and not changes
         bare = self._is_verbatim and not self.special.plain
@@ -234,24 +237,40 @@ class BPETokenizer(Tokenizer):
         text = unicodedata.normalize(self.normalizer, text) if self.normalizer else text
         return self.metaspace.normalize(text) if self.metaspace else text
 
-    def _is_direct(self, text: str) -> bool:
-        """Return whether the native encoder may be given this text as it is, added tokens and all."""
-        if self._is_verbatim or not self._scans:
-            return self._is_verbatim
-        if self.normalizer and not unicodedata.is_normalized(self.normalizer, text):
-            return False
+    def _direct(self, text: str) -> str | None:
+        """The text that the native encoder may be given for this one, added tokens and all; None if there is none."""
+        if self._is_verbatim:
+            return text
+        if not self._scans:
+            return None
+        if self.normalizer and not text.isascii():
+            if self._unsafe:
+                return compose(text, self._unsafe)
+            if not unicodedata.is_normalized(self.normalizer, text):
+                return None
         if self.metaspace is None:
-            return True
+            return text
         late = finder(self._late).finditer(text.replace(SPACE, " ")) if self._late else ()
-        return not any(old in text for old, _ in self.metaspace.replaces) and not any(late)
+        return None if any(old in text for old, _ in self.metaspace.replaces) or any(late) else text
+
+    def _direct_all(self, texts: Sequence[str]) -> list[str] | None:
+        """`_direct` of each text, if the native encoder may be given all of them."""
+        direct = [part for text in texts if (part := self._direct(text)) is not None]
+        return direct if len(direct) == len(texts) else None
 
     def _finder(self, allowed_special: Allowed) -> object | None:
         """The native finder of the added tokens that a text may hold."""
         key = allowed_special if isinstance(allowed_special, str) else frozenset(allowed_special)
         if key not in self._finders:
             special = self.special
+            normalized = special.normalized if self.normalizer and not self.metaspace else ()
             tokens = [
-                (token.encode(), token_id, token in special.lstrip, token in special.rstrip)
+                (
+                    (self._normalize(token) if token in normalized else token).encode(),
+                    token_id,
+                    token in special.lstrip,
+                    token in special.rstrip,
+                )
                 for token, token_id in special.allowed(key).items()
             ]
             self._finders[key] = self._native.Specials(tokens) if tokens else None
@@ -260,8 +279,8 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
         if self._encode_bare and allowed_special == "none":
             return self._encode_bare(text)
-        if self._is_direct(text):
-            return self._engine.encode(text, self._finder(allowed_special))
+        if (direct := self._direct(text)) is not None:
+            return self._engine.encode(direct, self._finder(allowed_special))
         return self.encode_part(text, "start", allowed_special).tolist()
 
     def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
@@ -271,9 +290,9 @@ class BPETokenizer(Tokenizer):
         self, text: str, follows: Follows, allowed_special: Allowed = "none", threads: int | None = None
     ) -> np.ndarray:
         """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
-        if self._is_direct(text):
+        if (direct := self._direct(text)) is not None:
             place = getattr(self._native.Follows, follows)
-            return self._engine.encode_array(text, self._finder(allowed_special), default_threads(threads), place)
+            return self._engine.encode_array(direct, self._finder(allowed_special), default_threads(threads), place)
         pieces = [
             self._stretch_ids(piece, threads) if added_id is None else np.array([added_id], self.dtype)
             for piece, added_id, _ in self._stretches(text, allowed_special, follows)
@@ -325,16 +344,16 @@ class BPETokenizer(Tokenizer):
     def encode_batch(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
     ) -> list[list[int]]:
-        if not all(map(self._is_direct, texts)):
+        if (direct := self._direct_all(texts)) is None:
             return super().encode_batch(texts, allowed_special, threads)
-        return self._engine.encode_batch(texts, self._finder(allowed_special), default_threads(threads))
+        return self._engine.encode_batch(direct, self._finder(allowed_special), default_threads(threads))
 
     def encode_batch_array(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        if not all(map(self._is_direct, texts)):
+        if (direct := self._direct_all(texts)) is None:
             return super().encode_batch_array(texts, allowed_special, threads)
-        return self._engine.encode_batch_array(texts, self._finder(allowed_special), default_threads(threads))
+        return self._engine.encode_batch_array(direct, self._finder(allowed_special), default_threads(threads))
 
     def encode_file(
         self,
@@ -361,9 +380,9 @@ class BPETokenizer(Tokenizer):
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:
-        if not self._is_direct(text):
+        if (direct := self._direct(text)) is None:
             return super().count(text, allowed_special)
-        return self._engine.count(text, self._finder(allowed_special), default_threads(None))
+        return self._engine.count(direct, self._finder(allowed_special), default_threads(None))
 
     def _safe_cut(self, text: str, limit: int) -> int:
         return 0 if any(" " in token for token in self._late) else safe_cut(text, limit, self.pattern)

@@ -146,8 +146,9 @@ def _read_byte_level(data: dict, spelled: dict[str, int]) -> tuple[dict[str, byt
         raise InputError(
             f"decoder.type is {decoder.get('type')!r}; implemented are ByteLevel, and SentencePiece with byte_fallback"
         )
-    pattern, form = pattern_of(data.get("pre_tokenizer")), normalizer_of(data.get("normalizer"))
-    return {text: to_bytes(text) for text in spelled}, {"pattern": pattern, "normalizer": form}
+    tokens = {text: to_bytes(text) for text in spelled}
+    pattern = pattern_of(data.get("pre_tokenizer"), tokens.values())
+    return tokens, {"pattern": pattern, "normalizer": normalizer_of(data.get("normalizer"))}
 
 
 def _read_pieces(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes], dict]:

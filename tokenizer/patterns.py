@@ -12,11 +12,13 @@ is ever lost.
 `qwen2`  gpt4 with single digits; `qwen3.5` takes marks for letters too.
 `tekken` o200k with single digits and without contractions (Mistral).
 `deepseek` digits in threes first, then kana and Han, then words.
+`falcon` runs of punctuation first, then gpt2, then ASCII digits in threes.
 `spaces` spaces and the word behind them; with those behind a > too, to which some vocabularies join them. What
          SentencePiece, which does not pretokenize, can be cut into (metaspace.py).
 """
 
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -26,6 +28,7 @@ from .errors import InputError
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"  # Unicode's, and every ASCII sign
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 Pattern = str | tuple[str, ...]  # a name, a regular expression, or several of them
@@ -57,9 +60,40 @@ PATTERNS: dict[str, Pattern] = {
     ),
 }
 PATTERNS["digits"] = (r"\p{N}", str(PATTERNS["gpt2"]))
+PATTERNS["falcon"] = (PUNCTUATION + "+", str(PATTERNS["gpt2"]), "[0-9][0-9][0-9]")
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]  # Unicode normalization, applied to text before it is cut
 FORMS: tuple[Form, ...] = get_args(Form)
+
+_ASCII = regex.compile(r"[\x00-\x7f]")  # characters that compose with nothing before them
+_PART = 4096
+
+
+def compose(text: str, unsafe: regex.Pattern) -> str | None:
+    """NFC of a text, or None where that would compose or make what `unsafe` finds.
+
+    Part by part, because most parts are ASCII, which need not be looked at: 7 times faster than the whole at once.
+    """
+    parts, begin = [], 0
+    while begin < len(text):
+        match = _ASCII.search(text, begin + _PART)
+        end = match.start() if match else len(text)
+        part = text[begin:end]
+        if not unicodedata.is_normalized("NFC", part):
+            if unsafe.search(part):
+                return None
+            part = unicodedata.normalize("NFC", part)
+        parts.append(part)
+        begin = end
+    return "".join(parts)
+
+
+def composed_with(tokens: Iterable[str]) -> regex.Pattern:
+    """Where composing a text would change which of some ASCII tokens are found in it: a mark behind one, or a character
+    that becomes one of ASCII."""
+    ends = "".join(sorted({regex.escape(token[-1]) for token in tokens}))
+    return regex.compile(rf"[{ends}]\p{{M}}|[\u037e\u1fef\u212a]" if ends else r"(?!)")
+
 
 # Other spellings of the same languages, found in published tokenizers.
 _ALIASES = {

@@ -8,17 +8,18 @@ of them in a row cut the pieces of the one before.
 """
 
 import json
+import re
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
 import regex
 
+from .byte_alphabet import to_text
 from .errors import InputError
 from .metaspace import SPACE, Metaspace, Strip
-from .patterns import FORMS, PATTERNS, Pattern, pattern_name, pattern_steps
+from .patterns import FORMS, PATTERNS, PUNCTUATION, Pattern, pattern_name, pattern_steps
 from .specials import SpecialTokens
-
-_PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"  # Unicode's, and every ASCII sign
 
 
 def flat(stage: dict | None, members: str) -> list[dict]:
@@ -122,19 +123,40 @@ def _strip_of(stage: dict | None) -> Strip:
     return strip
 
 
-def pattern_of(stage: dict | None) -> Pattern:
-    """The pattern of a byte-level pre-tokenizer."""
+def pattern_of(stage: dict | None, tokens: Iterable[bytes] = ()) -> Pattern:
+    """The pattern of a byte-level pre-tokenizer, by which a vocabulary of `tokens` is merged as its steps want it."""
     steps = flat(stage, "pretokenizers")
-    if not steps or steps[-1]["type"] != "ByteLevel":
+    levels = [number for number, step in enumerate(steps) if step["type"] == "ByteLevel"]
+    if not levels:
         shown = " + ".join(step["type"] for step in steps) or "none"
-        raise InputError(f"pre_tokenizer is {shown}; implemented are steps that end with ByteLevel")
-    if steps[-1].get("add_prefix_space", True):
+        raise InputError(f"pre_tokenizer is {shown}; implemented are steps of which one is ByteLevel")
+    before, level, behind = steps[: levels[-1]], steps[levels[-1]], steps[levels[-1] + 1 :]
+    if level.get("add_prefix_space", True):
         raise InputError("pre_tokenizer.add_prefix_space is true, which is not implemented")
-    patterns = [split_pattern(step) for step in steps[:-1]]
-    if steps[-1].get("use_regex", True):
+    patterns = [split_pattern(step) for step in before]
+    if level.get("use_regex", True):
         patterns.append("gpt2")
+    patterns += [pattern for step in behind for pattern in _byte_patterns(step, tokens)]
     patterns = patterns or [r"(?s:.)+"]
     return patterns[0] if len(patterns) == 1 else tuple(patterns)
+
+
+def _byte_patterns(step: dict[str, Any], tokens: Iterable[bytes]) -> list[str]:
+    """What a step behind ByteLevel, which sees bytes by its alphabet, cuts (Falcon's).
+
+    Digits there are bytes in the middle of characters too (that of ½ whose letter is ½). Such a cut changes nothing
+    where no token reaches across it, so that is asked of the vocabulary instead.
+    """
+    if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        source = step["pattern"].get("Regex", "")
+        if re.fullmatch(r"(\[0-9\])+", source):  # ASCII, which is the same in both alphabets
+            return [source]
+    if step["type"] == "Digits" and not step.get("individual_digits"):
+        digits = bytes(byte for byte in range(256) if to_text(bytes([byte])).isnumeric())
+        if mixed := next((token for token in tokens if 0 < len(token.translate(None, digits)) < len(token)), None):
+            raise InputError(f"pre_tokenizer has Digits behind ByteLevel, which would cut the token {mixed!r}")
+        return []
+    raise InputError(f"pre_tokenizer holds {json.dumps(step)[:200]} behind ByteLevel, which is not implemented")
 
 
 def split_pattern(step: dict[str, Any]) -> str:
@@ -143,7 +165,7 @@ def split_pattern(step: dict[str, Any]) -> str:
     if kind == "Digits":
         return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
     if kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
-        return _PUNCTUATION + ("+" if behavior == "Contiguous" else "")
+        return PUNCTUATION + ("+" if behavior == "Contiguous" else "")
     if kind != "Split":
         shown = f"{kind} with behavior {behavior}" if kind == "Punctuation" else kind
         raise InputError(f"pre_tokenizer holds {shown}; implemented before ByteLevel are Split, Digits and Punctuation")

@@ -132,10 +132,10 @@ def causal_lm(config):
     """A randomly initialized model of theirs with the architecture of a `ModelConfig`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ...engine.formats.families import describe
+    from ...engine.formats.families import to_hf_config
     from . import Unavailable
 
-    values = describe(config)
+    values = to_hf_config(config)
     kind = values.pop("model_type")
     if kind == "warploom":
         raise Unavailable("no such architecture in transformers")

@@ -97,7 +97,7 @@ class Trainer {
 public:
     Trainer(WordCounts counts, const TrainingRules& rules) : rules_(rules) {
         for (int byte = 0; byte < 256; ++byte) tokens_.push_back(std::string(1, static_cast<char>(byte)));
-        lay_out(std::move(counts));
+        concatenate(std::move(counts));
         count_pairs();
     }
 
@@ -120,7 +120,7 @@ public:
 private:
     static constexpr size_t kFewPairs = 1 << 16;
 
-    void lay_out(WordCounts counts) {
+    void concatenate(WordCounts counts) {
         uint64_t size = 1;
         counts.each([&](const uint8_t*, size_t length, uint64_t) { size += length > 1 ? length + 1 : 0; });
         if (size >= kLast - 2) throw std::length_error("the corpus has 2 GiB or more of distinct words, which is too much to train on");

@@ -323,7 +323,6 @@ void Encoder<Id>::encode_text(const Segment& segment, Cache& cache, IdBuffer<Id>
         if (count == 0) break;
         look_up(*this, text, readable, cache.ends.data(), count, cache, ids);
     }
-    settle(cache, ids);
 }
 
 // Nothing waits any longer.
@@ -340,6 +339,7 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows,
         std::unique_ptr<Cache> cache = caches_.take();
         const TextView& text = *texts.first;
         if (text.size) encode_segment({text.data, 0, text.size, text.size, 0, true, text.width, follows}, *cache, ids);
+        settle(*cache, ids);
         if (ends) ends->push_back(ids.size);
         caches_.give_back(std::move(cache));
         return;
@@ -404,8 +404,11 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows,
             IdBuffer<Id>& out = threads == 1 ? ids : task.ids;
             for (size_t at = task.first; at < task.last; ++at) {
                 if (segments[at].text) encode_segment(segments[at], *cache, out);
-                if (segments[at].ends_text && ends) task.ends.push_back(out.size);
+                if (!segments[at].ends_text || !ends) continue;
+                settle(*cache, out);
+                task.ends.push_back(out.size);
             }
+            settle(*cache, out);
             task.done = true;
             if (threads == 1) {
                 tasks[i] = std::move(task);

@@ -20,7 +20,7 @@ BITS = {  # the order of `enum Class` in unicode.hpp
     r"\p{M}": 8,
     r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]": 16,
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]": 32,
-    r"[\r\n]": 64,
+    r"(?V1)[\p{S}--\p{ASCII}]": 64,
     r"[\p{P}\p{S}]": 128,
 }
 TARGET = Path(__file__).with_name("unicode_classes.inc")

@@ -30,7 +30,7 @@ static inline __m512i ranks_of(const PairTable& pairs, __mmask16 asked, __m512i 
     return _mm512_mask_mov_epi32(all(static_cast<int>(kNoRank >> 4)), found, rank);
 }
 
-static void merge_side_by_side(const Merges& merges, NewWords& words) {
+static void merge_x16(const Merges& merges, NewWords& words) {
     constexpr int kMost = kKeyBytes;
     const PairTable& pairs = merges.pairs();
     const __m512i none = all(PairTable::kNoSymbol), done = all(static_cast<int>(kNoRank << 4));

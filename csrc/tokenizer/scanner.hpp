@@ -14,9 +14,9 @@
 
 namespace warploom {
 
-enum class Pattern : uint8_t { kGpt2, kDigits, kGpt4, kQwen2, kQwen35, kO200k, kTekken, kSpaces, kDeepSeek };
+enum class Pattern : uint8_t { kGpt2, kDigits, kGpt4, kQwen2, kQwen35, kO200k, kTekken, kSpaces, kDeepSeek, kFalcon };
 
-constexpr const char* kPatternNames[] = {"gpt2", "digits", "gpt4", "qwen2", "qwen3.5", "o200k", "tekken", "spaces", "deepseek"};
+constexpr const char* kPatternNames[] = {"gpt2", "digits", "gpt4", "qwen2", "qwen3.5", "o200k", "tekken", "spaces", "deepseek", "falcon"};
 constexpr size_t kPatterns = sizeof kPatternNames / sizeof *kPatternNames;
 
 // Words break where case changes.
@@ -31,6 +31,8 @@ constexpr bool is_single_digit(Pattern pattern) {
 constexpr uint8_t word_bits(Pattern pattern) { return pattern == Pattern::kQwen35 ? kLetter | kMark : kLetter; }
 
 using Byte = const uint8_t*;
+
+inline bool is_newline(uint8_t byte) { return byte == '\r' || byte == '\n'; }
 
 // Past all characters that have some of the bits `any` and none of the bits `none`.
 inline Byte skip_run(Byte p, Byte end, uint8_t any, uint8_t none) {
@@ -75,7 +77,7 @@ inline Byte spaces_or_newlines_piece(Byte p, Byte end) {
     Byte after_newline = nullptr;
     Byte q = p;
     for (Character c; q < end && ((c = character_at(q, end)).bits & kSpace); q += c.length)
-        if (c.bits & kNewline) after_newline = q + 1;
+        if (is_newline(*q)) after_newline = q + 1;
     return after_newline ? after_newline : spaces_piece(p, end);
 }
 
@@ -112,7 +114,7 @@ inline Byte signs_piece(Byte p, Byte end, bool slashes, uint8_t word = kLetter) 
     Character c = character_at(q, end);
     if (c.bits & (kSpace | kDigit | word)) return nullptr;
     q = skip_signs(q + c.length, end, word);
-    while (q < end && (*q == '\r' || *q == '\n' || (slashes && *q == '/'))) ++q;
+    while (q < end && (is_newline(*q) || (slashes && *q == '/'))) ++q;
     return q;
 }
 
@@ -125,7 +127,7 @@ inline Byte gpt4_piece(Byte p, Byte end, int most_digits, uint8_t word) {
     if (c.bits & word) return skip_run(p + c.length, end, word, 0);
     if (c.bits & kDigit) return digits_piece(p, end, c.length, most_digits);
     Byte q = p + c.length;
-    if (!(c.bits & kNewline) && q < end) {
+    if (!is_newline(*p) && q < end) {
         Character next = character_at(q, end);
         if (next.bits & word) return skip_run(q + next.length, end, word, 0);
     }
@@ -153,7 +155,7 @@ inline Byte o200k_core(Byte q, Byte end, bool need_lower) {
 
 // A word with its optional leading sign and trailing contraction; nullptr if none begins at p.
 inline Byte o200k_word(Byte p, Byte end, Character c, bool contractions) {
-    bool may_lead = !(c.bits & (kLetter | kDigit | kNewline));
+    bool may_lead = !(c.bits & (kLetter | kDigit)) && !is_newline(*p);
     for (bool need_lower = true;; need_lower = false) {
         Byte word = may_lead ? o200k_core(p + c.length, end, need_lower) : nullptr;
         if (!word) word = o200k_core(p, end, need_lower);
@@ -223,11 +225,11 @@ inline Byte deepseek_piece(Byte p, Byte end) {
     Byte q = p + c.length;
     int length = 0;
     uint8_t next = stretch.at(q, length);
-    if (next & kWord && !(c.bits & (kNewline | kLetter | kSign))) return stretch.skip(q, kWord);
+    if (next & kWord && !(c.bits & (kLetter | kSign)) && !is_newline(*p)) return stretch.skip(q, kWord);
     if (c.bits & kWord) return stretch.skip(q, kWord);
     if (Byte signs = c.bits & kSign ? p : *p == ' ' && next & kSign ? q : nullptr) {
         q = stretch.skip(signs, kSign);
-        while (q < end && (*q == '\r' || *q == '\n')) ++q;
+        while (q < end && is_newline(*q)) ++q;
         return q;
     }
     if (c.bits & kSpace) {
@@ -245,6 +247,35 @@ inline Byte deepseek_piece(Byte p, Byte end) {
     return q;
 }
 
+// Falcon's three expressions: runs of punctuation, then gpt2 between them, then ASCII digits in threes from the left.
+inline bool is_punctuation(Character c) { return (c.bits & (kSign | kSymbol)) == kSign; }
+
+inline Byte falcon_piece(Byte p, Byte end) {
+    Byte q = p;
+    Character c = character_at(p, end);
+    if (is_punctuation(c)) {
+        do q += c.length;
+        while (q < end && is_punctuation(c = character_at(q, end)));
+        return q;
+    }
+    if (*p == ' ' && p + 1 < end) c = character_at(++q, end);
+    if (c.bits & kLetter) return skip_run(q + c.length, end, kLetter, 0);
+    if (c.bits & kDigit) {
+        for (int ascii = 0; q < end && (c = character_at(q, end)).bits & kDigit; q += c.length) {
+            ascii = *q < 0x80 ? ascii + 1 : 0;
+            if (ascii == 3) return q - 2 == p ? q + 1 : q - 2;
+        }
+        return q;
+    }
+    if (c.bits & kSpace || is_punctuation(c)) {
+        Byte after = skip_run(p, end, kSpace, 0);
+        return after < end && is_punctuation(character_at(after, end)) ? after : spaces_piece(p, end);
+    }
+    for (; q < end; q += c.length)
+        if ((c = character_at(q, end)).bits & (kSpace | kLetter | kDigit) || is_punctuation(c)) break;
+    return q;
+}
+
 // The end of the piece that begins at p < end.
 template <Pattern pattern>
 inline Byte next_piece(Byte p, Byte end) {
@@ -252,6 +283,7 @@ inline Byte next_piece(Byte p, Byte end) {
     if constexpr (pattern == Pattern::kGpt2 || pattern == Pattern::kDigits) return gpt2_piece<is_single_digit(pattern)>(p, end);
     if constexpr (pattern == Pattern::kSpaces) return spaced_piece(p, end);
     if constexpr (pattern == Pattern::kDeepSeek) return deepseek_piece(p, end);
+    if constexpr (pattern == Pattern::kFalcon) return falcon_piece(p, end);
     if constexpr (is_cased(pattern)) return o200k_piece(p, end, most_digits, pattern == Pattern::kO200k);
     return gpt4_piece(p, end, most_digits, word_bits(pattern));
 }

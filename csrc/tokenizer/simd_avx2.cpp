@@ -63,7 +63,7 @@ static inline size_t emit(uint64_t bits, uint32_t base, uint32_t* out, size_t co
 
 static inline uint64_t gaps_in(const Merges& merges, const uint8_t* word, size_t size) { return merges.gaps(word, size); }
 
-static void merge_side_by_side(const Merges& merges, NewWords& words) { merges.encode_each(words); }
+static void merge_x16(const Merges& merges, NewWords& words) { merges.encode_each(words); }
 
 template <class Unit>
 static inline size_t many_to_utf8(const Unit*, size_t, uint8_t*&) {

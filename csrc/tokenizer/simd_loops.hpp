@@ -13,10 +13,10 @@ static const Kernels* kernels_named(const char* name) {
                                 {split_blocks<Pattern::kGpt2>, split_blocks<Pattern::kDigits>, split_blocks<Pattern::kGpt4>,
                                  split_blocks<Pattern::kQwen2>, split_blocks<Pattern::kQwen35>, split_blocks<Pattern::kO200k>,
                                  split_blocks<Pattern::kTekken>, split_blocks<Pattern::kSpaces>,
-                                 split_pieces<Pattern::kDeepSeek>},
+                                 split_pieces<Pattern::kDeepSeek>, split_pieces<Pattern::kFalcon>},
                                 look_up<uint16_t>,
                                 look_up<uint32_t>,
-                                merge_side_by_side,
+                                merge_x16,
                                 to_utf8<uint8_t>,
                                 to_utf8<uint16_t>,
                                 to_utf8<uint32_t>};

@@ -1,6 +1,6 @@
 // Unicode classes of code points, and a UTF-8 reader that finds them without branching on the value.
 //
-// A pattern sees only a few properties of a character: letter, digit, space, mark, case, newline. They are one byte of
+// A pattern sees only a few properties of a character: letter, digit, space, mark, case, sign. They are one byte of
 // bits per code point, in a two-stage table: code points share blocks of 64, and most blocks are alike. The last byte
 // of a UTF-8 sequence carries six bits, so the bytes before it name the block.
 #pragma once
@@ -16,8 +16,8 @@ enum Class : uint8_t {
     kMark = 8,
     kUpper = 16,  // Lu Lt Lm Lo M: may stand in the first half of an o200k word
     kLower = 32,  // Ll Lm Lo M: may stand in its second half
-    kNewline = 64,
-    kSign = 128,  // punctuation and symbols
+    kSymbol = 64,  // symbols beyond ASCII; signs that are none are punctuation to Falcon
+    kSign = 128,   // punctuation and symbols
 };
 
 struct UnicodeClasses {

@@ -96,7 +96,7 @@ def _backend(op, device) -> str:
     chosen = os.environ.get("WARPLOOM_BACKEND", "auto")
     if op.fused and HAS_TRITON and (chosen == "triton" or (chosen == "auto" and device.type == "cuda")):
         return "Triton"
-    return "C++" if op.native and pointwise.serves(torch.zeros(1, device=device)) else "PyTorch"
+    return "C++" if op.native and pointwise.is_supported(torch.zeros(1, device=device)) else "PyTorch"
 
 
 def _installed(name: str) -> str | None:

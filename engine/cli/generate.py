@@ -15,9 +15,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...tokenizer.sources import read_text, write_text
 from ..errors import InputError
@@ -82,15 +84,21 @@ def _answer_batch(options: GenerateOptions, batch: Path) -> int:
     missing = [request for request in requests if request["custom_id"] not in done]
     if not missing:
         return 0
-    file = sys.stdout if options.out is None else open(options.out, "a", encoding="utf-8")  # noqa: SIM115
-    try:
+    with _output(options.out) as file:
         failed = answer_batch(options.llm.open, missing, file)
-    finally:
-        if options.out is not None:
-            file.close()
     if failed:
         print(f"{failed} of {len(missing)} requests could not be answered: see their status_code", file=sys.stderr)
     return 1 if failed else 0
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """The file that results are appended to; standard output where none is named."""
+    if path is None:
+        yield sys.stdout
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        yield file
 
 
 def _insist_on_search(params: SamplingParams) -> None:
@@ -132,10 +140,9 @@ def _continue_file(options: GenerateOptions) -> int:
     if not missing:
         return 0
     llm = options.llm.open()
-    file = sys.stdout if options.out is None else open(options.out, "a", encoding="utf-8")  # noqa: SIM115
     answered = tokens = failed = 0
     try:
-        with progress("answering", unit="tok") as (advance,):
+        with _output(options.out) as file, progress("answering", unit="tok") as (advance,):
             for index, output in _answers(llm, missing):
                 print(json.dumps(_result(index, output, llm), ensure_ascii=False), file=file, flush=True)
                 answered += 1
@@ -148,9 +155,6 @@ def _continue_file(options: GenerateOptions) -> int:
         where = "" if options.out is None else f" in {options.out}; the same command does the rest"
         print(f"\nstopped: {answered} of {len(missing)} answers are saved{where}", file=sys.stderr)
         return 130
-    finally:
-        if options.out is not None:
-            file.close()
     if failed:
         print(f'{failed} of {len(missing)} prompts could not be answered: see their "error"', file=sys.stderr)
     return 1 if failed else 0

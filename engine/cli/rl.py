@@ -46,7 +46,6 @@ class RLFlags(RLConfig):
     label_smoothing: Hidden[float] = 0.0
     z_loss: Hidden[float] = 0.0
     ema: Hidden[float] = 0.0
-    fsdp: Hidden[int] = 1
     tp: Hidden[int] = 1
     ep: Hidden[int] = 1
     compile: Hidden[bool] = False

@@ -37,7 +37,7 @@ class Train:
     vocab_size: int = 8192
     """Tokens in all, special ones included (char takes every character there is)."""
     pattern: str = "gpt4"
-    """Pre-tokenization pattern: gpt2, digits, gpt4, qwen2, qwen3.5, o200k, tekken, deepseek or a regular expression."""
+    """Pre-tokenization pattern: gpt2, digits, gpt4, qwen2, qwen3.5, o200k, tekken, deepseek, falcon, or your own."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Markers that get ids of their own and are never merged across (bpe, char)."""
     ties: Literal["bytes", "hf", "ids"] = "bytes"

@@ -33,9 +33,9 @@ class RunFlags(TrainConfig):
     """Options of a training run: data, budget, optimization."""
 
     data: tyro.conf.Positional[str]
-    """A dataset directory (`warploom data`), 'stdlib', tasks:NAME (a task's solved problems), or a file, folder or glob
-    of texts or of conversations: JSON lines of messages, also as ShareGPT, Alpaca, prompt and completion, or preference
-    pairs (chosen and rejected, with loss dpo)."""
+    """A dataset directory (`warploom data`), 'stdlib', tasks:NAME (a task's solved problems; of a chat model,
+    conversations), or a file, folder or glob of texts or of conversations: JSON lines of messages, also as ShareGPT,
+    Alpaca, prompt and completion, or preference pairs (chosen and rejected, with loss dpo)."""
     model: tyro.conf.Suppress[None] = None
     resume: bool = False
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a

@@ -2,8 +2,8 @@
 
 Every published architecture that `Transformer` spans has its own vocabulary: `transformers` says `hidden_size` where we
 say `d_model`, stores q, k and v apart where we multiply once, and transposes GPT-2. `family_table.py` is the
-dictionary; here are its uses: `describe(config)` gives the published `config.json`, `understand(values)` reads one
-back, and `pieces(config)` lists, for each tensor of ours, the published tensors it is made of.
+dictionary; here are its uses: `to_hf_config(config)` gives the published `config.json`, `from_hf_config(values)` reads
+one back, and `weight_map(config)` lists, for each tensor of ours, the published tensors it is made of.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import InputError
-from .family import TRAINING_ONLY, Piece, piece_of
+from .family import TRAINING_ONLY, WeightMapping, mapping_of
 from .family_table import ALIASES, FAMILIES
 
 
@@ -37,7 +37,7 @@ def kind_of(values: Mapping[str, Any]) -> str:
 # config.json
 
 
-def describe(config: ModelConfig, kind: str | None = None) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, kind: str | None = None) -> dict[str, Any]:
     """The published config.json of this architecture; our own (`model_type: warploom`) where no published one fits."""
     kind = kind or architecture_of(config)
     if kind == "warploom":
@@ -49,7 +49,7 @@ def describe(config: ModelConfig, kind: str | None = None) -> dict[str, Any]:
     return {**names, **family.write(config), "pad_token_id": None, "warploom": extras}
 
 
-def understand(values: Mapping[str, Any]) -> ModelConfig:
+def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` a published config.json describes; what we would compute differently is refused by name."""
     kind = kind_of(values)
     if kind == "warploom":
@@ -71,12 +71,12 @@ def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
 # model.safetensors
 
 
-def pieces(config: ModelConfig, names: list[str], kind: str | None = None) -> list[Piece]:
+def weight_map(config: ModelConfig, names: list[str], kind: str | None = None) -> list[WeightMapping]:
     """For each tensor of ours (by name), the published tensors it is made of."""
     kind = kind or architecture_of(config)
     if kind == "warploom":
-        return [Piece(name, ((name,),)) for name in names]
-    return [piece_of(FAMILIES[kind], config, name) for name in names]
+        return [WeightMapping(name, ((name,),)) for name in names]
+    return [mapping_of(FAMILIES[kind], config, name) for name in names]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

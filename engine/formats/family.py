@@ -45,8 +45,8 @@ class Family:
 
     title: str
     """The class that transformers opens it with."""
-    names: dict[str, str | tuple[str, ...] | Callable[[ModelConfig], str] | None]
-    """Our part → theirs. Several are joined by rows; * is one an expert; None: there is none, and ours is ones."""
+    names: dict[str, str | tuple[str, ...] | Callable[[ModelConfig], str]]
+    """Our part → theirs. Several are joined by rows; * is one an expert."""
     words: dict[str, str]
     """config.json's word → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""
     more: tuple[Word, ...] = ()
@@ -67,10 +67,6 @@ class Family:
     """Offset that published norm weights lack."""
     layers: str = "model.layers"
     """Prefix of the layers' tensors."""
-    model_type: str = ""
-    """config.json's model_type, where it is not the key in FAMILIES: a family with two ways of being."""
-    writes: bool = True
-    """False: what is learned may not fit the published tensors, so models are read only."""
 
     def read(self, values: Values) -> ModelConfig:
         """The configuration that a config.json describes; what we would compute differently is refused by name."""
@@ -106,8 +102,6 @@ class Family:
 
     def fits(self, config: ModelConfig) -> bool:
         """Is this family's config.json, read back, this configuration?"""
-        if not self.writes:
-            return False
         try:
             again = self.read({"model_type": "", **json.loads(json.dumps(self.write(config)))})
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
@@ -180,7 +174,7 @@ def _short(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightMapping:
     """One tensor of ours from published ones: joined by rows, put in order, perhaps one set an expert."""
 
     ours: str
@@ -195,8 +189,6 @@ class Piece:
 
     def fill(self, target: Tensor, read: Callable[[str], Tensor]) -> None:
         """Copy the published tensors into our tensor, piece by piece: nothing is ever held twice."""
-        if not self.groups:
-            target.fill_(1)
         for part, name in self._parts(target):
             source = read(name)
             source = source[0] if self.framed and source.ndim > 1 else source.mT if self.transposed else source
@@ -233,14 +225,12 @@ class Piece:
         return [name for group in self.groups for name in group]
 
 
-def piece_of(family: Family, config: ModelConfig, name: str) -> Piece:
+def mapping_of(family: Family, config: ModelConfig, name: str) -> WeightMapping:
     """The published tensors that our tensor of this name is made of."""
     c = config
     layer, part, kind = dissect(name)
     published = family.names[part]
     published = published(c) if callable(published) else published
-    if published is None:
-        return Piece(name, ())
     prefix, suffix = "" if layer is None else f"{family.layers}.{layer}.", f".{kind}" if kind else ""
     names = tuple(f"{prefix}{x}{suffix}" for x in ((published,) if isinstance(published, str) else published))
     stacked = "*" in names[0]
@@ -248,7 +238,7 @@ def piece_of(family: Family, config: ModelConfig, name: str) -> Piece:
     groups = tuple(tuple(x.replace("*", str(number)) for x in names) for number in copies)
     order = family.orders.get(part)
     norm = kind == "weight" and part.endswith(("norm", "_post"))
-    return Piece(
+    return WeightMapping(
         name, groups, _sizes(c, part, layer) if len(names) > 1 else (), part in family.transposed and kind != "bias",
         stacked, None if order is None else order(c), family.offset if norm else 0.0, part in family.framed,
     )  # fmt: skip

@@ -282,10 +282,9 @@ FAMILIES: dict[str, Family] = {
         assumed=TIED | {"norm_epsilon": 1e-5, "use_bias": True, "num_key_value_heads": 2},
     ),
     "olmo": Family(
-        "OlmoForCausalLM", LLAMA | dict.fromkeys(("norm", "attention_norm", "ffn_norm")),
-        say.SIZES | say.ATTENTION_BIAS, (say.ROPE,), granted=PLAIN_LN | {"norm_eps": 1e-5}, assumed=UNTIED,
-        refused=SILU | {"clip_qkv": (None,)},
-        writes=False,  # its norms have no weights
+        "OlmoForCausalLM", LLAMA,
+        say.SIZES | say.ATTENTION_BIAS, (say.ROPE,), granted=PLAIN_LN | {"norm_eps": 1e-5, "norm_weight": False},
+        assumed=UNTIED, refused=SILU | {"clip_qkv": (None,)},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -481,6 +480,16 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family(
         "MinistralForCausalLM", LLAMA, say.RMS | SLIDING, (say.ROPE, say.layer_types(pattern=lambda values: "w")),
         assumed=UNTIED | {"sliding_window": 4096}, refused=SILU,
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM", LLAMA, say.RMS | SLIDING, (say.GROWING_ROPE,), refused=SILU,
+        assumed=UNTIED | {
+            "rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 262_144,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384,
+                "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+            },
+        },
     ),
     "cwm": Family(
         "CwmForCausalLM", LLAMA, say.RMS | SLIDING | {"mlp_bias": "ffn_bias"},

@@ -77,6 +77,20 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _read_growing_rope(values: Values) -> dict[str, Any]:
+    """Ministral 3's: a factor of queries is among the words of the rotation."""
+    said = dict(_rope_values(values))
+    beta, _ = said.pop("llama_4_scaling_beta"), said.pop("max_position_embeddings", None)
+    growth = {"beta": beta, "length": said["original_max_position_embeddings"]}
+    return _read_rope({**values, "rope_parameters": said}) | {"query_growth": growth}
+
+
+def _write_growing_rope(c: ModelConfig) -> dict[str, Any]:
+    values, growth = _write_rope(c), c.query_growth or {}
+    more = {"llama_4_scaling_beta": growth["beta"], "original_max_position_embeddings": growth["length"]}
+    return {"rope_parameters": values["rope_parameters"] | more}
+
+
 def _read_partial(values: Values) -> dict[str, Any]:
     theta, scaling, part = _rotation(values, _rope_values(values), values.get("rope_theta", 1e4))
     size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
@@ -131,6 +145,7 @@ def _write_alpha_rope(c: ModelConfig) -> dict[str, Any]:
 
 
 ROPE = Word(_read_rope, _write_rope)
+GROWING_ROPE = Word(_read_growing_rope, _write_growing_rope)
 PARTIAL_ROPE = Word(_read_partial, _write_partial)
 ROPE_BY_KIND = Word(_read_rope_by_kind, _write_rope_by_kind)
 ALPHA_ROPE = Word(_read_alpha_rope, _write_alpha_rope)

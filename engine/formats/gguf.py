@@ -48,6 +48,7 @@ ARCHITECTURES = {
 SPLITTERS = {
     "gpt2": "gpt-2", "digits": "smollm", "gpt4": "dbrx", "qwen2": "qwen2", "qwen3.5": "qwen35", "o200k": "gpt-4o",
     "tekken": "tekken", "deepseek": "deepseek-v3",
+    "falcon": "falcon",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from ...tokenizer.sentencepiece_files import CONTROL, UNUSED, USER, Piece, from_
 from ...tokenizer.specials import SpecialTokens
 from ..config import ModelConfig
 from ..errors import InputError
-from .families import understand
+from .families import from_hf_config
 from .gguf import slowdown
 from .gguf_blocks import TYPES
 from .gguf_packed import PACKED, pack_blocks
@@ -40,7 +40,7 @@ SPLITTERS = {
     "gpt-2": "gpt2", "smollm": "digits", "starcoder": "digits", "refact": "digits", "command-r": "digits",
     "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4", "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2", "qwen35": "qwen3.5", "gpt-4o": "o200k", "llama4": "o200k", "tekken": "tekken",
-    "deepseek-v3": "deepseek",
+    "deepseek-v3": "deepseek", "falcon": "falcon",
 }  # fmt: skip
 WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 WORDS = {
@@ -261,7 +261,7 @@ class GGUFFile:
         if said != len(layers):
             raise InputError(f"{self.path}: {kind}.block_count is {said}, but there are tensors of {len(layers)}")
         try:
-            config = understand(values)
+            config = from_hf_config(values)
         except ValueError as error:
             raise InputError(f"{self.path}: {error}") from None
         heads = config.n_heads * config.head_size

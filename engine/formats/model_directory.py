@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -32,8 +32,8 @@ from ..errors import InputError
 from ..layers import Linear
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
-from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
-from .families import architecture_of, describe, dtype_name, kind_of, pieces, understand
+from .adapters import BASE_SAMPLE, CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
+from .families import architecture_of, dtype_name, from_hf_config, kind_of, to_hf_config, weight_map
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
 from .packed_weight import PackedLinear, PackedWeight, install, layout_from, matrix_of, packed_weights, to_tensors
@@ -80,7 +80,7 @@ def write_model(
             _save_shards(tensors, staging, shard_bytes)
         ids = _text_bounds(tokenizer)
         _write_json(staging / "generation_config.json", ids)
-        description = describe(config) | ids | {"dtype": dtype_name(dtype)}
+        description = to_hf_config(config) | ids | {"dtype": dtype_name(dtype)}
         _write_json(staging / "config.json", description)
         for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
             shutil.copymode(staging / "config.json", file)
@@ -102,7 +102,7 @@ def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any
         ids = _text_bounds(tokenizer)
         _write_json(staging / "generation_config.json", ids)
         quantization = {"quantization_config": {"quant_method": "warploom", "layouts": layouts}}
-        _write_json(staging / "config.json", describe(model.config, "warploom") | ids | quantization)
+        _write_json(staging / "config.json", to_hf_config(model.config, "warploom") | ids | quantization)
         for file in staging.glob("*.safetensors"):
             shutil.copymode(staging / "config.json", file)
     return directory
@@ -157,10 +157,13 @@ def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> No
         if bits == 4:
             GGUFFile(directory).refuse_repacking(scheme)
         return
-    quantization = _read_config(directory).get("quantization_config") or {}
-    if quantization.get("quant_method") == "warploom":
+    quantization = _quantization(_read_config(directory))
+    method = quantization.get("quant_method")
+    if method == "warploom":
         held = max(layout_from(values).bits for kind, values in quantization["layouts"].items() if kind != "head")
         raise InputError(f"quantize={scheme!r} is for float weights, and {directory} has {held} bits: leave it out")
+    if method is not None and bits == 4:
+        raise InputError(f"quantize={scheme!r} is for float weights, and {directory} is packed by {method!r}")
 
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
@@ -205,7 +208,7 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     if is_gguf(directory):
         return GGUFFile(directory).config()
-    return understand(_read_config(directory))
+    return from_hf_config(_read_config(directory))
 
 
 def base_of(directory: Path, weights: bool = True) -> Path:
@@ -234,8 +237,18 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
     directory = resolve_model(directory)
     if not is_adapter(directory):
         raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
-    base = base_of(directory if base is None else Path(base), weights=False)
-    return Adapter(directory, load_config(base), kind_in(base))
+    judged, base = base is not None, base_of(directory if base is None else Path(base), weights=False)
+    adapter = Adapter(directory, load_config(base), kind_in(base))
+    if judged and adapter.base_sample:
+        adapter.check_base(base, base_sample(base))
+    return adapter
+
+
+def base_sample(base: str | os.PathLike) -> tuple[float, ...]:
+    """A few numbers of a model's first matrix in a block, by which an adapter knows its base again."""
+    matrices = (weight for name, weight in read_weights(base) if name.startswith("blocks.") and len(weight.shape) > 1)
+    matrix = cast("Tensor", next(matrices)).float().flatten()
+    return tuple(float(f"{number:.4g}") for number in matrix[:: max(1, len(matrix) // 64)][:64])
 
 
 def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -246,6 +259,14 @@ def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{directory} is not a model directory: it has no config.json")
     return read_json(path)
+
+
+def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of packed weights in a config.json; MLX names no method."""
+    found = values.get("quantization_config") or values.get("quantization") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"config.json: quantization_config must be an object, not {found!r}")
+    return {"quant_method": "mlx", **found} if "bits" in found and "group_size" in found else found
 
 
 # Reading
@@ -262,16 +283,17 @@ def read_weights(
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
-    adapter = open_adapter(directory) if is_adapter(directory) else ()
-    directory = base_of(directory)
+    base = base_of(directory)
+    adapter = open_adapter(directory, base) if is_adapter(directory) else ()
+    directory = base
     if is_gguf(directory):
         file = GGUFFile(directory)
         config, kind = file.config(), file.config_values()["model_type"]
         opened = nullcontext(GGUFWeights(file, config))
     else:
         values = _read_config(directory)
-        config, kind = understand(values), kind_of(values)
-        quantization = values.get("quantization_config") or {}
+        config, kind = from_hf_config(values), kind_of(values)
+        quantization = _quantization(values)
         opened = open_weights(directory, quantization)
         if quantization.get("quant_method") == "warploom":
             if adapter:
@@ -288,7 +310,7 @@ def read_weights(
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
     with opened as weights:
-        for piece in pieces(config, list(shapes), kind):
+        for piece in weight_map(config, list(shapes), kind):
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
             if packed and not adapter and (product == "head.weight" or product in products):
                 weight = weights.as_packed(piece, shapes[piece.ours])
@@ -333,7 +355,7 @@ def write_adapter(
     directory = Path(directory)
     published: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        named = pieces(config, [name], kind)[0].split(tensor) if name in WHOLE else ((name, tensor),)
+        named = weight_map(config, [name], kind)[0].split(tensor) if name in WHOLE else ((name, tensor),)
         published |= {PREFIX + theirs: part.to("cpu", torch.float32).contiguous() for theirs, part in named}
     with replacing(directory) as staging:
         if tokenizer is not None:
@@ -341,6 +363,8 @@ def write_adapter(
         save_file(published, staging / TENSORS, metadata={"format": "pt"})
         _write_json(staging / "generation_config.json", _text_bounds(tokenizer))
         _write_json(staging / CONFIG, adapter.to_peft(_transposed(config, kind)))
+        if adapter.sample:
+            (staging / BASE_SAMPLE).write_text(json.dumps(adapter.sample))
         shutil.copymode(staging / CONFIG, staging / TENSORS)
     return directory
 
@@ -351,14 +375,15 @@ def copy_adapter(source: Path, directory: Path) -> Adapter:
     with replacing(directory) as staging:
         if tokenizer is not None:
             tokenizer.save(staging)
-        for name in (TENSORS, CONFIG):
-            shutil.copyfile(source / name, staging / name)
+        for name in (TENSORS, CONFIG, BASE_SAMPLE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
     return adapter
 
 
 def _transposed(config: ModelConfig, kind: str) -> bool:
     names = [weight.weight for weight in low_rank_weights(config, kind)]
-    return any(piece.transposed for piece in pieces(config, names, kind))
+    return any(piece.transposed for piece in weight_map(config, names, kind))
 
 
 def _published(
@@ -366,7 +391,7 @@ def _published(
 ) -> Iterator[tuple[str, Tensor]]:
     kind = architecture_of(config)
     for name, tensor in ours:
-        (piece,) = pieces(config, [name], kind)
+        (piece,) = weight_map(config, [name], kind)
         yield from ((theirs, part.to("cpu", dtype)) for theirs, part in piece.split(tensor))
 
 

@@ -90,7 +90,7 @@ class RLConfig(TrainConfig):
             ("max_batch", self.max_batch >= 1, "at least 1"),
             ("micro_tokens", self.micro_tokens >= 1, "at least 1"),
             ("eval_problems", self.eval_problems >= 0, "at least 0"),
-            ("fsdp, tp and ep", self.fsdp == self.tp == self.ep == 1, "1: the server holds whole weights; use dp"),
+            ("tp and ep", self.tp == self.ep == 1, "1: the server holds whole weights; use dp or fsdp"),
             ("epochs and tokens", self.epochs is None and self.tokens is None, "none: give steps or minutes"),
             ("grad_accum_steps", self.grad_accum_steps == 1, "1: micro_tokens cuts an update"),
         )

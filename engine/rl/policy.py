@@ -8,22 +8,24 @@ The gradient of every objective here is Σ wₜ ∇(−log pₜ) with a weight a
 
 Samples lie end to end, none padded; only attention sees them side by side. Where the server's C++ attention and head
 run in float32 (`exact`), the forward pass takes both: what is trained then has the very bits of what was sampled, for
-norms, products, rotation and gates add up in one order in trainer and server anyway. The backward pass is the
-trainer's.
+norms, rotation and gates add up in one order in trainer and server anyway, and so do the products of a fused block. Of
+other blocks (experts) products are replaced by the server's too; as the router's are among them, tokens visit the
+experts that they visited when they were sampled. The backward pass is the trainer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model import Attend, Transformer, dense_attention
 from ..serving.execution.kv_cache import NativeAttend, PagedKVCache
-from ..serving.execution.serving_model import Head, NativeTransformer
+from ..serving.execution.serving_model import NativeLinear, NativeMoE, NativeTransformer
 from ..serving.llm import LLM
 from ..training.evaluate import within_documents
 from ..training.fused_block import FusedBlock
@@ -79,23 +81,52 @@ def exact_obstacle(model: Transformer, llm: LLM) -> str | None:
     """Say what keeps trainer and server from computing the same bits, if anything does."""
     if model.device.type != "cpu" or model.embedding.weight.dtype != torch.float32:
         return f"it needs float32 on a CPU, not {str(model.embedding.weight.dtype)[6:]} on {model.device.type}"
-    if not isinstance(llm.engine.runner.model, NativeTransformer) or llm.engine.scheduler.pool.page_size != PAGE:
-        return "the C++ decoder does not serve this model here"
-    if not all(isinstance(block, FusedBlock) for block in model.blocks):
+    runner = llm.engine.runner
+    if runner.store.layers is None or llm.engine.scheduler.pool.page_size != PAGE:
+        return "the C++ attention does not serve this model here"
+    fused = all(isinstance(block, FusedBlock) for block in model.blocks)
+    if not fused and (isinstance(runner.model, NativeTransformer) or not _twins(runner.model)):
         return "the fused C++ block does not train this model here"
     return None
+
+
+def _twins(served: Transformer) -> dict[str, nn.Module]:
+    """The layers of a served model that are the server's own, by path."""
+    return {path: layer for path, layer in served.named_modules() if isinstance(layer, (NativeLinear, NativeMoE))}
+
+
+@contextlib.contextmanager
+def server_layers(model: Transformer, served: Transformer | NativeTransformer) -> Iterator[None]:
+    """Inside, layers called by themselves have the server's numbers, and the gradient of the trainer's."""
+
+    def numbers_of(layer: nn.Module):
+        def hook(_: nn.Module, given: tuple[Tensor], computed):
+            with torch.no_grad():
+                exact = layer(given[0].detach())
+            if isinstance(computed, tuple):  # of experts, with how they were chosen
+                return _Replaced.apply(computed[0], exact), *computed[1:]
+            return _Replaced.apply(computed, exact)
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for path, layer in ({} if isinstance(served, NativeTransformer) else _twins(served)).items():
+            hooks.callback(model.get_submodule(path).register_forward_hook(numbers_of(layer)).remove)
+        yield
 
 
 class Policy:
     """A model, seen from its samples: log-probabilities, and the gradient of a weighted loss."""
 
-    def __init__(self, model: Transformer, head: Callable[[], Head] | None = None) -> None:
-        """`head` gives the server's, for weights that are the model's own: then all is exact."""
-        self.model, self.head = model, head
+    def __init__(self, model: Transformer, llm: LLM | None = None) -> None:
+        """`llm` serves weights that are the model's own: then all is exact."""
+        self.model, self.llm = model, llm
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states (S, C) of the places that predict, with gradient."""
-        hidden_1NC = self.model.hidden(packed.tokens_1N, packed.positions_1N, self._attend(packed))
+        exactly = server_layers(self.model, self.llm.engine.runner.model) if self.llm else contextlib.nullcontext()
+        with exactly:
+            hidden_1NC = self.model.hidden(packed.tokens_1N, packed.positions_1N, self._attend(packed))
         return hidden_1NC[0].index_select(0, packed.places_S)
 
     def _attend(self, packed: Packed) -> Attend:
@@ -103,16 +134,17 @@ class Policy:
             borders = torch.tensor([0, *np.cumsum(packed.lengths)], dtype=torch.int32, device=self.model.device)
             return within_documents(borders, max(packed.lengths))
         attend = side_by_side(packed.lengths)
-        return attend if self.head is None else paged(self.model.config, packed.lengths, attend)
+        return attend if self.llm is None else paged(self.model.config, packed.lengths, attend)
 
     @torch.no_grad()
     def log_probs(self, hidden_SC: Tensor, targets_S: Tensor) -> Tensor:
         """Log-probabilities of the targets; exact ones by the server's head, slab by slab."""
         hidden_SC = hidden_SC.detach()
-        if self.head is None:
+        if self.llm is None:
             return -self.model.cross_entropy(hidden_SC, targets_S, reduction="none").float()
+        head = self.llm.engine.runner.head
         found = [
-            torch.log_softmax(self.head()(hidden).float(), -1).gather(-1, targets[:, None])[:, 0]
+            torch.log_softmax(head(hidden).float(), -1).gather(-1, targets[:, None])[:, 0]
             for hidden, targets in zip(hidden_SC.split(256), targets_S.split(256))
         ]
         return torch.cat(found)

@@ -12,6 +12,7 @@ bits, signals, logs, LoRA and data-parallel processes are the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -28,10 +29,13 @@ from ..device import pick_device
 from ..errors import InputError
 from ..formats.model_directory import load_config, load_model, read_tokenizer
 from ..formats.model_source import resolve_model
+from ..model import Transformer
 from ..serving.llm import LLM
 from ..training.callbacks import Callback
 from ..training.distributed.failures import report_first_failure
+from ..training.distributed.sharded_state import full_weights, local
 from ..training.inputs import RunInputs
+from ..training.lora import LoraMasters
 from ..training.report import describe
 from ..training.resume import save_run
 from ..training.run_state import RunState, TrainResult
@@ -39,14 +43,12 @@ from ..training.signals import interruptible
 from ..training.trainer import Trainer, first_state
 from .config import RLConfig
 from .environments import Environment, play
-from .evaluate import evaluate_task
+from .evaluate import FRESH, evaluate_task
 from .policy import Packed, Policy, exact_obstacle, micro_batches, pack, token_weights
 from .prompts import Prompts, open_prompts
 from .report import RLProgress, write_rl_card
 from .rewards import RewardError, RewardFunction, Rewards, load_function, open_rewards
 from .rollouts import Rollouts, roll_out
-
-FRESH = 1 << 40  # added to the seed of a run, the seed of the problems it is evaluated on
 
 
 def reinforce(
@@ -98,6 +100,7 @@ class RLTrainer(Trainer):
     """The loop, with samples for batches and the policy gradient for a loss."""
 
     state: RunState
+    config: RLConfig
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class RLTrainer(Trainer):
         return Rewards([lambda completion, row: task.score(completion, row)], [1.0], config.reward_seconds)
 
     def _open_inputs(self, reuse: bool) -> RunInputs:
-        directory = resolve_model(self.config.init_from)
+        directory = resolve_model(str(self.config.init_from))
         tokenizer, file = read_tokenizer(directory), directory / "tokenizer.json"
         if tokenizer is None:
             raise InputError(f"{directory} has no tokenizer, so no prompt can be put to it")
@@ -144,7 +147,24 @@ class RLTrainer(Trainer):
     @functools.cached_property
     def llm(self) -> LLM:
         """The serving engine over the trained weights."""
-        return LLM(self.state.model, self.state.inputs.tokenizer, max_batch=self.config.max_batch)
+        self._gather()
+        return LLM(self.served, self.state.inputs.tokenizer, max_batch=self.config.max_batch)
+
+    @functools.cached_property
+    def served(self) -> Transformer:
+        """The model that samples: the trained one, or where processes keep slices, a whole one beside it."""
+        state = self.state
+        if not self.mesh.is_sharded:
+            return state.model
+        return Transformer(state.inputs.model).to(state.device, state.dtype).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Bring slices of the trained weights together in the model that samples; every process must ask."""
+        if self.mesh.is_sharded:
+            slices = {name: local(p.detach()) for name, p in self.state.model.named_parameters()}
+            for name, whole in full_weights(self.state.shards, slices):
+                self.served.get_parameter(name).copy_(whole)
 
     @functools.cached_property
     def exact(self) -> bool:
@@ -159,13 +179,16 @@ class RLTrainer(Trainer):
     def policy(self, update: int) -> Policy:
         """The policy that is trained: after the first update of a step the server's head has older weights."""
         exact = self.exact and update == 0
-        return Policy(self.state.model, (lambda: self.llm.engine.runner.head) if exact else None)
+        return Policy(self.state.model, self.llm if exact else None)
 
     @functools.cached_property
-    def reference(self) -> Policy:
-        """The starting weights, for the KL penalty."""
-        model, _ = load_model(self.config.init_from, self.state.device, self.state.dtype)
-        return Policy(model.requires_grad_(False))
+    def reference(self) -> Transformer:
+        """The model with the starting weights, for the KL penalty; with an adapter, the trained one without it."""
+        state = self.state
+        if isinstance(state.masters, LoraMasters) and not self.config.lora_embeddings:
+            return state.model
+        model, _ = load_model(str(self.config.init_from), state.device, state.dtype)
+        return model.requires_grad_(False)
 
     # A step
 
@@ -207,6 +230,7 @@ class RLTrainer(Trainer):
         self.tally.tokens = int(tokens)
         for update in range(self.config.updates):
             figures = self._one_update(rollouts, update)
+        self._gather()
         self.llm.refresh()
         self.tally.seconds = time.perf_counter() - began
         state.step += 1
@@ -218,17 +242,22 @@ class RLTrainer(Trainer):
         (everywhere,) = self.mesh.all_reduce_sum(len(samples))
         if not everywhere:  # all groups were of one mind: there is nothing to learn
             return self._reduce_step_stats(0.0), 0.0, self.learning_rate(self.state.step + 1), ()
-        return self._update(*self.accumulate_policy(micro_batches(samples, self.config.micro_tokens), update))
+        parts = micro_batches(samples, self.config.micro_tokens)
+        if self.mesh.is_sharded:  # processes gather weights together: each needs as many micro-batches as any other
+            missing = int(self.mesh.all_reduce_max(len(parts))) - len(parts)
+            parts += [[dataclasses.replace(rollouts.samples[0], advantage=0.0)]] * missing
+        return self._update(*self.accumulate_policy(parts, update))
 
     def accumulate_policy(self, parts: list, update: int) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the policy's loss over micro-batches."""
         state, config, policy = self.state, self.config, self.policy(update)
+        references = self._references(parts) if config.kl else [None] * len(parts)
         loss = torch.zeros((), device=state.device)
         if not parts:  # other processes have samples
             self.reducer.arm()
             for master in state.masters.named.values():
                 master.grad = torch.zeros_like(master)
-        for number, samples in enumerate(parts, 1):
+        for number, (samples, reference_S) in enumerate(zip(parts, references), 1):
             if number == len(parts):
                 self.reducer.arm()
             packed = pack(samples, state.device)
@@ -236,7 +265,6 @@ class RLTrainer(Trainer):
             logp_S = policy.log_probs(hidden_SC, packed.targets_S)
             if update == 0:
                 self._compare(logp_S, packed)
-            reference_S = self._reference(packed) if config.kl else None
             weights_S = token_weights(logp_S, packed, config.clip if update else None, config.kl, reference_S)
             part = state.model.cross_entropy(
                 hidden_SC, packed.targets_S, weights=weights_S / self.tally.tokens, reduction="sum"
@@ -246,14 +274,19 @@ class RLTrainer(Trainer):
         return loss, []
 
     @torch.no_grad()
-    def _reference(self, packed: Packed) -> Tensor:
-        return self.reference.log_probs(self.reference.hidden(packed), packed.targets_S)
+    def _references(self, parts: list) -> list[Tensor]:
+        """Log-probabilities by the starting weights, of all micro-batches: weights change while they are computed."""
+        masters, policy = self.state.masters, Policy(self.reference)
+        own = isinstance(masters, LoraMasters) and policy.model is self.state.model
+        with masters.switched_off() if own else contextlib.nullcontext():
+            packed = [pack(samples, self.state.device) for samples in parts]
+            return [policy.log_probs(policy.hidden(each), each.targets_S) for each in packed]
 
     def _compare(self, logp_S: Tensor, packed: Packed) -> None:
         """Measure how far the trainer's log-probabilities are from the server's."""
-        change_S = logp_S - packed.sampled_S
+        change_S = logp_S.double() - packed.sampled_S
         self.tally.mismatch = max(self.tally.mismatch, float(change_S.abs().max()))
-        self.tally.k3 += float((change_S.exp() - 1 - change_S).double().sum())
+        self.tally.k3 += float((change_S.exp() - 1 - change_S).sum())
         self.tally.trained += len(change_S)
 
     # What is told
@@ -292,11 +325,11 @@ class RLTrainer(Trainer):
 
     def _evaluate(self) -> None:
         """Ask fresh problems of the task."""
-        task, problems = self.prompts.task, self.config.eval_problems
+        llm, task, problems = self.llm, self.prompts.task, self.config.eval_problems  # which every process makes
         if task is None or self.environment or not problems or not self.mesh.is_main:
             return
         seed = self.config.seed + FRESH
-        found = evaluate_task(self.llm, task, problems, max_tokens=self.config.max_tokens, seed=seed)
+        found = evaluate_task(llm, task, problems, max_tokens=self.config.max_tokens, seed=seed)
         self.tell("on_evaluation", self.state.step, found)
 
     def _sample(self) -> None:

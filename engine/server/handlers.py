@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,8 +21,9 @@ from .config import ServerConfig
 from .metrics import Metrics
 from .middleware import LOGGED
 from .model_defaults import sampling_defaults
-from .openai import errors
-from .openai.chat import ChatPlan, encode_conversation, plan_chat
+from .openai import embeddings, errors
+from .openai.chat import ChatPlan, Trigger, encode_conversation, plan_chat
+from .openai.embeddings import EmbeddingRequest, ScoreRequest
 from .openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -50,6 +51,7 @@ class Service:
     def __init__(self, bridge: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
         self.bridge, self.config, self.metrics = bridge, config, metrics
         self.started = int(time.time())
+        self.further: tuple[str, ...] = ()  # names of models that are loaded when they are asked for
 
     @property
     def llm(self) -> Any:
@@ -112,6 +114,9 @@ class Service:
         params, is_agent = body.sampling(), effort is not None
         plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, effort, client=client_of(request.scope))
         params = replace(params, **{**NO_GRAMMAR, **plan.grammar}) if plan.grammar else params
+        bound = None if plan.grammar or plan.trigger is None else await self._bind(plan.trigger, request)
+        if bound:
+            plan = replace(plan, reader=partial(plan.reader, eager=True))
 
         def asks(llm: Any) -> Iterable[Ask]:
             if body.truncate_prompt_tokens is None:
@@ -120,7 +125,23 @@ class Service:
             tokens = truncated(llm, plan.encode(llm.tokenizer, body), params, body.truncate_prompt_tokens)
             yield tokens, self._fit(llm, tokens, params, at_most=is_agent)
 
-        return await self._submit(request, asks, body.n, params, body, stream), plan, params
+        return await self._submit(request, asks, body.n, params, body, stream, bound), plan, params
+
+    async def _bind(self, trigger: Trigger, request: Request) -> Callable[[], Any] | None:
+        """A maker of grammars that bind once a call begins; None where there can be none: the calls are free then."""
+        params = SamplingParams(grammar=trigger.grammar)
+        try:
+            return trigger.bind(await self.bridge.compile(params, client_of(request.scope)), self.llm.tokenizer)
+        except errors.APIError:
+            return None
+
+    async def embed(self, body: EmbeddingRequest, request: Request) -> Response:
+        """/v1/embeddings."""
+        return json_response(await embeddings.embed(self, body, request))
+
+    async def score(self, body: ScoreRequest, request: Request) -> Response:
+        """/v1/score."""
+        return json_response(await embeddings.score(self, body, request))
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """/generate/."""
@@ -130,7 +151,7 @@ class Service:
         try:
             outputs = await flow.outputs()
         finally:
-            self._close(request, flow)
+            self.close(request, flow)
         return json_response(
             {
                 "idx": [[*output.prompt_token_ids, *output.token_ids] for output in outputs],
@@ -162,10 +183,11 @@ class Service:
         return json_response({"prompt": text})
 
     def models(self) -> list[dict[str, Any]]:
-        """/v1/models: the one there is, then its adapters."""
+        """/v1/models: the one there is, then its adapters, then the others, of which nothing is known before."""
         longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
         model = {"object": "model", "created": self.started, "owned_by": "warploom", "max_model_len": longest}
-        return [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
+        known = [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
+        return known + [{"id": name, **model, "max_model_len": None} for name in self.further]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -177,7 +199,7 @@ class Service:
         if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
-            served = ", ".join(map(repr, (*self.config.names, *self.adapters)))
+            served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
             message = f"the model {name!r} is not served here; there is {served}"
             raise errors.APIError(404, message, param="model", code="model_not_found")
         return name
@@ -190,6 +212,7 @@ class Service:
         params: SamplingParams,
         body: Sampling | None = None,
         streaming: bool = False,
+        grammar: Callable[[], Any] | None = None,
     ) -> RequestStream:
         scope, salt = request.scope, request.scope.get("salt")
         adapter = self.adapter_of(body and body.model)
@@ -197,6 +220,7 @@ class Service:
             asks,
             count,
             params=params,
+            grammar=grammar,
             streaming=streaming,
             salt=(salt, body.cache_salt) if body and body.cache_salt else salt,
             priority=body.priority if body else 0,
@@ -211,12 +235,18 @@ class Service:
     ) -> Callable[[Any], Iterable[Ask]]:
         def asks(llm: Any) -> Iterable[Ask]:
             for prompt in prompts:
-                if truncate is None:
-                    refuse_long(llm, prompt)
-                tokens = truncated(llm, llm.encode(prompt), params, truncate)
+                tokens = self.tokens_of(llm, prompt, params, truncate)
                 yield tokens, self._fit(llm, tokens, params, default)
 
         return asks
+
+    def tokens_of(
+        self, llm: Any, prompt: str | list[int], params: SamplingParams, truncate: int | None = None
+    ) -> list[int]:
+        """A prompt's tokens, or the last ones of them; a prompt far beyond the context is refused unread."""
+        if truncate is None:
+            refuse_long(llm, prompt)
+        return truncated(llm, llm.encode(prompt), params, truncate)
 
     def _fit(
         self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None, at_most: bool = False
@@ -266,7 +296,7 @@ class Service:
             await flow.outputs()
             return json_response(writer.whole())
         finally:
-            self._close(request, flow)
+            self.close(request, flow)
 
     async def _chunks(self, request: Request, flow: RequestStream, writer: Writer) -> AsyncIterator[bytes]:
         collector, spoke = writer.collector(), {}
@@ -282,9 +312,10 @@ class Service:
                     last = server_sent(writer.last())
                 yield last + writer.end
         finally:
-            self._close(request, flow)
+            self.close(request, flow)
 
-    def _close(self, request: Request, flow: RequestStream) -> None:
+    def close(self, request: Request, flow: RequestStream) -> None:
+        """End a request, and write down what it was."""
         flow.close()
         self.metrics.request(flow)
         streams = flow.streams

@@ -60,6 +60,7 @@ class Continuation:
         self.metrics = Metrics(sequence.arrival, seed=sequence.seed)
         self.logprobs: list = []
         self.prompt_logprobs: list = []
+        self.pooled: Any = None
         self._computed_again = 0
         self.error: BaseException | None = None
         self.finished = False
@@ -73,6 +74,7 @@ class Continuation:
             self._computed_again = self.sequence.preemptions
             self.prompt_logprobs.clear()  # a prompt that lost its pages is scored again from its beginning
         self.prompt_logprobs += result.prompt_logprobs
+        self.pooled = result.pooled if result.pooled is not None else self.pooled
         if not tokens:
             return False
         if self.metrics.first_token is None:
@@ -195,9 +197,13 @@ class Engine:
         salt: object = None,
         adapter: str | None = None,
         grammar: Callable[[], object] | None = None,
+        pooling: str | None = None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> Generation:
-        """Ask for a generation; raises ValueError for what could never be served. `deadline` is in seconds from now."""
+        """Ask for a generation; raises ValueError for what could never be served. `deadline` is in seconds from now.
+
+        With `pooling`, mean or last, the prompt's hidden states are pooled so, and `Continuation.pooled` has them.
+        """
         self._check(tokens, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         generation = Generation(self)
@@ -215,7 +221,8 @@ class Engine:
                 sequence.grammar = grammar() if grammar else None
                 if params.min_tokens and not grammar:
                     sequence.grammar = MinTokens(params.min_tokens, sequence.stop_tokens)
-                sequence.use_cache = params.prompt_logprobs is None
+                sequence.use_cache = params.prompt_logprobs is None and pooling is None
+                sequence.pooling = pooling
                 tell = on_piece or generation.pieces.put
                 sequence.listener = Continuation(sequence, self._text(tokens, params), index, tell)
                 generation.streams.append(sequence.listener)

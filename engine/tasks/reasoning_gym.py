@@ -16,7 +16,7 @@ class ReasoningGymTask:
             reasoning_gym = import_module("reasoning_gym")
         except ImportError as error:
             raise InputError(
-                f"tasks:reasoning-gym/{name} needs the package reasoning-gym: pip install reasoning-gym"
+                f"tasks:reasoning-gym/{name} needs the package reasoning-gym: pip install 'warploom[tasks]'"
             ) from error
         self.name, self._create = f"reasoning-gym/{name}", reasoning_gym.create_dataset
         try:

@@ -6,10 +6,12 @@ sets of problems. Rows are plain dicts: a reward function gets their entries by 
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -64,17 +66,23 @@ class GeneratedTask:
     def score(self, answer: str, row: Row) -> float:
         return float(final_answer(answer) == row["answer"])
 
-    def document(self, row: Row, thinking: bool) -> str:
-        """A question with its right answer, to learn from."""
-        return row["question"] + (row.get("work", "") if thinking else "") + row["answer"]
+    def solved(self, documents: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+        """Questions with their right answers, to learn from; a share of them shows the work."""
+        for index in range(documents):
+            row, draw = self.row(seed, index), random.Random(f"think/{seed}/{index}")
+            yield row["question"], (row.get("work", "") if draw.random() < self.think else "") + row["answer"]
 
     def corpus(self, documents: int = 50_000, seed: int = 0) -> Corpus:
         """Documents of solved problems."""
         from ..data.corpus import Corpus  # here, for it brings torch
 
-        def read() -> Iterator[list[str]]:
-            for index in range(documents):
-                draw = random.Random(f"think/{seed}/{index}")
-                yield [self.document(self.row(seed, index), draw.random() < self.think)]
-
+        read = lambda: ([question + answer] for question, answer in self.solved(documents, seed))  # noqa: E731
         return Corpus(f"tasks:{self.name}:{self.level}:{self.think:g}", read)
+
+    def write_conversations(self, path: Path, documents: int = 20_000, seed: int = 0) -> Path:
+        """The same as JSON lines of prompts and completions."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for question, answer in self.solved(documents, seed):
+                file.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
+        return path

@@ -7,6 +7,8 @@ that is about to be trained. Where it cannot run (no gradient is wanted, bfloat1
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ def _whole_vectors(c: ModelConfig) -> bool:
 
 
 is_supported = Supported(
-    computed=(*SHAPE, *OUTSIDE, *SCALED, *ROUTING, *WINDOWS, "norm_eps", "norm_bias", "attention_sinks"),
-    only={"norm": ("rmsnorm",), "ffn": ("swiglu",), "n_experts": (0,), "qk_norm": ("none",), "dropout": (0.0,)}
+    computed=(*SHAPE, *OUTSIDE, *SCALED, *ROUTING, *WINDOWS, "norm_eps", "norm_bias", "attention_sinks", "qk_norm"),
+    only={"norm": ("rmsnorm",), "ffn": ("swiglu",), "n_experts": (0,), "dropout": (0.0,)}
     | {"bias": (False,)}
     | dict.fromkeys(("qkv_bias", "output_bias", "ffn_bias"), (None, False)),
     where=_whole_vectors,
@@ -42,7 +44,7 @@ class FusedBlock(Block):
 
 def install(model: Transformer) -> None:
     """Replace the blocks of a model whose configuration is supported; other models stay as they are."""
-    if not fused_block.HAS_ROWS or not is_supported(model.config):
+    if not fused_block.HAS_FUSED_BLOCK or not is_supported(model.config):
         return
     for block in model.blocks:
         if _is_plain(block):
@@ -73,12 +75,16 @@ def fused_forward(
 ) -> tuple[Tensor, Tensor]:
     """(stream, delta) after the layer."""
     before, between, qkv, output, gate_up, down = weights
-    where = rotate.cos, rotate.sin, rotate.positions
-    heads, eps = block.attention.heads[:2], block.attention_norm.eps
+    attention = cast("Attention", block.attention)
+    normed = attention.qk_norm != "none"  # stands between projection and rotation, or behind
+    where = (None, None, None) if normed else (rotate.cos, rotate.sin, rotate.positions)
+    heads, eps = attention.heads[:2], block.attention_norm.eps
     q_BTHD, k_BTKD, v_BTKD, stream_BTC = fused_block.norm_qkv_rope(
         delta_BTC, stream_BTC, before, eps, qkv, heads, *where
     )
-    gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, block.attention)
+    if normed:
+        q_BTHD, k_BTKD = attention.turned(q_BTHD, k_BTKD, rotate)
+    gathered_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, attention)
     eps = block.ffn_norm.eps
     delta_BTC, stream_BTC = fused_block.out_proj_mlp(gathered_BTHD, stream_BTC, output, between, eps, gate_up, down)
     return stream_BTC, delta_BTC

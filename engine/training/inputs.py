@@ -100,6 +100,8 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     if is_hub_id(source):
         note(f"fetching {source} from the hub …")
         source = str(fetch_rows(source, Path(config.out) / "download"))
+    if source.startswith(TASKS) and config.init_from and _converses(config.init_from):
+        source = str(_solved(source).write_conversations(Path(config.out) / "download" / "problems.jsonl"))
     made_here = source == "stdlib" or source.startswith(TASKS)
     chats = None if made_here else open_conversations(source)
     corpus = chats or _corpus(source)
@@ -118,11 +120,21 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
 def _corpus(source: str) -> Corpus:
     """The documents that `data` names: the standard library, a task's solved problems, or those of files."""
     if source.startswith(TASKS):
-        task = open_task(source)
-        if not isinstance(task, GeneratedTask):
-            raise InputError(f"data={source} has no solved problems to learn from; a built-in task has")
-        return task.corpus()
+        return _solved(source).corpus()
     return stdlib() if source == "stdlib" else files([source])
+
+
+def _solved(source: str) -> GeneratedTask:
+    task = open_task(source)
+    if not isinstance(task, GeneratedTask):
+        raise InputError(f"data={source} has no solved problems to learn from; a built-in task has")
+    return task
+
+
+def _converses(model: str) -> bool:
+    """Return whether a model answers conversations: it is asked a task's questions in its chat template then."""
+    tokenizer = model_directory.read_tokenizer(resolve_model(model, weights=False))
+    return bool(tokenizer and tokenizer.chat_template)
 
 
 def _learned_share(data: TokenData) -> str:

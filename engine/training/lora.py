@@ -16,6 +16,7 @@ gradient, and what follows from it for A and B is its share of their gradients: 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -28,8 +29,8 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import InputError
 from ..formats.adapters import WHOLE, AdapterConfig, LowRank, choose_layers, factor_names, low_rank_weights
-from ..formats.families import pieces
-from ..formats.model_directory import base_of, kind_in, open_adapter, write_adapter
+from ..formats.families import weight_map
+from ..formats.model_directory import base_of, base_sample, kind_in, open_adapter, write_adapter
 from ..formats.model_source import resolve_model
 from ..model import Transformer
 from ..parallel.tensor_parallel import ShardSpec, shard_specs
@@ -82,6 +83,16 @@ class LoraMasters(Masters):
         for name in self.named.keys() - self.factors.keys():
             local(self._parameters[name]).copy_(self.named[name])
 
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Inside, the model computes with the base's weights."""
+        for name in self.adapted:
+            _copy(self._parameters[name], self.base[name])
+        try:
+            yield
+        finally:
+            self.copy_to_model()
+
     @torch.no_grad()
     def _collect(self, name: str, p: Tensor) -> None:
         """Turn the gradient of one of the model's weights into those of its masters."""
@@ -117,11 +128,12 @@ def adapter_config(config: TrainConfig, model: ModelConfig, layers: list[str], k
         raise InputError(f"{config.init_from} is an adapter itself: merge it first, by warploom export --merge")
     local_path = Path(config.init_from).exists()
     targets = config.lora_targets or tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
-    saved = [pieces(model, [name], kind)[0].theirs[0] for name in WHOLE if config.lora_embeddings]
+    saved = [weight_map(model, [name], kind)[0].theirs[0] for name in WHOLE if config.lora_embeddings]
     saved = tuple(name.removesuffix(".weight").rpartition(".")[2] for name in saved)
     return AdapterConfig(
         str(base.resolve()) if local_path else config.init_from, config.lora,
         2 * config.lora if config.lora_alpha is None else config.lora_alpha, config.lora_rslora, targets, saved,
+        sample=base_sample(base),
     )  # fmt: skip
 
 
@@ -136,6 +148,11 @@ def fresh_factors(weights: Iterable[LowRank], layers: list[str], rank: int, seed
                 factors[name_a] = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
                 factors[name_b] = torch.zeros(outputs, rank)
     return factors
+
+
+@torch.no_grad()
+def _copy(p: Tensor, numbers: Tensor) -> None:
+    local(p).copy_(numbers)
 
 
 def _narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:

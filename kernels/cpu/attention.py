@@ -27,7 +27,7 @@ def cpu_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float |
 
 def fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Is this a call that the pass is for: float32 or bfloat16, on a CPU, heads of whole vectors?"""
-    return 1 < q.shape[1] == k.shape[1] <= LONGEST and q.shape[-1] % 16 == 0 and pointwise.serves(q, k, v)
+    return 1 < q.shape[1] == k.shape[1] <= LONGEST and q.shape[-1] % 16 == 0 and pointwise.is_supported(q, k, v)
 
 
 class _Fused(torch.autograd.Function):

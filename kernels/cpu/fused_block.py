@@ -25,13 +25,13 @@ from . import pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
-HAS_ROWS = pointwise.HAS_PASSES and _native.has_panels()
+HAS_FUSED_BLOCK = pointwise.HAS_NATIVE and _native.has_panels()
 
 
 def is_supported(stream_BTC: Tensor, *weights: Tensor) -> bool:
     """Can the two functions take a stream and a layer's weights?"""
     return (
-        HAS_ROWS
+        HAS_FUSED_BLOCK
         and op._backend != "triton"
         and stream_BTC.dim() == 3
         and all(x.dtype == torch.float32 and x.is_cpu and not any(n % GRAIN for n in x.shape) for x in weights)

@@ -22,13 +22,13 @@ import torch
 from ..core.launch import as_rows, is_real
 from .extension import native as _native
 
-HAS_PASSES = _native is not None
+HAS_NATIVE = _native is not None
 FORMATS = torch.float32, torch.bfloat16
 GATES = {"silu": 0, "gelu": 1, "relu": 2, "relu2": 3}
 CHUNK = 64  # rows a partial sum: NormBackward::kChunk
 
 
-def find_team() -> tuple[int, ...] | None:
+def find_openmp() -> tuple[int, ...] | None:
     """The addresses of three functions of the OpenMP library whose threads torch uses; None where there is none.
 
     GNU's library and LLVM's and Intel's all have them. Whichever it is and wherever it lies, it is among the libraries
@@ -54,20 +54,20 @@ def mapped_libraries(*names: str) -> list[str]:
     return [path for name in names for path in paths if re.match(rf"{name}[.-]", Path(path).name)]
 
 
-_team = find_team() if HAS_PASSES else None
-if _team:
-    _native.borrow_team(*_team)
-HAS_TEAM = _team is not None
+_openmp = find_openmp() if HAS_NATIVE else None
+if _openmp:
+    _native.use_openmp(*_openmp)
+HAS_OPENMP = _openmp is not None
 
 
-def serves(*tensors: torch.Tensor) -> bool:
-    """Can the passes take these? They share a number format that C++ knows, on a CPU, and hold numbers.
+def is_supported(*tensors: torch.Tensor) -> bool:
+    """Return whether the C++ loops take these: on a CPU, of one number format that C++ knows, and holding numbers.
 
     And they have all the threads that torch's own operations would have."""
     dtype = tensors[0].dtype
     return (
-        HAS_PASSES
-        and (HAS_TEAM or torch.get_num_threads() == 1)
+        HAS_NATIVE
+        and (HAS_OPENMP or torch.get_num_threads() == 1)
         and dtype in FORMATS
         and all(x.device.type == "cpu" and x.dtype == dtype for x in tensors)
         and is_real(tensors)
@@ -171,32 +171,32 @@ def packed_gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return _PackedGate.apply(gate_up, activation)
 
 
-class _Turn(torch.autograd.Function):
+class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, positions):
         if positions is not None:
             positions = positions.expand(q.shape[:-2]).long().contiguous()
         ctx.save_for_backward(cos, sin, positions)
-        return tuple(_turned(x, cos, sin, positions, 1.0) for x in (q, k))
+        return tuple(_rotated(x, cos, sin, positions, 1.0) for x in (q, k))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
         tables = ctx.saved_tensors  # once: a recomputed block gives them only once
-        return *(_turned(x, *tables, -1.0) for x in (dq, dk)), None, None, None
+        return *(_rotated(x, *tables, -1.0) for x in (dq, dk)), None, None, None
 
 
-def _turned(x, cos, sin, positions, sign) -> torch.Tensor:
+def _rotated(x, cos, sin, positions, sign) -> torch.Tensor:
     x_BTHD = x.reshape(-1, *x.shape[-3:])
     x_BTHD = x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
-    _native.turn(sign, x_BTHD, cos, sin, positions, y)
+    _native.rope(sign, x_BTHD, cos, sin, positions, y)
     return y
 
 
-def turn(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
     """`rope` of half-split pairs."""
-    return _Turn.apply(q, k, cos, sin, positions)
+    return _Rope.apply(q, k, cos, sin, positions)
 
 
 def attention(q, k, v, o, stats, scale: float, *gradients: torch.Tensor) -> None:

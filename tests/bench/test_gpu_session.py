@@ -1,6 +1,7 @@
 """A session on a GPU survives its kernels: rehearsed here with processes that crash, hang and lose their device."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,12 @@ def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
     assert checked and all("verify moe" in command for command in checked)
 
 
+def test_check_without_time_is_not_wrong(machine, tmp_path, capsys):
+    machine.answers = lambda command, _: ("", gpu.TIME_UP) if "verify moe" in command else ("", "")
+    assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 0
+    assert "checks: 1 right, 2 left for the next run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("portable", [True, False], ids=["portable right", "both wrong"])
 def test_portable_attention_replaces_hung_hopper(machine, tmp_path, portable):
     """The portable attention stands in for a hopper kernel that hangs."""
@@ -147,6 +154,17 @@ def test_checks_killed_midway_keep_what_was_right(machine, session):
         check_ops(session)
     (right,) = json.loads((session.folder / "checks.json").read_text()).values()
     assert right == ["attention bfloat16 1/1"]
+
+
+def test_gpu_tests_collect_without_hypothesis():
+    """A GPU machine has pytest at most; a file that cannot be imported there is a test that never runs."""
+    program = "import sys; sys.modules['hypothesis'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    files = [str(environment.ROOT / "tests" / "kernels" / name) for name in gpu.TESTS]
+    options = ["--collect-only", "-q", "-o", "addopts=", "--import-mode=importlib"]
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", program, *options, *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):

@@ -9,7 +9,7 @@ from warploom.bench import peers
 from warploom.bench.harness import Machine, Options
 from warploom.bench.peers._plain import PlainTransformer
 from warploom.bench.train import Shape, duel, parts
-from warploom.engine.formats.families import describe
+from warploom.engine.formats.families import to_hf_config
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 16}
 
@@ -51,7 +51,7 @@ def test_plain_peer_equals_transformers():
     """The plain peer computes what transformers computes."""
     transformers = pytest.importorskip("transformers")
     config = Shape("llama-tiny", tuple(TINY.items()), 1, 16, "float32", "cpu").model
-    values = describe(config)
+    values = to_hf_config(config)
     theirs = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     )

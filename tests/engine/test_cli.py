@@ -111,7 +111,7 @@ def test_doctor_tells_what_runs_every_op(capsys):
     rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  "))
     assert str(torch.__version__) in shown
     for op in kernels.ops() if not torch.cuda.is_available() else ():
-        assert rows[op.name] == ("C++" if op.native and pointwise.HAS_PASSES else "PyTorch"), op.name
+        assert rows[op.name] == ("C++" if op.native and pointwise.HAS_NATIVE else "PyTorch"), op.name
 
 
 def test_export_bin_opens_in_transformers(directory, tmp_path, capsys):

@@ -37,7 +37,9 @@ def test_supported_joins_lists_and_conditions():
     assert not even(ModelConfig(**SHAPE | {"n_layers": 3}, norm="none"))
 
 
-@pytest.mark.skipif(not fused_block.fused_block.HAS_ROWS, reason="needs the C++ extension and a CPU with AVX-512")
+@pytest.mark.skipif(
+    not fused_block.fused_block.HAS_FUSED_BLOCK, reason="needs the C++ extension and a CPU with AVX-512"
+)
 def test_fused_block_leaves_replaced_parts_alone():
     model = Transformer(ModelConfig(**SHAPE))
     model.blocks[1].ffn = torch.nn.Identity()
@@ -116,6 +118,7 @@ MODELS = {
     "rope_theta": dict(rope_theta=100.0),
     "rope_scaling": dict(rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "local_rope": dict(layers="wf", sliding_window=5, local_rope={"rope_theta": 50.0}),
+    "query_growth": dict(query_growth={"beta": 0.7, "length": 9}),
     "rotary_dim": dict(rotary_dim=8),
     "kv_rank": dict(kv_rank=24, rope_dim=8, value_dim=12),
     "q_rank": dict(kv_rank=24, q_rank=20, rope_dim=8, value_dim=16),
@@ -129,6 +132,7 @@ MODELS = {
     "qkv_bias": dict(qkv_bias=True),
     "output_bias": dict(output_bias=True),
     "ffn_bias": dict(ffn_bias=True),
+    "norm_weight": dict(norm="layernorm", norm_weight=False),
     "norm_bias": dict(norm="layernorm", norm_bias=True),
     "head_bias": dict(head_bias=True, tie_embeddings=False),
     "dropout": dict(dropout=0.1),

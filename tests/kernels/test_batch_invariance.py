@@ -10,7 +10,7 @@ import torch
 
 from warploom.kernels import backend, paged_attention
 
-from .test_launch import DEVICE, pytestmark  # noqa: F401
+from .device import DEVICE, pytestmark  # noqa: F401
 
 PAGE = 16
 ROWS = 9  # newest rows of a context that are compared

@@ -11,7 +11,7 @@ from warploom.kernels import Maker, backend, ops, rms_norm
 from warploom.kernels.core import launch as framework
 from warploom.kernels.tools.verify import call, parameters, tensors
 
-from .test_launch import DEVICE, pytestmark  # noqa: F401
+from .device import DEVICE, pytestmark  # noqa: F401
 from .test_oracles import differentiable, small_cases
 
 FUSED = [op for op in ops() if op.fused is not None]

@@ -6,19 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warploom.kernels import backend, rms_norm, sample
-from warploom.kernels.core.lang import HAS_TRITON, INTERPRET
+from warploom.kernels.core.lang import INTERPRET
 from warploom.kernels.tools import verify
 
+from .device import DEVICE, pytestmark  # noqa: F401
 from .test_oracles import small_cases
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        not HAS_TRITON or (DEVICE == "cpu" and not INTERPRET), reason="needs triton and TRITON_INTERPRET=1 or a GPU"
-    ),
-    # log(0) is meant
-    pytest.mark.filterwarnings("ignore:.* encountered in (exp|log|subtract|multiply|matmul):RuntimeWarning"),
-]
 
 
 def fused_cases():

@@ -10,7 +10,7 @@ from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.gpu_model import BatchInvariantLinear, fused_model
 from warploom.kernels import backend
 
-from .test_launch import DEVICE, pytestmark  # noqa: F401
+from .device import DEVICE, pytestmark  # noqa: F401
 
 DENSE = {
     "vocab_size": 61,

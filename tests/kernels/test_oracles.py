@@ -45,8 +45,8 @@ def test_the_gradient_is_the_derivative(op, case):
 def test_the_eager_path_means_what_the_reference_says(op, case, native, dtype, monkeypatch):
     """By our rule where the numbers are ours. Those of PyTorch's attention depend on the make of the CPU: the test
     below holds them to PyTorch's promise; here it computes by its formula, and a steep case in float64."""
-    native = native and pointwise.HAS_PASSES
-    monkeypatch.setattr(pointwise, "HAS_PASSES", native)
+    native = native and pointwise.HAS_NATIVE
+    monkeypatch.setattr(pointwise, "HAS_NATIVE", native)
     if op is attention and case.steep and dtype == torch.float32 and not native:
         dtype = torch.float64
     with sdpa_kernel(SDPBackend.MATH):
@@ -64,7 +64,7 @@ class Calls:
         return getattr(self.module, name)
 
 
-@pytest.mark.skipif(not pointwise.HAS_PASSES, reason="needs the C++ extension")
+@pytest.mark.skipif(not pointwise.HAS_NATIVE, reason="needs the C++ extension")
 @pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
 def test_op_native_says_what_runs_in_cpp(op, monkeypatch):
     calls = Calls(pointwise._native)
@@ -79,7 +79,7 @@ def test_op_native_says_what_runs_in_cpp(op, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 30}], ids=str)
 def test_pytorchs_fused_attention_is_its_formula(options, dtype, atol, rtol, monkeypatch):
     """Within the tolerances of PyTorch's own tests (test_scaled_dot_product_fused_attention_vs_math_cpu)."""
-    monkeypatch.setattr(pointwise, "HAS_PASSES", False)
+    monkeypatch.setattr(pointwise, "HAS_NATIVE", False)
     case = Case(
         "longer than what our bfloat16 path takes", lambda m: [m.normal(1, 530, n, 16) for n in (4, 2, 2)], options
     )

@@ -185,6 +185,10 @@ def test_a_pattern_of_ones_own_loses_no_text(corpus, texts):
         BPETokenizer.train(corpus, 400, pattern="(")
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DOTS = {"type": "Split", "pattern": {"Regex": "[.]"}, "behavior": "Isolated"}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -194,6 +198,10 @@ def test_a_pattern_of_ones_own_loses_no_text(corpus, texts):
         ({"normalizer": {"type": "Prepend", "prepend": "_"}}, "normalizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "add_prefix_space"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, {"type": "Digits"}, DOTS]}},
+            "behind ByteLevel",
+        ),
         ({"added_tokens": [{"id": 9999, "content": "<m>", "single_word": True}]}, "single_word"),
         ({"model": {"type": "BPE"}}, "vocab"),
     ],

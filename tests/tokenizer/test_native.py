@@ -90,7 +90,7 @@ def test_pieces_are_those_of_regex(isa, pattern, texts, noise):
     check()
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k", "qwen3.5", "deepseek"])
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "o200k", "qwen3.5", "deepseek", "falcon"])
 def test_unicode_classes_equal_regex(pattern):
     """Assigned or not: after a letter and before one; in used planes also twice, and among digits and signs."""
     for start in range(0, 0x110000, 0x8000):

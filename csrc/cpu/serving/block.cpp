@@ -113,7 +113,7 @@ Block::Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<f
 }
 
 // Norms and rotation of one token's queries and keys.
-void Block::turn(float* qkv, int64_t position, const Rotation& rotation) const {
+void Block::rope(float* qkv, int64_t position, const Rotation& rotation) const {
     const int D = shape_.head_dim;
     for (int h = 0; h < shape_.heads + shape_.kv_heads && !q_norm_.empty(); ++h) {
         const auto& weight = h < shape_.heads ? q_norm_ : k_norm_;
@@ -156,7 +156,7 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
     feed(*qkv_, x, C, q, join(attention_norm_));
     each_token(step, [&](int t) {
         float* mine = q + size_t(t) * wide;
-        turn(mine, step.positions[t], rotation);
+        rope(mine, step.positions[t], rotation);
         write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);
     });
     attend_pages(pages, step, AttentionOptions{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);

@@ -44,7 +44,7 @@ public:
     void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const;
 
 private:
-    void turn(float* qkv, int64_t position, const Rotation& rotation) const;
+    void rope(float* qkv, int64_t position, const Rotation& rotation) const;
 
     BlockShape shape_;
     Norm attention_norm_, ffn_norm_;

@@ -75,7 +75,7 @@ void gate_backward(int kind, Tensor gate, Tensor up, Tensor dy, Tensor dgate, Te
     });
 }
 
-void turn(float sign, Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor y) {
+void rope(float sign, Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor y) {
     const int64_t B = x.size(0), time = x.size(1), heads = x.size(2), width = x.size(3);
     const int64_t most = cos.size(0), half = cos.size(1);
     if (2 * half > width)
@@ -87,7 +87,7 @@ void turn(float sign, Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor
     in_format(x, [&](auto number) {
         using T = decltype(number);
         const T* from = x.heads<const T>("x", {B, time, heads, width});
-        run(Turn<T>{int(B), int(time), int(heads), int(width), int(half), sign, from, x.stride(0), x.stride(1), x.stride(2),
+        run(Rope<T>{int(B), int(time), int(heads), int(width), int(half), sign, from, x.stride(0), x.stride(1), x.stride(2),
                     cosines.at, sines.at, cosines.stride, most,
                     positions.numbers_or_none<const int64_t>("positions", B * time),
                     y.rows<T>("y", B * time, heads * width)});
@@ -138,21 +138,21 @@ void attention(float scale, Tensor stats, Tensor q, Tensor k, Tensor v, Tensor o
     in_format(q, [&](auto number) { attention_of<decltype(number)>(scale, stats, q, k, v, out, dq, dk, dv); });
 }
 
-void borrow_team(Address parallel, Address number, Address size) {
-    team = {reinterpret_cast<decltype(Team::parallel)>(parallel), reinterpret_cast<decltype(Team::number)>(number),
-            reinterpret_cast<decltype(Team::size)>(size)};
-    in_forked_children([] { team = {}; });
+void use_openmp(Address parallel, Address number, Address size) {
+    openmp = {reinterpret_cast<decltype(OpenMP::parallel)>(parallel), reinterpret_cast<decltype(OpenMP::number)>(number),
+            reinterpret_cast<decltype(OpenMP::size)>(size)};
+    in_forked_children([] { openmp = {}; });
 }
 
 }  // namespace
 
 void bind_passes(py::module_& module) {
-    module.def("borrow_team", &borrow_team);
+    module.def("use_openmp", &use_openmp);
     module.def("norm_forward", &norm_forward);
     module.def("norm_backward", &norm_backward);
     module.def("gate_forward", &gate_forward);
     module.def("gate_backward", &gate_backward);
-    module.def("turn", &turn);
+    module.def("rope", &rope);
     module.def("cross_entropy", &cross_entropy);
     module.def("attention", &attention, py::arg("scale"), py::arg("stats"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("dq") = py::none(), py::arg("dk") = py::none(),

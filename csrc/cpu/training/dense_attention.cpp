@@ -82,7 +82,7 @@ WARPLOOM_CLONES void multiply(const Product& p, Part part) {
 WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
     for (int row = 0; row < kQueries; row += kLanes)
         for (int column = 0; column < width; column += kLanes)
-            turn_square_over(from + row * width + column, width, to + column * kQueries + row, kQueries);
+            transpose_16x16(from + row * width + column, width, to + column * kQueries + row, kQueries);
 }
 
 // `rows` rows of a head, times a factor, side by side; zeros up to `padded`.
@@ -269,12 +269,12 @@ thread_local Scratch scratch;
 
 template <class F>
 void DenseAttention<F>::forward(HeadsOf<F> out) const {
-    share(batch * key_heads, [&](int task) { forward_task(*this, out, task / key_heads, task % key_heads, scratch); });
+    parallel_for(batch * key_heads, [&](int task) { forward_task(*this, out, task / key_heads, task % key_heads, scratch); });
 }
 
 template <class F>
 void DenseAttention<F>::backward(HeadsOf<const F> d_out, HeadsOf<F> dq, HeadsOf<F> dk, HeadsOf<F> dv) const {
-    share(batch * key_heads, [&](int task) {
+    parallel_for(batch * key_heads, [&](int task) {
         backward_task(*this, d_out, dq, dk, dv, task / key_heads, task % key_heads, scratch);
     });
 }

@@ -9,14 +9,15 @@ namespace warploom {
 
 namespace {
 
-constexpr int kRows = 8;     // of a register tile
+constexpr int kRows = 8;     // of a register tile: 8 × 3 sums leave 8 of AVX-512's 32 registers
 constexpr int kTerms = 192;  // of a panel stay in the first cache
 
 // Widths add up to any multiple of 16 without a 16 where it can be: that one leaves most registers idle.
 int width_of(int left) { return left == 64 || left < 48 ? std::min(left, 32) : 48; }
 
+// The micro-kernel (BLIS): ROWS × COLUMNS sums in registers; each vector of weights loaded serves all rows.
 template <int ROWS, int COLUMNS>
-WARPLOOM_INLINE void tile(const float* x, int64_t x_row, const float* w, int terms, float* y, int64_t y_row, bool add) {
+WARPLOOM_INLINE void micro_kernel(const float* x, int64_t x_row, const float* w, int terms, float* y, int64_t y_row, bool add) {
     f16 total[ROWS][COLUMNS / 16] = {};
     if (add)
         for (int r = 0; r < ROWS; ++r)
@@ -34,12 +35,12 @@ WARPLOOM_INLINE void panel(Rows<const float> x, const float* w, int terms, Rows<
         const int some = std::min(kTerms, terms - from);
         int row = first;
         for (; row + kRows <= last; row += kRows)
-            tile<kRows, COLUMNS>(x[row] + from, x.stride, w, some, y[row], y.stride, from > 0);
-        for (; row < last; ++row) tile<1, COLUMNS>(x[row] + from, x.stride, w, some, y[row], y.stride, from > 0);
+            micro_kernel<kRows, COLUMNS>(x[row] + from, x.stride, w, some, y[row], y.stride, from > 0);
+        for (; row < last; ++row) micro_kernel<1, COLUMNS>(x[row] + from, x.stride, w, some, y[row], y.stride, from > 0);
     }
 }
 
-WARPLOOM_CLONES void lay_out_panel(const float* w, int terms, int columns, bool over, int first, int width, float* to) {
+WARPLOOM_CLONES void pack_panel(const float* w, int terms, int columns, bool over, int first, int width, float* to) {
     if (over) {
         for (int term = 0; term < terms; ++term)
             for (int c = 0; c < width; c += 16) store(to + term * width + c, load(w + int64_t(term) * columns + first + c));
@@ -47,16 +48,16 @@ WARPLOOM_CLONES void lay_out_panel(const float* w, int terms, int columns, bool 
     }
     for (int c = 0; c < width; c += 16)
         for (int term = 0; term < terms; term += 16)
-            turn_square_over(w + int64_t(first + c) * terms + term, terms, to + term * width + c, width);
+            transpose_16x16(w + int64_t(first + c) * terms + term, terms, to + term * width + c, width);
 }
 
 }  // namespace
 
-Panels lay_out(const float* w, int terms, int columns, bool over, float* to) {
-    share((columns + 47) / 48, [&](int panel) {
+Panels pack(const float* w, int terms, int columns, bool over, float* to) {
+    parallel_for((columns + 47) / 48, [&](int panel) {
         int first = 0;
         while (panel-- > 0) first += width_of(columns - first);
-        lay_out_panel(w, terms, columns, over, first, width_of(columns - first), to + int64_t(first) * terms);
+        pack_panel(w, terms, columns, over, first, width_of(columns - first), to + int64_t(first) * terms);
     });
     return {terms, columns, to};
 }

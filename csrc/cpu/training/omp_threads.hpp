@@ -1,7 +1,7 @@
-// A team of threads on loan: the OpenMP threads that torch already has.
+// Parallel-for on PyTorch's own OpenMP threads.
 //
 // Between two matrix products torch's threads wait in a spin for their next one. A second pool would fight them for the
-// cores, so passes that run between products borrow them instead, by the addresses of three functions of the library
+// cores, so loops that run between products use the same threads, by the addresses of three functions of the library
 // that torch has loaded. Without it (another platform, another runtime) and in a forked child, which has none of these
 // threads, a pass runs on the calling thread. What a task throws is thrown to the caller.
 #pragma once
@@ -12,17 +12,17 @@
 
 namespace warploom {
 
-struct Team {
+struct OpenMP {
     void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
     int (*number)();  // of this thread
     int (*size)();
 };
-inline Team team = {};
+inline OpenMP openmp = {};
 
 // Calls work(task) for every task below `tasks`, and returns when all are done. Every thread begins with the same share
 // of the tasks each time, so that it finds in its cache what it wrote there in the pass before; then it helps others.
 template <class Work>
-void share(int tasks, const Work& work) {
+void parallel_for(int tasks, const Work& work) {
     static constexpr int kShares = 64;
     struct Job {
         const Work& work;
@@ -33,7 +33,7 @@ void share(int tasks, const Work& work) {
     } job{work, tasks};
     const auto take = [](void* p) {
         Job& job = *static_cast<Job*>(p);
-        const int mine = team.number(), shares = std::min(team.size(), kShares);
+        const int mine = openmp.number(), shares = std::min(openmp.size(), kShares);
         for (int i = 0; i < shares; ++i) {
             const int64_t share = (mine + i) % shares;
             const int first = int(job.tasks * share / shares), end = int(job.tasks * (share + 1) / shares);
@@ -46,19 +46,19 @@ void share(int tasks, const Work& work) {
             }
         }
     };
-    if (tasks <= 1 || !team.parallel) {
+    if (tasks <= 1 || !openmp.parallel) {
         for (int task = 0; task < tasks; ++task) work(task);
         return;
     }
-    team.parallel(take, &job, 0, 0);  // 0: as many threads as torch uses
+    openmp.parallel(take, &job, 0, 0);  // 0: as many threads as torch uses
     if (job.failure) std::rethrow_exception(job.failure);
 }
 
 // Shares out `rows` of `columns` numbers in runs that are long enough to be worth a thread: work(first, last).
 template <class Work>
-void share_rows(int rows, int columns, const Work& work) {
+void parallel_for_rows(int rows, int columns, const Work& work) {
     const int run = columns >= 8192 ? 1 : 8192 / (columns > 0 ? columns : 1);
-    share((rows + run - 1) / run, [&](int task) {
+    parallel_for((rows + run - 1) / run, [&](int task) {
         const int first = task * run;
         work(first, rows < first + run ? rows : first + run);
     });

@@ -74,7 +74,7 @@ WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
 }
 
 template <class T>
-WARPLOOM_INLINE void add_chunks(const NormBackward<T>& t, int chunks) {
+WARPLOOM_INLINE void reduce_chunks(const NormBackward<T>& t, int chunks) {
     across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
         f16 total = {};
         for (int chunk = 0; chunk < chunks; ++chunk) total += load(t.partial + int64_t(chunk) * t.columns + c, n);
@@ -137,7 +137,7 @@ WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
 }
 
 template <class T>
-WARPLOOM_INLINE void turn_tokens(const Turn<T>& t, int first, int last) {
+WARPLOOM_INLINE void rope_tokens(const Rope<T>& t, int first, int last) {
     for (int token = first; token < last; ++token) {
         const int64_t time = token % t.time, position = t.positions ? t.positions[token] : time;
         const float *cos = t.cos + position * t.table_stride, *sin = t.sin + position * t.table_stride;
@@ -207,68 +207,68 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
 
 WARPLOOM_FORMATS(norm_rows, NormForward)
 WARPLOOM_FORMATS(gate_rows, Gating)
-WARPLOOM_FORMATS(turn_tokens, Turn)
+WARPLOOM_FORMATS(rope_tokens, Rope)
 WARPLOOM_FORMATS(entropy_rows, CrossEntropy)
 
 WARPLOOM_CLONES void norm_chunk_of(const NormBackward<float>& t, int chunk) { norm_chunk(t, chunk); }
 WARPLOOM_CLONES void norm_chunk_of(const NormBackward<bfloat16>& t, int chunk) { norm_chunk(t, chunk); }
-WARPLOOM_CLONES void add_chunks_of(const NormBackward<float>& t, int chunks) { add_chunks(t, chunks); }
-WARPLOOM_CLONES void add_chunks_of(const NormBackward<bfloat16>& t, int chunks) { add_chunks(t, chunks); }
+WARPLOOM_CLONES void reduce_chunks_of(const NormBackward<float>& t, int chunks) { reduce_chunks(t, chunks); }
+WARPLOOM_CLONES void reduce_chunks_of(const NormBackward<bfloat16>& t, int chunks) { reduce_chunks(t, chunks); }
 
 }  // namespace
 
 template <class T>
-void NormForward<T>::some(int first, int last) const {
+void NormForward<T>::run_range(int first, int last) const {
     norm_rows_of(*this, first, last);
 }
 
 template <class T>
 void NormForward<T>::run() const {
-    share_rows(rows, columns, [&](int first, int last) { some(first, last); });
+    parallel_for_rows(rows, columns, [&](int first, int last) { run_range(first, last); });
 }
 
 template <class T>
-void NormBackward<T>::some(int chunk) const {
+void NormBackward<T>::run_chunk(int chunk) const {
     norm_chunk_of(*this, chunk);
 }
 
 template <class T>
-void NormBackward<T>::add_up() const {
-    add_chunks_of(*this, (rows + kChunk - 1) / kChunk);
+void NormBackward<T>::reduce() const {
+    reduce_chunks_of(*this, (rows + kChunk - 1) / kChunk);
 }
 
 template <class T>
 void NormBackward<T>::run() const {
     const int chunks = (rows + kChunk - 1) / kChunk;
-    share(chunks, [&](int chunk) { some(chunk); });
-    add_up();
+    parallel_for(chunks, [&](int chunk) { run_chunk(chunk); });
+    reduce();
 }
 
 template <class T>
-void Gating<T>::some(int first, int last) const {
+void Gating<T>::run_range(int first, int last) const {
     gate_rows_of(*this, first, last);
 }
 
 template <class T>
 void Gating<T>::run() const {
-    share_rows(rows, columns, [&](int first, int last) { some(first, last); });
+    parallel_for_rows(rows, columns, [&](int first, int last) { run_range(first, last); });
 }
 
 template <class T>
-void Turn<T>::some(int first, int last) const {
+void Rope<T>::run_range(int first, int last) const {
     for (int token = first; token < last; ++token)
         within(positions ? positions[token] : token % time, table_rows, "position");
-    turn_tokens_of(*this, first, last);
+    rope_tokens_of(*this, first, last);
 }
 
 template <class T>
-void Turn<T>::run() const {
-    share_rows(batch * time, heads * width, [&](int first, int last) { some(first, last); });
+void Rope<T>::run() const {
+    parallel_for_rows(batch * time, heads * width, [&](int first, int last) { run_range(first, last); });
 }
 
 template <class T>
 void CrossEntropy<T>::run() const {
-    share_rows(rows, classes, [&](int first, int last) {
+    parallel_for_rows(rows, classes, [&](int first, int last) {
         for (int row = first; row < last; ++row)
             if (targets[row] != ignore) within(targets[row], classes, "target");
         entropy_rows_of(*this, first, last);
@@ -281,7 +281,7 @@ void CrossEntropy<T>::run() const {
 WARPLOOM_TYPES(NormForward)
 WARPLOOM_TYPES(NormBackward)
 WARPLOOM_TYPES(Gating)
-WARPLOOM_TYPES(Turn)
+WARPLOOM_TYPES(Rope)
 WARPLOOM_TYPES(CrossEntropy)
 
 }  // namespace warploom

@@ -26,7 +26,7 @@ struct NormForward {
     const T* weight;
     Rows<T> y, sum;
     float* inverse;
-    void some(int first, int last) const;  // of the rows; `run` shares all of them out
+    void run_range(int first, int last) const;  // of the rows; `run` shares all of them out
     void run() const;
 };
 
@@ -42,8 +42,8 @@ struct NormBackward {
     Rows<T> dx, y;
     float* partial;
     T* dweight;
-    void some(int chunk) const;
-    void add_up() const;
+    void run_chunk(int chunk) const;
+    void reduce() const;
     void run() const;
 };
 
@@ -56,13 +56,13 @@ struct Gating {
     int rows, columns;
     Rows<const T> gate, up, dy;
     Rows<T> y, dgate, dup;
-    void some(int first, int last) const;
+    void run_range(int first, int last) const;
     void run() const;
 };
 
 // Turns column i with column i + half of every head by the angle of its token; `sign` -1 turns back.
 template <class T>
-struct Turn {
+struct Rope {
     int batch, time, heads, width, half;
     float sign;
     const T* x;
@@ -71,7 +71,7 @@ struct Turn {
     int64_t table_stride, table_rows;
     const int64_t* positions;  // of each token; null: its place in time. One that the tables lack is an out_of_range
     Rows<T> y;                 // a token's heads side by side
-    void some(int first, int last) const;
+    void run_range(int first, int last) const;
     void run() const;
 };
 

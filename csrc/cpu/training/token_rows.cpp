@@ -14,8 +14,8 @@ constexpr int kTile = NormBackward<float>::kChunk;
 
 // work(first, last, tile) for tiles of rows.
 template <class Work>
-void share_tiles(int rows, const Work& work) {
-    share((rows + kTile - 1) / kTile, [&](int tile) { work(tile * kTile, std::min(rows, (tile + 1) * kTile), tile); });
+void parallel_for_tiles(int rows, const Work& work) {
+    parallel_for((rows + kTile - 1) / kTile, [&](int tile) { work(tile * kTile, std::min(rows, (tile + 1) * kTile), tile); });
 }
 
 // Room that a thread keeps. `rows_at` makes it look like rows of a whole tensor of which it holds those from `first`.
@@ -33,16 +33,16 @@ Rows<const float> read(const float* at, int columns) { return {at, columns}; }
 Rows<const float> read(Rows<float> x) { return {x.at, x.stride}; }
 Rows<float> write(float* at, int columns) { return {at, columns}; }
 
-Panels lay_out(Room& room, const float* w, int terms, int columns, bool over) {
-    return warploom::lay_out(w, terms, columns, over, room.of(size_t(terms) * columns));
+Panels pack(Room& room, const float* w, int terms, int columns, bool over) {
+    return warploom::pack(w, terms, columns, over, room.of(size_t(terms) * columns));
 }
 
 }  // namespace
 
-// Calls work(turn, offset) for queries, keys and values, with the columns of J before them: values turn by nothing.
+// Calls work(rope, offset) for queries, keys and values, with the columns of J before them: values turn by nothing.
 template <class Work>
-void NormQkvRope::turn(float sign, const Work& work) const {
-    Turn<float> t{batch, time, heads, head_width, half, sign, nullptr, 0, 0, head_width,
+void NormQkvRope::rope(float sign, const Work& work) const {
+    Rope<float> t{batch, time, heads, head_width, half, sign, nullptr, 0, 0, head_width,
                   cos,   sin,  table_stride, table_rows, positions, {}};
     work(t, 0, 0);
     t.heads = key_heads;
@@ -54,16 +54,16 @@ void NormQkvRope::turn(float sign, const Work& work) const {
 void NormQkvRope::forward(const float* delta, const float* stream, float* q, float* k, float* v) const {
     const int C = channels, J = (heads + 2 * key_heads) * head_width;
     float* const to[] = {q, k, v};
-    const Panels w = lay_out(panels[0], qkv, C, J, false);
-    share_tiles(batch * time, [&](int first, int last, int) {
+    const Panels w = pack(panels[0], qkv, C, J, false);
+    parallel_for_tiles(batch * time, [&](int first, int last, int) {
         const Rows<float> normed = of_stream.rows_at(first, C), all = of_hidden.rows_at(first, J);
         NormForward<float>{batch * time, C, eps, read(delta, C), read(stream, C), norm, normed, write(sum, C), inverse}
-            .some(first, last);
+            .run_range(first, last);
         multiply(read(normed), w, all, first, last);
-        turn(1, [&](Turn<float>& t, int offset, int which) {
+        rope(1, [&](Rope<float>& t, int offset, int which) {
             t.x = all.at + offset, t.time_stride = J, t.batch_stride = int64_t(time) * J;
             t.y = write(to[which], t.heads * head_width);
-            t.some(first, last);
+            t.run_range(first, last);
         });
     });
 }
@@ -71,58 +71,58 @@ void NormQkvRope::forward(const float* delta, const float* stream, float* q, flo
 void NormQkvRope::backward(const Gradients& d) const {
     const int C = channels, J = (heads + 2 * key_heads) * head_width;
     const float* const from[] = {d.q, d.k, d.v};
-    const Panels w = lay_out(panels[0], qkv, J, C, true);
+    const Panels w = pack(panels[0], qkv, J, C, true);
     const auto back = [&](Rows<float> d_normed) {
         return NormBackward<float>{batch * time, C,       read(sum, C),       read(d_normed),     read(d.sum, C), norm,
                                    inverse,      write(d.stream, C), write(d.normed, C), d.partial, d.norm};
     };
-    share_tiles(batch * time, [&](int first, int last, int tile) {
-        turn(-1, [&](Turn<float>& t, int offset, int which) {
+    parallel_for_tiles(batch * time, [&](int first, int last, int tile) {
+        rope(-1, [&](Rope<float>& t, int offset, int which) {
             t.x = from[which], t.time_stride = t.heads * head_width, t.batch_stride = time * t.time_stride;
             t.y = {d.heads + offset, J};
-            t.some(first, last);
+            t.run_range(first, last);
         });
         const Rows<float> d_normed = of_stream.rows_at(first, C);
         multiply(read(d.heads, J), w, d_normed, first, last);
-        back(d_normed).some(tile);
+        back(d_normed).run_chunk(tile);
     });
-    back({}).add_up();
+    back({}).reduce();
 }
 
 void OutProjMlp::forward(const float* heads, const float* stream, float* delta) const {
     const int C = channels, F = hidden;
-    const Panels w_output = lay_out(panels[0], output, gathered, C, false),
-                 w_both = lay_out(panels[1], gate_up, C, 2 * F, false), w_down = lay_out(panels[2], down, F, C, false);
-    share_tiles(rows, [&](int first, int last, int) {
+    const Panels w_output = pack(panels[0], output, gathered, C, false),
+                 w_both = pack(panels[1], gate_up, C, 2 * F, false), w_down = pack(panels[2], down, F, C, false);
+    parallel_for_tiles(rows, [&](int first, int last, int) {
         const Rows<float> x = of_stream.rows_at(first, C), middle = of_hidden.rows_at(first, F), all = write(both, 2 * F);
         multiply(read(heads, gathered), w_output, x, first, last);
-        NormForward<float>{rows, C, eps, read(x), read(stream, C), norm, x, write(sum, C), inverse}.some(first, last);
+        NormForward<float>{rows, C, eps, read(x), read(stream, C), norm, x, write(sum, C), inverse}.run_range(first, last);
         multiply(read(x), w_both, all, first, last);
-        Gating<float>{Gate::silu, rows, F, read(all), {all.at + F, all.stride}, {}, middle, {}, {}}.some(first, last);
+        Gating<float>{Gate::silu, rows, F, read(all), {all.at + F, all.stride}, {}, middle, {}, {}}.run_range(first, last);
         multiply(read(middle), w_down, write(delta, C), first, last);
     });
 }
 
 void OutProjMlp::backward(const Gradients& d) const {
     const int C = channels, F = hidden;
-    const Panels w_output = lay_out(panels[0], output, C, gathered, true),
-                 w_both = lay_out(panels[1], gate_up, 2 * F, C, true), w_down = lay_out(panels[2], down, C, F, true);
+    const Panels w_output = pack(panels[0], output, C, gathered, true),
+                 w_both = pack(panels[1], gate_up, 2 * F, C, true), w_down = pack(panels[2], down, C, F, true);
     const auto back = [&](Rows<float> d_normed) {
         return NormBackward<float>{rows,    C,       read(sum, C),       read(d_normed),     read(d.sum, C), norm,
                                    inverse, write(d.stream, C), write(d.normed, C), d.partial, d.norm};
     };
-    share_tiles(rows, [&](int first, int last, int tile) {
+    parallel_for_tiles(rows, [&](int first, int last, int tile) {
         const Rows<float> d_middle = of_hidden.rows_at(first, F), d_normed = of_stream.rows_at(first, C);
         const Rows<float> all = write(both, 2 * F), d_all = write(d.both, 2 * F);
         multiply(read(d.delta, C), w_down, d_middle, first, last);
         Gating<float>{Gate::silu,     rows,  F,  read(all), {all.at + F, all.stride}, read(d_middle), write(d.middle, F), d_all,
                       {d_all.at + F, d_all.stride}}
-            .some(first, last);
+            .run_range(first, last);
         multiply(read(d_all), w_both, d_normed, first, last);
-        back(d_normed).some(tile);
+        back(d_normed).run_chunk(tile);
         multiply(read(d.stream, C), w_output, write(d.heads, gathered), first, last);
     });
-    back({}).add_up();
+    back({}).reduce();
 }
 
 }  // namespace warploom

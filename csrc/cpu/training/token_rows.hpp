@@ -34,7 +34,7 @@ struct NormQkvRope {
 
 private:
     template <class Work>
-    void turn(float sign, const Work& work) const;
+    void rope(float sign, const Work& work) const;
 };
 
 struct OutProjMlp {

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any
 
 from ....tokenizer.chat import encode_chat
+from ...serving.structured_output import TriggeredGrammar
 from . import errors
 from .message_reader import PlainReader, make_reader
 from .requests import ChatRequest, Message, NamedTool, Tool
 from .tool_formats import format_of, read_json, thoughts_of
-from .tool_grammar import answer_grammar, call_grammar
+from .tool_grammar import answer_grammar, bound_grammar, call_grammar
 
 RESERVED = {"messages", "tools", "add_generation_prompt", "continue_last"}
 
@@ -43,6 +44,21 @@ def encode_conversation(
 
 
 @dataclass(frozen=True, slots=True)
+class Trigger:
+    """Grammar that binds from a mark on, and when that counts; the fields of `TriggeredGrammar`."""
+
+    grammar: str
+    mark: str
+    first_only: bool
+    thoughts: tuple[str, str] | None
+    inside: bool
+
+    def bind(self, make: Callable[[], Any], tokenizer: Any) -> Callable[[], TriggeredGrammar]:
+        """Maker of such grammars from the compiled one."""
+        return lambda: TriggeredGrammar(make, tokenizer, self.mark, self.first_only, self.thoughts, self.inside)
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPlan:
     """Plan of a chat: its prompt, the constraint on the answer, the reader of it."""
 
@@ -50,7 +66,9 @@ class ChatPlan:
     variables: dict[str, Any]
     grammar: dict[str, Any]
     """Constraints on the answer, as fields of `SamplingParams`."""
-    reader: Callable[[], PlainReader]
+    reader: Callable[..., PlainReader]
+    trigger: Trigger | None = None
+    """Grammar of calls that the model may begin or not."""
 
     def encode(self, tokenizer: Any, body: ChatRequest) -> list[int]:
         """The prompt's token ids."""
@@ -88,7 +106,15 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     elif reasoning and isinstance(schema := grammar.get("json_schema"), dict):
         grammar = {"grammar": answer_grammar(tokenizer, schema, reasoning)}
     reader = partial(make_reader, row, schemas, thoughts, reasoning, None if several else 1)
-    return ChatPlan(tools, variables, grammar, reader)
+    if forced and row:
+        return ChatPlan(tools, variables, grammar, partial(reader, eager=True))
+    trigger = None
+    if tools and row and row.mark and not grammar and not body.min_tokens:
+        with suppress(AttributeError, TypeError, RecursionError):  # a strange schema: the calls are free
+            grammar_of_calls = bound_grammar(tokenizer, row, schemas)
+            marks = thoughts if reasoning else None
+            trigger = Trigger(grammar_of_calls, row.mark, row.only_first, marks, reasoning == "inside")
+    return ChatPlan(tools, variables, grammar, reader, trigger)
 
 
 def _forced(body: ChatRequest) -> list[Tool]:

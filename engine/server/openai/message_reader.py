@@ -1,9 +1,10 @@
 """Readers of a model's text: what it reasons, what it says, and which tools it calls.
 
 A text comes in pieces, cut anywhere. A reader passes on at once what is certain and keeps back the rest, and its
-results do not depend on the cuts: the answer in a stream is the answer in one piece. A call is passed on when it is
+results do not depend on the cuts: the answer in a stream is the answer in one piece. Where a grammar holds the model to
+well-formed calls (`eager`), a call is passed on from its name on, its arguments as they come; elsewhere when it is
 complete. What only looks like one (not JSON that every client can read, arguments that are no object, a tool that was
-not offered) is text.
+not offered) is then text.
 """
 
 from __future__ import annotations
@@ -16,16 +17,27 @@ from typing import Any
 
 import regex
 
+from .argument_stream import ArgumentStream, JsonArguments, argument_stream
 from .tool_formats import FORMATS, Call, Schemas, ToolFormat, read_json
 
 
 @dataclass(slots=True)
 class Delta:
-    """Part of a message; calls come with their numbers."""
+    """Part of a message; parts of calls come with their numbers: the first has id and name, others arguments alone."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+    def whole_calls(self) -> list[dict[str, Any]]:
+        """The calls with all their arguments, when the message has ended."""
+        calls: dict[int, dict[str, Any]] = {}
+        for number, part in self.calls:
+            if "id" in part:
+                calls[number] = {**part, "function": {**part["function"]}}
+            else:
+                calls[number]["function"]["arguments"] += part["function"]["arguments"]
+        return list(calls.values())
 
     def __add__(self, later: Delta) -> Delta:
         return Delta(self.reasoning + later.reasoning, self.content + later.content, self.calls + later.calls)
@@ -40,13 +52,9 @@ class PlainReader:
     def __init__(self, limit: int | None = None) -> None:
         self._count, self._limit = 0, limit
 
-    def push(self, text: str) -> Delta:
-        """Deltas that are certain now."""
+    def read(self, text: str, final: bool = True) -> Delta:
+        """What is certain now of the text so far; with `final`, all of it."""
         return Delta(content=text)
-
-    def finish(self) -> Delta:
-        """Deltas that were kept back."""
-        return Delta()
 
     def finish_reason(self, reason: str | None) -> str | None:
         """Why the message ended: to call tools, if it does."""
@@ -54,10 +62,25 @@ class PlainReader:
 
     def _add_calls(self, delta: Delta, calls: Iterable[Call]) -> None:
         for name, arguments in calls:
-            if self._limit is not None and self._count >= self._limit:
-                return
-            delta.calls.append((self._count, as_call(name, arguments)))
+            if not self._full:
+                delta.calls.append((self._count, as_call(name, arguments)))
+                self._count += 1
+
+    def _open_call(self, delta: Delta, name: str) -> None:
+        """A call begins; its arguments follow."""
+        self._muted = self._full
+        if not self._muted:
+            delta.calls.append((self._count, new_call(name, "")))
             self._count += 1
+
+    def _add_arguments(self, delta: Delta, text: str) -> None:
+        """Part of the last call's arguments."""
+        if text and not self._muted:
+            delta.calls.append((self._count - 1, {"function": {"arguments": text}}))
+
+    @property
+    def _full(self) -> bool:
+        return self._limit is not None and self._count >= self._limit
 
 
 class MessageReader(PlainReader):
@@ -70,9 +93,12 @@ class MessageReader(PlainReader):
         thoughts: tuple[str, str] | None,
         reasoning: str | None,
         limit: int | None = None,
+        eager: bool = False,
     ) -> None:
         super().__init__(limit)
         self._row: Any = row
+        self._eager = eager and row is not None and row.heads is not None
+        self._stream: ArgumentStream = JsonArguments()  # of the call that is being read
         self._schemas, self._thoughts = schemas, thoughts or ("", "")
         self._step = {"inside": self._think, "free": self._start}.get(reasoning or "", self._say)
         self._opens = (*row.opens, *([row.close] if row.close else ())) if row else ()
@@ -80,14 +106,8 @@ class MessageReader(PlainReader):
         self._fresh = True  # nothing but white space since the last mark
         self._enough = 0  # characters that are worth looking at an incomplete call again
 
-    def push(self, text: str) -> Delta:
+    def read(self, text: str, final: bool = True) -> Delta:
         self._held += text
-        return self._read(final=False)
-
-    def finish(self) -> Delta:
-        return self._read(final=True)
-
-    def _read(self, final: bool) -> Delta:
         delta = Delta()
         while self._step(delta, final):
             pass
@@ -142,6 +162,8 @@ class MessageReader(PlainReader):
         if self._count and self._row.close and text.startswith(self._row.close):
             self._held, self._space = text[len(self._row.close) :], ""
             return True
+        if self._eager and (opened := self._enter(self._row.heads[0], delta, final)) is not None:
+            return opened
         if not final and len(text) < self._enough:
             return False
         scanned = self._row.scan(text, self._schemas, final)
@@ -155,6 +177,45 @@ class MessageReader(PlainReader):
             self._space, self._fresh = "", True
         else:
             self._pass_on(delta, text[:end])
+        return True
+
+    def _enter(self, head: regex.Pattern, delta: Delta, final: bool) -> bool | None:
+        """Begin a call, if one begins here; None if none does, False if more must come."""
+        begin = head.match(self._held, partial=not final)
+        if begin is not None and begin.partial:
+            return False
+        if begin is None or begin["name"] not in self._schemas:
+            return None
+        self._open_call(delta, begin["name"])
+        self._held, self._enough, self._step = self._held[begin.end() :], 0, self._read_arguments
+        self._space, self._fresh = "", True
+        self._stream = argument_stream(self._row.style, self._schemas[begin["name"]])
+        return True
+
+    def _read_arguments(self, delta: Delta, final: bool) -> bool:
+        """Pass on arguments up to their end."""
+        piece, rest = self._stream.push(self._held)
+        self._add_arguments(delta, piece)
+        self._held = rest or ""
+        if rest is None:
+            return False
+        self._step = self._after_call
+        return True
+
+    def _after_call(self, delta: Delta, final: bool) -> bool:
+        """Read what stands between a call and what follows."""
+        if not final and not self._held.strip():
+            return False
+        _, tail, following = self._row.heads
+        if following is not None and (opened := self._enter(following, delta, final)) is not None:
+            return opened
+        end = tail.match(self._held, partial=not final)
+        if end is not None and end.partial:
+            return False
+        rest = self._held[end.end() if end else 0 :]
+        if self._row.only_first and not final and not rest.strip():
+            return False  # a semicolon may follow
+        self._held, self._step = rest, self._say
         return True
 
     def _find(self, text: str) -> int | None:
@@ -187,25 +248,19 @@ class HarmonyReader(PlainReader):
     _HEADS = ("<|channel|>", "<|start|>", "to=functions.")
     _RECIPIENT = regex.compile(r"to=functions\.([\w.-]+)")
 
-    def __init__(self, schemas: Schemas, limit: int | None = None) -> None:
+    def __init__(self, schemas: Schemas, limit: int | None = None, eager: bool = False) -> None:
         super().__init__(limit)
-        self._schemas, self._held, self._body = schemas, "", ""
+        self._schemas, self._held, self._body, self._eager = schemas, "", "", eager
         self._kind: str | None = None  # of the message being read: reasoning, content, or the tool that is called
         self._first = True
 
-    def push(self, text: str) -> Delta:
+    def read(self, text: str, final: bool = True) -> Delta:
         self._held += text
-        return self._read(final=False)
-
-    def finish(self) -> Delta:
-        delta = self._read(final=True)
-        self._close(delta)
-        return delta
-
-    def _read(self, final: bool) -> Delta:
         delta = Delta()
         while self._held and (self._head(delta, final) if self._kind is None else self._text(delta, final)):
             pass
+        if final:
+            self._close(delta)
         return delta
 
     def _head(self, delta: Delta, final: bool) -> bool:
@@ -221,6 +276,9 @@ class HarmonyReader(PlainReader):
         called = self._RECIPIENT.search(head)
         self._kind = f"to={called[1]}" if called else "reasoning" if "analysis" in head else "content"
         self._held = rest
+        if called and self._eager and called[1] in self._schemas:
+            self._open_call(delta, called[1])
+            self._kind = "call"
         return True
 
     def _text(self, delta: Delta, final: bool) -> bool:
@@ -242,6 +300,8 @@ class HarmonyReader(PlainReader):
             delta.reasoning += text
         elif self._kind == "content":
             delta.content += text
+        elif self._kind == "call":
+            self._add_arguments(delta, text)
         else:
             self._body += text
 
@@ -262,19 +322,24 @@ def make_reader(
     thoughts: tuple[str, str] | None,
     reasoning: str | None,
     limit: int | None = None,
+    eager: bool = False,
 ) -> PlainReader:
-    """The reader of one message."""
+    """The reader of one message; `eager` where a grammar sees to it that what begins like a call is one."""
     if thoughts == FORMATS[1].thoughts:
-        return HarmonyReader(schemas, limit)
+        return HarmonyReader(schemas, limit, eager)
     if reasoning is None and not schemas:
         return PlainReader()
-    return MessageReader(row if schemas else None, schemas, thoughts, reasoning, limit)
+    return MessageReader(row if schemas else None, schemas, thoughts, reasoning, limit, eager)
 
 
 def as_call(name: str, arguments: dict) -> dict[str, Any]:
     """A call in OpenAI's shape."""
-    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    function = {"name": name, "arguments": written}
+    return new_call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+
+def new_call(name: str, arguments: str) -> dict[str, Any]:
+    """A call in OpenAI's shape, with arguments as they were written."""
+    function = {"name": name, "arguments": arguments}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 

@@ -68,6 +68,12 @@ Prompt = Annotated[
 ]
 
 
+def listed(prompt: Any) -> list[str | list[int]]:
+    """A prompt, or several, as a list."""
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return prompt if several else [prompt]
+
+
 def drop_nulls(data: Any) -> Any:
     """An object without its null fields, which mean absent ones; too many fields are refused."""
     if not isinstance(data, dict):
@@ -270,8 +276,7 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list, whatever they came as."""
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return self.prompt if several else [self.prompt]
+        return listed(self.prompt)
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters of each prompt."""
@@ -291,6 +296,7 @@ class FunctionCall(Body):
 
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True, description="As the openai client adds it; arguments count.")
 
 
 class ToolCall(Body):
@@ -299,6 +305,7 @@ class ToolCall(Body):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(None, exclude=True, description="As streams have it; changes nothing.")
 
 
 class Message(Body):
@@ -310,6 +317,7 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    parsed: Any = Field(None, exclude=True, description="As the openai client adds it; content counts.")
     reasoning_content: str | None = Field(default=None, description="What the assistant reasoned before it answered.")
 
     @property

@@ -237,11 +237,9 @@ class ChatWriter:
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Chunk for one part: nothing while a tool call is incomplete."""
+        """Chunk for one part, if it has something to show."""
         reader = self._readers[index]
-        said = reader.push(part.text)
-        if part.finish_reason:
-            said += reader.finish()
+        said = reader.read(part.text, part.finish_reason is not None)
         if not (said or part.finish_reason or part.logprobs):
             return []
         delta: dict[str, Any] = {} if index in self._greeted else {"role": "assistant"}
@@ -262,14 +260,13 @@ class ChatWriter:
 
     def _message(self, index: int, stream: Any) -> dict[str, Any]:
         reader = self._readers[index]
-        said = reader.push(stream.output().text)
-        said += reader.finish()
+        said = reader.read(stream.output().text)
         content = said.content if said.content or not said.calls else None
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
-            message["tool_calls"] = [call for _, call in said.calls]
+            message["tool_calls"] = said.whole_calls()
         reason = reader.finish_reason(stream.sequence.finish_reason)
         logprobs = self._logprobs(stream.logprobs)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}

@@ -118,6 +118,45 @@ class Whatever(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+class InputUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    """A unit vector an input, and how hidden states were pooled for it."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: InputUsage
+    pooling: Literal["mean", "last"]
+
+
+class Score(BaseModel):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Scores(BaseModel):
+    """A cosine a pair."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    data: list[Score]
+    model: str
+    usage: InputUsage
+    pooling: Literal["mean", "last"]
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]

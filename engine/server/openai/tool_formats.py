@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import regex
@@ -54,9 +55,24 @@ def scan_json(head: str, tail: str) -> Scanner:
     return scan
 
 
-def scan_tagged(close: str, name: str, pair: str) -> Scanner:
+# Tags of an argument by style: what its opening tag begins with, its closing tag, and both around name and value.
+PAIRS = {
+    "function": (
+        "<parameter=",
+        "</parameter>",
+        regex.compile(r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>", regex.DOTALL),
+    ),
+    "argument": (
+        "<arg_key>",
+        "</arg_value>",
+        regex.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", regex.DOTALL),
+    ),
+}
+
+
+def scan_tagged(close: str, name: str, style: str) -> Scanner:
     """Scanner of arguments between tags; a schema says which of them are strings and which JSON."""
-    closes, names, pairs = regex.compile(close), regex.compile(name), regex.compile(pair, regex.DOTALL)
+    closes, names, pairs = regex.compile(close), regex.compile(name), PAIRS[style][2]
 
     def scan(text: str, schemas: Schemas, final: bool) -> Scan:
         end = closes.search(text)
@@ -67,7 +83,7 @@ def scan_tagged(close: str, name: str, pair: str) -> Scanner:
             return end.end(), []
         known = properties_of(schemas.get(called[1], {}))
         found = pairs.findall(text, called.end(), end.start())
-        return end.end(), [(called[1], {key: _typed(value, known.get(key)) for key, value in found})]
+        return end.end(), [(called[1], {key: typed(value, known.get(key)) for key, value in found})]
 
     return scan
 
@@ -123,7 +139,7 @@ def _call(value: Any) -> Call | None:
     return (value["name"], arguments) if isinstance(arguments, dict) else None
 
 
-def _typed(text: str, schema: Any) -> Any:
+def typed(text: str, schema: Any) -> Any:
     """A tag's text as its schema wants it."""
     if isinstance(schema, dict) and is_text(schema):
         return text
@@ -147,7 +163,7 @@ def properties_of(schema: dict) -> dict:
 _BRACKETS = regex.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', regex.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ToolFormat:
     """Tool-call format of a family of models."""
 
@@ -170,6 +186,32 @@ class ToolFormat:
     """Notation of arguments: json, function, argument (pairs of tags) or gemma."""
     thoughts: tuple[str, str] = ("<think>", "</think>")
     """Marks around the reasoning."""
+    trigger: str = ""
+    """What no text but a call begins with, where that is not the first of `opens`."""
+
+    @property
+    def mark(self) -> str:
+        """What a call begins with and nothing else does; empty where no single string says so."""
+        return "" if self.name == "harmony" else self.trigger or self.opens[0]
+
+    @cached_property
+    def heads(self) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern | None] | None:
+        """Patterns of a forced call: up to its arguments, what ends it, and both where another follows in a list."""
+        if self.style == "gemma" or self.name == "harmony":
+            return None
+        before, _, rest = self.call.partition("NAME")
+        between, _, after = rest.rpartition("ARGS")
+        head = rf"{_spaced(before)}(?P<name>[\w.-]{{1,64}}){_spaced(between)}"
+        ahead = r"(?=\{)" if self.style == "json" else "(?=<)"
+        tail = _spaced(after) + (_spaced(self.end) if self.end else r"(?:\s*;)?" if self.only_first else "")
+        following = regex.compile(_spaced(after + self.between) + head + ahead) if self.end else None
+        begin = rf"(?:{_spaced(self.begin)})?" if self.begin else ""
+        return regex.compile(begin + head + ahead), regex.compile(tail), following
+
+
+def _spaced(text: str) -> str:
+    """A text as a pattern that does not mind how much white space there is."""
+    return r"\s*".join(map(regex.escape, regex.split(r"\s+", text)))
 
 
 _NAME = r"(?P<name>[\w.-]{1,64})"
@@ -244,7 +286,7 @@ FORMATS = (
         scan_tagged(
             r"</function>\s*</tool_call>",
             r"<tool_call>\s*<function=([^>]+)>",
-            r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>",
+            "function",
         ),
         between="\n",
         style="function",
@@ -257,7 +299,7 @@ FORMATS = (
         scan_tagged(
             r"</tool_call>",
             r"<tool_call>\s*([\w.-]+)",
-            r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>",
+            "argument",
         ),
         between="\n",
         style="argument",
@@ -278,6 +320,7 @@ FORMATS = (
         scan_json(r"(<\|python_tag\|>)?\s*", r"\s*;"),
         between="; ",
         only_first=True,
+        trigger='{"name": "',
     ),
 )
 

@@ -65,6 +65,19 @@ def call_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas, parallel: bo
     return lark.source(f"{thought} {lark.text(row.begin)} {one} {several} {lark.text(row.end)}")
 
 
+def bound_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas) -> str:
+    """A call from its mark on, where the model was free to begin one; several where the format has a list of them."""
+    lark = Lark(tokenizer)
+    special = any(token is not None for _, token in tokenizer.special.split(row.mark, tokenizer.special.ids))
+    mark = lark.text(row.mark) if special else lark.until(row.mark)
+    skipped = "" if row.begin else row.mark
+    one = lark.rule(lark.one_of([_call(lark, row, name, schema, skipped) for name, schema in schemas.items()]))
+    if not row.begin:
+        return lark.source(f"{mark} {one}")
+    begin = lark.text(row.begin.removeprefix(row.mark))
+    return lark.source(f"{mark} {begin} {one} ({lark.text(row.between)} {one})* {lark.text(row.end)}")
+
+
 def answer_grammar(tokenizer: Any, schema: dict, reasoning: str) -> str:
     """JSON that satisfies a schema, after the reasoning of a model that reasons."""
     lark, pair = Lark(tokenizer), thoughts_of(tokenizer.chat_template) or ("", "")
@@ -80,9 +93,12 @@ def _thought(lark: Lark, pair: tuple[str, str], reasoning: str | None) -> str:
     return body if reasoning == "inside" else f"({lark.text(pair[0])} {body})?"
 
 
-def _call(lark: Lark, row: ToolFormat, name: str, schema: dict) -> str:
+def _call(lark: Lark, row: ToolFormat, name: str, schema: dict, skipped: str = "") -> str:
     before, _, after = row.call.replace("NAME", name, 1).rpartition("ARGS")
-    return lark.rule(f"{lark.text(before)} {_ARGUMENTS[row.style](lark, schema)} {lark.text(after)}")
+    before = before.removeprefix(skipped)
+    space = "/\\s{0,2}/" if skipped and before[:1].isspace() else ""  # models are not of one mind about it
+    text = before.lstrip() if space else before
+    return lark.rule(f"{space} {lark.text(text)} {_ARGUMENTS[row.style](lark, schema)} {lark.text(after)}")
 
 
 def _object(schema: dict) -> dict:

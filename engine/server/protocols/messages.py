@@ -9,13 +9,18 @@ from pydantic import Field
 from ...serving import SamplingParams
 from ..openai import errors
 from ..openai.chat import ChatPlan
-from ..openai.message_reader import Delta, as_call
+from ..openai.message_reader import as_call
 from ..openai.requests import ChatRequest, Text
 from ..openai.responses import Collector, Part, usage
 from ..openai.tool_formats import read_json
 from ..request_body import FIRST_ERROR
 from .tolerant import AgentRequest, Blocks, Tolerant, is_function, text_of
 
+DELTAS = {
+    "reasoning": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "call": ("input_json_delta", "partial_json"),
+}
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -138,27 +143,21 @@ class MessagesWriter:
     def whole(self) -> dict[str, Any]:
         """The answer to a request that has ended."""
         (stream,) = self._flow.streams
-        said = self._reader.push(stream.output().text)
-        said += self._reader.finish()
-        content: list[dict[str, Any]] = []
-        for event, kind, value in [*self._blocks.feed(said), *self._blocks.close()]:
-            if event in ("end", "call"):
-                content.append(_block(kind, value))
+        events = self._blocks.events(self._reader.read(stream.output().text), final=True)
+        content = [_block(kind, value) for event, kind, value in events if event == "end"]
         return {**self._head, "content": content, **self._stop(stream), "usage": self._usage()}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
         """Events for one part."""
-        said = self._reader.push(part.text)
-        if part.finish_reason:
-            said += self._reader.finish()
+        final = part.finish_reason is not None
         events = [] if self._started else [self._start()]
-        happened = [*self._blocks_events(said)]
-        if part.finish_reason:
-            happened += self._blocks_events(None)
+        for event, kind, value in self._blocks.events(self._reader.read(part.text, final), final):
+            events.append(self._event(event, kind, value))
+        if final:
             (stream,) = self._flow.streams
-            happened.append({"type": "message_delta", "delta": self._stop(stream), "usage": self._usage()})
-            happened.append({"type": "message_stop"})
-        return events + happened
+            events.append({"type": "message_delta", "delta": self._stop(stream), "usage": self._usage()})
+            events.append({"type": "message_stop"})
+        return events
 
     def error(self, error: errors.APIError) -> dict[str, Any]:
         """The event of an error."""
@@ -169,25 +168,14 @@ class MessagesWriter:
         message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None}
         return {"type": "message_start", "message": {**message, "usage": self._usage()}}
 
-    def _blocks_events(self, said: Delta | None) -> list[dict[str, Any]]:
-        made = []
-        for event, kind, value in self._blocks.close() if said is None else self._blocks.feed(said):
-            at = {"index": self._blocks.count}
-            begin = {"type": "content_block_start", **at}
-            stop = {"type": "content_block_stop", **at}
-            if event == "begin":
-                made.append({**begin, "content_block": _block(kind, "")})
-            elif event == "grow":
-                delta = {"reasoning": {"type": "thinking_delta", "thinking": value}}
-                delta = delta.get(kind, {"type": "text_delta", "text": value})
-                made.append({"type": "content_block_delta", **at, "delta": delta})
-            elif event == "end":
-                made.append(stop)
-            else:
-                made.append({**begin, "content_block": {**_block(kind, value), "input": {}}})
-                written = {"type": "input_json_delta", "partial_json": value["function"]["arguments"]}
-                made += [{"type": "content_block_delta", **at, "delta": written}, stop]
-        return made
+    def _event(self, event: str, kind: str, value: Any) -> dict[str, Any]:
+        at = {"index": self._blocks.count}
+        if event == "begin":
+            return {"type": "content_block_start", **at, "content_block": _block(kind, value)}
+        if event == "end":
+            return {"type": "content_block_stop", **at}
+        name, field = DELTAS[kind]
+        return {"type": "content_block_delta", **at, "delta": {"type": name, field: value}}
 
     def _stop(self, stream: Any) -> dict[str, Any]:
         reason = self._reader.finish_reason(stream.sequence.finish_reason)
@@ -208,4 +196,4 @@ def _block(kind: str, value: Any) -> dict[str, Any]:
     if kind == "text":
         return {"type": "text", "text": value}
     name, arguments = value["function"]["name"], read_json(value["function"]["arguments"])
-    return {"type": "tool_use", "id": value["id"], "name": name, "input": arguments}
+    return {"type": "tool_use", "id": value["id"], "name": name, "input": arguments or {}}  # none: cut by max_tokens

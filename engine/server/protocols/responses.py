@@ -22,6 +22,9 @@ STATEFUL = {
 }
 
 
+NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
+
+
 class ResponsesRequest(AgentRequest):
     """The next items of a conversation."""
 
@@ -148,10 +151,7 @@ class ResponsesWriter:
     def whole(self) -> dict[str, Any]:
         """The answer to a request that has ended."""
         (stream,) = self._flow.streams
-        said = self._reader.push(stream.output().text)
-        said += self._reader.finish()
-        self._happen(said)
-        self._happen(None)
+        self._happen(self._reader.read(stream.output().text), final=True)
         return self._response(stream)
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
@@ -160,12 +160,9 @@ class ResponsesWriter:
         if self._sequence < 0:
             begun = {**self._head, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
             events += [self._event("created", response=begun), self._event("in_progress", response=begun)]
-        said = self._reader.push(part.text)
-        if part.finish_reason:
-            said += self._reader.finish()
-        events += self._happen(said)
-        if part.finish_reason:
-            events += self._happen(None)
+        final = part.finish_reason is not None
+        events += self._happen(self._reader.read(part.text, final), final)
+        if final:
             response = self._response(self._flow.streams[0])
             events.append(self._event(response["status"], response=response))
         return events
@@ -176,34 +173,30 @@ class ResponsesWriter:
         given = {"code": error.code, "message": error.message, "param": error.param}
         return {"type": "error", **given, "sequence_number": self._sequence}
 
-    def _happen(self, said: Delta | None) -> list[dict[str, Any]]:
-        """Events of what is said, or of its end; the output grows with them."""
+    def _happen(self, said: Delta, final: bool) -> list[dict[str, Any]]:
+        """Events of what is said, and of its end; the output grows with them."""
         made = []
-        for event, kind, value in self._blocks.close() if said is None else self._blocks.feed(said):
+        for event, kind, value in self._blocks.events(said, final):
             index = self._blocks.count
-            item = self._item(kind, index, value)
+            item = self._item(kind, index, value if event != "grow" else self._blocks.value)
             at = {"output_index": index, "item_id": item["id"]}
-            part = {**at, "content_index": 0}
-            done = {"output_index": index, "item": item}
-            empty = {
-                **done,
-                "item": {**self._item(kind, index, value if kind == "call" else ""), "status": "in_progress"},
-            }
-            name = {"text": "output_text", "reasoning": "reasoning_text"}.get(kind, "function_call_arguments")
+            name = NAMES[kind]
+            part = {} if kind == "call" else {"content_index": 0}
             if event == "begin":
-                made.append(self._event("output_item.added", **{**empty, "item": {**empty["item"], "content": []}}))
-                made.append(self._event("content_part.added", **part, part=_part(kind, "")))
+                empty = {**item, "status": "in_progress", **({} if kind == "call" else {"content": []})}
+                made.append(self._event("output_item.added", output_index=index, item=empty))
+                if part:
+                    made.append(self._event("content_part.added", **at, **part, part=_part(kind, "")))
             elif event == "grow":
-                made.append(self._event(f"{name}.delta", **part, delta=value, **_logprobs(kind)))
-            elif event == "end":
-                made.append(self._event(f"{name}.done", **part, text=value, **_logprobs(kind)))
-                made.append(self._event("content_part.done", **part, part=_part(kind, value)))
+                made.append(self._event(f"{name}.delta", **at, **part, delta=value, **_logprobs(kind)))
+            elif kind == "call":
+                done = {"name": item["name"], "arguments": item["arguments"]}
+                made.append(self._event(f"{name}.done", **at, **done))
             else:
-                made.append(self._event("output_item.added", **{**empty, "item": {**empty["item"], "arguments": ""}}))
-                made.append(self._event(f"{name}.delta", **at, delta=item["arguments"]))
-                made.append(self._event(f"{name}.done", **at, name=item["name"], arguments=item["arguments"]))
-            if event in ("end", "call"):
-                made.append(self._event("output_item.done", **done))
+                made.append(self._event(f"{name}.done", **at, **part, text=value, **_logprobs(kind)))
+                made.append(self._event("content_part.done", **at, **part, part=_part(kind, value)))
+            if event == "end":
+                made.append(self._event("output_item.done", output_index=index, item=item))
                 self._output.append(item)
         return made
 

@@ -86,29 +86,38 @@ class Blocks:
     def __init__(self) -> None:
         self.count = 0  # blocks that have ended
         self.kind: str | None = None  # of the one that is open
-        self.text = ""  # … and what it has so far
+        self.value: Any = ""  # … and what it has so far: a text, or a call
 
     def feed(self, delta: Delta) -> Iterator[tuple[str, str, Any]]:
-        """Events, as (begin, grow or end; kind; text or call)."""
+        """Events, as (begin, grow or end; kind; what has come, at an end all of it)."""
         for kind, text in (("reasoning", delta.reasoning), ("text", delta.content)):
             if text:
-                yield from self._enter(kind)
-                self.text += text
+                if self.kind != kind:
+                    yield from self._open(kind, "")
+                self.value += text
                 yield "grow", kind, text
         for _, call in delta.calls:
-            yield from self.close()
-            yield "call", "call", call
-            self.count += 1
+            function = call["function"]
+            if "id" in call:
+                yield from self._open("call", {**call, "function": {**function, "arguments": ""}})
+            if function["arguments"]:
+                self.value["function"]["arguments"] += function["arguments"]
+                yield "grow", "call", function["arguments"]
 
     def close(self) -> Iterator[tuple[str, str, Any]]:
         """End the block that is open."""
         if self.kind is not None:
-            kind, text, self.kind, self.text = self.kind, self.text, None, ""
-            yield "end", kind, text
+            kind, value, self.kind, self.value = self.kind, self.value, None, ""
+            yield "end", kind, value
             self.count += 1
 
-    def _enter(self, kind: str) -> Iterator[tuple[str, str, Any]]:
-        if self.kind != kind:
+    def events(self, delta: Delta, final: bool) -> Iterator[tuple[str, str, Any]]:
+        """Events of what is said, and with `final` those of its end."""
+        yield from self.feed(delta)
+        if final:
             yield from self.close()
-            self.kind = kind
-            yield "begin", kind, ""
+
+    def _open(self, kind: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+        yield from self.close()
+        self.kind, self.value = kind, value
+        yield "begin", kind, value

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class InFlightStep:
     spans: list[range]  # of R, for each chunk
     logprobs: dict[int, list[ReadLogprobs]]  # by chunk
     prompt_logprobs: dict[int, list[ReadLogprobs]]
+    pooled: dict[int, np.ndarray]
 
 
 class Runner:
@@ -76,7 +78,8 @@ class Runner:
         self.settings = RowSettings(max_batch, self.device)
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
-        self.rows: list[NewRow | None] = [None] * max_batch
+        self.rows: dict[int, NewRow] = {}
+        self.sums: dict[int, np.ndarray] = {}  # of the hidden states of prompts under way, by row
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, PackedLinear, Int8Linear)) for module in model.blocks.modules()
         )
@@ -121,10 +124,16 @@ class Runner:
             right = next((i for i, place in enumerate(span[:-1]) if not draft_accepted[place]), len(span) - 1)
             tokens = tuple(sampled[span.start : span.start + right + 1])
             grammar = self.rows[chunk.row].grammar
-            if grammar is not None and tokens:
-                grammar.accept(tokens[0])
+            if grammar is not None:
+                tokens = _accept(grammar, tokens)
             reports = (kind.get(index, ()) for kind in (flight.logprobs, flight.prompt_logprobs))
-            results.append(ChunkResult(tokens, *(tuple(chain(*(read() for read in each))) for each in reports)))
+            results.append(
+                ChunkResult(
+                    tokens,
+                    *(tuple(chain(*(read() for read in each))) for each in reports),
+                    pooled=flight.pooled.get(index),
+                )
+            )
         return StepResult(tuple(results))
 
     def _admit(self, admission: NewRow) -> None:
@@ -160,8 +169,9 @@ class Runner:
         ends = list(accumulate(len(chunk.tokens) for chunk in plan.chunks))
         edges = accumulate((chunk.sampled for chunk in plan.chunks), initial=0)
         spans = [range(a, b) for a, b in pairwise(edges)]
-        flight = InFlightStep(plan, list, list, spans, {}, {})
+        flight = InFlightStep(plan, list, list, spans, {}, {}, {})
         self._score_prompts(flight, hidden_TC, ends)
+        self._pool_prompts(flight, hidden_TC, ends)
         places = [(chunk, end, i) for chunk, end in zip(plan.chunks, ends) for i in range(-chunk.sampled, 0)]
         if not places:
             return flight
@@ -191,7 +201,7 @@ class Runner:
         """The logits after grammar, bias and penalties, for the rows that ask for them."""
         changed = [
             r for r, row in enumerate(rows) if self.settings.params[row].penalized
-            or row in self.settings.bias or self.rows[row].grammar is not None
+            or row in self.settings.bias or _binds(self.rows[row].grammar)
         ]  # fmt: skip
         if not changed:
             return logits_RV
@@ -207,7 +217,7 @@ class Runner:
             if row in self.settings.bias:
                 tokens, values = self.settings.bias[row]
                 logits_RV[r, tokens] += values
-            if admission.grammar is not None:
+            if _binds(admission.grammar):
                 admission.grammar.mask(logits_RV[r])
         return logits_RV
 
@@ -239,6 +249,19 @@ class Runner:
                 for part in (slice(first, first + SCORED) for first in range(0, count, SCORED))
             ]
 
+    def _pool_prompts(self, flight: InFlightStep, hidden_TC: Tensor, ends: list[int]) -> None:
+        """Pool hidden states, one token after the other: the same bits whatever chunks a prompt is computed in."""
+        for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
+            row, length = chunk.row, self.rows[chunk.row].prompt_length
+            if (pooling := self.rows[row].pooling) is None or chunk.start >= length:
+                continue
+            states = hidden_TC[end - len(chunk.tokens) : end].double().cpu().numpy()[: length - chunk.start]
+            if pooling == "mean":
+                before = self.sums.pop(row) if chunk.start else np.zeros_like(states[0])
+                self.sums[row] = np.add.accumulate(np.vstack([before, states]))[-1]
+            if chunk.start + len(states) == length:
+                flight.pooled[index] = self.sums.pop(row) / length if pooling == "mean" else states[-1]
+
     def _record_tokens(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
         """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""
         if self.device.type == "cpu":
@@ -248,6 +271,19 @@ class Runner:
 
     def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
         return to_device(arrays, self.device)
+
+
+def _binds(grammar: Any) -> bool:
+    return grammar is not None and grammar.active
+
+
+def _accept(grammar: Any, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Tell a grammar which tokens came; those that stand: drafts end where it begins to bind."""
+    for number, token in enumerate(tokens, 1):
+        grammar.accept(token)
+        if grammar.active:
+            return tokens[:number]
+    return tokens
 
 
 def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:

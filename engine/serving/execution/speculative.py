@@ -56,7 +56,8 @@ class DraftRunner:
 
     def launch(self, plan: StepPlan) -> InFlightStep:
         """Start computing a plan; the drafts go from one model to the other on the device."""
-        admitted = (replace(each, params=replace(each.params, logprobs=None, prompt_logprobs=None), grammar=None)
+        silent = {"logprobs": None, "prompt_logprobs": None}
+        admitted = (replace(each, params=replace(each.params, **silent), grammar=None, pooling=None)
                     for each in plan.admitted)  # fmt: skip
         self.draft.launch(StepPlan(tuple(map(_follow, plan.chunks)), tuple(admitted), plan.copies))
         guessing = [chunk for chunk in plan.chunks if chunk.sampled > 1]

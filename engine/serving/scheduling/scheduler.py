@@ -265,7 +265,8 @@ class Scheduler:
 
     def _drafts(self, sequence: Sequence, wanted: int, budget: int) -> tuple[int, ...]:
         """Guesses for the tokens after the next one, where there are budget and pages that nobody else needs."""
-        if self.draft is None or self.depth > 1 or sequence.manual or sequence.grammar is not None:
+        bound = sequence.grammar is not None and sequence.grammar.active
+        if self.draft is None or self.depth > 1 or sequence.manual or bound:
             return ()
         room = (len(sequence.pages) + self.pool.num_free) * self.pool.page_size
         most = min(self.most_drafts, min(sequence.capacity, room) - sequence.length, budget - len(self.running))
@@ -376,7 +377,7 @@ class Scheduler:
         sequence.announced = True
         tokens = tuple(sequence.tokens)
         given = sequence.params, sequence.seed, tokens, sequence.prompt_length, sequence.grammar, sequence.adapter
-        return NewRow(sequence.row, *given)
+        return NewRow(sequence.row, *given, sequence.pooling)
 
     def _queue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (sequence.order, sequence))

@@ -22,6 +22,7 @@ class NewRow:
     prompt_length: int
     grammar: Any = None
     adapter: str | None = None
+    pooling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class ChunkResult:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    pooled: Any = None  # the pooled hidden states of a prompt, where its last chunk was computed: an array
 
 
 @dataclass(frozen=True, slots=True)

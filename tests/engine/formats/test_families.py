@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from warploom.engine.formats.families import architecture_of, describe, pieces, understand
+from warploom.engine.formats.families import architecture_of, from_hf_config, to_hf_config, weight_map
 from warploom.engine.formats.family import full
 from warploom.engine.formats.family_table import FAMILIES
 from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.serving import LLM, SamplingParams
+from warploom.engine.serving.execution import kv_cache, serving_model
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.training import fused_block
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -37,6 +42,7 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32,
     rope_theta=5e5,
 )  # fmt: skip
+GROWTH = dict(llama_4_scaling_beta=0.6, mscale=1.0, mscale_all_dim=1.0)
 HYBRID = dict(sliding_window=6, layer_types=["sliding_attention"] * 3 + ["full_attention"])
 GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0, attention_multiplier=0.05)
 
@@ -65,6 +71,7 @@ CONFIGS = {
     "llama, llama3 rope": dict(rope_parameters=LLAMA3),
     "mistral": dict(sliding_window=7, head_dim=32),
     "ministral": dict(head_dim=16, sliding_window=7, layer_types=["sliding_attention", "full_attention"] * 2),
+    "ministral3": dict(head_dim=16, rope_parameters=YARN | dict(original_max_position_embeddings=8) | GROWTH),
     "mixtral": MOE,
     "qwen2": {},
     "qwen2, mixed": dict(use_sliding_window=True, sliding_window=6, max_window_layers=2),
@@ -177,8 +184,6 @@ def test_family_opens_and_saves(name, tmp_path):
 
     save_model(ours.eval(), tmp_path / "ours")
     assert full(load_model(tmp_path / "ours", device="cpu")[0].config) == full(ours.config)
-    if not FAMILIES[kind].writes:
-        return
     save_model(ours, tmp_path / "named")
     _save_as(kind, ours, tmp_path / "named")
     for directory in {"ours", "named"} if architecture_of(ours.config) != kind else {"named"}:
@@ -190,16 +195,59 @@ def test_family_opens_and_saves(name, tmp_path):
             assert_same(again.eval()(TOKENS).logits, wanted)
 
 
+def step_of(model, loss_of):
+    """Loss before and after a step of plain gradient descent."""
+    losses = []
+    for _ in range(2):
+        losses.append(loss_of())
+        model.zero_grad(set_to_none=True)
+        losses[-1].backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.02 * parameter.grad if parameter.grad is not None else 0
+    return torch.stack(losses).detach()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_family_trains_and_writes_alike(name, tmp_path, monkeypatch):
+    """One step of training, by the definition and by the fused block, and greedy tokens, by C++ and by PyTorch."""
+    theirs = their_model(name)
+    theirs.save_pretrained(tmp_path)
+    prompt, count = TOKENS[1].tolist(), 10
+    with torch.no_grad():
+        wanted = theirs.generate(TOKENS[1:], max_new_tokens=count, do_sample=False, use_cache=False, eos_token_id=None)[
+            0, len(prompt) :
+        ].tolist()
+    for native in (True, False):
+        monkeypatch.setattr(serving_model, "HAS_NATIVE", native and HAS_NATIVE)
+        monkeypatch.setattr(kv_cache, "HAS_NATIVE", native and HAS_NATIVE)
+        ours, _ = load_model(tmp_path, device="cpu")
+        llm = LLM(ours, max_batch_tokens=16, max_batch=2, page_size=8)
+        output = llm.generate(prompt, SamplingParams(max_tokens=count, temperature=0, ignore_eos=True))
+        assert list(output.token_ids) == wanted
+
+    tokens = TOKENS.clamp(min=1)  # their padding token learns nothing
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = step_of(theirs, lambda: F.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten()))
+    for fused in (False, True):
+        model, _ = load_model(tmp_path, device="cpu")
+        if fused:
+            fused_block.install(model)
+        losses = step_of(model.eval(), lambda model=model: model.losses(inputs, targets).cross_entropy)
+        torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert expected[1] < expected[0]
+
+
 def _save_as(kind, model, directory):
     """Over a saved model: the same as a given family."""
     from safetensors.torch import save_file
 
     tensors = {}
     for name, parameter in model.named_parameters():
-        (piece,) = pieces(model.config, [name], kind)
+        (piece,) = weight_map(model.config, [name], kind)
         tensors |= dict(piece.split(parameter.detach()))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(describe(model.config, kind)))
+    (directory / "config.json").write_text(json.dumps(to_hf_config(model.config, kind)))
 
 
 SIZES = ("expert", "moe", "rank", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "rotary_dim", "kv_heads")
@@ -213,7 +261,7 @@ def test_family_assumes_what_its_class_does(kind):
     sizes |= {"num_key_value_heads": 4} if kind in ("phi", "gpt_neox") or "kv_lora_rank" in sizes else {}
     sizes |= {"n_group": 4, "topk_group": 2} if kind == "deepseek_v3" else {}
     whole = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
-    assert full(understand({"model_type": kind, **sizes})) == full(understand(whole))
+    assert full(from_hf_config({"model_type": kind, **sizes})) == full(from_hf_config(whole))
 
 
 def test_page_of_models_names_every_family():

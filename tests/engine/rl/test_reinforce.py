@@ -20,19 +20,27 @@ from warploom.engine.rl.rollouts import Sample, set_advantages
 from warploom.engine.rl.trainer import RLTrainer, reinforce, run_reinforce
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
 from warploom.engine.training.callbacks import JsonLog
-from warploom.kernels.cpu.fused_block import HAS_ROWS
+from warploom.kernels.cpu.fused_block import HAS_FUSED_BLOCK
 
-exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_ROWS), reason="needs the C++ extension and AVX-512")
+exactly = pytest.mark.skipif(not (HAS_NATIVE and HAS_FUSED_BLOCK), reason="needs the C++ extension and AVX-512")
 
 
 def weights(config):
-    return load_file(f"{config.out}/model.safetensors")
+    return load_file(f"{config.out}/{'adapter_' * bool(config.lora)}model.safetensors")
+
+
+EXPERTS = {"n_experts": 4, "experts_per_token": 2, "shared_ff": 32}
 
 
 @exactly
-def test_log_probs_sampled_scored_trained_same_bits(tiny):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qk_norm": "head"}, {"qk_norm": "after"}, EXPERTS, {**EXPERTS, "qk_norm": "whole", "norm_place": "both"}],
+    ids=["llama", "qwen3", "hunyuan", "experts", "olmo2-experts"],
+)
+def test_log_probs_sampled_scored_trained_same_bits(tiny, make_base, changes):
     """At every step, of weights that change."""
-    trainer = RLTrainer(tiny(steps=6, updates=1), [])
+    trainer = RLTrainer(tiny(init_from=str(make_base(**changes)), steps=6, updates=1), [])
     kept = []
     accumulate = trainer.accumulate_policy
 
@@ -69,9 +77,10 @@ def test_weights_do_not_depend_on_threads_nor_batch(tiny):
 
 
 @pytest.mark.timeout(300)
-def test_killed_run_ends_with_the_same_bits(tiny, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"lora": 4, "kl": 0.1}], ids=["weights", "adapter"])
+def test_killed_run_ends_with_the_same_bits(tiny, monkeypatch, changes):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole = tiny("whole", steps=30, save_every=1, group=8, batch_size=8)
+    whole = tiny("whole", steps=30, save_every=1, group=8, batch_size=8, **changes)
     killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"))
     run_once(forkserver(), whole, run_reinforce)
     assert run_killed(forkserver(), killed, 3, run=run_reinforce)
@@ -82,7 +91,7 @@ def samples_of(trainer):
     return next(trainer._batches()).samples
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "sliding_window": 5, "norm": "layernorm"}])
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "sliding_window": 5, "norm": "layernorm"}, EXPERTS])
 def test_gradient_is_that_of_the_formula(tiny, make_base, changes):
     """Σ −A log p over all tokens of the step, in float64, one sample after the other and without our kernels."""
     trainer = RLTrainer(tiny(init_from=str(make_base(**changes)), micro_tokens=60), [])
@@ -209,7 +218,7 @@ def test_failing_reward_loses_nothing(tiny):
     [
         ({"group": 1}, "group must be between 2 and 256"),
         ({"init_from": None}, "name the model to start from"),
-        ({"fsdp": 2}, "the server holds whole weights"),
+        ({"tp": 2}, "the server holds whole weights"),
         ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1 rewards"),
         ({"data": "nothing.jsonl"}, "no file matches"),
         ({"exact": True, "dtype": "bfloat16"}, "exact=True cannot be kept: it needs float32"),
@@ -234,24 +243,40 @@ def test_prompts_without_a_score_or_too_long_are_refused(tiny, tmp_path):
 
 def test_mismatch_is_measured_and_bounded(tiny, make_base, recorder):
     """Mismatch is measured where it is not zero and bounded."""
-    qwen = str(make_base(qk_norm=True))
-    found = list(reinforce(tiny(init_from=qwen, steps=2), callbacks=[recorder]))
+    gpt = str(make_base(norm="layernorm", ffn="gelu"))
+    found = list(reinforce(tiny(init_from=gpt, steps=2), callbacks=[recorder]))
     assert all(0 < step.mismatch < 1e-4 and step.mismatch_k3 < 1e-8 for step in found)
     assert any("differ in their last digits" in note for note in recorder.notes)
-    with pytest.raises(InputError, match="is above max_mismatch=1e-12: use float32"):
-        list(reinforce(tiny("bounded", init_from=qwen, max_mismatch=1e-12)))
+    with pytest.raises(InputError, match="is above max_mismatch=1e-14: use float32"):
+        list(reinforce(tiny("bounded", init_from=gpt, max_mismatch=1e-14)))
+
+
+def test_reference_of_an_adapter_is_the_model_without(tiny, monkeypatch):
+    """One model is in memory, and the penalty is that of a second one with the starting weights."""
+    found = []
+    for second in (False, True):
+        trainer = RLTrainer(tiny(f"run-{second}", lora=4, kl=0.5, steps=3), [])
+        if second:
+            trainer.__dict__["reference"] = load_model(trainer.config.init_from, "cpu", torch.float32)[0]
+        found.append([(step.grad_norm, step.reward) for step in trainer.steps()])
+        assert (trainer.reference is trainer.state.model) != second
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("changes", [{"kl": 0.1}, {"updates": 3}, {"normalize": "std"}, {"lora": 4}])
 def test_options_train_and_raise_the_reward(tiny, changes):
     found = list(reinforce(tiny(steps=25, group=8, lr=3e-3, **changes)))
+    assert not (HAS_NATIVE and HAS_FUSED_BLOCK) or all(step.mismatch == 0.0 for step in found)
     first, last = (sum(step.reward for step in part) / 5 for part in (found[:5], found[-5:]))
     assert last > first + 0.03
 
 
-def test_processes_sample_what_one_would(tiny, processes):
-    """Two processes of two prompts each ask and answer what one of four does; gradients are sums in another order."""
-    whole, apart = tiny("whole", steps=3), tiny("apart", steps=3, dp=2)
+@pytest.mark.parametrize("changes", [{"dp": 2}, {"fsdp": 2}, {"fsdp": 2, "lora": 4, "micro_tokens": 60}])
+def test_processes_sample_what_one_would(tiny, processes, changes):
+    """Two processes of two prompts each ask and answer what one of four does; gradients are sums in another order.
+
+    Under FSDP each gathers the weights that it serves."""
+    whole, apart = tiny("whole", steps=3, lora=changes.get("lora")), tiny("apart", steps=3, **changes)
     run_reinforce(whole)
     kept = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert processes(member.main, 2, size=2, port=kept.port, config=apart) == [0, 0]
@@ -261,6 +286,7 @@ def test_processes_sample_what_one_would(tiny, processes):
     for ours, theirs in zip(*lines, strict=True):
         for name in ("reward", "length", "entropy", "mixed", "tokens"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+        assert theirs["mismatch"] == ours["mismatch"]
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(tensor, weights(apart)[name], atol=1e-4, rtol=1e-3)
 

@@ -164,16 +164,24 @@ def test_failed_step_fails_its_requests_only():
         server.assert_nothing_left()
 
 
-def test_engine_broken_restarts_once_then_503():
-    """A broken engine restarts once and then health stays 503."""
+def engines():
+    """The engines made so far, and a function that makes one more."""
     made = []
 
     def make():
         made.append(LLM(make_model(), make_tokenizer()))
         return made[-1]
 
-    def burn(plan):
-        raise RuntimeError("on fire")
+    return made, make
+
+
+def burn(plan):
+    raise RuntimeError("on fire")
+
+
+def test_engine_broken_restarts_once_then_503():
+    """A broken engine restarts once and then health stays 503."""
+    made, make = engines()
 
     def break_it(client):
         made[-1].engine.runner.launch = burn
@@ -195,14 +203,7 @@ def test_restart_is_due_again_after_health(monkeypatch):
     from warploom.engine.server import async_engine
 
     monkeypatch.setattr(async_engine, "HEALTHY", 0.0)
-    made = []
-
-    def make():
-        made.append(LLM(make_model(), make_tokenizer()))
-        return made[-1]
-
-    def burn(plan):
-        raise RuntimeError("on fire")
+    made, make = engines()
 
     with serving(make) as server, client_of(server) as client:
         for times in (1, 2, 3):

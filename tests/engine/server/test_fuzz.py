@@ -117,6 +117,12 @@ def make_request(rng):
         "text": lambda: {"format": {"type": "json_object"}},
         "reasoning": lambda: {"effort": 5},
     }
+    pooling = {
+        "pooling": lambda: rng.choice(["mean", "last", "max"]),
+        "encoding_format": lambda: rng.choice(["float", "base64", "hex"]),
+        "dimensions": lambda: rng.choice([32, 1, 0]),
+        "truncate_prompt_tokens": lambda: rng.choice([-1, 0, 9]),
+    }
     return rng.choice(
         [
             ("/v1/completions", {"prompt": rng.choice([text(), [1, 2], [300], [[]], []]), **few, **maybe(sampling)}),
@@ -134,6 +140,11 @@ def make_request(rng):
             ),
             ("/v1/messages", {**turns, **maybe({**agent, "system": text, "thinking": lambda: {"type": "enabled"}})}),
             ("/v1/messages/count_tokens", turns),
+            (
+                "/v1/embeddings",
+                {"input": rng.choice([text(), [1, 2], [300], [text(), text()], [[]]]), **maybe(pooling)},
+            ),
+            ("/v1/score", {"text_1": text(), "text_2": rng.choice([text(), [text(), text()]]), **maybe(pooling)}),
         ]
     )
 

@@ -157,6 +157,30 @@ def test_chat_loop_through_langchain_calls_a_tool(scripted):
     assert chat.bind_tools([tool]).invoke(turns).content == ANSWER
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_agent_of_pydantic_ai_calls_its_tool(scripted, stream):
+    pytest.importorskip("pydantic_ai", reason="needs pydantic-ai-slim")
+    models = pytest.importorskip("pydantic_ai.models.openai", reason="needs pydantic-ai-slim[openai]")
+    from pydantic_ai import Agent
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    provider = OpenAIProvider(base_url=f"{scripted.url}/v1", api_key="none")
+    agent, asked = Agent(models.OpenAIChatModel("tiny", provider=provider)), []
+
+    @agent.tool_plain
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        asked.append(city)
+        return "sunny"
+
+    async def read(_, events):
+        async for _ in events:
+            pass
+
+    said = agent.run_sync("weather?", event_stream_handler=read if stream else None).output
+    assert (asked, said) == (["Bern"], ANSWER)
+
+
 def test_errors_are_of_the_clients_own_classes(claude, api):
     with pytest.raises(anthropic.BadRequestError, match="image"):
         part = [{"type": "image", "source": {"type": "url", "url": "http://x"}}]

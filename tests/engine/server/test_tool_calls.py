@@ -70,8 +70,8 @@ def template_of(row):
 def read(reader, pieces):
     delta = Delta()
     for piece in pieces:
-        delta += reader.push(piece)
-    return delta + reader.finish()
+        delta += reader.read(piece, final=False)
+    return delta + reader.read("")
 
 
 def cut(text, rng):
@@ -80,8 +80,8 @@ def cut(text, rng):
 
 
 def plain(delta):
-    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for _, call in delta.calls]
-    assert [number for number, _ in delta.calls] == [*range(len(calls))]
+    calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in delta.whole_calls()]
+    assert [number for number, call in delta.calls if "id" in call] == [*range(len(calls))]
     return delta.reasoning, delta.content, calls
 
 
@@ -102,6 +102,40 @@ def test_calls_of_each_format_are_read_alike_in_pieces(name):
     thoughts = row.thoughts if name == "harmony" else None
     said = reads_alike(lambda: make_reader(row, SCHEMAS, thoughts, None), before + WRITTEN[name])
     assert said == ("", "I look it up." if before else "", CALLS)
+
+
+@pytest.mark.parametrize("name", [row.name for row in FORMATS if row.heads])
+def test_arguments_come_as_they_are_written(name):
+    """Cut anywhere, they are those of one piece; a half-written call has its name and half of its arguments."""
+    row, before = ROWS[name], "" if ROWS[name].only_first else "I look it up.\n"
+
+    def make():
+        return make_reader(row, SCHEMAS, None, None, eager=True)
+
+    text = forced(row, CALLS)
+    assert reads_alike(make, before + text) == ("", before.strip(), CALLS)
+    reader = make()
+    delta = reader.read(before + text[: text.index("Oslo") + 1], final=False)
+    ((_, first), *more) = delta.calls
+    assert first["function"] == {"name": "weather", "arguments": ""} and len(more) == (row.style == "json")
+    pieces = [call["function"]["arguments"] for _, call in make().read(before + text).calls]
+    streamed = read(make(), before + text)
+    assert len(streamed.calls) > len(pieces) and streamed.whole_calls()[0]["function"]["arguments"] == ONE
+
+
+def forced(row, calls):
+    """Calls exactly as a grammar of the format has them written."""
+
+    def one(name, arguments):
+        pairs = {
+            "json": json.dumps(arguments, ensure_ascii=False),
+            "function": "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in arguments.items()),
+            "argument": "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in arguments.items()),
+        }
+        before, _, after = row.call.replace("NAME", name).rpartition("ARGS")
+        return before + pairs[row.style] + after
+
+    return row.begin + row.between.join(one(*call) for call in calls) + row.end
 
 
 def test_every_format_is_recognized_by_its_own_template():
@@ -178,6 +212,15 @@ def ask(client, monkeypatch, server, row, **body):
     return answer
 
 
+def test_forced_arguments_are_streamed_in_pieces(client, server, monkeypatch):
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    answer = ask(client, monkeypatch, server, ROWS["hermes"], stream=True, tools=[TOOL], tool_choice="required")
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert parts[0]["id"] and parts[0]["function"] == {"name": "weather", "arguments": ""}
+    assert len(parts) > 4 and all(part.keys() == {"index", "function"} for part in parts[1:])
+
+
 def joined(stream):
     """The message that a stream's chunks add up to, and why it ended."""
     message, reason = {"content": "", "tool_calls": []}, None
@@ -186,7 +229,8 @@ def joined(stream):
             choice = json.loads(line[6:])["choices"][0]
             reason = choice["finish_reason"] or reason
             message["content"] += choice["delta"].get("content") or ""
-            message["tool_calls"] += choice["delta"].get("tool_calls", [])
+            message["tool_calls"] += [(call["index"], call) for call in choice["delta"].get("tool_calls", [])]
+    message["tool_calls"] = Delta(calls=message["tool_calls"]).whole_calls()
     return message, reason
 
 
@@ -204,6 +248,51 @@ def test_forced_call_satisfies_its_schema_in_each_format(name, client, server, m
         message, reason = joined(ask(client, monkeypatch, server, row, stream=True, **choice))
         assert reason == "tool_calls" and message["content"] == ""
         assert [each["function"] for each in message["tool_calls"]] == [call["function"]]
+
+
+class Led:
+    """A grammar behind a text that the model has to write first, token by token."""
+
+    error, finished = None, False
+
+    def __init__(self, bound, tokens):
+        self.bound, self.left = bound, tokens
+
+    @property
+    def active(self):
+        return bool(self.left) or self.bound.active
+
+    def accept(self, token):
+        self.left = self.left[1:]
+        self.bound.accept(token)
+
+    def mask(self, logits):
+        if self.left:
+            kept = logits[self.left[0]].clone()
+            logits.fill_(-float("inf"))[self.left[0]] = kept
+        else:
+            self.bound.mask(logits)
+
+
+@pytest.mark.parametrize("name", [row.name for row in FORMATS if row.mark])
+def test_call_that_is_begun_freely_satisfies_its_schema(name, client, server, monkeypatch):
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
+    from warploom.engine.server.openai.chat import Trigger
+
+    row, bind = ROWS[name], Trigger.bind
+    lead = list(((" " if row.only_first else "Yes <tool ") + row.mark).encode())
+    monkeypatch.setattr(Trigger, "bind", lambda self, *rest: lambda: Led(bind(self, *rest)(), lead))
+    whole = ask(client, monkeypatch, server, row, tools=[TOOL]).json()["choices"][0]
+    (call, *_) = whole["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
+    assert call["function"]["name"] == "weather"
+    message, reason = joined(ask(client, monkeypatch, server, row, tools=[TOOL], stream=True))
+    assert reason == whole["finish_reason"] and message["content"] == (whole["message"]["content"] or "")
+    assert [each["function"] for each in message["tool_calls"]] == [
+        each["function"] for each in whole["message"]["tool_calls"]
+    ]
+    server.assert_nothing_left()
 
 
 def test_tool_choice_that_cannot_be_met_is_refused(client, server, monkeypatch):

@@ -137,3 +137,40 @@ def test_unknown_rows_cost_as_little_as_known_ones():
     tokenizer._vocab = Counting(tokenizer._vocab)
     grammar._vocabulary(tokenizer, tokenizer.vocab_size + 1000)
     assert Counting.scans < 10
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_triggered_grammar_binds_behind_its_mark(llm, tiny_model, tokenizer, drafts):
+    """Free text is untouched; drafts change nothing; what the mark begins is as the grammar says, to its end."""
+    made = LLM(tiny_model(vocab_size=tokenizer.vocab_size + 5), tokenizer, ngram_draft_tokens=drafts)
+    source = 'start: r0 /-[0-9]{3};/\nr0[suffix="e"]: /(?s:.*)/'
+    make = made.grammars.compile(SamplingParams(grammar=source))
+    marked = 0
+    for seed in range(12):
+        params = SamplingParams(
+            max_tokens=60, seed=seed, temperature=0.7, ignore_eos=True, logit_bias={tokenizer.encode("e")[0]: 4.0}
+        )
+        bound = made.submit("ab ab ab", params, grammar=lambda: grammar.TriggeredGrammar(make, tokenizer, "e")).result()
+        free = llm.generate("ab ab ab", params)
+        head = free.text.partition("e")[0]
+        assert bound.text.startswith(head) and (bound.text == free.text or "e" in free.text)
+        marked += "e" in free.text
+        assert not re.search(r"e(?!-?[0-9]{0,3}$)", re.sub(r"e-[0-9]{3};", "", bound.text)), bound.text
+    assert marked > 3
+
+
+def test_triggered_grammar_counts_where_it_may(llm, tokenizer):
+    make = llm.grammars.compile(SamplingParams(grammar='start: "e" /[0-9]/'))
+    cases = [
+        ("xe", {}, True), ("xe", {"first_only": True}, False), (" e", {"first_only": True}, True),
+        ("e1;e", {"first_only": True}, True), ("e1xe", {"first_only": True}, False), ("e1xe", {}, True),
+        ("e1", {}, False), ("<t>e", {"thoughts": ("<t>", "</t>")}, False),
+        ("<t>e</t>e", {"thoughts": ("<t>", "</t>")}, True),
+        ("e", {"thoughts": ("<t>", "</t>")}, True), ("e</t>e", {"thoughts": ("<t>", "</t>"), "inside": True}, True),
+        ("e", {"thoughts": ("<t>", "</t>"), "inside": True}, False), ("ex", {}, False),
+    ]  # fmt: skip
+    for text, options, active in cases:
+        bound = grammar.TriggeredGrammar(make, tokenizer, "e", **options)
+        for _ in range(2):
+            bound.rewind(tokenizer.encode(text))
+            assert bound.active == active, (text, options)

@@ -1,11 +1,29 @@
+import json
 import random
 
 import pytest
+import torch
 
 from tests.processes import run_processes
+from warploom.engine import ModelConfig, Transformer
+from warploom.engine.formats.model_directory import save_model
 from warploom.engine.training import Callback, TrainConfig
+from warploom.tokenizer import BPETokenizer
 
 TINY = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32}
+
+
+def save_chat_model(folder, texts, vocab_size, template):
+    """A small model with a ChatML-like template, in `folder`."""
+    tok = BPETokenizer.train(texts, vocab_size, special_tokens=("<|im_start|>", "<|im_end|>"))
+    tok.chat_template = template
+    torch.manual_seed(0)
+    save_model(Transformer(ModelConfig(**{**TINY, "max_seq_len": 128}, vocab_size=tok.vocab_size)), folder, tok)
+
+
+def write_rows(path, rows):
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Recorder(Callback):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.training import member
+from tests.engine.training.conftest import save_chat_model, write_rows
 from warploom.bench.kills import digest, run_killed, run_once
 from warploom.bench.kills import processes as commands
-from warploom.engine import ModelConfig, Transformer
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
-from warploom.engine.formats.families import pieces
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.families import weight_map
+from warploom.engine.formats.model_directory import load_model
 from warploom.engine.training import train
 from warploom.engine.training.callbacks import JsonLog
 from warploom.engine.training.trainer import Trainer
-from warploom.tokenizer import BPETokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
@@ -40,14 +40,8 @@ def base(tmp_path_factory):
         said = [f"{a} and {b}?", f"That makes {a + b}.", f"and {c} more?", f"{a + b + c}."][: draw.choice((2, 4))]
         roles = ("user", "assistant") * 2
         rows.append({"messages": [{"role": role, "content": text} for role, text in zip(roles, said)]})
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tok = BPETokenizer.train(
-        [row["messages"][1]["content"] for row in rows], 300, special_tokens=("<|im_start|>", "<|im_end|>")
-    )
-    tok.chat_template = UNTAGGED
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=tok.vocab_size, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=128)
-    save_model(Transformer(config), folder, tok)
+    write_rows(folder / "chats.jsonl", rows)
+    save_chat_model(folder, [row["messages"][1]["content"] for row in rows], 300, UNTAGGED)
     return folder
 
 
@@ -92,7 +86,7 @@ def test_conversation_loss_and_gradients_equal_trl(base, chat, tmp_path):
     assert float(ours) == pytest.approx(float(theirs.detach()), abs=1e-6)
     gradients = dict(theirs_model.named_parameters())
     for name, p in trainer.state.masters.named.items():
-        for published, grad in pieces(trainer.state.model.config, [name])[0].split(p.grad):
+        for published, grad in weight_map(trainer.state.model.config, [name])[0].split(p.grad):
             wanted = gradients[published].grad
             assert (grad - wanted).norm() <= 1e-6 * wanted.norm(), published
 
@@ -166,3 +160,12 @@ def test_inspect_data_shows_what_is_learned(chat, capsys):
     said = capsys.readouterr().out
     assert "document 1: " in said and "⟦That makes " in said and "<|im_end|>⟧" in said
     assert load_file(f"{config.out}/model.safetensors")
+
+
+def test_task_is_a_conversation_for_a_chat_model(chat, capsys):
+    """Its problems are learned as `rl` and `eval` ask them: in the template of the model."""
+    config = chat(data="tasks:sums:3", steps=1)
+    train(config)
+    assert main(["inspect", "data", config.out, "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"user\n\d\+\d\+\d=<\|im_end\|>\n?<\|im_start\|>assistant\n⟦(<\d+>)?\d<\|im_end\|>⟧", said)

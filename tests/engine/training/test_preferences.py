@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.training.conftest import save_chat_model, write_rows
 from warploom.bench.kills import digest, processes, run_killed, run_once
-from warploom.engine import ModelConfig, Transformer
 from warploom.engine.data.conversations import to_pair
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_directory import load_model, save_model
 from warploom.engine.training import train
 from warploom.engine.training.preferences import pair_losses, preference_losses
 from warploom.engine.training.trainer import Trainer
-from warploom.tokenizer import BPETokenizer
 
 TEMPLATE = (  # an answer ends with its end mark, as TRL's completion does
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -34,14 +33,8 @@ def base(tmp_path_factory):
         answers = f"That makes {a + b}.", f"Perhaps {a + b + draw.randrange(1, 9)}, who knows."
         sides = ([{"role": "assistant", "content": answer}] for answer in answers)
         rows.append({"prompt": asked, **dict(zip(("chosen", "rejected"), sides))})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tok = BPETokenizer.train(
-        ["That makes 12. Perhaps 7, who knows."], 280, special_tokens=("<|im_start|>", "<|im_end|>")
-    )
-    tok.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=tok.vocab_size, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, max_seq_len=128)
-    save_model(Transformer(config), folder, tok)
+    write_rows(folder / "pairs.jsonl", rows)
+    save_chat_model(folder, ["That makes 12. Perhaps 7, who knows."], 280, TEMPLATE)
     return folder
 
 

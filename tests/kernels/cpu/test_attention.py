@@ -9,7 +9,7 @@ from warploom import kernels
 from warploom.kernels.cpu import pointwise
 from warploom.kernels.cpu.attention import LONGEST, fuses
 
-needs_passes = pytest.mark.skipif(not pointwise.HAS_PASSES, reason="the C++ extension is not built")
+needs_passes = pytest.mark.skipif(not pointwise.HAS_NATIVE, reason="the C++ extension is not built")
 
 
 def plain(q, k, v, scale):

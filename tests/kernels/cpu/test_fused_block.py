@@ -7,9 +7,11 @@ from warploom import kernels
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Rotation, Transformer, dense_attention
 from warploom.engine.training import fused_block as rows
-from warploom.kernels.cpu import fused_block as rows_cpu
+from warploom.kernels.cpu import fused_block
 
-pytestmark = pytest.mark.skipif(not rows_cpu.HAS_ROWS, reason="needs the C++ extension and a CPU with AVX-512")
+pytestmark = pytest.mark.skipif(
+    not fused_block.HAS_FUSED_BLOCK, reason="needs the C++ extension and a CPU with AVX-512"
+)
 EPS = 1e-6
 
 
@@ -24,12 +26,12 @@ def by_ops(x, H, K, D, positions):
 
 def by_rows(x, H, K, D, positions):
     weights = [x[name] for name in ("norm", "qkv", "output", "between", "gate_up", "down")]
-    assert rows_cpu.is_supported(x["stream"], *weights)
+    assert fused_block.is_supported(x["stream"], *weights)
     norm, qkv, *others = weights
     tables = x.get("cos"), x.get("sin"), positions
-    q, k, v, stream = rows_cpu.norm_qkv_rope(x["delta"], x["stream"], norm, EPS, qkv, (H, K), *tables)
+    q, k, v, stream = fused_block.norm_qkv_rope(x["delta"], x["stream"], norm, EPS, qkv, (H, K), *tables)
     output, between, gate_up, down = others
-    return rows_cpu.out_proj_mlp(mix(q, k, v), stream, output, between, EPS, gate_up, down)
+    return fused_block.out_proj_mlp(mix(q, k, v), stream, output, between, EPS, gate_up, down)
 
 
 def mix(q, k, v):
@@ -103,8 +105,8 @@ def test_fused_block_gradients_equal_ops(monkeypatch):
     rows.install(model)
     tokens = torch.randint(32, (2, 16))
     seen = []
-    whole = rows_cpu.out_proj_mlp
-    monkeypatch.setattr(rows_cpu, "out_proj_mlp", lambda *args: seen.append(1) or whole(*args))
+    whole = fused_block.out_proj_mlp
+    monkeypatch.setattr(fused_block, "out_proj_mlp", lambda *args: seen.append(1) or whole(*args))
 
     def gradients():
         model.zero_grad()
@@ -114,7 +116,7 @@ def test_fused_block_gradients_equal_ops(monkeypatch):
 
     ours = gradients()
     assert seen
-    monkeypatch.setattr(rows_cpu, "HAS_ROWS", False)
+    monkeypatch.setattr(fused_block, "HAS_FUSED_BLOCK", False)
     for mine, theirs in zip(ours, gradients()):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
@@ -123,7 +125,7 @@ def test_fused_block_gradients_equal_ops(monkeypatch):
     "change", [{"dropout": 0.1}, {"bias": True}, {"norm": "layernorm"}, {"qk_norm": True}, {"d_ff": 40}]
 )
 def test_a_layer_with_more_in_it_goes_by_its_ops(change, monkeypatch):
-    monkeypatch.delattr(rows_cpu, "norm_qkv_rope")
+    monkeypatch.delattr(fused_block, "norm_qkv_rope")
     model = Transformer(ModelConfig(**LLAMA | change))
     rows.install(model)
     stream = torch.randn(1, 8, 32)

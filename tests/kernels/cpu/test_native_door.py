@@ -12,7 +12,7 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
 from warploom.kernels.cpu import pointwise
 
-pytestmark = pytest.mark.skipif(not pointwise.HAS_PASSES, reason="needs the C++ extension")
+pytestmark = pytest.mark.skipif(not pointwise.HAS_NATIVE, reason="needs the C++ extension")
 native = pointwise._native
 
 
@@ -66,7 +66,7 @@ def test_rope_int32_positions_are_positions():
 def test_fused_rows_wrong_position_raises():
     from warploom.kernels.cpu import fused_block
 
-    if not fused_block.HAS_ROWS:
+    if not fused_block.HAS_FUSED_BLOCK:
         pytest.skip("needs a CPU with AVX-512")
     stream, positions = torch.randn(1, 4, 32), torch.tensor([[0, 1, 2, 99]])
     weights = torch.ones(32), 1e-6, torch.randn(96, 32), (2, 2), *kernels.rope_tables(16, 8)
@@ -129,22 +129,22 @@ def test_team_is_found_whatever_its_name(tmp_path):
     """Torch's OpenMP is found through the libraries that torch has loaded, not by a file's name."""
     if sys.platform != "linux" or not pointwise.mapped_libraries("libtorch_cpu"):
         pytest.skip("needs Linux, where /proc/self/maps names what is loaded")
-    assert pointwise.HAS_TEAM
+    assert pointwise.HAS_OPENMP
     openmp = tuple(pointwise.mapped_libraries("libgomp", "libiomp5", "libomp"))  # others may have brought their own
     assert openmp, "torch has loaded an OpenMP library"
     with open("/proc/self/maps") as lines:
         spans = [line.split()[0].split("-") for line in lines if line.rstrip().endswith(openmp)]
-    parallel = pointwise.find_team()[0]
+    parallel = pointwise.find_openmp()[0]
     assert any(int(first, 16) <= parallel < int(end, 16) for first, end in spans)
 
 
-def test_passes_without_team_leave_threads_to_torch(monkeypatch):
-    monkeypatch.setattr(pointwise, "HAS_TEAM", False)
+def test_passes_without_openmp_leave_threads_to_torch(monkeypatch):
+    monkeypatch.setattr(pointwise, "HAS_OPENMP", False)
     x = torch.randn(4, 32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not pointwise.serves(x)
+    assert not pointwise.is_supported(x)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert pointwise.serves(x)
+    assert pointwise.is_supported(x)
 
 
 FORK = """
