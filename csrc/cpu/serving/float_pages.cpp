@@ -255,12 +255,12 @@ WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D,
 
 
 // Rows become columns.
-WARPLOOM_INLINE void turn_over(Scratch& s, int keys, int D) {
+WARPLOOM_INLINE void transpose_keys(Scratch& s, int keys, int D) {
     for (int j = 0; j < keys; j += 16)
-        for (int d = 0; d < D; d += 16) turn_square_over(&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
+        for (int d = 0; d < D; d += 16) (&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
 }
 
-// The scores of queries `first` to `last` with a round's keys, turned over: (D, keys). What a query does not see of them, `weigh`
+// The scores of queries `first` to `last` with a round's keys, transposed: (D, keys). What a query does not see of them, `weigh`
 // leaves out. `between(i)` is called before each tile.
 template <class Between>
 WARPLOOM_INLINE void dot_round(int first, int last, int keys, int D, Scratch& s, const Between& between) {
@@ -381,7 +381,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
             });
         for (int g = 0; g < G && !direct; ++g) {
             widen_round(all_keys, g);
-            turn_over(s, keys, padded);
+            transpose_keys(s, keys, padded);
             dot_round(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
         }
         for (int i = 0; i < all; i += kTogether) weigh(options, padded, i, std::min(kTogether, all - i), s);
