@@ -257,7 +257,7 @@ WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D,
 // Rows become columns.
 WARPLOOM_INLINE void transpose_keys(Scratch& s, int keys, int D) {
     for (int j = 0; j < keys; j += 16)
-        for (int d = 0; d < D; d += 16) (&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
+        for (int d = 0; d < D; d += 16) transpose_16x16(&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
 }
 
 // The scores of queries `first` to `last` with a round's keys, transposed: (D, keys). What a query does not see of them, `weigh`
