@@ -405,8 +405,8 @@ class AsyncEngine:
         prompt_cache.check(self.llm)
         path = self._prompt_file()
         try:
-            if path.exists():
-                logger.warning("prompt cache: %d pages restored from %s", prompt_cache.restore(self.llm, path), path)
+            if path.exists() and (pages := prompt_cache.restore(self.llm, path)):
+                logger.warning("prompt cache: %d pages restored from %s", pages, path)
         except (InputError, OSError) as error:
             logger.warning("prompt cache: starting without: %s", error)
 
