@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..errors import InputError
 from ..layers import Linear
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
-from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
+from .adapters import BASE_SAMPLE, CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
 from .families import architecture_of, dtype_name, from_hf_config, kind_of, to_hf_config, weight_map
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
@@ -157,10 +157,13 @@ def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> No
         if bits == 4:
             GGUFFile(directory).refuse_repacking(scheme)
         return
-    quantization = _read_config(directory).get("quantization_config") or {}
-    if quantization.get("quant_method") == "warploom":
+    quantization = _quantization(_read_config(directory))
+    method = quantization.get("quant_method")
+    if method == "warploom":
         held = max(layout_from(values).bits for kind, values in quantization["layouts"].items() if kind != "head")
         raise InputError(f"quantize={scheme!r} is for float weights, and {directory} has {held} bits: leave it out")
+    if method is not None and bits == 4:
+        raise InputError(f"quantize={scheme!r} is for float weights, and {directory} is packed by {method!r}")
 
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
@@ -234,8 +237,18 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
     directory = resolve_model(directory)
     if not is_adapter(directory):
         raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
-    base = base_of(directory if base is None else Path(base), weights=False)
-    return Adapter(directory, load_config(base), kind_in(base))
+    judged, base = base is not None, base_of(directory if base is None else Path(base), weights=False)
+    adapter = Adapter(directory, load_config(base), kind_in(base))
+    if judged and adapter.base_sample:
+        adapter.check_base(base, base_sample(base))
+    return adapter
+
+
+def base_sample(base: str | os.PathLike) -> tuple[float, ...]:
+    """A few numbers of a model's first matrix in a block, by which an adapter knows its base again."""
+    matrices = (weight for name, weight in read_weights(base) if name.startswith("blocks.") and weight.ndim > 1)
+    matrix = cast("Tensor", next(matrices)).float().flatten()
+    return tuple(float(f"{number:.4g}") for number in matrix[:: max(1, len(matrix) // 64)][:64])
 
 
 def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -246,6 +259,14 @@ def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{directory} is not a model directory: it has no config.json")
     return read_json(path)
+
+
+def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of packed weights in a config.json; MLX names no method."""
+    found = values.get("quantization_config") or values.get("quantization") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"config.json: quantization_config must be an object, not {found!r}")
+    return {"quant_method": "mlx", **found} if "bits" in found and "group_size" in found else found
 
 
 # Reading
@@ -262,8 +283,9 @@ def read_weights(
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
-    adapter = open_adapter(directory) if is_adapter(directory) else ()
-    directory = base_of(directory)
+    base = base_of(directory)
+    adapter = open_adapter(directory, base) if is_adapter(directory) else ()
+    directory = base
     if is_gguf(directory):
         file = GGUFFile(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -271,7 +293,7 @@ def read_weights(
     else:
         values = _read_config(directory)
         config, kind = from_hf_config(values), kind_of(values)
-        quantization = values.get("quantization_config") or {}
+        quantization = _quantization(values)
         opened = open_weights(directory, quantization)
         if quantization.get("quant_method") == "warploom":
             if adapter:
@@ -341,6 +363,8 @@ def write_adapter(
         save_file(published, staging / TENSORS, metadata={"format": "pt"})
         _write_json(staging / "generation_config.json", _text_bounds(tokenizer))
         _write_json(staging / CONFIG, adapter.to_peft(_transposed(config, kind)))
+        if adapter.sample:
+            (staging / BASE_SAMPLE).write_text(json.dumps(adapter.sample))
         shutil.copymode(staging / CONFIG, staging / TENSORS)
     return directory
 
@@ -351,8 +375,9 @@ def copy_adapter(source: Path, directory: Path) -> Adapter:
     with replacing(directory) as staging:
         if tokenizer is not None:
             tokenizer.save(staging)
-        for name in (TENSORS, CONFIG):
-            shutil.copyfile(source / name, staging / name)
+        for name in (TENSORS, CONFIG, BASE_SAMPLE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
     return adapter
 
 

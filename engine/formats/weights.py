@@ -23,7 +23,7 @@ from .packed_checkpoints import METHODS, read_integers
 from .packed_weight import PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNPACKED = ("fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "fbgemm_fp8", "warploom")
+UNPACKED = ("fp8", "mxfp4", *METHODS, "fbgemm_fp8", "warploom")
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
@@ -63,7 +63,7 @@ class Weights:
             return torch.bfloat16
         source = self.sources[found]
         stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
-        return torch.bfloat16 if stored in FP8 else stored
+        return stored if stored.is_floating_point and stored not in FP8 else torch.bfloat16
 
     def packed(self, name: str) -> Segment | None:
         """A published matrix as it is packed, if it is, in a way that is kept."""
@@ -124,7 +124,7 @@ class Weights:
         """Masks and tables of older files, predictors of a second next token, and what a model sees or hears with."""
         if name.endswith((".attn.bias", "attn.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")):
             return True
-        if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale")):  # of activations
+        if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale", "weight_format")):  # of activations
             return True
         if self.tower is not None and not name.startswith(self.tower):
             return True
