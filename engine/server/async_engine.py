@@ -315,6 +315,8 @@ class AsyncEngine:
 
     async def compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
         """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
+        if self.llm is None:
+            raise errors.unavailable(self.state)
         try:
             future = self.llm.grammars.start(params, client)
         except PoolFull:
