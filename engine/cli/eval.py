@@ -40,7 +40,7 @@ class Flags:
     max_tokens: int = 128
     """Of a task: most tokens of an answer."""
     seed: int = 0
-    """Of a task: another seed is other problems."""
+    """Of a task: another seed is other problems; none are those of `train` or `rl`."""
     run_code: bool = False
     """Of tasks:human-eval: allow it to run what the model writes, in a process with limits."""
     device: str = "auto"
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
 
 def _evaluate_task(flags: Flags) -> int:
     task = open_task(flags.data, flags.run_code)
-    from ..rl.evaluate import evaluate_choices, evaluate_task
+    from ..rl.evaluate import FRESH, evaluate_choices, evaluate_task
     from ..serving.llm import LLM
 
     problems = flags.limit or 100
@@ -92,9 +92,9 @@ def _evaluate_task(flags: Flags) -> int:
     if llm.tokenizer is None:
         raise InputError(f"{flags.model} has no tokenizer.json, so no question can be put to it")
     if flags.choices:
-        print(evaluate_choices(llm, task, problems, flags.seed))
+        print(evaluate_choices(llm, task, problems, flags.seed + FRESH))
         return 0
-    options = {"temperature": flags.temperature, "max_tokens": flags.max_tokens, "seed": flags.seed}
+    options = {"temperature": flags.temperature, "max_tokens": flags.max_tokens, "seed": flags.seed + FRESH}
     found = evaluate_task(llm, task, problems, flags.samples, **options)
     for example in found.examples:
         print(f"{'right' if example['score'] >= 1 else 'wrong'}: {example['prompt']!r} → {example['answer']!r}")

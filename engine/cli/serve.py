@@ -31,6 +31,11 @@ class Flags:
     llm: LLMOptions
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=DIR: a LoRA adapter of the model, once for each; requests name it as their model. Many share one batch."""
+    further_model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=DIR: another model, once for each: loaded when it is first asked for, with the options of the first."""
+    model_memory: int | None = None
+    """Bytes for the weights and pages of all models; the least recently used of the further ones is unloaded for
+    another. By default four fifths of what is free. Without kv_memory each has an eighth of it for pages."""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 is every one this machine has."""
     port: int = 8000
@@ -72,11 +77,12 @@ def run(argv: list[str]) -> int:
     listener = listen(flags.host, flags.port) if flags.uds is None else listen_local(flags.uds)
     if not keys and listener.family != UNIX and _is_loopback(listener) and not config.allowed_hosts:
         config = replace(config, allowed_hosts=("localhost",))
+    flags, further, memory = further_models(flags, config)
     loader = Loader(flags, config, len(keys))
     log_without_blocking()
     raise_file_limit()
     if flags.replicas == 1:
-        app = create_app(loader, config, keys, loader.stop)
+        app = create_app(loader, config, keys, loader.stop, further, memory)
         end_streams = app.state.bridge.end_flows
     else:
         app, end_streams = front(loader, config, keys)
@@ -142,6 +148,39 @@ def open_model(options: LLMOptions, adapters: dict[str, str], template: str | No
     return llm
 
 
+def further_models(flags: Flags, config: ServerConfig) -> tuple[Flags, dict[str, Any], int]:
+    """The further models, the flags with every model's part of the memory, and what the first leaves of it."""
+    if flags.replicas > 1 and (flags.further_model or config.prompt_cache):
+        raise InputError(f"replicas must be 1 with further_model or prompt_cache, got {flags.replicas}")
+    if not flags.further_model:
+        return flags, {}, 0
+    from ..formats.model_directory import load_config
+    from ..memory import available_memory
+    from ..server.model_pool import FurtherModel
+
+    memory = flags.model_memory or int(available_memory("cpu") * 0.8)
+    pages = flags.llm.kv_memory or memory // 8  # of each model
+    options = replace(flags.llm, kv_memory=pages)
+    flags, found = replace(flags, llm=options), {}
+    for name, source in directories(flags.further_model, "further_model").items():
+        load_config(source)
+        if name in found or name in config.names or name in adapters(flags):
+            raise InputError(f"further_model {name!r} has the name of another model: choose another")
+        mine = replace(options, model=source)
+        found[name] = FurtherModel(partial(open_model, mine, {}, None), model_size(source) + pages)
+    left = memory - model_size(options.model) - pages
+    return flags, found, max(left, 0)
+
+
+def model_size(source: str) -> int:
+    """Bytes of a model's files of weights."""
+    from ..formats.model_source import resolve_model
+
+    path = resolve_model(source)
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.suffix in (".safetensors", ".gguf", ".bin"))
+
+
 def template_of(flags: Flags) -> str | None:
     """The chat template of `--chat-template`, once it is known to compile."""
     if flags.chat_template is None:
@@ -197,10 +236,15 @@ def address_of(listener: socket.socket, secure: bool) -> str:
 
 def adapters(flags: Flags) -> dict[str, str]:
     """The directories of adapters by name."""
-    pairs = [given.partition("=") for given in flags.adapter]
-    for given, (name, _, directory) in zip(flags.adapter, pairs):
+    return directories(flags.adapter, "adapter")
+
+
+def directories(given: tuple[str, ...], flag: str) -> dict[str, str]:
+    """What a flag that is NAME=DIR, once for each, says."""
+    pairs = [each.partition("=") for each in given]
+    for each, (name, _, directory) in zip(given, pairs):
         if not name or not directory:
-            raise InputError(f"adapter must be NAME=DIR, got {given!r}")
+            raise InputError(f"{flag} must be NAME=DIR, got {each!r}")
     return {name: directory for name, _, directory in pairs}
 
 

@@ -13,9 +13,11 @@ biases, experts) is refused by name.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,9 @@ REFUSED = (
 """Options of PEFT's LoRA that make it another function than W + s·B·A."""
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # others subtract what they begin with from the base
 WHOLE = ("embedding.weight", "head.weight")
+BASE_SAMPLE = "base_sample.json"
+"""Beside PEFT's two files, which have no place for it: a few numbers of the base."""
+ALIKE = 0.5  # correlation of such numbers: above 0.99 for a model in 4 bits, within ±0.3 for another model
 
 
 def is_adapter(directory: Path) -> bool:
@@ -119,6 +124,8 @@ class AdapterConfig:
     """Published modules that are trained whole."""
     alphas: tuple[tuple[str, float], ...] = ()
     """Layers by pattern whose alpha is another."""
+    sample: tuple[float, ...] = ()
+    """A few numbers of the base, in a file of their own."""
 
     def scale(self, layer: str, rank: int) -> float:
         """s of a published layer whose factors have this rank."""
@@ -185,6 +192,7 @@ class Adapter:
         self.config, path = AdapterConfig.read(directory), directory / TENSORS
         self.path = path
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _read_tensors(path).items()}
+        self.base_sample = _read_sample(directory / BASE_SAMPLE)
         weights = {weight.weight: weight for weight in low_rank_weights(config, kind)}
         self.whole = self._take_whole(tensors, config, kind)
         self.factors: dict[str, Tensor] = {}
@@ -240,11 +248,32 @@ class Adapter:
     def __contains__(self, name: str) -> bool:
         return name in self.weights or name in self.whole
 
+    def check_base(self, base: str | os.PathLike, sample: Sequence[float]) -> None:
+        """Refuse a base that is another model; the same one rounded, packed or tuned further is near enough."""
+        ours, theirs = torch.tensor(self.base_sample), torch.tensor(sample)
+        if len(ours) != len(theirs) or torch.cosine_similarity(ours, theirs, 0) < ALIKE:
+            raise InputError(
+                f"{self.path} is of another model than {base}: numbers of its base that it remembers are not this "
+                f"one's; use it with the model it was trained on, {self.config.base}"
+            )
+
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """A weight of the base, in float32, as the adapter changes it."""
         if name in self.whole:
             return self.whole[name].to(weight)
         return weight + self.weights[name].change(self.factors, self.scales).to(weight.device)
+
+
+def _read_sample(path: Path) -> list[float]:
+    """The numbers that an adapter remembers of its base; none of an adapter that others made."""
+    if not path.is_file():
+        return []
+    try:
+        return [float(number) for number in json.loads(path.read_text())]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no list of numbers: {first_line(error)}; without the file, no base is refused"
+        ) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

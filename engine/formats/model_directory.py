@@ -32,7 +32,7 @@ from ..errors import InputError
 from ..layers import Linear
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
-from .adapters import CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
+from .adapters import BASE_SAMPLE, CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
 from .families import architecture_of, dtype_name, from_hf_config, kind_of, to_hf_config, weight_map
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
@@ -234,8 +234,18 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
     directory = resolve_model(directory)
     if not is_adapter(directory):
         raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
-    base = base_of(directory if base is None else Path(base), weights=False)
-    return Adapter(directory, load_config(base), kind_in(base))
+    judged, base = base is not None, base_of(directory if base is None else Path(base), weights=False)
+    adapter = Adapter(directory, load_config(base), kind_in(base))
+    if judged and adapter.base_sample:
+        adapter.check_base(base, base_sample(base))
+    return adapter
+
+
+def base_sample(base: str | os.PathLike) -> tuple[float, ...]:
+    """A few numbers of a model's first matrix in a block, by which an adapter knows its base again."""
+    matrices = (weight for name, weight in read_weights(base) if name.startswith("blocks.") and weight.ndim > 1)
+    matrix = cast("Tensor", next(matrices)).float().flatten()
+    return tuple(float(f"{number:.4g}") for number in matrix[:: max(1, len(matrix) // 64)][:64])
 
 
 def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -262,8 +272,9 @@ def read_weights(
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
-    adapter = open_adapter(directory) if is_adapter(directory) else ()
-    directory = base_of(directory)
+    base = base_of(directory)
+    adapter = open_adapter(directory, base) if is_adapter(directory) else ()
+    directory = base
     if is_gguf(directory):
         file = GGUFFile(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -341,6 +352,8 @@ def write_adapter(
         save_file(published, staging / TENSORS, metadata={"format": "pt"})
         _write_json(staging / "generation_config.json", _text_bounds(tokenizer))
         _write_json(staging / CONFIG, adapter.to_peft(_transposed(config, kind)))
+        if adapter.sample:
+            (staging / BASE_SAMPLE).write_text(json.dumps(adapter.sample))
         shutil.copymode(staging / CONFIG, staging / TENSORS)
     return directory
 
@@ -351,8 +364,9 @@ def copy_adapter(source: Path, directory: Path) -> Adapter:
     with replacing(directory) as staging:
         if tokenizer is not None:
             tokenizer.save(staging)
-        for name in (TENSORS, CONFIG):
-            shutil.copyfile(source / name, staging / name)
+        for name in (TENSORS, CONFIG, BASE_SAMPLE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
     return adapter
 
 

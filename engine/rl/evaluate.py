@@ -18,6 +18,9 @@ from ..serving.sampling_params import SamplingParams
 from ..tasks import Task
 from .prompts import encode_prompt, sample_seed
 
+FRESH = 1 << 31
+"""Added to a run's seed, the seed of problems that are in no training data."""
+
 
 @dataclass(frozen=True)
 class TaskResult:

@@ -41,14 +41,12 @@ from ..training.signals import interruptible
 from ..training.trainer import Trainer, first_state
 from .config import RLConfig
 from .environments import Environment, play
-from .evaluate import evaluate_task
+from .evaluate import FRESH, evaluate_task
 from .policy import Packed, Policy, exact_obstacle, micro_batches, pack, token_weights
 from .prompts import Prompts, open_prompts
 from .report import RLProgress, write_rl_card
 from .rewards import RewardError, RewardFunction, Rewards, load_function, open_rewards
 from .rollouts import Rollouts, roll_out
-
-FRESH = 1 << 40  # added to the seed of a run, the seed of the problems it is evaluated on
 
 
 def reinforce(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from .config import ServerConfig
 from .handlers import FINGERPRINT, Service
 from .metrics import Metrics
 from .middleware import RequestMiddleware
+from .model_pool import FurtherModel, ModelPool
 from .openai import schemas
 from .openai.embeddings import EmbeddingRequest, ScoreRequest
 from .openai.errors import APIError
@@ -36,16 +37,20 @@ def create_app(
     config: ServerConfig | None = None,
     keys: tuple[str, ...] = (),
     on_failure: Callable[[], None] = lambda: None,
+    further: Mapping[str, FurtherModel] | None = None,
+    memory: int = 0,
 ) -> FastAPI:
     """The ASGI application of one engine. `make()` builds its `LLM`, in a thread, once the server listens.
 
-    `on_failure()` is called when the engine has failed for good.
+    `on_failure()` is called when the engine has failed for good. `further` models are loaded when they are asked for,
+    as many at a time as `memory` bytes hold.
     """
     config = config or ServerConfig()
     config = replace(config, name=config.name or "warploom")
     bridge = AsyncEngine(make, config, on_failure)
     metrics = Metrics(bridge)
     service = Service(bridge, config, metrics)
+    models = ModelPool(service, further or {}, memory)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +60,7 @@ def create_app(
             if playground:
                 await playground.close()
         finally:
+            await models.stop()
             await bridge.stop()
 
     app = FastAPI(
@@ -67,8 +73,9 @@ def create_app(
     )
     app.router.route_class = BodyRoute
     app.state.bridge, app.state.service, app.state.metrics = bridge, service, metrics
+    app.state.models = models
     _add_errors(app)
-    _add_model_routes(app, service)
+    _add_model_routes(app, models)
     _add_other_routes(app, bridge, metrics)
     playground = _add_page(app, service, config)
     app.add_middleware(RequestMiddleware, config=config, keys=keys, visits=metrics.visits)
@@ -84,69 +91,81 @@ def allowed_origins(config: ServerConfig) -> dict[str, Any]:
     return {**origins, "expose_headers": ["x-request-id"]}
 
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
+def _add_model_routes(app: FastAPI, pool: ModelPool) -> None:
     generating: dict[str, Any] = {"tags": ["generate"]}
 
     @app.post("/v1/completions", responses=answers(schemas.Completion, *REFUSALS, stream=True), **generating)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text or token ids, or a list of either. With `stream`, server-sent events."""
-        return await service.complete(body, request)
+        async with pool.use(body.model) as service:
+            return await service.complete(body, request)
 
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, *REFUSALS, stream=True), **generating)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """The next message of a conversation. With `stream`, server-sent events."""
-        return await service.chat(body, request)
+        async with pool.use(body.model) as service:
+            return await service.chat(body, request)
 
     @app.post("/v1/responses", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **generating)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """OpenAI's Responses, stateless: the next items of a conversation. With `stream`, server-sent events."""
-        return await service.agent(body, request, ResponsesWriter)
+        async with pool.use(body.model) as service:
+            return await service.agent(body, request, ResponsesWriter)
 
     @app.post("/v1/messages", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **generating)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Anthropic's Messages: the next message of a conversation. With `stream`, server-sent events."""
-        return await service.agent(body, request, MessagesWriter)
+        async with pool.use(body.model) as service:
+            return await service.agent(body, request, MessagesWriter)
 
     @app.post("/v1/messages/count_tokens", responses=answers(schemas.Whatever, *REFUSALS), **generating)
     async def count_tokens(body: MessagesRequest, request: Request) -> Response:
         """Count the tokens of a conversation, for `/v1/messages`."""
-        return await service.count_tokens(body, request)
+        async with pool.use(body.model) as service:
+            return await service.count_tokens(body, request)
 
     @app.post("/v1/embeddings", responses=answers(schemas.Embeddings, *REFUSALS), tags=["embed"])
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Texts as unit vectors: the mean of the last layer's hidden states, or the last token's."""
-        return await service.embed(body, request)
+        async with pool.use(body.model) as service:
+            return await service.embed(body, request)
 
     @app.post("/v1/score", responses=answers(schemas.Scores, *REFUSALS), tags=["embed"])
     async def score(body: ScoreRequest, request: Request) -> Response:
         """How near pairs of texts are: the cosine between their embeddings."""
-        return await service.score(body, request)
+        async with pool.use(body.model) as service:
+            return await service.score(body, request)
 
     @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **generating)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Rows of token ids, or texts, in; the rows with their continuations, and those as text, out."""
-        return await service.generate(body, request)
+        async with pool.use(None) as service:
+            return await service.generate(body, request)
 
     @app.get("/v1/models", responses=answers(schemas.ModelList), tags=["model"])
     async def models() -> Response:
         """The model that is served, and its adapters, each as a model."""
-        return JSONResponse({"object": "list", "data": service.models()})
+        return JSONResponse({"object": "list", "data": pool.first.models()})
 
     @app.get("/v1/models/{model:path}", responses=answers(schemas.Model, 404), tags=["model"])
     async def model(model: str) -> Response:
         """The model, or one of its adapters, by its name."""
-        service.adapter_of(model)
-        return JSONResponse(next(each for each in service.models() if each["id"] == model))
+        found = next((each for each in pool.first.models() if each["id"] == model), None)
+        if found is None:
+            pool.first.adapter_of(model)
+        return JSONResponse(found)
 
     @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """A text, or a conversation as the model reads it, as token ids."""
-        return await service.tokenize(body, request)
+        async with pool.use(body.model) as service:
+            return await service.tokenize(body, request)
 
     @app.post("/detokenize", responses=answers(schemas.Detokenized, 400, 404, 413, 503), tags=["model"])
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Token ids as text."""
-        return await service.detokenize(body, request)
+        async with pool.use(body.model) as service:
+            return await service.detokenize(body, request)
 
 
 def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> None:

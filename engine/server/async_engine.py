@@ -26,10 +26,12 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from ..errors import InputError
-from ..serving import Output, Piece, SamplingParams
+from ..serving import Output, Piece, SamplingParams, prompt_cache
 from ..serving import structured_output as grammars
 from ..serving.fair_pool import FairPool, PoolFull
 from .config import ServerConfig
@@ -179,6 +181,7 @@ class AsyncEngine:
         self.llm: Any = None
         self._state = "loading"
         self.restarts = 0
+        self.error = ""  # why the model could not be loaded, in words for whoever started the server
         self.flows: set[RequestStream] = set()
         self.open = 0  # continuations under way, waiting ones included
         self.holds: Counter = Counter()  # the same by party
@@ -197,7 +200,7 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """Cancel what is left and end the engine's thread."""
-        self._state = "stopping"
+        was_ready, self._state = self.engine_ready, "stopping"
         for task in self._tasks:
             task.cancel()
         for flow in list(self.flows):
@@ -205,6 +208,8 @@ class AsyncEngine:
             flow.close()
         if self.llm is not None:
             await asyncio.to_thread(self.llm.engine.stop)
+            if was_ready and self.config.prompt_cache is not None:
+                await asyncio.to_thread(self._save_prompts)
         self._workers.shutdown()
 
     async def offload(self, work: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
@@ -369,7 +374,9 @@ class AsyncEngine:
             try:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
+                await asyncio.to_thread(self._restore_prompts)
             except InputError as error:  # a mistake of whoever started the server, who needs no traceback
+                self.error = str(error)
                 logger.error("the engine could not be built: %s", error)
                 break
             except Exception:
@@ -387,6 +394,28 @@ class AsyncEngine:
         self._state = "failed"
         logger.critical("the engine has failed and will not be restarted again")
         self._on_failure()
+
+    def _prompt_file(self) -> Path:
+        name = quote(self.config.name, safe="")
+        return Path(self.config.prompt_cache or ".") / f"{name[:200]}.pages"
+
+    def _restore_prompts(self) -> None:
+        if self.config.prompt_cache is None:
+            return
+        prompt_cache.check(self.llm)
+        path = self._prompt_file()
+        try:
+            if path.exists():
+                logger.warning("prompt cache: %d pages restored from %s", prompt_cache.restore(self.llm, path), path)
+        except (InputError, OSError) as error:
+            logger.warning("prompt cache: starting without: %s", error)
+
+    def _save_prompts(self) -> None:
+        """Write what is in the cache of an engine at rest; a failure costs nothing but the next start's time."""
+        try:
+            prompt_cache.save(self.llm, self._prompt_file())
+        except Exception:
+            logger.exception("prompt cache: not saved")
 
     async def _watch(self) -> None:
         """Return when the engine is broken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import InputError
 
@@ -38,6 +39,9 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names in the Host header that are served, besides addresses; none: any, but only localhost on 127.0.0.1 and ::1
     without keys, where the page of a stranger could else reach the server under its own name (DNS rebinding)."""
+    prompt_cache: Path | None = None
+    """A directory to keep computed prompts in over a restart, for each model a file of a gigabyte at most. They hold
+    what people have asked."""
     ui: bool = True
     """The playground page at / (needs gradio)."""
     log: bool = True

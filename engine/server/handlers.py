@@ -51,6 +51,7 @@ class Service:
     def __init__(self, bridge: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
         self.bridge, self.config, self.metrics = bridge, config, metrics
         self.started = int(time.time())
+        self.further: tuple[str, ...] = ()  # names of models that are loaded when they are asked for
 
     @property
     def llm(self) -> Any:
@@ -182,10 +183,11 @@ class Service:
         return json_response({"prompt": text})
 
     def models(self) -> list[dict[str, Any]]:
-        """/v1/models: the one there is, then its adapters."""
+        """/v1/models: the one there is, then its adapters, then the others, of which nothing is known before."""
         longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
         model = {"object": "model", "created": self.started, "owned_by": "warploom", "max_model_len": longest}
-        return [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
+        known = [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
+        return known + [{"id": name, **model, "max_model_len": None} for name in self.further]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -197,7 +199,7 @@ class Service:
         if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
-            served = ", ".join(map(repr, (*self.config.names, *self.adapters)))
+            served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
             message = f"the model {name!r} is not served here; there is {served}"
             raise errors.APIError(404, message, param="model", code="model_not_found")
         return name

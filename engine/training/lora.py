@@ -29,7 +29,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..formats.adapters import WHOLE, AdapterConfig, LowRank, choose_layers, factor_names, low_rank_weights
 from ..formats.families import weight_map
-from ..formats.model_directory import base_of, kind_in, open_adapter, write_adapter
+from ..formats.model_directory import base_of, base_sample, kind_in, open_adapter, write_adapter
 from ..formats.model_source import resolve_model
 from ..model import Transformer
 from ..parallel.tensor_parallel import ShardSpec, shard_specs
@@ -122,6 +122,7 @@ def adapter_config(config: TrainConfig, model: ModelConfig, layers: list[str], k
     return AdapterConfig(
         str(base.resolve()) if local_path else config.init_from, config.lora,
         2 * config.lora if config.lora_alpha is None else config.lora_alpha, config.lora_rslora, targets, saved,
+        sample=base_sample(base),
     )  # fmt: skip
 
 

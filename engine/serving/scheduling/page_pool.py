@@ -125,6 +125,15 @@ class PagePool:
             self._published[key] = page
         return page.chain
 
+    def published(self) -> list[tuple[int, Hashable, Key]]:
+        """Findable pages that nobody holds, the most recently used first, so parents first: number, chain, key."""
+        found, page = [], self._ring.older
+        while page is not self._ring:
+            if page.key is not None:
+                found.append((page.number, page.chain, page.key))
+            page = page.older
+        return found
+
     def root(self, salt: Hashable = None) -> Hashable:
         """The chain of an empty text."""
         return ("salt", salt)

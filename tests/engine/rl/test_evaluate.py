@@ -1,6 +1,7 @@
 """Evaluation by tasks."""
 
 import itertools
+import re
 from statistics import fmean
 
 import pytest
@@ -66,3 +67,9 @@ def test_train_reads_a_task(tmp_path, capsys):
     assert main(["train", "tasks:addition:1", "--out", out, *argv, "--n-kv-heads", "1", "--device", "cpu"]) == 0
     assert main(["eval", out, "tasks:addition:1", "--limit", "4", "--max-tokens", "8", "--device", "cpu"]) == 0
     assert main(["train", "tasks:reasoning-gym/chain_sum", "--out", out + "2"]) == 2
+
+
+def test_eval_problems_are_in_no_training_data(base, capsys):
+    assert main(["eval", str(base), "tasks:reversal:5", "--limit", "3", "--max-tokens", "4", "--device", "cpu"]) == 0
+    asked = set(re.findall(r"'(reverse \w+: )'", capsys.readouterr().out))
+    assert len(asked) == 3 and asked.isdisjoint(question for question, _ in open_task("reversal:5").solved(1000))

@@ -78,11 +78,11 @@ class HeldLLM(LLM):
 class Server:
     """A server in a thread, and what tests want to know of it."""
 
-    def __init__(self, make, config: ServerConfig, keys=(), **options):
+    def __init__(self, make, config: ServerConfig, keys=(), further=None, memory=0, **options):
         from warploom.engine.server.app import create_app
         from warploom.engine.server.http_server import HTTPServer
 
-        self.app = create_app(make, config, keys)
+        self.app = create_app(make, config, keys, further=further, memory=memory)
         self.bridge = self.app.state.bridge
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"

@@ -118,3 +118,14 @@ def test_lenient_server_ignores_and_names_what_it_does_not_know():
         assert answer.status_code == 200 and answer.headers["x-warploom-ignored"] == "suffix, tempreture"
         assert client.post("/v1/completions", json={**body, "temperature": 9}).status_code == 400
         assert "x-warploom-ignored" not in client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).headers
+
+
+def test_prompts_are_cached_over_a_restart(tmp_path):
+    body = {"prompt": "a prompt of more than one page, to be asked again", "max_tokens": 8, "temperature": 0}
+    answers = []
+    for _ in range(2):
+        with serving(prompt_cache=tmp_path / "cache") as server:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json())
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 48]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == ["tiny.pages"]

@@ -1,6 +1,7 @@
 """Training an adapter: PEFT opens it, the bits survive kills, and processes share it as they share full training."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from warploom.engine.cli import main
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_directory import load_model, open_adapter, save_model
 from warploom.engine.model import Transformer
+from warploom.engine.serving import LLM
 from warploom.engine.training import TrainConfig, train
 from warploom.engine.training.callbacks import JsonLog
 from warploom.engine.training.inputs import prepare
@@ -54,6 +56,24 @@ def test_lora_run_is_an_adapter_that_peft_opens(lora, tied, options):
         wanted, found = theirs(TOKENS).logits, ours(TOKENS)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert not list(Path(config.out).glob("model*")), "the base stays where it is"
+
+
+def test_adapter_of_another_base_is_refused(lora, tmp_path):
+    """One of the same shape, that is; its own may have been rounded or tuned since."""
+    base = Path(shutil.copytree(lora().init_from, tmp_path / "copy"))
+    config = lora(init_from=str(base), steps=2)
+    train(config)
+    model, tokenizer = load_model(base, "cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 0.1 * torch.randn_like(p))
+    save_model(model, base, tokenizer)
+    assert load_model(config.out, "cpu")
+    torch.manual_seed(7)
+    save_model(Transformer(model.config), base, tokenizer)
+    for opened in (lambda: load_model(config.out), lambda: LLM(base, device="cpu", adapters={"own": config.out})):
+        with pytest.raises(InputError, match=r"is of another model than .*: numbers of its base that it remembers"):
+            opened()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
