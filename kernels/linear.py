@@ -20,6 +20,7 @@ from .core.lang import cdiv, generation, tl, triton, wide
 from .core.launch import AutogradOp, as_rows, last_dim_contiguous, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
+from .swiglu import activate
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -34,12 +35,20 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y. Tiles of the same features come one after the other, to find W in the cache."""
+    """A tile of y. Tiles of the same features come one after the other, to find W in the cache.
+
+    With an ACTIVATION, y has half of W's F features, gates · ups: a tile takes eight gates and their eight ups by
+    turns, which a thread of the tensor core's tile holds together."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    own = tl.arange(0, BLOCK_F)
+    if ACTIVATION == "":
+        f = tl.program_id(1).to(tl.int64) * BLOCK_F + own
+    else:
+        f = tl.program_id(1).to(tl.int64) * (BLOCK_F // 2) + (own // 16).to(tl.int64) * 8 + own % 8
+        f = tl.where(f < F // 2, f + tl.where(own // 8 % 2 == 0, 0, F // 2), F)
     total = tl.zeros([BLOCK_F, ROWS], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -52,6 +61,11 @@ def linear_kernel(
         total *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[:, None]
     if BIAS:
         total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION != "":
+        gate, up = tl.split(tl.permute(tl.reshape(total, [BLOCK_F // 16, 2, 8, ROWS]), [0, 2, 3, 1]))
+        total = tl.reshape(activate(gate, ACTIVATION)[0] * up, [BLOCK_F // 2, ROWS])
+        f = tl.program_id(1).to(tl.int64) * (BLOCK_F // 2) + tl.arange(0, BLOCK_F // 2)
+        F = F // 2
     y = tl.trans(total).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m[:, None] * F + f[None, :], y, mask=(m < M)[:, None] & (f < F)[None, :])
 
@@ -77,18 +91,23 @@ def _tile(name: str, x: torch.Tensor, M: int) -> dict:
 
 
 def product(
-    name: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+    name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str = "",
 ) -> torch.Tensor:
-    """x · weightᵀ · scale + bias, with the launch settings of the op of that name."""
+    """x · weightᵀ · scale + bias, with the launch settings of the op of that name; through a gate, if there is one."""
     x_MC, weight = last_dim_contiguous(as_rows(x)), last_dim_contiguous(weight)
     (M, C), F = x_MC.shape, len(weight)
-    y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], F // 2 if activation else F, dtype=x.dtype, device=x.device)
     tile = _tile(name, x, M)
     launch(
         linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
         x_MC, weight, x if scale is None else scale, x if bias is None else bias, y,
         M, F, C, x_MC.stride(0), weight.stride(0),
-        SCALED=scale is not None, BIAS=bias is not None, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
+        SCALED=scale is not None, BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
     )  # fmt: skip
     return y
 
@@ -149,5 +168,5 @@ linear = Op(
     ],
     traffic=lambda *args, **__: (_moved(*args), 2 * _moved(*args)),
     flops=lambda x, weight, bias=None: (2 * x.numel() * len(weight), 4 * x.numel() * len(weight)),
-    budget=Budget(registers=255, vector=True, wgmma=True),
+    budget=Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
 )

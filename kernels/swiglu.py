@@ -40,7 +40,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> t
     dtype = wide(gate)
     if activation == "clamped":
         return _clamped(gate.to(dtype), up.to(dtype)).to(gate.dtype)
-    return (_activation(activation)(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+    return (check_activation(activation)(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
 def _swiglu_packed(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -53,7 +53,7 @@ def _swiglu_packed(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
 def _swiglu_eager(gate, up, activation="silu"):
     if activation == "clamped":
         return _swiglu(gate, up, activation)
-    act = _activation(activation)
+    act = check_activation(activation)
     if gate.shape == up.shape and pointwise.is_supported(gate, up):
         return pointwise.gate(gate, up, activation)
     return act(gate) * up
@@ -62,13 +62,13 @@ def _swiglu_eager(gate, up, activation="silu"):
 def _swiglu_packed_eager(gate_up, activation="silu"):
     if activation == "clamped":
         return _swiglu_packed(gate_up, activation)
-    _activation(activation)
+    check_activation(activation)
     if pointwise.is_supported(gate_up) and gate_up.shape[-1] % 2 == 0:
         return pointwise.packed_gate(gate_up, activation)
     return _swiglu_eager(*gate_up.chunk(2, -1), activation)
 
 
-def _activation(name: str):
+def check_activation(name: str):
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}; valid are {', '.join(ACTIVATIONS)}, clamped")
     return ACTIVATIONS[name]
@@ -208,7 +208,7 @@ _gate_packed = AutogradOp(
 def _swiglu_fused(gate, up, activation="silu"):
     if activation == "clamped":
         return _swiglu(gate, up, activation)
-    _activation(activation)
+    check_activation(activation)
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
     return _gate(gate, up, activation)
@@ -217,7 +217,7 @@ def _swiglu_fused(gate, up, activation="silu"):
 def _swiglu_packed_fused(gate_up, activation="silu"):
     if activation == "clamped":
         return _swiglu_packed(gate_up, activation)
-    _activation(activation)
+    check_activation(activation)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu_packed: the last dimension is {gate_up.shape[-1]}; it must be even: gate, then up")
     return _gate_packed(gate_up, activation)

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -157,10 +157,13 @@ def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> No
         if bits == 4:
             GGUFFile(directory).refuse_repacking(scheme)
         return
-    quantization = _read_config(directory).get("quantization_config") or {}
-    if quantization.get("quant_method") == "warploom":
+    quantization = _quantization(_read_config(directory))
+    method = quantization.get("quant_method")
+    if method == "warploom":
         held = max(layout_from(values).bits for kind, values in quantization["layouts"].items() if kind != "head")
         raise InputError(f"quantize={scheme!r} is for float weights, and {directory} has {held} bits: leave it out")
+    if method is not None and bits == 4:
+        raise InputError(f"quantize={scheme!r} is for float weights, and {directory} is packed by {method!r}")
 
 
 def read_tokenizer(directory: str | os.PathLike) -> Any:
@@ -258,6 +261,14 @@ def _read_config(directory: str | os.PathLike) -> dict[str, Any]:
     return read_json(path)
 
 
+def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of packed weights in a config.json; MLX names no method."""
+    found = values.get("quantization_config") or values.get("quantization") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"config.json: quantization_config must be an object, not {found!r}")
+    return {"quant_method": "mlx", **found} if "bits" in found and "group_size" in found else found
+
+
 # Reading
 
 
@@ -282,7 +293,7 @@ def read_weights(
     else:
         values = _read_config(directory)
         config, kind = from_hf_config(values), kind_of(values)
-        quantization = values.get("quantization_config") or {}
+        quantization = _quantization(values)
         opened = open_weights(directory, quantization)
         if quantization.get("quant_method") == "warploom":
             if adapter:

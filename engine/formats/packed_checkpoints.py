@@ -1,11 +1,13 @@
-"""Integer weights of AWQ, GPTQ and compressed-tensors as packed rows.
+"""Integer weights of AWQ, GPTQ, compressed-tensors, MLX and bitsandbytes as packed rows.
 
-All keep w = (q - z) · s with a scale s and a zero point z a group of input columns; they differ in which side of a
-matrix lies in 32-bit words, and in what order (`-` is a nibble or byte of a word):
+All but the last keep w = (q - z) · s with a scale s and a zero point z a group of input columns; they differ in which
+side of a matrix lies in 32-bit words, and in what order (`-` is a nibble or byte of a word):
 
     AWQ                 qweight (in, out/-) and qzeros (in/g, out/-) in the order 0 2 4 6 1 3 5 7, scales (in/g, out)
     GPTQ                qweight (in/-, out), qzeros (in/g, out/-) holding z - 1 (z in version 2), scales (in/g, out)
     compressed-tensors  weight_packed (out, in/-), weight_zero_point (out/-, in/g), weight_scale (out, in/g); or int8
+    MLX                 weight (out, in/-), scales (out, in/g), biases (out, in/g) holding -z · s
+    bitsandbytes        8 bits: int8 with a scale a row. 4 bits: a code of sixteen numbers, dequantized
 
 A group of 128 is written out as two of 64. Without zero points the weights are the file's in every bit; -z · s is
 rounded to half precision. GPTQ's columns in order of activation (`desc_act`) have no groups side by side: dequantized.
@@ -13,6 +15,8 @@ rounded to half precision. GPTQ's columns in order of activation (`desc_act`) ha
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +27,8 @@ from ..errors import InputError
 from .packed_weight import Layout, Segment
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-METHODS = ("awq", "gptq", "compressed-tensors")
+METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "mlx")
+BNB_STATES = "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"
 
 
 def read_integers(
@@ -38,7 +43,13 @@ def read_integers(
             return _compressed(base, has, take, said)
         if method == "compressed-tensors" and has(f"{base}.weight_scale") and take(name).dtype == torch.int8:
             scale = take(f"{base}.weight_scale").float().view(len(take(name)), -1)
-            return _segment(base, (take(name).int() + 128).to(torch.uint8), scale, None, 8)
+            return _segment(base, take(name).int() + 128, scale, None, 8)
+        if method == "mlx" and has(f"{base}.scales"):
+            return _mlx(base, take, said)
+        if method == "bitsandbytes" and has(f"{base}.SCB"):
+            return _segment(base, take(name).int() + 128, take(f"{base}.SCB").float().view(-1, 1) / 127, None, 8)
+        if method == "bitsandbytes" and has(f"{name}.absmax"):
+            return _bitsandbytes(name, has, take)
     except RuntimeError as error:  # of tensors whose shapes do not go together
         raise InputError(f"{base}: its packed tensors do not fit each other: {str(error).splitlines()[0]}") from None
     return None
@@ -52,7 +63,8 @@ def _awq(base, has, take, said) -> Segment:
     codes_CN, zeros_GN = (
         _fields(take(f"{base}.{part}"), bits)[..., order].flatten(1) for part in ("qweight", "qzeros")
     )
-    return _segment(base, codes_CN.T, take(f"{base}.scales").float().T, zeros_GN.T, bits)
+    scale_NG = take(f"{base}.scales").float().T
+    return _segment(base, codes_CN.T, scale_NG, _minima(base, zeros_GN.T, scale_NG, bits), bits)
 
 
 def _gptq(base, has, take, said) -> Segment | Tensor:
@@ -67,22 +79,64 @@ def _gptq(base, has, take, said) -> Segment | Tensor:
             raise InputError(f"{base}.g_idx does not name one of {len(scale_GN)} groups for each of {columns} columns")
         if not torch.equal(index, torch.arange(columns) // (columns // len(scale_GN))):
             return (codes_NC - zeros_GN.T[:, index]).float() * scale_GN.T[:, index]
-    return _segment(base, codes_NC, scale_GN.T, zeros_GN.T, bits)
+    return _segment(base, codes_NC, scale_GN.T, _minima(base, zeros_GN.T, scale_GN.T, bits), bits)
 
 
 def _compressed(base, has, take, said) -> Segment:
     groups = [group for group in (said.get("config_groups") or {}).values() if isinstance(group, Mapping)]
     bits = _number((groups[0].get("weights") or {}) if groups else {}, "num_bits", (4, 8))
     codes_NC = _fields(take(f"{base}.weight_packed"), bits).flatten(1)
-    zeros_NG = None
+    scale_NG, minima_NG = take(f"{base}.weight_scale").float(), None
     if has(f"{base}.weight_zero_point"):
         zeros_NG = _fields(take(f"{base}.weight_zero_point").T, bits).flatten(1).T
+        minima_NG = _minima(base, zeros_NG, scale_NG, bits)
     if has(f"{base}.weight_shape"):
         rows, columns = take(f"{base}.weight_shape").tolist()
         if len(codes_NC) != rows or not 0 < columns <= codes_NC.shape[1]:
             raise InputError(f"{base}.weight_shape is {rows} × {columns}, weight_packed holds {tuple(codes_NC.shape)}")
         codes_NC = codes_NC[:, :columns]
-    return _segment(base, codes_NC, take(f"{base}.weight_scale").float(), zeros_NG, bits)
+    return _segment(base, codes_NC, scale_NG, minima_NG, bits)
+
+
+def _mlx(base, take, said) -> Segment:
+    said = {**said, **own} if isinstance(own := said.get(base), Mapping) else said  # a layer may have its own bits
+    if said.get("mode", "affine") != "affine":
+        raise InputError(f"quantization: mode {said['mode']!r} of MLX is not read; affine is")
+    bits = _number(said, "bits", (4, 8))
+    codes_NC = _fields(take(f"{base}.weight").view(torch.int32), bits).flatten(1)
+    return _segment(base, codes_NC, take(f"{base}.scales").float(), take(f"{base}.biases").float(), bits)
+
+
+def _bitsandbytes(name, has, take) -> Tensor:
+    """A matrix as a row of codes for sixteen numbers; the scales of its blocks may be codes themselves."""
+    state = next((f"{name}.{state}" for state in BNB_STATES if has(f"{name}.{state}")), None)
+    if state is None:
+        raise InputError(f"{name} is packed by bitsandbytes in 4 bits and has none of {', '.join(BNB_STATES)}")
+    try:
+        about = json.loads(bytes(take(state).tolist()))
+        shape, size = [int(n) for n in about["shape"]], int(about["blocksize"])
+        offset, nested = float(about.get("nested_offset", 0)), int(about.get("nested_blocksize", 1))
+        dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[about["dtype"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{state} is not what bitsandbytes writes: {error!r}") from None
+    scales, codes = take(f"{name}.absmax"), take(name).flatten()
+    if has(f"{name}.nested_absmax"):
+        outer = take(f"{name}.nested_absmax").repeat_interleave(nested)[: len(scales)]
+        scales = take(f"{name}.nested_quant_map")[scales.int()] * outer + offset
+    if min(size, *shape) < 1 or math.prod(shape) != 2 * len(codes) or len(scales) != -(-2 * len(codes) // size):
+        raise InputError(f"{name}: {len(codes)} bytes and {len(scales)} scales do not make {shape} in blocks of {size}")
+    table = take(f"{name}.quant_map").float()
+    if len(table) != 16:
+        raise InputError(f"{name}.quant_map has {len(table)} numbers; 4 bits have 16")
+    numbers = table[torch.stack([codes >> 4, codes & 15], -1).flatten().int()]
+    return (numbers * scales.repeat_interleave(size)[: len(numbers)]).to(dtype).view(shape)
+
+
+def _minima(base: str, zeros_NG: Tensor, scale_NG: Tensor, bits: int) -> Tensor | None:
+    """The weights of code 0; None where all zero points are in the middle, which needs no minimum."""
+    if zeros_NG.shape != scale_NG.shape:
+        raise InputError(f"{base}: zero points of shape {tuple(zeros_NG.shape)} for scales of {tuple(scale_NG.shape)}")
+    return -zeros_NG * scale_NG if bool((zeros_NG != 1 << (bits - 1)).any()) else None
 
 
 def _number(said: Mapping[str, Any], field: str, known: tuple[int, ...]) -> int:
@@ -97,20 +151,17 @@ def _fields(words: Tensor, bits: int) -> Tensor:
     return words.int().unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & ((1 << bits) - 1)
 
 
-def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, zeros_NG: Tensor | None, bits: int) -> Segment:
+def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | None, bits: int) -> Segment:
     rows, columns = codes_NC.shape
     groups = scale_NG.shape[1]
-    if len(scale_NG) != rows or columns % groups or (zeros_NG is not None and zeros_NG.shape != scale_NG.shape):
+    if len(scale_NG) != rows or columns % groups or (minima_NG is not None and minima_NG.shape != scale_NG.shape):
         raise InputError(f"{base}: scales of shape {tuple(scale_NG.shape)} do not divide weights of {rows} × {columns}")
     size = columns // groups
     group = next((n for n in (64, 32, 16) if size % n == 0), 0)
     if not group:
         raise InputError(f"{base}: groups of {size} columns are not read; multiples of 16 are")
-    if not scale_NG.isfinite().all():
+    if not scale_NG.isfinite().all() or (minima_NG is not None and not minima_NG.isfinite().all()):
         raise InputError(f"{base}: its scales hold NaN or infinity")
-    half = 1 << (bits - 1)
-    minimum = zeros_NG is not None and bool((zeros_NG != half).any())
-    minima_NG = -zeros_NG * scale_NG if minimum and zeros_NG is not None else None
     largest = scale_NG.abs().amax(1) if minima_NG is None else torch.maximum(scale_NG.abs(), minima_NG.abs()).amax(1)
     units = torch.ldexp(torch.ones(rows), torch.frexp(largest).exponent - 15)
 
@@ -120,4 +171,4 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, zeros_NG: Tensor | N
     codes = codes_NC.to(torch.uint8).contiguous()
     codes = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
     minima = None if minima_NG is None else halved(minima_NG)
-    return Segment(Layout(bits, group, minimum, (), rotate=False), codes, halved(scale_NG), minima, units)
+    return Segment(Layout(bits, group, minima is not None, (), rotate=False), codes, halved(scale_NG), minima, units)

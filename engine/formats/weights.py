@@ -23,7 +23,7 @@ from .packed_checkpoints import METHODS, read_integers
 from .packed_weight import PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-UNPACKED = ("fp8", "mxfp4", "awq", "gptq", "compressed-tensors", "fbgemm_fp8", "warploom")
+UNPACKED = ("fp8", "mxfp4", *METHODS, "fbgemm_fp8", "warploom")
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
@@ -69,10 +69,15 @@ class Weights:
 
     def _stored(self, found: str) -> torch.dtype:
         source = self.sources[found]
+<<<<<<< HEAD
         if isinstance(source, Tensor):
             return source.dtype
         part = source.get_slice(found)
         return (part[:0] if part.get_shape() else source.get_tensor(found)).dtype
+=======
+        stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
+        return stored if stored.is_floating_point and stored not in FP8 else torch.bfloat16
+>>>>>>> main
 
     def packed(self, name: str) -> Segment | None:
         """A published matrix as it is packed, if it is, in a way that is kept."""
@@ -133,7 +138,7 @@ class Weights:
         """Masks and tables of older files, predictors of a second next token, and what a model sees or hears with."""
         if name.endswith((".attn.bias", "attn.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")):
             return True
-        if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale")):  # of activations
+        if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale", "weight_format")):  # of activations
             return True
         if name.startswith(OTHER_TOWERS) or (self.tower is not None and not name.startswith(self.tower)):
             return True

@@ -11,6 +11,7 @@ operator's registered formula for the rest, from the same two functions.
 
 import functools
 from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 
@@ -58,7 +59,11 @@ class Launcher:
         return self.function(*args)
 
 
-def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ()):
+@overload
+def launcher(function: Callable) -> Launcher: ...
+@overload
+def launcher(*, mutates: tuple[str, ...]) -> Callable[[Callable], Launcher]: ...
+def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
     """Makes a `Launcher` of a function; `mutates` names the arguments it writes to."""
     return functools.partial(Launcher, mutates=mutates) if function is None else Launcher(function, mutates)
 

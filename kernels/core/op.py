@@ -91,7 +91,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Resource budget of a kernel. Stack bytes are spills: the default forbids them."""
+    """Resource budget of a kernel. Stack bytes are spills: the default forbids them; in a loop nothing allows them."""
 
     registers: int = 255
     stack: int = 0
@@ -100,6 +100,10 @@ class Budget:
     """Must use the Hopper tensor-core instructions on sm_90."""
     vector: bool = False
     """Must access global memory 16 bytes at a time."""
+    copies: int = 0
+    """Tiles that its loop must load ahead of the product on sm_90."""
+    products: int = 0
+    """Products that its loop must keep under way on sm_90: 0 where each is waited for at once."""
 
 
 class Maker:

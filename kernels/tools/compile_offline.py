@@ -38,6 +38,7 @@ TARGETS = (80, 89, 90, 100, 120)
 VECTOR_ACCESS = re.compile(
     r"(?:ld|st)\.global[^;]*\.v(?:4\.[bf]32|8\.[bf]32|[24]\.b64)|cp\.async\.c[ga][^;]*, 0x10|cp\.async\.bulk"
 )
+SPILL = re.compile(r"\b(?:LDL|STL)\b")
 SCALAR_ACCESS = re.compile(r"(?:ld|st)\.global[.\w:]*\.b(?:8|16) ")
 
 
@@ -57,6 +58,13 @@ class Cost:
     wgmma: bool
     vector_accesses: int
     scalar_accesses: int
+    loop_spills: int = 0
+    """Accesses to spilled registers inside innermost loops, outside of which spilling costs next to nothing."""
+    loops: int = 0
+    wgmma_pending: int = 0
+    """Products that a warp group has under way at most when it waits inside a loop; 0: each is waited for at once."""
+    copies_pending: int = 0
+    """Groups of `cp.async` under way at most when a loop waits for one: how far ahead it loads."""
     int32_offset_products: list[str] = field(default_factory=list)
     """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
     failure: str = ""
@@ -111,8 +119,9 @@ def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
 
 
 def _cost(op, case, dtype, arch, kernel) -> Cost:
-    registers, stack = _resources(kernel.asm["cubin"])
-    ptx = kernel.asm["ptx"]
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+    registers, stack = _resources(cubin)
+    inner = innermost_loops(ptx)
     return Cost(
         op=op.name,
         case=case.name,
@@ -126,18 +135,54 @@ def _cost(op, case, dtype, arch, kernel) -> Cost:
         wgmma="wgmma.mma_async" in ptx,
         vector_accesses=len(VECTOR_ACCESS.findall(ptx)),
         scalar_accesses=len(SCALAR_ACCESS.findall(ptx)),
+        loop_spills=sum(len(SPILL.findall(loop)) for loop in innermost_loops(_disassembled(cubin))) if stack else 0,
+        loops=len(inner),
+        wgmma_pending=_most(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", inner),
+        copies_pending=_most(r"cp\.async\.wait_group\s+(\d+)", inner),
         int32_offset_products=int32_offset_products(kernel.asm["ttir"]),
     )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _told("cuobjdump", "-res-usage", cubin)).groups()
+    return int(registers), int(stack)
+
+
+def _disassembled(cubin: bytes) -> str:
+    return _told("nvdisasm", "-c", cubin)
+
+
+def _told(tool: str, flag: str, cubin: bytes) -> str:
+    """Output of one of the tools that come with Triton."""
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
+        return subprocess.run([path, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def innermost_loops(assembly: str) -> list[str]:
+    """The text of every loop that holds no other, of PTX or SASS: from a label to a branch back to it.
+
+    A warp-specialized kernel's warps wait for work in a loop around all they do; it is none of these."""
+    lines, labels, found = assembly.splitlines(), {}, []
+    for n, line in enumerate(lines):
+        label = re.match(r"\s*([$.]L[\w$]+):", line)
+        if label:
+            labels[label[1]] = n
+        target = re.search(r"\b(?:bra|BRA)\b.*?([$.]L[\w$]+)", line)
+        if target and labels.get(target[1], n) < n - 1:  # code ends with a branch to itself
+            found.append((labels[target[1]], n))
+    inner = [one for one in found if not any(one != other and _holds(one, other) for other in found)]
+    return ["\n".join(lines[first : last + 1]) for first, last in inner]
+
+
+def _holds(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return loop[0] <= other[0] and other[1] <= loop[1] and (loop[0], -loop[1]) != (other[0], -other[1])
+
+
+def _most(pattern: str, texts: list[str]) -> int:
+    return max((int(n) for text in texts for n in re.findall(pattern, text)), default=0)
 
 
 def int32_offset_products(ttir: str) -> list[str]:
@@ -177,6 +222,12 @@ def violations(cost: Cost, budget: Budget) -> list[str]:
         found.append(f"{cost.registers} registers, budget {budget.registers}")
     if cost.stack > budget.stack:
         found.append(f"{cost.stack} bytes of stack, budget {budget.stack}")
+    if cost.loop_spills:
+        found.append(f"{cost.loop_spills} accesses to spilled registers inside a loop")
+    if cost.arch == 90 and cost.copies_pending < budget.copies:
+        found.append(f"loads {cost.copies_pending} tiles ahead, budget {budget.copies}")
+    if cost.arch == 90 and cost.wgmma_pending < budget.products:
+        found.append(f"{cost.wgmma_pending} products under way in its loop, budget {budget.products}")
     if cost.shared > min(budget.shared, shared_memory(cost.arch)):
         found.append(f"{cost.shared} bytes of shared memory, budget {min(budget.shared, shared_memory(cost.arch))}")
     if budget.wgmma and cost.arch == 90 and not cost.wgmma:

@@ -1,10 +1,10 @@
 """The search behind `warploom bench kernels --tune`: which settings launch a kernel fastest on this device?
 
 Candidates are the defaults with one or two of their numbers halved or doubled. Many of them are not worth a GPU's time:
-they spill, or ask for more shared memory than there is. The compiler needs no GPU to say so, so all are compiled first,
-in processes of their own on all the cores there are (`python -m warploom.kernels.tools.tuning` is one of these), and
-what is left is timed, shortly; the best few run against the default once more, in turn. What is faster by a margin is
-filed in `tuned.json`, under the family of the device.
+their loops spill, or they ask for more shared memory than there is. The compiler needs no GPU to say so, so all are
+compiled first, in processes of their own on all the cores there are (`python -m warploom.kernels.tools.tuning` is one
+of these), and what is left is timed, shortly; the best few run against the default once more, in turn. What is faster
+by a margin is filed in `tuned.json`, under the family of the device.
 """
 
 import contextlib
@@ -25,8 +25,6 @@ MARGIN = 0.98
 """A change has to be this much faster to be believed."""
 RANGES = {"num_warps": (1, 16), "num_stages": (1, 5)}
 FINALISTS, ROUNDS = 3, 7
-A_FEW_BYTES = 16
-"""Spilled once, outside of the loop, they cost nothing that could be measured."""
 Prune = Callable[[str, list[dict]], list[dict]]
 
 
@@ -77,7 +75,7 @@ def _seconds(step: Callable, timer, kernel: str, settings: dict, calls: int) -> 
 
 
 def pruned_by_compiler(op: str, case: str, dtype: str, arch: int) -> Prune:
-    """Keeps what compiles for an architecture and spills next to nothing, or no more than the default (the first)."""
+    """Keeps what compiles for an architecture and spills no more inside a loop than the default (the first)."""
 
     def prune(kernel: str, found: list[dict]) -> list[dict]:
         workers = max(1, min(len(found), (os.cpu_count() or 2) - 1))
@@ -86,8 +84,7 @@ def pruned_by_compiler(op: str, case: str, dtype: str, arch: int) -> Prune:
         spilled = {}
         for i, lines in enumerate(_compile_all(requests)):
             spilled |= {i + workers * n: json.loads(line) for n, line in enumerate(lines)}
-        allowed = max(spilled.get(0) or 0, A_FEW_BYTES)
-        return [one for n, one in enumerate(found) if n == 0 or _fits(spilled.get(n), allowed)]
+        return [one for n, one in enumerate(found) if n == 0 or _fits(spilled.get(n), spilled.get(0) or 0)]
 
     return prune
 
@@ -112,7 +109,8 @@ def _compile_all(requests: Iterable[dict]) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """For each settings of a request: the bytes its kernels spill, null where they do not compile or do not fit."""
+    """For each settings of a request: how often its loops touch spilled registers (without loops, the bytes spilled);
+    null where it does not compile or does not fit."""
     from ..core.op import ops
     from .compile_offline import costs
 
@@ -124,7 +122,7 @@ def main() -> None:
         with contextlib.suppress(Exception), tuned.trying(request["kernel"], settings):
             found = costs(op, case, getattr(torch, request["dtype"]), request["arch"])
             if max(cost.shared for cost in found) <= shared_memory(request["arch"]):
-                spilled = max(cost.stack for cost in found)
+                spilled = max(cost.loop_spills if cost.loops else cost.stack for cost in found)
         print(json.dumps(spilled), flush=True)
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints of AWQ, GPTQ and compressed-tensors: the numbers their formats define, packed and not."""
+"""Packed checkpoints of AWQ, GPTQ, compressed-tensors, MLX and bitsandbytes: the numbers their formats define."""
 
 import json
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,10 @@ def compressed(q_NC, z_NG, s_NG, bits):
     }
 
 
+def mlx(q_NC, z_NG, s_NG, bits):
+    return {"weight": words(q_NC, bits).view(torch.uint32), "scales": s_NG, "biases": -z_NG * s_NG}
+
+
 def int8_rows(q_NC, z_NG, s_NG, bits):
     return {"weight": (q_NC - 128).to(torch.int8), "weight_scale": s_NG[:, :1].half()}
 
@@ -66,6 +71,8 @@ CASES = {
         4,
         {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4}}}},
     ),
+    "mlx": (mlx, 4, {"bits": 4, "group_size": GROUP}),
+    "mlx 8": (mlx, 8, {"bits": 8, "group_size": GROUP, "mode": "affine"}),
     "w8a8": (int8_rows, 8, {"quant_method": "compressed-tensors", "format": "int-quantized"}),
 }
 
@@ -107,7 +114,7 @@ def test_integers_of_a_checkpoint_are_their_definition(case, even, tmp_path):
             down = exact[f"model.layers.{index}.mlp.down_proj.weight"]
             for found, wanted in ((block.attention.qkv, torch.cat([q, k, v])), (block.ffn.down, down)):
                 assert isinstance(found, PackedLinear) == (model is packed)
-                reach = 0 if even or case == "w8a8" else 2**-11 * 2 * wanted.abs().max().item()
+                reach = 0 if (even and "mlx" not in case) or case == "w8a8" else 2**-11 * 2 * wanted.abs().max().item()
                 torch.testing.assert_close(found.weight.detach(), wanted, rtol=0, atol=reach)
 
 
@@ -145,6 +152,8 @@ def test_columns_in_order_of_activation_are_dequantized(tmp_path):
         ("gptq", {"bits": "4"}, "bits is '4'; 4 and 8 are read"),
         ("gptq", {"quant_method": "hqq"}, "packed by 'hqq' are not supported"),
         ("w4a16", {"config_groups": {}}, "num_bits is None"),
+        ("mlx", {"mode": "mxfp4"}, "mode 'mxfp4' of MLX is not read"),
+        ("mlx", {"bits": 3}, "bits is 3; 4 and 8 are read"),
     ],
 )
 def test_settings_that_are_not_read_are_refused(case, change, says, tmp_path):
@@ -168,3 +177,87 @@ def test_tensors_that_do_not_fit_are_refused(part, tmp_path):
             continue  # there need be none
         with pytest.raises(ValueError, match=r"up_proj|does not account for"):
             load_model(tmp_path, "cpu", packed=True)
+
+
+def repacked(directory, said, pack):
+    """A model directory whose matrices are packed by another's package; what that package reads back."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=96, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=128, max_seq_len=64)
+    save_model(Transformer(config).bfloat16(), directory)
+    tensors, exact = load_file(directory / "model.safetensors"), {}
+    for name in [name for name in tensors if name.split(".")[-2] in PARTS]:
+        parts, exact[name] = pack(tensors.pop(name))
+        tensors |= {f"{name.removesuffix('.weight')}.{part}": x.contiguous() for part, x in parts.items()}
+    save_file(tensors, directory / "model.safetensors")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | said))
+    return exact
+
+
+def assert_same(directory, exact, reach=0.0):
+    model, _ = load_model(directory, "cpu", "float32")
+    for index, block in enumerate(model.blocks):
+        q, k, v = (exact[f"model.layers.{index}.self_attn.{part}.weight"] for part in PARTS[:3])
+        for found, wanted in (
+            (block.attention.qkv, torch.cat([q, k, v])),
+            (block.ffn.down, exact[f"model.layers.{index}.mlp.down_proj.weight"]),
+        ):
+            atol = reach * wanted.abs().max().item()
+            torch.testing.assert_close(found.weight.detach(), wanted.float(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "fp4"])
+def test_bitsandbytes_4_bits_are_its_own(kind, tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+
+    def pack(weight):
+        codes, state = functional.quantize_4bit(weight, quant_type=kind[:3], compress_statistics="nested" in kind)
+        parts = {f"weight.{part}": x for part, x in state.as_dict(packed=True).items()}
+        return {"weight": codes, **parts}, functional.dequantize_4bit(codes, state)
+
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind[:3]}
+    assert_same(tmp_path, repacked(tmp_path, {"quantization_config": method}, pack))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[f"{name}.absmax"] = tensors[f"{name}.absmax"][1:].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="do not make"):
+        load_model(tmp_path, "cpu")
+
+
+def test_bitsandbytes_8_bits_are_packed(tmp_path):
+    def pack(weight):
+        scale = weight.float().abs().amax(1)
+        codes = (weight.float() / scale[:, None] * 127).round().to(torch.int8)
+        return {"weight": codes, "SCB": scale}, codes * (scale[:, None] / 127)
+
+    said = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    assert_same(tmp_path, repacked(tmp_path, said, pack), 2**-11)
+    packed, _ = load_model(tmp_path, "cpu", packed=True)
+    assert isinstance(packed.blocks[0].ffn.down, PackedLinear)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32)])
+def test_mlx_weights_are_its_own(bits, group, tmp_path):
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+
+    def pack(weight):
+        parts = mx.quantize(mx.array(weight.float().numpy()), group_size=group, bits=bits)
+        exact = torch.from_numpy(numpy.array(mx.dequantize(*parts, group_size=group, bits=bits)))
+        return dict(zip(("weight", "scales", "biases"), (torch.from_numpy(numpy.array(part)) for part in parts))), exact
+
+    about = {"bits": bits, "group_size": group}
+    exact = repacked(tmp_path, {"quantization": about, "quantization_config": about}, pack)
+    assert_same(tmp_path, exact, 2**-10)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_words_are_its_own(bits):
+    """What their package packs is what ours is tested with."""
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors is not installed"
+    )
+    q_NC = torch.randint(0, 1 << bits, (16, 64))
+    signed = (q_NC - (1 << bits - 1)).to(torch.int8)
+    assert torch.equal(helpers.pack_to_int32(signed, bits), words(q_NC, bits))
+    assert torch.equal(helpers.pack_to_int32(signed, bits, packed_dim=0), words(q_NC.T, bits).T)

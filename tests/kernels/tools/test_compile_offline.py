@@ -13,7 +13,14 @@ from warploom.kernels.core.lang import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("needs triton's compiler", allow_module_level=True)
 
-from warploom.kernels.tools.compile_offline import ARCHITECTURES, Cost, budget_of, int32_offset_products, violations
+from warploom.kernels.tools.compile_offline import (
+    ARCHITECTURES,
+    Cost,
+    budget_of,
+    innermost_loops,
+    int32_offset_products,
+    violations,
+)  # fmt: skip
 
 pytestmark = pytest.mark.timeout(1800)  # hundreds of kernels are compiled meanwhile, on as many cores as there are
 
@@ -110,6 +117,43 @@ def test_attention_fits_the_shared_memory_of_desk_gpus():
     assert done.stdout.split() == ["True"] * 8
 
 
+LARGER = """
+import contextlib, torch
+from warploom.bench.kernels import LARGER_TILES
+from warploom.kernels import attention
+from warploom.kernels.core import tuned
+from warploom.kernels.tools.compile_offline import costs
+
+(case,) = [case for case in attention.cases if case.name.startswith("8192 causal, 32")]
+with contextlib.ExitStack() as trials:
+    for kernel, tile in LARGER_TILES:
+        trials.enter_context(tuned.trying(f"attention_hopper_{kernel}", tile))
+    found = {cost.kernel: cost for cost in costs(attention, case, torch.bfloat16, 90)}
+print(*((found[f"attention_hopper_{kernel}_kernel"]).loop_spills for kernel, _ in LARGER_TILES))
+"""
+
+
+def test_larger_tiles_of_attention_spill_in_no_loop():
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", LARGER], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["0", "0"]
+
+
+def test_innermost_loops_hold_no_other():
+    ptx = """
+    $L__outer:
+        st.local.u32 [%rd1], %r1;
+    $L__inner:
+        wgmma.wait_group.sync.aligned 1;
+        @%p1 bra $L__inner;
+        bra.uni $L__outer;
+        bra $L__end;
+    $L__end:
+    """
+    (loop,) = innermost_loops(ptx)
+    assert "wait_group" in loop and "st.local" not in loop
+
+
 def test_address_lint_finds_32_bit_offset():
     """The address lint finds a 32 bit offset and lets a 64 bit one pass."""
     narrow = """
@@ -125,11 +169,12 @@ def test_address_lint_finds_32_bit_offset():
 
 
 def test_a_kernel_over_its_budget_is_told_what_it_exceeds():
-    cost = Cost("op", "case", "bfloat16", 90, "kernel", 4, 80, 16, 1000, False, 0, 0)
+    cost = Cost("op", "case", "bfloat16", 90, "kernel", 4, 80, 16, 1000, False, 0, 0, loop_spills=3)
     found = violations(cost, Budget(registers=64, wgmma=True, vector=True))
     assert [sentence.split(",")[0] for sentence in found] == [
         "80 registers",
         "16 bytes of stack",
+        "3 accesses to spilled registers inside a loop",
         "no wgmma instruction on sm_90",
         "no 16-byte access to global memory",
     ]
