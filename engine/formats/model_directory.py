@@ -246,7 +246,7 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
 
 def base_sample(base: str | os.PathLike) -> tuple[float, ...]:
     """A few numbers of a model's first matrix in a block, by which an adapter knows its base again."""
-    matrices = (weight for name, weight in read_weights(base) if name.startswith("blocks.") and weight.ndim > 1)
+    matrices = (weight for name, weight in read_weights(base) if name.startswith("blocks.") and len(weight.shape) > 1)
     matrix = cast("Tensor", next(matrices)).float().flatten()
     return tuple(float(f"{number:.4g}") for number in matrix[:: max(1, len(matrix) // 64)][:64])
 

@@ -12,6 +12,7 @@ bits, signals, logs, LoRA and data-parallel processes are the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -34,6 +35,7 @@ from ..training.callbacks import Callback
 from ..training.distributed.failures import report_first_failure
 from ..training.distributed.sharded_state import full_weights, local
 from ..training.inputs import RunInputs
+from ..training.lora import LoraMasters
 from ..training.report import describe
 from ..training.resume import save_run
 from ..training.run_state import RunState, TrainResult
@@ -126,7 +128,7 @@ class RLTrainer(Trainer):
         return Rewards([lambda completion, row: task.score(completion, row)], [1.0], config.reward_seconds)
 
     def _open_inputs(self, reuse: bool) -> RunInputs:
-        directory = resolve_model(self.config.init_from)
+        directory = resolve_model(str(self.config.init_from))
         tokenizer, file = read_tokenizer(directory), directory / "tokenizer.json"
         if tokenizer is None:
             raise InputError(f"{directory} has no tokenizer, so no prompt can be put to it")
@@ -180,10 +182,13 @@ class RLTrainer(Trainer):
         return Policy(self.state.model, self.llm if exact else None)
 
     @functools.cached_property
-    def reference(self) -> Policy:
-        """The starting weights, for the KL penalty."""
-        model, _ = load_model(self.config.init_from, self.state.device, self.state.dtype)
-        return Policy(model.requires_grad_(False))
+    def reference(self) -> Transformer:
+        """The model with the starting weights, for the KL penalty; with an adapter, the trained one without it."""
+        state = self.state
+        if isinstance(state.masters, LoraMasters) and not self.config.lora_embeddings:
+            return state.model
+        model, _ = load_model(str(self.config.init_from), state.device, state.dtype)
+        return model.requires_grad_(False)
 
     # A step
 
@@ -246,12 +251,13 @@ class RLTrainer(Trainer):
     def accumulate_policy(self, parts: list, update: int) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the policy's loss over micro-batches."""
         state, config, policy = self.state, self.config, self.policy(update)
+        references = self._references(parts) if config.kl else [None] * len(parts)
         loss = torch.zeros((), device=state.device)
         if not parts:  # other processes have samples
             self.reducer.arm()
             for master in state.masters.named.values():
                 master.grad = torch.zeros_like(master)
-        for number, samples in enumerate(parts, 1):
+        for number, (samples, reference_S) in enumerate(zip(parts, references), 1):
             if number == len(parts):
                 self.reducer.arm()
             packed = pack(samples, state.device)
@@ -259,7 +265,6 @@ class RLTrainer(Trainer):
             logp_S = policy.log_probs(hidden_SC, packed.targets_S)
             if update == 0:
                 self._compare(logp_S, packed)
-            reference_S = self._reference(packed) if config.kl else None
             weights_S = token_weights(logp_S, packed, config.clip if update else None, config.kl, reference_S)
             part = state.model.cross_entropy(
                 hidden_SC, packed.targets_S, weights=weights_S / self.tally.tokens, reduction="sum"
@@ -269,8 +274,13 @@ class RLTrainer(Trainer):
         return loss, []
 
     @torch.no_grad()
-    def _reference(self, packed: Packed) -> Tensor:
-        return self.reference.log_probs(self.reference.hidden(packed), packed.targets_S)
+    def _references(self, parts: list) -> list[Tensor]:
+        """Log-probabilities by the starting weights, of all micro-batches: weights change while they are computed."""
+        masters, policy = self.state.masters, Policy(self.reference)
+        own = isinstance(masters, LoraMasters) and policy.model is self.state.model
+        with masters.switched_off() if own else contextlib.nullcontext():
+            packed = [pack(samples, self.state.device) for samples in parts]
+            return [policy.log_probs(policy.hidden(each), each.targets_S) for each in packed]
 
     def _compare(self, logp_S: Tensor, packed: Packed) -> None:
         """Measure how far the trainer's log-probabilities are from the server's."""

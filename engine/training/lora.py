@@ -16,6 +16,7 @@ gradient, and what follows from it for A and B is its share of their gradients: 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -82,6 +83,16 @@ class LoraMasters(Masters):
         for name in self.named.keys() - self.factors.keys():
             local(self._parameters[name]).copy_(self.named[name])
 
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Inside, the model computes with the base's weights."""
+        for name in self.adapted:
+            _copy(self._parameters[name], self.base[name])
+        try:
+            yield
+        finally:
+            self.copy_to_model()
+
     @torch.no_grad()
     def _collect(self, name: str, p: Tensor) -> None:
         """Turn the gradient of one of the model's weights into those of its masters."""
@@ -137,6 +148,11 @@ def fresh_factors(weights: Iterable[LowRank], layers: list[str], rank: int, seed
                 factors[name_a] = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
                 factors[name_b] = torch.zeros(outputs, rank)
     return factors
+
+
+@torch.no_grad()
+def _copy(p: Tensor, numbers: Tensor) -> None:
+    local(p).copy_(numbers)
 
 
 def _narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
