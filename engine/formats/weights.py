@@ -69,15 +69,10 @@ class Weights:
 
     def _stored(self, found: str) -> torch.dtype:
         source = self.sources[found]
-<<<<<<< HEAD
         if isinstance(source, Tensor):
             return source.dtype
         part = source.get_slice(found)
         return (part[:0] if part.get_shape() else source.get_tensor(found)).dtype
-=======
-        stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
-        return stored if stored.is_floating_point and stored not in FP8 else torch.bfloat16
->>>>>>> main
 
     def packed(self, name: str) -> Segment | None:
         """A published matrix as it is packed, if it is, in a way that is kept."""
