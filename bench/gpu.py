@@ -61,6 +61,8 @@ PLAN = (
 and all slots fit into nine minutes, and leave a minute for the tests."""
 REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
+TIME_UP = "the time was up"
+"""How a process ended that had no time: nothing is known of what it was to find out."""
 PROFILED = ("attention", "linear", "paged_attention", "moe")
 WHOLE_FILES = ("*.json", "*.png", "gpu.log")
 
@@ -81,7 +83,7 @@ class Session:
     def run(self, command: list[str], seconds: float, extra: dict[str, str] | None = None) -> tuple[str, str]:
         """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
         if self.left() < 5:
-            return "", "the time was up"
+            return "", TIME_UP
         started = subprocess.Popen(
             command, cwd=ROOT, env=self.environment | (extra or {}), text=True, errors="replace",
             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -95,7 +97,7 @@ class Session:
             log.write(f"\n$ {' '.join(command)}\n{printed}")
         self.keep()
         if hung:
-            return printed, f"stopped after {seconds:.0f} s" if self.left() > 0 else "the time was up"
+            return printed, f"stopped after {seconds:.0f} s" if self.left() > 0 else TIME_UP
         return printed, "" if started.returncode == 0 else _ending(started.returncode)
 
     def keep(self) -> None:
@@ -251,7 +253,7 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
                 right.add(name)
                 write_text(path, json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
         lines = [line for line in printed.splitlines() if line.strip()]
-        return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended else ""
+        return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended not in ("", TIME_UP) else ended
 
     due = [name for name in names if name not in right]
     with ThreadPoolExecutor(max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
@@ -330,8 +332,13 @@ def draw(session: Session) -> None:
 
 def report(session: Session, found: dict[str, str], tests: str) -> int:
     """Print what happened, in short; how many things are wrong."""
-    wrong = {name: ended for name, ended in found.items() if ended}
-    say(f"\nchecks: {len(found) - len(wrong)} right" + "".join(f"\n  {name}: {ended}" for name, ended in wrong.items()))
+    late = sum(ended == TIME_UP for ended in found.values())
+    wrong = {name: ended for name, ended in found.items() if ended not in ("", TIME_UP)}
+    left = f", {late} left for the next run" if late else ""
+    say(
+        f"\nchecks: {len(found) - len(wrong) - late} right{left}"
+        + "".join(f"\n  {name}: {ended}" for name, ended in wrong.items())
+    )
     say(f"tests: {tests}")
     failed = len(wrong) + ("failed" in tests or "error" in tests.lower())
     for bench in dict.fromkeys(name for name, *_ in REST):

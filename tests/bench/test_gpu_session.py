@@ -108,6 +108,12 @@ def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
     assert checked and all("verify moe" in command for command in checked)
 
 
+def test_check_without_time_is_not_wrong(machine, tmp_path, capsys):
+    machine.answers = lambda command, _: ("", gpu.TIME_UP) if "verify moe" in command else ("", "")
+    assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 0
+    assert "checks: 1 right, 2 left for the next run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("portable", [True, False], ids=["portable right", "both wrong"])
 def test_portable_attention_replaces_hung_hopper(machine, tmp_path, portable):
     """The portable attention stands in for a hopper kernel that hangs."""
