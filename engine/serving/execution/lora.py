@@ -55,7 +55,7 @@ class ServedAdapters:
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self.adapters = dict(adapters)
-        self.tokens: list[tuple[str, Tensor]] = []
+        self.tokens: list[tuple[str, Tensor | slice]] = []
 
     def begin_step(self, names: Iterable[str | None], counts: Iterable[int], device: torch.device) -> None:
         """Take in the adapter of each chunk of a step, and how many tokens it has."""
@@ -65,7 +65,7 @@ class ServedAdapters:
             if name is not None:
                 tokens.setdefault(name, []).extend(range(start, start + count))
             start += count
-        self.tokens = [(name, torch.tensor(where, device=device)) for name, where in tokens.items()]
+        self.tokens = [(name, _places(where, device)) for name, where in tokens.items()]
 
     def install(
         self, served: Transformer, model: Transformer, linear: Callable[[Tensor, Transformer], nn.Module]
@@ -102,6 +102,13 @@ class AdaptedLinear(nn.Module):
                 down, up = self.products[name]
                 y_TF[tokens] += up(down(x_TC[tokens])).to(y.dtype)
         return y_TF.view(y.shape)
+
+
+def _places(tokens: list[int], device: torch.device) -> Tensor | slice:
+    """Places of tokens; side by side, they need no copy."""
+    if tokens[-1] - tokens[0] == len(tokens) - 1:
+        return slice(tokens[0], tokens[-1] + 1)
+    return torch.tensor(tokens, device=device)
 
 
 def _products(adapter: Adapter, name: str, linear: Callable[[Tensor], nn.Module]) -> Products:
