@@ -315,6 +315,8 @@ class AsyncEngine:
 
     async def compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
         """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
+        if self.llm is None:
+            raise errors.unavailable(self.state)
         try:
             future = self.llm.grammars.start(params, client)
         except PoolFull:
@@ -405,8 +407,8 @@ class AsyncEngine:
         prompt_cache.check(self.llm)
         path = self._prompt_file()
         try:
-            if path.exists():
-                logger.warning("prompt cache: %d pages restored from %s", prompt_cache.restore(self.llm, path), path)
+            if path.exists() and (pages := prompt_cache.restore(self.llm, path)):
+                logger.warning("prompt cache: %d pages restored from %s", pages, path)
         except (InputError, OSError) as error:
             logger.warning("prompt cache: starting without: %s", error)
 

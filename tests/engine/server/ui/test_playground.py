@@ -244,7 +244,7 @@ def test_no_gradio_server_runs_says_how(monkeypatch):
 def test_unknown_v1_route_openai_error(page_server):
     """Unknown routes under v1 are openais errors even with the page."""
     httpx = pytest.importorskip("httpx", reason="needs httpx")
-    unknown = httpx.post(f"{page_server.url}/v1/embeddings", json={}, timeout=60)
+    unknown = httpx.post(f"{page_server.url}/v1/rerank", json={}, timeout=60)
     assert unknown.status_code == 404 and unknown.json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{page_server.url}/v1/completions", timeout=60).status_code == 405
     assert httpx.get(f"{page_server.url}/health", timeout=60).status_code == 200
