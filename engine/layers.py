@@ -77,7 +77,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5, bias: bool = True, weight: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width)) if weight else None
+        self.weight: nn.Parameter
+        self.register_parameter("weight", nn.Parameter(torch.empty(width)) if weight else None)
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.shape, self.eps = (width,), eps
         self.reset_parameters()

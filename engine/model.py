@@ -359,9 +359,10 @@ class Transformer(nn.Module):
             return Rotation()
         same = kind == "f" or self.config.local_rope is None
         cos, sin = self._table("f" if same else kind, lambda: rotary_tables(self.config, kind))
-        if self.config.query_growth is None:
+        grown = self.config.query_growth
+        if grown is None:
             return Rotation(cos, sin, positions)
-        (growth,) = self._table("growth", lambda: (growth_table(**self.config.query_growth, size=len(cos)),))
+        (growth,) = self._table("growth", lambda: (growth_table(grown["beta"], grown["length"], len(cos)),))
         return Rotation(cos, sin, positions, growth)
 
     def _table(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -65,7 +65,7 @@ def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(inner, Mapping):
         return values
     above = {name: values[name] for name in ("tie_word_embeddings", "quantization_config") if name in values}
-    return {**above, "model_type": values.get("model_type"), **inner}
+    return {"model_type": values.get("model_type"), **inner, **above}
 
 
 # model.safetensors

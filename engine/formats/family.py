@@ -45,7 +45,7 @@ class Family:
 
     title: str
     """The class that transformers opens it with."""
-    names: dict[str, str | tuple[str, ...] | Callable[[ModelConfig], str]]
+    names: Mapping[str, str | tuple[str, ...] | Callable[[ModelConfig], str]]
     """Our part → theirs. Several are joined by rows; * is one an expert."""
     words: dict[str, str]
     """config.json's word → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""

@@ -557,5 +557,5 @@ FAMILIES: dict[str, Family] = {
 # Language parts of multimodal models, which are these families under another name.
 ALIASES = {
     "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe",
-    "gemma3": "gemma3_text",
+    "gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2",
 }  # fmt: skip

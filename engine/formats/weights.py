@@ -28,6 +28,8 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
 
+OTHER_TOWERS = ("visual.", "model.visual.", "vision_tower.", "multi_modal_projector.")
+
 
 class Weights:
     """Published tensors by name, read from mapped files only when asked for."""
@@ -57,13 +59,20 @@ class Weights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The number format that a tensor has once it is read."""
-        scales = (f"{name.removesuffix('.weight')}.{part}" for part in ("scales", "weight_scale"))
-        found = next((found for part in (*scales, name) if (found := self._find(part)) is not None), None)
-        if found is None:
-            return torch.bfloat16
+        base = name.removesuffix(".weight")
+        for part in (name, f"{base}.scales", f"{base}.weight_scale"):  # of integers, their scales say it
+            found = self._find(part)
+            stored = None if found is None else self._stored(found)
+            if stored is not None and stored.is_floating_point:
+                return torch.bfloat16 if stored in FP8 else stored
+        return torch.bfloat16
+
+    def _stored(self, found: str) -> torch.dtype:
         source = self.sources[found]
-        stored = source.dtype if isinstance(source, Tensor) else source.get_slice(found)[:0].dtype
-        return stored if stored.is_floating_point and stored not in FP8 else torch.bfloat16
+        if isinstance(source, Tensor):
+            return source.dtype
+        part = source.get_slice(found)
+        return (part[:0] if part.get_shape() else source.get_tensor(found)).dtype
 
     def packed(self, name: str) -> Segment | None:
         """A published matrix as it is packed, if it is, in a way that is kept."""
@@ -126,7 +135,7 @@ class Weights:
             return True
         if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale", "weight_format")):  # of activations
             return True
-        if self.tower is not None and not name.startswith(self.tower):
+        if name.startswith(OTHER_TOWERS) or (self.tower is not None and not name.startswith(self.tower)):
             return True
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         return name.startswith("mtp.") or bool(layer and int(layer[1]) >= layers)
