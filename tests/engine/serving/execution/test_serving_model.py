@@ -234,7 +234,7 @@ def test_attention_bits_in_any_chunks(dtype, H, K, D, limits):
             layout = store.layout(table, rows, positions, np.array([b - a for _, a, b in parts], dtype=np.int32))
             q, k, v = (torch.cat([sides[row][side][a:b] for row, a, b in parts])[None] for side in range(3))
             out = NativeAttend(store.layers, layout)(q, k, v, Layer(D, **limits))[0]
-            for (row, a, b), piece in zip(parts, out.split([b - a for _, a, b in parts])):
+            for (row, *_), piece in zip(parts, out.split([b - a for _, a, b in parts])):
                 gathered[row].append(piece)
         return [torch.cat(pieces) for pieces in gathered]
 
