@@ -72,8 +72,8 @@ class Cost:
 
 
 class _AbsentDevice:
-    def __init__(self, arch: int):
-        self.target = GPUTarget("cuda", arch, 32)
+    def __init__(self, arch: int | str):
+        self.target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
     def get_current_target(self):
         return self.target
@@ -86,20 +86,20 @@ class _AbsentDevice:
 
 
 @contextlib.contextmanager
-def compiling_for(arch: int) -> Iterator[list]:
-    """Yields the list of kernels that calls made inside would launch on sm_<arch>; nothing runs."""
-    compiled, launch = [], JITFunction.run
+def compiling_for(arch: int | str) -> Iterator[list]:
+    """Yields the list of kernels that calls made inside would launch on sm_<arch>, or "gfx942"; nothing runs."""
+    found, launch = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup=False, **options):
         self.device_caches.clear()  # the cache is keyed by device, and ours changes its architecture
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(kernel)
+        found.append(kernel)
         return kernel
 
     driver.set_active(_AbsentDevice(arch))
     JITFunction.run = compile_only
     try:
-        yield compiled
+        yield found
     finally:
         JITFunction.run = launch
         driver._active = None  # reset_active() would look for a real driver
@@ -107,6 +107,11 @@ def compiling_for(arch: int) -> Iterator[list]:
 
 def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
     """One line for every different kernel that the forward and backward of a case launch."""
+    return [_cost(op, case, dtype, arch, kernel) for kernel in compiled(op, case, dtype, arch)]
+
+
+def compiled(op: Op, case: Case, dtype: torch.dtype, arch: int | str) -> list:
+    """Every different kernel that the forward and backward of a case launch."""
     with backend("triton"), compiling_for(arch) as kernels:
         args, options = case.build(Maker(dtype, "meta"))
         result = op(*args, **options)
@@ -114,8 +119,7 @@ def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
         wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
         if outputs and wanted:
             torch.autograd.grad(outputs, wanted, [torch.empty_like(x) for x in outputs], allow_unused=True)
-    different = {kernel.hash: kernel for kernel in kernels}
-    return [_cost(op, case, dtype, arch, kernel) for kernel in different.values()]
+    return list({kernel.hash: kernel for kernel in kernels}.values())
 
 
 def _cost(op, case, dtype, arch, kernel) -> Cost:

@@ -117,6 +117,24 @@ def test_attention_fits_the_shared_memory_of_desk_gpus():
     assert done.stdout.split() == ["True"] * 8
 
 
+AMD = """
+import torch
+from warploom.kernels import attention, linear, moe, paged_attention
+from warploom.kernels.tools.compile_offline import compiled
+
+for op in (attention, linear, moe, paged_attention):
+    case = next(case for case in op.cases if case.bench)
+    print(max(kernel.metadata.shared for kernel in compiled(op, case, torch.bfloat16, "gfx942")) <= 64 * 1024)
+"""
+
+
+def test_large_cases_compile_for_amd():
+    """Within the 64 KiB of shared memory of gfx942, by Triton's other backend."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", AMD], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["True"] * 4
+
+
 LARGER = """
 import contextlib, torch
 from warploom.bench.kernels import LARGER_TILES
