@@ -14,7 +14,7 @@ import pytest
 from warploom.tokenizer.chat import render
 
 pytest.importorskip("transformers")
-from transformers.utils.chat_template_utils import render_jinja_template  # noqa: E402
+from transformers.utils.chat_template_utils import render_jinja_template
 
 TRL = importlib.util.find_spec("trl")
 FILES = sorted((Path(TRL.origin).parent / "chat_templates").glob("*.jinja")) if TRL and TRL.origin else []
