@@ -149,7 +149,7 @@ void write_and_attend(const Pages& pages, const Step& step, Tensor q, Tensor k, 
     float* to = out.numbers<float>("out", int64_t(step.tokens) * H * D);
     py::gil_scoped_release unlocked;
     each_token(step, [&](int t) { write_page(pages, step.slots[t], key + t * k.stride(1), value + t * v.stride(1)); });
-    attend_pages(pages, step, Look{H, window, softcap, scale}, from, q.stride(1), to);
+    attend_pages(pages, step, AttentionOptions{H, window, softcap, scale}, from, q.stride(1), to);
 }
 
 void sample(Tensor logits, Tensor rows, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds,

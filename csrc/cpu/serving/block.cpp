@@ -159,7 +159,7 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
         rope(mine, step.positions[t], rotation);
         write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);
     });
-    attend_pages(pages, step, Look{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
+    attend_pages(pages, step, AttentionOptions{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
     feed(*output_, o, H * D, delta, [](int) {});
     feed(*up_, x, C, f, join(ffn_norm_));
     feed(*down_, f, inner, delta, [&](int t) { activate(shape_.activation, f + size_t(t) * inner, shape_.hidden); });

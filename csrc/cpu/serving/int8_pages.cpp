@@ -139,7 +139,7 @@ WARPLOOM_INLINE void widen_tile(const uint8_t* keys, const uint8_t* values, int 
 }
 
 // The plain meaning of a visit, in floats: scores become weights; maximum, sum and weighted values are brought up to date.
-WARPLOOM_INLINE void visit_query(const Look& look, const Tiles& t, int head, const Seen& seen, int q, Scratch& s) {
+WARPLOOM_INLINE void visit_query(const AttentionOptions& options, const Tiles& t, int head, const Seen& seen, int q, Scratch& s) {
     s.row.resize(t.D);
     const int8_t *high = &s.bytes[size_t(q) * 2 * t.D], *low = high + t.D;
     for (int d = 0; d < t.D; ++d) s.row[d] = float(128 * high[d] + low[d]);
@@ -148,7 +148,7 @@ WARPLOOM_INLINE void visit_query(const Look& look, const Tiles& t, int head, con
     float scores[kTile];
     store(scores, total * (load(t.key_scales(head)) * s.scales[q]));
     for (int i = 0; i < kTile; ++i) {
-        if (look.softcap > 0) scores[i] = look.softcap * std::tanh(scores[i] / look.softcap);
+        if (options.softcap > 0) scores[i] = options.softcap * std::tanh(scores[i] / options.softcap);
         if (t.at + i < seen.since || t.at + i >= seen.end) scores[i] = -INFINITY;
     }
     const float peak = std::max(s.peaks[q], largest(load(scores))), shrink = std::exp(s.peaks[q] - peak);
@@ -166,12 +166,12 @@ WARPLOOM_INLINE void visit_query(const Look& look, const Tiles& t, int head, con
     s.peaks[q] = peak;
 }
 
-WARPLOOM_CLONES void visit_plain(const Look& look, const Tiles& t, Scratch& s) {
+WARPLOOM_CLONES void visit_plain(const AttentionOptions& options, const Tiles& t, Scratch& s) {
     for (int head = 0; head < t.heads; ++head) {
         widen_tile(t.keys + head * t.bytes, t.values + head * t.bytes, t.D, s);
         int q = head * t.queries + t.first * t.shared;
         for (int token = t.first; token < t.last; ++token)
-            for (int i = 0; i < t.shared; ++i) visit_query(look, t, head, t.seen[token], q++, s);
+            for (int i = 0; i < t.shared; ++i) visit_query(options, t, head, t.seen[token], q++, s);
     }
 }
 
@@ -207,14 +207,14 @@ WARPLOOM_VNNI inline void meet_some(const uint8_t* keys, int D, int q, Scratch& 
 }
 
 // A query's products with a tile's keys become weights of its values, for the tokens from `since` to `end`.
-WARPLOOM_VNNI inline void weigh(const Look& look, __m512 key_scales, __m512 value_scales, int64_t since, int64_t end,
+WARPLOOM_VNNI inline void weigh(const AttentionOptions& options, __m512 key_scales, __m512 value_scales, int64_t since, int64_t end,
                                 int q, Scratch& s) {
     __m512 score = _mm512_cvtepi32_ps(_mm512_loadu_si512(&s.scores[q * kTile]));
     score = _mm512_mul_ps(score, _mm512_mul_ps(key_scales, _mm512_set1_ps(s.scales[q])));
-    if (look.softcap > 0) {
+    if (options.softcap > 0) {
         float each[kTile];
         _mm512_storeu_ps(each, score);
-        for (float& x : each) x = look.softcap * std::tanh(x / look.softcap);
+        for (float& x : each) x = options.softcap * std::tanh(x / options.softcap);
         score = _mm512_loadu_ps(each);
     }
     const uint32_t before = since > 0 ? ~0u << since : ~0u, after = end < kTile ? ~(~0u << end) : ~0u;
@@ -264,7 +264,7 @@ WARPLOOM_VNNI inline void fetch(const uint8_t* next, int64_t bytes) {
 }
 
 // Step by step for all heads and queries: what one waits for, the others fill.
-WARPLOOM_VNNI void visit_vnni(const Look& look, const Tiles& t, Scratch& s) {
+WARPLOOM_VNNI void visit_vnni(const AttentionOptions& options, const Tiles& t, Scratch& s) {
     const int some = (t.last - t.first) * t.shared;
     for (int head = 0; head < t.heads; ++head) {
         if (t.next_keys) fetch(t.next_keys + head * t.bytes, t.bytes);
@@ -277,7 +277,7 @@ WARPLOOM_VNNI void visit_vnni(const Look& look, const Tiles& t, Scratch& s) {
         int q = head * t.queries + t.first * t.shared;
         for (int token = t.first; token < t.last; ++token)
             for (int i = 0; i < t.shared; ++i, ++q)
-                weigh(look, keys, values, t.seen[token].since - t.at, t.seen[token].end - t.at, q, s);
+                weigh(options, keys, values, t.seen[token].since - t.at, t.seen[token].end - t.at, q, s);
     }
     for (int head = 0; head < t.heads; ++head) {
         if (t.next_values) fetch(t.next_values + head * t.bytes, t.bytes);
@@ -291,7 +291,7 @@ WARPLOOM_VNNI void visit_vnni(const Look& look, const Tiles& t, Scratch& s) {
 }
 #endif
 
-using Visit = void (*)(const Look&, const Tiles&, Scratch&);
+using Visit = void (*)(const AttentionOptions&, const Tiles&, Scratch&);
 
 Visit pick_visit() {
 #ifdef WARPLOOM_X86
@@ -315,34 +315,34 @@ void write_int8(const Pages& pages, int64_t slot, const float* k, const float* v
         write_lane(k, v, D, int(slot % kTile), keys, values, scratch);
 }
 
-void attend_int8(const Pages& pages, const Step& step, const Look& look, const float* q, int64_t q_stride,
-                 const Task& task, float* out) {
+void attend_int8(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q, int64_t q_stride,
+                 const QueryBlock& block, float* out) {
     thread_local Scratch scratch;
     thread_local std::vector<Seen> limits;
     Scratch& s = scratch;
     auto& seen = limits;
-    const int K = pages.kv_heads, shared = look.heads / K, Q = task.tokens * shared, size = pages.page_size;
+    const int K = pages.kv_heads, shared = options.heads / K, Q = block.tokens * shared, size = pages.page_size;
     const int narrow = pages.head_dim, D = padded(narrow), together = std::max(1, kTogether / Q);
     const int64_t bytes = tile_bytes(D), tiles = size / kTile;
-    const int32_t* table = step.table + int64_t(step.sequences[task.first]) * step.width;
-    seen.resize(task.tokens);
-    for (int t = 0; t < task.tokens; ++t) {
-        const int64_t end = step.positions[task.first + t] + 1;
-        seen[t] = {look.window > 0 ? std::max<int64_t>(0, end - look.window) : 0, end};
+    const int32_t* table = step.table + int64_t(step.sequences[block.first]) * step.width;
+    seen.resize(block.tokens);
+    for (int t = 0; t < block.tokens; ++t) {
+        const int64_t end = step.positions[block.first + t] + 1;
+        seen[t] = {options.window > 0 ? std::max<int64_t>(0, end - options.window) : 0, end};
     }
-    for (int group = task.group, groups; group < task.group + task.groups; group += groups) {
-        groups = std::min(together, task.group + task.groups - group);
+    for (int group = block.group, groups; group < block.group + block.groups; group += groups) {
+        groups = std::min(together, block.group + block.groups - group);
         const int all = groups * Q;
         const auto place = [&](int i) {  // a query's row of numbers, its heads side by side
             const int head = (group + i / Q) * shared + i % shared;
-            return std::pair<int64_t, int64_t>(task.first + i % Q / shared, head);
+            return std::pair<int64_t, int64_t>(block.first + i % Q / shared, head);
         };
         s.bytes.resize(size_t(all) * 2 * D), s.starts.resize(all), s.scales.resize(all);
         s.scores.resize(all * kTile), s.weights.resize(all * 2 * kTile), s.shrink.resize(all), s.share.resize(all);
         s.outputs.assign(size_t(all) * D, 0.0f), s.totals.assign(all * 16, 0.0f), s.peaks.assign(all, -INFINITY);
         for (int i = 0; i < all; ++i) {
             const auto [token, head] = place(i);
-            split_query(q + token * q_stride + head * narrow, narrow, look.scale, i, s);
+            split_query(q + token * q_stride + head * narrow, narrow, options.scale, i, s);
         }
         const auto tile_at = [&](const void* side, int64_t at) {
             const int64_t tile = table[at / size] * tiles + at % size / kTile;
@@ -352,9 +352,9 @@ void attend_int8(const Pages& pages, const Step& step, const Look& look, const f
         int a = 0, b = 0;  // the tokens that see something of a tile: they are neighbors
         for (int64_t at = seen[0].since / kTile * kTile; at < end; at += kTile) {
             while (seen[a].end <= at) ++a;
-            while (b < task.tokens && seen[b].since < at + kTile) ++b;
+            while (b < block.tokens && seen[b].since < at + kTile) ++b;
             const bool more = Q <= kDirect && at + kTile < end;
-            visit(look, Tiles{tile_at(pages.keys, at), tile_at(pages.values, at),
+            visit(options, Tiles{tile_at(pages.keys, at), tile_at(pages.values, at),
                               more ? tile_at(pages.keys, at + kTile) : nullptr,
                               more ? tile_at(pages.values, at + kTile) : nullptr, bytes, at, seen.data(), D, groups, Q,
                               a, b, shared}, s);
@@ -362,7 +362,7 @@ void attend_int8(const Pages& pages, const Step& step, const Look& look, const f
         for (int i = 0; i < all; ++i) {
             const auto [token, head] = place(i);
             const float share = 1 / sum(load(&s.totals[i * 16]));
-            float* to = out + (token * look.heads + head) * narrow;
+            float* to = out + (token * options.heads + head) * narrow;
             for (int d = 0; d < narrow; ++d) to[d] = s.outputs[size_t(i) * D + d] * share;
         }
     }

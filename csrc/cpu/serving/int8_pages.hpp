@@ -20,6 +20,6 @@ constexpr int kTile = 16;  // tokens
 
 // As `write_page`, and one task of `attend_pages`.
 void write_int8(const Pages&, int64_t slot, const float* k, const float* v);
-void attend_int8(const Pages&, const Step&, const Look&, const float* q, int64_t q_stride, const Task&, float* out);
+void attend_int8(const Pages&, const Step&, const AttentionOptions&, const float* q, int64_t q_stride, const QueryBlock&, float* out);
 
 }  // namespace warploom

@@ -27,7 +27,7 @@ struct Pages {
     int64_t count;
 };
 
-struct Look {
+struct AttentionOptions {
     int heads;
     int window;     // how many keys a query sees, itself included; 0: all before it
     float softcap;  // 0: none
@@ -35,7 +35,7 @@ struct Look {
 };
 
 // `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.
-struct Task {
+struct QueryBlock {
     int first, tokens, group, groups;
 };
 
@@ -64,6 +64,6 @@ void write_page(const Pages&, int64_t slot, const float* k, const float* v);
 // Padding (negative slots) comes last and is left alone. Neighbors of one sequence share the reading of its pages, but
 // each query is computed by itself, page by page from the first and in one order of additions, so its bits depend
 // on nothing but its own sequence.
-void attend_pages(const Pages&, const Step&, const Look&, const float* q, int64_t q_stride, float* out);
+void attend_pages(const Pages&, const Step&, const AttentionOptions&, const float* q, int64_t q_stride, float* out);
 
 }  // namespace warploom

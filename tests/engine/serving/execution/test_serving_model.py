@@ -209,3 +209,37 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
         arrays[name][...] = value
     with pytest.raises(IndexError, match=says):
         run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("H", "K", "D"), [(9, 3, 64), (8, 8, 32), (5, 1, 80)])
+@pytest.mark.parametrize("limits", [{}, {"window": 20, "softcap": 3.0}])
+def test_attention_bits_in_any_chunks(dtype, H, K, D, limits):
+    """A token's bits are those of its own sequence: a whole prompt, any cut of it, and one token after another."""
+
+    class Shape:
+        attention_sinks = False
+        n_layers, kv_heads, head_size = 2, K, D
+
+    lengths, table = (111, 90), np.random.default_rng(0).permutation(14).reshape(2, 7).astype(np.int32)
+    torch.manual_seed(0)
+    sides = [[torch.randn(length, heads, D) * 1.5 for heads in (H, K, K)] for length in lengths]
+
+    def attended(steps):
+        store, gathered = PagedKVCache(Shape, 14, 16, dtype, torch.device("cpu")), ([], [])
+        for spans in steps:
+            rows = np.array([row for row, (a, b) in enumerate(spans) if b > a])
+            parts = [(row, *spans[row]) for row in rows]
+            positions = np.concatenate([np.arange(a, b) for _, a, b in parts])
+            layout = store.layout(table, rows, positions, np.array([b - a for _, a, b in parts], dtype=np.int32))
+            q, k, v = (torch.cat([sides[row][side][a:b] for row, a, b in parts])[None] for side in range(3))
+            out = NativeAttend(store.layers, layout)(q, k, v, Layer(D, **limits))[0]
+            for (row, *_), piece in zip(parts, out.split([b - a for _, a, b in parts])):
+                gathered[row].append(piece)
+        return [torch.cat(pieces) for pieces in gathered]
+
+    whole = attended([[(0, 111), (0, 90)]])
+    cuts = [[(0, 37), (0, 5)], [(37, 38), (5, 64)], [(38, 111), (64, 90)]]
+    alone = [[(i, i + 1), (min(i, 90), min(i + 1, 90))] for i in range(111)]
+    for steps in (cuts, alone):
+        assert all(torch.equal(*pair) for pair in zip(attended(steps), whole))

@@ -1,0 +1,426 @@
+#include "cpu/serving/float_pages.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace warploom {
+
+namespace {
+
+constexpr int kSpan = 32;      // numbers read together; heads are padded to whole spans
+constexpr int kRound = 64;     // keys after which maxima, sums and outputs are brought up to date
+constexpr int kTogether = 16;  // queries whose weights are computed side by side
+constexpr int kTile = 4;       // queries that share the reading of keys and values
+constexpr int kLanes = 32;     // keys that lie in the lanes of a tile
+
+#define WARPLOOM_EVENS(a, b) WARPLOOM_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define WARPLOOM_ODDS(a, b) WARPLOOM_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+
+// Keys and values as they are read: spans of 32 as two vectors. In bfloat16 these hold the even and the odd places, so
+// queries are laid out the same way, and outputs laid back.
+WARPLOOM_INLINE void load_span(const float* p, f16& a, f16& b) { a = load(p), b = load(p + 16); }
+WARPLOOM_INLINE void load_span(const bfloat16* p, f16& a, f16& b) { widen_pairs(p, a, b); }
+
+// A row of D numbers, times a factor, as `load_span` would give it; and back.
+template <class T>
+WARPLOOM_INLINE void lay_out(const float* row, int D, float factor, float* to) {
+    for (int d = 0; d < D; d += kSpan) {
+        float span[kSpan] = {};
+        std::copy(row + d, row + std::min(D, d + kSpan), span);
+        const f16 a = load(span) * factor, b = load(span + 16) * factor;
+        constexpr bool apart = sizeof(T) == 2;
+        store(to + d, apart ? WARPLOOM_EVENS(a, b) : a);
+        store(to + d + 16, apart ? WARPLOOM_ODDS(a, b) : b);
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void lay_back(const float* from, int D, float factor, float* row) {
+    for (int d = 0; d < D; d += kSpan) {
+        const f16 a = load(from + d) * factor, b = load(from + d + 16) * factor;
+        constexpr bool apart = sizeof(T) == 2;
+        float span[kSpan];
+        store(span, apart ? WARPLOOM_ZIP(a, b, 0) : a);
+        store(span + 16, apart ? WARPLOOM_ZIP(a, b, 8) : b);
+        std::copy(span, span + std::min(kSpan, D - d), row + d);
+    }
+}
+
+// Scratch of one thread, for the queries of a block; D padded to whole spans.
+struct Scratch {
+    Floats queries, outputs;    // (queries, D)
+    Floats scores;              // (queries, row): of a round
+    Floats totals, peaks;       // (queries, 16), (queries)
+    Floats rows, over;          // (row, D), (D, row): of a round, widened
+    std::vector<int64_t> ends;  // (queries): their position + 1
+    std::vector<int> from, to;  // (queries): the keys of this round that a query sees
+    int row;
+};
+
+// Four vectors, and of these four, become one, in which every lane is what `op` makes of one of the sixteen vectors.
+#define WARPLOOM_BY_FOUR(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+template <class Op>
+WARPLOOM_INLINE f16 fold_halves(f16 x, f16 y, Op op) {
+    return op(WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(0, 16, 1, 17)), WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(2, 18, 3, 19)));
+}
+template <class Op>
+WARPLOOM_INLINE f16 fold_quarters(f16 x, f16 y, Op op) {
+    return op(WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(0, 1, 16, 17)), WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(2, 3, 18, 19)));
+}
+template <class Op>
+WARPLOOM_INLINE f16 fold_lanes(f16 x, f16 y, Op op) {
+    return op(WARPLOOM_SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+              WARPLOOM_SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+}
+template <class Op>
+WARPLOOM_INLINE f16 fold_four(const f16 (&x)[4], Op op) {
+    return fold_quarters(fold_halves(x[0], x[1], op), fold_halves(x[2], x[3], op), op);
+}
+template <class Op>
+WARPLOOM_INLINE f16 fold_sixteen(const f16 (&four)[4], Op op) {
+    return fold_lanes(fold_lanes(four[0], four[1], op), fold_lanes(four[2], four[3], op), op);
+}
+struct Add {
+    WARPLOOM_INLINE f16 operator()(f16 x, f16 y) const { return x + y; }
+};
+struct Larger {
+    WARPLOOM_INLINE f16 operator()(f16 x, f16 y) const { return select(x > y, x, y); }
+};
+
+// The scores of a query with `count` keys, sixteen at a time; what is stored beyond them means nothing.
+template <class T>
+WARPLOOM_INLINE void dot_keys(const float* query, const T* keys, int64_t stride, int count, int D, float* scores) {
+    for (int j = 0; j < count; j += 16) {
+        f16 four[4];
+        for (int i = 0; i < 4; ++i) {
+            const T* key[4];
+            for (int n = 0; n < 4; ++n) key[n] = keys + std::min(j + 4 * i + n, count - 1) * stride;
+            f16 total[4] = {};
+            for (int d = 0; d < D; d += kSpan) {
+                const f16 first = load(query + d), second = load(query + d + 16);
+                for (int n = 0; n < 4; ++n) {
+                    f16 a, b;
+                    load_span(key[n] + d, a, b);
+                    total[n] += first * a;
+                    total[n] += second * b;
+                }
+            }
+            four[i] = fold_four(total, Add());
+        }
+        store(scores + j, fold_sixteen(four, Add()));
+    }
+}
+
+// The scores of QUERIES queries with VECTORS vectors of keys, which lie in the lanes: `over` is (D, keys). The sums of `dot_keys`
+// in their order: what is a lane there is a vector here, and the tree that adds lanes adds vectors.
+template <class V, int QUERIES, int VECTORS>
+WARPLOOM_INLINE void dot_tile(const float* queries, ptrdiff_t D, const float* over, ptrdiff_t keys, float* scores, ptrdiff_t row) {
+    typedef V Sums[QUERIES][VECTORS];
+    const auto add = [](Sums& to, const Sums& from) __attribute__((always_inline)) {
+        for (int q = 0; q < QUERIES; ++q)
+            for (int v = 0; v < VECTORS; ++v) to[q][v] += from[q][v];
+    };
+    const auto two_lanes = [&](int n, Sums& sums) __attribute__((always_inline)) {  // n and n + 2
+        const float *query = queries + n, *key = over + n * keys;
+        Sums more;
+        for (int q = 0; q < QUERIES; ++q)
+            for (int v = 0; v < VECTORS; ++v) sums[q][v] = more[q][v] = V{};
+        for (ptrdiff_t d = 0; d < D; d += 16, query += 16, key += 16 * keys) {
+            V x[VECTORS], y[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) load_as(key + v * lanes_of<V>, x[v]), load_as(key + 2 * keys + v * lanes_of<V>, y[v]);
+            for (int q = 0; q < QUERIES; ++q)
+                for (int v = 0; v < VECTORS; ++v) sums[q][v] += x[v] * query[q * D], more[q][v] += y[v] * query[q * D + 2];
+        }
+        add(sums, more);
+    };
+    Sums total, half, quarter, part;
+    for (int n = 0; n < 16; n += 4) {
+        Sums& sums = n == 0 ? total : n == 8 ? half : quarter;
+        two_lanes(n, sums), two_lanes(n + 1, part), add(sums, part);
+        if (n == 4) add(total, quarter);
+        if (n == 12) add(half, quarter), add(total, half);
+    }
+    for (int q = 0; q < QUERIES; ++q)
+        for (int v = 0; v < VECTORS; ++v) store_as(scores + q * row + v * lanes_of<V>, total[q][v]);
+}
+
+// Adds weighted values to N spans of an output, which stay in registers over the whole page.
+template <int N, class T>
+WARPLOOM_INLINE void add_values(const T* values, int64_t stride, const float* weights, int from, int to, float* out) {
+    f16 total[2 * N];
+    for (int i = 0; i < 2 * N; ++i) total[i] = load(out + 16 * i);
+    for (int j = from; j < to; ++j)
+        for (int i = 0; i < N; ++i) {
+            f16 a, b;
+            load_span(values + j * stride + kSpan * i, a, b);
+            total[2 * i] += a * weights[j];
+            total[2 * i + 1] += b * weights[j];
+        }
+    for (int i = 0; i < 2 * N; ++i) store(out + 16 * i, total[i]);
+}
+template <class T>
+WARPLOOM_INLINE void add_values(const T* values, int64_t stride, const float* weights, int from, int to, int D, float* out) {
+    int d = 0;
+    for (; d + 2 * kSpan <= D; d += 2 * kSpan) add_values<2>(values + d, stride, weights, from, to, out + d);
+    for (; d < D; d += kSpan) add_values<1>(values + d, stride, weights, from, to, out + d);
+}
+
+// The same of kTile queries and COLUMNS columns.
+template <class V, int COLUMNS>
+WARPLOOM_INLINE void add_values_tile(const float* values, int count, ptrdiff_t D, const float* weights, ptrdiff_t row, float* out) {
+    constexpr int lanes = lanes_of<V>, vectors = COLUMNS / lanes;
+    V total[kTile][vectors];
+    for (int q = 0; q < kTile; ++q)
+        for (int v = 0; v < vectors; ++v) load_as(out + q * D + v * lanes, total[q][v]);
+    for (const float* end = values + count * D; values < end; values += D, ++weights) {
+        V x[vectors];
+        for (int v = 0; v < vectors; ++v) load_as(values + v * lanes, x[v]);
+        for (int q = 0; q < kTile; ++q)
+            for (int v = 0; v < vectors; ++v) total[q][v] += x[v] * weights[q * row];
+    }
+    for (int q = 0; q < kTile; ++q)
+        for (int v = 0; v < vectors; ++v) store_as(out + q * D + v * lanes, total[q][v]);
+}
+
+// Scores of a round become weights, for up to kTogether queries from q on, and their running maxima and sums are brought up to
+// date, and outputs to the new maxima.
+WARPLOOM_INLINE void weigh(const AttentionOptions& options, ptrdiff_t D, int q, int count, Scratch& s) {
+    const ptrdiff_t row = s.row;
+    float *scores = &s.scores[q * row], *peaks = &s.peaks[q], *totals = &s.totals[q * 16];
+    ptrdiff_t end = 0;
+    for (int i = 0; i < count; ++i) end = std::max<ptrdiff_t>(end, s.to[q + i]);
+    if (end == 0) return;
+    end = (end + 15) / 16 * 16;
+    f16 four[4];
+    for (int i = 0; i < 4; ++i) {
+        f16 best[4];
+        for (int n = 0; n < 4; ++n) {
+            const int each = std::min(4 * i + n, count - 1);
+            float* mine = scores + each * row;
+            if (options.softcap > 0 && each == 4 * i + n)
+                for (ptrdiff_t j = 0; j < end; j += 16) store(mine + j, options.softcap * tanh(load(mine + j) * (1 / options.softcap)));
+            if (s.from[q + each] > 0) std::fill(mine, mine + std::min<ptrdiff_t>(s.from[q + each], end), -INFINITY);
+            if (s.to[q + each] < end) std::fill(mine + std::max(s.to[q + each], 0), mine + end, -INFINITY);
+            best[n] = load(mine);
+            for (ptrdiff_t j = 16; j < end; j += 16) best[n] = Larger()(load(mine + j), best[n]);
+        }
+        four[i] = fold_four(best, Larger());
+    }
+    float now[kTogether];
+    store(now, fold_sixteen(four, Larger()));
+    for (int i = 0; i < count; ++i) {
+        if (!(now[i] > peaks[i])) continue;
+        float* out = &s.outputs[(q + i) * D];
+        const float shrink = std::exp(peaks[i] - now[i]);
+        for (ptrdiff_t d = 0; d < D; d += 16) store(out + d, load(out + d) * shrink);
+        store(totals + 16 * i, load(totals + 16 * i) * shrink);
+        peaks[i] = now[i];
+    }
+    for (int i = 0; i < count; ++i) {
+        if (s.from[q + i] >= s.to[q + i]) continue;  // its maximum may be that of no keys
+        const float peak = peaks[i];
+        f16 total = load(totals + 16 * i);
+        for (ptrdiff_t j = 0; j < end; j += 16) {
+            const f16 weight = exp_negative(load(scores + i * row + j) - peak);
+            store(scores + i * row + j, weight);
+            total += weight;
+        }
+        store(totals + 16 * i, total);
+    }
+}
+
+// Asks memory for numbers that are needed soon.
+template <class T>
+WARPLOOM_INLINE void fetch(const T* numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(numbers + i);
+}
+
+// Rows of one page, widened and padded, laid out as `load_span` reads them.
+template <class T>
+WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D, int padded, float* to) {
+    for (int j = 0; j < count; ++j, rows += stride, to += padded) {
+        int d = 0;
+        for (; d + kSpan <= D; d += kSpan) {
+            f16 a, b;
+            load_span(rows + d, a, b);
+            store(to + d, a), store(to + d + 16, b);
+        }
+        if (d == D) continue;
+        float rest[kSpan];
+        for (int i = 0; d + i < D; ++i) rest[i] = widen(rows[d + i]);
+        lay_out<T>(rest, D - d, 1, to + d);
+    }
+}
+
+
+// Rows become columns.
+WARPLOOM_INLINE void transpose_keys(Scratch& s, int keys, int D) {
+    for (int j = 0; j < keys; j += 16)
+        for (int d = 0; d < D; d += 16) transpose_16x16(&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
+}
+
+// The scores of queries `first` to `last` with a round's keys, transposed: (D, keys). What a query does not see of them, `weigh`
+// leaves out. `between(i)` is called before each tile.
+template <class Between>
+WARPLOOM_INLINE void dot_round(int first, int last, int keys, int D, Scratch& s, const Between& between) {
+    constexpr int lanes = int(sizeof(Register) / sizeof(float));
+    for (int q = first, i = 0, tile; q < last; q += tile, ++i) {
+        between(i);
+        tile = last - q < kTile ? 1 : kTile;
+        for (int j = 0; j < keys; j += kLanes) {
+            const float *queries = &s.queries[q * D], *over = &s.over[j];
+            float* scores = &s.scores[q * s.row + j];
+            if (has_avx512 && tile == 1) {
+                dot_tile<f16, 1, 2>(queries, D, over, s.row, scores, s.row);
+            } else if (has_avx512) {
+                dot_tile<f16, kTile, 2>(queries, D, over, s.row, scores, s.row);
+            } else {
+                for (int part = 0; part < kLanes; part += 2 * lanes)
+                    for (int n = 0; n < tile; n += 2) {
+                        if (tile == 1)
+                            dot_tile<Register, 1, 2>(queries, D, over + part, s.row, scores + part, s.row);
+                        else
+                            dot_tile<Register, 2, 2>(queries + n * D, D, over + part, s.row, scores + n * s.row + part, s.row);
+                    }
+            }
+        }
+    }
+}
+
+// The values of a round, likewise: of a tile's queries, all add what all of them see together.
+template <class Between>
+WARPLOOM_INLINE void add_round(int first, int last, int D, Scratch& s, const Between& between) {
+    const float* values = s.rows.data();
+    const auto alone = [&](int q, int from, int to) __attribute__((always_inline)) {
+        if (from < to) add_values(values, D, &s.scores[q * s.row], from, to, D, &s.outputs[q * D]);
+    };
+    for (int tile = first, i = 0; tile < last; tile += kTile, ++i) {
+        between(i);
+        const int end = std::min(tile + kTile, last);
+        const int from = s.from[end - 1], to = s.to[tile];  // later queries see less before them, and more up to them
+        const bool together = end - tile == kTile && from < to;
+        for (int q = tile; q < end; ++q) alone(q, s.from[q], together ? from : s.to[q]);
+        if (!together) continue;
+        const float *rows = values + from * D, *weights = &s.scores[tile * s.row + from];
+        float* out = &s.outputs[tile * D];
+        int d = 0;
+        for (; has_avx512 && d + 64 <= D; d += 64) add_values_tile<f16, 64>(rows + d, to - from, D, weights, s.row, out + d);
+        for (; has_avx512 && d < D; d += 32) add_values_tile<f16, 32>(rows + d, to - from, D, weights, s.row, out + d);
+        for (; d < D; d += 16) add_values_tile<Register, 16>(rows + d, to - from, D, weights, s.row, out + d);
+        for (int q = tile; q < end; ++q) alone(q, to, s.to[q]);
+    }
+}
+
+template <class T>
+WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
+                            int64_t q_stride, const QueryBlock& block, Scratch& s, float* out) {
+    const int size = pages.page_size, shared = options.heads / pages.kv_heads, Q = block.tokens * shared, G = block.groups;
+    const int D = pages.head_dim, padded = (D + kSpan - 1) / kSpan * kSpan, all = Q * G;
+    const int round = size * std::max(1, kRound / size);
+    const auto place = [&](int i) {  // (token, head) of a query
+        return std::pair<int64_t, int64_t>(block.first + i % Q / shared, (block.group + i / Q) * shared + i % shared);
+    };
+    s.row = (round + kLanes - 1) / kLanes * kLanes + 16;
+    s.queries.resize(all * padded), s.outputs.assign(all * padded, 0.0f), s.scores.resize(all * s.row);
+    s.totals.assign(all * 16, 0.0f), s.peaks.assign(all, -INFINITY);
+    s.ends.resize(all), s.from.resize(all), s.to.resize(all), s.rows.resize(s.row * padded), s.over.resize(s.row * padded);
+    for (int i = 0; i < all; ++i) {
+        const auto [token, head] = place(i);
+        s.ends[i] = step.positions[token] + 1;
+        lay_out<T>(q + token * q_stride + head * D, D, options.scale, &s.queries[i * padded]);
+    }
+    const int64_t end = s.ends[Q - 1], window = options.window > 0 ? options.window : end;
+    const int64_t begin = std::max<int64_t>(0, s.ends[0] - window);
+    const int32_t* table = step.table + int64_t(step.sequences[block.first]) * step.width;
+    const int64_t stride = int64_t(pages.kv_heads) * D, whole = size * stride;
+    const T *all_keys = static_cast<const T*>(pages.keys), *all_values = static_cast<const T*>(pages.values);
+    const auto rows_of = [&](const T* side, int64_t key, int g) __attribute__((always_inline)) {
+        return side + table[key / size] * whole + (block.group + g) * int64_t(D);
+    };
+    // A part of a page that is needed soon: in order, where all of the page is this block's; else the rows of its heads.
+    const auto fetch_part = [&](const T* side, int64_t key, int g) __attribute__((always_inline)) {
+        if (key >= end) return;
+        const bool mine = G == pages.kv_heads;
+        const T* page = mine ? side + table[key / size] * whole + int64_t(g) * size * D : rows_of(side, key, g);
+        for (int j = 0; j < size; ++j) fetch(page + j * (mine ? D : stride), D);
+    };
+    const bool direct = Q <= kDirect && D == padded;
+    for (int64_t at = begin / size * size / round * round; at < end; at += round) {
+        const int keys = int(std::min<int64_t>(round, end - at)), skip = at < begin ? int(begin - at) / size * size : 0;
+        for (int i = 0; i < all; ++i) {
+            s.from[i] = int(std::max<int64_t>(0, s.ends[i] - window - at));
+            s.to[i] = int(std::min<int64_t>(round, s.ends[i] - at));
+        }
+        // Few queries: page by page, each where it lies.
+        const auto each_page = [&](const auto& work) __attribute__((always_inline)) {
+            for (int start = skip; start < keys; start += size)
+                for (int g = 0; g < G; ++g) {
+                    work(start, g, -1, 0, 0);
+                    for (int i = g * Q; i < (g + 1) * Q; ++i) {
+                        const int from = std::max(0, s.from[i] - start), to = std::min(size, s.to[i] - start);
+                        if (from < to) work(start, g, i, from, to);
+                    }
+                }
+        };
+        // Many: a head's rows of the whole round, widened; meanwhile pages of what comes next, from key `next` on, are fetched.
+        const auto widen_round = [&](const T* side, int g) __attribute__((always_inline)) {
+            for (int start = skip; start < keys; start += size)
+                widen_rows(rows_of(side, at + start, g), stride, std::min(size, keys - start), D, padded, &s.rows[start * padded]);
+        };
+        const auto fetch_round = [&](const T* side, int64_t next, int g) __attribute__((always_inline)) {
+            const int tiles = (Q + kTile - 1) / kTile;
+            return [=, &fetch_part](int i) __attribute__((always_inline)) {
+                for (int start = i * size; start < round; start += tiles * size) fetch_part(side, next + start, g);
+            };
+        };
+        if (direct)
+            each_page([&](int start, int g, int i, int, int to) __attribute__((always_inline)) {
+                if (i < 0) return start + size < keys ? fetch_part(all_keys, at + start + size, g) : fetch_part(all_values, at + skip, g);
+                dot_keys(&s.queries[i * D], rows_of(all_keys, at + start, g), stride, to, D, &s.scores[i * s.row + start]);
+            });
+        for (int g = 0; g < G && !direct; ++g) {
+            widen_round(all_keys, g);
+            transpose_keys(s, keys, padded);
+            dot_round(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
+        }
+        for (int i = 0; i < all; i += kTogether) weigh(options, padded, i, std::min(kTogether, all - i), s);
+        if (direct)
+            each_page([&](int start, int g, int i, int from, int to) __attribute__((always_inline)) {
+                if (i < 0) return fetch_part(start + size < keys ? all_values : all_keys, at + start + size, g);
+                const float* weights = &s.scores[i * s.row + start];
+                add_values(rows_of(all_values, at + start, g), stride, weights, from, to, D, &s.outputs[i * D]);
+            });
+        for (int g = 0; g < G && !direct; ++g) {
+            widen_round(all_values, g);
+            add_round(g * Q, (g + 1) * Q, padded, s, fetch_round(all_keys, at + round, g));
+        }
+    }
+    for (int i = 0; i < all; ++i) {
+        const auto [token, head] = place(i);
+        const float share = 1 / sum(load(&s.totals[i * 16]));
+        lay_back<T>(&s.outputs[i * padded], D, share, out + (token * options.heads + head) * D);
+    }
+}
+
+WARPLOOM_CLONES void attend_float(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride,
+                                  const QueryBlock& block, Scratch& s, float* out) {
+    attend<float>(p, t, o, q, stride, block, s, out);
+}
+
+WARPLOOM_CLONES void attend_half(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride,
+                                 const QueryBlock& block, Scratch& s, float* out) {
+    attend<bfloat16>(p, t, o, q, stride, block, s, out);
+}
+
+}  // namespace
+
+void attend_float_pages(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
+                        int64_t q_stride, const QueryBlock& block, float* out) {
+    thread_local Scratch scratch;
+    auto work = pages.format == Format::halves ? attend_half : attend_float;
+    asm("" : "+r"(work));  // a call of who knows what may throw (WARPLOOM_CLONES): it takes memory
+    work(pages, step, options, q, q_stride, block, scratch, out);
+}
+
+}  // namespace warploom
