@@ -116,7 +116,7 @@ def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokeni
             raise InputError(f"model.{field} is {model[field]!r}, which is not implemented")
     check_overlaps(special)
     entries = model["vocab"].items()
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    pairs = [_halves(merge, model["vocab"]) for merge in model["merges"]]
     in_merges = {part for left, right in pairs for part in (left, right, left + right)}
     # Special tokens are often listed in the vocabulary too, and vocabulary among the added tokens.
     listed = {text: i for text, i in entries if special.ids.get(text) == i and text not in in_merges}
@@ -137,6 +137,17 @@ def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokeni
     kept = {name: value for name, value in model.items() if name not in _FIXED}
     tokenizer.loaded = {name: data.get(name) for name in stages} | {"model": kept, "vocab": listed}
     return tokenizer
+
+
+def _halves(merge: object, vocab: dict[str, int]) -> tuple[str, str]:
+    """A merge's halves; both have letters, so that no merge can make what it is made of."""
+    match merge.split(" ") if isinstance(merge, str) else merge:
+        case [str(left), str(right)] if left and right:
+            if left in vocab and right in vocab and left + right in vocab:
+                return left, right
+            lacking = next(part for part in (left, right, left + right) if part not in vocab)
+            raise InputError(f"model.merges has {merge!r}, and model.vocab lacks {lacking!r}")
+    raise InputError(f"model.merges has {merge!r}, which is not two tokens")
 
 
 def _read_byte_level(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes], dict]:

@@ -9,6 +9,7 @@ import torch
 
 from tests.llama_cpp import LlamaCpp
 from tests.smollm2 import smollm2_file
+from warploom.engine.cli import main
 from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.serving import LLM, SamplingParams
@@ -63,6 +64,12 @@ def test_answers_follow_a_schema(ours):
     for _ in range(2):
         output = llm.chat([{"role": "user", "content": "Name the capital of France."}], params)
         assert set(json.loads(output.text)) == {"city"}
+
+
+def test_chat_verb_converses(capsys):
+    said = "What is the capital of France? Answer with one word."
+    assert main(["chat", "--model", str(smollm2_file()), "--prompt", said, "--temperature", "0"]) == 0
+    assert "Paris" in capsys.readouterr().out
 
 
 def test_fine_tuned_weights_are_llama_cpps(ours, tmp_path):

@@ -215,6 +215,20 @@ def test_tokenizer_json_unknown_stage_refused(tok, tmp_path, change, field):
         load_tokenizer(tmp_path / "odd.json")
 
 
+@pytest.mark.parametrize(
+    ("merge", "says"),
+    [(["", "a"], "not two tokens"), (["a"], "not two tokens"), ("a b c", "not two tokens"), (["a", "\u00e9"], "lacks")],
+)
+def test_tokenizer_json_merge_without_sense_refused(tok, tmp_path, merge, says):
+    """Among them one that makes what it is made of: merging would never end."""
+    tok.save(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    data["model"]["merges"].append(merge)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
+    with pytest.raises(ValueError, match=rf"tokenizer.json: model.merges has .*{says}"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_normalizer_is_applied(tok, tmp_path, texts):
     composed = BPETokenizer(tok.vocab, tok.merges, tok.special_tokens, tok.pattern, normalizer="NFC")
     composed.save(tmp_path)

@@ -72,3 +72,18 @@ def test_real_model_calls_a_tool_and_uses_its_result(api, choice, stream):
     messages.append({"role": "tool", "tool_call_id": call.id, "content": "The weather in Paris: 31 degrees, sunny."})
     answer = ask(tool_choice="none")
     assert answer.finish_reason == "stop" and "31" in answer.message.content
+
+
+def test_real_model_answers_by_a_schema(api):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "country": {"enum": ["France", "Italy"]}},
+        "required": ["city", "country"],
+        "additionalProperties": False,
+    }
+    answer = api.chat.completions.create(
+        model="tiny", temperature=0, max_tokens=60,
+        messages=[{"role": "user", "content": "Name the capital of France."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "capital", "schema": schema, "strict": True}},
+    ).choices[0]  # fmt: skip
+    assert json.loads(answer.message.content) == {"city": "Paris", "country": "France"}
