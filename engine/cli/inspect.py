@@ -1,5 +1,6 @@
 """Look inside: `inspect model` shows what a model is made of, without making it; `inspect tokens` how a text splits;
-`inspect attention` where each head looks; `inspect data` what a run learns of its data."""
+`inspect attention` where each head looks; `inspect data` what a run learns of its data; `inspect families` which
+published architectures open."""
 
 from __future__ import annotations
 
@@ -69,6 +70,13 @@ def _executors(config: ModelConfig) -> Iterator[tuple[str, str]]:
     for executor, is_supported in predicates.items():
         refused = ", ".join(f"{field}={value!r}" for field, value in is_supported.refused(config).items())
         yield executor, "" if is_supported(config) else refused or "widths are not whole vectors"
+
+
+def show_families(options: argparse.Namespace) -> None:
+    """Published architectures that open, field by field, as the table of docs/models.md."""
+    from ..formats.families import family_table
+
+    print(*family_table(), sep="\n")
 
 
 def show_tokens(options: argparse.Namespace) -> None:
@@ -209,6 +217,7 @@ TOPICS: dict[str, tuple[Callable, Callable]] = {
     "tokens": (show_tokens, _tokens_flags),
     "attention": (show_attention, _attention_flags),
     "data": (show_data, _data_flags),
+    "families": (show_families, lambda parser: None),
 }
 
 

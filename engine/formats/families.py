@@ -8,14 +8,15 @@ one back, and `weight_map(config)` lists, for each tensor of ours, the published
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from ..config import ModelConfig
 from ..errors import InputError
-from .family import TRAINING_ONLY, WeightMapping, mapping_of
+from .family import TRAINING_ONLY, Family, WeightMapping, mapping_of
 from .family_table import ALIASES, FAMILIES
 
 
@@ -66,6 +67,37 @@ def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return values
     above = {name: values[name] for name in ("tie_word_embeddings", "quantization_config") if name in values}
     return {"model_type": values.get("model_type"), **inner, **above}
+
+
+def family_table() -> Iterator[str]:
+    """A Markdown table of the families: what each always has, what its config.json says, how its tensors lie."""
+    yield "| `model_type` | class | always | said by the file | tensors |"
+    yield "|---|---|---|---|---|"
+    common = set(FAMILIES["llama"].words.values())
+    for kind, family in FAMILIES.items():
+        always = [f"{name}={value}" for name, value in sorted(family.granted.items())]
+        fields = {field for words in set(family.words.values()) - common for field in words.split("+")}
+        fields |= _fields_of(family) - family.granted.keys()
+        laid = [f"norm weights less {family.offset:g}"] if family.offset else []
+        laid += [f"rows of {part} in another order" for part in family.orders]
+        laid += [f"{part} transposed" for part in family.transposed]
+        cells = f"`{kind}`", family.title, *map(", ".join, (always, sorted(fields), laid))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _fields_of(family: Family) -> set[str]:
+    """Our fields that the family's words of their own kind set, of a plain configuration as they say it."""
+    config = ModelConfig.preset("llama-tiny", query_growth={"beta": 0.1, "length": 64})
+    values, found = {"model_type": ""}, set()
+    for name in family.words:
+        values |= dict.fromkeys(name.split("|"), 4)
+    for word in family.more:
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            values |= word.write(config)
+    for word in family.more:
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            found |= word.read(values).keys()
+    return found
 
 
 # model.safetensors
