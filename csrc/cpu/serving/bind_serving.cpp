@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 
 #include "cpu/array.hpp"
 #include "cpu/serving/block.hpp"
@@ -178,10 +179,19 @@ Table table_of(const char* name, Tensor x, int width) {
     return {x.numbers<const float>(name, rows * width), false, rows};
 }
 
-Activation activation_of(const std::string& name) {
-    if (name == "swiglu") return Activation::swiglu;
-    if (name == "gelu") return Activation::gelu;
-    return name == "relu" ? Activation::relu : Activation::relu2;
+Gate activation_of(const std::string& name) {
+    static const std::map<std::string, Gate> kinds = {{"swiglu", Gate::silu}, {"geglu", Gate::gelu}, {"gelu", Gate::gelu},
+                                                      {"gelu_erf", Gate::gelu_erf}, {"relu", Gate::relu}, {"relu2", Gate::relu2}};
+    if (!kinds.count(name)) throw py::value_error("no such activation: " + name);
+    return kinds.at(name);
+}
+
+QKNorm qk_norm_of(const std::string& name) {
+    return name == "whole" ? QKNorm::whole : name == "after" ? QKNorm::after : QKNorm::head;
+}
+
+Residual residual_of(const std::string& name) {
+    return name == "parallel" ? Residual::parallel : name == "shared" ? Residual::shared : Residual::serial;
 }
 
 }  // namespace
@@ -207,33 +217,44 @@ void bind_serving(py::module_& module) {
         .def_property_readonly("bytes", &PackedMatrix::bytes);
 
     py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
-    py::class_<Block, std::shared_ptr<Block>>(module, "Block")
-        .def(py::init([](int width, int heads, int kv_heads, int head_dim, int hidden, int window, float softcap,
-                         float scale, float qk_eps, const std::string& activation, Norm attention_norm, Norm ffn_norm,
-                         std::vector<float> q_norm, std::vector<float> k_norm, std::shared_ptr<Matrix> qkv,
-                         std::shared_ptr<Matrix> output, std::shared_ptr<Matrix> up,
-                         std::shared_ptr<Matrix> down) {
-            BlockShape shape{width,   heads, kv_heads, head_dim, hidden,
-                             window,  softcap, scale,  qk_eps,   activation_of(activation)};
-            return new Block(shape, std::move(attention_norm), std::move(ffn_norm), std::move(q_norm),
-                             std::move(k_norm), std::move(qkv), std::move(output), std::move(up), std::move(down));
+    py::class_<BlockNorms>(module, "BlockNorms")
+        .def(py::init([](Norm attention, Norm attention_post, Norm ffn, Norm ffn_post, std::vector<float> q, std::vector<float> k) {
+            return BlockNorms{std::move(attention), std::move(attention_post), std::move(ffn), std::move(ffn_post),
+                              std::move(q), std::move(k)};
         }));
+    py::class_<Block, std::shared_ptr<Block>>(module, "Block")
+        .def(py::init([](BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output, std::shared_ptr<Matrix> up,
+                         std::shared_ptr<Matrix> down, int width, int heads, int kv_heads, int head_dim, int hidden, int window,
+                         float softcap, float scale, float qk_eps, const std::string& activation, bool gated,
+                         const std::string& qk_norm, const std::string& residual, float residual_scale, int rotation) {
+                 const BlockShape shape{width, heads, kv_heads, head_dim, hidden, window, softcap, scale, qk_eps,
+                                        activation_of(activation), gated, qk_norm_of(qk_norm), residual_of(residual),
+                                        residual_scale, rotation};
+                 return new Block(shape, std::move(norms), std::move(qkv), std::move(output), std::move(up), std::move(down));
+             }),
+             py::arg("norms"), py::arg("qkv"), py::arg("output"), py::arg("up"), py::arg("down"), py::kw_only(), py::arg("width"),
+             py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("hidden"), py::arg("window"),
+             py::arg("softcap"), py::arg("scale"), py::arg("qk_eps"), py::arg("activation"), py::arg("gated"),
+             py::arg("qk_norm"), py::arg("residual"), py::arg("residual_scale"), py::arg("rotation"));
     py::class_<Transformer>(module, "Transformer")
-        .def(py::init([](int width, Tensor embedding, Tensor positions, std::vector<std::shared_ptr<Block>> blocks, Norm norm) {
-                 return new Transformer(size_of("width", width), table_of("embedding", embedding, width),
+        .def(py::init([](int width, Tensor embedding, Tensor positions, float embedding_scale,
+                         std::vector<std::shared_ptr<Block>> blocks, Norm norm) {
+                 return new Transformer(size_of("width", width), table_of("embedding", embedding, width), embedding_scale,
                                         table_of("positions", positions, width), std::move(blocks), std::move(norm));
              }),
              py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
-        .def("run", [](const Transformer& self, Tensor tokens, const Step& step, const std::vector<Pages>& pages, Tensor cos,
-                       Tensor sin, Tensor hidden) {
-            const int64_t most = cos.given() ? cos.size(0) : INT64_MAX, columns = cos.given() ? cos.size(1) : 0;
-            const Rotation rotation{cos.numbers_or_none<const float>("cos", most * columns),
-                                    sin.numbers_or_none<const float>("sin", most * columns), int(columns), most};
-            if (cos.given() != sin.given()) throw py::value_error("cos and sin are both given or neither");
+        .def("run", [](const Transformer& self, Tensor tokens, const Step& step, const std::vector<Pages>& pages,
+                       const std::vector<std::pair<Array, Array>>& tables, Tensor hidden) {
+            std::vector<Rotation> rotations;
+            for (const auto& [cos, sin] : tables) {
+                const int64_t most = cos.size(0), columns = cos.size(1);
+                rotations.push_back({cos.numbers<const float>("cos", most * columns), sin.numbers<const float>("sin", most * columns),
+                                     int(columns), most});
+            }
             const int64_t* ids = tokens.numbers<const int64_t>("tokens", step.tokens);
             float* to = hidden.numbers<float>("hidden", int64_t(step.tokens) * self.width());
             py::gil_scoped_release unlocked;
-            self.run(ids, step, pages, rotation, to);
+            self.run(ids, step, pages, rotations, to);
         });
 }
 

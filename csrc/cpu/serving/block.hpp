@@ -3,13 +3,13 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/elementwise.hpp"
 #include "cpu/serving/matrix.hpp"
 #include "cpu/serving/paged_attention.hpp"
 
 namespace warploom {
 
 enum class NormKind { none, rms, layer };
-enum class Activation { swiglu, gelu, relu, relu2 };
 
 struct Norm {
     NormKind kind = NormKind::none;
@@ -20,11 +20,24 @@ struct Norm {
 // What has come joins the stream, of which `normed` becomes the norm.
 void join_and_normalize(const Norm& norm, float* stream, const float* delta, int n, float* normed);
 
+enum class QKNorm { head, whole, after };              // each head; all heads together; each head once it is rotated
+enum class Residual { serial, parallel, shared };  // both sublayers read one stream; and one norm of it
+
 struct BlockShape {
     int width, heads, kv_heads, head_dim, hidden;
     int window;
     float softcap, scale, qk_eps;
-    Activation activation;
+    Gate activation;
+    bool gated;
+    QKNorm qk_norm;
+    Residual residual;
+    float residual_scale;
+    int rotation;  // which of the model's; -1: none
+};
+
+struct BlockNorms {  // before a sublayer, and of what it gives
+    Norm attention, attention_post, ffn, ffn_post;
+    std::vector<float> q, k;
 };
 
 struct Rotation {  // (max length, columns) of cosines and sines; no columns: no rotation
@@ -37,18 +50,18 @@ struct Rotation {  // (max length, columns) of cosines and sines; no columns: no
 // The C++ twin of the model's Block. `stream` and `delta` (tokens, width) become what they are after this layer.
 class Block {
 public:
-    Block(BlockShape shape, Norm attention_norm, Norm ffn_norm, std::vector<float> q_norm, std::vector<float> k_norm,
-          std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output, std::shared_ptr<Matrix> up,
-          std::shared_ptr<Matrix> down);
+    Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,
+          std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down);
 
+    int rotation() const { return shape_.rotation; }
     void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const;
 
 private:
+    void normalize_heads(float* qkv) const;
     void rope(float* qkv, int64_t position, const Rotation& rotation) const;
 
     BlockShape shape_;
-    Norm attention_norm_, ffn_norm_;
-    std::vector<float> q_norm_, k_norm_;
+    BlockNorms norms_;
     std::shared_ptr<Matrix> qkv_, output_, up_, down_;
 };
 

@@ -26,12 +26,13 @@ void look_up(const Table& table, const char* name, int64_t row, int width, float
 
 }  // namespace
 
-Transformer::Transformer(int width, Table embedding, Table positions, std::vector<std::shared_ptr<Block>> blocks,
-                         Norm norm)
-    : width_(width), embedding_(embedding), positions_(positions), blocks_(std::move(blocks)), norm_(std::move(norm)) {}
+Transformer::Transformer(int width, Table embedding, float embedding_scale, Table positions,
+                         std::vector<std::shared_ptr<Block>> blocks, Norm norm)
+    : width_(width), embedding_(embedding), positions_(positions), embedding_scale_(embedding_scale),
+      blocks_(std::move(blocks)), norm_(std::move(norm)) {}
 
 void Transformer::run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages,
-                      const Rotation& rotation, float* hidden) const {
+                      const std::vector<Rotation>& rotations, float* hidden) const {
     if (pages.size() != blocks_.size())
         throw std::invalid_argument("there are pages for " + std::to_string(pages.size()) + " layers, not for " +
                                     std::to_string(blocks_.size()));
@@ -39,10 +40,17 @@ void Transformer::run(const int64_t* tokens, const Step& step, const std::vector
     streams.assign(size_t(step.tokens) * width_, 0.0f), deltas.assign(streams.size(), 0.0f);
     float *stream = streams.data(), *delta = deltas.data();
     each_row(step.tokens, [&](int t) {
-        look_up(embedding_, "token", tokens[t], width_, stream + size_t(t) * width_);
-        look_up(positions_, "position", step.positions[t], width_, stream + size_t(t) * width_);
+        float* row = stream + size_t(t) * width_;
+        look_up(embedding_, "token", tokens[t], width_, row);
+        for (int i = 0; i < width_ && embedding_scale_ != 1; ++i) row[i] *= embedding_scale_;
+        look_up(positions_, "position", step.positions[t], width_, row);
     });
-    for (size_t layer = 0; layer < blocks_.size(); ++layer) blocks_[layer]->run(stream, delta, step, pages[layer], rotation);
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+        const int which = blocks_[layer]->rotation();
+        const Rotation none{nullptr, nullptr, 0, INT64_MAX};
+        if (which >= int(rotations.size())) throw std::invalid_argument("a layer's rotation is not given");
+        blocks_[layer]->run(stream, delta, step, pages[layer], which < 0 ? none : rotations[which]);
+    }
     each_row(step.tokens, [&](int t) {
         const size_t at = size_t(t) * width_;
         join_and_normalize(norm_, stream + at, delta + at, width_, hidden + at);

@@ -15,18 +15,20 @@ struct Table {  // rows as wide as the stream; no rows: nothing is looked up
 
 class Transformer {
 public:
-    Transformer(int width, Table embedding, Table positions, std::vector<std::shared_ptr<Block>> blocks, Norm norm);
+    Transformer(int width, Table embedding, float embedding_scale, Table positions,
+                std::vector<std::shared_ptr<Block>> blocks, Norm norm);
 
     int width() const { return width_; }
 
-    // `hidden` (tokens, width) becomes the normalized stream after the last layer; `pages` are those of each layer.
-    // A token or a position that the tables lack is an out_of_range.
-    void run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages, const Rotation& rotation,
-             float* hidden) const;
+    // `hidden` (tokens, width) becomes the normalized stream after the last layer; `pages` are those of each layer,
+    // which names one of the `rotations`. A token or a position that the tables lack is an out_of_range.
+    void run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages,
+             const std::vector<Rotation>& rotations, float* hidden) const;
 
 private:
     int width_;
     Table embedding_, positions_;
+    float embedding_scale_;
     std::vector<std::shared_ptr<Block>> blocks_;
     Norm norm_;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/elementwise.hpp"
 #include "cpu/index.hpp"
 #include "cpu/training/omp_threads.hpp"
 
@@ -10,35 +11,19 @@ namespace warploom {
 
 namespace {
 
-// Calls body(column, lanes) for sixteen columns at a time; the last call may have fewer.
-template <class Body>
-WARPLOOM_INLINE void across(int columns, const Body& body) {
-    int c = 0;
-    for (; c + 16 <= columns; c += 16) body(c, 16);
-    if (c < columns) body(c, columns - c);
-}
-
 template <class T>
 WARPLOOM_INLINE void norm_rows(const NormForward<T>& t, int first, int last) {
     for (int row = first; row < last; ++row) {
         const T* x = t.x[row];
-        f16 squares = {};
         if (t.residual.at) {
             const T* residual = t.residual[row];
             T* total = t.sum[row];
             across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
                 store(total + c, load(x + c, n) + load(residual + c, n), n);
-                const f16 s = load(total + c, n);  // as rounded: what the next layer will see
-                squares += s * s;
             });
-            x = total;
-        } else {
-            across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
-                const f16 s = load(x + c, n);
-                squares += s * s;
-            });
+            x = total;  // as rounded: what the next layer will see
         }
-        const float inverse = 1.0f / std::sqrt(sum(squares) / float(t.columns) + t.eps);
+        const float inverse = inverse_deviation(x, t.columns, t.eps);
         t.inverse[row] = inverse;
         T* y = t.y[row];
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
@@ -82,26 +67,6 @@ WARPLOOM_INLINE void reduce_chunks(const NormBackward<T>& t, int chunks) {
     });
 }
 
-WARPLOOM_INLINE f16 sigmoid(f16 x) { return 1.0f / (1.0f + exp(-x)); }
-
-// The activation and its slope. The tanh form of GELU is x · sigmoid(2u): no tanh is needed.
-template <Gate kind>
-WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
-    if (kind == Gate::silu) {
-        const f16 s = sigmoid(x);
-        value = x * s;
-        slope = s * (1.0f + x * (1.0f - s));
-    } else if (kind == Gate::gelu) {
-        const f16 s = sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
-        value = x * s;
-        slope = s + value * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
-    } else {
-        const f16 positive = select(x > f16{}, x, f16{});
-        value = kind == Gate::relu ? positive : positive * positive;
-        slope = kind == Gate::relu ? select(x > f16{}, f16{} + 1.0f, f16{}) : 2.0f * positive;
-    }
-}
-
 template <Gate kind, class T>
 WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
     for (int row = first; row < last; ++row) {
@@ -130,10 +95,7 @@ WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
 
 template <class T>
 WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
-    if (t.kind == Gate::silu) return gate_rows<Gate::silu>(t, first, last);
-    if (t.kind == Gate::gelu) return gate_rows<Gate::gelu>(t, first, last);
-    if (t.kind == Gate::relu) return gate_rows<Gate::relu>(t, first, last);
-    gate_rows<Gate::relu2>(t, first, last);
+    with_gate(t.kind, [&](auto kind) __attribute__((always_inline)) { gate_rows<kind.value>(t, first, last); });
 }
 
 template <class T>
@@ -144,12 +106,7 @@ WARPLOOM_INLINE void rope_tokens(const Rope<T>& t, int first, int last) {
         const T* x = t.x + token / t.time * t.batch_stride + time * t.time_stride;
         T* y = t.y[token];
         for (int head = 0; head < t.heads; ++head, x += t.head_stride, y += t.width) {
-            across(t.half, [&](int c, int n) __attribute__((always_inline)) {
-                const f16 a = load(x + c, n), b = load(x + c + t.half, n);
-                const f16 u = load(cos + c, n), v = load(sin + c, n) * t.sign;
-                store(y + c, a * u - b * v, n);
-                store(y + c + t.half, b * u + a * v, n);
-            });
+            rotate_head(x, y, t.half, cos, sin, t.sign);
             for (int c = 2 * t.half; c < t.width; ++c) y[c] = x[c];
         }
     }

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/elementwise.hpp"
 #include "simd.hpp"
 
 namespace warploom {
@@ -46,8 +47,6 @@ struct NormBackward {
     void reduce() const;
     void run() const;
 };
-
-enum class Gate { silu, gelu, relu, relu2 };
 
 // y = activation(gate) · up; and, where `dy` is given, the gradients of both, and y only if it has a place.
 template <class T>

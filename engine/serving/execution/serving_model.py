@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from .... import kernels
 from ....kernels.moe import route
+from ...config import ModelConfig
 from ...errors import InputError
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
-from ...layers import routing_options
+from ...layers import NoNorm, routing_options
 from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
 from ..scheme import INT8, Scheme, scheme_of
 from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
@@ -35,6 +36,7 @@ from .native_matrix import native_matrix, stored
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
+ROTATED = "fw"  # kinds of layers in the order of their rotations; those of kind n have none
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -114,10 +116,19 @@ class NativeTransformer:
     """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
 
     is_supported = Supported(
-        computed={*SHAPE, *OUTSIDE, *WINDOWS, *ROUTING, *BIASES, *STREAM, "rotary_dim", "head_bias"}
-        - {"local_rope", "norm_place", "residual", "residual_scale"},
-        only={"n_experts": (0,), "qk_norm": ("none", "head"), "ffn": ("swiglu", "gelu", "relu", "relu2")},
-        where=lambda config: "n" not in config.kinds,
+        computed={
+            *SHAPE,
+            *OUTSIDE,
+            *SCALED,
+            *WINDOWS,
+            *ROUTING,
+            *BIASES,
+            *STREAM,
+            "rotary_dim",
+            "qk_norm",
+            "norm_weight",
+        },
+        only={"n_experts": (0,), "ffn": ("swiglu", "geglu", "gelu", "gelu_erf", "relu", "relu2")},
     )
     training = False
 
@@ -126,12 +137,12 @@ class NativeTransformer:
         self.device, self.embedding = model.device, model.embedding
         blocks = []
         for index, block in enumerate(model.blocks):
-            blocks.append(_native_block(balanced(block, c) if isinstance(form, Scheme) else block, c, form))
+            smooth = isinstance(form, Scheme) and can_smooth(c)
+            blocks.append(_native_block(balanced(block, c) if smooth else block, c, form))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
-        self.rotation: tuple[Tensor, ...] = ()
-        if c.position == "rope":
-            self.rotation = rotary_tables(c, "f")
+        kinds = ROTATED if c.local_rope else ROTATED[:1]
+        self.rotations = [rotary_tables(c, kind) for kind in kinds] if c.position == "rope" else []
         self.positions = None
         if c.position == "learned":
             self.positions = model.positions.weight
@@ -139,13 +150,13 @@ class NativeTransformer:
             self.positions = sinusoids(c.max_seq_len, c.d_model) * model.embedding.std
         # Detached, the tables' memory stays theirs: `model.to` replaces that of a parameter.
         tables = (None if table is None else table.detach() for table in (model.embedding.weight, self.positions))
-        self.native = _native.Transformer(c.d_model, *tables, blocks, _native_norm(model.norm, c))
+        self.native = _native.Transformer(c.d_model, *tables, c.embedding_scale, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        self.native.run(tokens_BT, attend.step, attend.layers, *(self.rotation or (None, None)), hidden_BTC)
-        return hidden_BTC
+        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, hidden_BTC)
+        return hidden_BTC if self.config.logit_scale == 1 else hidden_BTC * self.config.logit_scale
 
 
 class NativeMoE(nn.Module):
@@ -246,16 +257,26 @@ def _native_block(block: Block, config, form: str | Scheme):
     """A whole layer in C++: the twin of `Block`."""
     c, attention, ffn = config, block.attention, block.ffn
     layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
-    return _native.Block(
-        c.d_model, c.n_heads, c.kv_heads, c.head_size, c.ff_size, attention.window or 0, attention.softcap or 0.0,
-        attention.scale, c.norm_eps, c.ffn, _native_norm(block.attention_norm, c), _native_norm(block.ffn_norm, c),
+    around = block.attention_norm, block.attention_post, block.ffn_norm, block.ffn_post
+    norms = _native.BlockNorms(
+        *(_native_norm(norm, c) for norm in around),
         _floats(getattr(attention.q_norm, "weight", None)), _floats(getattr(attention.k_norm, "weight", None)),
-        *(native_matrix(stored(layer), layer.bias, form, name) for layer, name in zip(layers, MATRICES)),
+    )  # fmt: skip
+    rotation = -1 if c.rope(block.kind) is None else ROTATED.index(block.kind) if c.local_rope else 0
+    return _native.Block(
+        norms, *(native_matrix(stored(layer), layer.bias, form, name) for layer, name in zip(layers, MATRICES)),
+        width=c.d_model, heads=c.n_heads, kv_heads=c.kv_heads, head_dim=c.head_size, hidden=c.ff_size,
+        window=attention.window or 0, softcap=attention.softcap or 0.0, scale=attention.scale, qk_eps=c.norm_eps,
+        activation=c.ffn, gated=c.gated, qk_norm=c.qk_norm, residual=c.residual, residual_scale=c.residual_scale,
+        rotation=rotation,
     )  # fmt: skip
 
 
-def _native_norm(norm: nn.Module, config):
+def _native_norm(norm: nn.Module | None, config: ModelConfig):
+    if norm is None or isinstance(norm, NoNorm):
+        return _native.Norm("none", 0.0, [], [])
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight = torch.ones(config.d_model) if weight is None else weight
     return _native.Norm(config.norm, config.norm_eps, _floats(weight), _floats(bias))
 
 

@@ -13,7 +13,7 @@ from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.gguf_blocks import TYPES
 from warploom.engine.formats.gguf_reader import GGUFFile
 from warploom.engine.formats.model_directory import load_config, load_model
-from warploom.engine.serving import LLM
+from warploom.engine.serving import LLM, SamplingParams
 from warploom.tokenizer import BPETokenizer
 
 SENTENCE = "The loom weaves 1234 threads — isn't it fine?\n\n  织布机 naïve  \tend"
@@ -129,4 +129,4 @@ def test_smollm2_opens_as_gguf_has_it():
     ):
         assert list(tokenizer.encode(text)) == words.encode(text).ids
     assert tokenizer.special.eos == "<|im_end|>" and GGUFFile(smollm2_file()).metadata["general.type"] == "model"
-    assert "Paris" in llm.generate(["The capital of France is"])[0].text
+    assert "Paris" in llm.generate("The capital of France is", SamplingParams(max_tokens=8, temperature=0)).text

@@ -122,7 +122,7 @@ def test_fused_block_gradients_equal_ops(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dropout": 0.1}, {"bias": True}, {"norm": "layernorm"}, {"qk_norm": True}, {"d_ff": 40}]
+    "change", [{"dropout": 0.1}, {"bias": True}, {"norm": "layernorm"}, {"norm_place": "both"}, {"d_ff": 40}]
 )
 def test_a_layer_with_more_in_it_goes_by_its_ops(change, monkeypatch):
     monkeypatch.delattr(fused_block, "norm_qkv_rope")

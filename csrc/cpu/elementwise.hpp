@@ -1,0 +1,86 @@
+// Norm, gate and rotation of a row: what training and serving share. Numbers are float or bfloat16 in memory, float32 in
+// registers.
+#pragma once
+#include <cmath>
+
+#include "simd.hpp"
+
+namespace warploom {
+
+// Calls body(column, lanes) for sixteen columns at a time; the last call may have fewer.
+template <class Body>
+WARPLOOM_INLINE void across(int columns, const Body& body) {
+    int c = 0;
+    for (; c + 16 <= columns; c += 16) body(c, 16);
+    if (c < columns) body(c, columns - c);
+}
+
+// 1 / the standard deviation of a row around a mean; with a mean of 0 around its root mean square.
+template <class T>
+WARPLOOM_INLINE float inverse_deviation(const T* x, int columns, float eps, float mean = 0) {
+    f16 squares = {};
+    int c = 0;
+    for (; c + 16 <= columns; c += 16) squares += (load(x + c) - mean) * (load(x + c) - mean);
+    float square = sum(squares);
+    for (; c < columns; ++c) square += (widen(x[c]) - mean) * (widen(x[c]) - mean);
+    return 1.0f / std::sqrt(square / float(columns) + eps);
+}
+
+enum class Gate { silu, gelu, relu, relu2, gelu_erf };
+
+WARPLOOM_INLINE f16 sigmoid(f16 x) { return 1.0f / (1.0f + exp(-x)); }
+
+// erf(x) to 1.5e-7: Abramowitz and Stegun, 7.1.26.
+WARPLOOM_INLINE f16 erf(f16 x) {
+    const f16 size = select(x > f16{}, x, -x), t = 1.0f / (1.0f + 0.3275911f * size);
+    const f16 tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const f16 value = 1.0f - tail * exp(-size * size);
+    return select(x > f16{}, value, -value);
+}
+
+// The activation and its slope. The tanh form of GELU is x · sigmoid(2u): no tanh is needed.
+template <Gate kind>
+WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
+    if (kind == Gate::silu) {
+        const f16 s = sigmoid(x);
+        value = x * s;
+        slope = s * (1.0f + x * (1.0f - s));
+    } else if (kind == Gate::gelu) {
+        const f16 s = sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+        value = x * s;
+        slope = s + value * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
+    } else if (kind == Gate::gelu_erf) {
+        const f16 s = 0.5f + 0.5f * erf(x * 0.70710678f);
+        value = x * s;
+        slope = s + x * exp(x * x * -0.5f) * 0.39894228f;
+    } else {
+        const f16 positive = select(x > f16{}, x, f16{});
+        value = kind == Gate::relu ? positive : positive * positive;
+        slope = kind == Gate::relu ? select(x > f16{}, f16{} + 1.0f, f16{}) : 2.0f * positive;
+    }
+}
+
+// Calls body(kind) with the gate as a constant.
+template <class Body>
+WARPLOOM_INLINE void with_gate(Gate kind, const Body& body) {
+    switch (kind) {
+        case Gate::silu: return body(std::integral_constant<Gate, Gate::silu>());
+        case Gate::gelu: return body(std::integral_constant<Gate, Gate::gelu>());
+        case Gate::relu: return body(std::integral_constant<Gate, Gate::relu>());
+        case Gate::relu2: return body(std::integral_constant<Gate, Gate::relu2>());
+        case Gate::gelu_erf: return body(std::integral_constant<Gate, Gate::gelu_erf>());
+    }
+}
+
+// A head's columns i and i + half, turned by the angle of i; `sign` -1 turns back. x and y may be the same.
+template <class T>
+WARPLOOM_INLINE void rotate_head(const T* x, T* y, int half, const float* cos, const float* sin, float sign = 1) {
+    across(half, [&](int c, int n) __attribute__((always_inline)) {
+        const f16 a = load(x + c, n), b = load(x + c + half, n);
+        const f16 u = load(cos + c, n), v = load(sin + c, n) * sign;
+        store(y + c, a * u - b * v, n);
+        store(y + c + half, b * u + a * v, n);
+    });
+}
+
+}  // namespace warploom
