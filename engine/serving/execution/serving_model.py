@@ -137,6 +137,7 @@ class NativeTransformer:
         self.device, self.embedding = model.device, model.embedding
         blocks = []
         for index, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
             smooth = isinstance(form, Scheme) and can_smooth(c)
             blocks.append(_native_block(balanced(block, c) if smooth else block, c, form))
             if release:  # so that no more than one layer is ever held twice
@@ -273,11 +274,11 @@ def _native_block(block: Block, config, form: str | Scheme):
 
 
 def _native_norm(norm: nn.Module | None, config: ModelConfig):
-    if norm is None or isinstance(norm, NoNorm):
-        return _native.Norm("none", 0.0, [], [])
+    kind = "none" if norm is None or isinstance(norm, NoNorm) else config.norm
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    weight = torch.ones(config.d_model) if weight is None else weight
-    return _native.Norm(config.norm, config.norm_eps, _floats(weight), _floats(bias))
+    if weight is None and kind != "none":
+        weight = torch.ones(config.d_model)
+    return _native.Norm(kind, config.norm_eps, _floats(weight), _floats(bias))
 
 
 def _floats(tensor: Tensor | None) -> list[float]:
