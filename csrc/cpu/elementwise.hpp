@@ -2,6 +2,7 @@
 // registers.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "simd.hpp"
 
@@ -26,7 +27,8 @@ WARPLOOM_INLINE float inverse_deviation(const T* x, int columns, float eps, floa
     return 1.0f / std::sqrt(square / float(columns) + eps);
 }
 
-enum class Gate { silu, gelu, relu, relu2, gelu_erf };
+enum class Gate { silu, gelu, relu, relu2, gelu_erf, clamped };  // the last: gpt-oss's, of bounded halves
+constexpr float kClamp = 7, kClampedSlope = 1.702f;
 
 WARPLOOM_INLINE f16 sigmoid(f16 x) { return 1.0f / (1.0f + exp(-x)); }
 
@@ -53,11 +55,23 @@ WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
         const f16 s = 0.5f + 0.5f * erf(x * 0.70710678f);
         value = x * s;
         slope = s + x * exp(x * x * -0.5f) * 0.39894228f;
+    } else if (kind == Gate::clamped) {
+        const f16 bounded = select(x > f16{} + kClamp, f16{} + kClamp, x), s = sigmoid(kClampedSlope * bounded);
+        value = bounded * s;
+        slope = select(x > f16{} + kClamp, f16{}, s + kClampedSlope * value * (1.0f - s));
     } else {
         const f16 positive = select(x > f16{}, x, f16{});
         value = kind == Gate::relu ? positive : positive * positive;
         slope = kind == Gate::relu ? select(x > f16{}, f16{} + 1.0f, f16{}) : 2.0f * positive;
     }
+}
+
+// What the activation of a gate multiplies.
+template <Gate kind>
+WARPLOOM_INLINE f16 other_half(f16 up) {
+    if (kind != Gate::clamped) return up;
+    const f16 most = f16{} + kClamp, below = select(up > most, most, up);
+    return select(below > -most, below, -most) + 1.0f;
 }
 
 // Calls body(kind) with the gate as a constant.
@@ -69,6 +83,7 @@ WARPLOOM_INLINE void with_gate(Gate kind, const Body& body) {
         case Gate::relu: return body(std::integral_constant<Gate, Gate::relu>());
         case Gate::relu2: return body(std::integral_constant<Gate, Gate::relu2>());
         case Gate::gelu_erf: return body(std::integral_constant<Gate, Gate::gelu_erf>());
+        case Gate::clamped: return body(std::integral_constant<Gate, Gate::clamped>());
     }
 }
 

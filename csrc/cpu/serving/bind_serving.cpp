@@ -8,6 +8,7 @@
 #include "cpu/array.hpp"
 #include "cpu/serving/block.hpp"
 #include "cpu/serving/dense_matrix.hpp"
+#include "cpu/serving/experts.hpp"
 #include "cpu/index.hpp"
 #include "cpu/serving/int8_pages.hpp"
 #include "cpu/serving/packed_matrix.hpp"
@@ -54,6 +55,16 @@ void multiply(const Matrix& matrix, Tensor x, Tensor y) {
     float* to = y.numbers<float>("y", rows * matrix.outputs());
     py::gil_scoped_release unlocked;
     matrix.multiply(from, int(rows), to);
+}
+
+void run_experts(const Experts& experts, Tensor x, Tensor chosen, Tensor weights, Tensor y) {
+    const int tokens = size_of("tokens", chosen.size(0)), each = size_of("experts of a token", chosen.size(1));
+    const int64_t width = experts.width(), all = int64_t(tokens) * each;
+    const float *from = x.numbers<const float>("x", tokens * width), *w = weights.numbers<const float>("weights", all);
+    const int64_t* which = chosen.numbers<const int64_t>("chosen", all);
+    float* to = y.numbers<float>("y", tokens * width);
+    py::gil_scoped_release unlocked;
+    experts.run(from, which, w, tokens, each, to);
 }
 
 Layout make_layout(int bits, int group, bool minimum, bool rotate, const std::vector<int>& table) {
@@ -181,7 +192,8 @@ Table table_of(const char* name, Tensor x, int width) {
 
 Gate activation_of(const std::string& name) {
     static const std::map<std::string, Gate> kinds = {{"swiglu", Gate::silu}, {"geglu", Gate::gelu}, {"gelu", Gate::gelu},
-                                                      {"gelu_erf", Gate::gelu_erf}, {"relu", Gate::relu}, {"relu2", Gate::relu2}};
+                                                      {"gelu_erf", Gate::gelu_erf}, {"relu", Gate::relu}, {"relu2", Gate::relu2},
+                                                      {"silu", Gate::silu}, {"clamped", Gate::clamped}};
     if (!kinds.count(name)) throw py::value_error("no such activation: " + name);
     return kinds.at(name);
 }
@@ -215,6 +227,12 @@ void bind_serving(py::module_& module) {
         .def(py::init(&join_packed))
         .def(py::init(&make_packed))
         .def_property_readonly("bytes", &PackedMatrix::bytes);
+
+    py::class_<Experts>(module, "Experts")
+        .def(py::init([](std::vector<std::shared_ptr<Matrix>> gate_up, std::vector<std::shared_ptr<Matrix>> down, const std::string& activation) {
+            return new Experts(std::move(gate_up), std::move(down), activation_of(activation));
+        }))
+        .def("run", &run_experts);
 
     py::class_<Norm>(module, "Norm").def(py::init(&make_norm));
     py::class_<BlockNorms>(module, "BlockNorms")

@@ -41,23 +41,22 @@ WARPLOOM_CLONES void scale(float* x, float factor, int n) {
     for (int i = 0; i < n; ++i) x[i] *= factor;
 }
 
-// The hidden layer of a feed-forward in place; `up` holds gate and up when it is gated.
-WARPLOOM_CLONES void gate_row(Gate gate, bool gated, float* up, int hidden) {
-    with_gate(gate, [&](auto kind) __attribute__((always_inline)) {
-        across(hidden, [&](int i, int n) __attribute__((always_inline)) {
-            f16 value, slope;
-            activate<kind.value>(load(up + i, n), value, slope);
-            if (gated) value = value * load(up + hidden + i, n);
-            store(up + i, value, n);
-        });
-    });
-}
-
 WARPLOOM_CLONES void rotate(float* x, int heads, int D, const float* cos, const float* sin, int columns) {
     for (int h = 0; h < heads; ++h, x += D) rotate_head(x, x, columns, cos, sin);
 }
 
 }  // namespace
+
+WARPLOOM_CLONES void gate_row(Gate gate, bool gated, float* up, int hidden) {
+    with_gate(gate, [&](auto kind) __attribute__((always_inline)) {
+        across(hidden, [&](int i, int n) __attribute__((always_inline)) {
+            f16 value, slope;
+            activate<kind.value>(load(up + i, n), value, slope);
+            if (gated) value = value * other_half<kind.value>(load(up + hidden + i, n));
+            store(up + i, value, n);
+        });
+    });
+}
 
 void join_and_normalize(const Norm& norm, float* stream, const float* delta, int n, float* normed) {
     add(stream, delta, n);

@@ -20,6 +20,9 @@ struct Norm {
 // What has come joins the stream, of which `normed` becomes the norm.
 void join_and_normalize(const Norm& norm, float* stream, const float* delta, int n, float* normed);
 
+// The hidden layer of a feed-forward in place; `up` holds gate and up when it is gated.
+void gate_row(Gate gate, bool gated, float* up, int hidden);
+
 enum class QKNorm { head, whole, after };              // each head; all heads together; each head once it is rotated
 enum class Residual { serial, parallel, shared };  // both sublayers read one stream; and one norm of it
 

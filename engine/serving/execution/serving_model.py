@@ -161,7 +161,7 @@ class NativeTransformer:
 
 
 class NativeMoE(nn.Module):
-    """Experts in C++: the twin of `MoE`. Tokens are sorted by expert, and each expert answers its own."""
+    """Experts in one C++ call: the twin of `MoE`."""
 
     is_supported = Supported(  # whatever surrounds the experts
         computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT}
@@ -172,29 +172,31 @@ class NativeMoE(nn.Module):
         super().__init__()
         self.config = c = moe.config
         self.options = routing_options(c)
-        self.activation = self.options.pop("activation")
+        activation = self.options.pop("activation")
         self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
         self.router = NativeLinear(stored(moe.router), moe.router.bias, form, "ffn.router")
-        biases = ([None] * c.n_experts if bias is None else bias for bias in (moe.b_gate_up, moe.b_down))
-        parts = zip(moe.w_gate_up, moe.w_down, *biases)
-        self.experts = [
-            (NativeLinear(up, b_up, form, "ffn.up"), NativeLinear(down, b_down, form, "ffn.down"))
-            for up, down, b_up, b_down in parts
-        ]
+        matrices = (
+            [native_matrix(weight, bias, form, name) for weight, bias in zip(weights, biases or [None] * c.n_experts)]
+            for weights, biases, name in (
+                (moe.w_gate_up, _each(moe.b_gate_up), "ffn.up"), (moe.w_down, _each(moe.b_down), "ffn.down")
+            )
+        )  # fmt: skip
+        self.experts = _native.Experts(*matrices, activation)
         self.shared, self.shared_gate = moe.shared, moe.shared_gate
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         c, x_TC = self.config, x_BTC.flatten(0, -2)
         logits_TE = self.router(x_TC)
-        weights_TK, experts_TK, routing = route(logits_TE, c.experts_per_token, **self.options, **self.choice)
-        order_A = experts_TK.flatten().argsort(stable=True)
-        pieces = x_TC[order_A // c.experts_per_token].split(routing.tokens_per_expert.tolist())
-        y_AC = torch.cat([
-            down(kernels.swiglu_packed(up(piece), self.activation)) for piece, (up, down) in zip(pieces, self.experts)
-        ])  # fmt: skip
-        y_TKC = y_AC[order_A.argsort()].unflatten(0, (-1, c.experts_per_token)) * weights_TK.unsqueeze(-1)
-        y_BTC = sum(y_TKC.unbind(1)).to(x_BTC.dtype).view_as(x_BTC)  # one after the other, in any batch
+        weights_TK, experts_TK, _ = route(logits_TE, c.experts_per_token, **self.options, **self.choice)
+        y_TC = torch.empty(x_TC.shape)
+        chosen = experts_TK.contiguous(), weights_TK.float().contiguous()
+        self.experts.run(x_TC.float().contiguous(), *chosen, y_TC)
+        y_BTC = y_TC.to(x_BTC.dtype).view_as(x_BTC)
         return MoE.with_shared(self, y_BTC, x_BTC)
+
+
+def _each(biases: Tensor | None) -> list[Tensor] | None:
+    return None if biases is None else list(biases)
 
 
 def serving_model(

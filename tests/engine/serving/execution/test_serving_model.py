@@ -202,7 +202,7 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
     def run():
         *step, tokens = arrays.values()
         hidden = torch.empty(1, model.config.d_model)
-        model.native.run(tokens, _native.Step(*step), pages, *(model.rotation or (None, None)), hidden)
+        model.native.run(tokens, _native.Step(*step), pages, model.rotations, hidden)
 
     run()
     for name, value in changes.items():
