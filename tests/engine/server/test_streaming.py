@@ -62,8 +62,8 @@ def test_tool_calls_read_alike_however_cut(text, data):
     def read_all(pieces):
         reader, said = make_reader(format_of(f"tools {OPEN}"), {"look": {}}, None, None), Delta()
         for piece in pieces:
-            said += reader.push(piece)
-        said += reader.finish()
+            said += reader.read(piece, final=False)
+        said += reader.read("")
         return said.content, [(number, call["function"]) for number, call in said.calls]
 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
