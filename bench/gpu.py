@@ -62,7 +62,7 @@ and all slots fit into nine minutes, and leave a minute for the tests."""
 REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
 TIME_UP = "the time was up"
-"""How a process ended that had no time: nothing is known of what it was to find out."""
+"""End of a process that had no time left: neither a pass nor a failure."""
 PROFILED = ("attention", "linear", "paged_attention", "moe")
 WHOLE_FILES = ("*.json", "*.png", "gpu.log")
 

@@ -240,7 +240,7 @@ def adapters(flags: Flags) -> dict[str, str]:
 
 
 def directories(given: tuple[str, ...], flag: str) -> dict[str, str]:
-    """What a flag that is NAME=DIR, once for each, says."""
+    """Directories by name, of a repeatable flag NAME=DIR."""
     pairs = [each.partition("=") for each in given]
     for each, (name, _, directory) in zip(given, pairs):
         if not name or not directory:

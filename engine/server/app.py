@@ -132,7 +132,7 @@ def _add_model_routes(app: FastAPI, pool: ModelPool) -> None:
 
     @app.post("/v1/score", responses=answers(schemas.Scores, *REFUSALS), tags=["embed"])
     async def score(body: ScoreRequest, request: Request) -> Response:
-        """How near pairs of texts are: the cosine between their embeddings."""
+        """Cosine similarity of pairs of texts, between their embeddings."""
         async with pool.use(body.model) as service:
             return await service.score(body, request)
 

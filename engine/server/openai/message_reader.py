@@ -53,7 +53,7 @@ class PlainReader:
         self._count, self._limit = 0, limit
 
     def read(self, text: str, final: bool = True) -> Delta:
-        """What is certain now of the text so far; with `final`, all of it."""
+        """Parse more of the text: the deltas that are certain now; with `final`, all that are left."""
         return Delta(content=text)
 
     def finish_reason(self, reason: str | None) -> str | None:

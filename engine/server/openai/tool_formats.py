@@ -187,7 +187,7 @@ class ToolFormat:
     thoughts: tuple[str, str] = ("<think>", "</think>")
     """Marks around the reasoning."""
     trigger: str = ""
-    """What no text but a call begins with, where that is not the first of `opens`."""
+    """Marker that begins calls and nothing else, where that is not the first of `opens`."""
 
     @property
     def mark(self) -> str:

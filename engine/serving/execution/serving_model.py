@@ -175,12 +175,12 @@ class NativeMoE(nn.Module):
         activation = self.options.pop("activation")
         self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
         self.router = NativeLinear(stored(moe.router), moe.router.bias, form, "ffn.router")
+        none = [None] * c.n_experts
+        halves = (moe.w_gate_up, moe.b_gate_up, "ffn.up"), (moe.w_down, moe.b_down, "ffn.down")
         matrices = (
-            [native_matrix(weight, bias, form, name) for weight, bias in zip(weights, biases or [None] * c.n_experts)]
-            for weights, biases, name in (
-                (moe.w_gate_up, _each(moe.b_gate_up), "ffn.up"), (moe.w_down, _each(moe.b_down), "ffn.down")
-            )
-        )  # fmt: skip
+            [native_matrix(w, b, form, name) for w, b in zip(weights, none if biases is None else biases)]
+            for weights, biases, name in halves
+        )
         self.experts = _native.Experts(*matrices, activation)
         self.shared, self.shared_gate = moe.shared, moe.shared_gate
 
@@ -193,10 +193,6 @@ class NativeMoE(nn.Module):
         self.experts.run(x_TC.float().contiguous(), *chosen, y_TC)
         y_BTC = y_TC.to(x_BTC.dtype).view_as(x_BTC)
         return MoE.with_shared(self, y_BTC, x_BTC)
-
-
-def _each(biases: Tensor | None) -> list[Tensor] | None:
-    return None if biases is None else list(biases)
 
 
 def serving_model(
