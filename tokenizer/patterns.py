@@ -89,8 +89,8 @@ def compose(text: str, unsafe: regex.Pattern) -> str | None:
 
 
 def composed_with(tokens: Iterable[str]) -> regex.Pattern:
-    """Where composing a text would change which of some ASCII tokens are found in it: a mark behind one, or a character
-    that becomes one of ASCII."""
+    """Pattern of places where composing a text would change which of some ASCII tokens are found in it: a mark behind
+    one, or a character that becomes one of ASCII."""
     ends = "".join(sorted({regex.escape(token[-1]) for token in tokens}))
     return regex.compile(rf"[{ends}]\p{{M}}|[\u037e\u1fef\u212a]" if ends else r"(?!)")
 

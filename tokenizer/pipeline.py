@@ -142,7 +142,7 @@ def pattern_of(stage: dict | None, tokens: Iterable[bytes] = ()) -> Pattern:
 
 
 def _byte_patterns(step: dict[str, Any], tokens: Iterable[bytes]) -> list[str]:
-    """What a step behind ByteLevel, which sees bytes by its alphabet, cuts (Falcon's).
+    """Patterns of a step behind ByteLevel, which sees bytes by its alphabet (Falcon's).
 
     Digits there are bytes in the middle of characters too (that of ½ whose letter is ½). Such a cut changes nothing
     where no token reaches across it, so that is asked of the vocabulary instead.

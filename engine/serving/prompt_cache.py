@@ -99,7 +99,7 @@ def restore(llm: Any, path: Path) -> int:
 
 
 def fingerprint(llm: Any) -> str:
-    """What pages depend on: the model's files, their own format, and the bits of a page of known text."""
+    """Hash of what pages depend on: the model's files, their own format, and the bits of a page of known text."""
     store, pool = llm.engine.runner.store, llm.engine.scheduler.pool
     source = llm._source
     files = [source] if isinstance(source, Path) and source.is_file() else []

@@ -29,7 +29,7 @@ COMPARISONS = {"slt": operator.lt, "sle": operator.le, "sgt": operator.gt, "sge"
 
 
 class Results(list):
-    """What a loop ends with, where it is several values."""
+    """Results of a loop, where it is several values."""
 
 
 class Hazard(Exception):

@@ -191,7 +191,7 @@ class ToolFormat:
 
     @property
     def mark(self) -> str:
-        """What a call begins with and nothing else does; empty where no single string says so."""
+        """Marker that begins a call and nothing else; empty where no single string does."""
         return "" if self.name == "harmony" else self.trigger or self.opens[0]
 
     @cached_property
