@@ -174,7 +174,7 @@ def _gradient(ctx, dy):
     rows = as_rows(dy)
     dx = dy @ weight if want_x else None
     dweight = rows.T @ as_rows(x) if want_weight else None
-    return dx, dweight, rows.sum(0).to(bias.dtype) if want_bias else None
+    return dx, dweight, None if bias is None or not want_bias else rows.sum(0).to(bias.dtype)
 
 
 _product = AutogradOp(linear_forward, _save, _gradient)

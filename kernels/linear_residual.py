@@ -90,7 +90,13 @@ def _normed_linear_fused(x, square_sums, weight, bias=None, eps=1e-6, activation
 def _joined(m, M, C, F, bias=False):
     stream = m.normal(M, F, grad=False)
     weight = m.normal(F, C, scale=C**-0.5, grad=False)
-    return m.normal(M, C, grad=False), weight, stream, m.normal(F, grad=False), m.normal(F, grad=False) if bias else None
+    return (
+        m.normal(M, C, grad=False),
+        weight,
+        stream,
+        m.normal(F, grad=False),
+        m.normal(F, grad=False) if bias else None,
+    )
 
 
 def _summed(m, M, C, F, bias=False):

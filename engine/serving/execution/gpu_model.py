@@ -13,7 +13,7 @@ The twin shares its weights with the model, and is a `Transformer` in everything
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +47,14 @@ class ScaledStream(NamedTuple):
     eps: float
 
 
-def product(layer: nn.Module, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
+def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
     """A linear layer of a tensor or, if it is a `BatchInvariantLinear`, of a stream whose norm is part of it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
     return kernels.normed_linear(x.scaled, x.square_sums, layer.weight, layer.bias, x.eps, activation)
 
 
-def join(layer: BatchInvariantLinear, x: Tensor, stream: Tensor, norm: RMSNorm) -> ScaledStream:
+def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
     return ScaledStream(*kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias), norm.eps)
 
@@ -114,20 +114,22 @@ class FusedBlock(Block):
     )
     next_norm: RMSNorm | None = None
 
-    def forward(self, stream, delta, rotate, attend):
-        if isinstance(delta, ScaledStream):
-            normed = delta
-        else:
+    def forward(self, stream, delta: Any, rotate, attend) -> Any:
+        attention: Any = self.attention
+        ffn: Any = self.ffn
+        normed = delta
+        if not isinstance(delta, ScaledStream):
             normed, stream = self.attention_norm.add(delta, stream)
-        normed = join(self.attention.output, self.attention.gathered(normed, attend), stream, self.ffn_norm)
+        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm)
         if self.next_norm is None:
-            return stream, self.ffn(normed), None
-        return stream, join(self.ffn.down, self.ffn.gated(normed), stream, self.next_norm), None
+            return stream, ffn(normed), None
+        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm), None
 
 
 def fuse_norms(model: Transformer) -> None:
     """Let blocks whose products are all `BatchInvariantLinear` take their norms into these."""
-    behind = None
+    behind: Any = None
+    block: Any
     for block in reversed(model.blocks):
         if not _takes_norms(block):
             behind = None
@@ -136,7 +138,7 @@ def fuse_norms(model: Transformer) -> None:
         behind = block.attention_norm
 
 
-def _takes_norms(block: Block) -> bool:
+def _takes_norms(block: Any) -> bool:
     if type(block.attention) is not PagedAttention or type(block.ffn) is not GatedLinear:
         return False
     layers = block.attention.qkv, block.attention.output, block.ffn.gate_up, block.ffn.down
