@@ -1,7 +1,7 @@
 """Launching the kernels of the mixture of experts, and how the pieces join PyTorch's autograd.
 
-Forward: route and count, offsets, scatter, the gated product, the way back, the combination: six launches. Kept for the backward:
-the gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all of it.
+Forward: route and count, offsets, scatter, the gated product, the way back, the combination: six launches. Kept for the
+backward: the gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all.
 
 T tokens, C channels, E experts, F features of an expert, K = top_k, A = T · K assignments.
 """
