@@ -34,8 +34,8 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. Tiles of the same features come one after the other, to find W in the cache.
@@ -56,9 +56,7 @@ def linear_kernel(
         w_mask, x_mask = (f < F)[:, None] & inside[None, :], (m < M)[None, :] & inside[:, None]
         w = tl.load(weight_ptr + f[:, None] * weight_row + c[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=x_mask, other=0.0)
-        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
-    if SCALED:
-        total *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[:, None]
+        total = tl.dot(w, x, total, input_precision="ieee")
     if BIAS:
         total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION != "":
@@ -94,27 +92,26 @@ def product(
     name: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str = "",
 ) -> torch.Tensor:
-    """x · weightᵀ · scale + bias, with the launch settings of the op of that name; through a gate, if there is one."""
+    """x · weightᵀ + bias, with the launch settings of the op of that name; through a gate, if there is one."""
     x_MC, weight = last_dim_contiguous(as_rows(x)), last_dim_contiguous(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F // 2 if activation else F, dtype=x.dtype, device=x.device)
     tile = _tile(name, x, M)
     launch(
         linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
-        x_MC, weight, x if scale is None else scale, x if bias is None else bias, y,
+        x_MC, weight, x if bias is None else bias, y,
         M, F, C, x_MC.stride(0), weight.stride(0),
-        SCALED=scale is not None, BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
+        BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
     )  # fmt: skip
     return y
 
 
 @launcher
 def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return product("linear", x, weight, None, bias)
+    return product("linear", x, weight, bias)
 
 
 def _save(ctx, inputs, output):

@@ -22,7 +22,7 @@ from ...layers import SwiGLU
 from ...model import Attention, Linear, Transformer
 from .kv_cache import KernelAttention
 
-MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+MakeLinear = Callable[[Tensor, Tensor | None, str], nn.Module]
 
 
 class BatchInvariantLinear(nn.Module):
@@ -34,6 +34,10 @@ class BatchInvariantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
+
+
+def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn.Module:
+    return BatchInvariantLinear(weight, bias)
 
 
 class GatedLinear(SwiGLU):
@@ -73,10 +77,10 @@ class PagedAttention(nn.Module):
 
 
 def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transformer:
-    """A model on the same weights with executors installed; `make_linear` makes its linear layers, if given."""
+    """A model on the same weights with executors installed; `make_linear` makes layers of float weights, if given."""
     twin = shallow_copy(model)
     if make_linear is not None:
-        replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
+        replace_linear(twin.blocks, make_linear)
         for layer in twin.blocks.modules():
             if type(layer) is SwiGLU and layer.activation in ACTIVATIONS:
                 layer.__class__ = GatedLinear
@@ -95,6 +99,12 @@ def shallow_copy(model: Transformer) -> Transformer:
     shared = {id(tensor): tensor for tensor in model.parameters()}
     twin.blocks = copy.deepcopy(model.blocks, shared)
     return twin
+
+
+def replace_linear(module: nn.Module, make: MakeLinear) -> None:
+    """Every linear layer of float weights inside, by what `make` makes of weight, bias and path."""
+    for path, layer in [(path, layer) for path, layer in module.named_modules() if type(layer) is Linear]:
+        module.set_submodule(path, make(layer.weight, layer.bias, path))
 
 
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
