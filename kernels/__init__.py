@@ -2,7 +2,6 @@
 
 from .adamw import adamw_step
 from .attention import attention
-from .attention_sinks import attention_with_sinks
 from .basics import scaled_dot_product_attention, silu, softmax
 from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
@@ -29,7 +28,6 @@ __all__ = [
     "adamw_step",
     "add_rms_norm",
     "attention",
-    "attention_with_sinks",
     "backend",
     "cross_entropy",
     "linear",

@@ -199,10 +199,14 @@ class Service:
         if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
-            served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
-            message = f"the model {name!r} is not served here; there is {served}"
-            raise errors.APIError(404, message, param="model", code="model_not_found")
+            raise self.not_served(name)
         return name
+
+    def not_served(self, name: str) -> errors.APIError:
+        """Error for a model that is not here: 404, and the names of those that are."""
+        served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
+        message = f"the model {name[:LOGGED]!r} is not served here; there is {served}"
+        return errors.APIError(404, message, param="model", code="model_not_found")
 
     async def _submit(
         self,

@@ -83,6 +83,7 @@ Block::Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, st
     const bool whole = shape.qk_norm == QKNorm::whole;
     const int64_t q_size = norms_.q.size(), k_size = norms_.k.size();
     agree("norms of heads", (q_size == 0 && k_size == 0) || (q_size == (whole ? H * D : D) && k_size == (whole ? K * D : D)));
+    agree("sinks", shape.sinks.empty() || int64_t(shape.sinks.size()) == H);
     agree("attention", fits(*qkv_, (H + 2 * K) * D, C) && fits(*output_, C, H * D));
     agree("feed-forward", fits(*up_, shape.gated ? 2 * F : F, C) && fits(*down_, C, F));
 }
@@ -102,6 +103,7 @@ void Block::normalize_heads(float* qkv) const {
 void Block::rope(float* qkv, int64_t position, const Rotation& rotation) const {
     if (shape_.qk_norm != QKNorm::after) normalize_heads(qkv);
     within(position, rotation.rows, "position");
+    if (rotation.growth) scale(qkv, rotation.growth[position], shape_.heads * shape_.head_dim);
     if (rotation.columns)
         rotate(qkv, shape_.heads + shape_.kv_heads, shape_.head_dim, rotation.cos + position * rotation.columns,
                rotation.sin + position * rotation.columns, rotation.columns);
@@ -151,7 +153,8 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
         rope(mine, step.positions[t], rotation);
         write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);
     });
-    attend_pages(pages, step, AttentionOptions{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
+    const float* sinks = shape_.sinks.empty() ? nullptr : shape_.sinks.data();
+    attend_pages(pages, step, AttentionOptions{H, shape_.window, shape_.softcap, shape_.scale, sinks}, q, wide, o);
     feed(*output_, o, H * D, delta, [](int) {});
     finish(norms_.attention_post, delta);
     const auto gate = [&](int t) { gate_row(shape_.activation, shape_.gated, f + size_t(t) * inner, shape_.hidden); };

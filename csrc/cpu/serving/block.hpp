@@ -35,7 +35,8 @@ struct BlockShape {
     QKNorm qk_norm;
     Residual residual;
     float residual_scale;
-    int rotation;  // which of the model's; -1: none
+    int rotation;              // which of the model's; -1: none
+    std::vector<float> sinks;  // (heads), or none
 };
 
 struct BlockNorms {  // before a sublayer, and of what it gives
@@ -46,6 +47,7 @@ struct BlockNorms {  // before a sublayer, and of what it gives
 struct Rotation {  // (max length, columns) of cosines and sines; no columns: no rotation
     const float* cos;
     const float* sin;
+    const float* growth;  // (max length): factor of queries by position; null: none
     int columns;
     int64_t rows;
 };

@@ -47,7 +47,7 @@ void Transformer::run(const int64_t* tokens, const Step& step, const std::vector
     });
     for (size_t layer = 0; layer < blocks_.size(); ++layer) {
         const int which = blocks_[layer]->rotation();
-        const Rotation none{nullptr, nullptr, 0, INT64_MAX};
+        const Rotation none{nullptr, nullptr, nullptr, 0, INT64_MAX};
         if (which >= int(rotations.size())) throw std::invalid_argument("a layer's rotation is not given");
         blocks_[layer]->run(stream, delta, step, pages[layer], which < 0 ? none : rotations[which]);
     }

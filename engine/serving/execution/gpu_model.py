@@ -53,7 +53,8 @@ class PagedAttention(nn.Module):
     """`Attention` that writes its own pages: the tables of its rotation are its own, `rotate` is not asked."""
 
     is_supported = Supported(  # all but attention is the definition's
-        computed=(*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"),
+        computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES}
+        | {"rotary_dim", "ffn", "n_experts", "attention_sinks"},
         only={"qk_norm": ("none", "head")},
     )
 
@@ -61,7 +62,7 @@ class PagedAttention(nn.Module):
         super().__init__()
         self.index, self.heads, self.head_size = attention.index, attention.heads, attention.head_size
         self.window, self.softcap, self.scale = attention.window, attention.softcap, attention.scale
-        self.qkv, self.output = attention.qkv, attention.output
+        self.qkv, self.output, self.sinks = attention.qkv, attention.output, attention.sinks
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.tables = tables
 

@@ -26,7 +26,7 @@ from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
 from ...layers import NoNorm, routing_options
-from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
+from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ..scheme import INT8, Scheme, scheme_of
 from .gpu_model import (
     BatchInvariantLinear,
@@ -123,8 +123,11 @@ class NativeTransformer:
             "rotary_dim",
             "qk_norm",
             "norm_weight",
+            "ffn",
+            "query_growth",
+            "attention_sinks",
         },
-        only={"n_experts": (0,), "ffn": ("swiglu", "geglu", "gelu", "gelu_erf", "relu", "relu2")},
+        only={"n_experts": (0,)},
     )
     training = False
 
@@ -140,6 +143,8 @@ class NativeTransformer:
                 model.blocks[index] = nn.Identity()
         kinds = ROTATED if c.local_rope else ROTATED[:1]
         self.rotations = [rotary_tables(c, kind) for kind in kinds] if c.position == "rope" else []
+        grown = c.query_growth
+        self.growth = grown and growth_table(grown["beta"], grown["length"], c.max_seq_len)
         self.positions = None
         if c.position == "learned":
             self.positions = model.positions.weight
@@ -152,7 +157,7 @@ class NativeTransformer:
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, hidden_BTC)
+        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, self.growth, hidden_BTC)
         return hidden_BTC if self.config.logit_scale == 1 else hidden_BTC * self.config.logit_scale
 
 
@@ -275,7 +280,7 @@ def _native_block(block: Block, config, form: str | Scheme):
         width=c.d_model, heads=c.n_heads, kv_heads=c.kv_heads, head_dim=c.head_size, hidden=c.ff_size,
         window=attention.window or 0, softcap=attention.softcap or 0.0, scale=attention.scale, qk_eps=c.norm_eps,
         activation=c.ffn, gated=c.gated, qk_norm=c.qk_norm, residual=c.residual, residual_scale=c.residual_scale,
-        rotation=rotation,
+        rotation=rotation, sinks=_floats(attention.sinks),
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_engine_broken_restarts_once_then_503():
         health, refused = client.get("/health"), client.post("/v1/completions", json={"prompt": "x"})
         assert health.status_code == 503 and health.json() == {"status": "failed"}
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_unavailable"
-        assert "warploom:engine_restarts_total 1.0" in client.get("/metrics").text
+        assert 'warploom:engine_restarts_total{model_name="tiny"} 1.0' in client.get("/metrics").text
 
 
 def test_restart_is_due_again_after_health(monkeypatch):

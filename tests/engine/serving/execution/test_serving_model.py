@@ -25,8 +25,9 @@ pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not
 class Layer:
     """What `attend` asks of a layer."""
 
-    def __init__(self, head_dim, window=None, softcap=None):
+    def __init__(self, head_dim, window=None, softcap=None, sinks=None):
         self.index, self.window, self.softcap, self.scale = 1, window, softcap, head_dim**-0.5
+        self.sinks = sinks
 
 
 def ragged_step(store, dtype, H, K, D):
@@ -43,14 +44,14 @@ def ragged_step(store, dtype, H, K, D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 2, 32), (3, 3, 24), (8, 1, 64), (2, 1, 80)])
-@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}])
+@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}, {"window": 6, "sinks": torch.arange(8.0) - 2}])
 def test_paged_attention_cpp_equals_reference(dtype, H, K, D, limits):
     """Paged attention in cpp equals the kernels reference."""
 
     class Shape:
-        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
+    limits = {name: value[:H] if name == "sinks" else value for name, value in limits.items()}
     stores = [PagedKVCache(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
     for store in stores:
         torch.manual_seed(1)
@@ -208,7 +209,7 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
     def run():
         *step, tokens = arrays.values()
         hidden = torch.empty(1, model.config.d_model)
-        model.native.run(tokens, _native.Step(*step), pages, model.rotations, hidden)
+        model.native.run(tokens, _native.Step(*step), pages, model.rotations, model.growth, hidden)
 
     run()
     for name, value in changes.items():
@@ -219,14 +220,14 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("H", "K", "D"), [(9, 3, 64), (8, 8, 32), (5, 1, 80)])
-@pytest.mark.parametrize("limits", [{}, {"window": 20, "softcap": 3.0}])
+@pytest.mark.parametrize("limits", [{}, {"window": 20, "softcap": 3.0}, {"sinks": torch.arange(9.0) - 3}])
 def test_attention_bits_in_any_chunks(dtype, H, K, D, limits):
     """A token's bits are those of its own sequence: a whole prompt, any cut of it, and one token after another."""
 
     class Shape:
-        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
+    limits = {name: value[:H] if name == "sinks" else value for name, value in limits.items()}
     lengths, table = (111, 90), np.random.default_rng(0).permutation(14).reshape(2, 7).astype(np.int32)
     torch.manual_seed(0)
     sides = [[torch.randn(length, heads, D) * 1.5 for heads in (H, K, K)] for length in lengths]
