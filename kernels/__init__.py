@@ -7,6 +7,7 @@ from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_residual import linear_residual, normed_linear
 from .linear_swiglu import linear_swiglu
 from .moe import MoEAux, moe
 from .packed_linear import packed_linear
@@ -32,8 +33,10 @@ __all__ = [
     "cross_entropy",
     "linear",
     "linear_cross_entropy",
+    "linear_residual",
     "linear_swiglu",
     "moe",
+    "normed_linear",
     "ops",
     "packed_linear",
     "paged_attention",

@@ -47,10 +47,14 @@ def test_product_row_bits_at_every_batch_size(dtype):
         for shape in ((8, 512, 512), (8, 512, 256))
     ]
     packed = nearest(weight, Layout(4, minimum=True)).segments[0].to("cuda")
+    narrow, squares = weight[:512].contiguous(), x.float().square().unflatten(-1, (-1, 64)).sum(-1)
     with backend("triton"):
         for product in (
             lambda rows: kernels.linear(rows, weight),
             lambda rows: packed.multiply(rows, None),
+            lambda rows: kernels.normed_linear(rows, squares[: len(rows)], weight),
+            lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[0],
+            lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[1],
             lambda rows: kernels.moe(rows, rows[:, :8].contiguous(), *experts, 2)[0],
         ):
             whole = product(x)

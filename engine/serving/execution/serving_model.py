@@ -229,7 +229,8 @@ def _serving_model(
     make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
     if model.device.type == "cuda" and type(model) is Transformer:
         make = make or (batch_invariant_linear if batch_invariant else None)
-        return fused_model(model, make), Head(model, _kernel_head(model, make))
+        served = fused_model(model, make, norms=adapters is None)
+        return served, Head(model, _kernel_head(model, make))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
