@@ -233,7 +233,8 @@ def _serving_model(
         raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
+        served = fused_model(model, make, norms=adapters is None)
+        return served, Head(model, make and make(model.head_weight, model.head_bias))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
