@@ -255,12 +255,13 @@ def linear_cross_entropy_forward(
     counted_N = targets != ignore_index
     options = ignore_index, label_smoothing, z_loss, softcap
     if reduction == "none":
-        losses_N, *nothing = _walk_fused(hidden, weight, targets, None, options, False, False)
-        return weighted(losses_N, weights), *nothing
+        losses_N, no_hidden, no_weight = _walk_fused(hidden, weight, targets, None, options, False, False)
+        return weighted(losses_N, weights), no_hidden, no_weight
     share = torch.ones((), device=hidden.device) if reduction == "sum" else 1 / counted_N.sum().clamp(min=1)
     upstream_N = weighted(share.float().expand(len(targets)), weights)
-    losses_N, *gradients = _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)
-    return reduce(weighted(losses_N, weights), counted_N, reduction), *gradients
+    walked = _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)
+    losses_N, d_hidden, d_weight = walked
+    return reduce(weighted(losses_N, weights), counted_N, reduction), d_hidden, d_weight
 
 
 @launcher
