@@ -24,7 +24,7 @@ from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import launch, launcher
 from ..core.tuned import tuned
 from .attention_launch import check_scale, search_steps
-from .attention_tiles import LOG2E, capped, sequence_of_tile, softmax_start, visible
+from .attention_tiles import LOG2E, capped, first_peak, sequence_of_tile, visible
 
 SEGMENT = 256
 """Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
@@ -66,7 +66,8 @@ def _add_stored_segments(
     """(Q_PER_KV, D): a decode row's segments, merged in order."""
     head = tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    m_i, l_i = softmax_start(sinks, first_head + head % Q_PER_KV, ROWS)
+    m_i = first_peak(sinks, first_head + head % Q_PER_KV, ROWS)
+    l_i = tl.full([ROWS], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row_stats = stats + head * stride_sh
     row_partial = partial + (head * stride_ph)[:, None] + column[None, :]
@@ -145,7 +146,8 @@ def paged_attention_kernel(
     k_pages += head * stride_kh
     v_pages += head * stride_vh
 
-    m_i, l_i = softmax_start(sinks, row_head, BLOCK_M)
+    m_i = first_peak(sinks, row_head, BLOCK_M)
+    l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_s = tl.zeros([BLOCK_M], tl.float32)
