@@ -5,7 +5,9 @@ from .attention import attention
 from .basics import scaled_dot_product_attention, silu, softmax
 from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
+from .head_linear import head_linear
 from .int8_linear import int8_linear, quantize_int8
+from .latent_attention import latent_attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_swiglu import linear_swiglu
@@ -30,7 +32,9 @@ __all__ = [
     "attention",
     "backend",
     "cross_entropy",
+    "head_linear",
     "int8_linear",
+    "latent_attention",
     "linear",
     "linear_cross_entropy",
     "linear_swiglu",

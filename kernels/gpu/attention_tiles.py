@@ -160,8 +160,10 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
 def first_peak(sinks, heads, ROWS: tl.constexpr):
     """Maximum (ROWS) of an online softmax before its first key: none, or each row's sink, whose weight is 1 then."""
     if sinks is None:
-        return tl.full([ROWS], float("-inf"), tl.float32)
-    return tl.zeros([ROWS], tl.float32) + tl.load(sinks + heads).to(tl.float32) * LOG2E
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+    else:
+        peak = tl.zeros([ROWS], tl.float32) + tl.load(sinks + heads).to(tl.float32) * LOG2E
+    return peak
 
 
 @triton.jit
