@@ -10,6 +10,7 @@ from .int8_linear import int8_linear, quantize_int8
 from .latent_attention import latent_attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_residual import linear_residual, normed_linear
 from .linear_swiglu import linear_swiglu
 from .moe import MoEAux, moe
 from .paged_attention import paged_attention
@@ -37,8 +38,10 @@ __all__ = [
     "latent_attention",
     "linear",
     "linear_cross_entropy",
+    "linear_residual",
     "linear_swiglu",
     "moe",
+    "normed_linear",
     "ops",
     "paged_attention",
     "penalize",

@@ -60,8 +60,8 @@ class LLM:
     output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own where there are
     GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request gets may then
     depend, in the last bits, on its company. `adapters` are directories of LoRA adapters by name: each request may
-    name one, and one batch may hold many; layers then run one by one. A directory of one adapter that is itself the
-    `model` is merged, and costs nothing.
+    name one, and one batch may hold many. A directory of one adapter that is itself the `model` is merged, and costs
+    nothing.
     """
 
     def __init__(

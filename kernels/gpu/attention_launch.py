@@ -187,7 +187,7 @@ def attention_backward(
     launch(
         attention_delta_kernel, grid.grid,
         o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *grid.scalar_args,
-        SEARCH_STEPS=meaning["SEARCH_STEPS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=32,
+        SEARCH_STEPS=meaning["SEARCH_STEPS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=32, num_warps=8,
     )  # fmt: skip
     inputs = q, k, v, do, lse_2BHT, delta_BHT
 

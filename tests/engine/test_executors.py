@@ -71,6 +71,7 @@ EXECUTORS = {
     "native decoder": serving_model.NativeTransformer.is_supported,
     "native experts": serving_model.NativeMoE.is_supported,
     "paged attention": gpu_model.PagedAttention.is_supported,
+    "norms in products": gpu_model.FusedBlock.is_supported,
     "outlier smoothing": outlier_smoothing.is_supported,
     "tensor parallel": tensor_parallel.is_supported,
 }

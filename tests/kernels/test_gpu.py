@@ -46,10 +46,14 @@ def test_product_row_bits_at_every_batch_size(dtype):
         for shape in ((8, 512, 512), (8, 512, 256))
     ]
     int8 = kernels.quantize_int8(weight)
+    narrow, squares = weight[:512].contiguous(), x.float().square().unflatten(-1, (-1, 64)).sum(-1)
     with backend("triton"):
         for product in (
             lambda rows: kernels.linear(rows, weight),
             lambda rows: kernels.int8_linear(rows, *int8),
+            lambda rows: kernels.normed_linear(rows, squares[: len(rows)], weight),
+            lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[0],
+            lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[1],
             lambda rows: kernels.moe(rows, rows[:, :8].contiguous(), *experts, 2)[0],
         ):
             whole = product(x)

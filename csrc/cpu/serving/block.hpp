@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/elementwise.hpp"
+#include "cpu/serving/low_rank.hpp"
 #include "cpu/serving/matrix.hpp"
 #include "cpu/serving/paged_attention.hpp"
 
@@ -56,10 +57,12 @@ struct Rotation {  // (max length, columns) of cosines and sines; no columns: no
 class Block {
 public:
     Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,
-          std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down);
+          std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down, std::vector<LowRanks> adapters);
 
     int rotation() const { return shape_.rotation; }
-    void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const;
+    int adapters() const { return int(adapters_[0].size()); }
+    void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation,
+             const AdapterTokens* adapted) const;
 
 private:
     void normalize_heads(float* qkv) const;
@@ -68,6 +71,7 @@ private:
     BlockShape shape_;
     BlockNorms norms_;
     std::shared_ptr<Matrix> qkv_, output_, up_, down_;
+    std::vector<LowRanks> adapters_;  // of these four
 };
 
 }  // namespace warploom

@@ -135,14 +135,14 @@ class NativeTransformer:
     )
     training = False
 
-    def __init__(self, model: Transformer, form: str | Scheme, release: bool):
+    def __init__(self, model: Transformer, form: str | Scheme, release: bool, adapters: ServedAdapters | None = None):
         c = self.config = model.config
-        self.device, self.embedding = model.device, model.embedding
-        blocks = []
+        self.device, self.embedding, self.adapters = model.device, model.embedding, adapters
+        blocks, smooth = [], isinstance(form, Scheme) and can_smooth(c) and adapters is None
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
-            smooth = isinstance(form, Scheme) and can_smooth(c)
-            blocks.append(_native_block(balanced(block, c) if smooth else block, c, form))
+            changes = [] if adapters is None else _low_rank(adapters, index, c)
+            blocks.append(_native_block(balanced(block, c) if smooth else block, c, form, changes))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
         kinds = ROTATED if c.local_rope else ROTATED[:1]
@@ -161,7 +161,8 @@ class NativeTransformer:
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, self.growth, hidden_BTC)
+        chosen_T = None if self.adapters is None else self.adapters.chosen_T
+        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, self.growth, hidden_BTC, chosen_T)
         return hidden_BTC if self.config.logit_scale == 1 else hidden_BTC * self.config.logit_scale
 
 
@@ -212,10 +213,12 @@ def serving_model(
 
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
-    With `adapters`, layers run one by one, and in 8 bits channels are as large as the factors know them.
+    With `adapters`, channels in 8 bits are as large as the factors know them.
     """
-    served, head = _serving_model(model, quantize, release, batch_invariant, native_pages, adapters is not None)
-    return (served if adapters is None else adapters.install(served, model, factor_linear)), head
+    served, head = _serving_model(model, quantize, release, batch_invariant, native_pages, adapters)
+    if adapters is None or isinstance(served, NativeTransformer):
+        return served, head
+    return adapters.install(served, model, factor_linear), head
 
 
 def _serving_model(
@@ -224,13 +227,14 @@ def _serving_model(
     release: bool,
     batch_invariant: bool,
     native_pages: bool,
-    layer_by_layer: bool,
+    adapters: ServedAdapters | None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
     if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
         raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
+        served = fused_model(model, make, norms=not layer_by_layer)
+        return served, Head(model, make and make(model.head_weight, model.head_bias))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
@@ -240,12 +244,11 @@ def _serving_model(
         return model, Head(model)
     make = (lambda *head: NativeLinear(*head, form, "head")) if native else Int8Linear
     head = make(model.embedding.weight if model.head is None else stored(model.head), model.head_bias)
-    whole = native and native_pages and not layer_by_layer
-    if whole and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
-        return NativeTransformer(model, form, release), Head(model, head)
+    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
+        return NativeTransformer(model, form, release, adapters), Head(model, head)
     twin = shallow_copy(model)
     if native:
-        smooth = isinstance(form, Scheme) and can_smooth(model.config) and not layer_by_layer
+        smooth = isinstance(form, Scheme) and can_smooth(model.config) and adapters is None
         for index, block in enumerate(twin.blocks):
             twin.blocks[index] = block = balanced(block, model.config) if smooth else block
             if NativeMoE.is_supported(model.config):
@@ -257,7 +260,13 @@ def _serving_model(
     return twin, Head(model, head)
 
 
-def _native_block(block: Block, config, form: str | Scheme):
+def _low_rank(adapters: ServedAdapters, index: int, config: ModelConfig) -> list[list]:
+    """What adapters add to the four products of a layer, in C++."""
+    paths = "attention.qkv", "attention.output", "ffn.gate_up" if config.gated else "ffn.up", "ffn.down"
+    return [adapters.low_rank(f"blocks.{index}.{path}.weight", _native.LowRank) for path in paths]
+
+
+def _native_block(block: Block, config, form: str | Scheme, adapters: list[list]):
     """A whole layer in C++: the twin of `Block`."""
     c, attention, ffn = config, block.attention, block.ffn
     layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
@@ -272,7 +281,7 @@ def _native_block(block: Block, config, form: str | Scheme):
         width=c.d_model, heads=c.n_heads, kv_heads=c.kv_heads, head_dim=c.head_size, hidden=c.ff_size,
         window=attention.window or 0, softcap=attention.softcap or 0.0, scale=attention.scale, qk_eps=c.norm_eps,
         activation=c.ffn, gated=c.gated, qk_norm=c.qk_norm, residual=c.residual, residual_scale=c.residual_scale,
-        rotation=rotation, sinks=_floats(attention.sinks),
+        rotation=rotation, sinks=_floats(attention.sinks), adapters=adapters,
     )  # fmt: skip
 
 

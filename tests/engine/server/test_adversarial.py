@@ -66,6 +66,56 @@ def test_parse_hostile_body_costs_like_its_json(name):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 150 << 10
 
 
+def longest_pause(work):
+    """CPU seconds that went by while a thread beside the work could not run, at most."""
+    pauses, done = [0.0], threading.Event()
+
+    def tick():
+        last = time.process_time()
+        while not done.is_set():
+            time.sleep(0.0005)
+            now = time.process_time()
+            pauses.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return max(pauses)
+
+
+@pytest.mark.parametrize("element", [b"[]", b"{}", b"[1]", b"1", b'""'])
+def test_parse_large_body_lets_other_threads_run(element):
+    """Parsing holds Python's lock: 4 MB of lists kept the event loop from running for as long as they took to read."""
+    from pydantic_core import from_json
+
+    from warploom.engine.server.openai.errors import APIError
+    from warploom.engine.server.openai.requests import CompletionRequest
+    from warploom.engine.server.request_body import parse
+
+    content = b'{"prompt":' + many(element) + b"}"
+
+    def refuse():
+        with pytest.raises(APIError, match=r"the body holds .* at most"):
+            parse(CompletionRequest, content)
+
+    refuse()
+    reading = longest_pause(lambda: from_json(b'{"prompt":' + many(b"[]") + b"}"))
+    assert min(longest_pause(refuse) for _ in range(3)) < reading / 5
+
+
+def test_large_text_may_hold_any_signs():
+    """Only what stands outside of strings counts."""
+    from warploom.engine.server.openai.requests import CompletionRequest
+    from warploom.engine.server.request_body import parse
+
+    for text in ('[{"a", \\" \\\\', "[,", '\\"', "\\\\", '"'):
+        prompt = text * (1 << 20)
+        assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode())[0].prompt == prompt
+
+
 def test_health_answers_while_large_bodies_are_judged():
     """Bodies over 64 kB are parsed in a worker thread."""
     content = HOSTILE["empty messages"][1]
