@@ -29,7 +29,7 @@ from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matri
 from ...layers import NoNorm, routing_options
 from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ..scheme import INT8, Scheme, scheme_of
-from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
+from .gpu_model import BatchInvariantLinear, fused_model, keeps_latents, replace, shallow_copy
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .lora import ServedAdapters
 from .native_matrix import native_matrix, stored
@@ -233,7 +233,8 @@ def _serving_model(
         raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
     if model.device.type == "cuda" and type(model) is Transformer:
         make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        served = fused_model(model, make, norms=not layer_by_layer)
+        latent = keeps_latents(model.config, model.device, adapters)
+        served = fused_model(model, make, norms=adapters is None, latent=latent)
         return served, Head(model, make and make(model.head_weight, model.head_bias))
     if not batch_invariant and quantize is None:
         return model, Head(model)
