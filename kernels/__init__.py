@@ -6,13 +6,13 @@ from .basics import scaled_dot_product_attention, silu, softmax
 from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
 from .head_linear import head_linear
-from .int8_linear import int8_linear, quantize_int8
 from .latent_attention import latent_attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_residual import linear_residual, normed_linear
 from .linear_swiglu import linear_swiglu
 from .moe import MoEAux, moe
+from .packed_linear import packed_linear
 from .paged_attention import paged_attention
 from .penalize import penalize
 from .qk_norm_rope_write import qk_norm_rope_write
@@ -34,7 +34,6 @@ __all__ = [
     "backend",
     "cross_entropy",
     "head_linear",
-    "int8_linear",
     "latent_attention",
     "linear",
     "linear_cross_entropy",
@@ -43,10 +42,10 @@ __all__ = [
     "moe",
     "normed_linear",
     "ops",
+    "packed_linear",
     "paged_attention",
     "penalize",
     "qk_norm_rope_write",
-    "quantize_int8",
     "rms_norm",
     "rope",
     "rope_tables",

@@ -201,7 +201,7 @@ def test_gpu_model_is_the_definition(name):
     pages = runner.store.keys.shape[1]
     runner.store = PagedKVCache(model.config, pages, 8, torch.float32, torch.device("cpu"), latent)
     runner.store.layers, runner.head = None, serving_model.Head(model)
-    runner.model = gpu_model.fused_model(model, gpu_model.BatchInvariantLinear, latent=latent)
+    runner.model = gpu_model.fused_model(model, gpu_model.batch_invariant_linear, latent=latent)
     assert latent == (model.config.kv_rank > 0)
     params = SamplingParams(max_tokens=4, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     output = llm.generate(prompt, params)

@@ -22,11 +22,12 @@ from .... import kernels
 from ....kernels.swiglu import ACTIVATIONS
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...formats.packed_weight import PackedLinear
 from ...layers import RMSNorm, SwiGLU
 from ...model import Attention, Block, LatentAttention, Linear, Transformer
 from .kv_cache import KernelAttention
 
-MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+MakeLinear = Callable[[Tensor, Tensor | None, str], nn.Module]
 
 
 class BatchInvariantLinear(nn.Module):
@@ -38,6 +39,10 @@ class BatchInvariantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
+
+
+def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn.Module:
+    return BatchInvariantLinear(weight, bias)
 
 
 class ScaledStream(NamedTuple):
@@ -119,10 +124,11 @@ class PagedLatentAttention(LatentAttention):
     back: Tensor  # (heads, value_dim, kv_rank)
 
     @classmethod
-    def install(cls, attention: Any, original: Any) -> None:
+    def install(cls, attention: Any, original: Any, dtype: torch.dtype) -> None:
         """Make one of a copied `LatentAttention`, whose products may be others than the original's."""
+        kv_up = original.kv_up.packed.dequantize() if type(original.kv_up) is PackedLinear else original.kv_up.weight
         H, D, V, (L, R) = attention.heads[0], attention.head_size, attention.value_dim, attention.latent
-        keys_HSL, values_HVL = original.kv_up.weight.detach().view(H, D - R + V, L).split((D - R, V), 1)
+        keys_HSL, values_HVL = kv_up.detach().to(dtype).view(H, D - R + V, L).split((D - R, V), 1)
         attention.__class__ = cls
         attention.into, attention.back = keys_HSL.transpose(1, 2), values_HVL
 
@@ -198,12 +204,12 @@ def _takes_norms(block: Any) -> bool:
 def fused_model(
     model: Transformer, make_linear: MakeLinear | None, norms: bool = True, latent: bool = False
 ) -> Transformer:
-    """A model on the same weights with executors installed; `make_linear` makes its linear layers, if given. Without
-    `norms` these keep launches of their own, for layers that are exchanged afterwards. `latent`: its pages hold
-    latents."""
+    """A model on the same weights with executors installed; `make_linear` makes layers of float weights, if
+    given. Without `norms` these keep launches of their own, for layers that are exchanged afterwards. `latent`: its
+    pages hold latents."""
     twin = shallow_copy(model)
     if make_linear is not None:
-        replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
+        replace_linear(twin.blocks, make_linear)
         for layer in twin.blocks.modules():
             if type(layer) is SwiGLU and layer.activation in ACTIVATIONS:
                 layer.__class__ = GatedLinear
@@ -213,7 +219,7 @@ def fused_model(
             if rotation.cos is not None:
                 block.attention = PagedAttention(block.attention, (rotation.cos, rotation.sin))
     for block, own in zip(twin.blocks, model.blocks) if latent else ():
-        PagedLatentAttention.install(block.attention, own.attention)
+        PagedLatentAttention.install(block.attention, own.attention, model.embedding.weight.dtype)
     if norms and FusedBlock.is_supported(model.config):
         fuse_norms(twin)
     return twin
@@ -226,6 +232,12 @@ def shallow_copy(model: Transformer) -> Transformer:
     shared = {id(tensor): tensor for tensor in model.parameters()}
     twin.blocks = copy.deepcopy(model.blocks, shared)
     return twin
+
+
+def replace_linear(module: nn.Module, make: MakeLinear) -> None:
+    """Every linear layer of float weights inside, by what `make` makes of weight, bias and path."""
+    for path, layer in [(path, layer) for path, layer in module.named_modules() if type(layer) is Linear]:
+        module.set_submodule(path, make(layer.weight, layer.bias, path))
 
 
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:

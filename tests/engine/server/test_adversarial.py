@@ -163,6 +163,57 @@ def test_fair_pool_serves_clients_in_turn():
         pool.submit("a", order.append, "late")
 
 
+def test_large_answers_are_written_beside_the_loop(monkeypatch):
+    """128 continuations with their alternatives kept the event loop for five seconds."""
+    from warploom.engine.server.openai.responses import ChatWriter, CompletionWriter
+
+    threads = []
+
+    def note(kind, name):
+        make = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *rest: threads.append(threading.current_thread().name) or make(*rest))
+
+    for kind, name in ((CompletionWriter, "whole"), (CompletionWriter, "chunks"), (ChatWriter, "whole")):
+        note(kind, name)
+    hi = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20}
+    echoed = {"prompt": ["x" * 200] * 9, "max_tokens": 1, "echo": True, "logprobs": 9}
+    cases = [
+        ("completions", echoed, True),
+        (
+            "completions",
+            {"prompt": ["x" * 200] * 9, "max_tokens": 1, "echo": True, "logprobs": 9, "stream": True},
+            True,
+        ),
+        ("completions", {"prompt": ["x" * 200] * 9, "max_tokens": 1}, False),
+        ("chat/completions", {**hi, "n": 16, "max_tokens": 40, "ignore_eos": True}, True),
+        ("chat/completions", {**hi, "max_tokens": 1}, False),
+    ]
+    with serving() as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        for path, body, beside in cases:
+            threads.clear()
+            assert client.post(f"/v1/{path}", json=body).status_code == 200
+            assert any(name.startswith("warploom-text") for name in threads) == beside, (path, body)
+        server.assert_nothing_left()
+
+
+def test_more_scores_than_an_answer_holds_are_refused(client, server):
+    """A body of 100 kB could ask for an answer of gigabytes, which is made in memory."""
+    body = {"prompt": [[65] * 300] * 40, "max_tokens": 0, "echo": True, "logprobs": 100}
+    refused = client.post("/v1/completions", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "logprobs"
+    assert "at most 1048576" in refused.json()["error"]["message"]
+    assert client.post("/v1/completions", json={**body, "logprobs": 1}).status_code == 200
+    server.assert_nothing_left()
+
+
+def test_stop_strings_have_a_length(client):
+    """Text that may begin one is looked at again with each token, by the engine's own thread."""
+    for stop in ("x" * 1025, ["y", "x" * 1025]):
+        refused = client.post("/v1/completions", json={"prompt": "x", "stop": stop})
+        assert refused.status_code == 400 and "at most 1024 characters" in refused.json()["error"]["message"]
+    assert client.post("/v1/completions", json={"prompt": "x", "stop": "x" * 1024, "max_tokens": 1}).status_code == 200
+
+
 # -- structured output ------------------------------------------------------------------------------------------------
 
 
