@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core import op
 from . import pointwise
 from .pointwise import _native
 
@@ -30,6 +31,40 @@ def is_fast(dtype: torch.dtype) -> bool:
 def room(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Memory for tokens that C++ packs as an operand of `weight_gradient`."""
     return torch.empty((tokens + BLOCK - 1) // BLOCK * BLOCK, columns, dtype=dtype)
+
+
+def fits(x_NI: Tensor, weight_OI: Tensor) -> bool:
+    """Can `Packed` take this weight for these tokens, and is it the faster way?"""
+    dtype = x_NI.dtype
+    whole = is_fast(dtype) and not any(n % GRAIN[dtype] for n in weight_OI.shape)
+    return whole and op._backend != "triton" and pointwise.is_supported(x_NI, weight_OI)
+
+
+class Packed:
+    """A weight (O, I) laid out for products with rows (N, I) and with their gradients (N, O)."""
+
+    def __init__(self, weight_OI: Tensor, both: bool = True) -> None:
+        self.weight = weight_OI.contiguous()
+        self.forth, self.back = (torch.empty_like(self.weight) if wanted else None for wanted in (True, both))
+        _native.pack(self.weight, False, self.forth)
+        if both:
+            _native.pack(self.weight, True, self.back)
+
+    def multiply(self, x_NI: Tensor) -> Tensor:
+        """x · weightᵀ."""
+        y_NO = torch.empty(len(x_NI), len(self.weight), dtype=x_NI.dtype)
+        _native.multiply(x_NI.contiguous(), self.forth, y_NO)
+        return y_NO
+
+    def multiply_back(self, dy_NO: Tensor, dx_NI: Tensor) -> None:
+        """dx = dy · weight."""
+        _native.multiply(dy_NO, self.back, dx_NI)
+
+    def add_gradient(self, sum_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
+        """sum += dyᵀ · x, for a sum in float32."""
+        left, right = (room(len(x), x.shape[1], x.dtype) for x in (dy_NO, x_NI))
+        _native.pack_tokens(dy_NO, True, left), _native.pack_tokens(x_NI.contiguous(), False, right)
+        _native.multiply_tokens(left, right, len(x_NI), sum_OI, True, torch.get_num_threads())
 
 
 def weight_gradient(left: Tensor, right: Tensor, tokens: int) -> Tensor:
