@@ -106,23 +106,37 @@ class _Chunked(torch.autograd.Function):
         return *(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
 
 
+class _Products(NamedTuple):
+    """What a slab is multiplied with, by PyTorch: `gemm.Packed` of a weight as it lies."""
+
+    weight_VC: torch.Tensor
+
+    def multiply(self, hidden_SC):
+        return hidden_SC @ self.weight_VC.T
+
+    def multiply_back(self, d_logits_SV, d_hidden_SC):
+        torch.mm(d_logits_SV, self.weight_VC, out=d_hidden_SC)
+
+    def add_gradient(self, sum_VC, d_logits_SV, hidden_SC):
+        _add_gradient(sum_VC, d_logits_SV, hidden_SC)
+
+
 def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, want_weight=False):
     """Losses of all rows and, given each row's upstream gradient, the gradients of hidden and weight."""
     N, V = len(hidden_NC), len(weight_VC)
     losses_N = hidden_NC.new_empty(N, dtype=wide(hidden_NC))
     d_hidden_NC = torch.empty_like(hidden_NC) if want_hidden else None
     d_weight_VC = torch.zeros_like(weight_VC, dtype=wide(weight_VC)) if want_weight else None
-    own = gemm.Packed(weight_VC, want_hidden) if gemm.fits(hidden_NC, weight_VC) else None
+    products = gemm.Packed(weight_VC, want_hidden) if gemm.fits(hidden_NC, weight_VC) else _Products(weight_VC)
     for start in range(0, N, rows_per_slab(V)):
         rows = slice(start, start + rows_per_slab(V))
-        logits_SV = own.multiply(hidden_NC[rows]) if own else hidden_NC[rows] @ weight_VC.T
+        logits_SV = products.multiply(hidden_NC[rows])
         scale_S = None if scale_N is None else scale_N[rows]
         losses_N[rows], d_logits_SV = _slab(logits_SV, targets_N[rows], options, scale_S)
         if want_hidden:
-            own.multiply_back(d_logits_SV, d_hidden_NC[rows]) if own else torch.mm(d_logits_SV, weight_VC, out=d_hidden_NC[rows])
+            products.multiply_back(d_logits_SV, d_hidden_NC[rows])
         if want_weight:
-            add = own.add_gradient if own else _add_gradient
-            add(d_weight_VC, d_logits_SV, hidden_NC[rows])
+            products.add_gradient(d_weight_VC, d_logits_SV, hidden_NC[rows])
     return losses_N, d_hidden_NC, None if d_weight_VC is None else d_weight_VC.to(weight_VC.dtype)
 
 

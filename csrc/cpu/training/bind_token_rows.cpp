@@ -80,7 +80,6 @@ py::class_<Task> bind_task(py::module_& module, const char* name, Task (*make)(A
 
 int64_t chunks(int64_t rows) { return (rows + NormBackward<float>::kChunk - 1) / NormBackward<float>::kChunk; }
 
-// A weight matrix (outputs, inputs), or with `over` its transposed, as `multiply` reads it.
 template <class F>
 Panels<F> panels_of(const F* at, int64_t terms, int64_t columns) {
     if (terms % grain<F> || columns % 16)
@@ -89,6 +88,13 @@ Panels<F> panels_of(const F* at, int64_t terms, int64_t columns) {
     return {size_of(terms), size_of(columns), at};
 }
 
+// Products of bfloat16 are written for one instruction.
+template <class F>
+void require_products() {
+    if (sizeof(F) == 2 && !has_fast_pairs()) throw py::type_error("products of bfloat16 need a CPU of AMD with avx512_bf16");
+}
+
+// A weight matrix (outputs, inputs), or with `over` its transposed, as `multiply` reads it.
 void pack_weight(Tensor w, bool over, Tensor to) {
     in_format(w, [&](auto number) {
         using F = decltype(number);
@@ -103,6 +109,7 @@ void pack_weight(Tensor w, bool over, Tensor to) {
 void multiply_packed(Tensor x, Tensor w, Tensor y) {
     in_format(x, [&](auto number) {
         using F = decltype(number);
+        require_products<F>();
         const int N = size_of(x.size(0));
         const int64_t terms = x.size(1), columns = y.size(1);
         const Panels<F> p = panels_of<F>(w.numbers<const F>("w", terms * columns), terms, columns);
@@ -131,6 +138,7 @@ void multiply_tokens_of(Tensor left, Tensor right, int64_t tokens, Tensor y, boo
     if (outputs % 16 || inputs % 16) throw py::value_error("y must have rows and columns in multiples of 16");
     in_format(left, [&](auto number) {
         using F = decltype(number);
+        require_products<F>();
         const F *a = left.numbers<const F>("left", room_of_tokens(N, outputs)), *b = right.numbers<const F>("right", room_of_tokens(N, inputs));
         const auto go = [&](auto* to) { unlocked([&] { multiply_tokens(a, b, N, outputs, inputs, to, add, threads); }); };
         if constexpr (sizeof(F) == 2)
@@ -203,7 +211,7 @@ void bind_rows(py::module_& module) {
     module.def("pack_tokens", &pack_tokens_of);
     module.def("multiply_tokens", &multiply_tokens_of);
     bind_format<float>(module, "float32");
-    bind_format<bfloat16>(module, "bfloat16");
+    if (has_fast_pairs()) bind_format<bfloat16>(module, "bfloat16");
 }
 
 }  // namespace warploom
