@@ -342,6 +342,7 @@ void attend_int8(const Pages& pages, const Step& step, const AttentionOptions& o
         s.outputs.assign(size_t(all) * D, 0.0f), s.totals.assign(all * 16, 0.0f), s.peaks.assign(all, -INFINITY);
         for (int i = 0; i < all; ++i) {
             const auto [token, head] = place(i);
+            if (options.sinks) s.peaks[i] = options.sinks[head], s.totals[i * 16] = 1;
             split_query(q + token * q_stride + head * narrow, narrow, options.scale, i, s);
         }
         const auto tile_at = [&](const void* side, int64_t at) {

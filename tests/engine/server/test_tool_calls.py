@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,22 @@ def test_published_templates_have_their_formats():
 def test_what_only_looks_like_a_call_stays_text(text):
     reasoning, content, calls = reads_alike(lambda: make_reader(ROWS["hermes"], SCHEMAS, None, None), text)
     assert (reasoning, content, calls) == ("", text, [])
+
+
+HALVES = {"hermes": '<tool_call>{"', "mistral": "[TOOL_CALLS]f[ARGS]{", "mistral-list": "[TOOL_CALLS]["}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_begun_calls_are_read_in_linear_time(name):
+    """Each of them was read to the end of the text: a second for 40 kB, on the event loop."""
+
+    def seconds(count):
+        start = time.process_time()
+        assert plain(read(make_reader(ROWS[name], SCHEMAS, None, None), [HALVES[name] * count]))[2] == []
+        return time.process_time() - start
+
+    seconds(10)
+    assert min(seconds(2000) for _ in range(3)) < 12 * min(seconds(400) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
