@@ -123,8 +123,8 @@ def smol(tmp_path):
 
 def post(path, body):
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-    return head.encode() + content
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 # -- many clients -----------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_drain_tells_every_stream(demo):
     body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with serving(demo, "--drain-timeout", "2") as server:
         clients = [server.connect(post("/v1/completions", body)) for _ in range(200)]
-        time.sleep(1)
+        assert all(client.recv(1) for client in clients)
         server.process.terminate()
         with ThreadPoolExecutor(200) as pool:
             told = [*pool.map(lambda client: b"".join(iter(lambda: client.recv(1 << 16), b"")), clients)]
