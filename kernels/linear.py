@@ -50,9 +50,9 @@ def _square_sums(y, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, HALVINGS: tl.cons
 
 @triton.jit(do_not_specialize=["M", "squares_part", "sums_part"])
 def linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, squares_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, squares_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
     M, F, C, x_row, weight_row, squares_row, squares_part, stream_row, sums_row, sums_part,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
     PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr, GROUP: tl.constexpr, HALVINGS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -81,9 +81,7 @@ def linear_kernel(
         w_mask, x_mask = (f < F)[:, None] & inside[None, :], (m < M)[None, :] & inside[:, None]
         w = tl.load(weight_ptr + f[:, None] * weight_row + c[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=x_mask, other=0.0)
-        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
-    if SCALED:
-        total *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[:, None]
+        total = tl.dot(w, x, total, input_precision="ieee")
     if PARTS > 0:
         total *= tl.rsqrt(square_sum / C + EPS)[None, :]
     if BIAS:
@@ -131,13 +129,12 @@ def product(
     name: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str = "",
     squares: tuple[torch.Tensor, float] | None = None,
     join: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """x · weightᵀ · scale + bias, with the launch settings of the op of that name; through a gate, if there is one.
+    """x · weightᵀ + bias, with the launch settings of the op of that name; through a gate, if there is one.
 
     `squares` (M, parts) and an eps divide x by its root mean square; `join` is a stream (M, F), in place, a norm's
     weight (F,) and room for the stream's own square sums."""
@@ -151,9 +148,9 @@ def product(
     stream, norm, room = join or (x_MC, x, x_MC)
     launch(
         linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
-        x_MC, weight, x if scale is None else scale, x if bias is None else bias, sums, stream, norm, room, y,
+        x_MC, weight, x if bias is None else bias, sums, stream, norm, room, y,
         M, F, C, x_MC.stride(0), weight.stride(0), *sums.stride(), stream.stride(0), *room.stride(),
-        SCALED=scale is not None, BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0,
+        BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0,
         PARTS=sums.shape[1] if squares else 0, EPS=eps, JOIN=join is not None, GROUP=GROUP, HALVINGS=5, **tile,
     )  # fmt: skip
     return y
@@ -161,7 +158,7 @@ def product(
 
 @launcher
 def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return product("linear", x, weight, None, bias)
+    return product("linear", x, weight, bias)
 
 
 def _save(ctx, inputs, output):

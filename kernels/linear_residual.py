@@ -57,7 +57,7 @@ def linear_residual_launch(
     rows = stream.view(-1, stream.shape[-1])
     parts = cdiv(rows.shape[1], GROUP)
     sums_MP = torch.empty(parts, len(rows), dtype=torch.float32, device=x.device).T  # a part of neighbors is one read
-    y = product("linear_residual", x, weight, None, bias, join=(rows, norm_weight, sums_MP))
+    y = product("linear_residual", x, weight, bias, join=(rows, norm_weight, sums_MP))
     return y, sums_MP
 
 
@@ -76,7 +76,7 @@ def normed_linear_launch(
     eps: float,
     activation: str,
 ) -> torch.Tensor:
-    return product("normed_linear", x, weight, None, bias, activation, squares=(square_sums, eps))
+    return product("normed_linear", x, weight, bias, activation, squares=(square_sums, eps))
 
 
 def _normed_linear_fused(x, square_sums, weight, bias=None, eps=1e-6, activation=""):

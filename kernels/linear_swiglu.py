@@ -32,7 +32,7 @@ def _linear_swiglu(
 def linear_swiglu_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
-    return product("linear_swiglu", x, weight, None, bias, activation)
+    return product("linear_swiglu", x, weight, bias, activation)
 
 
 def _save(ctx, inputs, output):

@@ -25,7 +25,7 @@ from ...layers import RMSNorm, SwiGLU
 from ...model import Attention, Block, Linear, Transformer
 from .kv_cache import KernelAttention
 
-MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+MakeLinear = Callable[[Tensor, Tensor | None, str], nn.Module]
 
 
 class BatchInvariantLinear(nn.Module):
@@ -37,6 +37,10 @@ class BatchInvariantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
+
+
+def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn.Module:
+    return BatchInvariantLinear(weight, bias)
 
 
 class ScaledStream(NamedTuple):
@@ -147,11 +151,11 @@ def _takes_norms(block: Any) -> bool:
 
 
 def fused_model(model: Transformer, make_linear: MakeLinear | None, norms: bool = True) -> Transformer:
-    """A model on the same weights with executors installed; `make_linear` makes its linear layers, if given. Without
-    `norms` these keep launches of their own, for layers that are exchanged afterwards."""
+    """A model on the same weights with executors installed; `make_linear` makes layers of float weights, if
+    given. Without `norms` these keep launches of their own, for layers that are exchanged afterwards."""
     twin = shallow_copy(model)
     if make_linear is not None:
-        replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
+        replace_linear(twin.blocks, make_linear)
         for layer in twin.blocks.modules():
             if type(layer) is SwiGLU and layer.activation in ACTIVATIONS:
                 layer.__class__ = GatedLinear
@@ -172,6 +176,12 @@ def shallow_copy(model: Transformer) -> Transformer:
     shared = {id(tensor): tensor for tensor in model.parameters()}
     twin.blocks = copy.deepcopy(model.blocks, shared)
     return twin
+
+
+def replace_linear(module: nn.Module, make: MakeLinear) -> None:
+    """Every linear layer of float weights inside, by what `make` makes of weight, bias and path."""
+    for path, layer in [(path, layer) for path, layer in module.named_modules() if type(layer) is Linear]:
+        module.set_submodule(path, make(layer.weight, layer.bias, path))
 
 
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:

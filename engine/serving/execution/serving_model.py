@@ -11,32 +11,40 @@ What that costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; 
 a tenth of that in models trained for minutes. `scheme.py` has what else there is. Channels far larger than their
 neighbors are taken apart beforehand (`outlier_smoothing.py`). A block with experts is no single call: its products are,
 and each expert's. On a GPU the twin is `gpu_model.py`'s. Without the extension the model serves as it is. In both,
-8-bit layers are `kernels.int8_linear`, which rounds weights alone.
+packed layers are `kernels.packed_linear`, and weights alone are rounded.
 """
 
-from functools import cache
+import dataclasses
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .... import kernels
 from ....kernels.moe import route
 from ...config import ModelConfig
-from ...errors import InputError
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
 from ...layers import NoNorm, routing_options
 from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ..scheme import INT8, Scheme, scheme_of
-from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
+from .gpu_model import (
+    BatchInvariantLinear,
+    MakeLinear,
+    batch_invariant_linear,
+    fused_model,
+    replace,
+    replace_linear,
+    shallow_copy,
+)
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .lora import ServedAdapters
-from .native_matrix import native_matrix, stored
+from .native_matrix import native_matrix, pack, stored
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
 ROTATED = "fw"  # kinds of layers in the order of their rotations; those of kind n have none
+WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # where x stays float, rotation gains nothing and costs a launch
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -51,18 +59,6 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.logits(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer in 8 bits by the kernels."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.weight, self.scale = kernels.quantize_int8(weight.detach())
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.int8_linear(x, self.weight, self.scale, self.bias)
 
 
 class NativeLinear(nn.Module):
@@ -229,35 +225,47 @@ def _serving_model(
     native_pages: bool,
     adapters: ServedAdapters | None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
-    if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
-        raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
+    scheme = scheme_of(quantize, sum(p.numel() for p in model.parameters()))
+    make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
     if model.device.type == "cuda" and type(model) is Transformer:
-        make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
+        make = make or (batch_invariant_linear if batch_invariant else None)
         served = fused_model(model, make, norms=adapters is None)
-        return served, Head(model, make and make(model.head_weight, model.head_bias))
+        return served, Head(model, _kernel_head(model, make))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
-    form = scheme_of(quantize, sum(p.numel() for p in model.parameters())) or FORMATS.get(dtype)
+    form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    make = (lambda *head: NativeLinear(*head, form, "head")) if native else Int8Linear
-    head = make(model.embedding.weight if model.head is None else stored(model.head), model.head_bias)
-    if native and native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
+    if not native:
+        twin = shallow_copy(model)
+        replace_linear(twin.blocks, make)
+        return twin, Head(model, _kernel_head(model, make))
+    weight = model.embedding.weight if model.head is None else stored(model.head)
+    head = NativeLinear(weight, model.head_bias, form, "head")
+    if native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
         return NativeTransformer(model, form, release, adapters), Head(model, head)
     twin = shallow_copy(model)
-    if native:
-        smooth = isinstance(form, Scheme) and can_smooth(model.config) and adapters is None
-        for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if smooth else block
-            if NativeMoE.is_supported(model.config):
-                replace(block, MoE, lambda moe: NativeMoE(moe, form))
-            for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
-                block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
-    else:
-        replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
+    smooth = isinstance(form, Scheme) and can_smooth(model.config) and adapters is None
+    for index, block in enumerate(twin.blocks):
+        twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+        if NativeMoE.is_supported(model.config):
+            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+        for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
+            block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     return twin, Head(model, head)
+
+
+def _packed_layer(weight: Tensor, bias: Tensor | None, path: str, scheme: Scheme) -> nn.Module:
+    return PackedLinear(pack(weight, scheme.layout(matrix_of(path))), bias)
+
+
+def _kernel_head(model: Transformer, make: MakeLinear | None) -> nn.Module | None:
+    """The head by the kernels, packed as it is stored or made of float weights; None where the model's own stays."""
+    if isinstance(model.head, PackedLinear):
+        return model.head
+    return make and make(model.head_weight, model.head_bias, "head")
 
 
 def _low_rank(adapters: ServedAdapters, index: int, config: ModelConfig) -> list[list]:
