@@ -27,10 +27,10 @@ from .attention_tiles import (
     LOG2E,
     UNSPECIALIZED,
     capped,
+    first_peak,
     head_of,
     key_run,
     query_run,
-    softmax_start,
     store_tile,
     through_cap,
     tile_coordinates,
@@ -118,7 +118,8 @@ def attention_hopper_kernel(
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
     end = tl.where(idle, begin, end)
     last = _last_visible(rows, q_len, k_len, CAUSAL, WINDOW)
-    m_i, l_i = softmax_start(sinks, head, BLOCK_M)
+    m_i = first_peak(sinks, head, BLOCK_M)
+    l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(begin, end, BLOCK_N, warp_specialize=True):
         here = key + tl.arange(0, BLOCK_N)

@@ -200,11 +200,15 @@ class ToolFormat:
     """Marks around the reasoning."""
     trigger: str = ""
     """Marker that begins calls and nothing else, where that is not the first of `opens`."""
+    begun: tuple[str, ...] = ()
+    """What may stand before the arguments of a call that the model was free to begin, where `call` has but one way."""
+    quiet: tuple[str, str] | None = None
+    """Marks around text in which no call begins, as often as there is some."""
 
     @property
     def mark(self) -> str:
-        """Marker that begins a call and nothing else; empty where no single string does."""
-        return "" if self.name == "harmony" else self.trigger or self.opens[0]
+        """Marker that begins a call and nothing else."""
+        return self.trigger or self.opens[0]
 
     @cached_property
     def heads(self) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern | None] | None:
@@ -243,7 +247,15 @@ FORMATS = (
         ("<|channel|>",),
         " to=functions.NAME<|channel|>commentary <|constrain|>json<|message|>ARGS",
         scan_json(r"", ""),
+        close="<|call|>",
         thoughts=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+        trigger="to=functions.",
+        begun=tuple(
+            f"to=functions.NAME{channel}{kind}<|message|>"
+            for channel in ("", "<|channel|>commentary")
+            for kind in ("", " json", " <|constrain|>json", "<|constrain|>json")
+        ),
+        quiet=("<|message|>", "<|end|>"),
     ),
     ToolFormat(
         "deepseek",

@@ -33,6 +33,7 @@ from .gpu_model import (
     MakeLinear,
     batch_invariant_linear,
     fused_model,
+    keeps_latents,
     replace,
     replace_linear,
     shallow_copy,
@@ -229,7 +230,8 @@ def _serving_model(
     make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
     if model.device.type == "cuda" and type(model) is Transformer:
         make = make or (batch_invariant_linear if batch_invariant else None)
-        served = fused_model(model, make, norms=adapters is None)
+        latent = keeps_latents(model.config, model.device, adapters)
+        served = fused_model(model, make, norms=adapters is None, latent=latent)
         return served, Head(model, _kernel_head(model, make))
     if not batch_invariant and quantize is None:
         return model, Head(model)
