@@ -64,8 +64,8 @@ MORE = (
     ("serve", 50, ["--only", "batch 1", *SHORT], {}),
     ("train", 60, ["--only", "gpt2-124m", "--rounds", "5", "--seconds", "8"], {}),
 )
-"""Of the second command, after checks and profiles: attention's larger tiles, and what users ask first beside all peers.
-Three minutes are enough for it."""
+"""Of the second command, after checks and profiles: attention's larger tiles, and what users ask first beside all
+peers. Three minutes are enough for it."""
 REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
 TIME_UP = "the time was up"
