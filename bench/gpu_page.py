@@ -35,10 +35,11 @@ empty until a GPU has run it.
 LIMITS = """
 ## Static limits
 
-Compiled ahead of time at these cases in bfloat16, the most any case takes. Bytes spilled are outside of loops, everywhere.
-*Programs* is how many a multiprocessor of sm_90 holds, by registers, shared memory and warps; *tensor* the part of its
-loop in which shared memory leaves tensor cores busy on sm_90, the least of all cases (`kernels/tools/clocks.py`). On
-sm_90 the portable dq and dk/dv kernels stand for ragged batches, which the warp-specialized ones leave to them.
+Compiled ahead of time at these cases in bfloat16, the most any case takes. Bytes spilled are outside of loops,
+everywhere. *Programs* is how many a multiprocessor of sm_90 holds, by registers, shared memory and warps; *tensor* the
+part of its loop in which shared memory leaves tensor cores busy on sm_90, the least of all cases
+(`kernels/tools/clocks.py`). On sm_90 the portable dq and dk/dv kernels stand for ragged batches, which the
+warp-specialized ones leave to them.
 """
 
 
@@ -106,29 +107,17 @@ def measurements() -> dict[tuple[str, str], str]:
 
 
 def _work(op: Op, case: Case, number: int) -> tuple[float, float]:
+    """Bytes and FLOPs of the forward pass, number 0, or of the backward."""
     args, options = case.build(Maker(torch.bfloat16, "meta"))
-    return tuple(0 if each is None else _number(each(*args, **options), number) for each in (op.traffic, op.flops))
-
-
-def _number(counts, number: int) -> float:
-    return counts[number]
+    moved, done = (each(*args, **options) if each else (0, 0) for each in (op.traffic, op.flops))
+    return moved[number], done[number]
 
 
 def _short(x: float) -> str:
     """Three digits with a prefix."""
-    for prefix, size in (
-        ("P", 1e15),
-        ("T", 1e12),
-        ("G", 1e9),
-        ("M", 1e6),
-        ("k", 1e3),
-        ("", 1),
-        ("m", 1e-3),
-        ("µ", 1e-6),
-    ):
-        if x >= size:
-            return f"{x / size:.3g} {prefix}"
-    return f"{x / 1e-9:.3g} n"
+    prefixes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}
+    prefix = next((prefix for prefix, size in prefixes.items() if x >= size), "n")
+    return f"{x / prefixes[prefix]:.3g} {prefix}"
 
 
 def version_of(text: str) -> str:

@@ -1,8 +1,8 @@
 """Clocks of tensor cores and of shared memory in a kernel's hot loops, counted in its PTX: the larger one bounds it.
 
-A multiprocessor of sm_90 multiplies 2048 pairs of 16-bit numbers a clock: a `wgmma` of m64nNk16 takes N / 2 clocks. Shared
-memory moves 128 bytes a clock. The product reads its right side, 32 · N bytes, and its left, 2048 bytes unless that is
-in registers; and what the loop loads is written there once.
+A multiprocessor of sm_90 multiplies 2048 pairs of 16-bit numbers a clock: a `wgmma` of m64nNk16 takes N / 2 clocks.
+Shared memory moves 128 bytes a clock. The product reads its right side, 32 · N bytes, and its left, 2048 bytes unless
+that is in registers; and what the loop loads is written there once.
 """
 
 import re

@@ -57,10 +57,7 @@ def test_gpu_page_is_in_step_with_the_kernels(costs):
     text = gpu_page.PAGE.read_text()
     assert "\n".join(gpu_page.work_rows(gpu_page.measurements())) in text, "python -m warploom.bench.gpu_page"
     rows = list(gpu_page.limit_rows(costs["large"]))
-    kernels = [
-        [line.split("|")[1:3] for line in lines if line.startswith("| `")] for lines in (rows, text.splitlines())
-    ]
-    assert all(kernel in kernels[1] for kernel in kernels[0])
+    assert all(row.rpartition("`")[0] in text for row in rows[2:])
     if gpu_page.version_of(text) == triton.__version__:
         assert "\n".join(rows) in text, "python -m warploom.bench.gpu_page"
 
