@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .... import kernels
 from ....kernels.cpu.extension import native as _native
+from ....tokenizer.cpus import available_cpus
 from ...errors import InputError
 from .int8_pages import TILE, Int8Attend, tile_bytes
 from .sinks import SinkAttend
@@ -202,9 +203,9 @@ def to_host(tensor: Tensor) -> Callable[[], list]:
 
 
 def set_workers() -> None:
-    """Let the C++ kernels use as many threads as torch does."""
+    """Let the C++ kernels use as many threads as torch does, and no more than a container's quota allows."""
     if HAS_NATIVE:
-        _native.set_workers(torch.get_num_threads())
+        _native.set_workers(min(torch.get_num_threads(), available_cpus()))
 
 
 def _rows(x_BTHD: Tensor) -> Tensor:
