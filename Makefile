@@ -5,7 +5,7 @@
 #   make bench       peers and ourselves side by side, ARGS="train"; without ARGS all of it
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
-#   make sanitize    tests of the tokenizer, kernels, serving and training with both extensions under ASan and UBSan
+#   make sanitize    tests of the tokenizer, kernels, serving, server and training, both extensions under ASan and UBSan
 #   make fuzz        the tokenizer under libFuzzer for SECONDS=60, where Clang is
 #   make native-test the thread pools under ThreadSanitizer, without Python
 #   make lint        ruff, and the types that users meet
@@ -55,7 +55,9 @@ sanitize: .venv/ready-dev
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 \
 		$(BIN)/python -m pytest tests/tokenizer tests/kernels/cpu tests/engine/test_model.py \
 		tests/engine/serving/execution/test_serving_model.py tests/engine/serving/execution/test_kv_dtype.py \
-		tests/engine/serving/execution/test_packed_weight.py tests/engine/training/test_golden.py --timeout 1000 -k "not leak" $(ARGS)
+		tests/engine/serving/execution/test_packed_weight.py tests/engine/training/test_golden.py \
+		tests/engine/server/test_adversarial.py tests/engine/server/test_faults.py tests/engine/server/test_fuzz.py \
+		tests/engine/serving/test_prompt_cache.py --timeout 1500 -k "not leak" $(ARGS)
 	$(BIN)/python setup.py -q build_ext --inplace --force
 
 native-test:

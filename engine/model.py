@@ -387,9 +387,7 @@ def growth_table(beta: float, length: float, size: int) -> Tensor:
 
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer: Attention) -> Tensor:
     """Training's `attend`: every token sees all tokens before it in its row."""
-    options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
-    if layer.sinks is not None:
-        return kernels.attention_with_sinks(q_BTHD, k_BTKD, v_BTKD, layer.sinks, **options)
+    options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale, "sinks": layer.sinks}
     return kernels.attention(q_BTHD, k_BTKD, v_BTKD, **options)
 
 

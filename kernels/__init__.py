@@ -2,15 +2,15 @@
 
 from .adamw import adamw_step
 from .attention import attention
-from .attention_sinks import attention_with_sinks
 from .basics import scaled_dot_product_attention, silu, softmax
 from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
-from .int8_linear import int8_linear, quantize_int8
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_residual import linear_residual, normed_linear
 from .linear_swiglu import linear_swiglu
 from .moe import MoEAux, moe
+from .packed_linear import packed_linear
 from .paged_attention import paged_attention
 from .penalize import penalize
 from .qk_norm_rope_write import qk_norm_rope_write
@@ -29,19 +29,19 @@ __all__ = [
     "adamw_step",
     "add_rms_norm",
     "attention",
-    "attention_with_sinks",
     "backend",
     "cross_entropy",
-    "int8_linear",
     "linear",
     "linear_cross_entropy",
+    "linear_residual",
     "linear_swiglu",
     "moe",
+    "normed_linear",
     "ops",
+    "packed_linear",
     "paged_attention",
     "penalize",
     "qk_norm_rope_write",
-    "quantize_int8",
     "rms_norm",
     "rope",
     "rope_tables",

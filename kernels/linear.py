@@ -31,17 +31,38 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 # ---- fused ----
 
+GROUP = 64
+"""Features whose squares are summed as one part: the tile of few rows has as many."""
 
-@triton.jit(do_not_specialize=["M"])
+
+@triton.jit
+def _square_sums(y, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, HALVINGS: tl.constexpr):
+    """(ROWS, BLOCK_F / 2 / 2^HALVINGS): sums of squares of groups of features, neighbors first.
+
+    Sum by sum, for the order of a `tl.sum` follows the tile's layout, which follows the number of rows."""
+    a, b = tl.split(tl.reshape(y, [ROWS, BLOCK_F // 2, 2]))
+    sums = tl.fma(a, a, b * b)
+    for level in tl.static_range(HALVINGS):
+        a, b = tl.split(tl.reshape(sums, [ROWS, BLOCK_F // (4 << level), 2]))
+        sums = a + b
+    return sums
+
+
+@triton.jit(do_not_specialize=["M", "squares_part", "sums_part"])
 def linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, M, F, C, x_row, weight_row,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, squares_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
+    M, F, C, x_row, weight_row, squares_row, squares_part, stream_row, sums_row, sums_part,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr, GROUP: tl.constexpr, HALVINGS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. Tiles of the same features come one after the other, to find W in the cache.
 
     With an ACTIVATION, y has half of W's F features, gates · ups: a tile takes eight gates and their eight ups by
-    turns, which a thread of the tensor core's tile holds together."""
+    turns, which a thread of the tensor core's tile holds together.
+
+    With PARTS, the rows of x are divided by their root mean square: `squares` has the sums of its parts. With JOIN, the
+    result is added to `stream`, in place; y is that by the next norm's weight, `sums` what its PARTS will be."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     own = tl.arange(0, BLOCK_F)
     if ACTIVATION == "":
@@ -49,6 +70,10 @@ def linear_kernel(
     else:
         f = tl.program_id(1).to(tl.int64) * (BLOCK_F // 2) + (own // 16).to(tl.int64) * 8 + own % 8
         f = tl.where(f < F // 2, f + tl.where(own // 8 % 2 == 0, 0, F // 2), F)
+    square_sum = tl.zeros([ROWS], tl.float32)
+    for part in tl.range(0, PARTS, loop_unroll_factor=4):
+        at = squares_ptr + m * squares_row + tl.cast(part, tl.int64) * squares_part
+        square_sum += tl.load(at, mask=m < M, other=0.0)
     total = tl.zeros([BLOCK_F, ROWS], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -56,9 +81,9 @@ def linear_kernel(
         w_mask, x_mask = (f < F)[:, None] & inside[None, :], (m < M)[None, :] & inside[:, None]
         w = tl.load(weight_ptr + f[:, None] * weight_row + c[None, :], mask=w_mask, other=0.0)
         x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=x_mask, other=0.0)
-        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
-    if SCALED:
-        total *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[:, None]
+        total = tl.dot(w, x, total, input_precision="ieee")
+    if PARTS > 0:
+        total *= tl.rsqrt(square_sum / C + EPS)[None, :]
     if BIAS:
         total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION != "":
@@ -66,8 +91,18 @@ def linear_kernel(
         total = tl.reshape(activate(gate, ACTIVATION)[0] * up, [BLOCK_F // 2, ROWS])
         f = tl.program_id(1).to(tl.int64) * (BLOCK_F // 2) + tl.arange(0, BLOCK_F // 2)
         F = F // 2
-    y = tl.trans(total).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + m[:, None] * F + f[None, :], y, mask=(m < M)[:, None] & (f < F)[None, :])
+    mask = (m < M)[:, None] & (f < F)[None, :]
+    y = tl.trans(total)
+    if JOIN:
+        at = stream_ptr + m[:, None] * stream_row + f[None, :]
+        joined = (y + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(y_ptr.dtype.element_ty)
+        tl.store(at, joined, mask=mask)
+        y = joined.to(tl.float32)
+        part = tl.program_id(1).to(tl.int64) * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
+        sums = sums_ptr + m[:, None] * sums_row + part[None, :] * sums_part
+        tl.store(sums, _square_sums(y, ROWS, BLOCK_F, HALVINGS), mask=(m < M)[:, None] & (part * GROUP < F)[None, :])
+        y *= tl.load(norm_ptr + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + m[:, None] * F + f[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _tile(name: str, x: torch.Tensor, M: int) -> dict:
@@ -94,27 +129,36 @@ def product(
     name: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     activation: str = "",
+    squares: tuple[torch.Tensor, float] | None = None,
+    join: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """x · weightᵀ · scale + bias, with the launch settings of the op of that name; through a gate, if there is one."""
+    """x · weightᵀ + bias, with the launch settings of the op of that name; through a gate, if there is one.
+
+    `squares` (M, parts) and an eps divide x by its root mean square; `join` is a stream (M, F), in place, a norm's
+    weight (F,) and room for the stream's own square sums."""
     x_MC, weight = last_dim_contiguous(as_rows(x)), last_dim_contiguous(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F // 2 if activation else F, dtype=x.dtype, device=x.device)
     tile = _tile(name, x, M)
+    if join:
+        tile["BLOCK_F"] = max(tile["BLOCK_F"], GROUP)
+    sums, eps = squares or (x_MC, 0.0)
+    stream, norm, room = join or (x_MC, x, x_MC)
     launch(
         linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
-        x_MC, weight, x if scale is None else scale, x if bias is None else bias, y,
-        M, F, C, x_MC.stride(0), weight.stride(0),
-        SCALED=scale is not None, BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
+        x_MC, weight, x if bias is None else bias, sums, stream, norm, room, y,
+        M, F, C, x_MC.stride(0), weight.stride(0), *sums.stride(), stream.stride(0), *room.stride(),
+        BIAS=bias is not None, ACTIVATION=activation, WHOLE=C % tile["BLOCK_C"] == 0,
+        PARTS=sums.shape[1] if squares else 0, EPS=eps, JOIN=join is not None, GROUP=GROUP, HALVINGS=5, **tile,
     )  # fmt: skip
     return y
 
 
 @launcher
 def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return product("linear", x, weight, None, bias)
+    return product("linear", x, weight, bias)
 
 
 def _save(ctx, inputs, output):
@@ -127,7 +171,7 @@ def _gradient(ctx, dy):
     rows = as_rows(dy)
     dx = dy @ weight if want_x else None
     dweight = rows.T @ as_rows(x) if want_weight else None
-    return dx, dweight, rows.sum(0).to(bias.dtype) if want_bias else None
+    return dx, dweight, None if bias is None or not want_bias else rows.sum(0).to(bias.dtype)
 
 
 _product = AutogradOp(linear_forward, _save, _gradient)

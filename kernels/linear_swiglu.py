@@ -32,7 +32,7 @@ def _linear_swiglu(
 def linear_swiglu_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
-    return product("linear_swiglu", x, weight, None, bias, activation)
+    return product("linear_swiglu", x, weight, bias, activation)
 
 
 def _save(ctx, inputs, output):
@@ -48,7 +48,7 @@ def _gradient(ctx, dy):
     rows = as_rows(d_gate_up)
     dx = d_gate_up @ weight if want_x else None
     dweight = rows.T @ as_rows(x) if want_weight else None
-    return dx, dweight, rows.sum(0).to(bias.dtype) if want_bias else None, None
+    return dx, dweight, None if bias is None or not want_bias else rows.sum(0).to(bias.dtype), None
 
 
 _product = AutogradOp(linear_swiglu_forward, _save, _gradient)

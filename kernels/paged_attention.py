@@ -31,17 +31,19 @@ def _paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence).
+    """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence),
+    with sinks (H,).
 
     The cached keys and values are the pages' times `k_scale` and `v_scale` (K,), 1 if they are left out. Two tensors
     that are the same for all layers of a step spare the fused twin their launches: `starts` (N + 1), the sums of
     `query_lens` from zero on, and `arrivals` (at least N·K int32 zeros), which are zeros again afterwards."""
-    options = {"window": window, "softcap": softcap, "scale": scale}
+    options = {"window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
     cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
     return _each_sequence(attention.reference, q, *cache, options)
 
@@ -57,12 +59,13 @@ def _paged_attention_eager(
     window=None,
     softcap=None,
     scale=None,
+    sinks=None,
     k_scale=None,
     v_scale=None,
     starts=None,
     arrivals=None,
 ):
-    options = {"window": window, "softcap": softcap, "scale": scale}
+    options = {"window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
     cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
     return _each_sequence(attention.eager, q, *cache, options)
 
@@ -128,6 +131,10 @@ paged_attention = Op(
         ),
         Case("window, cap", lambda m: _batch(m, [30, 12], [2, 12], 2, 2, 32, 8), {"window": 6, "softcap": 4.0}),
         Case(
+            "sinks, segments",
+            lambda m: (*_batch(m, [600, 20, 9], [1, 6, 1], 6, 2, 32, 16, 2), {"sinks": m.normal(6, grad=False)}),
+        ),
+        Case(
             "32 decodes at 4096",
             lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16),
             bench=True,
@@ -135,6 +142,12 @@ paged_attention = Op(
         Case(
             "32 decodes at 4096, float8",
             lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16, 0, torch.float8_e5m2, ([0.5] * 8, [2.0] * 8)),
+            bench=True,
+        ),
+        Case(
+            "32 decodes at 4096, 64 and 8 heads of 64, sinks",
+            lambda m: (*_batch(m, [4096] * 32, [1] * 32, 64, 8, 64, 16), {"sinks": m.normal(64, grad=False)}),
+            {"window": 128},
             bench=True,
         ),
         Case("prefill of 4096", lambda m: _batch(m, [4096], [4096], 32, 8, 128, 16), bench=True),

@@ -43,6 +43,8 @@ class RLFlags(RLConfig):
     order: Hidden[str] = RLConfig.order
     stride: Hidden[int | None] = None
     num_workers: Hidden[int] = RLConfig.num_workers
+    loss: Hidden[str] = RLConfig.loss
+    beta: Hidden[float] = RLConfig.beta
     label_smoothing: Hidden[float] = 0.0
     z_loss: Hidden[float] = 0.0
     ema: Hidden[float] = 0.0

@@ -144,7 +144,7 @@ def read_model(
     kept = {}
     for name, weight in weights:
         if isinstance(weight, PackedWeight):
-            install(model, name, weight)
+            install(model, name, weight.to(pick_device(device)))
         else:
             kept[name] = weight
     model.load_state_dict(kept, assign=True)

@@ -1,12 +1,8 @@
 """Weights of 8 or 4 bits as they are kept: codes, and a scale for each group of columns of a row.
 
-    w = (code · scale + minimum) · unit        with a minimum
-    w = table[code] · scale · unit             with a table of sixteen values
-    w = (code - 128) · scale · unit            8 bits without; 4 bits: code - 8
-
-Scales and minima are half precision; the unit is a power of two of the row, or a scale of its own. With `rotate` that
-is the weight in a basis in which outliers are spread: each 64 columns after a Walsh-Hadamard transform, which is its
-own inverse (csrc/cpu/serving/hadamard.hpp). Codes of 4 bits lie two a byte, the first in the low half.
+`kernels/packed_linear.py` has the formula, and the product on a GPU; csrc/cpu/serving/packed_matrix.cpp that on a CPU.
+Scales and minima are half precision; the unit is a power of two of the row. With `rotate` codes are of each 64 columns
+after a Walsh-Hadamard transform, in which outliers are spread.
 
 A matrix is a list of segments of rows: what files store apart, and in different formats, multiplies as one.
 """
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.packed_linear import TURNED, dequantize, packed_linear, rotated
 from ..config import ModelConfig
 from ..errors import InputError
 from ..model import Transformer
@@ -31,7 +28,6 @@ from ..model import Transformer
 if TYPE_CHECKING:
     from .weights import Weights
 
-TURNED = 64  # columns that are rotated together
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
 NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
 PARTS = "codes", "scales", "minima", "units"
@@ -91,21 +87,25 @@ class Segment:
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
-        layout, codes = self.layout, self.codes
-        if layout.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-        codes_NGC = codes.unflatten(-1, (-1, layout.group))
-        if layout.table:
-            values = torch.tensor(layout.table, dtype=torch.float32)[codes_NGC.int()]
-        else:
-            values = codes_NGC.float() - (0 if layout.minimum else 1 << (layout.bits - 1))
-        w_NGC = values * self.scales.float()[..., None]
-        if self.minima is not None:
-            w_NGC = w_NGC + self.minima.float()[..., None]
-        w_NC = w_NGC.flatten(1) * self.units[:, None]
-        if layout.rotate:
-            w_NC = (w_NC.unflatten(-1, (-1, TURNED)) @ hadamard(TURNED)).flatten(1)
-        return w_NC[:, :columns]
+        layout = self.layout
+        w_NC = dequantize(self.codes, self.scales, self.minima, self.units, layout.bits, layout.group, layout.table)
+        return (rotated(w_NC) if layout.rotate else w_NC)[:, :columns]
+
+    def to(self, device: torch.device | str) -> Segment:
+        """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
+        scales, minima = (
+            x if x is None or x.device == torch.device(device) else x.T.contiguous().to(device).T
+            for x in (self.scales, self.minima)
+        )
+        return Segment(self.layout, self.codes.to(device), scales, minima, self.units.to(device))
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x · rowsᵀ + bias."""
+        layout = self.layout
+        return packed_linear(
+            x, self.codes, self.scales, self.minima, self.units, bias,
+            layout.bits, layout.group, layout.table, layout.rotate,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,12 @@ class PackedWeight:
         """The weight in float32: the definition that products are held to."""
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
+    def __deepcopy__(self, memo: dict) -> PackedWeight:
+        return self  # is never written
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        return PackedWeight(tuple(segment.to(device) for segment in self.segments), self.columns)
+
     @property
     def shape(self) -> tuple[int, int]:
         return sum(len(segment.units) for segment in self.segments), self.columns
@@ -143,7 +149,7 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a packed weight, by the definition; executors multiply the codes themselves."""
+    """A linear layer of a packed weight: on a GPU by the kernel, elsewhere by the definition."""
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -155,7 +161,16 @@ class PackedLinear(nn.Module):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.device, x.dtype), self.bias)
+        sizes = [len(segment.units) for segment in self.packed.segments]
+        biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
+        parts = [segment.multiply(x, bias) for segment, bias in zip(self.packed.segments, biases)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _apply(self, fn, recurse=True):
+        """Go where the module goes; a change of number format is not meant for codes."""
+        probe = self.packed.segments[0].codes[:0]
+        self.packed = self.packed.to(fn(probe).device)
+        return super()._apply(fn, recurse)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -254,9 +269,22 @@ def layout_from(values: Any) -> Layout:
     return Layout(**given)
 
 
-def hadamard(n: int) -> Tensor:
-    """The orthonormal Walsh-Hadamard matrix of a power of two, symmetric and its own inverse."""
-    h = torch.ones(1, 1)
-    while len(h) < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / n**0.5
+def nearest(weight: Tensor, layout: Layout) -> PackedWeight:
+    """Float rows as the nearest codes of the ranges of their groups, where they are; C++ finds better ranges."""
+    columns = weight.shape[1]
+    w_NC = weight.detach().float()
+    w_NC = rotated(w_NC) if layout.rotate else F.pad(w_NC, (0, -columns % layout.group))
+    w_NGC, half = w_NC.unflatten(-1, (-1, layout.group)), 1 << (layout.bits - 1)
+    most = 2 * half - 1 if layout.minimum else half - 1
+    exponents = torch.frexp(w_NC.abs().amax(1) / most).exponent - 1
+    units = torch.ldexp(torch.ones_like(w_NC[:, 0]), exponents.clamp(min=-120))
+    low = w_NGC.amin(-1) if layout.minimum else -half * w_NGC.abs().amax(-1) / most
+    size = w_NGC.amax(-1) - low if layout.minimum else w_NGC.abs().amax(-1)
+    scales = (size / most / units[:, None]).half()
+    step = scales.float() * units[:, None]
+    minima = (low / units[:, None]).half() if layout.minimum else None
+    shift = -half * step if minima is None else minima.float() * units[:, None]
+    inverse = torch.where(step > 0, 1 / step, 0)
+    codes = ((w_NGC - shift[..., None]) * inverse[..., None]).round().clamp(0, 2 * half - 1).to(torch.uint8).flatten(1)
+    codes = codes[:, ::2] | codes[:, 1::2] << 4 if layout.bits == 4 else codes
+    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)

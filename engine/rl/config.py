@@ -36,7 +36,8 @@ class RLConfig(TrainConfig):
     """The advantage of a sample is its reward minus the group's mean (Dr. GRPO), or that over the group's standard
     deviation too (GRPO). Either is spread over all tokens of the step."""
     kl: float = 0.0
-    """Weight of the KL divergence from the starting weights, which are kept for it."""
+    """Weight of the KL divergence from the starting weights, which are kept for it as a second model; an adapter's base
+    is at hand without one."""
     updates: int = 1
     """Optimizer steps on the same samples; more than one makes them off-policy, and ratios are clipped."""
     clip: float = 0.2

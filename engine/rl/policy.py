@@ -9,8 +9,9 @@ The gradient of every objective here is Σ wₜ ∇(−log pₜ) with a weight a
 Samples lie end to end, none padded; only attention sees them side by side. Where the server's C++ attention and head
 run in float32 (`exact`), the forward pass takes both: what is trained then has the very bits of what was sampled, for
 norms, rotation and gates add up in one order in trainer and server anyway, and so do the products of a fused block. Of
-other blocks (experts) products are replaced by the server's too; as the router's are among them, tokens visit the
-experts that they visited when they were sampled. The backward pass is the trainer's.
+blocks with experts products are replaced by the server's too; as the router's are among them, tokens visit the experts
+that they visited when they were sampled. Other models (LayerNorm, norms after sublayers, ungated) are computed by the
+server once more, and their last hidden states replaced. The backward pass is the trainer's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..model import Attend, Transformer, dense_attention
 from ..serving.execution.kv_cache import NativeAttend, PagedKVCache
 from ..serving.execution.serving_model import NativeLinear, NativeMoE, NativeTransformer
@@ -84,10 +86,13 @@ def exact_obstacle(model: Transformer, llm: LLM) -> str | None:
     runner = llm.engine.runner
     if runner.store.layers is None or llm.engine.scheduler.pool.page_size != PAGE:
         return "the C++ attention does not serve this model here"
-    fused = all(isinstance(block, FusedBlock) for block in model.blocks)
-    if not fused and (isinstance(runner.model, NativeTransformer) or not _twins(runner.model)):
-        return "the fused C++ block does not train this model here"
+    if not _is_fused(model) and not isinstance(runner.model, NativeTransformer) and not _twins(runner.model):
+        return "neither the fused C++ block nor the C++ decoder computes this model here"
     return None
+
+
+def _is_fused(model: Transformer) -> bool:
+    return all(isinstance(block, FusedBlock) for block in model.blocks)
 
 
 def _twins(served: Transformer) -> dict[str, nn.Module]:
@@ -124,9 +129,15 @@ class Policy:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states (S, C) of the places that predict, with gradient."""
-        exactly = server_layers(self.model, self.llm.engine.runner.model) if self.llm else contextlib.nullcontext()
-        with exactly:
-            hidden_1NC = self.model.hidden(packed.tokens_1N, packed.positions_1N, self._attend(packed))
+        given = packed.tokens_1N, packed.positions_1N
+        served = self.llm and self.llm.engine.runner.model
+        if isinstance(served, NativeTransformer) and not _is_fused(self.model):
+            with torch.no_grad():
+                exact_1NC = served.hidden(*given, server_attention(self.model.config, packed.lengths))
+            hidden_1NC = _Replaced.apply(self.model.hidden(*given, side_by_side(packed.lengths)), exact_1NC)
+        else:
+            with server_layers(self.model, served) if served else contextlib.nullcontext():
+                hidden_1NC = self.model.hidden(*given, self._attend(packed))
         return hidden_1NC[0].index_select(0, packed.places_S)
 
     def _attend(self, packed: Packed) -> Attend:
@@ -179,8 +190,8 @@ def side_by_side(lengths: list[int]) -> Attend:
     return attend
 
 
-def paged(config, lengths: list[int], dense: Attend) -> Attend:
-    """An `attend` with the server's numbers and the gradient of `dense`."""
+def server_attention(config: ModelConfig, lengths: list[int]) -> NativeAttend:
+    """The server's `attend` over sequences laid end to end, on pages of its own."""
     pages = [-(-length // PAGE) for length in lengths]
     store = PagedKVCache(replace(config, n_layers=1), sum(pages), PAGE, torch.float32, torch.device("cpu"))
     table = np.zeros((len(lengths), max(pages)), dtype=np.int32)
@@ -188,7 +199,13 @@ def paged(config, lengths: list[int], dense: Attend) -> Attend:
         table[row, :count] = np.arange(first, first + count)
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
     layout = store.layout(table, np.arange(len(lengths)), positions, np.array(lengths, dtype=np.int32))
-    exact = NativeAttend(store.layers * config.n_layers, layout)  # every layer uses the same pages, after the last
+    assert store.layers is not None
+    return NativeAttend(store.layers * config.n_layers, layout)  # every layer uses the same pages, after the last
+
+
+def paged(config: ModelConfig, lengths: list[int], dense: Attend) -> Attend:
+    """An `attend` with the server's numbers and the gradient of `dense`."""
+    exact = server_attention(config, lengths)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer) -> Tensor:
         return _Replaced.apply(dense(q, k, v, layer), exact(q.detach(), k.detach(), v.detach(), layer))

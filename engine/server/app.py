@@ -48,7 +48,7 @@ def create_app(
     config = config or ServerConfig()
     config = replace(config, name=config.name or "warploom")
     bridge = AsyncEngine(make, config, on_failure)
-    metrics = Metrics(bridge)
+    metrics = Metrics(lambda: models.engines)
     service = Service(bridge, config, metrics)
     models = ModelPool(service, further or {}, memory)
 
@@ -150,10 +150,10 @@ def _add_model_routes(app: FastAPI, pool: ModelPool) -> None:
     @app.get("/v1/models/{model:path}", responses=answers(schemas.Model, 404), tags=["model"])
     async def model(model: str) -> Response:
         """The model, or one of its adapters, by its name."""
-        found = next((each for each in pool.first.models() if each["id"] == model), None)
-        if found is None:
-            pool.first.adapter_of(model)
-        return JSONResponse(found)
+        found = {each["id"]: each for each in pool.first.models()}
+        if model not in found:
+            raise pool.first.not_served(model)
+        return JSONResponse(found[model])
 
     @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:

@@ -32,7 +32,15 @@ from .openai.requests import (
     Sampling,
     TokenizeRequest,
 )
-from .openai.responses import ChatWriter, CompletionWriter, Words, server_sent, to_json
+from .openai.responses import (
+    ChatWriter,
+    CompletionWriter,
+    Words,
+    count_scores,
+    server_sent,
+    to_json,
+    to_json_in_parts,
+)
 from .protocols.messages import MessagesWriter
 from .protocols.responses import ResponsesWriter
 from .protocols.tolerant import AgentRequest, as_chat
@@ -42,6 +50,8 @@ Writer = ChatWriter | CompletionWriter | MessagesWriter | ResponsesWriter
 DEFAULT_COMPLETION = 16  # OpenAI's
 DEFAULT_GENERATION = 100
 NO_GRAMMAR = dict.fromkeys(GRAMMARS)
+MOST_SCORES = 1 << 20  # log-probabilities in one answer: some 100 MB while it is made
+INLINE = 1 << 12  # numbers of an answer that are written on the event loop: some 6 ms
 LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the event that says so
 
 
@@ -78,21 +88,21 @@ class Service:
         asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION, body.truncate_prompt_tokens)
         flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body, body.stream)
         writer = CompletionWriter(self._head("cmpl", body, request), flow, words, hidden, body.logprobs)
-        return await self._answer(request, body.stream, flow, writer)
+        return await self._answer(request, body.stream, flow, writer, params)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """/v1/chat/completions."""
         words = self.words
         flow, plan, params = await self._converse(body, request, body.stream)
         writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, plan.reader)
-        return await self._answer(request, body.stream, flow, writer)
+        return await self._answer(request, body.stream, flow, writer, params)
 
     async def agent(self, body: AgentRequest, request: Request, writer: Callable[..., Writer]) -> Response:
         """/v1/responses and /v1/messages: a chat in other words."""
         chat = as_chat(body)
         flow, plan, params = await self._converse(chat, request, body.stream, body.effort)
         made = writer(body, self._head("", body, request), flow, plan, params)
-        return await self._answer(request, body.stream, flow, made)
+        return await self._answer(request, body.stream, flow, made, params)
 
     async def count_tokens(self, body: AgentRequest, request: Request) -> Response:
         """/v1/messages/count_tokens."""
@@ -137,7 +147,7 @@ class Service:
 
     async def embed(self, body: EmbeddingRequest, request: Request) -> Response:
         """/v1/embeddings."""
-        return json_response(await embeddings.embed(self, body, request))
+        return await self.respond(request, *await embeddings.embed(self, body, request))
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
         """/v1/score."""
@@ -199,10 +209,14 @@ class Service:
         if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
-            served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
-            message = f"the model {name!r} is not served here; there is {served}"
-            raise errors.APIError(404, message, param="model", code="model_not_found")
+            raise self.not_served(name)
         return name
+
+    def not_served(self, name: str) -> errors.APIError:
+        """Error for a model that is not here: 404, and the names of those that are."""
+        served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
+        message = f"the model {name[:LOGGED]!r} is not served here; there is {served}"
+        return errors.APIError(404, message, param="model", code="model_not_found")
 
     async def _submit(
         self,
@@ -217,7 +231,7 @@ class Service:
         scope, salt = request.scope, request.scope.get("salt")
         adapter = self.adapter_of(body and body.model)
         return await self.bridge.submit(
-            asks,
+            partial(_scored, asks),
             count,
             params=params,
             grammar=grammar,
@@ -268,7 +282,9 @@ class Service:
             return params
         pool = llm.engine.scheduler.pool
         room = min(context, pool.num_pages * pool.page_size) - len(tokens)
-        return replace(params, max_tokens=max(1, min(limit for limit in (room, most, default) if limit is not None)))
+        scored = None if params.logprobs is None else MOST_SCORES // count_scores(params, 0, params.n)
+        limits = [limit for limit in (room, most, default, scored) if limit is not None]
+        return replace(params, max_tokens=max(1, min(limits)))
 
     def _head(
         self, kind: str, body: CompletionRequest | ChatRequest | AgentRequest, request: Request
@@ -285,27 +301,48 @@ class Service:
         }
         return {**head, "usage": None} if body.include_usage else head
 
-    async def _answer(self, request: Request, stream: bool, flow: RequestStream, writer: Writer) -> Response:
+    async def _answer(
+        self, request: Request, stream: bool, flow: RequestStream, writer: Writer, params: SamplingParams
+    ) -> Response:
         if stream:
-            chunks = self._chunks(request, flow, writer)
+            chunks = self._chunks(request, flow, writer, params)
             first = await anext(chunks, None)  # an error before the first token still gets its own status
             if first is None:
                 raise errors.gone()
             return EventStream(first, chunks, self.config.request_timeout + LAST_EVENTS, writer.error)
         try:
             await flow.outputs()
-            return json_response(writer.whole())
+            generated = sum(each.metrics.generated_tokens for each in flow.streams)
+            size = generated + count_scores(params, flow.prompt_tokens, generated)
+            return await self.respond(request, lambda: to_json_in_parts(writer.whole()), size)
         finally:
             self.close(request, flow)
 
-    async def _chunks(self, request: Request, flow: RequestStream, writer: Writer) -> AsyncIterator[bytes]:
+    async def respond(self, request: Request, make: Callable[[], bytes], size: int) -> Response:
+        """The answer that `make` writes, of about `size` numbers."""
+        return Response(await self._write(request, make, size), media_type="application/json")
+
+    async def _write(self, request: Request, make: Callable[[], bytes], size: int) -> bytes:
+        """What `make` writes; beside the event loop where that takes longer than everybody else should wait."""
+        if size <= INLINE:
+            return make()
+        return await self.bridge.offload(make, client=client_of(request.scope))
+
+    async def _chunks(
+        self, request: Request, flow: RequestStream, writer: Writer, params: SamplingParams
+    ) -> AsyncIterator[bytes]:
         collector, spoke = writer.collector(), {}
         try:
             async for events in flow.batches():
+                generated = sum(len(event.piece.logprobs) for event in events)
+                echoed = 0 if all(event.index in spoke for event in events) else flow.prompt_tokens
+                size = count_scores(params, echoed, generated)
                 self.metrics.stream(events, spoke)
                 parts = collector.collect(events)
-                if chunks := [server_sent(chunk) for part in parts for chunk in writer.chunks(*part)]:
-                    yield b"".join(chunks)
+                encode = to_json if size <= INLINE else to_json_in_parts
+                make = partial(_events, writer, parts, encode)
+                if chunks := await self._write(request, make, size):
+                    yield chunks
             if not flow.gone:
                 last = b""
                 if isinstance(writer, (ChatWriter, CompletionWriter)) and writer.counts_usage:
@@ -325,6 +362,21 @@ class Service:
             "finish_reason": sorted({stream.sequence.finish_reason or "cancelled" for stream in streams}),
             "client_left": flow.gone,
         }
+
+
+def _scored(asks: Callable[[Any], Iterable[Ask]], llm: Any) -> Iterable[Ask]:
+    """Prompts to be asked, as long as the answer can hold the log-probabilities they ask for."""
+    scores = 0
+    for tokens, params in asks(llm):
+        scores += count_scores(params, len(tokens), params.n * (params.max_tokens or 0))
+        if scores > MOST_SCORES:
+            message = f"logprobs: {scores} log-probabilities were asked for; at most {MOST_SCORES} are told at once"
+            raise errors.invalid(message, "logprobs")
+        yield tokens, params
+
+
+def _events(writer: Writer, parts: list, encode: Callable[[Any], bytes]) -> bytes:
+    return b"".join([server_sent(chunk, encode) for part in parts for chunk in writer.chunks(*part)])
 
 
 def truncated(llm: Any, tokens: list[int], params: SamplingParams, most: int | None) -> list[int]:

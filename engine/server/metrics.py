@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -21,9 +21,9 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, bridge: AsyncEngine) -> None:
+    def __init__(self, engines: Callable[[], Mapping[str, AsyncEngine]]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Engine(bridge))
+        self.registry.register(_Engines(engines))
         self.ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self.itl = self._histogram("inter_token_latency_seconds", "Between the pieces of a stream.")
         self.tpot = self._histogram("request_time_per_output_token_seconds", "A request's mean after its first token.")
@@ -108,32 +108,69 @@ class _Given:
         return self._families
 
 
-class _Engine:
-    """Gauges read from the engine when somebody asks."""
+class _Engines:
+    """Figures read from the engines that are there when somebody asks, each with its model's name as `model_name`."""
 
-    def __init__(self, bridge: AsyncEngine) -> None:
-        self._bridge = bridge
+    def __init__(self, engines: Callable[[], Mapping[str, AsyncEngine]]) -> None:
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        bridge = self._bridge
-        state = GaugeMetricFamily("warploom:engine_state", "1 for the state the engine is in.", labels=["state"])
-        for name in STATES:
-            state.add_metric([name], name == bridge.state)
-        yield state
-        yield CounterMetricFamily("warploom:engine_restarts", "Engines built anew.", bridge.restarts)
-        if bridge.llm is None:
-            return
-        engine = bridge.llm.engine
-        scheduler, pool = engine.scheduler, engine.scheduler.pool
-        running = len(scheduler.running)
-        used = 1 - pool.num_free / pool.num_pages
-        yield GaugeMetricFamily("warploom:num_requests_running", "Continuations in the batch.", running)
-        waiting = max(bridge.open - running, 0)
-        yield GaugeMetricFamily("warploom:num_requests_waiting", "Continuations that wait for a place.", waiting)
-        yield GaugeMetricFamily("warploom:kv_cache_usage_perc", "Part of the cache's pages in use, 0 to 1.", used)
-        yield CounterMetricFamily("warploom:num_preemptions", "Sequences that gave up pages.", scheduler.preemptions)
-        yield CounterMetricFamily("warploom:generation_tokens", "Tokens generated.", engine.generated_tokens)
-        drafted, right = scheduler.drafted, scheduler.accepted_drafts
-        yield CounterMetricFamily("warploom:spec_decode_num_draft_tokens", "Tokens guessed ahead.", drafted)
-        yield CounterMetricFamily("warploom:spec_decode_num_accepted_tokens", "Guesses that were right.", right)
-        yield CounterMetricFamily("warploom:engine_failures", "Steps that failed.", engine.failures)
+        engines = self._engines()
+        state = GaugeMetricFamily(
+            "warploom:engine_state", "1 for the state the engine is in.", labels=["model_name", "state"]
+        )
+        restarts = CounterMetricFamily("warploom:engine_restarts", "Engines built anew.", labels=["model_name"])
+        for name, bridge in engines.items():
+            restarts.add_metric([name], bridge.restarts)
+            for each in STATES:
+                state.add_metric([name, each], each == bridge.state)
+        yield from (state, restarts)
+        built = {name: bridge for name, bridge in engines.items() if bridge.llm is not None}
+        for kind, metric, says, value in FIGURES:
+            family = kind(f"warploom:{metric}", says, labels=["model_name"])
+            for name, bridge in built.items():
+                family.add_metric([name], value(bridge, bridge.llm.engine))
+            yield family
+
+
+# Of an engine that is built: kind, name, what it says, and where it is read.
+FIGURES = (
+    (
+        GaugeMetricFamily,
+        "num_requests_running",
+        "Continuations in the batch.",
+        lambda _, engine: len(engine.scheduler.running),
+    ),
+    (
+        GaugeMetricFamily,
+        "num_requests_waiting",
+        "Continuations that wait for a place.",
+        lambda bridge, engine: max(bridge.open - len(engine.scheduler.running), 0),
+    ),
+    (
+        GaugeMetricFamily,
+        "kv_cache_usage_perc",
+        "Part of the cache's pages in use, 0 to 1.",
+        lambda _, engine: 1 - engine.scheduler.pool.num_free / engine.scheduler.pool.num_pages,
+    ),
+    (
+        CounterMetricFamily,
+        "num_preemptions",
+        "Sequences that gave up pages.",
+        lambda _, engine: engine.scheduler.preemptions,
+    ),
+    (CounterMetricFamily, "generation_tokens", "Tokens generated.", lambda _, engine: engine.generated_tokens),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_draft_tokens",
+        "Tokens guessed ahead.",
+        lambda _, engine: engine.scheduler.drafted,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_accepted_tokens",
+        "Guesses that were right.",
+        lambda _, engine: engine.scheduler.accepted_drafts,
+    ),
+    (CounterMetricFamily, "engine_failures", "Steps that failed.", lambda _, engine: engine.failures),
+)

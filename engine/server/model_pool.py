@@ -53,6 +53,12 @@ class ModelPool:
         finally:
             self._busy[name] -= 1
 
+    @property
+    def engines(self) -> dict[str, AsyncEngine]:
+        """The engines that are there now, by the names of their models."""
+        services = {self.first.config.name: self.first, **self.loaded}
+        return {name: service.bridge for name, service in services.items()}
+
     async def stop(self) -> None:
         """Stop all but the first."""
         async with self._changing:

@@ -20,7 +20,15 @@ from ..errors import InputError
 from .app import create_app
 from .config import ServerConfig
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+URLS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/embeddings",
+    "/v1/score",
+)
+STREAMING = {"stream", "stream_options"}  # fields that mean nothing here
 WEEK = 7 * 86400.0  # nobody waits for one of many
 
 
@@ -82,7 +90,8 @@ async def _answer_all(app: Any, requests: list[dict[str, Any]], out: TextIO) -> 
         async def answer(request: dict[str, Any]) -> None:
             nonlocal failed
             async with places:
-                status, body = await _ask(app, request["url"], {**request["body"], "stream": False})
+                asked = {name: value for name, value in request["body"].items() if name not in STREAMING}
+                status, body = await _ask(app, request["url"], asked)
             failed += status != 200
             told = {"status_code": status, "request_id": request["custom_id"], "body": body}
             line = {"id": f"batch_{request['custom_id']}", "custom_id": request["custom_id"], "response": told}

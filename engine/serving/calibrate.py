@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...kernels.packed_linear import TURNED, rotated
 from ..errors import InputError
-from ..formats.packed_weight import TURNED, Layout, PackedWeight, hadamard, install, matrix_of
+from ..formats.packed_weight import Layout, PackedWeight, install, matrix_of
 from ..layers import Linear
 from ..model import Transformer, dense_attention
 from .execution.native_matrix import pack
@@ -40,7 +41,7 @@ class Correlations:
         step = TURNED if self.layout.rotate else self.layout.group
         rows_NC = torch.nn.functional.pad(rows_NC, (0, -rows_NC.shape[1] % step))
         if self.layout.rotate:
-            rows_NC = (rows_NC.unflatten(-1, (-1, TURNED)) @ hadamard(TURNED)).flatten(1)
+            rows_NC = rotated(rows_NC)
         product = rows_NC.T @ rows_NC
         self.total = self.total + product.double() if self.total.numel() else product.double()
 

@@ -60,8 +60,8 @@ class LLM:
     output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own where there are
     GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request gets may then
     depend, in the last bits, on its company. `adapters` are directories of LoRA adapters by name: each request may
-    name one, and one batch may hold many; layers then run one by one. A directory of one adapter that is itself the
-    `model` is merged, and costs nothing.
+    name one, and one batch may hold many. A directory of one adapter that is itself the `model` is merged, and costs
+    nothing.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class LLM:
 
             team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
-            packed = quantize is None and team is None and HAS_NATIVE and where.type == "cpu"
+            packed = quantize is None and team is None and (HAS_NATIVE if where.type == "cpu" else where.type == "cuda")
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
             self.packing = describe(self.model)
-            if packed and self.packing and self.model.embedding.weight.dtype == torch.float16:
+            if packed and self.packing and where.type == "cpu" and self.model.embedding.weight.dtype == torch.float16:
                 self.model.float()  # what is not packed: C++ knows float32 and bfloat16
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config

@@ -79,8 +79,8 @@ class TriggeredGrammar:
     """Grammar that binds from a mark in the text on until it is complete; all other text is free.
 
     The grammar describes the text from the mark on. With `first_only` a mark counts at the beginning alone, or behind
-    what was bound before. `thoughts` are marks around reasoning, in which nothing counts; `inside` says that the text
-    begins there.
+    what was bound before. `quiet` are marks around text in which nothing counts, such as reasoning: at the beginning
+    alone, or wherever they stand if they are `repeated`; `inside` says that the text begins there.
     """
 
     error, finished = None, False
@@ -91,11 +91,14 @@ class TriggeredGrammar:
         tokenizer,
         mark: str,
         first_only: bool = False,
-        thoughts: tuple[str, str] | None = None,
+        quiet: tuple[str, str] | None = None,
         inside: bool = False,
+        repeated: bool = False,
     ):
         self._make, self._tokenizer, self._mark, self._first_only = make, tokenizer, mark.encode(), first_only
-        self._start = thoughts and tuple(each.strip().encode() for each in thoughts), inside
+        self._start = quiet and tuple(each.strip().encode() for each in quiet), inside
+        self._repeated = repeated
+        self._kept = max(len(mark.encode()), len(self._start[0][0]) if quiet else 0)  # bytes that one may have begun in
         self.rewind([])
 
     @property
@@ -113,20 +116,20 @@ class TriggeredGrammar:
         if self._over:
             return
         self._recent.append((token, _token_bytes(self._tokenizer, token, ())))
-        if self._thoughts is not None and not self._pass_thoughts(token):
+        if self._quiet is not None and not self._is_heard(token):
             return
         text = b"".join(data for _, data in self._recent)
         place, before = text.find(self._mark), text.strip(b" \t\r\n;")
         if place >= 0 and not (self._first_only and text[:place].strip(b" \t\r\n;")):
             self._bind(place)
         elif not self._first_only:
-            self._forget(len(self._mark))
+            self._forget(self._kept)
         elif not self._mark.startswith(before):
             self._over = True
 
     def rewind(self, tokens: list[int]) -> None:
         """Stand again where these tokens lead."""
-        self._thoughts, self._inside = self._start
+        self._quiet, self._inside = self._start
         self._over = False  # no mark will count any more
         self._begin()
         for token in tokens:
@@ -141,21 +144,25 @@ class TriggeredGrammar:
         self._inner: Grammar | None = None
         self._recent: list[tuple[int, bytes]] = []  # tokens that the mark may have begun in, and their text
 
-    def _pass_thoughts(self, token: int) -> bool:
-        """Return whether the reasoning is over, or there is none."""
-        opened, closed = self._thoughts or (b"", b"")
+    def _is_heard(self, token: int) -> bool:
+        """Return whether a mark that comes now counts."""
+        opened, closed = self._quiet or (b"", b"")
         text = b"".join(data for _, data in self._recent)
         if not self._inside:
-            begin = text.lstrip()
-            if opened.startswith(begin) and begin != opened:
+            place = text.find(opened) if self._repeated else len(text) - len(text.lstrip())
+            begin = text[place:] if place >= 0 else b""
+            if not self._repeated and opened.startswith(begin) and begin != opened:
                 return False
             self._inside = begin.startswith(opened)
+            if self._inside:
+                text = begin.removeprefix(opened)
+                self._recent = [(token, text)]
         if self._inside and closed not in text:
             self._forget(len(closed))
             return False
         if self._inside:
             self._recent = [(token, text.partition(closed)[2])]
-        self._thoughts = None
+        self._inside, self._quiet = False, self._quiet if self._repeated else None
         return True
 
     def _bind(self, place: int) -> None:

@@ -5,6 +5,9 @@ form needs neither. It keeps, for each query, the largest score so far, the sum 
 weighted values so far. When a block of keys raises the maximum, sum and values are multiplied down and go on. All of it
 in base 2, because a GPU's exponential is: the scale of the scores and log2(e) are one constant.
 
+A sink (gpt-oss) is a score without a value: the walk starts from it instead of from nothing, and the backward needs no
+word of it, for probabilities come from the log-sum-exp and the row sum of o · do is the softmax's with or without.
+
 Besides o, the log-sum-exp of each row (base 2) is kept: from it the backward recomputes every probability exactly,
 block by block. A row that sees nothing gets o = 0 and lse = +inf, and then has probability 0 everywhere. In float32
 (`SPLIT_LSE`) its two terms, the row's maximum and the logarithm of its sum, are kept apart: their sum would round at
@@ -19,6 +22,7 @@ from .attention_tiles import (
     capped,
     key_run,
     load_tile,
+    softmax_start,
     store_tile,
     tile_coordinates,
     tile_of_head,
@@ -28,7 +32,7 @@ from .attention_tiles import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
-    q, k, v, o, lse_ptr, cu,
+    q, k, v, o, lse_ptr, sinks, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_ls, stride_lb, stride_lh,
     tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
@@ -52,8 +56,7 @@ def attention_forward_kernel(
 
     position = row + k_len - q_len
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_i, l_i = softmax_start(sinks, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(begin, end, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)

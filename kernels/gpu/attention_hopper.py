@@ -30,6 +30,7 @@ from .attention_tiles import (
     head_of,
     key_run,
     query_run,
+    softmax_start,
     store_tile,
     through_cap,
     tile_coordinates,
@@ -89,7 +90,7 @@ def _seen(here, rows, last, q_len, k_len, WINDOW: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_hopper_kernel(
-    q, k, v, o, lse_ptr, cu,
+    q, k, v, o, lse_ptr, sinks, cu,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_ls, stride_lb, stride_lh,
     tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
@@ -117,8 +118,7 @@ def attention_hopper_kernel(
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
     end = tl.where(idle, begin, end)
     last = _last_visible(rows, q_len, k_len, CAUSAL, WINDOW)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_i, l_i = softmax_start(sinks, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(begin, end, BLOCK_N, warp_specialize=True):
         here = key + tl.arange(0, BLOCK_N)

@@ -6,6 +6,7 @@ architecture, each compiled ahead of time and found free of spills.
 B batch, T queries, S keys, H query heads, K key heads, D head dim; a ragged batch is one sequence of all its tokens.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -115,12 +116,13 @@ def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _statistics(*shape: int, device: torch.device) -> torch.Tensor:
+def _statistics(*shape: int, device: torch.device, zero: bool) -> torch.Tensor:
     """Room for a number a query. Each row begins at a multiple of 16 bytes; what fills it up is zero, for kernels that
-    read whole tiles and multiply what they must not use by zero."""
+    read whole tiles and multiply what they must not use by zero. `zero` clears all of it: tokens behind the last
+    sequence of a ragged batch belong to no kernel."""
     *outer, T = shape
     whole = 4 * cdiv(T, 4)
-    make = torch.empty if whole == T else torch.zeros
+    make = torch.zeros if zero or whole > T else torch.empty
     return make(*outer, whole, dtype=torch.float32, device=device)
 
 
@@ -129,6 +131,7 @@ def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     cu: torch.Tensor | None,
     causal: bool,
     window: int,
@@ -139,13 +142,14 @@ def attention_forward(
     B, T, H = q.shape[:3]
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
-    lse_2BHT = _statistics(2 if meaning["SPLIT_LSE"] else 1, B, H, T, device=q.device)
+    padded = cu is not None and sinks is not None
+    lse_2BHT = _statistics(2 if meaning["SPLIT_LSE"] else 1, B, H, T, device=q.device, zero=padded)
     plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, o, lse_2BHT) for n in x.stride()[:3]]
 
     def run(kernel, tile):
         grid = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
-        launch(kernel, grid.grid, q, k, v, o, lse_2BHT, cu, *strides, *grid.scalar_args, **meaning, **tile)
+        launch(kernel, grid.grid, q, k, v, o, lse_2BHT, sinks, cu, *strides, *grid.scalar_args, **meaning, **tile)
 
     hopper = attention_hopper.tma_can_address("forward", q, k, v)
     _launch_either("forward", hopper, q, plain, run)
@@ -160,6 +164,7 @@ def attention_backward(
     v: torch.Tensor,
     o: torch.Tensor,
     lse_2BHT: torch.Tensor,
+    sinks: torch.Tensor | None,
     cu: torch.Tensor | None,
     causal: bool,
     window: int,
@@ -167,12 +172,13 @@ def attention_backward(
     scale: float,
     want_q: bool,
     want_kv: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     do, q, k, v = last_dim_contiguous(do), last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     H, D = q.shape[2:]
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
-    delta_BHT = _statistics(*lse_2BHT.shape[1:3], q.shape[1], device=q.device)
+    padded = cu is not None and sinks is not None
+    delta_BHT = _statistics(*lse_2BHT.shape[1:3], q.shape[1], device=q.device, zero=padded)
     plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
@@ -181,7 +187,7 @@ def attention_backward(
     launch(
         attention_delta_kernel, grid.grid,
         o, do, delta_BHT, cu, *o.stride()[:3], *do.stride()[:3], *stats[1:], *grid.scalar_args,
-        SEARCH_STEPS=meaning["SEARCH_STEPS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=32,
+        SEARCH_STEPS=meaning["SEARCH_STEPS"], D=D, BLOCK_D=meaning["BLOCK_D"], BLOCK_M=32, num_warps=8,
     )  # fmt: skip
     inputs = q, k, v, do, lse_2BHT, delta_BHT
 
@@ -203,22 +209,32 @@ def attention_backward(
     if want_kv:
         hopper = cu is None and attention_hopper.tma_can_address("dkdv", q, k, v, do)
         _launch_either("dkdv", hopper, q, plain, run_dkdv)
-    return dq, dk, dv
+    return dq, dk, dv, _sinks_gradient(sinks, lse_2BHT, delta_BHT)
+
+
+def _sinks_gradient(sinks: torch.Tensor | None, lse_2BHT: torch.Tensor, delta_BHT: torch.Tensor) -> torch.Tensor:
+    """A sink has no value, so the gradient of its score is its probability times minus delta, summed over queries."""
+    if sinks is None:
+        return lse_2BHT.new_empty(0)
+    p_BHT = torch.exp2((sinks.float() * math.log2(math.e))[:, None] - lse_2BHT[0])
+    if len(lse_2BHT) > 1:
+        p_BHT *= torch.exp2(-lse_2BHT[1])
+    return -(p_BHT * delta_BHT).sum((0, 2)).to(sinks.dtype)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu, *ctx.meaning = inputs
+    q, k, v, sinks, cu, *ctx.meaning = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, cu, *output)
+    ctx.save_for_backward(q, k, v, sinks, cu, *output)
 
 
 def _gradient(ctx, do, _):
     if do is None:
-        return (None,) * 8
-    q, k, v, cu, o, lse = ctx.saved_tensors
+        return (None,) * 9
+    q, k, v, sinks, cu, o, lse = ctx.saved_tensors
     wants = ctx.needs_input_grad
-    dq, dk, dv = attention_backward(do, q, k, v, o, lse, cu, *ctx.meaning, wants[0], wants[1] or wants[2])
-    return *(dx if want else None for dx, want in zip((dq, dk, dv), wants)), *(None,) * 5
+    found = attention_backward(do, q, k, v, o, lse, sinks, cu, *ctx.meaning, wants[0], wants[1] or wants[2])
+    return *(dx if want else None for dx, want in zip(found, wants)), *(None,) * 5
 
 
 _attend = AutogradOp(attention_forward, _save, _gradient)
@@ -230,11 +246,13 @@ def check_scale(op: str, scale: float | None) -> None:
         raise ValueError(f"{op}: scale is {scale}; it must be greater than 0, or None for 1 / sqrt(head dim)")
 
 
-def attention_fused(q, k, v, *, causal=True, window=None, softcap=None, scale=None, cu_seqlens=None, max_seqlen=None):
+def attention_fused(
+    q, k, v, *, causal=True, window=None, softcap=None, scale=None, sinks=None, cu_seqlens=None, max_seqlen=None
+):
     """The fused twin of `attention`: same arguments, same meaning."""
     check_scale("attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    meaning = (cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
+    meaning = (sinks, cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
     if q.dim() == 4:
         return _attend(q, k, v, *meaning)[0]
     return _attend(q[None], k[None], v[None], *meaning)[0][0]

@@ -44,12 +44,13 @@ def tile_coordinates(
     Programs start in order, so heads go in groups of `heads_in_l2`, whose keys and values fit the L2 cache, and in a
     group the tiles with the most work go first: the short ones then fill the gaps at the end, which balances a causal
     triangle."""
-    pid = tl.program_id(0).to(tl.int64)
-    per_group = tl.cast(tiles, tl.int64) * heads_in_l2
-    first_head = pid // per_group * heads_in_l2
+    # Divided in 32 bits: a 64-bit division is a call, and what lives across it was spilled on sm_100.
+    pid = tl.program_id(0)
+    per_group = (tl.cast(tiles, tl.int64) * heads_in_l2).to(tl.int32)
+    first_head = (tl.cast(pid // per_group, tl.int64) * heads_in_l2).to(tl.int32)
     width = tl.minimum(batch_heads - first_head, heads_in_l2)
     inside = pid % per_group
-    tile = (inside // width).to(tl.int32)
+    tile = inside // width
     if REVERSE_TILES:
         tile = tiles - 1 - tile
     flat = first_head + inside % width
@@ -62,7 +63,8 @@ def tile_coordinates(
         tile = tile - (start // BLOCK + sequence)
     first = start.to(tl.int64)
     row = tile.to(tl.int64) * BLOCK
-    return flat // heads, flat % heads, row.to(tl.int32), first + row, first, q_len, k_len
+    batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
+    return batch, head, row.to(tl.int32), first + row, first, q_len, k_len
 
 
 @triton.jit
@@ -154,6 +156,18 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
             begin = tl.maximum(first - shift - WINDOW + 1, 0)
     begin = tl.multiple_of(begin - begin % BLOCK, BLOCK)
     return begin, end
+
+
+@triton.jit
+def softmax_start(sinks, heads, ROWS: tl.constexpr):
+    """Maximum and sum (ROWS) of an online softmax before its first key: those of nothing, or of each row's sink."""
+    if sinks is None:
+        m_i = tl.full([ROWS], float("-inf"), tl.float32)
+        l_i = tl.zeros([ROWS], tl.float32)
+    else:
+        m_i = tl.zeros([ROWS], tl.float32) + tl.load(sinks + heads).to(tl.float32) * LOG2E
+        l_i = tl.full([ROWS], 1.0, tl.float32)
+    return m_i, l_i
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import launch, launcher
 from ..core.tuned import tuned
 from .attention_launch import check_scale, search_steps
-from .attention_tiles import LOG2E, capped, sequence_of_tile, visible
+from .attention_tiles import LOG2E, capped, sequence_of_tile, softmax_start, visible
 
 SEGMENT = 256
 """Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
@@ -60,14 +60,13 @@ def _normalized(l_i, acc, v_scale):
 
 @triton.jit
 def _add_stored_segments(
-    partial, stats, count, stride_ps, stride_ph, stride_ss, stride_sh, v_scale,
+    partial, stats, sinks, first_head, count, stride_ps, stride_ph, stride_ss, stride_sh, v_scale,
     Q_PER_KV: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """(Q_PER_KV, D): a decode row's segments, merged in order."""
     head = tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
+    m_i, l_i = softmax_start(sinks, first_head + head % Q_PER_KV, ROWS)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row_stats = stats + head * stride_sh
     row_partial = partial + (head * stride_ph)[:, None] + column[None, :]
@@ -85,7 +84,7 @@ def _add_stored_segments(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def paged_attention_kernel(
-    q, k_pages, v_pages, table, contexts, starts, o, partial, stats, arrivals,
+    q, k_pages, v_pages, sinks, table, contexts, starts, o, partial, stats, arrivals,
     stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
     tokens, sequences, grid_splits, split_programs, k_scales, v_scales,
@@ -146,8 +145,7 @@ def paged_attention_kernel(
     k_pages += head * stride_kh
     v_pages += head * stride_vh
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i, l_i = softmax_start(sinks, row_head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_s = tl.zeros([BLOCK_M], tl.float32)
@@ -191,7 +189,7 @@ def paged_attention_kernel(
             tl.store(counter, 0)  # for the next layer
             group = head * Q_PER_KV
             result = _add_stored_segments(
-                partial + group * stride_ph, stats + group * stride_sh, segments, stride_ps, stride_ph,
+                partial + group * stride_ph, stats + group * stride_sh, sinks, group, segments, stride_ps, stride_ph,
                 stride_ss, stride_sh, v_scale, Q_PER_KV, G_ROWS, D, BLOCK_D, UNROLL,
             )  # fmt: skip
             g = tl.arange(0, G_ROWS)
@@ -239,6 +237,7 @@ def paged_attention_forward(
     window: int,
     softcap: float,
     scale: float,
+    sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -256,7 +255,7 @@ def paged_attention_forward(
     stats = torch.empty(N, H, splits, 2, dtype=torch.float32, device=q.device)
     launch(
         paged_attention_kernel, (N * splits + T // (tile["BLOCK_M"] // G) + N + 1 if T else 0, K),
-        q, k_pages, v_pages, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
+        q, k_pages, v_pages, sinks, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
         T, N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
@@ -269,7 +268,7 @@ def paged_attention_forward(
 
 def paged_attention_fused(
     q, k_pages, v_pages, page_table, context_lens, query_lens,
-    *, window=None, softcap=None, scale=None, k_scale=None, v_scale=None, starts=None, arrivals=None,
+    *, window=None, softcap=None, scale=None, sinks=None, k_scale=None, v_scale=None, starts=None, arrivals=None,
 ):  # fmt: skip
     """The fused twin of `paged_attention`: same arguments, same meaning."""
     check_scale("paged_attention", scale)
@@ -280,5 +279,5 @@ def paged_attention_fused(
         arrivals = arrival_counters(len(query_lens), k_pages.shape[2], q.device)
     meaning = window or 0, float(softcap or 0.0), scale
     return paged_attention_forward(
-        q, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, k_scale, v_scale
+        q, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, sinks, k_scale, v_scale
     )

@@ -116,7 +116,7 @@ def compiled(op: Op, case: Case, dtype: torch.dtype, arch: int | str) -> list:
         args, options = case.build(Maker(dtype, "meta"))
         result = op(*args, **options)
         outputs = [x for x in tensors(result) if x.requires_grad]
-        wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        wanted = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
         if outputs and wanted:
             torch.autograd.grad(outputs, wanted, [torch.empty_like(x) for x in outputs], allow_unused=True)
     return list({kernel.hash: kernel for kernel in kernels}.values())

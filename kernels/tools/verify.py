@@ -49,7 +49,7 @@ def call(
     outputs = tensors(function(*args, **options))
     given = {**options, **dict(zip(parameters(op), args))}
     outputs += [given[name] for name in op.mutates if given.get(name) is not None]
-    wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    wanted = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
     grown = [x for x in outputs if x.requires_grad]
     if not wanted or not grown:
         return outputs, []

@@ -71,6 +71,7 @@ EXECUTORS = {
     "native decoder": serving_model.NativeTransformer.is_supported,
     "native experts": serving_model.NativeMoE.is_supported,
     "paged attention": gpu_model.PagedAttention.is_supported,
+    "norms in products": gpu_model.FusedBlock.is_supported,
     "outlier smoothing": outlier_smoothing.is_supported,
     "tensor parallel": tensor_parallel.is_supported,
 }
@@ -140,6 +141,7 @@ MODELS = {
     "after": dict(norm_place="after", qk_norm="after"),
     "shared": dict(residual="shared", ffn="gelu_erf", rotary_dim=8, bias=True),
     "clamped": MOE | dict(ffn="clamped_swiglu", expert_bias=True, router_bias=True, attention_sinks=True),
+    "clamped, dense": dict(ffn="clamped_swiglu", attention_sinks=True, query_growth={"beta": 0.3, "length": 9}),
     "relu2, no norm": dict(ffn="relu2", norm="none"),
     "learned": dict(position="learned", ffn="gelu"),
     "qwen3": dict(qk_norm="head", n_kv_heads=1),

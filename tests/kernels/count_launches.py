@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
-from warploom.engine.serving.execution.gpu_model import BatchInvariantLinear, fused_model
+from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 from warploom.engine.serving.execution.kv_cache import KernelAttention, PagedKVCache
 from warploom.kernels import backend
 from warploom.kernels.tools.compile_offline import compiling_for
@@ -53,6 +53,6 @@ if __name__ == "__main__":
     config = ModelConfig.preset("qwen3-0.6b")
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16).eval()
-        twin = fused_model(model, BatchInvariantLinear)
+        twin = fused_model(model, batch_invariant_linear)
         store = PagedKVCache(config, PAGES, PAGE, torch.bfloat16, torch.device("meta"))
     print(json.dumps({name: step_launches(twin, store, counts) for name, counts in STEPS.items()}))

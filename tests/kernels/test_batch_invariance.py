@@ -44,6 +44,8 @@ def drawn(seed):
     r = random.Random(seed)
     options = {"window": r.choice([None, None, 1, 33, 100, 300, 700]), "softcap": r.choice([None, 3.0])}
     heads = r.choice([(1, 1), (1, 2), (2, 3)])
+    if r.random() < 0.4:
+        options["sinks"] = torch.randn(heads[0] * heads[1], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     contexts = [r.choice([r.randint(1, 40), r.randint(1, 2000), 256 * r.randint(1, 7) + r.randint(-1, 5)])]
     return r, options, heads, [*contexts, r.randint(1, 600), r.randint(1, 40)]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from warploom import kernels
+from warploom.engine.formats.packed_weight import Layout, nearest
 from warploom.kernels import backend, ops
 from warploom.kernels.tools import verify
 
@@ -45,11 +46,15 @@ def test_product_row_bits_at_every_batch_size(dtype):
         torch.randn(shape, generator=generator, device="cuda").to(dtype) * 0.05
         for shape in ((8, 512, 512), (8, 512, 256))
     ]
-    int8 = kernels.quantize_int8(weight)
+    packed = nearest(weight, Layout(4, minimum=True)).segments[0].to("cuda")
+    narrow, squares = weight[:512].contiguous(), x.float().square().unflatten(-1, (-1, 64)).sum(-1)
     with backend("triton"):
         for product in (
             lambda rows: kernels.linear(rows, weight),
-            lambda rows: kernels.int8_linear(rows, *int8),
+            lambda rows: packed.multiply(rows, None),
+            lambda rows: kernels.normed_linear(rows, squares[: len(rows)], weight),
+            lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[0],
+            lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[1],
             lambda rows: kernels.moe(rows, rows[:, :8].contiguous(), *experts, 2)[0],
         ):
             whole = product(x)

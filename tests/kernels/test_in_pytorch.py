@@ -161,10 +161,10 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(op, case):
     rowwise = [i for i in range(len(args)) if names[i] in op.rows and args[i] is not None]
     count = len(args[rowwise[0]])
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    alones = [[alone_in_memory(x, row) if i in rowwise else x for i, x in enumerate(args)] for row in range(count)]
     with backend("triton"):
         together = [x for x in tensors(op(*args, **options)) if x.dim() and len(x) == count]
-        for row in range(count):
-            alone = [alone_in_memory(x, row) if i in rowwise else x for i, x in enumerate(args)]
+        for row, alone in enumerate(alones):
             ours = [x for x in tensors(op(*alone, **options)) if x.dim() and len(x) == 1]
             assert len(ours) == len(together) or count == 1
             for a, b in zip(ours, together):

@@ -1,14 +1,18 @@
 """The one model on the fused kernels: it trains and generates as it does in eager PyTorch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
+from warploom.engine.formats.packed_weight import PARTS, Layout, PackedLinear, Segment, nearest
 from warploom.engine.generation import generate
-from warploom.engine.model import Transformer
+from warploom.engine.model import Linear, Transformer
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.execution.gpu_model import BatchInvariantLinear, fused_model
-from warploom.kernels import backend
+from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
+from warploom.kernels import backend, linear
+from warploom.kernels.packed_linear import E2M1, rotated
 
 from .device import DEVICE, pytestmark  # noqa: F401
 
@@ -58,12 +62,12 @@ def test_so_it_learns_under_autocast():
     assert losses[-1] < losses[0]
 
 
-def serve(model, name):
+def serve(model, name, make=batch_invariant_linear):
     """Three prompts together, by the model of a GPU, on whatever device there is."""
     llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
     runner = llm.engine.runner
     if DEVICE == "cpu":  # not C++ but the kernels
-        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, BatchInvariantLinear), None, 1
+        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, make), None, 1
     with backend(name):
         outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     return [output.token_ids for output in outputs]
@@ -75,3 +79,35 @@ def test_backends_serve_pages_the_same(config):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**config)).to(DEVICE)
     assert serve(model, "triton") == serve(model, "eager")
+
+
+LAYOUTS = [Layout(8, rotate=False), Layout(4, 32, True), Layout(4, 16, table=E2M1, rotate=False)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=["8 bits", "4 bits rotated"])
+def test_packed_weights_serve_the_same(layout):
+    """On both backends, and as the model of dequantized weights serves by the kernels."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**DENSE)).to(DEVICE)
+    packed = [serve(model, name, lambda w, b, _: PackedLinear(nearest(w, layout), b)) for name in ("triton", "eager")]
+    plain = Transformer(model.config).to(DEVICE)
+    plain.load_state_dict(model.state_dict())
+    for layer in plain.blocks.modules():
+        if type(layer) is Linear:
+            layer.weight.data = nearest(layer.weight, layout).dequantize()
+    assert packed[0] == packed[1] == serve(plain, "eager")
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["8 bits", "4 bits rotated", "table"])
+def test_packed_product_is_that_of_the_widened_weight(layout, rows):
+    """In every bit, in few rows and in many; rotated weights meet rotated activations."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (40, 64 * layout.bits // 8), dtype=torch.uint8, generator=generator)
+    scales, minima = torch.rand(2, 40, 64 // layout.group, generator=generator).half()
+    segment = Segment(layout, codes, scales, minima if layout.minimum else None, torch.ones(40)).to(DEVICE)
+    x = torch.randn(rows, 64, generator=generator).bfloat16().to(DEVICE)
+    plain = Segment(replace(layout, rotate=False), *(getattr(segment, part) for part in PARTS)).dequantize().bfloat16()
+    with backend("triton"):
+        meant = linear(rotated(x.float()).bfloat16() if layout.rotate else x, plain)
+        assert torch.equal(segment.multiply(x, None), meant)

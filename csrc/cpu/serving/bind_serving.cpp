@@ -49,6 +49,18 @@ std::shared_ptr<Matrix> make_matrix(const std::string& format, Tensor weight, Te
     return std::make_shared<DenseMatrix<float>>(w, outputs, columns, b);
 }
 
+std::shared_ptr<DenseMatrix<float>> make_factor(const char* name, Tensor x) {
+    const int outputs = size_of(name, x.size(0)), columns = size_of(name, x.size(1));
+    return std::make_shared<DenseMatrix<float>>(x.numbers<const float>(name, int64_t(outputs) * columns), outputs, columns, nullptr);
+}
+
+// A of all layers packed in a matrix, and for each its first row, its first rank and s·B.
+std::shared_ptr<LowRank> make_low_rank(Tensor down, const std::vector<std::tuple<int, int, Array>>& ups) {
+    auto factors = std::make_shared<LowRank>(LowRank{make_factor("down", down), {}});
+    for (const auto& [row, rank, up] : ups) factors->ups.push_back({row, rank, make_factor("up", up)});
+    return factors;
+}
+
 void multiply(const Matrix& matrix, Tensor x, Tensor y) {
     const int64_t rows = x.count() / matrix.columns();
     const float* from = x.numbers<const float>("x", rows * matrix.columns());
@@ -154,14 +166,15 @@ const float* side(const char* name, Tensor x, const Step& step, int64_t heads, i
 }
 
 void write_and_attend(const Pages& pages, const Step& step, Tensor q, Tensor k, Tensor v, Tensor out, int window,
-                      float softcap, float scale) {
+                      float softcap, float scale, Tensor sinks) {
     const int K = pages.kv_heads, D = pages.head_dim, H = size_of("heads", q.size(2));
     if (H % K) throw py::value_error("heads must be a multiple of " + std::to_string(K) + ", got " + std::to_string(H));
     const float *from = side("q", q, step, H, D), *key = side("k", k, step, K, D), *value = side("v", v, step, K, D);
     float* to = out.numbers<float>("out", int64_t(step.tokens) * H * D);
+    const float* sink = sinks.numbers_or_none<const float>("sinks", H);
     py::gil_scoped_release unlocked;
     each_token(step, [&](int t) { write_page(pages, step.slots[t], key + t * k.stride(1), value + t * v.stride(1)); });
-    attend_pages(pages, step, AttentionOptions{H, window, softcap, scale}, from, q.stride(1), to);
+    attend_pages(pages, step, AttentionOptions{H, window, softcap, scale, sink}, from, q.stride(1), to);
 }
 
 void sample(Tensor logits, Tensor rows, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds,
@@ -193,7 +206,7 @@ Table table_of(const char* name, Tensor x, int width) {
 Gate activation_of(const std::string& name) {
     static const std::map<std::string, Gate> kinds = {{"swiglu", Gate::silu}, {"geglu", Gate::gelu}, {"gelu", Gate::gelu},
                                                       {"gelu_erf", Gate::gelu_erf}, {"relu", Gate::relu}, {"relu2", Gate::relu2},
-                                                      {"silu", Gate::silu}, {"clamped", Gate::clamped}};
+                                                      {"silu", Gate::silu}, {"clamped", Gate::clamped}, {"clamped_swiglu", Gate::clamped}};
     if (!kinds.count(name)) throw py::value_error("no such activation: " + name);
     return kinds.at(name);
 }
@@ -240,20 +253,24 @@ void bind_serving(py::module_& module) {
             return BlockNorms{std::move(attention), std::move(attention_post), std::move(ffn), std::move(ffn_post),
                               std::move(q), std::move(k)};
         }));
+    py::class_<LowRank, std::shared_ptr<LowRank>>(module, "LowRank").def(py::init(&make_low_rank));
     py::class_<Block, std::shared_ptr<Block>>(module, "Block")
         .def(py::init([](BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output, std::shared_ptr<Matrix> up,
                          std::shared_ptr<Matrix> down, int width, int heads, int kv_heads, int head_dim, int hidden, int window,
                          float softcap, float scale, float qk_eps, const std::string& activation, bool gated,
-                         const std::string& qk_norm, const std::string& residual, float residual_scale, int rotation) {
+                         const std::string& qk_norm, const std::string& residual, float residual_scale, int rotation,
+                         std::vector<float> sinks, std::vector<LowRanks> adapters) {
                  const BlockShape shape{width, heads, kv_heads, head_dim, hidden, window, softcap, scale, qk_eps,
                                         activation_of(activation), gated, qk_norm_of(qk_norm), residual_of(residual),
-                                        residual_scale, rotation};
-                 return new Block(shape, std::move(norms), std::move(qkv), std::move(output), std::move(up), std::move(down));
+                                        residual_scale, rotation, std::move(sinks)};
+                 return new Block(shape, std::move(norms), std::move(qkv), std::move(output), std::move(up), std::move(down),
+                                  std::move(adapters));
              }),
              py::arg("norms"), py::arg("qkv"), py::arg("output"), py::arg("up"), py::arg("down"), py::kw_only(), py::arg("width"),
              py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("hidden"), py::arg("window"),
              py::arg("softcap"), py::arg("scale"), py::arg("qk_eps"), py::arg("activation"), py::arg("gated"),
-             py::arg("qk_norm"), py::arg("residual"), py::arg("residual_scale"), py::arg("rotation"));
+             py::arg("qk_norm"), py::arg("residual"), py::arg("residual_scale"), py::arg("rotation"),
+             py::arg("sinks"), py::arg("adapters"));
     py::class_<Transformer>(module, "Transformer")
         .def(py::init([](int width, Tensor embedding, Tensor positions, float embedding_scale,
                          std::vector<std::shared_ptr<Block>> blocks, Norm norm) {
@@ -262,18 +279,19 @@ void bind_serving(py::module_& module) {
              }),
              py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
         .def("run", [](const Transformer& self, Tensor tokens, const Step& step, const std::vector<Pages>& pages,
-                       const std::vector<std::pair<Array, Array>>& tables, Tensor hidden) {
+                       const std::vector<std::pair<Array, Array>>& tables, Tensor growth, Tensor hidden, Tensor adapters) {
             std::vector<Rotation> rotations;
             for (const auto& [cos, sin] : tables) {
                 const int64_t most = cos.size(0), columns = cos.size(1);
                 rotations.push_back({cos.numbers<const float>("cos", most * columns), sin.numbers<const float>("sin", most * columns),
-                                     int(columns), most});
+                                     growth.numbers_or_none<const float>("growth", most), int(columns), most});
             }
+            const int32_t* chosen = adapters.numbers_or_none<const int32_t>("adapters", step.tokens);
             const int64_t* ids = tokens.numbers<const int64_t>("tokens", step.tokens);
             float* to = hidden.numbers<float>("hidden", int64_t(step.tokens) * self.width());
             py::gil_scoped_release unlocked;
-            self.run(ids, step, pages, rotations, to);
-        });
+            self.run(ids, step, pages, rotations, chosen, to);
+        }, py::arg("tokens"), py::arg("step"), py::arg("pages"), py::arg("rotations"), py::arg("growth"), py::arg("hidden"), py::arg("adapters") = py::none());
 }
 
 }  // namespace warploom

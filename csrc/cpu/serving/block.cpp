@@ -64,9 +64,9 @@ void join_and_normalize(const Norm& norm, float* stream, const float* delta, int
 }
 
 Block::Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,
-             std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down)
+             std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down, std::vector<LowRanks> adapters)
     : shape_(shape), norms_(std::move(norms)), qkv_(std::move(qkv)), output_(std::move(output)), up_(std::move(up)),
-      down_(std::move(down)) {
+      down_(std::move(down)), adapters_(std::move(adapters)) {
     const auto agree = [](const char* what, bool right) {
         if (!right) throw std::invalid_argument(std::string("the parts of a block do not fit each other: ") + what);
     };
@@ -83,8 +83,14 @@ Block::Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, st
     const bool whole = shape.qk_norm == QKNorm::whole;
     const int64_t q_size = norms_.q.size(), k_size = norms_.k.size();
     agree("norms of heads", (q_size == 0 && k_size == 0) || (q_size == (whole ? H * D : D) && k_size == (whole ? K * D : D)));
+    agree("sinks", shape.sinks.empty() || int64_t(shape.sinks.size()) == H);
     agree("attention", fits(*qkv_, (H + 2 * K) * D, C) && fits(*output_, C, H * D));
     agree("feed-forward", fits(*up_, shape.gated ? 2 * F : F, C) && fits(*down_, C, F));
+    const Matrix* matrices[] = {qkv_.get(), output_.get(), up_.get(), down_.get()};
+    adapters_.resize(4);
+    for (int m = 0; m < 4; ++m)
+        agree("adapters", adapters_[m].size() == adapters_[0].size() &&
+                              fit(adapters_[m], matrices[m]->outputs(), matrices[m]->columns()));
 }
 
 // Norms of one token's queries and keys.
@@ -102,13 +108,15 @@ void Block::normalize_heads(float* qkv) const {
 void Block::rope(float* qkv, int64_t position, const Rotation& rotation) const {
     if (shape_.qk_norm != QKNorm::after) normalize_heads(qkv);
     within(position, rotation.rows, "position");
+    if (rotation.growth) scale(qkv, rotation.growth[position], shape_.heads * shape_.head_dim);
     if (rotation.columns)
         rotate(qkv, shape_.heads + shape_.kv_heads, shape_.head_dim, rotation.cos + position * rotation.columns,
                rotation.sin + position * rotation.columns, rotation.columns);
     if (shape_.qk_norm == QKNorm::after) normalize_heads(qkv);
 }
 
-void Block::run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const {
+void Block::run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation,
+                const AdapterTokens* adapted) const {
     if (pages.kv_heads != shape_.kv_heads || pages.head_dim != shape_.head_dim || 2 * rotation.columns > shape_.head_dim)
         throw std::invalid_argument("pages or a rotation of another shape than the block's heads");
     thread_local Floats normed, qkv, gathered, hidden, fed;
@@ -121,6 +129,7 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
     float *x = normed.data(), *q = qkv.data(), *o = gathered.data(), *f = hidden.data();
 
     // What each matrix is given, row by row: made by `make(row)`, then prepared in the matrix's format.
+    int number = 0;
     const auto feed = [&](const Matrix& matrix, const float* values, int64_t stride, float* y, const auto& make) {
         const int n = matrix.columns();
         rows.point(values, stride, T, n, matrix.format());
@@ -129,6 +138,8 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
             rows.prepare(t, n);
         });
         matrix.multiply(rows, y);
+        if (adapted) add_low_rank(adapters_[number], *adapted, values, stride, y, matrix.outputs());
+        ++number;
     };
     const auto join = [&](const Norm& norm) {
         return [&](int t) {
@@ -151,7 +162,8 @@ void Block::run(float* stream, float* delta, const Step& step, const Pages& page
         rope(mine, step.positions[t], rotation);
         write_page(pages, step.slots[t], mine + H * D, mine + (H + K) * D);
     });
-    attend_pages(pages, step, AttentionOptions{H, shape_.window, shape_.softcap, shape_.scale}, q, wide, o);
+    const float* sinks = shape_.sinks.empty() ? nullptr : shape_.sinks.data();
+    attend_pages(pages, step, AttentionOptions{H, shape_.window, shape_.softcap, shape_.scale, sinks}, q, wide, o);
     feed(*output_, o, H * D, delta, [](int) {});
     finish(norms_.attention_post, delta);
     const auto gate = [&](int t) { gate_row(shape_.activation, shape_.gated, f + size_t(t) * inner, shape_.hidden); };

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/elementwise.hpp"
+#include "cpu/serving/low_rank.hpp"
 #include "cpu/serving/matrix.hpp"
 #include "cpu/serving/paged_attention.hpp"
 
@@ -35,7 +36,8 @@ struct BlockShape {
     QKNorm qk_norm;
     Residual residual;
     float residual_scale;
-    int rotation;  // which of the model's; -1: none
+    int rotation;              // which of the model's; -1: none
+    std::vector<float> sinks;  // (heads), or none
 };
 
 struct BlockNorms {  // before a sublayer, and of what it gives
@@ -46,6 +48,7 @@ struct BlockNorms {  // before a sublayer, and of what it gives
 struct Rotation {  // (max length, columns) of cosines and sines; no columns: no rotation
     const float* cos;
     const float* sin;
+    const float* growth;  // (max length): factor of queries by position; null: none
     int columns;
     int64_t rows;
 };
@@ -54,10 +57,12 @@ struct Rotation {  // (max length, columns) of cosines and sines; no columns: no
 class Block {
 public:
     Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,
-          std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down);
+          std::shared_ptr<Matrix> up, std::shared_ptr<Matrix> down, std::vector<LowRanks> adapters);
 
     int rotation() const { return shape_.rotation; }
-    void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation) const;
+    int adapters() const { return int(adapters_[0].size()); }
+    void run(float* stream, float* delta, const Step& step, const Pages& pages, const Rotation& rotation,
+             const AdapterTokens* adapted) const;
 
 private:
     void normalize_heads(float* qkv) const;
@@ -66,6 +71,7 @@ private:
     BlockShape shape_;
     BlockNorms norms_;
     std::shared_ptr<Matrix> qkv_, output_, up_, down_;
+    std::vector<LowRanks> adapters_;  // of these four
 };
 
 }  // namespace warploom

@@ -140,13 +140,17 @@ WARPLOOM_CLONES void widen_block(const bfloat16* from, size_t count, float* to) 
 
 // All rows with one block, a tile at a time, in tiles as equal as can be.
 template <class T, class X>
-void sweep(Task<T, X> task, int rows, const float* bias, int width, float* y, int64_t y_stride) {
+void sweep(Task<T, X> task, int rows, const float* bias, int width, float* y, int64_t y_stride, const int* places) {
     float part[kRows * kBlock * kLanes];
     task.y = part;
+    int row = 0;
     for (int tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
         task.rows = (rows + tiles - 1) / tiles;
         run(task);
-        for (int r = 0; r < task.rows; ++r, y += y_stride) finish(part + r * task.vectors * kLanes, bias, width, y);
+        for (int r = 0; r < task.rows; ++r, ++row) {
+            float* to = y + (places ? places[row] : row) * y_stride;
+            finish(part + r * task.vectors * kLanes, places ? to : bias, width, to);
+        }
         rows -= task.rows;
         task.x += task.rows * task.x_stride;
     }
@@ -179,29 +183,36 @@ RowFormat DenseMatrix<T>::format() const {
 }
 
 template <class T>
-void DenseMatrix<T>::multiply(const Activations& x, float* y) const {
+int DenseMatrix<T>::parts() const {
+    return (outputs_ + kBlock * kLanes - 1) / (kBlock * kLanes);
+}
+
+template <class T>
+void DenseMatrix<T>::multiply_part(int part, const Activations& x, float* y, int64_t y_stride, const int* places) const {
     const int vectors = (outputs_ + kLanes - 1) / kLanes;
     const size_t stride = size_t(padded_) * kLanes;
-    Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
-        const int first = task * kBlock, count = std::min(kBlock, vectors - first), from = first * kLanes;
-        const int width = std::min(outputs_ - from, count * kLanes);
-        const T* weights = weights_ + first * stride;
-        const auto go = [&](const auto* w, const auto* rows, int columns, int64_t x_stride) {
-            using Kind = Task<std::decay_t<decltype(*w)>, std::decay_t<decltype(*rows)>>;
-            sweep(Kind{w, stride, count, columns, rows, x_stride, 0, nullptr}, x.count, &bias_[from], width, y + from,
-                  outputs_);
-        };
-        if constexpr (sizeof(T) == 2) {
-            if (x.format.number == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
-            if (x.count >= kMany) {
-                thread_local Floats wide;
-                wide.resize(stride * kBlock);
-                widen_block(weights, stride * count, wide.data());
-                return go(wide.data(), x.values, columns_, x.stride);
-            }
+    const int first = part * kBlock, count = std::min(kBlock, vectors - first), from = first * kLanes;
+    const int width = std::min(outputs_ - from, count * kLanes);
+    const T* weights = weights_ + first * stride;
+    const auto go = [&](const auto* w, const auto* rows, int columns, int64_t x_stride) {
+        using Kind = Task<std::decay_t<decltype(*w)>, std::decay_t<decltype(*rows)>>;
+        sweep(Kind{w, stride, count, columns, rows, x_stride, 0, nullptr}, x.count, &bias_[from], width, y + from, y_stride, places);
+    };
+    if constexpr (sizeof(T) == 2) {
+        if (x.format.number == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
+        if (x.count >= kMany) {
+            thread_local Floats wide;
+            wide.resize(stride * kBlock);
+            widen_block(weights, stride * count, wide.data());
+            return go(wide.data(), x.values, columns_, x.stride);
         }
-        go(weights, x.values, columns_, x.stride);
-    });
+    }
+    go(weights, x.values, columns_, x.stride);
+}
+
+template <class T>
+void DenseMatrix<T>::multiply(const Activations& x, float* y) const {
+    Workers::shared().run(parts(), [&](int part) { multiply_part(part, x, y, outputs_); });
 }
 
 template class DenseMatrix<float>;

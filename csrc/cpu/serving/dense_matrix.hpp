@@ -26,6 +26,11 @@ public:
     using Matrix::multiply;
     void multiply(const Activations& x, float* y) const override;
 
+    // A product is so many parts, blocks of outputs, each computed by one thread. With `places`, row r of a part is added
+    // to row places[r] of y.
+    int parts() const;
+    void multiply_part(int part, const Activations& x, float* y, int64_t y_stride, const int* places = nullptr) const;
+
 private:
     int outputs_, columns_, padded_;
     std::shared_ptr<uint8_t> memory_;

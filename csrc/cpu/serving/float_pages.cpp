@@ -246,6 +246,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     for (int i = 0; i < all; ++i) {
         const auto [token, head] = place(i);
         s.ends[i] = step.positions[token] + 1;
+        if (options.sinks) s.peaks[i] = options.sinks[head], s.totals[i * 16] = 1;
         lay_out<T>(q + token * q_stride + head * D, D, options.scale, &s.queries[i * padded]);
     }
     const int64_t end = s.ends[Q - 1], window = options.window > 0 ? options.window : end;

@@ -372,6 +372,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     for (int i = 0; i < all; ++i) {
         const auto [token, head] = place(i);
         s.ends[i] = step.positions[token] + 1;
+        if (options.sinks) s.peaks[i] = options.sinks[head], s.totals[i * 16] = 1;
         int8_t* to = Isa::bytes ? &s.bytes[i / Q * head_bytes + i % Q / kGroup * group_bytes + i % Q % kGroup * 8] : nullptr;
         split_query(q + token * q_stride + head * narrow, narrow, options.scale, i, to, s);
     }

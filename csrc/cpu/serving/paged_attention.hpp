@@ -32,6 +32,7 @@ struct AttentionOptions {
     int window;     // how many keys a query sees, itself included; 0: all before it
     float softcap;  // 0: none
     float scale;
+    const float* sinks;  // (heads): scores without a value that take part in each softmax; null: none
 };
 
 // `tokens` neighbors of one sequence from token `first` on, all heads of `groups` groups.

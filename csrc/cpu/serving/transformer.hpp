@@ -21,9 +21,10 @@ public:
     int width() const { return width_; }
 
     // `hidden` (tokens, width) becomes the normalized stream after the last layer; `pages` are those of each layer,
-    // which names one of the `rotations`. A token or a position that the tables lack is an out_of_range.
+    // which names one of the `rotations`; `chosen` is the adapter of each token, -1 for none, or no adapters at all. A
+    // token, a position or an adapter that there is not is an out_of_range.
     void run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages,
-             const std::vector<Rotation>& rotations, float* hidden) const;
+             const std::vector<Rotation>& rotations, const int32_t* chosen, float* hidden) const;
 
 private:
     int width_;

@@ -50,12 +50,14 @@ class Trigger:
     grammar: str
     mark: str
     first_only: bool
-    thoughts: tuple[str, str] | None
+    quiet: tuple[str, str] | None
     inside: bool
+    repeated: bool
 
     def bind(self, make: Callable[[], Any], tokenizer: Any) -> Callable[[], TriggeredGrammar]:
         """Maker of such grammars from the compiled one."""
-        return lambda: TriggeredGrammar(make, tokenizer, self.mark, self.first_only, self.thoughts, self.inside)
+        when = (self.first_only, self.quiet, self.inside, self.repeated)
+        return lambda: TriggeredGrammar(make, tokenizer, self.mark, *when)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,12 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     if forced and row:
         return ChatPlan(tools, variables, grammar, partial(reader, eager=True))
     trigger = None
-    if tools and row and row.mark and not grammar and not body.min_tokens:
+    if tools and row and not grammar and not body.min_tokens:
         with suppress(AttributeError, TypeError, RecursionError):  # a strange schema: the calls are free
             grammar_of_calls = bound_grammar(tokenizer, row, schemas)
-            marks = thoughts if reasoning else None
-            trigger = Trigger(grammar_of_calls, row.mark, row.only_first, marks, reasoning == "inside")
+            quiet = row.quiet or (thoughts if reasoning else None)
+            inside, repeated = reasoning == "inside", row.quiet is not None
+            trigger = Trigger(grammar_of_calls, row.mark, row.only_first, quiet, inside, repeated)
     return ChatPlan(tools, variables, grammar, reader, trigger)
 
 

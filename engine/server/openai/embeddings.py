@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from ...serving import SamplingParams
 from ..request_body import FIRST_ERROR, client_of
 from . import errors
 from .requests import Body, Prompt, Text, listed
+from .responses import to_json_in_parts
 
 if TYPE_CHECKING:
     from ..handlers import Service
@@ -57,12 +58,19 @@ class ScoreRequest(PoolingRequest):
     text_2: Side
 
 
-async def embed(service: Service, body: EmbeddingRequest, request: Request) -> dict[str, Any]:
-    """/v1/embeddings."""
+async def embed(service: Service, body: EmbeddingRequest, request: Request) -> tuple[Callable[[], bytes], int]:
+    """/v1/embeddings: what writes the answer, and how many numbers it holds."""
     vectors, tokens = await _vectors(service, body, listed(body.input), request)
-    written = [_written(vector, body.encoding_format) for vector in vectors]
-    data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(written)]
-    return {"object": "list", "data": data, **_rest(service, body, tokens)}
+    rest = _rest(service, body, tokens)
+
+    def datum(index: int, vector: np.ndarray) -> dict[str, Any]:
+        return {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
+
+    def write() -> bytes:
+        data = map(datum, *zip(*enumerate(vectors)))
+        return to_json_in_parts({"object": "list", "data": data, **rest}, levels=3)
+
+    return write, sum(map(len, vectors))
 
 
 async def score(service: Service, body: ScoreRequest, request: Request) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .errors import from_input_error, invalid
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], FIRST_ERROR, Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]  # a text that may begin one is looked at again and again
 Texts = Annotated[list[str], FIRST_ERROR, Field(min_length=1)]
 Rows = Annotated[list[TokenIds], FIRST_ERROR, Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -176,7 +177,7 @@ class Sampling(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same request and seed, same tokens.")
     n: int = Field(1, ge=1, le=128)
     min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="Tokens before one may end the text.")
-    stop: Text | Annotated[list[Text], FIRST_ERROR, Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], FIRST_ERROR, Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], FIRST_ERROR, Field(max_length=64)] | None = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None

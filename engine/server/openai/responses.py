@@ -13,7 +13,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
-from ...serving import Piece
+from ...serving import Piece, SamplingParams
 from ..async_engine import Event, RequestStream
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time
@@ -24,10 +24,26 @@ def to_json(value: Any) -> bytes:
     return _encode(value).encode()
 
 
-def server_sent(value: dict[str, Any]) -> bytes:
+def to_json_in_parts(value: Any, levels: int = 5) -> bytes:
+    """The same by a call of the encoder for each part `levels` down: a call of 40 MB would keep all threads waiting.
+
+    Five levels lead to the entries of log-probabilities.
+    """
+    return _in_parts(value, levels).encode()
+
+
+def _in_parts(value: Any, levels: int) -> str:
+    if levels and isinstance(value, dict):
+        return f"{{{','.join([f'{_encode(name)}:{_in_parts(each, levels - 1)}' for name, each in value.items()])}}}"
+    if levels and isinstance(value, (list, map)):
+        return f"[{','.join([_in_parts(each, levels - 1) for each in value])}]"
+    return _encode(value)
+
+
+def server_sent(value: dict[str, Any], encode: Callable[[Any], bytes] = to_json) -> bytes:
     """One event of a stream, under its name where it has a type."""
     name = f"event: {value['type']}\n".encode() if "type" in value else b""
-    return name + b"data: " + to_json(value) + b"\n\n"
+    return name + b"data: " + encode(value) + b"\n\n"
 
 
 END_OF_STREAM = b"data: [DONE]\n\n"
@@ -116,6 +132,12 @@ def usage(flow: RequestStream) -> dict[str, Any]:
     }
 
 
+def count_scores(params: SamplingParams, prompt: int, generated: int) -> int:
+    """Numbers in an answer: log-probabilities of so many tokens where they are asked for, alternatives included."""
+    echoed = 0 if params.prompt_logprobs is None else prompt * (1 + params.prompt_logprobs)
+    return echoed + (0 if params.logprobs is None else generated * (1 + params.logprobs))
+
+
 # -- completions ------------------------------------------------------------------------------------------------------
 
 
@@ -180,11 +202,8 @@ class CompletionWriter:
 
     def whole(self) -> dict[str, Any]:
         """The answer to a request that has ended."""
-        parts = [
-            (index, Part(stream.output().text, stream.logprobs, stream.sequence.finish_reason))
-            for index, stream in enumerate(self._flow.streams)
-        ]
-        return {**self._head, "choices": [self._choice(*part) for part in parts], "usage": usage(self._flow)}
+        choices = map(self._whole_choice, *zip(*enumerate(self._flow.streams)))  # made one by one, as they are written
+        return {**self._head, "choices": choices, "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
         """Chunk for one part."""
@@ -193,6 +212,9 @@ class CompletionWriter:
     def last(self) -> dict[str, Any]:
         """The token counts that end a stream."""
         return {**self._head, "choices": [], "usage": usage(self._flow)}
+
+    def _whole_choice(self, index: int, stream: Any) -> dict[str, Any]:
+        return self._choice(index, Part(stream.output().text, stream.logprobs, stream.sequence.finish_reason))
 
     def _choice(self, index: int, part: Part) -> dict[str, Any]:
         scores = self._logprobs(index, part)
@@ -233,7 +255,7 @@ class ChatWriter:
 
     def whole(self) -> dict[str, Any]:
         """The answer to a request that has ended."""
-        choices = [self._message(index, stream) for index, stream in enumerate(self._flow.streams)]
+        choices = map(self._message, *zip(*enumerate(self._flow.streams)))
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ Call = tuple[str, dict]  # a name and arguments
 Scan = tuple[int, list[Call]] | None
 Scanner = Callable[[str, Schemas, bool], Scan]
 TEXT: Scan = (1, [])  # it only began like a call
+BEGINNING = 4096  # characters that tell whether something is JSON
 
 
 def scan_json(head: str, tail: str) -> Scanner:
@@ -107,10 +108,13 @@ def scan_gemma(text: str, schemas: Schemas, final: bool) -> Scan:
 
 
 def end_of_json(text: str, start: int) -> int | None:
-    """End of the object or list that begins there, if it is complete; of anything else, where it begins."""
+    """End of the object or list that begins there, if it is complete; of anything else, where it begins.
+
+    Its beginning is parsed first: a text of marks, each before a bracket, would else be read to its end from every one.
+    """
     if start == len(text):
         return None
-    if text[start] not in "{[":
+    if text[start] not in "{[" or not _may_be_json(text[start : start + BEGINNING]):
         return start
     depth = 0
     for found in _BRACKETS.finditer(text, start):
@@ -118,6 +122,14 @@ def end_of_json(text: str, start: int) -> int | None:
         if not depth:
             return found.end()
     return None
+
+
+def _may_be_json(text: str) -> bool:
+    try:
+        from_json(text, allow_partial=True)
+    except ValueError:
+        return False
+    return True
 
 
 def read_json(text: str) -> Any:
@@ -188,11 +200,15 @@ class ToolFormat:
     """Marks around the reasoning."""
     trigger: str = ""
     """Marker that begins calls and nothing else, where that is not the first of `opens`."""
+    begun: tuple[str, ...] = ()
+    """What may stand before the arguments of a call that the model was free to begin, where `call` has but one way."""
+    quiet: tuple[str, str] | None = None
+    """Marks around text in which no call begins, as often as there is some."""
 
     @property
     def mark(self) -> str:
-        """Marker that begins a call and nothing else; empty where no single string does."""
-        return "" if self.name == "harmony" else self.trigger or self.opens[0]
+        """Marker that begins a call and nothing else."""
+        return self.trigger or self.opens[0]
 
     @cached_property
     def heads(self) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern | None] | None:
@@ -231,7 +247,15 @@ FORMATS = (
         ("<|channel|>",),
         " to=functions.NAME<|channel|>commentary <|constrain|>json<|message|>ARGS",
         scan_json(r"", ""),
+        close="<|call|>",
         thoughts=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+        trigger="to=functions.",
+        begun=tuple(
+            f"to=functions.NAME{channel}{kind}<|message|>"
+            for channel in ("", "<|channel|>commentary")
+            for kind in ("", " json", " <|constrain|>json", "<|constrain|>json")
+        ),
+        quiet=("<|message|>", "<|end|>"),
     ),
     ToolFormat(
         "deepseek",

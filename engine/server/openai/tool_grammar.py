@@ -73,7 +73,7 @@ def bound_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas) -> str:
     skipped = "" if row.begin else row.mark
     one = lark.rule(lark.one_of([_call(lark, row, name, schema, skipped) for name, schema in schemas.items()]))
     if not row.begin:
-        return lark.source(f"{mark} {one}")
+        return lark.source(f"{mark} {one} {lark.text(row.close)}")
     begin = lark.text(row.begin.removeprefix(row.mark))
     return lark.source(f"{mark} {begin} {one} ({lark.text(row.between)} {one})* {lark.text(row.end)}")
 
@@ -94,11 +94,16 @@ def _thought(lark: Lark, pair: tuple[str, str], reasoning: str | None) -> str:
 
 
 def _call(lark: Lark, row: ToolFormat, name: str, schema: dict, skipped: str = "") -> str:
-    before, _, after = row.call.replace("NAME", name, 1).rpartition("ARGS")
-    before = before.removeprefix(skipped)
-    space = "/\\s{0,2}/" if skipped and before[:1].isspace() else ""  # models are not of one mind about it
-    text = before.lstrip() if space else before
-    return lark.rule(f"{space} {lark.text(text)} {_ARGUMENTS[row.style](lark, schema)} {lark.text(after)}")
+    before, _, after = row.call.rpartition("ARGS")
+    ways = row.begun if skipped and row.begun else (before,)
+    begin = lark.one_of([_beginning(lark, way.replace("NAME", name, 1), skipped) for way in ways])
+    return lark.rule(f"{begin} {_ARGUMENTS[row.style](lark, schema)} {lark.text(after)}")
+
+
+def _beginning(lark: Lark, text: str, skipped: str) -> str:
+    text = text.removeprefix(skipped)
+    space = "/\\s{0,2}/" if skipped and text[:1].isspace() else ""  # models are not of one mind about it
+    return f"{space} {lark.text(text.lstrip() if space else text)}"
 
 
 def _object(schema: dict) -> dict:

@@ -10,7 +10,7 @@ from ...serving import SamplingParams
 from ..openai import errors
 from ..openai.chat import ChatPlan
 from ..openai.message_reader import as_call
-from ..openai.requests import ChatRequest, Text
+from ..openai.requests import ChatRequest, Stop
 from ..openai.responses import Collector, Part, usage
 from ..openai.tool_formats import read_json
 from ..request_body import FIRST_ERROR
@@ -48,7 +48,7 @@ class MessagesRequest(AgentRequest):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=2**31 - 1)
-    stop_sequences: Annotated[list[Text], FIRST_ERROR, Field(max_length=16)] | None = None
+    stop_sequences: Annotated[list[Stop], FIRST_ERROR, Field(max_length=16)] | None = None
     tools: Annotated[list[dict[str, Any]], FIRST_ERROR, Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
 

@@ -5,24 +5,27 @@ however little it does. Between the product that makes q, k and v and attention 
 rotation, a write into pages. `PagedAttention` is `Attention` with one.
 
 `BatchInvariantLinear` is `Linear` by `kernels.linear` (batch invariance): a library's product would sum in another
-order when the batch grows. `GatedLinear` is `SwiGLU` whose gate is part of the product before it.
+order when the batch grows. `GatedLinear` is `SwiGLU` whose gate is part of the product before it, and `FusedBlock` is
+`Block` whose norms are parts of the products around them: six launches a layer.
 
 The twin shares its weights with the model, and is a `Transformer` in everything else.
 """
 
 import copy
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.swiglu import ACTIVATIONS
 from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
-from ...layers import SwiGLU
-from ...model import Attention, Linear, Transformer
+from ...layers import RMSNorm, SwiGLU
+from ...model import Attention, Block, Linear, Transformer
 from .kv_cache import KernelAttention
 
-MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+MakeLinear = Callable[[Tensor, Tensor | None, str], nn.Module]
 
 
 class BatchInvariantLinear(nn.Module):
@@ -36,20 +39,49 @@ class BatchInvariantLinear(nn.Module):
         return kernels.linear(x, self.weight, self.bias)
 
 
+def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn.Module:
+    return BatchInvariantLinear(weight, bias)
+
+
+class ScaledStream(NamedTuple):
+    """A stream times the next norm's weight, not yet divided by its root mean square, which `square_sums` give."""
+
+    scaled: Tensor
+    square_sums: Tensor
+    eps: float
+
+
+def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
+    """A linear layer of a tensor or, if it is a `BatchInvariantLinear`, of a stream whose norm is part of it."""
+    if not isinstance(x, ScaledStream):
+        return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
+    return kernels.normed_linear(x.scaled, x.square_sums, layer.weight, layer.bias, x.eps, activation)
+
+
+def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
+    """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
+    return ScaledStream(*kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias), norm.eps)
+
+
 class GatedLinear(SwiGLU):
     """`SwiGLU` with two launches instead of three, for as long as its first layer is what it was made for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if type(self.gate_up) is not BatchInvariantLinear:  # an adapter's layer adds to gates and ups
-            return super().forward(x)
-        return self.down(kernels.linear_swiglu(x, self.gate_up.weight, self.gate_up.bias, self.activation))
+    def forward(self, x: Tensor | ScaledStream) -> Tensor:
+        return self.down(self.gated(x))
+
+    def gated(self, x: Tensor | ScaledStream) -> Tensor:
+        """All but the way back."""
+        if type(self.gate_up) is BatchInvariantLinear:
+            return product(self.gate_up, x, self.activation)
+        return kernels.swiglu_packed(self.gate_up(x), self.activation)  # an adapter's layer adds to gates and ups
 
 
 class PagedAttention(nn.Module):
     """`Attention` that writes its own pages: the tables of its rotation are its own, `rotate` is not asked."""
 
     is_supported = Supported(  # all but attention is the definition's
-        computed=(*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, "rotary_dim", "ffn", "n_experts"),
+        computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES}
+        | {"rotary_dim", "ffn", "n_experts", "attention_sinks"},
         only={"qk_norm": ("none", "head")},
     )
 
@@ -57,26 +89,73 @@ class PagedAttention(nn.Module):
         super().__init__()
         self.index, self.heads, self.head_size = attention.index, attention.heads, attention.head_size
         self.window, self.softcap, self.scale = attention.window, attention.softcap, attention.scale
-        self.qkv, self.output = attention.qkv, attention.output
+        self.qkv, self.output, self.sinks = attention.qkv, attention.output, attention.sinks
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.tables = tables
 
     def forward(self, x_1TC: Tensor, rotate: Callable, attend: KernelAttention) -> Tensor:
         """As `Attention.forward`, for a step's tokens end to end."""
-        q_THD, k_TKD, v_TKD = self.qkv(x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
+        return self.output(self.gathered(x_1TC, attend))
+
+    def gathered(self, x_1TC: Tensor | ScaledStream, attend: KernelAttention) -> Tensor:
+        """All but the last product."""
+        q_THD, k_TKD, v_TKD = product(self.qkv, x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q_THD = kernels.qk_norm_rope_write(
             q_THD, k_TKD, v_TKD, *norms, *self.tables, attend.positions, *attend.pages(self), attend.slots,
             eps=1e-6 if self.q_norm is None else self.q_norm.eps,
         )  # fmt: skip
-        return self.output(attend.attend_pages(q_THD, self).flatten(-2)[None])
+        return attend.attend_pages(q_THD, self).flatten(-2)[None]
 
 
-def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transformer:
-    """A model on the same weights with executors installed; `make_linear` makes its linear layers, if given."""
+class FusedBlock(Block):
+    """`Block` without launches for its norms, if its parts are those of `fused_model` and stay so.
+
+    `next_norm` is the norm of the block behind if that is such a one too: then what it gets is a `ScaledStream`."""
+
+    is_supported = Supported(
+        computed=(*SHAPE, *OUTSIDE, *SCALED, *WINDOWS, *ROUTING, *BIASES, "norm_eps", "rotary_dim", "ffn", "n_experts"),
+        only={"qk_norm": ("none", "head"), "norm": ("rmsnorm",), "dropout": (0.0,)},
+    )
+    next_norm: RMSNorm | None = None
+
+    def forward(self, stream, delta: Any, rotate, attend) -> Any:
+        attention: Any = self.attention
+        ffn: Any = self.ffn
+        normed = delta
+        if not isinstance(delta, ScaledStream):
+            normed, stream = self.attention_norm.add(delta, stream)
+        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm)
+        if self.next_norm is None:
+            return stream, ffn(normed), None
+        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm), None
+
+
+def fuse_norms(model: Transformer) -> None:
+    """Let blocks whose products are all `BatchInvariantLinear` take their norms into these."""
+    behind: Any = None
+    block: Any
+    for block in reversed(model.blocks):
+        if not _takes_norms(block):
+            behind = None
+            continue
+        block.__class__, block.__dict__["next_norm"] = FusedBlock, behind  # no module of this one's own
+        behind = block.attention_norm
+
+
+def _takes_norms(block: Any) -> bool:
+    if type(block.attention) is not PagedAttention or type(block.ffn) is not GatedLinear:
+        return False
+    layers = block.attention.qkv, block.attention.output, block.ffn.gate_up, block.ffn.down
+    return all(type(layer) is BatchInvariantLinear and layer.weight.dtype != torch.float16 for layer in layers)
+
+
+def fused_model(model: Transformer, make_linear: MakeLinear | None, norms: bool = True) -> Transformer:
+    """A model on the same weights with executors installed; `make_linear` makes layers of float weights, if
+    given. Without `norms` these keep launches of their own, for layers that are exchanged afterwards."""
     twin = shallow_copy(model)
     if make_linear is not None:
-        replace(twin.blocks, Linear, lambda layer: make_linear(layer.weight, layer.bias))
+        replace_linear(twin.blocks, make_linear)
         for layer in twin.blocks.modules():
             if type(layer) is SwiGLU and layer.activation in ACTIVATIONS:
                 layer.__class__ = GatedLinear
@@ -85,6 +164,8 @@ def fused_model(model: Transformer, make_linear: MakeLinear | None) -> Transform
             rotation = model.rotation(block.kind)
             if rotation.cos is not None:
                 block.attention = PagedAttention(block.attention, (rotation.cos, rotation.sin))
+    if norms and FusedBlock.is_supported(model.config):
+        fuse_norms(twin)
     return twin
 
 
@@ -95,6 +176,12 @@ def shallow_copy(model: Transformer) -> Transformer:
     shared = {id(tensor): tensor for tensor in model.parameters()}
     twin.blocks = copy.deepcopy(model.blocks, shared)
     return twin
+
+
+def replace_linear(module: nn.Module, make: MakeLinear) -> None:
+    """Every linear layer of float weights inside, by what `make` makes of weight, bias and path."""
+    for path, layer in [(path, layer) for path, layer in module.named_modules() if type(layer) is Linear]:
+        module.set_submodule(path, make(layer.weight, layer.bias, path))
 
 
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:

@@ -97,7 +97,7 @@ class Int8Attend:
         k_pages, v_pages = (
             read(pages[self.used], q_BTHD.shape[-1], keys=keys) for pages, keys in zip(sides, (True, False))
         )
-        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale, "sinks": layer.sinks}
         seen = k_pages, v_pages, self.tables.int(), *self.lengths
         return kernels.paged_attention(q_BTHD[0].float(), *seen, **options)[None].to(q_BTHD.dtype)
 

@@ -17,9 +17,7 @@ from torch import Tensor
 from .... import kernels
 from ....kernels.cpu.extension import native as _native
 from ....tokenizer.cpus import available_cpus
-from ...errors import InputError
 from .int8_pages import TILE, Int8Attend, tile_bytes
-from .sinks import SinkAttend
 
 PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
 HAS_NATIVE = _native is not None
@@ -32,9 +30,7 @@ class PagedKVCache:
         shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
         if dtype == torch.int8:
             shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
-        if config.attention_sinks and (device.type != "cpu" or dtype == torch.int8):
-            raise InputError("attention_sinks=True is served on a CPU alone, with a kv_dtype of at least 16 bits")
-        self.page_size, self.dtype, self.sinks = page_size, dtype, config.attention_sinks
+        self.page_size, self.dtype = page_size, dtype
         kept = torch.uint8 if dtype == torch.int8 else dtype
         self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))
         self.layers = None
@@ -77,15 +73,11 @@ class PagedKVCache:
         starts = np.concatenate([[0], ends]).astype(np.int32)
         return AttentionMetadata(positions, sequences, slots, tables, contexts, counts, starts)
 
-    def attend(
-        self, layout: "AttentionMetadata", step: list[Tensor]
-    ) -> "NativeAttend | KernelAttention | Int8Attend | SinkAttend":
+    def attend(self, layout: "AttentionMetadata", step: list[Tensor]) -> "NativeAttend | KernelAttention | Int8Attend":
         """The attention of one step; `step` is the layout on the device."""
         if self.layers is not None:
-            attend = NativeAttend(self.layers, layout)
-        else:
-            attend = Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttention(self, *step)
-        return SinkAttend(attend, self, layout) if self.sinks else attend
+            return NativeAttend(self.layers, layout)
+        return Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttention(self, *step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +117,7 @@ class KernelAttention:
 
     def attend_pages(self, q_THD: Tensor, layer) -> Tensor:
         """Attention over what the pages hold by now."""
-        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale, "sinks": layer.sinks}
         return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
 
 
@@ -139,7 +131,8 @@ class NativeAttend:
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         q, k, v = (_rows(x) for x in (q_BTHD, k_BTKD, v_BTKD))
         o_BTHD = torch.zeros(q_BTHD.shape)
-        limits = layer.window or 0, layer.softcap or 0.0, layer.scale
+        sinks = None if layer.sinks is None else layer.sinks.detach().float()
+        limits = layer.window or 0, layer.softcap or 0.0, layer.scale, sinks
         _native.attend_pages(self.layers[layer.index], self.step, q, k, v, o_BTHD, *limits)
         return o_BTHD.to(q_BTHD.dtype)
 

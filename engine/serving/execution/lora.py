@@ -7,7 +7,8 @@ a directory of an adapter does that is served as a model: one adapter, at the sp
 through the base's product, and the tokens of each adapter through two narrow ones beside it (S-LoRA's and Punica's
 idea). Those are batch-invariant too and see that adapter's tokens alone: a row's bits do not depend on its company.
 
-With adapters, layers run one by one: the C++ executor of whole models and recorded GPU graphs know none.
+The C++ executor of whole models has these products in its call (csrc/cpu/serving/low_rank.hpp); elsewhere layers are
+wrapped and run one by one, for recorded GPU graphs know no adapters.
 
 T tokens of the step, R rank, over all layers packed in a weight.
 """
@@ -15,8 +16,9 @@ T tokens of the step, R rank, over all layers packed in a weight.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,17 +57,17 @@ class ServedAdapters:
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self.adapters = dict(adapters)
+        self.numbers = {name: number for number, name in enumerate(self.adapters)}
+        self.chosen_T: Tensor | None = None
         self.tokens: list[tuple[str, Tensor | slice]] = []
 
-    def begin_step(self, names: Iterable[str | None], counts: Iterable[int], device: torch.device) -> None:
+    def begin_step(self, names: Iterable[str | None], counts: Sequence[int], device: torch.device) -> None:
         """Take in the adapter of each chunk of a step, and how many tokens it has."""
-        tokens: dict[str, list[int]] = {}
-        start = 0
-        for name, count in zip(names, counts):
-            if name is not None:
-                tokens.setdefault(name, []).extend(range(start, start + count))
-            start += count
-        self.tokens = [(name, _places(where, device)) for name, where in tokens.items()]
+        numbers = [-1 if name is None else self.numbers[name] for name in names]
+        chosen_T = np.repeat(np.array(numbers, dtype=np.int32), counts)
+        used = {name: number for name, number in self.numbers.items() if number in numbers}
+        self.chosen_T = torch.from_numpy(chosen_T) if used else None
+        self.tokens = [(name, _places(np.flatnonzero(chosen_T == n), device)) for name, n in used.items()]
 
     def install(
         self, served: Transformer, model: Transformer, linear: Callable[[Tensor, Transformer], nn.Module]
@@ -86,6 +88,10 @@ class ServedAdapters:
             served.blocks.set_submodule(path, AdaptedLinear(served.blocks.get_submodule(path), products, self))
         return served
 
+    def low_rank(self, name: str, make: Callable) -> list:
+        """The factors of a weight in C++, by adapter, made by `make`; None for those that leave it as it is."""
+        return [make(*_factors(adapter, name)) if name in adapter else None for adapter in self.adapters.values()]
+
 
 class AdaptedLinear(nn.Module):
     """A linear layer as it is served, and what adapters add to it."""
@@ -104,21 +110,38 @@ class AdaptedLinear(nn.Module):
         return y_TF.view(y.shape)
 
 
-def _places(tokens: list[int], device: torch.device) -> Tensor | slice:
+def _places(tokens: np.ndarray, device: torch.device) -> Tensor | slice:
     """Places of tokens; side by side, they need no copy."""
     if tokens[-1] - tokens[0] == len(tokens) - 1:
         return slice(tokens[0], tokens[-1] + 1)
-    return torch.tensor(tokens, device=device)
+    return torch.from_numpy(tokens).to(device)
+
+
+def _factors(adapter: Adapter, name: str) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+    """A of all layers packed in a weight, one below the other; s·B of each, with its first row and its place in A x."""
+    weight, downs, ups = adapter.weights[name], [], []
+    row = rank = 0
+    for layer, size in zip(weight.layers, weight.sizes):
+        a, b = (adapter.factors.get(part) for part in factor_names(layer))
+        if a is not None and b is not None:
+            downs.append(a)
+            ups.append((row, rank, b * adapter.scales[layer]))
+            rank += len(a)
+        row += size
+    down = torch.cat(downs)
+    if weight.order is not None:  # rows of all layers lie mixed
+        ups = [(0, 0, _joined(ups, row, rank)[weight.order])]
+    return down, ups
+
+
+def _joined(ups: list[tuple[int, int, Tensor]], rows: int, ranks: int) -> Tensor:
+    up = torch.zeros(rows, ranks)
+    for row, rank, b in ups:
+        up[row : row + b.shape[0], rank : rank + b.shape[1]] = b
+    return up
 
 
 def _products(adapter: Adapter, name: str, linear: Callable[[Tensor], nn.Module]) -> Products:
     """The two products of an adapter for a weight: of all layers packed in it at once."""
-    weight = adapter.weights[name]
-    factors = [adapter.factors.get(part) for layer in weight.layers for part in factor_names(layer)]
-    downs = [a for a in factors[::2] if a is not None]
-    ups = []
-    for layer, a, b, size in zip(weight.layers, factors[::2], factors[1::2], weight.sizes):
-        ups.append(torch.zeros(size, 0) if a is None else b * adapter.scales[layer])
-    up = torch.block_diag(*ups)
-    up = up if weight.order is None else up[weight.order]
-    return linear(torch.cat(downs)), linear(up)
+    down, ups = _factors(adapter, name)
+    return linear(down), linear(_joined(ups, adapter.weights[name].shape[0], len(down)))

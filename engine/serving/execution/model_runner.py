@@ -35,7 +35,7 @@ from .cuda_graphs import DecodeGraphs
 from .kv_cache import PagedKVCache, to_device, to_host
 from .lora import ServedAdapters
 from .sampler import Logprobs, RowSettings, penalize
-from .serving_model import Head, Int8Linear, NativeTransformer, deterministic_min_rows
+from .serving_model import Head, NativeTransformer, deterministic_min_rows
 
 SCORED = 256  # prompt tokens whose logits are held at a time: over a large vocabulary they outgrow everything else
 
@@ -81,7 +81,7 @@ class Runner:
         self.rows: dict[int, NewRow] = {}
         self.sums: dict[int, np.ndarray] = {}  # of the hidden states of prompts under way, by row
         by_torch = not isinstance(model, NativeTransformer) and any(
-            isinstance(module, (Linear, PackedLinear, Int8Linear)) for module in model.blocks.modules()
+            isinstance(module, (Linear, PackedLinear)) for module in model.blocks.modules()
         )
         padded = batch_invariant and self.device.type == "cpu" and (by_torch or head.needs_padding)
         least = deterministic_min_rows(model.embedding.weight.dtype) if padded else 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment
+from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment, nearest
 from ..scheme import Scheme
 from .kv_cache import _native
 
@@ -34,7 +34,11 @@ def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool =
 
 
 def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> PackedWeight:
-    """A float weight (rows, columns), rounded as `native_matrix` rounds it; with the error fed back, calibrated."""
+    """A float weight (rows, columns), rounded as `native_matrix` rounds it; with the error fed back, calibrated.
+
+    On a GPU, in 8 bits, and without the extension, codes are the nearest."""
+    if _native is None or (weight.is_cuda and not layout.minimum and feedback is None):
+        return nearest(weight, layout)
     count, columns = weight.shape
     groups = layout.groups(columns)
     codes = torch.empty(count, groups * layout.group, dtype=torch.uint8)
@@ -43,7 +47,7 @@ def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> Pack
     _native.quantize_rows(_floats(weight), native_layout(layout), codes, scales, minima, units, feedback)
     if layout.bits == 4:
         codes = codes[:, ::2] | codes[:, 1::2] << 4
-    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)
+    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns).to(weight.device)
 
 
 def native_layout(layout: Layout):
@@ -51,4 +55,4 @@ def native_layout(layout: Layout):
 
 
 def _floats(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
+    return tensor.detach().float().cpu().contiguous()

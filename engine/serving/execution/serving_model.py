@@ -11,32 +11,40 @@ What that costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; 
 a tenth of that in models trained for minutes. `scheme.py` has what else there is. Channels far larger than their
 neighbors are taken apart beforehand (`outlier_smoothing.py`). A block with experts is no single call: its products are,
 and each expert's. On a GPU the twin is `gpu_model.py`'s. Without the extension the model serves as it is. In both,
-8-bit layers are `kernels.int8_linear`, which rounds weights alone.
+packed layers are `kernels.packed_linear`, and weights alone are rounded.
 """
 
-from functools import cache
+import dataclasses
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .... import kernels
 from ....kernels.moe import route
 from ...config import ModelConfig
-from ...errors import InputError
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
 from ...layers import NoNorm, routing_options
-from ...model import Block, Linear, MoE, Transformer, rotary_tables, sinusoids
+from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ..scheme import INT8, Scheme, scheme_of
-from .gpu_model import BatchInvariantLinear, fused_model, replace, shallow_copy
+from .gpu_model import (
+    BatchInvariantLinear,
+    MakeLinear,
+    batch_invariant_linear,
+    fused_model,
+    replace,
+    replace_linear,
+    shallow_copy,
+)
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .lora import ServedAdapters
-from .native_matrix import native_matrix, stored
+from .native_matrix import native_matrix, pack, stored
 from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
 ROTATED = "fw"  # kinds of layers in the order of their rotations; those of kind n have none
+WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # where x stays float, rotation gains nothing and costs a launch
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -51,18 +59,6 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.logits(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer in 8 bits by the kernels."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.weight, self.scale = kernels.quantize_int8(weight.detach())
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.int8_linear(x, self.weight, self.scale, self.bias)
 
 
 class NativeLinear(nn.Module):
@@ -127,23 +123,28 @@ class NativeTransformer:
             "rotary_dim",
             "qk_norm",
             "norm_weight",
+            "ffn",
+            "query_growth",
+            "attention_sinks",
         },
-        only={"n_experts": (0,), "ffn": ("swiglu", "geglu", "gelu", "gelu_erf", "relu", "relu2")},
+        only={"n_experts": (0,)},
     )
     training = False
 
-    def __init__(self, model: Transformer, form: str | Scheme, release: bool):
+    def __init__(self, model: Transformer, form: str | Scheme, release: bool, adapters: ServedAdapters | None = None):
         c = self.config = model.config
-        self.device, self.embedding = model.device, model.embedding
-        blocks = []
+        self.device, self.embedding, self.adapters = model.device, model.embedding, adapters
+        blocks, smooth = [], isinstance(form, Scheme) and can_smooth(c) and adapters is None
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
-            smooth = isinstance(form, Scheme) and can_smooth(c)
-            blocks.append(_native_block(balanced(block, c) if smooth else block, c, form))
+            changes = [] if adapters is None else _low_rank(adapters, index, c)
+            blocks.append(_native_block(balanced(block, c) if smooth else block, c, form, changes))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
         kinds = ROTATED if c.local_rope else ROTATED[:1]
         self.rotations = [rotary_tables(c, kind) for kind in kinds] if c.position == "rope" else []
+        grown = c.query_growth
+        self.growth = grown and growth_table(grown["beta"], grown["length"], c.max_seq_len)
         self.positions = None
         if c.position == "learned":
             self.positions = model.positions.weight
@@ -156,7 +157,8 @@ class NativeTransformer:
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
         """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
-        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, hidden_BTC)
+        chosen_T = None if self.adapters is None else self.adapters.chosen_T
+        self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, self.growth, hidden_BTC, chosen_T)
         return hidden_BTC if self.config.logit_scale == 1 else hidden_BTC * self.config.logit_scale
 
 
@@ -207,10 +209,12 @@ def serving_model(
 
     `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
-    With `adapters`, layers run one by one, and in 8 bits channels are as large as the factors know them.
+    With `adapters`, channels in 8 bits are as large as the factors know them.
     """
-    served, head = _serving_model(model, quantize, release, batch_invariant, native_pages, adapters is not None)
-    return (served if adapters is None else adapters.install(served, model, factor_linear)), head
+    served, head = _serving_model(model, quantize, release, batch_invariant, native_pages, adapters)
+    if adapters is None or isinstance(served, NativeTransformer):
+        return served, head
+    return adapters.install(served, model, factor_linear), head
 
 
 def _serving_model(
@@ -219,40 +223,58 @@ def _serving_model(
     release: bool,
     batch_invariant: bool,
     native_pages: bool,
-    layer_by_layer: bool,
+    adapters: ServedAdapters | None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
-    if quantize not in (None, "int8") and not (HAS_NATIVE and model.device.type == "cpu"):
-        raise InputError(f"quantize={quantize!r} is for a CPU with the C++ extension: use 'int8'")
+    scheme = scheme_of(quantize, sum(p.numel() for p in model.parameters()))
+    make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
     if model.device.type == "cuda" and type(model) is Transformer:
-        make = Int8Linear if quantize else BatchInvariantLinear if batch_invariant else None
-        return fused_model(model, make), Head(model, make and make(model.head_weight, model.head_bias))
+        make = make or (batch_invariant_linear if batch_invariant else None)
+        served = fused_model(model, make, norms=adapters is None)
+        return served, Head(model, _kernel_head(model, make))
     if not batch_invariant and quantize is None:
         return model, Head(model)
     dtype = model.embedding.weight.dtype
-    form = scheme_of(quantize, sum(p.numel() for p in model.parameters())) or FORMATS.get(dtype)
+    form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         return model, Head(model)
-    make = (lambda *head: NativeLinear(*head, form, "head")) if native else Int8Linear
-    head = make(model.embedding.weight if model.head is None else stored(model.head), model.head_bias)
-    whole = native and native_pages and not layer_by_layer
-    if whole and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
-        return NativeTransformer(model, form, release), Head(model, head)
+    if not native:
+        twin = shallow_copy(model)
+        replace_linear(twin.blocks, make)
+        return twin, Head(model, _kernel_head(model, make))
+    weight = model.embedding.weight if model.head is None else stored(model.head)
+    head = NativeLinear(weight, model.head_bias, form, "head")
+    if native_pages and NativeTransformer.is_supported(model.config) and dtype in FORMATS:
+        return NativeTransformer(model, form, release, adapters), Head(model, head)
     twin = shallow_copy(model)
-    if native:
-        smooth = isinstance(form, Scheme) and can_smooth(model.config) and not layer_by_layer
-        for index, block in enumerate(twin.blocks):
-            twin.blocks[index] = block = balanced(block, model.config) if smooth else block
-            if NativeMoE.is_supported(model.config):
-                replace(block, MoE, lambda moe: NativeMoE(moe, form))
-            for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
-                block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
-    else:
-        replace(twin.blocks, Linear, lambda layer: Int8Linear(layer.weight, layer.bias))
+    smooth = isinstance(form, Scheme) and can_smooth(model.config) and adapters is None
+    for index, block in enumerate(twin.blocks):
+        twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+        if NativeMoE.is_supported(model.config):
+            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+        for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
+            block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     return twin, Head(model, head)
 
 
-def _native_block(block: Block, config, form: str | Scheme):
+def _packed_layer(weight: Tensor, bias: Tensor | None, path: str, scheme: Scheme) -> nn.Module:
+    return PackedLinear(pack(weight, scheme.layout(matrix_of(path))), bias)
+
+
+def _kernel_head(model: Transformer, make: MakeLinear | None) -> nn.Module | None:
+    """The head by the kernels, packed as it is stored or made of float weights; None where the model's own stays."""
+    if isinstance(model.head, PackedLinear):
+        return model.head
+    return make and make(model.head_weight, model.head_bias, "head")
+
+
+def _low_rank(adapters: ServedAdapters, index: int, config: ModelConfig) -> list[list]:
+    """What adapters add to the four products of a layer, in C++."""
+    paths = "attention.qkv", "attention.output", "ffn.gate_up" if config.gated else "ffn.up", "ffn.down"
+    return [adapters.low_rank(f"blocks.{index}.{path}.weight", _native.LowRank) for path in paths]
+
+
+def _native_block(block: Block, config, form: str | Scheme, adapters: list[list]):
     """A whole layer in C++: the twin of `Block`."""
     c, attention, ffn = config, block.attention, block.ffn
     layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
@@ -267,7 +289,7 @@ def _native_block(block: Block, config, form: str | Scheme):
         width=c.d_model, heads=c.n_heads, kv_heads=c.kv_heads, head_dim=c.head_size, hidden=c.ff_size,
         window=attention.window or 0, softcap=attention.softcap or 0.0, scale=attention.scale, qk_eps=c.norm_eps,
         activation=c.ffn, gated=c.gated, qk_norm=c.qk_norm, residual=c.residual, residual_scale=c.residual_scale,
-        rotation=rotation,
+        rotation=rotation, sinks=_floats(attention.sinks), adapters=adapters,
     )  # fmt: skip
 
 

@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("LANGSMITH_TRACING", "false")
 
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -24,6 +27,15 @@ TEMPLATE = (
     "{% if tools %}<|im_start|>system\ntools: {{ tools | tojson }} answer with <tool_call>JSON</tool_call><|im_end|>\n"
     "{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+AGENT_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nCall a tool as <tool_call>\n"
+    '{"name": "…", "arguments": {…}}\n</tool_call>\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}'
+    "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>"
+    "{{ 'user' if message.role == 'tool' else message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -132,6 +144,27 @@ def serving(make=None, keys=(), max_batch: int = 16, options=None, **config):
         yield server.wait_ready()
     finally:
         server.stop()
+
+
+def start(*flags, launcher=("-m", "warploom.engine.cli"), **environment):
+    """`warploom serve` as a process of its own, and its address."""
+    command = [sys.executable, *launcher, "serve", "--port", "0", "--no-ui", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line + process.stderr.read()
+    return process, found.group()
+
+
+def wait_ready(process, url):
+    """Until it has loaded its model."""
+    import httpx
+
+    while httpx.get(f"{url}/health", timeout=60).status_code != 200:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

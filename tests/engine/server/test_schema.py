@@ -3,6 +3,8 @@
 Data that the schema forbids is sent too, and has to be refused in a documented way.
 """
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -10,6 +12,10 @@ schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
 
+EXAMPLES = 200 if "WARPLOOM_SLOW" in os.environ else 10  # for each route
+
+
+@pytest.mark.timeout(30 * EXAMPLES)
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_whatever_is_sent_gets_a_documented_answer(server, mode):
     from schemathesis import checks
@@ -23,7 +29,7 @@ def test_whatever_is_sent_gets_a_documented_answer(server, mode):
         if mode == "negative" and operation.method == "get":
             continue
 
-        @settings(max_examples=10, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
         @given(operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         def keeps_its_promise(case):
             case.call_and_validate(checks=promises, timeout=60)

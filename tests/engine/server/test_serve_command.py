@@ -17,7 +17,7 @@ from warploom.engine.cli.serve import Flags, api_keys
 from warploom.engine.formats.model_directory import save_model
 from warploom.engine.serving.options import LLMOptions
 
-from .conftest import make_model, make_tokenizer
+from .conftest import make_model, make_tokenizer, start, wait_ready
 
 httpx = pytest.importorskip("httpx", reason="these tests need httpx")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
@@ -26,23 +26,6 @@ pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return save_model(make_model(), tmp_path_factory.mktemp("models") / "small", make_tokenizer())
-
-
-def start(*flags, launcher=("-m", "warploom.engine.cli"), **environment):
-    command = [sys.executable, *launcher, "serve", "--port", "0", "--no-ui", *flags]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
-    line = process.stdout.readline()
-    found = re.search(r"http://\S+", line)
-    assert found, line + process.stderr.read()
-    return process, found.group()
-
-
-def wait_ready(process, url):
-    while httpx.get(f"{url}/health", timeout=60).status_code != 200:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
 
 
 def test_serve_directory_and_drain_on_signal(directory, tmp_path):

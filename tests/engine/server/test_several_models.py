@@ -1,5 +1,6 @@
 """Several models in one server: loaded when asked for, unloaded within a limit of memory."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,6 +60,26 @@ def test_models_are_loaded_on_use_and_unloaded_by_age(several):
     assert client.post("/v1/chat/completions", json=chat).status_code == 200
     assert client.post("/v1/embeddings", json={"model": "b", "input": "x"}).status_code == 200
     server.assert_nothing_left()
+    refused = client.get("/v1/models/d")
+    assert refused.status_code == 404 and "'tiny', 'a', 'b', 'c'" in refused.json()["error"]["message"]
+
+
+def test_metrics_have_the_gauges_of_each_model(several):
+    _, client, _ = several
+
+    def tokens():
+        found = re.findall(
+            r'^warploom:generation_tokens_total{model_name="(\w+)"} (\S+)', client.get("/metrics").text, re.M
+        )
+        return {name: float(value) for name, value in found}
+
+    assert tokens() == {"tiny": 0}
+    for name in ("tiny", "a", "b"):
+        ask(client, name, ignore_eos=True)
+    assert tokens() == {"tiny": 12, "a": 12, "b": 12}
+    ask(client, "c")
+    assert tokens().keys() == {"tiny", "b", "c"}, "a has been unloaded"
+    assert 'engine_state{model_name="c",state="ready"} 1.0' in client.get("/metrics").text
 
 
 def test_one_that_is_asked_for_by_many_is_loaded_once(several):

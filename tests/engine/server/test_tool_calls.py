@@ -2,12 +2,15 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from warploom.engine.server.openai.message_reader import Delta, make_reader
 from warploom.engine.server.openai.tool_formats import FORMATS, format_of, thoughts_of
+
+from .conftest import CONTEXT, serving
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 httpx = pytest.importorskip("httpx", reason="these tests need httpx")
@@ -168,6 +171,22 @@ def test_what_only_looks_like_a_call_stays_text(text):
     assert (reasoning, content, calls) == ("", text, [])
 
 
+HALVES = {"hermes": '<tool_call>{"', "mistral": "[TOOL_CALLS]f[ARGS]{", "mistral-list": "[TOOL_CALLS]["}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_begun_calls_are_read_in_linear_time(name):
+    """Each of them was read to the end of the text: a second for 40 kB, on the event loop."""
+
+    def seconds(count):
+        start = time.process_time()
+        assert plain(read(make_reader(ROWS[name], SCHEMAS, None, None), [HALVES[name] * count]))[2] == []
+        return time.process_time() - start
+
+    seconds(10)
+    assert min(seconds(2000) for _ in range(3)) < 12 * min(seconds(400) for _ in range(3))
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_random_texts_of_marks_are_read_alike_in_pieces(name):
     row, rng = ROWS[name], random.Random(1)
@@ -274,14 +293,20 @@ class Led:
             self.bound.mask(logits)
 
 
-@pytest.mark.parametrize("name", [row.name for row in FORMATS if row.mark])
+SAID_BEFORE = {
+    "llama3": " ",
+    "harmony": "<|channel|>analysis<|message|>I say to=functions.x<|end|><|start|>assistant<|channel|>commentary ",
+}
+
+
+@pytest.mark.parametrize("name", [row.name for row in FORMATS])
 def test_call_that_is_begun_freely_satisfies_its_schema(name, client, server, monkeypatch):
     pytest.importorskip("llguidance", reason="structured output needs llguidance")
     jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
     from warploom.engine.server.openai.chat import Trigger
 
     row, bind = ROWS[name], Trigger.bind
-    lead = list(((" " if row.only_first else "Yes <tool ") + row.mark).encode())
+    lead = list((SAID_BEFORE.get(name, "Yes <tool ") + row.mark).encode())
     monkeypatch.setattr(Trigger, "bind", lambda self, *rest: lambda: Led(bind(self, *rest)(), lead))
     whole = ask(client, monkeypatch, server, row, tools=[TOOL]).json()["choices"][0]
     (call, *_) = whole["message"]["tool_calls"]
@@ -293,6 +318,38 @@ def test_call_that_is_begun_freely_satisfies_its_schema(name, client, server, mo
         each["function"] for each in whole["message"]["tool_calls"]
     ]
     server.assert_nothing_left()
+
+
+def test_harmony_call_ends_with_its_special_token(monkeypatch):
+    """gpt-oss writes its marks as tokens; the one behind a call ends the generation."""
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    from warploom.engine.config import ModelConfig
+    from warploom.engine.model import Transformer
+    from warploom.engine.server.openai.chat import Trigger
+    from warploom.engine.serving import LLM
+    from warploom.tokenizer import BPETokenizer
+
+    marks = ["<|endoftext|>", *(f"<|{name}|>" for name in ["start", "end", "message", "channel", "constrain", "call"])]
+    ids = {mark: 256 + number for number, mark in enumerate(marks)}
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, [], ids, "gpt4")
+    tokenizer.chat_template = template_of(ROWS["harmony"])
+    said = f"{SAID_BEFORE['harmony']}to=functions."
+    lead, bind = list(tokenizer.encode(said, tokenizer.special.ids)), Trigger.bind
+    monkeypatch.setattr(Trigger, "bind", lambda self, *rest: lambda: Led(bind(self, *rest)(), lead))
+
+    def make():
+        model = Transformer(ModelConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=2, max_seq_len=CONTEXT))
+        llm = LLM(model.eval(), tokenizer)
+        llm.engine.eos |= {ids["<|call|>"]}
+        return llm
+
+    with serving(make) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "tools": [TOOL], "seed": 1}
+        choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["message"]["reasoning_content"] == "I say to=functions.x"
 
 
 def test_tool_choice_that_cannot_be_met_is_refused(client, server, monkeypatch):

@@ -17,6 +17,7 @@ from warploom.engine.serving.execution import serving_model
 SHAPE = dict(vocab_size=97, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=96)
 SHAPES = {
     "llama": {}, "gpt2": {"norm": "layernorm", "position": "learned", "ffn": "gelu", "bias": True, "n_kv_heads": 4},
+    "neox": {"norm": "layernorm", "residual": "parallel", "ffn": "gelu_erf", "bias": True, "n_kv_heads": 4},
     "experts": {"n_experts": 4, "d_ff": 32}, "shared": {"n_experts": 4, "d_ff": 32, "shared_ff": 48},
 }  # fmt: skip
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=0)
@@ -45,7 +46,14 @@ def model(request, tmp_path):
     torch.manual_seed(0)
     save_model(Transformer(config), tmp_path / "base")
     write(tmp_path / "red", tmp_path / "base", config, 4, 1)
-    write(tmp_path / "blue", tmp_path / "base", config, 3, 2, ("q_proj", "v_proj", "c_attn", "attention.qkv"))
+    write(
+        tmp_path / "blue",
+        tmp_path / "base",
+        config,
+        3,
+        2,
+        ("q_proj", "v_proj", "c_attn", "attention.qkv", "query_key_value"),
+    )
     return tmp_path
 
 
@@ -74,6 +82,22 @@ def test_adapted_rows_answer_as_merged_models(model, llm):
         answers.add(tuple(told(merged.generate(PROMPTS[0], GREEDY))[1]))
         merged.close()
     assert len(answers) == 3, "or the adapters changed nothing"
+
+
+def test_base_rows_keep_their_bits_beside_adapters(model, llm):
+    alone = LLM(model / "base", device="cpu")
+    wanted = [told(alone.generate(prompt, GREEDY)) for prompt in PROMPTS]
+    alone.close()
+    together = llm.generate(PROMPTS * 3, GREEDY, adapter=[None] * 6 + ["red", "blue"] * 6)
+    assert [told(output) for output in together[:6]] == wanted
+
+
+def test_adapter_number_that_is_not_there_raises(llm):
+    if not isinstance(llm.model, serving_model.NativeTransformer):
+        pytest.skip("numbers of adapters are the C++ decoder's")
+    llm.engine.runner.adapters.numbers["red"] = 2
+    with pytest.raises(Exception, match="adapter 2 is out of range: there are 2"):
+        llm.generate(PROMPTS[0], GREEDY, adapter="red")
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -10,7 +10,7 @@ import torch
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import cuda_graphs as graphs
 from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs, Shape, graph_memory, record_cuda, shapes
-from warploom.engine.serving.execution.gpu_model import BatchInvariantLinear, fused_model
+from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 
 PROMPTS = [[i * (n + 3) % 97 for i in range(n)] for n in (9, 30, 2, 17, 41, 5)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -43,7 +43,7 @@ def graphed(model, recorder, max_batch=5):
     """An `LLM` that serves as on a GPU, by the kernels' eager twins."""
     llm = LLM(model, max_batch=max_batch)
     runner = llm.engine.runner
-    runner.model, runner.store.layers, runner.least_tokens = fused_model(model, BatchInvariantLinear), None, 1
+    runner.model, runner.store.layers, runner.least_tokens = fused_model(model, batch_invariant_linear), None, 1
     runner.graphs = DecodeGraphs(runner.model, runner.store, runner.tokens, runner.table.shape[1], recorder)
     return llm
 

@@ -161,13 +161,16 @@ def test_triggered_grammar_binds_behind_its_mark(llm, tiny_model, tokenizer, dra
 
 def test_triggered_grammar_counts_where_it_may(llm, tokenizer):
     make = llm.grammars.compile(SamplingParams(grammar='start: "e" /[0-9]/'))
+    often = {"quiet": ("<t>", "</t>"), "repeated": True}
     cases = [
         ("xe", {}, True), ("xe", {"first_only": True}, False), (" e", {"first_only": True}, True),
         ("e1;e", {"first_only": True}, True), ("e1xe", {"first_only": True}, False), ("e1xe", {}, True),
-        ("e1", {}, False), ("<t>e", {"thoughts": ("<t>", "</t>")}, False),
-        ("<t>e</t>e", {"thoughts": ("<t>", "</t>")}, True),
-        ("e", {"thoughts": ("<t>", "</t>")}, True), ("e</t>e", {"thoughts": ("<t>", "</t>"), "inside": True}, True),
-        ("e", {"thoughts": ("<t>", "</t>"), "inside": True}, False), ("ex", {}, False),
+        ("e1", {}, False), ("<t>e", {"quiet": ("<t>", "</t>")}, False),
+        ("<t>e</t>e", {"quiet": ("<t>", "</t>")}, True),
+        ("e", {"quiet": ("<t>", "</t>")}, True), ("e</t>e", {"quiet": ("<t>", "</t>"), "inside": True}, True),
+        ("e", {"quiet": ("<t>", "</t>"), "inside": True}, False), ("ex", {}, False),
+        ("x<t>e", often, False), ("x<t>e</t>", often, False), ("</t><t>e", often, False),
+        ("<t>e</t><t>e", often, False), ("<t>e</t><t>e</t>xe", often, True), ("xe", often, True),
     ]  # fmt: skip
     for text, options, active in cases:
         bound = grammar.TriggeredGrammar(make, tokenizer, "e", **options)

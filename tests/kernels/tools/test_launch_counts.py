@@ -14,8 +14,8 @@ from warploom.kernels.core.lang import HAS_TRITON
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton's compiler")
 
 PROGRAM = Path(__file__).parents[1] / "count_launches.py"
-A_LAYER = 8
-"""Four products, one of them with the gate, two norms, the preparation of q, k and v, attention."""
+A_LAYER = 6
+"""Four products, of which two begin and two end with half of a norm; the preparation of q, k and v; attention."""
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,11 @@ def steps():
 
 
 @pytest.mark.parametrize("step", ["decode", "mixed"])
-def test_step_launches_eight_kernels_a_layer(steps, step):
-    kernels, _ = steps[step]
-    assert kernels <= A_LAYER * ModelConfig.preset("qwen3-0.6b").n_layers + 1
+def test_step_launches_six_kernels_a_layer(steps, step):
+    """And the first and the last norm: 173 with PyTorch's three, where 200 was the goal."""
+    kernels, others = steps[step]
+    assert kernels <= A_LAYER * ModelConfig.preset("qwen3-0.6b").n_layers + 2
+    assert kernels + len(others) < 200
 
 
 @pytest.mark.parametrize("step", ["decode", "mixed"])

@@ -24,15 +24,15 @@ NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is n
 class Layer:
     """What `attend` asks of a layer."""
 
-    def __init__(self, head_dim, window=None, softcap=None):
+    def __init__(self, head_dim, window=None, softcap=None, sinks=None):
         self.index, self.window, self.softcap, self.scale = 1, window, softcap, head_dim**-0.5
+        self.sinks = sinks
 
 
 def filled_store(K, D, page_size, keys, values):
     """A store whose second layer holds keys and values in every place, written by the twin."""
 
     class Shape:
-        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
     store = PagedKVCache(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))
@@ -52,12 +52,13 @@ def ragged_step(page_size) -> AttentionMetadata:
 
 @NEEDS_NATIVE
 @pytest.mark.parametrize(("H", "K", "D", "page_size"), [(4, 2, 32, 16), (3, 3, 24, 32), (8, 1, 64, 16), (6, 2, 80, 48)])
-@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}, {"window": 18}])
+@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}, {"window": 18, "sinks": torch.arange(8.0) - 2}])
 def test_cpp_int8_pages_equal_twin(H, K, D, page_size, limits):
     """Cpp writes the twins bytes and sees what they stand for."""
     torch.manual_seed(0)
     keys, values = torch.randn(20 * page_size, K, D), torch.randn(20 * page_size, K, D)
     values[::7, :, 3] *= 50  # one large number costs only its own token precision
+    limits = {name: value[:H] if name == "sinks" else value for name, value in limits.items()}
     layout = ragged_step(page_size)
     q, k, v = (torch.randn(1, len(layout.positions), heads, D) for heads in (H, K, K))
     outputs, stores = [], [filled_store(K, D, page_size, keys, values) for _ in range(2)]

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.engine.formats.packed_weight import Layout, PackedWeight, Segment, hadamard
+from warploom.engine.formats.packed_weight import Layout, PackedWeight, Segment, nearest
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _native
 from warploom.engine.serving.execution.native_matrix import pack, packed_matrix
 from warploom.engine.serving.scheme import Scheme
+from warploom.kernels.packed_linear import hadamard
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # IQ4_NL's
@@ -100,3 +101,21 @@ def test_serving_by_scheme_is_as_fine_as_it_says(tiny_model):
 def test_scheme_refuses_what_cannot_be(change, says):
     with pytest.raises(ValueError, match=says):
         Scheme(**change)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([4, 8]), st.sampled_from([16, 32, 64]), st.integers(1, 200), st.integers(0, 2**31))
+def test_nearest_codes_are_those_of_cpp(bits, group, columns, seed):
+    weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(seed))
+    layout = Layout(bits, group, rotate=False)
+    (ours,), (native,) = nearest(weight, layout).segments, pack(weight, layout).segments
+    assert all(torch.equal(getattr(ours, part), getattr(native, part)) for part in ("codes", "scales", "units"))
+
+
+@pytest.mark.parametrize("layout", [Layout(8), Layout(4), Layout(4, 32, True), Layout(8, 16, True, rotate=False)])
+def test_nearest_codes_err_by_half_a_step(layout):
+    weight = torch.randn(9, 150) * torch.logspace(-3, 3, 9)[:, None]
+    packed = nearest(weight, layout)
+    (segment,) = packed.segments
+    steps = (segment.scales.float() * segment.units[:, None]).amax(1)
+    assert ((weight - packed.dequantize()).square().mean(1).sqrt() <= 0.6 * steps).all()

@@ -25,8 +25,9 @@ pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not
 class Layer:
     """What `attend` asks of a layer."""
 
-    def __init__(self, head_dim, window=None, softcap=None):
+    def __init__(self, head_dim, window=None, softcap=None, sinks=None):
         self.index, self.window, self.softcap, self.scale = 1, window, softcap, head_dim**-0.5
+        self.sinks = sinks
 
 
 def ragged_step(store, dtype, H, K, D):
@@ -43,14 +44,14 @@ def ragged_step(store, dtype, H, K, D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 2, 32), (3, 3, 24), (8, 1, 64), (2, 1, 80)])
-@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}])
+@pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}, {"window": 6, "sinks": torch.arange(8.0) - 2}])
 def test_paged_attention_cpp_equals_reference(dtype, H, K, D, limits):
     """Paged attention in cpp equals the kernels reference."""
 
     class Shape:
-        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
+    limits = {name: value[:H] if name == "sinks" else value for name, value in limits.items()}
     stores = [PagedKVCache(Shape, 40, 8, dtype, torch.device("cpu")) for _ in range(2)]
     for store in stores:
         torch.manual_seed(1)
@@ -67,6 +68,12 @@ def test_paged_attention_cpp_equals_reference(dtype, H, K, D, limits):
     torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
 
 
+def rounded_rows(weight):
+    """8 bits with a scale a row: integers and scales."""
+    scale = weight.abs().amax(-1) / 127
+    return (weight / scale[:, None]).round(), scale
+
+
 @pytest.mark.parametrize(("outputs", "columns"), [(64, 64), (50, 72), (200, 300), (16, 24)])
 def test_int8_product_error_and_batch_invariance(outputs, columns):
     """An 8 bit product is as near as 8 bits allow and the same in any batch."""
@@ -76,7 +83,7 @@ def test_int8_product_error_and_batch_invariance(outputs, columns):
     linear = NativeLinear(weight, bias)
     together = linear(x)
     assert all(torch.equal(linear(x[i : i + n]), together[i : i + n]) for i, n in [(0, 1), (5, 2), (9, 5), (2, 13)])
-    int_weight, scale = kernels.quantize_int8(weight)
+    int_weight, scale = rounded_rows(weight)
     exact = x.double() @ (int_weight.double() * scale.double()[:, None]).T + bias.double()
     step = x.abs().amax(-1, keepdim=True).double() / 127  # no activation is off by more than half of it
     bound = (step / 2 * (int_weight.double() * scale.double()[:, None]).abs().sum(-1)) + 1e-3
@@ -120,7 +127,7 @@ def test_int8_activations_double_error_at_most(tiny_model, shape):
     with torch.no_grad():
         for name, weight in rounded.named_parameters():
             if weight.dim() == 2 and (name.startswith("blocks") or name == "head.weight"):
-                numbers, scale = kernels.quantize_int8(weight)
+                numbers, scale = rounded_rows(weight)
                 weight.copy_(numbers * scale[:, None])
     text = [i * i % 487 for i in range(250)]
     exact, weights, both = (
@@ -202,7 +209,7 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
     def run():
         *step, tokens = arrays.values()
         hidden = torch.empty(1, model.config.d_model)
-        model.native.run(tokens, _native.Step(*step), pages, model.rotations, hidden)
+        model.native.run(tokens, _native.Step(*step), pages, model.rotations, model.growth, hidden)
 
     run()
     for name, value in changes.items():
@@ -213,14 +220,14 @@ def test_native_wrong_index_raises(tiny_model, changes, says, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("H", "K", "D"), [(9, 3, 64), (8, 8, 32), (5, 1, 80)])
-@pytest.mark.parametrize("limits", [{}, {"window": 20, "softcap": 3.0}])
+@pytest.mark.parametrize("limits", [{}, {"window": 20, "softcap": 3.0}, {"sinks": torch.arange(9.0) - 3}])
 def test_attention_bits_in_any_chunks(dtype, H, K, D, limits):
     """A token's bits are those of its own sequence: a whole prompt, any cut of it, and one token after another."""
 
     class Shape:
-        attention_sinks = False
         n_layers, kv_heads, head_size = 2, K, D
 
+    limits = {name: value[:H] if name == "sinks" else value for name, value in limits.items()}
     lengths, table = (111, 90), np.random.default_rng(0).permutation(14).reshape(2, 7).astype(np.int32)
     torch.manual_seed(0)
     sides = [[torch.randn(length, heads, D) * 1.5 for heads in (H, K, K)] for length in lengths]

@@ -1,0 +1,337 @@
+"""A linear layer whose weights are codes of 8 or 4 bits, with a scale a group of columns.
+
+When a model decodes one token at a time, each step reads every weight once and does almost nothing with it: the time is
+the bytes. Codes of 4 bits and a scale of 16 for 64 of them are 0.27 of bfloat16's. A tile of codes is widened to x's
+format on its way from memory to the product, so a weight means the same number in every batch:
+
+    w = (code · scale + minimum) · unit        with a minimum
+    w = table[code] · scale · unit             with a table of sixteen values
+    w = (code - 128) · scale · unit            8 bits without; 4 bits: code - 8
+
+rounded once, and the product is that of `linear` on those numbers, bit for bit. Widening is work for each tile of rows,
+though; so for many rows the weight is widened once, and `linear` multiplies (Marlin, which does not, is slower than 16
+bits from 128 rows on).
+
+Scales and minima are half precision, the unit of a row a power of two. Codes of 4 bits lie two a byte, the first in the
+low half. With `rotate` the codes are of each 64 columns after a Walsh-Hadamard transform (QuaRot), and x is transformed
+as well: the transform is its own inverse.
+
+M rows, C input channels, F output features, G groups of a row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nn
+
+from .core.lang import cdiv, generation, tl, triton, wide
+from .core.launch import AutogradOp, as_rows, last_dim_contiguous, launch, launcher
+from .core.op import Budget, Case, Op
+from .core.tuned import tuned
+from .linear import product
+
+TURNED = 64  # columns that are rotated together
+MANY = 256  # rows above which the weight is widened once
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    bits: int,
+    group: int,
+    table: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The numbers (F, G · group) that codes (F, G · group · bits / 8) stand for, rotated if they are."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    codes_FGC = codes.unflatten(-1, (-1, group))
+    if len(table):
+        values = torch.tensor(table, dtype=dtype, device=codes.device)[codes_FGC.int()]
+    else:
+        values = codes_FGC.to(dtype) - (0 if minima is not None else 1 << (bits - 1))
+    w_FGC = values * (scales.to(dtype) * units.to(dtype)[:, None])[..., None]
+    if minima is not None:
+        w_FGC = w_FGC + (minima.to(dtype) * units.to(dtype)[:, None])[..., None]
+    return w_FGC.flatten(1)
+
+
+def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The orthonormal Walsh-Hadamard matrix of a power of two, symmetric and its own inverse."""
+    h = torch.ones(1, 1, dtype=dtype, device=device)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / n**0.5
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """x (…, C) with each 64 columns transformed; the last ones are filled up with zeros."""
+    x = nn.pad(x, (0, -x.shape[-1] % TURNED))
+    return (x.unflatten(-1, (-1, TURNED)) @ hadamard(TURNED, x.dtype, x.device)).flatten(-2)
+
+
+def _packed_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group: int = 64,
+    table: Sequence[int] = (),
+    rotate: bool = False,
+) -> torch.Tensor:
+    """x (…, C) · weightᵀ + bias for a packed weight of F rows, accumulated in float32.
+
+    `codes` (F, G · group · bits / 8) are bytes, `scales` and `minima` (F, G) float16, `units` (F,) float32."""
+    return _by_dtype(wide(x), x, codes, scales, minima, units, bias, bits, group, table, rotate)
+
+
+def _eager(x, codes, scales, minima, units, bias=None, bits=8, group=64, table=(), rotate=False):
+    return _by_dtype(x.dtype, x, codes, scales, minima, units, bias, bits, group, table, rotate)
+
+
+def _by_dtype(dtype, x, codes, scales, minima, units, bias, bits, group, table, rotate):
+    weight = dequantize(codes, scales, minima, units, bits, group, table, torch.promote_types(dtype, torch.float32))
+    weight = (rotated(weight) if rotate else weight)[:, : x.shape[-1]].to(dtype)
+    return nn.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+# ---- fused ----
+
+
+@triton.jit
+def _widen(
+    codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
+    BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Weights of rows f and BLOCK_C columns from `start`, which is a multiple of the block, in float32.
+
+    FIRST and SECOND are a table's sixteen bytes, eight each."""
+    BYTES: tl.constexpr = BLOCK_C * BITS // 8
+    GROUPS: tl.constexpr = BLOCK_C // GROUP
+    at = start // (8 // BITS) + tl.arange(0, BYTES).to(tl.int64)
+    g = start // GROUP + tl.arange(0, GROUPS).to(tl.int64)
+    row = (f < F)[:, None]
+    inside = row if WHOLE else row & (at < codes_row)[None, :]
+    known = row if WHOLE else row & (g < G)[None, :]
+    codes = tl.load(codes_ptr + f[:, None] * codes_row + at[None, :], mask=inside, other=0)
+    if BITS == 4:
+        codes = tl.reshape(tl.join(codes & 15, codes >> 4), [BLOCK_F, BLOCK_C])
+    if TABLE:
+        half = tl.where(codes < 8, tl.full([1, 1], FIRST, tl.int64), tl.full([1, 1], SECOND, tl.int64))
+        values = (half >> ((codes & 7) * 8).to(tl.int64)).to(tl.int8).to(tl.float32)
+    else:
+        values = codes.to(tl.float32) - (0 if MINIMUM else 1 << (BITS - 1))
+    unit = tl.load(units_ptr + f, mask=f < F, other=0.0)[:, None]
+    places = f[:, None] * scales_row + g[None, :] * scales_column
+    scale = tl.load(scales_ptr + places, mask=known, other=0.0).to(tl.float32) * unit
+    w = tl.reshape(values, [BLOCK_F, GROUPS, GROUP]) * scale[:, :, None]
+    if MINIMUM:
+        least = tl.load(minima_ptr + places, mask=known, other=0.0).to(tl.float32) * unit
+        w += least[:, :, None]
+    return tl.reshape(w, [BLOCK_F, BLOCK_C])
+
+
+@triton.jit(do_not_specialize=["M"])
+def packed_linear_kernel(
+    x_ptr, codes_ptr, scales_ptr, minima_ptr, units_ptr, bias_ptr, y_ptr, M, F, C, G,
+    x_row, codes_row, scales_row, scales_column,
+    BIAS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, as in `linear`. Tiles of the same features come one after the other."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    total = tl.zeros([BLOCK_F, ROWS], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C).to(tl.int64)
+        inside = (c >= 0) if WHOLE else (c < C)
+        x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
+        w = _widen(
+            codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
+            BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
+        )  # fmt: skip
+        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
+    y = tl.trans(total).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m[:, None] * F + f[None, :], y, mask=(m < M)[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def widen_kernel(
+    codes_ptr, scales_ptr, minima_ptr, units_ptr, w_ptr, F, C, G, codes_row, scales_row, scales_column,
+    BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of the weight (F, C), in w's format."""
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    start = tl.program_id(1).to(tl.int64) * BLOCK_C
+    w = _widen(
+        codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
+        BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
+    )  # fmt: skip
+    c = start + tl.arange(0, BLOCK_C).to(tl.int64)
+    inside = (f < F)[:, None] & (c < C)[None, :]
+    tl.store(w_ptr + f[:, None] * C + c[None, :], w.to(w_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def hadamard_kernel(x_ptr, y_ptr, M, C, x_row, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """64 columns of some rows, transformed: signs are those of the number of bits that row and column share."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + m[:, None] * x_row + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
+    i = tl.arange(0, COLUMNS)
+    shared = i[:, None] & i[None, :]
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    y = tl.dot(x, (1 - 2 * (shared & 1)).to(x.dtype), input_precision="ieee") * 0.125
+    tl.store(y_ptr + m[:, None] * y_row + c[None, :], y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None])
+
+
+def _tile(x: torch.Tensor, M: int) -> dict:
+    """ROWS of x, BLOCK_F features, BLOCK_C channels at a time: a multiple of every group, and of all rotated ones."""
+    arch = generation(x.device)
+    if arch == 0:
+        return {"ROWS": 16, "BLOCK_F": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1}
+    size, rows = ("few", 16) if M <= 16 or x.dtype == torch.float32 else ("some", 64)
+    default = {"BLOCK_F": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 4 if arch >= 90 else 3}
+    return {"ROWS": rows, **tuned("packed_linear", x.device, f"{size} {str(x.dtype)[6:]}", default)}
+
+
+def _bytes(table: Sequence[int]) -> tuple[int, int]:
+    """A table's numbers as two integers of eight bytes."""
+    packed = bytes(value & 255 for value in table).ljust(16, b"\0")
+    return int.from_bytes(packed[:8], "little", signed=True), int.from_bytes(packed[8:], "little", signed=True)
+
+
+@launcher
+def packed_linear_forward(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    table: Sequence[int],
+    rotate: bool,
+) -> torch.Tensor:
+    x_MC = last_dim_contiguous(as_rows(x))
+    if rotate:
+        given = x_MC
+        x_MC = x.new_empty(len(given), codes.shape[1] * 8 // bits)
+        launch(
+            hadamard_kernel, (cdiv(len(given), 16), x_MC.shape[1] // TURNED),
+            given, x_MC, *given.shape, given.stride(0), x_MC.stride(0), ROWS=16, COLUMNS=TURNED, num_warps=4,
+        )  # fmt: skip
+    (M, C), (F, G) = x_MC.shape, scales.shape
+    codes, first, second = last_dim_contiguous(codes), *_bytes(table)
+    packed = codes, scales, scales if minima is None else minima, units
+    layout = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
+    layout |= {"FIRST": first, "SECOND": second}
+    strides = codes.stride(0), *scales.stride()
+    if M > MANY and C % 64 == 0:  # rows that cannot be read 16 bytes at a time would cost `linear` its registers
+        tile = {"BLOCK_F": 16, "BLOCK_C": 64}
+        weight = torch.empty(F, C, dtype=x.dtype, device=x.device)
+        launch(
+            widen_kernel, (cdiv(F, tile["BLOCK_F"]), cdiv(C, tile["BLOCK_C"])), *packed, weight, F, C, G, *strides,
+            **layout, WHOLE=True, **tile, num_warps=4,
+        )  # fmt: skip
+        return product("linear", x_MC, weight, bias).view(*x.shape[:-1], F)
+    tile = _tile(x, M)
+    y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
+    launch(
+        packed_linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
+        x_MC, *packed, x if bias is None else bias, y, M, F, C, G, x_MC.stride(0), *strides,
+        BIAS=bias is not None, **layout, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
+    )  # fmt: skip
+    return y
+
+
+def _save(ctx, inputs, output):
+    x, codes, scales, minima, units, bias, *ctx.layout = inputs
+    ctx.dtypes, ctx.columns = (x.dtype, None if bias is None else bias.dtype), x.shape[-1]
+    ctx.save_for_backward(codes, scales, minima, units)
+
+
+def _gradient(ctx, dy):
+    codes, scales, minima, units = ctx.saved_tensors
+    bits, group, table, rotate = ctx.layout
+    dtype, bias_dtype = ctx.dtypes
+    weight = dequantize(codes, scales, minima, units, bits, group, table)
+    weight = (rotated(weight) if rotate else weight)[:, : ctx.columns].to(dtype)
+    dx = dy @ weight if ctx.needs_input_grad[0] else None
+    dbias = as_rows(dy).sum(0).to(bias_dtype) if ctx.needs_input_grad[5] else None
+    return dx, None, None, None, None, dbias, None, None, None, None
+
+
+_product = AutogradOp(packed_linear_forward, _save, _gradient)
+
+
+def _fused(x, codes, scales, minima, units, bias=None, bits=8, group=64, table=(), rotate=False):
+    return _product(x, codes, scales, minima, units, bias, bits, group, table, rotate)
+
+
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4's numbers, doubled
+
+
+def _batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, bias=False):
+    """Scales and minima lie as a GPU reads them: those of a group side by side."""
+    G = cdiv(C, max(group, TURNED if rotate else group)) * (TURNED // group if rotate else 1)
+    codes = m.integers(0, 256, F, G * group * bits // 8, dtype=torch.uint8)
+    scales = m.normal(G, F, scale=2.0 ** (1 - bits) * C**-0.5, dtype=torch.float16, grad=False).T
+    minima = m.normal(G, F, scale=C**-0.5, dtype=torch.float16, grad=False).T if minimum else None
+    layout = {"bits": bits, "group": group, "table": list(table), "rotate": rotate}
+    units = m.tensor([1.0, 0.5] * F)[:F] if m.device.type != "meta" else torch.empty(F, device="meta")
+    return m.normal(M, C), codes, scales, minima, units, *([m.normal(F)] if bias else []), layout
+
+
+def _moved(x, codes, scales, minima, units, *_, **__):
+    parts = codes.nbytes + scales.nbytes + (0 if minima is None else minima.nbytes) + units.nbytes
+    return parts + x.nbytes + x.nbytes // x.shape[-1] * len(units)
+
+
+packed_linear = Op(
+    name="packed_linear",
+    reference=_packed_linear,
+    eager=_eager,
+    fused=_fused,
+    rows=("x",),
+    cases=[
+        Case("one row", lambda m: _batch(m, 1, 64, 48)),
+        Case("bias and tails", lambda m: _batch(m, 3, 72, 40, bias=True)),
+        Case("4 bits", lambda m: _batch(m, 5, 128, 32, bits=4)),
+        Case("4 bits, minima, tails", lambda m: _batch(m, 20, 96, 40, bits=4, group=32, minimum=True, bias=True)),
+        Case("4 bits, rotated, tails", lambda m: _batch(m, 3, 72, 24, bits=4, minimum=True, rotate=True)),
+        Case("table", lambda m: _batch(m, 3, 64, 32, bits=4, group=32, table=E2M1)),
+        Case("groups of 16", lambda m: _batch(m, 3, 48, 32, group=16)),
+        Case("many rows", lambda m: _batch(m, MANY + 3, 64, 64, bits=4, minimum=True, bias=True)),
+        Case("many rows, table, rotated", lambda m: _batch(m, MANY + 3, 56, 64, 4, 32, table=E2M1, rotate=True)),
+        Case("many rows, tails", lambda m: _batch(m, MANY + 3, 40, 24, 8, 16, minimum=True)),
+        Case("no rows", lambda m: _batch(m, 0, 64, 32)),
+        Case("1x4096x14336", lambda m: _batch(m, 1, 4096, 14336), bench=True),
+        Case("1x4096x14336, 4 bits", lambda m: _batch(m, 1, 4096, 14336, 4, minimum=True), bench=True),
+        Case("1x4096x14336, 4 bits rotated", lambda m: _batch(m, 1, 4096, 14336, 4, 64, True, (), True), bench=True),
+        Case("64x4096x14336, table", lambda m: _batch(m, 64, 4096, 14336, 4, 32, table=E2M1), bench=True),
+        Case("64x4096x14336, groups of 16", lambda m: _batch(m, 64, 4096, 14336, 8, 16), bench=True),
+        Case("4096x4096x4096, 4 bits", lambda m: _batch(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
+    ],
+    traffic=lambda *args, **options: (_moved(*args, **options), _moved(*args, **options)),
+    budget={
+        "packed_linear_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1),
+        "widen_kernel": Budget(registers=64, vector=True),
+        "hadamard_kernel": Budget(registers=128),
+        "linear_kernel": Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
+    },
+    flops=lambda x, codes, scales, minima, units, *_, **__: (2 * x.numel() * len(units), 2 * x.numel() * len(units)),
+)
