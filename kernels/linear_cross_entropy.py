@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from .core.lang import tl, triton, wide
 from .core.launch import AutogradOp, is_real, launch, launcher
 from .core.op import Budget, Case, Op
-from .cpu import pointwise
+from .cpu import gemm, pointwise
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
 
 
@@ -106,21 +106,37 @@ class _Chunked(torch.autograd.Function):
         return *(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
 
 
+class _Products(NamedTuple):
+    """What a slab is multiplied with, by PyTorch: `gemm.Packed` of a weight as it lies."""
+
+    weight_VC: torch.Tensor
+
+    def multiply(self, hidden_SC):
+        return hidden_SC @ self.weight_VC.T
+
+    def multiply_back(self, d_logits_SV, d_hidden_SC):
+        torch.mm(d_logits_SV, self.weight_VC, out=d_hidden_SC)
+
+    def add_gradient(self, sum_VC, d_logits_SV, hidden_SC):
+        _add_gradient(sum_VC, d_logits_SV, hidden_SC)
+
+
 def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, want_weight=False):
     """Losses of all rows and, given each row's upstream gradient, the gradients of hidden and weight."""
     N, V = len(hidden_NC), len(weight_VC)
     losses_N = hidden_NC.new_empty(N, dtype=wide(hidden_NC))
     d_hidden_NC = torch.empty_like(hidden_NC) if want_hidden else None
     d_weight_VC = torch.zeros_like(weight_VC, dtype=wide(weight_VC)) if want_weight else None
+    products = gemm.Packed(weight_VC, want_hidden) if gemm.fits(hidden_NC, weight_VC) else _Products(weight_VC)
     for start in range(0, N, rows_per_slab(V)):
         rows = slice(start, start + rows_per_slab(V))
-        logits_SV = hidden_NC[rows] @ weight_VC.T
+        logits_SV = products.multiply(hidden_NC[rows])
         scale_S = None if scale_N is None else scale_N[rows]
         losses_N[rows], d_logits_SV = _slab(logits_SV, targets_N[rows], options, scale_S)
         if want_hidden:
-            torch.mm(d_logits_SV, weight_VC, out=d_hidden_NC[rows])
+            products.multiply_back(d_logits_SV, d_hidden_NC[rows])
         if want_weight:
-            _add_product(d_weight_VC, d_logits_SV.T, hidden_NC[rows])
+            products.add_gradient(d_weight_VC, d_logits_SV, hidden_NC[rows])
     return losses_N, d_hidden_NC, None if d_weight_VC is None else d_weight_VC.to(weight_VC.dtype)
 
 
@@ -194,10 +210,11 @@ def gpu_rows_per_slab(V: int) -> int:
     return max(128, (1 << 29) // V // 128 * 128)
 
 
-def _add_product(sum_VC, a_VS, b_SC):
-    """sum += a · b in the wide format: where possible within the product, without a pass of its own.
+def _add_gradient(sum_VC, a_SV, b_SC):
+    """sum += aᵀ · b in the wide format: where possible within the product, without a pass of its own.
 
     PyTorch 2.11 cannot trace a product that adds to a wider sum, but one with a wider result."""
+    a_VS = a_SV.T
     if a_VS.dtype == sum_VC.dtype:
         sum_VC.addmm_(a_VS, b_SC)
     elif sum_VC.device.type == "cpu":
@@ -232,7 +249,7 @@ def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidde
         if want_hidden:
             torch.mm(logits_SV, weight_VC, out=d_hidden_NC[rows])
         if want_weight:
-            _add_product(d_weight_VC, logits_SV.T, hidden_NC[rows])
+            _add_gradient(d_weight_VC, logits_SV, hidden_NC[rows])
     return losses_N, d_hidden_NC, d_weight_VC.to(weight_VC.dtype)
 
 

@@ -2,7 +2,8 @@
 
 An executor (`executors.py`): tiles of 64 tokens go through norm, projection and rotation, and later through the output
 projection and the feed-forward, without leaving the cache (kernels/cpu/fused_block.py). `install` puts it into a model
-that is about to be trained. Where it cannot run (no gradient is wanted, bfloat16, autocast), `Block.forward` does.
+that is about to be trained. Where it cannot run (no gradient is wanted, autocast, bfloat16 on another CPU than AMD's),
+`Block.forward` does.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _is_plain(block: Block) -> bool:
 
 
 def fusible_weights(block: FusedBlock, stream_BTC: Tensor) -> list[Tensor] | None:
-    """The weights of a block, if this call can be fused: it is trained, in float32 on a CPU."""
+    """The weights of a block, if this call can be fused: it is trained, on a CPU, in a format with fast products."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     attention, ffn = block.attention, block.ffn

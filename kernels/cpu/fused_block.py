@@ -1,41 +1,52 @@
-"""A layer's rows on a CPU, in float32: all that it does with each token by itself, as two differentiable functions.
+"""A layer's rows on a CPU: all that it does with each token by itself, as two differentiable functions.
 
     norm_qkv_rope    (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
     out_proj_mlp     (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
 
 Op by op, each product and pass writes a tensor to memory that the next one reads. Here 64 rows at a time go through all
 of them in C++ (csrc/cpu/training/token_rows.cpp), in tiles that never leave the cache, multiplied by a product of our
-own at the rate of the library's. What the backward pass needs is written once; it makes the rest anew. Only the
-gradients of weights, sums over all tokens, are products of the library. A row's numbers do not depend on the rows
-beside it, nor on the number of threads.
+own at the rate of the library's. What the backward pass needs is written once; it makes the rest anew. The gradients
+of weights are sums over all tokens: products of our own where those are faster (gemm.py), whose operands the tiles
+leave packed, else of the library. A row's numbers do not depend on the rows beside it, nor on the number of threads.
 
-`is_supported` says where they can stand in for a layer's ops. They need a CPU with AVX-512.
+In bfloat16 tensors are rounded where the ops round theirs; norms, gates, rotations and sums are float32.
+
+`is_supported` says where they can stand in for a layer's ops. They need a CPU with AVX-512, and for bfloat16 one of
+AMD with avx512_bf16.
 
 B batch, T time, C width of the stream, H query heads, K key heads, D head size, J = (H + 2 K) D, F hidden features.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..core import op
 from ..core.launch import is_real
-from . import pointwise
+from . import gemm, pointwise
 from .pointwise import CHUNK, _native
 
 GRAIN = 16  # widths come in multiples of a vector
 HAS_FUSED_BLOCK = pointwise.HAS_NATIVE and _native.has_panels()
+_PASSES = {}
+if HAS_FUSED_BLOCK:
+    _PASSES[torch.float32] = _native.NormQkvRope_float32, _native.OutProjMlp_float32
+    if gemm.is_fast(torch.bfloat16):
+        _PASSES[torch.bfloat16] = _native.NormQkvRope_bfloat16, _native.OutProjMlp_bfloat16
 
 
 def is_supported(stream_BTC: Tensor, *weights: Tensor) -> bool:
     """Can the two functions take a stream and a layer's weights?"""
+    dtype = stream_BTC.dtype
     return (
         HAS_FUSED_BLOCK
+        and dtype in _PASSES
         and op._backend != "triton"
         and stream_BTC.dim() == 3
-        and all(x.dtype == torch.float32 and x.is_cpu and not any(n % GRAIN for n in x.shape) for x in weights)
-        and stream_BTC.dtype == torch.float32
+        and all(x.dtype == dtype and x.is_cpu and not any(n % gemm.GRAIN[dtype] for n in x.shape) for x in weights)
         and is_real((stream_BTC, *weights))
         and not torch.is_autocast_enabled("cpu")
     )
@@ -79,23 +90,29 @@ class _NormQkvRope(torch.autograd.Function):
         D = len(qkv) // (heads[0] + 2 * heads[1])
         if positions is not None:
             positions = positions.expand(B, T).long().contiguous()
-        q, k, v = (torch.empty(B, T, count, D) for count in (*heads, heads[1]))
-        kept = norm, qkv, cos, sin, positions, torch.empty(B, T, C), torch.empty(B, T)
+        empty = partial(torch.empty, dtype=stream.dtype)
+        q, k, v = (empty(B, T, count, D) for count in (*heads, heads[1]))
+        kept = norm, qkv, cos, sin, positions, empty(B, T, C), torch.empty(B, T)
         ctx.numbers = *heads, eps
         ctx.save_for_backward(*kept)
-        _native.NormQkvRope(*ctx.numbers, *kept).forward(delta, stream, q, k, v)
+        _PASSES[stream.dtype][0](*ctx.numbers, *kept).forward(delta, stream, q, k, v)
         return q, k, v, kept[5]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         kept = ctx.saved_tensors
-        B, T, C = kept[5].shape
-        d_stream, normed, d_heads = torch.empty(B, T, C), torch.empty(B * T, C), torch.empty(B * T, len(kept[1]))
-        partial, d_norm = _room_for_norm(B * T, C)
+        norm, qkv, *_, total, _ = kept
+        (B, T, C), dtype = total.shape, total.dtype
+        packed = ctx.needs_input_grad[4] and gemm.is_fast(dtype)
+        empty = partial(gemm.room if packed else torch.empty, dtype=dtype)
+        d_stream, d_norm = torch.empty_like(total), torch.empty_like(norm)
+        normed, d_heads = empty(B * T, C), empty(B * T, len(qkv))
         arrived = [x.contiguous() for x in upstream]
-        _native.NormQkvRope(*ctx.numbers, *kept).backward(*arrived, d_stream, d_heads, normed, partial, d_norm)
-        d_qkv = torch.mm(d_heads.t(), normed) if ctx.needs_input_grad[4] else None  # frozen under an adapter
+        _PASSES[dtype][0](*ctx.numbers, *kept).backward(
+            *arrived, d_stream, d_heads, normed, packed, _partial(B * T, C), d_norm
+        )
+        d_qkv = _weight_gradient(ctx.needs_input_grad[4], packed, B * T, d_heads, normed)  # frozen under an adapter
         return d_stream, d_stream, d_norm, None, d_qkv, None, None, None, None
 
 
@@ -106,32 +123,46 @@ class _OutProjMlp(torch.autograd.Function):
             x.contiguous() for x in (gathered_BTHD, stream_BTC, output, norm_C, gate_up, down)
         )
         (B, T, C), F = stream.shape, down.shape[1]
-        delta = torch.empty(B, T, C)
-        kept = *weights, torch.empty(B, T, C), torch.empty(B * T), torch.empty(B * T, 2 * F)
+        empty = partial(torch.empty, dtype=stream.dtype)
+        delta = empty(B, T, C)
+        kept = *weights, empty(B, T, C), torch.empty(B * T), empty(B * T, 2 * F)
         ctx.eps = eps
         ctx.save_for_backward(gathered, *kept)
-        _native.OutProjMlp(eps, *kept).forward(gathered, stream, delta)
+        _PASSES[stream.dtype][1](eps, *kept).forward(gathered, stream, delta)
         return delta, kept[4]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_delta, d_sums):
         gathered, *kept = ctx.saved_tensors
-        (C, J), F = kept[0].shape, kept[3].shape[1]
+        output, norm, _, down, *_ = kept
+        (C, J), F, dtype = output.shape, down.shape[1], output.dtype
         N = gathered.numel() // J
+        _, _, *wanted = ctx.needs_input_grad
+        packed = any((wanted[0], *wanted[3:])) and gemm.is_fast(dtype)
+        empty = partial(gemm.room if packed else torch.empty, dtype=dtype)
         d_delta, d_sums = d_delta.contiguous(), d_sums.contiguous()
-        d_stream, d_gathered = torch.empty_like(d_sums), torch.empty(gathered.shape)
-        d_both, middle, normed = torch.empty(N, 2 * F), torch.empty(N, F), torch.empty(N, C)
-        partial, d_norm = _room_for_norm(N, C)
-        _native.OutProjMlp(ctx.eps, *kept).backward(
-            d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, partial, d_norm
-        )
-        _, _, output, _, _, gate_up, down = ctx.needs_input_grad
-        d_output = torch.mm(d_stream.view(N, C).t(), gathered.view(N, J)) if output else None
-        d_gate_up = torch.mm(d_both.t(), normed) if gate_up else None
-        d_down = torch.mm(d_delta.view(N, C).t(), middle) if down else None
+        d_stream, d_gathered, d_norm = torch.empty_like(d_sums), torch.empty_like(gathered), torch.empty_like(norm)
+        d_both, middle, normed = empty(N, 2 * F), empty(N, F), empty(N, C)
+        by_tokens = d_delta.view(N, C), d_stream.view(N, C), gathered.view(N, J)
+        if packed:
+            by_tokens = empty(N, C), empty(N, C), empty(N, J)
+        _PASSES[dtype][1](ctx.eps, *kept).backward(
+            d_sums, d_delta, d_stream, d_gathered, d_both, middle, normed, _partial(N, C), d_norm, gathered,
+            *(by_tokens if packed else (None, None, None)),
+        )  # fmt: skip
+        of_delta, of_stream, of_gathered = by_tokens
+        d_output = _weight_gradient(wanted[0], packed, N, of_stream, of_gathered)
+        d_gate_up = _weight_gradient(wanted[3], packed, N, d_both, normed)
+        d_down = _weight_gradient(wanted[4], packed, N, of_delta, middle)
         return d_gathered, d_stream, d_output, d_norm, None, d_gate_up, d_down
 
 
-def _room_for_norm(rows: int, C: int) -> tuple[Tensor, Tensor]:
-    return torch.empty((rows + CHUNK - 1) // CHUNK, C), torch.empty(C)
+def _partial(rows: int, C: int) -> Tensor:
+    return torch.empty((rows + CHUNK - 1) // CHUNK, C)
+
+
+def _weight_gradient(wanted: bool, packed: bool, N: int, left: Tensor, right: Tensor) -> Tensor | None:
+    if not wanted:
+        return None
+    return gemm.weight_gradient(left, right, N) if packed else torch.mm(left.t(), right)

@@ -10,7 +10,7 @@ namespace warploom {
 
 namespace {
 
-constexpr int kTile = NormBackward<float>::kChunk;
+constexpr int kTile = NormBackward<float>::kChunk;  // of either format
 
 // work(first, last, tile) for tiles of rows.
 template <class Work>
@@ -21,28 +21,36 @@ void parallel_for_tiles(int rows, const Work& work) {
 // Room that a thread keeps. `rows_at` makes it look like rows of a whole tensor of which it holds those from `first`.
 struct Room {
     Floats floats;
-    float* of(size_t count) {
-        if (floats.size() < count) floats.resize(count);
-        return floats.data();
+    template <class T>
+    T* of(size_t count) {
+        const size_t words = (count * sizeof(T) + 3) / 4;
+        if (floats.size() < words) floats.resize(words);
+        return reinterpret_cast<T*>(floats.data());
     }
-    Rows<float> rows_at(int first, int columns) { return {of(kTile * columns) - int64_t(first) * columns, columns}; }
+    template <class T>
+    Rows<T> rows_at(int first, int columns) { return {of<T>(kTile * columns) - int64_t(first) * columns, columns}; }
 };
-thread_local Room panels[3], of_hidden, of_stream;
+thread_local Room panels[3], of_hidden, of_stream, of_both, of_middle, of_normed;
 
-Rows<const float> read(const float* at, int columns) { return {at, columns}; }
-Rows<const float> read(Rows<float> x) { return {x.at, x.stride}; }
-Rows<float> write(float* at, int columns) { return {at, columns}; }
+template <class T>
+Rows<const T> read(const T* at, int columns) { return {at, columns}; }
+template <class T>
+Rows<const T> read(Rows<T> x) { return {x.at, x.stride}; }
+template <class T>
+Rows<T> write(T* at, int columns) { return {at, columns}; }
 
-Panels pack(Room& room, const float* w, int terms, int columns, bool over) {
-    return warploom::pack(w, terms, columns, over, room.of(size_t(terms) * columns));
+template <class T>
+Panels<T> pack(Room& room, const T* w, int terms, int columns, bool over) {
+    return warploom::pack(w, terms, columns, over, room.of<T>(size_t(terms) * columns));
 }
 
 }  // namespace
 
 // Calls work(rope, offset) for queries, keys and values, with the columns of J before them: values turn by nothing.
+template <class T>
 template <class Work>
-void NormQkvRope::rope(float sign, const Work& work) const {
-    Rope<float> t{batch, time, heads, head_width, half, sign, nullptr, 0, 0, head_width,
+void NormQkvRope<T>::rope(float sign, const Work& work) const {
+    Rope<T> t{batch, time, heads, head_width, half, sign, nullptr, 0, 0, head_width,
                   cos,   sin,  table_stride, table_rows, positions, {}};
     work(t, 0, 0);
     t.heads = key_heads;
@@ -51,16 +59,17 @@ void NormQkvRope::rope(float sign, const Work& work) const {
     work(t, (heads + key_heads) * head_width, 2);
 }
 
-void NormQkvRope::forward(const float* delta, const float* stream, float* q, float* k, float* v) const {
+template <class T>
+void NormQkvRope<T>::forward(const T* delta, const T* stream, T* q, T* k, T* v) const {
     const int C = channels, J = (heads + 2 * key_heads) * head_width;
-    float* const to[] = {q, k, v};
-    const Panels w = pack(panels[0], qkv, C, J, false);
+    T* const to[] = {q, k, v};
+    const Panels<T> w = pack(panels[0], qkv, C, J, false);
     parallel_for_tiles(batch * time, [&](int first, int last, int) {
-        const Rows<float> normed = of_stream.rows_at(first, C), all = of_hidden.rows_at(first, J);
-        NormForward<float>{batch * time, C, eps, read(delta, C), read(stream, C), norm, normed, write(sum, C), inverse}
+        const Rows<T> normed = of_stream.rows_at<T>(first, C), all = of_hidden.rows_at<T>(first, J);
+        NormForward<T>{batch * time, C, eps, read(delta, C), read(stream, C), norm, normed, write(sum, C), inverse}
             .run_range(first, last);
         multiply(read(normed), w, all, first, last);
-        rope(1, [&](Rope<float>& t, int offset, int which) {
+        rope(1, [&](Rope<T>& t, int offset, int which) {
             t.x = all.at + offset, t.time_stride = J, t.batch_stride = int64_t(time) * J;
             t.y = write(to[which], t.heads * head_width);
             t.run_range(first, last);
@@ -68,61 +77,84 @@ void NormQkvRope::forward(const float* delta, const float* stream, float* q, flo
     });
 }
 
-void NormQkvRope::backward(const Gradients& d) const {
+template <class T>
+void NormQkvRope<T>::backward(const Gradients& d) const {
     const int C = channels, J = (heads + 2 * key_heads) * head_width;
-    const float* const from[] = {d.q, d.k, d.v};
-    const Panels w = pack(panels[0], qkv, J, C, true);
-    const auto back = [&](Rows<float> d_normed) {
-        return NormBackward<float>{batch * time, C,       read(sum, C),       read(d_normed),     read(d.sum, C), norm,
-                                   inverse,      write(d.stream, C), write(d.normed, C), d.partial, d.norm};
+    const T* const from[] = {d.q, d.k, d.v};
+    const Panels<T> w = pack(panels[0], qkv, J, C, true);
+    const auto back = [&](Rows<T> d_normed, Rows<T> normed) {
+        return NormBackward<T>{batch * time, C,       read(sum, C),       read(d_normed),     read(d.sum, C), norm,
+                               inverse,      write(d.stream, C), normed, d.partial, d.norm};
     };
     parallel_for_tiles(batch * time, [&](int first, int last, int tile) {
-        rope(-1, [&](Rope<float>& t, int offset, int which) {
+        const Rows<T> d_heads = d.packed ? of_hidden.rows_at<T>(first, J) : write(d.heads, J);
+        const Rows<T> normed = d.packed ? of_normed.rows_at<T>(first, C) : write(d.normed, C);
+        const Rows<T> d_normed = of_stream.rows_at<T>(first, C);
+        rope(-1, [&](Rope<T>& t, int offset, int which) {
             t.x = from[which], t.time_stride = t.heads * head_width, t.batch_stride = time * t.time_stride;
-            t.y = {d.heads + offset, J};
+            t.y = {d_heads.at + offset, J};
             t.run_range(first, last);
         });
-        const Rows<float> d_normed = of_stream.rows_at(first, C);
-        multiply(read(d.heads, J), w, d_normed, first, last);
-        back(d_normed).run_chunk(tile);
+        multiply(read(d_heads), w, d_normed, first, last);
+        back(d_normed, normed).run_chunk(tile);
+        if (!d.packed) return;
+        pack_tokens(read(d_heads), first, last, J, true, d.heads);
+        pack_tokens(read(normed), first, last, C, false, d.normed);
     });
-    back({}).reduce();
+    back({}, {}).reduce();
 }
 
-void OutProjMlp::forward(const float* heads, const float* stream, float* delta) const {
+template <class T>
+void OutProjMlp<T>::forward(const T* heads, const T* stream, T* delta) const {
     const int C = channels, F = hidden;
-    const Panels w_output = pack(panels[0], output, gathered, C, false),
+    const Panels<T> w_output = pack(panels[0], output, gathered, C, false),
                  w_both = pack(panels[1], gate_up, C, 2 * F, false), w_down = pack(panels[2], down, F, C, false);
     parallel_for_tiles(rows, [&](int first, int last, int) {
-        const Rows<float> x = of_stream.rows_at(first, C), middle = of_hidden.rows_at(first, F), all = write(both, 2 * F);
+        const Rows<T> x = of_stream.rows_at<T>(first, C), middle = of_hidden.rows_at<T>(first, F), all = write(both, 2 * F);
         multiply(read(heads, gathered), w_output, x, first, last);
-        NormForward<float>{rows, C, eps, read(x), read(stream, C), norm, x, write(sum, C), inverse}.run_range(first, last);
+        NormForward<T>{rows, C, eps, read(x), read(stream, C), norm, x, write(sum, C), inverse}.run_range(first, last);
         multiply(read(x), w_both, all, first, last);
-        Gating<float>{Gate::silu, rows, F, read(all), {all.at + F, all.stride}, {}, middle, {}, {}}.run_range(first, last);
+        Gating<T>{Gate::silu, rows, F, read(all), {all.at + F, all.stride}, {}, middle, {}, {}}.run_range(first, last);
         multiply(read(middle), w_down, write(delta, C), first, last);
     });
 }
 
-void OutProjMlp::backward(const Gradients& d) const {
+template <class T>
+void OutProjMlp<T>::backward(const Gradients& d) const {
     const int C = channels, F = hidden;
-    const Panels w_output = pack(panels[0], output, C, gathered, true),
+    const Panels<T> w_output = pack(panels[0], output, C, gathered, true),
                  w_both = pack(panels[1], gate_up, 2 * F, C, true), w_down = pack(panels[2], down, C, F, true);
-    const auto back = [&](Rows<float> d_normed) {
-        return NormBackward<float>{rows,    C,       read(sum, C),       read(d_normed),     read(d.sum, C), norm,
-                                   inverse, write(d.stream, C), write(d.normed, C), d.partial, d.norm};
+    const auto back = [&](Rows<T> d_normed, Rows<T> normed) {
+        return NormBackward<T>{rows,    C,       read(sum, C),       read(d_normed),     read(d.sum, C), norm,
+                               inverse, write(d.stream, C), normed, d.partial, d.norm};
     };
+    const bool packed = d.of_delta;
     parallel_for_tiles(rows, [&](int first, int last, int tile) {
-        const Rows<float> d_middle = of_hidden.rows_at(first, F), d_normed = of_stream.rows_at(first, C);
-        const Rows<float> all = write(both, 2 * F), d_all = write(d.both, 2 * F);
+        const Rows<T> d_middle = of_hidden.rows_at<T>(first, F), d_normed = of_stream.rows_at<T>(first, C);
+        const Rows<T> all = write(both, 2 * F), d_all = packed ? of_both.rows_at<T>(first, 2 * F) : write(d.both, 2 * F);
+        const Rows<T> middle = packed ? of_middle.rows_at<T>(first, F) : write(d.middle, F);
+        const Rows<T> normed = packed ? of_normed.rows_at<T>(first, C) : write(d.normed, C);
         multiply(read(d.delta, C), w_down, d_middle, first, last);
-        Gating<float>{Gate::silu,     rows,  F,  read(all), {all.at + F, all.stride}, read(d_middle), write(d.middle, F), d_all,
-                      {d_all.at + F, d_all.stride}}
+        Gating<T>{Gate::silu, rows,  F, read(all), {all.at + F, all.stride}, read(d_middle), middle, d_all,
+                  {d_all.at + F, d_all.stride}}
             .run_range(first, last);
         multiply(read(d_all), w_both, d_normed, first, last);
-        back(d_normed).run_chunk(tile);
-        multiply(read(d.stream, C), w_output, write(d.heads, gathered), first, last);
+        back(d_normed, normed).run_chunk(tile);
+        multiply(read<T>(d.stream, C), w_output, write(d.heads, gathered), first, last);
+        if (!packed) return;
+        pack_tokens(read(d.delta, C), first, last, C, true, d.of_delta);
+        pack_tokens(read(middle), first, last, F, false, d.middle);
+        pack_tokens(read(d_all), first, last, 2 * F, true, d.both);
+        pack_tokens(read(normed), first, last, C, false, d.normed);
+        pack_tokens(read<T>(d.stream, C), first, last, C, true, d.of_stream);
+        pack_tokens(read(d.gathered, gathered), first, last, gathered, false, d.of_gathered);
     });
-    back({}).reduce();
+    back({}, {}).reduce();
 }
+
+template struct NormQkvRope<float>;
+template struct NormQkvRope<bfloat16>;
+template struct OutProjMlp<float>;
+template struct OutProjMlp<bfloat16>;
 
 }  // namespace warploom

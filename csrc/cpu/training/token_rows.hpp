@@ -7,7 +7,7 @@
 // to memory: the sums, 1 / rms, q, k, v and the gate's two halves. Backward, the same tiles go the other way, make the
 // normed rows and the feed-forward's middle anew, and leave side by side what the gradients of weights are products of.
 //
-// Every tensor is contiguous. C channels of the stream, J = all heads' numbers, H·D those of the queries, F hidden.
+// T is float, or bfloat16 where `has_fast_pairs`. Every tensor is contiguous. C channels of the stream, J = all heads' numbers, H·D those of the queries, F hidden.
 #pragma once
 #include <cstdint>
 
@@ -15,20 +15,25 @@
 
 namespace warploom {
 
+template <class T>
 struct NormQkvRope {
     int batch, time, channels, heads, key_heads, head_width, half;
     float eps;
-    const float *norm, *qkv;  // weights (C), (J, C)
+    const T *norm, *qkv;  // weights (C), (J, C)
     const float *cos, *sin;
     int64_t table_stride, table_rows;
     const int64_t* positions;
-    float *sum, *inverse;  // (N, C), (N)
+    T* sum;  // (N, C)
+    float* inverse;  // (N)
 
-    void forward(const float* delta, const float* stream, float* q, float* k, float* v) const;
+    void forward(const T* delta, const T* stream, T* q, T* k, T* v) const;
 
     struct Gradients {
-        const float *q, *k, *v, *sum;                  // what arrives
-        float *stream, *heads, *normed, *partial, *norm;  // (N, C), (N, J), (N, C), (chunks, C), (C)
+        const T *q, *k, *v, *sum;             // what arrives
+        T *stream, *heads, *normed;           // (N, C), (N, J), (N, C)
+        bool packed;                          // heads and normed: as operands of a product over tokens (gemm.hpp)
+        float* partial;                       // (chunks, C)
+        T* norm;                              // (C)
     };
     void backward(const Gradients& d) const;
 
@@ -37,17 +42,24 @@ private:
     void rope(float sign, const Work& work) const;
 };
 
+template <class T>
 struct OutProjMlp {
     int rows, channels, gathered, hidden;  // N, C, H·D, F
     float eps;
-    const float *output, *norm, *gate_up, *down;  // weights (C, H·D), (C), (2F, C), (C, F)
-    float *sum, *inverse, *both;                  // (N, C), (N), (N, 2F)
+    const T *output, *norm, *gate_up, *down;  // weights (C, H·D), (C), (2F, C), (C, F)
+    T* sum;          // (N, C)
+    float* inverse;  // (N)
+    T* both;         // (N, 2F)
 
-    void forward(const float* heads, const float* stream, float* delta) const;
+    void forward(const T* heads, const T* stream, T* delta) const;
 
     struct Gradients {
-        const float *sum, *delta;                                             // what arrives
-        float *stream, *heads, *both, *middle, *normed, *partial, *norm;  // (N, C), (N, H·D), (N, 2F), (N, F), …
+        const T *sum, *delta;                          // what arrives
+        T *stream, *heads, *both, *middle, *normed;    // (N, C), (N, H·D), (N, 2F), (N, F), (N, C)
+        float* partial;                                // (chunks, C)
+        T* norm;                                       // (C)
+        const T* gathered;                             // (N, H·D): the heads of the forward pass
+        T *of_delta, *of_stream, *of_gathered;         // packed, as are both, middle and normed then; or null
     };
     void backward(const Gradients& d) const;
 };
