@@ -168,7 +168,7 @@ WARPLOOM_INLINE void load_as(const float* p, V& x) {
     std::memcpy(&x, p, sizeof(V));
 }
 template <class V>
-WARPLOOM_INLINE void store_as(float* p, const V& x) {
+WARPLOOM_INLINE void store_as(float* p, V x) {
     std::memcpy(p, &x, sizeof(V));
 }
 

@@ -54,7 +54,7 @@ WARPLOOM_INLINE void load_as(const float* p, Sixteen<R>& x) {
     for (int i = 0; i < Sixteen<R>::kParts; ++i) load_as(p + i * lanes_of<R>, x.part[i]);
 }
 template <class R>
-WARPLOOM_INLINE void store_as(float* p, const Sixteen<R>& x) {
+WARPLOOM_INLINE void store_as(float* p, Sixteen<R> x) {
     for (int i = 0; i < Sixteen<R>::kParts; ++i) store_as(p + i * lanes_of<R>, x.part[i]);
 }
 template <class V>

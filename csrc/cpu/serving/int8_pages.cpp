@@ -157,8 +157,10 @@ struct Loops {
                 const V key = load_as<V>(&s.keys[d * kRound + tile * kTile]);
                 for (int i = 0; i < QUERIES; ++i) total[i] += key * s.queries[size_t(q + i) * D + d];
             }
-            for (int i = 0; i < QUERIES; ++i)
-                store_as(&s.scores[(q + i) * s.row + tile * kTile], total[i] * (load_as<V>(scales + tile * kTile) * s.scales[q + i]));
+            for (int i = 0; i < QUERIES; ++i) {
+                const V score = total[i] * (load_as<V>(scales + tile * kTile) * s.scales[q + i]);
+                store_as(&s.scores[(q + i) * s.row + tile * kTile], score);
+            }
         }
     }
 
