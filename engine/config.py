@@ -408,9 +408,11 @@ class ModelConfig:
         scores = 12 * self.n_heads * self.head_size * seen
         return (weights + scores) * (1.0 if training else 1 / 3)
 
-    def kv_bytes_per_token(self, element_size: int = 2) -> int:
-        """Cache a generated token occupies over all layers."""
-        return 2 * self.n_layers * self.kv_heads * self.head_size * element_size
+    def kv_bytes_per_token(self, element_size: int = 2, latent: bool = False) -> int:
+        """Cache a generated token occupies over all layers; `latent`: of what latent attention makes keys and values
+        from."""
+        numbers = self.kv_rank + self.rope_dim if latent else 2 * self.kv_heads * self.head_size
+        return self.n_layers * numbers * element_size
 
     # Presets and files.
 

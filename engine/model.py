@@ -128,16 +128,22 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTC: Tensor, rotate: Rotate, attend: Attend) -> Tensor:
         H, D, V = self.heads[0], self.head_size, self.value_dim
-        asked_BTC = x_BTC if self.q_down is None else self.q_norm(self.q_down(x_BTC))
-        q_BTHD = self.q_up(asked_BTC).unflatten(-1, (H, D))
-        latent_BTL, turning_BTR = self.kv_down(x_BTC).split(self.latent, dim=-1)
-        still_BTHS, v_BTHV = (
-            self.kv_up(self.kv_norm(latent_BTL)).unflatten(-1, (H, -1)).split((D - self.latent[1], V), -1)
-        )
-        k_BTHD = torch.cat([turning_BTR.unsqueeze(-2).expand(*still_BTHS.shape[:-1], -1), still_BTHS], -1)
+        q_BTHD, (latent_BTL, turning_BT1R) = self.queries(x_BTC), self.latents(x_BTC)
+        still_BTHS, v_BTHV = self.kv_up(latent_BTL).unflatten(-1, (H, -1)).split((D - self.latent[1], V), -1)
+        k_BTHD = torch.cat([turning_BT1R.expand(*still_BTHS.shape[:-1], -1), still_BTHS], -1)
         q_BTHD, k_BTHD = rotate(q_BTHD, k_BTHD)
         gathered_BTHD = attend(q_BTHD, k_BTHD, F.pad(v_BTHV, (0, D - V)), self)
         return self.output(gathered_BTHD[..., :V].flatten(-2))
+
+    def queries(self, x_BTC: Tensor) -> Tensor:
+        """Queries, whose first columns rotate."""
+        asked_BTC = x_BTC if self.q_down is None else self.q_norm(self.q_down(x_BTC))
+        return self.q_up(asked_BTC).unflatten(-1, (self.heads[0], self.head_size))
+
+    def latents(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """A token's latent vector, and the part of its keys that rotates and that all heads share."""
+        latent_BTL, turning_BTR = self.kv_down(x_BTC).split(self.latent, dim=-1)
+        return self.kv_norm(latent_BTL), turning_BTR.unsqueeze(-2)
 
 
 LATENT_EPS = 1e-6  # of a latent vector's norms, whatever the config's norm_eps: published models leave it at that

@@ -5,6 +5,8 @@ from .attention import attention
 from .basics import scaled_dot_product_attention, silu, softmax
 from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
+from .head_linear import head_linear
+from .latent_attention import latent_attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_residual import linear_residual, normed_linear
@@ -31,6 +33,8 @@ __all__ = [
     "attention",
     "backend",
     "cross_entropy",
+    "head_linear",
+    "latent_attention",
     "linear",
     "linear_cross_entropy",
     "linear_residual",

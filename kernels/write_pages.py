@@ -42,6 +42,7 @@ def _write_pages(
     v_scale: torch.Tensor | None = None,
 ) -> None:
     """Writes k and v (T, K, D) into the pages (P, page, K, D) at `slots` (T,), in place; negative slots are skipped.
+    v and its pages may have another D.
 
     Pages hold k / `k_scale` and v / `v_scale` (K,), if these are given."""
     kept = (slots >= 0).nonzero().squeeze(-1)
@@ -73,7 +74,7 @@ def scaled(x, scale_ptr, head, mask, SCALED: tl.constexpr):
 def kv_write_kernel(
     k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, slots_ptr, k_scale_ptr, v_scale_ptr,
     heads, k_token, k_head, k_dim, v_token, v_head, v_dim,
-    D: tl.constexpr, LIMIT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, V_D: tl.constexpr, LIMIT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
 ):  # fmt: skip
     """One token: all its heads."""
@@ -81,14 +82,14 @@ def kv_write_kernel(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
         head, col = tl.arange(0, HEADS).to(tl.int64)[:, None], tl.arange(0, BLOCK).to(tl.int64)[None, :]
-        mask = (head < heads) & (col < D)
-        place = slot * heads * D + head * D + col
+        mask, v_mask = (head < heads) & (col < D), (head < heads) & (col < V_D)
+        place, v_place = slot * heads * D + head * D + col, slot * heads * V_D + head * V_D + col
         k = tl.load(k_ptr + token * k_token + head * k_head + col * k_dim, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + token * v_token + head * v_head + col * v_dim, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + token * v_token + head * v_head + col * v_dim, mask=v_mask, other=0.0).to(tl.float32)
         k = scaled(k, k_scale_ptr, head, head < heads, K_SCALED)
         v = scaled(v, v_scale_ptr, head, head < heads, V_SCALED)
         tl.store(k_pages_ptr + place, saturate(k, LIMIT).to(k_pages_ptr.dtype.element_ty), mask=mask)
-        tl.store(v_pages_ptr + place, saturate(v, LIMIT).to(v_pages_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_pages_ptr + v_place, saturate(v, LIMIT).to(v_pages_ptr.dtype.element_ty), mask=v_mask)
 
 
 def page_limit(pages: torch.Tensor) -> float:
@@ -107,12 +108,13 @@ def write_pages_launch(
     v_scale: torch.Tensor | None,
 ) -> None:
     T, K, D = k.shape
-    heads, block = next_power_of_2(K), next_power_of_2(D)
+    heads, block = next_power_of_2(K), next_power_of_2(max(D, v.shape[2]))
     launch(
         kv_write_kernel, (T,),
         k, v, k_pages, v_pages, slots, k if k_scale is None else k_scale, v if v_scale is None else v_scale,
         K, *k.stride(), *v.stride(), K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
-        D=D, LIMIT=page_limit(k_pages), HEADS=heads, BLOCK=block, num_warps=max(1, min(8, heads * block // 512)),
+        D=D, V_D=v.shape[2], LIMIT=page_limit(k_pages), HEADS=heads, BLOCK=block,
+        num_warps=max(1, min(8, heads * block // 512)),
     )  # fmt: skip
 
 
@@ -122,14 +124,15 @@ def _write_pages_fused(k, v, k_pages, v_pages, slots, k_scale=None, v_scale=None
     write_pages_launch(k, v, k_pages, v_pages, slots, k_scale, v_scale)
 
 
-def _batch(m, T, K, D, P, page, page_dtype=None):
+def _batch(m, T, K, D, P, page, page_dtype=None, v_dim=None):
     slots = torch.randperm(P * page, generator=m.generator)[:T].to(m.device)
     if m.device.type != "meta":
         slots[T // 2 : T // 2 + 1] = -1
-    k, v = m.normal(T, K, D, grad=False), m.normal(T, K, D, grad=False)
+    widths = D, v_dim or D
+    k, v = (m.normal(T, K, width, grad=False) for width in widths)
     if page_dtype is not None:  # representable numbers: the interpreter's own rounding to float8 drops a carry
         k, v = k.to(page_dtype).to(m.dtype), v.to(page_dtype).to(m.dtype)
-    pages = (torch.zeros(P, page, K, D, dtype=page_dtype or m.dtype, device=m.device) for _ in range(2))
+    pages = (torch.zeros(P, page, K, width, dtype=page_dtype or m.dtype, device=m.device) for width in widths)
     return k, v, *pages, slots
 
 
@@ -145,6 +148,7 @@ write_pages = Op(
             "float8 pages, a scale a head",
             lambda m: (*_batch(m, 5, 2, 32, 3, 4, torch.float8_e5m2), m.tensor([0.5, 4.0]), m.tensor([2.0, 0.25])),
         ),
+        Case("narrow values", lambda m: _batch(m, 5, 1, 40, 3, 4, v_dim=8)),
         Case("no tokens", lambda m: _batch(m, 0, 2, 8, 2, 4)),
         Case("8192 tokens, 8 heads of 128", lambda m: _batch(m, 8192, 8, 128, 1024, 16), bench=True),
     ],

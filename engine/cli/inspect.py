@@ -61,12 +61,13 @@ def show_model(options: argparse.Namespace) -> None:
 
 def _executors(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Faster ways to compute than the definition, each with the fields that it does not know."""
-    from ..serving.execution.gpu_model import PagedAttention
+    from ..serving.execution.gpu_model import PagedAttention, PagedLatentAttention
     from ..serving.execution.serving_model import NativeTransformer
     from ..training.fused_block import is_supported as is_fused
 
+    paged = PagedLatentAttention if config.kv_rank else PagedAttention
     predicates = {"serve in one C++ call": NativeTransformer.is_supported, "serve on a GPU, fused":
-                  PagedAttention.is_supported, "train in fused blocks": is_fused}  # fmt: skip
+                  paged.is_supported, "train in fused blocks": is_fused}  # fmt: skip
     for executor, is_supported in predicates.items():
         refused = ", ".join(f"{field}={value!r}" for field, value in is_supported.refused(config).items())
         yield executor, "" if is_supported(config) else refused or "widths are not whole vectors"

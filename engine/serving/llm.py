@@ -26,6 +26,7 @@ from ..formats.packed_weight import describe, is_packed
 from ..model import Block, Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
+from .execution.gpu_model import keeps_latents
 from .execution.int8_pages import TILE
 from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
 from .execution.lora import ServedAdapters, open_adapters
@@ -135,7 +136,10 @@ class LLM:
                 measure = team.memory_for_pages if team else memory_for_pages
                 measured = measure(self.model, max_batch_tokens, max_batch)
                 memory = measured if memory is None else memory
-            cost = sum(PagedKVCache.bytes_per_page(each.config, page_size, cache_dtype) for each in models)
+            tuned = (self.adapters or None, None)
+            latent = [keeps_latents(each.config, where, own) for each, own in zip(models, tuned)]
+            sizes = zip(models, latent)
+            cost = sum(PagedKVCache.bytes_per_page(each.config, page_size, cache_dtype, own) for each, own in sizes)
             if fitted:  # a quarter of the context each, as conversations are; who outgrows that may be preempted
                 max_batch = min(max_batch, max(16, memory // cost * page_size * 4 // self.max_seq_len))
             enough = max_batch * -(-self.max_seq_len // page_size)

@@ -158,7 +158,7 @@ def _digest(digests: list[bytes], parent: int, tokens: Any, page: np.ndarray) ->
 
 
 def _page_bytes(store: Any) -> int:
-    return 2 * store.keys[:, 0].numel() * store.keys.element_size()
+    return sum(side[:, 0].nbytes for side in (store.keys, store.values))
 
 
 def _read(store: Any, numbers: list[int]) -> np.ndarray:
@@ -171,6 +171,7 @@ def _read(store: Any, numbers: list[int]) -> np.ndarray:
 def _write(store: Any, numbers: list[int], rows: np.ndarray) -> None:
     index = torch.tensor(numbers, device=store.keys.device)
     data = torch.from_numpy(np.array(rows)).to(store.keys.device)
-    for side, part in zip((store.keys, store.values), data.chunk(2, 1)):
+    sides = store.keys, store.values
+    for side, part in zip(sides, data.split([side[:, 0].nbytes for side in sides], 1)):
         target = side.view(torch.uint8)
         target[:, index] = part.unflatten(1, (target.shape[0], *target.shape[2:])).transpose(0, 1)

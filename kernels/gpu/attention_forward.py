@@ -20,9 +20,9 @@ from .attention_tiles import (
     UNSPECIALIZED,
     all_visible,
     capped,
+    first_peak,
     key_run,
     load_tile,
-    softmax_start,
     store_tile,
     tile_coordinates,
     tile_of_head,
@@ -56,7 +56,8 @@ def attention_forward_kernel(
 
     position = row + k_len - q_len
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
-    m_i, l_i = softmax_start(sinks, head, BLOCK_M)
+    m_i = first_peak(sinks, head, BLOCK_M)
+    l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(begin, end, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)

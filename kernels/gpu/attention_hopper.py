@@ -27,18 +27,15 @@ from .attention_tiles import (
     LOG2E,
     UNSPECIALIZED,
     capped,
+    first_peak,
     head_of,
     key_run,
     query_run,
-    softmax_start,
     store_tile,
     through_cap,
     tile_coordinates,
     tile_of_head,
 )
-
-if HAS_TRITON:
-    from triton.runtime import _allocation
 
 NAMES = ("forward", "dq", "dkdv")
 
@@ -118,7 +115,8 @@ def attention_hopper_kernel(
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
     end = tl.where(idle, begin, end)
     last = _last_visible(rows, q_len, k_len, CAUSAL, WINDOW)
-    m_i, l_i = softmax_start(sinks, head, BLOCK_M)
+    m_i = first_peak(sinks, head, BLOCK_M)
+    l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(begin, end, BLOCK_N, warp_specialize=True):
         here = key + tl.arange(0, BLOCK_N)
@@ -286,8 +284,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 def kernel_and_tile(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> tuple:
     """The kernel to launch, for "forward", "dq" or "dkdv", and its tile. To be called before each launch, in its
     thread: Triton asks this thread's allocator for the descriptors' room, ours where nobody has set one."""
-    if HAS_TRITON and type(_allocation._allocator.get()) is _allocation.NullAllocator:
-        triton.set_allocator(_scratch)
+    if HAS_TRITON:
+        from triton.runtime import _allocation
+
+        if type(_allocation._allocator.get()) is _allocation.NullAllocator:
+            triton.set_allocator(_scratch)
     return KERNELS[kernel], tile_of(kernel, D, dtype, device)
 
 

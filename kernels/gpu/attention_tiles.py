@@ -159,15 +159,13 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 
 @triton.jit
-def softmax_start(sinks, heads, ROWS: tl.constexpr):
-    """Maximum and sum (ROWS) of an online softmax before its first key: those of nothing, or of each row's sink."""
+def first_peak(sinks, heads, ROWS: tl.constexpr):
+    """Maximum (ROWS) of an online softmax before its first key: none, or each row's sink, whose weight is 1 then."""
     if sinks is None:
-        m_i = tl.full([ROWS], float("-inf"), tl.float32)
-        l_i = tl.zeros([ROWS], tl.float32)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
     else:
-        m_i = tl.zeros([ROWS], tl.float32) + tl.load(sinks + heads).to(tl.float32) * LOG2E
-        l_i = tl.full([ROWS], 1.0, tl.float32)
-    return m_i, l_i
+        peak = tl.zeros([ROWS], tl.float32) + tl.load(sinks + heads).to(tl.float32) * LOG2E
+    return peak
 
 
 @triton.jit

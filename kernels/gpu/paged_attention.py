@@ -12,24 +12,32 @@ and segments at multiples of SEGMENT, wherever a chunk is cut and a window begin
 merged in order; blocks that a row does not see change no bit of it; and what a compiler might contract is an explicit
 `fma`. Only the rows of `o` are written, padding included: nothing is cleared beforehand.
 
+Latent attention (DeepSeek-V2) is the same walk with one key head of two parts: a latent vector, also the value, and
+a few rotated columns (R), which lie in the pages that hold values elsewhere. Its many query heads are cut into
+groups of a tile, each of which reads the one key head.
+
 Lengths stay on the device and programs without work leave at once, so a CUDA graph can hold the launch; the grid has
 room for as many segments as the page table has columns for, which is how a caller bounds it.
 
 T tokens, N sequences, H query heads, K key heads, G = H / K, D head dim, P pages.
 """
 
+import math
+
 import torch
 
 from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
-from ..core.launch import launch, launcher
+from ..core.launch import last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
 from .attention_launch import check_scale, search_steps
-from .attention_tiles import LOG2E, capped, sequence_of_tile, softmax_start, visible
+from .attention_tiles import LOG2E, capped, first_peak, sequence_of_tile, visible
 
 SEGMENT = 256
 """Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
 UNROLL = 8
 """Segments that are fetched at once when they are added up: one after the other, each would wait 0.4 µs for L2."""
+LATENT_HEADS = 16
+"""Query heads of latent attention that read a latent vector together, if they are a multiple: one tile of few rows."""
 UNSPECIALIZED = ("tokens", "sequences", "grid_splits", "split_programs", "stride_table", "stride_sn", "stride_sh")
 """Arguments that change from step to step: no kernel is compiled for their values, in the middle of serving."""
 
@@ -66,7 +74,8 @@ def _add_stored_segments(
     """(Q_PER_KV, D): a decode row's segments, merged in order."""
     head = tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    m_i, l_i = softmax_start(sinks, first_head + head % Q_PER_KV, ROWS)
+    m_i = first_peak(sinks, first_head + head % Q_PER_KV, ROWS)
+    l_i = tl.full([ROWS], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row_stats = stats + head * stride_sh
     row_partial = partial + (head * stride_ph)[:, None] + column[None, :]
@@ -84,14 +93,15 @@ def _add_stored_segments(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def paged_attention_kernel(
-    q, k_pages, v_pages, sinks, table, contexts, starts, o, partial, stats, arrivals,
-    stride_qt, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
+    q, q_turned, k_pages, v_pages, sinks, table, contexts, starts, o, partial, stats, arrivals,
+    stride_qt, stride_qh, stride_rt, stride_rh,
+    stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
     tokens, sequences, grid_splits, split_programs, k_scales, v_scales,
     Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G_ROWS: tl.constexpr, UNROLL: tl.constexpr,
-    K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Programs below `split_programs` take one segment of one sequence that decodes, the others a tile of a chunk."""
     BLOCK_Q: tl.constexpr = BLOCK_M // Q_PER_KV
@@ -138,6 +148,10 @@ def paged_attention_kernel(
     here_T = (first + token).to(tl.int64) + row_token
     q_offsets = (here_T * stride_qt + row_head * stride_qh)[:, None] + column[None, :]
     q_tile = tl.load(q + q_offsets, mask=inside, other=0.0)
+    turned = tl.arange(0, BLOCK_R)
+    if R > 0:
+        turned_offsets = (here_T * stride_rt + row_head * stride_rh)[:, None] + turned[None, :]
+        q_turned_tile = tl.load(q_turned + turned_offsets, mask=real[:, None] & (turned[None, :] < R), other=0.0)
     q_pos = lowest + row_token
     pages = table + sequence.to(tl.int64) * stride_table
     k_scale = tl.load(k_scales + head).to(tl.float32) if K_SCALED else tl.full([], 1.0, tl.float32)
@@ -145,7 +159,8 @@ def paged_attention_kernel(
     k_pages += head * stride_kh
     v_pages += head * stride_vh
 
-    m_i, l_i = softmax_start(sinks, row_head, BLOCK_M)
+    m_i = first_peak(sinks, row_head, BLOCK_M)
+    l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_s = tl.zeros([BLOCK_M], tl.float32)
@@ -162,7 +177,13 @@ def paged_attention_kernel(
         there = (keys[:, None] < end) & (column[None, :] < D)
         k_offsets = (page * stride_kp + slot * stride_ks)[:, None] + column[None, :]
         k = tl.load(k_pages + k_offsets, mask=there, other=0.0).to(q_tile.dtype)
-        scores = capped(tl.dot(q_tile, tl.trans(k), input_precision="ieee") * k_scale, SCALE, SOFTCAP)
+        products = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        v_offsets = (page * stride_vp + slot * stride_vs)[:, None]
+        if R > 0:
+            seen = (keys[:, None] < end) & (turned[None, :] < R)
+            k_turned = tl.load(v_pages + v_offsets + turned[None, :], mask=seen, other=0.0).to(q_tile.dtype)
+            products = tl.dot(q_turned_tile, tl.trans(k_turned), products, input_precision="ieee")
+        scores = capped(products * k_scale, SCALE, SOFTCAP)
         scores = tl.where(visible(q_pos[:, None], keys[None, :], end, True, WINDOW), scores, float("-inf"))
         new_m = tl.maximum(m_s, tl.max(scores, 1) * SCALE_LOG2)
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -170,8 +191,7 @@ def paged_attention_kernel(
         alpha = tl.exp2(m_s - base)
         l_s = tl.fma(l_s, alpha, tl.sum(p, 1))
         m_s = new_m
-        v_offsets = (page * stride_vp + slot * stride_vs)[:, None] + column[None, :]
-        v = tl.load(v_pages + v_offsets, mask=there, other=0.0).to(q_tile.dtype)
+        v = k if R > 0 else tl.load(v_pages + v_offsets + column[None, :], mask=there, other=0.0).to(q_tile.dtype)
         acc_s = tl.dot(p.to(q_tile.dtype), v, acc_s * alpha[:, None], input_precision="ieee")
 
     if splits & (segments > 1):
@@ -202,17 +222,21 @@ def paged_attention_kernel(
         tl.store(o + o_offsets, _normalized(l_i, acc, v_scale).to(o.dtype.element_ty), mask=inside)
 
 
-def _tile(G: int, D: int, dtype: torch.dtype, device: torch.device) -> dict:
+def _tile(G: int, D: int, R: int, dtype: torch.dtype, device: torch.device) -> dict:
     """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
     rows = next_power_of_2(G)
     arch = generation(device)
     if arch == 0 or dtype == torch.float32:
         tile, block, warps = 16, 32, 4
+    elif R:  # two accumulators as wide as a latent
+        tile, block, warps = 16, 32, 8
     else:
         narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
         tile, block, warps = 64, 32 if narrow else 64, 4 if arch == 90 else 8
     default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": 2}
-    return {"G_ROWS": rows, **tuned("paged_attention", device, f"{G} {D} {str(dtype)[6:]}", default)}
+    default["UNROLL"] = UNROLL if D <= 256 else 1
+    name = "latent_attention" if R else "paged_attention"
+    return {"G_ROWS": rows, **tuned(name, device, f"{G} {D} {str(dtype)[6:]}", default)}
 
 
 def query_starts(query_lens: torch.Tensor) -> torch.Tensor:
@@ -228,6 +252,7 @@ def arrival_counters(sequences: int, key_heads: int, device: torch.device) -> to
 @launcher(mutates=("arrivals",))
 def paged_attention_forward(
     q: torch.Tensor,
+    q_turned: torch.Tensor | None,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     page_table: torch.Tensor,
@@ -247,7 +272,9 @@ def paged_attention_forward(
     page, K = k_pages.shape[1:3]
     G = H // K
     o_THD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tile = _tile(G, D, q.dtype, q.device)
+    R = 0 if q_turned is None else q_turned.shape[-1]
+    tile = _tile(G, D, R, q.dtype, q.device)
+    turned = q if q_turned is None else last_dim_contiguous(q_turned)
     splits = cdiv(width * page, SEGMENT)
     if window:
         splits = min(splits, cdiv(window, SEGMENT) + 1)
@@ -255,13 +282,13 @@ def paged_attention_forward(
     stats = torch.empty(N, H, splits, 2, dtype=torch.float32, device=q.device)
     launch(
         paged_attention_kernel, (N * splits + T // (tile["BLOCK_M"] // G) + N + 1 if T else 0, K),
-        q, k_pages, v_pages, sinks, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
-        *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        q, turned, k_pages, v_pages, sinks, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
+        *q.stride()[:2], *turned.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
         T, N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
         Q_PER_KV=G, SCALE=scale, SOFTCAP=softcap, WINDOW=window, PAGE=page, SEGMENT=SEGMENT,
-        D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, search_steps(N + 1)), UNROLL=UNROLL, **tile,
-        K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
+        D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, search_steps(N + 1)), **tile,
+        K_SCALED=k_scale is not None, V_SCALED=v_scale is not None, R=R, BLOCK_R=max(16, next_power_of_2(R)),
     )  # fmt: skip
     return o_THD
 
@@ -279,5 +306,23 @@ def paged_attention_fused(
         arrivals = arrival_counters(len(query_lens), k_pages.shape[2], q.device)
     meaning = window or 0, float(softcap or 0.0), scale
     return paged_attention_forward(
-        q, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, sinks, k_scale, v_scale
+        q, None, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, sinks, k_scale, v_scale
+    )
+
+
+def latent_attention_fused(
+    q_latent, q_turned, latents, turned, page_table, context_lens, query_lens,
+    *, window=None, softcap=None, scale, starts=None, arrivals=None,
+):  # fmt: skip
+    """The fused twin of `latent_attention`: same arguments, same meaning."""
+    check_scale("latent_attention", scale)
+    groups = q_latent.shape[1] // math.gcd(q_latent.shape[1], LATENT_HEADS)
+    latents, turned = (pages.expand(-1, -1, groups, -1) for pages in (latents, turned))
+    if starts is None:
+        starts = query_starts(query_lens)
+    if arrivals is None:
+        arrivals = arrival_counters(len(query_lens), groups, q_latent.device)
+    meaning = window or 0, float(softcap or 0.0), float(scale)
+    return paged_attention_forward(
+        q_latent, q_turned, latents, turned, page_table, context_lens, starts, arrivals, *meaning, None, None, None
     )

@@ -12,6 +12,7 @@ from warploom.engine.model import Block, Transformer
 from warploom.engine.parallel import tensor_parallel
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import gpu_model, outlier_smoothing, serving_model
+from warploom.engine.serving.execution.kv_cache import PagedKVCache
 from warploom.engine.training import fused_block
 
 SHAPE = {"vocab_size": 32, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 16}
@@ -71,6 +72,7 @@ EXECUTORS = {
     "native decoder": serving_model.NativeTransformer.is_supported,
     "native experts": serving_model.NativeMoE.is_supported,
     "paged attention": gpu_model.PagedAttention.is_supported,
+    "fused block of a GPU": gpu_model.FusedBlock.is_supported,
     "norms in products": gpu_model.FusedBlock.is_supported,
     "outlier smoothing": outlier_smoothing.is_supported,
     "tensor parallel": tensor_parallel.is_supported,
@@ -186,6 +188,28 @@ def test_served_model_is_the_definition(name):
     expected = logprobs[torch.arange(len(tokens) - 1), tokens[1:]]
     assert (logprobs[28:-1].amax(-1) - expected[28:]).max() < 1e-4  # greedy, up to ties
     said = [entry.logprob for entry in (*output.prompt_logprobs, *output.logprobs)]
+    torch.testing.assert_close(torch.tensor(said), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_model_is_the_definition(name):
+    """The executors of a GPU, by the kernels' references, likewise; latent attention keeps latents."""
+    model = opinionated(name)
+    prompt = [index * 7 % 50 for index in range(29)]
+    llm = LLM(model, max_batch_tokens=16, max_batch=2, page_size=8)
+    runner, latent = llm.engine.runner, gpu_model.PagedLatentAttention.is_supported(model.config)
+    pages = runner.store.keys.shape[1]
+    runner.store = PagedKVCache(model.config, pages, 8, torch.float32, torch.device("cpu"), latent)
+    runner.store.layers, runner.head = None, serving_model.Head(model)
+    runner.model = gpu_model.fused_model(model, gpu_model.batch_invariant_linear, latent=latent)
+    assert latent == (model.config.kv_rank > 0)
+    params = SamplingParams(max_tokens=4, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    output = llm.generate(prompt, params)
+    tokens = [*prompt, *output.token_ids]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([tokens]))[0].log_softmax(-1)
+    said = [entry.logprob for entry in (*output.prompt_logprobs, *output.logprobs)]
+    expected = logprobs[torch.arange(len(tokens) - 1), tokens[1:]]
     torch.testing.assert_close(torch.tensor(said), expected, rtol=0, atol=2e-4)
 
 

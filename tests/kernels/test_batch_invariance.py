@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from warploom.kernels import backend, paged_attention
+from warploom.kernels import backend, latent_attention, paged_attention
 
 from .device import DEVICE, pytestmark  # noqa: F401
 
@@ -29,13 +29,13 @@ def sequences(contexts, K, G, D, dtype):
     return [q.to(DEVICE) for q in queries], k.to(DEVICE), v.to(DEVICE), table.to(DEVICE)
 
 
-def attend(batch, q, k, v, table, options):
+def attend(batch, q, k, v, table, options, op=paged_attention):
     """One call for a batch of (sequence, first row, last row, context before its rows)."""
     rows = torch.cat([q[s][a:b] for s, a, b, _ in batch])
     lens = [[before + b for _, _, b, before in batch], [b - a for _, a, b, _ in batch]]
     lens = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in lens)
     with backend("triton"):
-        out = paged_attention(rows, k, v, table[[s for s, *_ in batch]], *lens, **options)
+        out = op(rows, k, v, table[[s for s, *_ in batch]], *lens, **options)
     return out.split([b - a for _, a, b, _ in batch])
 
 
@@ -71,3 +71,22 @@ def test_row_any_cut_same_bits(seed):
     for first in (0, n - 1):  # as a chunk and as a decode, in the middle of others
         batch = [company[0], (0, first, n, before), company[1]]
         assert torch.equal(attend(batch, q, *cache, options)[1], whole[first:])
+
+
+def latents(rows, k, v, *lengths, **options):
+    """Latent attention of 16 latent and 8 rotated columns."""
+    return latent_attention(rows, rows[..., :8], k, v[..., :8], *lengths, scale=0.2, **options)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.gpu
+def test_latent_row_any_cut_same_bits(seed):
+    r = random.Random(seed)
+    contexts, dtype = [r.choice([700, 257, 40]), 300], r.choice([torch.bfloat16, torch.float32])
+    q, *cache = sequences(contexts, 1, r.choice([2, 16, 20]), 16, dtype)
+    n, before, options = len(q[0]), contexts[0] - len(q[0]), {"window": r.choice([None, 33])}
+    (whole,) = attend([(0, 0, n, before)], q, *cache, options, latents)
+    beside = attend([(1, 0, 9, 291), (0, 0, 4, before), (0, 4, n, before)], q, *cache, options, latents)
+    assert torch.equal(torch.cat(beside[1:]), whole)
+    decodes = [attend([(0, i, i + 1, before)], q, *cache, options, latents)[0] for i in (0, n - 1)]
+    assert torch.equal(torch.cat(decodes), whole[[0, n - 1]])

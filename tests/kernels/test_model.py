@@ -11,6 +11,7 @@ from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
+from warploom.engine.serving.execution.kv_cache import PagedKVCache
 from warploom.kernels import backend, linear
 from warploom.kernels.packed_linear import E2M1, rotated
 
@@ -24,6 +25,18 @@ DENSE = {
     "n_kv_heads": 2,
     "max_seq_len": 32,
     "qk_norm": True,
+}
+LATENT = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_seq_len": 32,
+    "head_dim": 24,
+    "kv_rank": 16,
+    "q_rank": 20,
+    "rope_dim": 8,
+    "value_dim": 12,
 }
 SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
 
@@ -67,18 +80,39 @@ def serve(model, name, make=batch_invariant_linear):
     llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
     runner = llm.engine.runner
     if DEVICE == "cpu":  # not C++ but the kernels
-        runner.model, runner.store.layers, runner.least_tokens = fused_model(model, make), None, 1
+        latent = bool(model.config.kv_rank)
+        runner.model, runner.least_tokens = fused_model(model, make, latent=latent), 1
+        pages = runner.store.keys.shape[1]
+        runner.store = PagedKVCache(model.config, pages, 4, torch.float32, torch.device("cpu"), latent)
+        runner.store.layers = None
     with backend(name):
         outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     return [output.token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["llama", "mixtral"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DENSE,
+        SPARSE,
+        {**SPARSE, "attention_sinks": True},
+        LATENT,
+        {**LATENT, "n_heads": 5, "layers": "wf", "sliding_window": 5},
+    ],
+    ids=["llama", "mixtral", "sinks", "latents", "latents in windows"],
+)
 def test_backends_serve_pages_the_same(config):
-    """A model serves the same from pages on both backends."""
+    """A model serves the same from pages on both backends, which is what it says by itself."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**config)).to(DEVICE)
-    assert serve(model, "triton") == serve(model, "eager")
+    model = Transformer(ModelConfig(**config)).to(DEVICE).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            if block.attention.sinks is not None:
+                block.attention.sinks.normal_()
+    said = serve(model, "triton")
+    assert said == serve(model, "eager")
+    with backend("eager"):
+        assert said == [tuple(generate(model, prompt, 4, temperature=0.0)) for prompt in ([1, 2, 3], [4] * 9, [5])]
 
 
 LAYOUTS = [Layout(8, rotate=False), Layout(4, 32, True), Layout(4, 16, table=E2M1, rotate=False)]

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.swiglu import ACTIVATIONS
-from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...config import ModelConfig
+from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
+from ...formats.packed_weight import PackedLinear
 from ...layers import RMSNorm, SwiGLU
-from ...model import Attention, Block, Linear, Transformer
+from ...model import Attention, Block, LatentAttention, Linear, Transformer
 from .kv_cache import KernelAttention
 
 MakeLinear = Callable[[Tensor, Tensor | None, str], nn.Module]
@@ -108,13 +110,62 @@ class PagedAttention(nn.Module):
         return attend.attend_pages(q_THD, self).flatten(-2)[None]
 
 
+class PagedLatentAttention(LatentAttention):
+    """`LatentAttention` over pages of latents (DeepSeek-V2's absorbed form): keys and values of heads are never made.
+
+    `into` and `back` are what makes them, each head's matrix, by which queries go into the latents' space and results
+    come back. They stay as precise as they are when other products are in 8 bits."""
+
+    is_supported = Supported(
+        computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT} | {"ffn", "n_experts"},
+        where=lambda config: config.kv_rank > 0,
+    )
+    into: Tensor  # (heads, kv_rank, still columns)
+    back: Tensor  # (heads, value_dim, kv_rank)
+
+    @classmethod
+    def install(cls, attention: Any, original: Any, dtype: torch.dtype) -> None:
+        """Make one of a copied `LatentAttention`, whose products may be others than the original's."""
+        kv_up = original.kv_up.packed.dequantize() if type(original.kv_up) is PackedLinear else original.kv_up.weight
+        H, D, V, (L, R) = attention.heads[0], attention.head_size, attention.value_dim, attention.latent
+        keys_HSL, values_HVL = kv_up.detach().to(dtype).view(H, D - R + V, L).split((D - R, V), 1)
+        attention.__class__ = cls
+        attention.into, attention.back = keys_HSL.transpose(1, 2), values_HVL
+
+    def forward(self, x_1TC: Tensor, rotate: Callable, attend: Any) -> Tensor:
+        R = self.latent[1]
+        q_1THD, (latent_1TL, turning_1T1R) = self.queries(x_1TC), self.latents(x_1TC)
+        q_1THR, k_1T1R = rotate(q_1THD[..., :R], turning_1T1R)
+        kernels.write_pages(latent_1TL[0].unsqueeze(1), k_1T1R[0], *attend.pages(self), attend.slots)
+        q_THL = kernels.head_linear(q_1THD[0, ..., R:], self.into)
+        means_THL = attend.attend_latents(q_THL, q_1THR[0], self)
+        return self.output(kernels.head_linear(means_THL, self.back).flatten(-2)[None])
+
+
+def keeps_latents(config: ModelConfig, device: torch.device, adapters: object = None) -> bool:
+    """Return whether the pages of a model hold latents; an adapter's layers would not be asked then."""
+    return device.type == "cuda" and adapters is None and PagedLatentAttention.is_supported(config)
+
+
 class FusedBlock(Block):
     """`Block` without launches for its norms, if its parts are those of `fused_model` and stay so.
 
     `next_norm` is the norm of the block behind if that is such a one too: then what it gets is a `ScaledStream`."""
 
     is_supported = Supported(
-        computed=(*SHAPE, *OUTSIDE, *SCALED, *WINDOWS, *ROUTING, *BIASES, "norm_eps", "rotary_dim", "ffn", "n_experts"),
+        computed=(
+            *SHAPE,
+            *OUTSIDE,
+            *SCALED,
+            *WINDOWS,
+            *ROUTING,
+            *BIASES,
+            "norm_eps",
+            "rotary_dim",
+            "ffn",
+            "n_experts",
+            "attention_sinks",
+        ),
         only={"qk_norm": ("none", "head"), "norm": ("rmsnorm",), "dropout": (0.0,)},
     )
     next_norm: RMSNorm | None = None
@@ -150,9 +201,12 @@ def _takes_norms(block: Any) -> bool:
     return all(type(layer) is BatchInvariantLinear and layer.weight.dtype != torch.float16 for layer in layers)
 
 
-def fused_model(model: Transformer, make_linear: MakeLinear | None, norms: bool = True) -> Transformer:
+def fused_model(
+    model: Transformer, make_linear: MakeLinear | None, norms: bool = True, latent: bool = False
+) -> Transformer:
     """A model on the same weights with executors installed; `make_linear` makes layers of float weights, if
-    given. Without `norms` these keep launches of their own, for layers that are exchanged afterwards."""
+    given. Without `norms` these keep launches of their own, for layers that are exchanged afterwards. `latent`: its
+    pages hold latents."""
     twin = shallow_copy(model)
     if make_linear is not None:
         replace_linear(twin.blocks, make_linear)
@@ -164,6 +218,8 @@ def fused_model(model: Transformer, make_linear: MakeLinear | None, norms: bool 
             rotation = model.rotation(block.kind)
             if rotation.cos is not None:
                 block.attention = PagedAttention(block.attention, (rotation.cos, rotation.sin))
+    for block, own in zip(twin.blocks, model.blocks) if latent else ():
+        PagedLatentAttention.install(block.attention, own.attention, model.embedding.weight.dtype)
     if norms and FusedBlock.is_supported(model.config):
         fuse_norms(twin)
     return twin

@@ -1,9 +1,11 @@
 """The pages themselves: keys and values of every layer, and the `attend` that writes and reads them.
 
 Two tensors (layers, pages, page size, K heads, D): page p of layer l is a contiguous block, so a copy of a page or a
-read of it is one run of memory. On a CPU with the native extension, writing and attending is one C++ call a layer that
-reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to rounding. Pages may be
-narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU (`int8_pages.py`).
+read of it is one run of memory. With latent attention on a GPU (`gpu_model.py`) the latents of a token lie where keys
+would, and the rotated part of its keys where values would. On a CPU with the native extension, writing and attending is
+one C++ call a layer that reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to
+rounding. Pages may be narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU
+(`int8_pages.py`).
 """
 
 import math
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from .... import kernels
 from ....kernels.cpu.extension import native as _native
+from ....tokenizer.cpus import available_cpus
 from .int8_pages import TILE, Int8Attend, tile_bytes
 
 PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
@@ -25,25 +28,32 @@ HAS_NATIVE = _native is not None
 class PagedKVCache:
     """Keys and values in `num_pages` pages."""
 
-    def __init__(self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layers, num_pages, page_size, config.kv_heads, config.head_size)
-        if dtype == torch.int8:
-            shape = (config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size))
+    def __init__(
+        self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, latent: bool = False
+    ):
+        rows = config.n_layers, num_pages, page_size
+        shapes = [(*rows, config.kv_heads, config.head_size)] * 2
+        if latent:
+            shapes = [(*rows, 1, config.kv_rank), (*rows, 1, config.rope_dim)]
+        elif dtype == torch.int8:
+            tiles = config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size)
+            shapes = [tiles] * 2
+        self.key_heads = config.n_heads if latent else config.kv_heads
         self.page_size, self.dtype = page_size, dtype
         kept = torch.uint8 if dtype == torch.int8 else dtype
-        self.keys, self.values = (_zeros(shape, kept, device) for _ in range(2))
+        self.keys, self.values = (_zeros(shape, kept, device) for shape in shapes)
         self.layers = None
-        if HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS:
+        if HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS and not latent:
             sizes = PAGE_FORMATS[dtype], page_size, config.kv_heads, config.head_size
             sides = zip(self.keys, self.values)
             self.layers = [_native.Pages(keys, values, *sizes) for keys, values in sides]
 
     @staticmethod
-    def bytes_per_page(config, page_size: int, dtype: torch.dtype) -> int:
+    def bytes_per_page(config, page_size: int, dtype: torch.dtype, latent: bool = False) -> int:
         """Bytes of one page, over all layers."""
         if dtype == torch.int8:
             return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
-        return page_size * config.kv_bytes_per_token(dtype.itemsize)
+        return page_size * config.kv_bytes_per_token(dtype.itemsize, latent)
 
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
         """Copy pages: all are read before any is written."""
@@ -102,8 +112,7 @@ class KernelAttention:
     def __init__(self, store: PagedKVCache, positions: Tensor, slots: Tensor, *batch: Tensor):
         """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
         self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
-        kv_heads = store.keys.shape[3]
-        arrivals = torch.zeros(len(batch[1]) * kv_heads, dtype=torch.int32, device=slots.device)
+        arrivals = torch.zeros(len(batch[1]) * store.key_heads, dtype=torch.int32, device=slots.device)
         self.shared = {"starts": batch[3], "arrivals": arrivals}
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
@@ -118,6 +127,11 @@ class KernelAttention:
         """Attention over what the pages hold by now."""
         options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale, "sinks": layer.sinks}
         return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
+
+    def attend_latents(self, q_THL: Tensor, q_THR: Tensor, layer) -> Tensor:
+        """The same of latents, by queries in two parts."""
+        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        return kernels.latent_attention(q_THL, q_THR, *self.pages(layer), *self.batch, **options, **self.shared)
 
 
 class NativeAttend:
@@ -195,9 +209,9 @@ def to_host(tensor: Tensor) -> Callable[[], list]:
 
 
 def set_workers() -> None:
-    """Let the C++ kernels use as many threads as torch does."""
+    """Let the C++ kernels use as many threads as torch does, and no more than a container's quota allows."""
     if HAS_NATIVE:
-        _native.set_workers(torch.get_num_threads())
+        _native.set_workers(min(torch.get_num_threads(), available_cpus()))
 
 
 def _rows(x_BTHD: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ....kernels.moe import route
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
-from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
+from ...formats.packed_weight import MATRICES, PackedLinear, PackedMoE, PackedWeight, matrix_of
 from ...layers import NoNorm, routing_options
 from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ..scheme import INT8, Scheme, scheme_of
@@ -33,6 +33,7 @@ from .gpu_model import (
     MakeLinear,
     batch_invariant_linear,
     fused_model,
+    keeps_latents,
     replace,
     replace_linear,
     shallow_copy,
@@ -229,7 +230,8 @@ def _serving_model(
     make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
     if model.device.type == "cuda" and type(model) is Transformer:
         make = make or (batch_invariant_linear if batch_invariant else None)
-        served = fused_model(model, make, norms=adapters is None)
+        latent = keeps_latents(model.config, model.device, adapters)
+        served = fused_model(model, make, norms=adapters is None, latent=latent)
         return served, Head(model, _kernel_head(model, make))
     if not batch_invariant and quantize is None:
         return model, Head(model)
@@ -251,7 +253,8 @@ def _serving_model(
     for index, block in enumerate(twin.blocks):
         twin.blocks[index] = block = balanced(block, model.config) if smooth else block
         if NativeMoE.is_supported(model.config):
-            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+            for kind in (MoE, PackedMoE):
+                replace(block, kind, lambda moe: NativeMoE(moe, form))
         for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
             block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     return twin, Head(model, head)

@@ -21,6 +21,7 @@ import torch
 from ...model import Transformer
 from ..scheduling.sequence import Sequence
 from ..scheduling.step import UNKNOWN, Chunk, StepPlan
+from .gpu_model import keeps_latents
 from .kv_cache import PagedKVCache
 from .lora import ServedAdapters
 from .model_runner import InFlightStep, Runner
@@ -97,8 +98,9 @@ def make_runner(
     for model, own in zip(models, release):
         c, (heads, kv_heads, _) = model.config, model.blocks[0].attention.heads
         ours = replace(c, n_heads=heads, n_kv_heads=kv_heads, head_dim=c.head_size)  # of a model in several processes
-        store = PagedKVCache(ours, pages, page_size, kv_dtype, model.device)
         mine = None if runners else adapters
+        latent = keeps_latents(c, model.device, mine)
+        store = PagedKVCache(ours, pages, page_size, kv_dtype, model.device, latent)
         served, head = serving_model(model, quantize, own, batch_invariant, store.layers is not None, mine)
         sizes = {"max_batch": max_batch, "context": context}
         runners.append(Runner(served, store, **sizes, head=head, batch_invariant=batch_invariant, adapters=mine))
