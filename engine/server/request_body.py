@@ -76,8 +76,8 @@ def parse(kind: type[Kind], content: bytes, lenient: bool = False) -> tuple[Kind
         _refuse_many(content)
     try:
         value = from_json(content)
-    except ValueError:
-        raise errors.invalid("the body is not valid JSON", code="invalid_json") from None
+    except ValueError as error:
+        raise errors.invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
     unknown = getattr(kind, "unknown", None) if lenient and isinstance(value, dict) else None
     dropped = sorted(unknown(value)) if unknown else []
     for name in dropped:
@@ -104,6 +104,8 @@ async def _read(kind: type[Kind], request: Request) -> tuple[Kind, list[str]]:
     content = await request.body()
     if not content or not _is_json(request.headers.get("content-type", "")):
         raise errors.not_an_object()
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise errors.APIError(415, "the body must not be compressed: send it without content-encoding")
     lenient = request.app.state.bridge.config.lenient
     if len(content) <= INLINE:
         return parse(kind, content, lenient)
