@@ -206,6 +206,17 @@ def test_large_answers_are_written_beside_the_loop(monkeypatch):
         server.assert_nothing_left()
 
 
+def test_long_lists_are_written_in_slices(monkeypatch):
+    from warploom.engine.server.openai import responses
+
+    value = {"tokens": [*range(40_000)], "texts": ["é", "]"] * 20_000, "none": [], "rows": [[1.5, None], []]}
+    encode, sizes = responses._encode, []
+    monkeypatch.setattr(responses, "_encode", lambda part: sizes.append(len(encode(part))) or encode(part))
+    for levels in (1, 2, 5):
+        assert json.loads(responses.to_json_in_parts(value, levels)) == value
+    assert max(sizes) < 200_000
+
+
 def test_more_scores_than_an_answer_holds_are_refused(client, server):
     """A body of 100 kB could ask for an answer of gigabytes, which is made in memory."""
     body = {"prompt": [[65] * 300] * 40, "max_tokens": 0, "echo": True, "logprobs": 100}
