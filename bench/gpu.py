@@ -132,7 +132,7 @@ def _ending(code: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Check, test and measure within the minutes given: 0 if all that was run is well, 1 if not, 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="where records go (default: %(default)s)")
     parser.add_argument(
