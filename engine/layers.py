@@ -190,8 +190,12 @@ class MoE(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
+        return self.blend(x_BTC, self.w_gate_up, self.w_down)
+
+    def blend(self, x_BTC: Tensor, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, kernels.MoEAux]:
+        """Route tokens to experts of these weights."""
         y_BTC, routing = kernels.moe(
-            x_BTC, self.router(x_BTC), self.w_gate_up, self.w_down, self.config.experts_per_token,
+            x_BTC, self.router(x_BTC), w_gate_up, w_down, self.config.experts_per_token,
             **routing_options(self.config), **self.biases(),
         )  # fmt: skip
         return self.with_shared(y_BTC, x_BTC), routing

@@ -126,7 +126,7 @@ def _widen(
         half = tl.where(codes < 8, tl.full([1, 1], FIRST, tl.int64), tl.full([1, 1], SECOND, tl.int64))
         values = (half >> ((codes & 7) * 8).to(tl.int64)).to(tl.int8).to(tl.float32)
     else:
-        values = codes.to(tl.float32) - (0 if MINIMUM else 1 << (BITS - 1))
+        values = codes.to(tl.float32) - (0 if MINIMUM else 128 if BITS == 8 else 8)
     unit = tl.load(units_ptr + f, mask=f < F, other=0.0)[:, None]
     places = f[:, None] * scales_row + g[None, :] * scales_column
     scale = tl.load(scales_ptr + places, mask=known, other=0.0).to(tl.float32) * unit

@@ -62,12 +62,26 @@ PARTS = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+EXPERTS = {  # of the families that have them: their words for numbers, and where experts and router are
+    "qwen3_moe": (
+        {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+         "expert_feed_forward_length": "moe_intermediate_size"},
+        {"ffn_gate_inp": "mlp.gate", "ffn_gate_exps": "mlp.experts.*.gate_proj", "ffn_up_exps": "mlp.experts.*.up_proj",
+         "ffn_down_exps": "mlp.experts.*.down_proj"},
+    ),
+    "mixtral": (
+        {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        {"ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+         "ffn_up_exps": "block_sparse_moe.experts.*.w3", "ffn_down_exps": "block_sparse_moe.experts.*.w2"},
+    ),
+}  # fmt: skip
 GPT2_PARTS = {
     "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
     "output": "lm_head", "attn_norm": "ln_1", "ffn_norm": "ln_2", "attn_qkv": "attn.c_attn",
     "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
 TRANSPOSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")  # of GPT-2, as it is published
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "gpt2": "gpt2"}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -181,9 +195,15 @@ class GGUFFile:
                 f"quantize={scheme!r} is for float weights, and {self.path} is {held} already: leave it out"
             )
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in float32."""
+    def expert(self, name: str, number: int) -> Entry:
+        """Where one member of a stack lies."""
         entry = self.tensors[name]
+        size = entry.size // entry.shape[0]
+        return Entry(entry.shape[1:], entry.type, entry.start + number * size, size)
+
+    def read(self, name: str, entry: Entry | None = None) -> Tensor:
+        """A tensor in float32, or an entry of its."""
+        entry = entry or self.tensors[name]
         _, _, size, values = TYPES[entry.type]
         blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, size)
         numbers = np.empty(math.prod(entry.shape), np.float32)
@@ -194,9 +214,9 @@ class GGUFFile:
                 numbers[at * per : (at + step) * per] = values(blocks[at : at + step]).reshape(-1)
         return torch.from_numpy(numbers).view(entry.shape)
 
-    def read_packed(self, name: str) -> Segment | None:
+    def read_packed(self, name: str, entry: Entry | None = None) -> Segment | None:
         """A matrix as its blocks have it; None where it is not packed, or not in a way that is kept."""
-        entry = self.tensors[name]
+        entry = entry or self.tensors[name]
         if entry.type not in PACKED or len(entry.shape) != 2:
             return None
         blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, TYPES[entry.type][2])
@@ -212,14 +232,20 @@ class GGUFFile:
     def config_values(self) -> dict[str, Any]:
         """The configuration in the words of a config.json."""
         kind = self.metadata.get("general.architecture")
-        if kind not in ("llama", "qwen2", "qwen3", "gpt2"):
-            raise InputError(f"{self.path}: architecture {kind!r} is not read; llama, qwen2, qwen3 and gpt2 are")
+        if kind not in ARCHITECTURES:
+            raise InputError(f"{self.path}: architecture {kind!r} is not read; {', '.join(ARCHITECTURES)} are")
+        family = ARCHITECTURES[kind]
         if self.metadata.get(f"{kind}.expert_count"):
-            raise InputError(f"{self.path}: a mixture of experts is not read from GGUF: open its model directory")
+            family = "mixtral" if kind == "llama" else family
+            if family not in EXPERTS:
+                raise InputError(f"{self.path}: experts of {kind!r} are not read; those of llama and qwen3moe are")
         if f"{kind}.vocab_size" not in self.metadata and "token_embd.weight" in self.tensors:
             self.metadata[f"{kind}.vocab_size"] = self.tensors["token_embd.weight"].shape[0]
-        values: dict[str, Any] = {"model_type": kind, "tie_word_embeddings": "output.weight" not in self.tensors}
-        for key, word in (GPT2_WORDS if kind == "gpt2" else WORDS).items():
+        values: dict[str, Any] = {"model_type": family, "tie_word_embeddings": "output.weight" not in self.tensors}
+        more = EXPERTS[family][0] if family in EXPERTS else {}
+        if family == "qwen3_moe":
+            values["norm_topk_prob"] = True  # llama.cpp divides by their sum, and has no word for it
+        for key, word in ((GPT2_WORDS if kind == "gpt2" else WORDS) | more).items():
             value = self.metadata.get(f"{kind}.{key}")
             if value is None:
                 continue
@@ -255,7 +281,7 @@ class GGUFFile:
     def config(self) -> ModelConfig:
         """The architecture, as far as tensors bear it out."""
         values = self.config_values()
-        kind = values["model_type"]
+        kind, family = self.metadata["general.architecture"], values["model_type"]
         layers = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
         said = values.get("n_layer" if kind == "gpt2" else "num_hidden_layers")
         if said != len(layers):
@@ -266,7 +292,11 @@ class GGUFFile:
             raise InputError(f"{self.path}: {error}") from None
         heads = config.n_heads * config.head_size
         self._check("token_embd", (config.vocab_size, config.d_model), "vocab_size, embedding_length")
-        self._check("blk.0.ffn_down", (config.d_model, config.ff_size), "feed_forward_length")
+        if family in EXPERTS:
+            down = (config.n_experts, config.d_model, config.ff_size)
+            self._check("blk.0.ffn_down_exps", down, "expert_count, expert_feed_forward_length")
+        else:
+            self._check("blk.0.ffn_down", (config.d_model, config.ff_size), "feed_forward_length")
         self._check("blk.0.attn_output", (config.d_model, heads), "attention.head_count, attention.key_length")
         if kind == "gpt2":
             self._check("position_embd", (config.max_seq_len, config.d_model), "context_length")
@@ -351,7 +381,14 @@ class GGUFWeights(Weights):
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self.file, self.config, self.architecture = file, config, file.metadata["general.architecture"]
+        self.family = file.config_values()["model_type"]
         self.stored = {self._published(name): name for name in file.tensors if name != "rope_freqs.weight"}
+        self.experts: dict[str, Entry] = {}
+        for stack in [name for name in self.stored if "*" in name]:
+            stored = self.stored.pop(stack)
+            for number in range(file.tensors[stored].shape[0]):
+                name = stack.replace("*", str(number))
+                self.stored[name], self.experts[name] = stored, file.expert(stored, number)
         super().__init__(dict.fromkeys(self.stored, self), file.path)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -359,7 +396,7 @@ class GGUFWeights(Weights):
 
     def get_tensor(self, name: str) -> Tensor:
         stored = self.stored[name]
-        tensor = self.file.read(stored)
+        tensor = self.file.read(stored, self.experts.get(name))
         part, leaf = stored.split(".")[-2:]
         if self.architecture == "gpt2" and leaf == "weight" and part in TRANSPOSED:
             return tensor.mT
@@ -372,7 +409,7 @@ class GGUFWeights(Weights):
         part = "" if stored is None else stored.split(".")[-2]
         if stored is None or (self.architecture == "gpt2" and part in TRANSPOSED):
             return None
-        segment = self.file.read_packed(stored)
+        segment = self.file.read_packed(stored, self.experts.get(name))
         self.read |= set() if segment is None else {name}
         order = None if segment is None else self._order(part, len(segment.units))
         return segment if segment is None or order is None else segment.at(order)
@@ -389,6 +426,7 @@ class GGUFWeights(Weights):
     def _published(self, name: str) -> str:
         gpt2 = self.architecture == "gpt2"
         parts, layers = (GPT2_PARTS, "transformer.h") if gpt2 else (PARTS, "model.layers")
+        parts = parts | EXPERTS[self.family][1] if self.family in EXPERTS else parts
         *where, part, leaf = name.split(".") if name.count(".") else (name, "")
         prefix = f"{layers}.{where[1]}." if len(where) == 2 and where[0] == "blk" else ""
         return f"{prefix}{parts[part]}.{leaf}" if part in parts else name

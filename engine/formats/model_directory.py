@@ -29,14 +29,23 @@ from ...tokenizer.sources import atomic_directory
 from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..errors import InputError
-from ..layers import Linear
+from ..layers import Linear, MoE
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_weights
 from .adapters import BASE_SAMPLE, CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
 from .families import architecture_of, dtype_name, from_hf_config, kind_of, to_hf_config, weight_map
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
 from .model_source import resolve_model
-from .packed_weight import PackedLinear, PackedWeight, install, layout_from, matrix_of, packed_weights, to_tensors
+from .packed_weight import (
+    PackedExperts,
+    PackedWeight,
+    install,
+    layout_from,
+    matrix_of,
+    packed_in,
+    packed_weights,
+    to_tensors,
+)
 from .weights import open_weights, read_json
 
 SHARD_BYTES = 5 * 10**9
@@ -91,10 +100,13 @@ def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any
     """Write a model of packed weights (`serving.calibrate`) to a directory that ours alone opens."""
     directory = Path(directory)
     check_vocabulary(tokenizer, model.config, "the tokenizer")
-    packed = {path: layer.packed for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
-    parts = (part for path, weight in packed.items() for part in to_tensors(f"{path}.weight", weight))
+    packed = dict(packed_in(model))
+    parts = (part for name, weight in packed.items() for part in to_tensors(name, weight))
     floats = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    layouts = {matrix_of(path): dataclasses.asdict(weight.segments[0].layout) for path, weight in packed.items()}
+    layouts = {}
+    for name, weight in packed.items():
+        first = weight[0] if isinstance(weight, PackedExperts) else weight
+        layouts[matrix_of(name.removesuffix(".weight"))] = dataclasses.asdict(first.segments[0].layout)
     with replacing(directory) as staging:
         if tokenizer is not None:
             tokenizer.save(staging)
@@ -143,7 +155,7 @@ def read_model(
         model, weights = shard(model, tp), shard_weights(config, cast("Iterator[tuple[str, Tensor]]", weights), tp)
     kept = {}
     for name, weight in weights:
-        if isinstance(weight, PackedWeight):
+        if isinstance(weight, (PackedWeight, PackedExperts)):
             install(model, name, weight.to(pick_device(device)))
         else:
             kept[name] = weight
@@ -246,8 +258,9 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
 
 def base_sample(base: str | os.PathLike) -> tuple[float, ...]:
     """A few numbers of a model's first matrix in a block, by which an adapter knows its base again."""
-    matrices = (weight for name, weight in read_weights(base) if name.startswith("blocks.") and len(weight.shape) > 1)
-    matrix = cast("Tensor", next(matrices)).float().flatten()
+    floats = cast("Iterator[tuple[str, Tensor]]", read_weights(base))
+    matrices = (weight for name, weight in floats if name.startswith("blocks.") and weight.ndim > 1)
+    matrix = next(matrices).float().flatten()
     return tuple(float(f"{number:.4g}") for number in matrix[:: max(1, len(matrix) // 64)][:64])
 
 
@@ -277,7 +290,7 @@ def read_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
-) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+) -> Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
     Of an adapter's directory, its base's with the adapter merged.
@@ -286,6 +299,7 @@ def read_weights(
     base = base_of(directory)
     adapter = open_adapter(directory, base) if is_adapter(directory) else ()
     directory = base
+    on_cpu = torch.device(device).type == "cpu"  # a GPU has no product of packed experts
     if is_gguf(directory):
         file = GGUFFile(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -300,8 +314,8 @@ def read_weights(
                 raise InputError(f"{directory} is packed, and an adapter is merged into float weights: serve it apart")
             with opened as weights:
                 for name, weight in packed_weights(weights, config, quantization):
-                    if packed or not isinstance(weight, PackedWeight):
-                        yield name, weight if packed else weight.to(device, dtype)
+                    if isinstance(weight, Tensor) or (packed and (isinstance(weight, PackedWeight) or on_cpu)):
+                        yield name, weight.to(device, dtype) if isinstance(weight, Tensor) else weight
                     elif name != "head.weight" or not config.tie_embeddings:
                         yield name, weight.dequantize().to(device, dtype)
             return
@@ -309,6 +323,9 @@ def read_weights(
         empty = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
+    if on_cpu:
+        layers = [path for path, layer in empty.named_modules() if type(layer) is MoE]
+        products |= {f"{path}.{experts}" for path in layers for experts in ("w_gate_up", "w_down")}
     with opened as weights:
         for piece in weight_map(config, list(shapes), kind):
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours

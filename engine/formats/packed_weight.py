@@ -14,22 +14,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels import MoEAux
 from ...kernels.packed_linear import TURNED, dequantize, packed_linear, rotated
 from ..config import ModelConfig
 from ..errors import InputError
+from ..layers import MoE
 from ..model import Transformer
 
 if TYPE_CHECKING:
     from .weights import Weights
 
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
-NAMES = {name.rpartition(".")[2]: name for name in MATRICES}
+NAMES = {name.rpartition(".")[2]: name for name in MATRICES} | {"w_down": "ffn.down"}
 PARTS = "codes", "scales", "minima", "units"
 
 
@@ -80,7 +82,7 @@ class Segment:
         layout, scales = dataclasses.replace(self.layout, group=group), self.scales.repeat_interleave(times, 1)
         return Segment(layout, self.codes, scales, minima, self.units)
 
-    def at(self, rows: Tensor) -> Segment:
+    def at(self, rows: Tensor | slice) -> Segment:
         """These rows, in this order."""
         minima = None if self.minima is None else self.minima[rows]
         return Segment(self.layout, self.codes[rows], self.scales[rows], minima, self.units[rows])
@@ -93,9 +95,12 @@ class Segment:
 
     def to(self, device: torch.device | str) -> Segment:
         """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
-        scales, minima = (
-            x if x is None or x.device == torch.device(device) else x.T.contiguous().to(device).T
-            for x in (self.scales, self.minima)
+        scales, minima = cast(
+            "list[Any]",
+            [
+                x if x is None or x.device == torch.device(device) else x.T.contiguous().to(device).T
+                for x in (self.scales, self.minima)
+            ],
         )
         return Segment(self.layout, self.codes.to(device), scales, minima, self.units.to(device))
 
@@ -131,6 +136,10 @@ class PackedWeight:
     def dequantize(self) -> Tensor:
         """The weight in float32: the definition that products are held to."""
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
+
+    def at(self, rows: Tensor) -> PackedWeight | None:
+        """These rows, in this order; None where rows of several layouts would change places."""
+        return PackedWeight((self.segments[0].at(rows),), self.columns) if len(self.segments) == 1 else None
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:
         return self  # is never written
@@ -173,19 +182,48 @@ class PackedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
 
+class PackedExperts(tuple[PackedWeight, ...]):
+    """The matrices of a layer's experts, one each."""
+
+    def dequantize(self) -> Tensor:
+        return torch.stack([packed.dequantize() for packed in self])
+
+    def to(self, device: torch.device | str) -> PackedExperts:
+        return PackedExperts(packed.to(device) for packed in self)
+
+
+class PackedMoE(MoE):
+    """Experts of packed weights, by the definition; an executor multiplies the codes."""
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, MoEAux]:
+        parts: Any = self.w_gate_up, self.w_down
+        floats = (x.dequantize().to(x_BTC) if isinstance(x, PackedExperts) else x for x in parts)
+        return self.blend(x_BTC, *floats)
+
+
+def packed_in(model: nn.Module) -> Iterator[tuple[str, PackedWeight | PackedExperts]]:
+    """Every packed weight of a model by its name."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            yield f"{path}.weight", layer.packed
+        elif isinstance(layer, PackedMoE):
+            found = ((name, getattr(layer, name)) for name in ("w_gate_up", "w_down"))
+            yield from ((f"{path}.{name}", x) for name, x in found if isinstance(x, PackedExperts))
+
+
 def is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+    return next(packed_in(model), None) is not None
 
 
 def describe(model: nn.Module) -> str | None:
     """Describe in one line the packed and the dequantized weights with their bytes; None if nothing is packed."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear):
-            kinds = {f"{s.layout.bits} bits in groups of {s.layout.group}" for s in layer.packed.segments}
+    for _, found in packed_in(model):
+        for packed in found if isinstance(found, PackedExperts) else (found,):
+            kinds = {f"{s.layout.bits} bits in groups of {s.layout.group}" for s in packed.segments}
             kind = " and ".join(sorted(kinds))
-            sizes[kind] += layer.packed.nbytes
+            sizes[kind] += packed.nbytes
             counts[kind] += 1
     if not sizes:
         return None
@@ -194,10 +232,17 @@ def describe(model: nn.Module) -> str | None:
     return f"packed: {packed}; dequantized or never packed: {floats / 1e6:,.1f} MB"
 
 
-def install(model: nn.Module, name: str, packed: PackedWeight) -> None:
+def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -> None:
     """Let a packed weight stand for the one of that name."""
     path = name.removesuffix(".weight")
     parent, _, leaf = path.rpartition(".")
+    if isinstance(packed, PackedExperts):
+        moe = model.get_submodule(parent)
+        moe.__class__ = PackedMoE
+        if not isinstance(getattr(moe, leaf), PackedExperts):
+            delattr(moe, leaf)
+        setattr(moe, leaf, packed)
+        return
     layer = getattr(model.get_submodule(parent), leaf)  # None: the head of a tied embedding
     setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
 
@@ -205,20 +250,26 @@ def install(model: nn.Module, name: str, packed: PackedWeight) -> None:
 # Own files: the tensors of a weight beside each other, its layout in config.json by the kind of matrix.
 
 
-def to_tensors(name: str, packed: PackedWeight) -> Iterator[tuple[str, Tensor]]:
-    """A weight of one segment as tensors of a file."""
-    (segment,) = packed.segments
-    yield from ((f"{name}.{part}", getattr(segment, part)) for part in PARTS if getattr(segment, part) is not None)
+def to_tensors(name: str, packed: PackedWeight | PackedExperts) -> Iterator[tuple[str, Tensor]]:
+    """A weight of one segment, or such ones of experts, as tensors of a file."""
+    segments = [weight.segments[0] for weight in (packed if isinstance(packed, PackedExperts) else (packed,))]
+    for part in PARTS:
+        if getattr(segments[0], part) is not None:
+            tensors = [getattr(segment, part) for segment in segments]
+            yield f"{name}.{part}", torch.stack(tensors) if isinstance(packed, PackedExperts) else tensors[0]
 
 
-def from_tensors(name: str, layout: Layout, shape: Sequence[int], read: Mapping[str, Tensor]) -> PackedWeight:
+def from_tensors(
+    name: str, layout: Layout, shape: Sequence[int], read: Mapping[str, Tensor]
+) -> PackedWeight | PackedExperts:
     """A weight from the tensors of a file, held against the shape that the model has."""
-    rows, groups = shape[0], layout.groups(shape[1])
+    *rows, columns = shape
+    groups = layout.groups(columns)
     wanted = {
-        "codes": (torch.uint8, (rows, groups * layout.group * layout.bits // 8)),
-        "scales": (torch.float16, (rows, groups)),
-        "minima": (torch.float16, (rows, groups)),
-        "units": (torch.float32, (rows,)),
+        "codes": (torch.uint8, (*rows, groups * layout.group * layout.bits // 8)),
+        "scales": (torch.float16, (*rows, groups)),
+        "minima": (torch.float16, (*rows, groups)),
+        "units": (torch.float32, (*rows,)),
     }
     if not layout.minimum:
         del wanted["minima"]
@@ -232,7 +283,10 @@ def from_tensors(name: str, layout: Layout, shape: Sequence[int], read: Mapping[
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise InputError(f"{name}.{part} holds NaN or infinity")
     parts: Any = [read.get(f"{name}.{part}") for part in PARTS]
-    return PackedWeight((Segment(layout, *parts),), shape[1])
+    if len(rows) == 1:
+        return PackedWeight((Segment(layout, *parts),), columns)
+    stack = Segment(layout, *parts)
+    return PackedExperts(PackedWeight((stack.at(expert),), columns) for expert in torch.arange(rows[0]))
 
 
 def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

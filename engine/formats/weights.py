@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...kernels.packed_linear import E2M1
 from ..errors import InputError
 from .family import WeightMapping
 from .packed_checkpoints import METHODS, read_integers
-from .packed_weight import PackedWeight, Segment
+from .packed_weight import Layout, PackedExperts, PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNPACKED = ("fp8", "mxfp4", *METHODS, "fbgemm_fp8", "warploom")
@@ -91,12 +92,23 @@ class Weights:
             raise InputError(f"{self.path} has no tensor {name!r}, which its neighbor needs")
         return found
 
-    def as_packed(self, piece: WeightMapping, shape: Sequence[int]) -> PackedWeight | None:
-        """One of our matrices from published ones, if all of them are packed and rows stay rows."""
-        if piece.stacked or piece.transposed or piece.framed or piece.offset or piece.order is not None:
+    def as_packed(self, piece: WeightMapping, shape: Sequence[int]) -> PackedWeight | PackedExperts | None:
+        """One of our matrices, or one for each expert, if all published ones are packed and rows stay rows."""
+        if len(shape) == 3 and not piece.stacked:
+            return self._whole_experts(piece, shape)
+        if piece.transposed or piece.framed or piece.offset:
             return None
+        found: list[PackedWeight] = []
+        for names in piece.groups:
+            packed = self._joined(names, piece, shape[-2:])
+            if packed is None:
+                return None  # the reader of floats says what is wrong
+            found.append(packed)
+        return PackedExperts(found) if piece.stacked else found[0]
+
+    def _joined(self, names: Sequence[str], piece: WeightMapping, shape: Sequence[int]) -> PackedWeight | None:
         segments: list[Segment] = []
-        for name in piece.theirs:
+        for name in names:
             segment = self.packed(name)
             if segment is None:
                 return None
@@ -105,7 +117,23 @@ class Weights:
         fits = all(
             len(s.units) == n and s.scales.shape[1] * s.layout.group == shape[-1] for s, n in zip(segments, rows)
         )
-        return PackedWeight.joined(segments, shape[-1]) if fits else None  # the reader of floats says what is wrong
+        packed = PackedWeight.joined(segments, shape[-1]) if fits else None
+        return packed if piece.order is None or packed is None else packed.at(piece.order)
+
+    def _whole_experts(self, piece: WeightMapping, shape: Sequence[int]) -> PackedExperts | None:
+        """MXFP4 of gpt-oss, whose tensors hold all experts: its blocks are rows, though the floats are transposed."""
+        blocks = self._find(f"{piece.theirs[0]}_blocks")
+        E, rows, columns = shape
+        if blocks is None or columns % 32:
+            return None
+        codes, scales = self._take(blocks), self._take(f"{blocks.removesuffix('_blocks')}_scales")
+        if codes.shape != (E, rows, columns // 32, 16) or scales.shape != codes.shape[:3]:
+            return None
+        segments = [mxfp4_rows(*expert) for expert in zip(codes, scales)]
+        if any(segment is None for segment in segments):
+            return None
+        order = slice(None) if piece.order is None else piece.order
+        return PackedExperts(PackedWeight((s.at(order),), columns) for s in segments if s is not None)
 
     def unread(self, layers: int) -> list[str]:
         """Return tensors that nobody asked for and is not known to be of another purpose."""
@@ -158,6 +186,17 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     numbers = FP4[torch.stack([low, high], -1).flatten(-2).int()]
     numbers = torch.ldexp(numbers, (scales.int() - 127).unsqueeze(-1))
     return numbers.bfloat16().flatten(-2).mT
+
+
+def mxfp4_rows(blocks: Tensor, scales: Tensor) -> Segment | None:
+    """Blocks (rows, columns / 32, 16 bytes) as they are; None where powers of two do not fit half precision."""
+    powers = scales.int() - 128  # of numbers that the table has doubled
+    largest = powers.amax(1)
+    relative = powers - largest[:, None] + 14
+    if int(relative.min()) < -24 or int(scales.max()) == 255:
+        return None
+    halves, units = (torch.ones(()).expand_as(x).ldexp(x) for x in (relative, largest - 14))
+    return Segment(Layout(4, 32, False, E2M1, rotate=False), blocks.flatten(1), halves.half(), None, units)
 
 
 @contextmanager

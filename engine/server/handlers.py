@@ -181,7 +181,8 @@ class Service:
     def _tokenized(self, llm: Any, body: TokenizeRequest) -> bytes:
         tokens = llm.encode(body.prompt) if body.messages is None else encode_conversation(llm.tokenizer, body.messages)
         names = [self.words.text(token) for token in tokens]
-        return to_json({"count": len(tokens), "max_model_len": llm.max_seq_len, "tokens": tokens, "token_strs": names})
+        told = {"count": len(tokens), "max_model_len": llm.max_seq_len, "tokens": tokens, "token_strs": names}
+        return to_json_in_parts(told, levels=1)
 
     async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         """/detokenize."""

@@ -87,6 +87,8 @@ class RequestMiddleware:
 
     def _admit(self, visit: RequestContext) -> None:
         headers = visit.headers
+        if sum(name == b"host" for name, _ in visit.scope["headers"]) > 1:
+            raise APIError(400, "more than one Host header")
         self._check_host(headers.get(b"host", b"").decode("latin-1"))
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._config.max_body_bytes:

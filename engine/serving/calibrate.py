@@ -16,11 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from ...kernels import swiglu_packed
+from ...kernels.moe import route
 from ...kernels.packed_linear import TURNED, rotated
-from ..errors import InputError
-from ..formats.packed_weight import Layout, PackedWeight, install, matrix_of
-from ..layers import Linear
+from ..formats.packed_weight import Layout, PackedExperts, PackedWeight, install, matrix_of
+from ..layers import Linear, MoE, routing_options
 from ..model import Transformer, dense_attention
 from .execution.native_matrix import pack
 from .scheme import Scheme
@@ -30,11 +32,11 @@ BATCH = 4096  # tokens computed together
 
 
 class Correlations:
-    """H of a layer, gathered by a hook on its inputs."""
+    """H of a layer, gathered by a hook on its inputs, or by whoever adds them."""
 
-    def __init__(self, layer: torch.nn.Module, layout: Layout) -> None:
+    def __init__(self, layout: Layout, layer: torch.nn.Module | None = None) -> None:
         self.layout, self.total = layout, torch.zeros(0)
-        self.hook = layer.register_forward_pre_hook(lambda _, inputs: self.add(inputs[0]))
+        self.hook = layer and layer.register_forward_pre_hook(lambda _, inputs: self.add(inputs[0]))
 
     def add(self, x: Tensor) -> None:
         rows_NC = x.flatten(0, -2).float()
@@ -45,9 +47,12 @@ class Correlations:
         product = rows_NC.T @ rows_NC
         self.total = self.total + product.double() if self.total.numel() else product.double()
 
-    def feedback(self) -> Tensor:
-        """Row c: what each later column takes of column c's error."""
-        self.hook.remove()
+    def feedback(self) -> Tensor | None:
+        """Row c: what each later column takes of column c's error; None where no row was seen."""
+        if self.hook is not None:
+            self.hook.remove()
+        if not self.total.numel():
+            return None
         diagonal = self.total.diagonal()
         diagonal += DAMPING * diagonal.mean().clamp(min=1e-12)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.total))
@@ -63,8 +68,6 @@ def quantize(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Replace the model's matrices by packed ones; with rows of tokens, of one length, calibrated on them."""
-    if model.config.n_experts:
-        raise InputError("a mixture of experts is not written quantized: serve it with quantize='int8' or 'int4'")
     total = len(model.blocks) + 1
     parts = torch.tensor(rows).split(max(1, BATCH // len(rows[0]))) if rows else ()
     state = [(stream := model._embed(part, None), torch.zeros_like(stream)) for part in parts]
@@ -72,10 +75,14 @@ def quantize(
         layers = {path: layer for path, layer in block.named_modules() if type(layer) is Linear}
         layouts = {path: scheme.layout(matrix_of(path)) for path in layers}
         rotate, seen = model.rotation(block.kind), {}
+        mixtures = {path: Inputs(layer) for path, layer in block.named_modules() if type(layer) is MoE}
         if rows:
-            seen = {path: Correlations(layer, layouts[path]) for path, layer in layers.items()}
+            seen = {path: Correlations(layouts[path], layer) for path, layer in layers.items()}
             for stream, delta in state:
                 block(stream, delta, rotate, dense_attention)
+        for path, inputs in mixtures.items():  # by the router as it is
+            for name, experts in _experts(block.get_submodule(path), scheme, inputs.taken()).items():
+                install(block, f"{path}.{name}", experts)
         for path, layer in layers.items():
             packed = _packed(layer.weight, layouts[path], seen.get(path))
             install(block, path, packed)
@@ -84,11 +91,46 @@ def quantize(
     seen = None
     if rows:
         head, norm = torch.nn.Identity(), cast(Any, model.norm)
-        seen = Correlations(head, scheme.layout("head"))
+        seen = Correlations(scheme.layout("head"), head)
         for stream, delta in state:
             head(norm.add(delta, stream)[0])
     install(model, "head.weight", _packed(model.head_weight, scheme.layout("head"), seen))
     progress(total, total)
+
+
+class Inputs:
+    """What a layer was given, as rows."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.parts: list[Tensor] = []
+        self.hook = layer.register_forward_pre_hook(lambda _, inputs: self.parts.append(inputs[0].flatten(0, -2)))
+
+    def taken(self) -> Tensor | None:
+        self.hook.remove()
+        return torch.cat(self.parts) if self.parts else None
+
+
+def _experts(moe: Any, scheme: Scheme, x_TC: Tensor | None) -> dict[str, PackedExperts]:
+    """Packed experts, each calibrated on the tokens that choose it."""
+    c, options = moe.config, routing_options(moe.config)
+    activation, up, down = options.pop("activation"), scheme.layout("ffn.up"), scheme.layout("ffn.down")
+    chosen_TE = None
+    if x_TC is not None:
+        choice = {"choice_bias": moe.choice_bias} if moe.choice_bias is not None else {}
+        _, experts_TK, _ = route(moe.router(x_TC), c.experts_per_token, **options, **choice)
+        chosen_TE = torch.zeros(len(x_TC), c.n_experts, dtype=torch.bool).scatter_(1, experts_TK, True)
+    none = [None] * c.n_experts
+    biases = none if moe.b_gate_up is None else moe.b_gate_up
+    found: dict[str, list[PackedWeight]] = {"w_gate_up": [], "w_down": []}
+    for e, (w_gate_up, bias, w_down) in enumerate(zip(moe.w_gate_up, biases, moe.w_down)):
+        before, between = Correlations(up), Correlations(down)
+        if chosen_TE is not None and x_TC is not None and chosen_TE[:, e].any():
+            rows_NC = x_TC[chosen_TE[:, e]]
+            before.add(rows_NC)
+            between.add(swiglu_packed(linear(rows_NC, w_gate_up, bias), activation))
+        found["w_gate_up"].append(_packed(w_gate_up, up, before))
+        found["w_down"].append(_packed(w_down, down, between))
+    return {name: PackedExperts(weights) for name, weights in found.items()}
 
 
 def _packed(weight: Tensor, layout: Layout, seen: Correlations | None) -> PackedWeight:

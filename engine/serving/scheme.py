@@ -57,5 +57,6 @@ def scheme_of(quantize: str | Scheme | None, parameters: int) -> Scheme | None:
     if quantize == "int8":
         return INT8
     if quantize == "int4":
-        return Scheme(4, symmetric=False, keep={"ffn.down": 8} if parameters < SMALL else {})
+        down = {"ffn.down": 8} if parameters < SMALL else {}
+        return Scheme(4, symmetric=False, keep={"ffn.router": 8, **down})
     raise InputError(f"quantize must be None, 'int8', 'int4' or a Scheme, got {quantize!r}")

@@ -211,9 +211,8 @@ def _chat_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
 
 def _completion_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
     prompt = gradio.Textbox("Once upon a time", label="Prompt", lines=4, max_lines=12, elem_id="prompt")
-    with gradio.Row():
-        start = gradio.Button("Continue", variant="primary", elem_id="start")
-        stop = gradio.Button("Stop", variant="stop", elem_id="stop")
+    start = gradio.Button("Continue", variant="primary", elem_id="start")
+    stop = gradio.Button("Stop", elem_id="stop", visible=False)
     speed = gradio.HTML(elem_id="speed")
     tokens = gradio.HTML(elem_id="tokens")
     with gradio.Accordion("As plain text", open=False):
@@ -224,10 +223,17 @@ def _completion_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
             yield llm.encode(text or ""), _params(chosen)
 
         async for progress in _generate(gradio, service, asks, request):
-            yield token_view(text, progress.entries, service.words), progress.facts, text + progress.text
+            shown = token_view(text, progress.entries, service.words), progress.facts, text + progress.text
+            yield *shown, *buttons(progress.reason is None)
 
-    running = start.click(complete, [prompt, *settings], [tokens, speed, plain], show_progress="hidden")
-    stop.click(None, cancels=[running])
+    def buttons(runs: bool = False) -> tuple[Any, Any]:
+        """Continue or Stop, whichever means something."""
+        return gradio.Button(visible=not runs), gradio.Button(visible=runs)
+
+    both = [start, stop]
+    running = start.click(complete, [prompt, *settings], [tokens, speed, plain, *both], show_progress="hidden")
+    running.failure(buttons, None, both)
+    stop.click(buttons, None, both, cancels=[running])
 
 
 def _attention_tab(gradio: Any, service: Service) -> None:

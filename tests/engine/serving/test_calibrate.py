@@ -28,7 +28,7 @@ def test_fed_back_errors_cancel_in_correlated_columns(layout, columns):
     x_NC = torch.randn(2000, columns, generator=generator) @ mixed.T
     weight = torch.randn(80, columns, generator=generator)
     layer = torch.nn.Identity()
-    seen = Correlations(layer, layout)
+    seen = Correlations(layout, layer)
     layer(x_NC[:1000]), layer(x_NC[1000:])
 
     def lost(packed):

@@ -70,8 +70,10 @@ def test_a_prompt_streams_tokens_and_stop_ends_them(page, page_server):
     few = shown_after(10)
     page_server.wait(lambda: shown_after(1) > few)
     assert "tokens/s" in find(page, "#speed").text
+    assert not page.execute_script("return document.querySelector('#start')"), "one button"
     find(page, "#stop").click()
     page_server.wait(lambda: not page_server.bridge.open)
+    assert find(page, "#start").is_displayed() and not page.execute_script("return document.querySelector('#stop')")
     llm.free()
     page_server.assert_nothing_left()
     shown = find(page, "#tokens .loom-tokens")
