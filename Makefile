@@ -1,7 +1,7 @@
 # warploom: `make demo` and `make test` do everything, set-up included. The rest is for those who work on it.
 #
 #   make demo        a small model of your own in a few minutes
-#   make test        the whole test suite
+#   make test        the whole test suite, on WORKERS=2 processes (0: in one)
 #   make bench       peers and ourselves side by side, ARGS="train"; without ARGS all of it
 #   make gpu         on a GPU machine, installing nothing: tests and benchmarks, the most important first, MINUTES=9;
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
@@ -17,6 +17,8 @@ PYTHON ?= python3
 ARGS ?=
 MINUTES ?= 9
 SECONDS ?= 60
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 PIP := @PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
@@ -33,10 +35,11 @@ demo: .venv/ready-base
 demo-chat: .venv/ready-chat
 	$(BIN)/warploom demo --chat $(ARGS)
 
-# Three processes: PyTorch's operator checks have been seen to fail in one that had done much else before.
+# Three runs: PyTorch's operator checks have been seen to fail in a process that had done much else before. Files of
+# tests are shared out to WORKERS processes, which take up to 5 GB each, those of slow tests first (tests/conftest.py).
 test: .venv/ready-dev
-	$(BIN)/python -m pytest --ignore tests/kernels $(ARGS)
-	$(BIN)/python -m pytest tests/kernels --ignore tests/kernels/test_in_pytorch.py $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) --ignore tests/kernels $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) tests/kernels --ignore tests/kernels/test_in_pytorch.py $(ARGS)
 	$(BIN)/python -m pytest tests/kernels/test_in_pytorch.py $(ARGS)
 
 bench: .venv/ready-dev

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from ..engine.errors import InputError
+from ..tokenizer.cpus import available_cpus
 from .schema import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +57,10 @@ def capture(device: str) -> Environment:
     commit, dirty = _commit()
     return Environment(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        device=slug(gpu) if gpu else f"{slug(cpu)}-{_cores()}-cores",
+        device=slug(gpu) if gpu else f"{slug(cpu)}-{available_cpus()}-cores",
         cpu=cpu,
         cpu_flags=flags,
-        cores=_cores(),
+        cores=available_cpus(),
         threads=threads(),
         memory_bytes=_memory(),
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -119,14 +120,10 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def threads() -> int:
     """Threads that torch's operators use; an estimate before torch is loaded."""
     torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS") or _cores())
+    return torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
 
 
 def _memory() -> int | None:

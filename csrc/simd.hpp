@@ -15,6 +15,7 @@
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined: no call passes one
+#pragma GCC diagnostic ignored "-Wignored-attributes"  // templates forget that vectors are aligned as floats
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #if !defined(__clang__)
@@ -38,6 +39,23 @@
 #define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
+// Large functions are templates of a register (f16, or Register: below), compiled for it alone, and called by `has_avx512`.
+#if !defined(WARPLOOM_X86) || defined(__clang__) || defined(WARPLOOM_ONE_CPU) || defined(WARPLOOM_NO_AVX512)
+#define WARPLOOM_WIDE
+#define WARPLOOM_NARROW WARPLOOM_CLONES
+#elif __GNUC__ < 12
+#define WARPLOOM_WIDE __attribute__((target("avx512f,fma")))
+#else
+#define WARPLOOM_WIDE __attribute__((target("arch=x86-64-v4")))
+#endif
+#if !defined(WARPLOOM_NARROW) && !defined(__GLIBC__)
+#define WARPLOOM_NARROW
+#elif !defined(WARPLOOM_NARROW) && __GNUC__ < 12
+#define WARPLOOM_NARROW __attribute__((target_clones("fma", "default")))
+#elif !defined(WARPLOOM_NARROW)
+#define WARPLOOM_NARROW __attribute__((target_clones("arch=x86-64-v3", "default")))
+#endif
+
 #define WARPLOOM_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define WARPLOOM_COMPILE_FOR(isa) WARPLOOM_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
@@ -52,6 +70,8 @@ namespace warploom {
 
 typedef float f16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
@@ -67,9 +87,11 @@ template <class V>
 constexpr int lanes_of = int(sizeof(V) / sizeof(float));
 
 #if defined(WARPLOOM_X86) && !defined(WARPLOOM_NO_AVX512)
-inline const bool has_avx512 = __builtin_cpu_supports("avx512f");
+inline const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+inline const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
 #else
-constexpr bool has_avx512 = false;  // WARPLOOM_NO_AVX512: what a CPU with AVX2 runs, on any
+constexpr bool has_avx512 = false, has_vnni = false;  // WARPLOOM_NO_AVX512: what a CPU with AVX2 runs, on any
 #endif
 
 struct bfloat16 {
@@ -146,7 +168,7 @@ WARPLOOM_INLINE void load_as(const float* p, V& x) {
     std::memcpy(&x, p, sizeof(V));
 }
 template <class V>
-WARPLOOM_INLINE void store_as(float* p, const V& x) {
+WARPLOOM_INLINE void store_as(float* p, V x) {
     std::memcpy(p, &x, sizeof(V));
 }
 
@@ -162,53 +184,66 @@ WARPLOOM_INLINE float sum(f16 x) {
 
 WARPLOOM_INLINE f16 select(i16 mask, f16 yes, f16 no) { return mask ? yes : no; }
 
+// Whole numbers in as many lanes.
+i16 ints_like(const f16&);
+i8 ints_like(const f8&);
+i4 ints_like(const f4&);
+template <class V>
+using Ints = decltype(ints_like(V()));
+
 // x becomes exp(x) to about one unit in the last place, 0 far below and infinity far above. (By reference: Clang lets no
 // vector be an argument where one side is for another CPU, even where nothing is called.)
-WARPLOOM_INLINE void exponentiate(f16& x) {
-    const f16 low = f16{} - 87.3f, high = f16{} + 88.7f;
-    f16 y = select(x < low, low, select(x > high, high, x));
-    const f16 shift = f16{} + 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
-    f16 n = (y * 1.44269504f + shift) - shift;
-    f16 r = y - n * 0.693359375f + n * 2.12194440e-4f;
-    f16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+template <class V>
+WARPLOOM_INLINE void exponentiate(V& x) {
+    const V low = V{} - 87.3f, high = V{} + 88.7f;
+    const V y = x < low ? low : x > high ? high : x;
+    const V shift = V{} + 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
+    const V n = (y * 1.44269504f + shift) - shift;
+    const V r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    i16 exponent = (__builtin_convertvector(n, i16) + 127) << 23;
-    f16 scale;
-    std::memcpy(&scale, &exponent, 64);
-    x = select(x < low, f16{}, p * scale);
+    const Ints<V> exponent = (__builtin_convertvector(n, Ints<V>) + 127) << 23;
+    V scale;
+    std::memcpy(&scale, &exponent, sizeof(V));
+    x = x < low ? V{} : p * scale;
 }
-WARPLOOM_INLINE f16 exp(f16 x) {
+template <class V>
+WARPLOOM_INLINE V exp(V x) {
     exponentiate(x);
     return x;
 }
 
 // exp(x) of x ≤ 0, as near, in a shorter chain of instructions: sixteen weights of attention after another.
-WARPLOOM_INLINE f16 exp_negative(f16 x) {
-    const f16 shift = f16{} + 12582912.0f;  // 1.5 · 2²³: the sum's last bits are the integer
-    const f16 shifted = x * 1.44269504f + shift, n = shifted - shift;
-    const f16 r = x - n * 0.693359375f + n * 2.12194440e-4f, r2 = r * r;
-    const f16 low = r * 1.6666665459e-1f + 5.0000001201e-1f, middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
-    const f16 high = r * 1.9875691500e-4f + 1.3981999507e-3f, p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.0f);
-    u16 bits;
-    std::memcpy(&bits, &shifted, 64);
+template <class V>
+WARPLOOM_INLINE V exp_negative(V x) {
+    const V shift = V{} + 12582912.0f;  // 1.5 · 2²³: the sum's last bits are the integer
+    const V shifted = x * 1.44269504f + shift, n = shifted - shift;
+    const V r = x - n * 0.693359375f + n * 2.12194440e-4f, r2 = r * r;
+    const V low = r * 1.6666665459e-1f + 5.0000001201e-1f, middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
+    const V high = r * 1.9875691500e-4f + 1.3981999507e-3f, p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.0f);
+    Ints<V> bits;
+    std::memcpy(&bits, &shifted, sizeof(V));
     bits = (bits + 127) << 23;
-    f16 scale;
-    std::memcpy(&scale, &bits, 64);
-    return select(x < f16{} - 87.3f, f16{}, p * scale);
+    V scale;
+    std::memcpy(&scale, &bits, sizeof(V));
+    return x < V{} - 87.3f ? V{} : p * scale;
 }
 
 // tanh(x) to about 1e-7.
-WARPLOOM_INLINE f16 tanh(f16 x) { return 1.0f - 2.0f / (1.0f + exp(x + x)); }
+template <class V>
+WARPLOOM_INLINE V tanh(V x) {
+    return 1.0f - 2.0f / (1.0f + exp(x + x));
+}
 
 // Lanes of two vectors, by numbers.
 #if defined(__clang__) || __GNUC__ >= 12
 #define WARPLOOM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define WARPLOOM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i16{__VA_ARGS__})
+#define WARPLOOM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(ints_like(a)){__VA_ARGS__})
 #endif
 
 // Lanes i to i + 7 of two vectors, in turns.
@@ -216,18 +251,34 @@ WARPLOOM_INLINE f16 tanh(f16 x) { return 1.0f - 2.0f / (1.0f + exp(x + x)); }
     WARPLOOM_SHUFFLE(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, i + 21, i + 6, \
                      i + 22, i + 7, i + 23)
 
-// A square of sixteen rows turned over: four perfect shuffles of its rows.
-WARPLOOM_INLINE void transpose_16x16(const float* from, int64_t from_row, float* to, int64_t to_row) {
-    f16 x[16], y[16];
-    for (int i = 0; i < 16; ++i) x[i] = load(from + i * from_row);
-    for (int round = 0; round < 4; ++round) {
-        for (int i = 0; i < 8; ++i) {
-            y[2 * i] = WARPLOOM_ZIP(x[i], x[i + 8], 0);
-            y[2 * i + 1] = WARPLOOM_ZIP(x[i], x[i + 8], 8);
-        }
-        for (int i = 0; i < 16; ++i) x[i] = y[i];
+// A square turned over, of as many rows as V has lanes: perfect shuffles of its rows.
+#define WARPLOOM_ZIP_8(a, b, i) WARPLOOM_SHUFFLE(a, b, i, i + 8, i + 1, i + 9, i + 2, i + 10, i + 3, i + 11)
+#define WARPLOOM_ZIP_4(a, b, i) WARPLOOM_SHUFFLE(a, b, i, i + 4, i + 1, i + 5)
+WARPLOOM_INLINE void zip(const f16& a, const f16& b, f16* to) { to[0] = WARPLOOM_ZIP(a, b, 0), to[1] = WARPLOOM_ZIP(a, b, 8); }
+WARPLOOM_INLINE void zip(const f8& a, const f8& b, f8* to) { to[0] = WARPLOOM_ZIP_8(a, b, 0), to[1] = WARPLOOM_ZIP_8(a, b, 4); }
+WARPLOOM_INLINE void zip(const f4& a, const f4& b, f4* to) { to[0] = WARPLOOM_ZIP_4(a, b, 0), to[1] = WARPLOOM_ZIP_4(a, b, 2); }
+
+template <class V>
+WARPLOOM_INLINE void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    constexpr int n = lanes_of<V>;
+    V x[n], y[n];
+    for (int i = 0; i < n; ++i) load_as(from + i * from_row, x[i]);
+    for (int apart = n / 2, round = n; round > 1; round /= 2) {
+        for (int i = 0; i < apart; ++i) zip(x[i], x[i + apart], y + 2 * i);
+        for (int i = 0; i < n; ++i) x[i] = y[i];
     }
-    for (int i = 0; i < 16; ++i) store(to + i * to_row, x[i]);
+    for (int i = 0; i < n; ++i) store_as(to + i * to_row, x[i]);
+}
+
+// A square of sixteen rows turned over, by registers of V.
+template <class V>
+WARPLOOM_INLINE void transpose_16x16(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    for (int i = 0; i < 16; i += lanes_of<V>)
+        for (int j = 0; j < 16; j += lanes_of<V>)
+            transpose_square<V>(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+}
+WARPLOOM_INLINE void transpose_16x16(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    has_avx512 ? transpose_16x16<f16>(from, from_row, to, to_row) : transpose_16x16<Register>(from, from_row, to, to_row);
 }
 
 // bfloat16 by pairs: of twice as many numbers as a vector has, those at even places (the lower halves of the words) and those

@@ -133,9 +133,11 @@ def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, 
         logits_SV = products.multiply(hidden_NC[rows])
         scale_S = None if scale_N is None else scale_N[rows]
         losses_N[rows], d_logits_SV = _slab(logits_SV, targets_N[rows], options, scale_S)
-        if want_hidden:
+        if d_logits_SV is None:
+            continue
+        if d_hidden_NC is not None:
             products.multiply_back(d_logits_SV, d_hidden_NC[rows])
-        if want_weight:
+        if d_weight_VC is not None:
             products.add_gradient(d_weight_VC, d_logits_SV, hidden_NC[rows])
     return losses_N, d_hidden_NC, None if d_weight_VC is None else d_weight_VC.to(weight_VC.dtype)
 
@@ -210,19 +212,19 @@ def gpu_rows_per_slab(V: int) -> int:
     return max(128, (1 << 29) // V // 128 * 128)
 
 
-def _add_gradient(sum_VC, a_SV, b_SC):
-    """sum += aᵀ · b in the wide format: where possible within the product, without a pass of its own.
+def _add_gradient(sum_VC, a_SV, b_SC, first=False):
+    """sum += aᵀ · b in the wide format: where possible within the product, without a pass of its own. The `first` is no
+    addition, and the sum may be anything before.
 
     PyTorch 2.11 cannot trace a product that adds to a wider sum, but one with a wider result."""
-    a_VS = a_SV.T
+    a_VS, beta = a_SV.T, 0 if first else 1
     if a_VS.dtype == sum_VC.dtype:
-        sum_VC.addmm_(a_VS, b_SC)
-    elif sum_VC.device.type == "cpu":
-        sum_VC += a_VS @ b_SC
+        sum_VC.addmm_(a_VS, b_SC, beta=beta)
     elif sum_VC.is_cuda and is_real((sum_VC, a_VS, b_SC)):
-        torch.addmm(sum_VC, a_VS, b_SC, out_dtype=torch.float32, out=sum_VC)
+        torch.addmm(sum_VC, a_VS, b_SC, beta=beta, out_dtype=torch.float32, out=sum_VC)
     else:
-        sum_VC += torch.mm(a_VS, b_SC, out_dtype=torch.float32)
+        product = a_VS @ b_SC if sum_VC.device.type == "cpu" else torch.mm(a_VS, b_SC, out_dtype=torch.float32)
+        sum_VC.copy_(product if first else sum_VC + product)
 
 
 def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidden, want_weight):
@@ -232,7 +234,8 @@ def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidde
     device = hidden_NC.device
     losses_N = torch.empty(N, dtype=torch.float32, device=device)
     d_hidden_NC = torch.empty(N if want_hidden else 0, C, dtype=hidden_NC.dtype, device=device)
-    d_weight_VC = torch.zeros(V if want_weight else 0, C, dtype=torch.float32, device=device)
+    make = torch.empty if N else torch.zeros
+    d_weight_VC = make(V if want_weight else 0, C, dtype=torch.float32, device=device)
     step = min(gpu_rows_per_slab(V), max(N, 1))
     slab = torch.empty(step, V, dtype=hidden_NC.dtype, device=device)
     upstream_N = losses_N if upstream_N is None else upstream_N
@@ -249,7 +252,7 @@ def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidde
         if want_hidden:
             torch.mm(logits_SV, weight_VC, out=d_hidden_NC[rows])
         if want_weight:
-            _add_gradient(d_weight_VC, logits_SV, hidden_NC[rows])
+            _add_gradient(d_weight_VC, logits_SV, hidden_NC[rows], first=start == 0)
     return losses_N, d_hidden_NC, d_weight_VC.to(weight_VC.dtype)
 
 
@@ -270,12 +273,13 @@ def linear_cross_entropy_forward(
     counted_N = targets != ignore_index
     options = ignore_index, label_smoothing, z_loss, softcap
     if reduction == "none":
-        losses_N, *nothing = _walk_fused(hidden, weight, targets, None, options, False, False)
-        return weighted(losses_N, weights), *nothing
+        losses_N, no_hidden, no_weight = _walk_fused(hidden, weight, targets, None, options, False, False)
+        return weighted(losses_N, weights), no_hidden, no_weight
     share = torch.ones((), device=hidden.device) if reduction == "sum" else 1 / counted_N.sum().clamp(min=1)
     upstream_N = weighted(share.float().expand(len(targets)), weights)
-    losses_N, *gradients = _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)
-    return reduce(weighted(losses_N, weights), counted_N, reduction), *gradients
+    walked = _walk_fused(hidden, weight, targets, upstream_N, options, want_hidden, want_weight)
+    losses_N, d_hidden, d_weight = walked
+    return reduce(weighted(losses_N, weights), counted_N, reduction), d_hidden, d_weight
 
 
 @launcher

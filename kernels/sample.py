@@ -43,11 +43,15 @@ def _sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token (B,) for each row of `logits` (B, V), under that row's settings (all (B,)).
 
     `temperature` 0 is greedy, `top_k` 0, `top_p` 1 and `min_p` 0 keep everything. A token depends on its own row only.
+    With an `index` (B,), settings and seeds are those of a larger batch, and row b's are at `index[b]`.
     """
+    if index is not None:
+        temperature, top_k, top_p, min_p, seeds = (x[index] for x in (temperature, top_k, top_p, min_p, seeds))
     warm_B = temperature >= GREEDY_BELOW
     x_BV = logits.float() * (1 / temperature.float().where(warm_B, 1.0))[:, None]
     x_BV = x_BV.where(x_BV == x_BV, -math.inf)
@@ -179,20 +183,21 @@ def _race(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.conste
 
 @triton.jit
 def sample_kernel(
-    x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, token_ptr,
-    V, x_row, x_col, BLOCK: tl.constexpr,
+    x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, index_ptr, token_ptr,
+    V, x_row, x_col, INDEXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * x_row
-    temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    own = tl.load(index_ptr + row).to(tl.int64) if INDEXED else row
+    temperature = tl.load(temperature_ptr + own).to(tl.float32)
     warm = temperature >= _GREEDY_BELOW
     scale = tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(warm, temperature, 1.0))
     highest, token, best = _row_maximum(row_ptr, x_col, V, scale, BLOCK)
     if warm & (tl.abs(highest) < float("inf")):
-        top_k = tl.load(top_k_ptr + row).to(tl.int32)
-        top_p = tl.load(top_p_ptr + row).to(tl.float32)
-        min_p = tl.load(min_p_ptr + row).to(tl.float32)
-        seed, position = tl.load(seed_ptr + row).to(tl.int64), tl.load(position_ptr + row).to(tl.int64)
+        top_k = tl.load(top_k_ptr + own).to(tl.int32)
+        top_p = tl.load(top_p_ptr + own).to(tl.float32)
+        min_p = tl.load(min_p_ptr + own).to(tl.float32)
+        seed, position = tl.load(seed_ptr + own).to(tl.int64), tl.load(position_ptr + row).to(tl.int64)
         limit = tl.where((top_k > 0) & (top_k < V), top_k, V)
         least = highest + tl.log(min_p)  # min_p · max p, as a logit; −inf when min_p is 0
         mass = tl.full([], float("inf"), tl.float32)
@@ -230,6 +235,7 @@ def sample_tokens(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    index: torch.Tensor | None,
 ) -> torch.Tensor:
     B, V = logits.shape
     tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
@@ -237,10 +243,22 @@ def sample_tokens(
     block = min(8192, max(width, 128))
     tile = tuned("sample", logits.device, width, {"BLOCK": block, "num_warps": max(4, block // 512)})
     launch(
-        sample_kernel, (B,), logits, temperature, top_k, top_p, min_p, seeds, positions, tokens,
-        V, *logits.stride(), **tile,
+        sample_kernel, (B,),
+        logits, temperature, top_k, top_p, min_p, seeds, positions, positions if index is None else index, tokens,
+        V, *logits.stride(), INDEXED=index is not None, **tile,
     )  # fmt: skip
     return tokens
+
+
+def _sample_fused(logits, temperature, top_k, top_p, min_p, seeds, positions, index=None):
+    return sample_tokens(logits, temperature, top_k, top_p, min_p, seeds, positions, index)
+
+
+def _chosen(m, V, index):
+    """Rows with the settings of a larger batch."""
+    _, *settings, _ = _rows(m, 4, [1.0, 0.0, 0.7, 1.5], [0, 3, 9, 40], [0.9, 0.8, 1.0, 0.5], [0.0, 0.1, 0.05, 0.0])
+    positions = m.tensor(list(range(7, 7 + len(index))))
+    return m.normal(len(index), V, scale=2.0, grad=False), *settings, positions, {"index": m.tensor(index)}
 
 
 def _rows(m, V, temperature, top_k, top_p, min_p, scale=2.0, positions=None):
@@ -256,7 +274,7 @@ def _rows(m, V, temperature, top_k, top_p, min_p, scale=2.0, positions=None):
 sample = Op(
     name="sample",
     reference=_sample,
-    fused=sample_tokens,
+    fused=_sample_fused,
     rows=("logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions"),
     cases=[
         Case("greedy", lambda m: _rows(m, 100, [0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3)),
@@ -267,6 +285,7 @@ sample = Op(
         Case("large k", lambda m: _rows(m, 9000, [1.0, 1.3], [600, 40], [0.99, 0.9], [0.0] * 2)),
         Case("min p", lambda m: _rows(m, 300, [1.0, 2.0], [0] * 2, [1.0] * 2, [0.1, 0.01])),
         Case("all at once", lambda m: _rows(m, 1100, [1.2, 0.0, 0.9], [40, 7, 0], [0.9, 0.5, 0.8], [0.02, 0.1, 0.05])),
+        Case("settings of a larger batch", lambda m: _chosen(m, 300, [3, 0, 2])),
         Case(
             "far",
             lambda m: _rows(m, 64, [1.0] * 2, [0] * 2, [1.0] * 2, [0.0] * 2, positions=[2**40, 2**33 + 5]),
@@ -274,5 +293,5 @@ sample = Op(
         Case("64x128256", lambda m: _rows(m, 128256, [0.8] * 64, [50] * 64, [0.9] * 64, [0.0] * 64), bench=True),
     ],
     budget=Budget(registers=128, vector=True),
-    traffic=lambda logits, *_: (logits.nbytes, 0),
+    traffic=lambda logits, *_, **__: (logits.nbytes, 0),
 )

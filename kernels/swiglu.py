@@ -51,18 +51,15 @@ def _swiglu_packed(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
 
 
 def _swiglu_eager(gate, up, activation="silu"):
-    if activation == "clamped":
-        return _swiglu(gate, up, activation)
-    act = check_activation(activation)
+    act = None if activation == "clamped" else check_activation(activation)
     if gate.shape == up.shape and pointwise.is_supported(gate, up):
         return pointwise.gate(gate, up, activation)
-    return act(gate) * up
+    return act(gate) * up if act else _swiglu(gate, up, activation)
 
 
 def _swiglu_packed_eager(gate_up, activation="silu"):
-    if activation == "clamped":
-        return _swiglu_packed(gate_up, activation)
-    check_activation(activation)
+    if activation != "clamped":
+        check_activation(activation)
     if pointwise.is_supported(gate_up) and gate_up.shape[-1] % 2 == 0:
         return pointwise.packed_gate(gate_up, activation)
     return _swiglu_eager(*gate_up.chunk(2, -1), activation)
@@ -233,6 +230,7 @@ swiglu = Op(
     cases=[
         Case("tail", lambda m: (m.normal(3, 100), m.normal(3, 100))),
         Case("gelu", lambda m: (m.normal(3, 64), m.normal(3, 64)), {"activation": "gelu"}),
+        Case("clamped", lambda m: (m.normal(3, 100, scale=5), m.normal(3, 100, scale=5)), {"activation": "clamped"}),
         Case("squared relu", lambda m: (m.normal(3, 64), m.normal(3, 64)), {"activation": "relu2"}),
         Case(
             "halves of one tensor", lambda m: tuple(x.detach().requires_grad_() for x in m.normal(4, 96).chunk(2, -1))

@@ -6,7 +6,6 @@ id stands for (`token_bytes`). Everything else here follows from that: special t
 """
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from .chat import render
+from .cpus import available_cpus
 from .errors import InputError
 from .sources import atomic_writer, read_pieces, write_text
 from .specials import Follows, SpecialTokens, cut_stream
@@ -272,7 +272,7 @@ class Tokenizer(ABC):
 def default_threads(threads: int | None) -> int:
     """The number of threads to use: what was asked for, or as many as this process may run on."""
     if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return available_cpus()
     if threads < 1:
         raise InputError(f"threads is {threads}; it must be at least 1, or None for every core")
     return threads

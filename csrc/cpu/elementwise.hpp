@@ -54,7 +54,7 @@ WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
     } else if (kind == Gate::gelu_erf) {
         const f16 s = 0.5f + 0.5f * erf(x * 0.70710678f);
         value = x * s;
-        slope = s + x * exp(x * x * -0.5f) * 0.39894228f;
+        slope = f16{};  // only serving has it, and asks for none
     } else if (kind == Gate::clamped) {
         const f16 bounded = select(x > f16{} + kClamp, f16{} + kClamp, x), s = sigmoid(kClampedSlope * bounded);
         value = bounded * s;
@@ -72,6 +72,14 @@ WARPLOOM_INLINE f16 other_half(f16 up) {
     if (kind != Gate::clamped) return up;
     const f16 most = f16{} + kClamp, below = select(up > most, most, up);
     return select(below > -most, below, -most) + 1.0f;
+}
+
+// Its gradient, which a bound takes away.
+template <Gate kind>
+WARPLOOM_INLINE f16 where_free(f16 up, f16 gradient) {
+    if (kind != Gate::clamped) return gradient;
+    const f16 size = select(up > f16{}, up, -up);
+    return select(size > f16{} + kClamp, f16{}, gradient);
 }
 
 // Calls body(kind) with the gate as a constant.

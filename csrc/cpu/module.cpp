@@ -1,6 +1,8 @@
 // warploom._native: the CPU engine, training and serving. Nothing here includes torch.
 #include <pybind11/pybind11.h>
 
+#include "simd.hpp"
+
 namespace warploom {
 void bind_passes(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
@@ -9,7 +11,7 @@ void bind_serving(pybind11::module_& module);
 // What this build makes of this CPU.
 const char* instruction_set() {
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512f")) return __builtin_cpu_supports("avx512vnni") ? "avx512 with vnni" : "avx512";
+    if (has_avx512) return has_vnni ? "avx512 with vnni" : "avx512";
     if (__builtin_cpu_supports("fma")) return "avx2";
     return "sse2";
 #elif defined(__aarch64__)

@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+from ...tokenizer.cpus import available_cpus
 from ..errors import USER_ERRORS
 
 VERBS = {
@@ -50,6 +51,8 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version" or argv[1:] == ["--version"]:
         return _print_version()
     verb, rest = argv[0], argv[1:]
+    if (cpus := available_cpus()) < (os.cpu_count() or 1):  # torch counts a container's processors, not its quota
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
     if verb not in available():
         print(f"warploom: {verb!r} is not a verb; choose one of: {', '.join(available())}", file=sys.stderr)
         return 2

@@ -9,12 +9,14 @@ from typing import Annotated
 
 import tyro
 
+from ..errors import InputError
 from ..rl.config import RLConfig
 from ..training.config import BUDGETS
 from .flags import parse
 from .train import callback, saved_settings
 
 Hidden = tyro.conf.Suppress
+TRUNCATES = "--temperature", "--top-k", "--top-p", "--min-p"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ def run(argv: list[str]) -> int:
 
 def read(argv: list[str]) -> RLConfig:
     """The run that a command line describes."""
+    for flag in (word.partition("=")[0] for word in argv):
+        if flag in TRUNCATES:
+            raise InputError(
+                f"{flag} is not for rl: samples are untruncated at temperature 1, for others come from another policy "
+                "than the one whose gradient is taken"
+            )
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--out", default=RLConfig.out)
     early.add_argument("--resume", action="store_true")

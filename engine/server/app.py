@@ -29,7 +29,7 @@ from .request_body import BodyRoute
 from .ui.playground import Playground, available
 from .ui.static_pages import docs_page, landing_page
 
-REFUSALS = (400, 404, 413, 429, 500, 503, 504)
+REFUSALS = (400, 404, 413, 415, 429, 500, 503, 504)
 
 
 def create_app(

@@ -2,8 +2,8 @@
 
 llhttp leaves limits to its caller (nodejs/llhttp issue 213). Without them one unfinished header of 300 MB held the
 event loop for seven seconds, and 4,000 idle connections stayed for ever. A head may have 64 kB and 100 fields (431
-beyond) and has 10 seconds to arrive; a body has to bring a kilobyte every 30 seconds (408); a client that reads less
-than a kilobyte a minute is cut off, and what was generated for it with it.
+beyond) and has 10 seconds to arrive; a body has to bring a kilobyte every 30 seconds (408), and may take 16 times its
+size in chunks; a client that reads less than a kilobyte a minute is cut off, and what was generated for it with it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ class Limits:
     send_seconds: float = 60.0
 
 
+class AnyLength(int):
+    """Length of a body that ends with its connection, whatever uvicorn counts."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> AnyLength:
+        return self
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
@@ -39,6 +49,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._head_size = self._head_fed = 0  # bytes of complete fields; bytes fed since the head began
         self._body_size = 0  # bytes since the last progress
+        self._around = 0  # bytes around those of the body, that its chunks take, beyond what they may
         self._refused = False
         self._timer: asyncio.TimerHandle | None = None
         self._blocked: asyncio.TimerHandle | None = None
@@ -74,6 +85,9 @@ class LimitedProtocol(HttpToolsProtocol):
             return self._refuse(431)
         if self._in_body:
             self._body_size += size
+            self._around += size
+            if self._around > self._limits.head_bytes:
+                return self._refuse(413)
             if self._body_size >= PROGRESS:
                 self._body_size = 0
                 self._arm(self._limits.body_seconds)
@@ -107,12 +121,15 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         if self._refused:
             return
-        self._in_body, self._body_size = True, 0
+        self._in_body, self._body_size, self._around = True, 0, 0
         self._arm(self._limits.body_seconds)
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":  # knows no chunks
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, AnyLength()
 
     def on_body(self, body: bytes) -> None:
         """Part of a body."""
+        self._around = max(self._around - 17 * len(body), 0)
         if not self._refused and self.cycle is not None:
             super().on_body(body)
 

@@ -52,7 +52,7 @@ class Grammar:
     def accept(self, token: int) -> None:
         """The token that was chosen."""
         if not self.finished and not self._matcher.consume_token(token):
-            self.error = GrammarError(f"the grammar refused token {token}: {_first_line(self._matcher.get_error())}")
+            self.error = GrammarError(f"the grammar refused token {token}: {_one_line(self._matcher.get_error())}")
 
     def rewind(self, tokens: list[int]) -> None:
         """Stand again where these tokens lead, whatever was accepted since."""
@@ -66,7 +66,7 @@ class Grammar:
         try:
             self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         except ValueError as error:
-            self.error = GrammarError(_first_line(error))
+            self.error = GrammarError(_one_line(error))
             return
         allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocabulary]
         if not allowed.any():
@@ -278,8 +278,8 @@ class GrammarCompiler:
             return self._ready
 
 
-def _first_line(error: object) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def field_of(params: SamplingParams) -> str:
@@ -301,7 +301,7 @@ def _build(vocabulary, field: str, value):
     with contextlib.suppress(ValueError):  # what is too large from the start shows here
         trial.compute_bitmask()
     if trial.is_error():
-        raise InputError(f"{field} cannot be compiled: {_first_line(trial.get_error())}")
+        raise InputError(f"{field} cannot be compiled: {_one_line(trial.get_error())}")
     return matcher
 
 
@@ -317,7 +317,7 @@ def _source(matcher, field: str, value) -> str:
             return matcher.grammar_from_lark(any_to_lark(value))
         return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
     except Exception as error:  # the converter of GBNF has errors of its own: whatever it says is about this grammar
-        raise InputError(f"{field} cannot be compiled: {_first_line(error)}") from None
+        raise InputError(f"{field} cannot be compiled: {_one_line(error)}") from None
 
 
 def _escaped(text: str) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class LoraMasters(Masters):
         return [name]
 
     @torch.no_grad()
-    def copy_to_model(self) -> None:
+    def copy_to_model(self, but: Container[Tensor] = ()) -> None:
         """Write W + s·B·A into the model's weights."""
         for name, weight in self.adapted.items():
             change = self.shards.shard(name, weight.change(self.factors, self.scales))

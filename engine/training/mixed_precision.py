@@ -14,7 +14,7 @@ and the gradients divided by it afterwards. The scale halves when a gradient ove
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,18 @@ class Masters:
         return self.dtype != torch.float32
 
     @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Round the masters into the model."""
-        if self.separate:
-            torch._foreach_copy_(self._rounded, list(self.named.values()))
+    def copy_to_model(self, but: Container[Tensor] = ()) -> None:
+        """Round the masters into the model, all `but` those that have been."""
+        if not self.separate:
+            return
+        pairs = [(p, master) for p, master in zip(self._rounded, self.named.values()) if master not in but]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
+
+    def copies(self, smallest: int) -> dict[Tensor, Tensor]:
+        """Of the masters of at least so many weights on a GPU, those of the model: masters, if they are the same."""
+        pairs = zip(self._rounded, self.named.values())
+        return {master: p for p, master in pairs if master.is_cuda and master.numel() >= smallest}
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:

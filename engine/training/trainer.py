@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ from .distributed.mesh import ProcessMesh, local_device, make_masters
 from .evaluate import evaluate, losses, token_bytes, validation_batches, validation_split, write_sample
 from .inputs import RunInputs, prepare
 from .lora import LoraMasters
-from .mixed_precision import EMA, LossScale
-from .optim import clip_grad_norm, make_optimizer
+from .mixed_precision import EMA, LossScale, Masters
+from .optim import AdamW, clip_grad_norm, clip_scale, make_optimizer
 from .preferences import add_reference, evaluate_pairs, every_pair
 from .report import describe, write_card
 from .resume import resume_run, save_run, write_weights
@@ -213,20 +213,30 @@ class Trainer:
         parameters = list(state.masters.named.values())
         self.reducer.wait()
         state.loss_scale.unscale(parameters)
-        norm = clip_grad_norm(parameters, self.config.max_grad_norm or math.inf, self.mesh.grad_norm(state.masters))
-        loss, norm, *load = torch.stack([loss, norm, *load]).tolist()  # a GPU is waited for only here
-        loss = self._reduce_step_stats(loss / self.mesh.axes["tp"])
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        limit, joint_norm = self.config.max_grad_norm or math.inf, self.mesh.grad_norm(state.masters)
+        copies = self._one_pass_copies()
+        clip_grad_norm([p for p in parameters if p not in copies], limit, joint_norm)
+        mine, norm, *figures = torch.stack([loss, joint_norm, *load]).tolist()  # a GPU is waited for only here
+        lost = self._reduce_step_stats(mine / self.mesh.axes["tp"])
+        finite = math.isfinite(lost) and math.isfinite(norm)
         lr = self.learning_rate(state.step + 1)
         if finite:
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            state.optimizer.step()
-            state.masters.copy_to_model()
+            if copies:
+                cast(AdamW, state.optimizer).step_and_copy(copies, clip_scale(joint_norm, limit))
+            else:
+                state.optimizer.step()
+            state.masters.copy_to_model(but=copies)
             state.ema.update()
         state.masters.zero_grad()
-        self._check_finite(finite, loss, norm)
-        return loss, norm, lr, tuple(load)
+        self._check_finite(finite, lost, norm)
+        return lost, norm, lr, tuple(figures)
+
+    def _one_pass_copies(self) -> dict[Tensor, Tensor]:
+        """Large weights on a GPU, for which clipping, AdamW's step and the copy to the model are one pass."""
+        whole = type(self.state.optimizer) is AdamW and type(self.state.masters) is Masters
+        return self.state.masters.copies(AdamW.ONE_PASS) if whole else {}
 
     def accumulate(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Gradient accumulation over micro-batches, each weighted by its share of the step's targets.

@@ -24,7 +24,7 @@ from .extension import native as _native
 
 HAS_NATIVE = _native is not None
 FORMATS = torch.float32, torch.bfloat16
-GATES = {"silu": 0, "gelu": 1, "relu": 2, "relu2": 3}
+GATES = {"silu": 0, "gelu": 1, "relu": 2, "relu2": 3, "clamped": 5}
 CHUNK = 64  # rows a partial sum: NormBackward::kChunk
 
 

@@ -37,9 +37,6 @@ from .attention_tiles import (
     tile_of_head,
 )
 
-if HAS_TRITON:
-    from triton.runtime import _allocation
-
 NAMES = ("forward", "dq", "dkdv")
 
 
@@ -287,8 +284,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 def kernel_and_tile(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> tuple:
     """The kernel to launch, for "forward", "dq" or "dkdv", and its tile. To be called before each launch, in its
     thread: Triton asks this thread's allocator for the descriptors' room, ours where nobody has set one."""
-    if HAS_TRITON and type(_allocation._allocator.get()) is _allocation.NullAllocator:
-        triton.set_allocator(_scratch)
+    if HAS_TRITON:
+        from triton.runtime import _allocation
+
+        if type(_allocation._allocator.get()) is _allocation.NullAllocator:
+            triton.set_allocator(_scratch)
     return KERNELS[kernel], tile_of(kernel, D, dtype, device)
 
 

@@ -1,7 +1,7 @@
 """Launching the kernels of the mixture of experts, and how the pieces join PyTorch's autograd.
 
-Forward: route and count, prefix sums, scatter, the gated product, the way back, the combination. Kept for the backward:
-the gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all of it.
+Forward: route and count, offsets, scatter, the gated product, the way back, the combination: six launches. Kept for the
+backward: the gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all.
 
 T tokens, C channels, E experts, F features of an expert, K = top_k, A = T · K assignments.
 """
@@ -18,7 +18,7 @@ from .moe_experts import (
     moe_grouped_gemm_swiglu_bwd_kernel,
     moe_grouped_gemm_swiglu_kernel,
 )
-from .moe_route import moe_route_backward_kernel, moe_route_kernel, moe_scatter_kernel
+from .moe_route import moe_offsets_kernel, moe_route_backward_kernel, moe_route_kernel, moe_scatter_kernel
 
 LARGE = 128
 """Assignments per expert from which tiles of 128 rows pay; below, 64. Both use the same instructions: the same bits."""
@@ -110,14 +110,18 @@ def _route(logits, top_k, softmax, normalize):
         logits, weights_TK, experts_TK, counts_BE, shares_BE, squares_B, T, E, *logits.stride(),
         SOFTMAX=softmax, NORMALIZE=normalize, BLOCK_K=next_power_of_2(top_k), **shape,
     )  # fmt: skip
-    counts_E = counts_BE.sum(0)
-    offsets_E = torch.zeros(E + 1, dtype=torch.int32, device=device)
-    offsets_E[1:] = counts_E.cumsum(0)
-    begins_BE = (counts_BE.cumsum(0) - counts_BE + offsets_E[:-1]).to(torch.int32)
+    begins_BE = torch.empty_like(counts_BE)
+    offsets_E = torch.empty(E + 1, dtype=torch.int32, device=device)
+    counts_E = torch.empty(E, dtype=torch.int64, device=device)
+    balance, z = (torch.empty((), dtype=torch.float32, device=device) for _ in "bz")
+    launch(
+        moe_offsets_kernel, (1,), counts_BE, shares_BE, squares_B, begins_BE, offsets_E, counts_E, balance, z,
+        blocks, E, E / (max(T, 1) * max(T * top_k, 1)), 1 / max(T, 1),
+        BLOCK_B=max(1, 4096 // shape["BLOCK_E"]), BLOCK_E=shape["BLOCK_E"], num_warps=8,
+    )  # fmt: skip
     order_A = torch.empty(T * top_k, dtype=torch.int32, device=device)
     launch(moe_scatter_kernel, (blocks,), experts_TK, begins_BE, order_A, T, E, **shape)
-    balance = (counts_E * shares_BE.sum(0)).sum() * (E / (max(T, 1) * max(T * top_k, 1)))
-    return weights_TK, experts_TK, order_A, offsets_E, counts_E, balance, squares_B.sum() / max(T, 1)
+    return weights_TK, experts_TK, order_A, offsets_E, counts_E, balance, z
 
 
 def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):

@@ -1,12 +1,12 @@
 """Routing without a sort: who goes to which expert, and where in the line.
 
 The grouped product wants the assignments (token, choice) of each expert side by side. Sorting them would do; counting
-is enough. Every block of tokens counts its assignments to each expert while it routes; prefix sums over experts and
-blocks turn counts into the place where each block's assignments begin; and a second pass over the same blocks puts
-each assignment at its block's beginning plus its rank within the block. No atomics, so the order is always the same,
-and no length ever travels to the host.
+is enough. Every block of tokens counts its assignments to each expert while it routes; one program turns the counts
+into the place where each block's assignments begin, by prefix sums over experts and blocks; and a second pass over the
+same blocks puts each assignment at its block's beginning plus its rank within the block. No atomics, so the order is
+always the same, and no length ever travels to the host.
 
-The same pass over the logits sums what the balance losses need.
+The same passes sum what the balance losses need.
 
 T tokens, E experts, K = top_k choices, A = T · K assignments.
 """
@@ -68,6 +68,38 @@ def moe_route_kernel(
     tl.store(counts + block * E + expert, count, mask=expert < E)
     tl.store(probabilities + block * E + expert, tl.sum(tl.where(real[:, None], shares, 0.0), 0), mask=expert < E)
     tl.store(squares + block, tl.sum(tl.where(real, lse * lse, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def moe_offsets_kernel(
+    counts, probabilities, squares, begins, offsets, totals, balance, z,
+    blocks, E, balance_scale, z_scale, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Where each expert's assignments begin, and those of each block among them; all in order, by one program."""
+    expert = tl.arange(0, BLOCK_E)
+    own = tl.arange(0, BLOCK_B)
+    at = own[:, None].to(tl.int64) * E + expert[None, :]
+    total = tl.zeros([BLOCK_E], tl.int32)
+    share = tl.zeros([BLOCK_E], tl.float32)
+    square = tl.zeros([BLOCK_B], tl.float32)
+    for start in range(0, blocks, BLOCK_B):
+        here = tl.cast(start, tl.int64) * E + at
+        mask = (start + own < blocks)[:, None] & (expert < E)[None, :]
+        total += tl.sum(tl.load(counts + here, mask=mask, other=0), 0)
+        share += tl.sum(tl.load(probabilities + here, mask=mask, other=0.0), 0)
+        square += tl.load(squares + start + own, mask=start + own < blocks, other=0.0)
+    begin = tl.cumsum(total, 0) - total
+    tl.store(offsets + expert, begin, mask=expert < E)
+    tl.store(offsets + E, tl.sum(total, 0))
+    tl.store(totals + expert, total.to(tl.int64), mask=expert < E)
+    tl.store(balance, tl.sum(total.to(tl.float32) * share, 0) * balance_scale)
+    tl.store(z, tl.sum(square, 0) * z_scale)
+    for start in range(0, blocks, BLOCK_B):
+        here = tl.cast(start, tl.int64) * E + at
+        mask = (start + own < blocks)[:, None] & (expert < E)[None, :]
+        count = tl.load(counts + here, mask=mask, other=0)
+        tl.store(begins + here, begin[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        begin += tl.sum(count, 0)
 
 
 @triton.jit(do_not_specialize=["T"])

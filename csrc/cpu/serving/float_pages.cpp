@@ -4,13 +4,13 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/serving/online_softmax.hpp"
+
 namespace warploom {
 
 namespace {
 
 constexpr int kSpan = 32;      // numbers read together; heads are padded to whole spans
-constexpr int kRound = 64;     // keys after which maxima, sums and outputs are brought up to date
-constexpr int kTogether = 16;  // queries whose weights are computed side by side
 constexpr int kTile = 4;       // queries that share the reading of keys and values
 constexpr int kLanes = 32;     // keys that lie in the lanes of a tile
 
@@ -19,8 +19,14 @@ constexpr int kLanes = 32;     // keys that lie in the lanes of a tile
 
 // Keys and values as they are read: spans of 32 as two vectors. In bfloat16 these hold the even and the odd places, so
 // queries are laid out the same way, and outputs laid back.
-WARPLOOM_INLINE void load_span(const float* p, f16& a, f16& b) { a = load(p), b = load(p + 16); }
-WARPLOOM_INLINE void load_span(const bfloat16* p, f16& a, f16& b) { widen_pairs(p, a, b); }
+template <class V>
+WARPLOOM_INLINE void load_span(const float* p, V& a, V& b) {
+    load_as(p, a), load_as(p + 16, b);
+}
+template <class V>
+WARPLOOM_INLINE void load_span(const bfloat16* p, V& a, V& b) {
+    widen_pairs(p, a, b);
+}
 
 // A row of D numbers, times a factor, as `load_span` would give it; and back.
 template <class T>
@@ -47,60 +53,25 @@ WARPLOOM_INLINE void lay_back(const float* from, int D, float factor, float* row
     }
 }
 
-// Scratch of one thread, for the queries of a block; D padded to whole spans.
-struct Scratch {
-    Floats queries, outputs;    // (queries, D)
-    Floats scores;              // (queries, row): of a round
-    Floats totals, peaks;       // (queries, 16), (queries)
-    Floats rows, over;          // (row, D), (D, row): of a round, widened
-    std::vector<int64_t> ends;  // (queries): their position + 1
-    std::vector<int> from, to;  // (queries): the keys of this round that a query sees
-    int row;
-};
-
-// Four vectors, and of these four, become one, in which every lane is what `op` makes of one of the sixteen vectors.
-#define WARPLOOM_BY_FOUR(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
-template <class Op>
-WARPLOOM_INLINE f16 fold_halves(f16 x, f16 y, Op op) {
-    return op(WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(0, 16, 1, 17)), WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(2, 18, 3, 19)));
-}
-template <class Op>
-WARPLOOM_INLINE f16 fold_quarters(f16 x, f16 y, Op op) {
-    return op(WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(0, 1, 16, 17)), WARPLOOM_SHUFFLE(x, y, WARPLOOM_BY_FOUR(2, 3, 18, 19)));
-}
-template <class Op>
-WARPLOOM_INLINE f16 fold_lanes(f16 x, f16 y, Op op) {
-    return op(WARPLOOM_SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
-              WARPLOOM_SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
-}
-template <class Op>
-WARPLOOM_INLINE f16 fold_four(const f16 (&x)[4], Op op) {
-    return fold_quarters(fold_halves(x[0], x[1], op), fold_halves(x[2], x[3], op), op);
-}
-template <class Op>
-WARPLOOM_INLINE f16 fold_sixteen(const f16 (&four)[4], Op op) {
-    return fold_lanes(fold_lanes(four[0], four[1], op), fold_lanes(four[2], four[3], op), op);
-}
-struct Add {
-    WARPLOOM_INLINE f16 operator()(f16 x, f16 y) const { return x + y; }
-};
-struct Larger {
-    WARPLOOM_INLINE f16 operator()(f16 x, f16 y) const { return select(x > y, x, y); }
+// Scratch of one thread; D padded to whole spans.
+struct Scratch : Round {
+    Floats queries;     // (queries, D)
+    Floats rows, over;  // (row, D), (D, row): of a round, widened
 };
 
 // The scores of a query with `count` keys, sixteen at a time; what is stored beyond them means nothing.
-template <class T>
+template <class V, class T>
 WARPLOOM_INLINE void dot_keys(const float* query, const T* keys, int64_t stride, int count, int D, float* scores) {
     for (int j = 0; j < count; j += 16) {
-        f16 four[4];
+        V four[4];
         for (int i = 0; i < 4; ++i) {
             const T* key[4];
             for (int n = 0; n < 4; ++n) key[n] = keys + std::min(j + 4 * i + n, count - 1) * stride;
-            f16 total[4] = {};
+            V total[4] = {};
             for (int d = 0; d < D; d += kSpan) {
-                const f16 first = load(query + d), second = load(query + d + 16);
+                const V first = load_as<V>(query + d), second = load_as<V>(query + d + 16);
                 for (int n = 0; n < 4; ++n) {
-                    f16 a, b;
+                    V a, b;
                     load_span(key[n] + d, a, b);
                     total[n] += first * a;
                     total[n] += second * b;
@@ -108,7 +79,7 @@ WARPLOOM_INLINE void dot_keys(const float* query, const T* keys, int64_t stride,
             }
             four[i] = fold_four(total, Add());
         }
-        store(scores + j, fold_sixteen(four, Add()));
+        fold_sixteen(four, Add(), scores + j);
     }
 }
 
@@ -146,24 +117,24 @@ WARPLOOM_INLINE void dot_tile(const float* queries, ptrdiff_t D, const float* ov
 }
 
 // Adds weighted values to N spans of an output, which stay in registers over the whole page.
-template <int N, class T>
+template <class V, int N, class T>
 WARPLOOM_INLINE void add_values(const T* values, int64_t stride, const float* weights, int from, int to, float* out) {
-    f16 total[2 * N];
-    for (int i = 0; i < 2 * N; ++i) total[i] = load(out + 16 * i);
+    V total[2 * N];
+    for (int i = 0; i < 2 * N; ++i) load_as(out + 16 * i, total[i]);
     for (int j = from; j < to; ++j)
         for (int i = 0; i < N; ++i) {
-            f16 a, b;
+            V a, b;
             load_span(values + j * stride + kSpan * i, a, b);
             total[2 * i] += a * weights[j];
             total[2 * i + 1] += b * weights[j];
         }
-    for (int i = 0; i < 2 * N; ++i) store(out + 16 * i, total[i]);
+    for (int i = 0; i < 2 * N; ++i) store_as(out + 16 * i, total[i]);
 }
-template <class T>
+template <class V, class T>
 WARPLOOM_INLINE void add_values(const T* values, int64_t stride, const float* weights, int from, int to, int D, float* out) {
     int d = 0;
-    for (; d + 2 * kSpan <= D; d += 2 * kSpan) add_values<2>(values + d, stride, weights, from, to, out + d);
-    for (; d < D; d += kSpan) add_values<1>(values + d, stride, weights, from, to, out + d);
+    for (; d + 2 * kSpan <= D; d += 2 * kSpan) add_values<V, 2>(values + d, stride, weights, from, to, out + d);
+    for (; d < D; d += kSpan) add_values<V, 1>(values + d, stride, weights, from, to, out + d);
 }
 
 // The same of kTile queries and COLUMNS columns.
@@ -183,53 +154,11 @@ WARPLOOM_INLINE void add_values_tile(const float* values, int count, ptrdiff_t D
         for (int v = 0; v < vectors; ++v) store_as(out + q * D + v * lanes, total[q][v]);
 }
 
-// Scores of a round become weights, for up to kTogether queries from q on, and their running maxima and sums are brought up to
-// date, and outputs to the new maxima.
-WARPLOOM_INLINE void weigh(const AttentionOptions& options, ptrdiff_t D, int q, int count, Scratch& s) {
-    const ptrdiff_t row = s.row;
-    float *scores = &s.scores[q * row], *peaks = &s.peaks[q], *totals = &s.totals[q * 16];
-    ptrdiff_t end = 0;
-    for (int i = 0; i < count; ++i) end = std::max<ptrdiff_t>(end, s.to[q + i]);
-    if (end == 0) return;
-    end = (end + 15) / 16 * 16;
-    f16 four[4];
-    for (int i = 0; i < 4; ++i) {
-        f16 best[4];
-        for (int n = 0; n < 4; ++n) {
-            const int each = std::min(4 * i + n, count - 1);
-            float* mine = scores + each * row;
-            if (options.softcap > 0 && each == 4 * i + n)
-                for (ptrdiff_t j = 0; j < end; j += 16) store(mine + j, options.softcap * tanh(load(mine + j) * (1 / options.softcap)));
-            if (s.from[q + each] > 0) std::fill(mine, mine + std::min<ptrdiff_t>(s.from[q + each], end), -INFINITY);
-            if (s.to[q + each] < end) std::fill(mine + std::max(s.to[q + each], 0), mine + end, -INFINITY);
-            best[n] = load(mine);
-            for (ptrdiff_t j = 16; j < end; j += 16) best[n] = Larger()(load(mine + j), best[n]);
-        }
-        four[i] = fold_four(best, Larger());
-    }
-    float now[kTogether];
-    store(now, fold_sixteen(four, Larger()));
-    for (int i = 0; i < count; ++i) {
-        if (!(now[i] > peaks[i])) continue;
-        float* out = &s.outputs[(q + i) * D];
-        const float shrink = std::exp(peaks[i] - now[i]);
-        for (ptrdiff_t d = 0; d < D; d += 16) store(out + d, load(out + d) * shrink);
-        store(totals + 16 * i, load(totals + 16 * i) * shrink);
-        peaks[i] = now[i];
-    }
-    for (int i = 0; i < count; ++i) {
-        if (s.from[q + i] >= s.to[q + i]) continue;  // its maximum may be that of no keys
-        const float peak = peaks[i];
-        f16 total = load(totals + 16 * i);
-        for (ptrdiff_t j = 0; j < end; j += 16) {
-            const f16 weight = exp_negative(load(scores + i * row + j) - peak);
-            store(scores + i * row + j, weight);
-            total += weight;
-        }
-        store(totals + 16 * i, total);
-    }
+// A function of its own: inlined into all of attention, GCC keeps two of the sums in memory (128 for 158 GFLOP/s).
+__attribute__((noinline)) WARPLOOM_WIDE void add_wide_tile(const float* values, int count, ptrdiff_t D, const float* weights, ptrdiff_t row,
+                                                           float* out) {
+    add_values_tile<f16, 64>(values, count, D, weights, row, out);
 }
-
 // Asks memory for numbers that are needed soon.
 template <class T>
 WARPLOOM_INLINE void fetch(const T* numbers, int64_t count) {
@@ -237,14 +166,14 @@ WARPLOOM_INLINE void fetch(const T* numbers, int64_t count) {
 }
 
 // Rows of one page, widened and padded, laid out as `load_span` reads them.
-template <class T>
+template <class V, class T>
 WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D, int padded, float* to) {
     for (int j = 0; j < count; ++j, rows += stride, to += padded) {
         int d = 0;
         for (; d + kSpan <= D; d += kSpan) {
-            f16 a, b;
+            V a, b;
             load_span(rows + d, a, b);
-            store(to + d, a), store(to + d + 16, b);
+            store_as(to + d, a), store_as(to + d + 16, b);
         }
         if (d == D) continue;
         float rest[kSpan];
@@ -253,47 +182,37 @@ WARPLOOM_INLINE void widen_rows(const T* rows, int64_t stride, int count, int D,
     }
 }
 
-
 // Rows become columns.
+template <class R>
 WARPLOOM_INLINE void transpose_keys(Scratch& s, int keys, int D) {
     for (int j = 0; j < keys; j += 16)
-        for (int d = 0; d < D; d += 16) transpose_16x16(&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
+        for (int d = 0; d < D; d += 16) transpose_16x16<R>(&s.rows[j * D + d], D, &s.over[d * s.row + j], s.row);
 }
 
 // The scores of queries `first` to `last` with a round's keys, transposed: (D, keys). What a query does not see of them, `weigh`
 // leaves out. `between(i)` is called before each tile.
-template <class Between>
+template <class R, class Between>
 WARPLOOM_INLINE void dot_round(int first, int last, int keys, int D, Scratch& s, const Between& between) {
-    constexpr int lanes = int(sizeof(Register) / sizeof(float));
+    constexpr int some = lanes_of<R> == 16 ? kTile : 2, lanes = 2 * lanes_of<R>;  // of a tile that registers hold
     for (int q = first, i = 0, tile; q < last; q += tile, ++i) {
         between(i);
         tile = last - q < kTile ? 1 : kTile;
-        for (int j = 0; j < keys; j += kLanes) {
+        for (int j = 0; j < keys; j += lanes) {
             const float *queries = &s.queries[q * D], *over = &s.over[j];
             float* scores = &s.scores[q * s.row + j];
-            if (has_avx512 && tile == 1) {
-                dot_tile<f16, 1, 2>(queries, D, over, s.row, scores, s.row);
-            } else if (has_avx512) {
-                dot_tile<f16, kTile, 2>(queries, D, over, s.row, scores, s.row);
-            } else {
-                for (int part = 0; part < kLanes; part += 2 * lanes)
-                    for (int n = 0; n < tile; n += 2) {
-                        if (tile == 1)
-                            dot_tile<Register, 1, 2>(queries, D, over + part, s.row, scores + part, s.row);
-                        else
-                            dot_tile<Register, 2, 2>(queries + n * D, D, over + part, s.row, scores + n * s.row + part, s.row);
-                    }
-            }
+            if (tile == 1) dot_tile<R, 1, 2>(queries, D, over, s.row, scores, s.row);
+            for (int n = 0; tile > 1 && n < tile; n += some)
+                dot_tile<R, some, 2>(queries + n * D, D, over, s.row, scores + n * s.row, s.row);
         }
     }
 }
 
 // The values of a round, likewise: of a tile's queries, all add what all of them see together.
-template <class Between>
+template <class R, class Between>
 WARPLOOM_INLINE void add_round(int first, int last, int D, Scratch& s, const Between& between) {
     const float* values = s.rows.data();
     const auto alone = [&](int q, int from, int to) __attribute__((always_inline)) {
-        if (from < to) add_values(values, D, &s.scores[q * s.row], from, to, D, &s.outputs[q * D]);
+        if (from < to) add_values<SixteenIn<R>>(values, D, &s.scores[q * s.row], from, to, D, &s.outputs[q * D]);
     };
     for (int tile = first, i = 0; tile < last; tile += kTile, ++i) {
         between(i);
@@ -304,27 +223,26 @@ WARPLOOM_INLINE void add_round(int first, int last, int D, Scratch& s, const Bet
         if (!together) continue;
         const float *rows = values + from * D, *weights = &s.scores[tile * s.row + from];
         float* out = &s.outputs[tile * D];
+        constexpr int columns = lanes_of<R> == 16 ? 32 : 16;
         int d = 0;
-        for (; has_avx512 && d + 64 <= D; d += 64) add_values_tile<f16, 64>(rows + d, to - from, D, weights, s.row, out + d);
-        for (; has_avx512 && d < D; d += 32) add_values_tile<f16, 32>(rows + d, to - from, D, weights, s.row, out + d);
-        for (; d < D; d += 16) add_values_tile<Register, 16>(rows + d, to - from, D, weights, s.row, out + d);
+        for (; columns == 32 && d + 64 <= D; d += 64) add_wide_tile(rows + d, to - from, D, weights, s.row, out + d);
+        for (; d < D; d += columns) add_values_tile<R, columns>(rows + d, to - from, D, weights, s.row, out + d);
         for (int q = tile; q < end; ++q) alone(q, to, s.to[q]);
     }
 }
 
-template <class T>
+template <class T, class R>
 WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
                             int64_t q_stride, const QueryBlock& block, Scratch& s, float* out) {
+    using V = SixteenIn<R>;
     const int size = pages.page_size, shared = options.heads / pages.kv_heads, Q = block.tokens * shared, G = block.groups;
     const int D = pages.head_dim, padded = (D + kSpan - 1) / kSpan * kSpan, all = Q * G;
     const int round = size * std::max(1, kRound / size);
     const auto place = [&](int i) {  // (token, head) of a query
         return std::pair<int64_t, int64_t>(block.first + i % Q / shared, (block.group + i / Q) * shared + i % shared);
     };
-    s.row = (round + kLanes - 1) / kLanes * kLanes + 16;
-    s.queries.resize(all * padded), s.outputs.assign(all * padded, 0.0f), s.scores.resize(all * s.row);
-    s.totals.assign(all * 16, 0.0f), s.peaks.assign(all, -INFINITY);
-    s.ends.resize(all), s.from.resize(all), s.to.resize(all), s.rows.resize(s.row * padded), s.over.resize(s.row * padded);
+    s.begin(all, padded, (round + kLanes - 1) / kLanes * kLanes + 16);
+    s.queries.resize(all * padded), s.rows.resize(s.row * padded), s.over.resize(s.row * padded);
     for (int i = 0; i < all; ++i) {
         const auto [token, head] = place(i);
         s.ends[i] = step.positions[token] + 1;
@@ -349,10 +267,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     const bool direct = Q <= kDirect && D == padded;
     for (int64_t at = begin / size * size / round * round; at < end; at += round) {
         const int keys = int(std::min<int64_t>(round, end - at)), skip = at < begin ? int(begin - at) / size * size : 0;
-        for (int i = 0; i < all; ++i) {
-            s.from[i] = int(std::max<int64_t>(0, s.ends[i] - window - at));
-            s.to[i] = int(std::min<int64_t>(round, s.ends[i] - at));
-        }
+        s.at(at, round, window);
         // Few queries: page by page, each where it lies.
         const auto each_page = [&](const auto& work) __attribute__((always_inline)) {
             for (int start = skip; start < keys; start += size)
@@ -367,7 +282,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
         // Many: a head's rows of the whole round, widened; meanwhile pages of what comes next, from key `next` on, are fetched.
         const auto widen_round = [&](const T* side, int g) __attribute__((always_inline)) {
             for (int start = skip; start < keys; start += size)
-                widen_rows(rows_of(side, at + start, g), stride, std::min(size, keys - start), D, padded, &s.rows[start * padded]);
+                widen_rows<V>(rows_of(side, at + start, g), stride, std::min(size, keys - start), D, padded, &s.rows[start * padded]);
         };
         const auto fetch_round = [&](const T* side, int64_t next, int g) __attribute__((always_inline)) {
             const int tiles = (Q + kTile - 1) / kTile;
@@ -378,23 +293,23 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
         if (direct)
             each_page([&](int start, int g, int i, int, int to) __attribute__((always_inline)) {
                 if (i < 0) return start + size < keys ? fetch_part(all_keys, at + start + size, g) : fetch_part(all_values, at + skip, g);
-                dot_keys(&s.queries[i * D], rows_of(all_keys, at + start, g), stride, to, D, &s.scores[i * s.row + start]);
+                dot_keys<V>(&s.queries[i * D], rows_of(all_keys, at + start, g), stride, to, D, &s.scores[i * s.row + start]);
             });
         for (int g = 0; g < G && !direct; ++g) {
             widen_round(all_keys, g);
-            transpose_keys(s, keys, padded);
-            dot_round(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
+            transpose_keys<R>(s, keys, padded);
+            dot_round<R>(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
         }
-        for (int i = 0; i < all; i += kTogether) weigh(options, padded, i, std::min(kTogether, all - i), s);
+        for (int i = 0; i < all; i += kTogether) weigh<V>(options.softcap, i, std::min(kTogether, all - i), s);
         if (direct)
             each_page([&](int start, int g, int i, int from, int to) __attribute__((always_inline)) {
                 if (i < 0) return fetch_part(start + size < keys ? all_values : all_keys, at + start + size, g);
                 const float* weights = &s.scores[i * s.row + start];
-                add_values(rows_of(all_values, at + start, g), stride, weights, from, to, D, &s.outputs[i * D]);
+                add_values<V>(rows_of(all_values, at + start, g), stride, weights, from, to, D, &s.outputs[i * D]);
             });
         for (int g = 0; g < G && !direct; ++g) {
             widen_round(all_values, g);
-            add_round(g * Q, (g + 1) * Q, padded, s, fetch_round(all_keys, at + round, g));
+            add_round<R>(g * Q, (g + 1) * Q, padded, s, fetch_round(all_keys, at + round, g));
         }
     }
     for (int i = 0; i < all; ++i) {
@@ -404,22 +319,23 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     }
 }
 
-WARPLOOM_CLONES void attend_float(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride,
-                                  const QueryBlock& block, Scratch& s, float* out) {
-    attend<float>(p, t, o, q, stride, block, s, out);
-}
-
-WARPLOOM_CLONES void attend_half(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride,
-                                 const QueryBlock& block, Scratch& s, float* out) {
-    attend<bfloat16>(p, t, o, q, stride, block, s, out);
-}
+#define WARPLOOM_ATTEND(clones, name, T, R)                                                                                      \
+    clones void name(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride, const QueryBlock& b, \
+                     Scratch& s, float* out) {                                                                                   \
+        attend<T, R>(p, t, o, q, stride, b, s, out);                                                                             \
+    }
+WARPLOOM_ATTEND(WARPLOOM_WIDE, wide_float, float, f16)
+WARPLOOM_ATTEND(WARPLOOM_WIDE, wide_half, bfloat16, f16)
+WARPLOOM_ATTEND(WARPLOOM_NARROW, narrow_float, float, Register)
+WARPLOOM_ATTEND(WARPLOOM_NARROW, narrow_half, bfloat16, Register)
 
 }  // namespace
 
 void attend_float_pages(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
                         int64_t q_stride, const QueryBlock& block, float* out) {
     thread_local Scratch scratch;
-    auto work = pages.format == Format::halves ? attend_half : attend_float;
+    const bool halves = pages.format == Format::halves;
+    auto work = has_avx512 ? (halves ? wide_half : wide_float) : (halves ? narrow_half : narrow_float);
     asm("" : "+r"(work));  // a call of who knows what may throw (WARPLOOM_CLONES): it takes memory
     work(pages, step, options, q, q_stride, block, scratch, out);
 }

@@ -122,6 +122,9 @@ bool has_avx2() {
 }
 
 bool has_avxvnni() {
+#ifdef WARPLOOM_NO_AVX512
+    return false;
+#endif
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }

@@ -60,11 +60,7 @@ TILE_TARGET inline void finish(float* y, Floats total, const float* units, const
 }  // namespace avx512
 }  // namespace
 
-Multiply multiply_avx512() {
-    const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl");
-    return has ? avx512::multiply : nullptr;
-}
+Multiply multiply_avx512() { return has_vnni ? avx512::multiply : nullptr; }
 #else
 Multiply multiply_avx512() { return nullptr; }
 #endif

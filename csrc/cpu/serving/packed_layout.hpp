@@ -47,6 +47,7 @@ void multiply_plain(const Tile&, const Activations&, int row, int rows, float* y
 Multiply multiply_avx512();  // null where the CPU or the compiler has it not
 Multiply multiply_avxvnni();
 Multiply multiply_avx2();
+Multiply multiply_neon();
 
 }  // namespace packed
 }  // namespace warploom

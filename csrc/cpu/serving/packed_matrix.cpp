@@ -59,8 +59,9 @@ Multiply loops_named(const std::string& name) {
     if (name == "avx512") return multiply_avx512();
     if (name == "avxvnni") return multiply_avxvnni();
     if (name == "avx2") return multiply_avx2();
+    if (name == "neon") return multiply_neon();
     if (name == "plain") return multiply_plain;
-    for (const Multiply loops : {multiply_avx512(), multiply_avxvnni(), multiply_avx2()})
+    for (const Multiply loops : {multiply_avx512(), multiply_avxvnni(), multiply_avx2(), multiply_neon()})
         if (loops) return loops;
     return multiply_plain;
 }

@@ -53,7 +53,7 @@ void norm_backward(Tensor x, Tensor dy, Tensor dsum, Tensor weight, Tensor inver
 }
 
 Gate gate_of(int kind) {
-    if (kind < 0 || kind > int(Gate::relu2)) throw py::value_error("no such gate: " + std::to_string(kind));
+    if (kind < 0 || kind > int(Gate::clamped) || Gate(kind) == Gate::gelu_erf) throw py::value_error("no such gate: " + std::to_string(kind));
     return Gate(kind);
 }
 

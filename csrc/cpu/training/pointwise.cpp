@@ -76,7 +76,7 @@ WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
             across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
                 f16 value, slope;
                 activate<kind>(load(gate + c, n), value, slope);
-                store(y + c, value * load(up + c, n), n);
+                store(y + c, value * other_half<kind>(load(up + c, n)), n);
             });
             continue;
         }
@@ -85,9 +85,9 @@ WARPLOOM_INLINE void gate_rows(const Gating<T>& t, int first, int last) {
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
             f16 value, slope;
             activate<kind>(load(gate + c, n), value, slope);
-            const f16 d = load(dy + c, n), u = load(up + c, n);
+            const f16 d = load(dy + c, n), other = load(up + c, n), u = other_half<kind>(other);
             store(dgate + c, d * u * slope, n);
-            store(dup + c, d * value, n);
+            store(dup + c, where_free<kind>(other, d * value), n);
             if (y) store(y + c, value * u, n);
         });
     }

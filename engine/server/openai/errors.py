@@ -19,6 +19,7 @@ KINDS = {
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     421: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",

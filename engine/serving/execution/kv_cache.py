@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .... import kernels
 from ....kernels.cpu.extension import native as _native
+from ....tokenizer.cpus import available_cpus
 from .int8_pages import TILE, Int8Attend, tile_bytes
 
 PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
@@ -208,9 +209,9 @@ def to_host(tensor: Tensor) -> Callable[[], list]:
 
 
 def set_workers() -> None:
-    """Let the C++ kernels use as many threads as torch does."""
+    """Let the C++ kernels use as many threads as torch does, and no more than a container's quota allows."""
     if HAS_NATIVE:
-        _native.set_workers(torch.get_num_threads())
+        _native.set_workers(min(torch.get_num_threads(), available_cpus()))
 
 
 def _rows(x_BTHD: Tensor) -> Tensor:

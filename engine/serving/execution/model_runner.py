@@ -193,6 +193,8 @@ class Runner:
         padded[: len(places)] = places
         if self.device.type == "cpu" and hidden_TC.dtype == torch.float32:
             hidden_RC = torch.from_numpy(hidden_TC.numpy()[padded])  # torch would wake all its threads for it
+        elif np.array_equal(padded, np.arange(len(hidden_TC))):  # every token of a decoding step
+            hidden_RC = hidden_TC
         else:
             hidden_RC = hidden_TC[self._to_device(padded)[0]]
         return self.head(hidden_RC)[: len(places)].float()

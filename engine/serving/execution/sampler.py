@@ -51,8 +51,7 @@ class RowSettings:
             return _sample_native(logits_RV, index_R, *self.numbers.values(), self.seeds, positions_R)
         if all(self.params[row].greedy for row in rows):
             return logits_RV.masked_fill(logits_RV.isnan(), -torch.inf).argmax(-1)  # the rule of `kernels.sample`
-        settings = [tensor[index_R] for tensor in (*self.numbers.values(), self.seeds)]
-        return kernels.sample(logits_RV, *settings, positions_R)
+        return kernels.sample(logits_RV, *self.numbers.values(), self.seeds, positions_R, index_R)
 
 
 def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Tensor:

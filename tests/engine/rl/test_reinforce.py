@@ -312,6 +312,9 @@ def test_rl_verb_runs_and_resumes(tiny, base, tmp_path, capsys):
     card = (tmp_path / "verb" / "RUN.md").read_text()
     assert "accuracy on fresh problems | " in card and "(step 0) → " in card and (tmp_path / "verb/curves.png").exists()
     assert main(["rl", "tasks:sums", "--out", out + "2"]) == 2
+    for flag in ("--temperature=0.7", "--top-p"):
+        assert main(["rl", "tasks:sums", flag, "0.5"]) == 2
+        assert "is not for rl: samples are untruncated at temperature 1" in capsys.readouterr().err
 
 
 def test_forty_lines_of_the_learning_path_run(base, tmp_path, monkeypatch, capsys):

@@ -142,6 +142,16 @@ def test_prompt_of_wrong_kind_is_told_what_a_prompt_is(client):
     assert mixed["param"] == "prompt.1" and "integer" in mixed["message"]
 
 
+def test_bodies_that_cannot_be_read_are_told_why(client):
+    packed = client.post("/v1/completions", content=b"x", headers={**JSON, "content-encoding": "gzip"})
+    assert packed.status_code == 415 and "compressed" in packed.json()["error"]["message"]
+    for content, why in ((b"{'a': 1}", "key must be a string"), (b"[" * 300, "recursion limit")):
+        refused = client.post("/v1/completions", content=content, headers=JSON)
+        assert refused.status_code == 400 and why in refused.json()["error"]["message"]
+    ahead = client.post("/v1/completions", json={"prompt": "x", "regex": "(?=a)b"})
+    assert ahead.status_code == 400 and "look-around" in ahead.json()["error"]["message"]
+
+
 def test_fair_pool_serves_clients_in_turn():
     from warploom.engine.serving.fair_pool import FairPool, PoolFull
 
@@ -194,6 +204,17 @@ def test_large_answers_are_written_beside_the_loop(monkeypatch):
             assert client.post(f"/v1/{path}", json=body).status_code == 200
             assert any(name.startswith("warploom-text") for name in threads) == beside, (path, body)
         server.assert_nothing_left()
+
+
+def test_long_lists_are_written_in_slices(monkeypatch):
+    from warploom.engine.server.openai import responses
+
+    value = {"tokens": [*range(40_000)], "texts": ["é", "]"] * 20_000, "none": [], "rows": [[1.5, None], []]}
+    encode, sizes = responses._encode, []
+    monkeypatch.setattr(responses, "_encode", lambda part: sizes.append(len(encode(part))) or encode(part))
+    for levels in (1, 2, 5):
+        assert json.loads(responses.to_json_in_parts(value, levels)) == value
+    assert max(sizes) < 200_000
 
 
 def test_more_scores_than_an_answer_holds_are_refused(client, server):
@@ -386,6 +407,49 @@ def test_slow_body_must_make_progress(monkeypatch):
                 time.sleep(0.05)
 
 
+def test_chunks_take_a_bounded_share(server):
+    """A chunk's extension and many tiny chunks: what is no body counts too."""
+    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
+    body = json.dumps({"prompt": "x" * 9000}).encode()
+    tiny = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    assert read_all(connect(server, head + tiny)).startswith(b"HTTP/1.1 200")
+    assert read_all(connect(server, head + b"1;" + b"a" * 90_000)).startswith(b"HTTP/1.1 413")
+
+
+def test_client_of_http_1_0_gets_no_chunks(server):
+    """A proxy that speaks the old version hands chunk sizes on to its client as text."""
+    for stream in (False, True):
+        sent = post({"prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": stream}).replace(b"1.1", b"1.0")
+        head, _, body = read_all(connect(server, sent)).partition(b"\r\n\r\n")
+        assert b"200 OK" in head and b"transfer-encoding" not in head and b"connection: close" in head
+        assert body.endswith(b"data: [DONE]\n\n") if stream else json.loads(body)["choices"]
+        assert not stream or body.startswith(b"data: {")
+
+
+def test_no_client_holds_all_memory_for_bodies():
+    """A thousand slow bodies of 4 MB were 4 GB, before anything of them was judged."""
+    keys = ("one", "two")
+    with serving(keys=keys, max_body_bytes=1 << 16) as server:
+
+        def send(key):
+            head = f"POST /tokenize HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 65000\r\n"
+            return connect(server, f"{head}content-type: application/json\r\n\r\n".encode() + b" " * 64_000)
+
+        clients = [send("one") for _ in range(40)]
+        assert any(client.recv(99).startswith(b"HTTP/1.1 503") for client in clients[36:])
+        body = json.dumps({"prompt": "x" * 60_000}).encode()
+
+        def served(key):
+            head = {**JSON, "authorization": f"Bearer {key}"}
+            return httpx.post(f"{server.url}/tokenize", content=body, headers=head, timeout=60).status_code
+
+        assert served("one") == 503 and served("two") == 200
+        for client in clients:
+            client.close()
+        server.wait(lambda: served("one") == 200)
+
+
 def test_pipelined_request_waits_for_the_answer_before(monkeypatch):
     """The timer of a head that has begun does not cut off the answer that is still on its way."""
     with serving(HeldLLM, **limits(head_seconds=0.2, body_seconds=0.2)) as server:
@@ -569,6 +633,13 @@ def test_host_header_of_stranger_refused(client):
             assert client.get("/health", headers={"host": host}).status_code == 200, host
         for host in ("evil.example", "localhost.evil.example:80", "127.0.0.1.evil.example"):
             assert client.get("/health", headers={"host": host}).status_code == 421, host
+
+
+def test_two_host_headers_are_refused(server):
+    """Which of them counts would be a matter of taste, and of the proxy before."""
+    for two in (b"host: localhost\r\nhost: evil.example", b"Host: evil.example\r\nHost: localhost"):
+        sent = b"GET /health HTTP/1.1\r\n" + two + b"\r\nconnection: close\r\n\r\n"
+        assert read_all(connect(server, sent)).startswith(b"HTTP/1.1 400")
 
 
 def test_pages_load_nothing_from_elsewhere(client):

@@ -90,3 +90,17 @@ def test_a_packed_document_has_the_loss_it_has_alone(changes):
             part = model.loss(flat_tokens[None, start:stop], flat_targets[None, start:stop])
             alone += part.item() * int(stop - start)
     assert packed.item() == pytest.approx(alone / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clip_step_and_copy_in_one_pass(tiny, recorders, monkeypatch, dtype):
+    """As large weights on a GPU are stepped: the losses are those of three passes, up to float32's rounding."""
+    curves = []
+    for one_pass in (False, True):
+        if one_pass:
+            monkeypatch.setattr(Masters, "copies", lambda self, smallest: dict(zip(self.named.values(), self._rounded)))
+        recorder = recorders()
+        settings = {"steps": 6, "batch_size": 2, "eval_every": 0, "max_grad_norm": 0.5}
+        train(tiny(f"{dtype} {one_pass}", dtype=dtype, **settings), [recorder])
+        curves.append(recorder.losses)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5 if dtype == "float32" else 1e-3)

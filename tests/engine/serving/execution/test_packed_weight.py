@@ -15,7 +15,7 @@ from warploom.kernels.packed_linear import hadamard
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # IQ4_NL's
 KINDS = [(8, False, ()), (8, True, ()), (4, False, ()), (4, True, ()), (4, False, TABLE)]
-LOOPS = "avx512", "avxvnni", "avx2", "plain"
+LOOPS = "avx512", "avxvnni", "avx2", "neon", "plain"
 
 
 def random_rows(generator, layout, rows, columns):
