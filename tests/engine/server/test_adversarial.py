@@ -427,6 +427,29 @@ def test_client_of_http_1_0_gets_no_chunks(server):
         assert not stream or body.startswith(b"data: {")
 
 
+def test_no_client_holds_all_memory_for_bodies():
+    """A thousand slow bodies of 4 MB were 4 GB, before anything of them was judged."""
+    keys = ("one", "two")
+    with serving(keys=keys, max_body_bytes=1 << 16) as server:
+
+        def send(key):
+            head = f"POST /tokenize HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 65000\r\n"
+            return connect(server, f"{head}content-type: application/json\r\n\r\n".encode() + b" " * 64_000)
+
+        clients = [send("one") for _ in range(40)]
+        assert any(client.recv(99).startswith(b"HTTP/1.1 503") for client in clients[36:])
+        body = json.dumps({"prompt": "x" * 60_000}).encode()
+
+        def served(key):
+            head = {**JSON, "authorization": f"Bearer {key}"}
+            return httpx.post(f"{server.url}/tokenize", content=body, headers=head, timeout=60).status_code
+
+        assert served("one") == 503 and served("two") == 200
+        for client in clients:
+            client.close()
+        server.wait(lambda: served("one") == 200)
+
+
 def test_pipelined_request_waits_for_the_answer_before(monkeypatch):
     """The timer of a head that has begun does not cut off the answer that is still on its way."""
     with serving(HeldLLM, **limits(head_seconds=0.2, body_seconds=0.2)) as server:
