@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class Policy:
         if served is None:
             hidden_1NC = model.hidden(*given, attend)
         elif _by_kernels(served) or (isinstance(served, NativeTransformer) and not _is_fused(model)):
-            exactly = server_attention(model, packed.lengths, by_kernels=_by_kernels(served))
+            exactly: Any = server_attention(model, packed.lengths, by_kernels=_by_kernels(served))
             with torch.no_grad():
                 exact_1NC = served.hidden(*given, exactly)
             hidden_1NC = _Replaced.apply(model.hidden(*given, attend), exact_1NC)
