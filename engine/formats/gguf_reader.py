@@ -160,7 +160,7 @@ class GGUFFile:
         return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:
-        """A vocabulary: by `_string` a hundred thousand of them would be half of the time that opening a model takes."""
+        """A vocabulary, in one loop: by `_string` it would be half of the time that opening a model takes."""
         found, at, size, length_at = [], self.at, len(self.data), struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
