@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], seconds: float, tell: Callable[..., Any]) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], seconds: float, tell: Callable[..., Any]) -> None:
         self.status_code, self.background = 200, None
         self._first, self._rest, self._seconds, self._tell = first, rest, seconds, tell
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -330,7 +330,7 @@ class Service:
 
     async def _chunks(
         self, request: Request, flow: RequestStream, writer: Writer, params: SamplingParams
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         collector, spoke = writer.collector(), {}
         try:
             async for events in flow.batches():
