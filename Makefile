@@ -18,6 +18,7 @@ ARGS ?=
 MINUTES ?= 9
 SECONDS ?= 60
 WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 PIP := @PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
@@ -35,10 +36,10 @@ demo-chat: .venv/ready-chat
 	$(BIN)/warploom demo --chat $(ARGS)
 
 # Three runs: PyTorch's operator checks have been seen to fail in a process that had done much else before. Files of
-# tests are shared out to WORKERS processes, which take up to 2.5 GB each.
+# tests are shared out to WORKERS processes, which take up to 5 GB each, those of slow tests first (tests/conftest.py).
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/kernels $(ARGS)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/kernels --ignore tests/kernels/test_in_pytorch.py $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) --ignore tests/kernels $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) tests/kernels --ignore tests/kernels/test_in_pytorch.py $(ARGS)
 	$(BIN)/python -m pytest tests/kernels/test_in_pytorch.py $(ARGS)
 
 bench: .venv/ready-dev

@@ -59,6 +59,13 @@ PLAN = (
 )
 """By value: which bench, its slot in seconds, its flags, its environment. The smoke test and the checks, about 90 s,
 and all slots fit into nine minutes, and leave a minute for the tests."""
+MORE = (
+    ("kernels", 50, ["--only", "attention both", "--rounds", "5", "--seconds", "4"], FEW),
+    ("serve", 50, ["--only", "batch 1", *SHORT], {}),
+    ("train", 60, ["--only", "gpt2-124m", "--rounds", "5", "--seconds", "8"], {}),
+)
+"""Of the second command, after checks and profiles: attention's larger tiles, and what users ask first beside all
+peers. Three minutes are enough for it."""
 REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
 TIME_UP = "the time was up"
@@ -125,7 +132,7 @@ def _ending(code: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Check, test and measure within the minutes given: 0 if all that was run is well, 1 if not, 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="where records go (default: %(default)s)")
     parser.add_argument(
@@ -163,10 +170,7 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
     skip = ["--skip", ",".join(sorted(broken))]
     if options.tune:
         measure(session, "kernels", 0.9 * session.left(), 9.0, options.results, ["--tune", *skip])
-    for bench, seconds, flags, extra in PLAN:
-        more = skip if bench == "kernels" else []
-        limit = 0.5 if more else seconds / 60  # kernels are many parts
-        measure(session, bench, seconds, limit, options.results, [*flags, *more], extra, minutes=9.0)
+    run_plan(session, options, PLAN, skip)
     tests = run_tests(session)
     for dtype in DTYPES[1:]:
         found |= check_ops(session, f" {dtype} ")
@@ -184,8 +188,18 @@ def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str
         for op in PROFILED:
             ncu = ["ncu", "--clock-control", "none", "--set", "basic", "-c", "6", "--kernel-name", f"regex:{op}"]
             session.run([*ncu, *check_command(f"{op} bfloat16 1/3")], 40)
-    run_rest(session, options, ["--skip", ",".join(sorted({name.split()[0] for name in wrong}))], ["--again"])
+    skip = ["--skip", ",".join(sorted({name.split()[0] for name in wrong}))]
+    run_plan(session, options, MORE, skip, "--again")
+    run_rest(session, options, skip, ["--again"])
     return found, "left out"
+
+
+def run_plan(session: Session, options: argparse.Namespace, plan: tuple, skip: list[str], *again: str) -> None:
+    """Parts of the benches, each in its slot, which ends it: by its own estimate each has time enough."""
+    for bench, seconds, flags, extra in plan:
+        more = skip if bench == "kernels" else []
+        limit = 0.5 if more else seconds / 60  # kernels are many parts
+        measure(session, bench, seconds, limit, options.results, [*again, *flags, *more], extra, minutes=9.0)
 
 
 def run_rest(session: Session, options: argparse.Namespace, skip: list[str], flags: list[str]) -> None:

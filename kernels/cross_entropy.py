@@ -267,6 +267,6 @@ cross_entropy = Op(
         Case("8192x128256", lambda m: _rows(m, 8192, 128256), bench=True),
     ],
     traffic=lambda logits, *_, **__: (logits.nbytes, 2 * logits.nbytes),
-    budget=Budget(registers=96, vector=True),
+    budget=Budget(registers=96, vector=True, streams=True),
     flops=lambda logits, *_, **__: (4 * logits.numel(), 4 * logits.numel()),
 )

@@ -133,9 +133,11 @@ def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, 
         logits_SV = products.multiply(hidden_NC[rows])
         scale_S = None if scale_N is None else scale_N[rows]
         losses_N[rows], d_logits_SV = _slab(logits_SV, targets_N[rows], options, scale_S)
-        if want_hidden:
+        if d_logits_SV is None:
+            continue
+        if d_hidden_NC is not None:
             products.multiply_back(d_logits_SV, d_hidden_NC[rows])
-        if want_weight:
+        if d_weight_VC is not None:
             products.add_gradient(d_weight_VC, d_logits_SV, hidden_NC[rows])
     return losses_N, d_hidden_NC, None if d_weight_VC is None else d_weight_VC.to(weight_VC.dtype)
 

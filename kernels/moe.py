@@ -259,9 +259,14 @@ moe = Op(
         Case("128 tokens, 8 of 128 experts", lambda m: (*_batch(m, 128, 2048, 128, 768), 8), bench=True),
     ],
     budget={
-        f"moe_grouped_{name}_kernel": Budget(wgmma=True, vector=True, copies=copies, products=1)
-        # dW's tokens are looked up first, and nothing is copied ahead of that.
-        for name, copies in (("gemm_swiglu", 2), ("gemm", 2), ("gemm_swiglu_bwd", 2), ("dw", 0))
+        f"moe_grouped_{name}_kernel": Budget(wgmma=True, vector=True, copies=copies, products=1, tensor_share=share)
+        # dW's tokens are looked up first, and nothing is copied ahead of that. The shares are those of few tokens.
+        for name, copies, share in (
+            ("gemm_swiglu", 2, 0.72),
+            ("gemm", 2, 0.66),
+            ("gemm_swiglu_bwd", 2, 0.5),
+            ("dw", 0, 0.8),
+        )
     },
     traffic=lambda x, logits, up, down, k, **_: (
         2 * x.nbytes + up.nbytes + down.nbytes,

@@ -18,6 +18,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def pytest_collection_modifyitems(items):
+    """Files of slow tests come first: of what processes share, the last should be short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # on a GPU machine, where nothing can be installed

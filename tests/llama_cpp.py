@@ -18,6 +18,7 @@ class LlamaCpp:
         params.cpuparams.n_threads = 1
         params.cache_type_k = params.cache_type_v = peer.ggml_type.GGML_TYPE_F32
         self.server = peer.Server(params)
+        self.generate([0], 0)  # its loop has begun: one that is told to end before that waits for itself forever
 
     def tokenize(self, text: str) -> list[int]:
         return self._ask("/tokenize", content=text, add_special=False)["tokens"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +16,7 @@ from ..serving import SamplingParams
 from ..serving.sampling_params import GRAMMARS
 from .async_engine import Ask, AsyncEngine, RequestStream
 from .config import ServerConfig
+from .event_stream import EventStream
 from .metrics import Metrics
 from .middleware import LOGGED
 from .model_defaults import sampling_defaults
@@ -41,6 +40,7 @@ from .openai.responses import (
     to_json,
     to_json_in_parts,
 )
+from .prompt_limits import MOST_SCORES, bounded, refuse_long, truncated
 from .protocols.messages import MessagesWriter
 from .protocols.responses import ResponsesWriter
 from .protocols.tolerant import AgentRequest, as_chat
@@ -50,7 +50,6 @@ Writer = ChatWriter | CompletionWriter | MessagesWriter | ResponsesWriter
 DEFAULT_COMPLETION = 16  # OpenAI's
 DEFAULT_GENERATION = 100
 NO_GRAMMAR = dict.fromkeys(GRAMMARS)
-MOST_SCORES = 1 << 20  # log-probabilities in one answer: some 100 MB while it is made
 INLINE = 1 << 12  # numbers of an answer that are written on the event loop: some 6 ms
 LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the event that says so
 
@@ -181,7 +180,8 @@ class Service:
     def _tokenized(self, llm: Any, body: TokenizeRequest) -> bytes:
         tokens = llm.encode(body.prompt) if body.messages is None else encode_conversation(llm.tokenizer, body.messages)
         names = [self.words.text(token) for token in tokens]
-        return to_json({"count": len(tokens), "max_model_len": llm.max_seq_len, "tokens": tokens, "token_strs": names})
+        told = {"count": len(tokens), "max_model_len": llm.max_seq_len, "tokens": tokens, "token_strs": names}
+        return to_json_in_parts(told, levels=1)
 
     async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         """/detokenize."""
@@ -231,7 +231,7 @@ class Service:
         scope, salt = request.scope, request.scope.get("salt")
         adapter = self.adapter_of(body and body.model)
         return await self.bridge.submit(
-            partial(_scored, asks),
+            partial(bounded, asks),
             count,
             params=params,
             grammar=grammar,
@@ -330,7 +330,7 @@ class Service:
 
     async def _chunks(
         self, request: Request, flow: RequestStream, writer: Writer, params: SamplingParams
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         collector, spoke = writer.collector(), {}
         try:
             async for events in flow.batches():
@@ -364,68 +364,8 @@ class Service:
         }
 
 
-def _scored(asks: Callable[[Any], Iterable[Ask]], llm: Any) -> Iterable[Ask]:
-    """Prompts to be asked, as long as the answer can hold the log-probabilities they ask for."""
-    scores = 0
-    for tokens, params in asks(llm):
-        scores += count_scores(params, len(tokens), params.n * (params.max_tokens or 0))
-        if scores > MOST_SCORES:
-            message = f"logprobs: {scores} log-probabilities were asked for; at most {MOST_SCORES} are told at once"
-            raise errors.invalid(message, "logprobs")
-        yield tokens, params
-
-
 def _events(writer: Writer, parts: list, encode: Callable[[Any], bytes]) -> bytes:
     return b"".join([server_sent(chunk, encode) for part in parts for chunk in writer.chunks(*part)])
-
-
-def truncated(llm: Any, tokens: list[int], params: SamplingParams, most: int | None) -> list[int]:
-    """The last `most` tokens of a prompt, -1 being what the context has room for; None keeps them all."""
-    if most is None:
-        return tokens
-    if most < 0:
-        most = max(llm.max_seq_len - max(params.max_tokens or 1, 1), 1)
-    if most == 0:
-        raise errors.invalid("truncate_prompt_tokens must be at least 1, or -1", "truncate_prompt_tokens")
-    return tokens[-most:]
-
-
-def refuse_long(llm: Any, text: str | list[int]) -> None:
-    """Refuse a text far longer than the context by its beginning alone: tokenizing 4 MB takes a second.
-
-    English has four or five characters a token; a sixteenth of the longest beginning decides only where it alone has
-    twice the tokens of the context, so that where it was cut does not matter.
-    """
-    most, context = 16 * llm.max_seq_len, llm.max_seq_len
-    if isinstance(text, str) and len(text) > most and len(llm.encode(text[:most])) > 2 * context:
-        message = f"the prompt has far more tokens than the model's context, which holds {context}"
-        raise errors.invalid(message, "prompt", "context_length_exceeded")
-
-
-class EventStream(Response):
-    """Server-sent events; an error after the first one is told as an event."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], seconds: float, tell: Callable[..., Any]) -> None:
-        self.status_code, self.background = 200, None
-        self._first, self._rest, self._seconds, self._tell = first, rest, seconds, tell
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send everything, unless the client reads so slowly that its time is long up."""
-        await asyncio.wait_for(self._send_all(send), self._seconds)
-
-    async def _send_all(self, send: Any) -> None:
-        async with aclosing(self._rest) as rest:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            try:
-                async for chunk in rest:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except errors.APIError as error:
-                await send({"type": "http.response.body", "body": server_sent(self._tell(error)), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
 
 
 def json_response(value: Any) -> Response:

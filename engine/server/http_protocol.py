@@ -124,7 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_body, self._body_size, self._around = True, 0, 0
         self._arm(self._limits.body_seconds)
         super().on_headers_complete()
-        if self.parser.get_http_version() == "1.0":  # knows no chunks
+        if self.scope["http_version"] == "1.0":  # knows no chunks
             self.cycle.chunked_encoding, self.cycle.expected_content_length = False, AnyLength()
 
     def on_body(self, body: bytes) -> None:

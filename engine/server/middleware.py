@@ -21,6 +21,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ from ..errors import InputError
 from .config import ServerConfig
 from .log import WRITER
 from .openai.errors import APIError
+from .request_body import client_of
 
 OPEN_ROUTES = {"/health"}
 # Pages load and send nothing elsewhere: not even an image that a model's answer names. Gradio needs inline scripts.
@@ -44,6 +46,7 @@ PAGE_POLICY = "; ".join(
         "frame-ancestors 'self'",
     ]
 )
+HELD = 64  # times the largest body: bytes of bodies that are held at once, by all clients
 LOGGED = 256  # characters of what a client chose to send: a path, its user
 TRACE = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")  # OpenTelemetry's, by W3C
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -60,6 +63,7 @@ class RequestMiddleware:
             raise InputError("an API key must not be empty")
         self._app, self._config, self._visits = app, config, visits
         self._keys = [_digest(key.encode()) for key in keys]
+        self._held: Counter = Counter()  # bytes of bodies by client
 
     async def __call__(self, scope: dict, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -70,7 +74,7 @@ class RequestMiddleware:
         visit = RequestContext(scope, send)
         try:
             self._admit(visit)
-            await self._app(scope, self._bounded(receive), visit.send)
+            await self._app(scope, self._bounded(receive, visit), visit.send)
         except APIError as error:
             await visit.refuse(error)
         except HTTPException as error:
@@ -84,6 +88,10 @@ class RequestMiddleware:
             await visit.refuse(APIError(500, f"internal error; the server's log has it as {visit.id}"))
         finally:
             self._write(visit)
+            client = client_of(scope)
+            self._held[client] -= visit.held
+            if not self._held[client]:
+                del self._held[client]
 
     def _admit(self, visit: RequestContext) -> None:
         headers = visit.headers
@@ -113,18 +121,23 @@ class RequestMiddleware:
         if names and name and name not in names and not _is_address(name):
             raise APIError(421, f"the host {name[:LOGGED]!r} is not served here: start the server with --allowed-hosts")
 
-    def _bounded(self, receive: Receive) -> Receive:
-        taken = 0
-
+    def _bounded(self, receive: Receive, visit: RequestContext) -> Receive:
         async def bounded() -> dict:
-            nonlocal taken
             message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._config.max_body_bytes:
-                raise HTTPException(413, self._too_large().message)
+            self._hold(visit, len(message.get("body", b"")))
             return message
 
         return bounded
+
+    def _hold(self, visit: RequestContext, size: int) -> None:
+        """Count a body's bytes, which are kept until its request ends; nobody may hold more than is left for others."""
+        most, client = self._config.max_body_bytes, client_of(visit.scope)
+        visit.held += size
+        self._held[client] += size
+        if visit.held > most:
+            raise HTTPException(413, self._too_large().message)
+        if size and self._held[client] > HELD * most - self._held.total():
+            raise HTTPException(503, "too many bodies are being read: try again", {"retry-after": "2"})
 
     def _too_large(self) -> APIError:
         return APIError(413, f"the body is larger than {self._config.max_body_bytes} bytes", code="body_too_large")
@@ -144,6 +157,7 @@ class RequestContext:
         self.headers = dict(scope["headers"])
         self.start = time.monotonic()
         self.status = 0
+        self.held = 0  # bytes of the body
         given = self.headers.get(b"x-request-id", b"")
         self.id = given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         self.record: dict[str, Any] = {}

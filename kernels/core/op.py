@@ -104,6 +104,10 @@ class Budget:
     """Tiles that its loop must load ahead of the product on sm_90."""
     products: int = 0
     """Products that its loop must keep under way on sm_90: 0 where each is waited for at once."""
+    tensor_share: float = 0.0
+    """Part of its loop's time in which shared memory must leave tensor cores busy on sm_90."""
+    streams: bool = False
+    """Its warps never wait for each other inside its loop."""
 
 
 class Maker:

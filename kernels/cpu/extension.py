@@ -3,6 +3,7 @@
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 
 def load() -> ModuleType | None:
@@ -24,4 +25,4 @@ def load() -> ModuleType | None:
     return _native
 
 
-native = load()
+native: Any = load()  # without a stub file: its functions check what they are given

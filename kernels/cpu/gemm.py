@@ -1,7 +1,8 @@
 """Matrix products for training on a CPU, in C++ (csrc/cpu/training/gemm.cpp), where they are faster than PyTorch's.
 
 On a CPU of AMD they are: Intel's library takes no AVX-512 there (100 GFLOP/s of a Zen 5 core's 263 in float32; ours
-200 to 250), and oneDNN multiplies bfloat16 at 440 of 527 (ours 480 to 500). Elsewhere `is_fast` says no.
+200 to 250), and oneDNN multiplies bfloat16 at 440 of 527 (ours 480 to 500, once a weight is packed). Elsewhere
+`is_fast` says no.
 
 N tokens, O outputs, I inputs.
 """
@@ -33,11 +34,13 @@ def room(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((tokens + BLOCK - 1) // BLOCK * BLOCK, columns, dtype=dtype)
 
 
-def fits(x_NI: Tensor, weight_OI: Tensor) -> bool:
-    """Can `Packed` take this weight for these tokens, and is it the faster way?"""
-    dtype = x_NI.dtype
-    whole = is_fast(dtype) and not any(n % GRAIN[dtype] for n in weight_OI.shape)
-    return whole and op._backend != "triton" and pointwise.is_supported(x_NI, weight_OI)
+def fits(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
+    """Can these products take this weight for these tokens, and are they the faster way by themselves?
+
+    In float32 only: in bfloat16 packing costs what oneDNN's product takes longer, unless it is done by the way.
+    """
+    whole = x.dtype == torch.float32 and is_fast(x.dtype) and not any(n % GRAIN[x.dtype] for n in weight_OI.shape)
+    return whole and op._backend != "triton" and pointwise.is_supported(x, weight_OI, *more)
 
 
 class Packed:
@@ -62,9 +65,15 @@ class Packed:
 
     def add_gradient(self, sum_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
         """sum += dyᵀ · x, for a sum in float32."""
-        left, right = (room(len(x), x.shape[1], x.dtype) for x in (dy_NO, x_NI))
-        _native.pack_tokens(dy_NO, True, left), _native.pack_tokens(x_NI.contiguous(), False, right)
+        left, right = packed_tokens(dy_NO, True), packed_tokens(x_NI.contiguous(), False)
         _native.multiply_tokens(left, right, len(x_NI), sum_OI, True, torch.get_num_threads())
+
+
+def packed_tokens(x_NI: Tensor, left: bool) -> Tensor:
+    """Rows as an operand of `weight_gradient`."""
+    packed = room(*x_NI.shape, x_NI.dtype)
+    _native.pack_tokens(x_NI, left, packed)
+    return packed
 
 
 def weight_gradient(left: Tensor, right: Tensor, tokens: int) -> Tensor:
@@ -72,3 +81,36 @@ def weight_gradient(left: Tensor, right: Tensor, tokens: int) -> Tensor:
     out = torch.empty(left.shape[1], right.shape[1], dtype=left.dtype)
     _native.multiply_tokens(left, right, tokens, out, False, torch.get_num_threads())
     return out
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x (…, I) · weightᵀ + bias, of operands that fit."""
+    return _Linear.apply(x, weight_OI, bias_O)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_OI, bias_O):
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = Packed(weight_OI, both=False).multiply(x_NI)
+        if bias_O is not None:
+            y_NO += bias_O
+        ctx.save_for_backward(x_NI, weight_OI)
+        ctx.shape = x.shape
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x_NI, weight_OI = ctx.saved_tensors
+        dy_NO = dy.reshape(len(x_NI), -1).contiguous()
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        dx = dw = None
+        if to_x:
+            dx = torch.empty(ctx.shape, dtype=dy.dtype)
+            back = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
+            _native.pack(weight_OI.contiguous(), True, back)
+            _native.multiply(dy_NO, back, dx.view(x_NI.shape))
+        if to_weight:
+            dw = weight_gradient(packed_tokens(dy_NO, True), packed_tokens(x_NI.contiguous(), False), len(x_NI))
+        return dx, dw, dy_NO.sum(0) if to_bias else None

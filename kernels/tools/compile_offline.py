@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from ..core.lang import HAS_TRITON, INTERPRET, shared_memory
 from ..core.op import Budget, Case, Maker, Op, backend, ops
+from .clocks import hot_loop_clocks, tensor_share
 from .verify import tensors
 
 ARCHITECTURES = (80, 90, 100)
@@ -65,6 +66,11 @@ class Cost:
     """Products that a warp group has under way at most when it waits inside a loop; 0: each is waited for at once."""
     copies_pending: int = 0
     """Groups of `cp.async` under way at most when a loop waits for one: how far ahead it loads."""
+    tensor_clocks: int = 0
+    shared_clocks: int = 0
+    """What one iteration of the hot loops asks of tensor cores and of shared memory on sm_90 (`clocks.py`)."""
+    loop_barriers: int = 0
+    """Barriers of a whole program in innermost loops without a product."""
     int32_offset_products: list[str] = field(default_factory=list)
     """32-bit products of run-time values that reach an address: an overflow beyond 2³¹ elements."""
     failure: str = ""
@@ -125,14 +131,15 @@ def compiled(op: Op, case: Case, dtype: torch.dtype, arch: int | str) -> list:
 def _cost(op, case, dtype, arch, kernel) -> Cost:
     cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
     registers, stack = _resources(cubin)
-    inner = innermost_loops(ptx)
+    inner, warps = innermost_loops(ptx), kernel.metadata.num_warps
+    tensor, shared = hot_loop_clocks(inner, warps, "setmaxnreg" in ptx)
     return Cost(
         op=op.name,
         case=case.name,
         dtype=str(dtype).removeprefix("torch."),
         arch=arch,
         kernel=kernel.metadata.name,
-        warps=kernel.metadata.num_warps,
+        warps=warps,
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
@@ -143,6 +150,9 @@ def _cost(op, case, dtype, arch, kernel) -> Cost:
         loops=len(inner),
         wgmma_pending=_most(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", inner),
         copies_pending=_most(r"cp\.async\.wait_group\s+(\d+)", inner),
+        tensor_clocks=tensor,
+        shared_clocks=shared,
+        loop_barriers=sum(loop.count("bar.sync") for loop in inner if "mma" not in loop),
         int32_offset_products=int32_offset_products(kernel.asm["ttir"]),
     )
 
@@ -232,6 +242,10 @@ def violations(cost: Cost, budget: Budget) -> list[str]:
         found.append(f"loads {cost.copies_pending} tiles ahead, budget {budget.copies}")
     if cost.arch == 90 and cost.wgmma_pending < budget.products:
         found.append(f"{cost.wgmma_pending} products under way in its loop, budget {budget.products}")
+    if cost.arch == 90 and tensor_share(cost.tensor_clocks, cost.shared_clocks) < budget.tensor_share:
+        found.append(f"{cost.tensor_clocks} clocks of tensor cores wait for {cost.shared_clocks} of shared memory")
+    if budget.streams and cost.loop_barriers:
+        found.append(f"{cost.loop_barriers} barriers in its loop")
     if cost.shared > min(budget.shared, shared_memory(cost.arch)):
         found.append(f"{cost.shared} bytes of shared memory, budget {min(budget.shared, shared_memory(cost.arch))}")
     if budget.wgmma and cost.arch == 90 and not cost.wgmma:
@@ -271,29 +285,6 @@ def row(cost: Cost) -> str:
     )
 
 
-def markdown(costs: list[Cost]) -> str:
-    """The costs as a table: a line a kernel, the largest over its cases and architectures."""
-    lines = ["| op | kernel | warps | registers on sm_80 / 90 / 100 | spilled bytes | shared memory | wgmma on sm_90 |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for op, kernel in dict.fromkeys((cost.op, cost.kernel) for cost in costs):
-        mine = [cost for cost in costs if (cost.op, cost.kernel) == (op, kernel)]
-        registers = (max((c.registers for c in mine if c.arch == arch), default="–") for arch in ARCHITECTURES)
-        warps = "/".join(str(warps) for warps in sorted({c.warps for c in mine}))
-        stack, shared = max(c.stack for c in mine), max(c.shared for c in mine) / 1024
-        wgmma = "yes" if any(c.wgmma for c in mine) else ""
-        columns = (
-            f"`{op}`",
-            f"`{kernel.strip('_')}`",
-            warps,
-            " / ".join(map(str, registers)),
-            stack,
-            f"{shared:.0f} KiB",
-            wgmma,
-        )
-        lines.append(f"| {' | '.join(map(str, columns))} |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="names of ops; all by default")
@@ -303,24 +294,19 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--small", action="store_true", help="the small cases of the tests: no budget, but no spills")
     parser.add_argument("--table", action="store_true", help="for people: no JSON line at the end")
-    parser.add_argument("--markdown", action="store_true", help="the table of docs/kernels.md instead")
     options = parser.parse_args()
     if INTERPRET or not HAS_TRITON:
         os.environ |= {"WARPLOOM_TRITON": "1", "TRITON_INTERPRET": "0"}
         os.execv(sys.executable, sys.orig_argv)
-    found_costs, rows, broken = [], [], 0
+    rows, broken = [], 0
     by_name = {op.name: op for op in ops()}
     for cost in survey(options.ops, options.arch or ARCHITECTURES, getattr(torch, options.dtype), options.small):
         budget = Budget() if options.small else budget_of(by_name[cost.op], cost.kernel)
         found = violations(cost, budget)
         broken += bool(found)
-        found_costs.append(cost)
         rows.append({**asdict(cost), "violations": found})
-        if not options.markdown:
-            print(row(cost), "; ".join(found), flush=True)
-    if options.markdown:
-        print(markdown(found_costs))
-    elif not options.table:
+        print(row(cost), "; ".join(found), flush=True)
+    if not options.table:
         print(json.dumps(rows))
     return 1 if broken else 0
 

@@ -174,6 +174,13 @@ def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):
     assert not any("bench.smoke" in command for command in machine.asked)
 
 
+def test_second_command_of_three_minutes_begins_every_bench(machine, tmp_path):
+    assert sum(seconds for _, seconds, *_ in gpu.MORE) <= 3 * 60 - 20
+    gpu.main(["--results", str(tmp_path), "--minutes", "3", "--more"])
+    begun = [command for command in machine.asked if "--again --only" in command and "--minutes 9.00" in command]
+    assert [command.split()[2] for command in begun] == [bench for bench, *_ in gpu.MORE]
+
+
 def test_checks_are_on_record_by_the_code_they_checked(machine, session, monkeypatch):
     session.folder.mkdir()
     assert check_ops(session) == dict.fromkeys(gpu.check_names(), "")

@@ -46,6 +46,11 @@ WARPLOOM_INLINE void micro_kernel(Words<float> x, const float* w, int words, flo
 
 #ifdef WARPLOOM_X86
 #define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#if defined(__clang__)
+#define WARPLOOM_UNROLL
+#else  // else GCC 11 keeps the sums in memory: 167 GFLOP/s instead of 511
+#define WARPLOOM_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 WARPLOOM_BF16 inline __m512 sums_in(const float* y) { return _mm512_loadu_ps(y); }
 WARPLOOM_BF16 inline __m512 sums_in(const bfloat16*) { return _mm512_setzero_ps(); }
@@ -59,11 +64,13 @@ template <int ROWS, int COLUMNS, class Y>
 WARPLOOM_BF16 void micro_kernel(Words<bfloat16> x, const bfloat16* w, int words, Y* y, int64_t y_row, bool add) {
     constexpr int vectors = COLUMNS / 16;
     __m512 total[ROWS][vectors];
+    WARPLOOM_UNROLL
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < vectors; ++v) total[r][v] = add ? sums_in(y + r * y_row + v * 16) : _mm512_setzero_ps();
     for (int k = 0; k < words; ++k, w += 2 * COLUMNS) {
         __m512bh weight[vectors];
         for (int v = 0; v < vectors; ++v) weight[v] = (__m512bh)_mm512_loadu_si512(w + v * 32);
+        WARPLOOM_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             int32_t pair;
             std::memcpy(&pair, x.at + r * x.row + k * x.word, 4);
@@ -71,6 +78,7 @@ WARPLOOM_BF16 void micro_kernel(Words<bfloat16> x, const bfloat16* w, int words,
             for (int v = 0; v < vectors; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
         }
     }
+    WARPLOOM_UNROLL
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < vectors; ++v) sums_out(y + r * y_row + v * 16, total[r][v]);
 }

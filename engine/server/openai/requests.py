@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from ...errors import InputError
@@ -292,6 +292,15 @@ class TextPart(Body):
     text: str
 
 
+def _only_text(content: Any) -> Any:
+    """Refuse the first part that is no text by its kind, where pydantic would list what a part may be."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise InputError(f"this model reads text, not parts of type {str(kind)[:64]!r}")
+    return content
+
+
 class FunctionCall(Body):
     """Which function to call, and its arguments as JSON."""
 
@@ -313,7 +322,7 @@ class Message(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], FIRST_ERROR] | None = None
+    content: Annotated[str | Annotated[list[TextPart], FIRST_ERROR] | None, BeforeValidator(_only_text)] = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None

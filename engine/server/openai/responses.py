@@ -16,6 +16,7 @@ from typing import Any
 from ...serving import Piece, SamplingParams
 from ..async_engine import Event, RequestStream
 
+SLICE = 1 << 14  # elements of a list that are written in one call
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time
 
 
@@ -27,7 +28,7 @@ def to_json(value: Any) -> bytes:
 def to_json_in_parts(value: Any, levels: int = 5) -> bytes:
     """The same by a call of the encoder for each part `levels` down: a call of 40 MB would keep all threads waiting.
 
-    Five levels lead to the entries of log-probabilities.
+    Five levels lead to the entries of log-probabilities; a long list is written in slices wherever it stands.
     """
     return _in_parts(value, levels).encode()
 
@@ -37,6 +38,9 @@ def _in_parts(value: Any, levels: int) -> str:
         return f"{{{','.join([f'{_encode(name)}:{_in_parts(each, levels - 1)}' for name, each in value.items()])}}}"
     if levels and isinstance(value, (list, map)):
         return f"[{','.join([_in_parts(each, levels - 1) for each in value])}]"
+    if isinstance(value, list) and len(value) > SLICE:
+        slices = (value[start : start + SLICE] for start in range(0, len(value), SLICE))
+        return f"[{','.join([_encode(each)[1:-1] for each in slices])}]"
     return _encode(value)
 
 

@@ -3,6 +3,7 @@
 Random tiny models, float32, sequences longer than any window; nothing that is 1 or 0 can hide a mistake.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import kv_cache, serving_model
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
 from warploom.engine.training import fused_block
+from warploom.kernels import backend
+from warploom.kernels.core.lang import HAS_TRITON, INTERPRET
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -193,6 +196,25 @@ def test_family_opens_and_saves(name, tmp_path):
         assert not report["missing_keys"] and not report["unexpected_keys"]
         with torch.no_grad():
             assert_same(again.eval()(TOKENS).logits, wanted)
+
+
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_family_on_triton_kernels(name, tmp_path, monkeypatch):
+    """Interpreted, on more tokens than any window; the one op that some family leaves to PyTorch is named."""
+    left, module = [], importlib.import_module("warploom.kernels.moe")
+    unfused = module._moe_unfused
+    monkeypatch.setattr(
+        module, "_moe_unfused", lambda *args, **options: left.append("moe") or unfused(*args, **options)
+    )
+    their_model(name).save_pretrained(tmp_path)
+    ours, _ = load_model(tmp_path, device="cpu")
+    tokens = TOKENS[:1, :8]
+    with torch.no_grad():
+        expected = ours(tokens)
+        with backend("triton"):
+            assert_same(ours(tokens), expected)
+    assert set(left) == ({"moe"} if name == "gpt_oss" else set())
 
 
 def step_of(model, loss_of):

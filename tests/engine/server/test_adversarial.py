@@ -206,6 +206,17 @@ def test_large_answers_are_written_beside_the_loop(monkeypatch):
         server.assert_nothing_left()
 
 
+def test_long_lists_are_written_in_slices(monkeypatch):
+    from warploom.engine.server.openai import responses
+
+    value = {"tokens": [*range(40_000)], "texts": ["é", "]"] * 20_000, "none": [], "rows": [[1.5, None], []]}
+    encode, sizes = responses._encode, []
+    monkeypatch.setattr(responses, "_encode", lambda part: sizes.append(len(encode(part))) or encode(part))
+    for levels in (1, 2, 5):
+        assert json.loads(responses.to_json_in_parts(value, levels)) == value
+    assert max(sizes) < 200_000
+
+
 def test_more_scores_than_an_answer_holds_are_refused(client, server):
     """A body of 100 kB could ask for an answer of gigabytes, which is made in memory."""
     body = {"prompt": [[65] * 300] * 40, "max_tokens": 0, "echo": True, "logprobs": 100}
@@ -414,6 +425,29 @@ def test_client_of_http_1_0_gets_no_chunks(server):
         assert b"200 OK" in head and b"transfer-encoding" not in head and b"connection: close" in head
         assert body.endswith(b"data: [DONE]\n\n") if stream else json.loads(body)["choices"]
         assert not stream or body.startswith(b"data: {")
+
+
+def test_no_client_holds_all_memory_for_bodies():
+    """A thousand slow bodies of 4 MB were 4 GB, before anything of them was judged."""
+    keys = ("one", "two")
+    with serving(keys=keys, max_body_bytes=1 << 16) as server:
+
+        def send(key):
+            head = f"POST /tokenize HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 65000\r\n"
+            return connect(server, f"{head}content-type: application/json\r\n\r\n".encode() + b" " * 64_000)
+
+        clients = [send("one") for _ in range(40)]
+        assert any(client.recv(99).startswith(b"HTTP/1.1 503") for client in clients[36:])
+        body = json.dumps({"prompt": "x" * 60_000}).encode()
+
+        def served(key):
+            head = {**JSON, "authorization": f"Bearer {key}"}
+            return httpx.post(f"{server.url}/tokenize", content=body, headers=head, timeout=60).status_code
+
+        assert served("one") == 503 and served("two") == 200
+        for client in clients:
+            client.close()
+        server.wait(lambda: served("one") == 200)
 
 
 def test_pipelined_request_waits_for_the_answer_before(monkeypatch):

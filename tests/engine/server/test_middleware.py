@@ -180,6 +180,21 @@ def test_ids_in_ids_out(client):
     assert client.post("/generate", json={"idx": [[0]]}, follow_redirects=True).status_code == 200
 
 
+def test_proxys_path_is_no_part_of_a_route():
+    """A proxy that shows the server under /llm takes that away before it asks."""
+    import httpx
+
+    options = {"root_path": "/llm"}
+    with serving(keys=("k",), options=options) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.get("/health").status_code == 200 and client.get("/v1/models").status_code == 401
+        key = {"authorization": "Bearer k"}
+        assert client.get("/v1/models", headers=key).json()["data"][0]["id"] == "tiny"
+        body = {"prompt": "x", "max_tokens": 1}
+        assert client.post("/v1/completions", json=body, headers=key).status_code == 200
+        assert 'route="/v1/completions"' in client.get("/metrics", headers=key).text
+        assert client.get("/llm/health").status_code == 401, "not the open route"
+
+
 def test_dashboard_names_existing_metrics(client):
     """The dashboard and the docs name only metrics that exist."""
     docs = Path(__file__).parents[3] / "docs"

@@ -129,3 +129,13 @@ def test_prompts_are_cached_over_a_restart(tmp_path):
     assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 48]
     assert answers[0]["choices"] == answers[1]["choices"]
     assert [each.name for each in (tmp_path / "cache").iterdir()] == ["tiny.pages"]
+
+
+def test_part_that_is_no_text_is_named(client):
+    """It was told what a text part may have, and nothing of images."""
+    for kind in ("image_url", "input_audio", "file"):
+        content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:,"}}]
+        refused = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and error["param"] == "messages.0.content"
+        assert error["message"] == f"messages.0.content: this model reads text, not parts of type {kind!r}"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from warploom.engine.training.fused_block import PackedLinear
 from warploom.kernels.cpu import gemm
 from warploom.kernels.cpu.pointwise import HAS_NATIVE, _native
 
@@ -53,6 +54,30 @@ def test_product_bits_on_any_threads(dtype):
         torch.set_num_threads(threads)
     for dw, y in found[1:]:
         assert torch.equal(dw, found[0][0]) and torch.equal(y, found[0][1])
+
+
+@pytest.mark.skipif(not gemm.is_fast(torch.float32), reason="PyTorch's products are the faster ones")
+@pytest.mark.parametrize("bias", [False, True])
+def test_trained_linear_equals_pytorch(bias, monkeypatch):
+    """A layer outside fused blocks, a bias and a stream of two dimensions included."""
+    seen = []
+    multiply = gemm.Packed.multiply
+    monkeypatch.setattr(gemm.Packed, "multiply", lambda *args: seen.append(1) or multiply(*args))
+    x, upstream = torch.randn(3, 50, 64), torch.randn(3, 50, 96)
+
+    def results(layer):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(upstream)
+        return y.detach(), leaf.grad, *(p.grad for p in layer.parameters())
+
+    layer, exact = PackedLinear(64, 96, bias), torch.nn.Linear(64, 96, bias)
+    layer.load_state_dict(exact.state_dict())
+    theirs = results(exact)
+    assert not seen
+    for mine, other in zip(results(layer), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+    assert seen
 
 
 def test_product_of_odd_widths_is_refused():

@@ -13,6 +13,10 @@ from warploom.kernels.core.lang import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("needs triton's compiler", allow_module_level=True)
 
+import triton
+
+from warploom.bench import gpu_page
+from warploom.kernels.tools.clocks import hot_loop_clocks, tensor_share
 from warploom.kernels.tools.compile_offline import (
     ARCHITECTURES,
     Cost,
@@ -46,6 +50,16 @@ def test_large_cases_within_budget_everywhere(op, costs):
     assert {cost.arch for cost in mine} == set(ARCHITECTURES)
     broken = {f"{c.kernel} sm_{c.arch}": violations(c, budget_of(op, c.kernel)) for c in mine}
     assert not {kernel: found for kernel, found in broken.items() if found}
+
+
+def test_gpu_page_is_in_step_with_the_kernels(costs):
+    """Bytes, FLOPs and rooflines always; registers where the compiler is the page's."""
+    text = gpu_page.PAGE.read_text()
+    assert "\n".join(gpu_page.work_rows(gpu_page.measurements())) in text, "python -m warploom.bench.gpu_page"
+    rows = list(gpu_page.limit_rows(costs["large"]))
+    assert all(row.rpartition("`")[0] in text for row in rows[2:])
+    if gpu_page.version_of(text) == triton.__version__:
+        assert "\n".join(rows) in text, "python -m warploom.bench.gpu_page"
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if op.fused is not None], ids=lambda op: op.name)
@@ -155,6 +169,18 @@ def test_larger_tiles_of_attention_spill_in_no_loop():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     done = subprocess.run([sys.executable, "-c", LARGER], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["0", "0"]
+
+
+def test_hot_loop_clocks_count_products_and_copies():
+    """Of the expert's sheet: 128 by 128 in two groups, the left side in shared memory once and in registers once."""
+    left = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0;"
+    held = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, {%r1, %r2}, %rd2, %p1, 1, 1, 0;"
+    copy = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r3;"
+    assert hot_loop_clocks([left], warps=8, specialized=False) == (128, 96)
+    assert hot_loop_clocks([held, copy], warps=8, specialized=False) == (128, 64 + 32)
+    bulk = "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 32768;"
+    assert hot_loop_clocks([bulk, left, left], warps=12, specialized=True) == (128, 96 + 256)
+    assert tensor_share(512, 640) == 0.8 and tensor_share(0, 7) == 1
 
 
 def test_innermost_loops_hold_no_other():
