@@ -280,6 +280,7 @@ def test_connections_that_send_nothing_are_closed(served):
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     half = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\n{"
     clients = [served.connect(sent) for sent in (b"", b"", b"GET /health HTT", half) for _ in range(1000)]
+    time.sleep(1)  # until all are accepted
     status, seconds, _ = served.ask("/v1/completions", {"prompt": "x", "max_tokens": 5})
     begin = time.monotonic()
     while served.files > 50 and time.monotonic() - begin < 60:
