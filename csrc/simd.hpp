@@ -217,13 +217,10 @@ WARPLOOM_INLINE V exp(V x) {
     return x;
 }
 WARPLOOM_INLINE f16 exp(f16 x) {
-    if (has_avx512) {
-        exponentiate(x);
-        return x;
-    }
+    if (has_avx512) return exp<f16>(x);
     Register part[16 / lanes_of<Register>];  // comparisons of more than a register would be made lane by lane
     std::memcpy(part, &x, 64);
-    for (Register& each : part) exponentiate(each);
+    for (Register& each : part) each = exp<Register>(each);
     std::memcpy(&x, part, 64);
     return x;
 }
