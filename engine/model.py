@@ -256,10 +256,13 @@ class Transformer(nn.Module):
         return self._run(tokens_BT, positions, attend)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        cap = self.config.logit_softcap
-        logits = (
+        return self.capped(
             F.linear(hidden, self.head_weight, self.head_bias) if self.config.head_bias else hidden @ self.head_weight.T
         )
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits within the soft cap, if there is one."""
+        cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, **options) -> Tensor:

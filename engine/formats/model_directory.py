@@ -31,7 +31,7 @@ from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..layers import Linear, MoE
 from ..model import Transformer
-from ..parallel.tensor_parallel import shard, shard_weights
+from ..parallel.tensor_parallel import shard, shard_spec, shard_weights
 from .adapters import BASE_SAMPLE, CONFIG, PREFIX, TENSORS, WHOLE, Adapter, AdapterConfig, is_adapter, low_rank_weights
 from .families import architecture_of, dtype_name, from_hf_config, kind_of, to_hf_config, weight_map
 from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
@@ -44,6 +44,7 @@ from .packed_weight import (
     matrix_of,
     packed_in,
     packed_weights,
+    share_of,
     to_tensors,
 )
 from .weights import open_weights, read_json
@@ -150,15 +151,22 @@ def read_model(
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed)
+    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed, tp is None)
     if tp is not None:
-        model, weights = shard(model, tp), shard_weights(config, cast("Iterator[tuple[str, Tensor]]", weights), tp)
-    kept = {}
+        model = shard(model, tp)
+    kept, floats = {}, []
     for name, weight in weights:
+        if tp is not None and isinstance(weight, PackedWeight):
+            weight = share_of(weight, shard_spec(config, name), tp.rank(), tp.size())
+            floats += [name] if isinstance(weight, Tensor) else []
+        elif tp is not None:
+            ((_, weight),) = shard_weights(config, [(name, cast(Tensor, weight))], tp)
         if isinstance(weight, (PackedWeight, PackedExperts)):
             install(model, name, weight.to(pick_device(device)))
         else:
             kept[name] = weight
+    for name in floats:  # what tensor parallelism cuts within a group
+        kept[name] = kept[name].to(kept["embedding.weight"])
     model.load_state_dict(kept, assign=True)
     return model.eval()
 
@@ -290,16 +298,18 @@ def read_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
+    experts: bool = True,
 ) -> Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
+    `packed` leaves matrices as they are stored, of experts too if `experts`; those a GPU cannot multiply as they are.
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
     base = base_of(directory)
     adapter = open_adapter(directory, base) if is_adapter(directory) else ()
     directory = base
-    on_cpu = torch.device(device).type == "cpu"  # a GPU has no product of packed experts
+    experts = experts and torch.device(device).type == "cpu"
     if is_gguf(directory):
         file = GGUFFile(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -314,7 +324,7 @@ def read_weights(
                 raise InputError(f"{directory} is packed, and an adapter is merged into float weights: serve it apart")
             with opened as weights:
                 for name, weight in packed_weights(weights, config, quantization):
-                    if isinstance(weight, Tensor) or (packed and (isinstance(weight, PackedWeight) or on_cpu)):
+                    if isinstance(weight, Tensor) or (packed and (isinstance(weight, PackedWeight) or experts)):
                         yield name, weight.to(device, dtype) if isinstance(weight, Tensor) else weight
                     elif name != "head.weight" or not config.tie_embeddings:
                         yield name, weight.dequantize().to(device, dtype)
@@ -323,9 +333,9 @@ def read_weights(
         empty = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
-    if on_cpu:
+    if experts:
         layers = [path for path, layer in empty.named_modules() if type(layer) is MoE]
-        products |= {f"{path}.{experts}" for path in layers for experts in ("w_gate_up", "w_down")}
+        products |= {f"{path}.{part}" for path in layers for part in ("w_gate_up", "w_down")}
     with opened as weights:
         for piece in weight_map(config, list(shapes), kind):
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours

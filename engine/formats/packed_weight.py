@@ -26,6 +26,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..layers import MoE
 from ..model import Transformer
+from ..parallel.tensor_parallel import ShardedLinear, ShardSpec
 
 if TYPE_CHECKING:
     from .weights import Weights
@@ -87,6 +88,16 @@ class Segment:
         minima = None if self.minima is None else self.minima[rows]
         return Segment(self.layout, self.codes[rows], self.scales[rows], minima, self.units[rows])
 
+    def between(self, first: int, last: int | None) -> Segment:
+        """The groups of these columns."""
+        layout = self.layout
+        bits, groups = (
+            slice(first // step, None if last is None else last // step) for step in (8 // layout.bits, layout.group)
+        )
+        minima = None if self.minima is None else self.minima[:, groups].contiguous()
+        codes, scales = self.codes[:, bits].contiguous(), self.scales[:, groups].contiguous()
+        return Segment(layout, codes, scales, minima, self.units)
+
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
         layout = self.layout
@@ -139,7 +150,24 @@ class PackedWeight:
 
     def at(self, rows: Tensor) -> PackedWeight | None:
         """These rows, in this order; None where rows of several layouts would change places."""
-        return PackedWeight((self.segments[0].at(rows),), self.columns) if len(self.segments) == 1 else None
+        if len(self.segments) > 1 and bool((rows.diff() < 0).any()):
+            return None
+        found, first = [], 0
+        for segment in self.segments:
+            last = first + len(segment.units)
+            mine = rows[(rows >= first) & (rows < last)] - first
+            found += [segment.at(mine)] if len(mine) else []
+            first = last
+        return PackedWeight(tuple(found), self.columns)
+
+    def between(self, first: int, last: int) -> PackedWeight | None:
+        """These columns; None where they are no whole groups."""
+        layouts = [segment.layout for segment in self.segments]
+        steps = [TURNED if layout.rotate else layout.group for layout in layouts]
+        if any(first % step or (last % step and last != self.columns) for step in steps):
+            return None
+        segments = (segment.between(first, last if last < self.columns else None) for segment in self.segments)
+        return PackedWeight(tuple(segments), last - first)
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:
         return self  # is never written
@@ -244,7 +272,22 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
         setattr(moe, leaf, packed)
         return
     layer = getattr(model.get_submodule(parent), leaf)  # None: the head of a tied embedding
+    if isinstance(layer, ShardedLinear):
+        layer.packed, layer.weight = PackedLinear(packed), cast(Any, None)
+        return
     setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
+
+
+def share_of(weight: PackedWeight, spec: ShardSpec, rank: int, size: int) -> PackedWeight | Tensor:
+    """The share of a process under tensor parallelism; floats where it is no whole groups."""
+    if spec.tp is None:
+        return weight
+    places = spec.cut(torch.arange(weight.shape[spec.tp]), rank, size, 0)
+    if spec.tp == 0:
+        found = weight.at(places)
+    else:
+        found = weight.between(int(places[0]), int(places[-1]) + 1)
+    return spec.cut(weight.dequantize(), rank, size) if found is None else found
 
 
 # Own files: the tensors of a weight beside each other, its layout in config.json by the kind of matrix.

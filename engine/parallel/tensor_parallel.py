@@ -79,9 +79,9 @@ class ShardSpec:
     parts: tuple[int, ...] = ()
     """Sizes of what is packed along dimension `tp`."""
 
-    def cut(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """Process `rank`'s share of a tensor along `tp`."""
-        return _cut(whole, self.tp, self.parts, rank, size)
+    def cut(self, whole: Tensor, rank: int, size: int, dim: int | None = None) -> Tensor:
+        """Process `rank`'s share of a tensor along `tp`, or of what counts its places along `dim`."""
+        return _cut(whole, self.tp if dim is None else dim, self.parts, rank, size)
 
 
 def _cut(whole: Tensor, dim: int, parts: tuple[int, ...], rank: int, size: int) -> Tensor:
@@ -158,30 +158,35 @@ class ShardedModule(nn.Module):
         setattr(self, name, nn.Parameter(share.contiguous()))
 
 
-class ColumnParallel(ShardedModule, Linear):
-    """Linear layer sharded by output features: the whole x in, this process's features of y out."""
+class ShardedLinear(ShardedModule, Linear):
+    """Linear layer of which this process has a share."""
 
     def __init__(self, whole: Linear, group: ProcessGroup, spec: ShardSpec) -> None:
         super().__init__(whole, group)
         self.parts = spec.parts
         self.keep("weight", spec)
+        self.packed: nn.Module | None = None  # computes the product where the share of the weight is packed
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x · weightᵀ of this share, without the bias."""
+        return x @ self.weight.T if self.packed is None else self.packed(x)
+
+
+class ColumnParallel(ShardedLinear):
+    """Linear layer sharded by output features: the whole x in, this process's features of y out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = copy_to_group(x, self.group) @ self.weight.T
+        y = self.multiply(copy_to_group(x, self.group))
         if self.bias is None:
             return y
         return y + _cut(copy_to_group(self.bias, self.group), 0, self.parts, self.group.rank(), self.group.size())
 
 
-class RowParallel(ShardedModule, Linear):
+class RowParallel(ShardedLinear):
     """Linear layer sharded by input features: an all-reduce makes y whole; the bias joins once, after it."""
 
-    def __init__(self, whole: Linear, group: ProcessGroup, spec: ShardSpec) -> None:
-        super().__init__(whole, group)
-        self.keep("weight", spec)
-
     def forward(self, x: Tensor) -> Tensor:
-        y = all_reduce(x @ self.weight.T, self.group)
+        y = all_reduce(self.multiply(x), self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -273,7 +278,9 @@ class VocabParallelTransformer(ShardedModule, Transformer):
     """Transformer whose vocabulary is sharded over a group, in the embedding, the head and the loss."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        local = super().logits(copy_to_group(hidden, self.group))
+        hidden = copy_to_group(hidden, self.group)
+        packed = self.head.packed if isinstance(self.head, ShardedLinear) else self.head  # a tied one that is packed
+        local = super().logits(hidden) if packed is None else self.capped(packed(hidden))
         return all_gather_last_dim(local, self.config.vocab_size, self.group)
 
     def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options) -> Tensor:

@@ -31,6 +31,7 @@ from .execution.int8_pages import TILE
 from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
 from .execution.lora import ServedAdapters, open_adapters
 from .execution.model_runner import Runner, memory_for_pages
+from .execution.native_matrix import keeps_packed
 from .execution.outlier_smoothing import has_tall_keys, is_supported
 from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
@@ -119,10 +120,11 @@ class LLM:
 
             team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
         with team or nullcontext():
-            packed = quantize is None and team is None and (HAS_NATIVE if where.type == "cpu" else where.type == "cuda")
+            packed = quantize is None and keeps_packed(where)
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
             self.packing = describe(self.model)
-            if packed and self.packing and where.type == "cpu" and self.model.embedding.weight.dtype == torch.float16:
+            halves = self.model.embedding.weight.dtype == torch.float16
+            if packed and self.packing and halves and where.type == "cpu" and team is None:
                 self.model.float()  # what is not packed: C++ knows float32 and bfloat16
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config

@@ -59,3 +59,23 @@ def test_product_row_bits_at_every_batch_size(dtype):
         ):
             whole = product(x)
             assert all(torch.equal(product(x[:size]), whole[:size]) for size in (1, 16, 17, 256, 257, 1000))
+
+
+def test_inductor_runs_attention_experts_and_norm_as_eager_does():
+    """Inductor makes its own launches of the kernels, tensor descriptors included, and sets an allocator of its own."""
+    maker = kernels.Maker(torch.bfloat16, "cuda")
+    x, weight = maker.normal(2, 256, 512), maker.normal(512)
+    experts = maker.normal(8, 512, 512, scale=0.05), maker.normal(8, 512, 256, scale=0.05)
+
+    def run(x, weight, up, down):
+        heads = kernels.rms_norm(x, weight).unflatten(-1, (4, 128))
+        y = kernels.attention(heads, heads, heads).flatten(-2)
+        return kernels.moe(y, y[..., :8].float(), up, down, 2)[0].float().square().mean()
+
+    wanted = [x, weight, *experts]
+    with backend("triton"):
+        losses = [function(*wanted) for function in (run, torch.compile(run, backend="inductor", fullgraph=True))]
+        ours, compiled = (torch.autograd.grad(loss, wanted) for loss in losses)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-5)
+    for mine, theirs in zip(compiled, ours):
+        torch.testing.assert_close(mine, theirs, rtol=5e-2, atol=5e-2 * theirs.abs().max().item())

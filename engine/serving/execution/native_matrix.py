@@ -9,7 +9,12 @@ from torch import Tensor
 
 from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment, nearest
 from ..scheme import Scheme
-from .kv_cache import _native
+from .kv_cache import HAS_NATIVE, _native
+
+
+def keeps_packed(device: torch.device | str) -> bool:
+    """Return whether products on a device are computed from the codes of packed weights."""
+    return HAS_NATIVE if torch.device(device).type == "cpu" else torch.device(device).type == "cuda"
 
 
 def stored(layer: Any) -> Tensor | PackedWeight:

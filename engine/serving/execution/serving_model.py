@@ -16,6 +16,7 @@ packed layers are `kernels.packed_linear`, and weights alone are rounded.
 
 import dataclasses
 from functools import cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +240,8 @@ def _serving_model(
     form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
+        if HAS_NATIVE and model.device.type == "cpu":
+            replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
         return model, Head(model)
     if not native:
         twin = shallow_copy(model)

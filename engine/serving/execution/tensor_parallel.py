@@ -32,6 +32,7 @@ from ...parallel.tensor_parallel import check
 from ..scheduling.step import StepPlan
 from .kv_cache import set_workers
 from .model_runner import InFlightStep, memory_for_pages
+from .native_matrix import keeps_packed
 from .speculative import make_runner
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
@@ -199,7 +200,7 @@ def work() -> None:
     group = share.join(store)
     place, *drafts = share.directories
     try:
-        models = [read_model(place, share.device, share.dtype, group)]
+        models = [read_model(place, share.device, share.dtype, group, keeps_packed(share.device))]
         models += [read_model(draft, share.device, models[0].embedding.weight.dtype) for draft in drafts]
     except InputError:
         os._exit(1)  # the first process reads the same files, and says what is wrong

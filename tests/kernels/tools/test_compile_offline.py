@@ -152,23 +152,27 @@ def test_large_cases_compile_for_amd():
 LARGER = """
 import contextlib, torch
 from warploom.bench.kernels import LARGER_TILES
-from warploom.kernels import attention
+from warploom.kernels import attention, moe
 from warploom.kernels.core import tuned
+from warploom.kernels.tools.clocks import tensor_share
 from warploom.kernels.tools.compile_offline import costs
 
-(case,) = [case for case in attention.cases if case.name.startswith("8192 causal, 32")]
-with contextlib.ExitStack() as trials:
-    for kernel, tile in LARGER_TILES:
-        trials.enter_context(tuned.trying(f"attention_hopper_{kernel}", tile))
-    found = {cost.kernel: cost for cost in costs(attention, case, torch.bfloat16, 90)}
-print(*((found[f"attention_hopper_{kernel}_kernel"]).loop_spills for kernel, _ in LARGER_TILES))
+names = "hopper_dq_kernel", "hopper_dkdv_kernel", "gemm_kernel", "swiglu_bwd_kernel"
+for op in (attention, moe):
+    case = next(case for case in op.cases if case.name.startswith(("8192 causal, 32", "32768 tokens")))
+    with contextlib.ExitStack() as trials:
+        for kernel, tile in LARGER_TILES[op.name]:
+            trials.enter_context(tuned.trying(kernel, tile))
+        for cost in costs(op, case, torch.bfloat16, 90):
+            if cost.kernel.endswith(names):
+                print(cost.loop_spills, tensor_share(cost.tensor_clocks, cost.shared_clocks) >= 0.79)
 """
 
 
-def test_larger_tiles_of_attention_spill_in_no_loop():
+def test_larger_tiles_spill_in_no_loop_and_feed_tensor_cores():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     done = subprocess.run([sys.executable, "-c", LARGER], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["0", "0"]
+    assert done.stdout.splitlines() == ["0 True"] * 5
 
 
 def test_hot_loop_clocks_count_products_and_copies():

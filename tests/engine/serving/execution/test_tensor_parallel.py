@@ -1,12 +1,18 @@
 """Claims about one model in several processes."""
 
 import random
+import re
 
 import pytest
 import torch
 
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_directory import load_model, save_model, save_packed
+from warploom.engine.formats.packed_weight import Layout, PackedWeight, nearest, share_of
+from warploom.engine.parallel.tensor_parallel import ShardSpec
 from warploom.engine.serving import LLM, EngineError, SamplingParams
+from warploom.engine.serving.calibrate import quantize
+from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.serving.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -87,3 +93,41 @@ def test_tp_unsupported_refused_before_start(tiny_model, tmp_path):
         LLM(place, tensor_parallel=3)
     with pytest.raises(ValueError, match="tensor_parallel must be 1 with quantize, got 2"):
         LLM(place, tensor_parallel=2, quantize="int8")
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, 32, symmetric=False, rotate=False), Scheme(group=16)], ids=str)
+def test_two_processes_share_packed_weights(scheme, tiny_model, tmp_path, monkeypatch):
+    """Rows, and columns in whole groups: of 128 columns a half is whole groups of each of these schemes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    model = tiny_model("llama", d_model=128, d_ff=128, tie_embeddings=True)
+    quantize(model, scheme)
+    place = save_packed(model, tmp_path / "packed")
+    one, two = LLM(place, kv_dtype="float32"), LLM(place, tensor_parallel=2, kv_dtype="float32")
+    try:
+        assert sum(map(int, re.findall(r"(\d+) matrices", two.packing or ""))) == 9
+        text = [i * i % 97 for i in range(40)]
+        alone, plain = torch.tensor(one.score(text)), torch.tensor(LLM(load_model(place, "cpu")[0]).score(text))
+        change = (torch.tensor(two.score(text)) - alone).abs()  # a code of an activation near a half may be another
+        assert change.max() < (alone - plain).abs().max()
+    finally:
+        two.close()
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("bits", "group", "rotate"), [(8, 16, False), (4, 32, False), (4, 64, True)])
+def test_packed_shares_are_the_weights(bits, group, rotate):
+    """Row by row and group by group, of segments of two layouts; a cut within a group gives floats."""
+    torch.manual_seed(0)
+    layouts = ((n, Layout(bits, group, minimum, (), rotate)) for n, minimum in ((48, True), (16, False)))
+    parts = [nearest(torch.randn(n, 256), layout).segments[0] for n, layout in layouts]
+    weight = PackedWeight.joined(parts, 256)
+    rows = ShardSpec(tp=0, parts=(32, 16, 16))
+    for rank in range(2):
+        for spec in (rows, ShardSpec(tp=1, parts=(256,))):
+            share = share_of(weight, spec, rank, 2)
+            assert isinstance(share, PackedWeight)
+            assert torch.equal(share.dequantize(), spec.cut(weight.dequantize(), rank, 2))
+    within = share_of(PackedWeight.joined(parts, 250), ShardSpec(tp=1, parts=(250,)), 1, 2)
+    assert isinstance(within, torch.Tensor) and within.shape == (64, 125)
