@@ -7,7 +7,7 @@
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
 #   make sanitize    tests of the tokenizer, kernels, serving, server and training, both extensions under ASan and UBSan
 #   make fuzz        the tokenizer under libFuzzer for SECONDS=60, where Clang is
-#   make native-test the thread pools under ThreadSanitizer, without Python
+#   make native-test C++ alone: register tiles against plain loops, the thread pools under ThreadSanitizer
 #   make lint        ruff, and the types that users meet
 #   make clean       remove what the others made
 #
@@ -63,8 +63,12 @@ sanitize: .venv/ready-dev
 		tests/engine/serving/test_prompt_cache.py --timeout 1500 -k "not leak" $(ARGS)
 	$(BIN)/python setup.py -q build_ext --inplace --force
 
+TILES := csrc/tests/tiles.cpp $(addprefix csrc/cpu/serving/,matrix.cpp dense_matrix.cpp spin_pool.cpp weight_memory.cpp) \
+	$(wildcard csrc/cpu/serving/packed_*.cpp)
 native-test:
 	@mkdir -p build
+	$(CXX) -std=c++17 -O2 -pthread -Icsrc $(TILES) -o build/tiles
+	build/tiles
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc csrc/tests/pools.cpp csrc/cpu/serving/spin_pool.cpp \
 		csrc/tokenizer/interruptible_threads.cpp -o build/pools
 	build/pools

@@ -216,6 +216,23 @@ WARPLOOM_INLINE V exp(V x) {
     exponentiate(x);
     return x;
 }
+WARPLOOM_INLINE f16 exp(f16 x) {
+    if (has_avx512) return exp<f16>(x);
+    Register part[16 / lanes_of<Register>];  // comparisons of more than a register would be made lane by lane
+    std::memcpy(part, &x, 64);
+    for (Register& each : part) each = exp<Register>(each);
+    std::memcpy(&x, part, 64);
+    return x;
+}
+
+WARPLOOM_INLINE f16 larger(f16 x, f16 y) {
+    if (has_avx512) return x > y ? x : y;
+    Register a[16 / lanes_of<Register>], b[16 / lanes_of<Register>];
+    std::memcpy(a, &x, 64), std::memcpy(b, &y, 64);
+    for (int i = 0; i < 16 / lanes_of<Register>; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+    std::memcpy(&x, a, 64);
+    return x;
+}
 
 // exp(x) of x ≤ 0, as near, in a shorter chain of instructions: sixteen weights of attention after another.
 template <class V>

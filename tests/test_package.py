@@ -178,6 +178,41 @@ def test_extension_that_fails_leaves_the_other(tmp_path, broken, whole):
     assert shown.stderr.count("could not be built") == 1
 
 
+def test_build_under_msvc_says_why_not(tmp_path):
+    """The package is installed without its extensions, and the reason is one sentence each."""
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = """
+import runpy, setuptools, sys
+from distutils.command import build_ext
+real = build_ext.new_compiler
+def msvc(**options):
+    compiler = real()
+    compiler.compiler_type = "msvc"
+    return compiler
+build_ext.new_compiler = msvc
+sys.argv = ["setup.py", "-q", "build_ext", "-b", "out"]
+runpy.run_path("setup.py")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr.count("written for GCC and Clang") == 2 and shown.stderr.count("could not be built") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_native_tiles_equal_plain_loops(tmp_path):
+    """csrc/tests/tiles.cpp, which `make native-test` runs too, beside the thread pools under ThreadSanitizer."""
+    folder = ROOT / "csrc" / "cpu" / "serving"
+    parts = [*map(folder.joinpath, ("matrix.cpp", "dense_matrix.cpp", "spin_pool.cpp", "weight_memory.cpp"))]
+    sources = [ROOT / "csrc" / "tests" / "tiles.cpp", *parts, *sorted(folder.glob("packed_*.cpp"))]
+    command = ["g++", "-std=c++17", "-O1", "-DWARPLOOM_ONE_CPU", "-pthread", f"-I{ROOT / 'csrc'}", *sources]
+    subprocess.run([*command, "-o", tmp_path / "tiles"], check=True, capture_output=True)
+    shown = subprocess.run([tmp_path / "tiles"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "the tiles are right" in shown.stdout, shown.stderr
+
+
 @pytest.mark.parametrize("compiler", ["clang++", "g++-11"])
 def test_other_compilers_compile_csrc(compiler):
     if not shutil.which(compiler):

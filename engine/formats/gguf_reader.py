@@ -157,7 +157,22 @@ class GGUFFile:
             return list(self._unpack(f"<{count}{SCALARS[member]}"))
         if member != STRING:
             raise InputError(f"{self.path} holds a list of type {member}, which is not read")
-        return [self._string() for _ in range(count)]
+        return self._strings(count)
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary, in one loop: by `_string` it would be half of the time that opening a model takes."""
+        found, at, size, length_at = [], self.at, len(self.data), struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                (length,) = length_at(self.data, at)
+                at += 8
+                if length > size - at:
+                    raise struct.error
+                found.append(self.data[at : at + length].decode())
+                at += length
+        finally:
+            self.at = at
+        return found
 
     def _shape(self) -> tuple[int, ...]:
         (dimensions,) = self._unpack("<I")

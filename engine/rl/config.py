@@ -43,7 +43,8 @@ class RLConfig(TrainConfig):
     clip: float = 0.2
     """With several updates: how far a token's probability may move, as a ratio, before its gradient is cut."""
     exact: bool | None = None
-    """Let the trainer compute the very bits that sampled (float32 on a CPU); None = where that is possible."""
+    """Let the trainer compute the very bits that sampled: in float32 on a CPU; on a GPU, by batch-invariant products,
+    only if True. None = on a CPU where that is possible."""
     max_mismatch: float = 0.015
     """Largest KL estimate (k3) between what sampled and what is trained before the run stops."""
     max_batch: int = 256

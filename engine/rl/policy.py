@@ -10,8 +10,8 @@ Samples lie end to end, none padded; only attention sees them side by side. Wher
 run in float32 (`exact`), the forward pass takes both: what is trained then has the very bits of what was sampled, for
 norms, rotation and gates add up in one order in trainer and server anyway, and so do the products of a fused block. Of
 blocks with experts products are replaced by the server's too; as the router's are among them, tokens visit the experts
-that they visited when they were sampled. Other models (LayerNorm, norms after sublayers, ungated) are computed by the
-server once more, and their last hidden states replaced. The backward pass is the trainer's.
+that they visited when they were sampled. Other models (LayerNorm, norms after sublayers, ungated), and all on a GPU,
+are computed by the server once more, and their last hidden states replaced. The backward pass is the trainer's.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
 from ..model import Attend, Transformer, dense_attention
-from ..serving.execution.kv_cache import NativeAttend, PagedKVCache
+from ..serving.execution.gpu_model import BatchInvariantLinear
+from ..serving.execution.kv_cache import KernelAttention, NativeAttend, PagedKVCache, to_device
 from ..serving.execution.serving_model import NativeLinear, NativeMoE, NativeTransformer
 from ..serving.llm import LLM
 from ..training.evaluate import within_documents
@@ -79,8 +80,10 @@ def micro_batches(samples: list[Sample], tokens: int) -> list[list[Sample]]:
     return parts
 
 
-def exact_obstacle(model: Transformer, llm: LLM) -> str | None:
-    """Say what keeps trainer and server from computing the same bits, if anything does."""
+def exact_obstacle(model: Transformer, llm: LLM, asked: bool = False) -> str | None:
+    """Say what keeps trainer and server from the same bits, if anything does; on a GPU it must be `asked` for."""
+    if _by_kernels(llm.engine.runner.model):
+        return None if asked else "on a GPU its price is not measured: --exact True turns it on"
     if model.device.type != "cpu" or model.embedding.weight.dtype != torch.float32:
         return f"it needs float32 on a CPU, not {str(model.embedding.weight.dtype)[6:]} on {model.device.type}"
     runner = llm.engine.runner
@@ -89,6 +92,11 @@ def exact_obstacle(model: Transformer, llm: LLM) -> str | None:
     if not _is_fused(model) and not isinstance(runner.model, NativeTransformer) and not _twins(runner.model):
         return "neither the fused C++ block nor the C++ decoder computes this model here"
     return None
+
+
+def _by_kernels(served: Transformer | NativeTransformer) -> bool:
+    """Are the products of a served model the batch-invariant kernels, as on a GPU?"""
+    return isinstance(served, Transformer) and any(isinstance(part, BatchInvariantLinear) for part in served.modules())
 
 
 def _is_fused(model: Transformer) -> bool:
@@ -129,23 +137,27 @@ class Policy:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states (S, C) of the places that predict, with gradient."""
-        given = packed.tokens_1N, packed.positions_1N
+        given, model, attend = (packed.tokens_1N, packed.positions_1N), self.model, self._attend(packed)
         served = self.llm and self.llm.engine.runner.model
-        if isinstance(served, NativeTransformer) and not _is_fused(self.model):
+        if served is None:
+            hidden_1NC = model.hidden(*given, attend)
+        elif _by_kernels(served) or (isinstance(served, NativeTransformer) and not _is_fused(model)):
+            exactly: Any = server_attention(model, packed.lengths, by_kernels=_by_kernels(served))
             with torch.no_grad():
-                exact_1NC = served.hidden(*given, server_attention(self.model.config, packed.lengths))
-            hidden_1NC = _Replaced.apply(self.model.hidden(*given, side_by_side(packed.lengths)), exact_1NC)
+                exact_1NC = served.hidden(*given, exactly)
+            hidden_1NC = _Replaced.apply(model.hidden(*given, attend), exact_1NC)
         else:
-            with server_layers(self.model, served) if served else contextlib.nullcontext():
-                hidden_1NC = self.model.hidden(*given, self._attend(packed))
+            exactly = server_attention(model, packed.lengths)
+            with server_layers(model, served):
+                hidden_1NC = model.hidden(*given, paged(exactly, attend))
         return hidden_1NC[0].index_select(0, packed.places_S)
 
     def _attend(self, packed: Packed) -> Attend:
+        """The trainer's own attention."""
         if self.model.device.type == "cuda":
             borders = torch.tensor([0, *np.cumsum(packed.lengths)], dtype=torch.int32, device=self.model.device)
             return within_documents(borders, max(packed.lengths))
-        attend = side_by_side(packed.lengths)
-        return attend if self.llm is None else paged(self.model.config, packed.lengths, attend)
+        return side_by_side(packed.lengths)
 
     @torch.no_grad()
     def log_probs(self, hidden_SC: Tensor, targets_S: Tensor) -> Tensor:
@@ -190,22 +202,26 @@ def side_by_side(lengths: list[int]) -> Attend:
     return attend
 
 
-def server_attention(config: ModelConfig, lengths: list[int]) -> NativeAttend:
+def server_attention(model: Transformer, lengths: list[int], by_kernels: bool = False) -> Attend:
     """The server's `attend` over sequences laid end to end, on pages of its own."""
-    pages = [-(-length // PAGE) for length in lengths]
-    store = PagedKVCache(replace(config, n_layers=1), sum(pages), PAGE, torch.float32, torch.device("cpu"))
+    config, pages = model.config, [-(-length // PAGE) for length in lengths]
+    if not by_kernels:
+        config = replace(config, n_layers=1)  # every layer uses the same pages, after the last
+    where = model.embedding.weight.dtype, model.device
+    store = PagedKVCache(config, sum(pages), PAGE, *where, latent=bool(config.kv_rank) and by_kernels)
     table = np.zeros((len(lengths), max(pages)), dtype=np.int32)
     for row, (first, count) in enumerate(zip(np.cumsum([0, *pages[:-1]]), pages)):
         table[row, :count] = np.arange(first, first + count)
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
     layout = store.layout(table, np.arange(len(lengths)), positions, np.array(lengths, dtype=np.int32))
+    if by_kernels:
+        return KernelAttention(store, *to_device((*layout.arrays(),), model.device))
     assert store.layers is not None
-    return NativeAttend(store.layers * config.n_layers, layout)  # every layer uses the same pages, after the last
+    return NativeAttend(store.layers * model.config.n_layers, layout)
 
 
-def paged(config: ModelConfig, lengths: list[int], dense: Attend) -> Attend:
+def paged(exact: Attend, dense: Attend) -> Attend:
     """An `attend` with the server's numbers and the gradient of `dense`."""
-    exact = server_attention(config, lengths)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer) -> Tensor:
         return _Replaced.apply(dense(q, k, v, layer), exact(q.detach(), k.detach(), v.detach(), layer))

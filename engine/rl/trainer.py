@@ -169,8 +169,10 @@ class RLTrainer(Trainer):
     @functools.cached_property
     def exact(self) -> bool:
         """Compute the very bits that sampled?"""
-        obstacle = exact_obstacle(self.state.model, self.llm) if self.config.exact in (None, True) else "exact=False"
-        if obstacle and self.config.exact:
+        asked, obstacle = self.config.exact, "exact=False"
+        if asked is not False:
+            obstacle = exact_obstacle(self.state.model, self.llm, asked is True)
+        if obstacle and asked:
             raise InputError(f"exact=True cannot be kept: {obstacle}")
         if obstacle:
             self.note(f"trainer and server differ in their last digits ({obstacle}); the mismatch is measured")

@@ -9,6 +9,8 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.formats.packed_weight import PARTS, Layout, PackedLinear, Segment, nearest
 from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
+from warploom.engine.rl.policy import Policy, exact_obstacle, pack
+from warploom.engine.rl.rollouts import Sample
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 from warploom.engine.serving.execution.kv_cache import PagedKVCache
@@ -75,16 +77,21 @@ def test_so_it_learns_under_autocast():
     assert losses[-1] < losses[0]
 
 
-def serve(model, name, make=batch_invariant_linear):
-    """Three prompts together, by the model of a GPU, on whatever device there is."""
-    llm = LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4)
-    runner = llm.engine.runner
+def kernels_serve(llm, make=batch_invariant_linear):
+    """The engine with the model of a GPU, on whatever device there is."""
+    model, runner = llm.plain_model, llm.engine.runner
     if DEVICE == "cpu":  # not C++ but the kernels
         latent = bool(model.config.kv_rank)
         runner.model, runner.least_tokens = fused_model(model, make, latent=latent), 1
-        pages = runner.store.keys.shape[1]
-        runner.store = PagedKVCache(model.config, pages, 4, torch.float32, torch.device("cpu"), latent)
+        _, pages, page_size = runner.store.keys.shape[:3]
+        runner.store = PagedKVCache(model.config, pages, page_size, torch.float32, torch.device("cpu"), latent)
         runner.store.layers = None
+    return llm
+
+
+def serve(model, name, make=batch_invariant_linear):
+    """Three prompts together, by the model of a GPU, on whatever device there is."""
+    llm = kernels_serve(LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4), make)
     with backend(name):
         outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     return [output.token_ids for output in outputs]
@@ -113,6 +120,33 @@ def test_backends_serve_pages_the_same(config):
     assert said == serve(model, "eager")
     with backend("eager"):
         assert said == [tuple(generate(model, prompt, 4, temperature=0.0)) for prompt in ([1, 2, 3], [4] * 9, [5])]
+
+
+@pytest.mark.parametrize("config", [DENSE, {**DENSE, "sliding_window": 5}], ids=["llama", "windows"])
+@torch.no_grad()
+def test_exact_policy_has_the_bits_that_were_sampled(config):
+    """`rl --exact True` on a GPU: the trainer's log-probabilities are those of tokens decoded one by one.
+
+    Thirteen tokens: the interpreter's product is NumPy's, which adds in another order from sixteen rows on.
+    """
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**config)).to(DEVICE).eval()
+    llm = kernels_serve(LLM(model, max_batch=3, kv_memory=1 << 20))
+    assert exact_obstacle(model, llm, asked=True) is None and "not measured" in exact_obstacle(model, llm)
+    prompts = [[1, 2, 3], [4] * 4]
+    with backend("triton"):
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True, seed=1, logprobs=0))
+        samples = [
+            Sample("", "", [*prompt, *output.token_ids], range(len(prompt), len(prompt) + 4),
+                   [entry.logprob for entry in output.logprobs], True, advantage=1.0)
+            for prompt, output in zip(prompts, outputs)
+        ]  # fmt: skip
+        packed = pack(samples, model.device)
+        exact, plain = (
+            policy.log_probs(policy.hidden(packed), packed.targets_S) for policy in (Policy(model, llm), Policy(model))
+        )
+    assert torch.equal(exact, packed.sampled_S)
+    torch.testing.assert_close(plain, packed.sampled_S, atol=1e-4, rtol=1e-4)
 
 
 LAYOUTS = [Layout(8, rotate=False), Layout(4, 32, True), Layout(4, 16, table=E2M1, rotate=False)]

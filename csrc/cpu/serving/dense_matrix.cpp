@@ -32,15 +32,24 @@ struct Task {
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_INLINE void tile(const Task<float, float>& t, const float* weights, float* y) {
     constexpr int lanes = lanes_of<V>, parts = VECTORS * kLanes / lanes;
-    V total[ROWS][parts] = {};
+    V total[ROWS][parts];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int p = 0; p < parts; ++p) total[r][p] = V{};  // unrolled by name: else GCC 12 keeps eight sums of one row in memory
     for (int c = 0; c < t.columns; ++c) {
         V weight[parts];
+#pragma GCC unroll 8
         for (int p = 0; p < parts; ++p)
             load_as(weights + p * lanes / kLanes * t.stride + size_t(c) * kLanes + p * lanes % kLanes, weight[p]);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
             for (int p = 0; p < parts; ++p) total[r][p] += weight[p] * t.x[r * t.x_stride + c];
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int p = 0; p < parts; ++p) store_as(y + r * t.vectors * kLanes + p * lanes, total[r][p]);
 }
 

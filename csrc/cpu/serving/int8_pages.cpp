@@ -46,10 +46,7 @@ WARPLOOM_INLINE void round_to(int32_t* to, f16 x) {
 
 WARPLOOM_INLINE float peak_of(const float* x, int n) {
     f16 most = {};
-    for (int i = 0; i < n; i += 16) {
-        const f16 part = load(x + i), size = part < 0.0f ? -part : part;
-        most = select(size > most, size, most);
-    }
+    for (int i = 0; i < n; i += 16) most = larger(larger(load(x + i), -load(x + i)), most);
     return largest(most);
 }
 

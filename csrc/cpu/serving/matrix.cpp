@@ -26,8 +26,7 @@ WARPLOOM_CLONES void quantize_span(const float* x, int n, const RowFormat& f, in
         end = i + f.group / 16;
         f16 peaks = {};
         for (int j = i; j < end; ++j) {
-            const f16 size = part[j] < 0.0f ? -part[j] : part[j];
-            peaks = select(size > peaks, size, peaks);
+            peaks = larger(larger(part[j], -part[j]), peaks);
         }
         const float peak = largest(peaks), inverse = peak > 0 ? most / peak : 0;
         i16 total = {};

@@ -60,7 +60,7 @@ WARPLOOM_CLONES int64_t first_largest(const float* logits, int n) {
     int i = 0;
     for (; i + 16 <= n; i += 16) {
         const f16 more = load(logits + i);
-        most = select(more > most, more, most);
+        most = larger(more, most);
     }
     float peak = largest(most);
     for (; i < n; ++i) peak = std::max(peak, logits[i]);

@@ -136,7 +136,7 @@ WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals,
         f16 top = load(column), total = {};
         for (int key = 1; key < square + kLanes; ++key) {
             const f16 x = load(column + key * kQueries);
-            top = select(x > top, x, top);
+            top = larger(x, top);
         }
         for (int key = 0; key < square + kLanes; ++key) {
             const f16 weight = exp(load(column + key * kQueries) - top);

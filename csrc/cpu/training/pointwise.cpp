@@ -131,7 +131,7 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
         }
         const int whole = t.classes / 16 * 16;
         f16 top = nothing, all = {}, mass = {};
-        for (int c = 0; c < whole; c += 16) top = select(load(x + c) > top, load(x + c), top);
+        for (int c = 0; c < whole; c += 16) top = larger(load(x + c), top);
         float highest = largest(top);
         for (int c = whole; c < t.classes; ++c) highest = std::max(highest, widen(x[c]));
         for (int c = 0; c < whole; c += 16) {
