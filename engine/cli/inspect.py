@@ -146,7 +146,7 @@ def _habit(weights_TS) -> str:
         "itself": later_TS.diagonal(1).mean(), "the token before": later_TS.diagonal(0).mean(),
         "the first token": later_TS[:, 0].mean(),
     }  # fmt: skip
-    place = max(shares, key=shares.get)
+    place = max(shares, key=shares.__getitem__)
     return f"→ {place} ({shares[place]:.0%})" if shares[place] > 0.3 else "→ spread out"
 
 

@@ -96,9 +96,9 @@ class TriggeredGrammar:
         repeated: bool = False,
     ):
         self._make, self._tokenizer, self._mark, self._first_only = make, tokenizer, mark.encode(), first_only
-        self._start = quiet and tuple(each.strip().encode() for each in quiet), inside
-        self._repeated = repeated
-        self._kept = max(len(mark.encode()), len(self._start[0][0]) if quiet else 0)  # bytes that one may have begun in
+        bounds = quiet and tuple(each.strip().encode() for each in quiet)
+        self._start, self._repeated = (bounds, inside), repeated
+        self._kept = max(len(self._mark), len(bounds[0]) if bounds else 0)  # bytes that one may have begun in
         self.rewind([])
 
     @property
