@@ -53,8 +53,11 @@ def show_model(options: argparse.Namespace) -> None:
     _row("cache, full context", _gib(config.kv_bytes_per_token() * config.max_seq_len))
     print()
     from ..formats.families import architecture_of
+    from ..formats.model_directory import stored_as
 
     _row("family", architecture_of(config))
+    if options.model not in PRESETS:
+        _row("weights as stored", stored_as(options.model))
     for executor, refused in _executors(config):
         _row(executor, "layer by layer: " + refused if refused else "yes")
 

@@ -17,8 +17,8 @@ ROW = 512  # tokens of a row of the text
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="warploom quantize", description=__doc__)
     parser.add_argument("model", help="the model directory, GGUF file or Hub id to read, of float weights")
-    parser.add_argument("--to", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--scheme", choices=("int8", "int4"), default="int8", help="bits of a weight (default: int8)")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (default: 8)")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="a text file, of the kind the model will see")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of it to use (default: 16384)")
     options = parser.parse_args(argv)
@@ -29,16 +29,17 @@ def run(argv: list[str]) -> int:
     from ..serving.fidelity import log_probabilities, loss_of
     from ..serving.scheme import INT8, scheme_of
 
-    refuse_repacking(options.model, options.scheme, 4 if options.scheme == "int4" else 8)
+    scheme = f"int{options.bits}"
+    refuse_repacking(options.model, scheme, options.bits)
     model, tokenizer = load_model(options.model, "cpu", "float32")
     rows, held = _rows(options, model, tokenizer) if options.calibrate else ([], [])
     exact = log_probabilities(LLM(model, tokenizer), held) if held else []
-    quantize(model, scheme_of(options.scheme, model.config.parameter_count()) or INT8, rows, _say)
-    save_packed(model, options.to, tokenizer)
-    size = sum(file.stat().st_size for file in options.to.glob("*.safetensors"))
-    print(f"wrote {options.to}: {options.scheme}, {size / 1e6:,.1f} MB")
+    quantize(model, scheme_of(scheme, model.config.parameter_count()) or INT8, rows, _say)
+    save_packed(model, options.out, tokenizer)
+    size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
+    print(f"wrote {options.out}: {scheme}, {size / 1e6:,.1f} MB")
     if held:
-        lost = loss_of(LLM(options.to), held, exact)
+        lost = loss_of(LLM(options.out), held, exact)
         print(
             f"loss on {sum(map(len, held)):,} tokens held out: KL {lost['kl']:.5f}, perplexity "
             f"{100 * lost['perplexity']:+.2f} %, rms of log-probabilities {lost['rms']:.3f}"

@@ -201,11 +201,18 @@ class GGUFFile:
         types = {entry.type for entry in self.tensors.values() if len(entry.shape) > 1}
         return {(1,): torch.float16, (30,): torch.bfloat16}.get(tuple(types), torch.float32)
 
+    def sizes(self) -> Counter[str]:
+        """Bytes of tensors, by type."""
+        sizes: Counter[str] = Counter()
+        for entry in self.tensors.values():
+            sizes[TYPES[entry.type][0]] += entry.size
+        return sizes
+
     def refuse_repacking(self, scheme: Any) -> None:
         """Rounding twice adds up: what is packed already is no source for 4 bits."""
-        counts = Counter(TYPES[entry.type][0] for entry in self.tensors.values() if len(entry.shape) > 1)
-        if packed := counts.keys() - {"F32", "F16", "BF16"}:
-            held = max(packed, key=counts.__getitem__)
+        sizes = self.sizes()
+        if packed := sizes.keys() - {"F32", "F16", "BF16"}:
+            held = max(packed, key=sizes.__getitem__)
             raise InputError(
                 f"quantize={scheme!r} is for float weights, and {self.path} is {held} already: leave it out"
             )

@@ -171,6 +171,25 @@ def read_model(
     return model.eval()
 
 
+def stored_as(directory: str | os.PathLike) -> str:
+    """Number formats of the weights of a model directory or GGUF file, as it holds them."""
+    directory = base_of(resolve_model(directory, weights=False), weights=False)
+    if is_gguf(directory):
+        return ", ".join(f"{size / 1e6:,.1f} MB of {kind}" for kind, size in GGUFFile(directory).sizes().most_common())
+    values = _read_config(directory)
+    quantization = _quantization(values)
+    method = quantization.get("quant_method")
+    if method is None:
+        return str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    if method != "warploom":
+        bits = quantization.get("bits")
+        return f"{method} of {bits} bits" if bits else str(method)
+    kinds: dict[str, list[str]] = {}
+    for kind, layout in quantization["layouts"].items():
+        kinds.setdefault(str(layout_from(layout)), []).append(kind)
+    return "; ".join(f"{layout}: {', '.join(names)}" for layout, names in kinds.items())
+
+
 def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> None:
     """Rounding twice adds up: what is packed already is no source for 4 bits, and ours needs no other scheme."""
     if is_gguf(directory):

@@ -59,6 +59,10 @@ class Layout:
         if self.table and (len(self.table) != 16 or self.bits != 4 or self.minimum):
             raise InputError("table must have 16 values, for 4 bits and no minimum")
 
+    def __str__(self) -> str:
+        extra = {", with minima": self.minimum, ", by a table": self.table, ", rotated": self.rotate}
+        return f"{self.bits} bits in groups of {self.group}" + "".join(text for text, given in extra.items() if given)
+
     def groups(self, columns: int) -> int:
         """Of a row: whole spans where it is rotated."""
         return -(-columns // TURNED) * (TURNED // self.group) if self.rotate else -(-columns // self.group)
@@ -362,7 +366,7 @@ def layout_from(values: Any) -> Layout:
         raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")
     given: dict[str, Any] = {name: tuple(value) if name == "table" else value for name, value in values.items()}
     if any(type(value) is not type(getattr(Layout(), name)) for name, value in given.items()):
-        raise InputError(f"a layout in quantization_config has values of other types than {Layout()}: {values!r}")
+        raise InputError(f"a layout in quantization_config has values of other types than {Layout()!r}: {values!r}")
     return Layout(**given)
 
 

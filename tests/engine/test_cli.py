@@ -67,7 +67,9 @@ def test_inspect_model_reads_a_directory(directory, capsys):
     assert main(["inspect", "model", str(directory)]) == 0
     shown = capsys.readouterr().out
     assert f"{SMALL.parameter_count():,}" in shown
-    assert re.search(r"family +llama\n.*in one C\+\+ call +yes\n.*on a GPU, fused +yes\n.*in fused blocks +yes", shown)
+    assert re.search(
+        r"family +llama\n.*as stored +float32\n.*in one C\+\+ call +yes\n.*GPU, fused +yes\n.*blocks +yes", shown
+    )
 
 
 def test_inspect_model_names_unknown_fields(tmp_path, capsys):

@@ -175,8 +175,8 @@ def test_quantize_writes_experts(scheme, tmp_path, capsys):
                          n_experts=4, experts_per_token=2)  # fmt: skip
     save_model(Transformer(config), tmp_path / "float", BPETokenizer.train([text], 280))
     (tmp_path / "text.txt").write_text(text * 20)
-    flags = ["--scheme", scheme, "--calibrate", str(tmp_path / "text.txt")]
-    assert main(["quantize", str(tmp_path / "float"), "--to", str(tmp_path / "packed"), *flags]) == 0
+    flags = ["--bits", scheme[3:], "--calibrate", str(tmp_path / "text.txt")]
+    assert main(["quantize", str(tmp_path / "float"), "--out", str(tmp_path / "packed"), *flags]) == 0
     assert "held out: KL" in capsys.readouterr().out
     packed, _ = load_model(tmp_path / "packed", "cpu", packed=True)
     ffn = packed.blocks[1].ffn

@@ -51,9 +51,11 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantize_writes_what_serves_as_it_is(trained, scheme, capsys):
     there = trained / scheme
-    flags = ["--to", str(there), "--scheme", scheme, "--calibrate", str(trained / "text.txt")]
+    flags = ["--out", str(there), "--bits", scheme[3:], "--calibrate", str(trained / "text.txt")]
     assert main(["quantize", str(trained / "float"), *flags]) == 0
     assert "held out: KL" in capsys.readouterr().out
+    assert main(["inspect", "model", str(there)]) == 0
+    assert f"{scheme[3:]} bits in groups of 64" in capsys.readouterr().out
     packed, tokenizer = load_model(there, "cpu", packed=True)
     assert isinstance(packed.blocks[1].ffn.down, PackedLinear) and tokenizer is not None
     tokens = [7 * i % 280 for i in range(60)]
@@ -71,7 +73,7 @@ def test_quantize_writes_what_serves_as_it_is(trained, scheme, capsys):
 
 
 def test_quantize_without_text_is_the_usual_rounding(trained):
-    assert main(["quantize", str(trained / "float"), "--to", str(trained / "plain")]) == 0
+    assert main(["quantize", str(trained / "float"), "--out", str(trained / "plain")]) == 0
     float_llm, packed = LLM(trained / "float", quantize="int8"), LLM(trained / "plain")
     torch.testing.assert_close(torch.tensor(packed.score(TEXT)), torch.tensor(float_llm.score(TEXT)), atol=0.05, rtol=0)
 
@@ -91,7 +93,7 @@ def test_quantize_without_text_is_the_usual_rounding(trained):
     ],
 )
 def test_packed_directory_that_lies_is_refused(trained, tmp_path, change, says):
-    main(["quantize", str(trained / "float"), "--to", str(tmp_path / "packed")])
+    main(["quantize", str(trained / "float"), "--out", str(tmp_path / "packed")])
     path = tmp_path / "packed" / "config.json"
     values = json.loads(path.read_text())
     change(values["quantization_config"])
@@ -102,6 +104,6 @@ def test_packed_directory_that_lies_is_refused(trained, tmp_path, change, says):
 
 def test_quantize_needs_enough_text(trained, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("The loom")
-    flags = ["--to", str(tmp_path / "out"), "--calibrate", str(tmp_path / "short.txt")]
+    flags = ["--out", str(tmp_path / "out"), "--calibrate", str(tmp_path / "short.txt")]
     assert main(["quantize", str(trained / "float"), *flags]) == 2
     assert "calibration needs at least 128" in capsys.readouterr().err
