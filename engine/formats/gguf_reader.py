@@ -218,13 +218,13 @@ class GGUFFile:
             )
 
     def expert(self, name: str, number: int) -> Entry:
-        """Where one member of a stack lies."""
+        """Entry of one expert in a stacked tensor."""
         entry = self.tensors[name]
         size = entry.size // entry.shape[0]
         return Entry(entry.shape[1:], entry.type, entry.start + number * size, size)
 
     def read(self, name: str, entry: Entry | None = None) -> Tensor:
-        """A tensor in float32, or an entry of its."""
+        """A tensor, or one expert of it by its entry, in float32."""
         entry = entry or self.tensors[name]
         _, _, size, values = TYPES[entry.type]
         blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, size)

@@ -40,7 +40,7 @@ from .packed_weight import (
     PackedExperts,
     PackedWeight,
     install,
-    layout_from,
+    layouts_from,
     matrix_of,
     packed_in,
     packed_weights,
@@ -185,8 +185,8 @@ def stored_as(directory: str | os.PathLike) -> str:
         bits = quantization.get("bits")
         return f"{method} of {bits} bits" if bits else str(method)
     kinds: dict[str, list[str]] = {}
-    for kind, layout in quantization["layouts"].items():
-        kinds.setdefault(str(layout_from(layout)), []).append(kind)
+    for kind, layout in layouts_from(quantization).items():
+        kinds.setdefault(str(layout), []).append(kind)
     return "; ".join(f"{layout}: {', '.join(names)}" for layout, names in kinds.items())
 
 
@@ -199,7 +199,7 @@ def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> No
     quantization = _quantization(_read_config(directory))
     method = quantization.get("quant_method")
     if method == "warploom":
-        held = max(layout_from(values).bits for kind, values in quantization["layouts"].items() if kind != "head")
+        held = max(layout.bits for kind, layout in layouts_from(quantization).items() if kind != "head")
         raise InputError(f"quantize={scheme!r} is for float weights, and {directory} has {held} bits: leave it out")
     if method is not None and bits == 4:
         raise InputError(f"quantize={scheme!r} is for float weights, and {directory} is packed by {method!r}")

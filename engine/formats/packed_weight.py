@@ -338,10 +338,7 @@ def from_tensors(
 
 def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The weights of `save_packed`: tensors under our names, and packed ones in their parts."""
-    layouts = said.get("layouts")
-    if not isinstance(layouts, Mapping):
-        raise InputError("config.json: quantization_config has no field 'layouts'")
-    layouts = {kind: layout_from(values) for kind, values in layouts.items()}
+    layouts = layouts_from(said)
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
     if config.tie_embeddings:
@@ -357,6 +354,14 @@ def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any
         if tuple(tensor.shape) != shape:
             raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
         yield name, tensor
+
+
+def layouts_from(said: Mapping[str, Any]) -> dict[str, Layout]:
+    """Layouts by kind of matrix, of a quantization_config of ours."""
+    layouts = said.get("layouts")
+    if not isinstance(layouts, Mapping):
+        raise InputError("config.json: quantization_config has no field 'layouts'")
+    return {kind: layout_from(values) for kind, values in layouts.items()}
 
 
 def layout_from(values: Any) -> Layout:

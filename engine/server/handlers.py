@@ -323,7 +323,7 @@ class Service:
         return Response(await self._write(request, make, size), media_type="application/json")
 
     async def _write(self, request: Request, make: Callable[[], bytes], size: int) -> bytes:
-        """What `make` writes; beside the event loop where that takes longer than everybody else should wait."""
+        """Serialized body by `make`; in a worker thread where the event loop would stand still too long."""
         if size <= INLINE:
             return make()
         return await self.bridge.offload(make, client=client_of(request.scope))

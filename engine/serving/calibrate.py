@@ -99,7 +99,7 @@ def quantize(
 
 
 class Inputs:
-    """What a layer was given, as rows."""
+    """Recorder of a layer's input activations, as rows."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.parts: list[Tensor] = []

@@ -201,7 +201,7 @@ class ToolFormat:
     trigger: str = ""
     """Marker that begins calls and nothing else, where that is not the first of `opens`."""
     begun: tuple[str, ...] = ()
-    """What may stand before the arguments of a call that the model was free to begin, where `call` has but one way."""
+    """Headers that may precede the arguments of a call under `tool_choice: auto`, where `call` has but one."""
     quiet: tuple[str, str] | None = None
     """Marks around text in which no call begins, as often as there is some."""
 

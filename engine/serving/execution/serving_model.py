@@ -275,7 +275,7 @@ def _kernel_head(model: Transformer, make: MakeLinear | None) -> nn.Module | Non
 
 
 def _low_rank(adapters: ServedAdapters, index: int, config: ModelConfig) -> list[list]:
-    """What adapters add to the four products of a layer, in C++."""
+    """Low-rank products of the adapters for the four linear layers of a block, in C++."""
     paths = "attention.qkv", "attention.output", "ffn.gate_up" if config.gated else "ffn.up", "ffn.down"
     return [adapters.low_rank(f"blocks.{index}.{path}.weight", _native.LowRank) for path in paths]
 

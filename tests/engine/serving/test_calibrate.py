@@ -8,6 +8,7 @@ import torch
 from warploom.engine import Transformer
 from warploom.engine.cli import main
 from warploom.engine.config import ModelConfig
+from warploom.engine.formats.families import to_hf_config
 from warploom.engine.formats.model_directory import load_model, save_model
 from warploom.engine.formats.packed_weight import Layout, PackedLinear
 from warploom.engine.serving import LLM
@@ -100,6 +101,14 @@ def test_packed_directory_that_lies_is_refused(trained, tmp_path, change, says):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=says):
         load_model(tmp_path / "packed", "cpu", packed=True)
+
+
+def test_inspect_of_missing_layouts_is_an_error(tmp_path, capsys):
+    config = ModelConfig(vocab_size=64, d_model=64, n_layers=1, n_heads=2)
+    quantization = {"quantization_config": {"quant_method": "warploom"}}
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(config, "warploom") | quantization))
+    assert main(["inspect", "model", str(tmp_path)]) == 2
+    assert "has no field 'layouts'" in capsys.readouterr().err
 
 
 def test_quantize_needs_enough_text(trained, tmp_path, capsys):
