@@ -45,7 +45,7 @@ class FusedBlock(Block):
         return *fused_forward(self, weights, stream_BTC, delta_BTC, rotate, attend), None
 
 
-class PackedLinear(Linear):
+class GemmLinear(Linear):
     """`Linear` by products of our own where PyTorch's are slower: in float32 on AMD a step of GPT-2 takes 1 / 1.8."""
 
     def forward(self, x):
@@ -65,7 +65,7 @@ def install(model: Transformer) -> None:
         elif gemm.is_fast(torch.float32):
             for part in block.modules():
                 if type(part) is Linear:
-                    part.__class__ = PackedLinear
+                    part.__class__ = GemmLinear
 
 
 def _is_plain(block: Block) -> bool:

@@ -25,7 +25,7 @@ _FAST = {
 
 
 def is_fast(dtype: torch.dtype) -> bool:
-    """Are products of this format better done here than by PyTorch?"""
+    """Return whether products of this format are faster here than in PyTorch."""
     return _FAST.get(dtype, False)
 
 
@@ -35,7 +35,7 @@ def room(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def fits(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
-    """Can these products take this weight for these tokens, and are they the faster way by themselves?
+    """Return whether these products take this weight for these tokens, and are faster by themselves.
 
     In float32 only: in bfloat16 packing costs what oneDNN's product takes longer, unless it is done by the way.
     """

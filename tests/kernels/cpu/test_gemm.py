@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from warploom.engine.training.fused_block import PackedLinear
+from warploom.engine.training.fused_block import GemmLinear
 from warploom.kernels.cpu import gemm
 from warploom.kernels.cpu.pointwise import HAS_NATIVE, _native
 
@@ -71,7 +71,7 @@ def test_trained_linear_equals_pytorch(bias, monkeypatch):
         y.backward(upstream)
         return y.detach(), leaf.grad, *(p.grad for p in layer.parameters())
 
-    layer, exact = PackedLinear(64, 96, bias), torch.nn.Linear(64, 96, bias)
+    layer, exact = GemmLinear(64, 96, bias), torch.nn.Linear(64, 96, bias)
     layer.load_state_dict(exact.state_dict())
     theirs = results(exact)
     assert not seen
