@@ -92,7 +92,7 @@ def test_kernel_runs_on_device_of_its_tensors(monkeypatch):
 
 
 def test_the_documentation_names_every_fused_op():
-    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
     assert not [op.name for op in FUSED if f"`{op.name}`" not in text]
 
 
