@@ -8,6 +8,7 @@ anything is allocated.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -88,6 +89,17 @@ class Entry:
     type: int
     start: int
     size: int
+
+
+def open_gguf(path: str | os.PathLike) -> GGUFFile:
+    """The file with its head parsed; the last one stays so, for opening a model asks three times."""
+    facts = os.stat(path)
+    return _parsed(Path(path), facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, *version: int) -> GGUFFile:
+    return GGUFFile(path)
 
 
 class GGUFFile:

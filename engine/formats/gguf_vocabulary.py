@@ -12,7 +12,7 @@ from typing import Any
 
 from ...tokenizer.base import Tokenizer
 from ...tokenizer.bpe import BPETokenizer
-from ...tokenizer.byte_alphabet import CHAR_TO_BYTE, to_bytes, to_text
+from ...tokenizer.byte_alphabet import from_alphabet, to_bytes, to_text
 from ...tokenizer.patterns import pattern_name
 from ...tokenizer.sentencepiece_files import CONTROL, NORMAL, UNUSED, USER, Piece, from_pieces, to_pieces
 from ...tokenizer.specials import SpecialTokens
@@ -70,17 +70,23 @@ def _read_bytes(tokens: list[str], kinds: list[int], merges: list[str], pre: str
     vocab: dict[bytes, int] = {}
     added: dict[str, int] = {}
     plain: set[str] = set()
+    known: dict[str, bytes] = {}  # spelled once: merges name each token twice
     for index, (token, kind) in enumerate(zip(tokens, kinds)):
-        if kind in (CONTROL, USER) or not CHAR_TO_BYTE.keys() >= set(token):
+        spelled = None if kind in (CONTROL, USER) else from_alphabet(token)
+        if spelled is None:
             added[token] = index
             plain |= {token} if kind == USER else set()
         elif kind != UNUSED:
-            vocab[to_bytes(token)] = index
+            vocab[spelled] = index
+            known[token] = spelled
     special = SpecialTokens(added)
     special.plain = frozenset(plain)
-    pairs = [tuple(map(to_bytes, merge.split(" ", 1))) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{path}: a merge in tokenizer.ggml.merges is not two tokens with a space between")
+    pairs = []
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not space:
+            raise InputError(f"{path}: a merge in tokenizer.ggml.merges is not two tokens with a space between")
+        pairs.append((known.get(left) or to_bytes(left), known.get(right) or to_bytes(right)))
     return BPETokenizer(vocab, pairs, special, SPLITTERS[pre], whole_words=pre in WHOLE_WORDS)
 
 
