@@ -38,41 +38,32 @@ def _hadamard(x: torch.Tensor, back: bool = False) -> torch.Tensor:
 
 
 @triton.jit
-def _blocks(D: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of each column: the size of the power of two that it is in, 1 behind the last, and the factor that ends it."""
-    column = tl.arange(0, COLUMNS)
-    size = tl.where(column < D // 256 * 256, 256, 1)
-    share = tl.where(column < D // 256 * 256, 0.0625, 1.0)
-    for i in tl.static_range(7):  # 128 … 2
-        if (D >> (7 - i)) & 1:
-            first = (D >> (8 - i)) << (8 - i)
-            here = (column >= first) & (column < first + (128 >> i))
-            size = tl.where(here, 128 >> i, size)
-            share = tl.where(here, 1.0 / (1 << ((7 - i + BACK) // 2)), share)
-    return size[None, :], share[None, :]
-
-
-@triton.jit
-def _butterfly(x, size, D: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums and differences of columns `APART` apart, where a block is larger."""
-    pairs = tl.reshape(x, [ROWS, COLUMNS // (2 * APART), 2, APART])
-    sign = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, None, :, None]
-    y = tl.where(sign > 0, tl.sum(pairs, 2, keep_dims=True), tl.sum(pairs * sign, 2, keep_dims=True))
-    y = tl.reshape(y, [ROWS, COLUMNS])
-    return y if D == COLUMNS else tl.where(size > APART, y, x)
+def _butterfly(x, level, D: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums and differences of columns `APART` apart, where a block is larger: sums over pairs, shuffles in a warp."""
+    if APART < COLUMNS:
+        pairs = tl.reshape(x, [ROWS, COLUMNS // (2 * APART), 2, APART])
+        sign = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, None, :, None]
+        y = tl.where(sign > 0, tl.sum(pairs, 2, keep_dims=True), tl.sum(pairs * sign, 2, keep_dims=True))
+        y = tl.reshape(y, [ROWS, COLUMNS])
+        x = y if D == COLUMNS else tl.where(1 << level > APART, y, x)
+    return x
 
 
 @triton.jit
 def transformed(x, D: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows x (ROWS, COLUMNS) of float32 whose first D columns are a head, transformed."""
-    size, share = _blocks(D, BACK, COLUMNS)
-    for i in tl.static_range(4):
-        if 16 << i < COLUMNS:
-            x = _butterfly(x, size, D, 16 << i, ROWS, COLUMNS)
-    for i in tl.static_range(4):
-        if 8 >> i < COLUMNS:
-            x = _butterfly(x, size, D, 8 >> i, ROWS, COLUMNS)
-    return x * share
+    column = tl.arange(0, COLUMNS)[None, :]
+    highest = ((column ^ D).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # bit in which they differ
+    level = tl.where(column < D, tl.minimum(highest, 8), 0)  # a block has 2 ** level columns
+    x = _butterfly(x, level, D, 16, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 32, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 64, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 128, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 8, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 4, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 2, ROWS, COLUMNS)
+    x = _butterfly(x, level, D, 1, ROWS, COLUMNS)
+    return x / (1 << (level + BACK) // 2).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -110,12 +101,12 @@ hadamard = Op(
     fused=_hadamard_fused,
     rows=("x",),
     cases=[
-        Case("heads of 64", lambda m: [m.normal(5, 3, 64, grad=False)]),
-        Case("back", lambda m: [m.normal(5, 3, 128, grad=False)], {"back": True}),
-        Case("two sizes", lambda m: [m.normal(7, 80, grad=False)], {"back": True}),
-        Case("more than the widest", lambda m: [m.normal(3, 2, 320, grad=False)]),
-        Case("odd sizes", lambda m: [m.padded(4, 2, 27, grad=False)]),
-        Case("8192 tokens, 32 heads of 128", lambda m: [m.normal(8192, 32, 128, grad=False)], bench=True),
+        Case("heads of 64", lambda m: (m.normal(5, 3, 64, grad=False),)),
+        Case("back", lambda m: (m.normal(5, 3, 128, grad=False),), {"back": True}),
+        Case("two sizes", lambda m: (m.normal(7, 80, grad=False),), {"back": True}),
+        Case("more than the widest", lambda m: (m.normal(3, 2, 320, grad=False),)),
+        Case("odd sizes", lambda m: (m.padded(4, 2, 27, grad=False),)),
+        Case("8192 tokens, 32 heads of 128", lambda m: (m.normal(8192, 32, 128, grad=False),), bench=True),
     ],
     traffic=lambda x, *_, **__: (2 * x.nbytes, 0),
     budget=Budget(registers=96, vector=True),

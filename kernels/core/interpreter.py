@@ -118,7 +118,6 @@ def correct() -> None:
         return TensorHandle(values.view(torch.uint8).numpy(), target.scalar)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
-    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     _watch_addresses()
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -127,5 +126,6 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_index
-    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"):
-        setattr(InterpreterBuilder, name, cast_impl)
+    names = "create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"
+    for name, function in {"create_fp_to_fp": create_fp_to_fp, **dict.fromkeys(names, cast_impl)}.items():
+        setattr(InterpreterBuilder, name, function)
