@@ -108,9 +108,7 @@ class DecodeGraphs:
                 )
                 return
 
-    def __call__(
-        self, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata
-    ) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata) -> tuple[Tensor, Tensor] | None:
         """The hidden states of one token of each sequence, and the tokens drawn; None if no graph is large enough."""
         T, pages = layout.tables.shape
         shape = min((one for one in self.replays if one.size >= T and one.pages >= pages), default=None)
