@@ -20,7 +20,8 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
 from ..errors import InputError
-from ..formats.model_directory import base_of, load_model, read_model, refuse_repacking
+from ..formats.model_directory import load_model, read_model
+from ..formats.model_info import base_of, refuse_repacking
 from ..formats.model_source import resolve_model
 from ..formats.packed_weight import describe, is_packed
 from ..model import Block, Transformer

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InputError
-from ...formats.model_directory import load_config, read_model
+from ...formats.model_directory import read_model
+from ...formats.model_info import load_config
 from ...model import Transformer
 from ...parallel.tensor_parallel import check
 from ..scheduling.step import StepPlan
