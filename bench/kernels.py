@@ -183,8 +183,8 @@ def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contest
 
         return call
 
-    eager = op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else op.reference
-    calls = {"ours": on("triton"), "torch eager": eager}
+    eager = (op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else None) or op.reference
+    calls: peers.Contestants = {"ours": on("triton"), "torch eager": eager}
     if op.name in POINTWISE:
         calls["torch.compile"] = peers.compiled(eager)
     if op.name == "attention":
