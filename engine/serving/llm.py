@@ -29,7 +29,7 @@ from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.gpu_model import keeps_latents
 from .execution.int8_pages import TILE
-from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
+from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_threads
 from .execution.lora import ServedAdapters, open_adapters
 from .execution.model_runner import Runner, memory_for_pages
 from .execution.native_matrix import keeps_packed
@@ -132,7 +132,7 @@ class LLM:
             self.adapters = open_adapters(adapters or {}, model)
             self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
-            set_workers()
+            set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
             memory = kv_memory
             if team or memory is None:  # the processes of a team measure in any case
