@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs
 from warploom.engine.serving.execution.gpu_model import fused_model
 from warploom.engine.serving.execution.kv_cache import (
     HAS_NATIVE,
@@ -210,7 +209,7 @@ def test_pages_of_8_bits_serve_by_kernels(tiny_model, kv_dtype, digits, quantize
     if quantize is None:
         runner = llms[-1].engine.runner
         runner.model, runner.least_tokens = fused_model(model, None), 1
-        runner.graphs = DecodeGraphs(runner.model, runner.store, runner.tokens, runner.table.shape[1], lambda run: run)
+        runner.record_graphs(lambda run: run)
         assert [output.token_ids for output in llms[-1].generate(prompts, params)] == expected
         assert runner.graphs.replays
 
