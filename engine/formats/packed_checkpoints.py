@@ -98,10 +98,11 @@ def _compressed(base, has, take, said) -> Segment | Tensor:
     bits = _number((groups[0].get("weights") or {}) if groups else {}, "num_bits", (4, 8))
     codes_NC = _fields(take(f"{base}.weight_packed"), bits).flatten(1)
     if has(f"{base}.weight_shape"):
-        rows, columns = take(f"{base}.weight_shape").tolist()
-        if len(codes_NC) != rows or not 0 < columns <= codes_NC.shape[1]:
-            raise InputError(f"{base}.weight_shape is {rows} × {columns}, weight_packed holds {tuple(codes_NC.shape)}")
-        codes_NC = codes_NC[:, :columns]
+        said_shape = take(f"{base}.weight_shape").tolist()
+        rows, columns = codes_NC.shape
+        if len(said_shape) != 2 or said_shape[0] != rows or said_shape[1] not in range(1, columns + 1):
+            raise InputError(f"{base}.weight_shape is {said_shape}, weight_packed holds {rows} × {columns}")
+        codes_NC = codes_NC[:, : said_shape[1]]
     scale_NG = take(f"{base}.weight_scale").float()
     zeros_NG = torch.full(scale_NG.shape, 1 << bits - 1)
     if has(f"{base}.weight_zero_point"):  # whole words: those of the last rows are filled up
@@ -118,7 +119,8 @@ def _mlx(base, take, said) -> Segment:
     if said.get("mode", "affine") != "affine":
         raise InputError(f"quantization: mode {said['mode']!r} of MLX is not read; affine is")
     bits = _number(said, "bits", (4, 8))
-    codes_NC = _fields(take(f"{base}.weight").view(torch.int32), bits).flatten(1)
+    words = take(f"{base}.weight")
+    codes_NC = _fields(words.view(torch.int32) if words.dtype == torch.uint32 else words, bits).flatten(1)
     return _segment(base, codes_NC, take(f"{base}.scales").float(), take(f"{base}.biases").float(), bits)
 
 
@@ -163,7 +165,9 @@ def _number(said: Mapping[str, Any], field: str, known: tuple[int, ...]) -> int:
 
 def _fields(words: Tensor, bits: int) -> Tensor:
     """The numbers in 32-bit words, the lowest bits first: (…, n) to (…, n, 32 / bits)."""
-    return words.int().unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & ((1 << bits) - 1)
+    if words.dtype is not torch.int32:
+        raise RuntimeError(f"words are {words.dtype}, not int32".replace("torch.", ""))
+    return words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & ((1 << bits) - 1)
 
 
 def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | None, bits: int) -> Segment:
@@ -179,6 +183,8 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | 
         raise InputError(f"{base}: its scales hold NaN or infinity")
     largest = scale_NG.abs().amax(1) if minima_NG is None else torch.maximum(scale_NG.abs(), minima_NG.abs()).amax(1)
     units = torch.ldexp(torch.ones(rows), torch.frexp(largest).exponent - 15)
+    if minima_NG is None and torch.equal(scale_NG.half().float(), scale_NG):  # as they are, the smallest too
+        units = torch.ones(rows)
 
     def halved(part: Tensor) -> Tensor:
         return (part / units[:, None]).half().repeat_interleave(size // group, 1)

@@ -15,10 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from warploom.engine.config import ModelConfig
+from warploom.engine.errors import InputError
+from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.gguf_blocks import TYPES
 from warploom.engine.formats.gguf_packed import MADE, PACKED, pack_blocks
+from warploom.engine.formats.gguf_reader import GGUFFile
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_packed
 from warploom.engine.formats.packed_weight import PackedWeight, Segment
 from warploom.engine.formats.weights import Weights, fp8, mxfp4
+from warploom.engine.model import Transformer
+from warploom.engine.serving.calibrate import quantize
+from warploom.engine.serving.scheme import INT8
 
 HALF = 2.0**-11  # of rounding to half precision
 
@@ -48,8 +57,11 @@ class Draw:
     def bytes(self, *shape):
         return torch.randint(256, shape, generator=self.generator).to(torch.uint8)
 
-    def halves(self, *shape):
-        """Half-precision numbers over a factor of 4,096, in float32."""
+    def halves(self, *shape, wild=False):
+        """Half-precision numbers over a factor of 4,096, in float32; `wild` of any bits but infinity and NaN."""
+        if wild:
+            bits = torch.randint(-(2**15), 2**15, shape, generator=self.generator).short()
+            return torch.where(bits.view(torch.half).isfinite(), bits.view(torch.half), 0).float()
         powers = torch.randint(-12, 0, shape, generator=self.generator)
         return (torch.rand(shape, generator=self.generator) + 0.5).half().float().ldexp(powers)
 
@@ -65,7 +77,7 @@ def awq(draw, rows, groups, group, bits, even):
     tensors = {
         "qweight": draw.words(groups * group, rows // 8),
         "qzeros": draw.zeros(draw.words(groups, rows // 8), even, bits),
-        "scales": draw.halves(groups, rows),
+        "scales": draw.halves(groups, rows, wild=even),
     }
     return tensors, {"quant_method": "awq", "bits": 4}, vendor.dequantize_gemm(**tensors, bits=4, group_size=group).T
 
@@ -79,7 +91,11 @@ def gptq(draw, rows, groups, group, bits, even, order=None):
         zeros &= 0x77777777  # of all ones that file says 2 ** bits, the other and gptqmodel 0
     if even:
         zeros = draw.zeros(zeros, True, bits) - sum(1 << at for at in range(0, 32, bits))  # stored less one
-    tensors = {"qweight": draw.words(columns // each, rows), "qzeros": zeros, "scales": draw.halves(groups, rows)}
+    tensors = {
+        "qweight": draw.words(columns // each, rows),
+        "qzeros": zeros,
+        "scales": draw.halves(groups, rows, wild=even),
+    }
     if order is not None:
         tensors["g_idx"] = order.int()
     layer = vendor.QuantLinear(bits, group, columns, 32 * rows, False)
@@ -95,7 +111,7 @@ def compressed(draw, rows, groups, group, bits, even):
     each, columns = 32 // bits, groups * group
     tensors = {
         "weight_packed": draw.words(rows, columns // each),
-        "weight_scale": draw.halves(rows, groups),
+        "weight_scale": draw.halves(rows, groups, wild=even),
         "weight_shape": torch.tensor([rows, columns]),
     }
     if not even:
@@ -265,3 +281,80 @@ def test_packed_gguf_is_as_ggml_has_it(parts, spans, finite, seed):
     found, exact, reach = PackedWeight.joined(segments, columns).dequantize(), torch.cat(exact), torch.cat(reach)
     same = (found == exact) | (found.isnan() & exact.isnan())
     assert (same | ((found - exact).abs() <= reach) & (reach > 0)).all()
+
+
+def read(tensors, said):
+    weights = Weights({f"w.{part}": x for part, x in tensors.items() if x is not None}, Path("model"), said)
+    packed = weights.packed("w.weight")
+    return weights("w.weight") if packed is None else packed.dequantize()
+
+
+DAMAGE = {
+    "cut rows": lambda x: x[:-1],
+    "cut columns": lambda x: x[..., :-1],
+    "other numbers": lambda x: x.double() * math.nan,
+    "missing": lambda x: None,
+}
+SPARE = ("weight_zero_point", "missing"), ("weight_shape", "missing")  # may be left out
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("case", [awq, gptq, compressed, mlx])
+def test_damaged_words_are_refused_in_a_sentence(case, damage):
+    tensors, said, _ = case(Draw(0), 3, 2, 64, 4, False)
+    assert read(tensors, said).isfinite().all()
+    for part, tensor in tensors.items():
+        if (part, damage) not in SPARE:
+            with pytest.raises(InputError, match="w") as found:
+                read({**tensors, part: DAMAGE[damage](tensor)}, said)
+            assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' is not read; pack-quantized and"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 3}}}}, "num_bits is 3; 4 and 8 are read"),
+        ({"quant_method": "bitsandbytes"}, "tensor w.weight is int8: packed, and without the scales"),
+        ({"quant_method": "mxfp4"}, r"w.weight_blocks and its scales are uint8 \(2, 3, 1, 16\) and uint8 \(2, 3, 2\)"),
+    ],
+)
+def test_settings_and_tensors_that_disagree_are_refused(said, says):
+    sources = {"w.weight": torch.zeros(3, 32, dtype=torch.int8)}
+    if "format" in said or "config_groups" in said:
+        sources = {"w.weight_packed": torch.zeros(3, 4).int(), "w.weight_scale": torch.ones(3, 1)}
+    if said.get("quant_method") == "mxfp4":
+        blocks, scales = (torch.zeros(*shape, dtype=torch.uint8) for shape in ((2, 3, 1, 16), (2, 3, 2)))
+        sources = {"w.weight_blocks": blocks, "w.weight_scales": scales}
+    with pytest.raises(InputError, match=says):
+        Weights(sources, Path("model"), {"quant_method": "compressed-tensors", **said})("w.weight")
+
+
+def test_gguf_scales_without_a_number_are_refused(tmp_path):
+    """In every type, packed and not: of a NaN the tensor's name is told."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=64, d_model=256, n_layers=1, n_heads=4, n_kv_heads=2, d_ff=256, max_seq_len=32)
+    for kind in ("q8_0", "q4_0", "q4_k_m"):
+        save_gguf(Transformer(config), tmp_path / "model.gguf", None, kind)
+        data = bytearray((tmp_path / "model.gguf").read_bytes())
+        entry = GGUFFile(tmp_path / "model.gguf").tensors["blk.0.attn_q.weight"]
+        data[entry.start : entry.start + 2] = b"\x00\x7e"
+        (tmp_path / "broken.gguf").write_bytes(data)
+        for packed in (True, False):
+            with pytest.raises(InputError, match=r"q_proj|attn_q"):
+                load_model(tmp_path / "broken.gguf", "cpu", packed=packed)
+
+
+def test_layouts_of_a_directory_must_be_of_its_matrices(tmp_path):
+    """Of a matrix that no model has, and tensors of a block that this one has not."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=64, d_model=64, n_layers=2, n_heads=4, d_ff=64, max_seq_len=32))
+    quantize(model, INT8)
+    save_packed(model, tmp_path)
+    whole = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(whole.replace('"ffn.up"', '"ffn.side"'))
+    with pytest.raises(InputError, match=r"layouts names no matrix by 'ffn\.side'; there are: attention\.qkv"):
+        load_model(tmp_path, "cpu")
+    (tmp_path / "config.json").write_text(whole.replace('"n_layers": 2', '"n_layers": 1'))
+    with pytest.raises(InputError, match=r"holds tensor 'blocks\.1\.\S*', which config.json does not account for"):
+        load_model(tmp_path, "cpu")
