@@ -10,8 +10,8 @@ side of a matrix lies in 32-bit words, and in what order (`-` is a nibble or byt
     bitsandbytes        8 bits: int8 with a scale a row. 4 bits: a code of sixteen numbers, dequantized
 
 A group of 128 is written out as two of 64. Without zero points the weights are the file's in every bit; -z · s is
-rounded to half precision. Columns in order of activation (`desc_act`, `actorder`) name their groups in `g_idx`, which do
-not lie side by side: dequantized.
+rounded to half precision. Columns in order of activation (`desc_act`, `actorder`) name their groups in `g_idx`, and
+have none side by side: dequantized.
 """
 
 from __future__ import annotations
