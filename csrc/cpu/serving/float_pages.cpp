@@ -300,7 +300,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
             transpose_keys<R>(s, keys, padded);
             dot_round<R>(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
         }
-        const auto keep = [&](int i, int j, V weight) __attribute__((always_inline)) { store_as(&s.scores[i * s.row + j], weight); };
+        const auto keep = [&](int i, int j, const V& weight) __attribute__((always_inline)) { store_as(&s.scores[i * s.row + j], weight); };
         weigh<V>(options.softcap, s, keep, [](int, int) {});
         if (direct)
             each_page([&](int start, int g, int i, int from, int to) __attribute__((always_inline)) {

@@ -89,30 +89,26 @@ WARPLOOM_CLONES void write_lane(const float* k, const float* v, int D, int lane,
     std::memcpy(values + kTile * wide + lane * 4, &scale, 4);
 }
 
-// The lowest byte of each lane. Spelled out where GCC would take the vector apart.
-template <class I>
-WARPLOOM_INLINE void store_bytes(const I& x, uint8_t* to) {
-    typedef uint8_t Bytes __attribute__((vector_size(sizeof(I) / 4)));
-    const Bytes bytes = __builtin_convertvector(x, Bytes);
-    std::memcpy(to, &bytes, sizeof(Bytes));
-}
-#if defined(WARPLOOM_X86) && !defined(__clang__)
-WARPLOOM_INLINE void store_bytes(const i16& x, uint8_t* to) {
-    struct Line {
-        uint8_t bytes[16];
-    };
-    asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Line*>(to)) : "v"(x));
-}
-#endif
-
 // Numbers from 0 to 65535 as whole ones: high and low bytes.
 template <class R>
 WARPLOOM_INLINE void split_weights(const R& x, uint8_t* high, uint8_t* low) {
+    typedef uint8_t Bytes __attribute__((vector_size(lanes_of<R>)));
     const R shifted = x + 8388608.0f;  // 2²³: the sum's last bits are the integer
     Ints<R> bits;
     std::memcpy(&bits, &shifted, sizeof(R));
-    store_bytes(bits >> 8, high), store_bytes(bits, low);
+    const Bytes highs = __builtin_convertvector(bits >> 8, Bytes), lows = __builtin_convertvector(bits, Bytes);
+    std::memcpy(high, &highs, sizeof(Bytes)), std::memcpy(low, &lows, sizeof(Bytes));
 }
+#if defined(WARPLOOM_X86) && !defined(__clang__)
+WARPLOOM_INLINE void split_weights(const f16& x, uint8_t* high, uint8_t* low) {  // GCC would take the vector apart
+    typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
+    const f16 shifted = x + 8388608.0f;
+    i16 bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(high)) : "v"(bits >> 8));
+    asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(low)) : "v"(bits));
+}
+#endif
 template <class R>
 WARPLOOM_INLINE void split_weights(const Sixteen<R>& x, uint8_t* high, uint8_t* low) {
     for (int i = 0, n = 0; i < Sixteen<R>::kParts; ++i, n += lanes_of<R>) split_weights(x.part[i], high + n, low + n);
@@ -198,7 +194,7 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
                 std::memcpy(&s.value_scales[g * kRound + i * kTile], tiles.values[i] + kTile * D, kTile * sizeof(float));
         }
         using V = typename Isa::V;
-        const auto keep = [&](int i, int j, V weight) __attribute__((always_inline)) {
+        const auto keep = [&](int i, int j, const V& weight) __attribute__((always_inline)) {
             store_as(&s.scores[size_t(i) * s.row + j], weight * load_as<V>(&s.value_scales[i / Q * kRound + j]));
         };
         const auto then = [&](int i, int count) __attribute__((always_inline)) { round_weights<V>(i, count, s); };
