@@ -107,12 +107,14 @@ def test_joined_segments_share_their_smallest_groups():
     assert weight.shape == (6, 256) and not weight.dequantize()[:2].any()
 
 
+@pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("form", ["q8_0", "q4_0", "q4_k_m"])
-def test_llama_cpp_reads_what_is_exported(form, tmp_path):
+def test_llama_cpp_reads_what_is_exported(form, experts, tmp_path):
     """Log-probabilities of the whole vocabulary after several prompts, within what its 8-bit activations cost."""
     xllamacpp = pytest.importorskip("xllamacpp")
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=288, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=128)
+    config = ModelConfig(vocab_size=288, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=128,
+                         n_experts=experts)  # fmt: skip
     tokenizer = BPETokenizer.train(["warp and weft"], 280, special_tokens=("<|endoftext|>",))
     save_gguf(Transformer(config), tmp_path / "model.gguf", tokenizer, form)
     model, _ = load_model(tmp_path / "model.gguf", "cpu")
