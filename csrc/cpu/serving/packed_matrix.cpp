@@ -254,7 +254,7 @@ void PackedMatrix::block(const Segment& s, const Activations& x, int number, flo
     // the requests for the block that this thread will probably have next, and memory works all the while.
     const int all = (x.count + kRows - 1) / kRows;
     const bool share = all >= 4;
-    const size_t next = size_t(Workers::shared().size()) * s.groups * group_bytes(s.layout, kBlock);
+    const size_t next = size_t(SpinPool::shared().size()) * s.groups * group_bytes(s.layout, kBlock);
     Tile tile{&s.layout, data, &s.units[from], &s.bias[from], vectors, s.groups, share ? next : 8192, 0, 0};
     tile.mask = !share ? 0 : all < 8 ? 3 : 7;
     float part[kRows * kBlock * kLanes];  // for outputs that fill no whole vector
