@@ -10,8 +10,8 @@ nothing runs in this process:
 process dies is started again, without the part that killed it;
 4. the tests that need a GPU, where pytest is there; then the other precisions; then what else the benches have.
 
-`--more` is for a second command: what was wrong again under `compute-sanitizer`; if nothing was, the busiest kernels
-under `ncu`, and the benches beside all peers.
+`--more` is for a second command: a profile of decoding; what was wrong again under `compute-sanitizer` or, if nothing
+was, the busiest kernels under `ncu`; and the benches beside all peers.
 
 An op that is wrong is not timed. If attention is wrong with its Hopper kernels only, the portable ones stand in. All is
 saved as it ends, below --results and, if OUT is set or --out given, in that folder too; the same command goes on where
@@ -89,6 +89,10 @@ class Session:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
+    def say(self, text: str) -> None:
+        """Print a line with the seconds that are left: what took how long is seen at once."""
+        say(f"{max(self.left(), 0):4.0f} s left  {text}")
+
     def run(self, command: list[str], seconds: float, extra: dict[str, str] | None = None) -> tuple[str, str]:
         """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
         if self.left() < 5:
@@ -164,8 +168,10 @@ def main(argv: list[str] | None = None) -> int:
 def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
     """The checks, the plan, the tests and the rest: how the checks ended, and the tests' last lines."""
     printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
-    say(f"{printed}smoke: {ended or 'done'}")
+    say(printed.rstrip())
+    session.say(f"smoke: {ended or 'done'}")
     found = check_ops(session, " bfloat16 ")
+    session.say("checks: done")
     broken = {name.split()[0] for name, ended in found.items() if ended}
     if "attention" in broken and "WARPLOOM_HOPPER" not in session.environment:
         broken -= {"attention"} if without_hopper(session) else set()
@@ -174,6 +180,7 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
         measure(session, "kernels", 0.9 * session.left(), 9.0, options.results, ["--tune", *skip])
     run_plan(session, options, PLAN, skip)
     tests = run_tests(session)
+    session.say("tests: done")
     for dtype in DTYPES[1:]:
         found |= check_ops(session, f" {dtype} ")
     run_rest(session, options, skip, [])
@@ -181,9 +188,12 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
 
 
 def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """Plan the second command: what was wrong once more under compute-sanitizer; else profiles, then all peers."""
+    """Plan the second command: profiles, or what was wrong once more under compute-sanitizer; then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
+    printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 40)
+    say("\n".join(printed.rstrip().splitlines()[-12:]))
+    session.say(f"profile of decoding: {ended or 'done'}")
     for name in wrong[:3]:
         session.run(["compute-sanitizer", "--tool", "memcheck", *check_command(name)], 60)
     if not wrong and shutil.which("ncu"):
@@ -331,7 +341,7 @@ def measure(
         ]
         command += ["--results", str(results), "--limit", f"{limit:.2f}", *flags]
         _, ended = session.run(command, left, extra)
-        say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
+        session.say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
         names = deadly.read_text() if deadly.exists() else None
         if names == before:
             return
