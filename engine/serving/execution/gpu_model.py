@@ -60,9 +60,10 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
     return kernels.normed_linear(x.scaled, x.square_sums, layer.weight, layer.bias, x.eps, activation)
 
 
-def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
+def join(layer: Any, x: Tensor, stream: Tensor, norm: Any, arrivals: Tensor) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
-    return ScaledStream(*kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias), norm.eps)
+    joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=arrivals)
+    return ScaledStream(*joined, norm.eps)
 
 
 class GatedLinear(SwiGLU):
@@ -176,10 +177,10 @@ class FusedBlock(Block):
         normed = delta
         if not isinstance(delta, ScaledStream):
             normed, stream = self.attention_norm.add(delta, stream)
-        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm)
+        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm, attend.arrivals)
         if self.next_norm is None:
             return stream, ffn(normed), None
-        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm), None
+        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm, attend.arrivals), None
 
 
 def fuse_norms(model: Transformer) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .... import kernels
 from ....kernels.cpu.extension import native as _native
+from ....kernels.linear import ARRIVALS
 from ....tokenizer.cpus import available_cpus
 from .int8_pages import TILE, Int8Attend, tile_bytes
 
@@ -112,8 +113,9 @@ class KernelAttention:
     def __init__(self, store: PagedKVCache, positions: Tensor, slots: Tensor, *batch: Tensor):
         """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
         self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
-        arrivals = torch.zeros(len(batch[1]) * store.key_heads, dtype=torch.int32, device=slots.device)
-        self.shared = {"starts": batch[3], "arrivals": arrivals}
+        counters = max(len(batch[1]) * store.key_heads, ARRIVALS)
+        self.arrivals = torch.zeros(counters, dtype=torch.int32, device=slots.device)
+        self.shared = {"starts": batch[3], "arrivals": self.arrivals}
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
