@@ -48,9 +48,11 @@ def _normed_linear(
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     activation: str = "",
+    *,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The linear layer of rows x (…, C) divided by sqrt(sum(square_sums (M, P)) / C + eps); through the gate of
-    `swiglu_packed` with an `activation`."""
+    `swiglu_packed` with an `activation`. `arrivals` are those of `linear_residual`."""
     inverse_rms = torch.rsqrt(square_sums.to(wide(x)).sum(-1) / x.shape[-1] + eps).view(*x.shape[:-1], 1)
     y = linear.reference(x.to(wide(x)) * inverse_rms, weight, bias)
     return (swiglu_packed.reference(y, activation) if activation else y).to(x.dtype)
@@ -81,7 +83,7 @@ def _linear_residual_fused(x, weight, stream, norm_weight, bias=None, *, arrival
     return linear_residual_launch(x, weight, stream, norm_weight, bias, arrivals)
 
 
-@launcher
+@launcher(mutates=("arrivals",))
 def normed_linear_launch(
     x: torch.Tensor,
     square_sums: torch.Tensor,
@@ -89,16 +91,17 @@ def normed_linear_launch(
     bias: torch.Tensor | None,
     eps: float,
     activation: str,
+    arrivals: torch.Tensor | None,
 ) -> torch.Tensor:
-    return product("normed_linear", x, weight, bias, activation, squares=(square_sums, eps))
+    return product("normed_linear", x, weight, bias, activation, squares=(square_sums, eps), arrivals=arrivals)
 
 
-def _normed_linear_fused(x, square_sums, weight, bias=None, eps=1e-6, activation=""):
+def _normed_linear_fused(x, square_sums, weight, bias=None, eps=1e-6, activation="", *, arrivals=None):
     if activation:
         check_activation(activation)
         if x.shape[-1] % 16:  # as `linear_swiglu`: two launches rather than more registers than there are
-            return swiglu_packed(normed_linear_launch(x, square_sums, weight, bias, eps, ""), activation)
-    return normed_linear_launch(x, square_sums, weight, bias, eps, activation)
+            return swiglu_packed(normed_linear_launch(x, square_sums, weight, bias, eps, "", arrivals), activation)
+    return normed_linear_launch(x, square_sums, weight, bias, eps, activation, arrivals)
 
 
 def _joined(m, M, C, F, bias=False):
@@ -150,6 +153,7 @@ normed_linear = Op(
     cases=[
         Case("one row", lambda m: _summed(m, 1, 128, 48)),
         Case("bias and tails", lambda m: _summed(m, 3, 72, 40, bias=True)),
+        Case("channels split, gated", lambda m: _summed(m, 2, 592, 64), {"activation": "silu"}),
         Case("gated", lambda m: _summed(m, 20, 64, 64), {"activation": "silu"}),
         Case("gated, channels no multiple of 16", lambda m: _summed(m, 3, 72, 24, bias=True), {"activation": "gelu"}),
         Case("no rows", lambda m: _summed(m, 0, 32, 32)),

@@ -51,19 +51,22 @@ class ScaledStream(NamedTuple):
     scaled: Tensor
     square_sums: Tensor
     eps: float
+    arrivals: Tensor
+    """Counters of the step, for products whose channels are split."""
 
 
 def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
     """A linear layer of a tensor or, if it is a `BatchInvariantLinear`, of a stream whose norm is part of it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
-    return kernels.normed_linear(x.scaled, x.square_sums, layer.weight, layer.bias, x.eps, activation)
+    own = layer.weight, layer.bias, x.eps, activation
+    return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=x.arrivals)
 
 
 def join(layer: Any, x: Tensor, stream: Tensor, norm: Any, arrivals: Tensor) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
     joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=arrivals)
-    return ScaledStream(*joined, norm.eps)
+    return ScaledStream(*joined, norm.eps, arrivals)
 
 
 class GatedLinear(SwiGLU):
