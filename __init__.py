@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .engine.config import ModelConfig
-    from .engine.formats.model_directory import load_model, save_model
+    from .engine.formats.model_directory import load_model
+    from .engine.formats.model_writer import save_model
     from .engine.generation import generate
     from .engine.model import Transformer
     from .engine.rl.config import RLConfig

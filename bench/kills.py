@@ -18,7 +18,7 @@ from .harness import Machine, Options, Part
 from .schema import Row, Spread
 
 ROOMS = ("engine/training", "engine/data", "engine/model.py")
-PRELOAD = ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.formats.model_directory"]
+PRELOAD = ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.formats.model_writer"]
 
 
 def parts(options: Options) -> list[Part]:

@@ -8,7 +8,7 @@ def save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer
     """A model directory of random weights, the same for every contestant."""
     import torch
 
-    from ..engine.formats.model_directory import save_model
+    from ..engine.formats.model_writer import save_model
     from ..engine.model import Transformer
 
     torch.manual_seed(0)

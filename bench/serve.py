@@ -76,7 +76,7 @@ class Job:
     @property
     def kv_memory(self) -> int:
         """Bytes of cache for them."""
-        from ..engine.formats.model_directory import load_config
+        from ..engine.formats.model_info import load_config
 
         return self.pages(PAGE) * PAGE * load_config(self.directory).kv_bytes_per_token(ELEMENT[self.dtype])
 

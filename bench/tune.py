@@ -96,7 +96,7 @@ def duel(machine: Machine, conversations: int, lora: int | None, **overrides: in
     import torch
 
     from ..engine.config import ModelConfig
-    from ..engine.formats.model_directory import save_model
+    from ..engine.formats.model_writer import save_model
     from ..engine.model import Transformer
 
     with TemporaryDirectory() as folder:

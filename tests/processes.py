@@ -17,7 +17,7 @@ def run_processes(main, count=2, **given):
     """Call `main(rank, …)` in `count` processes at once; returns their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.formats.model_directory"]
+        ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.engine.formats.model_writer"]
     )
     team = [context.Process(target=main, args=(rank,), kwargs=given) for rank in range(count)]
     try:

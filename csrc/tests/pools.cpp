@@ -26,7 +26,7 @@ void check(bool right, const char* what) {
 void loops(int times) {
     for (int round = 0; round < times; ++round) {
         std::vector<int> seen(37);
-        Workers::shared().run(37, [&](int task) { seen[task] += task; });
+        SpinPool::shared().run(37, [&](int task) { seen[task] += task; });
         int total = 0;
         for (int x : seen) total += x;
         check(total == 36 * 37 / 2, "every task is done once");
@@ -37,7 +37,7 @@ void failures(int times) {
     for (int round = 0; round < times; ++round) {
         std::string what;
         try {
-            Workers::shared().run(64, [&](int task) {
+            SpinPool::shared().run(64, [&](int task) {
                 if (task % 9 == 5) throw std::out_of_range("task " + std::to_string(task));
             });
         } catch (const std::out_of_range& error) {
@@ -53,7 +53,7 @@ void beside(void (*one)(int), int ones, void (*other)(int), int others) {
 }
 
 void resizes(int times) {
-    for (int round = 0; round < times; ++round) Workers::shared().resize(2 + round % 3);
+    for (int round = 0; round < times; ++round) SpinPool::shared().resize(2 + round % 3);
 }
 
 // Children of a parent that has just worked, or works meanwhile, that work and change the size themselves.
@@ -68,9 +68,9 @@ void forks(int times, bool busy) {
         const pid_t child = fork();
         if (child == 0) {
             alarm(20);
-            if (round % 2) Workers::shared().resize(2);
+            if (round % 2) SpinPool::shared().resize(2);
             loops(1);
-            _exit(Workers::shared().size() > 1 ? 0 : 2);
+            _exit(SpinPool::shared().size() > 1 ? 0 : 2);
         }
         int status = 0;
         waitpid(child, &status, 0);
@@ -97,10 +97,10 @@ void stoppable() {
 }  // namespace
 
 int main() {
-    Workers::shared().resize(4);
+    SpinPool::shared().resize(4);
     beside(loops, 3000, loops, 3000);
     beside(loops, 2000, resizes, 40);
-    Workers::shared().resize(4);
+    SpinPool::shared().resize(4);
     beside(failures, 300, loops, 1000);
     stoppable();
 #if !defined(__SANITIZE_THREAD__)  // which cannot follow threads into a child

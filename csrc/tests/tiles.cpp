@@ -126,7 +126,7 @@ int main() {
     folds<f16>(many, x);
     for (int i = 0; i < 16; ++i) check(few[i] == many[i], "folds of sixteen lanes");
 #endif
-    Workers::shared().resize(2);
+    SpinPool::shared().resize(2);
     for (int outputs : {1, 16, 50, 200})
         for (int columns : {1, 24, 129}) {
             const std::vector<float> weight = numbers(size_t(outputs) * columns);

@@ -358,14 +358,14 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows,
         else segments.back().ends_text = true;
     }
 
-    struct Task {
-        size_t first, last;  // segments
+    struct EncodedSegments {
+        size_t first, last;
         IdBuffer<Id> ids = {};
         std::vector<uint64_t> ends = {};
         uint64_t place = 0;  // of its ids in the result
         bool done = false;
     };
-    std::vector<Task> tasks;
+    std::vector<EncodedSegments> tasks;
     uint64_t bytes = segment_size;
     for (size_t i = 0; i < segments.size(); ++i) {
         if (bytes >= segment_size) {
@@ -388,7 +388,7 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows,
             ids.reserve(0);
         }
     };
-    auto copy = [&](Task& task) {
+    auto copy = [&](EncodedSegments& task) {
         if (task.ids.size) std::memcpy(ids.data() + task.place, task.ids.data(), task.ids.size * sizeof(Id));
         task.ids.size = 0;
     };
@@ -399,7 +399,7 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows,
         std::vector<size_t> waiting;  // tasks of this thread that are not copied, in order
         IdBuffer<Id> spare;
         for (size_t i; (i = next++) < tasks.size(); pause()) {
-            Task task{tasks[i].first, tasks[i].last};  // of this thread's own: threads that write side by side hinder each other
+            EncodedSegments task{tasks[i].first, tasks[i].last};  // of this thread's own: threads that write side by side hinder each other
             task.ids = std::move(spare);
             IdBuffer<Id>& out = threads == 1 ? ids : task.ids;
             for (size_t at = task.first; at < task.last; ++at) {
@@ -430,7 +430,7 @@ void Encoder<Id>::encode(Texts texts, const Specials* specials, Follows follows,
         cache->scratch.checkpoint = nullptr;
         caches_.give_back(std::move(cache));
     });
-    for (Task& task : tasks) {
+    for (EncodedSegments& task : tasks) {
         copy(task);
         if (ends)
             for (uint64_t end : task.ends) ends->push_back(task.place + end);

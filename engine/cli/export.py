@@ -35,7 +35,8 @@ def run(argv: list[str]) -> int:
 def _write_directory(options: argparse.Namespace) -> None:
     from ..formats.adapters import is_adapter
     from ..formats.families import architecture_of
-    from ..formats.model_directory import copy_adapter, load_model, save_model
+    from ..formats.model_directory import load_model
+    from ..formats.model_writer import copy_adapter, save_model
 
     if options.merge and not is_adapter(options.model):
         raise InputError(f"{options.model} is no adapter: there is nothing to merge")
@@ -64,7 +65,7 @@ def _write_gguf(options: argparse.Namespace) -> None:
 
 def _write_tiktoken(options: argparse.Namespace) -> None:
     from ...tokenizer import BPETokenizer
-    from ..formats.model_directory import open_tokenizer
+    from ..formats.model_info import open_tokenizer
 
     tokenizer = open_tokenizer(options.model)
     if not isinstance(tokenizer, BPETokenizer):

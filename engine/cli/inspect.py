@@ -53,7 +53,7 @@ def show_model(options: argparse.Namespace) -> None:
     _row("cache, full context", _gib(config.kv_bytes_per_token() * config.max_seq_len))
     print()
     from ..formats.families import architecture_of
-    from ..formats.model_directory import stored_as
+    from ..formats.model_info import stored_as
 
     _row("family", architecture_of(config))
     if options.model not in PRESETS:
@@ -85,7 +85,7 @@ def show_families(options: argparse.Namespace) -> None:
 
 def show_tokens(options: argparse.Namespace) -> None:
     """Show the tokens of a text: their ids, and the characters each covers."""
-    from ..formats.model_directory import open_tokenizer
+    from ..formats.model_info import open_tokenizer
     from . import tokenizer
 
     tokenizer.show_tokens(open_tokenizer(options.tokenizer), options.text)
@@ -209,7 +209,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 def _config_of(name: str) -> ModelConfig:
     if name in PRESETS:
         return ModelConfig.preset(name)
-    from ..formats.model_directory import load_config
+    from ..formats.model_info import load_config
 
     if not Path(name).exists() and "/" not in name:
         raise InputError(f"{name!r} is neither a model directory, a Hub id nor a preset ({', '.join(PRESETS)})")

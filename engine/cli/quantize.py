@@ -23,7 +23,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of it to use (default: 16384)")
     options = parser.parse_args(argv)
 
-    from ..formats.model_directory import load_model, refuse_repacking, save_packed
+    from ..formats.model_directory import load_model
+    from ..formats.model_info import refuse_repacking
+    from ..formats.model_writer import save_packed
     from ..serving import LLM
     from ..serving.calibrate import quantize
     from ..serving.fidelity import log_probabilities, loss_of

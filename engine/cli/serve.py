@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
         from ..server.http_server import HTTPServer, log_without_blocking, raise_file_limit
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
-    from ..formats.model_directory import load_config
+    from ..formats.model_info import load_config
 
     if flags.replicas < 1:
         raise InputError(f"replicas must be at least 1, got {flags.replicas}")
@@ -154,7 +154,7 @@ def further_models(flags: Flags, config: ServerConfig) -> tuple[Flags, dict[str,
         raise InputError(f"replicas must be 1 with further_model or prompt_cache, got {flags.replicas}")
     if not flags.further_model:
         return flags, {}, 0
-    from ..formats.model_directory import load_config
+    from ..formats.model_info import load_config
     from ..memory import available_memory
     from ..server.model_pool import FurtherModel
 

@@ -196,7 +196,7 @@ def show_tokens(tokenizer, text: str) -> None:
 
 
 def _load(path: Path):
-    from ..formats.model_directory import open_tokenizer
+    from ..formats.model_info import open_tokenizer
 
     return open_tokenizer(path)
 

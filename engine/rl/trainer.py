@@ -27,7 +27,8 @@ from torch import Tensor
 from ..data.tokens import file_hash
 from ..device import pick_device
 from ..errors import InputError
-from ..formats.model_directory import load_config, load_model, read_tokenizer
+from ..formats.model_directory import load_model
+from ..formats.model_info import load_config, read_tokenizer
 from ..formats.model_source import resolve_model
 from ..model import Transformer
 from ..serving.llm import LLM

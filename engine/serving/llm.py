@@ -20,7 +20,8 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
 from ..errors import InputError
-from ..formats.model_directory import base_of, load_model, read_model, refuse_repacking
+from ..formats.model_directory import load_model, read_model
+from ..formats.model_info import base_of, refuse_repacking
 from ..formats.model_source import resolve_model
 from ..formats.packed_weight import describe, is_packed
 from ..model import Block, Transformer
@@ -28,7 +29,7 @@ from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.gpu_model import keeps_latents
 from .execution.int8_pages import TILE
-from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_workers
+from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_threads
 from .execution.lora import ServedAdapters, open_adapters
 from .execution.model_runner import Runner, memory_for_pages
 from .execution.native_matrix import keeps_packed
@@ -131,7 +132,7 @@ class LLM:
             self.adapters = open_adapters(adapters or {}, model)
             self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
-            set_workers()
+            set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
             memory = kv_memory
             if team or memory is None:  # the processes of a team measure in any case

@@ -17,8 +17,8 @@ from ..data.hf_datasets import fetch_rows, is_hub_id
 from ..data.sources import files, stdlib
 from ..data.tokens import END, TokenData, file_hash, text_of, write_token_data
 from ..errors import InputError
-from ..formats import model_directory
-from ..formats.model_directory import base_of, check_vocabulary, load_config
+from ..formats import model_info
+from ..formats.model_info import base_of, check_vocabulary, load_config
 from ..formats.model_source import resolve_model
 from ..tasks import PREFIX as TASKS
 from ..tasks import GeneratedTask, open_task
@@ -133,7 +133,7 @@ def _solved(source: str) -> GeneratedTask:
 
 def _converses(model: str) -> bool:
     """Return whether a model answers conversations: it is asked a task's questions in its chat template then."""
-    tokenizer = model_directory.read_tokenizer(resolve_model(model, weights=False))
+    tokenizer = model_info.read_tokenizer(resolve_model(model, weights=False))
     return bool(tokenizer and tokenizer.chat_template)
 
 
@@ -169,4 +169,4 @@ def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str]
         return tokenizers.BPETokenizer.from_tiktoken(path, pattern="gpt4", special_tokens={})
     if (path / "merges.txt").is_file() and not (path / "tokenizer.json").is_file():
         return tokenizers.BPETokenizer.from_gpt2_files(path / "vocab.json", path / "merges.txt")
-    return model_directory.open_tokenizer(path)
+    return model_info.open_tokenizer(path)

@@ -30,8 +30,10 @@ from ..config import ModelConfig
 from ..errors import InputError
 from ..formats.adapters import WHOLE, AdapterConfig, LowRank, choose_layers, factor_names, low_rank_weights
 from ..formats.families import weight_map
-from ..formats.model_directory import base_of, base_sample, kind_in, open_adapter, write_adapter
+from ..formats.model_directory import base_sample, open_adapter
+from ..formats.model_info import base_of, kind_in
 from ..formats.model_source import resolve_model
+from ..formats.model_writer import write_adapter
 from ..model import Transformer
 from ..parallel.tensor_parallel import ShardSpec, shard_specs
 from .config import TrainConfig

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.model_directory import read_weights, write_model
+from ..formats.model_directory import read_weights
+from ..formats.model_writer import write_model
 from ..model import Transformer
 from ..parallel.tensor_parallel import shard_specs
 

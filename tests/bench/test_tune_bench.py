@@ -6,7 +6,7 @@ from warploom.bench import tune
 from warploom.bench.harness import Machine
 from warploom.bench.tune import duel, learn_task
 from warploom.engine import ModelConfig, Transformer
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.tokenizer import CharTokenizer
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1}

@@ -12,7 +12,8 @@ import torch
 from warploom.engine.cli import available, main
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.gguf import save_gguf
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 
 SMALL = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.model_directory import load_model, read_tokenizer, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_info import read_tokenizer
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.tokenizer import BPETokenizer, load_tokenizer

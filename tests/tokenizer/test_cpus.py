@@ -49,8 +49,8 @@ def test_threads_and_workers_keep_quota(monkeypatch):
     assert default_threads(None) == 3 and default_threads(7) == 7
     asked = []
     monkeypatch.setattr(kv_cache, "HAS_NATIVE", True)
-    monkeypatch.setattr(kv_cache, "_native", type("Native", (), {"set_workers": asked.append}))
+    monkeypatch.setattr(kv_cache, "_native", type("Native", (), {"set_threads": asked.append}))
     monkeypatch.setattr(kv_cache.torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(kv_cache, "available_cpus", lambda: 2)
-    kv_cache.set_workers()
+    kv_cache.set_threads()
     assert asked == [2]

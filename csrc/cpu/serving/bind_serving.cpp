@@ -100,7 +100,7 @@ void quantize_rows(Tensor weight, const Layout& layout, Tensor codes, Tensor sca
     float* unit = units.numbers<float>("units", rows);
     const float* back = feedback.numbers_or_none<const float>("feedback", width * width);
     py::gil_scoped_release unlocked;
-    Workers::shared().run(rows, [&](int row) {
+    SpinPool::shared().run(rows, [&](int row) {
         unit[row] = quantize_row(from + int64_t(row) * columns, columns, layout, to + row * width, scale + row * groups,
                                  least ? least + row * groups : nullptr, back);
     });
@@ -190,7 +190,7 @@ void sample(Tensor logits, Tensor rows, Tensor temperature, Tensor top_k, Tensor
                   *place = positions.numbers<const int64_t>("positions", count);
     int64_t* to = out.numbers<int64_t>("out", count);
     py::gil_scoped_release unlocked;
-    Workers::shared().run(int(count), [&](int i) {
+    SpinPool::shared().run(int(count), [&](int i) {
         const int64_t row = within(row_of[i], all, "row");
         to[i] = sample_row(x + int64_t(i) * vocabulary, vocabulary, Draw{t[row], k[row], p[row], least[row], seed[row], place[i]});
     });
@@ -223,7 +223,7 @@ Residual residual_of(const std::string& name) {
 
 void bind_serving(py::module_& module) {
     module.def(
-        "set_workers", [](int threads) { Workers::shared().resize(std::min(size_of("threads", threads), 1024)); },
+        "set_threads", [](int threads) { SpinPool::shared().resize(std::min(size_of("threads", threads), 1024)); },
         py::call_guard<py::gil_scoped_release>(), py::arg("threads"));
 
     py::class_<Step>(module, "Step")

@@ -11,13 +11,13 @@ namespace warploom {
 namespace {
 
 constexpr int kLanes = 16;  // outputs of one vector
-constexpr int kBlock = 4;   // vectors of outputs of one task
+constexpr int kBlock = 4;   // vectors of outputs of a panel
 constexpr int kRows = 6;    // rows of activations of one tile, at most
 constexpr int kMany = 24;   // rows from which on a block's weights are widened once, not tile by tile
 
-// A block of outputs for some rows: `stride` weights from one vector of outputs to the next; y is (rows, vectors, 16).
+// Some rows of activations times a panel of weights: `stride` weights from one vector of outputs to the next; y is (rows, vectors, 16).
 template <class T, class X>
-struct Task {
+struct PanelProduct {
     const T* weights;
     size_t stride;
     int vectors, columns;
@@ -30,7 +30,7 @@ struct Task {
 // ROWS × VECTORS · 16 sums in registers, whose size is that of V: each weight loaded serves all rows, each activation all
 // vectors.
 template <class V, int ROWS, int VECTORS>
-WARPLOOM_INLINE void tile(const Task<float, float>& t, const float* weights, float* y) {
+WARPLOOM_INLINE void tile(const PanelProduct<float, float>& t, const float* weights, float* y) {
     constexpr int lanes = lanes_of<V>, parts = VECTORS * kLanes / lanes;
     V total[ROWS][parts];
 #pragma GCC unroll 8
@@ -54,7 +54,7 @@ WARPLOOM_INLINE void tile(const Task<float, float>& t, const float* weights, flo
 }
 
 template <class V, int ROWS, int VECTORS>
-WARPLOOM_INLINE void tile(const Task<bfloat16, float>& t, const bfloat16* weights, float* y) {
+WARPLOOM_INLINE void tile(const PanelProduct<bfloat16, float>& t, const bfloat16* weights, float* y) {
     constexpr int lanes = lanes_of<V>, parts = VECTORS * kLanes / lanes;
     V total[ROWS][parts] = {};
     for (int c = 0; c < t.columns; c += 2) {
@@ -76,7 +76,7 @@ WARPLOOM_INLINE void tile(const Task<bfloat16, float>& t, const bfloat16* weight
 #define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 template <class V, int ROWS, int VECTORS>
-WARPLOOM_BF16 inline void tile(const Task<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
+WARPLOOM_BF16 inline void tile(const PanelProduct<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
     __m512 total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
@@ -105,7 +105,7 @@ constexpr int vectors_of(int rows) {
 }
 
 template <class V, int ROWS, class T, class X>
-WARPLOOM_INLINE void cover(const Task<T, X>& t) {
+WARPLOOM_INLINE void row_of_tiles(const PanelProduct<T, X>& t) {
     constexpr int some = vectors_of<V, T, X>(ROWS);
     int v = 0;
     for (; v + some <= t.vectors; v += some) tile<V, ROWS, some>(t, t.weights + v * t.stride, t.y + v * kLanes);
@@ -113,25 +113,25 @@ WARPLOOM_INLINE void cover(const Task<T, X>& t) {
 }
 
 template <class V, class T, class X>
-WARPLOOM_INLINE void run_in(const Task<T, X>& t) {
+WARPLOOM_INLINE void multiply_rows(const PanelProduct<T, X>& t) {
     switch (t.rows) {
-        case 1: return cover<V, 1>(t);
-        case 2: return cover<V, 2>(t);
-        case 3: return cover<V, 3>(t);
-        case 4: return cover<V, 4>(t);
-        case 5: return cover<V, 5>(t);
-        default: return cover<V, 6>(t);
+        case 1: return row_of_tiles<V, 1>(t);
+        case 2: return row_of_tiles<V, 2>(t);
+        case 3: return row_of_tiles<V, 3>(t);
+        case 4: return row_of_tiles<V, 4>(t);
+        case 5: return row_of_tiles<V, 5>(t);
+        default: return row_of_tiles<V, 6>(t);
     }
 }
 
-WARPLOOM_CLONES void run(const Task<float, float>& t) { has_avx512 ? run_in<f16>(t) : run_in<Register>(t); }
-WARPLOOM_CLONES void run(const Task<bfloat16, float>& t) { has_avx512 ? run_in<f16>(t) : run_in<Register>(t); }
+WARPLOOM_CLONES void multiply_panel(const PanelProduct<float, float>& t) { has_avx512 ? multiply_rows<f16>(t) : multiply_rows<Register>(t); }
+WARPLOOM_CLONES void multiply_panel(const PanelProduct<bfloat16, float>& t) { has_avx512 ? multiply_rows<f16>(t) : multiply_rows<Register>(t); }
 
 #ifdef WARPLOOM_X86
-WARPLOOM_BF16 void run(const Task<bfloat16, bfloat16>& t) { run_in<f16>(t); }
+WARPLOOM_BF16 void multiply_panel(const PanelProduct<bfloat16, bfloat16>& t) { multiply_rows<f16>(t); }
 const bool pairs_are_fast = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
-void run(const Task<bfloat16, bfloat16>&) { __builtin_unreachable(); }
+void multiply_panel(const PanelProduct<bfloat16, bfloat16>&) { __builtin_unreachable(); }
 const bool pairs_are_fast = false;
 #endif
 
@@ -147,21 +147,21 @@ WARPLOOM_CLONES void widen_block(const bfloat16* from, size_t count, float* to) 
     }
 }
 
-// All rows with one block, a tile at a time, in tiles as equal as can be.
+// All rows with one panel, a tile at a time, in tiles as equal as can be.
 template <class T, class X>
-void sweep(Task<T, X> task, int rows, const float* bias, int width, float* y, int64_t y_stride, const int* places) {
+void multiply_all_rows(PanelProduct<T, X> product, int rows, const float* bias, int width, float* y, int64_t y_stride, const int* places) {
     float part[kRows * kBlock * kLanes];
-    task.y = part;
+    product.y = part;
     int row = 0;
     for (int tiles = (rows + kRows - 1) / kRows; tiles > 0; --tiles) {
-        task.rows = (rows + tiles - 1) / tiles;
-        run(task);
-        for (int r = 0; r < task.rows; ++r, ++row) {
+        product.rows = (rows + tiles - 1) / tiles;
+        multiply_panel(product);
+        for (int r = 0; r < product.rows; ++r, ++row) {
             float* to = y + (places ? places[row] : row) * y_stride;
-            finish(part + r * task.vectors * kLanes, places ? to : bias, width, to);
+            finish(part + r * product.vectors * kLanes, places ? to : bias, width, to);
         }
-        rows -= task.rows;
-        task.x += task.rows * task.x_stride;
+        rows -= product.rows;
+        product.x += product.rows * product.x_stride;
     }
 }
 
@@ -177,7 +177,7 @@ DenseMatrix<T>::DenseMatrix(const float* weight, int outputs, int columns, const
     weights_ = reinterpret_cast<T*>(memory_.get());
     bias_.assign(size_t(vectors) * kLanes, 0.0f);
     if (bias) std::copy(bias, bias + outputs, bias_.begin());
-    Workers::shared().run(vectors, [&](int vector) {
+    SpinPool::shared().run(vectors, [&](int vector) {
         T* to = weights_ + size_t(vector) * kLanes * padded_;
         for (int lane = 0; lane < kLanes && vector * kLanes + lane < outputs; ++lane)
             for (int c = 0; c < columns; ++c)
@@ -204,8 +204,8 @@ void DenseMatrix<T>::multiply_part(int part, const Activations& x, float* y, int
     const int width = std::min(outputs_ - from, count * kLanes);
     const T* weights = weights_ + first * stride;
     const auto go = [&](const auto* w, const auto* rows, int columns, int64_t x_stride) {
-        using Kind = Task<std::decay_t<decltype(*w)>, std::decay_t<decltype(*rows)>>;
-        sweep(Kind{w, stride, count, columns, rows, x_stride, 0, nullptr}, x.count, &bias_[from], width, y + from, y_stride, places);
+        using Kind = PanelProduct<std::decay_t<decltype(*w)>, std::decay_t<decltype(*rows)>>;
+        multiply_all_rows(Kind{w, stride, count, columns, rows, x_stride, 0, nullptr}, x.count, &bias_[from], width, y + from, y_stride, places);
     };
     if constexpr (sizeof(T) == 2) {
         if (x.format.number == Format::halves) return go(weights, x.halves.data(), padded_, x.columns);
@@ -221,7 +221,7 @@ void DenseMatrix<T>::multiply_part(int part, const Activations& x, float* y, int
 
 template <class T>
 void DenseMatrix<T>::multiply(const Activations& x, float* y) const {
-    Workers::shared().run(parts(), [&](int part) { multiply_part(part, x, y, outputs_); });
+    SpinPool::shared().run(parts(), [&](int part) { multiply_part(part, x, y, outputs_); });
 }
 
 template class DenseMatrix<float>;

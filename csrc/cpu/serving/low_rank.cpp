@@ -61,7 +61,7 @@ void add_low_rank(const LowRanks& adapters, const AdapterTokens& rows, const flo
     }
     products.resize(rows.tokens.size() * rank);
     float* z = products.data();
-    Workers::shared().run(int(downs.size()), [&](int i) {
+    SpinPool::shared().run(int(downs.size()), [&](int i) {
         const DownTask task = downs[i];
         const auto& down = *adapters[task.adapter]->down;
         const int n = down.columns(), *tokens = &rows.tokens[task.first];
@@ -76,7 +76,7 @@ void add_low_rank(const LowRanks& adapters, const AdapterTokens& rows, const flo
         }
         for (int part = 0; part < down.parts(); ++part) down.multiply_part(part, mine, z + task.first * rank, rank);
     });
-    Workers::shared().run(int(ups.size()), [&](int i) {
+    SpinPool::shared().run(int(ups.size()), [&](int i) {
         const UpTask task = ups[i];
         const UpFactor& up = adapters[task.adapter]->ups[task.up];
         const int first = rows.begin[task.adapter], count = rows.begin[task.adapter + 1] - first;

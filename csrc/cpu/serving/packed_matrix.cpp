@@ -188,7 +188,7 @@ void PackedMatrix::add(const Layout& layout, int outputs, const float* bias, con
     s.units.assign(size_t(vectors) * kLanes, 0.0f), s.bias.assign(s.units.size(), 0.0f);
     if (bias) std::copy_n(bias + outputs_, outputs, s.bias.begin());
     outputs_ += outputs;
-    Workers::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
+    SpinPool::shared().run((vectors + kBlock - 1) / kBlock, [&](int task) {
         thread_local std::vector<uint8_t> codes;
         thread_local std::vector<uint16_t> scales, minima;
         codes.resize(size_t(groups) * layout.group), scales.resize(groups), minima.resize(groups);
@@ -236,7 +236,7 @@ size_t PackedMatrix::bytes() const {
 void PackedMatrix::multiply(const Activations& x, float* y) const {
     int tasks = 0;
     for (const Segment& s : segments_) tasks += (s.outputs + kBlock * kLanes - 1) / (kBlock * kLanes);
-    Workers::shared().run(tasks, [&](int task) {
+    SpinPool::shared().run(tasks, [&](int task) {
         for (const Segment& s : segments_) {
             const int blocks = (s.outputs + kBlock * kLanes - 1) / (kBlock * kLanes);
             if (task < blocks) return block(s, x, task, y);

@@ -91,7 +91,7 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
 }
 
 template <int ROWS, Kind KIND, bool WIDE>
-TILE_TARGET inline void cover(const Tile& t, const Activations& x, int row, float* y, int width) {
+TILE_TARGET inline void row_of_tiles(const Tile& t, const Activations& x, int row, float* y, int width) {
     int v = 0;
     if (t.vectors == kBlock)
         for (; v + kTogether <= t.vectors; v += kTogether) tile<ROWS, kTogether, KIND, WIDE>(t, v, x, row, y, width);
@@ -101,15 +101,15 @@ TILE_TARGET inline void cover(const Tile& t, const Activations& x, int row, floa
 template <Kind KIND>
 TILE_TARGET void multiply_kind(const Tile& t, const Activations& x, int row, int rows, float* y, int width) {
     if (x.format.wide) {  // twice the sums: two rows fill the registers
-        for (; rows >= 2; rows -= 2, row += 2, y += 2 * width) cover<2, KIND, true>(t, x, row, y, width);
-        if (rows) cover<1, KIND, true>(t, x, row, y, width);
+        for (; rows >= 2; rows -= 2, row += 2, y += 2 * width) row_of_tiles<2, KIND, true>(t, x, row, y, width);
+        if (rows) row_of_tiles<1, KIND, true>(t, x, row, y, width);
         return;
     }
     switch (rows) {
-        case 1: return cover<1, KIND, false>(t, x, row, y, width);
-        case 2: return cover<2, KIND, false>(t, x, row, y, width);
-        case 3: return cover<3, KIND, false>(t, x, row, y, width);
-        default: return cover<4, KIND, false>(t, x, row, y, width);
+        case 1: return row_of_tiles<1, KIND, false>(t, x, row, y, width);
+        case 2: return row_of_tiles<2, KIND, false>(t, x, row, y, width);
+        case 3: return row_of_tiles<3, KIND, false>(t, x, row, y, width);
+        default: return row_of_tiles<4, KIND, false>(t, x, row, y, width);
     }
 }
 

@@ -63,9 +63,9 @@ void attend_pages(const Pages& pages, const Step& step, const AttentionOptions& 
     // A page is one run of memory with all heads' keys, so a block takes them all, but where its queries share a page's rows
     // (their caches hold one head's), or where blocks are few.
     const bool apart = most * (options.heads / K) > kDirect && tokens > kDirect * count;
-    const int parts = !apart && count >= 4 * Workers::shared().size() ? 1 : K;
+    const int parts = !apart && count >= 4 * SpinPool::shared().size() ? 1 : K;
     const auto attend = pages.format == Format::int8 ? attend_int8 : attend_float_pages;
-    Workers::shared().run(count * parts, [&](int number) {
+    SpinPool::shared().run(count * parts, [&](int number) {
         const int run = number / parts, first = runs[run];
         attend(pages, step, options, q, q_stride, QueryBlock{first, runs[run + 1] - first, number % parts, K / parts}, out);
     });

@@ -52,7 +52,7 @@ void each_token(const Step& step, const Work& work) {
         if (t == 0 || step.slots[t] / run != step.slots[t - 1] / run) runs.push_back(t);
     const int count = int(runs.size());
     runs.push_back(step.tokens);
-    Workers::shared().run(count, [&](int task) {
+    SpinPool::shared().run(count, [&](int task) {
         for (int t = runs[task]; t < runs[task + 1]; ++t) work(t);
     });
 }

@@ -30,14 +30,14 @@ void wait_until(const Done& done) {
 }
 }  // namespace
 
-Workers& Workers::shared() {
-    static std::atomic<Workers*> pool{new Workers(1)};  // never destroyed: threads may outlive static destruction
-    static const bool renewed = (in_forked_children([] { pool.store(new Workers(pool.load()->wanted_)); }), true);
+SpinPool& SpinPool::shared() {
+    static std::atomic<SpinPool*> pool{new SpinPool(1)};  // never destroyed: threads may outlive static destruction
+    static const bool renewed = (in_forked_children([] { pool.store(new SpinPool(pool.load()->wanted_)); }), true);
     (void)renewed;
     return *pool.load(std::memory_order_acquire);
 }
 
-void Workers::resize(int threads) {
+void SpinPool::resize(int threads) {
     std::lock_guard<std::mutex> held(caller_);
     wanted_ = threads;
     if (size() == threads) return;
@@ -55,7 +55,7 @@ void Workers::resize(int threads) {
     size_ = wanted_ = int(threads_.size()) + 1;
 }
 
-void Workers::start(int tasks, Call call, const void* work) {
+void SpinPool::start(int tasks, Call call, const void* work) {
     tasks_ = tasks, call_ = call, work_ = work;
     next_.store(0);
     open_.store(true);
@@ -70,7 +70,7 @@ void Workers::start(int tasks, Call call, const void* work) {
     if (failed_.exchange(false)) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
-void Workers::take() {
+void SpinPool::take() {
     for (int task; (task = next_.fetch_add(1)) < tasks_;) {
         try {
             call_(work_, task);
@@ -81,7 +81,7 @@ void Workers::take() {
     }
 }
 
-void Workers::serve() {
+void SpinPool::serve() {
     unsigned seen = epoch_.load();
     while (!stop_.load()) {
         inside_.fetch_add(1);

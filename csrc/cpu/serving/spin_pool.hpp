@@ -1,4 +1,4 @@
-// Workers: a few threads that share loops of a few microseconds.
+// SpinPool: a few threads that share loops of a few microseconds.
 //
 // A decoding step is some sixty loops over small pieces of work, each too short to wake a sleeping thread for. So workers
 // look for the next loop for a moment before they sleep, and tasks are handed out one by one: where the machine
@@ -17,9 +17,9 @@
 
 namespace warploom {
 
-class Workers {
+class SpinPool {
 public:
-    static Workers& shared();
+    static SpinPool& shared();
 
     // How many threads work on a loop, the caller included; fewer where the system has no more.
     void resize(int threads);
@@ -37,8 +37,8 @@ public:
         start(tasks, [](const void* w, int task) { (*static_cast<const Work*>(w))(task); }, &work);
     }
 
-    explicit Workers(int threads) : wanted_(threads) {}
-    ~Workers() { resize(1); }
+    explicit SpinPool(int threads) : wanted_(threads) {}
+    ~SpinPool() { resize(1); }
 
 private:
     using Call = void (*)(const void*, int);
@@ -64,7 +64,7 @@ private:
 template <class Work>
 void each_row(int rows, const Work& work) {
     constexpr int run = 4;
-    Workers::shared().run((rows + run - 1) / run, [&](int task) {
+    SpinPool::shared().run((rows + run - 1) / run, [&](int task) {
         for (int row = task * run; row < std::min(rows, (task + 1) * run); ++row) work(row);
     });
 }

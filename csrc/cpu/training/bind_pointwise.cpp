@@ -16,16 +16,16 @@ namespace {
 using Address = uintptr_t;
 using Tensor = const Array&;
 
-// The sizes of a task are ints.
+// The sizes of a pass are ints.
 int size_of(int64_t n) {
     if (n > INT32_MAX) throw py::value_error("a tensor has " + std::to_string(n) + " rows or columns: more than 2^31");
     return int(n);
 }
 
-template <class Task>
-void run(const Task& task) {
+template <class Pass>
+void run(const Pass& pass) {
     py::gil_scoped_release unlocked;
-    task.run();
+    pass.run();
 }
 
 void norm_forward(float eps, Tensor x, Tensor residual, Tensor weight, Tensor y, Tensor sum, Tensor inverse) {

@@ -68,14 +68,14 @@ void unlocked(const Work& work) {
     work();
 }
 
-// A task keeps the tensors alive whose addresses it has.
-template <class Task, class... Arguments, size_t... Numbers>
-py::class_<Task> bind_task(py::module_& module, const char* name, Task (*make)(Arguments...), std::index_sequence<Numbers...>) {
-    return py::class_<Task>(module, name).def(py::init(make), py::keep_alive<1, Numbers + 2>()...);
+// A pass keeps the tensors alive whose addresses it has.
+template <class Pass, class... Arguments, size_t... Numbers>
+py::class_<Pass> bind_pass(py::module_& module, const char* name, Pass (*make)(Arguments...), std::index_sequence<Numbers...>) {
+    return py::class_<Pass>(module, name).def(py::init(make), py::keep_alive<1, Numbers + 2>()...);
 }
-template <class Task, class... Arguments>
-py::class_<Task> bind_task(py::module_& module, const char* name, Task (*make)(Arguments...)) {
-    return bind_task(module, name, make, std::index_sequence_for<Arguments...>());
+template <class Pass, class... Arguments>
+py::class_<Pass> bind_pass(py::module_& module, const char* name, Pass (*make)(Arguments...)) {
+    return bind_pass(module, name, make, std::index_sequence_for<Arguments...>());
 }
 
 int64_t chunks(int64_t rows) { return (rows + NormBackward<float>::kChunk - 1) / NormBackward<float>::kChunk; }
@@ -149,7 +149,7 @@ void multiply_tokens_of(Tensor left, Tensor right, int64_t tokens, Tensor y, boo
 
 template <class F>
 void bind_format(py::module_& module, const std::string& format) {
-    bind_task(module, ("NormQkvRope_" + format).c_str(), &make_norm_qkv_rope<F>)
+    bind_pass(module, ("NormQkvRope_" + format).c_str(), &make_norm_qkv_rope<F>)
         .def("forward",
              [](const NormQkvRope<F>& t, Tensor delta, Tensor stream, Tensor q, Tensor k, Tensor v) {
                  const int64_t N = int64_t(t.batch) * t.time, NC = N * t.channels, D = t.head_width;
@@ -170,7 +170,7 @@ void bind_format(py::module_& module, const std::string& format) {
                 norm.numbers<F>("norm", t.channels)};
             unlocked([&] { t.backward(d); });
         });
-    bind_task(module, ("OutProjMlp_" + format).c_str(), &make_out_proj_mlp<F>)
+    bind_pass(module, ("OutProjMlp_" + format).c_str(), &make_out_proj_mlp<F>)
         .def("forward",
              [](const OutProjMlp<F>& t, Tensor heads, Tensor stream, Tensor delta) {
                  const int64_t N = t.rows, NC = N * t.channels;

@@ -158,9 +158,9 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
 }
 
 // One compiled version a CPU and a number format.
-#define WARPLOOM_FORMATS(name, Task)                                                                           \
-    WARPLOOM_CLONES void name##_of(const Task<float>& t, int first, int last) { name(t, first, last); }        \
-    WARPLOOM_CLONES void name##_of(const Task<bfloat16>& t, int first, int last) { name(t, first, last); }
+#define WARPLOOM_FORMATS(name, Pass)                                                                           \
+    WARPLOOM_CLONES void name##_of(const Pass<float>& t, int first, int last) { name(t, first, last); }        \
+    WARPLOOM_CLONES void name##_of(const Pass<bfloat16>& t, int first, int last) { name(t, first, last); }
 
 WARPLOOM_FORMATS(norm_rows, NormForward)
 WARPLOOM_FORMATS(gate_rows, Gating)
@@ -232,9 +232,9 @@ void CrossEntropy<T>::run() const {
     });
 }
 
-#define WARPLOOM_TYPES(Task)    \
-    template struct Task<float>; \
-    template struct Task<bfloat16>;
+#define WARPLOOM_TYPES(Pass)    \
+    template struct Pass<float>; \
+    template struct Pass<bfloat16>;
 WARPLOOM_TYPES(NormForward)
 WARPLOOM_TYPES(NormBackward)
 WARPLOOM_TYPES(Gating)

@@ -210,10 +210,10 @@ def to_host(tensor: Tensor) -> Callable[[], list]:
     return read
 
 
-def set_workers() -> None:
+def set_threads() -> None:
     """Let the C++ kernels use as many threads as torch does, and no more than a container's quota allows."""
     if HAS_NATIVE:
-        _native.set_workers(min(torch.get_num_threads(), available_cpus()))
+        _native.set_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def _rows(x_BTHD: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InputError
-from ...formats.model_directory import load_config, read_model
+from ...formats.model_directory import read_model
+from ...formats.model_info import load_config
 from ...model import Transformer
 from ...parallel.tensor_parallel import check
 from ..scheduling.step import StepPlan
-from .kv_cache import set_workers
+from .kv_cache import set_threads
 from .model_runner import InFlightStep, memory_for_pages
 from .native_matrix import keeps_packed
 from .speculative import make_runner
@@ -54,7 +55,7 @@ class WorkerSpec:
     def join(self, store: dist.TCPStore) -> dist.ProcessGroup:
         """Meet the others; returns when all are there."""
         torch.set_num_threads(self.threads)
-        set_workers()
+        set_threads()
         backend = "nccl" if self.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         return dist.group.WORLD

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from warploom.engine.config import ModelConfig
 from warploom.engine.errors import InputError
 from warploom.engine.formats.adapters import CONFIG, TENSORS, is_adapter
-from warploom.engine.formats.model_directory import load_model, open_adapter, save_model
+from warploom.engine.formats.model_directory import load_model, open_adapter
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 
 TOKENS = torch.arange(58).view(2, 29) * 7 % 97

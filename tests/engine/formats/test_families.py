@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from warploom.engine.formats.families import architecture_of, family_table, from_hf_config, to_hf_config, weight_map
 from warploom.engine.formats.family import full
 from warploom.engine.formats.family_table import FAMILIES
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import kv_cache, serving_model
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE

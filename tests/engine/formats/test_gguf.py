@@ -7,7 +7,8 @@ import torch
 from warploom.engine.cli import main
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.gguf import SPLITTERS, save_gguf
-from warploom.engine.formats.model_directory import read_tokenizer, save_model
+from warploom.engine.formats.model_info import read_tokenizer
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 from warploom.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 

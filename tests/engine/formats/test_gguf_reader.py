@@ -12,7 +12,8 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.gguf_blocks import TYPES
 from warploom.engine.formats.gguf_reader import GGUFFile
-from warploom.engine.formats.model_directory import load_config, load_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_info import load_config
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.tokenizer import BPETokenizer
 

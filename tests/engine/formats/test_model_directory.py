@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.families import architecture_of
-from warploom.engine.formats.model_directory import load_config, load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_info import load_config
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 from warploom.tokenizer.sources import unfinished
 
@@ -120,7 +122,7 @@ def test_a_failed_save_leaves_the_former_model_whole(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("warploom.engine.formats.model_directory.save_file", full_disk)
+    monkeypatch.setattr("warploom.engine.formats.model_writer.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_model(Transformer(ModelConfig(**SHAPE)), tmp_path / "model")
     again, _ = load_model(tmp_path / "model", device="cpu")

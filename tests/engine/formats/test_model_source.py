@@ -13,8 +13,10 @@ import torch
 
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.adapters import AdapterConfig, factor_names, low_rank_weights
-from warploom.engine.formats.model_directory import load_config, load_model, save_model, write_adapter
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_info import load_config
 from warploom.engine.formats.model_source import resolve_model
+from warploom.engine.formats.model_writer import save_model, write_adapter
 from warploom.engine.model import Transformer
 from warploom.tokenizer import CharTokenizer
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from warploom.engine import Transformer
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.formats.packed_weight import PackedLinear
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE

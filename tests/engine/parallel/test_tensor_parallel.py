@@ -6,7 +6,7 @@ import torch
 from tests.engine.parallel import loads, shards
 from tests.processes import run_processes
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.memory import RESET
 from warploom.engine.model import Transformer
 

@@ -3,7 +3,7 @@ import torch
 
 from tests.processes import run_processes
 from warploom.engine import ModelConfig, Transformer
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.rl import RLConfig
 from warploom.engine.training import Callback
 from warploom.tokenizer import CharTokenizer

@@ -5,7 +5,8 @@ import torch
 
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.rl.environments import Game, continuation
 from warploom.engine.rl.trainer import RLTrainer, reinforce
 from warploom.engine.serving import SamplingParams

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from warploom.engine.cli import main
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 
 from .conftest import make_model, make_tokenizer
 

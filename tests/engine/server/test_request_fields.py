@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.serving import LLM
 
 from .conftest import HeldLLM, make_model, make_tokenizer, serving

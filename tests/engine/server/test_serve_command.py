@@ -14,7 +14,7 @@ import pytest
 from warploom.engine.cli import main
 from warploom.engine.cli.flags import parse
 from warploom.engine.cli.serve import Flags, api_keys
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.serving.options import LLMOptions
 
 from .conftest import make_model, make_tokenizer, start, wait_ready

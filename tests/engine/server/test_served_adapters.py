@@ -7,7 +7,7 @@ import pytest
 from tests.engine.serving.test_adapters import write
 from warploom.engine.cli.serve import Flags, adapters
 from warploom.engine.errors import InputError
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.server.config import ServerConfig
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.options import LLMOptions

@@ -8,7 +8,7 @@ import pytest
 
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.serving import LLM, SamplingParams
 
 from .conftest import Server, ServerConfig, make_model, make_tokenizer

@@ -9,7 +9,8 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.errors import InputError
 from warploom.engine.formats.adapters import AdapterConfig, factor_names, low_rank_weights
 from warploom.engine.formats.families import architecture_of
-from warploom.engine.formats.model_directory import load_model, save_model, write_adapter
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model, write_adapter
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import serving_model

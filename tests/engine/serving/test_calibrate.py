@@ -9,7 +9,8 @@ from warploom.engine import Transformer
 from warploom.engine.cli import main
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.families import to_hf_config
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.formats.packed_weight import Layout, PackedLinear
 from warploom.engine.serving import LLM
 from warploom.engine.serving.calibrate import Correlations

@@ -14,7 +14,7 @@ import torch
 
 from warploom.engine.device import DTYPES
 from warploom.engine.errors import InputError
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.generation import KVCache
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _in_one_copy

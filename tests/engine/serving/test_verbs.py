@@ -6,7 +6,7 @@ import json
 import pytest
 
 from warploom.engine.cli import main
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.engine.training import courier, generation, member, mistake, newborn
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.memory import RESET
 from warploom.engine.model import Transformer
 from warploom.engine.training import train

@@ -12,7 +12,8 @@ from warploom.bench.kills import digest, run_killed, run_once
 from warploom.bench.kills import processes as commands
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
-from warploom.engine.formats.model_directory import load_model, open_adapter, save_model
+from warploom.engine.formats.model_directory import load_model, open_adapter
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM
 from warploom.engine.training import TrainConfig, train

@@ -12,7 +12,8 @@ from tests.engine.training.conftest import save_chat_model, write_rows
 from warploom.bench.kills import digest, processes, run_killed, run_once
 from warploom.engine.data.conversations import to_pair
 from warploom.engine.errors import InputError
-from warploom.engine.formats.model_directory import load_model, save_model
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.training import train
 from warploom.engine.training.preferences import pair_losses, preference_losses
 from warploom.engine.training.trainer import Trainer

@@ -152,7 +152,7 @@ import os, signal, time, torch
 from warploom import _native
 from warploom.kernels import rms_norm
 torch.set_num_threads(2)
-_native.set_workers(3)
+_native.set_threads(3)
 matrix = _native.Matrix("float32", torch.randn(2048, 512), None)
 x, y, rows = torch.randn(4, 512), torch.empty(4, 2048), torch.randn(512, 256)
 for i in range(40):
@@ -162,7 +162,7 @@ for i in range(40):
     if child == 0:
         signal.alarm(30)
         if i % 2:
-            _native.set_workers(2)
+            _native.set_threads(2)
         z = torch.empty(4, 2048)
         matrix.multiply(x, z), rms_norm(rows, rows[0])
         os._exit(0 if torch.equal(y, z) else 1)

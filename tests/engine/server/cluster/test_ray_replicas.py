@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.model_directory import save_model
+from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
 from warploom.engine.serving import LLM, SamplingParams
 

@@ -151,7 +151,7 @@ def test_the_number_of_workers_changes_no_token(tiny_model):
     llm = LLM(tiny_model(), quantize="int8")
     expected = llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids
     for threads in (4, 1, 2):
-        _native.set_workers(threads)
+        _native.set_threads(threads)
         assert llm.generate([1, 2, 3], SamplingParams(temperature=0)).token_ids == expected
 
 

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from warploom.engine.formats.model_directory import load_model, save_model, save_packed
+from warploom.engine.formats.model_directory import load_model
+from warploom.engine.formats.model_writer import save_model, save_packed
 from warploom.engine.formats.packed_weight import Layout, PackedWeight, nearest, share_of
 from warploom.engine.parallel.tensor_parallel import ShardSpec
 from warploom.engine.serving import LLM, EngineError, SamplingParams
