@@ -94,7 +94,7 @@ def _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS: tl.constexpr, BLOC
     if last:
         tl.store(arrivals_ptr + tile, 0)  # for the next product
         total = tl.load(stored)
-        for segment in tl.static_range(1, SEGMENTS):
+        for segment in tl.range(1, SEGMENTS, loop_unroll_factor=8):
             total += tl.load(stored + segment * (BLOCK_F * ROWS))
     return total, last
 
