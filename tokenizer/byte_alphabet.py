@@ -24,7 +24,16 @@ def to_text(token: bytes) -> str:
 
 def to_bytes(text: str) -> bytes:
     """The bytes that printable text stands for."""
+    found = from_alphabet(text)
+    if found is None:
+        alien = next(char for char in text if char not in CHAR_TO_BYTE)
+        raise InputError(f"token {text!r} holds {alien!r}, which is not in the byte alphabet")
+    return found
+
+
+def from_alphabet(text: str) -> bytes | None:
+    """The same; None for text of other characters."""
     try:
         return bytes(map(CHAR_TO_BYTE.__getitem__, text))
-    except KeyError as error:
-        raise InputError(f"token {text!r} holds {error.args[0]!r}, which is not in the byte alphabet") from None
+    except KeyError:
+        return None

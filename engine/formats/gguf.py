@@ -24,10 +24,6 @@ from torch import Tensor
 
 from ... import kernels
 from ...tokenizer.base import Tokenizer
-from ...tokenizer.bpe import BPETokenizer
-from ...tokenizer.byte_alphabet import to_text
-from ...tokenizer.patterns import pattern_name
-from ...tokenizer.sentencepiece_files import CONTROL, NORMAL, UNUSED, USER, Piece, to_pieces
 from ...tokenizer.sources import atomic_writer
 from ..config import ModelConfig
 from ..errors import InputError
@@ -35,6 +31,7 @@ from ..model import Transformer
 from .families import architecture_of
 from .gguf_blocks import TYPES
 from .gguf_quantize import QUANTIZERS
+from .gguf_vocabulary import write_vocabulary
 
 ALIGNMENT = 32
 STORED = {  # numbers of the tensor types
@@ -44,11 +41,6 @@ FILE_TYPES = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "b
 NARROWER = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where rows are no whole blocks of 256
 ARCHITECTURES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-}  # fmt: skip
-SPLITTERS = {
-    "gpt2": "gpt-2", "digits": "smollm", "gpt4": "dbrx", "qwen2": "qwen2", "qwen3.5": "qwen35", "o200k": "gpt-4o",
-    "tekken": "tekken", "deepseek": "deepseek-v3",
-    "falcon": "falcon",
 }  # fmt: skip
 
 
@@ -64,7 +56,8 @@ def save_gguf(
     facts = {
         "general.architecture": kind, "general.name": path.stem, "general.alignment": ALIGNMENT,
         "general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2,
-        **{f"{kind}.{key}": value for key, value in _shape(config, kind).items()}, **_vocabulary(tokenizer, config),
+        **{f"{kind}.{key}": value for key, value in _shape(config, kind).items()},
+        **write_vocabulary(tokenizer, config),
     }  # fmt: skip
     tensors = [(name, tensor, _type_of(name, tensor, dtype, config)) for name, tensor in _tensors(model, kind)]
     sizes = [_size(tensor, stored) for _, tensor, stored in tensors]
@@ -122,52 +115,6 @@ def _shape(c: ModelConfig, kind: str) -> dict[str, Any]:
     if scaling.get("rope_type") == "yarn":
         shape |= {"rope.scaling.original_context_length": int(scaling["original_max_position_embeddings"])}
     return shape
-
-
-# The vocabulary
-
-
-def _vocabulary(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:
-    if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}
-    if not isinstance(tokenizer, BPETokenizer):
-        raise InputError(f"a {type(tokenizer).__name__} has no GGUF form: only BPE has")
-    words = _pieces(tokenizer, config) if tokenizer.metaspace else _byte_level(tokenizer, config)
-    words["add_bos_token"] = bool(tokenizer.prefix_ids)
-    if tokenizer.eos_id is not None:
-        bos = tokenizer.special.ids.get(tokenizer.special.bos or "", tokenizer.eos_id)
-        words |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": bos}
-    facts = {f"tokenizer.ggml.{key}": value for key, value in words.items()}
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return facts | template
-
-
-def _pieces(tokenizer: BPETokenizer, config: ModelConfig) -> dict[str, Any]:
-    if tokenizer.normalizer:
-        raise InputError(f"the normalizer {tokenizer.normalizer} has no GGUF form with SentencePiece")
-    pieces = to_pieces(tokenizer)
-    unused = (Piece(f"[PAD{index}]", 0.0, UNUSED) for index in range(config.vocab_size))
-    tokens, scores, kinds = zip(*(pieces.get(index, pad) for index, pad in enumerate(unused)))
-    prefix = tokenizer.metaspace.prefix == "always"
-    return {"model": "llama", "tokens": list(tokens), "scores": list(scores), "token_type": list(kinds),
-            "add_space_prefix": prefix}  # fmt: skip
-
-
-def _byte_level(tokenizer: BPETokenizer, config: ModelConfig) -> dict[str, Any]:
-    splitter = pattern_name(tokenizer.pattern)
-    if splitter not in SPLITTERS or tokenizer.normalizer:
-        raise InputError(
-            f"the pretokenizer has no GGUF form: only the patterns {', '.join(SPLITTERS)} have names there"
-        )
-    tokens, kinds = [f"[PAD{index}]" for index in range(config.vocab_size)], [UNUSED] * config.vocab_size
-    for token, index in tokenizer.vocab.items():
-        tokens[index], kinds[index] = to_text(token), NORMAL
-    for token, index in tokenizer.special_tokens.items():
-        tokens[index], kinds[index] = token, USER if token in tokenizer.special.plain else CONTROL
-    return {
-        "model": "gpt2", "pre": "llama-bpe" if tokenizer.whole_words and splitter == "gpt4" else SPLITTERS[splitter],
-        "tokens": tokens, "token_type": kinds, "merges": [f"{to_text(a)} {to_text(b)}" for a, b in tokenizer.merges],
-    }  # fmt: skip
 
 
 # The weights

@@ -25,18 +25,24 @@ from .gguf_blocks import (
     iq4_xs_scales,
     k_scales,
     mxfp4_scales,
-    parts,
     q5_k_codes,
     q6_k_codes,
     q6_k_scales,
 )
 from .packed_weight import Layout, Segment
 
-Codes = tuple[Bytes, Floats, Floats | None]  # of N blocks: (N, count) codes, (N, groups) scales and minima
+Codes = tuple[Bytes, Floats, Floats | None]  # of N blocks: (N, count · bits / 8) codes, (N, groups) scales and minima
 
 
 def _signed(x: Bytes) -> Bytes:
     return x ^ np.uint8(128)
+
+
+def pairs(x: Bytes, run: int) -> Bytes:
+    """Codes of 4 bits as they are packed: neighbors share a byte, where a run of bytes has those half a run apart."""
+    x = x.reshape(len(x), -1, run)
+    even, odd = x[..., ::2], x[..., 1::2]
+    return np.concatenate([even & 15 | odd << 4, even >> 4 | odd & 240], axis=-1).reshape(len(x), -1)
 
 
 def _k(x: Bytes, codes: Bytes) -> Codes:
@@ -47,17 +53,17 @@ def _k(x: Bytes, codes: Bytes) -> Codes:
 _IQ4, _E2M1 = tuple(int(value) for value in IQ4), tuple(int(value) for value in E2M1)
 # Number of the type: bits and columns of a group, minima or not, table, and what blocks hold.
 PACKED: dict[int, tuple[int, int, bool, tuple[int, ...], Callable[[Bytes], Codes]]] = {
-    2: (4, 32, False, (), lambda x: (parts(x[:, 2:], 16, 4), half(x[:, :2]), None)),
-    3: (4, 32, True, (), lambda x: (parts(x[:, 4:], 16, 4), half(x[:, :2]), half(x[:, 2:4]))),
+    2: (4, 32, False, (), lambda x: (pairs(x[:, 2:], 16), half(x[:, :2]), None)),
+    3: (4, 32, True, (), lambda x: (pairs(x[:, 4:], 16), half(x[:, :2]), half(x[:, 2:4]))),
     6: (8, 32, False, (), lambda x: (five(x[:, 6:], x[:, 2:6]) + np.uint8(128 - 16), half(x[:, :2]), None)),
     7: (8, 32, True, (), lambda x: (five(x[:, 8:], x[:, 4:8]), half(x[:, :2]), half(x[:, 2:4]))),
     8: (8, 32, False, (), lambda x: (_signed(x[:, 2:]), half(x[:, :2]), None)),
-    12: (4, 32, True, (), lambda x: _k(x, parts(x[:, 16:], 32, 4))),
+    12: (4, 32, True, (), lambda x: _k(x, pairs(x[:, 16:], 32))),
     13: (8, 32, True, (), lambda x: _k(x, q5_k_codes(x))),
     14: (8, 16, False, (), lambda x: (q6_k_codes(x) + np.uint8(128 - 32), q6_k_scales(x), None)),
-    20: (4, 32, False, _IQ4, lambda x: (parts(x[:, 2:], 16, 4), half(x[:, :2]), None)),
-    23: (4, 32, False, _IQ4, lambda x: (parts(x[:, 8:], 16, 4), iq4_xs_scales(x), None)),
-    39: (4, 32, False, _E2M1, lambda x: (parts(x[:, 1:], 16, 4), mxfp4_scales(x), None)),
+    20: (4, 32, False, _IQ4, lambda x: (pairs(x[:, 2:], 16), half(x[:, :2]), None)),
+    23: (4, 32, False, _IQ4, lambda x: (pairs(x[:, 8:], 16), iq4_xs_scales(x), None)),
+    39: (4, 32, False, _E2M1, lambda x: (pairs(x[:, 1:], 16), mxfp4_scales(x), None)),
 }
 MADE = (12, 13, 14, 23, 39)  # whose scales are made: they are counted in a power of two of the row
 
@@ -75,10 +81,7 @@ def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
     for at in range(0, rows, step):
         some = blocks[at * columns // count : (at + step) * columns // count]
         numbers, scale, least = read(some)
-        numbers = numbers.reshape(-1, columns)
-        if bits == 4:
-            numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
-        codes.numpy()[at : at + step] = numbers
+        codes.numpy()[at : at + step] = numbers.reshape(-1, columns * bits // 8)
         scales[at : at + step] = scale.reshape(-1, columns // group)
         if minima is not None and least is not None:
             minima[at : at + step] = least.reshape(-1, columns // group)

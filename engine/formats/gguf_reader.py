@@ -8,6 +8,7 @@ anything is allocated.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
@@ -22,27 +23,18 @@ import torch
 from torch import Tensor
 
 from ...tokenizer import BPETokenizer
-from ...tokenizer.byte_alphabet import CHAR_TO_BYTE, to_bytes
-from ...tokenizer.sentencepiece_files import CONTROL, UNUSED, USER, Piece, from_pieces
-from ...tokenizer.specials import SpecialTokens
 from ..config import ModelConfig
 from ..errors import InputError
 from .families import from_hf_config
 from .gguf import slowdown
 from .gguf_blocks import TYPES
 from .gguf_packed import PACKED, pack_blocks
+from .gguf_vocabulary import read_vocabulary
 from .packed_weight import Segment
 from .weights import Weights
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-SPLITTERS = {
-    "gpt-2": "gpt2", "smollm": "digits", "starcoder": "digits", "refact": "digits", "command-r": "digits",
-    "dbrx": "gpt4", "smaug-bpe": "gpt4", "llama-bpe": "gpt4", "llama-v3": "gpt4", "llama3": "gpt4", "qwen2": "qwen2",
-    "deepseek-r1-qwen": "qwen2", "qwen35": "qwen3.5", "gpt-4o": "o200k", "llama4": "o200k", "tekken": "tekken",
-    "deepseek-v3": "deepseek", "falcon": "falcon",
-}  # fmt: skip
-WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 WORDS = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
@@ -97,6 +89,17 @@ class Entry:
     type: int
     start: int
     size: int
+
+
+def open_gguf(path: str | os.PathLike) -> GGUFFile:
+    """The file with its head parsed; the last one stays so, for opening a model asks three times."""
+    facts = os.stat(path)
+    return _parsed(Path(path), facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, *version: int) -> GGUFFile:
+    return GGUFFile(path)
 
 
 class GGUFFile:
@@ -338,64 +341,9 @@ class GGUFFile:
         if entry.shape != shape:
             raise InputError(f"{self.path}: tensor {name}.weight has shape {entry.shape}, by {fields} it is {shape}")
 
-    # Tokenizer
-
     def tokenizer(self) -> BPETokenizer | None:
         """The tokenizer, or None where the file has none."""
-        words = {
-            key.removeprefix("tokenizer.ggml."): value
-            for key, value in self.metadata.items()
-            if key.startswith("tokenizer.ggml.")
-        }
-        model, pre = words.get("model", "none"), words.get("pre")
-        if model == "none":
-            return None
-        tokens, kinds, scores = (self._list(words, name) for name in ("tokens", "token_type", "scores"))
-        kinds, scores = kinds or [1] * len(tokens), scores or [0.0] * len(tokens)
-        for name, found in (("token_type", kinds), ("scores", scores)):
-            if len(found) != len(tokens):
-                raise InputError(f"{self.path}: there are {len(tokens)} tokens, but {len(found)} of {name}")
-        if model == "llama":
-            tokenizer = from_pieces(map(Piece, tokens, scores, kinds), prefix=words.get("add_space_prefix", True))
-        elif model != "gpt2":
-            raise InputError(f"{self.path}: tokenizer model {model!r} is not read; BPE ('gpt2', 'llama') is")
-        elif pre not in SPLITTERS:
-            raise InputError(f"{self.path}: pretokenizer {pre!r} is not read; {', '.join(SPLITTERS)} are")
-        else:
-            tokenizer = self._byte_level(tokens, kinds, self._list(words, "merges"), pre)
-        special = tokenizer.special
-        for role in ("bos", "eos"):
-            named = words.get(f"{role}_token_id")
-            if named is not None and named in special.texts:
-                setattr(special, role, special.texts[named])
-        if special.bos and words.get("add_bos_token", model == "llama" or pre in WHOLE_WORDS):
-            tokenizer.prefix_ids = [special.ids[special.bos]]
-        tokenizer.chat_template = self.metadata.get("tokenizer.chat_template")
-        return tokenizer
-
-    def _byte_level(self, tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> BPETokenizer:
-        vocab: dict[bytes, int] = {}
-        added: dict[str, int] = {}
-        plain: set[str] = set()
-        for index, (token, kind) in enumerate(zip(tokens, kinds)):
-            if kind in (CONTROL, USER) or not CHAR_TO_BYTE.keys() >= set(token):
-                added[token] = index
-                plain |= {token} if kind == USER else set()
-            elif kind != UNUSED:
-                vocab[to_bytes(token)] = index
-        special = SpecialTokens(added)
-        special.plain = frozenset(plain)
-        pairs = [tuple(map(to_bytes, merge.split(" ", 1))) for merge in merges]
-        if any(len(pair) != 2 for pair in pairs):
-            raise InputError(f"{self.path}: a merge in tokenizer.ggml.merges is not two tokens with a space between")
-        return BPETokenizer(vocab, pairs, special, SPLITTERS[pre], whole_words=pre in WHOLE_WORDS)
-
-    def _list(self, words: dict[str, Any], name: str) -> list:
-        found = words.get(name, [])
-        kind = {"token_type": int, "scores": float}.get(name, str)
-        if not isinstance(found, list) or (found and type(found[0]) is not kind):
-            raise InputError(f"{self.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}")
-        return found
+        return read_vocabulary(self.metadata, self.path)
 
 
 class GGUFWeights(Weights):

@@ -26,7 +26,7 @@ from ..model import Transformer
 from ..parallel.tensor_parallel import shard, shard_spec, shard_weights
 from .adapters import CONFIG, Adapter, is_adapter
 from .families import from_hf_config, kind_of, weight_map
-from .gguf_reader import GGUFFile, GGUFWeights, is_gguf
+from .gguf_reader import GGUFWeights, is_gguf, open_gguf
 from .model_info import base_of, kind_in, load_config, quantization_of, read_config, read_tokenizer
 from .model_source import resolve_model
 from .packed_weight import PackedExperts, PackedWeight, install, packed_weights, share_of
@@ -121,7 +121,7 @@ def read_weights(
     directory = base
     experts = experts and torch.device(device).type == "cpu"
     if is_gguf(directory):
-        file = GGUFFile(directory)
+        file = open_gguf(directory)
         config, kind = file.config(), file.config_values()["model_type"]
         opened = nullcontext(GGUFWeights(file, config))
     else:

@@ -12,7 +12,7 @@ from ..config import ModelConfig
 from ..errors import InputError
 from .adapters import AdapterConfig, is_adapter
 from .families import from_hf_config, kind_of
-from .gguf_reader import GGUFFile, is_gguf
+from .gguf_reader import is_gguf, open_gguf
 from .model_source import resolve_model
 from .packed_weight import layouts_from
 from .weights import read_json
@@ -24,7 +24,7 @@ def stored_as(directory: str | os.PathLike) -> str:
     """Number formats of the weights of a model directory or GGUF file, as it holds them."""
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     if is_gguf(directory):
-        return ", ".join(f"{size / 1e6:,.1f} MB of {kind}" for kind, size in GGUFFile(directory).sizes().most_common())
+        return ", ".join(f"{size / 1e6:,.1f} MB of {kind}" for kind, size in open_gguf(directory).sizes().most_common())
     values = read_config(directory)
     quantization = quantization_of(values)
     method = quantization.get("quant_method")
@@ -43,7 +43,7 @@ def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> No
     """Rounding twice adds up: what is packed already is no source for 4 bits, and ours needs no other scheme."""
     if is_gguf(directory):
         if bits == 4:
-            GGUFFile(directory).refuse_repacking(scheme)
+            open_gguf(directory).refuse_repacking(scheme)
         return
     quantization = quantization_of(read_config(directory))
     method = quantization.get("quant_method")
@@ -58,7 +58,7 @@ def read_tokenizer(directory: str | os.PathLike) -> Any:
     """The tokenizer of a model directory, or None where there is no file of one."""
     directory = resolve_model(directory, weights=False)
     if is_gguf(directory):
-        file = GGUFFile(directory)
+        file = open_gguf(directory)
         tokenizer = file.tokenizer()
         check_vocabulary(tokenizer, file.config(), str(directory))
         return tokenizer
@@ -75,7 +75,7 @@ def open_tokenizer(name: str | os.PathLike) -> Any:
     path = resolve_model(name, weights=False)
     if not is_gguf(path):
         return load_tokenizer(path)
-    tokenizer = GGUFFile(path).tokenizer()
+    tokenizer = open_gguf(path).tokenizer()
     if tokenizer is None:
         raise InputError(f"{path} has no tokenizer")
     return tokenizer
@@ -95,7 +95,7 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
     """The architecture of a model directory or GGUF file, without its weights; an adapter's is that of its base."""
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     if is_gguf(directory):
-        return GGUFFile(directory).config()
+        return open_gguf(directory).config()
     return from_hf_config(read_config(directory))
 
 
@@ -117,7 +117,7 @@ def base_of(directory: Path, weights: bool = True) -> Path:
 def kind_in(directory: str | os.PathLike) -> str:
     """Which published architecture the tensors of a model directory or GGUF file are named by."""
     directory = base_of(resolve_model(directory, weights=False), weights=False)
-    return GGUFFile(directory).config_values()["model_type"] if is_gguf(directory) else kind_of(read_config(directory))
+    return open_gguf(directory).config_values()["model_type"] if is_gguf(directory) else kind_of(read_config(directory))
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:

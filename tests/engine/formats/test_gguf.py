@@ -6,7 +6,8 @@ import torch
 
 from warploom.engine.cli import main
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.gguf import SPLITTERS, save_gguf
+from warploom.engine.formats.gguf import save_gguf
+from warploom.engine.formats.gguf_vocabulary import PRETOKENIZERS
 from warploom.engine.formats.model_info import read_tokenizer
 from warploom.engine.formats.model_writer import save_model
 from warploom.engine.model import Transformer
@@ -65,7 +66,7 @@ def test_transformers_reads_gguf_same_logits(name, tmp_path):
 
 
 def test_llama_cpp_splits_text_alike(tmp_path):
-    for pattern in SPLITTERS:
+    for pattern in PRETOKENIZERS:
         tokenizer = BPETokenizer.train([SENTENCE], 280, pattern=pattern, special_tokens=("<|endoftext|>",))
         save_gguf(build(), tmp_path / "m.gguf", tokenizer)
         assert LlamaCpp(tmp_path / "m.gguf").tokenize(SENTENCE) == tokenizer.encode(SENTENCE)
