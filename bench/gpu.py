@@ -43,6 +43,8 @@ ROOT = environment.ROOT
 DTYPES = ("bfloat16", "float32", "float16")
 CASES = 8
 """Cases of an op that one process checks: compiling them takes most of its time."""
+CHECK_SECONDS = 90
+"""A check that takes longer hangs. The plan waits for the last of them, so more would cost its last parts."""
 TESTS = (
     "test_gpu.py", "test_batch_invariance.py", "test_attention_and_experts.py", "test_model.py", "test_in_pytorch.py",
 )  # fmt: skip
@@ -261,7 +263,7 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
     saving = threading.Lock()
 
     def check(name: str) -> tuple[str, str]:
-        printed, ended = session.run(check_command(name), 120, {"OMP_NUM_THREADS": "1"})
+        printed, ended = session.run(check_command(name), CHECK_SECONDS, {"OMP_NUM_THREADS": "1"})
         if not ended:
             with saving:
                 right.add(name)

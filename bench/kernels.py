@@ -9,7 +9,6 @@ Without a GPU nothing is timed. What can be known is printed: registers, spills 
 three architectures, from a compiler that needs no device.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -184,10 +183,10 @@ def _contestants(op: Op, args: list, options: dict, pass_: str) -> peers.Contest
 
         return call
 
-    eager = op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else op.reference
-    calls = {"ours": on("triton"), "torch eager": eager}
-    if op.name in POINTWISE and "WARPLOOM_PEERS" not in os.environ:  # ten seconds of compiling each
-        calls["torch.compile"] = torch.compile(eager)
+    eager = (op.eager if op.name in EAGER_IS_ORACLE_AT_SIZE else None) or op.reference
+    calls: peers.Contestants = {"ours": on("triton"), "torch eager": eager}
+    if op.name in POINTWISE:
+        calls["torch.compile"] = peers.compiled(eager)
     if op.name == "attention":
         calls["ours, portable"] = _portable(on("triton"))
     for kernel, tile in LARGER_TILES.get(op.name, ()) if pass_ == "both" and _hopper(args) else ():

@@ -65,6 +65,15 @@ def build(
     return contestants
 
 
+def compiled(call: Callable[..., object]) -> Callable[..., object] | Missing:
+    """`torch.compile(call)`; where time is short nothing is compiled, for that takes ten seconds a shape."""
+    if "WARPLOOM_PEERS" in os.environ:
+        return Missing("nothing is compiled where WARPLOOM_PEERS is set")
+    import torch
+
+    return torch.compile(call)
+
+
 def _build(peer: ModuleType, name: str, task: str, args: tuple, options: dict) -> Contestants:
     absent = [need for need in getattr(peer, "NEEDS", ()) if not _installed(need)]
     if absent:

@@ -42,6 +42,7 @@ def _grouped_experts(args, options):
 
     from ...kernels.moe import route
     from ...kernels.swiglu import swiglu_packed
+    from . import compiled
 
     def call(x, router_logits, w_gate_up, w_down, top_k, score="softmax", normalize=True, activation="silu"):
         weights, experts, aux = route(router_logits, top_k, score, normalize)
@@ -52,7 +53,7 @@ def _grouped_experts(args, options):
         y = y[order.argsort()].view(-1, top_k, y.shape[-1])
         return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
 
-    return {"torch._grouped_mm": call, "torch._grouped_mm compiled": torch.compile(call)}
+    return {"torch._grouped_mm": call, "torch._grouped_mm compiled": compiled(call)}
 
 
 def _fused_adamw(args, options):

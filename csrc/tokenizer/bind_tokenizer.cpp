@@ -242,10 +242,10 @@ py::array_t<uint64_t> split(py::handle text, const std::string& pattern) {
     std::vector<uint64_t> all;
     std::vector<uint32_t> ends(256 + kSplitMargin);
     Split state{utf8.view.data, 0, utf8.view.size, utf8.view.size};
-    SplitFunction next = split_function(pattern_of(pattern));
+    const Pattern by = pattern_of(pattern);
     while (true) {
         uint64_t base = state.position;
-        size_t count = next(state, ends.data(), 256);
+        size_t count = split_next(by, state, ends.data(), 256);
         if (count == 0) break;
         for (size_t i = 0; i < count; ++i) all.push_back(base + ends[i]);
     }

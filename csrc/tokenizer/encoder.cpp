@@ -312,14 +312,13 @@ void Encoder<Id>::encode_segment(const Segment& segment, Cache& cache, IdBuffer<
 // Splits a segment of UTF-8 and looks its pieces up.
 template <class Id>
 void Encoder<Id>::encode_text(const Segment& segment, Cache& cache, IdBuffer<Id>& ids) const {
-    SplitFunction split_next = split_function(pattern_);
     LookUp<Id> look_up = look_up_function<Id>();
     if (cache.ends.empty()) cache.ends.resize(kPiecesAtOnce + kSplitMargin);
     Split split{segment.text, segment.begin, segment.limit, segment.size};
     while (true) {
         const uint8_t* text = segment.text + split.position;
         size_t readable = segment.size - split.position;
-        size_t count = split_next(split, cache.ends.data(), kPiecesAtOnce);
+        size_t count = split_next(pattern_, split, cache.ends.data(), kPiecesAtOnce);
         if (count == 0) break;
         look_up(*this, text, readable, cache.ends.data(), count, cache, ids);
     }

@@ -23,7 +23,12 @@ std::atomic<const Kernels*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_acquire); }
 
-SplitFunction split_function(Pattern pattern) { return kernels().split[static_cast<int>(pattern)]; }
+size_t split_next(Pattern pattern, Split& split, uint32_t* ends, size_t capacity) {
+    const uint64_t before = split.position;
+    const size_t count = kernels().split[static_cast<int>(pattern)](split, ends, capacity);
+    if (split.position - before > 0xFFFFFFFF) throw std::length_error("a piece of text without a break has 4 GiB or more");
+    return count;
+}
 
 template <>
 LookUp<uint16_t> look_up_function<uint16_t>() {

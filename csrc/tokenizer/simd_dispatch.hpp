@@ -13,7 +13,7 @@ constexpr size_t kNoUtf8 = ~size_t{0};
 
 struct Kernels {
     const char* name;
-    SplitFunction split[kPatterns];
+    size_t (*split[kPatterns])(Split& split, uint32_t* ends, size_t capacity);
     LookUp<uint16_t> look_up16;
     LookUp<uint32_t> look_up32;
     void (*merge)(const Merges& merges, NewWords& words);

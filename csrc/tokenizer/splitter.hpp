@@ -24,10 +24,8 @@ constexpr size_t kSplitMargin = 128;  // `ends` needs this much room beyond `cap
 
 // Writes the ends of the next pieces, at least `capacity` of them if there are so many, relative to the position where
 // this call began, and moves the position behind them. Returns their number; 0 when all is split.
-// One call covers less than 4 GiB: a piece so long ends the program's claim to be sensible, and the text is refused.
-using SplitFunction = size_t (*)(Split& split, uint32_t* ends, size_t capacity);
-
-SplitFunction split_function(Pattern pattern);
+// One call covers less than 4 GiB: at a piece so long it throws std::length_error.
+size_t split_next(Pattern pattern, Split& split, uint32_t* ends, size_t capacity);
 
 // The instruction sets the block code was built for and this machine has, best first: "avx512", "avx2", "portable".
 const char* instruction_set();

@@ -119,7 +119,6 @@ void WordCounter::add(TextView text, const Specials* specials, const Checkpoint&
     std::atomic<size_t> next{0}, table{0};
     in_parallel(static_cast<unsigned>(std::min(tables_.size(), segments.size())), checkpoint, [&](const Checkpoint& pause) {
         WordCounts& counts = tables_[table++];
-        SplitFunction split_next = split_function(pattern_);
         std::vector<uint32_t> ends(kPiecesAtOnce + kSplitMargin);
         for (size_t i; (i = next++) < segments.size(); pause()) {
             const Segment& segment = segments[i];
@@ -127,7 +126,7 @@ void WordCounter::add(TextView text, const Specials* specials, const Checkpoint&
             while (true) {
                 const uint8_t* from = segment.text + split.position;
                 size_t readable = segment.size - split.position;
-                size_t count = split_next(split, ends.data(), kPiecesAtOnce);
+                size_t count = split_next(pattern_, split, ends.data(), kPiecesAtOnce);
                 if (count == 0) break;
                 counts.add(from, readable, ends.data(), count);
             }

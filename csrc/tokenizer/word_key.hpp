@@ -16,14 +16,21 @@ struct WordKey {
 
 constexpr size_t kKeyBytes = 15;
 
+// Odd numbers of this process alone: under known ones a text can be written whose words all have one hash, and a table
+// of them takes quadratic time.
+struct HashSecrets {
+    uint64_t low, high;
+};
+extern const HashSecrets hash_secrets;
+
 inline uint64_t mix(uint64_t a, uint64_t b) {
     __extension__ using Wide = unsigned __int128;
-    Wide product = static_cast<Wide>(a ^ 0x9E3779B97F4A7C15ull) * (b ^ 0xD6E8FEB86659FD93ull);
+    Wide product = static_cast<Wide>(a ^ hash_secrets.low) * (b ^ hash_secrets.high);
     return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
 // The upper bits are the good ones.
-inline uint64_t hash_key(WordKey key) { return key.low * 0x9E3779B97F4A7C15ull + key.high * 0xD6E8FEB86659FD93ull; }
+inline uint64_t hash_key(WordKey key) { return key.low * hash_secrets.low + key.high * hash_secrets.high; }
 
 // Which bits of 16 loaded bytes belong to a word of each length, and the length where it stands in the key.
 typedef uint64_t Bits128 __attribute__((vector_size(16)));

@@ -29,6 +29,13 @@ def package(tmp_path, monkeypatch):
     return "fakepeers"
 
 
+def test_nothing_compiled_where_peers_are_named(monkeypatch):
+    monkeypatch.setenv("WARPLOOM_PEERS", "torch_ops")
+    assert isinstance(peers.compiled(abs), peers.Missing)
+    monkeypatch.delenv("WARPLOOM_PEERS")
+    assert peers.compiled(abs) is not abs and callable(peers.compiled(abs))
+
+
 def test_every_module_that_knows_the_task_takes_part(package):
     built = peers.build("race", 7, package=package, fast=True)
     assert set(built) == {"works", "works too", "absent", "broken", "declines", "torn"}

@@ -1,5 +1,7 @@
 """Counts what a serving step of Qwen3-0.6B launches, on meta tensors. One JSON line: step → [Triton kernels, others].
 
+"graph" is what a decoding step's graph holds, from the tokens before to those drawn.
+
 Others are PyTorch's operators that compute; views and empty tensors launch nothing."""
 
 import json
@@ -9,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from warploom.engine.config import ModelConfig
 from warploom.engine.model import Transformer
+from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 from warploom.engine.serving.execution.kv_cache import KernelAttention, PagedKVCache
+from warploom.engine.serving.execution.sampler import RowSettings
+from warploom.engine.serving.execution.serving_model import Head
 from warploom.kernels import backend
 from warploom.kernels.tools.compile_offline import compiling_for
 
@@ -29,6 +34,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator._schema.name
         free = operator.is_view or "empty" in name or name in ("aten::_unsafe_view", "aten::result_type")
+        free = free and (name != "aten::to" or args[0].dtype in args[1:])
         if name.startswith("aten::") and not free:
             self.seen.append(name)
         return operator(*args, **(kwargs or {}))
@@ -49,10 +55,27 @@ def step_launches(model, store, counts):
     return len(kernels), others.seen
 
 
+def graph_launches(model, store, batch=4):
+    """Of one recording: all else that a step sends to the device is a copy there and a copy back."""
+    found = []
+
+    def record(run):
+        with backend("triton"), compiling_for(90) as kernels, Operators() as others:
+            run()
+        found.append((len(kernels), others.seen))
+
+    head = Head(model, batch_invariant_linear(model.embedding.weight, None, "head"))
+    settings = RowSettings(batch + 1, torch.device("meta"))
+    tokens = torch.empty(batch + 1, PAGE * PAGES + 1, dtype=torch.int32, device="meta")
+    DecodeGraphs(model, store, tokens, PAGES, record, lambda x, *where: settings.draw(head(x), *where))
+    return found[0]
+
+
 if __name__ == "__main__":
     config = ModelConfig.preset("qwen3-0.6b")
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16).eval()
         twin = fused_model(model, batch_invariant_linear)
         store = PagedKVCache(config, PAGES, PAGE, torch.bfloat16, torch.device("meta"))
-    print(json.dumps({name: step_launches(twin, store, counts) for name, counts in STEPS.items()}))
+    counted = {name: step_launches(twin, store, counts) for name, counts in STEPS.items()}
+    print(json.dumps(counted | {"graph": graph_launches(twin, store)}))

@@ -1,10 +1,14 @@
 """The tokenizer extension by itself, fed with what no caller of ours gives it: errors, never a crash."""
 
 import contextlib
+import os
+import random
 import resource
+import string
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +28,41 @@ def bpe(bytes_=BYTES, left=(), right=(), merged=()):
 def test_bpe_of_unequal_lists_raises(lists):
     with pytest.raises(ValueError):
         bpe(**lists)
+
+
+def test_too_many_merges_are_refused():
+    """The rank of a merge has 22 bits in the table of pairs: ids came out wrong beyond."""
+    with pytest.raises(ValueError, match="merges are more than 4194304"):
+        bpe(left=[97] * (1 << 22), right=[98] * (1 << 22), merged=[256] * (1 << 22))
+
+
+def seconds(call, *args):
+    began = time.process_time()
+    call(*args)
+    return time.process_time() - began
+
+
+def test_words_of_one_old_hash_cost_no_more():
+    """Under the public constants that hashes once had, this prefix made every hash 0 (a factor of its product)."""
+    rng = random.Random(0)
+
+    def text(prefix):
+        letters = ("".join(rng.choices(string.ascii_lowercase, k=32 - len(prefix))) for _ in range(16_000))
+        return "\n".join(prefix + word for word in letters)
+
+    plain, hostile = text(""), text("qpaivytuewouvswvkvflablh")
+    tokenizer = BPETokenizer({bytes([i]): i for i in range(256)}, [], {})
+    for call in (tokenizer.encode_array, lambda x: extension.WordCounter("gpt4", 1).add(x, None)):
+        fair = min(seconds(call, plain) for _ in range(3))
+        assert min(seconds(call, hostile) for _ in range(3)) < 4 * fair  # 25 and 120 times before
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer fills what is zeroed")
+def test_piece_of_4_gib_is_refused():
+    """Its end is a number of 32 bits: a thousand ids came out."""
+    text = np.zeros((1 << 32) + 1000, np.uint8)  # one page of zeros, mapped everywhere
+    with pytest.raises(ValueError, match="4 GiB"):
+        bpe().encode_array(text, None, 1)
 
 
 def test_word_counter_without_threads_counts():

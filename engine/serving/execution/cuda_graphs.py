@@ -1,8 +1,9 @@
-"""CUDA graphs for decoding: a step's hundreds of small launches become one.
+"""CUDA graphs for decoding: a step's hundreds of small launches become one, from the tokens before to the tokens drawn.
 
 A graph replays the very launches it recorded, at the addresses it recorded. So all that a step needs from the host goes
 in one copy to a buffer that never moves, and batches are padded to a few shapes: a number of sequences, and pages for
-the longest of them, from which the grid of attention follows. Padding rows have no queries and write nowhere.
+the longest of them, from which the grid of attention follows. Padding rows have no queries and write to a row that
+nobody reads. Where logits are to be changed or described, the runner draws again, from the hidden states.
 
 All shapes are recorded at start-up, largest first, into one pool of memory that the smaller ones use again, and for
 which `graph_memory` keeps room beside the pages. Nothing here may take serving down: what cannot be recorded is warned
@@ -24,7 +25,9 @@ from torch import Tensor
 from ..scheduling.step import UNKNOWN
 from .kv_cache import AttentionMetadata, KernelAttention, PagedKVCache, cut, parcel_bytes
 
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+Run = Callable[[], tuple[Tensor, Tensor]]
+"""Gives a step's hidden states and the tokens drawn from them."""
+Record = Callable[[Run], Run]
 SHORTEST = 1024
 """Tokens of the smallest shape. Others double: at most half of the segments that attention looks for are not there."""
 NODE_BYTES = 8192
@@ -60,19 +63,29 @@ def graph_memory(config, max_batch: int, context: int, itemsize: int) -> int:
     experts = config.experts_per_token if config.n_experts else 1
     widest = max(2 * heads * config.head_size, 3 * experts * config.d_ff + experts * config.d_model)
     activations = 2 * rows * itemsize * (4 * config.d_model + widest)
+    logits = rows * config.vocab_size * itemsize * (4 if config.logit_softcap else 1)
     segments = rows * config.n_heads * -(-context // 256) * (config.head_size + 2) * 4
     graphs = len(shapes(max_batch, context, 1))
-    return activations + segments + graphs * NODE_BYTES * (16 + 16 * config.n_layers)
+    return activations + logits + segments + graphs * NODE_BYTES * (16 + 16 * config.n_layers)
 
 
 class DecodeGraphs:
-    """Runs the model for steps in which every sequence computes one token.
+    """Runs the model for steps in which every sequence computes one token and draws the next.
 
-    `tokens` is what the runner knows of each row's tokens, and one row more, where padding writes."""
+    `tokens` is what the runner knows of each row's tokens, and one row more, where padding writes. `draw` makes tokens
+    of hidden states, for these rows at these positions."""
 
-    def __init__(self, model, store: PagedKVCache, tokens: Tensor, most_pages: int, record: Record):
-        self.model, self.store, self.tokens = model, store, tokens
-        self.replays: dict[Shape, Callable[[], Tensor]] = {}
+    def __init__(
+        self,
+        model,
+        store: PagedKVCache,
+        tokens: Tensor,
+        most_pages: int,
+        record: Record,
+        draw: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ):
+        self.model, self.store, self.tokens, self.draw = model, store, tokens, draw
+        self.replays: dict[Shape, Run] = {}
         known = shapes(len(tokens) - 1, most_pages, store.page_size)
         largest = max(parcel_bytes(_inputs(shape)) for shape in known)
         self.buffer = torch.zeros(largest, dtype=torch.uint8, device=tokens.device)
@@ -95,14 +108,15 @@ class DecodeGraphs:
                 )
                 return
 
-    def __call__(self, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata) -> Tensor | None:
-        """The hidden states of one token of each sequence; None if no graph is large enough."""
+    def __call__(self, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata) -> tuple[Tensor, Tensor] | None:
+        """The hidden states of one token of each sequence, and the tokens drawn; None if no graph is large enough."""
         T, pages = layout.tables.shape
         shape = min((one for one in self.replays if one.size >= T and one.pages >= pages), default=None)
         if shape is None:
             return None
         self._send(shape, tokens, rows, layout)
-        return self.replays[shape]()[:T]
+        hidden_TC, drawn_T = self.replays[shape]()
+        return hidden_TC[:T], drawn_T[:T]
 
     def _send(self, shape: Shape, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata | None) -> None:
         """Put a step, or nothing but padding, where the graphs of this shape look for it."""
@@ -118,12 +132,16 @@ class DecodeGraphs:
                 there[tuple(slice(n) for n in here.shape)] = here
         self.buffer[:size].copy_(parcel, non_blocking=True)
 
-    def _run(self, shape: Shape) -> Tensor:
+    def _run(self, shape: Shape) -> tuple[Tensor, Tensor]:
         tokens, rows, positions, *step = cut(self.buffer, _inputs(shape))
         tokens = torch.where(tokens == UNKNOWN, self.tokens[rows, positions].long(), tokens)
         self.tokens[rows, positions] = tokens.int()
         attend = KernelAttention(self.store, positions, *step)
-        return self.model.hidden(tokens[None], positions[None], attend)[0]
+        hidden_TC = self.model.hidden(tokens[None], positions[None], attend)[0]
+        where = rows, positions + 1
+        drawn_T = self.draw(hidden_TC, *where)
+        self.tokens[where] = drawn_T.int()
+        return hidden_TC, drawn_T
 
 
 _PADDING = (0, "spare row", 0, -1, None, 0, 0, "end")
@@ -141,7 +159,7 @@ def record_cuda() -> Record:
     """Recorder of CUDA graphs: what one graph leaves of the pool's memory, the next one uses again."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(run: Run) -> Run:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):  # compile and choose kernels before anything is recorded
@@ -150,11 +168,11 @@ def record_cuda() -> Record:
         graph = torch.cuda.CUDAGraph()
         # By default any thread of the process that calls CUDA, a server's for instance, would end the recording.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            hidden = run()
+            results = run()
 
-        def replay() -> Tensor:
+        def replay() -> tuple[Tensor, Tensor]:
             graph.replay()
-            return hidden
+            return results
 
         return replay
 

@@ -75,7 +75,7 @@ class Runner:
         self.model, self.store, self.adapters = model, store, adapters
         self.head = head
         self.device = model.device
-        self.settings = RowSettings(max_batch, self.device)
+        self.settings = RowSettings(max_batch + 1, self.device)  # and of the row where graphs write their padding
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
         self.rows: dict[int, NewRow] = {}
@@ -91,7 +91,15 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         recordable = self.device.type == "cuda" and type(model) is Transformer and adapters is None
         if recordable and cuda_graphs.enabled():
-            self.graphs = DecodeGraphs(model, store, self.tokens, self.table.shape[1], cuda_graphs.record_cuda())
+            self.record_graphs(cuda_graphs.record_cuda())
+
+    def record_graphs(self, record: cuda_graphs.Record) -> None:
+        """Record steps in which every sequence computes one token and draws the next."""
+
+        def draw(hidden_RC: Tensor, rows_R: Tensor, positions_R: Tensor) -> Tensor:
+            return self.settings.draw(self.head(hidden_RC), rows_R, positions_R)
+
+        self.graphs = DecodeGraphs(self.model, self.store, self.tokens, self.table.shape[1], record, draw)
 
     def close(self) -> None:
         """Release: nothing outlives a runner."""
@@ -110,8 +118,7 @@ class Runner:
             self._admit(admission)
         for chunk in plan.chunks:
             self.table[chunk.row, chunk.first_page : chunk.first_page + len(chunk.pages)] = chunk.pages
-        hidden_TC = self._forward(plan.chunks)
-        return self._sample(plan, hidden_TC)
+        return self._sample(plan, *self._forward(plan.chunks))
 
     @torch.inference_mode()
     def collect(self, flight: InFlightStep) -> StepResult:
@@ -143,8 +150,8 @@ class Runner:
         (tokens,) = self._to_device(np.array(admission.tokens, dtype=np.int32))
         self.tokens[row, : len(tokens)] = tokens
 
-    def _forward(self, chunks: tuple[Chunk, ...]) -> Tensor:
-        """The hidden states of all chunks' tokens, end to end."""
+    def _forward(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, Tensor | None]:
+        """The hidden states of all chunks' tokens, end to end; and if a graph drew the next ones, these."""
         counts = [len(chunk.tokens) for chunk in chunks]
         T, rows = sum(counts), np.array([chunk.row for chunk in chunks])
         padded = max(T, self.least_tokens)
@@ -152,10 +159,10 @@ class Runner:
         tokens[:T] = [token for chunk in chunks for token in chunk.tokens]
         positions[:T] = np.concatenate([np.arange(c.start, c.start + n) for c, n in zip(chunks, counts)])
         layout = self.store.layout(self.table, rows, positions, np.array(counts, dtype=np.int32))
-        if self.graphs is not None and padded == len(chunks):
-            hidden_TC = self.graphs(tokens, rows, layout)
-            if hidden_TC is not None:
-                return hidden_TC
+        if self.graphs is not None and padded == sum(chunk.sampled for chunk in chunks) == len(chunks):
+            replayed = self.graphs(tokens, rows, layout)
+            if replayed is not None:
+                return replayed
         tokens_T, row_T, *step = self._to_device(tokens, np.repeat(rows, counts), *layout.arrays())
         where = row_T, step[0][:T]
         if UNKNOWN in tokens[:T]:
@@ -163,9 +170,9 @@ class Runner:
         self._record_tokens(*where, tokens_T[:T])
         if self.adapters is not None:
             self.adapters.begin_step([self.rows[row].adapter for row in rows], counts, self.device)
-        return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0]
+        return self.model.hidden(tokens_T[None], step[0][None], self.store.attend(layout, step))[0], None
 
-    def _sample(self, plan: StepPlan, hidden_TC: Tensor) -> InFlightStep:
+    def _sample(self, plan: StepPlan, hidden_TC: Tensor, drawn_R: Tensor | None) -> InFlightStep:
         ends = list(accumulate(len(chunk.tokens) for chunk in plan.chunks))
         edges = accumulate((chunk.sampled for chunk in plan.chunks), initial=0)
         spans = [range(a, b) for a, b in pairwise(edges)]
@@ -176,6 +183,9 @@ class Runner:
         if not places:
             return flight
         rows = [chunk.row for chunk, _, _ in places]
+        if drawn_R is not None and not self._changed(rows) and not self._described(flight):
+            flight.sampled = to_host(drawn_R)
+            return flight
         positions = np.array([chunk.start + len(chunk.tokens) + 1 + i for chunk, _, i in places])
         index_R, positions_R = self._to_device(np.array(rows), positions)
         logits_RV = self._logits(hidden_TC, np.array([end + i for _, end, i in places]))
@@ -199,12 +209,22 @@ class Runner:
             hidden_RC = hidden_TC[self._to_device(padded)[0]]
         return self.head(hidden_RC)[: len(places)].float()
 
-    def _apply_logits_processors(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
-        """The logits after grammar, bias and penalties, for the rows that ask for them."""
-        changed = [
+    def _changed(self, rows: list[int]) -> list[int]:
+        """Places of the rows whose logits are to be changed."""
+        return [
             r for r, row in enumerate(rows) if self.settings.params[row].penalized
             or row in self.settings.bias or _binds(self.rows[row].grammar)
         ]  # fmt: skip
+
+    def _described(self, flight: InFlightStep) -> list[int]:
+        """Chunks whose log-probabilities are asked for."""
+        chunks = zip(flight.plan.chunks, flight.spans)
+        asked = (bool(span) and self.settings.params[chunk.row].logprobs is not None for chunk, span in chunks)
+        return [i for i, one in enumerate(asked) if one]
+
+    def _apply_logits_processors(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
+        """The logits after grammar, bias and penalties, for the rows that ask for them."""
+        changed = self._changed(rows)
         if not changed:
             return logits_RV
         logits_RV = logits_RV.clone()
@@ -225,10 +245,10 @@ class Runner:
 
     def _describe(self, flight: InFlightStep, logits_RV: Tensor, sampled_R: Tensor) -> None:
         """Log-probabilities of the sampled tokens, in one pass over the rows of all chunks that ask for them."""
-        tops = [self.settings.params[chunk.row].logprobs for chunk in flight.plan.chunks]
-        asked = [i for i, (span, top) in enumerate(zip(flight.spans, tops)) if span and top is not None]
+        asked = self._described(flight)
         if not asked:
             return
+        tops = {i: self.settings.params[flight.plan.chunks[i].row].logprobs or 0 for i in asked}
         if len(asked) < sum(map(bool, flight.spans)):
             (places,) = self._to_device(np.concatenate([flight.spans[i] for i in asked]))
             logits_RV, sampled_R = logits_RV[places], sampled_R[places]

@@ -47,11 +47,17 @@ class RowSettings:
 
     def choose(self, logits_RV: Tensor, rows: list[int], index_R: Tensor, positions_R: Tensor) -> Tensor:
         """One token for each row of logits; `positions_R` are where the tokens will stand."""
-        if HAS_NATIVE and self.device.type == "cpu":
-            return _sample_native(logits_RV, index_R, *self.numbers.values(), self.seeds, positions_R)
-        if all(self.params[row].greedy for row in rows):
+        native = HAS_NATIVE and self.device.type == "cpu"
+        if not native and all(self.params[row].greedy for row in rows):
             return logits_RV.masked_fill(logits_RV.isnan(), -torch.inf).argmax(-1)  # the rule of `kernels.sample`
-        return kernels.sample(logits_RV, *self.numbers.values(), self.seeds, positions_R, index_R)
+        return self.draw(logits_RV, index_R, positions_R)
+
+    def draw(self, logits_RV: Tensor, index_R: Tensor, positions_R: Tensor) -> Tensor:
+        """The same in one launch that needs no word from the host, so that a CUDA graph can hold it."""
+        settings = *self.numbers.values(), self.seeds, positions_R
+        if HAS_NATIVE and self.device.type == "cpu":
+            return _sample_native(logits_RV, index_R, *settings)
+        return kernels.sample(logits_RV, *settings, index_R)
 
 
 def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Tensor:

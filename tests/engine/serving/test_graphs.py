@@ -30,7 +30,7 @@ class Recorder:
 
         def replay():
             self.replayed += 1
-            return result.copy_(run())
+            return tuple(kept.copy_(new) for kept, new in zip(result, run()))
 
         return replay
 
@@ -44,7 +44,7 @@ def graphed(model, recorder, max_batch=5):
     llm = LLM(model, max_batch=max_batch)
     runner = llm.engine.runner
     runner.model, runner.store.layers, runner.least_tokens = fused_model(model, batch_invariant_linear), None, 1
-    runner.graphs = DecodeGraphs(runner.model, runner.store, runner.tokens, runner.table.shape[1], recorder)
+    runner.record_graphs(recorder)
     return llm
 
 
@@ -55,6 +55,20 @@ def test_graphs_replayed_same_tokens(tiny_model, shape):
     assert recorder.recorded == len(llm.engine.runner.graphs.replays) == 4, "1, 2, 4 and 5 sequences, at start-up"
     assert tokens_of(llm) == tokens_of(LLM(model))
     assert recorder.replayed > 0 and recorder.recorded == 4
+
+
+def test_graphs_draw_what_steps_without_draw(model):
+    """Also where the logits are changed or described, for which the runner draws once more."""
+    kinds = [
+        {"temperature": 0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}, {"temperature": 1.0, "logprobs": 2},
+        {"frequency_penalty": 0.7}, {"logit_bias": {5: 4.0}}, {"prompt_logprobs": 1},
+    ]  # fmt: skip
+    params = [SamplingParams(max_tokens=9, ignore_eos=True, seed=i, **kind) for i, kind in enumerate(kinds)]
+    recorder = Recorder()
+    for some in (slice(0, 2), slice(0, 6)):
+        found, expected = (one.generate(PROMPTS[some], params[some]) for one in (graphed(model, recorder), LLM(model)))
+        assert [x.token_ids for x in found] == [x.token_ids for x in expected]
+    assert recorder.replayed > 0 and [len(x.logprobs or ()) for x in found] == [0, 0, 9, 0, 0, 0]
 
 
 @pytest.mark.parametrize("fails_at", [1, 3])
@@ -92,15 +106,16 @@ def test_graphs_smallest_that_fits_replays(model):
     runner = llm.engine.runner
 
     def record(run):
-        return lambda: used.append(run.args[0]) or torch.zeros(run.args[0].size, model.config.d_model)
+        shape = run.args[0]
+        return lambda: used.append(shape) or (torch.zeros(shape.size, 8), torch.zeros(shape.size))
 
-    decode = DecodeGraphs(fused_model(model, None), runner.store, runner.tokens, 300, record)
+    decode = DecodeGraphs(fused_model(model, None), runner.store, runner.tokens, 300, record, draw=None)
     one = np.ones(3, dtype=np.int64)
     for pages in (1, 64, 65, 300):
         table = np.zeros((8, pages), dtype=np.int32)
         positions = np.full(3, 16 * pages - 1)
         layout = runner.store.layout(table, np.arange(3), positions, np.ones(3, dtype=np.int32))
-        assert decode(one, np.arange(3), layout).shape[0] == 3
+        assert [len(x) for x in decode(one, np.arange(3), layout)] == [3, 3]
     assert used == [Shape(4, 64), Shape(4, 64), Shape(4, 128), Shape(4, 300)]
     too_long = runner.store.layout(np.zeros((8, 301), np.int32), np.arange(3), np.full(3, 4810), np.ones(3, np.int32))
     assert decode(one, np.arange(3), too_long) is None

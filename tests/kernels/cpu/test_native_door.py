@@ -148,15 +148,22 @@ def test_passes_without_openmp_leave_threads_to_torch(monkeypatch):
 
 
 FORK = """
-import os, signal, time, torch
+import os, signal, threading, time, torch
 from warploom import _native
 from warploom.kernels import rms_norm
 torch.set_num_threads(2)
 _native.set_threads(3)
 matrix = _native.Matrix("float32", torch.randn(2048, 512), None)
 x, y, rows = torch.randn(4, 512), torch.empty(4, 2048), torch.randn(512, 256)
-for i in range(40):
-    matrix.multiply(x, y), rms_norm(rows, rows[0])
+def work():
+    z = torch.empty(4, 2048)
+    while True:
+        matrix.multiply(x, z)
+matrix.multiply(x, y)
+for i in range(60):
+    if i == 30:  # from here on a fork may come in the middle of a call
+        threading.Thread(target=work, daemon=True).start()
+    matrix.multiply(x, torch.empty(4, 2048)), rms_norm(rows, rows[0])
     time.sleep(0.002 * (i % 3 == 0))
     child = os.fork()
     if child == 0:
@@ -167,6 +174,7 @@ for i in range(40):
         matrix.multiply(x, z), rms_norm(rows, rows[0])
         os._exit(0 if torch.equal(y, z) else 1)
     assert os.waitpid(child, 0)[1] == 0, f"child {i} hung or was wrong"
+os._exit(0)
 """
 
 

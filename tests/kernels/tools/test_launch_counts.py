@@ -34,6 +34,14 @@ def test_step_launches_six_kernels_a_layer(steps, step):
     assert kernels + len(others) < 200
 
 
+def test_graph_holds_head_draw_and_tokens(steps):
+    """A decoding step is one copy to the device, one graph of fewer than 200 launches, and one copy back."""
+    kernels, others = steps["graph"]
+    assert kernels == steps["decode"][0] + 2, "the head's product, and the draw, which looks its settings up"
+    assert len(others) - len(steps["decode"][1]) <= 10, "tokens looked up and written down"
+    assert kernels + len(others) < 200
+
+
 @pytest.mark.parametrize("step", ["decode", "mixed"])
 def test_step_metadata_made_once_not_a_layer(steps, step):
     """The counters of attention and products, the embedding and the first residual; and, for a decode, counters of the

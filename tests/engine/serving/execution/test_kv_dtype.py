@@ -8,7 +8,6 @@ import torch
 
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution import int8_pages
-from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs
 from warploom.engine.serving.execution.gpu_model import fused_model
 from warploom.engine.serving.execution.kv_cache import (
     HAS_NATIVE,
@@ -165,7 +164,7 @@ def test_fp8_pages_serve_by_kernels(tiny_model, quantize):
     if quantize is None:
         runner = llms[-1].engine.runner
         runner.model, runner.least_tokens = fused_model(model, None), 1
-        runner.graphs = DecodeGraphs(runner.model, runner.store, runner.tokens, runner.table.shape[1], lambda run: run)
+        runner.record_graphs(lambda run: run)
         assert [output.token_ids for output in llms[-1].generate(prompts, params)] == expected
         assert runner.graphs.replays
 
