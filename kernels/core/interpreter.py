@@ -1,14 +1,16 @@
 """Corrections to Triton's interpreter, which runs kernels on CPU tensors for tests.
 
 It keeps bfloat16 as raw 16-bit integers. Its matrix product multiplies those integers, and its casts from float32 cut
-bits off where a GPU rounds to the nearest even. And its float32 products depend on the order of the operands, as the
-host's BLAS blocks them: (A·B)ᵀ and Bᵀ·Aᵀ differ, which on a GPU they do not. Here all three do what the hardware does.
+bits off where a GPU rounds to the nearest even, and of float8 it drops a carry. And its float32 products depend on the
+order of the operands, as the host's BLAS blocks them: (A·B)ᵀ and Bᵀ·Aᵀ differ, which on a GPU they do not. Here all do
+what the hardware does.
 Its loop bounds are arrays of one number, which Triton 3.6 hands to NumPy as a number; since 2.5 NumPy refuses that.
 
 And where it would follow any pointer, here an address outside the kernel's arguments is an error that names the kernel.
 """
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -22,6 +24,9 @@ def _narrow(values):
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 class Arena:
@@ -104,6 +109,14 @@ def correct() -> None:
             return cast_impl(self, cast(self, source, tl.float32), tl.bfloat16)
         return cast(self, source, target)
 
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, source, target, rounding):
+        if source.dtype.scalar != tl.float32 or target.scalar not in FLOAT8:
+            return convert(self, source, target, rounding)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(FLOAT8[target.scalar])
+        return TensorHandle(values.view(torch.uint8).numpy(), target.scalar)
+
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     _watch_addresses()
     patch_tensor = interpreter._patch_lang_tensor
@@ -113,5 +126,6 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_index
-    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"):
-        setattr(InterpreterBuilder, name, cast_impl)
+    names = "create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"
+    for name, function in {"create_fp_to_fp": create_fp_to_fp, **dict.fromkeys(names, cast_impl)}.items():
+        setattr(InterpreterBuilder, name, function)
