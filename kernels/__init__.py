@@ -5,6 +5,7 @@ from .attention import attention
 from .basics import scaled_dot_product_attention, silu, softmax
 from .core.op import Budget, Case, Maker, Op, backend, ops
 from .cross_entropy import cross_entropy
+from .hadamard import hadamard
 from .head_linear import head_linear
 from .latent_attention import latent_attention
 from .linear import linear
@@ -33,6 +34,7 @@ __all__ = [
     "attention",
     "backend",
     "cross_entropy",
+    "hadamard",
     "head_linear",
     "latent_attention",
     "linear",

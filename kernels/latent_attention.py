@@ -14,9 +14,10 @@ T tokens, N sequences, H query heads, L latent width, R rotated columns, P pages
 import torch
 from torch.nn.functional import pad
 
+from .core.lang import wide
 from .core.op import Budget, Case, Op
 from .gpu.paged_attention import latent_attention_fused
-from .paged_attention import paged_attention
+from .paged_attention import filled_pages, paged_attention
 
 
 def _latent_attention(
@@ -31,13 +32,21 @@ def _latent_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of q_latent (T, H, L) and q_turned (T, H, R) over pages of `latents` (P, page, 1, L) and
     `turned` keys (P, page, 1, R): the weighted means (T, H, L) of latents.
 
-    The rest is as in `paged_attention`; `arrivals` are at least N·H zeros."""
+    The rest is as in `paged_attention`; `arrivals` are at least N·H zeros. With `k_scales` of latents and `v_scales` of
+    turned keys the means are of latents as the pages hold them: rotated."""
+    if k_scales is not None and v_scales is not None:
+        latents, turned = (
+            (pages.to(wide(scales)) * scales.transpose(1, 2)[..., None]).to(wide(q_latent))
+            for pages, scales in ((latents, k_scales), (turned, v_scales))
+        )
     q, k_pages = torch.cat([q_latent, q_turned], -1), torch.cat([latents, turned], -1)
     v_pages = pad(latents, (0, turned.shape[-1]))
     options = {"window": window, "softcap": softcap, "scale": scale}
@@ -45,15 +54,15 @@ def _latent_attention(
     return o[..., : latents.shape[-1]]
 
 
-def _batch(m, contexts, queries, H, L, R, page, padding=0):
+def _batch(m, contexts, queries, H, L, R, page, padding=0, dtype=None):
     """Sequences with these lengths, in pages handed out back to front."""
     per_sequence = max(-(-c // page) for c in contexts)
     total = per_sequence * len(contexts) + 1
     table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)
     lengths = (torch.tensor(x, dtype=torch.int32).to(m.device) for x in (contexts, queries))
     q = (m.normal(sum(queries) + padding, H, D, grad=False) for D in (L, R))
-    pages = (m.normal(total, page, 1, D, grad=False) for D in (L, R))
-    return *q, *pages, table, *lengths, {"scale": (L + R) ** -0.5}
+    pages, scales = filled_pages(m, total, page, 1, (L, R), dtype)
+    return *q, *pages, table, *lengths, {"scale": (L + R) ** -0.5, **scales}
 
 
 latent_attention = Op(
@@ -65,8 +74,14 @@ latent_attention = Op(
         Case("prefill", lambda m: _batch(m, [5, 19], [5, 19], 4, 32, 8, 16)),
         Case("chunks and decode", lambda m: _batch(m, [33, 7, 20], [1, 7, 6], 20, 40, 8, 16, 3)),
         Case("segments", lambda m: _batch(m, [600, 257], [1, 1], 2, 16, 16, 64)),
+        Case("int8 pages", lambda m: _batch(m, [600, 20], [1, 6], 20, 32, 8, 16, 2, torch.int8)),
         Case("window, cap", lambda m: _batch(m, [30, 12], [2, 12], 32, 16, 4, 8), {"window": 6, "softcap": 4.0}),
         Case("32 decodes at 4096, 128 heads", lambda m: _batch(m, [4096] * 32, [1] * 32, 128, 512, 64, 16), bench=True),
+        Case(
+            "32 decodes at 4096, 128 heads, int8",
+            lambda m: _batch(m, [4096] * 32, [1] * 32, 128, 512, 64, 16, 0, torch.int8),
+            bench=True,
+        ),
     ],
     budget=Budget(),
     traffic=lambda q_latent, q_turned, latents, turned, *_, **__: (

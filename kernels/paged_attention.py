@@ -6,8 +6,8 @@ tokens (one when it decodes, a chunk when it prefills); they are the last of its
 whose keys and values are already written. Queries of all sequences lie end to end; rows past the last sequence are
 padding and get zeros.
 
-Pages may be narrower than what they hold: float8 pages store keys and values divided by one scale a key head (see
-`write_pages`), and both are multiplied back where they cost least, scores after the product and values after the sum.
+Pages may have 8 bits and a scale for each token and key head (see `write_pages`). Their keys are rotated, and so are
+the queries that they meet: as `qk_norm_rope_write` returns them, or `hadamard(q, back=True)`.
 
 T tokens of the batch, N sequences, H query heads, K key heads, D head dim, P pages of `page` tokens.
 """
@@ -32,19 +32,19 @@ def _paged_attention(
     softcap: float | None = None,
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of q (T, H, D) over pages (P, page, K, D) found through `page_table` (N, pages per sequence),
     with sinks (H,).
 
-    The cached keys and values are the pages' times `k_scale` and `v_scale` (K,), 1 if they are left out. Two tensors
-    that are the same for all layers of a step spare the fused twin their launches: `starts` (N + 1), the sums of
+    The cached keys and values are the pages' times `k_scales` and `v_scales` (P, K, page), if given. Two tensors that
+    are the same for all layers of a step spare the fused twin their launches: `starts` (N + 1), the sums of
     `query_lens` from zero on, and `arrivals` (at least N·K int32 zeros), which are zeros again afterwards."""
     options = {"window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
-    cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
+    cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scales, v_scales
     return _each_sequence(attention.reference, q, *cache, options)
 
 
@@ -60,17 +60,17 @@ def _paged_attention_eager(
     softcap=None,
     scale=None,
     sinks=None,
-    k_scale=None,
-    v_scale=None,
+    k_scales=None,
+    v_scales=None,
     starts=None,
     arrivals=None,
 ):
     options = {"window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
-    cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale
+    cache = k_pages, v_pages, page_table, context_lens, query_lens, k_scales, v_scales
     return _each_sequence(attention.eager, q, *cache, options)
 
 
-def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_lens, k_scale, v_scale, options):
+def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_lens, k_scales, v_scales, options):
     page = k_pages.shape[1]
     out_THD = torch.zeros_like(q)
     start = 0
@@ -79,8 +79,8 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
             continue
         pages = pages[: -(-context // page)].long()
         k, v = (
-            scaled_back(cache[pages].flatten(0, 1)[None, :context], scale, q.dtype)
-            for cache, scale in ((k_pages, k_scale), (v_pages, v_scale))
+            cached(cache[pages], None if scales is None else scales[pages], q.dtype)[None, :context]
+            for cache, scales in ((k_pages, k_scales), (v_pages, v_scales))
         )
         rows = slice(start, start + queries)
         out_THD[rows] = attend(q[None, rows], k, v, **options)[0]
@@ -88,22 +88,32 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
     return out_THD
 
 
-def scaled_back(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize what pages x (…, K, D) stand for, in a dtype."""
-    return x.to(dtype) if scale is None else (x.to(wide(scale)) * scale[:, None]).to(dtype)
+def cached(pages: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantize what pages (N, page, K, D) with scales (N, K, page) hold: (N · page, K, D) in a dtype."""
+    if scales is None:
+        return pages.to(dtype).flatten(0, 1)
+    return (pages.to(wide(scales)) * scales.transpose(1, 2)[..., None]).to(dtype).flatten(0, 1)
 
 
-def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None, scales=None):
+def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None):
     """Sequences with these lengths, in pages handed out back to front."""
     per_sequence = max(-(-c // page) for c in contexts)
     total = per_sequence * len(contexts) + 1
     table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)
-    pages = (m.normal(total, page, K, D, dtype=dtype, grad=False) for _ in range(2))
-    lengths = (torch.tensor(x, dtype=torch.int32).to(m.device) for x in (contexts, queries))
-    tensors = m.normal(sum(queries) + padding, H, D, grad=False), *pages, table, *lengths
-    if scales is None:
-        return tensors
-    return *tensors, {name: m.tensor(scale) for name, scale in zip(("k_scale", "v_scale"), scales)}
+    lengths = [torch.tensor(x, dtype=torch.int32).to(m.device) for x in (contexts, queries)]
+    q = m.normal(sum(queries) + padding, H, D, grad=False)
+    pages, scales = filled_pages(m, total, page, K, (D, D), dtype)
+    return q, *pages, table, *lengths, scales
+
+
+def filled_pages(m, total, page, K, widths, dtype=None):
+    """Pages of keys and values of a dtype, and their scales as options if it has 8 bits."""
+    if dtype is None or dtype.itemsize > 1:
+        return [m.normal(total, page, K, width, dtype=dtype, grad=False) for width in widths], {}
+    most = 127 if dtype == torch.int8 else 16
+    pages = [m.integers(-most, most, total, page, K, width, dtype=torch.int8).to(dtype) for width in widths]
+    scales = [m.normal(total, K, page, scale=0.3 / most, dtype=torch.float32, grad=False).abs() for _ in widths]
+    return pages, dict(zip(("k_scales", "v_scales"), scales))
 
 
 def _flops(q, k_pages, v_pages, page_table, *_, **__):
@@ -125,14 +135,13 @@ paged_attention = Op(
         Case("chunks and decode", lambda m: _batch(m, [33, 7, 20], [1, 7, 6], 4, 1, 64, 16, padding=3)),
         Case("three heads a key head", lambda m: _batch(m, [21, 3, 0], [9, 1, 0], 6, 2, 40, 8)),
         Case("segments", lambda m: _batch(m, [600, 257], [1, 1], 2, 1, 16, 64)),
-        Case(
-            "float8 pages",
-            lambda m: _batch(m, [33, 20], [1, 6], 4, 2, 32, 16, 0, torch.float8_e4m3fn, ([0.5, 0.3], [2.0, 0.7])),
-        ),
+        Case("int8 pages", lambda m: _batch(m, [33, 20], [1, 6], 4, 2, 32, 16, 0, torch.int8)),
+        Case("int8 pages, segments", lambda m: _batch(m, [600, 257], [1, 1], 2, 1, 16, 64, 0, torch.int8)),
+        Case("float8 pages", lambda m: _batch(m, [33, 20], [1, 6], 4, 2, 32, 16, 0, torch.float8_e4m3fn)),
         Case("window, cap", lambda m: _batch(m, [30, 12], [2, 12], 2, 2, 32, 8), {"window": 6, "softcap": 4.0}),
         Case(
             "sinks, segments",
-            lambda m: (*_batch(m, [600, 20, 9], [1, 6, 1], 6, 2, 32, 16, 2), {"sinks": m.normal(6, grad=False)}),
+            lambda m: (*_batch(m, [600, 20, 9], [1, 6, 1], 6, 2, 32, 16, 2)[:-1], {"sinks": m.normal(6, grad=False)}),
         ),
         Case(
             "32 decodes at 4096",
@@ -140,13 +149,18 @@ paged_attention = Op(
             bench=True,
         ),
         Case(
+            "32 decodes at 4096, int8",
+            lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16, 0, torch.int8),
+            bench=True,
+        ),
+        Case(
             "32 decodes at 4096, float8",
-            lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16, 0, torch.float8_e5m2, ([0.5] * 8, [2.0] * 8)),
+            lambda m: _batch(m, [4096] * 32, [1] * 32, 32, 8, 128, 16, 0, torch.float8_e5m2),
             bench=True,
         ),
         Case(
             "32 decodes at 4096, 64 and 8 heads of 64, sinks",
-            lambda m: (*_batch(m, [4096] * 32, [1] * 32, 64, 8, 64, 16), {"sinks": m.normal(64, grad=False)}),
+            lambda m: (*_batch(m, [4096] * 32, [1] * 32, 64, 8, 64, 16)[:-1], {"sinks": m.normal(64, grad=False)}),
             {"window": 128},
             bench=True,
         ),

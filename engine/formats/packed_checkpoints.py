@@ -10,7 +10,8 @@ side of a matrix lies in 32-bit words, and in what order (`-` is a nibble or byt
     bitsandbytes        8 bits: int8 with a scale a row. 4 bits: a code of sixteen numbers, dequantized
 
 A group of 128 is written out as two of 64. Without zero points the weights are the file's in every bit; -z · s is
-rounded to half precision. GPTQ's columns in order of activation (`desc_act`) have no groups side by side: dequantized.
+rounded to half precision. Columns in order of activation (`desc_act`, `actorder`) name their groups in `g_idx`, and
+have none side by side: dequantized.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .packed_weight import Layout, Segment
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "mlx")
+FORMATS = "pack-quantized", "int-quantized", "float-quantized"  # of compressed-tensors
 BNB_STATES = "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"
 
 
@@ -71,31 +73,46 @@ def _gptq(base, has, take, said) -> Segment | Tensor:
     bits = _number(said, "bits", (4, 8))
     codes_NC = _fields(take(f"{base}.qweight").T, bits).flatten(1)
     zeros_GN = _fields(take(f"{base}.qzeros"), bits).flatten(1)
-    zeros_GN = zeros_GN if said.get("checkpoint_format") == "gptq_v2" else zeros_GN + 1
-    scale_GN, columns = take(f"{base}.scales").float(), codes_NC.shape[1]
+    zeros_GN = zeros_GN if said.get("checkpoint_format") == "gptq_v2" else zeros_GN + 1 & (1 << bits) - 1
+    scale_NG = take(f"{base}.scales").float().T
     if has(f"{base}.g_idx"):
-        index = take(f"{base}.g_idx").long()
-        if len(index) != columns or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(scale_GN)):
-            raise InputError(f"{base}.g_idx does not name one of {len(scale_GN)} groups for each of {columns} columns")
-        if not torch.equal(index, torch.arange(columns) // (columns // len(scale_GN))):
-            return (codes_NC - zeros_GN.T[:, index]).float() * scale_GN.T[:, index]
-    return _segment(base, codes_NC, scale_GN.T, _minima(base, zeros_GN.T, scale_GN.T, bits), bits)
+        ordered = _ordered(f"{base}.g_idx", take, codes_NC, zeros_GN.T, scale_NG)
+        if ordered is not None:
+            return ordered
+    return _segment(base, codes_NC, scale_NG, _minima(base, zeros_GN.T, scale_NG, bits), bits)
 
 
-def _compressed(base, has, take, said) -> Segment:
+def _ordered(name: str, take, codes_NC: Tensor, zeros_NG: Tensor, scale_NG: Tensor) -> Tensor | None:
+    """Weights whose columns name their groups; None where these lie side by side."""
+    index, columns, groups = take(name).long(), codes_NC.shape[1], scale_NG.shape[1]
+    if len(index) != columns or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < groups):
+        raise InputError(f"{name} does not name one of {groups} groups for each of {columns} columns")
+    if torch.equal(index, torch.arange(columns) // (columns // groups)):
+        return None
+    return (codes_NC - zeros_NG[:, index]).float() * scale_NG[:, index]
+
+
+def _compressed(base, has, take, said) -> Segment | Tensor:
+    if said.get("format", "pack-quantized") not in ("pack-quantized", "mixed-precision"):
+        raise InputError(f"quantization_config: format {said['format']!r} is not read; {' and '.join(FORMATS)} are")
     groups = [group for group in (said.get("config_groups") or {}).values() if isinstance(group, Mapping)]
     bits = _number((groups[0].get("weights") or {}) if groups else {}, "num_bits", (4, 8))
     codes_NC = _fields(take(f"{base}.weight_packed"), bits).flatten(1)
-    scale_NG, minima_NG = take(f"{base}.weight_scale").float(), None
-    if has(f"{base}.weight_zero_point"):
-        zeros_NG = _fields(take(f"{base}.weight_zero_point").T, bits).flatten(1).T
-        minima_NG = _minima(base, zeros_NG, scale_NG, bits)
     if has(f"{base}.weight_shape"):
-        rows, columns = take(f"{base}.weight_shape").tolist()
-        if len(codes_NC) != rows or not 0 < columns <= codes_NC.shape[1]:
-            raise InputError(f"{base}.weight_shape is {rows} × {columns}, weight_packed holds {tuple(codes_NC.shape)}")
-        codes_NC = codes_NC[:, :columns]
-    return _segment(base, codes_NC, scale_NG, minima_NG, bits)
+        said_shape = take(f"{base}.weight_shape").tolist()
+        rows, columns = codes_NC.shape
+        if len(said_shape) != 2 or said_shape[0] != rows or said_shape[1] not in range(1, columns + 1):
+            raise InputError(f"{base}.weight_shape is {said_shape}, weight_packed holds {rows} × {columns}")
+        codes_NC = codes_NC[:, : said_shape[1]]
+    scale_NG = take(f"{base}.weight_scale").float()
+    zeros_NG = torch.full(scale_NG.shape, 1 << bits - 1)
+    if has(f"{base}.weight_zero_point"):  # whole words: those of the last rows are filled up
+        zeros_NG = _fields(take(f"{base}.weight_zero_point").T, bits).flatten(1).T[: len(scale_NG)]
+    if has(f"{base}.weight_g_idx"):
+        ordered = _ordered(f"{base}.weight_g_idx", take, codes_NC, zeros_NG, scale_NG)
+        if ordered is not None:
+            return ordered
+    return _segment(base, codes_NC, scale_NG, _minima(base, zeros_NG, scale_NG, bits), bits)
 
 
 def _mlx(base, take, said) -> Segment:
@@ -103,7 +120,8 @@ def _mlx(base, take, said) -> Segment:
     if said.get("mode", "affine") != "affine":
         raise InputError(f"quantization: mode {said['mode']!r} of MLX is not read; affine is")
     bits = _number(said, "bits", (4, 8))
-    codes_NC = _fields(take(f"{base}.weight").view(torch.int32), bits).flatten(1)
+    words = take(f"{base}.weight")
+    codes_NC = _fields(words.view(torch.int32) if words.dtype == torch.uint32 else words, bits).flatten(1)
     return _segment(base, codes_NC, take(f"{base}.scales").float(), take(f"{base}.biases").float(), bits)
 
 
@@ -148,7 +166,9 @@ def _number(said: Mapping[str, Any], field: str, known: tuple[int, ...]) -> int:
 
 def _fields(words: Tensor, bits: int) -> Tensor:
     """The numbers in 32-bit words, the lowest bits first: (…, n) to (…, n, 32 / bits)."""
-    return words.int().unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & ((1 << bits) - 1)
+    if words.dtype is not torch.int32:
+        raise RuntimeError(f"words are {words.dtype}, not int32".replace("torch.", ""))
+    return words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & ((1 << bits) - 1)
 
 
 def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | None, bits: int) -> Segment:
@@ -164,6 +184,8 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | 
         raise InputError(f"{base}: its scales hold NaN or infinity")
     largest = scale_NG.abs().amax(1) if minima_NG is None else torch.maximum(scale_NG.abs(), minima_NG.abs()).amax(1)
     units = torch.ldexp(torch.ones(rows), torch.frexp(largest).exponent - 15)
+    if minima_NG is None and torch.equal(scale_NG.half().float(), scale_NG):  # as they are, the smallest too
+        units = torch.ones(rows)
 
     def halved(part: Tensor) -> Tensor:
         return (part / units[:, None]).half().repeat_interleave(size // group, 1)

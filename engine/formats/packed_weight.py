@@ -354,6 +354,8 @@ def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any
         if tuple(tensor.shape) != shape:
             raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
         yield name, tensor
+    if extra := weights.unread(config.n_layers):
+        raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
 
 
 def layouts_from(said: Mapping[str, Any]) -> dict[str, Layout]:
@@ -361,6 +363,8 @@ def layouts_from(said: Mapping[str, Any]) -> dict[str, Layout]:
     layouts = said.get("layouts")
     if not isinstance(layouts, Mapping):
         raise InputError("config.json: quantization_config has no field 'layouts'")
+    if strange := layouts.keys() - set(MATRICES):
+        raise InputError(f"config.json: layouts names no matrix by {min(strange)!r}; there are: {', '.join(MATRICES)}")
     return {kind: layout_from(values) for kind, values in layouts.items()}
 
 
@@ -369,7 +373,7 @@ def layout_from(values: Any) -> Layout:
     fields = {field.name for field in dataclasses.fields(Layout)}
     if not isinstance(values, Mapping) or not values.keys() <= fields:
         raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")
-    given: dict[str, Any] = {name: tuple(value) if name == "table" else value for name, value in values.items()}
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     if any(type(value) is not type(getattr(Layout(), name)) for name, value in given.items()):
         raise InputError(f"a layout in quantization_config has values of other types than {Layout()!r}: {values!r}")
     return Layout(**given)

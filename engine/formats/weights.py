@@ -49,14 +49,28 @@ class Weights:
             blocks = self._find(f"{name}_blocks")
             if blocks is None:
                 raise InputError(f"{self.path} has no tensor {name!r}, which config.json calls for")
-            return mxfp4(self._take(blocks), self._take(f"{blocks.removesuffix('_blocks')}_scales"))
+            return mxfp4(*self._blocks(blocks))
         tensor = self._take(found)
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{self.path}: tensor {found} is {kind}: packed, and without the scales that unpack it")
         if tensor.dtype not in FP8:
             return tensor
         for suffix in ("_scale_inv", "_scale"):
             if found + suffix in self.sources:
                 return fp8(tensor, self._take(found + suffix), found)
         raise InputError(f"{self.path}: tensor {found} is in FP8 and has no scale")
+
+    def _blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        """Blocks of MXFP4 and their scales, which fit each other."""
+        codes, scales = self._take(name), self._take(f"{name.removesuffix('_blocks')}_scales")
+        whole = codes.dtype == scales.dtype == torch.uint8 and codes.ndim == 4 and codes.shape[3] == 16
+        if not whole or scales.shape != codes.shape[:3]:
+            found = " and ".join(f"{part.dtype} {tuple(part.shape)}" for part in (codes, scales)).replace("torch.", "")
+            raise InputError(
+                f"{self.path}: {name} and its scales are {found}, not blocks of 16 bytes and a byte for each"
+            )
+        return codes, scales
 
     def dtype(self, name: str) -> torch.dtype:
         """The number format that a tensor has once it is read."""
@@ -126,8 +140,8 @@ class Weights:
         E, rows, columns = shape
         if blocks is None or columns % 32:
             return None
-        codes, scales = self._take(blocks), self._take(f"{blocks.removesuffix('_blocks')}_scales")
-        if codes.shape != (E, rows, columns // 32, 16) or scales.shape != codes.shape[:3]:
+        codes, scales = self._blocks(blocks)
+        if codes.shape[:3] != (E, rows, columns // 32):
             return None
         segments = [mxfp4_rows(*expert) for expert in zip(codes, scales)]
         if any(segment is None for segment in segments):

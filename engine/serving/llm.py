@@ -28,8 +28,7 @@ from ..model import Block, Transformer
 from .beam_search import beam_search
 from .engine import Engine, Generation
 from .execution.gpu_model import keeps_latents
-from .execution.int8_pages import TILE
-from .execution.kv_cache import HAS_NATIVE, PagedKVCache, set_threads
+from .execution.kv_cache import HAS_NATIVE, TILE, PagedKVCache, set_threads
 from .execution.lora import ServedAdapters, open_adapters
 from .execution.model_runner import Runner, memory_for_pages
 from .execution.native_matrix import keeps_packed
@@ -56,7 +55,7 @@ class LLM:
     `max_batch` full contexts need, as far as memory goes. `quantize="int8"` keeps weights in 8 bits, "int4" in 4
     (of small models not all), a `Scheme` as it says; on a CPU keys and values are in 8 bits then too, unless keys
     have biases far larger than themselves. `kv_dtype` chooses their format by itself: the name of a dtype, "int8"
-    (on a CPU) or "fp8" (on a GPU); 8 bits are half the bytes of bfloat16, so twice the tokens in the same memory,
+    or "fp8", which loses more; 8 bits are half the bytes of bfloat16, so twice the tokens in the same memory,
     read in half the time. `max_batch_tokens` bounds the tokens of one step; by default a step that others wait for
     takes 200 ms at most. `ngram_draft_tokens` is how many tokens an n-gram lookup may guess ahead, `draft_model` a
     smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the speed, not the
@@ -142,7 +141,8 @@ class LLM:
             tuned = (self.adapters or None, None)
             latent = [keeps_latents(each.config, where, own) for each, own in zip(models, tuned)]
             sizes = zip(models, latent)
-            cost = sum(PagedKVCache.bytes_per_page(each.config, page_size, cache_dtype, own) for each, own in sizes)
+            page = page_size, cache_dtype, where
+            cost = sum(PagedKVCache.bytes_per_page(each.config, *page, own) for each, own in sizes)
             if fitted:  # a quarter of the context each, as conversations are; who outgrows that may be preempted
                 max_batch = min(max_batch, max(16, memory // cost * page_size * 4 // self.max_seq_len))
             enough = max_batch * -(-self.max_seq_len // page_size)
@@ -362,9 +362,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")
-    if kv_dtype == "int8" and device.type != "cpu":
-        raise InputError(f"kv_dtype='int8' is for a CPU, and the model is on {device}: use 'fp8'")
-    if kv_dtype == "int8" and page_size % TILE:
+    if kv_dtype == "int8" and device.type == "cpu" and HAS_NATIVE and page_size % TILE:
         raise InputError(f"page_size must be a multiple of {TILE} with kv_dtype='int8', got {page_size}")
     if kv_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return torch.float8_e5m2  # what older GPUs can convert has fewer digits

@@ -33,7 +33,7 @@ class LLMOptions:
     """Keep weights in 8 bits, or 4 (on a CPU); on a CPU, activations, keys and values are rounded to 8 bits too.
     Without it, files that are quantized stay as they are."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
-    """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize. fp8: GPUs."""
+    """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize."""
     max_batch_tokens: int | None = None
     """Most tokens computed in one step; by default so that nobody waits longer than 200 ms for the next token."""
     max_seq_len: int | None = None

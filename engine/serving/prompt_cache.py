@@ -107,7 +107,7 @@ def fingerprint(llm: Any) -> str:
     stats = [
         (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.suffix in (".safetensors", ".gguf", ".bin")
     ]
-    shape = (store.keys.shape[0], *store.keys.shape[2:])
+    shape = [(len(part), *part.shape[2:]) for part in store.parts]
     probe = [7 * i % llm.config.vocab_size for i in range(pool.page_size + 1)]
     llm.engine.submit(probe, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), salt=PROBE).result()
     pages, _ = pool.match(probe[: pool.page_size], PROBE)
@@ -158,20 +158,18 @@ def _digest(digests: list[bytes], parent: int, tokens: Any, page: np.ndarray) ->
 
 
 def _page_bytes(store: Any) -> int:
-    return sum(side[:, 0].nbytes for side in (store.keys, store.values))
+    return sum(part[:, 0].nbytes for part in store.parts)
 
 
 def _read(store: Any, numbers: list[int]) -> np.ndarray:
-    """Pages as bytes, a row each: keys of all layers, then values."""
+    """Pages as bytes, a row each: keys of all layers, values, scales."""
     index = torch.tensor(numbers, device=store.keys.device)
-    sides = (side.view(torch.uint8)[:, index].transpose(0, 1).flatten(1) for side in (store.keys, store.values))
-    return torch.cat(tuple(sides), 1).cpu().numpy()
+    parts = [part[:, index].transpose(0, 1).flatten(1) for part in store.parts]
+    return torch.cat(parts, 1).cpu().numpy()
 
 
 def _write(store: Any, numbers: list[int], rows: np.ndarray) -> None:
     index = torch.tensor(numbers, device=store.keys.device)
     data = torch.from_numpy(np.array(rows)).to(store.keys.device)
-    sides = store.keys, store.values
-    for side, part in zip(sides, data.split([side[:, 0].nbytes for side in sides], 1)):
-        target = side.view(torch.uint8)
+    for target, part in zip(store.parts, data.split([part[:, 0].nbytes for part in store.parts], 1)):
         target[:, index] = part.unflatten(1, (target.shape[0], *target.shape[2:])).transpose(0, 1)

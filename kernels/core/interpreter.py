@@ -1,14 +1,20 @@
 """Corrections to Triton's interpreter, which runs kernels on CPU tensors for tests.
 
 It keeps bfloat16 as raw 16-bit integers. Its matrix product multiplies those integers, and its casts from float32 cut
-bits off where a GPU rounds to the nearest even. And its float32 products depend on the order of the operands, as the
-host's BLAS blocks them: (A·B)ᵀ and Bᵀ·Aᵀ differ, which on a GPU they do not. Here all three do what the hardware does.
+bits off where a GPU rounds to the nearest even, and of float8 it drops a carry. And its float32 products depend on the
+order of the operands, as the host's BLAS blocks them: (A·B)ᵀ and Bᵀ·Aᵀ differ, which on a GPU they do not. Here all do
+what the hardware does.
 Its loop bounds are arrays of one number, which Triton 3.6 hands to NumPy as a number; since 2.5 NumPy refuses that.
 
 And where it would follow any pointer, here an address outside the kernel's arguments is an error that names the kernel.
+Where a program stands in its grid is one variable for all threads: two that interpreted at once would take each other's
+places, and write wherever these led them. So one waits for the other.
 """
 
+import threading
+
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -22,6 +28,9 @@ def _narrow(values):
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 class Arena:
@@ -56,6 +65,7 @@ class Arena:
 
 def _watch_addresses() -> None:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    add, swap = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
     gather_arguments = GridExecutor._init_args_hst
     arena = None
 
@@ -74,10 +84,29 @@ def _watch_addresses() -> None:
         arena.check(ptrs.data, np.asarray(mask.data), value.data.dtype.itemsize, "writes")
         return store(self, ptrs, value, mask, *rest, **options)
 
+    def create_atomic_rmw(self, op, ptr, value, mask, *rest):
+        arena.check(ptr.data, np.asarray(mask.data), value.data.dtype.itemsize, "writes")
+        return add(self, op, ptr, value, mask, *rest)
+
+    def create_atomic_cas(self, ptr, cmp, value, *rest):
+        arena.check(ptr.data, np.ones(1, dtype=bool), value.data.dtype.itemsize, "writes")
+        return swap(self, ptr, cmp, value, *rest)
+
     GridExecutor._init_args_hst = note_arguments
+    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = create_atomic_rmw, create_atomic_cas
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
         create_masked_load, create_masked_store,
     )  # fmt: skip
+
+
+def _take_turns() -> None:
+    launch, turn = GridExecutor.__call__, threading.RLock()
+
+    def launch_alone(self, *args, **options):
+        with turn:
+            return launch(self, *args, **options)
+
+    GridExecutor.__call__ = launch_alone
 
 
 def correct() -> None:
@@ -104,8 +133,17 @@ def correct() -> None:
             return cast_impl(self, cast(self, source, tl.float32), tl.bfloat16)
         return cast(self, source, target)
 
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, source, target, rounding):
+        if source.dtype.scalar != tl.float32 or target.scalar not in FLOAT8:
+            return convert(self, source, target, rounding)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(FLOAT8[target.scalar])
+        return TensorHandle(values.view(torch.uint8).numpy(), target.scalar)
+
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     _watch_addresses()
+    _take_turns()
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_index(tensor, scope):
@@ -113,5 +151,6 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_index
-    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"):
-        setattr(InterpreterBuilder, name, cast_impl)
+    names = "create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"
+    for name, function in {"create_fp_to_fp": create_fp_to_fp, **dict.fromkeys(names, cast_impl)}.items():
+        setattr(InterpreterBuilder, name, function)

@@ -16,6 +16,9 @@ Latent attention (DeepSeek-V2) is the same walk with one key head of two parts: 
 a few rotated columns (R), which lie in the pages that hold values elsewhere. Its many query heads are cut into
 groups of a tile, each of which reads the one key head.
 
+Pages of 8 bits have a scale a token and head. Scales of keys are multiplied into the products and scales of values into
+the weights before these are rounded for the second product: a number a key instead of a number a column.
+
 Lengths stay on the device and programs without work leave at once, so a CUDA graph can hold the launch; the grid has
 room for as many segments as the page table has columns for, which is how a caller bounds it.
 
@@ -62,14 +65,14 @@ def _add_segment(m_i, l_i, acc, m_s, l_s, acc_s):
 
 
 @triton.jit
-def _normalized(l_i, acc, v_scale):
+def _normalized(l_i, acc):
     """The weighted mean of the values; a row without keys is zero."""
-    return acc * v_scale / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    return acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
 
 
 @triton.jit
 def _add_stored_segments(
-    partial, stats, sinks, first_head, count, stride_ps, stride_ph, stride_ss, stride_sh, v_scale,
+    partial, stats, sinks, first_head, count, stride_ps, stride_ph, stride_ss, stride_sh,
     Q_PER_KV: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """(Q_PER_KV, D): a decode row's segments, merged in order."""
@@ -89,7 +92,7 @@ def _add_stored_segments(
             mask = there[:, None] & (column[None, :] < D)
             acc_s = tl.load(row_partial + segment * stride_ps, mask=mask, other=0.0)
             m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
-    return _normalized(l_i, acc, v_scale)
+    return _normalized(l_i, acc)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -98,11 +101,11 @@ def paged_attention_kernel(
     stride_qt, stride_qh, stride_rt, stride_rh,
     stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_table,
     stride_ot, stride_oh, stride_pn, stride_ph, stride_ps, stride_sn, stride_sh, stride_ss,
-    tokens, sequences, grid_splits, split_programs, k_scales, v_scales,
+    tokens, sequences, grid_splits, split_programs, k_scales, v_scales, stride_scales,
     Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SEARCH_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G_ROWS: tl.constexpr, UNROLL: tl.constexpr,
-    K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCALED: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Programs below `split_programs` take one segment of one sequence that decodes, the others a tile of a chunk."""
     BLOCK_Q: tl.constexpr = BLOCK_M // Q_PER_KV
@@ -155,10 +158,11 @@ def paged_attention_kernel(
         q_turned_tile = tl.load(q_turned + turned_offsets, mask=real[:, None] & (turned[None, :] < R), other=0.0)
     q_pos = lowest + row_token
     pages = table + sequence.to(tl.int64) * stride_table
-    k_scale = tl.load(k_scales + head).to(tl.float32) if K_SCALED else tl.full([], 1.0, tl.float32)
-    v_scale = tl.load(v_scales + head).to(tl.float32) if V_SCALED else tl.full([], 1.0, tl.float32)
     k_pages += head * stride_kh
     v_pages += head * stride_vh
+    if SCALED:
+        k_scales += (0 if R > 0 else head) * PAGE  # latents are one head, which every group reads
+        v_scales += (0 if R > 0 else head) * PAGE
 
     m_i = first_peak(sinks, row_head, BLOCK_M)
     l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
@@ -179,12 +183,19 @@ def paged_attention_kernel(
         k_offsets = (page * stride_kp + slot * stride_ks)[:, None] + column[None, :]
         k = tl.load(k_pages + k_offsets, mask=there, other=0.0).to(q_tile.dtype)
         products = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        if SCALED:
+            k_scale = tl.load(k_scales + page * stride_scales + slot, mask=keys < end, other=0.0)
+            v_scale = tl.load(v_scales + page * stride_scales + slot, mask=keys < end, other=0.0)
+            products *= k_scale[None, :]
         v_offsets = (page * stride_vp + slot * stride_vs)[:, None]
         if R > 0:
             seen = (keys[:, None] < end) & (turned[None, :] < R)
             k_turned = tl.load(v_pages + v_offsets + turned[None, :], mask=seen, other=0.0).to(q_tile.dtype)
-            products = tl.dot(q_turned_tile, tl.trans(k_turned), products, input_precision="ieee")
-        scores = capped(products * k_scale, SCALE, SOFTCAP)
+            if SCALED:
+                products += tl.dot(q_turned_tile, tl.trans(k_turned), input_precision="ieee") * v_scale[None, :]
+            else:
+                products = tl.dot(q_turned_tile, tl.trans(k_turned), products, input_precision="ieee")
+        scores = capped(products, SCALE, SOFTCAP)
         scores = tl.where(visible(q_pos[:, None], keys[None, :], end, True, WINDOW), scores, float("-inf"))
         new_m = tl.maximum(m_s, tl.max(scores, 1) * SCALE_LOG2)
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -193,6 +204,8 @@ def paged_attention_kernel(
         l_s = tl.fma(l_s, alpha, tl.sum(p, 1))
         m_s = new_m
         v = k if R > 0 else tl.load(v_pages + v_offsets + column[None, :], mask=there, other=0.0).to(q_tile.dtype)
+        if SCALED:
+            p *= (k_scale if R > 0 else v_scale)[None, :]
         acc_s = tl.dot(p.to(q_tile.dtype), v, acc_s * alpha[:, None], input_precision="ieee")
 
     if splits & (segments > 1):
@@ -211,7 +224,7 @@ def paged_attention_kernel(
             group = head * Q_PER_KV
             result = _add_stored_segments(
                 partial + group * stride_ph, stats + group * stride_sh, sinks, group, segments, stride_ps, stride_ph,
-                stride_ss, stride_sh, v_scale, Q_PER_KV, G_ROWS, D, BLOCK_D, UNROLL,
+                stride_ss, stride_sh, Q_PER_KV, G_ROWS, D, BLOCK_D, UNROLL,
             )  # fmt: skip
             g = tl.arange(0, G_ROWS)
             o_offsets = (first.to(tl.int64) * stride_ot + (group + g) * stride_oh)[:, None] + column[None, :]
@@ -220,7 +233,7 @@ def paged_attention_kernel(
     else:
         m_i, l_i, acc = _add_segment(m_i, l_i, acc, m_s, l_s, acc_s)
         o_offsets = (here_T * stride_ot + row_head * stride_oh)[:, None] + column[None, :]
-        tl.store(o + o_offsets, _normalized(l_i, acc, v_scale).to(o.dtype.element_ty), mask=inside)
+        tl.store(o + o_offsets, _normalized(l_i, acc).to(o.dtype.element_ty), mask=inside)
 
 
 def _tile(G: int, D: int, R: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -265,8 +278,8 @@ def paged_attention_forward(
     softcap: float,
     scale: float,
     sinks: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> torch.Tensor:
     q, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, page_table))
     T, H, D = q.shape
@@ -287,17 +300,17 @@ def paged_attention_forward(
         q, turned, k_pages, v_pages, sinks, page_table, context_lens, starts, o_THD, partial, stats, arrivals,
         *q.stride()[:2], *turned.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
         *o_THD.stride()[:2], *partial.stride()[:3], *stats.stride()[:3],
-        T, N, splits, N * splits, q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        T, N, splits, N * splits, *((q, q, 0) if k_scales is None else (k_scales, v_scales, k_scales.stride(0))),
         Q_PER_KV=G, SCALE=scale, SOFTCAP=softcap, WINDOW=window, PAGE=page, SEGMENT=SEGMENT,
         D=D, BLOCK_D=max(16, next_power_of_2(D)), SEARCH_STEPS=max(8, search_steps(N + 1)), **tile,
-        K_SCALED=k_scale is not None, V_SCALED=v_scale is not None, R=R, BLOCK_R=max(16, next_power_of_2(R)),
+        SCALED=k_scales is not None, R=R, BLOCK_R=max(16, next_power_of_2(R)),
     )  # fmt: skip
     return o_THD
 
 
 def paged_attention_fused(
     q, k_pages, v_pages, page_table, context_lens, query_lens,
-    *, window=None, softcap=None, scale=None, sinks=None, k_scale=None, v_scale=None, starts=None, arrivals=None,
+    *, window=None, softcap=None, scale=None, sinks=None, k_scales=None, v_scales=None, starts=None, arrivals=None,
 ):  # fmt: skip
     """The fused twin of `paged_attention`: same arguments, same meaning."""
     check_scale("paged_attention", scale)
@@ -308,13 +321,13 @@ def paged_attention_fused(
         arrivals = arrival_counters(len(query_lens), k_pages.shape[2], q.device)
     meaning = window or 0, float(softcap or 0.0), scale
     return paged_attention_forward(
-        q, None, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, sinks, k_scale, v_scale
+        q, None, k_pages, v_pages, page_table, context_lens, starts, arrivals, *meaning, sinks, k_scales, v_scales
     )
 
 
 def latent_attention_fused(
     q_latent, q_turned, latents, turned, page_table, context_lens, query_lens,
-    *, window=None, softcap=None, scale, starts=None, arrivals=None,
+    *, window=None, softcap=None, scale, k_scales=None, v_scales=None, starts=None, arrivals=None,
 ):  # fmt: skip
     """The fused twin of `latent_attention`: same arguments, same meaning."""
     check_scale("latent_attention", scale)
@@ -326,5 +339,16 @@ def latent_attention_fused(
         arrivals = arrival_counters(len(query_lens), groups, q_latent.device)
     meaning = window or 0, float(softcap or 0.0), float(scale)
     return paged_attention_forward(
-        q_latent, q_turned, latents, turned, page_table, context_lens, starts, arrivals, *meaning, None, None, None
+        q_latent,
+        q_turned,
+        latents,
+        turned,
+        page_table,
+        context_lens,
+        starts,
+        arrivals,
+        *meaning,
+        None,
+        k_scales,
+        v_scales,
     )

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
-from warploom.kernels import backend, latent_attention, linear, linear_residual, paged_attention
+from warploom.kernels import Maker, backend, latent_attention, linear, linear_residual, paged_attention
 from warploom.kernels.linear import ARRIVALS, SEGMENT, segment_length
+from warploom.kernels.paged_attention import filled_pages
 
 from .device import DEVICE, pytestmark  # noqa: F401
 
@@ -17,26 +18,27 @@ PAGE = 16
 ROWS = 9  # newest rows of a context that are compared
 
 
-def sequences(contexts, K, G, D, dtype):
-    """Queries of the last ROWS tokens of each context, and the pages of all, in random order."""
+def sequences(contexts, K, G, D, dtype, kept=None):
+    """Queries of the last ROWS tokens of each context, and the pages of all, in random order, and scales if they have
+    8 bits."""
     generator = torch.Generator().manual_seed(sum(contexts))
     counts = [-(-c // PAGE) for c in contexts]
     order = torch.randperm(sum(counts), generator=generator).int().split(counts)
     table = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
     for row, pages in zip(table, order):
         row[: len(pages)] = pages
-    k, v = (torch.randn(sum(counts), PAGE, K, D, generator=generator).to(dtype) for _ in "kv")
+    (k, v), scales = filled_pages(Maker(dtype, DEVICE, sum(contexts)), sum(counts), PAGE, K, (D, D), kept)
     queries = [torch.randn(min(ROWS, c), K * G, D, generator=generator).to(dtype) for c in contexts]
-    return [q.to(DEVICE) for q in queries], k.to(DEVICE), v.to(DEVICE), table.to(DEVICE)
+    return [q.to(DEVICE) for q in queries], k, v, table.to(DEVICE), scales
 
 
-def attend(batch, q, k, v, table, options, op=paged_attention):
+def attend(batch, q, k, v, table, scales, options, op=paged_attention):
     """One call for a batch of (sequence, first row, last row, context before its rows)."""
     rows = torch.cat([q[s][a:b] for s, a, b, _ in batch])
     lens = [[before + b for _, _, b, before in batch], [b - a for _, a, b, _ in batch]]
     lens = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in lens)
     with backend("triton"):
-        out = op(rows, k, v, table[[s for s, *_ in batch]], *lens, **options)
+        out = op(rows, k, v, table[[s for s, *_ in batch]], *lens, **scales, **options)
     return out.split([b - a for _, a, b, _ in batch])
 
 
@@ -56,7 +58,8 @@ def drawn(seed):
 def test_row_any_cut_same_bits(seed):
     r, options, (K, G), contexts = drawn(seed)
     dtype = r.choice([torch.bfloat16, torch.bfloat16, torch.float32])
-    q, *cache = sequences(contexts, K, G, 16 if DEVICE == "cpu" else r.choice([64, 128, 256]), dtype)
+    width = 16 if DEVICE == "cpu" else r.choice([64, 128, 256])
+    q, *cache = sequences(contexts, K, G, width, dtype, r.choice([None, None, torch.int8, torch.float8_e5m2]))
     n, before = len(q[0]), contexts[0] - len(q[0])
     (whole,) = attend([(0, 0, n, before)], q, *cache, options)
 
@@ -84,7 +87,7 @@ def latents(rows, k, v, *lengths, **options):
 def test_latent_row_any_cut_same_bits(seed):
     r = random.Random(seed)
     contexts, dtype = [r.choice([700, 257, 40]), 300], r.choice([torch.bfloat16, torch.float32])
-    q, *cache = sequences(contexts, 1, r.choice([2, 16, 20]), 16, dtype)
+    q, *cache = sequences(contexts, 1, r.choice([2, 16, 20]), 16, dtype, r.choice([None, torch.int8]))
     n, before, options = len(q[0]), contexts[0] - len(q[0]), {"window": r.choice([None, 33])}
     (whole,) = attend([(0, 0, n, before)], q, *cache, options, latents)
     beside = attend([(1, 0, 9, 291), (0, 0, 4, before), (0, 4, n, before)], q, *cache, options, latents)

@@ -77,21 +77,21 @@ def test_so_it_learns_under_autocast():
     assert losses[-1] < losses[0]
 
 
-def kernels_serve(llm, make=batch_invariant_linear):
+def kernels_serve(llm, make=batch_invariant_linear, pages=torch.float32):
     """The engine with the model of a GPU, on whatever device there is."""
     model, runner = llm.plain_model, llm.engine.runner
     if DEVICE == "cpu":  # not C++ but the kernels
         latent = bool(model.config.kv_rank)
         runner.model, runner.least_tokens = fused_model(model, make, latent=latent), 1
-        _, pages, page_size = runner.store.keys.shape[:3]
-        runner.store = PagedKVCache(model.config, pages, page_size, torch.float32, torch.device("cpu"), latent)
+        _, count, page_size = runner.store.keys.shape[:3]
+        runner.store = PagedKVCache(model.config, count, page_size, pages, torch.device("cpu"), latent)
         runner.store.layers = None
     return llm
 
 
-def serve(model, name, make=batch_invariant_linear):
+def serve(model, name, make=batch_invariant_linear, pages=torch.float32):
     """Three prompts together, by the model of a GPU, on whatever device there is."""
-    llm = kernels_serve(LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4), make)
+    llm = kernels_serve(LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4), make, pages)
     with backend(name):
         outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     return [output.token_ids for output in outputs]
@@ -120,6 +120,23 @@ def test_backends_serve_pages_the_same(config):
     assert said == serve(model, "eager")
     with backend("eager"):
         assert said == [tuple(generate(model, prompt, 4, temperature=0.0)) for prompt in ([1, 2, 3], [4] * 9, [5])]
+
+
+@pytest.mark.parametrize(
+    ("config", "pages"),
+    [
+        (DENSE, torch.int8),
+        ({**DENSE, "qk_norm": False, "position": "learned"}, torch.float8_e4m3fn),
+        (LATENT, torch.int8),
+    ],
+    ids=["llama", "no rotation", "latents"],
+)
+def test_pages_of_8_bits_serve_the_same(config, pages, monkeypatch):
+    """By the kernels as by their references."""
+    monkeypatch.setattr("warploom.engine.serving.execution.kv_cache.HAS_NATIVE", False)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**config, "n_layers": 1})).to(DEVICE).eval()
+    assert serve(model, "triton", pages=pages) == serve(model, "eager", pages=pages)
 
 
 @pytest.mark.parametrize("config", [DENSE, {**DENSE, "sliding_window": 5}], ids=["llama", "windows"])

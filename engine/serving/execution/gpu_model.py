@@ -109,7 +109,7 @@ class PagedAttention(nn.Module):
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q_THD = kernels.qk_norm_rope_write(
             q_THD, k_TKD, v_TKD, *norms, *self.tables, attend.positions, *attend.pages(self), attend.slots,
-            eps=1e-6 if self.q_norm is None else self.q_norm.eps,
+            eps=1e-6 if self.q_norm is None else self.q_norm.eps, **attend.scales(self),
         )  # fmt: skip
         return attend.attend_pages(q_THD, self).flatten(-2)[None]
 
@@ -140,9 +140,13 @@ class PagedLatentAttention(LatentAttention):
         R = self.latent[1]
         q_1THD, (latent_1TL, turning_1T1R) = self.queries(x_1TC), self.latents(x_1TC)
         q_1THR, k_1T1R = rotate(q_1THD[..., :R], turning_1T1R)
-        kernels.write_pages(latent_1TL[0].unsqueeze(1), k_1T1R[0], *attend.pages(self), attend.slots)
+        attend.write(latent_1TL[0].unsqueeze(1), k_1T1R[0], self)
         q_THL = kernels.head_linear(q_1THD[0, ..., R:], self.into)
+        if attend.store.scales:  # pages of 8 bits hold latents rotated
+            q_THL = kernels.hadamard(q_THL, back=True)
         means_THL = attend.attend_latents(q_THL, q_1THR[0], self)
+        if attend.store.scales:
+            means_THL = kernels.hadamard(means_THL, back=True)
         return self.output(kernels.head_linear(means_THL, self.back).flatten(-2)[None])
 
 

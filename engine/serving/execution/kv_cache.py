@@ -4,8 +4,16 @@ Two tensors (layers, pages, page size, K heads, D): page p of layer l is a conti
 read of it is one run of memory. With latent attention on a GPU (`gpu_model.py`) the latents of a token lie where keys
 would, and the rotated part of its keys where values would. On a CPU with the native extension, writing and attending is
 one C++ call a layer that reads each page where it lies; elsewhere the `kernels` do it. Both give the same numbers up to
-rounding. Pages may be narrower than the model: float8 by the kernels, or whole numbers of 8 bits on a CPU
-(`int8_pages.py`).
+rounding.
+
+Pages may have 8 bits, which is half of what decoding reads and twice the tokens in the same memory: each token's key
+and value of a head has a scale of its own (`kernels/write_pages.py`). The kernels keep scales beside the pages,
+(layers, pages, K heads, page size). C++ wants a page of whole numbers as a row of tiles, one for every sixteen tokens
+and head, laid out for a dot-product instruction that takes four neighboring bytes a lane. It is the same bytes and
+scales, of heads padded to a multiple of sixteen:
+
+    keys    (D / 4, 16 tokens, 4)   + 128, then 16 scales in float32
+    values  (4, D, 4 tokens)               then 16 scales
 """
 
 import math
@@ -20,10 +28,15 @@ from .... import kernels
 from ....kernels.cpu.extension import native as _native
 from ....kernels.linear import ARRIVALS
 from ....tokenizer.cpus import available_cpus
-from .int8_pages import TILE, Int8Attend, tile_bytes
 
 PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
 HAS_NATIVE = _native is not None
+TILE = 16  # tokens
+
+
+def tile_bytes(head_size: int) -> int:
+    """Bytes of a tile: sixteen keys, or values, of a head, and their scales."""
+    return TILE * (-(-head_size // 16) * 16 + 4)
 
 
 class PagedKVCache:
@@ -32,37 +45,44 @@ class PagedKVCache:
     def __init__(
         self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, latent: bool = False
     ):
+        native = _in_cpp(dtype, device, latent)
         rows = config.n_layers, num_pages, page_size
-        shapes = [(*rows, config.kv_heads, config.head_size)] * 2
-        if latent:
-            shapes = [(*rows, 1, config.kv_rank), (*rows, 1, config.rope_dim)]
-        elif dtype == torch.int8:
-            tiles = config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size)
-            shapes = [tiles] * 2
+        heads = [(1, config.kv_rank), (1, config.rope_dim)] if latent else [(config.kv_heads, config.head_size)] * 2
         self.key_heads = config.n_heads if latent else config.kv_heads
         self.page_size, self.dtype = page_size, dtype
-        kept = torch.uint8 if dtype == torch.int8 else dtype
-        self.keys, self.values = (_zeros(shape, kept, device) for shape in shapes)
+        if native and dtype == torch.int8:
+            tiles = config.n_layers, num_pages, page_size // TILE, config.kv_heads, tile_bytes(config.head_size)
+            self.keys, self.values = (_zeros(tiles, torch.uint8, device) for _ in range(2))
+        else:
+            self.keys, self.values = (_zeros((*rows, *head), dtype, device) for head in heads)
+        self.scales: tuple[Tensor, ...] = ()
+        if dtype.itemsize == 1 and not native:
+            shape = config.n_layers, num_pages, heads[0][0], page_size
+            self.scales = tuple(_zeros(shape, torch.float32, device) for _ in range(2))
         self.layers = None
-        if HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS and not latent:
+        if native:
             sizes = PAGE_FORMATS[dtype], page_size, config.kv_heads, config.head_size
             sides = zip(self.keys, self.values)
             self.layers = [_native.Pages(keys, values, *sizes) for keys, values in sides]
 
     @staticmethod
-    def bytes_per_page(config, page_size: int, dtype: torch.dtype, latent: bool = False) -> int:
+    def bytes_per_page(config, page_size: int, dtype: torch.dtype, device: torch.device, latent: bool = False) -> int:
         """Bytes of one page, over all layers."""
-        if dtype == torch.int8:
+        if dtype == torch.int8 and _in_cpp(dtype, device, latent):
             return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
-        return page_size * config.kv_bytes_per_token(dtype.itemsize, latent)
+        scales = (2 if latent else 2 * config.kv_heads) * 4 * config.n_layers if dtype.itemsize == 1 else 0
+        return page_size * (config.kv_bytes_per_token(dtype.itemsize, latent) + scales)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors (layers, pages, …) of which a page is a block each, as bytes."""
+        return tuple(x.view(torch.uint8) for x in (self.keys, self.values, *self.scales))
 
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
         """Copy pages: all are read before any is written."""
         if pairs:
             sources, targets = torch.tensor(pairs, device=self.keys.device).T
-            for pages in (self.keys, self.values):
-                if pages.dtype.itemsize == 1:  # float8 has no scatter on every device; its bytes do
-                    pages = pages.view(torch.uint8)
+            for pages in self.parts:
                 pages[:, targets] = pages[:, sources]
 
     def layout(
@@ -83,11 +103,9 @@ class PagedKVCache:
         starts = np.concatenate([[0], ends]).astype(np.int32)
         return AttentionMetadata(positions, sequences, slots, tables, contexts, counts, starts)
 
-    def attend(self, layout: "AttentionMetadata", step: list[Tensor]) -> "NativeAttend | KernelAttention | Int8Attend":
+    def attend(self, layout: "AttentionMetadata", step: list[Tensor]) -> "NativeAttend | KernelAttention":
         """The attention of one step; `step` is the layout on the device."""
-        if self.layers is not None:
-            return NativeAttend(self.layers, layout)
-        return Int8Attend(self, *step) if self.dtype == torch.int8 else KernelAttention(self, *step)
+        return KernelAttention(self, *step) if self.layers is None else NativeAttend(self.layers, layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +136,42 @@ class KernelAttention:
         self.shared = {"starts": batch[3], "arrivals": self.arrivals}
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
-        kernels.write_pages(k_BTKD[0], v_BTKD[0], *self.pages(layer), self.slots)
-        return self.attend_pages(q_BTHD[0], layer)[None]
+        self.write(k_BTKD[0], v_BTKD[0], layer)
+        q_THD = kernels.hadamard(q_BTHD[0], back=True) if self.store.scales else q_BTHD[0]
+        return self.attend_pages(q_THD, layer)[None]
+
+    def write(self, k_TKD: Tensor, v_TKD: Tensor, layer) -> None:
+        """Put keys and values at the slots of the step's tokens."""
+        kernels.write_pages(k_TKD, v_TKD, *self.pages(layer), self.slots, **self.scales(layer))
 
     def pages(self, layer) -> tuple[Tensor, Tensor]:
         """A layer's keys and values."""
         return self.store.keys[layer.index], self.store.values[layer.index]
 
+    def scales(self, layer) -> dict[str, Tensor]:
+        """Those of its pages, as arguments, if they have 8 bits."""
+        return {name: each[layer.index] for name, each in zip(("k_scales", "v_scales"), self.store.scales)}
+
     def attend_pages(self, q_THD: Tensor, layer) -> Tensor:
-        """Attention over what the pages hold by now."""
-        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale, "sinks": layer.sinks}
+        """Attention over what the pages hold by now; of queries transformed as keys are, if the pages have 8 bits."""
+        options = {
+            **self.scales(layer),
+            "window": layer.window,
+            "softcap": layer.softcap,
+            "scale": layer.scale,
+            "sinks": layer.sinks,
+        }
         return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
 
     def attend_latents(self, q_THL: Tensor, q_THR: Tensor, layer) -> Tensor:
         """The same of latents, by queries in two parts."""
-        options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
+        options = {**self.scales(layer), "window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
         return kernels.latent_attention(q_THL, q_THR, *self.pages(layer), *self.batch, **options, **self.shared)
+
+
+def _in_cpp(dtype: torch.dtype, device: torch.device, latent: bool) -> bool:
+    """Return whether pages are written and read by the C++ extension."""
+    return HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS and not latent
 
 
 class NativeAttend:

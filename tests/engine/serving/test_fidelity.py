@@ -36,6 +36,7 @@ def real():
     [
         ({"dtype": "bfloat16"}, 0.025, 0.0004),
         ({"kv_dtype": "int8"}, 0.03, 0.0005),
+        ({"kv_dtype": "fp8"}, 0.13, 0.006),
         ({"quantize": "int8"}, 0.09, 0.003),
         ({"quantize": Scheme(activations=16)}, 0.08, 0.0025),
         ({"quantize": "int4"}, 0.75, 0.19),

@@ -34,7 +34,7 @@ def cached(llm, prompt, salt=None):
     return output.metrics.cached_tokens, output.text
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_dtype": "bfloat16"}, {"quantize": "int8"}])
+@pytest.mark.parametrize("options", [{}, {"kv_dtype": "bfloat16"}, {"kv_dtype": "fp8"}, {"quantize": "int8"}])
 def test_restored_pages_answer_as_computed_ones(make, tmp_path, options):
     before, path = make(**options), tmp_path / "m.pages"
     answers = [output.text for output in before.generate(PROMPTS, GREEDY)]

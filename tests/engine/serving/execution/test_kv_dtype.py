@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from warploom.engine.serving import LLM, SamplingParams
-from warploom.engine.serving.execution import int8_pages
 from warploom.engine.serving.execution.gpu_model import fused_model
 from warploom.engine.serving.execution.kv_cache import (
     HAS_NATIVE,
+    TILE,
     AttentionMetadata,
+    KernelAttention,
     NativeAttend,
     PagedKVCache,
     to_device,
 )
+from warploom.kernels import hadamard, write_pages
 
 NEEDS_NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 
@@ -28,17 +30,30 @@ class Layer:
         self.sinks = sinks
 
 
-def filled_store(K, D, page_size, keys, values):
-    """A store whose second layer holds keys and values in every place, written by the twin."""
+def store_of(K, D, page_size, dtype=torch.int8):
+    """Pages of two layers, twenty each."""
 
     class Shape:
         n_layers, kv_heads, head_size = 2, K, D
 
-    store = PagedKVCache(Shape, len(keys) // page_size, page_size, torch.int8, torch.device("cpu"))
-    everywhere = torch.arange(len(keys))
-    int8_pages.write(keys, store.keys[1], everywhere, keys=True)
-    int8_pages.write(values, store.values[1], everywhere, keys=False)
+        def kv_bytes_per_token(size, latent):
+            return 2 * 2 * K * D * size
+
+    store = PagedKVCache(Shape, 20, page_size, dtype, torch.device("cpu"))
+    page = PagedKVCache.bytes_per_page(Shape, page_size, dtype, torch.device("cpu"))
+    assert page == sum(part[:, 0].nbytes for part in store.parts)
     return store
+
+
+def untiled(tiles, D):
+    """The numbers (P, page, K, D) and scales (P, K, page) of C++'s pages of keys, then of values."""
+    numbers, scales = tiles[..., : TILE * D], tiles[..., TILE * D :].view(torch.float32)
+    as_keys = (numbers ^ 128).unflatten(-1, (-1, TILE, 4)).transpose(-3, -2).flatten(-2)
+    as_values = numbers.unflatten(-1, (TILE // 4, -1, 4)).transpose(-2, -1).flatten(-3, -2)
+    return [
+        (x.contiguous().view(torch.int8).transpose(2, 3).flatten(1, 2), scales.transpose(1, 2).flatten(2))
+        for x in (as_keys, as_values)
+    ]
 
 
 def ragged_step(page_size) -> AttentionMetadata:
@@ -52,36 +67,54 @@ def ragged_step(page_size) -> AttentionMetadata:
 @NEEDS_NATIVE
 @pytest.mark.parametrize(("H", "K", "D", "page_size"), [(4, 2, 32, 16), (3, 3, 24, 32), (8, 1, 64, 16), (6, 2, 80, 48)])
 @pytest.mark.parametrize("limits", [{}, {"window": 6, "softcap": 3.0}, {"window": 18, "sinks": torch.arange(8.0) - 2}])
-def test_cpp_int8_pages_equal_twin(H, K, D, page_size, limits):
-    """Cpp writes the twins bytes and sees what they stand for."""
+def test_cpp_int8_pages_equal_reference(H, K, D, page_size, limits, monkeypatch):
+    """C++ writes the bytes and scales of `kernels.write_pages` and sees what they stand for."""
     torch.manual_seed(0)
-    keys, values = torch.randn(20 * page_size, K, D), torch.randn(20 * page_size, K, D)
-    values[::7, :, 3] *= 50  # one large number costs only its own token precision
+    wide = -(-D // 16) * 16  # C++ fills heads up with zeros
     limits = {name: value[:H] if name == "sinks" else value for name, value in limits.items()}
     layout = ragged_step(page_size)
+    tiled = store_of(K, D, page_size)
+    monkeypatch.setattr("warploom.engine.serving.execution.kv_cache.HAS_NATIVE", False)
+    plain = store_of(K, wide, page_size)
+    keys, values = (torch.randn(20 * page_size, K, D) for _ in "kv")
+    values[::7, :, 3] *= 50  # one large number costs only its own token precision
+    whole = np.array([20 * page_size], dtype=np.int32)
+    table = np.arange(20, dtype=np.int32)[None]
+    before = PagedKVCache.layout(tiled, table, np.arange(1), np.arange(20 * page_size), whole)
     q, k, v = (torch.randn(1, len(layout.positions), heads, D) for heads in (H, K, K))
-    outputs, stores = [], [filled_store(K, D, page_size, keys, values) for _ in range(2)]
-    stores[1].layers = None
-    for store, kind in zip(stores, (NativeAttend, int8_pages.Int8Attend)):
-        attend = store.attend(layout, to_device(layout.arrays(), torch.device("cpu")))
-        assert type(attend) is kind
-        outputs.append(attend(q, k, v, Layer(D, **limits))[:, :-2])
-    assert torch.equal(stores[0].keys, stores[1].keys) and torch.equal(stores[0].values, stores[1].values)
+    outputs = []
+    for store, kind, width in ((tiled, NativeAttend, D), (plain, KernelAttention, wide)):
+        for step, (queries, *pair) in (
+            (before, (keys.repeat(1, H // K, 1)[None], keys[None], values[None])),
+            (layout, (q, k, v)),
+        ):
+            attend = store.attend(step, to_device(step.arrays(), torch.device("cpu")))
+            assert type(attend) is kind
+            padded = [torch.nn.functional.pad(x, (0, width - D)) for x in (queries, *pair)]
+            out = attend(*padded, Layer(D, **limits))
+        outputs.append(out[:, :-2, :, :D])
+    tiles = untiled(tiled.keys[1], wide)[0], untiled(tiled.values[1], wide)[1]
+    for (numbers, scales), pages, ours in zip(tiles, (plain.keys, plain.values), plain.scales):
+        assert torch.equal(numbers, pages[1]) and torch.equal(scales, ours[1])
     torch.testing.assert_close(*outputs, atol=1e-3, rtol=3e-4)  # queries and weights in 16 bits
 
 
-@pytest.mark.parametrize(("keys", "width"), [(True, 64), (False, 40)])
-def test_int8_pages_error_within_half_step(keys, width):
-    """Of a key, no number of its rotation."""
+@pytest.mark.parametrize("width", [64, 40])
+@pytest.mark.parametrize(
+    ("dtype", "least", "step"), [(torch.int8, 1 / 254, 0), (torch.float8_e4m3fn, 2**-10 / 448, 2**-4)]
+)
+def test_pages_of_8_bits_round_to_nearest(width, dtype, least, step):
+    """Each number of a value, and of a key's rotation: by half a step at most, of float8 a step of its own size."""
     torch.manual_seed(0)
-    turn = sylvester(width) if keys else torch.eye(width)
-    x_TKD = torch.randn(64, 3, width) * torch.logspace(-6, 3, 64)[:, None, None]
-    pages = torch.zeros(2, 2, 3, int8_pages.tile_bytes(width), dtype=torch.uint8)
+    k, v = (torch.randn(64, 3, width) * torch.logspace(-6, 3, 64)[:, None, None] for _ in "kv")
+    pages = [torch.zeros(4, 16, 3, width, dtype=dtype) for _ in "kv"]
+    scales = [torch.zeros(4, 3, 16) for _ in "kv"]
     slots = torch.randperm(64)
-    int8_pages.write(x_TKD, pages, slots, keys=keys)
-    kept_TKD = int8_pages.read(pages, width, keys=keys).flatten(0, 1)[slots]
-    step_TK = (x_TKD @ turn).abs().amax(-1) / 127
-    assert (((kept_TKD - x_TKD) @ turn).abs().amax(-1) <= 0.501 * step_TK).all()
+    write_pages(k, v, *pages, slots, *scales)
+    for true, numbers, scale in zip((hadamard(k), v), pages, scales):
+        kept = (numbers.float() * scale.transpose(1, 2)[..., None]).flatten(0, 1)[slots]
+        bound = torch.maximum(true.abs().amax(-1, keepdim=True) * least, true.abs() * step)
+        assert ((kept - true).abs() <= 1.001 * bound).all()
 
 
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 128, 320])
@@ -90,9 +123,9 @@ def test_hadamard_of_a_head_is_orthogonal(width):
     blocks = {16: [16], 48: [32, 16], 64: [64], 80: [64, 16], 128: [128], 320: [256, 64]}[width]
     turn = torch.block_diag(*map(sylvester, blocks))
     a, b = torch.randn(2, 5, width, dtype=torch.float64)
-    there, back = int8_pages.hadamard(a), int8_pages.hadamard(b, back=True)
+    there, back = hadamard(a), hadamard(b, back=True)
     torch.testing.assert_close((there * back).sum(-1), (a * b).sum(-1))
-    torch.testing.assert_close(int8_pages.hadamard(there, back=True), a)
+    torch.testing.assert_close(hadamard(there, back=True), a)
     stretch = torch.cat([torch.full((n,), 2 ** (0.5 * (n.bit_length() % 2 == 0))) for n in blocks]).double()
     torch.testing.assert_close(there, a @ turn.double() * stretch)
 
@@ -128,7 +161,7 @@ def test_int8_pages_batch_invariant(tiny_model, changes):
     llm = LLM(model, kv_dtype="int8")
     together = said(llm)
     assert said(llm) == together, "after a prefix hit"
-    memory = 8 * PagedKVCache.bytes_per_page(model.config, 16, torch.int8)
+    memory = 8 * PagedKVCache.bytes_per_page(model.config, 16, torch.int8, torch.device("cpu"))
     small = LLM(model, kv_dtype="int8", max_batch_tokens=7, max_batch=5, kv_memory=memory)
     assert said(small) == together, "in chunks"
     assert small.engine.scheduler.preemptions > 0
@@ -151,16 +184,28 @@ def test_kv_dtype_follows_quantize(tiny_model):
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_fp8_pages_serve_by_kernels(tiny_model, quantize):
-    """Float8 pages serve by the kernels and in a gpus fixed buffers."""
+@pytest.mark.parametrize(("kv_dtype", "digits"), [("fp8", 5), ("int8", 1)])
+def test_pages_of_8_bits_serve_by_kernels(tiny_model, kv_dtype, digits, quantize, monkeypatch):
+    """Without C++, in few pages with preemption, after a prefix hit and in a GPU's fixed buffers."""
     model, text = tiny_model(), [i * i % 89 for i in range(100)]
-    formats = "float32", "bfloat16", "fp8"
+    formats = "float32", "bfloat16", kv_dtype
+    monkeypatch.setattr("warploom.engine.serving.execution.kv_cache.HAS_NATIVE", False)
+    monkeypatch.setattr("warploom.engine.serving.llm.HAS_NATIVE", False)
     llms = [LLM(model, kv_dtype=name, quantize=quantize, max_batch=3) for name in formats]
     scores = [torch.tensor(llm.score(text)) for llm in llms]
     by_half, by_eight = ((score - scores[0]).norm() for score in scores[1:])
-    assert 0 < by_eight < 2 * 2**5 * by_half, "five binary digits fewer"
-    prompts, params = [text[:9], text[:30], text[5:7]], SamplingParams(8, temperature=0, ignore_eos=True)
+    assert 0 < by_eight < 2 * 2**digits * by_half, "as many binary digits fewer"
+    prompts = [text[:9], text[:30], text[5:7], *(text[i : i + 14] for i in range(20, 24))]
+    params = SamplingParams(8, temperature=0, ignore_eos=True)
     expected = [output.token_ids for output in llms[-1].generate(prompts, params)]
+    assert [output.token_ids for output in llms[-1].generate(prompts, params)] == expected, "after a prefix hit"
+    store = llms[-1].engine.runner.store
+    assert len(store.scales) == 2
+    page = PagedKVCache.bytes_per_page(model.config, 16, store.dtype, torch.device("cpu"))
+    small = LLM(model, kv_dtype=kv_dtype, quantize=quantize, max_batch_tokens=7, max_batch=5, kv_memory=5 * page)
+    assert small.engine.runner.store.keys.shape[1] == 5
+    assert [output.token_ids for output in small.generate(prompts, params)] == expected, "in chunks"
+    assert small.engine.scheduler.preemptions > 0
     if quantize is None:
         runner = llms[-1].engine.runner
         runner.model, runner.least_tokens = fused_model(model, None), 1
