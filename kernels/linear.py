@@ -30,10 +30,22 @@ from .core.tuned import tuned
 from .swiglu import activate
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (…, C) · weightᵀ + bias for a `weight` (F, C), accumulated in float32."""
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    arrivals: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (…, C) · weightᵀ + bias for a `weight` (F, C), accumulated in float32.
+
+    `arrivals`, the weight's `arrival_counters`, spare the fused twin a launch and leave it no gradient."""
     y = nn.linear(x.to(wide(x)), weight.to(wide(x)), None if bias is None else bias.to(wide(x)))
     return y.to(x.dtype)
+
+
+def _linear_eager(x, weight, bias=None, *, arrivals=None):
+    return nn.linear(x, weight, bias)
 
 
 # ---- fused ----
@@ -46,8 +58,6 @@ PROGRAMS = 64
 """Tiles with 48 KiB on the way each, which keep 4 TB/s busy over 0.7 µs: a narrower W is split into as many."""
 SEGMENT = 256
 """Channels of a segment are a multiple of it, so that no tile's BLOCK_C crosses into another."""
-ARRIVALS = 1024
-"""Counters that a product with split channels may need: of 256 rows by 16, and of 63 stripes."""
 
 
 @triton.jit
@@ -173,6 +183,15 @@ def segment_length(F: int, C: int) -> int:
     return SEGMENT * cdiv(max(C, 1), SEGMENT * count)
 
 
+def arrival_counters(weight: torch.Tensor) -> torch.Tensor | None:
+    """Zeros in which programs count the segments of a tile that are done, for products with this weight one after the
+    other; each leaves them zero. None for a weight that is not split."""
+    F, C = weight.shape
+    if segment_length(F, C) >= C:
+        return None
+    return torch.zeros(cdiv(MANY, 16) * cdiv(F, 16), dtype=torch.int32, device=weight.device)  # the least tiles
+
+
 def _tile(name: str, x: torch.Tensor, M: int, split: bool) -> dict:
     """ROWS of x and BLOCK_F features a tile, BLOCK_C channels at a time, by how many rows there are."""
     arch = generation(x.device)
@@ -214,8 +233,8 @@ def product(
     """x · weightᵀ + bias, with the launch settings of the op of that name; through a gate, if there is one.
 
     `squares` (M, parts) and an eps divide x by its root mean square; `join` is a stream (M, F), in place, a norm's
-    weight (F,) and room for the stream's own square sums. `arrivals`, ARRIVALS zeros that stay so, spare a launch where
-    channels are split: never if the sum is asked for as a `whole`."""
+    weight (F,) and room for the stream's own square sums. `arrivals`, zeros that stay so, spare a launch where channels
+    are split: never if the sum is asked for as a `whole`."""
     x_MC, weight = last_dim_contiguous(as_rows(x)), last_dim_contiguous(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F // 2 if activation else F, dtype=x.dtype, device=x.device)
@@ -267,8 +286,15 @@ def _gradient(ctx, dy):
 _product = AutogradOp(linear_forward, _save, _gradient)
 
 
-def _linear_fused(x, weight, bias=None):
-    return _product(x, weight, bias)
+@launcher(mutates=("arrivals",))
+def linear_counted(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, arrivals: torch.Tensor
+) -> torch.Tensor:
+    return product("linear", x, weight, bias, arrivals=arrivals)
+
+
+def _linear_fused(x, weight, bias=None, *, arrivals=None):
+    return _product(x, weight, bias) if arrivals is None else linear_counted(x, weight, bias, arrivals)
 
 
 def _batch(m, M, C, F, bias=False):
@@ -282,7 +308,7 @@ def _moved(x, weight, bias=None):
 linear = Op(
     name="linear",
     reference=_linear,
-    eager=nn.linear,
+    eager=_linear_eager,
     fused=_linear_fused,
     rows=("x",),
     autocast=True,
@@ -305,6 +331,6 @@ linear = Op(
         Case("8192x4096x4096", lambda m: _batch(m, 8192, 4096, 4096), bench=True),
     ],
     traffic=lambda *args, **__: (_moved(*args), 2 * _moved(*args)),
-    flops=lambda x, weight, bias=None: (2 * x.numel() * len(weight), 4 * x.numel() * len(weight)),
+    flops=lambda x, weight, bias=None, **_: (2 * x.numel() * len(weight), 4 * x.numel() * len(weight)),
     budget=Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
 )

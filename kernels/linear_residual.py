@@ -33,8 +33,7 @@ def _linear_residual(
     """Adds the linear layer's x (…, C) · weightᵀ (F, C) + bias to `stream` (…, F), in place; -> stream · `norm_weight`
     (…, F), and the square sums (M, P) of the stream's rows, for the products of `normed_linear`.
 
-    `arrivals`, ARRIVALS int32 zeros that all products of a step share, spare the fused twin a launch: they are zeros
-    again afterwards."""
+    `arrivals`, the weight's `arrival_counters`, spare the fused twin a launch."""
     stream.add_(linear.reference(x.to(wide(x)), weight, bias))
     x_wide = stream.to(wide(stream))
     squares = torch.nn.functional.pad(as_rows(x_wide).square(), (0, -stream.shape[-1] % GROUP))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from warploom.kernels import Maker, backend, latent_attention, linear, linear_residual, paged_attention
-from warploom.kernels.linear import ARRIVALS, SEGMENT, segment_length
+from warploom.kernels.linear import SEGMENT, arrival_counters, segment_length
 from warploom.kernels.paged_attention import filled_pages
 
 from .device import DEVICE, pytestmark  # noqa: F401
@@ -106,15 +106,16 @@ def test_split_channels_any_rows_same_bits(dtype):
         torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
         for shape in ((257, C), (F, C), (F,), (257, F), (F,))
     )
-    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=DEVICE)
+    arrivals = arrival_counters(weight)
 
     def results(rows):
         own = stream[:rows].clone()
         joined = linear_residual(x[:rows], weight, own, norm, bias, arrivals=arrivals)
-        return linear(x[:rows], weight, bias), own, *joined
+        return linear(x[:rows], weight, bias, arrivals=arrivals), own, *joined
 
     with backend("triton"):
         whole = results(257)
+        assert torch.equal(linear(x[:3], weight, bias), whole[0][:3]), "with counters of its own"
         for rows in (1, 16, 17, 256):
             assert all(torch.equal(some, all_[:rows]) for some, all_ in zip(results(rows), whole))
     assert not arrivals.any()

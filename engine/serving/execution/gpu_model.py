@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import kernels
+from ....kernels.linear import arrival_counters
 from ....kernels.swiglu import ACTIVATIONS
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
@@ -36,9 +37,10 @@ class BatchInvariantLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias = weight, bias
+        self.arrivals = arrival_counters(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias, arrivals=self.arrivals)
 
 
 def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn.Module:
@@ -51,8 +53,6 @@ class ScaledStream(NamedTuple):
     scaled: Tensor
     square_sums: Tensor
     eps: float
-    arrivals: Tensor
-    """Counters of the step, for products whose channels are split."""
 
 
 def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
@@ -60,13 +60,13 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
     own = layer.weight, layer.bias, x.eps, activation
-    return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=x.arrivals)
+    return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=layer.arrivals)
 
 
-def join(layer: Any, x: Tensor, stream: Tensor, norm: Any, arrivals: Tensor) -> ScaledStream:
+def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
-    joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=arrivals)
-    return ScaledStream(*joined, norm.eps, arrivals)
+    joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=layer.arrivals)
+    return ScaledStream(*joined, norm.eps)
 
 
 class GatedLinear(SwiGLU):
@@ -184,10 +184,10 @@ class FusedBlock(Block):
         normed = delta
         if not isinstance(delta, ScaledStream):
             normed, stream = self.attention_norm.add(delta, stream)
-        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm, attend.arrivals)
+        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm)
         if self.next_norm is None:
             return stream, ffn(normed), None
-        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm, attend.arrivals), None
+        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm), None
 
 
 def fuse_norms(model: Transformer) -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .... import kernels
 from ....kernels.cpu.extension import native as _native
-from ....kernels.linear import ARRIVALS
 from ....tokenizer.cpus import available_cpus
 
 PAGE_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}  # that C++ knows
@@ -131,9 +130,8 @@ class KernelAttention:
     def __init__(self, store: PagedKVCache, positions: Tensor, slots: Tensor, *batch: Tensor):
         """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
         self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
-        counters = max(len(batch[1]) * store.key_heads, ARRIVALS)
-        self.arrivals = torch.zeros(counters, dtype=torch.int32, device=slots.device)
-        self.shared = {"starts": batch[3], "arrivals": self.arrivals}
+        arrivals = torch.zeros(len(batch[1]) * store.key_heads, dtype=torch.int32, device=slots.device)
+        self.shared = {"starts": batch[3], "arrivals": arrivals}
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer) -> Tensor:
         self.write(k_BTKD[0], v_BTKD[0], layer)
