@@ -96,8 +96,6 @@ class LLM:
                 raise InputError(f"{name} must be at least 1, got {count}")
         if ngram_draft_tokens < 0:
             raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
-        if tensor_parallel > 1 and quantize is not None:
-            raise InputError(f"tensor_parallel must be 1 with quantize, got {tensor_parallel}")
         if tensor_parallel > 1 and adapters:
             raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
@@ -114,13 +112,13 @@ class LLM:
         paced, fitted = max_batch_tokens is None, max_batch is None
         max_batch = max_batch or (MOST_ROWS if where.type == "cpu" and tensor_parallel == 1 else 64)
         max_batch_tokens = max(max_batch_tokens or (8192 if where.type == "cuda" else 512), max_batch)
+        packed = quantize is None and keeps_packed(where)
         team = None
         if tensor_parallel > 1:
             from .execution.tensor_parallel import start_team
 
-            team = start_team(sources, tensor_parallel, where, dtype, max_batch_tokens, max_batch)
+            team = start_team(sources, tensor_parallel, where, dtype, packed, max_batch_tokens, max_batch)
         with team or nullcontext():
-            packed = quantize is None and keeps_packed(where)
             self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
             self.packing = describe(self.model)
             halves = self.model.embedding.weight.dtype == torch.float16

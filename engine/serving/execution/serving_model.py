@@ -28,6 +28,7 @@ from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM
 from ...formats.packed_weight import MATRICES, PackedLinear, PackedMoE, PackedWeight, matrix_of
 from ...layers import NoNorm, routing_options
 from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
+from ...parallel.tensor_parallel import ShardedLinear
 from ..scheme import INT8, Scheme, scheme_of
 from .gpu_model import (
     BatchInvariantLinear,
@@ -227,7 +228,7 @@ def _serving_model(
     native_pages: bool,
     adapters: ServedAdapters | None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
-    scheme = scheme_of(quantize, sum(p.numel() for p in model.parameters()))
+    scheme = scheme_of(quantize, model.config.parameter_count())
     make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
     if model.device.type == "cuda" and type(model) is Transformer:
         make = make or (batch_invariant_linear if batch_invariant else None)
@@ -240,6 +241,8 @@ def _serving_model(
     form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
+        if make is not None:
+            _pack_shares(model, partial(_native_layer, form=form) if native else make)
         if HAS_NATIVE and model.device.type == "cpu":
             replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
         return model, Head(model)
@@ -265,6 +268,20 @@ def _serving_model(
 
 def _packed_layer(weight: Tensor, bias: Tensor | None, path: str, scheme: Scheme) -> nn.Module:
     return PackedLinear(pack(weight, scheme.layout(matrix_of(path))), bias)
+
+
+def _native_layer(weight: Tensor, bias: Tensor | None, path: str, form: str | Scheme) -> nn.Module:
+    return NativeLinear(weight, bias, form, matrix_of(path))
+
+
+def _pack_shares(model: Transformer, make: MakeLinear) -> None:
+    """Under tensor parallelism: pack this process's share of each linear layer, which lets go of the floats."""
+    replace_linear(model.blocks, make)
+    for path, layer in model.named_modules():
+        if isinstance(layer, ShardedLinear) and layer.packed is None:
+            layer.packed, layer.weight = make(layer.weight, None, path), cast("nn.Parameter", None)
+    if model.head is None:
+        model.head = cast("Linear", make(model.embedding.weight, None, "head"))
 
 
 def _kernel_head(model: Transformer, make: MakeLinear | None) -> nn.Module | None:

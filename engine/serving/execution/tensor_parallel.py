@@ -33,7 +33,6 @@ from ...parallel.tensor_parallel import check
 from ..scheduling.step import StepPlan
 from .kv_cache import set_threads
 from .model_runner import InFlightStep, memory_for_pages
-from .native_matrix import keeps_packed
 from .speculative import make_runner
 
 PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
@@ -50,6 +49,7 @@ class WorkerSpec:
     device: str
     dtype: str | torch.dtype | None
     directories: tuple[str, ...]  # of the model, and of a draft, which every process runs by itself
+    packed: bool  # whether packed weights stay so: rounded anew, they are read as floats
     largest: tuple[int, int]  # tokens of a step, sequences of a batch
 
     def join(self, store: dist.TCPStore) -> dist.ProcessGroup:
@@ -144,7 +144,7 @@ class TPRunner:
 
 
 def start_team(
-    directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, *largest: int
+    directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, packed: bool, *largest: int
 ) -> TPRunner:
     """Start the processes that share a model (and each run a draft, if there is a second directory)."""
     if not all(isinstance(place, (str, os.PathLike)) for place in directories):
@@ -158,7 +158,7 @@ def start_team(
     store = dist.TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False, timeout=PATIENCE)
     threads = max(1, torch.get_num_threads() // size)
     places = tuple(os.path.abspath(place) for place in directories)
-    return TPRunner(WorkerSpec(0, size, store.port, threads, str(device), dtype, places, largest), store)
+    return TPRunner(WorkerSpec(0, size, store.port, threads, str(device), dtype, places, packed, largest), store)
 
 
 def _device(share: WorkerSpec, rank: int) -> str:
@@ -201,7 +201,7 @@ def work() -> None:
     group = share.join(store)
     place, *drafts = share.directories
     try:
-        models = [read_model(place, share.device, share.dtype, group, keeps_packed(share.device))]
+        models = [read_model(place, share.device, share.dtype, group, share.packed)]
         models += [read_model(draft, share.device, models[0].embedding.weight.dtype) for draft in drafts]
     except InputError:
         os._exit(1)  # the first process reads the same files, and says what is wrong

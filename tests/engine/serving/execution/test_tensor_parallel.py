@@ -17,6 +17,8 @@ from warploom.engine.serving.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
+GREEDY = SamplingParams(6, temperature=0, ignore_eos=True)
+
 
 @pytest.fixture
 def team(tiny_model, tmp_path, monkeypatch):
@@ -92,26 +94,30 @@ def test_tp_unsupported_refused_before_start(tiny_model, tmp_path):
     place = save_model(tiny_model(), tmp_path / "model")
     with pytest.raises(ValueError, match="tp=3 does not divide n_heads=4"):
         LLM(place, tensor_parallel=3)
-    with pytest.raises(ValueError, match="tensor_parallel must be 1 with quantize, got 2"):
-        LLM(place, tensor_parallel=2, quantize="int8")
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("given", [True, False], ids=["quantize=", "packed file"])
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, 32, symmetric=False, rotate=False), Scheme(group=16)], ids=str)
-def test_two_processes_share_packed_weights(scheme, tiny_model, tmp_path, monkeypatch):
+def test_two_processes_share_packed_weights(scheme, given, tiny_model, tmp_path, monkeypatch):
     """Rows, and columns in whole groups: of 128 columns a half is whole groups of each of these schemes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     model = tiny_model("llama", d_model=128, d_ff=128, tie_embeddings=True)
+    whole = save_model(model, tmp_path / "whole")
     quantize(model, scheme)
-    place = save_packed(model, tmp_path / "packed")
-    one, two = LLM(place, kv_dtype="float32"), LLM(place, tensor_parallel=2, kv_dtype="float32")
+    place, options = save_packed(model, tmp_path / "packed"), {"kv_dtype": "float32"}
+    if given:
+        place, options = whole, {**options, "quantize": scheme}
+    one, two = LLM(place, **options), LLM(place, tensor_parallel=2, **options)
     try:
-        assert sum(map(int, re.findall(r"(\d+) matrices", two.packing or ""))) == 9
+        if not given:
+            assert sum(map(int, re.findall(r"(\d+) matrices", two.packing or ""))) == 9
         text = [i * i % 97 for i in range(40)]
         alone, plain = torch.tensor(one.score(text)), torch.tensor(LLM(load_model(place, "cpu")[0]).score(text))
         change = (torch.tensor(two.score(text)) - alone).abs()  # a code of an activation near a half may be another
         assert change.max() < (alone - plain).abs().max()
+        assert one.generate(text[:9], GREEDY).token_ids == two.generate(text[:9], GREEDY).token_ids
     finally:
         two.close()
         torch.set_num_threads(threads)
