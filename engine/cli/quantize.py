@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
     model, tokenizer = load_model(options.model, "cpu", "float32")
     rows, held = _rows(options, model, tokenizer) if options.calibrate else ([], [])
     exact = log_probabilities(LLM(model, tokenizer), held) if held else []
-    quantize(model, scheme_of(scheme, model.config.parameter_count()) or INT8, rows, _say)
+    quantize(model, scheme_of(scheme, model.config.parameter_count(), bool(rows)) or INT8, rows, _say)
     save_packed(model, options.out, tokenizer)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
     print(f"wrote {options.out}: {scheme}, {size / 1e6:,.1f} MB")
