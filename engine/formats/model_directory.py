@@ -112,14 +112,14 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
-    `packed` leaves matrices as they are stored, of experts too if `experts`; those a GPU cannot multiply as they are.
+    `packed` leaves matrices as they are stored, of experts too if `experts`, on a GPU if all have one layout.
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
     base = base_of(directory)
     adapter = open_adapter(directory, base) if is_adapter(directory) else ()
     directory = base
-    experts = experts and torch.device(device).type == "cpu"
+    mixed = torch.device(device).type == "cpu"
     if is_gguf(directory):
         file = open_gguf(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -151,7 +151,7 @@ def read_weights(
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
             if packed and not adapter and (product == "head.weight" or product in products):
                 weight = weights.as_packed(piece, shapes[piece.ours])
-                if weight is not None:
+                if weight is not None and (mixed or not isinstance(weight, PackedExperts) or weight.alike):
                     yield product, weight
                     if product == piece.ours:
                         continue

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import MoEAux
+from ...kernels import MoEAux, packed_moe
 from ...kernels.packed_linear import TURNED, dequantize, packed_linear, rotated
 from ..config import ModelConfig
 from ..errors import InputError
-from ..layers import MoE
+from ..layers import MoE, routing_options
 from ..model import Transformer
 from ..parallel.tensor_parallel import ShardedLinear, ShardSpec
 
@@ -215,22 +215,59 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts(tuple[PackedWeight, ...]):
-    """The matrices of a layer's experts, one each."""
+    """The matrices of a layer's experts, one each; as kernels read them all lie in a `stack`, one below the other."""
+
+    stack: Segment | None = None
 
     def dequantize(self) -> Tensor:
         return torch.stack([packed.dequantize() for packed in self])
 
+    @property
+    def alike(self) -> bool:
+        """Return whether all rows of all experts have one layout."""
+        return len({segment.layout for packed in self for segment in packed.segments}) == 1
+
+    def stacked(self, device: torch.device | str = "cpu") -> PackedExperts:
+        """The same in one stack, if they are alike, on a device."""
+        if not self.alike:
+            return PackedExperts(packed.to(device) for packed in self)
+        columns = self[0].columns
+        joined = PackedWeight.joined([segment for packed in self for segment in packed.segments], columns)
+        stack = joined.segments[0].to(device)
+        places = torch.arange(len(stack.units)).split(len(stack.units) // len(self))
+        rows = [slice(int(each[0]), int(each[-1]) + 1) for each in places]
+        found = PackedExperts(PackedWeight((stack.at(each),), columns) for each in rows)
+        found.stack = stack
+        return found
+
     def to(self, device: torch.device | str) -> PackedExperts:
+        if torch.device(device).type != "cpu":
+            return self.stacked(device)
         return PackedExperts(packed.to(device) for packed in self)
+
+    def __deepcopy__(self, memo: dict) -> PackedExperts:
+        return self  # is never written
 
 
 class PackedMoE(MoE):
-    """Experts of packed weights, by the definition; an executor multiplies the codes."""
+    """Experts of packed weights: where they are stacked by `kernels.packed_moe`, else by the definition; an executor
+    multiplies the codes."""
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, MoEAux]:
         parts: Any = self.w_gate_up, self.w_down
-        floats = (x.dequantize().to(x_BTC) if isinstance(x, PackedExperts) else x for x in parts)
-        return self.blend(x_BTC, *floats)
+        stacks = [getattr(part, "stack", None) for part in parts]
+        if None in stacks:
+            floats = (x.dequantize().to(x_BTC) if isinstance(x, PackedExperts) else x for x in parts)
+            return self.blend(x_BTC, *floats)
+        packed = (
+            (s.codes, s.scales, s.minima, s.units, s.layout.bits, s.layout.group, s.layout.table, s.layout.rotate)
+            for s in stacks
+        )
+        y_BTC, routing = packed_moe(
+            x_BTC, self.router(x_BTC), *packed, len(parts[0]), self.config.experts_per_token,
+            **routing_options(self.config), **self.biases(),
+        )  # fmt: skip
+        return self.with_shared(y_BTC, x_BTC), routing
 
 
 def packed_in(model: nn.Module) -> Iterator[tuple[str, PackedWeight | PackedExperts]]:
