@@ -89,6 +89,10 @@ class Session:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
+    def say(self, text: str) -> None:
+        """Print a line with the seconds that are left: what took how long is seen at once."""
+        say(f"{max(self.left(), 0):4.0f} s left  {text}")
+
     def run(self, command: list[str], seconds: float, extra: dict[str, str] | None = None) -> tuple[str, str]:
         """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
         if self.left() < 5:
@@ -164,8 +168,10 @@ def main(argv: list[str] | None = None) -> int:
 def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
     """The checks, the plan, the tests and the rest: how the checks ended, and the tests' last lines."""
     printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
-    say(f"{printed}smoke: {ended or 'done'}")
+    say(printed.rstrip())
+    session.say(f"smoke: {ended or 'done'}")
     found = check_ops(session, " bfloat16 ")
+    session.say("checks: done")
     broken = {name.split()[0] for name, ended in found.items() if ended}
     if "attention" in broken and "WARPLOOM_HOPPER" not in session.environment:
         broken -= {"attention"} if without_hopper(session) else set()
@@ -174,6 +180,7 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
         measure(session, "kernels", 0.9 * session.left(), 9.0, options.results, ["--tune", *skip])
     run_plan(session, options, PLAN, skip)
     tests = run_tests(session)
+    session.say("tests: done")
     for dtype in DTYPES[1:]:
         found |= check_ops(session, f" {dtype} ")
     run_rest(session, options, skip, [])
@@ -331,7 +338,7 @@ def measure(
         ]
         command += ["--results", str(results), "--limit", f"{limit:.2f}", *flags]
         _, ended = session.run(command, left, extra)
-        say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
+        session.say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
         names = deadly.read_text() if deadly.exists() else None
         if names == before:
             return

@@ -18,6 +18,7 @@ a name there at the start leaves that part out, and goes on with the others.
 """
 
 import faulthandler
+import math
 import signal
 import sys
 import threading
@@ -42,6 +43,9 @@ IN_CHECKOUT = (environment.ROOT / "pyproject.toml").is_file()
 RESULTS = environment.ROOT / "bench" / "results" if IN_CHECKOUT else Path("bench-results")
 
 
+LATE = peers.Missing("no time was left to begin it")
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of every bench: a flag a field, with its line of `--help`.
@@ -57,7 +61,7 @@ class Options:
     threads: Annotated[int, "threads for torch's operators; 0 leaves its choice"] = 0
     rounds: Annotated[int, "rounds of a comparison, at most"] = 15
     seconds: Annotated[float, "time for the rounds of one comparison (a few are run anyway)"] = 30.0
-    limit: Annotated[float, "end the process if one part takes more minutes than this; 0 waits forever"] = 0.0
+    limit: Annotated[float, "minutes a part may take (no peer is begun in the second half), or the process ends"] = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("threads", 0), ("seconds", 0)):
@@ -86,6 +90,7 @@ class Machine:
         self.rounds, self.seconds = rounds, seconds
         self.ceilings: dict[str, float] = {}
         self.measure = partial(ceilings.measure, device=self.device, timer=self.timer)
+        self.peers_until = math.inf
 
     @classmethod
     def asked_for(cls, options: Options) -> "Machine":
@@ -105,8 +110,12 @@ class Machine:
     def by_the_wall(self) -> "Machine":
         """The same machine with the monotonic clock: for whole systems with threads and streams of their own."""
         twin = Machine(self.device, WallTimer(), rounds=self.rounds, seconds=self.seconds)
-        twin.ceilings, twin.measure = self.ceilings, self.measure
+        twin.ceilings, twin.measure, twin.peers_until = self.ceilings, self.measure, self.peers_until
         return twin
+
+    def has_time_for(self, who: str, ours: str) -> bool:
+        """Return whether a contestant may still be begun: ours always, so that slow peers do not cost our record."""
+        return who == ours or self.peers_until == math.inf or self.timer.clock() < self.peers_until
 
     def prepare(
         self, builders: peers.Builders, ours: str = "ours"
@@ -119,6 +128,9 @@ class Machine:
         for who, build in builders.items():
             if isinstance(build, peers.Missing):
                 calls[who] = build
+                continue
+            if not self.has_time_for(who, ours):
+                calls[who] = LATE
                 continue
             begin = self.timer.clock()
             try:
@@ -207,6 +219,9 @@ class Machine:
             if isinstance(call, peers.Missing):
                 missing[who] = call.reason
                 continue
+            if not self.has_time_for(who, ours):
+                missing[who] = LATE.reason
+                continue
             try:
                 times[who] = [self.timer.sample(call, 1) for _ in range(max(1, calls))]
                 ready[who] = call
@@ -267,7 +282,7 @@ def run_bench(
         say(f"{bench}: {part.name} ({due[part.name]}" + (f", about {part.minutes:g} min)" if part.minutes else ")"))
         try:
             with deadly.trying(part.name, options.limit):
-                measured = _measure(part, machine, code, clock)
+                measured = _measure(part, machine, code, clock, options.limit)
                 Record(bench, now.device, parts={part.name: measured}).to_json()  # refuses what is no number
         except KeyboardInterrupt:
             say(f"{bench}: interrupted in {part.name}; finished parts are in {path}")
@@ -354,9 +369,10 @@ def stale(record: Record, part: Part, now: environment.Environment, code: str) -
     return None
 
 
-def _measure(part: Part, machine: Machine, code: str, clock: Callable[[], float]) -> PartRecord:
+def _measure(part: Part, machine: Machine, code: str, clock: Callable[[], float], limit: float) -> PartRecord:
     release(machine.device)  # what the part before has left
     started, before, others = clock(), environment.capture(machine.device), environment.OtherWork()
+    machine.peers_until = machine.timer.clock() + 30 * limit if limit else math.inf
     rows = part.run(machine, **{name: value for name, value in part.config.items() if name != "threads"})
     return PartRecord(
         config=dict(part.config),

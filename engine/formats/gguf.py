@@ -41,6 +41,7 @@ FILE_TYPES = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "b
 NARROWER = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where rows are no whole blocks of 256
 ARCHITECTURES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
 }  # fmt: skip
 
 
@@ -84,6 +85,10 @@ def _architecture(config: ModelConfig) -> str:
     kind = architecture_of(config)
     if kind not in ARCHITECTURES or (kind == "gpt2" and config.ffn != "gelu"):
         raise InputError("no architecture of GGUF matches this model: it must be a GPT-2, Llama, Qwen or Mixtral")
+    if config.n_experts and not config.normalize_experts:
+        raise InputError(
+            "normalize_experts=False has no GGUF form: readers of GGUF rescale experts' weights to sum to 1"
+        )
     if config.sliding_window and config.sliding_window < config.max_seq_len:
         raise InputError(
             f"sliding_window={config.sliding_window} is shorter than max_seq_len={config.max_seq_len}: "
@@ -109,6 +114,7 @@ def _shape(c: ModelConfig, kind: str) -> dict[str, Any]:
     }  # fmt: skip
     if c.n_experts:
         shape |= {"expert_count": c.n_experts, "expert_used_count": c.experts_per_token}
+        shape |= {"expert_feed_forward_length": c.ff_size} if kind == "qwen3moe" else {}
     scaling = c.rope_scaling or {}
     if scaling.get("rope_type") in ("linear", "yarn"):
         shape |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}

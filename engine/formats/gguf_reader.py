@@ -318,8 +318,9 @@ class GGUFFile:
         heads = config.n_heads * config.head_size
         self._check("token_embd", (config.vocab_size, config.d_model), "vocab_size, embedding_length")
         if family in EXPERTS:
-            down = (config.n_experts, config.d_model, config.ff_size)
-            self._check("blk.0.ffn_down_exps", down, "expert_count, expert_feed_forward_length")
+            down, apart = (config.d_model, config.ff_size), "blk.0.ffn_down.0.weight" in self.tensors
+            name, shape = ("blk.0.ffn_down.0", down) if apart else ("blk.0.ffn_down_exps", (config.n_experts, *down))
+            self._check(name, shape, "expert_count, expert_feed_forward_length")
         else:
             self._check("blk.0.ffn_down", (config.d_model, config.ff_size), "feed_forward_length")
         self._check("blk.0.attn_output", (config.d_model, heads), "attention.head_count, attention.key_length")
@@ -398,5 +399,7 @@ class GGUFWeights(Weights):
         parts, layers = (GPT2_PARTS, "transformer.h") if gpt2 else (PARTS, "model.layers")
         parts = parts | EXPERTS[self.family][1] if self.family in EXPERTS else parts
         *where, part, leaf = name.split(".") if name.count(".") else (name, "")
+        if len(where) == 3 and part.isdigit():  # an expert by itself, as files of early 2024 have them
+            parts = {part: parts.get(f"{where.pop()}_exps", name).replace("*", part)}
         prefix = f"{layers}.{where[1]}." if len(where) == 2 and where[0] == "blk" else ""
         return f"{prefix}{parts[part]}.{leaf}" if part in parts else name

@@ -7,7 +7,11 @@ what the hardware does.
 Its loop bounds are arrays of one number, which Triton 3.6 hands to NumPy as a number; since 2.5 NumPy refuses that.
 
 And where it would follow any pointer, here an address outside the kernel's arguments is an error that names the kernel.
+Where a program stands in its grid is one variable for all threads: two that interpreted at once would take each other's
+places, and write wherever these led them. So one waits for the other.
 """
+
+import threading
 
 import numpy as np
 import torch
@@ -61,6 +65,7 @@ class Arena:
 
 def _watch_addresses() -> None:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    add, swap = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
     gather_arguments = GridExecutor._init_args_hst
     arena = None
 
@@ -79,10 +84,29 @@ def _watch_addresses() -> None:
         arena.check(ptrs.data, np.asarray(mask.data), value.data.dtype.itemsize, "writes")
         return store(self, ptrs, value, mask, *rest, **options)
 
+    def create_atomic_rmw(self, op, ptr, value, mask, *rest):
+        arena.check(ptr.data, np.asarray(mask.data), value.data.dtype.itemsize, "writes")
+        return add(self, op, ptr, value, mask, *rest)
+
+    def create_atomic_cas(self, ptr, cmp, value, *rest):
+        arena.check(ptr.data, np.ones(1, dtype=bool), value.data.dtype.itemsize, "writes")
+        return swap(self, ptr, cmp, value, *rest)
+
     GridExecutor._init_args_hst = note_arguments
+    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = create_atomic_rmw, create_atomic_cas
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
         create_masked_load, create_masked_store,
     )  # fmt: skip
+
+
+def _take_turns() -> None:
+    launch, turn = GridExecutor.__call__, threading.RLock()
+
+    def launch_alone(self, *args, **options):
+        with turn:
+            return launch(self, *args, **options)
+
+    GridExecutor.__call__ = launch_alone
 
 
 def correct() -> None:
@@ -119,6 +143,7 @@ def correct() -> None:
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     _watch_addresses()
+    _take_turns()
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_index(tensor, scope):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warploom.bench import peers
-from warploom.bench.harness import Machine
+from warploom.bench.harness import LATE, Machine
 from warploom.bench.schema import Spread
 from warploom.bench.timing import WallTimer, host_seconds, interleave, order
 from warploom.engine.memory import RESET, PeakMemory
@@ -118,6 +118,24 @@ def test_bench_preparation_timed_peers_forgiven():
     assert calls["gone"] == peers.Missing("gone")
     with pytest.raises(ValueError, match="too large"):
         machine(clock).prepare({"ours": impossible})
+
+
+def test_peers_without_time_are_left_out():
+    """A slow peer does not cost our own record its slot."""
+    clock = FakeClock()
+    short = machine(clock)
+    short.peers_until = clock.now + 10
+
+    def slow():
+        clock.now += 20
+        return clock.work("x", 1.0)
+
+    calls, _ = short.prepare({"ours": slow, "peer": slow, "another": slow})
+    assert callable(calls["ours"]) and calls["peer"] == calls["another"] == LATE
+    rows = short.compare("case", calls | {"late": clock.work("l", 1.0)})
+    assert {row.who: row.missing for row in rows if row.missing} == dict.fromkeys(
+        ["peer", "another", "late"], "no time was left to begin it"
+    )
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))

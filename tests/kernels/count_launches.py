@@ -71,11 +71,16 @@ def graph_launches(model, store, batch=4):
     return found[0]
 
 
-if __name__ == "__main__":
-    config = ModelConfig.preset("qwen3-0.6b")
+def built(**changes):
+    """The model as a GPU serves it, and its pages."""
+    config = ModelConfig.preset("qwen3-0.6b", **changes)
     with torch.device("meta"):
-        model = Transformer(config).to(torch.bfloat16).eval()
-        twin = fused_model(model, batch_invariant_linear)
-        store = PagedKVCache(config, PAGES, PAGE, torch.bfloat16, torch.device("meta"))
-    counted = {name: step_launches(twin, store, counts) for name, counts in STEPS.items()}
-    print(json.dumps(counted | {"graph": graph_launches(twin, store)}))
+        model = fused_model(Transformer(config).to(torch.bfloat16).eval(), batch_invariant_linear)
+        return model, PagedKVCache(config, PAGES, PAGE, torch.bfloat16, torch.device("meta"))
+
+
+if __name__ == "__main__":
+    dense, experts = built(), built(n_experts=16, experts_per_token=4, n_layers=2)
+    counted = {name: step_launches(*dense, counts) for name, counts in STEPS.items()}
+    counted |= {"graph": graph_launches(*dense), "experts": step_launches(*experts, STEPS["decode"])}
+    print(json.dumps(counted))

@@ -1,11 +1,14 @@
 """Every fused twin against the float64 oracle, forward and backward, in the Triton interpreter or on a GPU."""
 
+import sys
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.kernels import backend, rms_norm, sample
+from warploom.kernels import Maker, backend, paged_attention, rms_norm, sample
 from warploom.kernels.core.lang import INTERPRET
 from warploom.kernels.tools import verify
 
@@ -93,6 +96,31 @@ def test_sample_survives_any_row(by, rows, options):
         expected = largest_first(row, options["temperature"])
         assert 0 <= token < len(row) and (expected in (None, token)), (row, options)
         assert expected is not None or row[token] > -float("inf"), (row, options)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a GPU's programs know their own place")
+def test_threads_that_interpret_at_once_take_turns():
+    """They share what the interpreter knows of its place in the grid, and would write wherever the other one stands."""
+    calls = [(op, *case.build(Maker(torch.float32))) for op, case in
+             ((rms_norm, rms_norm.cases[0]), (paged_attention, paged_attention.cases[2]))]  # fmt: skip
+    found = [[], []]
+
+    def work(op, args, options, results):
+        with backend("triton"), torch.no_grad():
+            results += [op(*args, **options) for _ in range(4)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [Thread(target=work, args=(*call, results)) for call, results in zip(calls, found)]
+        for step in (Thread.start, Thread.join):
+            for thread in threads:
+                step(thread)
+    finally:
+        sys.setswitchinterval(interval)
+    for (op, args, options), results in zip(calls, found):
+        with backend("triton"), torch.no_grad():
+            assert len(results) == 4 and all(torch.equal(x, op(*args, **options)) for x in results)
 
 
 def test_a_wrong_twin_is_caught():

@@ -22,7 +22,6 @@ namespace packed {
 constexpr int kLanes = 16;     // outputs of one vector
 constexpr int kBlock = 4;      // vectors of outputs of one task
 constexpr int kRows = 4;       // rows of activations of one tile
-constexpr int kAhead = 8192;   // bytes that are requested before they are needed, where one row is alone
 
 // A group of a block of `vectors` vectors of outputs: lines of 64 bytes, 16 outputs with four columns each (of 4 bits eight: the
 // low halves are the first four), vector by vector; then scales and minima in half precision.
@@ -32,12 +31,15 @@ inline size_t group_bytes(const Layout& l, int vectors) {
     return scales_at(l, vectors) + size_t(vectors * (l.minimum ? 2 : 1) + 1) / 2 * 64;
 }
 
-// A block of outputs for some rows: y (rows, width) = x · weightsᵀ · units + bias.
+// A block of outputs for some rows: y (rows, width) = x · weightsᵀ · units + bias. Weights `ahead` bytes further are requested
+// meanwhile: of every `mask` + 1 lines the one numbered `phase`.
 struct Tile {
     const Layout* layout;
     const uint8_t* data;
     const float *units, *bias;
     int vectors, groups;
+    size_t ahead;
+    int phase, mask;
 };
 
 // Rows `row` to `row` + `rows` (at most kRows) of the activations.

@@ -249,10 +249,16 @@ void PackedMatrix::block(const Segment& s, const Activations& x, int number, flo
     const int from = number * kBlock * kLanes, left = s.outputs - from, here = std::min(left, kBlock * kLanes);
     const int vectors = (here + kLanes - 1) / kLanes, wide = vectors * kLanes;
     const uint8_t* data = s.data.data() + size_t(number) * s.groups * group_bytes(s.layout, kBlock);
-    const Tile tile{&s.layout, data, &s.units[from], &s.bias[from], vectors, s.groups};
     const Multiply multiply = multiply_rows.load(std::memory_order_relaxed);
+    // Memory brings what two or three tiles multiply: the first of them requests what it needs itself soon. More tiles share
+    // the requests for the block that this thread will probably have next, and memory works all the while.
+    const int all = (x.count + kRows - 1) / kRows;
+    const bool share = all >= 4;
+    const size_t next = size_t(SpinPool::shared().size()) * s.groups * group_bytes(s.layout, kBlock);
+    Tile tile{&s.layout, data, &s.units[from], &s.bias[from], vectors, s.groups, share ? next : 8192, 0, 0};
+    tile.mask = !share ? 0 : all < 8 ? 3 : 7;
     float part[kRows * kBlock * kLanes];  // for outputs that fill no whole vector
-    for (int row = 0, rows, tiles = (x.count + kRows - 1) / kRows; tiles > 0; row += rows, --tiles) {
+    for (int row = 0, rows, tiles = all; tiles > 0; row += rows, --tiles, ++tile.phase) {
         rows = (x.count - row + tiles - 1) / tiles;  // as equal as can be
         float* to = y + size_t(row) * outputs_ + s.first + from;
         multiply(tile, x, row, rows, here == wide ? to : part, here == wide ? outputs_ : wide);

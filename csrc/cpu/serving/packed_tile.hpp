@@ -46,7 +46,7 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
             for (int i = 0; i < VECTORS; ++i) {
                 const uint8_t* at = w + k * line + i * 64;
                 first[i] = load_line(at);
-                if (ROWS == 1) __builtin_prefetch(at + kAhead);
+                if ((k & t.mask) == t.phase) __builtin_prefetch(at + t.ahead);
                 if (KIND == Kind::bytes) continue;
                 second[i] = high_halves(first[i]), first[i] = low_halves(first[i]);
                 if (KIND == Kind::table) first[i] = look_up(table, first[i]), second[i] = look_up(table, second[i]);
@@ -70,6 +70,7 @@ TILE_TARGET inline void tile(const Tile& t, int v, const Activations& x, int row
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; ++i) {
             const uint8_t* at = w + halves + i * 32;
+            if (t.phase == 0) __builtin_prefetch(at + t.ahead);
             const Floats weight = from_halves(at);
             Floats minimum;
             if (l.minimum) minimum = from_halves(at + vectors * 32);

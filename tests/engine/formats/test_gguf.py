@@ -8,8 +8,10 @@ from warploom.engine.cli import main
 from warploom.engine.config import ModelConfig
 from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.gguf_vocabulary import PRETOKENIZERS
+from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_info import read_tokenizer
 from warploom.engine.formats.model_writer import save_model
+from warploom.engine.formats.packed_weight import PackedExperts
 from warploom.engine.model import Transformer
 from warploom.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
@@ -72,13 +74,14 @@ def test_llama_cpp_splits_text_alike(tmp_path):
         assert LlamaCpp(tmp_path / "m.gguf").tokenize(SENTENCE) == tokenizer.encode(SENTENCE)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "llama3", "yarn", "mixtral"])
+@pytest.mark.parametrize("name", [*CONFIGS, "llama3", "yarn", "mixtral", "qwen3moe"])
 @torch.no_grad()
 def test_llama_cpp_reads_file_same_logits(name, tmp_path):
     scaled = {
         "llama3": dict(rope_scaling=LLAMA3),
         "yarn": dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
         "mixtral": dict(n_experts=4),
+        "qwen3moe": dict(n_experts=4, qk_norm=True, head_dim=128, tie_embeddings=False),
     }
     tokenizer = BPETokenizer.train([SENTENCE], 280, special_tokens=("<|endoftext|>",))
     ours = build(**{**CONFIGS, **scaled}[name])
@@ -151,6 +154,28 @@ def test_experts_and_slowed_rotations_are_stored_whole(tmp_path):
     assert slow[0] == pytest.approx(1, rel=1e-4) and slow[-1] == pytest.approx(8, rel=1e-4)
 
 
+@torch.no_grad()
+def test_experts_by_themselves_open_as_stacked_ones(tmp_path):
+    """Mixtral's files of early 2024 have a tensor an expert: `blk.0.ffn_gate.3`."""
+    model = build(n_experts=4)
+    save_gguf(model, tmp_path / "m.gguf", dtype="q8_0")
+    file = gguf.GGUFReader(tmp_path / "m.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "llama")
+    for name, field in file.fields.items():
+        if name.startswith("llama."):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in file.tensors:
+        experts = enumerate(tensor.data) if "_exps." in tensor.name else ((None, tensor.data),)
+        for number, data in experts:
+            writer.add_tensor(tensor.name.replace("_exps.", f".{number}."), data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    for packed in (False, True):
+        old, new = (load_model(tmp_path / name, "cpu", packed=packed)[0] for name in ("old.gguf", "m.gguf"))
+        assert torch.equal(old(TOKENS), new(TOKENS))
+        assert isinstance(old.blocks[0].ffn.w_down, PackedExperts) == packed
+
+
 def test_what_gguf_cannot_say_is_refused(tmp_path, capsys):
     def refusal(tokenizer=None, **changes):
         save_model(build(**changes), tmp_path / "m", tokenizer)
@@ -160,6 +185,7 @@ def test_what_gguf_cannot_say_is_refused(tmp_path, capsys):
 
     assert "sliding_window=7 is shorter" in refusal(sliding_window=7)
     assert "no architecture of GGUF" in refusal(norm="none")
+    assert "normalize_experts=False has no GGUF form" in refusal(n_experts=4, qk_norm=True, normalize_experts=False)
     assert "'dynamic' has no GGUF form" in refusal(rope_scaling=dict(LLAMA3, rope_type="dynamic"))
     assert "CharTokenizer has no GGUF form" in refusal(CharTokenizer.train(["abc"]))
     assert "pretokenizer" in refusal(BPETokenizer.train([SENTENCE], 270, pattern=r"\w+|\W+"))

@@ -107,12 +107,17 @@ def test_joined_segments_share_their_smallest_groups():
     assert weight.shape == (6, 256) and not weight.dequantize()[:2].any()
 
 
+@pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("form", ["q8_0", "q4_0", "q4_k_m"])
-def test_llama_cpp_reads_what_is_exported(form, tmp_path):
-    """Log-probabilities of the whole vocabulary after several prompts, within what its 8-bit activations cost."""
+def test_llama_cpp_reads_what_is_exported(form, experts, tmp_path):
+    """Log-probabilities of the whole vocabulary after several prompts, within what its 8-bit activations cost.
+
+    A random router has near ties, which those activations turn: of experts the usual prompt is judged.
+    """
     xllamacpp = pytest.importorskip("xllamacpp")
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=288, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=128)
+    config = ModelConfig(vocab_size=288, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=512, max_seq_len=128,
+                         n_experts=experts)  # fmt: skip
     tokenizer = BPETokenizer.train(["warp and weft"], 280, special_tokens=("<|endoftext|>",))
     save_gguf(Transformer(config), tmp_path / "model.gguf", tokenizer, form)
     model, _ = load_model(tmp_path / "model.gguf", "cpu")
@@ -125,7 +130,7 @@ def test_llama_cpp_reads_what_is_exported(form, tmp_path):
     )
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(settings)
-    compared = 0
+    changes = []
     for start in range(6):
         tokens = [(7 * i + start) % 280 for i in range(20 + start)]
         asked = {"prompt": tokens, "max_tokens": 1, "temperature": 0, "logprobs": 280, "n_probs": 280}
@@ -136,6 +141,7 @@ def test_llama_cpp_reads_what_is_exported(form, tmp_path):
         with torch.no_grad():
             ours = model(torch.tensor([tokens]))[0, -1].log_softmax(-1)
         change = torch.tensor([ours[token].item() - logprob for token, logprob in theirs.items()])
-        assert len(theirs) >= 270 and change.square().mean().sqrt() < 0.05  # what 4-bit weights cost: 0.5 and more
-        compared += 1
-    assert compared >= 3
+        assert len(theirs) >= 270
+        changes.append(change.square().mean().sqrt().item())
+    judged = sorted(changes)[len(changes) // 2 if experts else -1]
+    assert len(changes) >= 3 and judged < 0.05  # what 4-bit weights cost: 0.25 and more

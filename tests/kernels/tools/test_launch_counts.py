@@ -42,6 +42,12 @@ def test_graph_holds_head_draw_and_tokens(steps):
     assert kernels + len(others) < 200
 
 
+def test_experts_launch_thirteen_kernels_a_layer(steps):
+    """A dense layer has six; here are two norms, the router, and six of the experts, none of which is PyTorch's."""
+    kernels, others = steps["experts"]
+    assert kernels <= 13 * 2 + 1 and len(others) == 3
+
+
 @pytest.mark.parametrize("step", ["decode", "mixed"])
 def test_step_metadata_made_once_not_a_layer(steps, step):
     """The counters of attention, the embedding and the first residual: nothing else is PyTorch's."""
