@@ -7,7 +7,7 @@
 #                    SITE=DIR is one more folder of packages, OUT=DIR one more place for what is found; then MORE=1
 #   make sanitize    tests of the tokenizer, kernels, serving, server and training, both extensions under ASan and UBSan
 #   make fuzz        the tokenizer under libFuzzer for SECONDS=60, where Clang is
-#   make native-test C++ alone: register tiles against plain loops, the thread pools under ThreadSanitizer
+#   make native-test C++ alone: register tiles against plain loops, the thread pools under ThreadSanitizer and in forked children
 #   make lint        ruff, and the types that users meet
 #   make clean       remove what the others made
 #
@@ -65,12 +65,14 @@ sanitize: .venv/ready-dev
 
 TILES := csrc/tests/tiles.cpp $(addprefix csrc/cpu/serving/,matrix.cpp dense_matrix.cpp spin_pool.cpp weight_memory.cpp) \
 	$(wildcard csrc/cpu/serving/packed_*.cpp)
+POOLS := csrc/tests/pools.cpp csrc/cpu/serving/spin_pool.cpp csrc/tokenizer/interruptible_threads.cpp
 native-test:
 	@mkdir -p build
-	$(CXX) -std=c++17 -O2 -pthread -Icsrc $(TILES) -o build/tiles
+	$(CXX) -std=c++17 -O2 -Wno-psabi -pthread -Icsrc $(TILES) -o build/tiles
 	build/tiles
-	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc csrc/tests/pools.cpp csrc/cpu/serving/spin_pool.cpp \
-		csrc/tokenizer/interruptible_threads.cpp -o build/pools
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Icsrc $(POOLS) -o build/pools-tsan
+	build/pools-tsan
+	$(CXX) -std=c++17 -O1 -g -pthread -Icsrc $(POOLS) -o build/pools  # ThreadSanitizer follows no fork
 	build/pools
 
 FUZZED := $(filter-out %/module.cpp %/bpe_trainer.cpp %/word_counter.cpp,$(filter-out csrc/tokenizer/bind_%,$(wildcard csrc/tokenizer/*.cpp)))

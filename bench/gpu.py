@@ -10,8 +10,8 @@ nothing runs in this process:
 process dies is started again, without the part that killed it;
 4. the tests that need a GPU, where pytest is there; then the other precisions; then what else the benches have.
 
-`--more` is for a second command: what was wrong again under `compute-sanitizer`; if nothing was, the busiest kernels
-under `ncu`, and the benches beside all peers.
+`--more` is for a second command: a profile of decoding; what was wrong again under `compute-sanitizer` or, if nothing
+was, the busiest kernels under `ncu`; and the benches beside all peers.
 
 An op that is wrong is not timed. If attention is wrong with its Hopper kernels only, the portable ones stand in. All is
 saved as it ends, below --results and, if OUT is set or --out given, in that folder too; the same command goes on where
@@ -188,9 +188,12 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
 
 
 def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """Plan the second command: what was wrong once more under compute-sanitizer; else profiles, then all peers."""
+    """Plan the second command: profiles, or what was wrong once more under compute-sanitizer; then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
+    printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 40)
+    say("\n".join(printed.rstrip().splitlines()[-12:]))
+    session.say(f"profile of decoding: {ended or 'done'}")
     for name in wrong[:3]:
         session.run(["compute-sanitizer", "--tool", "memcheck", *check_command(name)], 60)
     if not wrong and shutil.which("ncu"):

@@ -197,6 +197,7 @@ def ours(job: Job, seeded: bool = True, steady: bool = True, kv_dtype: str | Non
     llm = LLM(
         job.directory, device=job.device, dtype=job.dtype, max_batch=job.batch, quantize=job.quantize,
         kv_memory=job.kv_memory, page_size=PAGE, batch_invariant=steady, kv_dtype=kv_dtype,
+        max_seq_len=max(job.lengths),  # fewer graphs to record
     )  # fmt: skip
 
     def run(requests: list[Request]) -> list[Reply]:

@@ -24,11 +24,13 @@ def toolchain() -> str:
 
 
 def addmm_float32() -> str:
-    """The product of `linear_cross_entropy`, which older versions of PyTorch refuse."""
+    """The products of `linear_cross_entropy`, which older versions of PyTorch refuse: the first into memory that may
+    hold anything."""
     a, b = (torch.randn(shape, device="cuda").bfloat16() for shape in ((64, 16), (16, 32)))
-    total = torch.zeros(64, 32, device="cuda")
-    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return f"off by {(total - a.float() @ b.float()).abs().max().item():.1e}"
+    total = torch.full((64, 32), torch.nan, device="cuda")
+    for beta in (0, 1):
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+    return f"off by {(total - 2 * a.float() @ b.float()).abs().max().item():.1e}"
 
 
 def small(op: kernels.Op) -> str:

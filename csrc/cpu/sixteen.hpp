@@ -41,8 +41,8 @@ WARPLOOM_INLINE void operator+=(Sixteen<R>& x, Sixteen<R> y) {
     x = x + y;
 }
 template <class R>
-WARPLOOM_INLINE Sixteen<R> exp_negative(Sixteen<R> x) {
-    WARPLOOM_EACH_PART(exp_negative(x.part[i]));
+WARPLOOM_INLINE Sixteen<R> exp2_negative(Sixteen<R> x) {
+    WARPLOOM_EACH_PART(exp2_negative(x.part[i]));
 }
 template <class R>
 WARPLOOM_INLINE Sixteen<R> tanh(Sixteen<R> x) {

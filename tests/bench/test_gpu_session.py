@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from warploom import kernels
-from warploom.bench import environment, gpu
+from warploom.bench import decode_profile, environment, gpu
 from warploom.bench.gpu import Session, check_names, check_ops
 from warploom.bench.schema import load_record
 
@@ -172,6 +173,16 @@ def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):
     gpu.main(["--results", str(tmp_path), "--minutes", "4", "--more"])
     assert any("memcheck" in command and "verify moe" in command for command in machine.asked)
     assert not any("bench.smoke" in command for command in machine.asked)
+    assert any("decode_profile" in command for command in machine.asked)
+
+
+def test_profile_counts_busy_time_once():
+    """Of kernels side by side, the time that the device waits is between the end of all and the next one."""
+    spans = [SimpleNamespace(start=start, end=end) for start, end in ((0, 10), (5, 20), (30, 40))]
+    lines = decode_profile.table([*zip(("a", "b", "a"), spans)], steps=2)
+    assert lines[0] == "20 µs a step, 75 % of it busy, 2 launches"
+    assert [line.split() for line in lines[1:]] == [["10.0", "µs", "1.0", "×", "a"], ["7.5", "µs", "0.5", "×", "b"]]
+    assert len(decode_profile.table([], 1)) == 1
 
 
 def test_second_command_of_three_minutes_begins_every_bench(machine, tmp_path):

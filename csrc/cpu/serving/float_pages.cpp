@@ -197,7 +197,7 @@ WARPLOOM_INLINE void dot_round(int first, int last, int keys, int D, Scratch& s,
     for (int q = first, i = 0, tile; q < last; q += tile, ++i) {
         between(i);
         tile = last - q < kTile ? 1 : kTile;
-        for (int j = 0; j < keys; j += lanes) {
+        for (int j = s.from[q] / lanes * lanes, end = std::min(keys, s.to[q + tile - 1]); j < end; j += lanes) {
             const float *queries = &s.queries[q * D], *over = &s.over[j];
             float* scores = &s.scores[q * s.row + j];
             if (tile == 1) dot_tile<R, 1, 2>(queries, D, over, s.row, scores, s.row);
@@ -246,8 +246,8 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     for (int i = 0; i < all; ++i) {
         const auto [token, head] = place(i);
         s.ends[i] = step.positions[token] + 1;
-        if (options.sinks) s.peaks[i] = options.sinks[head], s.totals[i * 16] = 1;
-        lay_out<T>(q + token * q_stride + head * D, D, options.scale, &s.queries[i * padded]);
+        if (options.sinks) s.peaks[i] = options.sinks[head] * kLog2e, s.totals[i * 16] = 1;
+        lay_out<T>(q + token * q_stride + head * D, D, score_scale(options), &s.queries[i * padded]);
     }
     const int64_t end = s.ends[Q - 1], window = options.window > 0 ? options.window : end;
     const int64_t begin = std::max<int64_t>(0, s.ends[0] - window);
@@ -300,7 +300,8 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
             transpose_keys<R>(s, keys, padded);
             dot_round<R>(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
         }
-        for (int i = 0; i < all; i += kTogether) weigh<V>(options.softcap, i, std::min(kTogether, all - i), s);
+        const auto keep = [&](int i, int j, const V& weight) __attribute__((always_inline)) { store_as(&s.scores[i * s.row + j], weight); };
+        weigh<V>(options.softcap, s, keep, [](int, int) {});
         if (direct)
             each_page([&](int start, int g, int i, int from, int to) __attribute__((always_inline)) {
                 if (i < 0) return fetch_part(start + size < keys ? all_values : all_keys, at + start + size, g);

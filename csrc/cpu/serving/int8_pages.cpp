@@ -89,50 +89,56 @@ WARPLOOM_CLONES void write_lane(const float* k, const float* v, int D, int lane,
     std::memcpy(values + kTile * wide + lane * 4, &scale, 4);
 }
 
-// Weights as high and low bytes.
+// Numbers from 0 to 65535 as whole ones: high and low bytes.
 template <class R>
 WARPLOOM_INLINE void split_weights(const R& x, uint8_t* high, uint8_t* low) {
     typedef uint8_t Bytes __attribute__((vector_size(lanes_of<R>)));
-    const R shift = R{} + 12582912.0f;  // as in `round_to`
-    const Ints<R> whole = __builtin_convertvector((x + shift) - shift, Ints<R>);
-    const Bytes highs = __builtin_convertvector(whole >> 8, Bytes), lows = __builtin_convertvector(whole & 255, Bytes);
+    const R shifted = x + 8388608.0f;  // 2²³: the sum's last bits are the integer
+    Ints<R> bits;
+    std::memcpy(&bits, &shifted, sizeof(R));
+    const Bytes highs = __builtin_convertvector(bits >> 8, Bytes), lows = __builtin_convertvector(bits, Bytes);
     std::memcpy(high, &highs, sizeof(Bytes)), std::memcpy(low, &lows, sizeof(Bytes));
 }
+#if defined(WARPLOOM_X86) && !defined(__clang__)
+WARPLOOM_INLINE void split_weights(const f16& x, uint8_t* high, uint8_t* low) {  // GCC would take the vector apart
+    typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
+    const f16 shifted = x + 8388608.0f;
+    i16 bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(high)) : "v"(bits >> 8));
+    asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(low)) : "v"(bits));
+}
+#endif
 template <class R>
 WARPLOOM_INLINE void split_weights(const Sixteen<R>& x, uint8_t* high, uint8_t* low) {
     for (int i = 0, n = 0; i < Sixteen<R>::kParts; ++i, n += lanes_of<R>) split_weights(x.part[i], high + n, low + n);
 }
 
-// Weights of a round, times the scales of their values, become parts of the largest: of `count` queries from q on.
+// Weights of a round times the scales of their values become parts of the largest: of `count` queries from q on.
 template <class V>
-WARPLOOM_INLINE void round_weights(int q, int count, int queries, Scratch& s) {
-    int end = 0;
-    for (int i = q; i < q + count; ++i) end = std::max(end, s.to[i]);
-    end = (end + 15) / 16 * 16;
+WARPLOOM_INLINE void round_weights(int q, int count, Scratch& s) {
+    const int end = s.end;
     V four[4];
     for (int i = 0; i < 4; ++i) {
-        V best[4] = {};
-        for (int n = 0; n < 4 && 4 * i + n < count; ++n) {
-            const int each = q + 4 * i + n;
-            const float* scales = &s.value_scales[each / queries * kRound];
-            for (int j = 0; j < end; j += 16) {
-                const V weight = load_as<V>(&s.scores[each * s.row + j]) * load_as<V>(scales + j);
-                store_as(&s.scores[each * s.row + j], weight);
-                best[n] = Larger()(weight, best[n]);
-            }
+        V best[4];
+        for (int n = 0; n < 4; ++n) {
+            const float* weights = &s.scores[size_t(q + std::min(4 * i + n, count - 1)) * s.row];
+            load_as(weights, best[n]);
+            for (int j = 16; j < end; j += 16) best[n] = Larger()(load_as<V>(weights + j), best[n]);
         }
         four[i] = fold_four(best, Larger());
     }
     float most[kTogether];
     fold_sixteen(four, Larger(), most);
     for (int i = 0; i < count; ++i) {
+        const float *weights = &s.scores[size_t(q + i) * s.row], parts = kParts / std::max(most[i], kLeast);
         uint8_t* high = &s.weights[size_t(q + i) * 2 * kRound];
-        const bool some = s.from[q + i] < s.to[q + i] && most[i] > kLeast;  // else it sees none of them
-        const float inverse = some ? kParts / most[i] : 0;
-        s.shares[q + i] = some ? most[i] / kParts : 0;
-        std::fill(high, high + 2 * kRound, uint8_t(0));
-        for (int j = 0; some && j < end; j += 16)
-            split_weights(load_as<V>(&s.scores[(q + i) * s.row + j]) * inverse, high + j, high + kRound + j);
+        s.shares[q + i] = 1 / parts;
+        if (s.from[q + i] >= s.to[q + i]) {  // it sees none of them
+            std::fill_n(high, 2 * kRound, uint8_t(0));
+            continue;
+        }
+        for (int j = 0; j < end; j += 16) split_weights(load_as<V>(weights + j) * parts, high + j, high + kRound + j);
     }
 }
 
@@ -152,9 +158,9 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     for (int i = 0; i < all; ++i) {
         const auto [token, head] = place(i);
         s.ends[i] = step.positions[token] + 1;
-        if (options.sinks) s.peaks[i] = options.sinks[head], s.totals[i * 16] = 1;
+        if (options.sinks) s.peaks[i] = options.sinks[head] * kLog2e, s.totals[i * 16] = 1;
         int8_t* to = Isa::bytes ? &s.bytes[i / Q * head_bytes + i % Q / kGroup * group_bytes + i % Q % kGroup * 8] : nullptr;
-        split_query(q + token * q_stride + head * narrow, narrow, options.scale, i, to, s);
+        split_query(q + token * q_stride + head * narrow, narrow, score_scale(options), i, to, s);
     }
     const int64_t end = s.ends[Q - 1], window = options.window > 0 ? options.window : end;
     const int64_t begin = std::max<int64_t>(0, s.ends[0] - window) / kTile * kTile;
@@ -187,10 +193,12 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
             for (int i = first; i < last; ++i)
                 std::memcpy(&s.value_scales[g * kRound + i * kTile], tiles.values[i] + kTile * D, kTile * sizeof(float));
         }
-        for (int i = 0; i < all; i += kTogether) {
-            weigh<typename Isa::V>(options.softcap, i, std::min(kTogether, all - i), s);
-            round_weights<typename Isa::V>(i, std::min(kTogether, all - i), Q, s);
-        }
+        using V = typename Isa::V;
+        const auto keep = [&](int i, int j, const V& weight) __attribute__((always_inline)) {
+            store_as(&s.scores[size_t(i) * s.row + j], weight * load_as<V>(&s.value_scales[i / Q * kRound + j]));
+        };
+        const auto then = [&](int i, int count) __attribute__((always_inline)) { round_weights<V>(i, count, s); };
+        weigh<V>(options.softcap, s, keep, then);
         for (int g = 0; g < G; ++g) {
             for (int i = 0; i < kTiles; ++i) fetch(pages.keys, at + kRound + i * kTile, g);
             Isa::gather(tiles_of(g), g * Q, (g + 1) * Q, D, s);

@@ -1,15 +1,21 @@
-// Attention in rounds of keys: online softmax (Milakov and Gimelshein), as FlashAttention has it.
+// Attention in rounds of keys: online softmax (Milakov and Gimelshein), as FlashAttention has it. Scores are logarithms to base
+// 2, whose powers take half the instructions of exponentials: queries and caps are multiplied by log₂ e.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "cpu/serving/paged_attention.hpp"
 #include "cpu/sixteen.hpp"
 
 namespace warploom {
 
-constexpr int kRound = 64;     // keys after which maxima, sums and outputs are brought up to date
-constexpr int kTogether = 16;  // queries whose weights are computed side by side
+constexpr int kRound = 128;   // keys after which maxima, sums and outputs are brought up to date
+constexpr int kTogether = 16;  // queries whose maxima are computed side by side
+constexpr float kLog2e = 1.44269504f;
+
+// Of queries, so that scores are logarithms to base 2; those that are capped become so afterwards.
+inline float score_scale(const AttentionOptions& options) { return options.softcap > 0 ? options.scale : options.scale * kLog2e; }
 
 // What is known of some queries after some rounds, and of the round that comes next.
 struct Round {
@@ -18,7 +24,7 @@ struct Round {
     Floats scores;              // (queries, row): of this round, then weights
     std::vector<int64_t> ends;  // (queries): their position + 1
     std::vector<int> from, to;  // (queries): the keys of this round that a query sees
-    int width, row;
+    int width, row, end;        // scores beyond `end`, a multiple of 16, are seen by none
 
     void begin(int queries, int outputs_width, int scores_row) {
         width = outputs_width, row = scores_row;
@@ -27,25 +33,29 @@ struct Round {
         ends.resize(queries), from.resize(queries), to.resize(queries);
     }
 
-    // The round of `count` keys that begins with key `first`.
+    // The round of `count` keys that begins with key `first`; `ends` grow from the first to the last of each head.
     void at(int64_t first, int count, int64_t window) {
+        end = 0;
+        if (first + count <= ends.front() && ends.back() - window <= first) {  // all see all
+            std::fill(from.begin(), from.end(), 0), std::fill(to.begin(), to.end(), count);
+            end = (count + 15) / 16 * 16;
+            return;
+        }
         for (size_t i = 0; i < ends.size(); ++i) {
             from[i] = int(std::max<int64_t>(0, ends[i] - window - first));
             to[i] = int(std::min<int64_t>(count, ends[i] - first));
+            end = std::max(end, to[i]);
         }
+        end = (end + 15) / 16 * 16;
     }
 };
 
-// Scores of a round become weights, for up to kTogether queries from q on, and their running maxima and sums are brought up to
-// date, and outputs to the new maxima. Where a query sees none of them, its scores mean nothing afterwards.
+// The running maxima of up to kTogether queries from q on are brought up to date, and sums and outputs to the new maxima; scores
+// that a query does not see become -infinity.
 template <class V>
-WARPLOOM_INLINE void weigh(float softcap, int q, int count, Round& s) {
-    const ptrdiff_t row = s.row, D = s.width;
+WARPLOOM_INLINE void raise_peaks(float softcap, int q, int count, Round& s) {
+    const ptrdiff_t row = s.row, D = s.width, end = s.end;
     float *scores = &s.scores[q * row], *peaks = &s.peaks[q], *totals = &s.totals[q * 16];
-    ptrdiff_t end = 0;
-    for (int i = 0; i < count; ++i) end = std::max<ptrdiff_t>(end, s.to[q + i]);
-    if (end == 0) return;
-    end = (end + 15) / 16 * 16;
     V four[4];
     for (int i = 0; i < 4; ++i) {
         V best[4];
@@ -53,7 +63,7 @@ WARPLOOM_INLINE void weigh(float softcap, int q, int count, Round& s) {
             const int each = std::min(4 * i + n, count - 1);
             float* mine = scores + each * row;
             if (softcap > 0 && each == 4 * i + n)
-                for (ptrdiff_t j = 0; j < end; j += 16) store_as(mine + j, tanh(load_as<V>(mine + j) * (1 / softcap)) * softcap);
+                for (ptrdiff_t j = 0; j < end; j += 16) store_as(mine + j, tanh(load_as<V>(mine + j) * (1 / softcap)) * (softcap * kLog2e));
             if (s.from[q + each] > 0) std::fill(mine, mine + std::min<ptrdiff_t>(s.from[q + each], end), -INFINITY);
             if (s.to[q + each] < end) std::fill(mine + std::max(s.to[q + each], 0), mine + end, -INFINITY);
             load_as(mine, best[n]);
@@ -66,21 +76,33 @@ WARPLOOM_INLINE void weigh(float softcap, int q, int count, Round& s) {
     for (int i = 0; i < count; ++i) {
         if (!(now[i] > peaks[i])) continue;
         float* out = &s.outputs[(q + i) * D];
-        const float shrink = std::exp(peaks[i] - now[i]);
+        const float shrink = std::exp2(peaks[i] - now[i]);
         for (ptrdiff_t d = 0; d < D; d += 16) store_as(out + d, load_as<V>(out + d) * shrink);
         store_as(totals + 16 * i, load_as<V>(totals + 16 * i) * shrink);
         peaks[i] = now[i];
     }
-    for (int i = 0; i < count; ++i) {
-        if (s.from[q + i] >= s.to[q + i]) continue;  // its maximum may be that of no keys
-        const float peak = peaks[i];
-        V total = load_as<V>(totals + 16 * i);
-        for (ptrdiff_t j = 0; j < end; j += 16) {
-            const V weight = exp_negative(load_as<V>(scores + i * row + j) - peak);
-            store_as(scores + i * row + j, weight);
-            total += weight;
+}
+
+// Scores of a round become weights: keep(i, j, weights) takes query i's of keys j to j + 15, and then(first, count) some
+// queries' after that. Of a query that sees none of the keys, scores mean nothing.
+template <class V, class Keep, class Then>
+WARPLOOM_INLINE void weigh(float softcap, Round& s, const Keep& keep, const Then& then) {
+    const int all = int(s.ends.size()), end = s.end;
+    for (int q = 0; q < all; q += kTogether) {
+        const int count = std::min(kTogether, all - q);
+        raise_peaks<V>(softcap, q, count, s);
+        for (int i = q; i < q + count; ++i) {
+            if (s.from[i] >= s.to[i]) continue;  // its maximum may be that of no keys
+            const float *scores = &s.scores[size_t(i) * s.row], peak = s.peaks[i];
+            V total = load_as<V>(&s.totals[i * 16]);
+            for (int j = 0; j < end; j += 16) {
+                const V weight = exp2_negative(load_as<V>(scores + j) - peak);
+                keep(i, j, weight);
+                total += weight;
+            }
+            store_as(&s.totals[i * 16], total);
         }
-        store_as(totals + 16 * i, total);
+        then(q, count);
     }
 }
 

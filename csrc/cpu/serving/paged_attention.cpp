@@ -12,7 +12,8 @@ namespace warploom {
 
 namespace {
 
-constexpr int kQueries = 96;  // of a key head in one block: they share the pages that it reads
+// Queries of a key head in one block share the pages that it reads. Of few tokens, blocks are smaller, so that threads have some each.
+constexpr int kQueries = 288, kLeastQueries = 96, kBlocksPerThread = 6;
 
 WARPLOOM_CLONES void round_to(const float* from, int n, bfloat16* to) {
     for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
@@ -47,7 +48,8 @@ void write_page(const Pages& pages, int64_t slot, const float* k, const float* v
 
 void attend_pages(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q, int64_t q_stride,
                   float* out) {
-    const int K = pages.kv_heads, most = std::max(1, kQueries / (options.heads / K));
+    const int K = pages.kv_heads, share = step.tokens * options.heads / (kBlocksPerThread * SpinPool::shared().size());
+    const int most = std::max(1, std::min(std::max(share, kLeastQueries), kQueries) / (options.heads / K));
     thread_local std::vector<int> starts;  // of runs: neighbors of one sequence
     auto& runs = starts;                   // the caller's, whichever thread works on it
     runs.clear();
