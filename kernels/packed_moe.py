@@ -25,8 +25,9 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, in
 
 def widened(weight: Packed, columns: int, like: torch.Tensor) -> torch.Tensor:
     """The numbers (E · N, columns) of a packed weight, in the dtype of `like`."""
-    *parts, rotate = weight
-    w = dequantize(*parts, dtype=torch.promote_types(like.dtype, torch.float32))
+    codes, scales, minima, units, bits, group, table, rotate = weight
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    w = dequantize(codes, scales, minima, units, bits, group, table, dtype)
     return (rotated(w) if rotate else w)[:, :columns].to(like.dtype)
 
 

@@ -63,18 +63,20 @@ def read_model(
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed, tp is None)
+    where = pick_device(device)
+    experts = tp is None or where.type == "cuda"  # C++ multiplies experts of a whole model
+    weights = read_weights(directory, where, DTYPES.get(dtype, dtype), packed, experts)
     if tp is not None:
         model = shard(model, tp)
     kept, floats = {}, []
     for name, weight in weights:
-        if tp is not None and isinstance(weight, PackedWeight):
+        if tp is not None and isinstance(weight, (PackedWeight, PackedExperts)):
             weight = share_of(weight, shard_spec(config, name), tp.rank(), tp.size())
             floats += [name] if isinstance(weight, Tensor) else []
         elif tp is not None:
             ((_, weight),) = shard_weights(config, [(name, cast(Tensor, weight))], tp)
         if isinstance(weight, (PackedWeight, PackedExperts)):
-            install(model, name, weight.to(pick_device(device)))
+            install(model, name, weight.to(where))
         else:
             kept[name] = weight
     for name in floats:  # what tensor parallelism cuts within a group

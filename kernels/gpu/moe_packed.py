@@ -30,7 +30,8 @@ def moe_packed_gemm_kernel(
     """out = a · W[expert]ᵀ + bias. With TOP_K rows are gathered from tokens and come out in line; without, rows in line
     go in and come out by token and choice."""
     pid = tl.program_id(0)
-    expert, first, end = _tile_of_expert(pid // columns, offsets, E, BLOCK_M, BLOCK_E)
+    found = _tile_of_expert(pid // columns, offsets, E, BLOCK_M, BLOCK_E)
+    expert, first, end = found[0], found[1], found[2]
     if first >= end:
         return
     place = first + tl.arange(0, BLOCK_M)
@@ -106,9 +107,9 @@ def moe_packed_route(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
     """Weights, numbers, order and offsets of assignments to the experts from `first` on; and what routing tells."""
-    weights_TK, experts_TK, order_A, offsets_E, *told = _route(logits, top_k, softmax, normalize)
+    weights_TK, experts_TK, order_A, offsets_E, counts_E, balance, z = _route(logits, top_k, softmax, normalize)
     some = offsets_E if experts == logits.shape[1] else offsets_E[first : first + experts + 1].clone()
-    return weights_TK, experts_TK, order_A, some, *told
+    return weights_TK, experts_TK, order_A, some, counts_E, balance, z
 
 
 @launcher

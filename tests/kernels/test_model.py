@@ -221,8 +221,7 @@ def test_packed_experts_are_those_of_widened_weights(layout, tokens):
     moe_layer, layout = model.blocks[0].ffn.to(DEVICE), replace(layout, rotate=False)
     packed_experts(model, layout)
     x, logits = torch.randn(tokens, 64).bfloat16().to(DEVICE), torch.randn(tokens, 4).to(DEVICE)
-    stacks = [part.stack for part in (moe_layer.w_gate_up, moe_layer.w_down)]
-    packed = [(*(getattr(s, part) for part in PARTS), layout.bits, layout.group, layout.table, False) for s in stacks]
+    packed = [part.stack.arguments for part in (moe_layer.w_gate_up, moe_layer.w_down)]
     weights = [part.dequantize().bfloat16() for part in (moe_layer.w_gate_up, moe_layer.w_down)]
     with backend("triton"), trying("moe_gate", {"BLOCK_K": 64}), trying("moe_down", {"BLOCK_K": 64}):
         assert torch.equal(packed_moe(x, logits, *packed, 4, 2)[0], moe(x, logits, *weights, 2)[0])
