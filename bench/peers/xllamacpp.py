@@ -12,6 +12,11 @@ def quantization(job, folder):
     }
 
 
+def opening(job):
+    """The file opened, and a token."""
+    return {f"llama.cpp {job.file.stem.rpartition('.')[2]}": lambda: serve(job, job.file)()}
+
+
 def q8_0(file, folder):
     """The file's weights in Q8_0."""
     from ...engine.formats.gguf import save_gguf

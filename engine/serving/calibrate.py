@@ -21,10 +21,13 @@ from torch.nn.functional import linear
 from ...kernels import swiglu_packed
 from ...kernels.moe import route
 from ...kernels.packed_linear import TURNED, rotated
+from ...tokenizer.chat import encode_chat
 from ..formats.packed_weight import Layout, PackedExperts, PackedWeight, install, matrix_of
 from ..layers import Linear, MoE, routing_options
 from ..model import Transformer, dense_attention
 from .execution.native_matrix import pack
+from .llm import LLM
+from .sampling_params import SamplingParams
 from .scheme import Scheme
 
 DAMPING = 0.01  # of the mean of H's diagonal: columns that the text never uses stay where they are
@@ -96,6 +99,34 @@ def quantize(
             head(norm.add(delta, stream)[0])
     install(model, "head.weight", _packed(model.head_weight, scheme.layout("head"), seen))
     progress(total, total)
+
+
+def sampled_rows(
+    llm: LLM, count: int, length: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[list[int]]:
+    """Rows of tokens that a model samples itself, for want of a text: the same ones every time.
+
+    They begin as texts do, and every other one as a user's message, if there is a chat template: the model asks, and
+    answers (Magpie). An end of text does not end a row.
+    """
+    tokenizer, starts = llm.tokenizer, [[0]]
+    if tokenizer is not None:
+        special = tokenizer.special
+        begin = special.ids.get(special.bos or "", tokenizer.eos_id)
+        starts = [tokenizer.prefix_ids or [begin or 0]]
+        if tokenizer.chat_template:
+            starts.append(encode_chat(tokenizer, [{"role": "user", "content": ""}], continue_last=True))
+    starts = [start[: length // 2] for start in starts]
+    prompts = [starts[row % len(starts)] for row in range(count)]
+    asked = [
+        llm.submit(prompt, SamplingParams(length - len(prompt), ignore_eos=True, seed=row))
+        for row, prompt in enumerate(prompts)
+    ]
+    rows = []
+    for prompt, generation in zip(prompts, asked):
+        rows.append([*prompt, *generation.result().token_ids])
+        progress(len(rows), count)
+    return rows
 
 
 class Inputs:
