@@ -77,21 +77,28 @@ WARPLOOM_INLINE void tile(const PanelProduct<bfloat16, float>& t, const bfloat16
 
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_BF16 inline void tile(const PanelProduct<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
-    __m512 total[ROWS][VECTORS];
+    __m512 total[ROWS][VECTORS];  // unrolled by name: else GCC 11 stores all sums once a pair of columns
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
     for (int c = 0; c < t.columns; c += 2) {
         __m512bh weight[VECTORS];
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v)
             weight[v] = (__m512bh)_mm512_loadu_si512(weights + v * t.stride + size_t(c) * kLanes);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             int32_t pair;
             std::memcpy(&pair, t.x + r * t.x_stride + c, 4);
             const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * t.vectors + v) * kLanes, total[r][v]);
 }
 #endif

@@ -105,13 +105,16 @@ WARPLOOM_INLINE void dot_tile(const float* queries, ptrdiff_t D, const float* ov
         }
         add(sums, more);
     };
-    Sums total, half, quarter, part;
-    for (int n = 0; n < 16; n += 4) {
-        Sums& sums = n == 0 ? total : n == 8 ? half : quarter;
+    const auto four_lanes = [&](int n, Sums& sums) __attribute__((always_inline)) {
+        Sums part;
         two_lanes(n, sums), two_lanes(n + 1, part), add(sums, part);
-        if (n == 4) add(total, quarter);
-        if (n == 12) add(half, quarter), add(total, half);
-    }
+    };
+    const auto eight_lanes = [&](int n, Sums& sums) __attribute__((always_inline)) {
+        Sums part;
+        four_lanes(n, sums), four_lanes(n + 4, part), add(sums, part);
+    };
+    Sums total, half;
+    eight_lanes(0, total), eight_lanes(8, half), add(total, half);
     for (int q = 0; q < QUERIES; ++q)
         for (int v = 0; v < VECTORS; ++v) store_as(scores + q * row + v * lanes_of<V>, total[q][v]);
 }

@@ -44,15 +44,22 @@ WARPLOOM_INLINE void tile(const Product& p, int row, int column, int from, int t
     float* c = p.c + row * p.c_row + column;
     V total[ROWS][vectors] = {};
     if (p.add)
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) std::memcpy(&total[r][v], c + r * p.c_row + v * lanes, sizeof(V));
     for (int term = from; term < to; ++term, a += p.a_term, b += p.b_term) {
         V x[vectors];
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) std::memcpy(&x[v], b + v * lanes, sizeof(V));
+#pragma GCC unroll 8  // by name: else GCC 11 stores all sums once a term
         for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) total[r][v] += x[v] * a[r * p.a_row];
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) std::memcpy(c + r * p.c_row + v * lanes, &total[r][v], sizeof(V));
 }
 
