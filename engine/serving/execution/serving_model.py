@@ -242,7 +242,7 @@ def _serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         if make is not None:
-            _pack_shares(model, partial(_native_layer, form=form) if native else make)
+            _pack_shares(model, partial(_native_layer, form=cast("Scheme", scheme)) if native else make)
         if HAS_NATIVE and model.device.type == "cpu":
             replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
         return model, Head(model)
