@@ -38,8 +38,7 @@ LIMITS = """
 Compiled ahead of time at these cases in bfloat16, the most any case takes. Bytes spilled are outside of loops,
 everywhere. *Programs* is how many a multiprocessor of sm_90 holds, by registers, shared memory and warps; *tensor* the
 part of its loop in which shared memory leaves tensor cores busy on sm_90, the least of all cases
-(`kernels/tools/clocks.py`). On sm_90 the portable dq and dk/dv kernels stand for ragged batches, which the
-warp-specialized ones leave to them.
+(`kernels/tools/clocks.py`).
 """
 
 

@@ -20,9 +20,9 @@ SCHEMES = {  # by its name in the record: the page's name, bits a weight of Smol
     "int8 calibrated": ("**int8, calibrated**", "8.25", "`warploom quantize --calibrate TEXT`"),
     "int8 calibrated on samples": ("int8, calibrated on its own samples", "8.25", "`warploom quantize --calibrate`"),
     "int4": ("int4, head and down products in 8", "5.9", '`quantize="int4"`'),
-    "int4 calibrated": ("**int4, calibrated**", "5.9", "`warploom quantize --bits 4 --calibrate TEXT`"),
+    "int4 calibrated": ("**int4, calibrated**, head in 4", "5.2", "`warploom quantize --bits 4 --calibrate TEXT`"),
     "int4 calibrated on samples": (
-        "int4, calibrated on its own samples", "5.9", "`warploom quantize --bits 4 --calibrate`",
+        "int4, calibrated on its own samples", "5.2", "`warploom quantize --bits 4 --calibrate`",
     ),
     "as it is": ("the model's own file, Q4_1", "5.0", '`LLM("model.gguf")`: weights in every bit'),
 }  # fmt: skip

@@ -73,7 +73,11 @@ typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u8 __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t u4 __attribute__((vector_size(16), aligned(4)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t h8 __attribute__((vector_size(16), aligned(2)));
+typedef uint16_t h4 __attribute__((vector_size(8), aligned(2)));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef float f4 __attribute__((vector_size(16), aligned(4)));
 
@@ -126,26 +130,36 @@ WARPLOOM_INLINE void narrow(float x, bfloat16& y) {  // to the nearest, ties to 
     y.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// bfloat16 as vectors of floats, and back as `narrow`: no template, since GCC converts no vectors whose size a template gives.
+#define WARPLOOM_BFLOAT16(V, words, bits)                                                              \
+    WARPLOOM_INLINE void load_as(const bfloat16* p, V& x) {                                            \
+        bits half;                                                                                     \
+        std::memcpy(&half, p, sizeof(half));                                                           \
+        const words wide = __builtin_convertvector(half, words) << 16;                                 \
+        std::memcpy(&x, &wide, sizeof(x));                                                             \
+    }                                                                                                  \
+    WARPLOOM_INLINE void store_as(bfloat16* p, const V& x) {                                           \
+        words wide;                                                                                    \
+        std::memcpy(&wide, &x, sizeof(x));                                                             \
+        const bits half = __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, bits);   \
+        std::memcpy(p, &half, sizeof(half));                                                           \
+    }
+WARPLOOM_BFLOAT16(f4, u4, h4)
+WARPLOOM_BFLOAT16(f8, u8, h8)
+WARPLOOM_BFLOAT16(f16, u16, h16)
+
 WARPLOOM_INLINE f16 load(const float* p) {
     f16 x;
     std::memcpy(&x, p, 64);
     return x;
 }
 WARPLOOM_INLINE f16 load(const bfloat16* p) {
-    h16 bits;
-    std::memcpy(&bits, p, 32);
-    u16 wide = __builtin_convertvector(bits, u16) << 16;
     f16 x;
-    std::memcpy(&x, &wide, 64);
+    load_as(p, x);
     return x;
 }
 WARPLOOM_INLINE void store(float* p, f16 x) { std::memcpy(p, &x, 64); }
-WARPLOOM_INLINE void store(bfloat16* p, f16 x) {  // as `narrow`
-    u16 wide;
-    std::memcpy(&wide, &x, 64);
-    const h16 bits = __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, h16);
-    std::memcpy(p, &bits, 32);
-}
+WARPLOOM_INLINE void store(bfloat16* p, f16 x) { store_as(p, x); }
 
 // The first n of sixteen lanes; the others are zero.
 template <class T>

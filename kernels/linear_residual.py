@@ -22,10 +22,18 @@ from .swiglu import check_activation, swiglu_packed
 
 
 def _linear_residual(
-    x: torch.Tensor, weight: torch.Tensor, stream: torch.Tensor, norm_weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stream: torch.Tensor,
+    norm_weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    arrivals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds the linear layer's x (…, C) · weightᵀ (F, C) + bias to `stream` (…, F), in place; -> stream · `norm_weight`
-    (…, F), and the square sums (M, P) of the stream's rows, for the products of `normed_linear`."""
+    (…, F), and the square sums (M, P) of the stream's rows, for the products of `normed_linear`.
+
+    `arrivals`, the weight's `arrival_counters`, spare the fused twin a launch."""
     stream.add_(linear.reference(x.to(wide(x)), weight, bias))
     x_wide = stream.to(wide(stream))
     squares = torch.nn.functional.pad(as_rows(x_wide).square(), (0, -stream.shape[-1] % GROUP))
@@ -39,9 +47,11 @@ def _normed_linear(
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     activation: str = "",
+    *,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The linear layer of rows x (…, C) divided by sqrt(sum(square_sums (M, P)) / C + eps); through the gate of
-    `swiglu_packed` with an `activation`."""
+    `swiglu_packed` with an `activation`. `arrivals` are those of `linear_residual`."""
     inverse_rms = torch.rsqrt(square_sums.to(wide(x)).sum(-1) / x.shape[-1] + eps).view(*x.shape[:-1], 1)
     y = linear.reference(x.to(wide(x)) * inverse_rms, weight, bias)
     return (swiglu_packed.reference(y, activation) if activation else y).to(x.dtype)
@@ -50,24 +60,29 @@ def _normed_linear(
 # ---- fused ----
 
 
-@launcher(mutates=("stream",))
+@launcher(mutates=("stream", "arrivals"))
 def linear_residual_launch(
-    x: torch.Tensor, weight: torch.Tensor, stream: torch.Tensor, norm_weight: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stream: torch.Tensor,
+    norm_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arrivals: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = stream.view(-1, stream.shape[-1])
     parts = cdiv(rows.shape[1], GROUP)
     sums_MP = torch.empty(parts, len(rows), dtype=torch.float32, device=x.device).T  # a part of neighbors is one read
-    y = product("linear_residual", x, weight, bias, join=(rows, norm_weight, sums_MP))
+    y = product("linear_residual", x, weight, bias, join=(rows, norm_weight, sums_MP), arrivals=arrivals)
     return y, sums_MP
 
 
-def _linear_residual_fused(x, weight, stream, norm_weight, bias):
+def _linear_residual_fused(x, weight, stream, norm_weight, bias=None, *, arrivals=None):
     if not stream.is_contiguous():
         raise ValueError("linear_residual: the stream must be contiguous")
-    return linear_residual_launch(x, weight, stream, norm_weight, bias)
+    return linear_residual_launch(x, weight, stream, norm_weight, bias, arrivals)
 
 
-@launcher
+@launcher(mutates=("arrivals",))
 def normed_linear_launch(
     x: torch.Tensor,
     square_sums: torch.Tensor,
@@ -75,16 +90,17 @@ def normed_linear_launch(
     bias: torch.Tensor | None,
     eps: float,
     activation: str,
+    arrivals: torch.Tensor | None,
 ) -> torch.Tensor:
-    return product("normed_linear", x, weight, bias, activation, squares=(square_sums, eps))
+    return product("normed_linear", x, weight, bias, activation, squares=(square_sums, eps), arrivals=arrivals)
 
 
-def _normed_linear_fused(x, square_sums, weight, bias=None, eps=1e-6, activation=""):
+def _normed_linear_fused(x, square_sums, weight, bias=None, eps=1e-6, activation="", *, arrivals=None):
     if activation:
         check_activation(activation)
         if x.shape[-1] % 16:  # as `linear_swiglu`: two launches rather than more registers than there are
-            return swiglu_packed(normed_linear_launch(x, square_sums, weight, bias, eps, ""), activation)
-    return normed_linear_launch(x, square_sums, weight, bias, eps, activation)
+            return swiglu_packed(normed_linear_launch(x, square_sums, weight, bias, eps, "", arrivals), activation)
+    return normed_linear_launch(x, square_sums, weight, bias, eps, activation, arrivals)
 
 
 def _joined(m, M, C, F, bias=False):
@@ -115,14 +131,17 @@ linear_residual = Op(
         Case("one row", lambda m: _joined(m, 1, 32, 128)),
         Case("bias and tails", lambda m: _joined(m, 3, 72, 100, bias=True)),
         Case("more than a tile", lambda m: _joined(m, 20, 32, 64)),
+        Case("channels split", lambda m: _joined(m, 3, 600, 100, bias=True)),
         Case("no rows", lambda m: _joined(m, 0, 32, 64)),
         Case("1x2048x1024", lambda m: _joined(m, 1, 2048, 1024), bench=True),
         Case("64x4096x4096", lambda m: _joined(m, 64, 4096, 4096), bench=True),
+        Case("64x3072x1024", lambda m: _joined(m, 64, 3072, 1024), bench=True),
+        Case("8192x2048x1024", lambda m: _joined(m, 8192, 2048, 1024), bench=True),
         Case("8192x4096x4096", lambda m: _joined(m, 8192, 4096, 4096), bench=True),
     ],
     traffic=lambda x, weight, stream, *_: (x.nbytes + weight.nbytes + 3 * stream.nbytes, 0),
     flops=lambda x, weight, *_: (2 * x.numel() * len(weight), 0),
-    budget=Budget(stack=16, vector=True, wgmma=True, copies=2, products=1),
+    budget=Budget(stack=24, vector=True, wgmma=True, copies=2, products=1),
 )
 
 normed_linear = Op(
@@ -133,6 +152,7 @@ normed_linear = Op(
     cases=[
         Case("one row", lambda m: _summed(m, 1, 128, 48)),
         Case("bias and tails", lambda m: _summed(m, 3, 72, 40, bias=True)),
+        Case("channels split, gated", lambda m: _summed(m, 2, 592, 64), {"activation": "silu"}),
         Case("gated", lambda m: _summed(m, 20, 64, 64), {"activation": "silu"}),
         Case("gated, channels no multiple of 16", lambda m: _summed(m, 3, 72, 24, bias=True), {"activation": "gelu"}),
         Case("no rows", lambda m: _summed(m, 0, 32, 32)),

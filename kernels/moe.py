@@ -260,12 +260,12 @@ moe = Op(
     ],
     budget={
         f"moe_grouped_{name}_kernel": Budget(wgmma=True, vector=True, copies=copies, products=1, tensor_share=share)
-        # dW's tokens are looked up first, and nothing is copied ahead of that. The shares are those of few tokens.
+        # The shares are those of few tokens.
         for name, copies, share in (
-            ("gemm_swiglu", 2, 0.72),
+            ("gemm_swiglu", 2, 0.8),
             ("gemm", 2, 0.66),
             ("gemm_swiglu_bwd", 2, 0.5),
-            ("dw", 0, 0.8),
+            ("dw", 2, 0.8),
         )
     },
     traffic=lambda x, logits, up, down, k, **_: (

@@ -247,7 +247,7 @@ def packed_linear_forward(
             widen_kernel, (cdiv(F, tile["BLOCK_F"]), cdiv(C, tile["BLOCK_C"])), *packed, weight, F, C, G, *strides,
             **layout, WHOLE=True, **tile, num_warps=4,
         )  # fmt: skip
-        return product("linear", x_MC, weight, bias).view(*x.shape[:-1], F)
+        return product("linear", x_MC, weight, bias, whole=True).view(*x.shape[:-1], F)
     tile = _tile(x, M)
     y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
     launch(

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "simd.hpp"
+#include "cpu/sixteen.hpp"
 
 namespace warploom {
 
@@ -17,14 +17,22 @@ WARPLOOM_INLINE void across(int columns, const Body& body) {
 }
 
 // 1 / the standard deviation of a row around a mean; with a mean of 0 around its root mean square.
-template <class T>
-WARPLOOM_INLINE float inverse_deviation(const T* x, int columns, float eps, float mean = 0) {
-    f16 squares = {};
+template <class R, class T>
+WARPLOOM_INLINE float inverse_deviation_by(const T* x, int columns, float eps, float mean) {
+    using V = SixteenIn<R>;
+    V squares = {};
     int c = 0;
-    for (; c + 16 <= columns; c += 16) squares += (load(x + c) - mean) * (load(x + c) - mean);
-    float square = sum(squares);
+    for (; c + 16 <= columns; c += 16) {
+        const V apart = load_as<V>(x + c) - mean;
+        squares += apart * apart;
+    }
+    float square = sum(as_f16(squares));
     for (; c < columns; ++c) square += (widen(x[c]) - mean) * (widen(x[c]) - mean);
     return 1.0f / std::sqrt(square / float(columns) + eps);
+}
+template <class T>
+WARPLOOM_INLINE float inverse_deviation(const T* x, int columns, float eps, float mean = 0) {
+    return has_avx512 ? inverse_deviation_by<f16>(x, columns, eps, mean) : inverse_deviation_by<Register>(x, columns, eps, mean);
 }
 
 enum class Gate { silu, gelu, relu, relu2, gelu_erf, clamped };  // the last: gpt-oss's, of bounded halves

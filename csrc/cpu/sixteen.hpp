@@ -37,8 +37,12 @@ WARPLOOM_BY_PARTS(+)
 WARPLOOM_BY_PARTS(-)
 WARPLOOM_BY_PARTS(*)
 template <class R>
-WARPLOOM_INLINE void operator+=(Sixteen<R>& x, Sixteen<R> y) {
-    x = x + y;
+WARPLOOM_INLINE void operator+=(Sixteen<R>& x, const Sixteen<R>& y) {  // part by part: GCC copies x = x + y through memory
+    for (int i = 0; i < Sixteen<R>::kParts; ++i) x.part[i] += y.part[i];
+}
+template <class R>
+WARPLOOM_INLINE Sixteen<R> exp(Sixteen<R> x) {
+    WARPLOOM_EACH_PART(exp<R>(x.part[i]));
 }
 template <class R>
 WARPLOOM_INLINE Sixteen<R> exp2_negative(Sixteen<R> x) {
@@ -49,19 +53,28 @@ WARPLOOM_INLINE Sixteen<R> tanh(Sixteen<R> x) {
     WARPLOOM_EACH_PART(tanh(x.part[i]));
 }
 
-template <class R>
-WARPLOOM_INLINE void load_as(const float* p, Sixteen<R>& x) {
-    for (int i = 0; i < Sixteen<R>::kParts; ++i) load_as(p + i * lanes_of<R>, x.part[i]);
-}
-template <class R>
-WARPLOOM_INLINE void store_as(float* p, Sixteen<R> x) {
-    for (int i = 0; i < Sixteen<R>::kParts; ++i) store_as(p + i * lanes_of<R>, x.part[i]);
-}
-template <class V>
-WARPLOOM_INLINE V load_as(const float* p) {
+#define WARPLOOM_MEMORY(T)                                                                             \
+    template <class R>                                                                                 \
+    WARPLOOM_INLINE void load_as(const T* p, Sixteen<R>& x) {                                          \
+        for (int i = 0; i < Sixteen<R>::kParts; ++i) load_as(p + i * lanes_of<R>, x.part[i]);          \
+    }                                                                                                  \
+    template <class R>                                                                                 \
+    WARPLOOM_INLINE void store_as(T* p, Sixteen<R> x) {                                                \
+        for (int i = 0; i < Sixteen<R>::kParts; ++i) store_as(p + i * lanes_of<R>, x.part[i]);         \
+    }
+WARPLOOM_MEMORY(float)
+WARPLOOM_MEMORY(bfloat16)
+template <class V, class T>
+WARPLOOM_INLINE V load_as(const T* p) {
     V x;
     load_as(p, x);
     return x;
+}
+template <class V>
+WARPLOOM_INLINE f16 as_f16(const V& x) {
+    f16 y;
+    std::memcpy(&y, &x, 64);
+    return y;
 }
 template <class R>
 WARPLOOM_INLINE void widen_pairs(const bfloat16* p, Sixteen<R>& even, Sixteen<R>& odd) {

@@ -47,7 +47,8 @@ def run(argv: list[str]) -> int:
     elif options.calibrate:
         rows, held = _rows(options, tokenizer, length)
     exact = log_probabilities(LLM(model, tokenizer), held) if held else []
-    quantize(model, scheme_of(scheme, model.config.parameter_count()) or INT8, rows, partial(_say, "layer"))
+    chosen = scheme_of(scheme, model.config.parameter_count(), calibrated=bool(rows)) or INT8
+    quantize(model, chosen, rows, partial(_say, "layer"))
     save_packed(model, options.out, tokenizer)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
     print(f"wrote {options.out}: {scheme}, {size / 1e6:,.1f} MB")

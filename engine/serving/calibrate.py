@@ -119,7 +119,7 @@ def sampled_rows(
     starts = [start[: length // 2] for start in starts]
     prompts = [starts[row % len(starts)] for row in range(count)]
     asked = [
-        llm.submit(prompt, SamplingParams(length - len(prompt), ignore_eos=True, seed=row))
+        llm.submit(prompt, SamplingParams(length - len(prompt), top_p=0.9, ignore_eos=True, seed=row))
         for row, prompt in enumerate(prompts)
     ]
     rows = []

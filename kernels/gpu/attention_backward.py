@@ -34,7 +34,7 @@ def attention_delta_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta: the row sums of o · do."""
-    batch, head, row, first, _token, q_len, k_len = tile_coordinates(
+    batch, head, row, first, _token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, False
     )
     if row >= q_len:
@@ -45,7 +45,7 @@ def attention_delta_kernel(
     o_tile = load_tile(o_at, row + own, q_len, D, BLOCK_D)
     do_tile = load_tile(do_at, row + own, q_len, D, BLOCK_D)
     products = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    tl.store(delta_ptr + batch * stride_lb + head * stride_lh + first + own, products, mask=row + own < q_len)
+    tl.store(delta_ptr + batch * stride_lb + head * stride_lh + stats + row + own, products, mask=row + own < q_len)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -60,7 +60,7 @@ def attention_dq_kernel(
 ):  # fmt: skip
     """One block of queries walks over the keys it sees."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, row, first, token, q_len, k_len = tile_coordinates(
+    batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
     )
     if row >= q_len:
@@ -71,7 +71,7 @@ def attention_dq_kernel(
     do_at = tile_of_head(do, batch, head, first, own, stride_db, stride_dt, stride_dh, BLOCK_D)
     q_tile = load_tile(q_at, rows, q_len, D, BLOCK_D)
     do_tile = load_tile(do_at, rows, q_len, D, BLOCK_D)
-    row_stats = batch * stride_lb + head * stride_lh + first + own
+    row_stats = batch * stride_lb + head * stride_lh + stats + rows
     lse = tl.load(lse_ptr + row_stats, mask=rows < q_len, other=float("inf"))
     delta = tl.load(delta_ptr + row_stats, mask=rows < q_len, other=0.0)
     if SPLIT_LSE:
@@ -113,7 +113,7 @@ def attention_dkdv_kernel(
     """One block of keys walks over the queries that see it, head after head of those that share it, in one loop:
     a loop in a loop cost 45 registers. Keys are the rows here, so that P and dS feed their products from registers."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, key, first, token, q_len, k_len = tile_coordinates(
+    batch, head, key, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_N, SEARCH_STEPS, False
     )
     if key >= k_len:
@@ -127,7 +127,7 @@ def attention_dkdv_kernel(
     step = tl.arange(0, BLOCK_M)
     q_tile = tile_of_head(q, batch, 0, token, step, stride_qb, stride_qt, stride_qh, BLOCK_D)
     do_tile = tile_of_head(do, batch, 0, token, step, stride_db, stride_dt, stride_dh, BLOCK_D)
-    row_stats = batch * stride_lb + token
+    row_stats = batch * stride_lb + stats
 
     begin, end = query_run(key, key + BLOCK_N - 1, q_len, k_len - q_len, CAUSAL, WINDOW, BLOCK_M)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0)
@@ -138,13 +138,13 @@ def attention_dkdv_kernel(
         here = begin + tl.cast(turn % blocks, tl.int64) * BLOCK_M
         row = here.to(tl.int32)
         rows = row + tl.arange(0, BLOCK_M)
-        stats = row_stats + q_head * stride_lh + here + tl.arange(0, BLOCK_M)
+        places = row_stats + q_head * stride_lh + here + tl.arange(0, BLOCK_M)
         q_block = load_tile(q_tile + (q_head * stride_qh + here * stride_qt), rows, q_len, D, BLOCK_D)
-        lse = tl.load(lse_ptr + stats, mask=rows < q_len, other=float("inf"))
+        lse = tl.load(lse_ptr + places, mask=rows < q_len, other=float("inf"))
         scores = capped(tl.dot(k_tile, tl.trans(q_block), input_precision="ieee"), SCALE, SOFTCAP)
         exponents = scores * SCALE_LOG2 - lse[None, :]
         if SPLIT_LSE:
-            exponents -= tl.load(lse_ptr + stats + stride_ls, mask=rows < q_len, other=0.0)[None, :]
+            exponents -= tl.load(lse_ptr + places + stride_ls, mask=rows < q_len, other=0.0)[None, :]
         p = tl.exp2(exponents)
         if CAUSAL or WINDOW > 0:
             position = row + k_len - q_len
@@ -154,7 +154,7 @@ def attention_dkdv_kernel(
         do_block = load_tile(do_tile + (q_head * stride_dh + here * stride_dt), rows, q_len, D, BLOCK_D)
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_block), input_precision="ieee")
-        delta = tl.load(delta_ptr + stats, mask=rows < q_len, other=0.0)
+        delta = tl.load(delta_ptr + places, mask=rows < q_len, other=0.0)
         ds = through_cap(p * (dp - delta[None, :]), scores, SOFTCAP)
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision="ieee")
     dk_at = tile_of_head(dk, batch, head, first, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)

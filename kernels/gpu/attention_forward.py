@@ -41,7 +41,7 @@ def attention_forward_kernel(
     SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, row, first, token, q_len, k_len = tile_coordinates(
+    batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
     )
     if row >= q_len:
@@ -81,7 +81,7 @@ def attention_forward_kernel(
     store_tile(o_at, acc, rows, q_len, D, BLOCK_D)
     m_i = tl.where(empty, float("inf"), m_i)
     log2_l = tl.log2(tl.where(empty, 1.0, l_i))
-    stats = lse_ptr + batch * stride_lb + head * stride_lh + first + own
-    tl.store(stats, m_i if SPLIT_LSE else m_i + log2_l, mask=rows < q_len)
+    lse = lse_ptr + batch * stride_lb + head * stride_lh + stats + rows
+    tl.store(lse, m_i if SPLIT_LSE else m_i + log2_l, mask=rows < q_len)
     if SPLIT_LSE:
-        tl.store(stats + stride_ls, log2_l, mask=rows < q_len)
+        tl.store(lse + stride_ls, log2_l, mask=rows < q_len)

@@ -97,7 +97,7 @@ def attention_hopper_kernel(
 ):  # fmt: skip
     """As `attention_forward_kernel`, argument for argument."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, row, first, token, q_len, k_len = tile_coordinates(
+    batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
     )
     idle = row >= q_len
@@ -137,7 +137,7 @@ def attention_hopper_kernel(
     o_at = tile_of_head(o, batch, head, first, own, stride_ob, stride_ot, stride_oh, BLOCK_D)
     store_tile(o_at, acc, rows, q_len, D, BLOCK_D)
     lse = tl.where(empty, float("inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
-    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + first + own, lse, mask=rows < q_len)
+    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + stats + rows, lse, mask=rows < q_len)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -150,10 +150,9 @@ def attention_hopper_dq_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
-    """As `attention_dq_kernel`, argument for argument, for batches that are not ragged: there, the statistics of a
-    sequence may begin where the copy engine cannot."""
+    """As `attention_dq_kernel`, argument for argument."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, row, first, token, q_len, k_len = tile_coordinates(
+    batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
     )
     idle = row >= q_len
@@ -169,7 +168,7 @@ def attention_hopper_dq_kernel(
 
     own = tl.arange(0, BLOCK_M)
     rows = row + own
-    stats = batch * stride_lb + head * stride_lh
+    stats += batch * stride_lb + head * stride_lh
     lse = _numbers(lse_ptr + stats, row, q_len, BLOCK_M)
     delta = _numbers(delta_ptr + stats, row, q_len, BLOCK_M)
     position = row + k_len - q_len
@@ -203,34 +202,37 @@ def attention_hopper_dkdv_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_LSE: tl.constexpr,
 ):  # fmt: skip
-    """As `attention_dkdv_kernel`, argument for argument, for batches that are not ragged.
+    """As `attention_dkdv_kernel`, argument for argument.
 
     Rows behind the last query arrive as zeros and add nothing, keys behind the last are not stored: neither is masked.
     """
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
-    batch, head, key, first, _token, q_len, k_len = tile_coordinates(
+    batch, head, key, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_N, SEARCH_STEPS, False
     )
+    idle = key >= k_len
+    token = tl.where(idle, 0, token)
     own = tl.arange(0, BLOCK_N)
     keys = key + own
-    k_base = head_of(k, batch, head, 0, stride_kb, stride_kt, stride_kh)
-    v_base = head_of(v, batch, head, 0, stride_vb, stride_vt, stride_vh)
+    k_base = head_of(k, batch, head, token, stride_kb, stride_kt, stride_kh)
+    v_base = head_of(v, batch, head, token, stride_vb, stride_vt, stride_vh)
     k_tile = _described(k_base, k_len, stride_kt, D, BLOCK_N, BLOCK_D).load([key, 0])
     v_tile = _described(v_base, k_len, stride_vt, D, BLOCK_N, BLOCK_D).load([key, 0])
+    q_heads, length = heads * Q_PER_KV, tl.maximum(q_len, 1)
     queries = tl.make_tensor_descriptor(
-        q + batch * stride_qb, [heads * Q_PER_KV, q_len, D], [stride_qh, stride_qt, 1], [1, BLOCK_M, BLOCK_D]
-    )
+        head_of(q, batch, 0, token, stride_qb, stride_qt, stride_qh),
+        [q_heads, length, D], [stride_qh, stride_qt, 1], [1, BLOCK_M, BLOCK_D],
+    )  # fmt: skip
     upstream = tl.make_tensor_descriptor(
-        do + batch * stride_db, [heads * Q_PER_KV, q_len, D], [stride_dh, stride_dt, 1], [1, BLOCK_M, BLOCK_D]
-    )
-    lse_rows = tl.make_tensor_descriptor(
-        lse_ptr + batch * stride_lb, [heads * Q_PER_KV, q_len], [stride_lh, 1], [1, BLOCK_M]
-    )
-    delta_rows = tl.make_tensor_descriptor(
-        delta_ptr + batch * stride_lb, [heads * Q_PER_KV, q_len], [stride_lh, 1], [1, BLOCK_M]
-    )
+        head_of(do, batch, 0, token, stride_db, stride_dt, stride_dh),
+        [q_heads, length, D], [stride_dh, stride_dt, 1], [1, BLOCK_M, BLOCK_D],
+    )  # fmt: skip
+    stats += batch * stride_lb
+    lse_rows = tl.make_tensor_descriptor(lse_ptr + stats, [q_heads, length], [stride_lh, 1], [1, BLOCK_M])
+    delta_rows = tl.make_tensor_descriptor(delta_ptr + stats, [q_heads, length], [stride_lh, 1], [1, BLOCK_M])
 
     begin, end = query_run(key, key + BLOCK_N - 1, q_len, k_len - q_len, CAUSAL, WINDOW, BLOCK_M)
+    end = tl.where(idle, begin, end)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

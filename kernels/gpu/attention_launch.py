@@ -116,13 +116,13 @@ def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _statistics(*shape: int, device: torch.device, zero: bool) -> torch.Tensor:
-    """Room for a number a query. Each row begins at a multiple of 16 bytes; what fills it up is zero, for kernels that
-    read whole tiles and multiply what they must not use by zero. `zero` clears all of it: tokens behind the last
-    sequence of a ragged batch belong to no kernel."""
+def _statistics(*shape: int, cu: torch.Tensor | None, device: torch.device, zero: bool) -> torch.Tensor:
+    """Room for a number a query. Each row, and of a ragged batch each sequence, begins at a multiple of 16 bytes; what
+    fills up a row is zero, as `zero` makes all of it, for kernels that read whole tiles and multiply what they must not
+    use by zero."""
     *outer, T = shape
-    whole = 4 * cdiv(T, 4)
-    make = torch.zeros if zero or whole > T else torch.empty
+    whole = 4 * cdiv(T, 4) if cu is None else 4 * cdiv(T, 4) + 4 * len(cu)
+    make = torch.zeros if zero or (cu is None and whole > T) else torch.empty
     return make(*outer, whole, dtype=torch.float32, device=device)
 
 
@@ -143,7 +143,7 @@ def attention_forward(
     o = _blank(q, cu)
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     padded = cu is not None and sinks is not None
-    lse_2BHT = _statistics(2 if meaning["SPLIT_LSE"] else 1, B, H, T, device=q.device, zero=padded)
+    lse_2BHT = _statistics(2 if meaning["SPLIT_LSE"] else 1, B, H, T, cu=cu, device=q.device, zero=padded)
     plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, o, lse_2BHT) for n in x.stride()[:3]]
 
@@ -178,7 +178,7 @@ def attention_backward(
     meaning = _meaning(q, k, cu, causal, window, softcap, scale)
     dq, dk, dv = _blank(q, cu), _blank(k, cu), _blank(v, cu)
     padded = cu is not None and sinks is not None
-    delta_BHT = _statistics(*lse_2BHT.shape[1:3], q.shape[1], device=q.device, zero=padded)
+    delta_BHT = _statistics(*lse_2BHT.shape[1:3], q.shape[1], cu=cu, device=q.device, zero=padded)
     plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
     stats = lse_2BHT.stride()[:3]
@@ -202,13 +202,10 @@ def attention_backward(
         own = *dk.stride()[:3], *dv.stride()[:3]
         launch(kernel, grid.grid, *inputs, dk, dv, cu, *strides, *own, *stats, *grid.scalar_args, **meaning, **tile)
 
-    # Ragged: the statistics of a sequence may begin where the copy engine cannot.
     if want_q:
-        hopper = cu is None and attention_hopper.tma_can_address("dq", q, k, v, do)
-        _launch_either("dq", hopper, q, plain, run_dq)
+        _launch_either("dq", attention_hopper.tma_can_address("dq", q, k, v, do), q, plain, run_dq)
     if want_kv:
-        hopper = cu is None and attention_hopper.tma_can_address("dkdv", q, k, v, do)
-        _launch_either("dkdv", hopper, q, plain, run_dkdv)
+        _launch_either("dkdv", attention_hopper.tma_can_address("dkdv", q, k, v, do), q, plain, run_dkdv)
     return dq, dk, dv, _sinks_gradient(sinks, lse_2BHT, delta_BHT)
 
 

@@ -7,7 +7,8 @@ window's edge, the ragged last one) hold a hidden pair: blocks outside are never
 
 Ragged batches come as cumulative lengths on the device. Sequence s owns the tiles from `cu[s] // BLOCK + s` on: never
 fewer than it needs, known without reading a length back to the host, so the grid is static. SEARCH_STEPS, 0 for a
-batch that is not ragged, is how many steps the search for a tile's sequence takes.
+batch that is not ragged, is how many steps the search for a tile's sequence takes. By the same trick the statistics of
+sequence s, a number a query, begin at (cu[s] + 4 s) & ~3: at a multiple of 16 bytes, as the copy engine wants it.
 
 Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
 """
@@ -39,7 +40,8 @@ def tile_coordinates(
     cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
     BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr, REVERSE_TILES: tl.constexpr,
 ):  # fmt: skip
-    """-> (batch, head, row of the tile, its token, first token of the sequence, its queries, its keys).
+    """-> (batch, head, row of the tile, its token, first token of the sequence, where its statistics begin, its
+    queries, its keys).
 
     Programs start in order, so heads go in groups of `heads_in_l2`, whose keys and values fit the L2 cache, and in a
     group the tiles with the most work go first: the short ones then fill the gaps at the end, which balances a causal
@@ -55,16 +57,18 @@ def tile_coordinates(
         tile = tiles - 1 - tile
     flat = first_head + inside % width
     start = tl.cast(0, tl.int32)
+    stats = start.to(tl.int64)
     if SEARCH_STEPS > 0:
         sequence = sequence_of_tile(tile, cu, sequences, BLOCK, SEARCH_STEPS)
         start = tl.load(cu + sequence).to(tl.int32)
         q_len = tl.load(cu + sequence + 1).to(tl.int32) - start
         k_len = q_len
         tile = tile - (start // BLOCK + sequence)
+        stats = (start.to(tl.int64) + 4 * sequence) // 4 * 4
     first = start.to(tl.int64)
     row = tile.to(tl.int64) * BLOCK
     batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
-    return batch, head, row.to(tl.int32), first + row, first, q_len, k_len
+    return batch, head, row.to(tl.int32), first + row, first, stats, q_len, k_len
 
 
 @triton.jit

@@ -37,8 +37,9 @@ from .attention_tiles import LOG2E, capped, first_peak, sequence_of_tile, visibl
 
 SEGMENT = 256
 """Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
-UNROLL = 8
-"""Segments that are fetched at once when they are added up: one after the other, each would wait 0.4 µs for L2."""
+UNROLL, FETCHED = 16, 64
+"""Segments that are fetched at once when they are added up, and registers of a thread they may take: one after the
+other, each would wait 0.4 µs for L2."""
 LATENT_HEADS = 16
 """Query heads of latent attention that read a latent vector together, if they are a multiple: one tile of few rows."""
 UNSPECIALIZED = ("tokens", "sequences", "grid_splits", "split_programs", "stride_table", "stride_sn", "stride_sh")
@@ -247,7 +248,8 @@ def _tile(G: int, D: int, R: int, dtype: torch.dtype, device: torch.device) -> d
         narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
         tile, block, warps = 64, 32 if narrow else 64, 4 if arch == 90 else 8
     default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": 2}
-    default["UNROLL"] = UNROLL if D <= 256 else 1
+    a_segment = cdiv(rows * next_power_of_2(D), 32 * warps)
+    default["UNROLL"] = max(1, min(UNROLL, FETCHED // a_segment))
     name = "latent_attention" if R else "paged_attention"
     return {"G_ROWS": rows, **tuned(name, device, f"{G} {D} {str(dtype)[6:]}", default)}
 

@@ -146,7 +146,7 @@ def _cost(op, case, dtype, arch, kernel) -> Cost:
         wgmma="wgmma.mma_async" in ptx,
         vector_accesses=len(VECTOR_ACCESS.findall(ptx)),
         scalar_accesses=len(SCALAR_ACCESS.findall(ptx)),
-        loop_spills=sum(len(SPILL.findall(loop)) for loop in innermost_loops(_disassembled(cubin))) if stack else 0,
+        loop_spills=sum(len(SPILL.findall(loop)) for loop in innermost_loops(disassembled(cubin))) if stack else 0,
         loops=len(inner),
         wgmma_pending=_most(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", inner),
         copies_pending=_most(r"cp\.async\.wait_group\s+(\d+)", inner),
@@ -162,7 +162,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
+    """SASS of a kernel."""
     return _told("nvdisasm", "-c", cubin)
 
 

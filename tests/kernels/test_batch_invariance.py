@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from warploom.kernels import Maker, backend, latent_attention, paged_attention
+from warploom.kernels import Maker, backend, latent_attention, linear, linear_residual, paged_attention
+from warploom.kernels.linear import SEGMENT, arrival_counters, segment_length
 from warploom.kernels.paged_attention import filled_pages
 
 from .device import DEVICE, pytestmark  # noqa: F401
@@ -93,3 +94,39 @@ def test_latent_row_any_cut_same_bits(seed):
     assert torch.equal(torch.cat(beside[1:]), whole)
     decodes = [attend([(0, i, i + 1, before)], q, *cache, options, latents)[0] for i in (0, n - 1)]
     assert torch.equal(torch.cat(decodes), whole[[0, n - 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.gpu
+def test_split_channels_any_rows_same_bits(dtype):
+    """A program for each segment or one for all, with a stream and without, and counters left as they were."""
+    generator = torch.Generator().manual_seed(0)
+    C, F = 2 * SEGMENT + 72, 40
+    x, weight, bias, stream, norm = (
+        torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+        for shape in ((257, C), (F, C), (F,), (257, F), (F,))
+    )
+    arrivals = arrival_counters(weight)
+
+    def results(rows):
+        own = stream[:rows].clone()
+        joined = linear_residual(x[:rows], weight, own, norm, bias, arrivals=arrivals)
+        return linear(x[:rows], weight, bias, arrivals=arrivals), own, *joined
+
+    with backend("triton"):
+        whole = results(257)
+        assert torch.equal(linear(x[:3], weight, bias), whole[0][:3]), "with counters of its own"
+        for rows in (1, 16, 17, 256):
+            assert all(torch.equal(some, all_[:rows]) for some, all_ in zip(results(rows), whole))
+    assert not arrivals.any()
+
+
+def test_segment_length_follows_the_shape_alone():
+    """64 programs where there would be few, and none of less than 256 channels; a wide weight is one sum."""
+    assert [-(-C // segment_length(F, C)) for F, C in ((1024, 2048), (1024, 3072), (2048, 8192), (576, 1536))] == [
+        4,
+        4,
+        2,
+        6,
+    ]
+    assert segment_length(4096, 14336) == 14336 and segment_length(40, 300) == 512 and segment_length(0, 0) == SEGMENT

@@ -60,10 +60,14 @@ WARPLOOM_INLINE void tile(const PanelProduct<bfloat16, float>& t, const bfloat16
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_BF16 inline void tile(const PanelProduct<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
     __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_setzero_ps();
     multiply_tile(sums, {t.x, t.x_stride, 2}, {weights, ptrdiff_t(t.stride), 2 * kLanes}, (t.columns + 1) / 2);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * t.vectors + v) * kLanes, sums[r][v]);
 }
 #endif

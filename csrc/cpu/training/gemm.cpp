@@ -264,7 +264,7 @@ template void multiply_tokens(const bfloat16*, const bfloat16*, int, int, int, f
 template void multiply_tokens(const bfloat16*, const bfloat16*, int, int, int, bfloat16*, bool, int);
 
 #ifdef WARPLOOM_X86
-bool has_panels() { return __builtin_cpu_supports("avx512f"); }
+bool has_panels() { return has_avx512; }
 bool has_fast_pairs() { return has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
 bool outruns_library() { return has_avx512 && __builtin_cpu_is("amd"); }
 #else

@@ -33,8 +33,9 @@ WARPLOOM_INLINE void norm_rows(const NormForward<T>& t, int first, int last) {
 }
 
 // One chunk of rows: their dx, and their share of dweight.
-template <class T>
-WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
+template <class R, class T>
+WARPLOOM_INLINE void norm_chunk_by(const NormBackward<T>& t, int chunk) {
+    using V = SixteenIn<R>;
     const int first = chunk * t.kChunk, last = std::min(t.rows, first + t.kChunk);
     float* partial = t.partial + int64_t(chunk) * t.columns;
     std::fill(partial, partial + t.columns, 0.0f);
@@ -42,13 +43,20 @@ WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
         const T *x = t.x[row], *dy = t.dy[row], *dsum = t.dsum.at ? t.dsum[row] : nullptr;
         T *dx = t.dx[row], *y = t.y.at ? t.y[row] : nullptr;
         const float inverse = t.inverse[row];
-        f16 dot = {};
+        V dots = {};
+        f16 rest = {};
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
+            if (n == 16) {
+                const V slope = load_as<V>(dy + c) * (load_as<V>(x + c) * inverse);
+                store_as(partial + c, load_as<V>(partial + c) + slope);
+                dots += slope * load_as<V>(t.weight + c);
+                return;
+            }
             const f16 slope = load(dy + c, n) * (load(x + c, n) * inverse);
             store(partial + c, load(partial + c, n) + slope, n);
-            dot += slope * load(t.weight + c, n);
+            rest = slope * load(t.weight + c, n);
         });
-        const float mean = sum(dot) / float(t.columns) * inverse;
+        const float mean = sum(as_f16(dots) + rest) / float(t.columns) * inverse;
         across(t.columns, [&](int c, int n) __attribute__((always_inline)) {
             f16 d = (load(dy + c, n) * load(t.weight + c, n) - load(x + c, n) * mean) * inverse;
             if (dsum) d += load(dsum + c, n);
@@ -56,6 +64,11 @@ WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
             store(dx + c, d, n);
         });
     }
+}
+
+template <class T>
+WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
+    has_avx512 ? norm_chunk_by<f16>(t, chunk) : norm_chunk_by<Register>(t, chunk);
 }
 
 template <class T>
@@ -112,15 +125,9 @@ WARPLOOM_INLINE void rope_tokens(const Rope<T>& t, int first, int last) {
     }
 }
 
-WARPLOOM_INLINE float largest(f16 x) {
-    float top = x[0];
-    for (int i = 1; i < 16; ++i) top = std::max(top, x[i]);
-    return top;
-}
-
-template <class T>
-WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
-    const f16 nothing = f16{} - INFINITY;
+template <class R, class T>
+WARPLOOM_INLINE void entropy_rows_by(const CrossEntropy<T>& t, int first, int last) {
+    using V = SixteenIn<R>;
     for (int row = first; row < last; ++row) {
         T* x = t.logits + int64_t(row) * t.classes;
         const int64_t target = t.targets[row];
@@ -130,15 +137,16 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
             continue;
         }
         const int whole = t.classes / 16 * 16;
-        f16 top = nothing, all = {}, mass = {};
-        for (int c = 0; c < whole; c += 16) top = larger(load(x + c), top);
-        float highest = largest(top);
+        V top = V{} - INFINITY, all = {}, mass = {};
+        for (int c = 0; c < whole; c += 16) top = Larger()(load_as<V>(x + c), top);
+        float highest = largest(as_f16(top));
         for (int c = whole; c < t.classes; ++c) highest = std::max(highest, widen(x[c]));
         for (int c = 0; c < whole; c += 16) {
-            mass += exp(load(x + c) - highest);
-            all += load(x + c);
+            const V logits = load_as<V>(x + c);
+            mass += exp(logits - highest);
+            all += logits;
         }
-        float weight = sum(mass), total = sum(all);
+        float weight = sum(as_f16(mass)), total = sum(as_f16(all));
         for (int c = whole; c < t.classes; ++c) {
             weight += std::exp(widen(x[c]) - highest);
             total += widen(x[c]);
@@ -150,11 +158,16 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
         if (!t.upstream) continue;
         const float scale = t.upstream[row], factor = scale * (1.0f + 2.0f * t.z * log_sum);
         const float at_target = factor * std::exp(widen(x[target]) - log_sum) - scale * (soft + hard);
-        across(t.classes, [&](int c, int n) __attribute__((always_inline)) {
-            store(x + c, exp(load(x + c, n) - log_sum) * factor - scale * soft, n);
-        });
+        for (int c = 0; c < whole; c += 16) store_as(x + c, exp(load_as<V>(x + c) - log_sum) * factor - scale * soft);
+        const int n = t.classes - whole;
+        if (n) store(x + whole, exp(load(x + whole, n) - log_sum) * factor - scale * soft, n);
         narrow(at_target, x[target]);
     }
+}
+
+template <class T>
+WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
+    has_avx512 ? entropy_rows_by<f16>(t, first, last) : entropy_rows_by<Register>(t, first, last);
 }
 
 // One compiled version a CPU and a number format.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .... import kernels
+from ....kernels.linear import arrival_counters
 from ....kernels.swiglu import ACTIVATIONS
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
@@ -36,9 +37,10 @@ class BatchInvariantLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias = weight, bias
+        self.arrivals = arrival_counters(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias, arrivals=self.arrivals)
 
 
 def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn.Module:
@@ -57,12 +59,14 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
     """A linear layer of a tensor or, if it is a `BatchInvariantLinear`, of a stream whose norm is part of it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
-    return kernels.normed_linear(x.scaled, x.square_sums, layer.weight, layer.bias, x.eps, activation)
+    own = layer.weight, layer.bias, x.eps, activation
+    return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=layer.arrivals)
 
 
 def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
-    return ScaledStream(*kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias), norm.eps)
+    joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=layer.arrivals)
+    return ScaledStream(*joined, norm.eps)
 
 
 class GatedLinear(SwiGLU):

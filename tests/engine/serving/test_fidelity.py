@@ -69,7 +69,8 @@ def test_calibrated_weights_lose_less(real, scheme, rms, divergence):
     pages = Path(__file__).parents[3] / "docs"
     ids = [token for page in ("training", "kernels", "scaling") for token in
            tokenizer.encode((pages / f"{page}.md").read_text())]  # fmt: skip
-    quantize(model, scheme_of(scheme, 0), [ids[at : at + 512] for at in range(0, len(ids) - 511, 512)][:16])
+    rows = [ids[at : at + 512] for at in range(0, len(ids) - 511, 512)][:16]
+    quantize(model, scheme_of(scheme, 0, calibrated=True), rows)
     lost = loss_of(LLM(model), texts, exact)
     print(scheme, lost)
     assert lost["rms"] < rms and lost["kl"] < divergence

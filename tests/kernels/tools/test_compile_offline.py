@@ -179,6 +179,27 @@ def test_larger_tiles_spill_in_no_loop_and_feed_tensor_cores():
     assert done.stdout.splitlines() == ["0 True"] * 5
 
 
+SEGMENTS = """
+import re, torch
+from warploom.kernels import paged_attention
+from warploom.kernels.tools.compile_offline import compiled, disassembled, innermost_loops
+
+(kernel,) = compiled(paged_attention, next(case for case in paged_attention.cases if case.bench), torch.bfloat16, 90)
+loops = innermost_loops(disassembled(kernel.asm["cubin"]))
+(loop,) = [loop for loop in loops if "LDG" in loop and "FFMA" in loop and "MMA." not in loop]
+first = re.search(r"FFMA|FMUL|MUFU", loop).start()
+print(loop[:first].count("LDG"), loop[first:].count("LDG"))
+"""
+
+
+def test_stored_segments_are_fetched_before_any_is_added():
+    """No load of the loop that merges 16 of them waits for another: maximum, sum and values of each."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", SEGMENTS], capture_output=True, text=True, env=environment, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before >= 3 * 16 and after == 0
+
+
 def test_hot_loop_clocks_count_products_and_copies():
     """Of the expert's sheet: 128 by 128 in two groups, the left side in shared memory once and in registers once."""
     left = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1, %f2}, %rd1, %rd2, %p1, 1, 1, 0, 0;"
