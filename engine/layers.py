@@ -169,6 +169,9 @@ class MoE(nn.Module):
     Experts are always gated: `ffn` names the function of their gate.
     """
 
+    product: Callable[..., tuple[Tensor, kernels.MoEAux]] | None = None
+    """What takes the place of `kernels.moe` where weights are packed."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -190,15 +193,15 @@ class MoE(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
-        return self.blend(x_BTC, self.w_gate_up, self.w_down)
-
-    def blend(self, x_BTC: Tensor, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, kernels.MoEAux]:
-        """Route tokens to experts of these weights."""
-        y_BTC, routing = kernels.moe(
-            x_BTC, self.router(x_BTC), w_gate_up, w_down, self.config.experts_per_token,
-            **routing_options(self.config), **self.biases(),
-        )  # fmt: skip
+        y_BTC, routing = self.experts(x_BTC, self.router(x_BTC))
         return self.with_shared(y_BTC, x_BTC), routing
+
+    def experts(self, x: Tensor, logits: Tensor, **options: Any) -> tuple[Tensor, kernels.MoEAux]:
+        """Route tokens to experts."""
+        return (self.product or kernels.moe)(
+            x, logits, self.w_gate_up, self.w_down, self.config.experts_per_token,
+            **routing_options(self.config), **self.biases(), **options,
+        )  # fmt: skip
 
     def biases(self) -> dict[str, Tensor]:
         """Optional tensors of routers and experts, by the kernels' names."""

@@ -14,6 +14,7 @@ from .linear_residual import linear_residual, normed_linear
 from .linear_swiglu import linear_swiglu
 from .moe import MoEAux, moe
 from .packed_linear import packed_linear
+from .packed_moe import packed_moe
 from .paged_attention import paged_attention
 from .penalize import penalize
 from .qk_norm_rope_write import qk_norm_rope_write
@@ -45,6 +46,7 @@ __all__ = [
     "normed_linear",
     "ops",
     "packed_linear",
+    "packed_moe",
     "paged_attention",
     "penalize",
     "qk_norm_rope_write",

@@ -183,24 +183,31 @@ def _is_kept(x):
 
 
 def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
-    score, normalize = options.get("score", "softmax"), options.get("normalize", True)
-    _check(router_logits.shape[-1], top_k, score)
+    _check(router_logits.shape[-1], top_k, options.get("score", "softmax"))
     _check_here(router_logits, w_down, options.get("first", 0))
     if options.get("activation") == "clamped" or "b_gate_up" in options or "b_down" in options:
         return _moe_unfused(x, router_logits, w_gate_up, w_down, top_k, **options)
-    choice = {name: options.pop(name) for name in ("choice_bias", "groups") if name in options}
-    if not choice:
-        y, *aux = moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options)
+
+    def run(logits, **rest):
+        return moe_fused(x, logits, w_gate_up, w_down, top_k, **rest)
+
+    return by_highest_logits(run, router_logits, top_k, **options)
+
+
+def by_highest_logits(run, router_logits, top_k, choice_bias=None, groups=(1, 1), **options):
+    """Run experts by kernels that choose the highest logits: those that are not chosen are put out of reach."""
+    if choice_bias is None and groups[0] == 1:
+        y, *aux = run(router_logits, **options)
         return y, MoEAux(*aux)
-    # The kernels choose the highest logits; so those that are not chosen here are put out of reach.
     logits_TE = router_logits.flatten(0, -2)
-    _, experts_TK, aux = route(logits_TE, top_k, score, normalize, **choice)
+    score, normalize = options.get("score", "softmax"), options.get("normalize", True)
+    _, experts_TK, aux = route(logits_TE, top_k, score, normalize, choice_bias=choice_bias, groups=groups)
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, experts_TK, True)
     reachable_TE = logits_TE.masked_fill(~chosen_TE, -1e30)
-    y, *_ = moe_fused(x, reachable_TE.view(router_logits.shape), w_gate_up, w_down, top_k, **options)
+    y, *_ = run(reachable_TE.view(router_logits.shape), **options)
     if score == "softmax" and not normalize:  # theirs sum to 1 among the chosen
         shares_TE = torch.softmax(logits_TE.to(wide(logits_TE)), -1)
-        y = y * (shares_TE * chosen_TE).sum(-1).view(*x.shape[:-1], 1).to(y.dtype)
+        y = y * (shares_TE * chosen_TE).sum(-1).view(*y.shape[:-1], 1).to(y.dtype)
     return y, aux
 
 

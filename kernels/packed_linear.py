@@ -104,7 +104,7 @@ def _by_dtype(dtype, x, codes, scales, minima, units, bias, bits, group, table, 
 
 
 @triton.jit
-def _widen(
+def widen(
     codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
     BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -153,7 +153,7 @@ def packed_linear_kernel(
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
         inside = (c >= 0) if WHOLE else (c < C)
         x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
-        w = _widen(
+        w = widen(
             codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
             BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
         )  # fmt: skip
@@ -173,7 +173,7 @@ def widen_kernel(
     """A tile of the weight (F, C), in w's format."""
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.program_id(1).to(tl.int64) * BLOCK_C
-    w = _widen(
+    w = widen(
         codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
         BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
     )  # fmt: skip
@@ -207,10 +207,22 @@ def _tile(x: torch.Tensor, M: int) -> dict:
     return {"ROWS": rows, **tuned("packed_linear", x.device, f"{size} {str(x.dtype)[6:]}", default)}
 
 
-def _bytes(table: Sequence[int]) -> tuple[int, int]:
+def table_bytes(table: Sequence[int]) -> tuple[int, int]:
     """A table's numbers as two integers of eight bytes."""
     packed = bytes(value & 255 for value in table).ljust(16, b"\0")
     return int.from_bytes(packed[:8], "little", signed=True), int.from_bytes(packed[8:], "little", signed=True)
+
+
+@launcher
+def turned(x_MC: torch.Tensor) -> torch.Tensor:
+    """`rotated` by the kernel."""
+    M, C = x_MC.shape
+    y = x_MC.new_empty(M, cdiv(C, TURNED) * TURNED)
+    launch(
+        hadamard_kernel, (cdiv(M, 16), y.shape[1] // TURNED),
+        x_MC, y, M, C, x_MC.stride(0), y.stride(0), ROWS=16, COLUMNS=TURNED, num_warps=4,
+    )  # fmt: skip
+    return y
 
 
 @launcher
@@ -227,15 +239,9 @@ def packed_linear_forward(
     rotate: bool,
 ) -> torch.Tensor:
     x_MC = last_dim_contiguous(as_rows(x))
-    if rotate:
-        given = x_MC
-        x_MC = x.new_empty(len(given), codes.shape[1] * 8 // bits)
-        launch(
-            hadamard_kernel, (cdiv(len(given), 16), x_MC.shape[1] // TURNED),
-            given, x_MC, *given.shape, given.stride(0), x_MC.stride(0), ROWS=16, COLUMNS=TURNED, num_warps=4,
-        )  # fmt: skip
+    x_MC = turned(x_MC) if rotate else x_MC
     (M, C), (F, G) = x_MC.shape, scales.shape
-    codes, first, second = last_dim_contiguous(codes), *_bytes(table)
+    codes, first, second = last_dim_contiguous(codes), *table_bytes(table)
     packed = codes, scales, scales if minima is None else minima, units
     layout = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
     layout |= {"FIRST": first, "SECOND": second}

@@ -41,7 +41,7 @@ def _qk_norm_rope_write(
     `cos` and `sin` are tables of `rope_tables`, `positions` (T,) their rows; negative slots are padding. With
     pages of 8 bits, which have scales (P, K, page), q is transformed for the product with what they hold.
     """
-    if q_weight is not None:
+    if q_weight is not None and k_weight is not None:
         q, k = rms_norm.reference(q, q_weight, eps), rms_norm.reference(k, k_weight, eps)
     q, k = rope.reference(q, k, cos, sin, positions, interleaved)
     write_pages.reference(k, v, k_pages, v_pages, slots, k_scales, v_scales)

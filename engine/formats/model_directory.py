@@ -63,18 +63,20 @@ def read_model(
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = read_weights(directory, pick_device(device), DTYPES.get(dtype, dtype), packed, tp is None)
+    where = pick_device(device)
+    experts = tp is None or where.type == "cuda"  # C++ multiplies experts of a whole model
+    weights = read_weights(directory, where, DTYPES.get(dtype, dtype), packed, experts)
     if tp is not None:
         model = shard(model, tp)
     kept, floats = {}, []
     for name, weight in weights:
-        if tp is not None and isinstance(weight, PackedWeight):
+        if tp is not None and isinstance(weight, (PackedWeight, PackedExperts)):
             weight = share_of(weight, shard_spec(config, name), tp.rank(), tp.size())
             floats += [name] if isinstance(weight, Tensor) else []
         elif tp is not None:
             ((_, weight),) = shard_weights(config, [(name, cast(Tensor, weight))], tp)
         if isinstance(weight, (PackedWeight, PackedExperts)):
-            install(model, name, weight.to(pick_device(device)))
+            install(model, name, weight.to(where))
         else:
             kept[name] = weight
     for name in floats:  # what tensor parallelism cuts within a group
@@ -112,14 +114,14 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
-    `packed` leaves matrices as they are stored, of experts too if `experts`; those a GPU cannot multiply as they are.
+    `packed` leaves matrices as they are stored, of experts too if `experts`, on a GPU if all have one layout.
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
     base = base_of(directory)
     adapter = open_adapter(directory, base) if is_adapter(directory) else ()
     directory = base
-    experts = experts and torch.device(device).type == "cpu"
+    mixed = torch.device(device).type == "cpu"
     if is_gguf(directory):
         file = open_gguf(directory)
         config, kind = file.config(), file.config_values()["model_type"]
@@ -151,7 +153,7 @@ def read_weights(
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
             if packed and not adapter and (product == "head.weight" or product in products):
                 weight = weights.as_packed(piece, shapes[piece.ours])
-                if weight is not None:
+                if weight is not None and (mixed or not isinstance(weight, PackedExperts) or weight.alike):
                     yield product, weight
                     if product == piece.ours:
                         continue

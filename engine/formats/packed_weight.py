@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import MoEAux
+from ...kernels import moe, packed_moe
 from ...kernels.packed_linear import TURNED, dequantize, packed_linear, rotated
+from ...kernels.packed_moe import Packed
 from ..config import ModelConfig
 from ..errors import InputError
 from ..layers import MoE
@@ -119,6 +120,12 @@ class Segment:
         )
         return Segment(self.layout, self.codes.to(device), scales, minima, self.units.to(device))
 
+    @property
+    def arguments(self) -> Packed:
+        """These rows as the kernels take them."""
+        bits, group, table, rotate = self.layout.bits, self.layout.group, self.layout.table, self.layout.rotate
+        return self.codes, self.scales, self.minima, self.units, bits, group, table, rotate
+
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x · rowsᵀ + bias."""
         layout = self.layout
@@ -215,22 +222,53 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts(tuple[PackedWeight, ...]):
-    """The matrices of a layer's experts, one each."""
+    """The matrices of a layer's experts, one each; as kernels read them all lie in a `stack`, one below the other."""
+
+    stack: Segment | None = None
 
     def dequantize(self) -> Tensor:
         return torch.stack([packed.dequantize() for packed in self])
 
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if not isinstance(index, slice):
+            return found
+        return PackedExperts(found) if self.stack is None else PackedExperts(found).stacked(self.stack.codes.device)
+
+    @property
+    def alike(self) -> bool:
+        """Return whether all rows of all experts have one layout."""
+        return len({segment.layout for packed in self for segment in packed.segments}) == 1
+
+    def stacked(self, device: torch.device | str = "cpu") -> PackedExperts:
+        """The same in one stack, if they are alike, on a device."""
+        if not self.alike:
+            return PackedExperts(packed.to(device) for packed in self)
+        columns = self[0].columns
+        joined = PackedWeight.joined([segment for packed in self for segment in packed.segments], columns)
+        stack = joined.segments[0].to(device)
+        places = torch.arange(len(stack.units)).split(len(stack.units) // len(self))
+        rows = [slice(int(each[0]), int(each[-1]) + 1) for each in places]
+        found = PackedExperts(PackedWeight((stack.at(each),), columns) for each in rows)
+        found.stack = stack
+        return found
+
     def to(self, device: torch.device | str) -> PackedExperts:
+        if torch.device(device).type != "cpu":
+            return self.stacked(device)
         return PackedExperts(packed.to(device) for packed in self)
 
+    def __deepcopy__(self, memo: dict) -> PackedExperts:
+        return self  # is never written
 
-class PackedMoE(MoE):
-    """Experts of packed weights, by the definition; an executor multiplies the codes."""
 
-    def forward(self, x_BTC: Tensor) -> tuple[Tensor, MoEAux]:
-        parts: Any = self.w_gate_up, self.w_down
-        floats = (x.dequantize().to(x_BTC) if isinstance(x, PackedExperts) else x for x in parts)
-        return self.blend(x_BTC, *floats)
+def expert_product(x: Tensor, logits: Tensor, w_gate_up: Any, w_down: Any, top_k: int, **options) -> Any:
+    """`kernels.moe` of packed experts: where they are stacked from the codes, else by the definition."""
+    up, down = getattr(w_gate_up, "stack", None), getattr(w_down, "stack", None)
+    if up is not None and down is not None:
+        return packed_moe(x, logits, up.arguments, down.arguments, len(w_down), top_k, **options)
+    up, down = (part.dequantize().to(x) if isinstance(part, PackedExperts) else part for part in (w_gate_up, w_down))
+    return moe(x, logits, up, down, top_k, **options)
 
 
 def packed_in(model: nn.Module) -> Iterator[tuple[str, PackedWeight | PackedExperts]]:
@@ -238,7 +276,7 @@ def packed_in(model: nn.Module) -> Iterator[tuple[str, PackedWeight | PackedExpe
     for path, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
             yield f"{path}.weight", layer.packed
-        elif isinstance(layer, PackedMoE):
+        elif isinstance(layer, MoE):
             found = ((name, getattr(layer, name)) for name in ("w_gate_up", "w_down"))
             yield from ((f"{path}.{name}", x) for name, x in found if isinstance(x, PackedExperts))
 
@@ -269,11 +307,11 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
     path = name.removesuffix(".weight")
     parent, _, leaf = path.rpartition(".")
     if isinstance(packed, PackedExperts):
-        moe = model.get_submodule(parent)
-        moe.__class__ = PackedMoE
-        if not isinstance(getattr(moe, leaf), PackedExperts):
-            delattr(moe, leaf)
-        setattr(moe, leaf, packed)
+        layer = cast("MoE", model.get_submodule(parent))
+        layer.product = expert_product
+        if not isinstance(getattr(layer, leaf), PackedExperts):
+            delattr(layer, leaf)
+        setattr(layer, leaf, packed)
         return
     layer = getattr(model.get_submodule(parent), leaf)  # None: the head of a tied embedding
     if isinstance(layer, ShardedLinear):
@@ -282,10 +320,17 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
     setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
 
 
-def share_of(weight: PackedWeight, spec: ShardSpec, rank: int, size: int) -> PackedWeight | Tensor:
-    """The share of a process under tensor parallelism; floats where it is no whole groups."""
+def share_of(
+    weight: PackedWeight | PackedExperts, spec: ShardSpec, rank: int, size: int
+) -> PackedWeight | PackedExperts | Tensor:
+    """The share of a process under tensor parallelism, of each expert; floats where it is no whole groups."""
     if spec.tp is None:
         return weight
+    if isinstance(weight, PackedExperts):
+        each = dataclasses.replace(spec, tp=spec.tp - 1)
+        shares: Any = [share_of(expert, each, rank, size) for expert in weight]
+        packed = all(isinstance(share, PackedWeight) for share in shares)
+        return PackedExperts(shares) if packed else spec.cut(weight.dequantize(), rank, size)
     places = spec.cut(torch.arange(weight.shape[spec.tp]), rank, size, 0)
     if spec.tp == 0:
         found = weight.at(places)

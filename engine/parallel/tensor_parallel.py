@@ -239,9 +239,7 @@ class TensorParallelMoE(ShardedModule, MoE):
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x, logits = self.config, copy_to_group(x_BTC, self.group), copy_to_group(self.router(x_BTC), self.group)
-        y_BTC, aux = kernels.moe(
-            x, logits, self.w_gate_up, self.w_down, c.experts_per_token, **routing_options(c)
-        )  # fmt: skip
+        y_BTC, aux = self.experts(x, logits)
         y_BTC, aux = all_reduce(y_BTC, self.group), reduce_router_stats(aux, logits, c, self.data_group)
         balance, z = (scale_gradient(x, self.group) for x in (aux.load_balance, aux.z))
         return self.with_shared(y_BTC, x_BTC), aux._replace(load_balance=balance, z=z)
@@ -258,7 +256,8 @@ class ExpertParallelMoE(ShardedModule, MoE):
         own = chunk_range(whole.config.n_experts, group.rank(), group.size())
         self.first = own.start
         for name in ("w_gate_up", "w_down"):
-            setattr(self, name, nn.Parameter(getattr(whole, name).detach()[own].clone()))
+            mine = getattr(whole, name)[own]  # packed ones, too, are a sequence
+            setattr(self, name, nn.Parameter(mine.detach().clone()) if isinstance(mine, Tensor) else mine)
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, kernels.MoEAux]:
         c, x_TC = self.config, x_BTC.flatten(0, -2)
@@ -266,9 +265,7 @@ class ExpertParallelMoE(ShardedModule, MoE):
         options = routing_options(c)
         _, _, aux = route(logits_TE, c.experts_per_token, options["score"], options["normalize"])
         everyone = (all_gather(copy_to_group(rows, self.tp), self.group) for rows in (x_TC, logits_TE))
-        y_TC, _ = kernels.moe(
-            *everyone, self.w_gate_up, self.w_down, c.experts_per_token, first=self.first, **options
-        )  # fmt: skip
+        y_TC, _ = self.experts(*everyone, first=self.first)
         y_BTC = all_reduce(reduce_scatter(y_TC.view(-1, *x_BTC.shape[1:]), self.group), self.tp)
         aux = reduce_router_stats(aux, logits_TE, c, self.data_group)
         return self.with_shared(y_BTC, x_BTC), aux

@@ -236,7 +236,7 @@ def paged_attention_kernel(
         tl.store(o + o_offsets, _normalized(l_i, acc).to(o.dtype.element_ty), mask=inside)
 
 
-def _tile(G: int, D: int, R: int, dtype: torch.dtype, device: torch.device) -> dict:
+def _tile(G: int, D: int, R: int, eight: bool, dtype: torch.dtype, device: torch.device) -> dict:
     """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
     rows = next_power_of_2(G)
     arch = generation(device)
@@ -247,11 +247,12 @@ def _tile(G: int, D: int, R: int, dtype: torch.dtype, device: torch.device) -> d
     else:
         narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
         tile, block, warps = 64, 32 if narrow else 64, 4 if arch == 90 else 8
+        tile = 32 if eight and arch == 80 else tile  # sm_120 would spill what 8 bits are widened to
     default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": 2}
     a_segment = cdiv(rows * next_power_of_2(D), 32 * warps)
     default["UNROLL"] = max(1, min(UNROLL, FETCHED // a_segment))
     name = "latent_attention" if R else "paged_attention"
-    return {"G_ROWS": rows, **tuned(name, device, f"{G} {D} {str(dtype)[6:]}", default)}
+    return {"G_ROWS": rows, **tuned(name, device, f"{G} {D} {str(dtype)[6:]}{' 8 bits' if eight else ''}", default)}
 
 
 def query_starts(query_lens: torch.Tensor) -> torch.Tensor:
@@ -288,7 +289,7 @@ def paged_attention_forward(
     G = H // K
     o_THD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     R = 0 if q_turned is None else q_turned.shape[-1]
-    tile = _tile(G, D, R, q.dtype, q.device)
+    tile = _tile(G, D, R, k_scales is not None, q.dtype, q.device)
     turned = q if q_turned is None else last_dim_contiguous(q_turned)
     splits = cdiv(width * page, SEGMENT)
     if window:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.packed_weight import PARTS, Layout, PackedLinear, Segment, nearest
+from warploom.engine.formats.packed_weight import PARTS, Layout, PackedExperts, PackedLinear, Segment, install, nearest
 from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
 from warploom.engine.rl.policy import Policy, exact_obstacle, pack
@@ -14,7 +14,8 @@ from warploom.engine.rl.rollouts import Sample
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 from warploom.engine.serving.execution.kv_cache import PagedKVCache
-from warploom.kernels import backend, linear
+from warploom.kernels import backend, linear, moe, packed_moe
+from warploom.kernels.core.tuned import trying
 from warploom.kernels.packed_linear import E2M1, rotated
 
 from .device import DEVICE, pytestmark  # noqa: F401
@@ -181,6 +182,49 @@ def test_packed_weights_serve_the_same(layout):
         if type(layer) is Linear:
             layer.weight.data = nearest(layer.weight, layout).dequantize()
     assert packed[0] == packed[1] == serve(plain, "eager")
+
+
+def packed_experts(model, layout):
+    """Let experts of a model be packed, in one stack a matrix; what they stand for."""
+    found = []
+    for index, block in enumerate(model.blocks):
+        for name in ("w_gate_up", "w_down"):
+            whole = getattr(block.ffn, name).detach()
+            experts = PackedExperts(nearest(w, layout) for w in whole).stacked(DEVICE)
+            assert experts[1].segments[0].codes.untyped_storage().data_ptr() == experts.stack.codes.data_ptr()
+            install(model, f"blocks.{index}.ffn.{name}", experts)
+            found.append(experts.dequantize())
+    return found
+
+
+@pytest.mark.parametrize("layout", [Layout(8, 32, rotate=False), Layout(4, 32, True)], ids=["8 bits", "4 bits rotated"])
+def test_packed_experts_serve_the_same(layout):
+    """On both backends, and as the model of dequantized experts serves by the kernels."""
+    torch.manual_seed(0)
+    config = ModelConfig(**{**SPARSE, "n_layers": 1})
+    packed, plain = Transformer(config).to(DEVICE), Transformer(config).to(DEVICE)
+    plain.load_state_dict(packed.state_dict())
+    for weight, numbers in zip(
+        (plain.blocks[0].ffn.w_gate_up, plain.blocks[0].ffn.w_down), packed_experts(packed, layout)
+    ):
+        weight.data = numbers
+    said = serve(packed, "triton")
+    assert said == serve(packed, "eager") == serve(plain, "eager")
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["8 bits", "4 bits, minima", "table"])
+def test_packed_experts_are_those_of_widened_weights(layout, tokens):
+    """In every bit, where sums take as many columns at a time."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**SPARSE, "d_model": 64, "d_ff": 128, "n_layers": 1}))
+    moe_layer, layout = model.blocks[0].ffn.to(DEVICE), replace(layout, rotate=False)
+    packed_experts(model, layout)
+    x, logits = torch.randn(tokens, 64).bfloat16().to(DEVICE), torch.randn(tokens, 4).to(DEVICE)
+    packed = [part.stack.arguments for part in (moe_layer.w_gate_up, moe_layer.w_down)]
+    weights = [part.dequantize().bfloat16() for part in (moe_layer.w_gate_up, moe_layer.w_down)]
+    with backend("triton"), trying("moe_gate", {"BLOCK_K": 64}), trying("moe_down", {"BLOCK_K": 64}):
+        assert torch.equal(packed_moe(x, logits, *packed, 4, 2)[0], moe(x, logits, *weights, 2)[0])
 
 
 @pytest.mark.parametrize("rows", [3, 300])

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/register_tile.hpp"
 #include "cpu/serving/spin_pool.hpp"
 #include "cpu/serving/weight_memory.hpp"
 #include "simd.hpp"
@@ -27,30 +28,13 @@ struct PanelProduct {
     float* y;
 };
 
-// ROWS × VECTORS · 16 sums in registers, whose size is that of V: each weight loaded serves all rows, each activation all
-// vectors.
+// ROWS × VECTORS · 16 sums, in registers of V's size.
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_INLINE void tile(const PanelProduct<float, float>& t, const float* weights, float* y) {
-    constexpr int lanes = lanes_of<V>, parts = VECTORS * kLanes / lanes;
-    V total[ROWS][parts];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int p = 0; p < parts; ++p) total[r][p] = V{};  // unrolled by name: else GCC 12 keeps eight sums of one row in memory
-    for (int c = 0; c < t.columns; ++c) {
-        V weight[parts];
-#pragma GCC unroll 8
-        for (int p = 0; p < parts; ++p)
-            load_as(weights + p * lanes / kLanes * t.stride + size_t(c) * kLanes + p * lanes % kLanes, weight[p]);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-            for (int p = 0; p < parts; ++p) total[r][p] += weight[p] * t.x[r * t.x_stride + c];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int p = 0; p < parts; ++p) store_as(y + r * t.vectors * kLanes + p * lanes, total[r][p]);
+    V sums[ROWS][VECTORS * kLanes / lanes_of<V>];
+    clear_tile(sums);
+    multiply_tile(sums, {t.x, t.x_stride, 1}, {weights, ptrdiff_t(t.stride), kLanes}, t.columns);
+    store_tile(sums, y, t.vectors * kLanes);
 }
 
 template <class V, int ROWS, int VECTORS>
@@ -73,33 +57,18 @@ WARPLOOM_INLINE void tile(const PanelProduct<bfloat16, float>& t, const bfloat16
 }
 
 #ifdef WARPLOOM_X86
-#define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_BF16 inline void tile(const PanelProduct<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
-    __m512 total[ROWS][VECTORS];  // unrolled by name: else GCC 11 stores all sums once a pair of columns
+    __m512 sums[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_setzero_ps();
-    for (int c = 0; c < t.columns; c += 2) {
-        __m512bh weight[VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v)
-            weight[v] = (__m512bh)_mm512_loadu_si512(weights + v * t.stride + size_t(c) * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            int32_t pair;
-            std::memcpy(&pair, t.x + r * t.x_stride + c, 4);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
-        }
-    }
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_setzero_ps();
+    multiply_tile(sums, {t.x, t.x_stride, 2}, {weights, ptrdiff_t(t.stride), 2 * kLanes}, (t.columns + 1) / 2);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * t.vectors + v) * kLanes, total[r][v]);
+        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(y + (r * t.vectors + v) * kLanes, sums[r][v]);
 }
 #endif
 

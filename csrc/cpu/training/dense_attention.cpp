@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "simd.hpp"
+#include "cpu/register_tile.hpp"
 #include "cpu/training/omp_threads.hpp"
 
 namespace warploom {
@@ -36,31 +37,14 @@ struct Product {
     bool add;
 };
 
-// ROWS × COLUMNS sums in registers, whose size is that of V.
+// ROWS × COLUMNS sums, in registers of V's size.
 template <class V, int ROWS, int COLUMNS>
 WARPLOOM_INLINE void tile(const Product& p, int row, int column, int from, int to) {
-    constexpr int lanes = sizeof(V) / sizeof(float), vectors = COLUMNS / lanes;
-    const float *a = p.a + row * p.a_row + from * p.a_term, *b = p.b + column + from * p.b_term;
     float* c = p.c + row * p.c_row + column;
-    V total[ROWS][vectors] = {};
-    if (p.add)
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) std::memcpy(&total[r][v], c + r * p.c_row + v * lanes, sizeof(V));
-    for (int term = from; term < to; ++term, a += p.a_term, b += p.b_term) {
-        V x[vectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) std::memcpy(&x[v], b + v * lanes, sizeof(V));
-#pragma GCC unroll 8  // by name: else GCC 11 stores all sums once a term
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) total[r][v] += x[v] * a[r * p.a_row];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) std::memcpy(c + r * p.c_row + v * lanes, &total[r][v], sizeof(V));
+    V sums[ROWS][COLUMNS / lanes_of<V>];
+    p.add ? load_tile(sums, c, p.c_row) : clear_tile(sums);
+    multiply_tile(sums, {p.a + row * p.a_row + from * p.a_term, p.a_row, p.a_term}, {p.b + column + from * p.b_term, kLanes, p.b_term}, to - from);
+    store_tile(sums, c, p.c_row);
 }
 
 WARPLOOM_CLONES void multiply(const Product& p, Part part) {

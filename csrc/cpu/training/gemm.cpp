@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "simd.hpp"
+#include "cpu/register_tile.hpp"
 #include "cpu/training/omp_threads.hpp"
 
 namespace warploom {
@@ -23,35 +24,16 @@ constexpr int kTerms = sizeof(T) == 4 ? 192 : INT32_MAX;
 // Widths add up to any multiple of 16 without a 16 where it can be: that one leaves most registers idle.
 int width_of(int left) { return left == 64 || left < 48 ? std::min(left, 32) : 48; }
 
-// Rows of words: word `k` of row `r` begins at at[r * row + k * word].
-template <class T>
-struct Words {
-    const T* at;
-    int64_t row, word;
-};
-
 // The micro-kernel (BLIS): ROWS × COLUMNS sums in registers; each vector of weights loaded serves all rows.
-template <int ROWS, int COLUMNS>
-WARPLOOM_INLINE void micro_kernel(Words<float> x, const float* w, int words, float* y, int64_t y_row, bool add) {
-    f16 total[ROWS][COLUMNS / 16] = {};
-    if (add)
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < COLUMNS / 16; ++v) total[r][v] = load(y + r * y_row + v * 16);
-    for (int k = 0; k < words; ++k, w += COLUMNS)
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < COLUMNS / 16; ++v) total[r][v] += load(w + v * 16) * x.at[r * x.row + k * x.word];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < COLUMNS / 16; ++v) store(y + r * y_row + v * 16, total[r][v]);
+template <int ROWS, int COLUMNS, class V = f16>
+WARPLOOM_INLINE void micro_kernel(TileRows<float> x, const float* w, int words, float* y, int64_t y_row, bool add) {
+    V sums[ROWS][COLUMNS / 16];
+    add ? load_tile(sums, y, y_row) : clear_tile(sums);
+    multiply_tile(sums, x, {w, 16, COLUMNS}, words);
+    store_tile(sums, y, y_row);
 }
 
 #ifdef WARPLOOM_X86
-#define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#if defined(__clang__)
-#define WARPLOOM_UNROLL
-#else  // else GCC 11 keeps the sums in memory: 167 GFLOP/s instead of 511
-#define WARPLOOM_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 WARPLOOM_BF16 inline __m512 sums_in(const float* y) { return _mm512_loadu_ps(y); }
 WARPLOOM_BF16 inline __m512 sums_in(const bfloat16*) { return _mm512_setzero_ps(); }
 WARPLOOM_BF16 inline void sums_out(float* y, __m512 x) { _mm512_storeu_ps(y, x); }
@@ -61,52 +43,42 @@ WARPLOOM_BF16 inline void sums_out(bfloat16* y, __m512 x) {
 }
 
 template <int ROWS, int COLUMNS, class Y>
-WARPLOOM_BF16 void micro_kernel(Words<bfloat16> x, const bfloat16* w, int words, Y* y, int64_t y_row, bool add) {
+WARPLOOM_BF16 void micro_kernel(TileRows<bfloat16> x, const bfloat16* w, int words, Y* y, int64_t y_row, bool add) {
     constexpr int vectors = COLUMNS / 16;
-    __m512 total[ROWS][vectors];
-    WARPLOOM_UNROLL
+    __m512 sums[ROWS][vectors];
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < vectors; ++v) total[r][v] = add ? sums_in(y + r * y_row + v * 16) : _mm512_setzero_ps();
-    for (int k = 0; k < words; ++k, w += 2 * COLUMNS) {
-        __m512bh weight[vectors];
-        for (int v = 0; v < vectors; ++v) weight[v] = (__m512bh)_mm512_loadu_si512(w + v * 32);
-        WARPLOOM_UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-            int32_t pair;
-            std::memcpy(&pair, x.at + r * x.row + k * x.word, 4);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            for (int v = 0; v < vectors; ++v) total[r][v] = _mm512_dpbf16_ps(total[r][v], weight[v], both);
-        }
-    }
-    WARPLOOM_UNROLL
+        for (int v = 0; v < vectors; ++v) sums[r][v] = add ? sums_in(y + r * y_row + v * 16) : _mm512_setzero_ps();
+    multiply_tile(sums, x, {w, 32, 2 * COLUMNS}, words);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < vectors; ++v) sums_out(y + r * y_row + v * 16, total[r][v]);
+        for (int v = 0; v < vectors; ++v) sums_out(y + r * y_row + v * 16, sums[r][v]);
 }
 #else
 template <int ROWS, int COLUMNS, class Y>
-void micro_kernel(Words<bfloat16>, const bfloat16*, int, Y*, int64_t, bool) {
+void micro_kernel(TileRows<bfloat16>, const bfloat16*, int, Y*, int64_t, bool) {
     __builtin_unreachable();
 }
 #endif
 
 // Rows of words times one panel.
 template <int COLUMNS, class T, class Y>
-WARPLOOM_INLINE void panel(Words<T> x, const T* w, int words, int rows, Y* y, int64_t y_row) {
+WARPLOOM_INLINE void panel(TileRows<T> x, const T* w, int words, int rows, Y* y, int64_t y_row) {
     for (int from = 0; from < words;) {
         const int some = std::min(kTerms<T>, words - from);
         int row = 0;
         for (; row + kRows <= rows; row += kRows)
-            micro_kernel<kRows, COLUMNS>(Words<T>{x.at + row * x.row + from * x.word, x.row, x.word}, w, some, y + row * y_row,
+            micro_kernel<kRows, COLUMNS>(TileRows<T>{x.at + row * x.row + from * x.term, x.row, x.term}, w, some, y + row * y_row,
                                          y_row, from > 0);
         for (; row < rows; ++row)
-            micro_kernel<1, COLUMNS>(Words<T>{x.at + row * x.row + from * x.word, x.row, x.word}, w, some, y + row * y_row,
+            micro_kernel<1, COLUMNS>(TileRows<T>{x.at + row * x.row + from * x.term, x.row, x.term}, w, some, y + row * y_row,
                                      y_row, from > 0);
         from += some, w += int64_t(some) * COLUMNS * kTogether<T>;
     }
 }
 
 template <class T, class Y>
-WARPLOOM_INLINE void panels(Words<T> x, const T* w, int words, int columns, int rows, Y* y, int64_t y_row) {
+WARPLOOM_INLINE void panels(TileRows<T> x, const T* w, int words, int columns, int rows, Y* y, int64_t y_row) {
     for (int column = 0, width; column < columns; column += width, w += int64_t(width) * words * kTogether<T>) {
         width = width_of(columns - column);
         if (width == 48)
@@ -118,10 +90,10 @@ WARPLOOM_INLINE void panels(Words<T> x, const T* w, int words, int columns, int 
     }
 }
 
-WARPLOOM_CLONES void multiply_rows(Words<float> x, const Panels<float>& w, int rows, float* y, int64_t y_row) {
+WARPLOOM_CLONES void multiply_rows(TileRows<float> x, const Panels<float>& w, int rows, float* y, int64_t y_row) {
     panels(x, w.at, w.terms, w.columns, rows, y, y_row);
 }
-void multiply_rows(Words<bfloat16> x, const Panels<bfloat16>& w, int rows, bfloat16* y, int64_t y_row) {
+void multiply_rows(TileRows<bfloat16> x, const Panels<bfloat16>& w, int rows, bfloat16* y, int64_t y_row) {
     panels(x, w.at, w.terms / 2, w.columns, rows, y, y_row);
 }
 
@@ -178,7 +150,7 @@ WARPLOOM_INLINE void multiply_block(const T* left, const T* right, int words, in
         const T* panel = right + int64_t(column) * kBlock;
         for (int row = 0; row < outputs; row += kRows) {
             const int place = row % kSide;
-            const Words<T> side{left + int64_t(row - place) * kBlock + place * kTogether<T>, kTogether<T>, kSide * kTogether<T>};
+            const TileRows<T> side{left + int64_t(row - place) * kBlock + place * kTogether<T>, kTogether<T>, kSide * kTogether<T>};
             float* to = y + row * y_row + column;
             if (width == 48)
                 micro_kernel<kRows, 48>(side, panel, words, to, y_row, add);
@@ -228,10 +200,10 @@ Panels<T> pack(const T* w, int terms, int columns, bool over, T* to) {
 }
 
 void multiply(Rows<const float> x, const Panels<float>& w, Rows<float> y, int first, int last) {
-    multiply_rows(Words<float>{x[first], x.stride, 1}, w, last - first, y[first], y.stride);
+    multiply_rows(TileRows<float>{x[first], x.stride, 1}, w, last - first, y[first], y.stride);
 }
 void multiply(Rows<const bfloat16> x, const Panels<bfloat16>& w, Rows<bfloat16> y, int first, int last) {
-    multiply_rows(Words<bfloat16>{x[first], x.stride, 2}, w, last - first, y[first], y.stride);
+    multiply_rows(TileRows<bfloat16>{x[first], x.stride, 2}, w, last - first, y[first], y.stride);
 }
 
 // Tasks are tiles of rows by panels of some 768 columns, so that even few rows of many classes employ all threads.

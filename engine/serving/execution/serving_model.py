@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ....kernels.moe import route
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
-from ...formats.packed_weight import MATRICES, PackedLinear, PackedMoE, PackedWeight, matrix_of
+from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
 from ...layers import NoNorm, routing_options
 from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ...parallel.tensor_parallel import ShardedLinear
@@ -242,7 +242,7 @@ def _serving_model(
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
         if make is not None:
-            _pack_shares(model, partial(_native_layer, form=form) if native else make)
+            _pack_shares(model, partial(_native_layer, form=cast("Scheme", scheme)) if native else make)
         if HAS_NATIVE and model.device.type == "cpu":
             replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
         return model, Head(model)
@@ -259,8 +259,7 @@ def _serving_model(
     for index, block in enumerate(twin.blocks):
         twin.blocks[index] = block = balanced(block, model.config) if smooth else block
         if NativeMoE.is_supported(model.config):
-            for kind in (MoE, PackedMoE):
-                replace(block, kind, lambda moe: NativeMoE(moe, form))
+            replace(block, MoE, lambda moe: NativeMoE(moe, form))
         for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
             block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     return twin, Head(model, head)

@@ -6,10 +6,18 @@ import re
 import pytest
 import torch
 
+from warploom.engine.config import ModelConfig
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_writer import save_model, save_packed
-from warploom.engine.formats.packed_weight import Layout, PackedWeight, nearest, share_of
-from warploom.engine.parallel.tensor_parallel import ShardSpec
+from warploom.engine.formats.packed_weight import (
+    Layout,
+    PackedExperts,
+    PackedWeight,
+    expert_product,
+    nearest,
+    share_of,
+)
+from warploom.engine.parallel.tensor_parallel import ShardSpec, shard_spec
 from warploom.engine.serving import LLM, EngineError, SamplingParams
 from warploom.engine.serving.calibrate import quantize
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
@@ -138,3 +146,28 @@ def test_packed_shares_are_the_weights(bits, group, rotate):
             assert torch.equal(share.dequantize(), spec.cut(weight.dequantize(), rank, 2))
     within = share_of(PackedWeight.joined(parts, 250), ShardSpec(tp=1, parts=(250,)), 1, 2)
     assert isinstance(within, torch.Tensor) and within.shape == (64, 125)
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "apart"])
+def test_packed_experts_in_shares_sum_to_the_whole(stacked):
+    """Slices of every expert under tensor parallelism, whole experts under expert parallelism."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=64, d_model=64, d_ff=128, n_experts=4, experts_per_token=2, ffn="swiglu")
+    packed = []
+    for name, shape in (("w_gate_up", (4, 256, 64)), ("w_down", (4, 64, 128))):
+        experts = PackedExperts(nearest(w, Layout(8, 64, rotate=False)) for w in torch.randn(shape) / 8)
+        packed.append((shard_spec(config, f"ffn.{name}"), experts.stacked() if stacked else experts))
+    x, logits = torch.randn(9, 64), torch.randn(9, 4)
+    whole, _ = expert_product(x, logits, *(experts for _, experts in packed), 2)
+    parts = torch.zeros_like(whole)
+    for rank in range(2):
+        shares = [share_of(experts, spec, rank, 2) for spec, experts in packed]
+        for share, (spec, experts) in zip(shares, packed):
+            assert torch.equal(share.dequantize(), spec.cut(experts.dequantize(), rank, 2))
+        parts += expert_product(x, logits, *(share.stacked() if stacked else share for share in shares), 2)[0]
+    torch.testing.assert_close(parts, whole)
+    own = [[experts[2 * rank : 2 * rank + 2] for _, experts in packed] for rank in range(2)]
+    assert all((mine.stack is not None) == stacked for each in own for mine in each)
+    torch.testing.assert_close(
+        sum(expert_product(x, logits, *each, 2, first=2 * rank)[0] for rank, each in enumerate(own)), whole
+    )

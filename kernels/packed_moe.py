@@ -1,0 +1,115 @@
+"""A mixture of experts whose weights are codes of 8 or 4 bits: `moe` of the numbers that they stand for.
+
+Experts are nearly all of a model's weights, and a batch that decodes reads most of them, since tokens choose apart.
+Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes
+(`gpu/moe_packed.py`), for few rows and for many, and give the bits of `moe` on the widened weights, rounded once. The
+gate stays a launch of its own, as biases and gpt-oss's clamped gate are no case of their own then.
+
+A packed weight is a tuple: codes (E · N, bytes), scales and minima (E · N, G), units (E · N,) of all experts one below
+the other, then bits, group, table and rotation (`packed_linear`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .core.op import Budget, Case, Op
+from .gpu.moe_packed import moe_packed_combine, moe_packed_gemm, moe_packed_route
+from .moe import MoEAux, by_highest_logits, moe
+from .packed_linear import E2M1, dequantize, rotated, turned
+from .packed_linear import _batch as packed_weight
+from .swiglu import swiglu_packed
+
+Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, int, int, Sequence[int], bool]
+
+
+def widened(weight: Packed, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """The numbers (E · N, columns) of a packed weight, in the dtype of `like`."""
+    codes, scales, minima, units, bits, group, table, rotate = weight
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    w = dequantize(codes, scales, minima, units, bits, group, table, dtype)
+    return (rotated(w) if rotate else w)[:, :columns].to(like.dtype)
+
+
+def _packed_moe(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    gate_up: Packed,
+    down: Packed,
+    experts: int,
+    top_k: int,
+    **options,
+) -> tuple[torch.Tensor, MoEAux]:
+    """x (…, C) through the experts chosen by `router_logits`, of which the weights of so many are here; the options
+    are those of `moe`."""
+    return _by(moe.reference, x, router_logits, gate_up, down, experts, top_k, options)
+
+
+def _packed_moe_eager(x, router_logits, gate_up, down, experts, top_k, **options):
+    return _by(moe.eager, x, router_logits, gate_up, down, experts, top_k, options)
+
+
+def _by(run, x, router_logits, gate_up, down, experts, top_k, options):
+    C, F = x.shape[-1], len(gate_up[0]) // experts // 2
+    weights = widened(gate_up, C, x).view(experts, 2 * F, C), widened(down, F, x).view(experts, C, F)
+    return run(x, router_logits, *weights, top_k, **options)
+
+
+def _packed_moe_fused(x, router_logits, gate_up, down, experts, top_k, **options):
+    def run(logits, *, score="softmax", normalize=True, activation="silu", first=0, b_gate_up=None, b_down=None):
+        x_TC, logits_TE = x.flatten(0, -2), logits.flatten(0, -2)
+        weights_TK, experts_TK, *places, counts, balance, z = moe_packed_route(
+            logits_TE, top_k, score == "softmax", normalize, first, experts
+        )
+        gated_AF = swiglu_packed(_product(x_TC, places, gate_up, b_gate_up, top_k), activation)
+        parts_AC = _product(gated_AF, places, down, b_down, 0)
+        y_TC = moe_packed_combine(parts_AC, weights_TK, experts_TK, x_TC, first, experts, logits.shape[-1])
+        return y_TC.view(x.shape), balance, z, counts
+
+    return by_highest_logits(run, router_logits, top_k, **options)
+
+
+def _product(rows, places, weight, bias, top_k):
+    codes, scales, minima, units, bits, group, table, rotate = weight
+    rows = turned(rows) if rotate else rows
+    bias = None if bias is None else bias.flatten()
+    return moe_packed_gemm(rows, *places, codes, scales, minima, units, bias, bits, group, list(table), top_k)
+
+
+def _batch(m, T, C, E, F, layout=(), biases=False, **more):
+    """Layout: bits, group, minimum, table, rotate."""
+
+    def weight(rows, columns):
+        _, *parts, last = packed_weight(m, 1, columns, E * rows, *layout)
+        return *parts, last["bits"], last["group"], last["table"], last["rotate"]
+
+    own = {"b_gate_up": m.normal(E, 2 * F, grad=False), "b_down": m.normal(E, C, grad=False)} if biases else {}
+    router = m.normal(T, E, dtype=torch.float32, grad=False)
+    return m.normal(T, C, grad=False), router, weight(2 * F, C), weight(C, F), E, more.get("top_k", 2), own
+
+
+MXFP4, MINIMA = (4, 32, False, E2M1), (4, 64, True)
+
+packed_moe = Op(
+    name="packed_moe",
+    reference=_packed_moe,
+    eager=_packed_moe_eager,
+    native=True,
+    fused=_packed_moe_fused,
+    rows=("x", "router_logits"),
+    cases=[
+        Case("8 bits", lambda m: _batch(m, 9, 64, 4, 64)),
+        Case("4 bits, minima, tails", lambda m: _batch(m, 9, 96, 4, 40, (4, 32, True)), {"score": "sigmoid"}),
+        Case("4 bits, rotated", lambda m: _batch(m, 5, 64, 3, 32, (4, 64, True, (), True)), {"normalize": False}),
+        Case("table, biases, clamped", lambda m: _batch(m, 9, 64, 4, 32, MXFP4, True), {"activation": "clamped"}),
+        Case("best of two groups", lambda m: _batch(m, 7, 64, 4, 32), {"groups": (2, 1), "normalize": False}),
+        Case("128 tokens, 8 of 128, 4 bits", lambda m: _batch(m, 128, 2048, 128, 768, MINIMA, top_k=8), bench=True),
+        Case("4096 tokens, 8 of 128, table", lambda m: _batch(m, 4096, 2048, 128, 768, MXFP4, top_k=8), bench=True),
+    ],
+    budget={"moe_packed_gemm_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1)},
+    traffic=lambda x, logits, up, down, *_, **__: (2 * x.nbytes + up[0].nbytes + down[0].nbytes, 0),
+    flops=lambda x, logits, up, down, experts, top_k, **_: (
+        6 * x.numel() * top_k * (len(up[0]) // experts // 2),
+        0,
+    ),
+)
