@@ -154,8 +154,8 @@ def calibrated(file: Path, text: Path, machine: Machine, model: str, scheme: str
     for name, tokens in sources.items():
         rounded, _ = load_model(file, "cpu", "float32")
         quantize(rounded, scheme_of(scheme, rounded.config.parameter_count(), True) or INT8, tokens)
-        lost = dict(loss_of(LLM(rounded), texts, exact))
-        rows.append(Row(model, f"ours {scheme} calibrated{name}", extra=lost))
+        lost = loss_of(LLM(rounded), texts, exact)
+        rows.append(Row(model, f"ours {scheme} calibrated{name}", extra=dict(lost)))
     return rows
 
 

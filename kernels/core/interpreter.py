@@ -67,7 +67,7 @@ def _watch_addresses() -> None:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     add, swap = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
     gather_arguments = GridExecutor._init_args_hst
-    arena = None
+    arena = Arena("no kernel", [])
 
     def note_arguments(self, args, kwargs):
         nonlocal arena
@@ -93,10 +93,8 @@ def _watch_addresses() -> None:
         return swap(self, ptr, cmp, value, *rest)
 
     GridExecutor._init_args_hst = note_arguments
-    InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas = create_atomic_rmw, create_atomic_cas
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
-        create_masked_load, create_masked_store,
-    )  # fmt: skip
+    for watched in (create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas):
+        setattr(InterpreterBuilder, watched.__name__, watched)
 
 
 def _take_turns() -> None:
