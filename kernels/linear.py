@@ -105,7 +105,7 @@ def _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS: tl.constexpr, BLOC
         tl.store(arrivals_ptr + tile, 0)  # for the next product
         total = tl.load(stored)
         for segment in tl.range(1, SEGMENTS, loop_unroll_factor=8):
-            total += tl.load(stored + segment * (BLOCK_F * ROWS))
+            total += tl.load(stored + tl.cast(segment, tl.int64) * (BLOCK_F * ROWS))
     return total, last
 
 
