@@ -101,7 +101,8 @@ batch = importlib.import_module("warploom.kernels.paged_attention")._batch
 batches = ([9], [1]), ([900, 40, 16], [1, 1, 1]), ([7000] * 5, [40, 1, 1, 1, 7]), ([64] * 16, [1] * 16)
 with backend("triton"), compiling_for(90) as kernels:
     for contexts, queries in batches:
-        paged_attention(*batch(Maker(torch.bfloat16, "meta"), contexts, queries, 2, 1, 16, 16))
+        *args, options = batch(Maker(torch.bfloat16, "meta"), contexts, queries, 2, 1, 16, 16)
+        paged_attention(*args, **options)
 print(len({kernel.hash for kernel in kernels}))
 """
 
