@@ -53,9 +53,12 @@ def test_fidelity_on_a_real_model(real, options, rms, divergence):
 
 
 def test_file_in_q4_1_runs_as_it_is(real):
-    """Of the same weights in every bit: what is lost is activations, keys and values."""
-    _, texts, exact = real
-    lost = loss_of(LLM(smollm2_file()), texts, exact)
+    """Of the same weights in every bit: what is lost is activations, keys and values.
+
+    Which way roundings fall moves rms by 0.003 on one text, so texts are judged from three beginnings."""
+    model, texts, _ = real
+    texts = [text[begin:] for begin in range(3) for text in texts]
+    lost = loss_of(LLM(smollm2_file()), texts, log_probabilities(LLM(model), texts))
     print(lost)
     assert lost["rms"] < 0.09 and lost["kl"] < 0.004
 
