@@ -70,8 +70,9 @@ WARPLOOM_INLINE V load_as(const T* p) {
     load_as(p, x);
     return x;
 }
-template <class V>
-WARPLOOM_INLINE f16 as_f16(const V& x) {
+WARPLOOM_INLINE f16 as_f16(f16 x) { return x; }
+template <class R>
+WARPLOOM_INLINE f16 as_f16(Sixteen<R> x) {
     f16 y;
     std::memcpy(&y, &x, 64);
     return y;
