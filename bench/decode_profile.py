@@ -1,4 +1,4 @@
-"""Where the time of decoding goes on a GPU: each kernel's share, and how long the device waits for the host.
+"""Profile of a decoding step on a GPU: each kernel's share, and how long the device waits for the host.
 
 python -m warploom.bench.decode_profile [--batch 32]
 """

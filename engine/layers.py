@@ -170,7 +170,7 @@ class MoE(nn.Module):
     """
 
     product: Callable[..., tuple[Tensor, kernels.MoEAux]] | None = None
-    """What takes the place of `kernels.moe` where weights are packed."""
+    """Mixture of experts over packed weights: the product that stands for `kernels.moe`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -178,7 +178,7 @@ def linear_kernel(
 
 
 def segment_length(F: int, C: int) -> int:
-    """How many channels of a weight (F, C) are one sum: by its shape alone, for a row's bits follow."""
+    """Split-K segment length of a weight (F, C), in channels: by its shape alone, for a row's bits follow."""
     count = max(1, min(PROGRAMS // cdiv(max(F, 1), GROUP), C // SEGMENT, 8))
     return SEGMENT * cdiv(max(C, 1), SEGMENT * count)
 

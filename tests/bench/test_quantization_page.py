@@ -12,7 +12,7 @@ def test_quantization_page_is_the_records():
 
 
 def test_tables_have_a_row_for_what_was_measured():
-    """Nothing of a scheme or workload that is not on record."""
+    """The page has rows for recorded schemes and workloads alone."""
     parts = {
         "fidelity": [Row("m", "ours int8", extra={"rms": 0.0871, "kl": 0.00251})],
         "decode 8": [Row("m", who, rate=2000.0) for who in quantization_page.RATED],
