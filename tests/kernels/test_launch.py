@@ -106,21 +106,23 @@ def test_threads_that_interpret_at_once_take_turns():
     found = [[], []]
 
     def work(op, args, options, results):
-        with backend("triton"), torch.no_grad():
+        with torch.no_grad():
             results += [op(*args, **options) for _ in range(4)]
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [Thread(target=work, args=(*call, results)) for call, results in zip(calls, found)]
-        for step in (Thread.start, Thread.join):
-            for thread in threads:
-                step(thread)
-    finally:
-        sys.setswitchinterval(interval)
-    for (op, args, options), results in zip(calls, found):
-        with backend("triton"), torch.no_grad():
-            assert len(results) == 4 and all(torch.equal(x, op(*args, **options)) for x in results)
+    # The backend holds for the process: a thread that chose its own would undo it under the other.
+    with backend("triton"):
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [Thread(target=work, args=(*call, results)) for call, results in zip(calls, found)]
+            for step in (Thread.start, Thread.join):
+                for thread in threads:
+                    step(thread)
+        finally:
+            sys.setswitchinterval(interval)
+        for (op, args, options), results in zip(calls, found):
+            with torch.no_grad():
+                assert len(results) == 4 and all(torch.equal(x, op(*args, **options)) for x in results)
 
 
 def test_a_wrong_twin_is_caught():
