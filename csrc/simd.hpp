@@ -157,12 +157,28 @@ WARPLOOM_INLINE void store_as(float* p, V x) {
     std::memcpy(p, &x, sizeof(V));
 }
 
+// A vector as two. By name: a copy of its bytes makes GCC 12 keep the sum that it was in memory, in the loop too.
+WARPLOOM_INLINE void halves(const f16& x, f8& low, f8& high) {
+#ifdef __AVX512F__
+    low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
+#else
+    std::memcpy(&low, &x, 32), std::memcpy(&high, (const char*)&x + 32, 32);
+#endif
+}
+WARPLOOM_INLINE void halves(const f8& x, f4& low, f4& high) {
+#ifdef __AVX2__
+    low = _mm256_castps256_ps128(x), high = _mm256_extractf128_ps(x, 1);
+#else
+    std::memcpy(&low, &x, 16), std::memcpy(&high, (const char*)&x + 16, 16);
+#endif
+}
+
 WARPLOOM_INLINE float sum(f16 x) {
     f8 a, b;
-    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    halves(x, a, b);
     a += b;
     f4 c, d;
-    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    halves(a, c, d);
     c += d;
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
@@ -301,10 +317,10 @@ WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {  // o
 
 WARPLOOM_INLINE float largest(f16 x) {
     f8 a, b;
-    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    halves(x, a, b);
     a = a > b ? a : b;
     f4 c, d;
-    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    halves(a, c, d);
     c = c > d ? c : d;
     const float e = c[0] > c[1] ? c[0] : c[1], f = c[2] > c[3] ? c[2] : c[3];
     return e > f ? e : f;
