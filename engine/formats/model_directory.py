@@ -29,7 +29,7 @@ from .families import from_hf_config, kind_of, weight_map
 from .gguf_reader import GGUFWeights, is_gguf, open_gguf
 from .model_info import base_of, kind_in, load_config, quantization_of, read_config, read_tokenizer
 from .model_source import resolve_model
-from .packed_weight import PackedExperts, PackedWeight, install, packed_weights, share_of
+from .packed_weight import PackedExperts, PackedWeight, install, packed_weights, share_of, widen_lone_experts
 from .weights import open_weights
 
 
@@ -81,6 +81,8 @@ def read_model(
     for name in floats:  # what tensor parallelism cuts within a group
         kept[name] = kept[name].to(kept["embedding.weight"])
     model.load_state_dict(kept, assign=True)
+    if where.type != "cpu":
+        widen_lone_experts(model)
     return model.eval()
 
 

@@ -319,6 +319,22 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
     setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
 
 
+def widen_lone_experts(model: Transformer) -> None:
+    """Dequantize experts of a layer whose two matrices are not both stacked: the kernel takes both or none, and the
+    definition would dequantize them anew each step."""
+    for layer in model.modules():
+        if not isinstance(layer, MoE) or layer.product is not expert_product:
+            continue
+        parts = {name: getattr(layer, name) for name in ("w_gate_up", "w_down")}
+        if all(getattr(part, "stack", None) is not None for part in parts.values()):
+            continue
+        layer.product = None
+        for name, part in parts.items():
+            if isinstance(part, PackedExperts):
+                delattr(layer, name)
+                setattr(layer, name, nn.Parameter(part.dequantize().to(model.embedding.weight), requires_grad=False))
+
+
 def share_of(
     weight: PackedWeight | PackedExperts, spec: ShardSpec, rank: int, size: int
 ) -> PackedWeight | PackedExperts | Tensor:

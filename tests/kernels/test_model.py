@@ -16,6 +16,7 @@ from warploom.engine.formats.packed_weight import (
     is_packed,
     nearest,
     packed_in,
+    widen_lone_experts,
 )
 from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
@@ -222,6 +223,18 @@ def test_packed_experts_serve_the_same(layout):
         weight.data = numbers
     said = serve(packed, "triton")
     assert said == serve(packed, "eager") == serve(plain, "eager")
+
+
+def test_lone_packed_experts_are_widened():
+    """Where one matrix of a layer is floats, the kernel of packed experts cannot take the other."""
+    model = Transformer(ModelConfig(**SPARSE)).to(DEVICE)
+    numbers = packed_experts(model, LAYOUTS[0])
+    install(model, "blocks.0.ffn.w_down", PackedExperts(nearest(w, LAYOUTS[0]) for w in numbers[1].cpu()))
+    widen_lone_experts(model)
+    assert [name for name, _ in packed_in(model)] == ["blocks.1.ffn.w_gate_up", "blocks.1.ffn.w_down"]
+    kept = model.state_dict()
+    assert torch.equal(kept["blocks.0.ffn.w_gate_up"], numbers[0]) and "blocks.0.ffn.w_down" in kept
+    assert model.blocks[0].ffn.product is None
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", Scheme(4, 32)], ids=str)
