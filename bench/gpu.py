@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--more", action="store_true", help="look closer, after a first run")
     parser.add_argument("--tune", action="store_true", help="search launch settings before anything is timed")
     options = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * options.minutes  # loading PyTorch from a cold disk takes of it, too
     device = device_name()
     if device is None:
         print(
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     folder = options.results / environment.slug(device)
     folder.mkdir(parents=True, exist_ok=True)
-    session = Session(time.monotonic() + 60 * options.minutes, folder, options.out)
+    session = Session(deadline, folder, options.out)
     with clocks(session):
         found, tests = look_closer(session, options) if options.more else first_look(session, options)
     failures = report(session, found, tests)
