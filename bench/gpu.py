@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..kernels.core import tuned
@@ -76,6 +76,8 @@ TIME_UP = "the time was up"
 COMPILED = (("attention", None), ("attention", "0"), ("paged_attention", None), ("moe", None), ("linear", None))
 """Ops whose large cases take longest to compile, one second a kernel, and WARPLOOM_HOPPER: beside the checks, where
 cores are idle. A part of `bench kernels` that compiled all of its own would count as hung."""
+FEWER_HOPPER = ("forward,dq", "forward", "0")
+"""Values of WARPLOOM_HOPPER to fall back to, best first."""
 SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """Each tensor an allocation of its own: compute-sanitizer does not see where one ends within PyTorch's pool."""
 NCU = (
@@ -93,6 +95,7 @@ class Session:
     folder: Path
     copy: Path | None = None
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    saving: threading.Lock = field(default_factory=threading.Lock)
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -259,13 +262,15 @@ def clocks(session: Session) -> Iterator[None]:
 
 def without_hopper(session: Session) -> bool:
     """Is attention right with fewer of its Hopper kernels, or none? Then it stays so for what follows."""
-    for kept in ("forward,dq", "forward", "0"):
-        session.environment["WARPLOOM_HOPPER"] = kept
-        if not any(check_ops(session, "attention bfloat16 ").values()):
-            say(f"attention is wrong with all its Hopper kernels, and right with WARPLOOM_HOPPER={kept}: kept so")
-            return True
-    del session.environment["WARPLOOM_HOPPER"]
-    return False
+    fewer = [replace(session, environment={**session.environment, "WARPLOOM_HOPPER": kept}) for kept in FEWER_HOPPER]
+    with ThreadPoolExecutor(len(fewer)) as pool:  # at once: where each hangs, that costs as much as one
+        wrong = list(pool.map(lambda one: any(check_ops(one, "attention bfloat16 ").values()), fewer))
+    if all(wrong):
+        return False
+    kept = FEWER_HOPPER[wrong.index(False)]
+    session.environment["WARPLOOM_HOPPER"] = kept
+    say(f"attention is wrong with all its Hopper kernels, and right with WARPLOOM_HOPPER={kept}: kept so")
+    return True
 
 
 def device_name() -> str | None:
@@ -296,17 +301,15 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
     not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    right = set(known.get(code, []))
+    right = set(_known_right(path).get(code, []))
     names = [name for name in check_names() if only in name]
-    saving = threading.Lock()
 
     def check(name: str) -> tuple[str, str]:
         printed, ended = session.run(check_command(name), CHECK_SECONDS, {"OMP_NUM_THREADS": "1"})
         if not ended:
-            with saving:
+            with session.saving:
                 right.add(name)
-                write_text(path, json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
+                write_text(path, json.dumps({**_known_right(path), code: sorted(right)}, indent=1) + "\n")
         lines = [line for line in printed.splitlines() if line.strip()]
         return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended not in ("", TIME_UP) else ended
 
@@ -315,6 +318,11 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
         found = dict(pool.map(check, due))
     session.keep()
     return dict.fromkeys((name for name in names if name in right), "") | found
+
+
+def _known_right(path: Path) -> dict[str, list[str]]:
+    """Checks on record as right, by the code that they checked."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_command(name: str) -> list[str]:

@@ -26,7 +26,16 @@ from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 from warploom.engine.serving.execution.kv_cache import PagedKVCache
 from warploom.engine.serving.scheme import Scheme
-from warploom.kernels import backend, linear, moe, packed_moe
+from warploom.kernels import (
+    backend,
+    linear,
+    linear_residual,
+    moe,
+    normed_linear,
+    packed_linear_residual,
+    packed_moe,
+    packed_normed_linear,
+)
 from warploom.kernels.core.tuned import trying
 from warploom.kernels.packed_linear import E2M1, rotated
 
@@ -288,6 +297,14 @@ def test_packed_product_is_that_of_the_widened_weight(layout, rows):
     segment = Segment(layout, codes, scales, minima if layout.minimum else None, torch.ones(40)).to(DEVICE)
     x = torch.randn(rows, 64, generator=generator).bfloat16().to(DEVICE)
     plain = Segment(replace(layout, rotate=False), *(getattr(segment, part) for part in PARTS)).dequantize().bfloat16()
+    turned = rotated(x.float()).bfloat16() if layout.rotate else x
+    squares, norm = x.float().square().sum(-1, keepdim=True), torch.randn(40, generator=generator).bfloat16().to(DEVICE)
+    streams = torch.zeros(2, rows, 40, dtype=torch.bfloat16, device=DEVICE)
     with backend("triton"):
-        meant = linear(rotated(x.float()).bfloat16() if layout.rotate else x, plain)
-        assert torch.equal(segment.multiply(x, None), meant)
+        assert torch.equal(segment.multiply(x, None), linear(turned, plain))
+        normed = packed_normed_linear(x, squares, *segment.arguments[:4], None, *segment.arguments[4:])
+        assert torch.equal(normed, normed_linear(turned, squares, plain))
+        weight, layout = segment.arguments[:4], segment.arguments[4:]
+        joined = packed_linear_residual(x, *weight, streams[0], norm, None, *layout), streams[0]
+        meant = linear_residual(turned, plain, streams[1], norm), streams[1]
+        assert all(torch.equal(a, b) for a, b in zip((*joined[0], joined[1]), (*meant[0], meant[1])))
