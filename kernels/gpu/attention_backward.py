@@ -112,6 +112,23 @@ def attention_dq_kernel(
     store_tile(dq_at, acc * SCALE, rows, q_len, D, BLOCK_D)
 
 
+@triton.jit
+def _hide_keys(
+    p, position, key, keys, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_M): p, and zero where a row does not see a key. `position` is the first row's."""
+    if TMA or not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
+        there = position + tl.arange(0, BLOCK_M)
+        if CAUSAL:
+            p = tl.where(keys[:, None] <= there[None, :], p, 0.0)
+        if WINDOW > 0:
+            p = tl.where(keys[:, None] > (there - WINDOW)[None, :], p, 0.0)
+            if not CAUSAL:
+                p = tl.where(keys[:, None] < (there + WINDOW)[None, :], p, 0.0)
+    return p
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dkdv_kernel(
     q, k, v, do, lse_ptr, delta_ptr, dk, dv, cu,
@@ -166,7 +183,7 @@ def attention_dkdv_kernel(
         if SPLIT_LSE:
             exponents -= load_head_numbers(lse_rows + stride_ls, q_head, row, q_len, stride_lh, BLOCK_M, TMA)
         p = tl.exp2(exponents)
-        p = hide_rows(p, row + (k_len - q_len), key, keys, k_len, CAUSAL, WINDOW, BLOCK_M, BLOCK_N, TMA)
+        p = _hide_keys(p, row + (k_len - q_len), key, keys, k_len, CAUSAL, WINDOW, BLOCK_M, BLOCK_N, TMA)
         do_block = load_head_rows(upstream, q_head, row, q_len, stride_dh, stride_dt, D, BLOCK_M, BLOCK_D, TMA)
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_block), input_precision="ieee")
@@ -177,29 +194,3 @@ def attention_dkdv_kernel(
     dv_at = tile_of_head(dv, batch, head, first, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)
     store_tile(dk_at, dk_acc * SCALE, keys, k_len, D, BLOCK_D)
     store_tile(dv_at, dv_acc, keys, k_len, D, BLOCK_D)
-
-
-@triton.jit
-def hide_rows(
-    p, position, key, keys, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """`hide` of (keys, rows), the first row at `position`."""
-    if CAUSAL or WINDOW > 0:
-        there = position + tl.arange(0, BLOCK_M)
-        if TMA:
-            p = _seen_from_keys(p, keys, there, CAUSAL, WINDOW)
-        elif not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
-            p = _seen_from_keys(p, keys, there, CAUSAL, WINDOW)
-    return p
-
-
-@triton.jit
-def _seen_from_keys(p, keys, there, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    if CAUSAL:
-        p = tl.where(keys[:, None] <= there[None, :], p, 0.0)
-    if WINDOW > 0:
-        p = tl.where(keys[:, None] > (there - WINDOW)[None, :], p, 0.0)
-        if not CAUSAL:
-            p = tl.where(keys[:, None] < (there + WINDOW)[None, :], p, 0.0)
-    return p

@@ -1,7 +1,7 @@
 """Attention by the copy engine of Hopper GPUs: which launches take it, and what they need.
 
-The kernels are those of every GPU, with `TMA` set: loads by descriptor, warps split by role (`attention_tiles.py`). What
-the copy engine cannot address, or more than 16-bit numbers and heads of 128, they load by pointers.
+The kernels are those of every GPU, with `TMA` set: loads by descriptor, warps split by role (`attention_tiles.py`).
+What the copy engine cannot address, numbers of more than 16 bits and heads of more than 128 they load by pointers.
 """
 
 import os

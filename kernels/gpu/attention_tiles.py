@@ -12,17 +12,16 @@ sequence s, a number a query, begin at (cu[s] + 4 s) & ~3: at a multiple of 16 b
 
 Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
 
-The same kernels load tiles in two ways. By pointers (`TMA` false): any tensor, any GPU. Or by descriptors: base, shape and
-strides of a matrix, from which the copy engine (TMA) of a Hopper GPU finds a tile, with zeros where it overhangs. Loads
-by descriptor let Triton split a program by roles (`warp_specialize`): one warp group, the producer, only asks the copy
-engine for tiles; two others, the consumers, multiply and take exponentials, one half of the rows each, so that while one
-waits for the tensor cores the other keeps them busy. mbarriers say which tile is full and which is free. Within a group,
-every `wgmma` is waited for at once: softmax and products of one group do not overlap, as they do in FlashAttention-3,
-whose ablation puts a price on it: 582 against 661 TFLOP/s.
+The same kernels load tiles in two ways. By pointers (`TMA` false): any tensor, any GPU. Or by descriptors: base, shape
+and strides of a matrix, from which the copy engine (TMA) of a Hopper GPU finds a tile, with zeros where it overhangs.
+Loads by descriptor let Triton split a program by roles (`warp_specialize`): one warp group, the producer, only asks the
+copy engine for tiles; two others, the consumers, multiply and take exponentials, one half of the rows each, so that
+while one waits for the tensor cores the other keeps them busy. mbarriers say which tile is full and which is free.
+Within a group, every `wgmma` is waited for at once: softmax and products of one group do not overlap, as they do in
+FlashAttention-3, whose ablation puts a price on it: 582 against 661 TFLOP/s.
 
 The split wants one loop, no branch inside, no early return. Hence a tile without work walks no keys, in both forms, and
-with descriptors every block is masked, which otherwise a branch spares those inside of the run. Overflow checks
-(TRITON_DEBUG=1) would put branches into the loop: there they stay off.
+with descriptors every block is masked, which otherwise a branch spares those inside of the run.
 """
 
 from ..core.lang import tl, triton
@@ -242,20 +241,13 @@ def hide(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N): x, and `fill` where a row does not see a key. `position` is the first row's."""
-    if TMA:
-        x = _hidden(x, fill, rows, last, key, q_len, k_len, WINDOW, BLOCK_N)
-    elif not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
-        x = _hidden(x, fill, rows, last, key, q_len, k_len, WINDOW, BLOCK_N)
+    if TMA or not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
+        keys = key + tl.arange(0, BLOCK_N)
+        seen = keys[None, :] <= last[:, None]
+        if WINDOW > 0:
+            seen = seen & (keys[None, :] > (rows + (k_len - q_len - WINDOW))[:, None])
+        x = tl.where(seen, x, fill)
     return x
-
-
-@triton.jit
-def _hidden(x, fill, rows, last, key, q_len, k_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    keys = key + tl.arange(0, BLOCK_N)
-    seen = keys[None, :] <= last[:, None]
-    if WINDOW > 0:
-        seen = seen & (keys[None, :] > (rows + (k_len - q_len - WINDOW))[:, None])
-    return tl.where(seen, x, fill)
 
 
 @triton.jit

@@ -28,7 +28,9 @@ def hopper(monkeypatch):
     if on_cpu:
         tile = {"BLOCK_M": 32, "BLOCK_N": 32}
         monkeypatch.setattr(attention_hopper, "architecture", lambda device: 90)
-        monkeypatch.setattr(attention_hopper, "tile_of", lambda kernel, *_: asked.append(kernel) or tile | {"TMA": True})
+        monkeypatch.setattr(
+            attention_hopper, "tile_of", lambda kernel, *_: asked.append(kernel) or tile | {"TMA": True}
+        )
         monkeypatch.setattr(attention_launch, "tile_of", lambda *_: tile | {"TMA": False})
     return asked
 
