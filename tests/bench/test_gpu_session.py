@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from warploom import kernels
-from warploom.bench import decode_profile, environment, gpu
+from warploom.bench import decode_profile, environment, gpu, kernel_calls
 from warploom.bench.gpu import Session, check_names, check_ops
 from warploom.bench.schema import load_record
 
@@ -78,6 +79,7 @@ def machine(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Session, "run", run)
     monkeypatch.setattr(gpu, "device_name", lambda: "Fake GPU")
+    monkeypatch.setattr(gpu, "capability", lambda: 90)
     monkeypatch.setattr(gpu, "check_names", lambda: ["attention bfloat16 1/1", "moe bfloat16 1/2", "moe bfloat16 2/2"])
     monkeypatch.setattr(gpu, "draw", lambda session: None)
     Machine.asked = asked
@@ -174,6 +176,29 @@ def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):
     assert any("memcheck" in command and "verify moe" in command for command in machine.asked)
     assert not any("bench.smoke" in command for command in machine.asked)
     assert any("decode_profile" in command for command in machine.asked)
+
+
+def test_second_command_profiles_six_named_kernels(machine, tmp_path, monkeypatch):
+    """All in one process, each by one launch that the program names; the page has each as a kernel of that op."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: tool if tool == "ncu" else None)
+    gpu.main(["--results", str(tmp_path), "--minutes", "4", "--more"])
+    (command,) = [command for command in machine.asked if "kernel_calls" in command]
+    pattern = command.partition("regex:")[2].split()[0]
+    page = (environment.ROOT / "docs" / "gpu.md").read_text()
+    kernels_of_page = set(re.findall(r"^\| `(\w+)` \| `(\w+)` \| \d", page, re.MULTILINE))
+    matching = {(op, kernel) for op, kernel in kernels_of_page if re.search(pattern, kernel)}
+    assert len(kernel_calls.KERNELS) == 6
+    assert {(op, kernel) for kernel, op in kernel_calls.KERNELS.items()} <= matching
+    assert {kernel for _, kernel in matching} == set(kernel_calls.KERNELS)
+
+
+def test_large_cases_are_compiled_beside_the_checks(machine, tmp_path):
+    """Attention's once more without its Hopper kernels, which are timed beside them; before anything is timed."""
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    compiled = [command for command in machine.asked if "compile_offline" in command]
+    assert sorted(command.split()[2] for command in compiled) == sorted(op for op, _ in gpu.COMPILED)
+    timed = next(i for i, command in enumerate(machine.asked) if "bench serve" in command)
+    assert all(machine.asked.index(command) < timed and "--arch 90" in command for command in compiled)
 
 
 def test_profile_counts_busy_time_once():
