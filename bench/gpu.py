@@ -371,6 +371,10 @@ def measure(
         if names == before:
             return
         before = names
+        if "--skip" in flags:  # an op that took a process down forward would do so both ways
+            lost = {line.split()[1] for line in (names or "").splitlines()}
+            at = flags.index("--skip") + 1
+            flags = [*flags[:at], ",".join(sorted({*flags[at].split(","), *lost})), *flags[at + 1 :]]
 
 
 def draw(session: Session) -> None:
