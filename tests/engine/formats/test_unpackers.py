@@ -24,7 +24,7 @@ from warploom.engine.formats.gguf_reader import GGUFFile
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_writer import save_packed
 from warploom.engine.formats.packed_weight import PackedWeight, Segment
-from warploom.engine.formats.weights import Weights, fp8, mxfp4
+from warploom.engine.formats.weights import Weights, fp8_block, mxfp4
 from warploom.engine.model import Transformer
 from warploom.engine.serving.calibrate import quantize
 from warploom.engine.serving.scheme import INT8
@@ -228,16 +228,28 @@ def test_mxfp4_unpacks_as_transformers(experts, rows, groups, seed):
     assert torch.equal(found.nan_to_num(7e7), exact.nan_to_num(7e7))
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
-def test_fp8_blocks_unpack_as_transformers(rows, columns, seed):
-    """Any byte, NaN among them."""
+@settings(max_examples=15)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from([(128, 128), (64, 128), (1, 32), (16, 48), (256, 8)]),
+    st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+def test_fp8_blocks_unpack_as_transformers(rows, columns, block, exponents, seed):
+    """Any byte, NaN among them, in blocks as config.json says; scales that are bytes are exponents (MXFP8)."""
     vendor = pytest.importorskip("transformers.integrations.finegrained_fp8")
     draw = Draw(seed)
-    weight = draw.bytes(128 * rows, 128 * columns).view(torch.float8_e4m3fn)
-    scales = torch.randn(rows, columns, generator=draw.generator)
+    weight = draw.bytes(block[0] * rows, block[1] * columns).view(torch.float8_e4m3fn)
+    scales = draw.bytes(rows, columns) % 255 if exponents else torch.randn(rows, columns, generator=draw.generator)
     exact = vendor.Fp8Dequantize(None)._dequantize_one(weight, scales, torch.bfloat16)
-    assert torch.equal(fp8(weight, scales, "w").nan_to_num(7e7), exact.nan_to_num(7e7))
+    said = {"quant_method": "fp8", "weight_block_size": list(block)}
+    found = Weights({"w.weight": weight, "w.weight_scale_inv": scales}, Path("model"), said)("w.weight")
+    assert torch.equal(found.nan_to_num(7e7), exact.nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("block", [[0, 128], [128], "0x128", [128, 1.5], [True, 4], 7])
+def test_fp8_block_that_is_none_is_refused(block):
+    for said in ({"weight_block_size": block}, {"config_groups": {"g": {"weights": {"block_structure": block}}}}):
+        with pytest.raises(InputError, match="a block of FP8 is two numbers of at least 1, got"):
+            fp8_block(said)
 
 
 def blocks_of(number, draw, count, finite):
