@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels.packed_linear import E2M1
 from ..errors import InputError
 from .family import WeightMapping
-from .packed_checkpoints import METHODS, read_integers
+from .packed_checkpoints import METHODS, groups_of, read_integers
 from .packed_weight import Layout, PackedExperts, PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -186,10 +186,10 @@ class Weights:
 def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128, 128)) -> Tensor:
     """Numbers in 8 bits times their scale: one, one a row, or one a block; bytes are exponents of two (E8M0)."""
     scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
-    if scale.numel() > 1 and tensor.ndim > 1 and scale.shape != (*tensor.shape[:-1], 1):
-        *_, rows, columns = tensor.shape
+    if scale.numel() != 1 and scale.shape != (*tensor.shape[:-1], 1):
+        *_, rows, columns = 1, 1, *tensor.shape
         blocks = *tensor.shape[:-2], -(-rows // block[0]), -(-columns // block[1])
-        if tuple(scale.shape) != blocks:
+        if tuple(scale.shape) != blocks or tensor.ndim < 2:
             raise InputError(
                 f"tensor {name} has scales of shape {tuple(scale.shape)}, its blocks of {block[0]} × {block[1]} "
                 f"are {blocks}"
@@ -201,9 +201,7 @@ def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128,
 
 def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns that share a scale in FP8, of a quantization_config; 128 each where it says none."""
-    groups = said.get("config_groups")
-    groups = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)] if groups else []
-    given = [said.get("weight_block_size"), *(each.get("block_structure") for each in groups if each)]
+    given = [said.get("weight_block_size"), *(weights.get("block_structure") for weights in groups_of(said))]
     found: Any = next((block for block in given if block is not None), (128, 128))
     if isinstance(found, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", found):  # as old compressed-tensors write it
         found = [int(side) for side in found.split("x")]

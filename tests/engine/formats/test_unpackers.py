@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from warploom.engine.config import ModelConfig
@@ -320,6 +321,65 @@ def test_damaged_words_are_refused_in_a_sentence(case, damage):
             with pytest.raises(InputError, match="w") as found:
                 read({**tensors, part: DAMAGE[damage](tensor)}, said)
             assert "\n" not in str(found.value)
+
+
+def fuzzed(case):
+    """Tensors and settings of a small matrix in each way of packing."""
+    draw, block = Draw(0), {"weight_block_size": [32, 32]}
+    state = {"shape": [4, 64], "blocksize": 64, "dtype": "float32", "nested_blocksize": 2, "nested_offset": 0.5}
+    words = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    nested = {"absmax": draw.bytes(4), "nested_absmax": draw.halves(2).float(), "nested_quant_map": torch.rand(256),
+              "quant_map": torch.rand(16), "quant_state.bitsandbytes__nf4": words}  # fmt: skip
+    rest = {
+        "int8": ({"weight": draw.bytes(5, 64).view(torch.int8), "weight_scale": draw.halves(5, 1)},
+                 {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8}}}}),
+        "fp8": ({"weight": torch.ones(64, 96).to(torch.float8_e4m3fn), "weight_scale_inv": torch.rand(2, 3)}, block),
+        "bitsandbytes": ({"weight": draw.bytes(128, 1)} | {f"weight.{part}": x for part, x in nested.items()},
+                         {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "mxfp4": ({"weight_blocks": draw.bytes(2, 3, 2, 16), "weight_scales": draw.bytes(2, 3, 2) % 200}, {}),
+    }  # fmt: skip
+    return rest[case] if isinstance(case, str) else case(draw, 3, 2, 64, 4, False)[:2]
+
+
+OTHER = torch.float16, torch.uint8, torch.int64, torch.bool, torch.float8_e5m2
+RESHAPED = [
+    lambda x: None, lambda x: x[:0], lambda x: x[:-1], lambda x: x[..., :-1], lambda x: x.flatten(), lambda x: x[None],
+    lambda x: x.flatten()[0], lambda x: torch.cat([x, x]), lambda x: torch.cat([x, x], -1),
+    *(lambda x, kind=kind: x.float().to(kind) for kind in OTHER), lambda x: x.mT,
+]  # fmt: skip
+ODD = [None, -1, 0, 3, 48, True, "x", "4", [], {}, [1, 2], {"a": 1}, 0.5, 2**40]
+
+
+def places(value, path=()):
+    """Paths to everything inside settings."""
+    yield path
+    for key in value if isinstance(value, dict) else ():
+        yield from places(value[key], (*path, key))
+
+
+def changed(value, path, new):
+    return {**value, path[0]: changed(value[path[0]], path[1:], new)} if path else new
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_damage_is_refused_in_a_sentence(data):
+    """Tensors of other shapes and types, settings of other values: read, or refused with one line."""
+    kinds = [awq, gptq, compressed, mlx, "int8", "fp8", "bitsandbytes", "mxfp4"]
+    tensors, said = fuzzed(data.draw(st.sampled_from(kinds)))
+    assert read(tensors, said).numel()
+    for _ in range(data.draw(st.integers(1, 2))):
+        if data.draw(st.booleans()):
+            part = data.draw(st.sampled_from(sorted(tensors)))
+            if (x := tensors[part]) is not None and x.ndim and x.numel():
+                tensors |= {part: data.draw(st.sampled_from(RESHAPED if x.ndim > 1 else RESHAPED[:-1]))(x)}
+        else:
+            path, odd = data.draw(st.sampled_from(list(places(said)))), data.draw(st.sampled_from(ODD))
+            said = changed(said, path, odd) if path else said
+    try:
+        read(tensors, said)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
 
 
 @pytest.mark.parametrize(
