@@ -34,6 +34,13 @@ def test_step_launches_six_kernels_a_layer(steps, step):
     assert kernels + len(others) < 200
 
 
+@pytest.mark.parametrize(("layout", "rotations"), [("8 bits", 0), ("4 bits rotated", 4)])
+def test_packed_layers_launch_as_many(steps, layout, rotations):
+    """Norms, gate and residuals are parts of products with codes too; rotated weights rotate what they multiply."""
+    kernels, _ = steps[layout]
+    assert kernels <= 2 * (A_LAYER + rotations) + 2
+
+
 def test_graph_holds_head_draw_and_tokens(steps):
     """A decoding step is one copy to the device, one graph of fewer than 200 launches, and one copy back."""
     kernels, others = steps["graph"]
