@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,11 +51,13 @@ TESTS = (
 )  # fmt: skip
 FEW = {"WARPLOOM_PEERS": "torch_ops,liger,cut_cross_entropy"}
 ALONE = {"WARPLOOM_PEERS": ""}
+TIMED = ["--only", "* [fb]o*"]
+"""Parts named "… forward" and "… both": what "right: …" asks has been asked by the checks."""
 SHORT = ["--rounds", "2", "--seconds", "6"]
 PLAN = (
     ("serve", 50, ["--only", "batch 1", *SHORT], ALONE),
     ("train", 60, ["--only", "gpt2-124m", "--rounds", "5", "--seconds", "8"], {}),
-    ("kernels", 95, ["--only", "* [fb]o*", "--rounds", "5", "--seconds", "4"], FEW),  # "forward", "both": not "right:"
+    ("kernels", 95, [*TIMED, "--rounds", "5", "--seconds", "4"], FEW),
     ("train", 60, ["--only", "llama-1b", "--rounds", "5", "--seconds", "8"], {}),
     ("serve", 50, ["--only", "batch 32", *SHORT], ALONE),
     ("serve", 55, ["--only", "mixed", *SHORT], ALONE),
@@ -195,8 +197,9 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
     run_plan(session, options, PLAN, skip)
     tests = run_tests(session)
     session.say("tests: done")
+    hung = {name.split()[0] for name, ended in found.items() if ended.startswith("stopped after")}
     for dtype in DTYPES[1:]:
-        found |= check_ops(session, f" {dtype} ")
+        found |= check_ops(session, f" {dtype} ", without=hung)
     run_rest(session, options, skip, [])
     return found, tests
 
@@ -242,7 +245,7 @@ def run_plan(session: Session, options: argparse.Namespace, plan: tuple, skip: l
 def run_rest(session: Session, options: argparse.Namespace, skip: list[str], flags: list[str]) -> None:
     """Whatever the benches have, most important first."""
     for bench, share, limit in REST:
-        more = skip if bench == "kernels" else []
+        more = [*TIMED, *skip] if bench == "kernels" else []
         measure(session, bench, share * session.left(), limit, options.results, [*flags, *more])
 
 
@@ -297,13 +300,13 @@ def check_names() -> list[str]:
     return [f"{op} {dtype} {i + 1}/{n}" for dtype in DTYPES for op, n in shares.items() for i in range(n)]
 
 
-def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """Results of checks: how that of each name that contains `only` ended; "" is right. What is on record as right is
-    not run again."""
+def check_ops(session: Session, only: str = "", without: Container[str] = ()) -> dict[str, str]:
+    """Results of checks: how that of each name that contains `only` ended, but of no op among `without`; "" is right.
+    What is on record as right is not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
     right = set(_known_right(path).get(code, []))
-    names = [name for name in check_names() if only in name]
+    names = [name for name in check_names() if only in name and name.split()[0] not in without]
 
     def check(name: str) -> tuple[str, str]:
         printed, ended = session.run(check_command(name), CHECK_SECONDS, {"OMP_NUM_THREADS": "1"})
@@ -338,11 +341,8 @@ def run_tests(session: Session) -> str:
     if not importlib.util.find_spec("pytest"):
         return "no pytest here"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=line"]
-    command += [
-        "--import-mode=importlib",
-        "--continue-on-collection-errors",
-        *(["-n", "8"] if importlib.util.find_spec("xdist") else []),
-    ]
+    command += ["--import-mode=importlib", "--continue-on-collection-errors"]
+    command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     command += [f"tests/kernels/{name}" for name in TESTS] + ["tests/bench/test_cuda_timer.py"]
     printed, ended = session.run(command, 150, {"OMP_NUM_THREADS": "2"})
     lines = [line[:200] for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -351,15 +351,9 @@ def run_tests(session: Session) -> str:
 
 
 def measure(
-    session: Session,
-    bench: str,
-    seconds: float,
-    limit: float,
-    results: Path,
-    flags: list[str],
-    extra: dict[str, str] | None = None,
-    minutes: float = 0.0,
-) -> None:
+    session: Session, bench: str, seconds: float, limit: float, results: Path, flags: list[str],
+    extra: dict[str, str] | None = None, minutes: float = 0.0,
+) -> None:  # fmt: skip
     """Run a bench in a process of its own, again as long as each one loses its life to another part.
 
     It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
@@ -368,15 +362,8 @@ def measure(
     before = None
     while end - time.monotonic() > 15:
         left = end - time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "warploom.engine.cli",
-            "bench",
-            bench,
-            "--minutes",
-            f"{minutes or left / 60:.2f}",
-        ]
+        command = [sys.executable, "-m", "warploom.engine.cli", "bench", bench]
+        command += ["--minutes", f"{minutes or left / 60:.2f}"]
         command += ["--results", str(results), "--limit", f"{limit:.2f}", *flags]
         _, ended = session.run(command, left, extra)
         session.say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from warploom import kernels
 from warploom.bench import decode_profile, environment, gpu, kernel_calls
 from warploom.bench.gpu import Session, check_names, check_ops
+from warploom.bench.kernels import _parts_of, fused_ops
 from warploom.bench.schema import load_record
 
 BENCH = """
@@ -111,6 +113,15 @@ def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
     assert checked and all("verify moe" in command for command in checked)
 
 
+def test_op_that_hung_is_not_checked_in_other_dtypes(machine, tmp_path, monkeypatch):
+    names = [f"{op} {dtype} 1/1" for dtype in gpu.DTYPES for op in ("attention", "moe")]
+    monkeypatch.setattr(gpu, "check_names", lambda: names)
+    machine.answers = lambda command, _: ("", "stopped after 90 s") if "verify moe" in command else ("", "")
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    assert sum("verify moe" in command for command in machine.asked) == 1
+    assert sum("verify attention" in command for command in machine.asked) == 3
+
+
 def test_check_without_time_is_not_wrong(machine, tmp_path, capsys):
     machine.answers = lambda command, _: ("", gpu.TIME_UP) if "verify moe" in command else ("", "")
     assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 0
@@ -142,6 +153,12 @@ def test_plan_of_nine_minutes_has_every_part_in_order(machine, tmp_path):
     assert all(
         any(f"--only {part}" in command for command in machine.asked) for part in ("batch 1", "llama-1b", "mixed")
     )
+
+
+def test_timed_parts_check_nothing_again():
+    pattern = gpu.TIMED[1]
+    names = [part.name for op in fused_ops() for part in _parts_of(op, "bfloat16")]
+    assert {name for name in names if not fnmatch(name, pattern)} == {f"right: {op.name}" for op in fused_ops()}
 
 
 def test_checks_killed_midway_keep_what_was_right(machine, session):
