@@ -359,7 +359,7 @@ def measure(
     It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
     end = time.monotonic() + min(seconds, session.left())
     deadly = session.folder / f"{bench}.deadly"
-    before = None
+    before = deadly.read_text() if deadly.exists() else None
     while end - time.monotonic() > 15:
         left = end - time.monotonic()
         command = [sys.executable, "-m", "warploom.engine.cli", "bench", bench]
@@ -371,6 +371,10 @@ def measure(
         if names == before:
             return
         before = names
+        if "--skip" in flags:  # an op that took a process down forward would do so both ways
+            lost = {line.split()[1] for line in (names or "").splitlines()}
+            at = flags.index("--skip") + 1
+            flags = [*flags[:at], ",".join(sorted({*flags[at].split(","), *lost})), *flags[at + 1 :]]
 
 
 def draw(session: Session) -> None:

@@ -155,6 +155,19 @@ def test_plan_of_nine_minutes_has_every_part_in_order(machine, tmp_path):
     )
 
 
+def test_op_that_took_a_process_down_is_skipped(machine, tmp_path):
+    def answers(command, _):
+        if "bench kernels" in command and "--skip" in command and "moe" not in command:
+            (tmp_path / "fake-gpu" / "kernels.deadly").write_text("code moe forward\n")
+            return "", "exit 1"
+        return "", ""
+
+    machine.answers = answers
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    skipped = [command.split("--skip ")[1] for command in machine.asked if "bench kernels" in command]
+    assert skipped[:2] == ["", ",moe"]
+
+
 def test_timed_parts_check_nothing_again():
     pattern = gpu.TIMED[1]
     names = [part.name for op in fused_ops() for part in _parts_of(op, "bfloat16")]
