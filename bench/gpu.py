@@ -6,6 +6,7 @@ nothing runs in this process:
 
 1. a smoke test: a line for each thing without which the rest is in vain (`smoke.py`);
 2. each op is held to its oracle in bfloat16 by a process of its own (`warploom.kernels.tools.verify`), many at once;
+beside them the large cases that take longest are compiled, for the benches to find;
 3. `PLAN`: parts of the benches by value, each in a slot of its own, so that one that hangs costs only that; one whose
 process dies is started again, without the part that killed it;
 4. the tests that need a GPU, where pytest is there; then the other precisions; then what else the benches have.
@@ -29,14 +30,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..kernels.core import tuned
 from ..tokenizer.sources import write_text
-from . import environment, harness, table
+from . import environment, harness, kernel_calls, table
 from .schema import load_record
 
 ROOT = environment.ROOT
@@ -50,11 +51,13 @@ TESTS = (
 )  # fmt: skip
 FEW = {"WARPLOOM_PEERS": "torch_ops,liger,cut_cross_entropy"}
 ALONE = {"WARPLOOM_PEERS": ""}
+TIMED = ["--only", "* [fb]o*"]
+"""Parts named "… forward" and "… both": what "right: …" asks has been asked by the checks."""
 SHORT = ["--rounds", "2", "--seconds", "6"]
 PLAN = (
     ("serve", 50, ["--only", "batch 1", *SHORT], ALONE),
     ("train", 60, ["--only", "gpt2-124m", "--rounds", "5", "--seconds", "8"], {}),
-    ("kernels", 95, ["--only", "*[dh]", "--rounds", "5", "--seconds", "4"], FEW),  # "forward", "both": not "right:"
+    ("kernels", 95, [*TIMED, "--rounds", "5", "--seconds", "4"], FEW),
     ("train", 60, ["--only", "llama-1b", "--rounds", "5", "--seconds", "8"], {}),
     ("serve", 50, ["--only", "batch 32", *SHORT], ALONE),
     ("serve", 55, ["--only", "mixed", *SHORT], ALONE),
@@ -72,7 +75,17 @@ REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kern
 """Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
 TIME_UP = "the time was up"
 """End of a process that had no time left: neither a pass nor a failure."""
-PROFILED = ("attention", "linear", "paged_attention", "moe")
+COMPILED = (("attention", None), ("attention", "0"), ("paged_attention", None), ("moe", None), ("linear", None))
+"""Ops whose large cases take longest to compile, one second a kernel, and WARPLOOM_HOPPER: beside the checks, where
+cores are idle. A part of `bench kernels` that compiled all of its own would count as hung."""
+FEWER_HOPPER = ("forward,dq", "forward", "0")
+"""Values of WARPLOOM_HOPPER to fall back to, best first."""
+SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""Each tensor an allocation of its own: compute-sanitizer does not see where one ends within PyTorch's pool."""
+NCU = (
+    "ncu", "--clock-control", "none", "--profile-from-start", "off", "--set", "basic",
+    "--section", "ComputeWorkloadAnalysis", "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats",
+)  # fmt: skip
 WHOLE_FILES = ("*.json", "*.png", "gpu.log")
 
 
@@ -84,6 +97,7 @@ class Session:
     folder: Path
     copy: Path | None = None
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    saving: threading.Lock = field(default_factory=threading.Lock)
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -147,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--more", action="store_true", help="look closer, after a first run")
     parser.add_argument("--tune", action="store_true", help="search launch settings before anything is timed")
     options = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * options.minutes  # loading PyTorch from a cold disk takes of it, too
     device = device_name()
     if device is None:
         print(
@@ -155,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     folder = options.results / environment.slug(device)
     folder.mkdir(parents=True, exist_ok=True)
-    session = Session(time.monotonic() + 60 * options.minutes, folder, options.out)
+    session = Session(deadline, folder, options.out)
     with clocks(session):
         found, tests = look_closer(session, options) if options.more else first_look(session, options)
     failures = report(session, found, tests)
@@ -170,7 +185,8 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
     printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
     say(printed.rstrip())
     session.say(f"smoke: {ended or 'done'}")
-    found = check_ops(session, " bfloat16 ")
+    with compiling_ahead(session):
+        found = check_ops(session, " bfloat16 ")
     session.say("checks: done")
     broken = {name.split()[0] for name, ended in found.items() if ended}
     if "attention" in broken and "WARPLOOM_HOPPER" not in session.environment:
@@ -181,8 +197,9 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
     run_plan(session, options, PLAN, skip)
     tests = run_tests(session)
     session.say("tests: done")
+    hung = {name.split()[0] for name, ended in found.items() if ended.startswith("stopped after")}
     for dtype in DTYPES[1:]:
-        found |= check_ops(session, f" {dtype} ")
+        found |= check_ops(session, f" {dtype} ", without=hung)
     run_rest(session, options, skip, [])
     return found, tests
 
@@ -191,33 +208,44 @@ def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str
     """Plan the second command: profiles, or what was wrong once more under compute-sanitizer; then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
-    printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 40)
+    printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 50)
     say("\n".join(printed.rstrip().splitlines()[-12:]))
     session.say(f"profile of decoding: {ended or 'done'}")
     for name in wrong[:3]:
-        session.run(["compute-sanitizer", "--tool", "memcheck", *check_command(name)], 60)
+        session.run(["compute-sanitizer", "--tool", "memcheck", *check_command(name)], 60, SANITIZED)
     if not wrong and shutil.which("ncu"):
-        for op in PROFILED:
-            ncu = ["ncu", "--clock-control", "none", "--set", "basic", "-c", "6", "--kernel-name", f"regex:{op}"]
-            session.run([*ncu, *check_command(f"{op} bfloat16 1/3")], 40)
+        names = f"regex:^({'|'.join(kernel_calls.KERNELS)})$"
+        _, ended = session.run([*NCU, "--kernel-name", names, sys.executable, "-m", kernel_calls.__name__], 60)
+        session.say(f"ncu: {ended or 'done'}")
     skip = ["--skip", ",".join(sorted({name.split()[0] for name in wrong}))]
     run_plan(session, options, MORE, skip, "--again")
     run_rest(session, options, skip, ["--again"])
     return found, "left out"
 
 
+@contextlib.contextmanager
+def compiling_ahead(session: Session) -> Iterator[None]:
+    """Fill Triton's cache with the kernels of `COMPILED` meanwhile, by compilers that touch no GPU."""
+    with ThreadPoolExecutor(len(COMPILED)) as pool:
+        for op, hopper in COMPILED:
+            command = [sys.executable, "-m", "warploom.kernels.tools.compile_offline", "--table", op]
+            extra = {"OMP_NUM_THREADS": "1"} | ({"WARPLOOM_HOPPER": hopper} if hopper else {})
+            pool.submit(session.run, [*command, "--arch", str(capability())], CHECK_SECONDS, extra)
+        yield
+
+
 def run_plan(session: Session, options: argparse.Namespace, plan: tuple, skip: list[str], *again: str) -> None:
     """Parts of the benches, each in its slot, which ends it: by its own estimate each has time enough."""
     for bench, seconds, flags, extra in plan:
         more = skip if bench == "kernels" else []
-        limit = 0.5 if more else seconds / 60  # kernels are many parts
+        limit = 0.75 if more else seconds / 60  # kernels are many parts
         measure(session, bench, seconds, limit, options.results, [*again, *flags, *more], extra, minutes=9.0)
 
 
 def run_rest(session: Session, options: argparse.Namespace, skip: list[str], flags: list[str]) -> None:
     """Whatever the benches have, most important first."""
     for bench, share, limit in REST:
-        more = skip if bench == "kernels" else []
+        more = [*TIMED, *skip] if bench == "kernels" else []
         measure(session, bench, share * session.left(), limit, options.results, [*flags, *more])
 
 
@@ -238,13 +266,15 @@ def clocks(session: Session) -> Iterator[None]:
 
 def without_hopper(session: Session) -> bool:
     """Is attention right with fewer of its Hopper kernels, or none? Then it stays so for what follows."""
-    for kept in ("forward,dq", "forward", "0"):
-        session.environment["WARPLOOM_HOPPER"] = kept
-        if not any(check_ops(session, "attention bfloat16 ").values()):
-            say(f"attention is wrong with all its Hopper kernels, and right with WARPLOOM_HOPPER={kept}: kept so")
-            return True
-    del session.environment["WARPLOOM_HOPPER"]
-    return False
+    fewer = [replace(session, environment={**session.environment, "WARPLOOM_HOPPER": kept}) for kept in FEWER_HOPPER]
+    with ThreadPoolExecutor(len(fewer)) as pool:  # at once: where each hangs, that costs as much as one
+        wrong = list(pool.map(lambda one: any(check_ops(one, "attention bfloat16 ").values()), fewer))
+    if all(wrong):
+        return False
+    kept = FEWER_HOPPER[wrong.index(False)]
+    session.environment["WARPLOOM_HOPPER"] = kept
+    say(f"attention is wrong with all its Hopper kernels, and right with WARPLOOM_HOPPER={kept}: kept so")
+    return True
 
 
 def device_name() -> str | None:
@@ -252,6 +282,14 @@ def device_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def capability() -> int:
+    """The GPU's compute capability as one number: 90."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def check_names() -> list[str]:
@@ -262,22 +300,20 @@ def check_names() -> list[str]:
     return [f"{op} {dtype} {i + 1}/{n}" for dtype in DTYPES for op, n in shares.items() for i in range(n)]
 
 
-def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """Results of checks: how that of each name that contains `only` ended; "" is right. What is on record as right is
-    not run again."""
+def check_ops(session: Session, only: str = "", without: Container[str] = ()) -> dict[str, str]:
+    """Results of checks: how that of each name that contains `only` ended, but of no op among `without`; "" is right.
+    What is on record as right is not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    right = set(known.get(code, []))
-    names = [name for name in check_names() if only in name]
-    saving = threading.Lock()
+    right = set(_known_right(path).get(code, []))
+    names = [name for name in check_names() if only in name and name.split()[0] not in without]
 
     def check(name: str) -> tuple[str, str]:
         printed, ended = session.run(check_command(name), CHECK_SECONDS, {"OMP_NUM_THREADS": "1"})
         if not ended:
-            with saving:
+            with session.saving:
                 right.add(name)
-                write_text(path, json.dumps({**known, code: sorted(right)}, indent=1) + "\n")
+                write_text(path, json.dumps({**_known_right(path), code: sorted(right)}, indent=1) + "\n")
         lines = [line for line in printed.splitlines() if line.strip()]
         return name, f"{ended}: {' | '.join(lines[-3:])}"[:300] if ended not in ("", TIME_UP) else ended
 
@@ -286,6 +322,11 @@ def check_ops(session: Session, only: str = "") -> dict[str, str]:
         found = dict(pool.map(check, due))
     session.keep()
     return dict.fromkeys((name for name in names if name in right), "") | found
+
+
+def _known_right(path: Path) -> dict[str, list[str]]:
+    """Checks on record as right, by the code that they checked."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_command(name: str) -> list[str]:
@@ -300,45 +341,29 @@ def run_tests(session: Session) -> str:
     if not importlib.util.find_spec("pytest"):
         return "no pytest here"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=line"]
-    command += [
-        "--import-mode=importlib",
-        "--continue-on-collection-errors",
-        *(["-n", "8"] if importlib.util.find_spec("xdist") else []),
-    ]
+    command += ["--import-mode=importlib", "--continue-on-collection-errors"]
+    command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     command += [f"tests/kernels/{name}" for name in TESTS] + ["tests/bench/test_cuda_timer.py"]
-    printed, ended = session.run(command, 150)
+    printed, ended = session.run(command, 150, {"OMP_NUM_THREADS": "2"})
     lines = [line[:200] for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
     last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
     return "\n".join([*lines[:12], f"{last[:200]} {ended}".strip()])
 
 
 def measure(
-    session: Session,
-    bench: str,
-    seconds: float,
-    limit: float,
-    results: Path,
-    flags: list[str],
-    extra: dict[str, str] | None = None,
-    minutes: float = 0.0,
-) -> None:
+    session: Session, bench: str, seconds: float, limit: float, results: Path, flags: list[str],
+    extra: dict[str, str] | None = None, minutes: float = 0.0,
+) -> None:  # fmt: skip
     """Run a bench in a process of its own, again as long as each one loses its life to another part.
 
     It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
     end = time.monotonic() + min(seconds, session.left())
     deadly = session.folder / f"{bench}.deadly"
-    before = None
+    before = deadly.read_text() if deadly.exists() else None
     while end - time.monotonic() > 15:
         left = end - time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "warploom.engine.cli",
-            "bench",
-            bench,
-            "--minutes",
-            f"{minutes or left / 60:.2f}",
-        ]
+        command = [sys.executable, "-m", "warploom.engine.cli", "bench", bench]
+        command += ["--minutes", f"{minutes or left / 60:.2f}"]
         command += ["--results", str(results), "--limit", f"{limit:.2f}", *flags]
         _, ended = session.run(command, left, extra)
         session.say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
@@ -346,6 +371,10 @@ def measure(
         if names == before:
             return
         before = names
+        if "--skip" in flags:  # an op that took a process down forward would do so both ways
+            lost = {line.split()[1] for line in (names or "").splitlines()}
+            at = flags.index("--skip") + 1
+            flags = [*flags[:at], ",".join(sorted({*flags[at].split(","), *lost})), *flags[at + 1 :]]
 
 
 def draw(session: Session) -> None:

@@ -12,7 +12,8 @@ from .schema import Record, load_record
 PAGE = environment.ROOT / "docs" / "quantization.md"
 DEVICE = "amd-epyc-2-cores"
 LOSS = "| scheme | bits a weight | rms of log-probabilities | KL | how |"
-SPEED = "| tok/s | int8 | int4 | the Q4_1 file as it is | llama.cpp Q4_1 | llama.cpp Q8_0 |"
+RATED = "ours int8", "ours int4", "ours as it is", "llama.cpp Q4_1", "llama.cpp Q8_0", "OpenVINO Q4_1", "OpenVINO Q8_0"
+SPEED = f"| tok/s | int8 | int4 | the Q4_1 file as it is | {' | '.join(RATED[3:])} |"
 SCHEMES = {  # by its name in the record: the page's name, bits a weight of SmolLM2-135M, and how one asks for it
     "bfloat16": ("bfloat16", "16", '`dtype="bfloat16"`'),
     "int8": ("int8", "8.25", '`quantize="int8"`'),
@@ -30,8 +31,7 @@ WORK = {
     "decode 1": "decode, alone", "decode 8": "decode, batch 8", "decode 32": "decode, batch 32",
     "prefill 1": "prefill, 1 × 256", "prefill 8": "prefill, 8 × 256", "prefill 32": "prefill, 32 × 64",
 }  # fmt: skip
-RATED = "ours int8", "ours int4", "ours as it is", "llama.cpp Q4_1", "llama.cpp Q8_0"
-RATIOS = ("ours as it is", "llama.cpp Q4_1"), ("ours int8", "llama.cpp Q8_0")
+OURS = {"Q4_1": "ours as it is", "Q8_0": "ours int8"}  # beside a peer's format
 
 
 def loss_rows(record: Record) -> Iterable[str]:
@@ -47,15 +47,21 @@ def loss_rows(record: Record) -> Iterable[str]:
 
 
 def speed_rows(record: Record) -> Iterable[str]:
-    """A line for each workload that is on record."""
-    yield SPEED[:-1] + "| as it is ÷ llama.cpp Q4_1 | int8 ÷ llama.cpp Q8_0 |"
-    yield "|---" * (1 + len(RATED) + len(RATIOS)) + "|"
+    """A line for each workload that is on record; a dash where a peer was not measured."""
+    yield SPEED
+    yield "|---" * (1 + len(RATED)) + "|"
     for name, title in WORK.items():
         if name in record.parts:
-            rates = {row.who: row.rate or 0 for row in record.parts[name].rows}
-            told = [f"{rates[who]:,.0f}" for who in RATED]
-            told += [f"{rates[ours] / rates[theirs]:.1f}" for ours, theirs in RATIOS]
-            yield f"| {title} | {' | '.join(told)} |"
+            rates = {row.who: row.rate for row in record.parts[name].rows if row.rate}
+            yield f"| {title} | {' | '.join(_rate(who, rates) for who in RATED)} |"
+
+
+def _rate(who: str, rates: dict[str, float]) -> str:
+    """Tokens a second; of a peer also how many times as fast ours is."""
+    if who not in rates:
+        return "–"
+    ours = rates.get(OURS.get(who.rpartition(" ")[2], ""))
+    return f"{rates[who]:,.0f}" + (f" ({ours / rates[who]:.1f})" if ours else "")
 
 
 def page(text: str, record: Record) -> str:

@@ -15,6 +15,7 @@ from .linear_swiglu import linear_swiglu
 from .moe import MoEAux, moe
 from .packed_linear import packed_linear
 from .packed_moe import packed_moe
+from .packed_residual import packed_linear_residual, packed_normed_linear
 from .paged_attention import paged_attention
 from .penalize import penalize
 from .qk_norm_rope_write import qk_norm_rope_write
@@ -46,7 +47,9 @@ __all__ = [
     "normed_linear",
     "ops",
     "packed_linear",
+    "packed_linear_residual",
     "packed_moe",
+    "packed_normed_linear",
     "paged_attention",
     "penalize",
     "qk_norm_rope_write",

@@ -109,51 +109,37 @@ def _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS: tl.constexpr, BLOC
     return total, last
 
 
-@triton.jit(do_not_specialize=["M", "squares_part", "sums_part"])
-def linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, squares_ptr, stream_ptr, norm_ptr, sums_ptr, partial_ptr, arrivals_ptr, y_ptr,
-    M, F, C, segment, x_row, weight_row, squares_row, squares_part, stream_row, sums_row, sums_part,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
-    PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr, GROUP: tl.constexpr, HALVINGS: tl.constexpr,
-    SEGMENTS: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A tile of y, or with SPLIT one segment of it. Tiles of the same features come one after the other, to find W in
-    the cache.
-
-    With an ACTIVATION, y has half of W's F features, gates · ups: a tile takes eight gates and their eight ups by
-    turns, which a thread of the tensor core's tile holds together.
-
-    With PARTS, the rows of x are divided by their root mean square: `squares` has the sums of its parts. With JOIN, the
-    result is added to `stream`, in place; y is that by the next norm's weight, `sums` what its PARTS will be."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+@triton.jit
+def tile_features(F, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Features of this program's tile: in a row, or with an ACTIVATION eight gates and their eight ups by turns, which
+    a thread of the tensor core's tile holds together."""
     own = tl.arange(0, BLOCK_F)
     if ACTIVATION == "":
         f = tl.program_id(1).to(tl.int64) * BLOCK_F + own
     else:
         f = tl.program_id(1).to(tl.int64) * (BLOCK_F // 2) + (own // 16).to(tl.int64) * 8 + own % 8
         f = tl.where(f < F // 2, f + tl.where(own // 8 % 2 == 0, 0, F // 2), F)
+    return f
+
+
+@triton.jit
+def rows_square_sum(squares_ptr, m, M, squares_row, squares_part, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """Square sums of rows, their PARTS added in order."""
     square_sum = tl.zeros([ROWS], tl.float32)
     for part in tl.range(0, PARTS, loop_unroll_factor=4):
         at = squares_ptr + m * squares_row + tl.cast(part, tl.int64) * squares_part
         square_sum += tl.load(at, mask=m < M, other=0.0)
-    total = tl.zeros([BLOCK_F, ROWS], tl.float32)
-    if SPLIT:
-        begin = tl.program_id(2) * segment
-        end = tl.minimum(begin + segment, C)
-        total = _segment(x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, begin, end, WHOLE, ROWS, BLOCK_F, BLOCK_C)
-    elif SEGMENTS == 1:
-        total = _segment(x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, 0, C, WHOLE, ROWS, BLOCK_F, BLOCK_C)
-    else:
-        for begin in range(0, C, segment):
-            end = tl.minimum(begin + segment, C)
-            total += _segment(
-                x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, begin, end, WHOLE, ROWS, BLOCK_F, BLOCK_C
-            )
-    if SPLIT:
-        total, last = _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS, BLOCK_F, ROWS)
-        if not last:
-            return
+    return square_sum
+
+
+@triton.jit
+def finish_tile(
+    total, square_sum, bias_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
+    m, f, M, F, C, stream_row, sums_row, sums_part,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr,
+    GROUP: tl.constexpr, HALVINGS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """All that a product does with its sums `total` (BLOCK_F, ROWS): see `linear_kernel`."""
     if PARTS > 0:
         total *= tl.rsqrt(square_sum / C + EPS)[None, :]
     if BIAS:
@@ -177,6 +163,49 @@ def linear_kernel(
     tl.store(y_ptr + m[:, None] * F + f[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["M", "squares_part", "sums_part"])
+def linear_kernel(
+    x_ptr, weight_ptr, bias_ptr, squares_ptr, stream_ptr, norm_ptr, sums_ptr, partial_ptr, arrivals_ptr, y_ptr,
+    M, F, C, segment, x_row, weight_row, squares_row, squares_part, stream_row, sums_row, sums_part,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr, GROUP: tl.constexpr, HALVINGS: tl.constexpr,
+    SEGMENTS: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, or with SPLIT one segment of it. Tiles of the same features come one after the other, to find W in
+    the cache.
+
+    With an ACTIVATION, y has half of W's F features, gates · ups.
+
+    With PARTS, the rows of x are divided by their root mean square: `squares` has the sums of its parts. With JOIN, the
+    result is added to `stream`, in place; y is that by the next norm's weight, `sums` what its PARTS will be."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    f = tile_features(F, ACTIVATION, BLOCK_F)
+    square_sum = rows_square_sum(squares_ptr, m, M, squares_row, squares_part, PARTS, ROWS)
+    total = tl.zeros([BLOCK_F, ROWS], tl.float32)
+    if SPLIT:
+        begin = tl.program_id(2) * segment
+        end = tl.minimum(begin + segment, C)
+        total = _segment(x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, begin, end, WHOLE, ROWS, BLOCK_F, BLOCK_C)
+    elif SEGMENTS == 1:
+        total = _segment(x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, 0, C, WHOLE, ROWS, BLOCK_F, BLOCK_C)
+    else:
+        for begin in range(0, C, segment):
+            end = tl.minimum(begin + segment, C)
+            total += _segment(
+                x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, begin, end, WHOLE, ROWS, BLOCK_F, BLOCK_C
+            )
+    if SPLIT:
+        total, last = _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS, BLOCK_F, ROWS)
+        if not last:
+            return
+    finish_tile(
+        total, square_sum, bias_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
+        m, f, M, F, C, stream_row, sums_row, sums_part,
+        BIAS, ACTIVATION, PARTS, EPS, JOIN, GROUP, HALVINGS, ROWS, BLOCK_F,
+    )  # fmt: skip
+
+
 def segment_length(F: int, C: int) -> int:
     """Split-K segment length of a weight (F, C), in channels: by its shape alone, for a row's bits follow."""
     count = max(1, min(PROGRAMS // cdiv(max(F, 1), GROUP), C // SEGMENT, 8))
@@ -198,7 +227,7 @@ def _tile(name: str, x: torch.Tensor, M: int, split: bool) -> dict:
     many = 256 if arch >= 90 and not split else 128  # a second accumulator as large would not fit into registers
     size, rows = ("few", 16) if M <= 16 else ("some", 64) if M <= MANY else ("many", many)
     if arch == 0:
-        rows, default = 16, {"BLOCK_F": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
+        rows, default = 16, {"BLOCK_F": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1}
     elif x.dtype == torch.float32:  # no tensor cores, hence one tile for all: nobody says in which order they sum
         rows, default = 16, {"BLOCK_F": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3}
     elif size == "many":

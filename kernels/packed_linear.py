@@ -28,7 +28,8 @@ from .core.lang import cdiv, generation, tl, triton, wide
 from .core.launch import AutogradOp, as_rows, last_dim_contiguous, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
-from .linear import product
+from .hadamard import hadamard_launch
+from .linear import GROUP, finish_tile, product, rows_square_sum, tile_features
 
 TURNED = 64  # columns that are rotated together
 MANY = 256  # rows above which the weight is widened once
@@ -137,17 +138,20 @@ def widen(
     return tl.reshape(w, [BLOCK_F, BLOCK_C])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "squares_part", "sums_part"])
 def packed_linear_kernel(
-    x_ptr, codes_ptr, scales_ptr, minima_ptr, units_ptr, bias_ptr, y_ptr, M, F, C, G,
-    x_row, codes_row, scales_row, scales_column,
-    BIAS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, minima_ptr, units_ptr, bias_ptr, squares_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
+    M, F, C, G, x_row, codes_row, scales_row, scales_column, squares_row, squares_part, stream_row, sums_row, sums_part,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr,
+    FEATURES: tl.constexpr, HALVINGS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, as in `linear`. Tiles of the same features come one after the other."""
+    """A tile of y, as in `linear`, with its norms and gate. Tiles of the same features come one after the other."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f = tile_features(F, ACTIVATION, BLOCK_F)
+    square_sum = rows_square_sum(squares_ptr, m, M, squares_row, squares_part, PARTS, ROWS)
     total = tl.zeros([BLOCK_F, ROWS], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -158,10 +162,11 @@ def packed_linear_kernel(
             BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
         )  # fmt: skip
         total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[:, None]
-    y = tl.trans(total).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + m[:, None] * F + f[None, :], y, mask=(m < M)[:, None] & (f < F)[None, :])
+    finish_tile(
+        total, square_sum, bias_ptr, stream_ptr, norm_ptr, sums_ptr, y_ptr,
+        m, f, M, F, C, stream_row, sums_row, sums_part,
+        BIAS, ACTIVATION, PARTS, EPS, JOIN, FEATURES, HALVINGS, ROWS, BLOCK_F,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -182,21 +187,6 @@ def widen_kernel(
     tl.store(w_ptr + f[:, None] * C + c[None, :], w.to(w_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
-def hadamard_kernel(x_ptr, y_ptr, M, C, x_row, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """64 columns of some rows, transformed: signs are those of the number of bits that row and column share."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    x = tl.load(x_ptr + m[:, None] * x_row + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-    i = tl.arange(0, COLUMNS)
-    shared = i[:, None] & i[None, :]
-    shared ^= shared >> 4
-    shared ^= shared >> 2
-    shared ^= shared >> 1
-    y = tl.dot(x, (1 - 2 * (shared & 1)).to(x.dtype), input_precision="ieee") * 0.125
-    tl.store(y_ptr + m[:, None] * y_row + c[None, :], y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None])
-
-
 def _tile(x: torch.Tensor, M: int) -> dict:
     """ROWS of x, BLOCK_F features, BLOCK_C channels at a time: a multiple of every group, and of all rotated ones."""
     arch = generation(x.device)
@@ -213,14 +203,54 @@ def table_bytes(table: Sequence[int]) -> tuple[int, int]:
     return int.from_bytes(packed[:8], "little", signed=True), int.from_bytes(packed[8:], "little", signed=True)
 
 
-@launcher
 def turned(x_MC: torch.Tensor) -> torch.Tensor:
-    """`rotated` by the kernel."""
+    """`rotated` by the kernel of heads, of which 64 columns are one."""
     M, C = x_MC.shape
-    y = x_MC.new_empty(M, cdiv(C, TURNED) * TURNED)
+    x_MC = nn.pad(x_MC, (0, -C % TURNED)) if C % TURNED else x_MC
+    return hadamard_launch(x_MC.reshape(M * x_MC.shape[1] // TURNED, TURNED), False).view(x_MC.shape)
+
+
+def packed_product(
+    x: torch.Tensor,
+    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
+    bias: torch.Tensor | None,
+    layout: tuple[int, int, Sequence[int], bool],
+    activation: str = "",
+    squares: tuple[torch.Tensor, float] | None = None,
+    join: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`product` with codes, scales, minima and units in the layout of (bits, group, table, rotate)."""
+    (codes, scales, minima, units), (bits, group, table, rotate) = weight, layout
+    x_MC = last_dim_contiguous(as_rows(x))
+    x_MC = turned(x_MC) if rotate else x_MC
+    (M, C), (F, G) = x_MC.shape, scales.shape
+    codes, first, second = last_dim_contiguous(codes), *table_bytes(table)
+    packed = codes, scales, scales if minima is None else minima, units
+    form = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
+    form |= {"FIRST": first, "SECOND": second}
+    strides = codes.stride(0), *scales.stride()
+    shape = *x.shape[:-1], F // 2 if activation else F
+    if M > MANY and C % 64 == 0:  # rows that cannot be read 16 bytes at a time would cost `linear` its registers
+        tile = {"BLOCK_F": 16, "BLOCK_C": 64}
+        widened = torch.empty(F, C, dtype=x.dtype, device=x.device)
+        launch(
+            widen_kernel, (cdiv(F, tile["BLOCK_F"]), cdiv(C, tile["BLOCK_C"])), *packed, widened, F, C, G, *strides,
+            **form, WHOLE=True, **tile, num_warps=4,
+        )  # fmt: skip
+        name = "linear_residual" if join else "normed_linear" if squares else "linear"
+        return product(name, x_MC, widened, bias, activation, squares, join, whole=True).view(shape)
+    tile = _tile(x, M)
+    if join:
+        tile["BLOCK_F"] = max(tile["BLOCK_F"], GROUP)
+    sums, eps = squares or (x_MC, 0.0)
+    stream, norm, room = join or (x_MC, x, x_MC)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
     launch(
-        hadamard_kernel, (cdiv(M, 16), y.shape[1] // TURNED),
-        x_MC, y, M, C, x_MC.stride(0), y.stride(0), ROWS=16, COLUMNS=TURNED, num_warps=4,
+        packed_linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
+        x_MC, *packed, x if bias is None else bias, sums, stream, norm, room, y, M, F, C, G,
+        x_MC.stride(0), *strides, *sums.stride(), stream.stride(0), *room.stride(),
+        BIAS=bias is not None, ACTIVATION=activation, PARTS=sums.shape[1] if squares else 0, EPS=eps,
+        JOIN=join is not None, FEATURES=GROUP, HALVINGS=5, **form, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
     )  # fmt: skip
     return y
 
@@ -238,30 +268,7 @@ def packed_linear_forward(
     table: Sequence[int],
     rotate: bool,
 ) -> torch.Tensor:
-    x_MC = last_dim_contiguous(as_rows(x))
-    x_MC = turned(x_MC) if rotate else x_MC
-    (M, C), (F, G) = x_MC.shape, scales.shape
-    codes, first, second = last_dim_contiguous(codes), *table_bytes(table)
-    packed = codes, scales, scales if minima is None else minima, units
-    layout = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
-    layout |= {"FIRST": first, "SECOND": second}
-    strides = codes.stride(0), *scales.stride()
-    if M > MANY and C % 64 == 0:  # rows that cannot be read 16 bytes at a time would cost `linear` its registers
-        tile = {"BLOCK_F": 16, "BLOCK_C": 64}
-        weight = torch.empty(F, C, dtype=x.dtype, device=x.device)
-        launch(
-            widen_kernel, (cdiv(F, tile["BLOCK_F"]), cdiv(C, tile["BLOCK_C"])), *packed, weight, F, C, G, *strides,
-            **layout, WHOLE=True, **tile, num_warps=4,
-        )  # fmt: skip
-        return product("linear", x_MC, weight, bias, whole=True).view(*x.shape[:-1], F)
-    tile = _tile(x, M)
-    y = torch.empty(*x.shape[:-1], F, dtype=x.dtype, device=x.device)
-    launch(
-        packed_linear_kernel, (cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"])),
-        x_MC, *packed, x if bias is None else bias, y, M, F, C, G, x_MC.stride(0), *strides,
-        BIAS=bias is not None, **layout, WHOLE=C % tile["BLOCK_C"] == 0, **tile,
-    )  # fmt: skip
-    return y
+    return packed_product(x, (codes, scales, minima, units), bias, (bits, group, table, rotate))
 
 
 def _save(ctx, inputs, output):
@@ -291,7 +298,7 @@ def _fused(x, codes, scales, minima, units, bias=None, bits=8, group=64, table=(
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4's numbers, doubled
 
 
-def _batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, bias=False):
+def packed_batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, bias=False):
     """Scales and minima lie as a GPU reads them: those of a group side by side."""
     G = cdiv(C, max(group, TURNED if rotate else group)) * (TURNED // group if rotate else 1)
     codes = m.integers(0, 256, F, G * group * bits // 8, dtype=torch.uint8)
@@ -302,9 +309,12 @@ def _batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, 
     return m.normal(M, C), codes, scales, minima, units, *([m.normal(F)] if bias else []), layout
 
 
+def packed_bytes(codes, scales, minima, units):
+    return codes.nbytes + scales.nbytes + (0 if minima is None else minima.nbytes) + units.nbytes
+
+
 def _moved(x, codes, scales, minima, units, *_, **__):
-    parts = codes.nbytes + scales.nbytes + (0 if minima is None else minima.nbytes) + units.nbytes
-    return parts + x.nbytes + x.nbytes // x.shape[-1] * len(units)
+    return packed_bytes(codes, scales, minima, units) + x.nbytes + x.nbytes // x.shape[-1] * len(units)
 
 
 packed_linear = Op(
@@ -314,29 +324,31 @@ packed_linear = Op(
     fused=_fused,
     rows=("x",),
     cases=[
-        Case("one row", lambda m: _batch(m, 1, 64, 48)),
-        Case("bias and tails", lambda m: _batch(m, 3, 72, 40, bias=True)),
-        Case("4 bits", lambda m: _batch(m, 5, 128, 32, bits=4)),
-        Case("4 bits, minima, tails", lambda m: _batch(m, 20, 96, 40, bits=4, group=32, minimum=True, bias=True)),
-        Case("4 bits, rotated, tails", lambda m: _batch(m, 3, 72, 24, bits=4, minimum=True, rotate=True)),
-        Case("table", lambda m: _batch(m, 3, 64, 32, bits=4, group=32, table=E2M1)),
-        Case("groups of 16", lambda m: _batch(m, 3, 48, 32, group=16)),
-        Case("many rows", lambda m: _batch(m, MANY + 3, 64, 64, bits=4, minimum=True, bias=True)),
-        Case("many rows, table, rotated", lambda m: _batch(m, MANY + 3, 56, 64, 4, 32, table=E2M1, rotate=True)),
-        Case("many rows, tails", lambda m: _batch(m, MANY + 3, 40, 24, 8, 16, minimum=True)),
-        Case("no rows", lambda m: _batch(m, 0, 64, 32)),
-        Case("1x4096x14336", lambda m: _batch(m, 1, 4096, 14336), bench=True),
-        Case("1x4096x14336, 4 bits", lambda m: _batch(m, 1, 4096, 14336, 4, minimum=True), bench=True),
-        Case("1x4096x14336, 4 bits rotated", lambda m: _batch(m, 1, 4096, 14336, 4, 64, True, (), True), bench=True),
-        Case("64x4096x14336, table", lambda m: _batch(m, 64, 4096, 14336, 4, 32, table=E2M1), bench=True),
-        Case("64x4096x14336, groups of 16", lambda m: _batch(m, 64, 4096, 14336, 8, 16), bench=True),
-        Case("4096x4096x4096, 4 bits", lambda m: _batch(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
+        Case("one row", lambda m: packed_batch(m, 1, 64, 48)),
+        Case("bias and tails", lambda m: packed_batch(m, 3, 72, 40, bias=True)),
+        Case("4 bits", lambda m: packed_batch(m, 5, 128, 32, bits=4)),
+        Case("4 bits, minima, tails", lambda m: packed_batch(m, 20, 96, 40, bits=4, group=32, minimum=True, bias=True)),
+        Case("4 bits, rotated, tails", lambda m: packed_batch(m, 3, 72, 24, bits=4, minimum=True, rotate=True)),
+        Case("table", lambda m: packed_batch(m, 3, 64, 32, bits=4, group=32, table=E2M1)),
+        Case("groups of 16", lambda m: packed_batch(m, 3, 48, 32, group=16)),
+        Case("many rows", lambda m: packed_batch(m, MANY + 3, 64, 64, bits=4, minimum=True, bias=True)),
+        Case("many rows, table, rotated", lambda m: packed_batch(m, MANY + 3, 56, 64, 4, 32, table=E2M1, rotate=True)),
+        Case("many rows, tails", lambda m: packed_batch(m, MANY + 3, 40, 24, 8, 16, minimum=True)),
+        Case("no rows", lambda m: packed_batch(m, 0, 64, 32)),
+        Case("1x4096x14336", lambda m: packed_batch(m, 1, 4096, 14336), bench=True),
+        Case("1x4096x14336, 4 bits", lambda m: packed_batch(m, 1, 4096, 14336, 4, minimum=True), bench=True),
+        Case(
+            "1x4096x14336, 4 bits rotated", lambda m: packed_batch(m, 1, 4096, 14336, 4, 64, True, (), True), bench=True
+        ),
+        Case("64x4096x14336, table", lambda m: packed_batch(m, 64, 4096, 14336, 4, 32, table=E2M1), bench=True),
+        Case("64x4096x14336, groups of 16", lambda m: packed_batch(m, 64, 4096, 14336, 8, 16), bench=True),
+        Case("4096x4096x4096, 4 bits", lambda m: packed_batch(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
     ],
     traffic=lambda *args, **options: (_moved(*args, **options), _moved(*args, **options)),
     budget={
         "packed_linear_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1),
         "widen_kernel": Budget(registers=64, vector=True),
-        "hadamard_kernel": Budget(registers=128),
+        "hadamard_heads_kernel": Budget(registers=96, vector=True),
         "linear_kernel": Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
     },
     flops=lambda x, codes, scales, minima, units, *_, **__: (2 * x.numel() * len(units), 2 * x.numel() * len(units)),

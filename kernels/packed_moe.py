@@ -17,7 +17,7 @@ from .core.op import Budget, Case, Op
 from .gpu.moe_packed import moe_packed_combine, moe_packed_gemm, moe_packed_route
 from .moe import MoEAux, by_highest_logits, moe
 from .packed_linear import E2M1, dequantize, rotated, turned
-from .packed_linear import _batch as packed_weight
+from .packed_linear import packed_batch as packed_weight
 from .swiglu import swiglu_packed
 
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, int, int, Sequence[int], bool]

@@ -2,18 +2,23 @@
 
 Tests compute tiny things, many at once: one thread each is fastest, and keeps float32 sums repeatable. Where there is
 no GPU, Triton kernels run in their interpreter. Ctrl-C must mean Ctrl-C: a suite that was started in the background
-inherits an ignored SIGINT, and would hand it on to every process it starts. And Hypothesis, on any machine, draws the
-same examples and gives them the time they need; `--hypothesis-profile=default` draws others.
+inherits an ignored SIGINT, and would hand it on to every process it starts. And what is drawn, by Hypothesis too, is
+the same on any machine, whichever tests ran before; `--hypothesis-profile=default` and WARPLOOM_TEST_SEED draw others.
 """
 
 import os
+import random
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # not even a question whether somebody is there
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import numpy as np
+import pytest
 import torch
+
+SEED = int(os.environ.get("WARPLOOM_TEST_SEED", "0"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,6 +28,23 @@ def pytest_collection_modifyitems(items):
     """Files of slow tests come first: of what processes share, the last should be short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def draw_from_the_seed():
+    """Which files a process has run before differs from run to run: no test's numbers may depend on it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup():
+    draw_from_the_seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    draw_from_the_seed()
 
 
 try:

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI: Intel's runtime for language models, with 8-bit weights read from a GGUF file."""
+"""OpenVINO GenAI: Intel's runtime for language models, with weights of 4 and 8 bits read from GGUF files."""
 
 NEEDS = ("openvino_genai", "openvino_tokenizers")
 
@@ -6,6 +6,22 @@ NEEDS = ("openvino_genai", "openvino_tokenizers")
 def serve(job):
     """Batches in the order of arrival, each until its longest request is done."""
     return {"OpenVINO GenAI q8_0": lambda: static(job)} if job.quantize else {}
+
+
+def quantization(job, folder):
+    """The file as it is, and the same weights in Q8_0."""
+    from .xllamacpp import q8_0
+
+    name = job.file.stem.rpartition(".")[2]
+    return {
+        f"OpenVINO {name}": lambda: together(job, job.file),
+        "OpenVINO Q8_0": lambda: together(job, q8_0(job.file, folder)),
+    }
+
+
+def opening(job):
+    """The file opened, and a token."""
+    return {f"OpenVINO {job.file.stem.rpartition('.')[2]}": lambda: together(job, job.file)()}
 
 
 def cold_start(start):
@@ -38,33 +54,56 @@ def gguf(directory):
     return path
 
 
-def static(job):
-    import time
-
+def pipeline(path):
+    """A function of prompts and a number of tokens: its pipeline with as many threads as torch has."""
     import numpy as np
     import openvino
     import openvino_genai
     import torch
+
+    pipe = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+
+    def generate(prompts, tokens):
+        longest = max(map(len, prompts))
+        ids = np.zeros((len(prompts), longest), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(mask))
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
+        return pipe.generate(inputs, config)
+
+    return generate
+
+
+def together(job, path):
+    """A job's prompts, others each turn, in one batch."""
+    from itertools import count
+
+    generate, turns = pipeline(path), count()
+
+    def run():
+        counts = [len(tokens) for tokens in generate(job.prompts(next(turns)), job.tokens).tokens]
+        if counts != [job.tokens] * job.batch:
+            raise RuntimeError(f"{counts} tokens came, not {job.tokens} each")
+
+    return run
+
+
+def static(job):
+    import time
 
     from ..serve import Reply
     from . import Unavailable
 
     if job.device != "cpu":
         raise Unavailable("measured on a CPU only")
-    path = str(gguf(job.directory))
-    pipe = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+    generate = pipeline(gguf(job.directory))
 
     def answer(requests, begin):
-        longest = max(len(request.prompt) for request in requests)
-        ids = np.zeros((len(requests), longest), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, longest - len(request.prompt) :] = request.prompt
-            mask[row, longest - len(request.prompt) :] = 1
-        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(mask))
-        config = openvino_genai.GenerationConfig()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = max(r.tokens for r in requests), True, False
-        out = pipe.generate(inputs, config)
+        out = generate([request.prompt for request in requests], max(request.tokens for request in requests))
         end = time.perf_counter() - begin
         metrics = out.perf_metrics
         decoding = (metrics.get_generate_duration().mean - metrics.get_ttft().mean) / 1000

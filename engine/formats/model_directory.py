@@ -29,7 +29,7 @@ from .families import from_hf_config, kind_of, weight_map
 from .gguf_reader import GGUFWeights, is_gguf, open_gguf
 from .model_info import base_of, kind_in, load_config, quantization_of, read_config, read_tokenizer
 from .model_source import resolve_model
-from .packed_weight import PackedExperts, PackedWeight, install, packed_weights, share_of
+from .packed_weight import PackedExperts, PackedWeight, install, packed_weights, share_of, widen_lone_experts
 from .weights import open_weights
 
 
@@ -64,8 +64,7 @@ def read_model(
     with torch.device("meta"):
         model = Transformer(config)
     where = pick_device(device)
-    experts = tp is None or where.type == "cuda"  # C++ multiplies experts of a whole model
-    weights = read_weights(directory, where, DTYPES.get(dtype, dtype), packed, experts)
+    weights = read_weights(directory, where, DTYPES.get(dtype, dtype), packed)
     if tp is not None:
         model = shard(model, tp)
     kept, floats = {}, []
@@ -82,6 +81,8 @@ def read_model(
     for name in floats:  # what tensor parallelism cuts within a group
         kept[name] = kept[name].to(kept["embedding.weight"])
     model.load_state_dict(kept, assign=True)
+    if where.type != "cpu":
+        widen_lone_experts(model)
     return model.eval()
 
 
@@ -110,11 +111,10 @@ def read_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
-    experts: bool = True,
 ) -> Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
-    `packed` leaves matrices as they are stored, of experts too if `experts`, on a GPU if all have one layout.
+    `packed` leaves matrices as they are stored, those of experts on a GPU if all have one layout.
     Of an adapter's directory, its base's with the adapter merged.
     """
     directory = resolve_model(directory)
@@ -136,7 +136,7 @@ def read_weights(
                 raise InputError(f"{directory} is packed, and an adapter is merged into float weights: serve it apart")
             with opened as weights:
                 for name, weight in packed_weights(weights, config, quantization):
-                    if isinstance(weight, Tensor) or (packed and (isinstance(weight, PackedWeight) or experts)):
+                    if packed or isinstance(weight, Tensor):
                         yield name, weight.to(device, dtype) if isinstance(weight, Tensor) else weight
                     elif name != "head.weight" or not config.tie_embeddings:
                         yield name, weight.dequantize().to(device, dtype)
@@ -145,9 +145,8 @@ def read_weights(
         empty = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
     products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
-    if experts:
-        layers = [path for path, layer in empty.named_modules() if type(layer) is MoE]
-        products |= {f"{path}.{part}" for path in layers for part in ("w_gate_up", "w_down")}
+    layers = [path for path, layer in empty.named_modules() if type(layer) is MoE]
+    products |= {f"{path}.{part}" for path in layers for part in ("w_gate_up", "w_down")}
     with opened as weights:
         for piece in weight_map(config, list(shapes), kind):
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import gcd
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
 NAMES = {name.rpartition(".")[2]: name for name in MATRICES} | {"w_down": "ffn.down"}
 PARTS = "codes", "scales", "minima", "units"
+GROUPS = 16, 32, 64
 
 
 def matrix_of(path: str) -> str:
@@ -55,7 +57,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise InputError(f"bits must be 4 or 8, got {self.bits}")
-        if self.group not in (16, 32, 64):
+        if self.group not in GROUPS:
             raise InputError(f"group must be 16, 32 or 64, got {self.group}")
         if self.table and (len(self.table) != 16 or self.bits != 4 or self.minimum):
             raise InputError("table must have 16 values, for 4 bits and no minimum")
@@ -93,15 +95,14 @@ class Segment:
         minima = None if self.minima is None else self.minima[rows]
         return Segment(self.layout, self.codes[rows], self.scales[rows], minima, self.units[rows])
 
-    def between(self, first: int, last: int | None) -> Segment:
-        """The groups of these columns."""
+    def between(self, first: int, last: int) -> Segment:
+        """These columns, which are whole groups."""
         layout = self.layout
-        bits, groups = (
-            slice(first // step, None if last is None else last // step) for step in (8 // layout.bits, layout.group)
-        )
+        start, count = first // layout.group, layout.groups(last - first)
+        groups, size = slice(start, start + count), layout.group * layout.bits // 8
         minima = None if self.minima is None else self.minima[:, groups].contiguous()
-        codes, scales = self.codes[:, bits].contiguous(), self.scales[:, groups].contiguous()
-        return Segment(layout, codes, scales, minima, self.units)
+        codes = self.codes[:, start * size : (start + count) * size].contiguous()
+        return Segment(layout, codes, self.scales[:, groups].contiguous(), minima, self.units)
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
@@ -111,14 +112,12 @@ class Segment:
 
     def to(self, device: torch.device | str) -> Segment:
         """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
-        scales, minima = cast(
-            "list[Any]",
-            [
-                x if x is None or x.device == torch.device(device) else x.T.contiguous().to(device).T
-                for x in (self.scales, self.minima)
-            ],
+        host = torch.device(device).type == "cpu"
+        scales, minima = (
+            x if x is None else x.to(device).contiguous() if host else x.T.contiguous().to(device).T
+            for x in (self.scales, self.minima)
         )
-        return Segment(self.layout, self.codes.to(device), scales, minima, self.units.to(device))
+        return Segment(self.layout, self.codes.to(device), cast(Tensor, scales), minima, self.units.to(device))
 
     @property
     def arguments(self) -> Packed:
@@ -172,13 +171,13 @@ class PackedWeight:
         return PackedWeight(tuple(found), self.columns)
 
     def between(self, first: int, last: int) -> PackedWeight | None:
-        """These columns; None where they are no whole groups."""
-        layouts = [segment.layout for segment in self.segments]
-        steps = [TURNED if layout.rotate else layout.group for layout in layouts]
-        if any(first % step or (last % step and last != self.columns) for step in steps):
+        """These columns, in smaller groups if they need it; None where they are no whole groups."""
+        ends = first, 0 if last == self.columns else last
+        steps = (TURNED if segment.layout.rotate else GROUPS[0] for segment in self.segments)
+        if any(end % step for step in steps for end in ends):
             return None
-        segments = (segment.between(first, last if last < self.columns else None) for segment in self.segments)
-        return PackedWeight(tuple(segments), last - first)
+        finer = (segment.in_groups(gcd(segment.layout.group, *ends)) for segment in self.segments)
+        return PackedWeight(tuple(segment.between(first, last) for segment in finer), last - first)
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:
         return self  # is never written
@@ -318,6 +317,22 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
         layer.packed, layer.weight = PackedLinear(packed), cast(Any, None)
         return
     setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
+
+
+def widen_lone_experts(model: Transformer) -> None:
+    """Dequantize experts of a layer whose two matrices are not both stacked: the kernel takes both or none, and the
+    definition would dequantize them anew each step."""
+    for layer in model.modules():
+        if not isinstance(layer, MoE) or layer.product is not expert_product:
+            continue
+        parts = {name: getattr(layer, name) for name in ("w_gate_up", "w_down")}
+        if all(getattr(part, "stack", None) is not None for part in parts.values()):
+            continue
+        layer.product = None
+        for name, part in parts.items():
+            if isinstance(part, PackedExperts):
+                delattr(layer, name)
+                setattr(layer, name, nn.Parameter(part.dequantize().to(model.embedding.weight), requires_grad=False))
 
 
 def share_of(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..model import Attend, Transformer, dense_attention
 from ..serving.execution.gpu_model import BatchInvariantLinear
 from ..serving.execution.kv_cache import KernelAttention, NativeAttend, PagedKVCache, to_device
-from ..serving.execution.serving_model import NativeLinear, NativeMoE, NativeTransformer
+from ..serving.execution.serving_model import NativeExperts, NativeLinear, NativeTransformer
 from ..serving.llm import LLM
 from ..training.evaluate import within_documents
 from ..training.fused_block import FusedBlock
@@ -105,7 +105,11 @@ def _is_fused(model: Transformer) -> bool:
 
 def _twins(served: Transformer) -> dict[str, nn.Module]:
     """The layers of a served model that are the server's own, by path."""
-    return {path: layer for path, layer in served.named_modules() if isinstance(layer, (NativeLinear, NativeMoE))}
+
+    def own(layer: nn.Module) -> bool:
+        return isinstance(layer, NativeLinear) or isinstance(getattr(layer, "product", None), NativeExperts)
+
+    return {path: layer for path, layer in served.named_modules() if own(layer)}
 
 
 @contextlib.contextmanager
@@ -117,7 +121,7 @@ def server_layers(model: Transformer, served: Transformer | NativeTransformer) -
             with torch.no_grad():
                 exact = layer(given[0].detach())
             if isinstance(computed, tuple):  # of experts, with how they were chosen
-                return _Replaced.apply(computed[0], exact), *computed[1:]
+                return _Replaced.apply(computed[0], exact[0]), *computed[1:]
             return _Replaced.apply(computed, exact)
 
         return hook

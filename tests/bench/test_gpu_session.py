@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 
 from warploom import kernels
-from warploom.bench import decode_profile, environment, gpu
+from warploom.bench import decode_profile, environment, gpu, kernel_calls
 from warploom.bench.gpu import Session, check_names, check_ops
+from warploom.bench.kernels import _parts_of, fused_ops
 from warploom.bench.schema import load_record
 
 BENCH = """
@@ -38,7 +41,7 @@ environment.capture = lambda device: here  # asks git: of the limit, only the pa
 
 slow = part("hang", lambda: time.sleep(60))
 parts = [part("a"), part("crash", os.abort), part("b"), slow, part("lost", lose), part("c")]
-options = Options(results=Path(sys.argv[1]), device="cpu", limit=0.02)
+options = Options(results=Path(sys.argv[1]), device="cpu", limit=0.05)
 outcome = run_bench("fake", parts, options, machine=Machine("cpu"), say=lambda line: None)
 sys.exit(len(outcome.failed))
 """
@@ -78,6 +81,7 @@ def machine(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Session, "run", run)
     monkeypatch.setattr(gpu, "device_name", lambda: "Fake GPU")
+    monkeypatch.setattr(gpu, "capability", lambda: 90)
     monkeypatch.setattr(gpu, "check_names", lambda: ["attention bfloat16 1/1", "moe bfloat16 1/2", "moe bfloat16 2/2"])
     monkeypatch.setattr(gpu, "draw", lambda session: None)
     Machine.asked = asked
@@ -107,6 +111,15 @@ def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
     gpu.main(arguments)
     checked = [command for command in machine.asked if "verify" in command]
     assert checked and all("verify moe" in command for command in checked)
+
+
+def test_op_that_hung_is_not_checked_in_other_dtypes(machine, tmp_path, monkeypatch):
+    names = [f"{op} {dtype} 1/1" for dtype in gpu.DTYPES for op in ("attention", "moe")]
+    monkeypatch.setattr(gpu, "check_names", lambda: names)
+    machine.answers = lambda command, _: ("", "stopped after 90 s") if "verify moe" in command else ("", "")
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    assert sum("verify moe" in command for command in machine.asked) == 1
+    assert sum("verify attention" in command for command in machine.asked) == 3
 
 
 def test_check_without_time_is_not_wrong(machine, tmp_path, capsys):
@@ -142,6 +155,25 @@ def test_plan_of_nine_minutes_has_every_part_in_order(machine, tmp_path):
     )
 
 
+def test_op_that_took_a_process_down_is_skipped(machine, tmp_path):
+    def answers(command, _):
+        if "bench kernels" in command and "--skip" in command and "moe" not in command:
+            (tmp_path / "fake-gpu" / "kernels.deadly").write_text("code moe forward\n")
+            return "", "exit 1"
+        return "", ""
+
+    machine.answers = answers
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    skipped = [command.split("--skip ")[1] for command in machine.asked if "bench kernels" in command]
+    assert skipped[:2] == ["", ",moe"]
+
+
+def test_timed_parts_check_nothing_again():
+    pattern = gpu.TIMED[1]
+    names = [part.name for op in fused_ops() for part in _parts_of(op, "bfloat16")]
+    assert {name for name in names if not fnmatch(name, pattern)} == {f"right: {op.name}" for op in fused_ops()}
+
+
 def test_checks_killed_midway_keep_what_was_right(machine, session):
     session.folder.mkdir()
 
@@ -174,6 +206,29 @@ def test_second_command_sanitizes_what_is_wrong(machine, tmp_path):
     assert any("memcheck" in command and "verify moe" in command for command in machine.asked)
     assert not any("bench.smoke" in command for command in machine.asked)
     assert any("decode_profile" in command for command in machine.asked)
+
+
+def test_second_command_profiles_six_named_kernels(machine, tmp_path, monkeypatch):
+    """All in one process, each by one launch that the program names; the page has each as a kernel of that op."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: tool if tool == "ncu" else None)
+    gpu.main(["--results", str(tmp_path), "--minutes", "4", "--more"])
+    (command,) = [command for command in machine.asked if "kernel_calls" in command]
+    pattern = command.partition("regex:")[2].split()[0]
+    page = (environment.ROOT / "docs" / "gpu.md").read_text()
+    kernels_of_page = set(re.findall(r"^\| `(\w+)` \| `(\w+)` \| \d", page, re.MULTILINE))
+    matching = {(op, kernel) for op, kernel in kernels_of_page if re.search(pattern, kernel)}
+    assert len(kernel_calls.KERNELS) == 6
+    assert {(op, kernel) for kernel, op in kernel_calls.KERNELS.items()} <= matching
+    assert {kernel for _, kernel in matching} == set(kernel_calls.KERNELS)
+
+
+def test_large_cases_are_compiled_beside_the_checks(machine, tmp_path):
+    """Attention's once more without its Hopper kernels, which are timed beside them; before anything is timed."""
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    compiled = [command for command in machine.asked if "compile_offline" in command]
+    assert sorted(command.split()[2] for command in compiled) == sorted(op for op, _ in gpu.COMPILED)
+    timed = next(i for i, command in enumerate(machine.asked) if "bench serve" in command)
+    assert all(machine.asked.index(command) < timed and "--arch 90" in command for command in compiled)
 
 
 def test_profile_counts_busy_time_once():

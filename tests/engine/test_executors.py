@@ -70,7 +70,7 @@ def test_serving_falls_back_from_an_unknown_field(quantize):
 EXECUTORS = {
     "fused block": fused_block.is_supported,
     "native decoder": serving_model.NativeTransformer.is_supported,
-    "native experts": serving_model.NativeMoE.is_supported,
+    "native experts": serving_model.NativeExperts.is_supported,
     "paged attention": gpu_model.PagedAttention.is_supported,
     "fused block of a GPU": gpu_model.FusedBlock.is_supported,
     "norms in products": gpu_model.FusedBlock.is_supported,

@@ -1,6 +1,7 @@
 """Counts what a serving step of Qwen3-0.6B launches, on meta tensors. One JSON line: step → [Triton kernels, others].
 
-"graph" is what a decoding step's graph holds, from the tokens before to those drawn.
+"graph" is what a decoding step's graph holds, from the tokens before to those drawn; "train 2" a training step of two
+layers of Llama 1B.
 
 Others are PyTorch's operators that compute; views and empty tensors launch nothing."""
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from warploom.engine.config import ModelConfig
+from warploom.engine.formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment
 from warploom.engine.model import Transformer
 from warploom.engine.serving.execution.cuda_graphs import DecodeGraphs
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
@@ -71,16 +73,44 @@ def graph_launches(model, store, batch=4):
     return found[0]
 
 
-def built(**changes):
+def training_launches(n_layers):
+    """Of a loss and its gradients in bfloat16, without the optimizer."""
+    config = ModelConfig.preset("llama-1b", n_layers=n_layers)
+    with torch.device("meta"):
+        model, tokens = Transformer(config).to(torch.bfloat16), torch.empty(4, 2049, dtype=torch.int64)
+    with backend("triton"), compiling_for(90) as kernels, Operators() as others:
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    return len(kernels), others.seen
+
+
+def packed(layout):
+    """Linear layers of a layout's codes, of one scale a group."""
+
+    def make(weight, bias, path):
+        F, C = weight.shape
+        G = layout.groups(C)
+        codes = torch.empty(F, G * layout.group * layout.bits // 8, dtype=torch.uint8, device="meta")
+        scales = torch.empty(G, F, dtype=torch.float16, device="meta").T
+        segment = Segment(layout, codes, scales, scales if layout.minimum else None, torch.empty(F, device="meta"))
+        return PackedLinear(PackedWeight((segment,), C), bias)
+
+    return make
+
+
+def built(make=batch_invariant_linear, **changes):
     """The model as a GPU serves it, and its pages."""
     config = ModelConfig.preset("qwen3-0.6b", **changes)
     with torch.device("meta"):
-        model = fused_model(Transformer(config).to(torch.bfloat16).eval(), batch_invariant_linear)
+        model = fused_model(Transformer(config).to(torch.bfloat16).eval(), make)
         return model, PagedKVCache(config, PAGES, PAGE, torch.bfloat16, torch.device("meta"))
 
 
 if __name__ == "__main__":
     dense, experts = built(), built(n_experts=16, experts_per_token=4, n_layers=2)
     counted = {name: step_launches(*dense, counts) for name, counts in STEPS.items()}
+    layouts = {"8 bits": Layout(8, rotate=False), "4 bits rotated": Layout(4, 32, True)}
+    for name, layout in layouts.items():
+        counted[name] = step_launches(*built(packed(layout), n_layers=2), STEPS["decode"])
+    counted |= {f"train {n}": training_launches(n) for n in (1, 2)}
     counted |= {"graph": graph_launches(*dense), "experts": step_launches(*experts, STEPS["decode"])}
     print(json.dumps(counted))

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from warploom.engine.config import ModelConfig
-from warploom.engine.formats.packed_weight import PARTS, Layout, PackedExperts, PackedLinear, Segment, install, nearest
+from warploom.engine.formats.packed_weight import (
+    PARTS,
+    Layout,
+    PackedExperts,
+    PackedLinear,
+    Segment,
+    install,
+    is_packed,
+    nearest,
+    packed_in,
+    widen_lone_experts,
+)
 from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
 from warploom.engine.rl.policy import Policy, exact_obstacle, pack
@@ -14,7 +25,17 @@ from warploom.engine.rl.rollouts import Sample
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.execution.gpu_model import batch_invariant_linear, fused_model
 from warploom.engine.serving.execution.kv_cache import PagedKVCache
-from warploom.kernels import backend, linear, moe, packed_moe
+from warploom.engine.serving.scheme import Scheme
+from warploom.kernels import (
+    backend,
+    linear,
+    linear_residual,
+    moe,
+    normed_linear,
+    packed_linear_residual,
+    packed_moe,
+    packed_normed_linear,
+)
 from warploom.kernels.core.tuned import trying
 from warploom.kernels.packed_linear import E2M1, rotated
 
@@ -41,6 +62,7 @@ LATENT = {
     "rope_dim": 8,
     "value_dim": 12,
 }
+PROMPTS, GREEDY = [[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 SPARSE = {**DENSE, "n_experts": 4, "experts_per_token": 2, "d_ff": 32}
 
 
@@ -94,7 +116,7 @@ def serve(model, name, make=batch_invariant_linear, pages=torch.float32):
     """Three prompts together, by the model of a GPU, on whatever device there is."""
     llm = kernels_serve(LLM(model, max_batch=3, kv_memory=1 << 20, page_size=4), make, pages)
     with backend(name):
-        outputs = llm.generate([[1, 2, 3], [4] * 9, [5]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        outputs = llm.generate(PROMPTS, GREEDY)
     return [output.token_ids for output in outputs]
 
 
@@ -120,7 +142,7 @@ def test_backends_serve_pages_the_same(config):
     said = serve(model, "triton")
     assert said == serve(model, "eager")
     with backend("eager"):
-        assert said == [tuple(generate(model, prompt, 4, temperature=0.0)) for prompt in ([1, 2, 3], [4] * 9, [5])]
+        assert said == [tuple(generate(model, prompt, 4, temperature=0.0)) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +234,44 @@ def test_packed_experts_serve_the_same(layout):
     assert said == serve(packed, "eager") == serve(plain, "eager")
 
 
+def test_lone_packed_experts_are_widened():
+    """Where one matrix of a layer is floats, the kernel of packed experts cannot take the other."""
+    model = Transformer(ModelConfig(**SPARSE)).to(DEVICE)
+    numbers = packed_experts(model, LAYOUTS[0])
+    install(model, "blocks.0.ffn.w_down", PackedExperts(nearest(w, LAYOUTS[0]) for w in numbers[1].cpu()))
+    widen_lone_experts(model)
+    assert [name for name, _ in packed_in(model)] == ["blocks.1.ffn.w_gate_up", "blocks.1.ffn.w_down"]
+    kept = model.state_dict()
+    assert torch.equal(kept["blocks.0.ffn.w_gate_up"], numbers[0]) and "blocks.0.ffn.w_down" in kept
+    assert model.blocks[0].ffn.product is None
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", Scheme(4, 32)], ids=str)
+def test_quantize_packs_experts(quantize, monkeypatch):
+    """`quantize=` where products are the kernels': experts are codes, and serve as the numbers that these stand for."""
+    for room in ("llm", "execution.kv_cache", "execution.serving_model"):
+        monkeypatch.setattr(f"warploom.engine.serving.{room}.HAS_NATIVE", False)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**SPARSE, "n_layers": 1})).to(DEVICE).eval()
+    plain = Transformer(model.config).to(DEVICE).eval()
+    said = []
+    for name in ("triton", "eager"):
+        llm = LLM(model, max_batch=3, kv_memory=1 << 20, quantize=quantize, kv_dtype="float32")
+        with backend(name):
+            said.append([each.token_ids for each in llm.generate(PROMPTS, GREEDY)])
+    packed = dict(packed_in(llm.model))
+    assert {f"blocks.0.ffn.{part}" for part in ("w_gate_up", "w_down", "router.weight")} < packed.keys()
+    assert packed["blocks.0.ffn.w_down"].stack is not None and not is_packed(model)
+    numbers = {name: weight.dequantize() for name, weight in packed.items()}
+    plain.load_state_dict({**model.state_dict(), **numbers})
+    assert isinstance(llm.engine.runner.head.logits, PackedLinear)
+    plain_llm = LLM(plain, max_batch=3, kv_memory=1 << 20)
+    plain_llm.engine.runner.head = llm.engine.runner.head
+    with backend("eager"):
+        said.append([each.token_ids for each in plain_llm.generate(PROMPTS, GREEDY)])
+    assert said[0] == said[1] == said[2]
+
+
 @pytest.mark.parametrize("tokens", [3, 70])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["8 bits", "4 bits, minima", "table"])
 def test_packed_experts_are_those_of_widened_weights(layout, tokens):
@@ -237,6 +297,14 @@ def test_packed_product_is_that_of_the_widened_weight(layout, rows):
     segment = Segment(layout, codes, scales, minima if layout.minimum else None, torch.ones(40)).to(DEVICE)
     x = torch.randn(rows, 64, generator=generator).bfloat16().to(DEVICE)
     plain = Segment(replace(layout, rotate=False), *(getattr(segment, part) for part in PARTS)).dequantize().bfloat16()
+    turned = rotated(x.float()).bfloat16() if layout.rotate else x
+    squares, norm = x.float().square().sum(-1, keepdim=True), torch.randn(40, generator=generator).bfloat16().to(DEVICE)
+    streams = torch.zeros(2, rows, 40, dtype=torch.bfloat16, device=DEVICE)
     with backend("triton"):
-        meant = linear(rotated(x.float()).bfloat16() if layout.rotate else x, plain)
-        assert torch.equal(segment.multiply(x, None), meant)
+        assert torch.equal(segment.multiply(x, None), linear(turned, plain))
+        normed = packed_normed_linear(x, squares, *segment.arguments[:4], None, *segment.arguments[4:])
+        assert torch.equal(normed, normed_linear(turned, squares, plain))
+        weight, layout = segment.arguments[:4], segment.arguments[4:]
+        joined = packed_linear_residual(x, *weight, streams[0], norm, None, *layout), streams[0]
+        meant = linear_residual(turned, plain, streams[1], norm), streams[1]
+        assert all(torch.equal(a, b) for a, b in zip((*joined[0], joined[1]), (*meant[0], meant[1])))

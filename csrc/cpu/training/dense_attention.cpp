@@ -6,6 +6,7 @@
 #include "simd.hpp"
 #include "cpu/register_tile.hpp"
 #include "cpu/training/omp_threads.hpp"
+#include "cpu/training/pair_attention.hpp"
 
 namespace warploom {
 
@@ -260,13 +261,21 @@ thread_local Scratch scratch;
 
 template <class F>
 void DenseAttention<F>::forward(HeadsOf<F> out) const {
-    parallel_for(batch * key_heads, [&](int task) { forward_task(*this, out, task / key_heads, task % key_heads, scratch); });
+    parallel_for(batch * key_heads, [&](int task) {
+        const int b = task / key_heads, head = task % key_heads;
+        if constexpr (sizeof(F) == 2)
+            if (has_pair_attention(width)) return pair_attention_forward(*this, out, b, head);
+        forward_task(*this, out, b, head, scratch);
+    });
 }
 
 template <class F>
 void DenseAttention<F>::backward(HeadsOf<const F> d_out, HeadsOf<F> dq, HeadsOf<F> dk, HeadsOf<F> dv) const {
     parallel_for(batch * key_heads, [&](int task) {
-        backward_task(*this, d_out, dq, dk, dv, task / key_heads, task % key_heads, scratch);
+        const int b = task / key_heads, head = task % key_heads;
+        if constexpr (sizeof(F) == 2)
+            if (has_pair_attention(width)) return pair_attention_backward(*this, d_out, dq, dk, dv, b, head);
+        backward_task(*this, d_out, dq, dk, dv, b, head, scratch);
     });
 }
 

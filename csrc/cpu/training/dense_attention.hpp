@@ -1,5 +1,5 @@
 // Causal attention for training on a CPU: every query over the keys up to its own, forward and backward. Tensors are float32 or
-// bfloat16; in between all is float32.
+// bfloat16; in between all is float32, but on CPUs that multiply pairs of bfloat16 fast (pair_attention.hpp).
 //
 // A task takes one key head of one sequence, with the query heads that share it, so no two tasks add to the same sum
 // and results do not depend on the number of threads. Queries go by blocks of 64, four vectors: scores lie as (keys,

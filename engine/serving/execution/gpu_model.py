@@ -6,7 +6,7 @@ rotation, a write into pages. `PagedAttention` is `Attention` with one.
 
 `BatchInvariantLinear` is `Linear` by `kernels.linear` (batch invariance): a library's product would sum in another
 order when the batch grows. `GatedLinear` is `SwiGLU` whose gate is part of the product before it, and `FusedBlock` is
-`Block` whose norms are parts of the products around them: six launches a layer.
+`Block` whose norms are parts of the products around them, packed ones too: six launches a layer.
 
 The twin shares its weights with the model, and is a `Transformer` in everything else.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....kernels.linear import arrival_counters
+from ....kernels.packed_linear import TURNED
 from ....kernels.swiglu import ACTIVATIONS
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
@@ -56,17 +57,39 @@ class ScaledStream(NamedTuple):
 
 
 def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
-    """A linear layer of a tensor or, if it is a `BatchInvariantLinear`, of a stream whose norm is part of it."""
+    """A linear layer of a tensor or, if `takes_norms` says so, of a stream whose norm is part of it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
+    if type(layer) is PackedLinear:
+        weight, layout = _packed(layer)
+        return kernels.packed_normed_linear(x.scaled, x.square_sums, *weight, layer.bias, *layout, x.eps, activation)
     own = layer.weight, layer.bias, x.eps, activation
     return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=layer.arrivals)
 
 
 def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
-    joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=layer.arrivals)
+    if type(layer) is PackedLinear:
+        weight, layout = _packed(layer)
+        joined = kernels.packed_linear_residual(x, *weight, stream, norm.weight, layer.bias, *layout)
+    else:
+        joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=layer.arrivals)
     return ScaledStream(*joined, norm.eps)
+
+
+def _packed(layer: PackedLinear):
+    """Codes, scales, minima and units of a layer of one segment, and their layout."""
+    arguments = layer.packed.segments[0].arguments
+    return arguments[:4], arguments[4:]
+
+
+def takes_norms(layer: Any) -> bool:
+    """Return whether a norm can be part of a linear layer: one weight for all features, whose columns, if they are
+    rotated, fill their last 64."""
+    if type(layer) is not PackedLinear:
+        return type(layer) is BatchInvariantLinear
+    segment, *more = layer.packed.segments
+    return not more and not (segment.layout.rotate and layer.packed.columns % TURNED)
 
 
 class GatedLinear(SwiGLU):
@@ -77,7 +100,7 @@ class GatedLinear(SwiGLU):
 
     def gated(self, x: Tensor | ScaledStream) -> Tensor:
         """All but the way back."""
-        if type(self.gate_up) is BatchInvariantLinear:
+        if type(self.gate_up) is BatchInvariantLinear or isinstance(x, ScaledStream):
             return product(self.gate_up, x, self.activation)
         return kernels.swiglu_packed(self.gate_up(x), self.activation)  # an adapter's layer adds to gates and ups
 
@@ -191,7 +214,7 @@ class FusedBlock(Block):
 
 
 def fuse_norms(model: Transformer) -> None:
-    """Let blocks whose products are all `BatchInvariantLinear` take their norms into these."""
+    """Let blocks whose products all take norms have these as parts of them."""
     behind: Any = None
     block: Any
     for block in reversed(model.blocks):
@@ -205,8 +228,9 @@ def fuse_norms(model: Transformer) -> None:
 def _takes_norms(block: Any) -> bool:
     if type(block.attention) is not PagedAttention or type(block.ffn) is not GatedLinear:
         return False
-    layers = block.attention.qkv, block.attention.output, block.ffn.gate_up, block.ffn.down
-    return all(type(layer) is BatchInvariantLinear and layer.weight.dtype != torch.float16 for layer in layers)
+    if block.ffn_norm.weight.dtype == torch.float16:  # whose range a scaled stream might leave
+        return False
+    return all(map(takes_norms, (block.attention.qkv, block.attention.output, block.ffn.gate_up, block.ffn.down)))
 
 
 def fused_model(

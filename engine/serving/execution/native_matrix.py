@@ -43,7 +43,7 @@ def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> Pack
 
     On a GPU, in 8 bits, and without the extension, codes are the nearest."""
     if _native is None or (weight.is_cuda and not layout.minimum and feedback is None):
-        return nearest(weight, layout)
+        return nearest(weight, layout).to(weight.device)
     count, columns = weight.shape
     groups = layout.groups(columns)
     codes = torch.empty(count, groups * layout.group, dtype=torch.uint8)

@@ -22,11 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....kernels.moe import route
+from ....kernels.moe import MoEAux, route
 from ...config import ModelConfig
 from ...executors import BIASES, LATENT, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
-from ...formats.packed_weight import MATRICES, PackedLinear, PackedWeight, matrix_of
-from ...layers import NoNorm, routing_options
+from ...formats.packed_weight import (
+    MATRICES,
+    PackedExperts,
+    PackedLinear,
+    PackedWeight,
+    install,
+    matrix_of,
+    packed_in,
+)
+from ...layers import NoNorm, gate_of
 from ...model import Block, Linear, MoE, Transformer, growth_table, rotary_tables, sinusoids
 from ...parallel.tensor_parallel import ShardedLinear
 from ..scheme import INT8, Scheme, scheme_of
@@ -165,8 +173,8 @@ class NativeTransformer:
         return hidden_BTC if self.config.logit_scale == 1 else hidden_BTC * self.config.logit_scale
 
 
-class NativeMoE(nn.Module):
-    """Experts in one C++ call: the twin of `MoE`."""
+class NativeExperts:
+    """Experts in one C++ call: a `MoE.product` that has weights of its own, whole experts or slices of them."""
 
     is_supported = Supported(  # whatever surrounds the experts
         computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT}
@@ -174,30 +182,31 @@ class NativeMoE(nn.Module):
     )
 
     def __init__(self, moe: MoE, form: str | Scheme):
-        super().__init__()
-        self.config = c = moe.config
-        self.options = routing_options(c)
-        activation = self.options.pop("activation")
-        self.choice = {"choice_bias": moe.choice_bias} if c.choice_bias else {}
-        self.router = NativeLinear(stored(moe.router), moe.router.bias, form, "ffn.router")
-        none = [None] * c.n_experts
+        none = [None] * moe.config.n_experts
         halves = (moe.w_gate_up, moe.b_gate_up, "ffn.up"), (moe.w_down, moe.b_down, "ffn.down")
         matrices = (
             [native_matrix(w, b, form, name) for w, b in zip(weights, none if biases is None else biases)]
             for weights, biases, name in halves
         )
-        self.experts = _native.Experts(*matrices, activation)
-        self.shared, self.shared_gate = moe.shared, moe.shared_gate
+        self.native = _native.Experts(*matrices, gate_of(moe.config))
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        c, x_TC = self.config, x_BTC.flatten(0, -2)
-        logits_TE = self.router(x_TC)
-        weights_TK, experts_TK, _ = route(logits_TE, c.experts_per_token, **self.options, **self.choice)
+    @classmethod
+    def install(cls, module: nn.Module, form: str | Scheme) -> None:
+        """Let every mixture of experts inside compute so, and let go of its weights."""
+        for moe in module.modules():
+            if isinstance(moe, MoE):
+                moe.product = cls(moe, form)
+                moe.w_gate_up = moe.w_down = cast("nn.Parameter", None)
+
+    def __call__(
+        self, x: Tensor, logits: Tensor, w_gate_up: None, w_down: None, top_k: int, *,
+        activation: str, b_gate_up: Tensor | None = None, b_down: Tensor | None = None, **options,
+    ) -> tuple[Tensor, MoEAux]:  # fmt: skip
+        x_TC = x.flatten(0, -2).float().contiguous()
+        weights_TK, experts_TK, aux = route(logits.flatten(0, -2), top_k, **options)
         y_TC = torch.empty(x_TC.shape)
-        chosen = experts_TK.contiguous(), weights_TK.float().contiguous()
-        self.experts.run(x_TC.float().contiguous(), *chosen, y_TC)
-        y_BTC = y_TC.to(x_BTC.dtype).view_as(x_BTC)
-        return MoE.with_shared(self, y_BTC, x_BTC)
+        self.native.run(x_TC, experts_TK.contiguous(), weights_TK.float().contiguous(), y_TC)
+        return y_TC.to(x.dtype).view_as(x), aux
 
 
 def serving_model(
@@ -229,11 +238,13 @@ def _serving_model(
     adapters: ServedAdapters | None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
     scheme = scheme_of(quantize, model.config.parameter_count())
-    make = partial(_packed_layer, scheme=WEIGHT_ONLY if scheme is INT8 else scheme) if scheme else None
+    by_weight = WEIGHT_ONLY if scheme is INT8 else scheme
+    make = partial(_packed_layer, scheme=by_weight) if by_weight else None
     if model.device.type == "cuda" and type(model) is Transformer:
         make = make or (batch_invariant_linear if batch_invariant else None)
         latent = keeps_latents(model.config, model.device, adapters)
         served = fused_model(model, make, norms=adapters is None, latent=latent)
+        _pack_experts(served.blocks, by_weight)
         return served, Head(model, _kernel_head(model, make))
     if not batch_invariant and quantize is None:
         return model, Head(model)
@@ -241,14 +252,19 @@ def _serving_model(
     form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
+        in_cpp = HAS_NATIVE and model.device.type == "cpu"
         if make is not None:
-            _pack_shares(model, partial(_native_layer, form=cast("Scheme", scheme)) if native else make)
-        if HAS_NATIVE and model.device.type == "cpu":
+            _pack_shares(model, partial(_native_layer, form=cast("Scheme", scheme)) if in_cpp else make)
+        if in_cpp and (scheme or any(isinstance(found, PackedExperts) for _, found in packed_in(model))):
+            NativeExperts.install(model, form or "float32")
+        _pack_experts(model, by_weight)
+        if in_cpp:
             replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
         return model, Head(model)
     if not native:
         twin = shallow_copy(model)
         replace_linear(twin.blocks, make)
+        _pack_experts(twin.blocks, by_weight)
         return twin, Head(model, _kernel_head(model, make))
     weight = model.embedding.weight if model.head is None else stored(model.head)
     head = NativeLinear(weight, model.head_bias, form, "head")
@@ -258,8 +274,8 @@ def _serving_model(
     smooth = isinstance(form, Scheme) and can_smooth(model.config) and adapters is None
     for index, block in enumerate(twin.blocks):
         twin.blocks[index] = block = balanced(block, model.config) if smooth else block
-        if NativeMoE.is_supported(model.config):
-            replace(block, MoE, lambda moe: NativeMoE(moe, form))
+        if NativeExperts.is_supported(model.config):
+            NativeExperts.install(block, form)
         for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
             block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     return twin, Head(model, head)
@@ -281,6 +297,16 @@ def _pack_shares(model: Transformer, make: MakeLinear) -> None:
             layer.packed, layer.weight = make(layer.weight, None, path), cast("nn.Parameter", None)
     if model.head is None:
         model.head = cast("Linear", make(model.embedding.weight, None, "head"))
+
+
+def _pack_experts(module: nn.Module, scheme: Scheme | None) -> None:
+    """Pack experts of float weights, each matrix in one stack, as the kernel reads it."""
+    for moe in [m for m in module.modules() if isinstance(m, MoE)] if scheme else ():
+        for name in ("w_gate_up", "w_down"):
+            weight = getattr(moe, name)
+            if isinstance(weight, Tensor):  # in C++ they are packed already
+                layout = scheme.layout(matrix_of(name))
+                install(moe, name, PackedExperts(pack(w, layout) for w in weight).stacked(weight.device))
 
 
 def _kernel_head(model: Transformer, make: MakeLinear | None) -> nn.Module | None:

@@ -15,7 +15,7 @@ from warploom.engine.formats.model_writer import save_model
 from warploom.engine.formats.packed_weight import PackedExperts, PackedLinear
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
-from warploom.engine.serving.execution.serving_model import NativeMoE
+from warploom.engine.serving.execution.serving_model import NativeExperts
 from warploom.tokenizer import BPETokenizer
 
 from .test_packed_checkpoints import GROUP, awq, gptq
@@ -48,7 +48,7 @@ def assert_serves_its_codes(directory, rms=0.1):
         return
     llm, text = LLM(directory), TOKENS[0].tolist()
     assert "matrices of" in llm.packing
-    assert all(isinstance(block.ffn, NativeMoE) for block in llm.model.blocks)
+    assert all(isinstance(block.ffn.product, NativeExperts) for block in llm.model.blocks)
     wrong = torch.tensor(llm.score(text)) - torch.tensor(LLM(plain).score(text))
     assert wrong.square().mean().sqrt() < rms
 

@@ -74,7 +74,7 @@ def test_turns_are_those_of_the_template(tiny, chatty):
     trainer = RLTrainer(tiny(init_from=str(chatty), reward=(), max_tokens=20), [], environment=Told)
     llm, kinds = trainer.llm, set()
     for seed in range(40):
-        game = Game(llm, Told(), {"prompt": "1+1="}, 5.0)
+        game = Game(llm, Told(), {"prompt": "1+1="}, 60.0)
         assert game.tokens == llm.encode_chat(game.messages)
         output = llm.generate([game.tokens], SamplingParams(max_tokens=20, seed=seed, logprobs=0))[0]
         if llm.tokenizer.unknown_id in output.token_ids:  # which no text has

@@ -1,7 +1,9 @@
 """Hostile clients: whatever one of them sends, it gets an answer of its own and costs the others next to nothing."""
 
+import functools
 import json
 import resource
+import select
 import socket
 import threading
 import time
@@ -86,11 +88,17 @@ def longest_pause(work):
     return max(pauses)
 
 
+@functools.cache
+def pause_of_reading():
+    """The same of reading 4 MB of lists in one go."""
+    from pydantic_core import from_json
+
+    return longest_pause(lambda: from_json(b'{"prompt":' + many(b"[]") + b"}"))
+
+
 @pytest.mark.parametrize("element", [b"[]", b"{}", b"[1]", b"1", b'""'])
 def test_parse_large_body_lets_other_threads_run(element):
     """Parsing holds Python's lock: 4 MB of lists kept the event loop from running for as long as they took to read."""
-    from pydantic_core import from_json
-
     from warploom.engine.server.openai.errors import APIError
     from warploom.engine.server.openai.requests import CompletionRequest
     from warploom.engine.server.request_body import parse
@@ -102,8 +110,7 @@ def test_parse_large_body_lets_other_threads_run(element):
             parse(CompletionRequest, content)
 
     refuse()
-    reading = longest_pause(lambda: from_json(b'{"prompt":' + many(b"[]") + b"}"))
-    assert min(longest_pause(refuse) for _ in range(3)) < reading / 5
+    assert min(longest_pause(refuse) for _ in range(3)) < pause_of_reading() / 5
 
 
 def test_large_text_may_hold_any_signs():
@@ -313,7 +320,7 @@ def test_preparation_keeps_the_requests_time_limit():
         late = client.post("/v1/completions", json={"prompt": "x"})
         assert late.status_code == 504
         go.set()
-        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        server.wait(lambda: client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200)
         server.assert_nothing_left()
 
 
@@ -342,6 +349,12 @@ def connect_and_stall(server, body):
     client = connect(server, post(body), receive_buffer=4096)
     server.wait(lambda: server.bridge.flows)
     return client
+
+
+def first_answered(clients):
+    """Which of several clients hears something first, and the beginning of it."""
+    (client, *_), _, _ = select.select(clients, [], [], 60)
+    return client, client.recv(99)
 
 
 def read_all(client):
@@ -437,7 +450,7 @@ def test_no_client_holds_all_memory_for_bodies():
             return connect(server, f"{head}content-type: application/json\r\n\r\n".encode() + b" " * 64_000)
 
         clients = [send("one") for _ in range(40)]
-        assert any(client.recv(99).startswith(b"HTTP/1.1 503") for client in clients[36:])
+        assert first_answered(clients)[1].startswith(b"HTTP/1.1 503")
         body = json.dumps({"prompt": "x" * 60_000}).encode()
 
         def served(key):
@@ -461,11 +474,11 @@ def test_pipelined_request_waits_for_the_answer_before(monkeypatch):
 
 def test_client_that_never_reads_keeps_no_place():
     """Its place is free when its generation ends, and its connection when it reads nothing."""
-    body = {"prompt": "x", "max_tokens": 240, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
-    with serving(max_batch=8, max_queue=0, **limits(send_seconds=1.0)) as server:
+    body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True, "n": 8, "logprobs": 20}
+    with serving(max_batch=8, max_queue=0, **limits(send_seconds=3.0)) as server:
         stalled = connect_and_stall(server, body)
         server.wait(lambda: not server.bridge.open)
-        assert server.bridge.flows, "nobody has read the answer"
+        assert server.bridge.flows, "nobody has read the answer, and the time for that is long enough on any machine"
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.post("/v1/completions", json={"prompt": "x", "n": 8, "max_tokens": 2}).status_code == 200
         server.assert_nothing_left()
@@ -491,13 +504,15 @@ def test_no_key_takes_the_whole_queue():
 
         first = [connect(server, ask("one", 12)) for _ in range(3)]
         server.wait(lambda: server.bridge.open == 24)
-        assert any(client.recv(99).startswith(b"HTTP/1.1 429") for client in first[2:])
+        refused, answer = first_answered(first)
+        assert answer.startswith(b"HTTP/1.1 429")
+        first.remove(refused)
         other = connect(server, ask("two", 6))
         server.wait(lambda: server.bridge.open == 30)
         last = connect(server, ask("three", 1))
         server.wait(lambda: server.bridge.open == 31)
         server.bridge.llm.free()
-        for client in (*first[:2], other, last):
+        for client in (*first, other, last):
             assert client.recv(99).startswith(b"HTTP/1.1 200")
         server.assert_nothing_left()
 

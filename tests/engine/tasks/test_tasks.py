@@ -95,7 +95,7 @@ def test_human_eval_runs_code_only_when_allowed():
     ],
 )
 def test_sandbox_ends_what_goes_too_far(program):
-    assert runs("print(sum(range(10)))", 5.0)
+    assert runs("print(sum(range(10)))", 60.0)
     assert not runs(program, 1.0)
 
 

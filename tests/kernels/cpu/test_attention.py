@@ -9,6 +9,7 @@ from warploom import kernels
 from warploom.kernels.cpu import pointwise
 from warploom.kernels.cpu.attention import LONGEST, fuses
 
+FORMATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 needs_passes = pytest.mark.skipif(not pointwise.HAS_NATIVE, reason="the C++ extension is not built")
 
 
@@ -49,7 +50,7 @@ def assert_as_exact_as_the_formula(inputs, upstream, scale, dtype):
 @pytest.mark.parametrize(
     ("H", "K", "D", "scale"), [(2, 2, 64, None), (4, 2, 32, 0.3), (3, 1, 80, None), (1, 1, 16, 1.0)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@FORMATS
 def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale, dtype):
     inputs, upstream = inputs_of(T, H, K, D, dtype)
     assert fuses(*inputs)
@@ -57,30 +58,33 @@ def test_fused_attention_is_as_exact_as_the_plain_formula(T, H, K, D, scale, dty
 
 
 @needs_passes
-def test_fused_attention_exact_at_extreme_weights():
+@FORMATS
+def test_fused_attention_exact_at_extreme_weights(dtype):
     """Fused attention stays exact where weights are nearly one or zero."""
-    inputs, upstream = inputs_of(130, 2, 2, 64, torch.float32, size=6.0)
-    assert_as_exact_as_the_formula(inputs, upstream, None, torch.float32)
+    inputs, upstream = inputs_of(130, 2, 2, 64, dtype, size=6.0)
+    assert_as_exact_as_the_formula(inputs, upstream, None, dtype)
 
 
 @needs_passes
-def test_fused_attention_large_scores_cost_no_digits():
+@FORMATS
+def test_fused_attention_large_scores_cost_no_digits(dtype):
     """Scores of 300, 307, 314 …: a weight of 0.999 has no room for a rounding of its score."""
-    (q, k, v), upstream = inputs_of(130, 2, 2, 64, torch.float32, size=0.0)
+    (q, k, v), upstream = inputs_of(130, 2, 2, 64, dtype, size=0.0)
     q[..., 0], k[..., 0] = 1.0, (300.0 + 7 * torch.arange(130))[:, None]
-    assert_as_exact_as_the_formula([q, k, v], upstream, 1.0, torch.float32)
+    assert_as_exact_as_the_formula([q, k, v], upstream, 1.0, dtype)
 
 
 @needs_passes
-def test_fused_attention_bits_on_any_threads():
+@FORMATS
+def test_fused_attention_bits_on_any_threads(dtype):
     """Fused attention gives the same bits on any number of threads."""
-    inputs, upstream = inputs_of(150, 6, 2, 32, torch.float32)
+    inputs, upstream = inputs_of(150, 6, 2, 32, dtype)
     threads = torch.get_num_threads()
     try:
         runs = []
         for torch_threads in (1, 2, 3):
             torch.set_num_threads(torch_threads)
-            runs.append(results(kernels.attention, inputs, upstream, torch.float32))
+            runs.append(results(kernels.attention, inputs, upstream, dtype))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for one, other in itertools.pairwise(runs) for a, b in zip(one, other))
@@ -94,7 +98,7 @@ def test_fused_attention_serves_what_it_knows():
     assert not fuses(long, long, long) and not fuses(q, long, long)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@FORMATS
 def test_strided_inputs_and_gradients(dtype):
     """Strided inputs and gradients are read as they lie."""
     both = torch.randn(2, 70, 6, 16).to(dtype)

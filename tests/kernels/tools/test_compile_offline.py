@@ -92,6 +92,29 @@ def test_budget_is_of_the_settings_on_file(tmp_path):
     assert done.stdout.split() == ["8", "2"]
 
 
+AHEAD = """
+import torch
+from warploom.kernels import Maker, attention, backend
+from warploom.kernels.tools.compile_offline import compiling_for
+def hashes(device):
+    with compiling_for(90) as kernels:
+        args, options = attention.cases[0].build(Maker(torch.bfloat16, device))
+        y = attention.fused(*args, **options)
+        torch.autograd.grad(y, args, torch.empty_like(y))
+    return [kernel.hash for kernel in kernels]
+print(*hashes("meta"))
+print(*hashes("cpu"))
+"""
+
+
+def test_compiled_ahead_is_what_runs():
+    """Kernels compiled for meta tensors have the keys, in Triton's cache, of those that real tensors ask for."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", AHEAD], capture_output=True, text=True, env=environment, check=True)
+    ahead, real = done.stdout.splitlines()
+    assert len(ahead.split()) == 4 and ahead == real
+
+
 BATCHES = """
 import importlib, torch
 from warploom.kernels import Maker, backend, paged_attention
@@ -162,7 +185,7 @@ from warploom.kernels.core import tuned
 from warploom.kernels.tools.clocks import tensor_share
 from warploom.kernels.tools.compile_offline import costs
 
-names = "hopper_dq_kernel", "hopper_dkdv_kernel", "gemm_kernel", "swiglu_bwd_kernel"
+names = "attention_dq_kernel", "attention_dkdv_kernel", "gemm_kernel", "swiglu_bwd_kernel"
 for op in (attention, moe):
     case = next(case for case in op.cases if case.name.startswith(("8192 causal, 32", "32768 tokens")))
     with contextlib.ExitStack() as trials:

@@ -21,6 +21,7 @@ from warploom.engine.parallel.tensor_parallel import ShardSpec, shard_spec
 from warploom.engine.serving import LLM, EngineError, SamplingParams
 from warploom.engine.serving.calibrate import quantize
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
+from warploom.engine.serving.execution.serving_model import NativeExperts
 from warploom.engine.serving.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -106,12 +107,21 @@ def test_tp_unsupported_refused_before_start(tiny_model, tmp_path):
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the C++ extension is not built")
 @pytest.mark.parametrize("given", [True, False], ids=["quantize=", "packed file"])
-@pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, 32, symmetric=False, rotate=False), Scheme(group=16)], ids=str)
-def test_two_processes_share_packed_weights(scheme, given, tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "scheme", "count"),
+    [
+        ("llama", Scheme(), 9),
+        ("llama", Scheme(4, 32, symmetric=False, rotate=False), 9),
+        ("llama", Scheme(group=16), 9),
+        ("mixtral", Scheme(4, 32, symmetric=False, rotate=False, keep={"ffn.router": 8}), 23),
+    ],
+    ids=str,
+)
+def test_two_processes_share_packed_weights(shape, scheme, count, given, tiny_model, tmp_path, monkeypatch):
     """Rows, and columns in whole groups: of 128 columns a half is whole groups of each of these schemes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
-    model = tiny_model("llama", d_model=128, d_ff=128, tie_embeddings=True)
+    model = tiny_model(shape, d_model=128, d_ff=128, tie_embeddings=True)
     whole = save_model(model, tmp_path / "whole")
     quantize(model, scheme)
     place, options = save_packed(model, tmp_path / "packed"), {"kv_dtype": "float32"}
@@ -120,7 +130,9 @@ def test_two_processes_share_packed_weights(scheme, given, tiny_model, tmp_path,
     one, two = LLM(place, **options), LLM(place, tensor_parallel=2, **options)
     try:
         if not given:
-            assert sum(map(int, re.findall(r"(\d+) matrices", two.packing or ""))) == 9
+            assert sum(map(int, re.findall(r"(\d+) matrices", two.packing or ""))) == count
+        if shape == "mixtral":
+            assert all(isinstance(block.ffn.product, NativeExperts) for block in two.model.blocks)
         text = [i * i % 97 for i in range(40)]
         alone, plain = torch.tensor(one.score(text)), torch.tensor(LLM(load_model(place, "cpu")[0]).score(text))
         change = (torch.tensor(two.score(text)) - alone).abs()  # a code of an activation near a half may be another
@@ -146,6 +158,17 @@ def test_packed_shares_are_the_weights(bits, group, rotate):
             assert torch.equal(share.dequantize(), spec.cut(weight.dequantize(), rank, 2))
     within = share_of(PackedWeight.joined(parts, 250), ShardSpec(tp=1, parts=(250,)), 1, 2)
     assert isinstance(within, torch.Tensor) and within.shape == (64, 125)
+
+
+def test_packed_shares_have_finer_groups():
+    """A share of 96 columns of 192 in groups of 64 is three groups of 32; of 200 the last group is filled up."""
+    torch.manual_seed(0)
+    for columns in (192, 200):
+        weight = nearest(torch.randn(8, columns), Layout(4, 64, True, rotate=False))
+        for first, last in ((0, 96), (96, columns)):
+            share = weight.between(first, last)
+            assert share is not None and share.segments[0].layout.group == 32
+            assert torch.equal(share.dequantize(), weight.dequantize()[:, first:last])
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "apart"])

@@ -1,0 +1,201 @@
+"""RMSNorm without a launch of its own, around products with packed weights: `linear_residual` and `normed_linear`, by
+codes as `packed_linear` widens them.
+
+The division by the root mean square commutes with a rotation of the columns as it does with the product.
+
+Serving only: there is no gradient. M rows, C input channels, F output features, P = F / 64 parts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .core.lang import cdiv, wide
+from .core.launch import launcher
+from .core.op import Budget, Case, Op
+from .linear import GROUP
+from .linear_residual import linear_residual, normed_linear
+from .packed_linear import E2M1, TURNED, dequantize, packed_batch, packed_bytes, packed_product, rotated
+from .swiglu import check_activation
+
+
+def _numbers(x, codes, scales, minima, units, bits, group, table, rotate):
+    """The weight (F, C) that codes stand for."""
+    weight = dequantize(codes, scales, minima, units, bits, group, table, wide(x))
+    return (rotated(weight) if rotate else weight)[:, : x.shape[-1]]
+
+
+def _packed_linear_residual(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    stream: torch.Tensor,
+    norm_weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group: int = 64,
+    table: Sequence[int] = (),
+    rotate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_residual` with the weight of `packed_linear`."""
+    weight = _numbers(x, codes, scales, minima, units, bits, group, table, rotate)
+    return linear_residual.reference(x, weight, stream, norm_weight, bias)
+
+
+def _packed_normed_linear(
+    x: torch.Tensor,
+    square_sums: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group: int = 64,
+    table: Sequence[int] = (),
+    rotate: bool = False,
+    eps: float = 1e-6,
+    activation: str = "",
+) -> torch.Tensor:
+    """`normed_linear` with the weight of `packed_linear`."""
+    weight = _numbers(x, codes, scales, minima, units, bits, group, table, rotate)
+    return normed_linear.reference(x, square_sums, weight, bias, eps, activation)
+
+
+# ---- fused ----
+
+
+@launcher(mutates=("stream",))
+def packed_linear_residual_launch(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    stream: torch.Tensor,
+    norm_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    table: Sequence[int],
+    rotate: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = stream.view(-1, stream.shape[-1])
+    sums_MP = torch.empty(cdiv(rows.shape[1], GROUP), len(rows), dtype=torch.float32, device=x.device).T
+    weight, layout = (codes, scales, minima, units), (bits, group, table, rotate)
+    return packed_product(x, weight, bias, layout, join=(rows, norm_weight, sums_MP)), sums_MP
+
+
+def _residual_fused(
+    x, codes, scales, minima, units, stream, norm_weight, bias=None, bits=8, group=64, table=(), rotate=False
+):
+    if not stream.is_contiguous():
+        raise ValueError("packed_linear_residual: the stream must be contiguous")
+    weight = codes, scales, minima, units
+    return packed_linear_residual_launch(x, *weight, stream, norm_weight, bias, bits, group, table, rotate)
+
+
+@launcher
+def packed_normed_linear_launch(
+    x: torch.Tensor,
+    square_sums: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    units: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    table: Sequence[int],
+    rotate: bool,
+    eps: float,
+    activation: str,
+) -> torch.Tensor:
+    weight, layout = (codes, scales, minima, units), (bits, group, table, rotate)
+    return packed_product(x, weight, bias, layout, activation, squares=(square_sums, eps))
+
+
+def _normed_fused(
+    x, square_sums, codes, scales, minima, units, bias=None, bits=8, group=64, table=(), rotate=False, eps=1e-6,
+    activation="",
+):  # fmt: skip
+    if activation:
+        check_activation(activation)
+    if rotate and x.shape[-1] % TURNED:
+        raise ValueError(f"packed_normed_linear: {x.shape[-1]} rotated columns; they must be a multiple of {TURNED}")
+    layout = bits, group, table, rotate
+    return packed_normed_linear_launch(
+        x, square_sums, codes, scales, minima, units, bias, *layout, eps, activation
+    )  # fmt: skip
+
+
+def _joined(m, M, C, F, bits=8, **how):
+    x, *weight, layout = packed_batch(m, M, C, F, bits, **how)
+    weight, bias = weight[:4], [b.detach() for b in weight[4:] if b is not None]
+    stream, norm = m.normal(M, F, grad=False), m.normal(F, grad=False)
+    return x.detach(), *weight, stream, norm, *bias, layout
+
+
+def _summed(m, M, C, F, bits=8, **how):
+    x, *rest = packed_batch(m, M, C, F, bits, **how)
+    squares = torch.nn.functional.pad(x.detach().float().square(), (0, -C % GROUP)).unflatten(-1, (-1, GROUP)).sum(-1)
+    return x.detach(), squares, *(t.detach() if isinstance(t, torch.Tensor) else t for t in rest)
+
+
+BUDGET = {
+    "packed_linear_kernel": Budget(vector=True, wgmma=True, copies=2, products=1),
+    "widen_kernel": Budget(registers=64, vector=True),
+    "linear_kernel": Budget(stack=16, vector=True, wgmma=True, copies=2, products=1),
+}
+
+packed_linear_residual = Op(
+    name="packed_linear_residual",
+    reference=_packed_linear_residual,
+    fused=_residual_fused,
+    mutates=("stream",),
+    rows=("x", "stream"),
+    cases=[
+        Case("one row", lambda m: _joined(m, 1, 64, 128)),
+        Case("bias and tails", lambda m: _joined(m, 3, 72, 100, bias=True)),
+        Case("4 bits, rotated", lambda m: _joined(m, 20, 128, 64, 4, minimum=True, rotate=True)),
+        Case("1x4096x4096", lambda m: _joined(m, 1, 4096, 4096), bench=True),
+        Case("64x4096x4096, 4 bits", lambda m: _joined(m, 64, 4096, 4096, 4, minimum=True), bench=True),
+        Case("4096x4096x4096, 4 bits", lambda m: _joined(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
+    ],
+    traffic=lambda x, c, s, n, u, stream, *_, **__: (
+        packed_bytes(c, s, n, u) + x.nbytes + 3 * stream.nbytes, 0
+    ),
+    flops=lambda x, c, s, n, units, *_, **__: (2 * x.numel() * len(units), 0),
+    budget=BUDGET,
+)  # fmt: skip
+
+packed_normed_linear = Op(
+    name="packed_normed_linear",
+    reference=_packed_normed_linear,
+    fused=_normed_fused,
+    rows=("x", "square_sums"),
+    cases=[
+        Case("one row", lambda m: _summed(m, 1, 128, 48)),
+        Case("bias and tails", lambda m: _summed(m, 3, 72, 40, bias=True)),
+        Case("4 bits, rotated, gated", lambda m: _summed(m, 20, 64, 128, 4, rotate=True), {"activation": "silu"}),
+        Case("table", lambda m: _summed(m, 3, 64, 32, 4, group=32, table=E2M1)),
+        Case("1x4096x6144", lambda m: _summed(m, 1, 4096, 6144), bench=True),
+        Case(
+            "64x4096x28672, 4 bits, gated",
+            lambda m: _summed(m, 64, 4096, 28672, 4, minimum=True),
+            {"activation": "silu"},
+            bench=True,
+        ),
+        Case(
+            "4096x4096x28672, 4 bits, gated",
+            lambda m: _summed(m, 4096, 4096, 28672, 4, minimum=True),
+            {"activation": "silu"},
+            bench=True,
+        ),
+    ],
+    traffic=lambda x, sums, c, s, n, u, *_, **__: (packed_bytes(c, s, n, u) + x.nbytes + sums.nbytes, 0),
+    flops=lambda x, sums, c, s, n, units, *_, **__: (2 * x.numel() * len(units), 0),
+    budget=BUDGET,
+)
