@@ -321,8 +321,10 @@ void attend(const Pages& pages, const Step& step, const AttentionOptions& option
 void attend_float_pages(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
                         int64_t q_stride, const QueryBlock& block, float* out) {
     thread_local Scratch scratch;
+    Scratch* mine = &scratch;
+    asm("" : "+r"(mine));  // else GCC 12 asks for the address of a thread's own in the innermost loop
     const auto work = pages.format == Format::halves ? attend<bfloat16, Register> : attend<float, Register>;
-    work(pages, step, options, q, q_stride, block, scratch, out);
+    work(pages, step, options, q, q_stride, block, *mine, out);
 }
 
 }  // namespace warploom
