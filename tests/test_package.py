@@ -237,5 +237,7 @@ def test_other_compilers_compile_csrc(compiler):
         shown = subprocess.run(command, capture_output=True, text=True)
         return shown.stderr if shown.returncode else ""
 
+    engine = ROOT / "csrc" / "cpu"  # what setup.py compiles once a level
+    todo = [(source, level) for source in sources for level in levels if engine in source.parents or not level]
     with ThreadPoolExecutor() as pool:
-        assert "".join(pool.map(complaints, [(source, level) for source in sources for level in levels])) == ""
+        assert "".join(pool.map(complaints, todo)) == ""
