@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,8 +197,9 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
     run_plan(session, options, PLAN, skip)
     tests = run_tests(session)
     session.say("tests: done")
+    hung = {name.split()[0] for name, ended in found.items() if ended.startswith("stopped after")}
     for dtype in DTYPES[1:]:
-        found |= check_ops(session, f" {dtype} ")
+        found |= check_ops(session, f" {dtype} ", without=hung)
     run_rest(session, options, skip, [])
     return found, tests
 
@@ -299,13 +300,13 @@ def check_names() -> list[str]:
     return [f"{op} {dtype} {i + 1}/{n}" for dtype in DTYPES for op, n in shares.items() for i in range(n)]
 
 
-def check_ops(session: Session, only: str = "") -> dict[str, str]:
-    """Results of checks: how that of each name that contains `only` ended; "" is right. What is on record as right is
-    not run again."""
+def check_ops(session: Session, only: str = "", without: Container[str] = ()) -> dict[str, str]:
+    """Results of checks: how that of each name that contains `only` ended, but of no op among `without`; "" is right.
+    What is on record as right is not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
     right = set(_known_right(path).get(code, []))
-    names = [name for name in check_names() if only in name]
+    names = [name for name in check_names() if only in name and name.split()[0] not in without]
 
     def check(name: str) -> tuple[str, str]:
         printed, ended = session.run(check_command(name), CHECK_SECONDS, {"OMP_NUM_THREADS": "1"})
@@ -358,7 +359,7 @@ def measure(
     It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
     end = time.monotonic() + min(seconds, session.left())
     deadly = session.folder / f"{bench}.deadly"
-    before = None
+    before = deadly.read_text() if deadly.exists() else None
     while end - time.monotonic() > 15:
         left = end - time.monotonic()
         command = [sys.executable, "-m", "warploom.engine.cli", "bench", bench]
@@ -370,6 +371,10 @@ def measure(
         if names == before:
             return
         before = names
+        if "--skip" in flags:  # an op that took a process down forward would do so both ways
+            lost = {line.split()[1] for line in (names or "").splitlines()}
+            at = flags.index("--skip") + 1
+            flags = [*flags[:at], ",".join(sorted({*flags[at].split(","), *lost})), *flags[at + 1 :]]
 
 
 def draw(session: Session) -> None:

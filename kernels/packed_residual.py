@@ -133,9 +133,9 @@ def _normed_fused(
 
 def _joined(m, M, C, F, bits=8, **how):
     x, *weight, layout = packed_batch(m, M, C, F, bits, **how)
-    bias = [weight.pop()] if len(weight) == 5 else []
+    weight, bias = weight[:4], [b.detach() for b in weight[4:] if b is not None]
     stream, norm = m.normal(M, F, grad=False), m.normal(F, grad=False)
-    return x.detach(), *weight, stream, norm, *(b.detach() for b in bias), layout
+    return x.detach(), *weight, stream, norm, *bias, layout
 
 
 def _summed(m, M, C, F, bits=8, **how):

@@ -113,6 +113,15 @@ def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
     assert checked and all("verify moe" in command for command in checked)
 
 
+def test_op_that_hung_is_not_checked_in_other_dtypes(machine, tmp_path, monkeypatch):
+    names = [f"{op} {dtype} 1/1" for dtype in gpu.DTYPES for op in ("attention", "moe")]
+    monkeypatch.setattr(gpu, "check_names", lambda: names)
+    machine.answers = lambda command, _: ("", "stopped after 90 s") if "verify moe" in command else ("", "")
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    assert sum("verify moe" in command for command in machine.asked) == 1
+    assert sum("verify attention" in command for command in machine.asked) == 3
+
+
 def test_check_without_time_is_not_wrong(machine, tmp_path, capsys):
     machine.answers = lambda command, _: ("", gpu.TIME_UP) if "verify moe" in command else ("", "")
     assert gpu.main(["--results", str(tmp_path), "--minutes", "0.5"]) == 0
@@ -144,6 +153,19 @@ def test_plan_of_nine_minutes_has_every_part_in_order(machine, tmp_path):
     assert all(
         any(f"--only {part}" in command for command in machine.asked) for part in ("batch 1", "llama-1b", "mixed")
     )
+
+
+def test_op_that_took_a_process_down_is_skipped(machine, tmp_path):
+    def answers(command, _):
+        if "bench kernels" in command and "--skip" in command and "moe" not in command:
+            (tmp_path / "fake-gpu" / "kernels.deadly").write_text("code moe forward\n")
+            return "", "exit 1"
+        return "", ""
+
+    machine.answers = answers
+    gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+    skipped = [command.split("--skip ")[1] for command in machine.asked if "bench kernels" in command]
+    assert skipped[:2] == ["", ",moe"]
 
 
 def test_timed_parts_check_nothing_again():

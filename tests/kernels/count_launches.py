@@ -1,6 +1,7 @@
 """Counts what a serving step of Qwen3-0.6B launches, on meta tensors. One JSON line: step → [Triton kernels, others].
 
-"graph" is what a decoding step's graph holds, from the tokens before to those drawn.
+"graph" is what a decoding step's graph holds, from the tokens before to those drawn; "train 2" a training step of two
+layers of Llama 1B.
 
 Others are PyTorch's operators that compute; views and empty tensors launch nothing."""
 
@@ -72,6 +73,16 @@ def graph_launches(model, store, batch=4):
     return found[0]
 
 
+def training_launches(n_layers):
+    """Of a loss and its gradients in bfloat16, without the optimizer."""
+    config = ModelConfig.preset("llama-1b", n_layers=n_layers)
+    with torch.device("meta"):
+        model, tokens = Transformer(config).to(torch.bfloat16), torch.empty(4, 2049, dtype=torch.int64)
+    with backend("triton"), compiling_for(90) as kernels, Operators() as others:
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    return len(kernels), others.seen
+
+
 def packed(layout):
     """Linear layers of a layout's codes, of one scale a group."""
 
@@ -100,5 +111,6 @@ if __name__ == "__main__":
     layouts = {"8 bits": Layout(8, rotate=False), "4 bits rotated": Layout(4, 32, True)}
     for name, layout in layouts.items():
         counted[name] = step_launches(*built(packed(layout), n_layers=2), STEPS["decode"])
+    counted |= {f"train {n}": training_launches(n) for n in (1, 2)}
     counted |= {"graph": graph_launches(*dense), "experts": step_launches(*experts, STEPS["decode"])}
     print(json.dumps(counted))

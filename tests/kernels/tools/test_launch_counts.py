@@ -1,9 +1,10 @@
-"""Launches of a serving step: each costs microseconds, however little it does."""
+"""Launches of a serving step and of a training step: each costs microseconds, however little it does."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,12 @@ def test_step_metadata_made_once_not_a_layer(steps, step):
     """The counters of attention, the embedding and the first residual: nothing else is PyTorch's."""
     _, others = steps[step]
     assert others == ["aten::zeros", "aten::embedding", "aten::zeros_like"]
+
+
+def test_training_layer_launches_twelve_kernels(steps):
+    """Forward and backward of two norms, a rotation, attention (three kernels back) and a gate; PyTorch's products are
+    the twelve of four linear layers, and five others cast, add up and join gradients."""
+    (one, others_of_one), (two, others_of_two) = steps["train 1"], steps["train 2"]
+    assert two - one <= 12 and one <= 12 + 4
+    a_layer = Counter(others_of_two) - Counter(others_of_one)
+    assert a_layer["aten::mm"] == 12 and a_layer.total() <= 12 + 5
