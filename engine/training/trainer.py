@@ -33,6 +33,7 @@ from ..data.loader import Batch, Loader, open_loader, prefetch
 from ..data.pairs import PreferencePairs
 from ..device import measured_matmul_flops, pick_dtype
 from ..errors import InputError
+from ..memory import keep_freed
 from .batch_size_finder import find_grad_accum_steps
 from .build_model import build_model
 from .callbacks import Callback, JsonLog, Progress, TensorBoard, Wandb, check_packages
@@ -81,6 +82,7 @@ class Trainer:
             elif self.mesh.is_sharded and not self.out.is_dir():
                 raise InputError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             inputs = self._open_inputs(reuse=again or not self.mesh.is_main)
+        keep_freed(device.type == "cpu")
         self.loader, self.state = self._start(inputs, dtype)
         self.reducer = GradReducer(self.mesh, self.state.masters)
         self.bytes_of = token_bytes(inputs.tokenizer)
@@ -179,6 +181,7 @@ class Trainer:
         finally:
             batches.close()
             gc.unfreeze()
+            keep_freed(False)
             try:
                 self.checkpoints.wait()
             finally:
