@@ -6,9 +6,9 @@ Each call is made once before, which compiles it.
 """
 
 KERNELS = {
-    "attention_hopper_kernel": "attention",
-    "attention_hopper_dq_kernel": "attention",
-    "attention_hopper_dkdv_kernel": "attention",
+    "attention_forward_kernel": "attention",
+    "attention_dq_kernel": "attention",
+    "attention_dkdv_kernel": "attention",
     "paged_attention_kernel": "paged_attention",
     "moe_grouped_gemm_swiglu_kernel": "moe",
     "linear_kernel": "linear",

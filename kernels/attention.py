@@ -204,13 +204,8 @@ attention = Op(
     ],
     traffic=lambda q, k, v, **_: (2 * q.nbytes + 2 * k.nbytes, 4 * q.nbytes + 4 * k.nbytes),
     budget={
-        f"attention_{name}_kernel": Budget(wgmma=True, vector="hopper" not in name, tensor_share=share)
-        for name, share in (("forward", 0.0), ("hopper", 1.0), ("hopper_dq", 1.0), ("hopper_dkdv", 0.88))
-    }
-    # Heads of 64, on sm_100 and sm_80: two and four registers are put aside from the first line to the last.
-    | {
-        "attention_dq_kernel": Budget(wgmma=True, vector=True, stack=8, tensor_share=1.0),
-        "attention_dkdv_kernel": Budget(wgmma=True, vector=True, stack=16, tensor_share=0.88),
+        f"attention_{name}_kernel": Budget(wgmma=True, vector=True, tensor_share=share)
+        for name, share in (("forward", 1.0), ("dq", 1.0), ("dkdv", 0.88))
     },
     flops=lambda q, k, v, **o: (4 * q.shape[-1] * _pairs(q, k, **o), 10 * q.shape[-1] * _pairs(q, k, **o)),
 )

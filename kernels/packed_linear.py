@@ -28,6 +28,7 @@ from .core.lang import cdiv, generation, tl, triton, wide
 from .core.launch import AutogradOp, as_rows, last_dim_contiguous, launch, launcher
 from .core.op import Budget, Case, Op
 from .core.tuned import tuned
+from .hadamard import hadamard_launch
 from .linear import GROUP, finish_tile, product, rows_square_sum, tile_features
 
 TURNED = 64  # columns that are rotated together
@@ -186,21 +187,6 @@ def widen_kernel(
     tl.store(w_ptr + f[:, None] * C + c[None, :], w.to(w_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
-def hadamard_kernel(x_ptr, y_ptr, M, C, x_row, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """64 columns of some rows, transformed: signs are those of the number of bits that row and column share."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    x = tl.load(x_ptr + m[:, None] * x_row + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-    i = tl.arange(0, COLUMNS)
-    shared = i[:, None] & i[None, :]
-    shared ^= shared >> 4
-    shared ^= shared >> 2
-    shared ^= shared >> 1
-    y = tl.dot(x, (1 - 2 * (shared & 1)).to(x.dtype), input_precision="ieee") * 0.125
-    tl.store(y_ptr + m[:, None] * y_row + c[None, :], y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None])
-
-
 def _tile(x: torch.Tensor, M: int) -> dict:
     """ROWS of x, BLOCK_F features, BLOCK_C channels at a time: a multiple of every group, and of all rotated ones."""
     arch = generation(x.device)
@@ -217,16 +203,11 @@ def table_bytes(table: Sequence[int]) -> tuple[int, int]:
     return int.from_bytes(packed[:8], "little", signed=True), int.from_bytes(packed[8:], "little", signed=True)
 
 
-@launcher
 def turned(x_MC: torch.Tensor) -> torch.Tensor:
-    """`rotated` by the kernel."""
+    """`rotated` by the kernel of heads, of which 64 columns are one."""
     M, C = x_MC.shape
-    y = x_MC.new_empty(M, cdiv(C, TURNED) * TURNED)
-    launch(
-        hadamard_kernel, (cdiv(M, 16), y.shape[1] // TURNED),
-        x_MC, y, M, C, x_MC.stride(0), y.stride(0), ROWS=16, COLUMNS=TURNED, num_warps=4,
-    )  # fmt: skip
-    return y
+    x_MC = nn.pad(x_MC, (0, -C % TURNED)) if C % TURNED else x_MC
+    return hadamard_launch(x_MC.reshape(M * x_MC.shape[1] // TURNED, TURNED), False).view(x_MC.shape)
 
 
 def packed_product(
@@ -367,7 +348,7 @@ packed_linear = Op(
     budget={
         "packed_linear_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1),
         "widen_kernel": Budget(registers=64, vector=True),
-        "hadamard_kernel": Budget(registers=128),
+        "hadamard_heads_kernel": Budget(registers=96, vector=True),
         "linear_kernel": Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
     },
     flops=lambda x, codes, scales, minima, units, *_, **__: (2 * x.numel() * len(units), 2 * x.numel() * len(units)),

@@ -144,6 +144,12 @@ def _summed(m, M, C, F, bits=8, **how):
     return x.detach(), squares, *(t.detach() if isinstance(t, torch.Tensor) else t for t in rest)
 
 
+BUDGET = {
+    "packed_linear_kernel": Budget(vector=True, wgmma=True, copies=2, products=1),
+    "widen_kernel": Budget(registers=64, vector=True),
+    "linear_kernel": Budget(stack=16, vector=True, wgmma=True, copies=2, products=1),
+}
+
 packed_linear_residual = Op(
     name="packed_linear_residual",
     reference=_packed_linear_residual,
@@ -154,17 +160,15 @@ packed_linear_residual = Op(
         Case("one row", lambda m: _joined(m, 1, 64, 128)),
         Case("bias and tails", lambda m: _joined(m, 3, 72, 100, bias=True)),
         Case("4 bits, rotated", lambda m: _joined(m, 20, 128, 64, 4, minimum=True, rotate=True)),
-        Case("many rows", lambda m: _joined(m, 259, 64, 64, 4, minimum=True)),
         Case("1x4096x4096", lambda m: _joined(m, 1, 4096, 4096), bench=True),
         Case("64x4096x4096, 4 bits", lambda m: _joined(m, 64, 4096, 4096, 4, minimum=True), bench=True),
+        Case("4096x4096x4096, 4 bits", lambda m: _joined(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
     ],
     traffic=lambda x, c, s, n, u, stream, *_, **__: (
         packed_bytes(c, s, n, u) + x.nbytes + 3 * stream.nbytes, 0
     ),
     flops=lambda x, c, s, n, units, *_, **__: (2 * x.numel() * len(units), 0),
-    budget={
-        "packed_linear_kernel": Budget(vector=True, wgmma=True, copies=2, products=1),
-    },
+    budget=BUDGET,
 )  # fmt: skip
 
 packed_normed_linear = Op(
@@ -177,7 +181,6 @@ packed_normed_linear = Op(
         Case("bias and tails", lambda m: _summed(m, 3, 72, 40, bias=True)),
         Case("4 bits, rotated, gated", lambda m: _summed(m, 20, 64, 128, 4, rotate=True), {"activation": "silu"}),
         Case("table", lambda m: _summed(m, 3, 64, 32, 4, group=32, table=E2M1)),
-        Case("many rows, gated", lambda m: _summed(m, 259, 64, 64, 4, minimum=True), {"activation": "silu"}),
         Case("1x4096x6144", lambda m: _summed(m, 1, 4096, 6144), bench=True),
         Case(
             "64x4096x28672, 4 bits, gated",
@@ -185,10 +188,14 @@ packed_normed_linear = Op(
             {"activation": "silu"},
             bench=True,
         ),
+        Case(
+            "4096x4096x28672, 4 bits, gated",
+            lambda m: _summed(m, 4096, 4096, 28672, 4, minimum=True),
+            {"activation": "silu"},
+            bench=True,
+        ),
     ],
     traffic=lambda x, sums, c, s, n, u, *_, **__: (packed_bytes(c, s, n, u) + x.nbytes + sums.nbytes, 0),
     flops=lambda x, sums, c, s, n, units, *_, **__: (2 * x.numel() * len(units), 0),
-    budget={
-        "packed_linear_kernel": Budget(vector=True, wgmma=True, copies=2, products=1),
-    },
+    budget=BUDGET,
 )

@@ -82,7 +82,7 @@ class Chat:
         """Read lines until the end, "quit" or "exit"."""
         for line in _lines():
             line = line.strip()
-            if line in ("quit", "exit"):
+            if line.removeprefix("/") in ("quit", "exit"):
                 return 0
             if line.startswith("/"):
                 print(self.command(line))

@@ -30,6 +30,7 @@ from .packed_weight import Layout, Segment
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "mlx")
 FORMATS = "pack-quantized", "int-quantized", "float-quantized"  # of compressed-tensors
+VECTORS = "g_idx", "weight_g_idx", "weight_shape", "SCB", "absmax", "nested_absmax", "quant_map", "nested_quant_map"
 BNB_STATES = "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"
 
 
@@ -37,7 +38,15 @@ def read_integers(
     name: str, has: Callable[[str], bool], take: Callable[[str], Tensor], said: Mapping[str, Any]
 ) -> Segment | Tensor | None:
     """A matrix of a checkpoint as it is packed; a tensor where its columns are in no order; None where it is plain."""
-    base, method = name.removesuffix(".weight"), said.get("quant_method")
+    base, method, read = name.removesuffix(".weight"), said.get("quant_method"), take
+
+    def take(part: str) -> Tensor:
+        tensor, vector = read(part), part.rpartition(".")[2] in (*VECTORS, *(x.rpartition(".")[2] for x in BNB_STATES))
+        if tensor.ndim != (1 if vector else 2) or not tensor.numel():
+            kind = "vector" if vector else "matrix"
+            raise InputError(f"{part} has shape {tuple(tensor.shape)}; it must be a {kind} that is not empty")
+        return tensor
+
     try:
         if method in ("awq", "gptq") and has(f"{base}.qweight"):
             return (_awq if method == "awq" else _gptq)(base, has, take, said)
@@ -95,13 +104,13 @@ def _ordered(name: str, take, codes_NC: Tensor, zeros_NG: Tensor, scale_NG: Tens
 def _compressed(base, has, take, said) -> Segment | Tensor:
     if said.get("format", "pack-quantized") not in ("pack-quantized", "mixed-precision"):
         raise InputError(f"quantization_config: format {said['format']!r} is not read; {' and '.join(FORMATS)} are")
-    groups = [group for group in (said.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    bits = _number((groups[0].get("weights") or {}) if groups else {}, "num_bits", (4, 8))
+    bits = _number(next(iter(groups_of(said)), {}), "num_bits", (4, 8))
     codes_NC = _fields(take(f"{base}.weight_packed"), bits).flatten(1)
     if has(f"{base}.weight_shape"):
         said_shape = take(f"{base}.weight_shape").tolist()
         rows, columns = codes_NC.shape
-        if len(said_shape) != 2 or said_shape[0] != rows or said_shape[1] not in range(1, columns + 1):
+        whole = len(said_shape) == 2 and all(type(size) is int for size in said_shape)
+        if not whole or said_shape[0] != rows or said_shape[1] not in range(1, columns + 1):
             raise InputError(f"{base}.weight_shape is {said_shape}, weight_packed holds {rows} × {columns}")
         codes_NC = codes_NC[:, : said_shape[1]]
     scale_NG = take(f"{base}.weight_scale").float()
@@ -113,6 +122,17 @@ def _compressed(base, has, take, said) -> Segment | Tensor:
         if ordered is not None:
             return ordered
     return _segment(base, codes_NC, scale_NG, _minima(base, zeros_NG, scale_NG, bits), bits)
+
+
+def groups_of(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What compressed-tensors says of the weights of each group of layers."""
+    groups = said.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise InputError(f"quantization_config: config_groups must hold an object for each group, got {groups!r}")
+    found = [group.get("weights") or {} for group in groups.values()]
+    if strange := [weights for weights in found if not isinstance(weights, Mapping)]:
+        raise InputError(f"quantization_config: weights of config_groups must be an object, got {strange[0]!r}")
+    return found
 
 
 def _mlx(base, take, said) -> Segment:
@@ -139,8 +159,11 @@ def _bitsandbytes(name, has, take) -> Tensor:
         raise InputError(f"{state} is not what bitsandbytes writes: {error!r}") from None
     scales, codes = take(f"{name}.absmax"), take(name).flatten()
     if has(f"{name}.nested_absmax"):
-        outer = take(f"{name}.nested_absmax").repeat_interleave(nested)[: len(scales)]
-        scales = take(f"{name}.nested_quant_map")[scales.int()] * outer + offset
+        outer, inner = take(f"{name}.nested_absmax").repeat_interleave(nested), take(f"{name}.nested_quant_map")
+        if scales.dtype != torch.uint8 or len(inner) != 256:
+            kind = str(scales.dtype).removeprefix("torch.")
+            raise InputError(f"{name}.absmax is {kind} for {len(inner)} numbers; nested scales are bytes for 256")
+        scales = inner[scales.int()] * outer[: len(scales)] + offset
     if min(size, *shape) < 1 or math.prod(shape) != 2 * len(codes) or len(scales) != -(-2 * len(codes) // size):
         raise InputError(f"{name}: {len(codes)} bytes and {len(scales)} scales do not make {shape} in blocks of {size}")
     table = take(f"{name}.quant_map").float()

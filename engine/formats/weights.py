@@ -1,7 +1,7 @@
 """Weights as files hold them: mapped, read by name when asked for, unpacked where they are published in 8 or 4 bits.
 
-Two ways of packing are undone on reading: FP8 with a scale a tensor, a row, or a block of 128 by 128 (DeepSeek-V3,
-Qwen3-FP8), and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
+Two ways of packing are undone on reading: FP8 with a scale a tensor, a row, or a block (128 by 128 in DeepSeek-V3 and
+Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels.packed_linear import E2M1
 from ..errors import InputError
 from .family import WeightMapping
-from .packed_checkpoints import METHODS, read_integers
+from .packed_checkpoints import METHODS, groups_of, read_integers
 from .packed_weight import Layout, PackedExperts, PackedWeight, Segment
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -58,7 +58,7 @@ class Weights:
             return tensor
         for suffix in ("_scale_inv", "_scale"):
             if found + suffix in self.sources:
-                return fp8(tensor, self._take(found + suffix), found)
+                return fp8(tensor, self._take(found + suffix), found, fp8_block(self.quantization))
         raise InputError(f"{self.path}: tensor {found} is in FP8 and has no scale")
 
     def _blocks(self, name: str) -> tuple[Tensor, Tensor]:
@@ -183,15 +183,31 @@ class Weights:
         return name.startswith("mtp.") or bool(layer and int(layer[1]) >= layers)
 
 
-def fp8(tensor: Tensor, scale: Tensor, name: str) -> Tensor:
-    """Numbers in 8 bits times their scale: one, one a row, or one a block of 128 by 128."""
-    scale = scale.float()
-    if scale.numel() > 1 and tensor.ndim == 2 and scale.shape != (len(tensor), 1):
-        blocks = tuple(-(-size // 128) for size in tensor.shape)
-        if tuple(scale.shape) != blocks:
-            raise InputError(f"tensor {name} has scales of shape {tuple(scale.shape)}, its blocks are {blocks}")
-        scale = scale.repeat_interleave(128, 0)[: len(tensor)].repeat_interleave(128, 1)[:, : tensor.shape[1]]
+def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128, 128)) -> Tensor:
+    """Numbers in 8 bits times their scale: one, one a row, or one a block; bytes are exponents of two (E8M0)."""
+    scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+    if scale.numel() != 1 and scale.shape != (*tensor.shape[:-1], 1):
+        *_, rows, columns = 1, 1, *tensor.shape
+        blocks = *tensor.shape[:-2], -(-rows // block[0]), -(-columns // block[1])
+        if tuple(scale.shape) != blocks or tensor.ndim < 2:
+            raise InputError(
+                f"tensor {name} has scales of shape {tuple(scale.shape)}, its blocks of {block[0]} × {block[1]} "
+                f"are {blocks}"
+            )
+        scale = scale.repeat_interleave(min(block[0], rows), -2)[..., :rows, :]
+        scale = scale.repeat_interleave(min(block[1], columns), -1)[..., :columns]
     return (tensor.float() * scale).bfloat16()
+
+
+def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale in FP8, of a quantization_config; 128 each where it says none."""
+    given = [said.get("weight_block_size"), *(weights.get("block_structure") for weights in groups_of(said))]
+    found: Any = next((block for block in given if block is not None), (128, 128))
+    if isinstance(found, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", found):  # as old compressed-tensors write it
+        found = [int(side) for side in found.split("x")]
+    if not isinstance(found, (list, tuple)) or len(found) != 2 or any(type(n) is not int or n < 1 for n in found):
+        raise InputError(f"quantization_config: a block of FP8 is two numbers of at least 1, got {found!r}")
+    return found[0], found[1]
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -219,8 +220,14 @@ def _add_errors(app: FastAPI) -> None:
         body = {"type": "error", **error.body} if request.url.path.startswith("/v1/messages") else error.body
         return JSONResponse(body, error.status, error.headers)
 
-    async def http(_: Request, error: HTTPException) -> Response:
-        return answer(APIError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+    async def http(request: Request, error: HTTPException) -> Response:
+        headers = Headers(error.headers or {})
+        says, path = str(error.detail), request.url.path[:100]
+        if error.status_code == 404:
+            says = f"there is no {path} here; /docs lists the routes"
+        elif allowed := headers.get("allow"):
+            says = f"{path} takes {allowed}, not {request.method}"
+        return answer(APIError(error.status_code, says, headers=dict(error.headers or {})))
 
     app.add_exception_handler(APIError, known)
     app.add_exception_handler(HTTPException, http)

@@ -7,6 +7,7 @@ moment: they check, leave a note and return; the loop acts on the notes between 
 of a step that fails are computed again, each alone: the one that fails again ends with the error, the others go on.
 """
 
+import atexit
 import secrets
 import threading
 import time
@@ -26,6 +27,9 @@ from .scheduling.step import ChunkResult, StepPlan, StepResult
 from .structured_output import MinTokens
 
 Result = TypeVar("Result")
+LAST_STEP = (
+    10.0  # seconds that the end of the program waits for the step under way; one that hangs has no claim to more
+)
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -279,14 +283,20 @@ class Engine:
             self._stopping = False
             self._thread = threading.Thread(target=self._loop, name="warploom-engine", daemon=True)
             self._thread.start()
+            atexit.register(self._end_thread, LAST_STEP)
 
     def stop(self) -> None:
         """End the thread after the step it is in; what is under way can be driven by hand again."""
+        self._end_thread()
+        self._thread = None
+        atexit.unregister(self._end_thread)
+
+    def _end_thread(self, seconds: float | None = None) -> None:
+        """Wait for it too: a thread that Python finds in C++ when it ends takes the process down (`std::terminate`)."""
         thread, self._stopping = self._thread, True
         if thread is not None:
             self._wake.set()
-            thread.join()
-            self._thread = None
+            thread.join(seconds)
 
     @property
     def alive(self) -> bool:

@@ -2,16 +2,21 @@
 
 One client that sends a hundred slow texts waits for its own hundred; the next client waits for the call under way. A
 call whose future is cancelled before it starts never runs. The threads are daemons: a call that never ends keeps one
-thread, and does not keep the process from exiting.
+thread, and keeps the process from exiting for `LAST_CALL` seconds only. Without these, Python would end while a thread
+is in C++ or Rust, which takes the process down.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Any
+
+LAST_CALL = 5.0
 
 
 class PoolFull(Exception):
@@ -26,8 +31,12 @@ class FairPool:
         self._most, self._count = waiting, 0
         self._changed = threading.Condition()
         self._closed = False
-        for number in range(threads):
-            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._leave)
 
     def submit(self, client: Hashable, work: Callable[..., Any], *arguments: Any) -> Future:
         """Queue a call for a client; raises PoolFull beyond the limit."""
@@ -50,6 +59,12 @@ class FairPool:
             self._changed.notify_all()
         for future in waiting:
             future.cancel()
+
+    def _leave(self) -> None:
+        self.shutdown()
+        end = time.monotonic() + LAST_CALL
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
         while call := self._next():

@@ -15,14 +15,23 @@ from .attention_tiles import (
     UNSPECIALIZED,
     all_visible,
     capped,
+    head_numbers_of,
+    head_of,
+    heads_of,
+    hide,
     key_run,
+    last_visible,
+    load_head_numbers,
+    load_head_rows,
+    load_numbers,
+    load_rows,
     load_tile,
     query_run,
+    rows_of,
     store_tile,
     through_cap,
     tile_coordinates,
     tile_of_head,
-    visible,
 )
 
 
@@ -56,47 +65,68 @@ def attention_dq_kernel(
     tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
     Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT_LSE: tl.constexpr,
+    SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One block of queries walks over the keys it sees."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
     )
-    if row >= q_len:
-        return
+    idle = row >= q_len
+    token = tl.where(idle, 0, token)
+    q_base = head_of(q, batch, head, token, stride_qb, stride_qt, stride_qh)
+    do_base = head_of(do, batch, head, token, stride_db, stride_dt, stride_dh)
+    k_base = head_of(k, batch, head // Q_PER_KV, token, stride_kb, stride_kt, stride_kh)
+    v_base = head_of(v, batch, head // Q_PER_KV, token, stride_vb, stride_vt, stride_vh)
+    keys = rows_of(k_base, k_len, stride_kt, D, BLOCK_N, BLOCK_D, TMA)
+    values = rows_of(v_base, k_len, stride_vt, D, BLOCK_N, BLOCK_D, TMA)
+    queries = rows_of(q_base, q_len, stride_qt, D, BLOCK_M, BLOCK_D, TMA)
+    upstream = rows_of(do_base, q_len, stride_dt, D, BLOCK_M, BLOCK_D, TMA)
+    q_tile = load_rows(queries, row, q_len, stride_qt, D, BLOCK_M, BLOCK_D, TMA)
+    do_tile = load_rows(upstream, row, q_len, stride_dt, D, BLOCK_M, BLOCK_D, TMA)
+
     own = tl.arange(0, BLOCK_M)
     rows = row + own
-    q_at = tile_of_head(q, batch, head, first, own, stride_qb, stride_qt, stride_qh, BLOCK_D)
-    do_at = tile_of_head(do, batch, head, first, own, stride_db, stride_dt, stride_dh, BLOCK_D)
-    q_tile = load_tile(q_at, rows, q_len, D, BLOCK_D)
-    do_tile = load_tile(do_at, rows, q_len, D, BLOCK_D)
-    row_stats = batch * stride_lb + head * stride_lh + stats + rows
-    lse = tl.load(lse_ptr + row_stats, mask=rows < q_len, other=float("inf"))
-    delta = tl.load(delta_ptr + row_stats, mask=rows < q_len, other=0.0)
+    stats += batch * stride_lb + head * stride_lh
+    lse = load_numbers(lse_ptr + stats, row, q_len, BLOCK_M, TMA)
+    delta = load_numbers(delta_ptr + stats, row, q_len, BLOCK_M, TMA)
     if SPLIT_LSE:
-        log2_l = tl.load(lse_ptr + row_stats + stride_ls, mask=rows < q_len, other=0.0)
-    step = tl.arange(0, BLOCK_N)
-    k_tile = tile_of_head(k, batch, head // Q_PER_KV, token, step, stride_kb, stride_kt, stride_kh, BLOCK_D)
-    v_tile = tile_of_head(v, batch, head // Q_PER_KV, token, step, stride_vb, stride_vt, stride_vh, BLOCK_D)
-
+        log2_l = load_numbers(lse_ptr + stats + stride_ls, row, q_len, BLOCK_M, TMA)
     position = row + k_len - q_len
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
+    end = tl.where(idle, begin, end)
+    last = last_visible(rows, q_len, k_len, CAUSAL, WINDOW)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for key in tl.range(begin, end, BLOCK_N):
-        keys = key + tl.arange(0, BLOCK_N)
-        k_block = load_tile(k_tile + tl.cast(key, tl.int64) * stride_kt, keys, k_len, D, BLOCK_D)
-        v_block = load_tile(v_tile + tl.cast(key, tl.int64) * stride_vt, keys, k_len, D, BLOCK_D)
-        scores = capped(tl.dot(q_tile, tl.trans(k_block), input_precision="ieee"), SCALE, SOFTCAP)
+    for key in tl.range(begin, end, BLOCK_N, warp_specialize=TMA):
+        k_block = load_rows(keys, key, k_len, stride_kt, D, BLOCK_N, BLOCK_D, TMA)
+        v_block = load_rows(values, key, k_len, stride_vt, D, BLOCK_N, BLOCK_D, TMA)
+        scores = tl.dot(q_tile, tl.trans(k_block), input_precision="ieee")
+        dp = tl.dot(do_tile, tl.trans(v_block), input_precision="ieee")
+        scores = capped(scores, SCALE, SOFTCAP)
         exponents = scores * SCALE_LOG2 - lse[:, None]
         p = tl.exp2(exponents - log2_l[:, None] if SPLIT_LSE else exponents)
-        if not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
-            p = tl.where(visible((rows + (k_len - q_len))[:, None], keys[None, :], k_len, CAUSAL, WINDOW), p, 0.0)
-        dp = tl.dot(do_tile, tl.trans(v_block), input_precision="ieee")
+        p = hide(p, 0.0, position, rows, last, key, q_len, k_len, CAUSAL, WINDOW, BLOCK_M, BLOCK_N, TMA)
         ds = through_cap(p * (dp - delta[:, None]), scores, SOFTCAP)
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision="ieee")
     dq_at = tile_of_head(dq, batch, head, first, own, stride_dqb, stride_dqt, stride_dqh, BLOCK_D)
     store_tile(dq_at, acc * SCALE, rows, q_len, D, BLOCK_D)
+
+
+@triton.jit
+def _hide_keys(
+    p, position, key, keys, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_M): p, and zero where a row does not see a key. `position` is the first row's."""
+    if TMA or not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
+        there = position + tl.arange(0, BLOCK_M)
+        if CAUSAL:
+            p = tl.where(keys[:, None] <= there[None, :], p, 0.0)
+        if WINDOW > 0:
+            p = tl.where(keys[:, None] > (there - WINDOW)[None, :], p, 0.0)
+            if not CAUSAL:
+                p = tl.where(keys[:, None] < (there + WINDOW)[None, :], p, 0.0)
+    return p
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -108,54 +138,57 @@ def attention_dkdv_kernel(
     tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
     Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT_LSE: tl.constexpr,
+    SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One block of keys walks over the queries that see it, head after head of those that share it, in one loop:
-    a loop in a loop cost 45 registers. Keys are the rows here, so that P and dS feed their products from registers."""
+    a loop in a loop cost 45 registers. Keys are the rows here, so that P and dS feed their products from registers.
+
+    Rows behind the last query arrive as zeros and add nothing, keys behind the last are not stored: neither is masked.
+    """
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, key, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_N, SEARCH_STEPS, False
     )
-    if key >= k_len:
-        return
+    idle = key >= k_len
+    token = tl.where(idle, 0, token)
     own = tl.arange(0, BLOCK_N)
     keys = key + own
-    k_at = tile_of_head(k, batch, head, first, own, stride_kb, stride_kt, stride_kh, BLOCK_D)
-    v_at = tile_of_head(v, batch, head, first, own, stride_vb, stride_vt, stride_vh, BLOCK_D)
-    k_tile = load_tile(k_at, keys, k_len, D, BLOCK_D)
-    v_tile = load_tile(v_at, keys, k_len, D, BLOCK_D)
-    step = tl.arange(0, BLOCK_M)
-    q_tile = tile_of_head(q, batch, 0, token, step, stride_qb, stride_qt, stride_qh, BLOCK_D)
-    do_tile = tile_of_head(do, batch, 0, token, step, stride_db, stride_dt, stride_dh, BLOCK_D)
-    row_stats = batch * stride_lb + stats
+    k_base = head_of(k, batch, head, token, stride_kb, stride_kt, stride_kh)
+    v_base = head_of(v, batch, head, token, stride_vb, stride_vt, stride_vh)
+    k_rows = rows_of(k_base, k_len, stride_kt, D, BLOCK_N, BLOCK_D, TMA)
+    v_rows = rows_of(v_base, k_len, stride_vt, D, BLOCK_N, BLOCK_D, TMA)
+    k_tile = load_rows(k_rows, key, k_len, stride_kt, D, BLOCK_N, BLOCK_D, TMA)
+    v_tile = load_rows(v_rows, key, k_len, stride_vt, D, BLOCK_N, BLOCK_D, TMA)
+    q_heads = heads * Q_PER_KV
+    q_base = head_of(q, batch, 0, token, stride_qb, stride_qt, stride_qh)
+    do_base = head_of(do, batch, 0, token, stride_db, stride_dt, stride_dh)
+    queries = heads_of(q_base, q_heads, q_len, stride_qh, stride_qt, D, BLOCK_M, BLOCK_D, TMA)
+    upstream = heads_of(do_base, q_heads, q_len, stride_dh, stride_dt, D, BLOCK_M, BLOCK_D, TMA)
+    stats += batch * stride_lb
+    lse_rows = head_numbers_of(lse_ptr + stats, q_heads, q_len, stride_lh, BLOCK_M, TMA)
+    delta_rows = head_numbers_of(delta_ptr + stats, q_heads, q_len, stride_lh, BLOCK_M, TMA)
 
     begin, end = query_run(key, key + BLOCK_N - 1, q_len, k_len - q_len, CAUSAL, WINDOW, BLOCK_M)
+    end = tl.where(idle, begin, end)
     blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for turn in tl.range(0, blocks * Q_PER_KV):
-        q_head = head * Q_PER_KV + turn // blocks
-        here = begin + tl.cast(turn % blocks, tl.int64) * BLOCK_M
-        row = here.to(tl.int32)
-        rows = row + tl.arange(0, BLOCK_M)
-        places = row_stats + q_head * stride_lh + here + tl.arange(0, BLOCK_M)
-        q_block = load_tile(q_tile + (q_head * stride_qh + here * stride_qt), rows, q_len, D, BLOCK_D)
-        lse = tl.load(lse_ptr + places, mask=rows < q_len, other=float("inf"))
+    for turn in tl.range(0, blocks * Q_PER_KV, warp_specialize=TMA):
+        q_head = (head * Q_PER_KV).to(tl.int32) + turn // blocks
+        row = (begin + tl.cast(turn % blocks, tl.int64) * BLOCK_M).to(tl.int32)
+        q_block = load_head_rows(queries, q_head, row, q_len, stride_qh, stride_qt, D, BLOCK_M, BLOCK_D, TMA)
+        lse = load_head_numbers(lse_rows, q_head, row, q_len, stride_lh, BLOCK_M, TMA)
         scores = capped(tl.dot(k_tile, tl.trans(q_block), input_precision="ieee"), SCALE, SOFTCAP)
-        exponents = scores * SCALE_LOG2 - lse[None, :]
+        exponents = scores * SCALE_LOG2 - lse
         if SPLIT_LSE:
-            exponents -= tl.load(lse_ptr + places + stride_ls, mask=rows < q_len, other=0.0)[None, :]
+            exponents -= load_head_numbers(lse_rows + stride_ls, q_head, row, q_len, stride_lh, BLOCK_M, TMA)
         p = tl.exp2(exponents)
-        if CAUSAL or WINDOW > 0:
-            position = row + k_len - q_len
-            if not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
-                seen = visible((rows + (k_len - q_len))[None, :], keys[:, None], k_len, CAUSAL, WINDOW)
-                p = tl.where(seen, p, 0.0)
-        do_block = load_tile(do_tile + (q_head * stride_dh + here * stride_dt), rows, q_len, D, BLOCK_D)
+        p = _hide_keys(p, row + (k_len - q_len), key, keys, k_len, CAUSAL, WINDOW, BLOCK_M, BLOCK_N, TMA)
+        do_block = load_head_rows(upstream, q_head, row, q_len, stride_dh, stride_dt, D, BLOCK_M, BLOCK_D, TMA)
         dv_acc = tl.dot(p.to(do_block.dtype), do_block, dv_acc, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_block), input_precision="ieee")
-        delta = tl.load(delta_ptr + places, mask=rows < q_len, other=0.0)
-        ds = through_cap(p * (dp - delta[None, :]), scores, SOFTCAP)
+        delta = load_head_numbers(delta_rows, q_head, row, q_len, stride_lh, BLOCK_M, TMA)
+        ds = through_cap(p * (dp - delta), scores, SOFTCAP)
         dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision="ieee")
     dk_at = tile_of_head(dk, batch, head, first, own, stride_dkb, stride_dkt, stride_dkh, BLOCK_D)
     dv_at = tile_of_head(dv, batch, head, first, own, stride_dvb, stride_dvt, stride_dvh, BLOCK_D)

@@ -18,15 +18,17 @@ from ..core.lang import tl, triton
 from .attention_tiles import (
     LOG2E,
     UNSPECIALIZED,
-    all_visible,
     capped,
     first_peak,
+    head_of,
+    hide,
     key_run,
-    load_tile,
+    last_visible,
+    load_rows,
+    rows_of,
     store_tile,
     tile_coordinates,
     tile_of_head,
-    visible,
 )
 
 
@@ -38,41 +40,44 @@ def attention_forward_kernel(
     tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
     Q_PER_KV: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT_LSE: tl.constexpr,
+    SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
     )
-    if row >= q_len:
-        return
+    idle = row >= q_len
+    token = tl.where(idle, 0, token)
+    q_base = head_of(q, batch, head, token, stride_qb, stride_qt, stride_qh)
+    k_base = head_of(k, batch, head // Q_PER_KV, token, stride_kb, stride_kt, stride_kh)
+    v_base = head_of(v, batch, head // Q_PER_KV, token, stride_vb, stride_vt, stride_vh)
+    keys = rows_of(k_base, k_len, stride_kt, D, BLOCK_N, BLOCK_D, TMA)
+    values = rows_of(v_base, k_len, stride_vt, D, BLOCK_N, BLOCK_D, TMA)
+    queries = rows_of(q_base, q_len, stride_qt, D, BLOCK_M, BLOCK_D, TMA)
+    q_tile = load_rows(queries, row, q_len, stride_qt, D, BLOCK_M, BLOCK_D, TMA)
+
     own = tl.arange(0, BLOCK_M)
     rows = row + own
-    q_at = tile_of_head(q, batch, head, first, own, stride_qb, stride_qt, stride_qh, BLOCK_D)
-    q_tile = load_tile(q_at, rows, q_len, D, BLOCK_D)
-    step = tl.arange(0, BLOCK_N)
-    k_tile = tile_of_head(k, batch, head // Q_PER_KV, token, step, stride_kb, stride_kt, stride_kh, BLOCK_D)
-    v_tile = tile_of_head(v, batch, head // Q_PER_KV, token, step, stride_vb, stride_vt, stride_vh, BLOCK_D)
-
     position = row + k_len - q_len
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
+    end = tl.where(idle, begin, end)
+    last = last_visible(rows, q_len, k_len, CAUSAL, WINDOW)
     m_i = first_peak(sinks, head, BLOCK_M)
     l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for key in tl.range(begin, end, BLOCK_N):
-        keys = key + tl.arange(0, BLOCK_N)
-        k_block = load_tile(k_tile + tl.cast(key, tl.int64) * stride_kt, keys, k_len, D, BLOCK_D)
+    for key in tl.range(begin, end, BLOCK_N, warp_specialize=TMA):
+        k_block = load_rows(keys, key, k_len, stride_kt, D, BLOCK_N, BLOCK_D, TMA)
         scores = capped(tl.dot(q_tile, tl.trans(k_block), input_precision="ieee"), SCALE, SOFTCAP)
-        if not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
-            seen = visible((rows + (k_len - q_len))[:, None], keys[None, :], k_len, CAUSAL, WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
+        scores = hide(
+            scores, float("-inf"), position, rows, last, key, q_len, k_len, CAUSAL, WINDOW, BLOCK_M, BLOCK_N, TMA
+        )
         new_m = tl.maximum(m_i, tl.max(scores, 1) * SCALE_LOG2)
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
         p = tl.exp2(scores * SCALE_LOG2 - base[:, None])
         alpha = tl.exp2(m_i - base)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = new_m
-        v_block = load_tile(v_tile + tl.cast(key, tl.int64) * stride_vt, keys, k_len, D, BLOCK_D)
+        v_block = load_rows(values, key, k_len, stride_vt, D, BLOCK_N, BLOCK_D, TMA)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * alpha[:, None], input_precision="ieee")
 
     empty = l_i == 0.0

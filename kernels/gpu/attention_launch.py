@@ -58,23 +58,21 @@ def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain
             tiles |= _TILES.get((kernel, family, "small"), {})
         M, N, warps, stages = tiles[min(256, max(64, next_power_of_2(D)))]
     default = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
-    return tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
-
-
-_PORTABLE = {"forward": attention_forward_kernel, "dq": attention_dq_kernel, "dkdv": attention_dkdv_kernel}
+    chosen = tuned(f"attention_{kernel}", device, f"{D} {str(dtype)[6:]}{'' if plain else ' other'}", default)
+    return {**chosen, "TMA": False}
 
 
 def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: Callable) -> None:
-    """`run(kernel, tile)` with Hopper's kernel of this name or, if its first launch fails or without, the portable."""
+    """`run(tile)` with Hopper's tile of this kernel or, if its first launch fails or without, the portable one."""
     D, dtype, device = q.shape[3], q.dtype, q.device
     if hopper:
         try:
-            run(*attention_hopper.kernel_and_tile(name, D, dtype, device))
+            run(attention_hopper.tile_of(name, D, dtype, device))
             return attention_hopper.works(name)
         except Exception as error:  # a compiler's refusal has many types
             if not attention_hopper.gives_up(name, error):
                 raise
-    run(_PORTABLE[name], tile_of(name, D, dtype, device, plain))
+    run(tile_of(name, D, dtype, device, plain))
 
 
 class _Grid:
@@ -147,9 +145,12 @@ def attention_forward(
     plain = causal and cu is None and softcap == 0
     strides = [n for x in (q, k, v, o, lse_2BHT) for n in x.stride()[:3]]
 
-    def run(kernel, tile):
+    def run(tile):
         grid = _Grid(q, k, cu, tile["BLOCK_M"], H, T, k.shape[1])
-        launch(kernel, grid.grid, q, k, v, o, lse_2BHT, sinks, cu, *strides, *grid.scalar_args, **meaning, **tile)
+        launch(
+            attention_forward_kernel, grid.grid,
+            q, k, v, o, lse_2BHT, sinks, cu, *strides, *grid.scalar_args, **meaning, **tile,
+        )  # fmt: skip
 
     hopper = attention_hopper.tma_can_address("forward", q, k, v)
     _launch_either("forward", hopper, q, plain, run)
@@ -191,16 +192,20 @@ def attention_backward(
     )  # fmt: skip
     inputs = q, k, v, do, lse_2BHT, delta_BHT
 
-    def run_dq(kernel, tile):
+    def run_dq(tile):
         grid = _Grid(q, k, cu, tile["BLOCK_M"], H, q.shape[1], k.shape[1])
         launch(
-            kernel, grid.grid, *inputs, dq, cu, *strides, *dq.stride()[:3], *stats, *grid.scalar_args, **meaning, **tile
-        )
+            attention_dq_kernel, grid.grid,
+            *inputs, dq, cu, *strides, *dq.stride()[:3], *stats, *grid.scalar_args, **meaning, **tile,
+        )  # fmt: skip
 
-    def run_dkdv(kernel, tile):
+    def run_dkdv(tile):
         grid = _Grid(q, k, cu, tile["BLOCK_N"], k.shape[2], k.shape[1], q.shape[1])
         own = *dk.stride()[:3], *dv.stride()[:3]
-        launch(kernel, grid.grid, *inputs, dk, dv, cu, *strides, *own, *stats, *grid.scalar_args, **meaning, **tile)
+        launch(
+            attention_dkdv_kernel, grid.grid,
+            *inputs, dk, dv, cu, *strides, *own, *stats, *grid.scalar_args, **meaning, **tile,
+        )  # fmt: skip
 
     if want_q:
         _launch_either("dq", attention_hopper.tma_can_address("dq", q, k, v, do), q, plain, run_dq)

@@ -241,14 +241,15 @@ def _tile(G: int, D: int, R: int, eight: bool, dtype: torch.dtype, device: torch
     rows = next_power_of_2(G)
     arch = generation(device)
     if arch == 0 or dtype == torch.float32:
-        tile, block, warps = 16, 32, 4
+        tile, block, warps, stages = 16, 32, 4, 2
     elif R:  # two accumulators as wide as a latent
-        tile, block, warps = 16, 32, 8
+        tile, block, warps, stages = 16, 32, 8, 2
     else:
         narrow = (128 if arch >= 90 else 64) < D or D % 16  # odd heads: an address a number, in two registers
         tile, block, warps = 64, 32 if narrow else 64, 4 if arch == 90 else 8
         tile = 32 if eight and arch == 80 else tile  # sm_120 would spill what 8 bits are widened to
-    default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": 2}
+        block, stages = (32, 3) if eight and arch == 90 else (block, 2)  # so would Triton 3.6 there
+    default = {"BLOCK_M": max(tile, rows), "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
     a_segment = cdiv(rows * next_power_of_2(D), 32 * warps)
     default["UNROLL"] = max(1, min(UNROLL, FETCHED // a_segment))
     name = "latent_attention" if R else "paged_attention"

@@ -53,14 +53,18 @@ def test_tma_expanded_or_misaligned_not_addressed(hopper):
 @interpreted
 @pytest.mark.parametrize("name", ["forward", "dq", "dkdv"])
 def test_hopper_first_launch_fails_portable_serves(hopper, monkeypatch, name):
-    class Refused:
+    class Refuses:
         def __getitem__(self, grid):
-            raise RuntimeError("PassManager::run failed\nmore")
+            def run(*args, TMA, **options):
+                if TMA:
+                    raise RuntimeError("PassManager::run failed\nmore")
+                kernel[grid](*args, TMA=TMA, **options)
 
-    for kernel in attention_hopper.KERNELS:
-        monkeypatch.setitem(attention_hopper.KERNELS, kernel, attention_launch._PORTABLE[kernel])
-    monkeypatch.setitem(attention_hopper.KERNELS, name, Refused())
-    monkeypatch.setattr(attention_hopper, "tile_of", lambda *a: attention_launch.tile_of(a[0], *a[1:]))
+            return run
+
+    kernel = getattr(attention_launch, f"attention_{name}_kernel")
+    monkeypatch.setattr(attention_launch, f"attention_{name}_kernel", Refuses())
+    monkeypatch.setattr(attention_hopper, "tile_of", lambda *a: attention_launch.tile_of(*a) | {"TMA": True})
 
     def both():
         q, k, v = (
@@ -96,7 +100,7 @@ def test_allocator_of_others_is_kept():
         raise AssertionError
 
     def ask():
-        attention_hopper.kernel_and_tile("forward", 64, torch.bfloat16, torch.device("cpu"))
+        attention_hopper.tile_of("forward", 64, torch.bfloat16, torch.device("cpu"))
         return _allocation._allocator.get()
 
     assert contextvars.Context().run(ask) is attention_hopper._scratch
@@ -122,7 +126,7 @@ DEBUGGED = """
 import torch
 from warploom.kernels import attention
 from warploom.kernels.tools.compile_offline import costs
-print(*sorted({cost.kernel for cost in costs(attention, attention.cases[0], torch.bfloat16, 90)}))
+print(*sorted({f"{cost.kernel}:{cost.warps}" for cost in costs(attention, attention.cases[0], torch.bfloat16, 90)}))
 """
 
 
@@ -130,5 +134,5 @@ print(*sorted({cost.kernel for cost in costs(attention, attention.cases[0], torc
 def test_hopper_kernels_compile_with_triton_debug():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1", "TRITON_DEBUG": "1"}
     done = subprocess.run([sys.executable, "-c", DEBUGGED], capture_output=True, text=True, env=environment)
-    hopper = [f"attention_hopper_{name}kernel" for name in ("dkdv_", "dq_", "")]
-    assert done.stdout.split() == ["attention_delta_kernel", *hopper], done.stderr[-1000:]
+    expected = {"delta": 8, "dkdv": 12, "dq": 12, "forward": 12}
+    assert done.stdout.split() == [f"attention_{name}_kernel:{n}" for name, n in expected.items()], done.stderr[-1000:]

@@ -20,7 +20,7 @@ struct Layout {
 namespace packed {
 
 constexpr int kLanes = 16;     // outputs of one vector
-constexpr int kBlock = 4;      // vectors of outputs of one task
+constexpr int kBlock = 3;      // vectors of outputs of one task: twelve sums of four rows, whole and float, fit the registers
 constexpr int kRows = 4;       // rows of activations of one tile
 
 // A group of a block of `vectors` vectors of outputs: lines of 64 bytes, 16 outputs with four columns each (of 4 bits eight: the

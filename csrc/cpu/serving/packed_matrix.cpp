@@ -9,6 +9,7 @@
 #include "cpu/serving/hadamard.hpp"
 #include "cpu/serving/half.hpp"
 #include "cpu/serving/spin_pool.hpp"
+#include "cpu/serving/weight_memory.hpp"
 #include "simd.hpp"
 
 namespace warploom {
@@ -161,7 +162,7 @@ void PackedMatrix::Segment::write(int output, const uint8_t* codes, const uint16
     const int vectors = (outputs + kLanes - 1) / kLanes, number = output / (kBlock * kLanes);
     const int count = std::min(kBlock, vectors - number * kBlock), lane = output % (kBlock * kLanes);
     const size_t size = group_bytes(layout, count);
-    uint8_t* to = data.data() + size_t(number) * groups * group_bytes(layout, kBlock);
+    uint8_t* to = data.get() + size_t(number) * groups * group_bytes(layout, kBlock);
     for (int g = 0; g < groups; ++g, to += size, codes += layout.group) {
         uint8_t* line = to + lane / kLanes * 64 + lane % kLanes * 4;
         for (int k = 0; k < lines(layout); ++k, line += count * 64) {
@@ -181,10 +182,10 @@ void PackedMatrix::Segment::write(int output, const uint8_t* codes, const uint16
 template <class Make>
 void PackedMatrix::add(const Layout& layout, int outputs, const float* bias, const Make& make) {
     const int vectors = (outputs + kLanes - 1) / kLanes, groups = groups_of(layout, columns_);
-    segments_.push_back({layout, outputs_, outputs, groups, {}, {}, {}});
-    Segment& s = segments_.back();
     const size_t rest = vectors % kBlock ? group_bytes(layout, vectors % kBlock) : 0;
-    s.data.assign((vectors / kBlock * group_bytes(layout, kBlock) + rest) * groups, 0);
+    const size_t bytes = (vectors / kBlock * group_bytes(layout, kBlock) + rest) * groups;
+    segments_.push_back({layout, outputs_, outputs, groups, bytes, weight_memory(bytes), {}, {}});
+    Segment& s = segments_.back();
     s.units.assign(size_t(vectors) * kLanes, 0.0f), s.bias.assign(s.units.size(), 0.0f);
     if (bias) std::copy_n(bias + outputs_, outputs, s.bias.begin());
     outputs_ += outputs;
@@ -229,7 +230,7 @@ PackedMatrix::PackedMatrix(const std::vector<Codes>& segments, int columns, cons
 
 size_t PackedMatrix::bytes() const {
     size_t total = 0;
-    for (const Segment& s : segments_) total += s.data.size();
+    for (const Segment& s : segments_) total += s.bytes;
     return total;
 }
 
@@ -248,13 +249,13 @@ void PackedMatrix::multiply(const Activations& x, float* y) const {
 void PackedMatrix::block(const Segment& s, const Activations& x, int number, float* y) const {
     const int from = number * kBlock * kLanes, left = s.outputs - from, here = std::min(left, kBlock * kLanes);
     const int vectors = (here + kLanes - 1) / kLanes, wide = vectors * kLanes;
-    const uint8_t* data = s.data.data() + size_t(number) * s.groups * group_bytes(s.layout, kBlock);
+    const uint8_t* data = s.data.get() + size_t(number) * s.groups * group_bytes(s.layout, kBlock);
     const Multiply multiply = multiply_rows.load(std::memory_order_relaxed);
     // Memory brings what two or three tiles multiply: the first of them requests what it needs itself soon. More tiles share
     // the requests for the block that this thread will probably have next, and memory works all the while.
     const int all = (x.count + kRows - 1) / kRows;
     const bool share = all >= 4;
-    const size_t next = size_t(SpinPool::shared().size()) * s.groups * group_bytes(s.layout, kBlock);
+    const size_t next = s.groups * group_bytes(s.layout, kBlock);
     Tile tile{&s.layout, data, &s.units[from], &s.bias[from], vectors, s.groups, share ? next : 8192, 0, 0};
     tile.mask = !share ? 0 : all < 8 ? 3 : 7;
     float part[kRows * kBlock * kLanes];  // for outputs that fill no whole vector

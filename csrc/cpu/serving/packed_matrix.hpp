@@ -10,6 +10,7 @@
 // instruction wants them, one stream in the order of reading (packed_layout.hpp).
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cpu/serving/packed_layout.hpp"
@@ -57,7 +58,8 @@ private:
     struct Segment {
         Layout layout;
         int first, outputs, groups;
-        std::vector<uint8_t, InLines<uint8_t>> data;
+        size_t bytes;
+        std::shared_ptr<uint8_t> data;
         std::vector<float> units, bias;
 
         void write(int output, const uint8_t* codes, const uint16_t* scales, const uint16_t* minima);

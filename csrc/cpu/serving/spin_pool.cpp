@@ -48,44 +48,50 @@ void SpinPool::resize(int threads) {
     for (auto& thread : threads_) thread.join();
     threads_.clear();
     stop_ = false;
+    shares_ = std::vector<Share>(threads);
     try {
-        while (int(threads_.size()) + 1 < threads) threads_.emplace_back([this] { serve(); });
+        for (int thread = 1; thread < threads; ++thread) threads_.emplace_back([this, thread] { serve(thread); });
     } catch (const std::system_error&) {  // the system has no more
     }
     size_ = wanted_ = int(threads_.size()) + 1;
 }
 
 void SpinPool::start(int tasks, Call call, const void* work) {
-    tasks_ = tasks, call_ = call, work_ = work;
-    next_.store(0);
+    const int64_t count = size();
+    const auto begin = [&](int64_t thread) { return int((tasks * thread + count - 1) / count); };  // the caller has the most
+    for (int64_t i = 0; i < count; ++i) shares_[i].next.store(begin(i)), shares_[i].end = begin(i + 1);
+    call_ = call, work_ = work;
     open_.store(true);
     epoch_.fetch_add(1);
     if (asleep_.load() > 0) {
         { std::lock_guard<std::mutex> lock(sleep_); }
         wake_.notify_all();
     }
-    take();
+    take(0);
     open_.store(false);  // whoever comes now stays out; wait for those inside
     wait_until([&] { return inside_.load() == 0; });
     if (failed_.exchange(false)) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
-void SpinPool::take() {
-    for (int task; (task = next_.fetch_add(1)) < tasks_;) {
-        try {
-            call_(work_, task);
-        } catch (...) {
-            if (!failed_.exchange(true)) failure_ = std::current_exception();
-            next_.store(tasks_);  // the rest is not wanted any more
+void SpinPool::take(int thread) {
+    const int count = size();
+    for (int i = 0; i < count; ++i) {
+        Share& share = shares_[(thread + i) % count];
+        for (int task; (task = share.next.fetch_add(1)) < share.end;) {
+            try {
+                if (!failed_.load(std::memory_order_relaxed)) call_(work_, task);  // else the rest is not wanted any more
+            } catch (...) {
+                if (!failed_.exchange(true)) failure_ = std::current_exception();
+            }
         }
     }
 }
 
-void SpinPool::serve() {
+void SpinPool::serve(int thread) {
     unsigned seen = epoch_.load();
     while (!stop_.load()) {
         inside_.fetch_add(1);
-        if (open_.load()) take();
+        if (open_.load()) take(thread);
         inside_.fetch_sub(1);
         auto deadline = std::chrono::steady_clock::now() + patience;
         wait_until([&] { return epoch_.load() != seen || std::chrono::steady_clock::now() > deadline; });

@@ -1,8 +1,9 @@
 // SpinPool: a few threads that share loops of a few microseconds.
 //
-// A decoding step is some sixty loops over small pieces of work, each too short to wake a sleeping thread for. So workers
-// look for the next loop for a moment before they sleep, and tasks are handed out one by one: where the machine
-// is busy and a worker does not get to run, the caller simply does its tasks too.
+// A decoding step is some hundred loops over small pieces of work, each too short to wake a sleeping thread for. So workers
+// look for the next loop for a moment before they sleep. Each thread has a run of neighboring tasks, whose memory it reads
+// in one piece, and takes them one by one; then it helps the others: where the machine is busy and a worker does not get to
+// run, the caller simply does its tasks too.
 //
 // What a task throws ends the loop and is thrown to the caller. A forked child has none of its parent's threads, and locks
 // and sleepers as they were at that moment: it begins with a pool of its own, which starts as many threads when it is used.
@@ -44,20 +45,28 @@ private:
     using Call = void (*)(const void*, int);
 
     void start(int tasks, Call call, const void* work);
-    void take();
-    void serve();
+    void take(int thread);
+    void serve(int thread);
+
+    struct alignas(64) Share {  // of a loop's tasks: those from `next` to `end` are left
+        std::atomic<int> next{0};
+        int end = 0;
+    };
 
     std::vector<std::thread> threads_;
     std::mutex caller_, sleep_;
     std::condition_variable wake_;
-    std::atomic<unsigned> epoch_{0};
-    std::atomic<int> next_{0}, inside_{0}, asleep_{0};
+    std::vector<Share> shares_;  // one per thread, the caller's first
+    std::atomic<int> asleep_{0};
     std::atomic<int> size_{1}, wanted_;
-    std::atomic<bool> open_{false}, stop_{false}, failed_{false};
+    std::atomic<bool> stop_{false}, failed_{false};
     std::exception_ptr failure_;  // what the first task that failed threw
-    int tasks_ = 0;
+    // What those who wait look at lies apart from what is written meanwhile.
+    alignas(64) std::atomic<unsigned> epoch_{0};
+    std::atomic<bool> open_{false};
     Call call_ = nullptr;
     const void* work_ = nullptr;
+    alignas(64) std::atomic<int> inside_{0};
 };
 
 // Calls work(row) for every row. Rows are shared out in runs: one row is too little to hand to another thread.

@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from warploom.engine.config import ModelConfig
@@ -24,7 +25,7 @@ from warploom.engine.formats.gguf_reader import GGUFFile
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_writer import save_packed
 from warploom.engine.formats.packed_weight import PackedWeight, Segment
-from warploom.engine.formats.weights import Weights, fp8, mxfp4
+from warploom.engine.formats.weights import Weights, fp8_block, mxfp4
 from warploom.engine.model import Transformer
 from warploom.engine.serving.calibrate import quantize
 from warploom.engine.serving.scheme import INT8
@@ -228,16 +229,28 @@ def test_mxfp4_unpacks_as_transformers(experts, rows, groups, seed):
     assert torch.equal(found.nan_to_num(7e7), exact.nan_to_num(7e7))
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
-def test_fp8_blocks_unpack_as_transformers(rows, columns, seed):
-    """Any byte, NaN among them."""
+@settings(max_examples=15)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from([(128, 128), (64, 128), (1, 32), (16, 48), (256, 8)]),
+    st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+def test_fp8_blocks_unpack_as_transformers(rows, columns, block, exponents, seed):
+    """Any byte, NaN among them, in blocks as config.json says; scales that are bytes are exponents (MXFP8)."""
     vendor = pytest.importorskip("transformers.integrations.finegrained_fp8")
     draw = Draw(seed)
-    weight = draw.bytes(128 * rows, 128 * columns).view(torch.float8_e4m3fn)
-    scales = torch.randn(rows, columns, generator=draw.generator)
+    weight = draw.bytes(block[0] * rows, block[1] * columns).view(torch.float8_e4m3fn)
+    scales = draw.bytes(rows, columns) % 255 if exponents else torch.randn(rows, columns, generator=draw.generator)
     exact = vendor.Fp8Dequantize(None)._dequantize_one(weight, scales, torch.bfloat16)
-    assert torch.equal(fp8(weight, scales, "w").nan_to_num(7e7), exact.nan_to_num(7e7))
+    said = {"quant_method": "fp8", "weight_block_size": list(block)}
+    found = Weights({"w.weight": weight, "w.weight_scale_inv": scales}, Path("model"), said)("w.weight")
+    assert torch.equal(found.nan_to_num(7e7), exact.nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("block", [[0, 128], [128], "0x128", [128, 1.5], [True, 4], 7])
+def test_fp8_block_that_is_none_is_refused(block):
+    for said in ({"weight_block_size": block}, {"config_groups": {"g": {"weights": {"block_structure": block}}}}):
+        with pytest.raises(InputError, match="a block of FP8 is two numbers of at least 1, got"):
+            fp8_block(said)
 
 
 def blocks_of(number, draw, count, finite):
@@ -308,6 +321,65 @@ def test_damaged_words_are_refused_in_a_sentence(case, damage):
             with pytest.raises(InputError, match="w") as found:
                 read({**tensors, part: DAMAGE[damage](tensor)}, said)
             assert "\n" not in str(found.value)
+
+
+def fuzzed(case):
+    """Tensors and settings of a small matrix in each way of packing."""
+    draw, block = Draw(0), {"weight_block_size": [32, 32]}
+    state = {"shape": [4, 64], "blocksize": 64, "dtype": "float32", "nested_blocksize": 2, "nested_offset": 0.5}
+    words = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    nested = {"absmax": draw.bytes(4), "nested_absmax": draw.halves(2).float(), "nested_quant_map": torch.rand(256),
+              "quant_map": torch.rand(16), "quant_state.bitsandbytes__nf4": words}  # fmt: skip
+    rest = {
+        "int8": ({"weight": draw.bytes(5, 64).view(torch.int8), "weight_scale": draw.halves(5, 1)},
+                 {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8}}}}),
+        "fp8": ({"weight": torch.ones(64, 96).to(torch.float8_e4m3fn), "weight_scale_inv": torch.rand(2, 3)}, block),
+        "bitsandbytes": ({"weight": draw.bytes(128, 1)} | {f"weight.{part}": x for part, x in nested.items()},
+                         {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "mxfp4": ({"weight_blocks": draw.bytes(2, 3, 2, 16), "weight_scales": draw.bytes(2, 3, 2) % 200}, {}),
+    }  # fmt: skip
+    return rest[case] if isinstance(case, str) else case(draw, 3, 2, 64, 4, False)[:2]
+
+
+OTHER = torch.float16, torch.uint8, torch.int64, torch.bool, torch.float8_e5m2
+RESHAPED = [
+    lambda x: None, lambda x: x[:0], lambda x: x[:-1], lambda x: x[..., :-1], lambda x: x.flatten(), lambda x: x[None],
+    lambda x: x.flatten()[0], lambda x: torch.cat([x, x]), lambda x: torch.cat([x, x], -1),
+    *(lambda x, kind=kind: x.float().to(kind) for kind in OTHER), lambda x: x.mT,
+]  # fmt: skip
+ODD = [None, -1, 0, 3, 48, True, "x", "4", [], {}, [1, 2], {"a": 1}, 0.5, 2**40]
+
+
+def places(value, path=()):
+    """Paths to everything inside settings."""
+    yield path
+    for key in value if isinstance(value, dict) else ():
+        yield from places(value[key], (*path, key))
+
+
+def changed(value, path, new):
+    return {**value, path[0]: changed(value[path[0]], path[1:], new)} if path else new
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_damage_is_refused_in_a_sentence(data):
+    """Tensors of other shapes and types, settings of other values: read, or refused with one line."""
+    kinds = [awq, gptq, compressed, mlx, "int8", "fp8", "bitsandbytes", "mxfp4"]
+    tensors, said = fuzzed(data.draw(st.sampled_from(kinds)))
+    assert read(tensors, said).numel()
+    for _ in range(data.draw(st.integers(1, 2))):
+        if data.draw(st.booleans()):
+            part = data.draw(st.sampled_from(sorted(tensors)))
+            if (x := tensors[part]) is not None and x.ndim and x.numel():
+                tensors |= {part: data.draw(st.sampled_from(RESHAPED if x.ndim > 1 else RESHAPED[:-1]))(x)}
+        else:
+            path, odd = data.draw(st.sampled_from(list(places(said)))), data.draw(st.sampled_from(ODD))
+            said = changed(said, path, odd) if path else said
+    try:
+        read(tensors, said)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,15 @@ def test_malformed_bodies_are_400_in_openais_shape(client):
     assert lone.status_code == 400
 
 
+def test_wrong_route_or_method_is_told_the_right_one(client):
+    for method, path, status, says in (
+        ("GET", "/v1/completion", 404, "there is no /v1/completion here; /docs lists the routes"),
+        ("GET", "/v1/completions", 405, "/v1/completions takes POST, not GET"),
+    ):
+        refused = client.request(method, path)
+        assert refused.status_code == status and refused.json()["error"]["message"] == says
+
+
 def test_request_id_from_client_or_new(client):
     """Requests carry an id from the client or a new one."""
     assert client.get("/health", headers={"x-request-id": "my-id.1"}).headers["x-request-id"] == "my-id.1"

@@ -378,6 +378,26 @@ def test_engine_stop_while_idle_returns(model):
     assert not engine._thread.is_alive()
 
 
+LEAVING = """
+import sys, threading
+from warploom.engine.serving import LLM, SamplingParams
+llm, begun = LLM(sys.argv[1]), threading.Event()
+llm.engine.start()
+launch = llm.engine.runner.launch
+llm.engine.runner.launch = lambda plan: begun.set() or launch(plan)
+llm.submit([1] * 200, SamplingParams(50, ignore_eos=True))
+begun.wait()
+"""
+
+
+def test_program_ends_while_a_step_is_under_way(tiny_model, tmp_path):
+    """Python's end found the thread in C++ every other time, and the process aborted."""
+    place = save_model(tiny_model(d_model=256, n_layers=4), tmp_path / "model")
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", LEAVING, str(place)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_failing_step_ends_its_requests_only(model, monkeypatch):
     """A failing step ends its own requests and the engine lives."""
     llm = LLM(model)

@@ -19,7 +19,7 @@ from warploom.kernels.tools.ttgir import parse
 COMPILED = """
 import json, torch
 from warploom.kernels import attention, backend
-from warploom.kernels.gpu.attention_hopper import kernel_and_tile
+from warploom.kernels.gpu.attention_hopper import tile_of
 from warploom.kernels.tools.compile_offline import compiling_for
 
 def tensors(D, *batch):
@@ -33,14 +33,14 @@ with backend("triton"), compiling_for(90) as kernels:
             out.backward(torch.empty_like(out))
             for name, kernel in zip(("forward", None, "dq", "dkdv"), kernels):
                 if name:
-                    tile = kernel_and_tile(name, D, torch.bfloat16, out.device)[1]
+                    tile = tile_of(name, D, torch.bfloat16, out.device)
                     found.append((name, D, tile["BLOCK_N" if name == "dkdv" else "BLOCK_M"], kernel.asm["ttgir"]))
             kernels.clear()
     out = attention(*tensors(64), cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta"), max_seqlen=512)
     out.backward(torch.empty_like(out))
     for name, kernel in zip(("forward", None, "dq", "dkdv"), kernels):
         if name:
-            tile = kernel_and_tile(name, 64, torch.bfloat16, out.device)[1]
+            tile = tile_of(name, 64, torch.bfloat16, out.device)
             block = tile["BLOCK_N" if name == "dkdv" else "BLOCK_M"]
             found.append((f"ragged {name}", 64, block, kernel.asm["ttgir"]))
 print(json.dumps(found))

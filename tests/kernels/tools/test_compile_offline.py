@@ -185,7 +185,7 @@ from warploom.kernels.core import tuned
 from warploom.kernels.tools.clocks import tensor_share
 from warploom.kernels.tools.compile_offline import costs
 
-names = "hopper_dq_kernel", "hopper_dkdv_kernel", "gemm_kernel", "swiglu_bwd_kernel"
+names = "attention_dq_kernel", "attention_dkdv_kernel", "gemm_kernel", "swiglu_bwd_kernel"
 for op in (attention, moe):
     case = next(case for case in op.cases if case.name.startswith(("8192 causal, 32", "32768 tokens")))
     with contextlib.ExitStack() as trials:
