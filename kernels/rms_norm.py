@@ -150,7 +150,7 @@ def rms_norm_bwd_kernel(
     last = tl.minimum(first + rows_each, N)
     share = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=2):  # the next rows arrive while these are worked on
-        row = start + tl.arange(0, ROWS)
+        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
         rows = row[:, None]
         mask = (rows < last) & inside
         inverse = tl.load(inverse_ptr + row, mask=row < last, other=0.0)[:, None]
@@ -206,7 +206,8 @@ def rms_norm_wide_dw_kernel(
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(1).to(tl.int64) * rows_each
     share = tl.zeros([BLOCK], tl.float32)
-    for row in range(first, tl.minimum(first + rows_each, N)):
+    for place in range(first, tl.minimum(first + rows_each, N)):
+        row = tl.cast(place, tl.int64)
         x = tl.load(x_ptr + row * x_row + cols * x_col, mask=cols < D, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_row + cols * dy_col, mask=cols < D, other=0.0).to(tl.float32)
         share += dy * (x * tl.load(inverse_ptr + row))
