@@ -82,7 +82,6 @@ class Trainer:
             elif self.mesh.is_sharded and not self.out.is_dir():
                 raise InputError(f"out={self.out} is not there on this machine: all must see the folder they write to")
             inputs = self._open_inputs(reuse=again or not self.mesh.is_main)
-        keep_freed(device.type == "cpu")
         self.loader, self.state = self._start(inputs, dtype)
         self.reducer = GradReducer(self.mesh, self.state.masters)
         self.bytes_of = token_bytes(inputs.tokenizer)
@@ -157,6 +156,7 @@ class Trainer:
         self.tell("on_start", describe(state))
         self.began = time.perf_counter() - state.seconds
         batches = self._batches()
+        keep_freed(state.device.type == "cpu")
         try:
             while state.step < state.steps and not self.stop_signal:
                 tick = time.perf_counter()
