@@ -35,10 +35,10 @@ BNB_STATES = "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"
 
 
 def read_integers(
-    name: str, has: Callable[[str], bool], take: Callable[[str], Tensor], said: Mapping[str, Any]
+    name: str, has: Callable[[str], bool], read: Callable[[str], Tensor], said: Mapping[str, Any]
 ) -> Segment | Tensor | None:
     """A matrix of a checkpoint as it is packed; a tensor where its columns are in no order; None where it is plain."""
-    base, method, read = name.removesuffix(".weight"), said.get("quant_method"), take
+    base, method = name.removesuffix(".weight"), said.get("quant_method")
 
     def take(part: str) -> Tensor:
         tensor, vector = read(part), part.rpartition(".")[2] in (*VECTORS, *(x.rpartition(".")[2] for x in BNB_STATES))
@@ -129,7 +129,7 @@ def groups_of(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = said.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise InputError(f"quantization_config: config_groups must hold an object for each group, got {groups!r}")
-    found = [group.get("weights") or {} for group in groups.values()]
+    found: list[Mapping[str, Any]] = [group.get("weights") or {} for group in groups.values()]
     if strange := [weights for weights in found if not isinstance(weights, Mapping)]:
         raise InputError(f"quantization_config: weights of config_groups must be an object, got {strange[0]!r}")
     return found

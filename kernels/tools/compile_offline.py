@@ -301,6 +301,8 @@ def main() -> int:
         os.execv(sys.executable, sys.orig_argv)
     rows, broken = [], 0
     by_name = {op.name: op for op in ops()}
+    if unknown := [name for name in options.ops if name not in by_name]:
+        parser.error(f"there is no op {unknown[0]!r}; there are: {', '.join(by_name)}")
     for cost in survey(options.ops, options.arch or ARCHITECTURES, getattr(torch, options.dtype), options.small):
         budget = Budget() if options.small else budget_of(by_name[cost.op], cost.kernel)
         found = violations(cost, budget)

@@ -274,12 +274,13 @@ def test_reference_of_an_adapter_is_the_model_without(tiny, monkeypatch):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("changes", [{"kl": 0.1}, {"updates": 3}, {"normalize": "std"}, {"lora": 4}])
+@pytest.mark.parametrize("changes", [{"kl": 0.03}, {"updates": 3}, {"normalize": "std"}, {"lora": 4}])
 def test_options_train_and_raise_the_reward(tiny, changes):
+    """By 0.44 to 0.92 with any seed tried; of kl=0.1 it was 0.03 to 0.47, and the low bits of a CPU decided."""
     found = list(reinforce(tiny(steps=25, group=8, lr=3e-3, **changes)))
     assert not (HAS_NATIVE and HAS_FUSED_BLOCK) or all(step.mismatch == 0.0 for step in found)
     first, last = (sum(step.reward for step in part) / 5 for part in (found[:5], found[-5:]))
-    assert last > first + 0.03
+    assert last > first + 0.2
 
 
 @pytest.mark.parametrize("changes", [{"dp": 2}, {"fsdp": 2}, {"fsdp": 2, "lora": 4, "micro_tokens": 60}])

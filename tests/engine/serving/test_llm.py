@@ -374,7 +374,7 @@ def test_engine_stop_while_idle_returns(model):
 
     engine._wake = Bell()
     engine.start()
-    engine._thread.join(10)
+    engine._thread.join(60)
     assert not engine._thread.is_alive()
 
 

@@ -167,7 +167,7 @@ for i in range(60):
     time.sleep(0.002 * (i % 3 == 0))
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(120)
         if i % 2:
             _native.set_threads(2)
         z = torch.empty(4, 2048)
