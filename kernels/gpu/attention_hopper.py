@@ -25,7 +25,7 @@ def _chosen(setting: str) -> set[str]:
 
 
 hopper_kernels = _chosen(os.environ.get("WARPLOOM_HOPPER", "1"))
-"""Which kernels to replace by those of this file: WARPLOOM_HOPPER=0 runs the portable ones on Hopper too."""
+"""Which kernels load by descriptor on Hopper; with WARPLOOM_HOPPER=0 all load by pointers, as elsewhere."""
 _proven: set[str] = set()
 
 

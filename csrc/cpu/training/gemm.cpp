@@ -236,6 +236,7 @@ void multiply_tokens(const T* left, const T* right, int tokens, int outputs, int
     const auto blocks = [&] { return (outputs + height - 1) / height; };
     while (height > kLeast && blocks() * across < kTasks * threads) height /= 2;
     const int down = blocks();
+    height = ((outputs + down - 1) / down + kSide - 1) / kSide * kSide;  // even ones: a short last task leaves its thread waiting
     parallel_for(down * across, [&](int task) {
         const int output = task / across * height, input = task % across * kInputs;
         const int some = std::min(height, outputs - output), more = std::min(kInputs, inputs - input);

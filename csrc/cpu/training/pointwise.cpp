@@ -227,12 +227,15 @@ void Rope<T>::run() const {
 }
 
 template <class T>
+void CrossEntropy<T>::run_range(int first, int last) const {
+    for (int row = first; row < last; ++row)
+        if (targets[row] != ignore) within(targets[row], classes, "target");
+    entropy_rows_of(*this, first, last);
+}
+
+template <class T>
 void CrossEntropy<T>::run() const {
-    parallel_for_rows(rows, classes, [&](int first, int last) {
-        for (int row = first; row < last; ++row)
-            if (targets[row] != ignore) within(targets[row], classes, "target");
-        entropy_rows_of(*this, first, last);
-    });
+    parallel_for_rows(rows, classes, [&](int first, int last) { run_range(first, last); });
 }
 
 #define WARPLOOM_TYPES(Pass)    \
