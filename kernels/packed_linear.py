@@ -91,7 +91,8 @@ def _packed_linear(
 ) -> torch.Tensor:
     """x (…, C) · weightᵀ + bias for a packed weight of F rows, accumulated in float32.
 
-    `codes` (F, G · group · bits / 8) are bytes or float8, `scales` and `minima` (F, G) float16, `units` (F,) float32."""
+    `codes` (F, G · group · bits / 8) are bytes or float8, `scales` and `minima` (F, G) float16, `units` (F,)
+    float32."""
     return _by_dtype(wide(x), x, codes, scales, minima, units, bias, bits, group, table, rotate)
 
 
