@@ -29,16 +29,16 @@ if SANITIZE:
     link = ["-fsanitize=address,undefined"]
 
 
-def is_clang():
-    try:
-        return "clang" in subprocess.run([*shlex.split(CXX), "--version"], capture_output=True, text=True).stdout
-    except OSError:
-        return False
-
-
-# Whose functions do not choose their instructions when they are loaded (simd.hpp) are compiled for this machine alone.
-one_cpu = ["-march=native", "-mprefer-vector-width=512", "-DWARPLOOM_ONE_CPU"]
-one_cpu = one_cpu if platform.machine() in ("x86_64", "AMD64") and (SANITIZE or is_clang()) else []
+# The CPU engine is compiled once for each size of registers; kernels/cpu/extension.py loads one by what PyTorch finds.
+# WARPLOOM_LEVELS="avx512" builds only those named: a third of the time where one works on it.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+LEVELS = {"baseline": ("_native", [])}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"avx2": ("_native_avx2", AVX2), "avx512": ("_native_avx512", AVX512)}
+chosen = os.environ.get("WARPLOOM_LEVELS", "").split() or LEVELS
+if wrong := [level for level in chosen if level not in LEVELS]:
+    sys.exit(f"WARPLOOM_LEVELS names {' '.join(wrong)}, which is none of {' '.join(LEVELS)}")
 
 
 def extension(name, folder, more_flags=()):
@@ -50,17 +50,20 @@ def extension(name, folder, more_flags=()):
         include_dirs=["csrc"],
         depends=[str(path) for path in [*files, *Path("csrc").glob("*.hpp")] if path.suffix == ".hpp"],
         cxx_std=17,
-        extra_compile_args=[*flags, *more_flags],
+        extra_compile_args=[*flags, *more_flags, f"-DWARPLOOM_MODULE={name}"],
         extra_link_args=link,
     )
     made.optional = not os.environ.get("WARPLOOM_REQUIRE_NATIVE")
     return made
 
 
-EXTENSIONS = [extension("_tokenizer", "tokenizer"), extension("_native", "cpu", one_cpu)]
+EXTENSIONS = [extension("_tokenizer", "tokenizer")]
+EXTENSIONS += [extension(name, "cpu", more_flags) for name, more_flags in map(LEVELS.get, chosen)]
 LOST = {
     "warploom._tokenizer": "texts will be encoded in Python, some hundred times slower",
-    "warploom._native": "a CPU will train and serve by PyTorch alone, and not in 8 bits by C++",
+    "warploom._native_avx512": "a CPU with AVX-512 will do as one with AVX2",
+    "warploom._native_avx2": "a CPU with AVX2 will do as one without",
+    "warploom._native": "a CPU of other registers will train and serve by PyTorch alone, and not in 8 bits by C++",
 }
 
 
@@ -74,6 +77,10 @@ class RoomsOnly(build_py):
 
 class NinjaBuild(build_ext):
     """Compile with ninja where it is found; its dependency files know which headers a source read."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = None  # ninja is; without it the levels' objects have one place, one after the other
 
     def build_extension(self, ext):
         try:

@@ -101,6 +101,7 @@ def duel(
 def ours(shape: Shape) -> Callable[[], object]:
     """The step of `warploom train`, as a run takes it: masters, clipping, schedule, checks, its own AdamW."""
     from ..engine.data.loader import Batch
+    from ..engine.memory import keep_freed
     from ..engine.training import TrainConfig
     from ..engine.training.trainer import Trainer
 
@@ -112,6 +113,7 @@ def ours(shape: Shape) -> Callable[[], object]:
         context=shape.time, lr=3e-4, warmup=0, steps=10**6, device=shape.device, dtype=shape.dtype,
     )  # fmt: skip
     trainer = Trainer(config, [])
+    keep_freed(shape.device == "cpu")
     batches = (Batch(tokens, targets) for tokens, targets in shape.batches())
 
     def step() -> float:

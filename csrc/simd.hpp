@@ -1,11 +1,11 @@
-// Vector code of both extensions: sixteen floats at a time in whatever registers the CPU has, and functions for one
-// instruction set.
+// Vector code of both extensions: sixteen floats at a time in whatever registers the CPU has.
 //
-// The code is written once with the compiler's vector types and compiled for several CPUs (WARPLOOM_CLONES), of which the
-// loader picks one. GCC takes a call of such a function for one that throws nothing, so none may: what may fail is done
-// before, where it is called. Sums are taken in a fixed order, so a result does not depend on the neighbours of its row.
+// The CPU engine is compiled once for every size of registers, as a module each (setup.py); Python loads the one that the CPU
+// has registers for (kernels/cpu/extension.py). So what is written with `Register` needs no choice. Instructions that not every
+// CPU with such registers has (VNNI, pairs of bfloat16) are used in functions of their own, chosen by a flag like `has_vnni`.
+// Sums are taken in a fixed order, so a result does not depend on the neighbours of its row.
 //
-// Where intrinsics are written by hand, WARPLOOM_COMPILE_FOR("avx2,…") … WARPLOOM_COMPILE_FOR_ALL enclose the functions of one
+// In one module for all CPUs, the tokenizer, WARPLOOM_COMPILE_FOR("avx2,…") … WARPLOOM_COMPILE_FOR_ALL enclose the functions of one
 // instruction set: no standard header may be included in between.
 #pragma once
 #include <cstdint>
@@ -24,36 +24,6 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #define WARPLOOM_X86 1
-#endif
-
-// The choice needs glibc's loader and GCC: for Clang, a function inlined into a clone is still one of the baseline. Such builds,
-// and those under a sanitizer, which is not ready when the loader chooses, are for one machine (setup.py). GCC 11 knows
-// features, GCC 12 whole levels.
-#if !defined(WARPLOOM_X86) || !defined(__GLIBC__) || defined(__clang__) || defined(WARPLOOM_ONE_CPU)
-#define WARPLOOM_CLONES
-#elif defined(WARPLOOM_NO_AVX512)
-#define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#elif __GNUC__ < 12
-#define WARPLOOM_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
-#else
-#define WARPLOOM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-
-// Large functions are templates of a register (f16, or Register: below), compiled for it alone, and called by `has_avx512`.
-#if !defined(WARPLOOM_X86) || defined(__clang__) || defined(WARPLOOM_ONE_CPU) || defined(WARPLOOM_NO_AVX512)
-#define WARPLOOM_WIDE
-#define WARPLOOM_NARROW WARPLOOM_CLONES
-#elif __GNUC__ < 12
-#define WARPLOOM_WIDE __attribute__((target("avx512f,fma")))
-#else
-#define WARPLOOM_WIDE __attribute__((target("arch=x86-64-v4")))
-#endif
-#if !defined(WARPLOOM_NARROW) && !defined(__GLIBC__)
-#define WARPLOOM_NARROW
-#elif !defined(WARPLOOM_NARROW) && __GNUC__ < 12
-#define WARPLOOM_NARROW __attribute__((target_clones("fma", "default")))
-#elif !defined(WARPLOOM_NARROW)
-#define WARPLOOM_NARROW __attribute__((target_clones("arch=x86-64-v3", "default")))
 #endif
 
 #define WARPLOOM_PRAGMA(text) _Pragma(#text)
@@ -81,21 +51,22 @@ typedef uint16_t h4 __attribute__((vector_size(8), aligned(2)));
 typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef float f4 __attribute__((vector_size(16), aligned(4)));
 
-// Vectors as large as a register where there is no AVX-512: of larger ones, compilers keep sums in memory.
-#if defined(__aarch64__)
+// As large as a register: of larger ones, compilers keep sums in memory.
+#if defined(__AVX512F__)
+typedef f16 Register;
+#elif defined(__aarch64__)
 typedef f4 Register;
 #else
 typedef f8 Register;
 #endif
 template <class V>
 constexpr int lanes_of = int(sizeof(V) / sizeof(float));
+constexpr bool has_avx512 = lanes_of<Register> == 16;
 
-#if defined(WARPLOOM_X86) && !defined(WARPLOOM_NO_AVX512)
-inline const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-inline const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+#ifdef __AVX512F__
+inline const bool has_vnni = __builtin_cpu_supports("avx512vnni");
 #else
-constexpr bool has_avx512 = false, has_vnni = false;  // WARPLOOM_NO_AVX512: what a CPU with AVX2 runs, on any
+constexpr bool has_vnni = false;
 #endif
 
 struct bfloat16 {
@@ -186,12 +157,28 @@ WARPLOOM_INLINE void store_as(float* p, V x) {
     std::memcpy(p, &x, sizeof(V));
 }
 
+// A vector as two. By name: a copy of its bytes makes GCC 12 keep the sum that it was in memory, in the loop too.
+WARPLOOM_INLINE void halves(const f16& x, f8& low, f8& high) {
+#ifdef __AVX512F__
+    low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
+#else
+    std::memcpy(&low, &x, 32), std::memcpy(&high, (const char*)&x + 32, 32);
+#endif
+}
+WARPLOOM_INLINE void halves(const f8& x, f4& low, f4& high) {
+#ifdef __AVX2__
+    low = _mm256_castps256_ps128(x), high = _mm256_extractf128_ps(x, 1);
+#else
+    std::memcpy(&low, &x, 16), std::memcpy(&high, (const char*)&x + 16, 16);
+#endif
+}
+
 WARPLOOM_INLINE float sum(f16 x) {
     f8 a, b;
-    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    halves(x, a, b);
     a += b;
     f4 c, d;
-    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    halves(a, c, d);
     c += d;
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
@@ -304,14 +291,11 @@ WARPLOOM_INLINE void transpose_square(const float* from, int64_t from_row, float
 }
 
 // A square of sixteen rows turned over, by registers of V.
-template <class V>
+template <class V = Register>
 WARPLOOM_INLINE void transpose_16x16(const float* from, int64_t from_row, float* to, int64_t to_row) {
     for (int i = 0; i < 16; i += lanes_of<V>)
         for (int j = 0; j < 16; j += lanes_of<V>)
             transpose_square<V>(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
-}
-WARPLOOM_INLINE void transpose_16x16(const float* from, int64_t from_row, float* to, int64_t to_row) {
-    has_avx512 ? transpose_16x16<f16>(from, from_row, to, to_row) : transpose_16x16<Register>(from, from_row, to, to_row);
 }
 
 // bfloat16 by pairs: of twice as many numbers as a vector has, those at even places (the lower halves of the words) and those
@@ -333,10 +317,10 @@ WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {  // o
 
 WARPLOOM_INLINE float largest(f16 x) {
     f8 a, b;
-    std::memcpy(&a, &x, 32), std::memcpy(&b, (const char*)&x + 32, 32);
+    halves(x, a, b);
     a = a > b ? a : b;
     f4 c, d;
-    std::memcpy(&c, &a, 16), std::memcpy(&d, (const char*)&a + 16, 16);
+    halves(a, c, d);
     c = c > d ? c : d;
     const float e = c[0] > c[1] ? c[0] : c[1], f = c[2] > c[3] ? c[2] : c[3];
     return e > f ? e : f;

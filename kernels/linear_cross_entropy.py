@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from .core.lang import tl, triton, wide
 from .core.launch import AutogradOp, is_real, launch, launcher
 from .core.op import Budget, Case, Op
-from .cpu import gemm, pointwise
+from .cpu import gemm, head_loss, pointwise
 from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
 
 
@@ -124,6 +124,8 @@ class _Products(NamedTuple):
 def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, want_weight=False):
     """Losses of all rows and, given each row's upstream gradient, the gradients of hidden and weight."""
     N, V = len(hidden_NC), len(weight_VC)
+    if options.softcap is None and head_loss.fits(hidden_NC, weight_VC):
+        return head_loss.walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden, want_weight)
     losses_N = hidden_NC.new_empty(N, dtype=wide(hidden_NC))
     d_hidden_NC = torch.empty_like(hidden_NC) if want_hidden else None
     d_weight_VC = torch.zeros_like(weight_VC, dtype=wide(weight_VC)) if want_weight else None

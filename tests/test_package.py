@@ -120,7 +120,8 @@ def test_everything_runs_without_extensions():
     """Everything runs without triton and without the extension."""
     code = """
 import sys
-sys.modules.update({"triton": None, "warploom._native": None, "warploom._tokenizer": None})  # as if not installed
+extensions = ["_native_avx512", "_native_avx2", "_native", "_tokenizer"]
+sys.modules.update({"triton": None, **{f"warploom.{name}": None for name in extensions}})  # as if not installed
 import torch
 from warploom import kernels
 from warploom.engine import ModelConfig, Transformer, generate
@@ -171,7 +172,9 @@ def test_extension_that_fails_leaves_the_other(tmp_path, broken, whole):
         text = "#error broken" if name == broken else f"#include <pybind11/pybind11.h>\n{module}"
         (tmp_path / "csrc" / name / "module.cpp").write_text(text)
     shutil.copy(ROOT / "setup.py", tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"}
+    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"} | {
+        "WARPLOOM_LEVELS": "baseline"
+    }
     build = [sys.executable, "setup.py", "-q", "build_ext", "-b", "out"]
     shown = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0, shown.stderr
@@ -195,7 +198,9 @@ build_ext.new_compiler = msvc
 sys.argv = ["setup.py", "-q", "build_ext", "-b", "out"]
 runpy.run_path("setup.py")
 """
-    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"}
+    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"} | {
+        "WARPLOOM_LEVELS": "baseline"
+    }
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0, shown.stderr
     assert shown.stderr.count("written for GCC and Clang") == 2 and shown.stderr.count("could not be built") == 2
@@ -208,7 +213,7 @@ def test_native_tiles_equal_plain_loops(tmp_path):
     folder = ROOT / "csrc" / "cpu" / "serving"
     parts = [*map(folder.joinpath, ("matrix.cpp", "dense_matrix.cpp", "spin_pool.cpp", "weight_memory.cpp"))]
     sources = [ROOT / "csrc" / "tests" / "tiles.cpp", *parts, *sorted(folder.glob("packed_*.cpp"))]
-    command = ["g++", "-std=c++17", "-O1", "-DWARPLOOM_ONE_CPU", "-pthread", f"-I{ROOT / 'csrc'}", *sources]
+    command = ["g++", "-std=c++17", "-O1", "-march=native", "-pthread", f"-I{ROOT / 'csrc'}", *sources]
     subprocess.run([*command, "-o", tmp_path / "tiles"], check=True, capture_output=True)
     shown = subprocess.run([tmp_path / "tiles"], capture_output=True, text=True)
     assert shown.returncode == 0 and "the tiles are right" in shown.stdout, shown.stderr
@@ -221,11 +226,18 @@ def test_other_compilers_compile_csrc(compiler):
     sources = [path for path in sorted((ROOT / "csrc").rglob("*.cpp")) if "pybind11" not in path.read_text()]
     assert len(sources) > 20
     flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", f"-I{ROOT / 'csrc'}"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    levels = (
+        [[]] if "aarch64" in compiler else [[], avx2, [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]]
+    )
 
-    def complaints(source: Path) -> str:
-        command = [compiler, *flags, "-fsyntax-only", str(source)]
+    def complaints(what: tuple[Path, list[str]]) -> str:
+        source, level = what
+        command = [compiler, *flags, *level, "-fsyntax-only", str(source)]
         shown = subprocess.run(command, capture_output=True, text=True)
         return shown.stderr if shown.returncode else ""
 
+    engine = ROOT / "csrc" / "cpu"  # what setup.py compiles once a level
+    todo = [(source, level) for source in sources for level in levels if engine in source.parents or not level]
     with ThreadPoolExecutor() as pool:
-        assert "".join(pool.map(complaints, sources)) == ""
+        assert "".join(pool.map(complaints, todo)) == ""

@@ -17,9 +17,9 @@ WARPLOOM_INLINE void across(int columns, const Body& body) {
 }
 
 // 1 / the standard deviation of a row around a mean; with a mean of 0 around its root mean square.
-template <class R, class T>
-WARPLOOM_INLINE float inverse_deviation_by(const T* x, int columns, float eps, float mean) {
-    using V = SixteenIn<R>;
+template <class T>
+WARPLOOM_INLINE float inverse_deviation(const T* x, int columns, float eps, float mean = 0) {
+    using V = SixteenIn<Register>;
     V squares = {};
     int c = 0;
     for (; c + 16 <= columns; c += 16) {
@@ -29,10 +29,6 @@ WARPLOOM_INLINE float inverse_deviation_by(const T* x, int columns, float eps, f
     float square = sum(as_f16(squares));
     for (; c < columns; ++c) square += (widen(x[c]) - mean) * (widen(x[c]) - mean);
     return 1.0f / std::sqrt(square / float(columns) + eps);
-}
-template <class T>
-WARPLOOM_INLINE float inverse_deviation(const T* x, int columns, float eps, float mean = 0) {
-    return has_avx512 ? inverse_deviation_by<f16>(x, columns, eps, mean) : inverse_deviation_by<Register>(x, columns, eps, mean);
 }
 
 enum class Gate { silu, gelu, relu, relu2, gelu_erf, clamped };  // the last: gpt-oss's, of bounded halves

@@ -62,8 +62,8 @@ WARPLOOM_INLINE void multiply_tile(V (&sums)[ROWS][VECTORS], TileRows<float> a, 
     }
 }
 
-#ifdef WARPLOOM_X86
-#define WARPLOOM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#ifdef __AVX512F__
+#define WARPLOOM_BF16 __attribute__((target("avx512bf16")))
 
 // The same of pairs of bfloat16, both products of a pair in one instruction.
 template <int ROWS, int VECTORS>

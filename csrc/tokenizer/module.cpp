@@ -6,7 +6,7 @@ void bind_tokenizer(pybind11::module_& module);
 void bind_bpe_trainer(pybind11::module_& module);
 }
 
-PYBIND11_MODULE(_tokenizer, module) {
+PYBIND11_MODULE(WARPLOOM_MODULE, module) {
     module.doc() = "warploom's tokenizer in C++; every function has a pure-Python twin";
     warploom::bind_tokenizer(module);
     warploom::bind_bpe_trainer(module);

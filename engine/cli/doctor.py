@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import shutil
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -62,14 +63,20 @@ def _measure(device) -> None:
 
 
 def _extensions() -> None:
+    from ...kernels.cpu.extension import import_native
+
     compiler = shutil.which("c++") or shutil.which("g++")
     how = "reinstall warploom" if compiler else "install a C++ compiler (Debian: apt install g++), then reinstall"
-    for name, module, instead in (
-        ("C++ tokenizer", "_tokenizer", "its Python twin runs, some hundred times slower"),
-        ("C++ engine", "_native", "PyTorch runs alone"),
+    for name, find, instead in (
+        (
+            "C++ tokenizer",
+            partial(import_module, "..._tokenizer", __package__),
+            "its Python twin runs, some hundred times slower",
+        ),
+        ("C++ engine", import_native, "PyTorch runs alone"),
     ):
         try:
-            extension = import_module(f"...{module}", __package__)
+            extension = find()
             _row(name, f"{extension.instruction_set()}, {extension.__file__}")
         except ImportError as error:
             _row(name, f"missing ({error}): {instead}; {how}")

@@ -33,6 +33,7 @@ from ..data.loader import Batch, Loader, open_loader, prefetch
 from ..data.pairs import PreferencePairs
 from ..device import measured_matmul_flops, pick_dtype
 from ..errors import InputError
+from ..memory import keep_freed
 from .batch_size_finder import find_grad_accum_steps
 from .build_model import build_model
 from .callbacks import Callback, JsonLog, Progress, TensorBoard, Wandb, check_packages
@@ -155,6 +156,7 @@ class Trainer:
         self.tell("on_start", describe(state))
         self.began = time.perf_counter() - state.seconds
         batches = self._batches()
+        keep_freed(state.device.type == "cpu")
         try:
             while state.step < state.steps and not self.stop_signal:
                 tick = time.perf_counter()
@@ -179,6 +181,7 @@ class Trainer:
         finally:
             batches.close()
             gc.unfreeze()
+            keep_freed(False)
             try:
                 self.checkpoints.wait()
             finally:

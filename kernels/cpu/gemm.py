@@ -39,7 +39,12 @@ def fits(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
 
     In float32 only: in bfloat16 packing costs what oneDNN's product takes longer, unless it is done by the way.
     """
-    whole = x.dtype == torch.float32 and is_fast(x.dtype) and not any(n % GRAIN[x.dtype] for n in weight_OI.shape)
+    return x.dtype == torch.float32 and takes(x, weight_OI, *more)
+
+
+def takes(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
+    """Return whether these products are for such a weight and tokens, in a format in which they are fast."""
+    whole = is_fast(x.dtype) and not any(n % GRAIN[x.dtype] for n in weight_OI.shape)
     return whole and op._backend != "triton" and pointwise.is_supported(x, weight_OI, *more)
 
 

@@ -10,7 +10,7 @@ namespace warploom {
 
 namespace {
 
-WARPLOOM_CLONES void normalize(const float* x, float* y, int n, NormKind kind, float eps, const float* weight,
+void normalize(const float* x, float* y, int n, NormKind kind, float eps, const float* weight,
                                const float* bias) {
     float mean = 0;
     if (kind == NormKind::none) {
@@ -33,21 +33,21 @@ void normalize(const Norm& norm, const float* x, float* y, int n) {
     normalize(x, y, n, norm.kind, norm.eps, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data());
 }
 
-WARPLOOM_CLONES void add(float* x, const float* y, int n) {
+void add(float* x, const float* y, int n) {
     for (int i = 0; i < n; ++i) x[i] += y[i];
 }
 
-WARPLOOM_CLONES void scale(float* x, float factor, int n) {
+void scale(float* x, float factor, int n) {
     for (int i = 0; i < n; ++i) x[i] *= factor;
 }
 
-WARPLOOM_CLONES void rotate(float* x, int heads, int D, const float* cos, const float* sin, int columns) {
+void rotate(float* x, int heads, int D, const float* cos, const float* sin, int columns) {
     for (int h = 0; h < heads; ++h, x += D) rotate_head(x, x, columns, cos, sin);
 }
 
 }  // namespace
 
-WARPLOOM_CLONES void gate_row(Gate gate, bool gated, float* up, int hidden) {
+void gate_row(Gate gate, bool gated, float* up, int hidden) {
     with_gate(gate, [&](auto kind) __attribute__((always_inline)) {
         across(hidden, [&](int i, int n) __attribute__((always_inline)) {
             f16 value, slope;

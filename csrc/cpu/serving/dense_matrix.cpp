@@ -56,7 +56,7 @@ WARPLOOM_INLINE void tile(const PanelProduct<bfloat16, float>& t, const bfloat16
         for (int p = 0; p < parts; ++p) store_as(y + r * t.vectors * kLanes + p * lanes, total[r][p]);
 }
 
-#ifdef WARPLOOM_X86
+#ifdef __AVX512F__
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_BF16 inline void tile(const PanelProduct<bfloat16, bfloat16>& t, const bfloat16* weights, float* y) {
     __m512 sums[ROWS][VECTORS];
@@ -100,22 +100,22 @@ WARPLOOM_INLINE void multiply_rows(const PanelProduct<T, X>& t) {
     }
 }
 
-WARPLOOM_CLONES void multiply_panel(const PanelProduct<float, float>& t) { has_avx512 ? multiply_rows<f16>(t) : multiply_rows<Register>(t); }
-WARPLOOM_CLONES void multiply_panel(const PanelProduct<bfloat16, float>& t) { has_avx512 ? multiply_rows<f16>(t) : multiply_rows<Register>(t); }
+void multiply_panel(const PanelProduct<float, float>& t) { multiply_rows<Register>(t); }
+void multiply_panel(const PanelProduct<bfloat16, float>& t) { multiply_rows<Register>(t); }
 
-#ifdef WARPLOOM_X86
+#ifdef __AVX512F__
 WARPLOOM_BF16 void multiply_panel(const PanelProduct<bfloat16, bfloat16>& t) { multiply_rows<f16>(t); }
-const bool pairs_are_fast = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+const bool pairs_are_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
 void multiply_panel(const PanelProduct<bfloat16, bfloat16>&) { __builtin_unreachable(); }
 const bool pairs_are_fast = false;
 #endif
 
-WARPLOOM_CLONES void finish(const float* part, const float* bias, int n, float* y) {
+void finish(const float* part, const float* bias, int n, float* y) {
     for (int i = 0; i < n; ++i) y[i] = part[i] + bias[i];
 }
 
-WARPLOOM_CLONES void widen_block(const bfloat16* from, size_t count, float* to) {
+void widen_block(const bfloat16* from, size_t count, float* to) {
     for (size_t i = 0; i < count; i += 2 * kLanes) {
         f16 first, second;
         widen_pairs(from + i, first, second);

@@ -12,7 +12,7 @@ namespace warploom {
 
 namespace {
 
-WARPLOOM_CLONES void add_scaled(float* to, const float* from, float factor, bool first, int n) {
+void add_scaled(float* to, const float* from, float factor, bool first, int n) {
     if (first)
         for (int i = 0; i < n; ++i) to[i] = from[i] * factor;
     else

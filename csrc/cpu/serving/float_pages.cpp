@@ -151,7 +151,7 @@ WARPLOOM_INLINE void add_values_tile(const float* values, int count, ptrdiff_t D
 }
 
 // A function of its own: inlined into all of attention, GCC keeps two of the sums in memory (128 for 158 GFLOP/s).
-__attribute__((noinline)) WARPLOOM_WIDE void add_wide_tile(const float* values, int count, ptrdiff_t D, const float* weights, ptrdiff_t row,
+__attribute__((noinline)) void add_wide_tile(const float* values, int count, ptrdiff_t D, const float* weights, ptrdiff_t row,
                                                            float* out) {
     add_values_tile<f16, 64>(values, count, D, weights, row, out);
 }
@@ -228,7 +228,7 @@ WARPLOOM_INLINE void add_round(int first, int last, int D, Scratch& s, const Bet
 }
 
 template <class T, class R>
-WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
+void attend(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
                             int64_t q_stride, const QueryBlock& block, Scratch& s, float* out) {
     using V = SixteenIn<R>;
     const int size = pages.page_size, shared = options.heads / pages.kv_heads, Q = block.tokens * shared, G = block.groups;
@@ -316,25 +316,15 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     }
 }
 
-#define WARPLOOM_ATTEND(clones, name, T, R)                                                                                      \
-    clones void name(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride, const QueryBlock& b, \
-                     Scratch& s, float* out) {                                                                                   \
-        attend<T, R>(p, t, o, q, stride, b, s, out);                                                                             \
-    }
-WARPLOOM_ATTEND(WARPLOOM_WIDE, wide_float, float, f16)
-WARPLOOM_ATTEND(WARPLOOM_WIDE, wide_half, bfloat16, f16)
-WARPLOOM_ATTEND(WARPLOOM_NARROW, narrow_float, float, Register)
-WARPLOOM_ATTEND(WARPLOOM_NARROW, narrow_half, bfloat16, Register)
-
 }  // namespace
 
 void attend_float_pages(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q,
                         int64_t q_stride, const QueryBlock& block, float* out) {
     thread_local Scratch scratch;
-    const bool halves = pages.format == Format::halves;
-    auto work = has_avx512 ? (halves ? wide_half : wide_float) : (halves ? narrow_half : narrow_float);
-    asm("" : "+r"(work));  // a call of who knows what may throw (WARPLOOM_CLONES): it takes memory
-    work(pages, step, options, q, q_stride, block, scratch, out);
+    Scratch* mine = &scratch;
+    asm("" : "+r"(mine));  // else GCC 12 asks for the address of a thread's own in the innermost loop
+    const auto work = pages.format == Format::halves ? attend<bfloat16, Register> : attend<float, Register>;
+    work(pages, step, options, q, q_stride, block, *mine, out);
 }
 
 }  // namespace warploom

@@ -46,8 +46,9 @@ WARPLOOM_INLINE float round_row(const float* row, int wide, float most, int32_t*
     return peak / most;
 }
 
-// A query as high and low bytes, or as the floats that these stand for.
-WARPLOOM_CLONES void split_query(const float* x, int D, float factor, int q, int8_t* bytes, Scratch& s) {
+// A query as high and low bytes, or as the floats that these stand for. Inlined into attention, it takes the registers of the
+// weights there: GCC 12 stores 140 vectors instead of 31.
+__attribute__((noinline)) void split_query(const float* x, int D, float factor, int q, int8_t* bytes, Scratch& s) {
     const int wide = padded(D);
     s.line.resize(wide), s.numbers.resize(wide);
     const int32_t* numbers = s.numbers.data();
@@ -68,7 +69,7 @@ WARPLOOM_CLONES void split_query(const float* x, int D, float factor, int q, int
 }
 
 // Lane `lane` of a tile's keys and values becomes a token's.
-WARPLOOM_CLONES void write_lane(const float* k, const float* v, int D, int lane, uint8_t* keys, uint8_t* values,
+void write_lane(const float* k, const float* v, int D, int lane, uint8_t* keys, uint8_t* values,
                                 Scratch& s) {
     const int wide = padded(D), shift = lane % 4 * 8;
     s.line.resize(wide), s.numbers.resize(wide);
@@ -99,7 +100,7 @@ WARPLOOM_INLINE void split_weights(const R& x, uint8_t* high, uint8_t* low) {
     const Bytes highs = __builtin_convertvector(bits >> 8, Bytes), lows = __builtin_convertvector(bits, Bytes);
     std::memcpy(high, &highs, sizeof(Bytes)), std::memcpy(low, &lows, sizeof(Bytes));
 }
-#if defined(WARPLOOM_X86) && !defined(__clang__)
+#if defined(__AVX512F__) && !defined(__clang__)
 WARPLOOM_INLINE void split_weights(const f16& x, uint8_t* high, uint8_t* low) {  // GCC would take the vector apart
     typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
     const f16 shifted = x + 8388608.0f;
@@ -212,14 +213,13 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
     }
 }
 
-#define WARPLOOM_ATTEND(clones, name, Isa)                                                                                        \
-    clones void name(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride, const QueryBlock& b, \
+#define WARPLOOM_ATTEND(target, name, Isa)                                                                                        \
+    target void name(const Pages& p, const Step& t, const AttentionOptions& o, const float* q, int64_t stride, const QueryBlock& b, \
                      Scratch& s, float* out) {                                                                                    \
         attend<Isa>(p, t, o, q, stride, b, s, out);                                                                               \
     }
-WARPLOOM_ATTEND(WARPLOOM_WIDE, attend_wide, Loops<f16>)
-WARPLOOM_ATTEND(WARPLOOM_NARROW, attend_narrow, Loops<Register>)
-#ifdef WARPLOOM_X86
+WARPLOOM_ATTEND(, attend_floats, Loops<Register>)
+#ifdef __AVX512F__
 WARPLOOM_ATTEND(WARPLOOM_VNNI, attend_vnni, Vnni)
 #endif
 
@@ -237,12 +237,12 @@ void write_int8(const Pages& pages, int64_t slot, const float* k, const float* v
 void attend_int8(const Pages& pages, const Step& step, const AttentionOptions& options, const float* q, int64_t q_stride,
                  const QueryBlock& block, float* out) {
     thread_local Scratch scratch;
-    auto work = has_avx512 ? attend_wide : attend_narrow;
-#ifdef WARPLOOM_X86
-    if (has_vnni) work = attend_vnni;
+    Scratch* mine = &scratch;
+    asm("" : "+r"(mine));  // else GCC 12 asks for the address of a thread's own in the innermost loop
+#ifdef __AVX512F__
+    if (has_vnni) return attend_vnni(pages, step, options, q, q_stride, block, *mine, out);
 #endif
-    asm("" : "+r"(work));  // a call of who knows what may throw (WARPLOOM_CLONES): it takes memory
-    work(pages, step, options, q, q_stride, block, scratch, out);
+    attend_floats(pages, step, options, q, q_stride, block, *mine, out);
 }
 
 }  // namespace warploom

@@ -123,8 +123,8 @@ struct Loops {
     }
 };
 
-#ifdef WARPLOOM_X86
-#define WARPLOOM_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#ifdef __AVX512F__
+#define WARPLOOM_VNNI __attribute__((target("avx512vnni")))
 
 // sums + unsigned · signed, four bytes a lane. Spelled out as in packed_avx512.cpp; every loop over sums must be unrolled, and
 // they be handed on by value: else GCC 12 keeps them in memory.

@@ -63,7 +63,7 @@ WARPLOOM_INLINE void quantize_spans(const float* x, int n, bool rotate, int8_t* 
     }
 }
 
-WARPLOOM_CLONES void quantize_columns(const float* x, int n, const RowFormat& f, int8_t* bytes, int8_t* low, float* scales,
+void quantize_columns(const float* x, int n, const RowFormat& f, int8_t* bytes, int8_t* low, float* scales,
                                       int32_t* sums) {
     const auto with = [&](auto vectors) __attribute__((always_inline)) {
         if (f.wide) return quantize_spans<vectors.value, true>(x, n, f.rotate, bytes, low, scales, sums);
@@ -74,7 +74,7 @@ WARPLOOM_CLONES void quantize_columns(const float* x, int n, const RowFormat& f,
     with(std::integral_constant<int, 1>());
 }
 
-WARPLOOM_CLONES void round_row(const float* x, int n, bfloat16* to) {
+void round_row(const float* x, int n, bfloat16* to) {
     for (int i = 0; i < n; ++i) narrow(x[i], to[i]);
 }
 

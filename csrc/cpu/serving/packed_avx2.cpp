@@ -3,16 +3,14 @@
 
 #include "cpu/serving/packed_layout.hpp"
 #include "simd.hpp"
-#ifdef WARPLOOM_X86
+#ifdef __AVX2__
 #include <cpuid.h>
 #endif
 
 namespace warploom::packed {
 
-#ifdef WARPLOOM_X86
+#ifdef __AVX2__
 namespace {
-
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
 
 struct Ints {
     __m256i a, b;
@@ -25,45 +23,45 @@ struct Bytes {
 };
 constexpr int kTogether = 1;  // with four rows: eight sums, two of weights, one of activations
 
-AVX2 inline void clear(Floats& x) { x.a = x.b = _mm256_setzero_ps(); }
-AVX2 inline void spread(Ints& x, int32_t value) { x.a = x.b = _mm256_set1_epi32(value); }
-AVX2 inline __m256i load_half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-AVX2 inline Bytes load_line(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
-AVX2 inline Bytes low_halves(Bytes x) {
+inline void clear(Floats& x) { x.a = x.b = _mm256_setzero_ps(); }
+inline void spread(Ints& x, int32_t value) { x.a = x.b = _mm256_set1_epi32(value); }
+inline __m256i load_half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bytes load_line(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
+inline Bytes low_halves(Bytes x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
-AVX2 inline Bytes high_halves(Bytes x) { return low_halves({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-AVX2 inline Bytes spread_table(const int8_t* table) {
+inline Bytes high_halves(Bytes x) { return low_halves({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+inline Bytes spread_table(const int8_t* table) {
     const __m128i x = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), _mm_set1_epi8(-128));
     return {_mm256_broadcastsi128_si256(x), _mm256_broadcastsi128_si256(x)};
 }
-AVX2 inline Bytes look_up(Bytes table, Bytes x) {
+inline Bytes look_up(Bytes table, Bytes x) {
     return {_mm256_shuffle_epi8(table.a, x.a), _mm256_shuffle_epi8(table.b, x.b)};
 }
-AVX2 inline Bytes four_bytes(const int8_t* p) {
+inline Bytes four_bytes(const int8_t* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
     return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
 }
-AVX2 inline void add_shifted(Ints& sums, Ints high) {
+inline void add_shifted(Ints& sums, Ints high) {
     sums.a = _mm256_add_epi32(sums.a, _mm256_slli_epi32(high.a, 7));
     sums.b = _mm256_add_epi32(sums.b, _mm256_slli_epi32(high.b, 7));
 }
-AVX2 inline Floats from_halves(const uint8_t* p) {
+inline Floats from_halves(const uint8_t* p) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
-AVX2 inline void add_scaled(Floats& total, Ints sums, Floats weight, float scale) {
+inline void add_scaled(Floats& total, Ints sums, Floats weight, float scale) {
     const __m256 s = _mm256_set1_ps(scale);
     total.a = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums.a), weight.a), s, total.a);
     total.b = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums.b), weight.b), s, total.b);
 }
-AVX2 inline void add_times(Floats& total, Floats x, float y) {
+inline void add_times(Floats& total, Floats x, float y) {
     total.a = _mm256_fmadd_ps(x.a, _mm256_set1_ps(y), total.a);
     total.b = _mm256_fmadd_ps(x.b, _mm256_set1_ps(y), total.b);
 }
-AVX2 inline void finish(float* y, Floats total, const float* units, const float* bias) {
+inline void finish(float* y, Floats total, const float* units, const float* bias) {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(total.a, _mm256_loadu_ps(units), _mm256_loadu_ps(bias)));
     _mm256_storeu_ps(y + 8, _mm256_fmadd_ps(total.b, _mm256_loadu_ps(units + 8), _mm256_loadu_ps(bias + 8)));
 }
@@ -75,16 +73,16 @@ enum class Kind;
 template <Kind K>
 constexpr int kShift = int(K) == 1 ? 0 : 128;
 
-AVX2 inline void add_pairs(__m256i& sums, __m256i weights, __m256i activations) {
+inline void add_pairs(__m256i& sums, __m256i weights, __m256i activations) {
     const __m256i pairs = _mm256_maddubs_epi16(weights, activations);
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-AVX2 inline void add_signed(__m256i& sums, __m256i weights, __m256i activations) {
+inline void add_signed(__m256i& sums, __m256i weights, __m256i activations) {
     weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
     add_pairs(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(activations, weights));
 }
 template <Kind K>
-AVX2 inline void dot(Ints& sums, Bytes weights, Bytes activations) {
+inline void dot(Ints& sums, Bytes weights, Bytes activations) {
     if (kShift<K> == 0) {
         add_pairs(sums.a, weights.a, activations.a), add_pairs(sums.b, weights.b, activations.b);
     } else {
@@ -92,7 +90,7 @@ AVX2 inline void dot(Ints& sums, Bytes weights, Bytes activations) {
     }
 }
 
-#define TILE_TARGET AVX2
+#define TILE_TARGET
 #include "cpu/serving/packed_tile.hpp"
 #undef TILE_TARGET
 
@@ -100,7 +98,7 @@ AVX2 inline void dot(Ints& sums, Bytes weights, Bytes activations) {
 
 namespace avxvnni {
 
-#define TILE_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define TILE_TARGET __attribute__((target("avxvnni")))
 
 enum class Kind;
 template <Kind>
@@ -117,22 +115,15 @@ TILE_TARGET inline void dot(Ints& sums, Bytes weights, Bytes activations) {
 
 }  // namespace avxvnni
 
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every CPU with AVX2 has F16C
-}
-
 bool has_avxvnni() {
-#ifdef WARPLOOM_NO_AVX512
-    return false;
-#endif
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 }  // namespace
 
-Multiply multiply_avx2() { return has_avx2() ? avx2::multiply : nullptr; }
-Multiply multiply_avxvnni() { return has_avx2() && has_avxvnni() ? avxvnni::multiply : nullptr; }
+Multiply multiply_avx2() { return avx2::multiply; }
+Multiply multiply_avxvnni() { return has_avxvnni() ? avxvnni::multiply : nullptr; }
 #else
 Multiply multiply_avx2() { return nullptr; }
 Multiply multiply_avxvnni() { return nullptr; }

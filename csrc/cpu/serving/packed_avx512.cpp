@@ -6,11 +6,11 @@
 
 namespace warploom::packed {
 
-#ifdef WARPLOOM_X86
+#ifdef __AVX512F__
 namespace {
 namespace avx512 {
 
-#define TILE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define TILE_TARGET __attribute__((target("avx512vnni")))
 
 using Ints = __m512i;
 using Floats = __m512;

@@ -20,7 +20,7 @@ namespace packed {
 static int weight_of(const Layout& l, int code) { return l.has_table ? l.table[code] : code - l.zero(); }
 
 // The plain meaning of the loops: sums of integers group by group, then of floats; rows of `y` lie `width` apart.
-WARPLOOM_CLONES void multiply_plain(const Tile& t, const Activations& x, int row, int rows, float* y, int width) {
+void multiply_plain(const Tile& t, const Activations& x, int row, int rows, float* y, int width) {
     const Layout& l = *t.layout;
     const int step = 32 / l.bits;
     for (int r = row; r < row + rows; ++r, y += width)
@@ -70,7 +70,7 @@ Multiply loops_named(const std::string& name) {
 std::atomic<Multiply> multiply_rows{loops_named("best")};
 
 // n numbers around `shift` + `scale` · code, codes from 0 to `most`; the square of what is lost is returned.
-WARPLOOM_CLONES float round_codes(const float* x, int n, float scale, float shift, float most, float* codes) {
+float round_codes(const float* x, int n, float scale, float shift, float most, float* codes) {
     const float inverse = scale > 0 ? 1 / scale : 0;
     f16 lost = {};
     for (int i = 0; i < n; i += 16) {
@@ -85,7 +85,7 @@ WARPLOOM_CLONES float round_codes(const float* x, int n, float scale, float shif
 }
 
 // Scale and minimum of a group: of its range and of narrower ones, each fitted to its codes, the pair that loses least.
-WARPLOOM_CLONES void fit_range(const float* x, int n, float most, float unit, uint16_t& scale, uint16_t& minimum,
+void fit_range(const float* x, int n, float most, float unit, uint16_t& scale, uint16_t& minimum,
                                float* codes) {
     const auto [low, high] = std::minmax_element(x, x + n);
     const float middle = (*high + *low) / 2, reach = (*high - *low) / 2;
@@ -108,7 +108,7 @@ WARPLOOM_CLONES void fit_range(const float* x, int n, float most, float unit, ui
 }
 
 // Codes of a group of n one after the other: what each loses is taken from the columns after it, `left` in all.
-WARPLOOM_CLONES void feed_back(float* x, int n, int left, float scale, float shift, float most, const float* feedback,
+void feed_back(float* x, int n, int left, float scale, float shift, float most, const float* feedback,
                                int stride, float* codes) {
     const float inverse = scale > 0 ? 1 / scale : 0;
     for (int i = 0; i < n; ++i, feedback += stride + 1) {

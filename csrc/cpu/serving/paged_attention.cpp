@@ -15,10 +15,10 @@ namespace {
 // Queries of a key head in one block share the pages that it reads. Of few tokens, blocks are smaller, so that threads have some each.
 constexpr int kQueries = 288, kLeastQueries = 96, kBlocksPerThread = 6;
 
-WARPLOOM_CLONES void round_to(const float* from, int n, bfloat16* to) {
+void round_to(const float* from, int n, bfloat16* to) {
     for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
 }
-WARPLOOM_CLONES void round_to(const float* from, int n, float* to) { std::copy(from, from + n, to); }
+void round_to(const float* from, int n, float* to) { std::copy(from, from + n, to); }
 
 // All that neighbors of one sequence will look up is there.
 void check_pages(const Pages& pages, const Step& step, const AttentionOptions& options, int first, int last) {

@@ -38,7 +38,7 @@ inline float exponential(uint32_t bits) {
 }
 
 // weights = logits · heat, a NaN as −inf; the largest is returned.
-WARPLOOM_CLONES float scale(const float* logits, int n, float heat, float* weights) {
+float scale(const float* logits, int n, float heat, float* weights) {
     float peak = -INFINITY;
     for (int i = 0; i < n; ++i) {
         const float x = logits[i] * heat;
@@ -48,14 +48,14 @@ WARPLOOM_CLONES float scale(const float* logits, int n, float heat, float* weigh
 }
 
 // weights = exp(weights − peak)
-WARPLOOM_CLONES void exponentiate(float* weights, int n, float peak) {
+void exponentiate(float* weights, int n, float peak) {
     int i = 0;
     for (; i + 16 <= n; i += 16) store(weights + i, exp(load(weights + i) - peak));
     for (; i < n; ++i) weights[i] = std::exp(weights[i] - peak);
 }
 
 // Where the largest logit stands, the first of equals; 0 where all are −inf or no number.
-WARPLOOM_CLONES int64_t first_largest(const float* logits, int n) {
+int64_t first_largest(const float* logits, int n) {
     f16 most = f16{} - INFINITY;
     int i = 0;
     for (; i + 16 <= n; i += 16) {

@@ -10,7 +10,7 @@ namespace warploom {
 
 namespace {
 
-WARPLOOM_CLONES void add_row(const Table& table, int64_t row, int width, float* to) {
+void add_row(const Table& table, int64_t row, int width, float* to) {
     if (table.half) {
         const bfloat16* from = static_cast<const bfloat16*>(table.rows) + row * width;
         for (int i = 0; i < width; ++i) to[i] += widen(from[i]);

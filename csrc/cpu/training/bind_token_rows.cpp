@@ -147,6 +147,27 @@ void multiply_tokens_of(Tensor left, Tensor right, int64_t tokens, Tensor y, boo
     });
 }
 
+void head_loss(int64_t ignore, float smoothing, float z, Tensor hidden, Tensor forth, Tensor back, Tensor targets, Tensor upstream,
+               Tensor losses, Tensor d_hidden, Tensor left, Tensor right) {
+    in_format(hidden, [&](auto number) {
+        using F = decltype(number);
+        require_products<F>();
+        const int N = size_of(hidden.size(0)), C = size_of(hidden.size(1)), V = size_of(forth.count() / C);
+        const int64_t count = int64_t(V) * C;
+        const float* scale = upstream.numbers_or_none<const float>("upstream", N);
+        if (!scale && (back.given() || left.given())) throw py::value_error("upstream is None: gradients need it");
+        if (back.given() != d_hidden.given() || left.given() != right.given())
+            throw py::value_error("back and d_hidden, and left and right, must be given together");
+        const HeadLoss<F> pass{
+            hidden.rows<const F>("hidden", N, C), panels_of(forth.numbers<const F>("forth", count), C, V),
+            panels_of(back.numbers_or_none<const F>("back", count), V, C),
+            {N, V, ignore, smoothing, z, nullptr, targets.numbers<const int64_t>("targets", N), scale, losses.numbers<float>("losses", N)},
+            d_hidden.rows_or_none<F>("d_hidden", N, C), left.numbers_or_none<F>("left", room_of_tokens(N, V)),
+            right.numbers_or_none<F>("right", room_of_tokens(N, C))};
+        unlocked([&] { pass.run(); });
+    });
+}
+
 template <class F>
 void bind_format(py::module_& module, const std::string& format) {
     bind_pass(module, ("NormQkvRope_" + format).c_str(), &make_norm_qkv_rope<F>)
@@ -210,6 +231,7 @@ void bind_rows(py::module_& module) {
     module.def("multiply", &multiply_packed);
     module.def("pack_tokens", &pack_tokens_of);
     module.def("multiply_tokens", &multiply_tokens_of);
+    module.def("head_loss", &head_loss);
     bind_format<float>(module, "float32");
     if (has_fast_pairs()) bind_format<bfloat16>(module, "bfloat16");
 }

@@ -48,7 +48,7 @@ WARPLOOM_INLINE void tile(const Product& p, int row, int column, int from, int t
     store_tile(sums, c, p.c_row);
 }
 
-WARPLOOM_CLONES void multiply(const Product& p, Part part) {
+void multiply(const Product& p, Part part) {
     for (int row = 0; row < p.rows; row += kRows) {
         const int from = part == Part::late_terms ? row : 0;
         const int to = part == Part::early_terms ? std::min(p.terms, row + kRows) : p.terms;
@@ -71,7 +71,7 @@ WARPLOOM_CLONES void multiply(const Product& p, Part part) {
 }
 
 // (kQueries, width) → (width, kQueries).
-WARPLOOM_CLONES void turn_over(const float* from, int width, float* to) {
+void turn_over(const float* from, int width, float* to) {
     for (int row = 0; row < kQueries; row += kLanes)
         for (int column = 0; column < width; column += kLanes)
             transpose_16x16(from + row * width + column, width, to + column * kQueries + row, kQueries);
@@ -101,10 +101,10 @@ WARPLOOM_INLINE void scatter_rows(const float* from, int rows, int width, const 
 }
 
 #define WARPLOOM_FORMAT(T)                                                                                                \
-    WARPLOOM_CLONES void gather(const T* from, int64_t stride, int rows, int padded, int width, float factor, float* to) { \
+    void gather(const T* from, int64_t stride, int rows, int padded, int width, float factor, float* to) { \
         gather_rows(from, stride, rows, padded, width, factor, to);                                                       \
     }                                                                                                                     \
-    WARPLOOM_CLONES void scatter(const float* from, int rows, int width, const float* factors, float factor, T* to,       \
+    void scatter(const float* from, int rows, int width, const float* factors, float factor, T* to,       \
                                  int64_t stride) {                                                                        \
         scatter_rows(from, rows, width, factors, factor, to, stride);                                                     \
     }
@@ -117,7 +117,7 @@ constexpr float kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
 WARPLOOM_INLINE f16 seen(f16 x, int key, float hidden) { return select(load(kNumbers) < float(key), f16{} + hidden, x); }
 
 // Scores (keys, kQueries) of a block whose first query is key `first` become weights, not yet divided by their totals.
-WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals, float* peaks, float* spreads) {
+void weigh(float* scores, int first, int queries, float* totals, float* peaks, float* spreads) {
     for (int q = 0; q < queries; q += kLanes) {
         const int square = first + q;
         float* column = scores + q;
@@ -142,7 +142,7 @@ WARPLOOM_CLONES void weigh(float* scores, int first, int queries, float* totals,
 }
 
 // Scores become weights again; each query's mean of its slopes, the gradients of weights, is added to.
-WARPLOOM_CLONES void weigh_again(float* scores, const float* slopes, int keys, int queries, bool diagonal,
+void weigh_again(float* scores, const float* slopes, int keys, int queries, bool diagonal,
                                  const float* peaks, const float* spreads, float* means) {
     for (int key = 0; key < keys; ++key)
         for (int q = diagonal ? key / kLanes * kLanes : 0; q < queries; q += kLanes) {
@@ -155,7 +155,7 @@ WARPLOOM_CLONES void weigh_again(float* scores, const float* slopes, int keys, i
 }
 
 // The gradients of weights become those of scores.
-WARPLOOM_CLONES void unweigh(const float* weights, float* slopes, int keys, int queries, bool diagonal,
+void unweigh(const float* weights, float* slopes, int keys, int queries, bool diagonal,
                              const float* means) {
     for (int key = 0; key < keys; ++key)
         for (int q = diagonal ? key / kLanes * kLanes : 0; q < queries; q += kLanes) {

@@ -33,7 +33,7 @@ WARPLOOM_INLINE void micro_kernel(TileRows<float> x, const float* w, int words, 
     store_tile(sums, y, y_row);
 }
 
-#ifdef WARPLOOM_X86
+#ifdef __AVX512F__
 WARPLOOM_BF16 inline __m512 sums_in(const float* y) { return _mm512_loadu_ps(y); }
 WARPLOOM_BF16 inline __m512 sums_in(const bfloat16*) { return _mm512_setzero_ps(); }
 WARPLOOM_BF16 inline void sums_out(float* y, __m512 x) { _mm512_storeu_ps(y, x); }
@@ -90,7 +90,7 @@ WARPLOOM_INLINE void panels(TileRows<T> x, const T* w, int words, int columns, i
     }
 }
 
-WARPLOOM_CLONES void multiply_rows(TileRows<float> x, const Panels<float>& w, int rows, float* y, int64_t y_row) {
+void multiply_rows(TileRows<float> x, const Panels<float>& w, int rows, float* y, int64_t y_row) {
     panels(x, w.at, w.terms, w.columns, rows, y, y_row);
 }
 void multiply_rows(TileRows<bfloat16> x, const Panels<bfloat16>& w, int rows, bfloat16* y, int64_t y_row) {
@@ -162,7 +162,7 @@ WARPLOOM_INLINE void multiply_block(const T* left, const T* right, int words, in
     }
 }
 
-WARPLOOM_CLONES void multiply_block_of(const float* left, const float* right, int words, int outputs, int inputs, float* y,
+void multiply_block_of(const float* left, const float* right, int words, int outputs, int inputs, float* y,
                                        int64_t y_row, bool add) {
     multiply_block(left, right, words, outputs, inputs, y, y_row, add);
 }
@@ -171,15 +171,15 @@ void multiply_block_of(const bfloat16* left, const bfloat16* right, int words, i
     multiply_block(left, right, words, outputs, inputs, y, y_row, add);
 }
 
-WARPLOOM_CLONES void narrow_row(const float* from, int n, bfloat16* to) {
+void narrow_row(const float* from, int n, bfloat16* to) {
     for (int c = 0; c < n; c += 16) store(to + c, load(from + c));
 }
 
 #define WARPLOOM_FORMAT(T)                                                                                                  \
-    WARPLOOM_CLONES void pack_panel_of(const T* w, int terms, int columns, bool over, int first, int width, T* to) {        \
+    void pack_panel_of(const T* w, int terms, int columns, bool over, int first, int width, T* to) {        \
         pack_panel(w, terms, columns, over, first, width, to);                                                              \
     }                                                                                                                       \
-    WARPLOOM_CLONES void pack_rows_of(const T* from, int64_t stride, int within, int rows, int columns, bool left, T* to) { \
+    void pack_rows_of(const T* from, int64_t stride, int within, int rows, int columns, bool left, T* to) { \
         pack_rows(from, stride, within, rows, columns, left, to);                                                           \
     }
 WARPLOOM_FORMAT(float)
@@ -236,6 +236,7 @@ void multiply_tokens(const T* left, const T* right, int tokens, int outputs, int
     const auto blocks = [&] { return (outputs + height - 1) / height; };
     while (height > kLeast && blocks() * across < kTasks * threads) height /= 2;
     const int down = blocks();
+    height = ((outputs + down - 1) / down + kSide - 1) / kSide * kSide;  // even ones: a short last task leaves its thread waiting
     parallel_for(down * across, [&](int task) {
         const int output = task / across * height, input = task % across * kInputs;
         const int some = std::min(height, outputs - output), more = std::min(kInputs, inputs - input);
@@ -263,12 +264,11 @@ template void multiply_tokens(const float*, const float*, int, int, int, float*,
 template void multiply_tokens(const bfloat16*, const bfloat16*, int, int, int, float*, bool, int);
 template void multiply_tokens(const bfloat16*, const bfloat16*, int, int, int, bfloat16*, bool, int);
 
-#ifdef WARPLOOM_X86
 bool has_panels() { return has_avx512; }
-bool has_fast_pairs() { return has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
-bool outruns_library() { return has_avx512 && __builtin_cpu_is("amd"); }
+#ifdef __AVX512F__
+bool has_fast_pairs() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
+bool outruns_library() { return __builtin_cpu_is("amd"); }
 #else
-bool has_panels() { return false; }
 bool has_fast_pairs() { return false; }
 bool outruns_library() { return false; }
 #endif

@@ -8,7 +8,7 @@
 
 namespace warploom {
 
-#ifdef WARPLOOM_X86
+#ifdef __AVX512F__
 
 namespace {
 
@@ -104,7 +104,7 @@ WARPLOOM_BF16 void pair_rows(const bfloat16* from, int rows, int width, bfloat16
 }
 
 // A block of rows (kQueries, width) as pairs of neighboring columns (width / 2, kQueries).
-WARPLOOM_WIDE void pair_columns(const bfloat16* from, int width, bfloat16* to) {
+void pair_columns(const bfloat16* from, int width, bfloat16* to) {
     const int words = width / 2;
     for (int row = 0; row < kQueries; row += kLanes)
         for (int word = 0; word < words; word += kLanes)

@@ -33,9 +33,9 @@ WARPLOOM_INLINE void norm_rows(const NormForward<T>& t, int first, int last) {
 }
 
 // One chunk of rows: their dx, and their share of dweight.
-template <class R, class T>
-WARPLOOM_INLINE void norm_chunk_by(const NormBackward<T>& t, int chunk) {
-    using V = SixteenIn<R>;
+template <class T>
+WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
+    using V = SixteenIn<Register>;
     const int first = chunk * t.kChunk, last = std::min(t.rows, first + t.kChunk);
     float* partial = t.partial + int64_t(chunk) * t.columns;
     std::fill(partial, partial + t.columns, 0.0f);
@@ -64,11 +64,6 @@ WARPLOOM_INLINE void norm_chunk_by(const NormBackward<T>& t, int chunk) {
             store(dx + c, d, n);
         });
     }
-}
-
-template <class T>
-WARPLOOM_INLINE void norm_chunk(const NormBackward<T>& t, int chunk) {
-    has_avx512 ? norm_chunk_by<f16>(t, chunk) : norm_chunk_by<Register>(t, chunk);
 }
 
 template <class T>
@@ -125,9 +120,9 @@ WARPLOOM_INLINE void rope_tokens(const Rope<T>& t, int first, int last) {
     }
 }
 
-template <class R, class T>
-WARPLOOM_INLINE void entropy_rows_by(const CrossEntropy<T>& t, int first, int last) {
-    using V = SixteenIn<R>;
+template <class T>
+WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
+    using V = SixteenIn<Register>;
     for (int row = first; row < last; ++row) {
         T* x = t.logits + int64_t(row) * t.classes;
         const int64_t target = t.targets[row];
@@ -165,25 +160,20 @@ WARPLOOM_INLINE void entropy_rows_by(const CrossEntropy<T>& t, int first, int la
     }
 }
 
-template <class T>
-WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
-    has_avx512 ? entropy_rows_by<f16>(t, first, last) : entropy_rows_by<Register>(t, first, last);
-}
-
 // One compiled version a CPU and a number format.
 #define WARPLOOM_FORMATS(name, Pass)                                                                           \
-    WARPLOOM_CLONES void name##_of(const Pass<float>& t, int first, int last) { name(t, first, last); }        \
-    WARPLOOM_CLONES void name##_of(const Pass<bfloat16>& t, int first, int last) { name(t, first, last); }
+    void name##_of(const Pass<float>& t, int first, int last) { name(t, first, last); }        \
+    void name##_of(const Pass<bfloat16>& t, int first, int last) { name(t, first, last); }
 
 WARPLOOM_FORMATS(norm_rows, NormForward)
 WARPLOOM_FORMATS(gate_rows, Gating)
 WARPLOOM_FORMATS(rope_tokens, Rope)
 WARPLOOM_FORMATS(entropy_rows, CrossEntropy)
 
-WARPLOOM_CLONES void norm_chunk_of(const NormBackward<float>& t, int chunk) { norm_chunk(t, chunk); }
-WARPLOOM_CLONES void norm_chunk_of(const NormBackward<bfloat16>& t, int chunk) { norm_chunk(t, chunk); }
-WARPLOOM_CLONES void reduce_chunks_of(const NormBackward<float>& t, int chunks) { reduce_chunks(t, chunks); }
-WARPLOOM_CLONES void reduce_chunks_of(const NormBackward<bfloat16>& t, int chunks) { reduce_chunks(t, chunks); }
+void norm_chunk_of(const NormBackward<float>& t, int chunk) { norm_chunk(t, chunk); }
+void norm_chunk_of(const NormBackward<bfloat16>& t, int chunk) { norm_chunk(t, chunk); }
+void reduce_chunks_of(const NormBackward<float>& t, int chunks) { reduce_chunks(t, chunks); }
+void reduce_chunks_of(const NormBackward<bfloat16>& t, int chunks) { reduce_chunks(t, chunks); }
 
 }  // namespace
 
@@ -237,12 +227,15 @@ void Rope<T>::run() const {
 }
 
 template <class T>
+void CrossEntropy<T>::run_range(int first, int last) const {
+    for (int row = first; row < last; ++row)
+        if (targets[row] != ignore) within(targets[row], classes, "target");
+    entropy_rows_of(*this, first, last);
+}
+
+template <class T>
 void CrossEntropy<T>::run() const {
-    parallel_for_rows(rows, classes, [&](int first, int last) {
-        for (int row = first; row < last; ++row)
-            if (targets[row] != ignore) within(targets[row], classes, "target");
-        entropy_rows_of(*this, first, last);
-    });
+    parallel_for_rows(rows, classes, [&](int first, int last) { run_range(first, last); });
 }
 
 #define WARPLOOM_TYPES(Pass)    \

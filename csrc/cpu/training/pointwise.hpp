@@ -85,6 +85,7 @@ struct CrossEntropy {
     const int64_t* targets;
     const float* upstream;
     float* losses;
+    void run_range(int first, int last) const;
     void run() const;
 };
 

@@ -152,9 +152,27 @@ void OutProjMlp<T>::backward(const Gradients& d) const {
     back({}, {}).reduce();
 }
 
+template <class T>
+void HeadLoss<T>::run() const {
+    const int C = forth.terms, V = losses.classes;
+    parallel_for_tiles(losses.rows, [&](int first, int last, int) {
+        const Rows<T> logits = of_hidden.rows_at<T>(first, V);
+        multiply(hidden, forth, logits, first, last);
+        CrossEntropy<T> of_tile = losses;
+        of_tile.logits = logits.at;
+        of_tile.run_range(first, last);
+        if (back.at) multiply(read(logits), back, d_hidden, first, last);
+        if (!left) return;
+        pack_tokens(read(logits), first, last, V, true, left);
+        pack_tokens(hidden, first, last, C, false, right);
+    });
+}
+
 template struct NormQkvRope<float>;
 template struct NormQkvRope<bfloat16>;
 template struct OutProjMlp<float>;
 template struct OutProjMlp<bfloat16>;
+template struct HeadLoss<float>;
+template struct HeadLoss<bfloat16>;
 
 }  // namespace warploom

@@ -11,6 +11,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/training/gemm.hpp"
 #include "cpu/training/pointwise.hpp"
 
 namespace warploom {
@@ -62,6 +63,19 @@ struct OutProjMlp {
         T *of_delta, *of_stream, *of_gathered;         // packed, as are both, middle and normed then; or null
     };
     void backward(const Gradients& d) const;
+};
+
+// The output layer and its loss, in tiles too: logits, losses, and where rows have upstream gradients those of logits, of hidden
+// rows and the operands of the weight's. No logits are kept.
+template <class T>
+struct HeadLoss {
+    Rows<const T> hidden;    // (N, C)
+    Panels<T> forth, back;   // the weight (V, C): for logits, and for the gradients of hidden rows, if those are wanted
+    CrossEntropy<T> losses;  // whose logits are nowhere
+    Rows<T> d_hidden;        // (N, C)
+    T *left, *right;         // packed gradients of logits, and hidden rows; or null
+
+    void run() const;
 };
 
 }  // namespace warploom

@@ -149,7 +149,7 @@ def test_passes_without_openmp_leave_threads_to_torch(monkeypatch):
 
 FORK = """
 import os, signal, threading, time, torch
-from warploom import _native
+from warploom.kernels.cpu.extension import native as _native
 from warploom.kernels import rms_norm
 torch.set_num_threads(2)
 _native.set_threads(3)
