@@ -1,7 +1,8 @@
 """Weights as files hold them: mapped, read by name when asked for, unpacked where they are published in 8 or 4 bits.
 
 Two ways of packing are undone on reading, where they are not kept: FP8 with a scale a tensor, a row, or a block (128 by
-128 in DeepSeek-V3 and Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
+128 in DeepSeek-V3 and Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, 32 numbers of 4 bits with a power of two for a scale
+(gpt-oss).
 """
 
 from __future__ import annotations
