@@ -113,8 +113,8 @@ class Segment:
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
-        *parts, rotate = self.arguments
-        return (rotated(dequantize(*parts)) if rotate else dequantize(*parts))[:, :columns]
+        w_NC = dequantize(*self.arguments[:-1])
+        return (rotated(w_NC) if self.layout.rotate else w_NC)[:, :columns]
 
     def to(self, device: torch.device | str) -> Segment:
         """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
@@ -134,8 +134,8 @@ class Segment:
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x · rowsᵀ + bias."""
-        codes, scales, minima, units, *layout = self.arguments
-        return packed_linear(x, codes, scales, minima, units, bias, *layout)
+        codes, scales, minima, units, bits, group, table, rotate = self.arguments
+        return packed_linear(x, codes, scales, minima, units, bias, bits, group, table, rotate)
 
 
 @dataclass(frozen=True, slots=True)
