@@ -82,6 +82,20 @@ class NinjaBuild(build_ext):
         super().finalize_options()
         self.parallel = None  # ninja is; without it the levels' objects have one place, one after the other
 
+    def build_extensions(self):
+        if self.compiler.compiler_type == "msvc":
+            from setuptools.errors import CompileError
+
+            lost = (
+                "csrc/ is written for GCC and Clang, whose vector types MSVC has not: no extension is built, texts are "
+            )
+            lost += "encoded in Python and a CPU works by PyTorch alone; under WSL, with g++, all of it is built"
+            if not all(ext.optional for ext in self.extensions):
+                raise CompileError(lost)
+            print(f"\n*** {lost} ***\n", file=sys.stderr)
+            self.extensions = []
+        super().build_extensions()
+
     def build_extension(self, ext):
         try:
             self.compile(ext)
@@ -90,10 +104,6 @@ class NinjaBuild(build_ext):
             raise
 
     def compile(self, ext):
-        if self.compiler.compiler_type == "msvc":
-            from setuptools.errors import CompileError
-
-            raise CompileError("csrc/ is written for GCC and Clang, whose vector types MSVC has not")
         ninja = find_ninja()
         if ninja is None or self.compiler.compiler_type != "unix":
             return super().build_extension(ext)

@@ -7,10 +7,13 @@ format on its way from memory to the product, so a weight means the same number 
     w = (code · scale + minimum) · unit        with a minimum
     w = table[code] · scale · unit             with a table of sixteen values
     w = (code - 128) · scale · unit            8 bits without; 4 bits: code - 8
+    w = code · scale · unit                    8 bits in float8_e4m3fn, as the codes' dtype says
 
 rounded once, and the product is that of `linear` on those numbers, bit for bit. Widening is work for each tile of rows,
 though; so for many rows the weight is widened once, and `linear` multiplies (Marlin, which does not, is slower than 16
 bits from 128 rows on).
+
+Kernels widen float8 by its bits, which every GPU can, the NaN (127 and 255) to ±480: no weight has it.
 
 Scales and minima are half precision, the unit of a row a power of two. Codes of 4 bits lie two a byte, the first in the
 low half. With `rotate` the codes are of each 64 columns after a Walsh-Hadamard transform (QuaRot), and x is transformed
@@ -52,7 +55,8 @@ def dequantize(
     if len(table):
         values = torch.tensor(table, dtype=dtype, device=codes.device)[codes_FGC.int()]
     else:
-        values = codes_FGC.to(dtype) - (0 if minima is not None else 1 << (bits - 1))
+        signed = minima is not None or codes.dtype.is_floating_point
+        values = codes_FGC.to(dtype) - (0 if signed else 1 << (bits - 1))
     w_FGC = values * (scales.to(dtype) * units.to(dtype)[:, None])[..., None]
     if minima is not None:
         w_FGC = w_FGC + (minima.to(dtype) * units.to(dtype)[:, None])[..., None]
@@ -87,7 +91,8 @@ def _packed_linear(
 ) -> torch.Tensor:
     """x (…, C) · weightᵀ + bias for a packed weight of F rows, accumulated in float32.
 
-    `codes` (F, G · group · bits / 8) are bytes, `scales` and `minima` (F, G) float16, `units` (F,) float32."""
+    `codes` (F, G · group · bits / 8) are bytes or float8, `scales` and `minima` (F, G) float16, `units` (F,)
+    float32."""
     return _by_dtype(wide(x), x, codes, scales, minima, units, bias, bits, group, table, rotate)
 
 
@@ -112,7 +117,8 @@ def widen(
 ):  # fmt: skip
     """Weights of rows f and BLOCK_C columns from `start`, which is a multiple of the block, in float32.
 
-    FIRST and SECOND are a table's sixteen bytes, eight each."""
+    FIRST and SECOND are a table's sixteen bytes, eight each. Codes in int8 are the bits of float8: sign, four of the
+    exponent, three digits, which in half precision stand seven places higher."""
     BYTES: tl.constexpr = BLOCK_C * BITS // 8
     GROUPS: tl.constexpr = BLOCK_C // GROUP
     at = start // (8 // BITS) + tl.arange(0, BYTES).to(tl.int64)
@@ -126,6 +132,8 @@ def widen(
     if TABLE:
         half = tl.where(codes < 8, tl.full([1, 1], FIRST, tl.int64), tl.full([1, 1], SECOND, tl.int64))
         values = (half >> ((codes & 7) * 8).to(tl.int64)).to(tl.int8).to(tl.float32)
+    elif codes_ptr.dtype.element_ty == tl.int8:
+        values = ((codes.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     else:
         values = codes.to(tl.float32) - (0 if MINIMUM else 128 if BITS == 8 else 8)
     unit = tl.load(units_ptr + f, mask=f < F, other=0.0)[:, None]
@@ -203,6 +211,11 @@ def table_bytes(table: Sequence[int]) -> tuple[int, int]:
     return int.from_bytes(packed[:8], "little", signed=True), int.from_bytes(packed[8:], "little", signed=True)
 
 
+def code_bits(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as kernels take them: float8 in int8, whatever formats the GPU has."""
+    return codes.view(torch.int8) if codes.dtype.is_floating_point else codes
+
+
 def turned(x_MC: torch.Tensor) -> torch.Tensor:
     """`rotated` by the kernel of heads, of which 64 columns are one."""
     M, C = x_MC.shape
@@ -224,7 +237,7 @@ def packed_product(
     x_MC = last_dim_contiguous(as_rows(x))
     x_MC = turned(x_MC) if rotate else x_MC
     (M, C), (F, G) = x_MC.shape, scales.shape
-    codes, first, second = last_dim_contiguous(codes), *table_bytes(table)
+    codes, first, second = last_dim_contiguous(code_bits(codes)), *table_bytes(table)
     packed = codes, scales, scales if minima is None else minima, units
     form = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
     form |= {"FIRST": first, "SECOND": second}
@@ -298,11 +311,12 @@ def _fused(x, codes, scales, minima, units, bias=None, bits=8, group=64, table=(
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4's numbers, doubled
 
 
-def packed_batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, bias=False):
+def packed_batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, bias=False, float8=False):
     """Scales and minima lie as a GPU reads them: those of a group side by side."""
     G = cdiv(C, max(group, TURNED if rotate else group)) * (TURNED // group if rotate else 1)
     codes = m.integers(0, 256, F, G * group * bits // 8, dtype=torch.uint8)
-    scales = m.normal(G, F, scale=2.0 ** (1 - bits) * C**-0.5, dtype=torch.float16, grad=False).T
+    codes = (codes & 0xBF).view(torch.float8_e4m3fn) if float8 else codes  # below two, and so no NaN
+    scales = m.normal(G, F, scale=2.0 ** (0 if float8 else 1 - bits) * C**-0.5, dtype=torch.float16, grad=False).T
     minima = m.normal(G, F, scale=C**-0.5, dtype=torch.float16, grad=False).T if minimum else None
     layout = {"bits": bits, "group": group, "table": list(table), "rotate": rotate}
     units = m.tensor([1.0, 0.5] * F)[:F] if m.device.type != "meta" else torch.empty(F, device="meta")
@@ -333,9 +347,12 @@ packed_linear = Op(
         Case("groups of 16", lambda m: packed_batch(m, 3, 48, 32, group=16)),
         Case("many rows", lambda m: packed_batch(m, MANY + 3, 64, 64, bits=4, minimum=True, bias=True)),
         Case("many rows, table, rotated", lambda m: packed_batch(m, MANY + 3, 56, 64, 4, 32, table=E2M1, rotate=True)),
+        Case("float8, tails", lambda m: packed_batch(m, 3, 72, 40, bias=True, float8=True)),
+        Case("many rows, float8, rotated", lambda m: packed_batch(m, MANY + 3, 64, 64, rotate=True, float8=True)),
         Case("many rows, tails", lambda m: packed_batch(m, MANY + 3, 40, 24, 8, 16, minimum=True)),
         Case("no rows", lambda m: packed_batch(m, 0, 64, 32)),
         Case("1x4096x14336", lambda m: packed_batch(m, 1, 4096, 14336), bench=True),
+        Case("1x4096x14336, float8", lambda m: packed_batch(m, 1, 4096, 14336, float8=True), bench=True),
         Case("1x4096x14336, 4 bits", lambda m: packed_batch(m, 1, 4096, 14336, 4, minimum=True), bench=True),
         Case(
             "1x4096x14336, 4 bits rotated", lambda m: packed_batch(m, 1, 4096, 14336, 4, 64, True, (), True), bench=True

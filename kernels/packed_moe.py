@@ -77,7 +77,7 @@ def _product(rows, places, weight, bias, top_k):
 
 
 def _batch(m, T, C, E, F, layout=(), biases=False, **more):
-    """Layout: bits, group, minimum, table, rotate."""
+    """Layout: bits, group, minimum, table, rotate, bias, float8."""
 
     def weight(rows, columns):
         _, *parts, last = packed_weight(m, 1, columns, E * rows, *layout)
@@ -99,6 +99,7 @@ packed_moe = Op(
     rows=("x", "router_logits"),
     cases=[
         Case("8 bits", lambda m: _batch(m, 9, 64, 4, 64)),
+        Case("float8", lambda m: _batch(m, 5, 64, 3, 32, (8, 64, False, (), False, False, True))),
         Case("4 bits, minima, tails", lambda m: _batch(m, 9, 96, 4, 40, (4, 32, True)), {"score": "sigmoid"}),
         Case("4 bits, rotated", lambda m: _batch(m, 5, 64, 3, 32, (4, 64, True, (), True)), {"normalize": False}),
         Case("table, biases, clamped", lambda m: _batch(m, 9, 64, 4, 32, MXFP4, True), {"activation": "clamped"}),

@@ -159,6 +159,7 @@ packed_linear_residual = Op(
     cases=[
         Case("one row", lambda m: _joined(m, 1, 64, 128)),
         Case("bias and tails", lambda m: _joined(m, 3, 72, 100, bias=True)),
+        Case("float8", lambda m: _joined(m, 3, 64, 64, float8=True)),
         Case("4 bits, rotated", lambda m: _joined(m, 20, 128, 64, 4, minimum=True, rotate=True)),
         Case("1x4096x4096", lambda m: _joined(m, 1, 4096, 4096), bench=True),
         Case("64x4096x4096, 4 bits", lambda m: _joined(m, 64, 4096, 4096, 4, minimum=True), bench=True),
@@ -180,6 +181,7 @@ packed_normed_linear = Op(
         Case("one row", lambda m: _summed(m, 1, 128, 48)),
         Case("bias and tails", lambda m: _summed(m, 3, 72, 40, bias=True)),
         Case("4 bits, rotated, gated", lambda m: _summed(m, 20, 64, 128, 4, rotate=True), {"activation": "silu"}),
+        Case("float8", lambda m: _summed(m, 3, 64, 32, float8=True)),
         Case("table", lambda m: _summed(m, 3, 64, 32, 4, group=32, table=E2M1)),
         Case("1x4096x6144", lambda m: _summed(m, 1, 4096, 6144), bench=True),
         Case(

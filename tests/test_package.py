@@ -182,29 +182,68 @@ def test_extension_that_fails_leaves_the_other(tmp_path, broken, whole):
     assert shown.stderr.count("could not be built") == 1
 
 
-def test_build_under_msvc_says_why_not(tmp_path):
-    """The package is installed without its extensions, and the reason is one sentence each."""
-    (tmp_path / "csrc").mkdir()
-    shutil.copy(ROOT / "setup.py", tmp_path)
-    code = """
-import runpy, setuptools, sys
+def build_elsewhere(folder: Path, pretend: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py's build on a platform that `pretend` makes of this one."""
+    (folder / "csrc").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "setup.py", folder)
+    code = f"""
+import platform, runpy, sys, sysconfig, setuptools
+sysconfig.get_config_vars()  # this platform's
 from distutils.command import build_ext
+{pretend}
+sys.argv = ["setup.py", "-q", "build_ext", "-b", "out"]
+runpy.run_path("setup.py")
+"""
+    aside = "WARPLOOM_REQUIRE_NATIVE", "WARPLOOM_LEVELS"
+    environment = {k: v for k, v in os.environ.items() if k not in aside} | more
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+MSVC = """
 real = build_ext.new_compiler
 def msvc(**options):
     compiler = real()
     compiler.compiler_type = "msvc"
     return compiler
 build_ext.new_compiler = msvc
-sys.argv = ["setup.py", "-q", "build_ext", "-b", "out"]
-runpy.run_path("setup.py")
 """
-    environment = {k: v for k, v in os.environ.items() if k != "WARPLOOM_REQUIRE_NATIVE"} | {
-        "WARPLOOM_LEVELS": "baseline"
-    }
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+
+def test_build_under_msvc_says_why_not(tmp_path):
+    """The package is installed without its extensions, and the reason is one sentence for all of them."""
+    shown = build_elsewhere(tmp_path, MSVC)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stderr.count("written for GCC and Clang") == 2 and shown.stderr.count("could not be built") == 2
+    assert shown.stderr.count("written for GCC and Clang") == 1 and "could not be built" not in shown.stderr
     assert not (tmp_path / "out").exists()
+    required = build_elsewhere(tmp_path, MSVC, WARPLOOM_REQUIRE_NATIVE="1")
+    assert required.returncode and "written for GCC and Clang" in required.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="pretends with Linux's g++")
+def test_build_on_a_mac_builds_everything(tmp_path):
+    """Apple's Clang has no OpenMP and, on ARM, none of x86's instructions: no flag asks it for them."""
+    for name, module in (("cpu", "_native"), ("tokenizer", "_tokenizer")):
+        (tmp_path / "csrc" / name).mkdir(parents=True)
+        text = f"#include <pybind11/pybind11.h>\nPYBIND11_MODULE({module}, module) {{}}"
+        (tmp_path / "csrc" / name / "module.cpp").write_text(text)
+    clang = tmp_path / "clang++"
+    clang.write_text("""#!/bin/bash
+for word; do case $word in
+    -fopenmp*|-mavx*|-mfma|-mf16c|-mprefer*|-march=*) echo "clang++: error: unsupported option '$word'" >&2; exit 1;;
+    -stdlib=*|-mmacosx-version-min=*) ;;
+    *) words+=("$word");;
+esac; done
+exec g++ -O0 "${words[@]}"
+""")
+    clang.chmod(0o755)
+    pretend = (
+        'sys.platform, platform.machine = "darwin", lambda: "arm64"\nplatform.mac_ver = lambda: ("14.5", (), "arm64")'
+    )
+    shown = build_elsewhere(tmp_path, pretend, CXX=str(clang))
+    assert shown.returncode == 0 and "could not be built" not in shown.stderr, shown.stderr
+    built = {path.name.split(".")[0] for path in (tmp_path / "out" / "warploom").iterdir()}
+    assert built == {"_native", "_tokenizer"}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")

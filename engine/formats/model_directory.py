@@ -148,6 +148,7 @@ def read_weights(
     layers = [path for path, layer in empty.named_modules() if type(layer) is MoE]
     products |= {f"{path}.{part}" for path in layers for part in ("w_gate_up", "w_down")}
     with opened as weights:
+        weights.keeps_fp8 = not mixed
         for piece in weight_map(config, list(shapes), kind):
             product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
             if packed and not adapter and (product == "head.weight" or product in products):

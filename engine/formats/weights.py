@@ -1,7 +1,8 @@
 """Weights as files hold them: mapped, read by name when asked for, unpacked where they are published in 8 or 4 bits.
 
-Two ways of packing are undone on reading: FP8 with a scale a tensor, a row, or a block (128 by 128 in DeepSeek-V3 and
-Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, 32 numbers of 4 bits with a power of two for a scale (gpt-oss).
+Two ways of packing are undone on reading, where they are not kept: FP8 with a scale a tensor, a row, or a block (128 by
+128 in DeepSeek-V3 and Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, 32 numbers of 4 bits with a power of two for a scale
+(gpt-oss).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from ...kernels.packed_linear import E2M1
 from ..errors import InputError
 from .family import WeightMapping
 from .packed_checkpoints import METHODS, groups_of, read_integers
-from .packed_weight import Layout, PackedExperts, PackedWeight, Segment
+from .packed_weight import Layout, PackedExperts, PackedWeight, Segment, float8_finite
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNPACKED = ("fp8", "mxfp4", *METHODS, "fbgemm_fp8", "warploom")
+SCALES = "_scale_inv", "_scale"  # behind the name of a tensor in FP8
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 # Where a multimodal model keeps its language model, in front of "model." or instead of it.
 TOWERS = ("language_model.model.", "model.language_model.", "language_model.", "model.text_model.")
@@ -34,6 +37,8 @@ OTHER_TOWERS = ("visual.", "model.visual.", "vision_tower.", "multi_modal_projec
 
 class Weights:
     """Published tensors by name, read from mapped files only when asked for."""
+
+    keeps_fp8 = False  # a GPU's kernels widen it
 
     def __init__(self, sources: Mapping[str, Any], path: Path, quantization: Mapping[str, Any] | None = None) -> None:
         self.sources, self.path, self.quantization = sources, path, quantization or {}
@@ -56,7 +61,7 @@ class Weights:
             raise InputError(f"{self.path}: tensor {found} is {kind}: packed, and without the scales that unpack it")
         if tensor.dtype not in FP8:
             return tensor
-        for suffix in ("_scale_inv", "_scale"):
+        for suffix in SCALES:
             if found + suffix in self.sources:
                 return fp8(tensor, self._take(found + suffix), found, fp8_block(self.quantization))
         raise InputError(f"{self.path}: tensor {found} is in FP8 and has no scale")
@@ -91,8 +96,13 @@ class Weights:
 
     def packed(self, name: str) -> Segment | None:
         """A published matrix as it is packed, if it is, in a way that is kept."""
-        found = self._integers(name)
-        return found if isinstance(found, Segment) else None
+        integers = self._integers(name)
+        found = self._find(name) if self.keeps_fp8 and integers is None else None
+        if found is not None and self._stored(found) == torch.float8_e4m3fn:
+            scale = next((found + suffix for suffix in SCALES if found + suffix in self.sources), None)
+            block = fp8_block(self.quantization)
+            return None if scale is None else fp8_rows(self._take(found), self._take(scale), found, block)
+        return integers if isinstance(integers, Segment) else None
 
     def _integers(self, name: str) -> Segment | Tensor | None:
         if self.quantization.get("quant_method") not in METHODS or not name.endswith(".weight"):
@@ -185,6 +195,14 @@ class Weights:
 
 def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128, 128)) -> Tensor:
     """Numbers in 8 bits times their scale: one, one a row, or one a block; bytes are exponents of two (E8M0)."""
+    scale = fp8_scale(tensor, scale, name, block)
+    if scale.ndim and scale.shape[-1] > 1:
+        scale = scale.repeat_interleave(min(block[1], tensor.shape[-1]), -1)[..., : tensor.shape[-1]]
+    return (tensor.float() * scale).bfloat16()
+
+
+def fp8_scale(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) -> Tensor:
+    """Scales in float32: one, one a row, or one for each row and block of columns."""
     scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
     if scale.numel() != 1 and scale.shape != (*tensor.shape[:-1], 1):
         *_, rows, columns = 1, 1, *tensor.shape
@@ -195,8 +213,26 @@ def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128,
                 f"are {blocks}"
             )
         scale = scale.repeat_interleave(min(block[0], rows), -2)[..., :rows, :]
-        scale = scale.repeat_interleave(min(block[1], columns), -1)[..., :columns]
-    return (tensor.float() * scale).bfloat16()
+    return scale
+
+
+def fp8_rows(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) -> Segment | None:
+    """A matrix in FP8 as it is, its scales within 2⁻¹¹; None where blocks are no groups or scales too far apart."""
+    if tensor.ndim != 2 or not tensor.numel() or not float8_finite(tensor):
+        return None
+    (rows, columns), scale = tensor.shape, fp8_scale(tensor, scale, name, block)
+    scale = scale.view(1, 1) if scale.numel() == 1 else scale
+    width = block[1] if scale.shape[1] > 1 else columns
+    group = next((n for n in (64, 32, 16) if gcd(width, columns) % n == 0), 0)
+    if not group:
+        return None
+    scale_NG = scale.repeat_interleave(min(width, columns) // group, 1)[:, : columns // group].expand(rows, -1)
+    units = torch.ldexp(torch.ones(rows), torch.frexp(scale_NG.abs().amax(1)).exponent - 15)
+    halves = (scale_NG / units[:, None]).half()
+    if not torch.allclose(halves * units[:, None], scale_NG, rtol=2**-11, atol=0):
+        return None
+    codes = tensor.contiguous().view(torch.uint8)
+    return Segment(Layout(8, group, rotate=False, float8=True), codes, halves, None, units)
 
 
 def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from .execution.gpu_model import keeps_latents
 from .execution.kv_cache import HAS_NATIVE, TILE, PagedKVCache, set_threads
 from .execution.lora import ServedAdapters, open_adapters
 from .execution.model_runner import Runner, memory_for_pages
-from .execution.native_matrix import keeps_packed
+from .execution.native_matrix import keeps_packed, refuse_float8
 from .execution.outlier_smoothing import has_tall_keys, is_supported
 from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
@@ -53,17 +53,17 @@ class LLM:
     `max_batch` bounds the sequences computed together; by default it is 256 on a CPU, or what memory holds a
     quarter of the context for, and 64 elsewhere. `kv_memory` bounds the cache in bytes; by default it is what
     `max_batch` full contexts need, as far as memory goes. `quantize="int8"` keeps weights in 8 bits, "int4" in 4
-    (of small models not all), a `Scheme` as it says; on a CPU keys and values are in 8 bits then too, unless keys
-    have biases far larger than themselves. `kv_dtype` chooses their format by itself: the name of a dtype, "int8"
-    or "fp8", which loses more; 8 bits are half the bytes of bfloat16, so twice the tokens in the same memory,
-    read in half the time. `max_batch_tokens` bounds the tokens of one step; by default a step that others wait for
-    takes 200 ms at most. `ngram_draft_tokens` is how many tokens an n-gram lookup may guess ahead, `draft_model` a
-    smaller model of the same vocabulary that guesses `draft_tokens` ahead: either changes the speed, not the
-    output. `tensor_parallel` spreads the model over that many processes, each with a GPU of its own where there are
-    GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes: what a request gets may then
-    depend, in the last bits, on its company. `adapters` are directories of LoRA adapters by name: each request may
-    name one, and one batch may hold many. A directory of one adapter that is itself the `model` is merged, and costs
-    nothing.
+    (of small models not all), "fp8" in float8 (on a GPU), a `Scheme` as it says; on a CPU keys and values are in 8
+    bits then too, unless keys have biases far larger than themselves. `kv_dtype` chooses their format by itself:
+    the name of a dtype, "int8" or "fp8", which loses more; 8 bits are half the bytes of bfloat16, so twice the
+    tokens in the same memory, read in half the time. `max_batch_tokens` bounds the tokens of one step; by default a
+    step that others wait for takes 200 ms at most. `ngram_draft_tokens` is how many tokens an n-gram lookup may
+    guess ahead, `draft_model` a smaller model of the same vocabulary that guesses `draft_tokens` ahead: either
+    changes the speed, not the output. `tensor_parallel` spreads the model over that many processes, each with a GPU
+    of its own where there are GPUs; `close` ends them. `batch_invariant=False` lets PyTorch multiply as it likes:
+    what a request gets may then depend, in the last bits, on its company. `adapters` are directories of LoRA
+    adapters by name: each request may name one, and one batch may hold many. A directory of one adapter that is
+    itself the `model` is merged, and costs nothing.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class LLM:
         paced, fitted = max_batch_tokens is None, max_batch is None
         max_batch = max_batch or (MOST_ROWS if where.type == "cpu" and tensor_parallel == 1 else 64)
         max_batch_tokens = max(max_batch_tokens or (8192 if where.type == "cuda" else 512), max_batch)
+        refuse_float8(scheme is not None and scheme.float8 and where.type == "cpu" and HAS_NATIVE)
         packed = quantize is None and keeps_packed(where)
         team = None
         if tensor_parallel > 1:

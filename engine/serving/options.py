@@ -29,9 +29,9 @@ class LLMOptions:
     """Bytes for keys and values; by default what max_batch full contexts need, as far as memory goes."""
     page_size: int = 16
     """Tokens a page of the cache."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Keep weights in 8 bits, or 4 (on a CPU); on a CPU, activations, keys and values are rounded to 8 bits too.
-    Without it, files that are quantized stay as they are."""
+    quantize: Literal["int8", "int4", "fp8"] | None = None
+    """Keep weights in 8 bits, 4 (on a CPU) or fp8 (on a GPU); on a CPU, activations, keys and values are rounded to 8
+    bits too. Without it, files that are quantized stay as they are."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
     """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize."""
     max_batch_tokens: int | None = None

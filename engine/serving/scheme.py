@@ -14,7 +14,7 @@ SMALL = 1_000_000_000  # parameters below which 4 bits leave the down products i
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Quantization of the weights of a float model that is served on a CPU."""
+    """Quantization of the weights of a float model."""
 
     bits: int = 8
     """Of a weight: 8 or 4."""
@@ -30,6 +30,8 @@ class Scheme:
     """Bits of the head's weights."""
     keep: Mapping[str, int] = field(default_factory=dict)
     """Bits of matrices by pattern, as {"*.down": 8}; names are those of MATRICES."""
+    float8: bool = False
+    """Codes of 8 bits are numbers in float8 (e4m3), on a GPU."""
 
     def __post_init__(self) -> None:
         if self.activations not in (8, 16):
@@ -44,10 +46,11 @@ class Scheme:
         """Of the matrix of that name."""
         bits = self.head if name == "head" else self.bits
         bits = next((kept for pattern, kept in self.keep.items() if fnmatch(name, pattern)), bits)
-        return Layout(bits, self.group, not self.symmetric and bits == self.bits, (), self.rotate)
+        return Layout(bits, self.group, not self.symmetric and bits == self.bits, (), self.rotate, self.float8)
 
 
 INT8 = Scheme()
+FP8 = Scheme(rotate=False, float8=True)
 
 
 def scheme_of(quantize: str | Scheme | None, parameters: int, calibrated: bool = False) -> Scheme | None:
@@ -59,7 +62,9 @@ def scheme_of(quantize: str | Scheme | None, parameters: int, calibrated: bool =
         return quantize
     if quantize == "int8":
         return INT8
+    if quantize == "fp8":
+        return FP8
     if quantize == "int4":
         down = {"ffn.down": 8} if parameters < SMALL else {}
         return Scheme(4, symmetric=False, head=4 if calibrated else 8, keep={"ffn.router": 8, **down})
-    raise InputError(f"quantize must be None, 'int8', 'int4' or a Scheme, got {quantize!r}")
+    raise InputError(f"quantize must be None, 'int8', 'int4', 'fp8' or a Scheme, got {quantize!r}")

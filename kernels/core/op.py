@@ -230,5 +230,5 @@ def _device_of(name: str, args, kwargs) -> torch.device:
 
 
 def _cast(x, dtype: torch.dtype):
-    narrowable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    narrowable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize in (2, 4)
     return x.to(dtype) if narrowable else x

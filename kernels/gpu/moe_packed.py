@@ -11,7 +11,7 @@ import torch
 from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import launch, launcher
 from ..core.tuned import tuned
-from ..packed_linear import table_bytes, widen
+from ..packed_linear import code_bits, table_bytes, widen
 from .moe_experts import _tile_of_expert
 from .moe_launch import _combine, _route
 
@@ -89,7 +89,7 @@ def moe_packed_gemm(
     out = torch.empty(A, N, dtype=a.dtype, device=a.device)
     tile = _tile(a, A, E)
     columns = cdiv(N, tile["BLOCK_N"])
-    first, second = table_bytes(table)
+    codes, first, second = code_bits(codes), *table_bytes(table)
     launch(
         moe_packed_gemm_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         a, codes, scales, scales if minima is None else minima, units, a if bias is None else bias, order, offsets, out,

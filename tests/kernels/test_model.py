@@ -37,7 +37,7 @@ from warploom.kernels import (
     packed_normed_linear,
 )
 from warploom.kernels.core.tuned import trying
-from warploom.kernels.packed_linear import E2M1, rotated
+from warploom.kernels.packed_linear import E2M1, packed_linear, rotated
 
 from .device import DEVICE, pytestmark  # noqa: F401
 
@@ -190,9 +190,10 @@ def test_exact_policy_has_the_bits_that_were_sampled(config):
 
 
 LAYOUTS = [Layout(8, rotate=False), Layout(4, 32, True), Layout(4, 16, table=E2M1, rotate=False)]
+FLOAT8 = Layout(8, rotate=False, float8=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=["8 bits", "4 bits rotated"])
+@pytest.mark.parametrize("layout", [*LAYOUTS[:2], FLOAT8], ids=["8 bits", "4 bits rotated", "float8"])
 def test_packed_weights_serve_the_same(layout):
     """On both backends, and as the model of dequantized weights serves by the kernels."""
     torch.manual_seed(0)
@@ -204,6 +205,16 @@ def test_packed_weights_serve_the_same(layout):
         if type(layer) is Linear:
             layer.weight.data = nearest(layer.weight, layout).dequantize()
     assert packed[0] == packed[1] == serve(plain, "eager")
+
+
+def test_float8_codes_are_torchs_numbers():
+    """Each of 254 codes, by the kernel; the other two are NaN, and no weight has them."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    one, weight = torch.ones(256, 1, device=DEVICE), codes[:, None].expand(256, 16).contiguous()
+    with backend("triton"):
+        found = packed_linear(torch.eye(16, device=DEVICE), weight, one.half(), None, one[:, 0], None, 8, 16)[3]
+    real = ~codes.float().isnan()
+    assert real.sum() == 254 and torch.equal(found[real], codes.float()[real])
 
 
 def packed_experts(model, layout):
@@ -246,7 +257,7 @@ def test_lone_packed_experts_are_widened():
     assert model.blocks[0].ffn.product is None
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4", Scheme(4, 32)], ids=str)
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8", Scheme(4, 32)], ids=str)
 def test_quantize_packs_experts(quantize, monkeypatch):
     """`quantize=` where products are the kernels': experts are codes, and serve as the numbers that these stand for."""
     for room in ("llm", "execution.kv_cache", "execution.serving_model"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment, nearest
 from ..scheme import Scheme
 from .kv_cache import HAS_NATIVE, _native
@@ -41,8 +42,9 @@ def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool =
 def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> PackedWeight:
     """A float weight (rows, columns), rounded as `native_matrix` rounds it; with the error fed back, calibrated.
 
-    On a GPU, in 8 bits, and without the extension, codes are the nearest."""
-    if _native is None or (weight.is_cuda and not layout.minimum and feedback is None):
+    On a GPU, in 8 bits, in float8, and without the extension, codes are the nearest."""
+    near = layout.float8 or (weight.is_cuda and not layout.minimum)
+    if _native is None or (near and feedback is None):
         return nearest(weight, layout).to(weight.device)
     count, columns = weight.shape
     groups = layout.groups(columns)
@@ -56,7 +58,13 @@ def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> Pack
 
 
 def native_layout(layout: Layout):
+    refuse_float8(layout.float8)
     return _native.Layout(layout.bits, layout.group, layout.minimum, layout.rotate, list(layout.table))
+
+
+def refuse_float8(asked: bool) -> None:
+    if asked:
+        raise InputError("fp8 weights are for a GPU; on a CPU int8 is as small and loses less")
 
 
 def _floats(tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from warploom.engine.formats.model_directory import load_model
-from warploom.engine.formats.weights import fp8
+from warploom.engine.formats.packed_weight import describe, is_packed, packed_in
+from warploom.engine.formats.weights import Weights, fp8
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -71,6 +72,26 @@ def test_fp8_blocks_open_as_theirs(kind, changes, tmp_path):
     change(tmp_path, tensors, quantization_config=said)
     dequantized = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
     assert_opens_as_theirs(tmp_path, dtype=torch.bfloat16, quantization_config=dequantized)
+
+
+@pytest.mark.parametrize("kind, changes", [("qwen3", {}), ("deepseek_v3", ROUTED)])
+def test_fp8_for_a_gpu_is_packed(kind, changes, tmp_path, monkeypatch):
+    """As `packed=True` reads it there, experts too; its codes mean what a CPU makes of them, but for two roundings."""
+    write(tmp_path, kind, **changes)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(tensors[name], (128, 128))
+    change(tmp_path, tensors, quantization_config=dict(quant_method="fp8", weight_block_size=[128, 128]))
+    plain = load_model(tmp_path, "cpu", "float32", packed=True)[0]
+    monkeypatch.setattr(Weights, "keeps_fp8", property(lambda self: True, lambda self, value: None))
+    model = load_model(tmp_path, "cpu", "float32", packed=True)[0]
+    assert not is_packed(plain) and "float8 in groups of" in describe(model)
+    for name, packed in packed_in(model):
+        exact = plain.get_parameter(name)
+        torch.testing.assert_close(packed.dequantize(), exact.float(), rtol=2**-8 + 2**-10, atol=0)
+    with torch.no_grad():
+        wanted = plain(TOKENS)
+        torch.testing.assert_close(model(TOKENS), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
 def test_fp8_blocks_at_the_edge_are_narrower():

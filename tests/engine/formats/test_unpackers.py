@@ -246,6 +246,30 @@ def test_fp8_blocks_unpack_as_transformers(rows, columns, block, exponents, seed
     assert torch.equal(found.nan_to_num(7e7), exact.nan_to_num(7e7))
 
 
+@settings(max_examples=15)
+@given(
+    st.integers(1, 200), st.sampled_from([64, 96, 208, 384]),
+    st.sampled_from(["tensor", "row", (128, 128), (64, 96), (1, 32)]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_fp8_for_a_gpu_stays_packed(rows, columns, scaled, seed):
+    """Its codes, and scales within 2⁻¹¹, of whatever part of the matrix has one; a CPU does not keep it."""
+    draw = Draw(seed)
+    codes = draw.bytes(rows, columns)
+    codes[codes & 127 == 127] = 0
+    block = (128, 128) if isinstance(scaled, str) else scaled
+    shape = {"tensor": (), "row": (rows, 1)}.get(scaled, (-(-rows // block[0]), -(-columns // block[1])))
+    scale = torch.rand(shape, generator=draw.generator) + 0.01
+    said = {"quant_method": "fp8", "weight_block_size": list(block)}
+    weights = Weights({"w.weight": codes.view(torch.float8_e4m3fn), "w.weight_scale": scale}, Path("model"), said)
+    assert weights.packed("w.weight") is None
+    weights.keeps_fp8 = True
+    segment = weights.packed("w.weight")
+    assert segment.layout.float8 and torch.equal(segment.codes, codes)
+    torch.testing.assert_close(segment.dequantize(), weights("w.weight").float(), rtol=2**-8 + 2**-10, atol=0)
+    codes[0, 0] = 255
+    assert weights.packed("w.weight") is None
+
+
 @pytest.mark.parametrize("block", [[0, 128], [128], "0x128", [128, 1.5], [True, 4], 7])
 def test_fp8_block_that_is_none_is_refused(block):
     for said in ({"weight_block_size": block}, {"config_groups": {"g": {"weights": {"block_structure": block}}}}):

@@ -94,6 +94,7 @@ def test_serving_by_scheme_is_as_fine_as_it_says(tiny_model):
     [
         ({"bits": 5}, "bits must be 4 or 8, got 5"),
         ({"group": 48}, "group must be 16, 32 or 64, got 48"),
+        ({"bits": 4, "float8": True}, "float8 must be of 8 bits and without a minimum, got 4 bits"),
         ({"activations": 4}, "activations must be 8 or 16, got 4"),
         ({"keep": {"*.gate": 8}}, r"keep names no matrix by '\*.gate'; there are: attention.qkv"),
     ],
@@ -101,6 +102,25 @@ def test_serving_by_scheme_is_as_fine_as_it_says(tiny_model):
 def test_scheme_refuses_what_cannot_be(change, says):
     with pytest.raises(ValueError, match=says):
         Scheme(**change)
+
+
+def test_fp8_weights_are_refused_on_a_cpu(tiny_model):
+    says = "fp8 weights are for a GPU; on a CPU int8 is as small and loses less"
+    for quantize in ("fp8", Scheme(float8=True)):
+        with pytest.raises(ValueError, match=says):
+            LLM(tiny_model("llama"), quantize=quantize)
+    with pytest.raises(ValueError, match=says):
+        packed_matrix(nearest(torch.randn(3, 64), Layout(8, rotate=False, float8=True)))
+
+
+def test_float8_is_off_by_half_a_digit():
+    """Of four binary digits, the first implied: 1/16 at most, of the smallest in a group half their step."""
+    weight = torch.randn(9, 150) * torch.logspace(-30, 3, 9)[:, None]
+    weight[3] = 0
+    packed = nearest(weight, Layout(8, 32, rotate=False, float8=True))
+    (found,) = packed.segments
+    step = (found.scales.float() * found.units[:, None]).repeat_interleave(32, 1)[:, :150]
+    assert ((packed.dequantize() - weight).abs() <= (weight.abs() * 1.001 / 16).maximum(step * 2**-9)).all()
 
 
 @settings(max_examples=30)
