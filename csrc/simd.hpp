@@ -54,7 +54,7 @@ typedef float f4 __attribute__((vector_size(16), aligned(4)));
 // As large as a register: of larger ones, compilers keep sums in memory.
 #if defined(__AVX512F__)
 typedef f16 Register;
-#elif defined(__aarch64__)
+#elif !defined(__AVX2__)  // SSE, NEON
 typedef f4 Register;
 #else
 typedef f8 Register;

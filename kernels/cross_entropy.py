@@ -12,6 +12,7 @@ N rows, V classes.
 """
 
 import torch
+import torch.nn.functional as F
 
 from .core.lang import next_power_of_2, tl, triton, wide
 from .core.launch import AutogradOp, as_rows, launch, launcher
@@ -54,6 +55,18 @@ def reduce(losses: torch.Tensor, counted: torch.Tensor, reduction: str) -> torch
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; valid are {', '.join(REDUCTIONS)}")
+
+
+def _cross_entropy_eager(
+    logits, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
+):
+    """PyTorch's own pass over float32 logits, both ways in half the time of `logsumexp` and its gradient."""
+    if z_loss or softcap is not None:
+        return _cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    check_reduction(reduction)
+    rows = logits.to(wide(logits)).reshape(-1, logits.shape[-1])
+    losses = F.cross_entropy(rows, targets.reshape(-1), None, None, ignore_index, None, "none", label_smoothing)
+    return reduce(losses.view(targets.shape), targets != ignore_index, reduction)
 
 
 # ---- fused ----
@@ -250,6 +263,7 @@ def _peaked(m, N, V):
 cross_entropy = Op(
     name="cross_entropy",
     reference=_cross_entropy,
+    eager=_cross_entropy_eager,
     fused=_cross_entropy_fused,
     rows=("logits", "targets"),
     cases=[
