@@ -84,7 +84,7 @@ Layout make_layout(int bits, int group, bool minimum, bool rotate, const std::ve
     if ((bits != 4 && bits != 8) || (group != 16 && group != 32 && group != 64) ||
         (!table.empty() && (table.size() != 16 || bits != 4 || minimum)))
         throw py::value_error("no such layout of packed weights");
-    std::copy(table.begin(), table.end(), layout.table);
+    if (layout.has_table) std::copy_n(table.begin(), 16, layout.table);
     return layout;
 }
 
