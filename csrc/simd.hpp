@@ -119,14 +119,17 @@ WARPLOOM_BFLOAT16(f4, u4, h4)
 WARPLOOM_BFLOAT16(f8, u8, h8)
 WARPLOOM_BFLOAT16(f16, u16, h16)
 
-// By their type, which has the alignment of a float: a copy of 64 bytes is four moves through the stack in GCC 11.
-WARPLOOM_INLINE f16 load(const float* p) { return *reinterpret_cast<const f16*>(p); }
+WARPLOOM_INLINE f16 load(const float* p) {
+    f16 x;
+    std::memcpy(&x, p, 64);
+    return x;
+}
 WARPLOOM_INLINE f16 load(const bfloat16* p) {
     f16 x;
     load_as(p, x);
     return x;
 }
-WARPLOOM_INLINE void store(float* p, f16 x) { *reinterpret_cast<f16*>(p) = x; }
+WARPLOOM_INLINE void store(float* p, f16 x) { std::memcpy(p, &x, 64); }
 WARPLOOM_INLINE void store(bfloat16* p, f16 x) { store_as(p, x); }
 
 // The first n of sixteen lanes; the others are zero.
@@ -147,11 +150,11 @@ WARPLOOM_INLINE void store(T* p, f16 x, int n) {
 
 template <class V>
 WARPLOOM_INLINE void load_as(const float* p, V& x) {
-    x = *reinterpret_cast<const V*>(p);
+    std::memcpy(&x, p, sizeof(V));
 }
 template <class V>
 WARPLOOM_INLINE void store_as(float* p, V x) {
-    *reinterpret_cast<V*>(p) = x;
+    std::memcpy(p, &x, sizeof(V));
 }
 
 // A vector as two. By name: a copy of its bytes makes GCC 12 keep the sum that it was in memory, in the loop too.
