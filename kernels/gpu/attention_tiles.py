@@ -276,7 +276,7 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
         end = tl.minimum(end, last - shift + WINDOW)
         if not CAUSAL:
             begin = tl.maximum(first - shift - WINDOW + 1, 0)
-    begin = tl.multiple_of(begin // BLOCK * BLOCK, BLOCK)
+    begin = tl.multiple_of(begin - begin % BLOCK, BLOCK)  # pyright: ignore[reportOperatorIssue]
     return begin, end
 
 
