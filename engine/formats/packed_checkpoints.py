@@ -125,7 +125,7 @@ def _compressed(base, has, take, said) -> Segment | Tensor:
 
 
 def groups_of(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What compressed-tensors says of the weights of each group of layers."""
+    """Settings of compressed-tensors for the weights of each group of layers."""
     groups = said.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise InputError(f"quantization_config: config_groups must hold an object for each group, got {groups!r}")

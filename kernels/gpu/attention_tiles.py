@@ -111,7 +111,7 @@ def load_tile(pointers, rows, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def rows_of(base, length, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """Where a head's rows (length, D) lie: a descriptor, or pointers to the first tile of BLOCK."""
+    """Address of a head's rows (length, D): a descriptor, or pointers to the first tile of BLOCK."""
     if TMA:
         rows = tl.make_tensor_descriptor(base, [tl.maximum(length, 1), D], [stride_t, 1], [BLOCK, BLOCK_D])
     else:
@@ -136,7 +136,7 @@ def heads_of(
     base, heads, length, stride_h, stride_t,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows of several heads lie, for `load_head_rows`."""
+    """Address of the rows of several heads, for `load_head_rows`."""
     if TMA:
         shape = [heads, tl.maximum(length, 1), D]
         rows = tl.make_tensor_descriptor(base, shape, [stride_h, stride_t, 1], [1, BLOCK, BLOCK_D])
@@ -172,7 +172,7 @@ def load_numbers(base, first, length, BLOCK: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def head_numbers_of(base, heads, length, stride_h, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """Where the numbers of several heads lie, for `load_head_numbers`."""
+    """Address of the numbers of several heads, for `load_head_numbers`."""
     if TMA:
         numbers = tl.make_tensor_descriptor(base, [heads, tl.maximum(length, 1)], [stride_h, 1], [1, BLOCK])
     else:

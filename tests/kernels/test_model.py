@@ -246,7 +246,7 @@ def test_packed_experts_serve_the_same(layout):
 
 
 def test_lone_packed_experts_are_widened():
-    """Where one matrix of a layer is floats, the kernel of packed experts cannot take the other."""
+    """The kernel of packed experts takes both matrices of a layer or neither: beside floats a packed one is widened."""
     model = Transformer(ModelConfig(**SPARSE)).to(DEVICE)
     numbers = packed_experts(model, LAYOUTS[0])
     install(model, "blocks.0.ffn.w_down", PackedExperts(nearest(w, LAYOUTS[0]) for w in numbers[1].cpu()))
