@@ -15,7 +15,6 @@
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined: no call passes one
-#pragma GCC diagnostic ignored "-Wignored-attributes"  // templates forget that vectors are aligned as floats
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #if !defined(__clang__)
@@ -38,18 +37,18 @@
 
 namespace warploom {
 
-typedef float f16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
-typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u8 __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t u4 __attribute__((vector_size(16), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-typedef uint16_t h8 __attribute__((vector_size(16), aligned(2)));
-typedef uint16_t h4 __attribute__((vector_size(8), aligned(2)));
-typedef float f8 __attribute__((vector_size(32), aligned(4)));
-typedef float f4 __attribute__((vector_size(16), aligned(4)));
+typedef float f16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef uint32_t u16 __attribute__((vector_size(64)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint16_t h4 __attribute__((vector_size(8)));
+typedef float f8 __attribute__((vector_size(32)));
+typedef float f4 __attribute__((vector_size(16)));
 
 // As large as a register: of larger ones, compilers keep sums in memory.
 #if defined(__AVX512F__)
