@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import moe, packed_moe
-from ...kernels.packed_linear import TURNED, dequantize, packed_linear, rotated
-from ...kernels.packed_moe import Packed
+from ...kernels.packed_linear import TURNED, PackedTensor, dequantize, packed_linear, rotated
 from ..config import ModelConfig
 from ..errors import InputError
 from ..layers import MoE
@@ -113,8 +112,7 @@ class Segment:
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
-        w_NC = dequantize(*self.arguments[:-1])
-        return (rotated(w_NC) if self.layout.rotate else w_NC)[:, :columns]
+        return dequantize(self.tensor, columns)
 
     def to(self, device: torch.device | str) -> Segment:
         """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
@@ -126,16 +124,16 @@ class Segment:
         return Segment(self.layout, self.codes.to(device), cast(Tensor, scales), minima, self.units.to(device))
 
     @property
-    def arguments(self) -> Packed:
+    def tensor(self) -> PackedTensor:
         """These rows as the kernels take them."""
-        bits, group, table, rotate = self.layout.bits, self.layout.group, self.layout.table, self.layout.rotate
-        codes = self.codes.view(torch.float8_e4m3fn) if self.layout.float8 else self.codes
-        return codes, self.scales, self.minima, self.units, bits, group, table, rotate
+        layout = self.layout
+        codes = self.codes.view(torch.float8_e4m3fn) if layout.float8 else self.codes
+        form = layout.bits, layout.group, layout.table, layout.rotate
+        return PackedTensor(codes, self.scales, self.minima, self.units, *form)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x · rowsᵀ + bias."""
-        codes, scales, minima, units, bits, group, table, rotate = self.arguments
-        return packed_linear(x, codes, scales, minima, units, bias, bits, group, table, rotate)
+        return packed_linear(x, self.tensor, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +193,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        tensors = (t for s in self.segments for t in (s.codes, s.scales, s.minima, s.units) if t is not None)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(segment.tensor.nbytes for segment in self.segments)
 
 
 class PackedLinear(nn.Module):
@@ -269,7 +266,7 @@ def expert_product(x: Tensor, logits: Tensor, w_gate_up: Any, w_down: Any, top_k
     """`kernels.moe` of packed experts: where they are stacked from the codes, else by the definition."""
     up, down = getattr(w_gate_up, "stack", None), getattr(w_down, "stack", None)
     if up is not None and down is not None:
-        return packed_moe(x, logits, up.arguments, down.arguments, len(w_down), top_k, **options)
+        return packed_moe(x, logits, up.tensor, down.tensor, len(w_down), top_k, **options)
     up, down = (part.dequantize().to(x) if isinstance(part, PackedExperts) else part for part in (w_gate_up, w_down))
     return moe(x, logits, up, down, top_k, **options)
 
