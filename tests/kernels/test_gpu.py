@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from warploom import kernels
-from warploom.engine.formats.packed_weight import Layout, nearest
+from warploom.engine.formats.packed_weight import Layout
+from warploom.engine.formats.rounding import nearest
 from warploom.kernels import backend, ops
 from warploom.kernels.tools import verify
 

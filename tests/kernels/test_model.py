@@ -14,10 +14,10 @@ from warploom.engine.formats.packed_weight import (
     Segment,
     install,
     is_packed,
-    nearest,
     packed_in,
     widen_lone_experts,
 )
+from warploom.engine.formats.rounding import nearest
 from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
 from warploom.engine.rl.policy import Policy, exact_obstacle, pack
