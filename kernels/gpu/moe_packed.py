@@ -9,7 +9,7 @@ expert is a row of one tall matrix, and widening needs not know of experts. A ti
 import torch
 
 from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
-from ..core.launch import launch, launcher
+from ..core.launch import last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
 from ..packed_linear import code_bits, table_bytes, widen
 from .moe_experts import _tile_of_expert
@@ -84,6 +84,7 @@ def moe_packed_gemm(
     top_k: int,
 ) -> torch.Tensor:
     """Rows of assignments: of tokens `a`, of which each has `top_k`; or, with 0, of rows in line, by assignment."""
+    a = last_dim_contiguous(a)
     (A,), E, K = order.shape, len(offsets) - 1, a.shape[1]
     N, G = len(codes) // E, scales.shape[1]
     out = torch.empty(A, N, dtype=a.dtype, device=a.device)
