@@ -9,11 +9,12 @@ from warploom.kernels.core.lang import HAS_TRITON, INTERPRET
 from warploom.kernels.tools.verify import parameters, tensors
 
 pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
-FUSED = [op for op in ops() if op.fused is not None and not op.name.startswith("packed")]
+FUSED = [op for op in ops() if op.fused is not None]
 IN_ONE_PIECE = {
     "adamw_step": {"param", "exp_avg", "exp_avg_sq", "master"},
     "latent_attention": {"latents", "turned", "k_scales", "v_scales"},
     "linear_residual": {"stream"},
+    "packed_linear_residual": {"stream"},
     "paged_attention": {"k_pages", "v_pages", "k_scales", "v_scales"},
     "qk_norm_rope_write": {"k_pages", "v_pages", "k_scales", "v_scales"},
     "write_pages": {"k_pages", "v_pages", "k_scales", "v_scales"},
@@ -25,6 +26,8 @@ CHECKED_BY_HAND = {
     "linear_cross_entropy": {"weights"},
     "moe": {"choice_bias", "b_gate_up", "b_down"},
     "normed_linear": {"square_sums"},
+    "packed_moe": {"b_gate_up", "b_down"},
+    "packed_normed_linear": {"square_sums"},
     "rope": {"positions"},
     "swiglu": {"gate", "up"},
 }
@@ -119,6 +122,25 @@ def test_cross_entropy_unknown_class_is_nan(target):
             kernels.linear_cross_entropy(logits, weight, targets, reduction="none"),
         ):
             assert losses.isnan().tolist() == [False, True, False]
+
+
+def test_packed_weight_that_does_not_fit_refused():
+    op = kernels.packed_linear
+    call = given(op, next(case for case in op.cases if case.name == "4 bits, minima, tails"))
+    weight = call["weight"]
+    others = (
+        {"weight": weight._replace(units=weight.units[1:])},
+        {"weight": weight._replace(codes=weight.codes[:, :-8])},
+        {"weight": weight._replace(scales=weight.scales[:-1])},
+        {"bias": torch.zeros(len(weight.units) + 1)},
+    )
+    with backend("triton"):
+        expected = op(**call)
+        apart = weight._replace(minima=weight.minima.contiguous(), units=spread(weight.units))
+        assert torch.equal(op(**{**call, "weight": apart}), expected)
+        for other in others:
+            with pytest.raises(ValueError, match="must"):
+                op(**{**call, **other})
 
 
 def test_attention_without_sequences_is_zero():
