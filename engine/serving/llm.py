@@ -35,6 +35,7 @@ from .execution.native_matrix import keeps_packed, refuse_float8
 from .execution.outlier_smoothing import has_tall_keys, is_supported
 from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
+from .options import check_counts
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
 from .scheduling.pace import StepPace
@@ -89,13 +90,15 @@ class LLM:
         adapters: Mapping[str, str | os.PathLike] | None = None,
     ):
         scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
-        counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
-        counts |= {"max_seq_len": max_seq_len, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise InputError(f"{name} must be at least 1, got {count}")
-        if ngram_draft_tokens < 0:
-            raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
+        check_counts(
+            ngram_draft_tokens,
+            max_batch=max_batch,
+            page_size=page_size,
+            max_batch_tokens=max_batch_tokens,
+            max_seq_len=max_seq_len,
+            draft_tokens=draft_tokens,
+            tensor_parallel=tensor_parallel,
+        )
         if tensor_parallel > 1 and adapters:
             raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
@@ -128,7 +131,10 @@ class LLM:
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.adapters = open_adapters(adapters or {}, model)
-            self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
+            limit = self.config.max_seq_len
+            if max_seq_len is not None and max_seq_len > limit:
+                raise InputError(f"max_seq_len is {max_seq_len}; the model reads at most {limit} tokens")
+            self.max_seq_len = max_seq_len or limit
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]

@@ -9,8 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from .llm import LLM
+
+
+COUNTS = ("max_batch", "page_size", "max_batch_tokens", "max_seq_len", "draft_tokens", "tensor_parallel")
+
+
+def check_counts(ngram_draft_tokens: int, **counts: int | None) -> None:
+    """Refuse counts below 1, and of n-gram lookup's tokens below 0."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InputError(f"{name} must be at least 1, got {count}")
+    if ngram_draft_tokens < 0:
+        raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,12 @@ class LLMOptions:
     """A request's tokens do not depend on its company; False lets PyTorch multiply as it likes."""
     prefix_cache: bool = True
     """Reuse what is already computed of a prompt's beginning."""
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever the model is."""
+        check_counts(**{name: getattr(self, name) for name in COUNTS}, ngram_draft_tokens=self.ngram_draft_tokens)
+        if self.ngram_draft_tokens and self.draft_model is not None:
+            raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
 
     def open(self, adapters: Mapping[str, str] | None = None) -> LLM:
         """Load the model, and adapters of it by name."""
