@@ -19,7 +19,7 @@ import torch
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
-from ..errors import InputError
+from ..errors import InputError, refuse_below
 from ..formats.model_directory import load_model, read_model
 from ..formats.model_info import base_of, refuse_repacking
 from ..formats.model_source import resolve_model
@@ -35,7 +35,6 @@ from .execution.native_matrix import keeps_packed, refuse_float8
 from .execution.outlier_smoothing import has_tall_keys, is_supported
 from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
-from .options import check_counts
 from .outputs import Output, Piece
 from .sampling_params import SamplingParams
 from .scheduling.pace import StepPace
@@ -90,8 +89,9 @@ class LLM:
         adapters: Mapping[str, str | os.PathLike] | None = None,
     ):
         scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
-        check_counts(
-            ngram_draft_tokens,
+        refuse_below(0, ngram_draft_tokens=ngram_draft_tokens)
+        refuse_below(
+            1,
             max_batch=max_batch,
             page_size=page_size,
             max_batch_tokens=max_batch_tokens,

@@ -9,22 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import InputError
+from ..errors import InputError, refuse_below
 
 if TYPE_CHECKING:
     from .llm import LLM
 
 
 COUNTS = ("max_batch", "page_size", "max_batch_tokens", "max_seq_len", "draft_tokens", "tensor_parallel")
-
-
-def check_counts(ngram_draft_tokens: int, **counts: int | None) -> None:
-    """Refuse counts below 1, and of n-gram lookup's tokens below 0."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise InputError(f"{name} must be at least 1, got {count}")
-    if ngram_draft_tokens < 0:
-        raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,8 @@ class LLMOptions:
 
     def check(self) -> None:
         """Refuse what is wrong whatever the model is."""
-        check_counts(**{name: getattr(self, name) for name in COUNTS}, ngram_draft_tokens=self.ngram_draft_tokens)
+        refuse_below(1, **{name: getattr(self, name) for name in COUNTS})
+        refuse_below(0, ngram_draft_tokens=self.ngram_draft_tokens)
         if self.ngram_draft_tokens and self.draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
 
