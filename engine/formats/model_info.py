@@ -14,7 +14,7 @@ from .adapters import AdapterConfig, is_adapter
 from .families import from_hf_config, kind_of
 from .gguf_reader import is_gguf, open_gguf
 from .model_source import resolve_model
-from .packed_weight import layouts_from
+from .packed_files import layouts_from
 from .weights import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")
