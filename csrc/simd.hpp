@@ -283,6 +283,7 @@ template <class V>
 WARPLOOM_INLINE void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
     constexpr int n = lanes_of<V>;
     V x[n], y[n];
+#pragma GCC unroll 16  // else GCC 11 keeps the square in memory
     for (int i = 0; i < n; ++i) load_as(from + i * from_row, x[i]);
     for (int apart = n / 2, round = n; round > 1; round /= 2) {
         for (int i = 0; i < apart; ++i) zip(x[i], x[i + apart], y + 2 * i);
