@@ -25,7 +25,7 @@ SANITIZE = bool(os.environ.get("WARPLOOM_SANITIZE"))  # `make sanitize`: the sam
 flags = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
 link = []
 if SANITIZE:
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+    flags = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-D_GLIBCXX_ASSERTIONS"]
     link = ["-fsanitize=address,undefined"]
 
 
