@@ -84,8 +84,8 @@ native-test:
 FUZZED := $(filter-out %/module.cpp %/bpe_trainer.cpp %/word_counter.cpp,$(filter-out csrc/tokenizer/bind_%,$(wildcard csrc/tokenizer/*.cpp)))
 fuzz:
 	@mkdir -p build/corpus
-	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -pthread -Icsrc \
-		csrc/tests/fuzz_tokenizer.cpp $(FUZZED) -o build/fuzz
+	clang++ -std=c++17 -O1 -g -D_GLIBCXX_ASSERTIONS -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=undefined -pthread -Icsrc csrc/tests/fuzz_tokenizer.cpp $(FUZZED) -o build/fuzz
 	build/fuzz build/corpus csrc/tests/corpus -max_total_time=$(SECONDS) -max_len=600 -print_final_stats=1 -verbosity=0
 
 lint: .venv/ready-dev
