@@ -113,7 +113,8 @@ def ours(shape: Shape) -> Callable[[], object]:
         context=shape.time, lr=3e-4, warmup=0, steps=10**6, device=shape.device, dtype=shape.dtype,
     )  # fmt: skip
     trainer = Trainer(config, [])
-    keep_freed(shape.device == "cpu")
+    if shape.device == "cpu":
+        keep_freed(True)
     batches = (Batch(tokens, targets) for tokens, targets in shape.batches())
 
     def step() -> float:

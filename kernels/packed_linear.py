@@ -23,6 +23,7 @@ M rows, C input channels, F output features, G groups of a row.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nn
@@ -38,17 +39,26 @@ TURNED = 64  # columns that are rotated together
 MANY = 256  # rows above which the weight is widened once
 
 
-def dequantize(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
-    bits: int,
-    group: int,
-    table: Sequence[int] = (),
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """The numbers (F, G · group) that codes (F, G · group · bits / 8) stand for, rotated if they are."""
+class PackedTensor(NamedTuple):
+    """Rows of a weight as codes, with the scales and the layout that say which numbers they stand for."""
+
+    codes: torch.Tensor  # (F, G · group · bits / 8), bytes or float8
+    scales: torch.Tensor  # (F, G), float16
+    minima: torch.Tensor | None  # (F, G), float16
+    units: torch.Tensor  # (F,), float32
+    bits: int = 8
+    group: int = 64
+    table: Sequence[int] = ()
+    rotate: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self[:4] if part is not None)
+
+
+def dequantize(weight: PackedTensor, columns: int | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The numbers (F, columns) of a packed weight, without the columns that fill the last group."""
+    codes, scales, minima, units, bits, group, table, rotate = weight
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     codes_FGC = codes.unflatten(-1, (-1, group))
@@ -60,7 +70,8 @@ def dequantize(
     w_FGC = values * (scales.to(dtype) * units.to(dtype)[:, None])[..., None]
     if minima is not None:
         w_FGC = w_FGC + (minima.to(dtype) * units.to(dtype)[:, None])[..., None]
-    return w_FGC.flatten(1)
+    w_FC = w_FGC.flatten(1)
+    return (rotated(w_FC) if rotate else w_FC)[:, :columns]
 
 
 def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -77,33 +88,18 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return (x.unflatten(-1, (-1, TURNED)) @ hadamard(TURNED, x.dtype, x.device)).flatten(-2)
 
 
-def _packed_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    bits: int = 8,
-    group: int = 64,
-    table: Sequence[int] = (),
-    rotate: bool = False,
-) -> torch.Tensor:
-    """x (…, C) · weightᵀ + bias for a packed weight of F rows, accumulated in float32.
-
-    `codes` (F, G · group · bits / 8) are bytes or float8, `scales` and `minima` (F, G) float16, `units` (F,)
-    float32."""
-    return _by_dtype(wide(x), x, codes, scales, minima, units, bias, bits, group, table, rotate)
+def _packed_linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (…, C) · weightᵀ + bias for a packed weight of F rows, accumulated in float32."""
+    return _by_dtype(wide(x), x, weight, bias)
 
 
-def _eager(x, codes, scales, minima, units, bias=None, bits=8, group=64, table=(), rotate=False):
-    return _by_dtype(x.dtype, x, codes, scales, minima, units, bias, bits, group, table, rotate)
+def _eager(x, weight, bias=None):
+    return _by_dtype(x.dtype, x, weight, bias)
 
 
-def _by_dtype(dtype, x, codes, scales, minima, units, bias, bits, group, table, rotate):
-    weight = dequantize(codes, scales, minima, units, bits, group, table, torch.promote_types(dtype, torch.float32))
-    weight = (rotated(weight) if rotate else weight)[:, : x.shape[-1]].to(dtype)
-    return nn.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+def _by_dtype(dtype, x, weight, bias):
+    w_FC = dequantize(weight, x.shape[-1], torch.promote_types(dtype, torch.float32)).to(dtype)
+    return nn.linear(x.to(dtype), w_FC, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 # ---- fused ----
@@ -223,25 +219,28 @@ def turned(x_MC: torch.Tensor) -> torch.Tensor:
     return hadamard_launch(x_MC.reshape(M * x_MC.shape[1] // TURNED, TURNED), False).view(x_MC.shape)
 
 
+def widen_arguments(weight: PackedTensor) -> tuple[tuple, tuple, dict]:
+    """A packed weight as `widen` takes it: tensors, strides, constants."""
+    codes, scales, minima, units, bits, group, table, _ = weight
+    codes, first, second = last_dim_contiguous(code_bits(codes)), *table_bytes(table)
+    tensors = codes, scales, scales if minima is None else minima, units
+    constants = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
+    return tensors, (codes.stride(0), *scales.stride()), constants | {"FIRST": first, "SECOND": second}
+
+
 def packed_product(
     x: torch.Tensor,
-    weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
+    weight: PackedTensor,
     bias: torch.Tensor | None,
-    layout: tuple[int, int, Sequence[int], bool],
     activation: str = "",
     squares: tuple[torch.Tensor, float] | None = None,
     join: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`product` with codes, scales, minima and units in the layout of (bits, group, table, rotate)."""
-    (codes, scales, minima, units), (bits, group, table, rotate) = weight, layout
+    """`product` with a packed weight."""
     x_MC = last_dim_contiguous(as_rows(x))
-    x_MC = turned(x_MC) if rotate else x_MC
-    (M, C), (F, G) = x_MC.shape, scales.shape
-    codes, first, second = last_dim_contiguous(code_bits(codes)), *table_bytes(table)
-    packed = codes, scales, scales if minima is None else minima, units
-    form = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
-    form |= {"FIRST": first, "SECOND": second}
-    strides = codes.stride(0), *scales.stride()
+    x_MC = turned(x_MC) if weight.rotate else x_MC
+    (M, C), (F, G) = x_MC.shape, weight.scales.shape
+    packed, strides, form = widen_arguments(weight)
     shape = *x.shape[:-1], F // 2 if activation else F
     if M > MANY and C % 64 == 0:  # rows that cannot be read 16 bytes at a time would cost `linear` its registers
         tile = {"BLOCK_F": 16, "BLOCK_C": 64}
@@ -268,44 +267,38 @@ def packed_product(
     return y
 
 
+# PyTorch's operators know no tuples of tensors and numbers: a packed weight comes to a launcher in its parts.
+
+
 @launcher
 def packed_linear_forward(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
-    bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    table: Sequence[int],
-    rotate: bool,
-) -> torch.Tensor:
-    return packed_product(x, (codes, scales, minima, units), bias, (bits, group, table, rotate))
+    x: torch.Tensor, bias: torch.Tensor | None,
+    codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None, units: torch.Tensor,
+    bits: int, group: int, table: Sequence[int], rotate: bool,
+) -> torch.Tensor:  # fmt: skip
+    return packed_product(x, PackedTensor(codes, scales, minima, units, bits, group, table, rotate), bias)
 
 
 def _save(ctx, inputs, output):
-    x, codes, scales, minima, units, bias, *ctx.layout = inputs
-    ctx.dtypes, ctx.columns = (x.dtype, None if bias is None else bias.dtype), x.shape[-1]
-    ctx.save_for_backward(codes, scales, minima, units)
+    x, bias, *tensors, bits, group, table, rotate = inputs
+    ctx.layout, ctx.columns = (bits, group, table, rotate), x.shape[-1]
+    ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors)
 
 
 def _gradient(ctx, dy):
-    codes, scales, minima, units = ctx.saved_tensors
-    bits, group, table, rotate = ctx.layout
     dtype, bias_dtype = ctx.dtypes
-    weight = dequantize(codes, scales, minima, units, bits, group, table)
-    weight = (rotated(weight) if rotate else weight)[:, : ctx.columns].to(dtype)
-    dx = dy @ weight if ctx.needs_input_grad[0] else None
-    dbias = as_rows(dy).sum(0).to(bias_dtype) if ctx.needs_input_grad[5] else None
-    return dx, None, None, None, None, dbias, None, None, None, None
+    want_x, want_bias, *rest = ctx.needs_input_grad
+    weight = dequantize(PackedTensor(*ctx.saved_tensors, *ctx.layout), ctx.columns).to(dtype)
+    dx = dy @ weight if want_x else None
+    return dx, as_rows(dy).sum(0).to(bias_dtype) if want_bias else None, *[None] * len(rest)
 
 
 _product = AutogradOp(packed_linear_forward, _save, _gradient)
 
 
-def _fused(x, codes, scales, minima, units, bias=None, bits=8, group=64, table=(), rotate=False):
-    return _product(x, codes, scales, minima, units, bias, bits, group, table, rotate)
+def _fused(x, weight, bias=None):
+    return _product(x, bias, *weight)
 
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4's numbers, doubled
@@ -318,17 +311,13 @@ def packed_batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=F
     codes = (codes & 0xBF).view(torch.float8_e4m3fn) if float8 else codes  # below two, and so no NaN
     scales = m.normal(G, F, scale=2.0 ** (0 if float8 else 1 - bits) * C**-0.5, dtype=torch.float16, grad=False).T
     minima = m.normal(G, F, scale=C**-0.5, dtype=torch.float16, grad=False).T if minimum else None
-    layout = {"bits": bits, "group": group, "table": list(table), "rotate": rotate}
     units = m.tensor([1.0, 0.5] * F)[:F] if m.device.type != "meta" else torch.empty(F, device="meta")
-    return m.normal(M, C), codes, scales, minima, units, *([m.normal(F)] if bias else []), layout
+    weight = PackedTensor(codes, scales, minima, units, bits, group, list(table), rotate)
+    return m.normal(M, C), weight, *([m.normal(F)] if bias else [])
 
 
-def packed_bytes(codes, scales, minima, units):
-    return codes.nbytes + scales.nbytes + (0 if minima is None else minima.nbytes) + units.nbytes
-
-
-def _moved(x, codes, scales, minima, units, *_, **__):
-    return packed_bytes(codes, scales, minima, units) + x.nbytes + x.nbytes // x.shape[-1] * len(units)
+def _moved(x, weight, *_):
+    return weight.nbytes + x.nbytes + x.nbytes // x.shape[-1] * len(weight.units)
 
 
 packed_linear = Op(
@@ -361,12 +350,12 @@ packed_linear = Op(
         Case("64x4096x14336, groups of 16", lambda m: packed_batch(m, 64, 4096, 14336, 8, 16), bench=True),
         Case("4096x4096x4096, 4 bits", lambda m: packed_batch(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
     ],
-    traffic=lambda *args, **options: (_moved(*args, **options), _moved(*args, **options)),
+    traffic=lambda *args, **_: (_moved(*args), _moved(*args)),
     budget={
         "packed_linear_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1),
         "widen_kernel": Budget(registers=64, vector=True),
         "hadamard_heads_kernel": Budget(registers=96, vector=True),
         "linear_kernel": Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
     },
-    flops=lambda x, codes, scales, minima, units, *_, **__: (2 * x.numel() * len(units), 2 * x.numel() * len(units)),
+    flops=lambda x, weight, *_, **__: (2 * x.numel() * len(weight.units), 2 * x.numel() * len(weight.units)),
 )

@@ -5,37 +5,28 @@ Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes
 (`gpu/moe_packed.py`), for few rows and for many, and give the bits of `moe` on the widened weights, rounded once. The
 gate stays a launch of its own, as biases and gpt-oss's clamped gate are no case of their own then.
 
-A packed weight is a tuple: codes (E · N, bytes), scales and minima (E · N, G), units (E · N,) of all experts one below
-the other, then bits, group, table and rotation (`packed_linear`).
+A packed weight has the rows of all experts (E · N), one below the other.
 """
-
-from collections.abc import Sequence
 
 import torch
 
 from .core.op import Budget, Case, Op
 from .gpu.moe_packed import moe_packed_combine, moe_packed_gemm, moe_packed_route
 from .moe import MoEAux, by_highest_logits, moe
-from .packed_linear import E2M1, dequantize, rotated, turned
-from .packed_linear import packed_batch as packed_weight
+from .packed_linear import E2M1, PackedTensor, dequantize, packed_batch
 from .swiglu import swiglu_packed
 
-Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, int, int, Sequence[int], bool]
 
-
-def widened(weight: Packed, columns: int, like: torch.Tensor) -> torch.Tensor:
+def widened(weight: PackedTensor, columns: int, like: torch.Tensor) -> torch.Tensor:
     """The numbers (E · N, columns) of a packed weight, in the dtype of `like`."""
-    codes, scales, minima, units, bits, group, table, rotate = weight
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    w = dequantize(codes, scales, minima, units, bits, group, table, dtype)
-    return (rotated(w) if rotate else w)[:, :columns].to(like.dtype)
+    return dequantize(weight, columns, torch.promote_types(like.dtype, torch.float32)).to(like.dtype)
 
 
 def _packed_moe(
     x: torch.Tensor,
     router_logits: torch.Tensor,
-    gate_up: Packed,
-    down: Packed,
+    gate_up: PackedTensor,
+    down: PackedTensor,
     experts: int,
     top_k: int,
     **options,
@@ -50,7 +41,7 @@ def _packed_moe_eager(x, router_logits, gate_up, down, experts, top_k, **options
 
 
 def _by(run, x, router_logits, gate_up, down, experts, top_k, options):
-    C, F = x.shape[-1], len(gate_up[0]) // experts // 2
+    C, F = x.shape[-1], len(gate_up.codes) // experts // 2
     weights = widened(gate_up, C, x).view(experts, 2 * F, C), widened(down, F, x).view(experts, C, F)
     return run(x, router_logits, *weights, top_k, **options)
 
@@ -70,18 +61,14 @@ def _packed_moe_fused(x, router_logits, gate_up, down, experts, top_k, **options
 
 
 def _product(rows, places, weight, bias, top_k):
-    codes, scales, minima, units, bits, group, table, rotate = weight
-    rows = turned(rows) if rotate else rows
-    bias = None if bias is None else bias.flatten()
-    return moe_packed_gemm(rows, *places, codes, scales, minima, units, bias, bits, group, list(table), top_k)
+    return moe_packed_gemm(rows, *places, None if bias is None else bias.flatten(), top_k, *weight)
 
 
 def _batch(m, T, C, E, F, layout=(), biases=False, **more):
     """Layout: bits, group, minimum, table, rotate, bias, float8."""
 
     def weight(rows, columns):
-        _, *parts, last = packed_weight(m, 1, columns, E * rows, *layout)
-        return *parts, last["bits"], last["group"], last["table"], last["rotate"]
+        return packed_batch(m, 1, columns, E * rows, *layout)[1]
 
     own = {"b_gate_up": m.normal(E, 2 * F, grad=False), "b_down": m.normal(E, C, grad=False)} if biases else {}
     router = m.normal(T, E, dtype=torch.float32, grad=False)
@@ -108,9 +95,9 @@ packed_moe = Op(
         Case("4096 tokens, 8 of 128, table", lambda m: _batch(m, 4096, 2048, 128, 768, MXFP4, top_k=8), bench=True),
     ],
     budget={"moe_packed_gemm_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1)},
-    traffic=lambda x, logits, up, down, *_, **__: (2 * x.nbytes + up[0].nbytes + down[0].nbytes, 0),
+    traffic=lambda x, logits, up, down, *_, **__: (2 * x.nbytes + up.codes.nbytes + down.codes.nbytes, 0),
     flops=lambda x, logits, up, down, experts, top_k, **_: (
-        6 * x.numel() * top_k * (len(up[0]) // experts // 2),
+        6 * x.numel() * top_k * (len(up.codes) // experts // 2),
         0,
     ),
 )

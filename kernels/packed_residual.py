@@ -15,53 +15,31 @@ from .core.launch import launcher
 from .core.op import Budget, Case, Op
 from .linear import GROUP
 from .linear_residual import linear_residual, normed_linear
-from .packed_linear import E2M1, TURNED, dequantize, packed_batch, packed_bytes, packed_product, rotated
+from .packed_linear import E2M1, TURNED, PackedTensor, dequantize, packed_batch, packed_product
 from .swiglu import check_activation
-
-
-def _numbers(x, codes, scales, minima, units, bits, group, table, rotate):
-    """The weight (F, C) that codes stand for."""
-    weight = dequantize(codes, scales, minima, units, bits, group, table, wide(x))
-    return (rotated(weight) if rotate else weight)[:, : x.shape[-1]]
 
 
 def _packed_linear_residual(
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
+    weight: PackedTensor,
     stream: torch.Tensor,
     norm_weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    bits: int = 8,
-    group: int = 64,
-    table: Sequence[int] = (),
-    rotate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_residual` with the weight of `packed_linear`."""
-    weight = _numbers(x, codes, scales, minima, units, bits, group, table, rotate)
-    return linear_residual.reference(x, weight, stream, norm_weight, bias)
+    return linear_residual.reference(x, dequantize(weight, x.shape[-1], wide(x)), stream, norm_weight, bias)
 
 
 def _packed_normed_linear(
     x: torch.Tensor,
     square_sums: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
+    weight: PackedTensor,
     bias: torch.Tensor | None = None,
-    bits: int = 8,
-    group: int = 64,
-    table: Sequence[int] = (),
-    rotate: bool = False,
     eps: float = 1e-6,
     activation: str = "",
 ) -> torch.Tensor:
     """`normed_linear` with the weight of `packed_linear`."""
-    weight = _numbers(x, codes, scales, minima, units, bits, group, table, rotate)
-    return normed_linear.reference(x, square_sums, weight, bias, eps, activation)
+    return normed_linear.reference(x, square_sums, dequantize(weight, x.shape[-1], wide(x)), bias, eps, activation)
 
 
 # ---- fused ----
@@ -69,79 +47,51 @@ def _packed_normed_linear(
 
 @launcher(mutates=("stream",))
 def packed_linear_residual_launch(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
-    stream: torch.Tensor,
-    norm_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    table: Sequence[int],
-    rotate: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, stream: torch.Tensor, norm_weight: torch.Tensor, bias: torch.Tensor | None,
+    codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None, units: torch.Tensor,
+    bits: int, group: int, table: Sequence[int], rotate: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     rows = stream.view(-1, stream.shape[-1])
     sums_MP = torch.empty(cdiv(rows.shape[1], GROUP), len(rows), dtype=torch.float32, device=x.device).T
-    weight, layout = (codes, scales, minima, units), (bits, group, table, rotate)
-    return packed_product(x, weight, bias, layout, join=(rows, norm_weight, sums_MP)), sums_MP
+    weight = PackedTensor(codes, scales, minima, units, bits, group, table, rotate)
+    return packed_product(x, weight, bias, join=(rows, norm_weight, sums_MP)), sums_MP
 
 
-def _residual_fused(
-    x, codes, scales, minima, units, stream, norm_weight, bias=None, bits=8, group=64, table=(), rotate=False
-):
+def _residual_fused(x, weight, stream, norm_weight, bias=None):
     if not stream.is_contiguous():
         raise ValueError("packed_linear_residual: the stream must be contiguous")
-    weight = codes, scales, minima, units
-    return packed_linear_residual_launch(x, *weight, stream, norm_weight, bias, bits, group, table, rotate)
+    return packed_linear_residual_launch(x, stream, norm_weight, bias, *weight)
 
 
 @launcher
 def packed_normed_linear_launch(
-    x: torch.Tensor,
-    square_sums: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
-    bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    table: Sequence[int],
-    rotate: bool,
-    eps: float,
-    activation: str,
-) -> torch.Tensor:
-    weight, layout = (codes, scales, minima, units), (bits, group, table, rotate)
-    return packed_product(x, weight, bias, layout, activation, squares=(square_sums, eps))
+    x: torch.Tensor, square_sums: torch.Tensor, bias: torch.Tensor | None, eps: float, activation: str,
+    codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None, units: torch.Tensor,
+    bits: int, group: int, table: Sequence[int], rotate: bool,
+) -> torch.Tensor:  # fmt: skip
+    weight = PackedTensor(codes, scales, minima, units, bits, group, table, rotate)
+    return packed_product(x, weight, bias, activation, squares=(square_sums, eps))
 
 
-def _normed_fused(
-    x, square_sums, codes, scales, minima, units, bias=None, bits=8, group=64, table=(), rotate=False, eps=1e-6,
-    activation="",
-):  # fmt: skip
+def _normed_fused(x, square_sums, weight, bias=None, eps=1e-6, activation=""):
     if activation:
         check_activation(activation)
-    if rotate and x.shape[-1] % TURNED:
-        raise ValueError(f"packed_normed_linear: {x.shape[-1]} rotated columns; they must be a multiple of {TURNED}")
-    layout = bits, group, table, rotate
-    return packed_normed_linear_launch(
-        x, square_sums, codes, scales, minima, units, bias, *layout, eps, activation
-    )  # fmt: skip
+    C = x.shape[-1]
+    if weight.rotate and C % TURNED:
+        raise ValueError(f"packed_normed_linear: {C} rotated columns; they must be a multiple of {TURNED}")
+    return packed_normed_linear_launch(x, square_sums, bias, eps, activation, *weight)
 
 
 def _joined(m, M, C, F, bits=8, **how):
-    x, *weight, layout = packed_batch(m, M, C, F, bits, **how)
-    weight, bias = weight[:4], [b.detach() for b in weight[4:] if b is not None]
+    x, weight, *bias = packed_batch(m, M, C, F, bits, **how)
     stream, norm = m.normal(M, F, grad=False), m.normal(F, grad=False)
-    return x.detach(), *weight, stream, norm, *bias, layout
+    return x.detach(), weight, stream, norm, *(b.detach() for b in bias)
 
 
 def _summed(m, M, C, F, bits=8, **how):
-    x, *rest = packed_batch(m, M, C, F, bits, **how)
+    x, weight, *bias = packed_batch(m, M, C, F, bits, **how)
     squares = torch.nn.functional.pad(x.detach().float().square(), (0, -C % GROUP)).unflatten(-1, (-1, GROUP)).sum(-1)
-    return x.detach(), squares, *(t.detach() if isinstance(t, torch.Tensor) else t for t in rest)
+    return x.detach(), squares, weight, *(b.detach() for b in bias)
 
 
 BUDGET = {
@@ -165,12 +115,10 @@ packed_linear_residual = Op(
         Case("64x4096x4096, 4 bits", lambda m: _joined(m, 64, 4096, 4096, 4, minimum=True), bench=True),
         Case("4096x4096x4096, 4 bits", lambda m: _joined(m, 4096, 4096, 4096, 4, minimum=True), bench=True),
     ],
-    traffic=lambda x, c, s, n, u, stream, *_, **__: (
-        packed_bytes(c, s, n, u) + x.nbytes + 3 * stream.nbytes, 0
-    ),
-    flops=lambda x, c, s, n, units, *_, **__: (2 * x.numel() * len(units), 0),
+    traffic=lambda x, weight, stream, *_, **__: (weight.nbytes + x.nbytes + 3 * stream.nbytes, 0),
+    flops=lambda x, weight, *_, **__: (2 * x.numel() * len(weight.units), 0),
     budget=BUDGET,
-)  # fmt: skip
+)
 
 packed_normed_linear = Op(
     name="packed_normed_linear",
@@ -197,7 +145,7 @@ packed_normed_linear = Op(
             bench=True,
         ),
     ],
-    traffic=lambda x, sums, c, s, n, u, *_, **__: (packed_bytes(c, s, n, u) + x.nbytes + sums.nbytes, 0),
-    flops=lambda x, sums, c, s, n, units, *_, **__: (2 * x.numel() * len(units), 0),
+    traffic=lambda x, sums, weight, *_, **__: (weight.nbytes + x.nbytes + sums.nbytes, 0),
+    flops=lambda x, sums, weight, *_, **__: (2 * x.numel() * len(weight.units), 0),
     budget=BUDGET,
 )

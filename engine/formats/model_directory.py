@@ -29,7 +29,8 @@ from .families import from_hf_config, kind_of, weight_map
 from .gguf_reader import GGUFWeights, is_gguf, open_gguf
 from .model_info import base_of, kind_in, load_config, quantization_of, read_config, read_tokenizer
 from .model_source import resolve_model
-from .packed_weight import PackedExperts, PackedWeight, install, packed_weights, share_of, widen_lone_experts
+from .packed_files import packed_weights
+from .packed_weight import PackedExperts, PackedWeight, install, share_of, widen_lone_experts
 from .weights import open_weights
 
 

@@ -27,7 +27,8 @@ from .adapters import BASE_SAMPLE, CONFIG, PREFIX, TENSORS, WHOLE, Adapter, Adap
 from .families import architecture_of, dtype_name, to_hf_config, weight_map
 from .model_directory import open_adapter
 from .model_info import check_vocabulary, read_tokenizer
-from .packed_weight import PackedExperts, matrix_of, packed_in, to_tensors
+from .packed_files import to_tensors
+from .packed_weight import PackedExperts, matrix_of, packed_in
 
 SHARD_BYTES = 5 * 10**9
 

@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...kernels import moe, packed_moe
-from ...kernels.packed_linear import TURNED, dequantize, packed_linear, rotated
-from ...kernels.packed_moe import Packed
-from ..config import ModelConfig
+from ...kernels.packed_linear import TURNED, PackedTensor, dequantize, packed_linear
 from ..errors import InputError
 from ..layers import MoE
 from ..model import Transformer
 from ..parallel.tensor_parallel import ShardedLinear, ShardSpec
-
-if TYPE_CHECKING:
-    from .weights import Weights
 
 MATRICES = "attention.qkv", "attention.output", "ffn.up", "ffn.down", "ffn.router", "head"
 NAMES = {name.rpartition(".")[2]: name for name in MATRICES} | {"w_down": "ffn.down"}
@@ -113,8 +107,7 @@ class Segment:
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
-        w_NC = dequantize(*self.arguments[:-1])
-        return (rotated(w_NC) if self.layout.rotate else w_NC)[:, :columns]
+        return dequantize(self.tensor, columns)
 
     def to(self, device: torch.device | str) -> Segment:
         """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
@@ -126,16 +119,16 @@ class Segment:
         return Segment(self.layout, self.codes.to(device), cast(Tensor, scales), minima, self.units.to(device))
 
     @property
-    def arguments(self) -> Packed:
+    def tensor(self) -> PackedTensor:
         """These rows as the kernels take them."""
-        bits, group, table, rotate = self.layout.bits, self.layout.group, self.layout.table, self.layout.rotate
-        codes = self.codes.view(torch.float8_e4m3fn) if self.layout.float8 else self.codes
-        return codes, self.scales, self.minima, self.units, bits, group, table, rotate
+        layout = self.layout
+        codes = self.codes.view(torch.float8_e4m3fn) if layout.float8 else self.codes
+        form = layout.bits, layout.group, layout.table, layout.rotate
+        return PackedTensor(codes, self.scales, self.minima, self.units, *form)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x · rowsᵀ + bias."""
-        codes, scales, minima, units, bits, group, table, rotate = self.arguments
-        return packed_linear(x, codes, scales, minima, units, bias, bits, group, table, rotate)
+        return packed_linear(x, self.tensor, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +188,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        tensors = (t for s in self.segments for t in (s.codes, s.scales, s.minima, s.units) if t is not None)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(segment.tensor.nbytes for segment in self.segments)
 
 
 class PackedLinear(nn.Module):
@@ -269,7 +261,7 @@ def expert_product(x: Tensor, logits: Tensor, w_gate_up: Any, w_down: Any, top_k
     """`kernels.moe` of packed experts: where they are stacked from the codes, else by the definition."""
     up, down = getattr(w_gate_up, "stack", None), getattr(w_down, "stack", None)
     if up is not None and down is not None:
-        return packed_moe(x, logits, up.arguments, down.arguments, len(w_down), top_k, **options)
+        return packed_moe(x, logits, up.tensor, down.tensor, len(w_down), top_k, **options)
     up, down = (part.dequantize().to(x) if isinstance(part, PackedExperts) else part for part in (w_gate_up, w_down))
     return moe(x, logits, up, down, top_k, **options)
 
@@ -357,134 +349,6 @@ def share_of(
     return spec.cut(weight.dequantize(), rank, size) if found is None else found
 
 
-# Own files: the tensors of a weight beside each other, its layout in config.json by the kind of matrix.
-
-
-def to_tensors(name: str, packed: PackedWeight | PackedExperts) -> Iterator[tuple[str, Tensor]]:
-    """A weight of one segment, or such ones of experts, as tensors of a file."""
-    segments = [weight.segments[0] for weight in (packed if isinstance(packed, PackedExperts) else (packed,))]
-    for part in PARTS:
-        if getattr(segments[0], part) is not None:
-            tensors = [getattr(segment, part) for segment in segments]
-            yield f"{name}.{part}", torch.stack(tensors) if isinstance(packed, PackedExperts) else tensors[0]
-
-
-def from_tensors(
-    name: str, layout: Layout, shape: Sequence[int], read: Mapping[str, Tensor]
-) -> PackedWeight | PackedExperts:
-    """A weight from the tensors of a file, held against the shape that the model has."""
-    *rows, columns = shape
-    groups = layout.groups(columns)
-    wanted = {
-        "codes": (torch.uint8, (*rows, groups * layout.group * layout.bits // 8)),
-        "scales": (torch.float16, (*rows, groups)),
-        "minima": (torch.float16, (*rows, groups)),
-        "units": (torch.float32, (*rows,)),
-    }
-    if not layout.minimum:
-        del wanted["minima"]
-    for part, (dtype, size) in wanted.items():
-        tensor = read.get(f"{name}.{part}")
-        if tensor is None:
-            raise InputError(f"{name} has no {part}, which its layout calls for")
-        if tensor.dtype != dtype or tuple(tensor.shape) != size:
-            found = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
-            raise InputError(f"{name}.{part} is {found}; by its layout it is {dtype} {size}".replace("torch.", ""))
-        if dtype.is_floating_point and not tensor.isfinite().all():
-            raise InputError(f"{name}.{part} holds NaN or infinity")
-    if layout.float8 and not float8_finite(read[f"{name}.codes"]):
-        raise InputError(f"{name}.codes holds NaN")
-    parts: Any = [read.get(f"{name}.{part}") for part in PARTS]
-    if len(rows) == 1:
-        return PackedWeight((Segment(layout, *parts),), columns)
-    stack = Segment(layout, *parts)
-    return PackedExperts(PackedWeight((stack.at(expert),), columns) for expert in torch.arange(rows[0]))
-
-
 def float8_finite(codes: Tensor) -> bool:
     """Return whether no byte is the NaN of float8_e4m3fn, which has no infinity."""
     return not bool((codes.view(torch.uint8) & 127 == 127).any())
-
-
-def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The weights of `save_packed`: tensors under our names, and packed ones in their parts."""
-    layouts = layouts_from(said)
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
-    if config.tie_embeddings:
-        shapes["head.weight"] = shapes["embedding.weight"]
-    for name, shape in shapes.items():
-        kind = matrix_of(name.removesuffix(".weight"))
-        if f"{name}.codes" in weights.sources:
-            if kind not in layouts:
-                raise InputError(f"config.json: quantization_config has no layout of {kind!r}, which {name} needs")
-            yield name, from_tensors(name, layouts[kind], shape, weights.parts(name))
-            continue
-        tensor = weights(name)
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{weights.path}: {name} has shape {tuple(tensor.shape)}, by config.json {shape}")
-        yield name, tensor
-    if extra := weights.unread(config.n_layers):
-        raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
-
-
-def layouts_from(said: Mapping[str, Any]) -> dict[str, Layout]:
-    """Layouts by kind of matrix, of a quantization_config of ours."""
-    layouts = said.get("layouts")
-    if not isinstance(layouts, Mapping):
-        raise InputError("config.json: quantization_config has no field 'layouts'")
-    if strange := layouts.keys() - set(MATRICES):
-        raise InputError(f"config.json: layouts names no matrix by {min(strange)!r}; there are: {', '.join(MATRICES)}")
-    return {kind: layout_from(values) for kind, values in layouts.items()}
-
-
-def layout_from(values: Any) -> Layout:
-    """A layout as config.json has it."""
-    fields = {field.name for field in dataclasses.fields(Layout)}
-    if not isinstance(values, Mapping) or not values.keys() <= fields:
-        raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")
-    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
-    if any(type(value) is not type(getattr(Layout(), name)) for name, value in given.items()):
-        raise InputError(f"a layout in quantization_config has values of other types than {Layout()!r}: {values!r}")
-    return Layout(**given)
-
-
-def nearest(weight: Tensor, layout: Layout) -> PackedWeight:
-    """Float rows as the nearest codes of the ranges of their groups, where they are; C++ finds better ranges."""
-    columns = weight.shape[1]
-    w_NC = weight.detach().float()
-    w_NC = rotated(w_NC) if layout.rotate else F.pad(w_NC, (0, -columns % layout.group))
-    w_NGC, half = w_NC.unflatten(-1, (-1, layout.group)), 1 << (layout.bits - 1)
-    most = 2 * half - 1 if layout.minimum else 448 if layout.float8 else half - 1
-    exponents = torch.frexp(w_NC.abs().amax(1) / most).exponent - 1
-    units = torch.ldexp(torch.ones_like(w_NC[:, 0]), exponents.clamp(min=-120))
-    low = w_NGC.amin(-1) if layout.minimum else -half * w_NGC.abs().amax(-1) / most
-    size = w_NGC.amax(-1) - low if layout.minimum else w_NGC.abs().amax(-1)
-    if layout.float8:
-        codes, scales = float8_nearest(w_NGC, size / most / units[:, None], units)
-        return PackedWeight((Segment(layout, codes, scales, None, units),), columns)
-    scales = (size / most / units[:, None]).half()
-    step = scales.float() * units[:, None]
-    minima = (low / units[:, None]).half() if layout.minimum else None
-    shift = -half * step if minima is None else minima.float() * units[:, None]
-    inverse = torch.where(step > 0, 1 / step, 0)
-    codes = ((w_NGC - shift[..., None]) * inverse[..., None]).round().clamp(0, 2 * half - 1).to(torch.uint8).flatten(1)
-    codes = codes[:, ::2] | codes[:, 1::2] << 4 if layout.bits == 4 else codes
-    return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)
-
-
-def float8_nearest(w_NGC: Tensor, least_NG: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in float8 and scales: of eight up to twice the least, that by which a group loses least.
-
-    Float8 loses a share of a number, so the largest decide: SmolLM2 loses KL 0.021, by the least scale 0.033."""
-    codes, scales = torch.empty_like(w_NGC, dtype=torch.uint8), torch.empty_like(least_NG, dtype=torch.float16)
-    best_NG = torch.full_like(least_NG, torch.inf)
-    for eighths in range(8, 16):
-        tried = (least_NG * (eighths / 8)).half()
-        step = (tried.float() * units[:, None])[..., None]
-        numbers = torch.where(step > 0, w_NGC / step, 0).clamp(-448, 448).to(torch.float8_e4m3fn)
-        lost_NG = (numbers.float() * step - w_NGC).square().sum(-1)
-        better = lost_NG < best_NG
-        codes[better], scales[better] = numbers.view(torch.uint8)[better], tried[better]
-        best_NG = best_NG.minimum(lost_NG)
-    return codes.flatten(1), scales

@@ -156,7 +156,9 @@ class Trainer:
         self.tell("on_start", describe(state))
         self.began = time.perf_counter() - state.seconds
         batches = self._batches()
-        keep_freed(state.device.type == "cpu")
+        on_cpu = state.device.type == "cpu"
+        if on_cpu:
+            keep_freed(True)
         try:
             while state.step < state.steps and not self.stop_signal:
                 tick = time.perf_counter()
@@ -181,7 +183,8 @@ class Trainer:
         finally:
             batches.close()
             gc.unfreeze()
-            keep_freed(False)
+            if on_cpu:
+                keep_freed(False)
             try:
                 self.checkpoints.wait()
             finally:

@@ -6,12 +6,14 @@ expert is a row of one tall matrix, and widening needs not know of experts. A ti
 `packed_linear`: then a few rows are the short side of the product.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import launch, launcher
 from ..core.tuned import tuned
-from ..packed_linear import code_bits, table_bytes, widen
+from ..packed_linear import PackedTensor, turned, widen, widen_arguments
 from .moe_experts import _tile_of_expert
 from .moe_launch import _combine, _route
 
@@ -70,32 +72,24 @@ def _tile(a: torch.Tensor, assignments: int, experts: int) -> dict:
 
 @launcher
 def moe_packed_gemm(
-    a: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor | None,
-    units: torch.Tensor,
-    bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    table: list[int],
-    top_k: int,
-) -> torch.Tensor:
+    a: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None, top_k: int,
+    codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None, units: torch.Tensor,
+    bits: int, group: int, table: Sequence[int], rotate: bool,
+) -> torch.Tensor:  # fmt: skip
     """Rows of assignments: of tokens `a`, of which each has `top_k`; or, with 0, of rows in line, by assignment."""
+    a = turned(a) if rotate else a
     (A,), E, K = order.shape, len(offsets) - 1, a.shape[1]
     N, G = len(codes) // E, scales.shape[1]
     out = torch.empty(A, N, dtype=a.dtype, device=a.device)
     tile = _tile(a, A, E)
     columns = cdiv(N, tile["BLOCK_N"])
-    codes, first, second = code_bits(codes), *table_bytes(table)
+    weight = PackedTensor(codes, scales, minima, units, bits, group, table, rotate)
+    packed, strides, form = widen_arguments(weight)
     launch(
         moe_packed_gemm_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
-        a, codes, scales, scales if minima is None else minima, units, a if bias is None else bias, order, offsets, out,
-        E, N, K, G, columns, a.stride(0), codes.stride(0), *scales.stride(),
-        TOP_K=top_k, BIAS=bias is not None, BITS=bits, GROUP=group, MINIMUM=minima is not None, TABLE=len(table) > 0,
-        FIRST=first, SECOND=second, WHOLE=K % tile["BLOCK_K"] == 0, BLOCK_E=max(16, next_power_of_2(E)), **tile,
+        a, *packed, a if bias is None else bias, order, offsets, out, E, N, K, G, columns, a.stride(0), *strides,
+        TOP_K=top_k, BIAS=bias is not None, **form,
+        WHOLE=K % tile["BLOCK_K"] == 0, BLOCK_E=max(16, next_power_of_2(E)), **tile,
     )  # fmt: skip
     return out
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from warploom import kernels
-from warploom.engine.formats.packed_weight import Layout, nearest
+from warploom.engine.formats.packed_weight import Layout
+from warploom.engine.formats.rounding import nearest
 from warploom.kernels import backend, ops
 from warploom.kernels.tools import verify
 
@@ -52,9 +53,7 @@ def test_product_row_bits_at_every_batch_size(dtype):
         for product in (
             lambda rows: kernels.linear(rows, weight),
             lambda rows: packed.multiply(rows, None),
-            lambda rows: kernels.packed_normed_linear(
-                rows, squares[: len(rows)], *packed.arguments[:4], None, *packed.arguments[4:]
-            ),
+            lambda rows: kernels.packed_normed_linear(rows, squares[: len(rows)], packed.tensor),
             lambda rows: kernels.normed_linear(rows, squares[: len(rows)], weight),
             lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[0],
             lambda rows: kernels.linear_residual(rows, narrow, rows.clone(), weight[0], None)[1],

@@ -14,10 +14,10 @@ from warploom.engine.formats.packed_weight import (
     Segment,
     install,
     is_packed,
-    nearest,
     packed_in,
     widen_lone_experts,
 )
+from warploom.engine.formats.rounding import nearest
 from warploom.engine.generation import generate
 from warploom.engine.model import Linear, Transformer
 from warploom.engine.rl.policy import Policy, exact_obstacle, pack
@@ -37,7 +37,7 @@ from warploom.kernels import (
     packed_normed_linear,
 )
 from warploom.kernels.core.tuned import trying
-from warploom.kernels.packed_linear import E2M1, packed_linear, rotated
+from warploom.kernels.packed_linear import E2M1, PackedTensor, packed_linear, rotated
 
 from .device import DEVICE, pytestmark  # noqa: F401
 
@@ -212,7 +212,7 @@ def test_float8_codes_are_torchs_numbers():
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
     one, weight = torch.ones(256, 1, device=DEVICE), codes[:, None].expand(256, 16).contiguous()
     with backend("triton"):
-        found = packed_linear(torch.eye(16, device=DEVICE), weight, one.half(), None, one[:, 0], None, 8, 16)[3]
+        found = packed_linear(torch.eye(16, device=DEVICE), PackedTensor(weight, one.half(), None, one[:, 0], 8, 16))[3]
     real = ~codes.float().isnan()
     assert real.sum() == 254 and torch.equal(found[real], codes.float()[real])
 
@@ -292,7 +292,7 @@ def test_packed_experts_are_those_of_widened_weights(layout, tokens):
     moe_layer, layout = model.blocks[0].ffn.to(DEVICE), replace(layout, rotate=False)
     packed_experts(model, layout)
     x, logits = torch.randn(tokens, 64).bfloat16().to(DEVICE), torch.randn(tokens, 4).to(DEVICE)
-    packed = [part.stack.arguments for part in (moe_layer.w_gate_up, moe_layer.w_down)]
+    packed = [part.stack.tensor for part in (moe_layer.w_gate_up, moe_layer.w_down)]
     weights = [part.dequantize().bfloat16() for part in (moe_layer.w_gate_up, moe_layer.w_down)]
     with backend("triton"), trying("moe_gate", {"BLOCK_K": 64}), trying("moe_down", {"BLOCK_K": 64}):
         assert torch.equal(packed_moe(x, logits, *packed, 4, 2)[0], moe(x, logits, *weights, 2)[0])
@@ -313,9 +313,8 @@ def test_packed_product_is_that_of_the_widened_weight(layout, rows):
     streams = torch.zeros(2, rows, 40, dtype=torch.bfloat16, device=DEVICE)
     with backend("triton"):
         assert torch.equal(segment.multiply(x, None), linear(turned, plain))
-        normed = packed_normed_linear(x, squares, *segment.arguments[:4], None, *segment.arguments[4:])
+        normed = packed_normed_linear(x, squares, segment.tensor)
         assert torch.equal(normed, normed_linear(turned, squares, plain))
-        weight, layout = segment.arguments[:4], segment.arguments[4:]
-        joined = packed_linear_residual(x, *weight, streams[0], norm, None, *layout), streams[0]
+        joined = packed_linear_residual(x, segment.tensor, streams[0], norm), streams[0]
         meant = linear_residual(turned, plain, streams[1], norm), streams[1]
         assert all(torch.equal(a, b) for a, b in zip((*joined[0], joined[1]), (*meant[0], meant[1])))

@@ -61,8 +61,8 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
     if type(layer) is PackedLinear:
-        weight, layout = _packed(layer)
-        return kernels.packed_normed_linear(x.scaled, x.square_sums, *weight, layer.bias, *layout, x.eps, activation)
+        weight = layer.packed.segments[0].tensor
+        return kernels.packed_normed_linear(x.scaled, x.square_sums, weight, layer.bias, x.eps, activation)
     own = layer.weight, layer.bias, x.eps, activation
     return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=layer.arrivals)
 
@@ -70,17 +70,11 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
 def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
     """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
     if type(layer) is PackedLinear:
-        weight, layout = _packed(layer)
-        joined = kernels.packed_linear_residual(x, *weight, stream, norm.weight, layer.bias, *layout)
+        weight = layer.packed.segments[0].tensor
+        joined = kernels.packed_linear_residual(x, weight, stream, norm.weight, layer.bias)
     else:
         joined = kernels.linear_residual(x, layer.weight, stream, norm.weight, layer.bias, arrivals=layer.arrivals)
     return ScaledStream(*joined, norm.eps)
-
-
-def _packed(layer: PackedLinear):
-    """Codes, scales, minima and units of a layer of one segment, and their layout."""
-    arguments = layer.packed.segments[0].arguments
-    return arguments[:4], arguments[4:]
 
 
 def takes_norms(layer: Any) -> bool:

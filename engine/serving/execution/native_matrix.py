@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment, nearest
+from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment
+from ...formats.rounding import nearest
 from ..scheme import Scheme
 from .kv_cache import HAS_NATIVE, _native
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.engine.formats.packed_weight import Layout, PackedWeight, Segment, nearest
+from warploom.engine.formats.packed_weight import Layout, PackedWeight, Segment
+from warploom.engine.formats.rounding import nearest
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE, _native
 from warploom.engine.serving.execution.native_matrix import pack, packed_matrix

@@ -14,9 +14,9 @@ from warploom.engine.formats.packed_weight import (
     PackedExperts,
     PackedWeight,
     expert_product,
-    nearest,
     share_of,
 )
+from warploom.engine.formats.rounding import nearest
 from warploom.engine.parallel.tensor_parallel import ShardSpec, shard_spec
 from warploom.engine.serving import LLM, EngineError, SamplingParams
 from warploom.engine.serving.calibrate import quantize
