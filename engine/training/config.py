@@ -134,7 +134,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between samples of text; 0 = only at the end."""
     sample_prompt: str | None = None
-    """Prompt of the samples; None = the start of the validation text."""
+    """Prompt of the samples; None = the start of the validation text, or its first conversation up to the answer."""
     sample_tokens: int = 64
     """Tokens of a sample; 0 = no samples."""
     log_every: int = 10
