@@ -205,6 +205,7 @@ adamw_step = Op(
     name="adamw_step",
     reference=_adamw_step,
     fused=_adamw_step_fused,
+    shapes="param ..., grad ..., exp_avg ..., exp_avg_sq ..., master ...",
     mutates=("param", "exp_avg", "exp_avg_sq", "master"),
     cases=[
         Case("first step", lambda m: _state(m, 5, 33, step=1)),

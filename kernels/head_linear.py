@@ -78,6 +78,7 @@ head_linear = Op(
     name="head_linear",
     reference=_head_linear,
     fused=head_linear_forward,
+    shapes="x M H C, weight H F C",
     rows=("x",),
     cases=[
         Case("one row", lambda m: _straight(m, 1, 3, 24, 40)),

@@ -273,6 +273,8 @@ def product(
     if join:
         tile["BLOCK_F"] = max(tile["BLOCK_F"], GROUP)
     sums, eps = squares or (x_MC, 0.0)
+    if len(sums) != M:
+        raise ValueError(f"{name}: {M} rows and square sums of {len(sums)}; they must be as many")
     stream, norm, room = join or (x_MC, x, x_MC)
     split = segments > 1 and M <= MANY
     grid = cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"]), segments if split else 1
@@ -339,6 +341,7 @@ linear = Op(
     reference=_linear,
     eager=_linear_eager,
     fused=_linear_fused,
+    shapes="x ... C, weight F C, bias F",
     rows=("x",),
     autocast=True,
     cases=[

@@ -125,6 +125,7 @@ linear_residual = Op(
     name="linear_residual",
     reference=_linear_residual,
     fused=_linear_residual_fused,
+    shapes="x ... C, weight F C, stream ... F, norm_weight F, bias F",
     mutates=("stream",),
     rows=("x", "stream"),
     cases=[
@@ -148,6 +149,7 @@ normed_linear = Op(
     name="normed_linear",
     reference=_normed_linear,
     fused=_normed_linear_fused,
+    shapes="x ... C, weight F C, bias F",
     rows=("x", "square_sums"),
     cases=[
         Case("one row", lambda m: _summed(m, 1, 128, 48)),

@@ -122,6 +122,7 @@ penalize = Op(
     name="penalize",
     reference=_penalize,
     fused=penalize_launch,
+    shapes="logits R V, tokens S L, sequences R, prompt_lens R, lengths R, repetition R, presence R, frequency R",
     rows=("logits", "sequences", "prompt_lens", "lengths", "repetition", "presence", "frequency"),
     cases=[
         Case(

@@ -252,6 +252,7 @@ swiglu_packed = Op(
     eager=_swiglu_packed_eager,
     native=True,
     fused=_swiglu_packed_fused,
+    shapes="gate_up ... F",
     rows=("gate", "up", "gate_up"),
     cases=[
         Case("tail", lambda m: (m.normal(3, 104),)),

@@ -377,10 +377,11 @@ class AsyncEngine:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
                 await asyncio.to_thread(self._restore_prompts)
-            except InputError as error:  # a mistake of whoever started the server, who needs no traceback
+            except InputError as error:  # a mistake of whoever started the server, who is told it in one sentence
                 self.error = str(error)
-                logger.error("the engine could not be built: %s", error)
-                break
+                logger.info("the engine could not be built: %s", error)
+                self._state = "failed"
+                return self._on_failure()
             except Exception:
                 logger.exception("the engine could not be built")
                 break
