@@ -27,7 +27,8 @@ class TrainConfig:
     """The architecture, or the fields in which it differs from `preset`. A vocab_size of 0 or none is the tokenizer's,
     and that of the preset for a tokenizer trained here."""
     preset: str = "llama-tiny"
-    """A known architecture to start from."""
+    """A known architecture to start from: llama-tiny, llama-characters, llama-15m, llama-110m, llama-1b, llama-8b,
+    gpt2-124m, qwen3-0.6b, moe-tiny, mixtral-8x7b."""
     init_from: str | None = None
     """A model directory whose weights to start from (fine-tuning)."""
     tokenizer: str = "bpe"
