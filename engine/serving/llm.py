@@ -19,7 +19,7 @@ import torch
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
-from ..errors import InputError
+from ..errors import InputError, refuse_below
 from ..formats.model_directory import load_model, read_model
 from ..formats.model_info import base_of, refuse_repacking
 from ..formats.model_source import resolve_model
@@ -89,13 +89,16 @@ class LLM:
         adapters: Mapping[str, str | os.PathLike] | None = None,
     ):
         scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
-        counts = {"max_batch": max_batch, "page_size": page_size, "max_batch_tokens": max_batch_tokens}
-        counts |= {"max_seq_len": max_seq_len, "draft_tokens": draft_tokens, "tensor_parallel": tensor_parallel}
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise InputError(f"{name} must be at least 1, got {count}")
-        if ngram_draft_tokens < 0:
-            raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
+        refuse_below(0, ngram_draft_tokens=ngram_draft_tokens)
+        refuse_below(
+            1,
+            max_batch=max_batch,
+            page_size=page_size,
+            max_batch_tokens=max_batch_tokens,
+            max_seq_len=max_seq_len,
+            draft_tokens=draft_tokens,
+            tensor_parallel=tensor_parallel,
+        )
         if tensor_parallel > 1 and adapters:
             raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
@@ -128,7 +131,10 @@ class LLM:
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.adapters = open_adapters(adapters or {}, model)
-            self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
+            limit = self.config.max_seq_len
+            if max_seq_len is not None and max_seq_len > limit:
+                raise InputError(f"max_seq_len is {max_seq_len}; the model reads at most {limit} tokens")
+            self.max_seq_len = max_seq_len or limit
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
