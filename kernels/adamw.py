@@ -1,4 +1,4 @@
-"""One AdamW step over a tensor, in one pass.
+"""Fused AdamW step over a tensor, in one pass.
 
 Adam keeps a running mean m of the gradient and a running mean v of its square, and steps by m / √v: every coordinate
 moves at about the learning rate, whatever the scale of its gradient. The W is for weight decay that shrinks weights

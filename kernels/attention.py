@@ -1,4 +1,4 @@
-"""Attention: every query takes a weighted mean of the values it may see, weighted by softmax(q · k).
+"""Attention: softmax(q · kᵀ · scale) · v with causal masks, windows, grouped heads, soft caps and sinks.
 
 The reference builds the T×S table of scores, which is what the formula says and what long contexts cannot afford. The
 fused twin walks over keys in blocks with a running maximum and a running sum, so that the table never exists.

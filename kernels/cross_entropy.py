@@ -1,4 +1,4 @@
-"""Cross-entropy: minus the log-probability of the right answer.
+"""Cross-entropy of logits and targets, with ignored targets, label smoothing, z-loss and soft cap.
 
 For logits x and target t the loss is lse(x) − x_t, where lse is the logarithm of the sum of exponentials. Eager
 PyTorch writes a table of log-probabilities as large as the logits; one pass with a running maximum and sum needs no

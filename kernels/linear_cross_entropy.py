@@ -1,4 +1,4 @@
-"""The output layer and its loss in one op, without ever holding all logits.
+"""Fused linear cross-entropy: output layer and loss in chunks, without ever holding all logits.
 
 At 8192 tokens and 128K classes the logits alone are 2 GB in bfloat16, their gradient as much again. But each row
 needs its logits only for a moment: so walk over the rows in chunks, and for each chunk multiply, take the loss, turn
@@ -116,7 +116,7 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Products(NamedTuple):
-    """What a slab is multiplied with, by PyTorch: `gemm.Packed` of a weight as it lies."""
+    """The products of a slab of rows, by PyTorch: the interface of `gemm.Packed` over a weight as it lies."""
 
     weight_VC: torch.Tensor
 

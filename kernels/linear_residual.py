@@ -1,4 +1,4 @@
-"""RMSNorm without a launch of its own: half of it in the product before, half in the product behind.
+"""Linear layers fused with RMSNorm and the residual: the norm's sums in one epilogue, its division in the next.
 
 In a pre-norm block each sublayer ends with a product whose result joins the stream, and the next begins with a norm of
 the stream and a product: y = W (x / rms(x) · g). Decoding one token is hundreds of small launches, and the norm between

@@ -1,4 +1,4 @@
-"""Mixture of experts: many feed-forward layers, of which each token visits a few.
+"""Mixture of experts: top-k routing and the grouped products of the chosen feed-forward layers.
 
 The router scores every expert for every token; the best `top_k` are kept, their scores (normalized or not) become
 weights, and the token's output is the weighted sum of what those experts say. Parameters grow with the number of
@@ -30,7 +30,7 @@ from .swiglu import swiglu_packed
 
 
 class MoEAux(NamedTuple):
-    """Auxiliary outputs of routing: what the router's loss needs, and how tokens were spread."""
+    """Auxiliary outputs of routing: terms of the router's losses and the load of each expert."""
 
     load_balance: torch.Tensor
     z: torch.Tensor

@@ -1,4 +1,4 @@
-"""Penalties: tokens that a row has already seen become less likely.
+"""Repetition, presence and frequency penalties on logits.
 
 Three of them, each row with its own. `repetition` divides positive logits and multiplies negative ones of whatever
 stands in the prompt or the output so far (CTRL, 2019); `presence` and `frequency` subtract, once and once an

@@ -1,4 +1,4 @@
-"""Everything that serving does to q, k and v between their projection and attention, in one pass.
+"""Fused QK norm, RoPE and KV-cache write of a serving step, in one pass over q, k and v.
 
 Normalize the heads of q and k (Qwen3 and kin; without weights this step is left out), rotate them by their positions,
 put k and v into the paged cache, return q. One after the other these are four kernels that read and write k three

@@ -1,4 +1,4 @@
-"""Rotary position embedding: position as a rotation, so that a dot product sees only distances.
+"""Rotary position embedding (RoPE) of queries and keys, by tables of cosines and sines.
 
 Each query and key is read as D/2 points in a plane; the point i of a token at position p turns by p · θ_i, with
 frequencies θ_i falling geometrically from 1 to 1/theta. A query at p and a key at s then meet at the angle (p − s) ·

@@ -1,4 +1,4 @@
-"""Drawing the next token, each row with its own settings and its own generator.
+"""Sampling of the next token by temperature, top-k, top-p and min-p, each row with its own settings and random state.
 
 Greedy is a temperature below 1e-4, whose reciprocal might not be a number. Otherwise, logits / temperature become
 probabilities p; `top_k` keeps the k largest, `top_p` the smallest set of largest whose share of what top_k left

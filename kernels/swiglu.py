@@ -1,4 +1,4 @@
-"""Gated activations: act(gate) · up, the heart of a modern feed-forward layer.
+"""Gated activations act(gate) · up of SwiGLU and GeGLU feed-forward layers.
 
 SwiGLU gates with silu; GELU and squared-ReLU gates are the same op with another `activation`. In eager PyTorch silu's
 result takes a trip to memory and back, and is kept for the backward; fused, two tensors are read, one is written, and

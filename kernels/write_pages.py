@@ -1,4 +1,4 @@
-"""Storing new keys and values in the paged cache.
+"""Write new keys and values into the paged KV cache.
 
 Token t goes to slot `slots[t]` of the cache seen as one long row of slots (page · page size + offset). A negative slot
 is padding and writes nothing.

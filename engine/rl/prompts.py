@@ -1,4 +1,4 @@
-"""Prompts: which questions a step asks, as a function of (seed, step), and the seeds of their samples."""
+"""Prompts of a step, as a function of (seed, step), and the seeds of their samples."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class RequestStream:
 
 
 class AsyncEngine:
-    """One engine, built by `make`, and everybody who waits for it."""
+    """Asynchronous front of one engine, which `make` builds, shared by all requests."""
 
     def __init__(
         self, make: Callable[[], Any], config: ServerConfig, on_failure: Callable[[], None] = lambda: None
@@ -440,7 +440,7 @@ class AsyncEngine:
                 return logger.critical("the engine has made no progress for %g s", self.config.stall_timeout)
 
     def _abandon(self) -> None:
-        """Fail everybody who waits for a broken engine, and let go of its memory."""
+        """Fail all requests of a broken engine and release its memory."""
         self._state = "restarting"
         for flow in list(self.flows):
             flow.fail(errors.failed())

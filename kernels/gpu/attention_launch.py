@@ -76,7 +76,7 @@ def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: C
 
 
 class _Grid:
-    """Programs for every tile of every head, and the numbers by which a program finds its own."""
+    """Launch grid over tiles and heads, and the constants by which a program finds its tile."""
 
     def __init__(self, q, k, cu, block, heads, length, kv_len):
         B, D = q.shape[0], q.shape[3]
@@ -109,7 +109,7 @@ def search_steps(sequences: int) -> int:
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
-    """Room for a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
+    """Allocate a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
     make = torch.empty if cu is None else torch.zeros
     return make(x.shape, dtype=x.dtype, device=x.device)
 
