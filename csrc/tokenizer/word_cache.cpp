@@ -1,67 +1,21 @@
 #include "tokenizer/word_cache.hpp"
 
-#include <cstdlib>
-#include <new>
-
 #if defined(__linux__)
 #include <sched.h>
-#include <sys/mman.h>
 #endif
+
+#include "huge_pages.hpp"
 
 namespace warploom {
 
-namespace {
-constexpr size_t kHuge = 2 << 20;
-}
-
-#if defined(__linux__)
-void* allocate_zeroed(size_t size) {
-    if (size < kHuge) {
-        void* memory = std::aligned_alloc(128, size);
-        if (!memory) throw std::bad_alloc();
-        return std::memset(memory, 0, size);
-    }
-    // Fresh pages are zero; a multiple of huge pages begins at one of them once the surplus is given back.
-    char* raw = static_cast<char*>(mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (raw == MAP_FAILED) throw std::bad_alloc();
-    size_t head = (kHuge - reinterpret_cast<uintptr_t>(raw) % kHuge) % kHuge;
-    if (head) munmap(raw, head);
-    if (head != kHuge) munmap(raw + head + size, kHuge - head);
-    madvise(raw + head, size, MADV_HUGEPAGE);
-    return raw + head;
-}
-
-void release(void* memory, size_t size) {
-    if (!memory) return;
-    if (size < kHuge) std::free(memory);
-    else munmap(memory, size);
-}
-
 unsigned core() {
-    int number = sched_getcpu();
+#if defined(__linux__)
+    const int number = sched_getcpu();
     return number < 0 ? 0 : static_cast<unsigned>(number);
-}
 #else
-void* allocate_zeroed(size_t size) {
-#if defined(_WIN32)
-    void* memory = _aligned_malloc(size, 128);
-#else
-    void* memory = std::aligned_alloc(128, size);
-#endif
-    if (!memory) throw std::bad_alloc();
-    return std::memset(memory, 0, size);
-}
-
-void release(void* memory, size_t) {
-#if defined(_WIN32)
-    _aligned_free(memory);
-#else
-    std::free(memory);
+    return 0;
 #endif
 }
-
-unsigned core() { return 0; }
-#endif
 
 template <class Id>
 WordCache<Id>::WordCache() : slots_(kFirstSlots) {

@@ -20,10 +20,6 @@
 
 namespace warploom {
 
-// Memory in huge pages where the system has them: a look-up then never waits for an address translation.
-void* allocate_zeroed(size_t size);
-void release(void* memory, size_t size);
-
 // The number of the core this thread runs on; 0 where the system does not say.
 unsigned core();
 

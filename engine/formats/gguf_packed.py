@@ -8,11 +8,9 @@ lie in bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .gguf_blocks import (
     E2M1,
@@ -29,7 +27,7 @@ from .gguf_blocks import (
     q6_k_codes,
     q6_k_scales,
 )
-from .packed_weight import Layout, Segment
+from .packed_weight import Layout, Segment, row_units
 
 Codes = tuple[Bytes, Floats, Floats | None]  # of N blocks: (N, count · bits / 8) codes, (N, groups) scales and minima
 
@@ -85,12 +83,9 @@ def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
         scales[at : at + step] = scale.reshape(-1, columns // group)
         if minima is not None and least is not None:
             minima[at : at + step] = least.reshape(-1, columns // group)
-    units = np.ones(rows, np.float32)
-    if kind in MADE:
-        largest = np.abs(scales if minima is None else np.maximum(np.abs(scales), np.abs(minima))).max(axis=1)
-        units = np.ldexp(np.float32(1), np.frexp(largest)[1] - 15)
-    halves: list[Any] = [None if x is None else (x / units[:, None]).astype(np.float16) for x in (scales, minima)]
-    if kind == 39 and not np.array_equal(halves[0] * units[:, None], scales, equal_nan=True):
+    scale_NG, least_NG = torch.from_numpy(scales), None if minima is None else torch.from_numpy(minima)
+    units = row_units(scale_NG, least_NG) if kind in MADE else torch.ones(rows)
+    halves = (scale_NG / units[:, None]).half()
+    if kind == 39 and not torch.allclose(halves * units[:, None], scale_NG, rtol=0, atol=0, equal_nan=True):
         return None
-    scale, least, unit = (x if x is None else torch.from_numpy(x) for x in (*halves, units))
-    return Segment(layout, codes, cast(Tensor, scale), least, cast(Tensor, unit))
+    return Segment(layout, codes, halves, None if least_NG is None else (least_NG / units[:, None]).half(), units)

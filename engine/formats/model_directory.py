@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..config import ModelConfig
 from ..device import DTYPES, pick_device
 from ..errors import InputError
 from ..layers import Linear, MoE
@@ -31,7 +32,9 @@ from .model_info import base_of, kind_in, load_config, quantization_of, read_con
 from .model_source import resolve_model
 from .packed_files import packed_weights
 from .packed_weight import PackedExperts, PackedWeight, install, share_of, widen_lone_experts
-from .weights import open_weights
+from .weights import Weights, open_weights
+
+Read = Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]
 
 
 def load_model(
@@ -112,7 +115,7 @@ def read_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = False,
-) -> Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]:
+) -> Read:
     """A model directory's weights under our names, one after the other: none is held when the next is read.
 
     `packed` leaves matrices as they are stored, those of experts on a GPU if all have one layout.
@@ -120,59 +123,85 @@ def read_weights(
     """
     directory = resolve_model(directory)
     base = base_of(directory)
-    adapter = open_adapter(directory, base) if is_adapter(directory) else ()
-    directory = base
-    mixed = torch.device(device).type == "cpu"
-    if is_gguf(directory):
-        file = open_gguf(directory)
+    adapter = open_adapter(directory, base) if is_adapter(directory) else None
+    if is_gguf(base):
+        file = open_gguf(base)
         config, kind = file.config(), file.config_values()["model_type"]
         opened = nullcontext(GGUFWeights(file, config))
     else:
-        values = read_config(directory)
-        config, kind = from_hf_config(values), kind_of(values)
-        quantization = quantization_of(values)
-        opened = open_weights(directory, quantization)
+        values = read_config(base)
+        config, kind, quantization = from_hf_config(values), kind_of(values), quantization_of(values)
+        opened = open_weights(base, quantization)
         if quantization.get("quant_method") == "warploom":
-            if adapter:
-                raise InputError(f"{directory} is packed, and an adapter is merged into float weights: serve it apart")
+            if adapter is not None:
+                raise InputError(f"{base} is packed, and an adapter is merged into float weights: serve it apart")
             with opened as weights:
-                for name, weight in packed_weights(weights, config, quantization):
-                    if packed or isinstance(weight, Tensor):
-                        yield name, weight.to(device, dtype) if isinstance(weight, Tensor) else weight
-                    elif name != "head.weight" or not config.tie_embeddings:
-                        yield name, weight.dequantize().to(device, dtype)
+                yield from _own_packed(weights, config, quantization, device, dtype, packed)
             return
+    with opened as weights:
+        yield from _published(weights, config, kind, adapter, device, dtype, packed)
+
+
+def _own_packed(
+    weights: Weights, config: ModelConfig, quantization: Any, device: Any, dtype: Any, packed: bool
+) -> Read:
+    """The weights of `save_packed`."""
+    for name, weight in packed_weights(weights, config, quantization):
+        if isinstance(weight, Tensor):
+            yield name, weight.to(device, dtype)
+        elif packed:
+            yield name, weight
+        elif name != "head.weight" or not config.tie_embeddings:
+            yield name, weight.dequantize().to(device, dtype)
+
+
+def _published(
+    weights: Any, config: ModelConfig, kind: str, adapter: Adapter | None, device: Any, dtype: Any, packed: bool
+) -> Read:
+    """Weights under the names of their family as ours."""
     with torch.device("meta"):
         empty = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
-    products = {f"{path}.weight" for path, layer in empty.named_modules() if type(layer) is Linear}
-    layers = [path for path, layer in empty.named_modules() if type(layer) is MoE]
-    products |= {f"{path}.{part}" for path in layers for part in ("w_gate_up", "w_down")}
-    with opened as weights:
-        weights.keeps_fp8 = not mixed
-        for piece in weight_map(config, list(shapes), kind):
-            product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
-            if packed and not adapter and (product == "head.weight" or product in products):
-                weight = weights.as_packed(piece, shapes[piece.ours])
-                if weight is not None and (mixed or not isinstance(weight, PackedExperts) or weight.alike):
-                    yield product, weight
-                    if product == piece.ours:
-                        continue
-            stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
-            kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
-            adapted = piece.ours in adapter
-            target = torch.empty(shapes[piece.ours], dtype=torch.float32 if adapted else kept, device=device)
-            piece.fill(target, weights)
-            if adapted:
-                target = adapter.merged(piece.ours, target).to(kept)
-            if not _finite(target):
-                raise InputError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
-            yield piece.ours, target
-            del target
-        heads = ("lm_head.weight", "embed_out.weight") if config.tie_embeddings else ()
-        extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
-        if extra:
-            raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+    products = _products(empty) if packed and adapter is None else set()
+    mixed = torch.device(device).type == "cpu"
+    weights.keeps_fp8 = not mixed
+    for piece in weight_map(config, list(shapes), kind):
+        product = "head.weight" if config.tie_embeddings and piece.ours == "embedding.weight" else piece.ours
+        weight = weights.as_packed(piece, shapes[piece.ours]) if product in products else None
+        if weight is not None and (mixed or not isinstance(weight, PackedExperts) or weight.alike):
+            yield product, weight
+            if product == piece.ours:
+                continue
+        yield piece.ours, _floats(weights, piece, shapes[piece.ours], adapter, device, dtype)
+    heads = ("lm_head.weight", "embed_out.weight") if config.tie_embeddings else ()
+    extra = [name for name in weights.unread(config.n_layers) if not name.endswith(heads)]
+    if extra:
+        raise InputError(f"{weights.path} holds tensor {extra[0]!r}, which config.json does not account for")
+
+
+def _products(model: Transformer) -> set[str]:
+    """The names of weights that may be packed: of linear layers, of experts, of the head."""
+    found = {"head.weight"}
+    for path, layer in model.named_modules():
+        if type(layer) is Linear:
+            found.add(f"{path}.weight")
+        elif type(layer) is MoE:
+            found |= {f"{path}.w_gate_up", f"{path}.w_down"}
+    return found
+
+
+def _floats(weights: Any, piece: Any, shape: torch.Size, adapter: Adapter | None, device: Any, dtype: Any) -> Tensor:
+    """A weight in the number format asked for or stored, an adapter merged into it."""
+    stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
+    kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
+    merged = adapter is not None and piece.ours in adapter
+    target = torch.empty(shape, dtype=torch.float32 if merged else kept, device=device)
+    piece.fill(target, weights)
+    if adapter is not None and merged:
+        target = adapter.merged(piece.ours, target).to(kept)
+    if not _finite(target):
+        raise InputError(f"{weights.path}: tensor {piece.theirs[0]} holds NaN or infinity")
+    return target
 
 
 def _finite(tensor: Tensor) -> bool:

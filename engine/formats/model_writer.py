@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -61,19 +61,12 @@ def write_model(
     directory = Path(directory)
     check_vocabulary(tokenizer, config, "the tokenizer")
     tensors = _published(config, ours, dtype)
-    with replacing(directory) as staging:
-        if tokenizer is not None:
-            tokenizer.save(staging)
+    with replacing(directory, tokenizer) as staging:
         if weights == "bin":
             torch.save(dict(tensors), staging / "pytorch_model.bin")
         else:
             _save_shards(tensors, staging, shard_bytes)
-        ids = _text_bounds(tokenizer)
-        _write_json(staging / "generation_config.json", ids)
-        description = to_hf_config(config) | ids | {"dtype": dtype_name(dtype)}
-        _write_json(staging / "config.json", description)
-        for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
-            shutil.copymode(staging / "config.json", file)
+        _describe(staging, to_hf_config(config), tokenizer, {"dtype": dtype_name(dtype)})
     return directory
 
 
@@ -88,17 +81,20 @@ def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any
     for name, weight in packed.items():
         first = weight[0] if isinstance(weight, PackedExperts) else weight
         layouts[matrix_of(name.removesuffix(".weight"))] = dataclasses.asdict(first.segments[0].layout)
-    with replacing(directory) as staging:
-        if tokenizer is not None:
-            tokenizer.save(staging)
+    with replacing(directory, tokenizer) as staging:
         _save_shards(chain(floats, parts), staging, SHARD_BYTES)
-        ids = _text_bounds(tokenizer)
-        _write_json(staging / "generation_config.json", ids)
         quantization = {"quantization_config": {"quant_method": "warploom", "layouts": layouts}}
-        _write_json(staging / "config.json", to_hf_config(model.config, "warploom") | ids | quantization)
-        for file in staging.glob("*.safetensors"):
-            shutil.copymode(staging / "config.json", file)
+        _describe(staging, to_hf_config(model.config, "warploom"), tokenizer, quantization)
     return directory
+
+
+def _describe(staging: Path, config: Mapping[str, Any], tokenizer: Any, more: Mapping[str, Any]) -> None:
+    """Write config.json and generation_config.json of weights that lie there."""
+    bounds = _text_bounds(tokenizer)
+    _write_json(staging / "generation_config.json", bounds)
+    _write_json(staging / "config.json", {**config, **bounds, **more})
+    for file in staging.glob("*.safetensors"):  # their writer makes them private; a model is as open as its config
+        shutil.copymode(staging / "config.json", file)
 
 
 def write_adapter(
@@ -115,9 +111,7 @@ def write_adapter(
     for name, tensor in tensors:
         named = weight_map(config, [name], kind)[0].split(tensor) if name in WHOLE else ((name, tensor),)
         published |= {PREFIX + theirs: part.to("cpu", torch.float32).contiguous() for theirs, part in named}
-    with replacing(directory) as staging:
-        if tokenizer is not None:
-            tokenizer.save(staging)
+    with replacing(directory, tokenizer) as staging:
         save_file(published, staging / TENSORS, metadata={"format": "pt"})
         _write_json(staging / "generation_config.json", _text_bounds(tokenizer))
         _write_json(staging / CONFIG, adapter.to_peft(_transposed(config, kind)))
@@ -130,9 +124,7 @@ def write_adapter(
 def copy_adapter(source: Path, directory: Path) -> Adapter:
     """Write the adapter of a directory, and nothing else that lies there, to another."""
     adapter, tokenizer = open_adapter(source), read_tokenizer(source)
-    with replacing(directory) as staging:
-        if tokenizer is not None:
-            tokenizer.save(staging)
+    with replacing(directory, tokenizer) as staging:
         for name in (TENSORS, CONFIG, BASE_SAMPLE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
@@ -187,8 +179,9 @@ def _bytes(shard: dict[str, Tensor]) -> int:
 
 
 @contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A staging directory whose files take their place in `directory` when the block ends well, or vanish.
+def replacing(directory: Path, tokenizer: Any = None) -> Iterator[Path]:
+    """A staging directory, of this tokenizer, whose files take their place in `directory` when the block ends well, or
+    vanish.
 
     A new directory appears whole, by one rename. In an existing one each file is renamed over its predecessor,
     config.json last, and weights of the former model or adapter are removed, so that two never mix.
@@ -196,6 +189,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; a model is written to a directory")
     with atomic_directory(directory, _rename_over) as staging:
+        if tokenizer is not None:
+            tokenizer.save(staging)
         yield staging
 
 

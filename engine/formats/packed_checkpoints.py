@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .packed_weight import Layout, Segment
+from .packed_weight import Layout, Segment, nibbles, row_units
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes", "mlx")
@@ -205,8 +205,7 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | 
         raise InputError(f"{base}: groups of {size} columns are not read; multiples of 16 are")
     if not scale_NG.isfinite().all() or (minima_NG is not None and not minima_NG.isfinite().all()):
         raise InputError(f"{base}: its scales hold NaN or infinity")
-    largest = scale_NG.abs().amax(1) if minima_NG is None else torch.maximum(scale_NG.abs(), minima_NG.abs()).amax(1)
-    units = torch.ldexp(torch.ones(rows), torch.frexp(largest).exponent - 15)
+    units = row_units(scale_NG, minima_NG)
     if minima_NG is None and torch.equal(scale_NG.half().float(), scale_NG):  # as they are, the smallest too
         units = torch.ones(rows)
 
@@ -214,6 +213,6 @@ def _segment(base: str, codes_NC: Tensor, scale_NG: Tensor, minima_NG: Tensor | 
         return (part / units[:, None]).half().repeat_interleave(size // group, 1)
 
     codes = codes_NC.to(torch.uint8).contiguous()
-    codes = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+    codes = nibbles(codes) if bits == 4 else codes
     minima = None if minima_NG is None else halved(minima_NG)
     return Segment(Layout(bits, group, minima is not None, (), rotate=False), codes, halved(scale_NG), minima, units)

@@ -349,6 +349,19 @@ def share_of(
     return spec.cut(weight.dequantize(), rank, size) if found is None else found
 
 
+def nibbles(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, two a byte, the first in the low half."""
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def row_units(scales: Tensor, minima: Tensor | None = None) -> Tensor:
+    """For each row the power of two that keeps its scales and minima in the normal range of half precision."""
+    largest = scales.abs().amax(1)
+    if minima is not None:
+        largest = largest.maximum(minima.abs().amax(1))
+    return torch.ldexp(torch.ones(len(scales)), torch.frexp(largest).exponent - 15)
+
+
 def float8_finite(codes: Tensor) -> bool:
     """Return whether no byte is the NaN of float8_e4m3fn, which has no infinity."""
     return not bool((codes.view(torch.uint8) & 127 == 127).any())

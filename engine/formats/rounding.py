@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.packed_linear import rotated
-from .packed_weight import Layout, PackedWeight, Segment
+from .packed_weight import Layout, PackedWeight, Segment, nibbles
 
 
 def nearest(weight: Tensor, layout: Layout) -> PackedWeight:
@@ -30,7 +30,7 @@ def nearest(weight: Tensor, layout: Layout) -> PackedWeight:
     shift = -half * step if minima is None else minima.float() * units[:, None]
     inverse = torch.where(step > 0, 1 / step, 0)
     codes = ((w_NGC - shift[..., None]) * inverse[..., None]).round().clamp(0, 2 * half - 1).to(torch.uint8).flatten(1)
-    codes = codes[:, ::2] | codes[:, 1::2] << 4 if layout.bits == 4 else codes
+    codes = nibbles(codes) if layout.bits == 4 else codes
     return PackedWeight((Segment(layout, codes, scales, minima, units),), columns)
 
 

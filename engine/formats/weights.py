@@ -23,7 +23,7 @@ from ...kernels.packed_linear import E2M1
 from ..errors import InputError
 from .family import WeightMapping
 from .packed_checkpoints import METHODS, groups_of, read_integers
-from .packed_weight import Layout, PackedExperts, PackedWeight, Segment, float8_finite
+from .packed_weight import Layout, PackedExperts, PackedWeight, Segment, float8_finite, row_units
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 UNPACKED = ("fp8", "mxfp4", *METHODS, "fbgemm_fp8", "warploom")
@@ -227,7 +227,7 @@ def fp8_rows(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) -
     if not group:
         return None
     scale_NG = scale.repeat_interleave(min(width, columns) // group, 1)[:, : columns // group].expand(rows, -1)
-    units = torch.ldexp(torch.ones(rows), torch.frexp(scale_NG.abs().amax(1)).exponent - 15)
+    units = row_units(scale_NG)
     halves = (scale_NG / units[:, None]).half()
     if not torch.allclose(halves * units[:, None], scale_NG, rtol=2**-11, atol=0):
         return None

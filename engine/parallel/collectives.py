@@ -30,58 +30,17 @@ def chunk_range(length: int, rank: int, size: int) -> slice:
     return slice(min(rank * step, length), min((rank + 1) * step, length))
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+class _Conjugates(torch.autograd.Function):
+    """A collective forward and its conjugate backward."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return _sum(grad, ctx.group), None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, group):
-        return _sum(y, group)
+    def forward(ctx, x, group, collective, conjugate):
+        ctx.group, ctx.conjugate = group, conjugate
+        return collective(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.size = group.size()
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad / ctx.size, None
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return all_gather_detached(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _reduce_scatter(grad, ctx.group), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, group):
-        ctx.group = group
-        return _reduce_scatter(y, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_gather_detached(grad, ctx.group), None
+        return ctx.conjugate(grad, ctx.group), None, None, None
 
 
 class _AllGatherLastDim(torch.autograd.Function):
@@ -99,32 +58,40 @@ class _AllGatherLastDim(torch.autograd.Function):
 
 def copy_to_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Identity forward, all-reduce backward: x enters a computation of which every process does a part."""
-    return x if group is None else _CopyToGroup.apply(x, group)
+    return x if group is None else _Conjugates.apply(x, group, _identity, _sum)
 
 
 def all_reduce(y: Tensor, group: ProcessGroup | None) -> Tensor:
     """All-reduce forward, identity backward."""
-    return y if group is None else _AllReduce.apply(y, group)
+    return y if group is None else _Conjugates.apply(y, group, _sum, _identity)
 
 
 def scale_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """x, computed alike in every process behind a `copy_to_group`: each contributes an equal share of its gradient."""
-    return x if group is None else _ScaleGradient.apply(x, group)
+    return x if group is None else _Conjugates.apply(x, group, _identity, _share)
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """All-gather rows forward, reduce-scatter backward."""
-    return _AllGather.apply(x, group)
+    return _Conjugates.apply(x, group, all_gather_detached, _reduce_scatter)
 
 
 def reduce_scatter(y: Tensor, group: ProcessGroup) -> Tensor:
     """Reduce-scatter rows forward, all-gather backward."""
-    return _ReduceScatter.apply(y, group)
+    return _Conjugates.apply(y, group, _reduce_scatter, all_gather_detached)
 
 
 def all_gather_last_dim(x: Tensor, length: int, group: ProcessGroup) -> Tensor:
     """Concatenate the last dimension over processes, `length` long in all; backward takes this process's part."""
     return _AllGatherLastDim.apply(x, length, group)
+
+
+def _identity(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.view_as(x)
+
+
+def _share(grad: Tensor, group: ProcessGroup) -> Tensor:
+    return grad / group.size()
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:

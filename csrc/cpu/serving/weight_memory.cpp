@@ -2,43 +2,24 @@
 
 #include <algorithm>
 #include <mutex>
-#include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "huge_pages.hpp"
 
 namespace warploom {
 
 namespace {
 
-constexpr size_t kHuge = size_t(2) << 20, kRun = size_t(64) << 20;
+constexpr size_t kRun = size_t(64) << 20;
 
 size_t whole(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
 
 struct Run {
     size_t size, used = 0;
-    uint8_t *mapped, *at;
+    uint8_t* at;
 
-    explicit Run(size_t bytes) : size(whole(bytes, kHuge)) {
-#if defined(__linux__)
-        void* got = mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (got == MAP_FAILED) throw std::bad_alloc();
-        mapped = static_cast<uint8_t*>(got);
-        at = mapped + whole(reinterpret_cast<uintptr_t>(mapped), kHuge) - reinterpret_cast<uintptr_t>(mapped);
-        madvise(at, size, MADV_HUGEPAGE);  // advice: without such pages the run is as good as any memory
-#else
-        mapped = new uint8_t[size + 64]();
-        at = mapped + whole(reinterpret_cast<uintptr_t>(mapped), 64) - reinterpret_cast<uintptr_t>(mapped);
-#endif
-    }
+    explicit Run(size_t bytes) : size(whole(bytes, kHugePage)), at(static_cast<uint8_t*>(allocate_zeroed(size))) {}
     Run(const Run&) = delete;
-    ~Run() {
-#if defined(__linux__)
-        munmap(mapped, size + kHuge);
-#else
-        delete[] mapped;
-#endif
-    }
+    ~Run() { release(at, size); }
 };
 
 }  // namespace

@@ -44,6 +44,13 @@ HARMLESS = {
     "service_tier": ("auto", "default"),
     "modalities": ["text"],
     "parallel_tool_calls": True,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "continuous_usage_stats": False,
+    "cache_prompt": True,
 }
 
 
@@ -138,11 +145,14 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="The schema in llama.cpp's spelling.")
 
     def grammar(self) -> dict[str, Any] | None:
         """The schema that the text must satisfy."""
         if self.type == "text":
             return None
+        if self.schema_ is not None and self.json_schema is None:
+            return self.schema_
         if self.type == "json_object":
             return {"type": "object"}
         if self.json_schema is None or self.json_schema.schema_ is None:
@@ -203,6 +213,9 @@ class Sampling(Body):
     metadata: Annotated[dict[str, str], at_most(64)] | None = Field(
         None, max_length=64, description="For the caller's own records; changes nothing."
     )
+    safety_identifier: str | None = Field(None, description="Changes nothing.")
+    prompt_cache_key: str | None = Field(None, description="Changes nothing: prefixes are found by their tokens.")
+    prompt_cache_retention: str | None = Field(None, description="Changes nothing.")
 
     @property
     def include_usage(self) -> bool:
@@ -328,6 +341,7 @@ class Message(Body):
     tool_call_id: str | None = None
     refusal: str | None = None
     parsed: Any = Field(None, exclude=True, description="As the openai client adds it; content counts.")
+    annotations: Any = Field(None, exclude=True, description="As OpenAI's answers have it; changes nothing.")
     reasoning_content: str | None = Field(default=None, description="What the assistant reasoned before it answered.")
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment
+from ...formats.packed_weight import Layout, PackedLinear, PackedWeight, Segment, nibbles
 from ...formats.rounding import nearest
 from ..scheme import Scheme
 from .kv_cache import HAS_NATIVE, _native
@@ -54,7 +54,7 @@ def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> Pack
     minima = torch.empty_like(scales) if layout.minimum else None
     _native.quantize_rows(_floats(weight), native_layout(layout), codes, scales, minima, units, feedback)
     if layout.bits == 4:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
+        codes = nibbles(codes)
     return PackedWeight((Segment(layout, codes, scales, minima, units),), columns).to(weight.device)
 
 

@@ -252,14 +252,7 @@ def _serving_model(
     form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
     if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
-        in_cpp = HAS_NATIVE and model.device.type == "cpu"
-        if make is not None:
-            _pack_shares(model, partial(_native_layer, form=cast("Scheme", scheme)) if in_cpp else make)
-        if in_cpp and (scheme or any(isinstance(found, PackedExperts) for _, found in packed_in(model))):
-            NativeExperts.install(model, form or "float32")
-        _pack_experts(model, by_weight)
-        if in_cpp:
-            replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
+        _pack_in_place(model, scheme, by_weight, form)
         return model, Head(model)
     if not native:
         twin = shallow_copy(model)
@@ -279,6 +272,22 @@ def _serving_model(
         for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:
             block.set_submodule(path, NativeLinear(stored(layer), layer.bias, form, matrix_of(path)))
     return twin, Head(model, head)
+
+
+def _pack_in_place(
+    model: Transformer, scheme: Scheme | None, by_weight: Scheme | None, form: str | Scheme | None
+) -> None:
+    """Pack what this process has of a model whose layers stay apart, for products in C++ where these are to be had."""
+    in_cpp = HAS_NATIVE and model.device.type == "cpu"
+    if scheme is not None and in_cpp:
+        _pack_shares(model, partial(_native_layer, form=scheme))
+    elif by_weight is not None:
+        _pack_shares(model, partial(_packed_layer, scheme=by_weight))
+    if in_cpp and (scheme or any(isinstance(found, PackedExperts) for _, found in packed_in(model))):
+        NativeExperts.install(model, form or "float32")
+    _pack_experts(model, by_weight)
+    if in_cpp:
+        replace(model, PackedLinear, lambda layer: NativeLinear(stored(layer), cast("PackedLinear", layer).bias))
 
 
 def _packed_layer(weight: Tensor, bias: Tensor | None, path: str, scheme: Scheme) -> nn.Module:
