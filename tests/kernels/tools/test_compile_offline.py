@@ -143,7 +143,8 @@ from warploom.kernels.core.lang import shared_memory
 from warploom.kernels.tools.compile_offline import costs
 
 for op in ops():
-    for case in [case for case in op.cases if case.bench][:1] if op.fused else ():
+    cases = [case for case in op.cases if case.bench][:1] + [case for case in op.cases if "16 heads of 64" in case.name]
+    for case in cases if op.fused else ():
         for arch in (89, 120):
             for cost in costs(op, case, torch.bfloat16, arch):
                 if cost.shared > shared_memory(arch) or cost.loop_spills:
