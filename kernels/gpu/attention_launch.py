@@ -272,6 +272,8 @@ def attention_fused(
 ):
     """The fused twin of `attention`: same arguments, same meaning."""
     check(q, k, v, window, cu_seqlens, scale, sinks)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must be of one dtype")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     meaning = (sinks, cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
     if q.dim() == 4:

@@ -160,6 +160,32 @@ def test_every_op_fits_desk_gpus():
     assert done.stdout == "done\n"
 
 
+EPILOGUE = """
+import re, torch
+from collections import Counter
+from warploom.kernels import Maker, backend, normed_linear
+from warploom.kernels.linear_residual import _summed
+from warploom.kernels.tools.compile_offline import compiling_for
+
+for arch in (80, 90, 100):
+    found = set()
+    for rows in (1, 64, 1024):
+        with backend("triton"), compiling_for(arch) as kernels:
+            normed_linear(*_summed(Maker(torch.bfloat16, "meta"), rows, 4096, 8192), activation="gelu")
+        ptx = re.split(r"wgmma|mma[.]sync|tcgen05[.]ld", kernels[-1].asm["ptx"])[-1]
+        count = Counter(re.findall(r"(fma|mul|ex2)[.](?:rn|approx|f32)", ptx))
+        found.add((count["fma"] / count["ex2"], count["mul"] / count["ex2"]))
+    print(arch, len(found))
+"""
+
+
+def test_product_epilogue_same_arithmetic_any_rows():
+    """What a compiler contracts behind the sums of a tile is the same in the tiles of few, some and many rows."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", EPILOGUE], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["80", "1", "90", "1", "100", "1"]
+
+
 AMD = """
 import torch
 from warploom.kernels import attention, linear, moe, packed_linear, paged_attention
