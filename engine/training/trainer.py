@@ -53,7 +53,6 @@ from .run_state import RunState, TrainResult
 from .schedule import SCHEDULES
 from .signals import interruptible
 
-
 LARGE = 1 << 15  # tokens of a micro-batch; SmolLM2's default would be 16 rows of 8,192
 
 

@@ -259,7 +259,7 @@ def test_fine_tuning_starts_from_directory(tiny, recorder):
 
 
 def test_large_micro_batch_on_cpu_is_told(tiny, recorder, monkeypatch):
-    """Before the first step, which may take minutes or more memory than there is, the flags that shrink it are named."""
+    """Before the first step, which may take minutes or all memory, the flags that shrink it are named."""
     monkeypatch.setattr("warploom.engine.training.trainer.LARGE", 127)
     train(tiny(steps=1), [recorder])
     assert any("4 rows of context=32 tokens: if that is slow or too large" in note for note in recorder.notes)
