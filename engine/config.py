@@ -1,4 +1,4 @@
-"""The one truth about an architecture.
+"""`ModelConfig`: every architectural choice of a model, in one dataclass.
 
 A language model here is data: `ModelConfig` names every choice on the road from GPT-2 (LayerNorm, learned positions,
 GELU, biases) to Llama (RMSNorm, RoPE, SwiGLU, grouped queries), Qwen3 (QK-norm) and Mixtral (sparse experts). One

@@ -2,6 +2,13 @@
 
 from ..tokenizer.errors import InputError
 
-__all__ = ["USER_ERRORS", "InputError"]
+__all__ = ["USER_ERRORS", "InputError", "refuse_below"]
 
 USER_ERRORS = (InputError, FileNotFoundError, IsADirectoryError, PermissionError)
+
+
+def refuse_below(least: int, **counts: int | None) -> None:
+    """Refuse settings below `least`, by name; None is open."""
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise InputError(f"{name} must be at least {least}, got {count}")

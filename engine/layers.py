@@ -1,4 +1,4 @@
-"""The parts of a `Transformer` that know one token at a time: linear maps, norms, feed-forwards, mixtures of experts.
+"""Token-wise layers of a `Transformer`: linear layers, norms, feed-forwards, mixtures of experts.
 
 B batch, T time, C width of the stream (d_model), F feed-forward width, E experts.
 """
@@ -98,7 +98,7 @@ class LayerNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """The absence of a norm, to see what norms are for."""
+    """Identity in place of a norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -209,7 +209,7 @@ class MoE(nn.Module):
         return {name: bias for name, bias in own.items() if bias is not None}
 
     def with_shared(self, y_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """The experts' blend, scaled, and what the shared expert says."""
+        """Sum of the routed experts, scaled, and the shared expert's output."""
         y_BTC = y_BTC * self.config.expert_scale if self.config.expert_scale != 1 else y_BTC
         if self.shared is None:
             return y_BTC

@@ -84,7 +84,7 @@ def left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def release(device: str) -> None:
-    """Give back what nobody uses any more: garbage, the C library's free pages, the GPU allocator's cache."""
+    """Release unused memory: Python garbage, the C library's free pages, the GPU allocator's cache."""
     gc.collect()
     if device == "cuda":
         import torch
@@ -97,7 +97,7 @@ def release(device: str) -> None:
 
 
 def keep_freed(keep: bool) -> None:
-    """Leave what is freed with the process, for what comes next; a `keep` of False returns to giving it back.
+    """Keep freed memory in the process (glibc's thresholds); `keep=False` returns to the system's defaults.
 
     glibc gives back what is free at the top of its heap. A training step on a CPU then takes 60 to 120 MB anew, page by
     page: 4 % of a step of 24M weights on two threads. Tensors of more than 32 MB stay mapped one by one.

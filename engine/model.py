@@ -54,7 +54,7 @@ Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
-    """Queries ask, keys answer, values travel: every token gathers from itself and the tokens before it.
+    """Multi-head causal self-attention; with fewer key/value heads than query heads, grouped-query attention (GQA).
 
     With fewer key/value heads than query heads (GQA), each group of query heads shares one. One product makes q, k and
     v together; `attend` does the gathering.

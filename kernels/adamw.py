@@ -1,4 +1,4 @@
-"""One AdamW step over a tensor, in one pass.
+"""Fused AdamW step over a tensor, in one pass.
 
 Adam keeps a running mean m of the gradient and a running mean v of its square, and steps by m / √v: every coordinate
 moves at about the learning rate, whatever the scale of its gradient. The W is for weight decay that shrinks weights
@@ -205,6 +205,7 @@ adamw_step = Op(
     name="adamw_step",
     reference=_adamw_step,
     fused=_adamw_step_fused,
+    shapes="param ..., grad ..., exp_avg ..., exp_avg_sq ..., master ...",
     mutates=("param", "exp_avg", "exp_avg_sq", "master"),
     cases=[
         Case("first step", lambda m: _state(m, 5, 33, step=1)),

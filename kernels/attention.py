@@ -1,4 +1,4 @@
-"""Attention: every query takes a weighted mean of the values it may see, weighted by softmax(q · k).
+"""Attention: softmax(q · kᵀ · scale) · v with causal masks, windows, grouped heads, soft caps and sinks.
 
 The reference builds the T×S table of scores, which is what the formula says and what long contexts cannot afford. The
 fused twin walks over keys in blocks with a running maximum and a running sum, so that the table never exists.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .core.lang import wide
 from .core.op import Budget, Case, Op
 from .cpu.attention import cpu_attention
-from .gpu.attention_launch import attention_fused, check_scale
+from .gpu.attention_launch import attention_fused, check
 
 
 def visible(T: int, S: int, causal: bool, window: int | None, device=None) -> torch.Tensor:
@@ -48,7 +48,7 @@ def _attention(
     Ragged batches: pass (T, H, D) and (T, K, D) with the sequences end to end and `cu_seqlens` (N + 1,), the offsets
     between them; no token sees another sequence. `max_seqlen` bounds their length, so that a GPU need not be asked.
     """
-    _check(q, k, v, window, cu_seqlens, scale, sinks)
+    check(q, k, v, window, cu_seqlens, scale, sinks)
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
     if cu_seqlens is not None:
         return _each_sequence(_attention, q, k, v, cu_seqlens, options)
@@ -75,7 +75,7 @@ def _attention_eager(
     """PyTorch's own attention, where its meaning is ours: it knows no soft cap and no sinks, and a row without keys is
     NaN there."""
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
-    _check(q, k, v, window, cu_seqlens, scale, sinks)
+    check(q, k, v, window, cu_seqlens, scale, sinks)
     if cu_seqlens is not None:
         return _each_sequence(_attention_eager, q, k, v, cu_seqlens, options)
     T, S = q.shape[1], k.shape[1]
@@ -108,21 +108,6 @@ def _each_sequence(attend, q, k, v, cu_seqlens, options):
     if rest or not pieces:
         pieces.append(torch.zeros_like(q[:, edges[-1] :]))
     return torch.cat(pieces, 1).reshape(shape)
-
-
-def _check(q, k, v, window, cu_seqlens, scale, sinks):
-    H, K = q.shape[-2], k.shape[-2]
-    if H % K:
-        raise ValueError(f"attention: {H} query heads over {K} key heads; the former must be a multiple of the latter")
-    if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}; it must be at least 1, or None for no limit")
-    if sinks is not None and sinks.shape != (H,):
-        raise ValueError(f"attention: sinks have shape {tuple(sinks.shape)}; they must be one a query head, ({H},)")
-    check_scale("attention", scale)
-    if cu_seqlens is None and q.dim() != 4:
-        raise ValueError(f"attention: q has {q.dim()} dimensions; it must be (B, T, H, D), or ragged with cu_seqlens")
 
 
 def _qkv(m, B, T, S, H, K, D, scale=1.0):

@@ -1,4 +1,4 @@
-"""The three formulas everything else is built from, written to be read.
+"""SiLU, softmax and scaled dot-product attention in plain PyTorch, written to be read.
 
 Nothing here is fused: `attention` and `cross_entropy` are what a model calls. These are what a learner reads first.
 """

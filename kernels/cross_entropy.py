@@ -1,4 +1,4 @@
-"""Cross-entropy: minus the log-probability of the right answer.
+"""Cross-entropy of logits and targets, with ignored targets, label smoothing, z-loss and soft cap.
 
 For logits x and target t the loss is lse(x) − x_t, where lse is the logarithm of the sum of exponentials. Eager
 PyTorch writes a table of log-probabilities as large as the logits; one pass with a running maximum and sum needs no
@@ -109,6 +109,12 @@ def row_statistics(
 
 
 @triton.jit
+def load_target(row_ptr, x_col, target, V):
+    """The logit of a target; NaN for a class that there is not, which the host cannot refuse without waiting."""
+    return tl.load(row_ptr + target * x_col, mask=(target >= 0) & (target < V), other=float("nan"))
+
+
+@triton.jit
 def row_loss(picked, V, lse, total, SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr):
     """The loss of a row, given the logit of its target and its statistics."""
     picked = capped(picked.to(tl.float32), CAP)
@@ -149,7 +155,7 @@ def cross_entropy_fwd_kernel(
     else:
         lse, total = row_statistics(x_ptr + row * x_row, x_col, V, SMOOTHING, CAP, BLOCK, STAGES)
         tl.store(lse_ptr + row, lse)
-        picked = tl.load(x_ptr + row * x_row + target * x_col)
+        picked = load_target(x_ptr + row * x_row, x_col, target, V)
         tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
 
 
@@ -265,6 +271,7 @@ cross_entropy = Op(
     reference=_cross_entropy,
     eager=_cross_entropy_eager,
     fused=_cross_entropy_fused,
+    shapes="logits ... V, targets ...",
     rows=("logits", "targets"),
     cases=[
         Case("tail", lambda m: _rows(m, 5, 100)),

@@ -99,6 +99,7 @@ hadamard = Op(
     name="hadamard",
     reference=_hadamard,
     fused=_hadamard_fused,
+    shapes="x ... D",
     rows=("x",),
     cases=[
         Case("heads of 64", lambda m: (m.normal(5, 3, 64, grad=False),)),

@@ -1,4 +1,4 @@
-"""A linear layer of its own for every head, that gives a row the same bits in any company.
+"""Batch-invariant linear layer with a matrix a head.
 
 Latent attention carries queries into the latent space and means of latents back by a matrix a head. As one product of
 all heads (`torch.bmm`) that would be cuBLAS, whose order of sums follows the number of rows (see `linear.py`); here it
@@ -78,6 +78,7 @@ head_linear = Op(
     name="head_linear",
     reference=_head_linear,
     fused=head_linear_forward,
+    shapes="x M H C, weight H F C",
     rows=("x",),
     cases=[
         Case("one row", lambda m: _straight(m, 1, 3, 24, 40)),

@@ -69,6 +69,8 @@ latent_attention = Op(
     name="latent_attention",
     reference=_latent_attention,
     fused=latent_attention_fused,
+    shapes="q_latent T H L, q_turned T H R, latents P page K L, turned P page K R, page_table N width, "
+    "context_lens N, query_lens N, k_scales P K page, v_scales P K page",
     cases=[
         Case("decode", lambda m: _batch(m, [1, 9, 40], [1, 1, 1], 16, 32, 16, 16)),
         Case("prefill", lambda m: _batch(m, [5, 19], [5, 19], 4, 32, 8, 16)),

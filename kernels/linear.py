@@ -1,4 +1,4 @@
-"""A linear layer that gives a row the same bits in any company.
+"""Batch-invariant linear layer: a row's bits do not depend on the other rows of a batch.
 
 y = x · Wᵀ + b is one call of cuBLAS, and training makes it. But cuBLAS chooses among its kernels by the number of rows,
 and they sum in different orders: the last bits of a request's logits, and now and then its tokens, would depend on how
@@ -92,7 +92,7 @@ def _segment(
 
 @triton.jit
 def _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS: tl.constexpr, BLOCK_F: tl.constexpr, ROWS: tl.constexpr):
-    """-> (the sum of all segments of a tile, whether this program is the last of them to arrive: others have nothing).
+    """Split-K sum in a fixed order: (the sum of all segments of a tile, whether this program is the last to arrive).
 
     All segments are fetched at once."""
     tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -273,6 +273,8 @@ def product(
     if join:
         tile["BLOCK_F"] = max(tile["BLOCK_F"], GROUP)
     sums, eps = squares or (x_MC, 0.0)
+    if len(sums) != M:
+        raise ValueError(f"{name}: {M} rows and square sums of {len(sums)}; they must be as many")
     stream, norm, room = join or (x_MC, x, x_MC)
     split = segments > 1 and M <= MANY
     grid = cdiv(M, tile["ROWS"]), cdiv(F, tile["BLOCK_F"]), segments if split else 1
@@ -339,6 +341,7 @@ linear = Op(
     reference=_linear,
     eager=_linear_eager,
     fused=_linear_fused,
+    shapes="x ... C, weight F C, bias F",
     rows=("x",),
     autocast=True,
     cases=[

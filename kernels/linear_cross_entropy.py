@@ -1,4 +1,4 @@
-"""The output layer and its loss in one op, without ever holding all logits.
+"""Fused linear cross-entropy: output layer and loss in chunks, without ever holding all logits.
 
 At 8192 tokens and 128K classes the logits alone are 2 GB in bfloat16, their gradient as much again. But each row
 needs its logits only for a moment: so walk over the rows in chunks, and for each chunk multiply, take the loss, turn
@@ -23,7 +23,16 @@ from .core.lang import tl, triton, wide
 from .core.launch import AutogradOp, is_real, launch, launcher
 from .core.op import Budget, Case, Op
 from .cpu import gemm, head_loss, pointwise
-from .cross_entropy import check_reduction, cross_entropy, reduce, row_gradient, row_loss, row_statistics, tile_of
+from .cross_entropy import (
+    check_reduction,
+    cross_entropy,
+    load_target,
+    reduce,
+    row_gradient,
+    row_loss,
+    row_statistics,
+    tile_of,
+)
 
 
 class Options(NamedTuple):
@@ -107,7 +116,7 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Products(NamedTuple):
-    """What a slab is multiplied with, by PyTorch: `gemm.Packed` of a weight as it lies."""
+    """The products of a slab of rows, by PyTorch: the interface of `gemm.Packed` over a weight as it lies."""
 
     weight_VC: torch.Tensor
 
@@ -200,7 +209,7 @@ def linear_cross_entropy_kernel(
                 cols = start + tl.arange(0, BLOCK).to(tl.int64)
                 tl.store(row_ptr + cols, tl.zeros([BLOCK], x_ptr.dtype.element_ty), mask=cols < V)
     else:
-        picked = tl.load(row_ptr + target)
+        picked = load_target(row_ptr, 1, target, V)
         tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
         lse, total = row_statistics(row_ptr, 1, V, SMOOTHING, CAP, BLOCK, STAGES)
         tl.store(loss_ptr + row, row_loss(picked, V, lse, total, SMOOTHING, Z, CAP))
@@ -370,6 +379,7 @@ linear_cross_entropy = Op(
     eager=_linear_cross_entropy_eager,
     native=True,
     fused=_linear_cross_entropy_fused,
+    shapes="hidden ... C, weight V C, targets ...",
     autocast=True,
     cases=[
         Case("tail", lambda m: _batch(m, 7, 24, 100)),

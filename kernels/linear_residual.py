@@ -1,4 +1,4 @@
-"""RMSNorm without a launch of its own: half of it in the product before, half in the product behind.
+"""Linear layers fused with RMSNorm and the residual: the norm's sums in one epilogue, its division in the next.
 
 In a pre-norm block each sublayer ends with a product whose result joins the stream, and the next begins with a norm of
 the stream and a product: y = W (x / rms(x) · g). Decoding one token is hundreds of small launches, and the norm between
@@ -125,6 +125,7 @@ linear_residual = Op(
     name="linear_residual",
     reference=_linear_residual,
     fused=_linear_residual_fused,
+    shapes="x ... C, weight F C, stream ... F, norm_weight F, bias F",
     mutates=("stream",),
     rows=("x", "stream"),
     cases=[
@@ -148,6 +149,7 @@ normed_linear = Op(
     name="normed_linear",
     reference=_normed_linear,
     fused=_normed_linear_fused,
+    shapes="x ... C, weight F C, bias F",
     rows=("x", "square_sums"),
     cases=[
         Case("one row", lambda m: _summed(m, 1, 128, 48)),

@@ -79,6 +79,7 @@ linear_swiglu = Op(
     eager=_separate,
     fused=_linear_swiglu_fused,
     native=True,
+    shapes="x ... C, weight F C, bias F",
     rows=("x",),
     autocast=True,
     cases=[

@@ -1,4 +1,4 @@
-"""Mixture of experts: many feed-forward layers, of which each token visits a few.
+"""Mixture of experts: top-k routing and the grouped products of the chosen feed-forward layers.
 
 The router scores every expert for every token; the best `top_k` are kept, their scores (normalized or not) become
 weights, and the token's output is the weighted sum of what those experts say. Parameters grow with the number of
@@ -30,7 +30,7 @@ from .swiglu import swiglu_packed
 
 
 class MoEAux(NamedTuple):
-    """Auxiliary outputs of routing: what the router's loss needs, and how tokens were spread."""
+    """Auxiliary outputs of routing: terms of the router's losses and the load of each expert."""
 
     load_balance: torch.Tensor
     z: torch.Tensor
@@ -91,10 +91,14 @@ def _check(E, top_k, score):
         raise ValueError(f"moe: top_k is {top_k} with {E} experts; it must be between 1 and {E}")
 
 
-def _check_here(router_logits, w_down, first):
+def _check_here(router_logits, w_gate_up, w_down, first):
     E, here = router_logits.shape[-1], len(w_down)
     if not 0 <= first <= E - here:
         raise ValueError(f"moe: first is {first} with {here} of {E} experts; it must be between 0 and {E - here}")
+    if w_gate_up.shape[1] != 2 * w_down.shape[2]:
+        raise ValueError(
+            f"moe: w_gate_up {tuple(w_gate_up.shape)} must be twice as tall as w_down {tuple(w_down.shape)} is wide"
+        )
 
 
 def _statistics(logits_TE, scores_TE, experts_TK, score):
@@ -128,7 +132,7 @@ def _moe(
     `b_down` their biases. With fewer weights than logits, they are those of the experts from `first` on, and y is what
     these alone contribute. `choice` is `route`'s: choice_bias, groups.
     """
-    _check_here(router_logits, w_down, first)
+    _check_here(router_logits, w_gate_up, w_down, first)
     flat_TC, logits_TE = x.flatten(0, -2), router_logits.flatten(0, -2)
     weights_TK, experts_TK, aux = route(logits_TE, top_k, score, normalize, **choice)
     weights_TE = torch.zeros(logits_TE.shape, dtype=weights_TK.dtype, device=x.device)
@@ -145,7 +149,7 @@ def _moe_eager(
     x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu", first=0,
     b_gate_up=None, b_down=None, **choice,
 ):  # fmt: skip
-    _check_here(router_logits, w_down, first)
+    _check_here(router_logits, w_gate_up, w_down, first)
     flat_TC, logits_TE = x.flatten(0, -2), router_logits.flatten(0, -2)
     weights_TK, experts_TK, aux = route(logits_TE, top_k, score, normalize, **choice)
     up_biases, down_biases = (itertools.repeat(None) if b is None else b for b in (b_gate_up, b_down))
@@ -184,7 +188,7 @@ def _is_kept(x):
 
 def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
     _check(router_logits.shape[-1], top_k, options.get("score", "softmax"))
-    _check_here(router_logits, w_down, options.get("first", 0))
+    _check_here(router_logits, w_gate_up, w_down, options.get("first", 0))
     if options.get("activation") == "clamped" or "b_gate_up" in options or "b_down" in options:
         return _moe_unfused(x, router_logits, w_gate_up, w_down, top_k, **options)
 
@@ -203,7 +207,7 @@ def by_highest_logits(run, router_logits, top_k, choice_bias=None, groups=(1, 1)
     score, normalize = options.get("score", "softmax"), options.get("normalize", True)
     _, experts_TK, aux = route(logits_TE, top_k, score, normalize, choice_bias=choice_bias, groups=groups)
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, experts_TK, True)
-    reachable_TE = logits_TE.masked_fill(~chosen_TE, -1e30)
+    reachable_TE = logits_TE.to(wide(logits_TE)).masked_fill(~chosen_TE, -1e30)
     y, *_ = run(reachable_TE.view(router_logits.shape), **options)
     if score == "softmax" and not normalize:  # theirs sum to 1 among the chosen
         shares_TE = torch.softmax(logits_TE.to(wide(logits_TE)), -1)
@@ -240,6 +244,7 @@ moe = Op(
     eager=_moe_eager,
     native=True,
     fused=_moe_fused,
+    shapes="x ... C, router_logits ... E, w_gate_up here both C, w_down here C F",
     rows=("x", "router_logits"),
     autocast=None,
     cases=[

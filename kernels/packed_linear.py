@@ -219,10 +219,18 @@ def turned(x_MC: torch.Tensor) -> torch.Tensor:
     return hadamard_launch(x_MC.reshape(M * x_MC.shape[1] // TURNED, TURNED), False).view(x_MC.shape)
 
 
-def widen_arguments(weight: PackedTensor) -> tuple[tuple, tuple, dict]:
-    """A packed weight as `widen` takes it: tensors, strides, constants."""
+def widen_arguments(weight: PackedTensor, columns: int) -> tuple[tuple, tuple, dict]:
+    """A packed weight, which must have so many columns, as `widen` takes it: tensors, strides, constants."""
     codes, scales, minima, units, bits, group, table, _ = weight
-    codes, first, second = last_dim_contiguous(code_bits(codes)), *table_bytes(table)
+    F, held = len(scales), min(scales.shape[1] * group, codes.shape[1] * 8 // bits)
+    if not len(codes) == len(units) == F or columns > held:
+        raise ValueError(
+            f"a packed weight of {len(codes)} rows of codes, {F} of scales, {len(units)} units and {held} columns must "
+            f"have as many of each, and {columns} columns"
+        )
+    if minima is not None and minima.stride() != scales.stride():
+        scales, minima = scales.contiguous(), minima.contiguous()
+    codes, units, first, second = last_dim_contiguous(code_bits(codes)), units.contiguous(), *table_bytes(table)
     tensors = codes, scales, scales if minima is None else minima, units
     constants = {"BITS": bits, "GROUP": group, "MINIMUM": minima is not None, "TABLE": len(table) > 0}
     return tensors, (codes.stride(0), *scales.stride()), constants | {"FIRST": first, "SECOND": second}
@@ -240,8 +248,10 @@ def packed_product(
     x_MC = last_dim_contiguous(as_rows(x))
     x_MC = turned(x_MC) if weight.rotate else x_MC
     (M, C), (F, G) = x_MC.shape, weight.scales.shape
-    packed, strides, form = widen_arguments(weight)
+    packed, strides, form = widen_arguments(weight, C)
     shape = *x.shape[:-1], F // 2 if activation else F
+    if (bias is not None and len(bias) != F) or (squares and len(squares[0]) != M) or (join and len(join[1]) != F):
+        raise ValueError(f"bias, norm weight and square sums must be those of {M} rows and {F} features")
     if M > MANY and C % 64 == 0:  # rows that cannot be read 16 bytes at a time would cost `linear` its registers
         tile = {"BLOCK_F": 16, "BLOCK_C": 64}
         widened = torch.empty(F, C, dtype=x.dtype, device=x.device)
@@ -325,6 +335,7 @@ packed_linear = Op(
     reference=_packed_linear,
     eager=_eager,
     fused=_fused,
+    shapes="x ... C, bias F",
     rows=("x",),
     cases=[
         Case("one row", lambda m: packed_batch(m, 1, 64, 48)),

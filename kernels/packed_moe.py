@@ -83,6 +83,7 @@ packed_moe = Op(
     eager=_packed_moe_eager,
     native=True,
     fused=_packed_moe_fused,
+    shapes="x ... C, router_logits ... E",
     rows=("x", "router_logits"),
     cases=[
         Case("8 bits", lambda m: _batch(m, 9, 64, 4, 64)),

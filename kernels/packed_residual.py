@@ -104,6 +104,7 @@ packed_linear_residual = Op(
     name="packed_linear_residual",
     reference=_packed_linear_residual,
     fused=_residual_fused,
+    shapes="x ... C, stream ... F, norm_weight F, bias F",
     mutates=("stream",),
     rows=("x", "stream"),
     cases=[
@@ -124,6 +125,7 @@ packed_normed_linear = Op(
     name="packed_normed_linear",
     reference=_packed_normed_linear,
     fused=_normed_fused,
+    shapes="x ... C, bias F",
     rows=("x", "square_sums"),
     cases=[
         Case("one row", lambda m: _summed(m, 1, 128, 48)),

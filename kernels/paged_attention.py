@@ -129,6 +129,8 @@ paged_attention = Op(
     eager=_paged_attention_eager,
     native=True,
     fused=paged_attention_fused,
+    shapes="q T H D, k_pages P page K D, v_pages P page K D, page_table N width, context_lens N, query_lens N, "
+    "sinks H, k_scales P K page, v_scales P K page",
     cases=[
         Case("decode", lambda m: _batch(m, [1, 9, 40], [1, 1, 1], 4, 2, 32, 16)),
         Case("prefill", lambda m: _batch(m, [5, 19], [5, 19], 2, 1, 32, 16)),

@@ -1,4 +1,4 @@
-"""Penalties: tokens that a row has already seen become less likely.
+"""Repetition, presence and frequency penalties on logits.
 
 Three of them, each row with its own. `repetition` divides positive logits and multiplies negative ones of whatever
 stands in the prompt or the output so far (CTRL, 2019); `presence` and `frequency` subtract, once and once an
@@ -122,6 +122,7 @@ penalize = Op(
     name="penalize",
     reference=_penalize,
     fused=penalize_launch,
+    shapes="logits R V, tokens S L, sequences R, prompt_lens R, lengths R, repetition R, presence R, frequency R",
     rows=("logits", "sequences", "prompt_lens", "lengths", "repetition", "presence", "frequency"),
     cases=[
         Case(

@@ -1,4 +1,4 @@
-"""Everything that serving does to q, k and v between their projection and attention, in one pass.
+"""Fused QK norm, RoPE and KV-cache write of a serving step, in one pass over q, k and v.
 
 Normalize the heads of q and k (Qwen3 and kin; without weights this step is left out), rotate them by their positions,
 put k and v into the paged cache, return q. One after the other these are four kernels that read and write k three
@@ -145,6 +145,7 @@ def qk_norm_rope_write_launch(
     (T, H, D), K, R = q.shape, k.shape[1], cos.shape[-1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     norm = q_weight is not None
+    cos, sin = cos.contiguous(), sin.contiguous()
     width = next_power_of_2(D)
     launch(
         qk_norm_rope_kv_write_kernel, (T,),
@@ -195,6 +196,8 @@ qk_norm_rope_write = Op(
     name="qk_norm_rope_write",
     reference=_qk_norm_rope_write,
     fused=_qk_norm_rope_write_fused,
+    shapes="q T H D, k T K D, v T K D, q_weight D, k_weight D, cos rows R, sin rows R, positions T, "
+    "k_pages P page K D, v_pages P page K D, slots T, k_scales P K page, v_scales P K page",
     mutates=("k_pages", "v_pages", "k_scales", "v_scales"),
     cases=[
         Case("grouped heads", lambda m: _batch(m, 5, 4, 2, 32, 16, 3, 4)),

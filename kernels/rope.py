@@ -1,4 +1,4 @@
-"""Rotary position embedding: position as a rotation, so that a dot product sees only distances.
+"""Rotary position embedding (RoPE) of queries and keys, by tables of cosines and sines.
 
 Each query and key is read as D/2 points in a plane; the point i of a token at position p turns by p · θ_i, with
 frequencies θ_i falling geometrically from 1 to 1/theta. A query at p and a key at s then meet at the angle (p − s) ·
@@ -238,14 +238,14 @@ def rope_rotate(
     backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, H, D = q.shape[-3:]
-    q_BTHD, k_BTKD = q.reshape(-1, T, H, D), k.reshape(-1, T, *k.shape[-2:])
-    K, R = k.shape[-2], cos.shape[-1]
+    B, K, R = math.prod(q.shape[:-3]), k.shape[-2], cos.shape[-1]
+    q_BTHD, k_BTKD, cos, sin = q.reshape(B, T, H, D), k.reshape(B, T, K, D), cos.contiguous(), sin.contiguous()
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if positions is not None:
         positions = positions.expand(q.shape[:-2]).reshape(-1)
     heads = next_power_of_2(max(H, K))
     launch(
-        rope_kernel, (q_BTHD.shape[0] * T,),
+        rope_kernel, (B * T,),
         q_BTHD, k_BTKD, cos, sin, q if positions is None else positions, q_out, k_out,
         T, H, K, *q_BTHD.stride(), *k_BTKD.stride(), cos.stride(0),
         D=D, R=R, INTERLEAVED=interleaved, BACKWARD=backward, POSITIONS=positions is not None,
@@ -271,6 +271,8 @@ _rope_op = AutogradOp(rope_rotate, _save, _unrotate)
 def _rope_fused(q, k, cos, sin, positions=None, interleaved=False):
     if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} may differ in their heads only")
+    if positions is None and q.shape[-3] > len(cos):
+        raise ValueError(f"rope: {q.shape[-3]} tokens and tables of {len(cos)} positions; make longer `rope_tables`")
     return _rope_op(q, k, cos, sin, positions, interleaved, False)
 
 
@@ -284,6 +286,7 @@ rope = Op(
     eager=_rope_eager,
     native=True,
     fused=_rope_fused,
+    shapes="q ... T H D, k ... T K D, cos rows R, sin rows R",
     rows=("q", "k", "positions"),
     cases=[
         Case("grouped heads", lambda m: (m.normal(2, 5, 4, 16), m.normal(2, 5, 2, 16), *_tables(m, 8, 8))),

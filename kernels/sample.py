@@ -1,4 +1,4 @@
-"""Drawing the next token, each row with its own settings and its own generator.
+"""Sampling of the next token by temperature, top-k, top-p and min-p, each row with its own settings and random state.
 
 Greedy is a temperature below 1e-4, whose reciprocal might not be a number. Otherwise, logits / temperature become
 probabilities p; `top_k` keeps the k largest, `top_p` the smallest set of largest whose share of what top_k left
@@ -251,6 +251,10 @@ def sample_tokens(
 
 
 def _sample_fused(logits, temperature, top_k, top_p, min_p, seeds, positions, index=None):
+    if index is None and len(temperature) != len(logits):
+        raise ValueError(
+            f"sample: {len(logits)} rows and {len(temperature)} settings; without an index they are as many"
+        )
     return sample_tokens(logits, temperature, top_k, top_p, min_p, seeds, positions, index)
 
 
@@ -275,6 +279,7 @@ sample = Op(
     name="sample",
     reference=_sample,
     fused=_sample_fused,
+    shapes="logits B V, temperature N, top_k N, top_p N, min_p N, seeds N, positions B, index B",
     rows=("logits", "temperature", "top_k", "top_p", "min_p", "seeds", "positions"),
     cases=[
         Case("greedy", lambda m: _rows(m, 100, [0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3)),

@@ -1,4 +1,4 @@
-"""Gated activations: act(gate) · up, the heart of a modern feed-forward layer.
+"""Gated activations act(gate) · up of SwiGLU and GeGLU feed-forward layers.
 
 SwiGLU gates with silu; GELU and squared-ReLU gates are the same op with another `activation`. In eager PyTorch silu's
 result takes a trip to memory and back, and is kept for the backward; fused, two tensors are read, one is written, and
@@ -252,6 +252,7 @@ swiglu_packed = Op(
     eager=_swiglu_packed_eager,
     native=True,
     fused=_swiglu_packed_fused,
+    shapes="gate_up ... F",
     rows=("gate", "up", "gate_up"),
     cases=[
         Case("tail", lambda m: (m.normal(3, 104),)),

@@ -1,4 +1,4 @@
-"""Storing new keys and values in the paged cache.
+"""Write new keys and values into the paged KV cache.
 
 Token t goes to slot `slots[t]` of the cache seen as one long row of slots (page · page size + offset). A negative slot
 is padding and writes nothing.
@@ -102,9 +102,9 @@ def kv_write_kernel(
 
 
 def check_pages(op: str, k_pages: torch.Tensor, v_pages: torch.Tensor, *scales: torch.Tensor | None) -> None:
-    """Refuse pages that do not lie in one piece, and pages of 8 bits without scales."""
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
-        raise ValueError(f"{op}: the pages must be contiguous")
+    """Refuse pages and scales that do not lie in one piece, and pages of 8 bits without scales."""
+    if not all(x.is_contiguous() for x in (k_pages, v_pages, *scales) if x is not None):
+        raise ValueError(f"{op}: the pages and their scales must be contiguous")
     for each in scales:
         if (each is None) != (k_pages.dtype.itemsize > 1):
             raise ValueError(f"{op}: pages of {k_pages.dtype} and k_scales, v_scales: 8 bits have them, others not")
@@ -156,6 +156,7 @@ write_pages = Op(
     name="write_pages",
     reference=_write_pages,
     fused=_write_pages_fused,
+    shapes="k T K D, v T K E, k_pages P page K D, v_pages P page K E, slots T, k_scales P K page, v_scales P K page",
     mutates=("k_pages", "v_pages", "k_scales", "v_scales"),
     cases=[
         Case("padding", lambda m: _batch(m, 5, 2, 24, 3, 4)),

@@ -24,7 +24,7 @@ class Flags:
     source: Literal["stdlib", "file", "tinystories", "openwebtext", "wikitext"] = "file"
     """stdlib = Python's standard library on this machine; file = --files; the others are public data sets."""
     files: tuple[str, ...] = ()
-    """Text files, folders or globs: .txt, .jsonl (field "text"), either with .gz."""
+    """Text files, folders or globs: .txt, .jsonl, JSON arrays, .parquet (field "text"), also .gz, .bz2, .xz, .zst."""
     num_samples: int | None = None
     """Read only the first so many documents."""
     tokenizer: str = "bpe"

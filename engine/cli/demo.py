@@ -1,4 +1,4 @@
-"""The whole loom in a few minutes: corpus → tokenizer → training → samples → a model directory to talk to.
+"""The whole pipeline in a few minutes: corpus → tokenizer → training → samples → a model directory to chat with.
 
 The corpus is the Python standard library of the interpreter that runs this: real text of tens of megabytes that every
 machine already has. Files, not lines, are split between training and validation, so nothing leaks. What comes out is

@@ -26,6 +26,29 @@ RENAMED = {
 }
 """Names of settings before version 0.2 and their names today: old flags, TOML files and runs are still read."""
 
+ELSEWHERE = {
+    "max_model_len": "max_seq_len",
+    "ctx_size": "max_seq_len",
+    "max_num_seqs": "max_batch",
+    "parallel": "max_batch",
+    "max_num_batched_tokens": "max_batch_tokens",
+    "block_size": "page_size",
+    "gpu_memory_utilization": "kv_memory",
+    "quantization": "quantize",
+    "kv_cache_dtype": "kv_dtype",
+    "tensor_parallel_size": "tensor_parallel",
+    "data_parallel_size": "replicas",
+    "enable_prefix_caching": "prefix_cache",
+    "model_draft": "draft_model",
+    "lora_modules": "adapter",
+    "lora": "adapter",
+    "alias": "served_model_name",
+    "chat_template_file": "chat_template",
+    "ssl_cert_file": "ssl_certfile",
+    "ssl_key_file": "ssl_keyfile",
+}
+"""Names of settings in vLLM and llama.cpp's server, and their names here: told to whoever uses one."""
+
 
 def renamed(argv: list[str]) -> list[str]:
     """The command line with today's names of flags; a warning for each old one."""
@@ -63,10 +86,18 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise InputError(_sentence(errors.getvalue(), verb)) from None
+        told = _sentence(errors.getvalue()) + (_hint(argv) if verb == "serve" else "")
+        raise InputError(f"{told} (warploom {verb} --help lists the flags)") from None
 
 
-def _sentence(box: str, verb: str) -> str:
+def _hint(argv: list[str]) -> str:
+    """Names here of flags that other servers have."""
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    known = {flag: ELSEWHERE.get(flag[2:].replace("-", "_")) for flag in flags}
+    return "".join(f"; {flag} is --{name.replace('_', '-')} here" for flag, name in known.items() if name)
+
+
+def _sentence(box: str) -> str:
     """Extract the sentence from tyro's error box: its text up to the first rule."""
     lines = [line.strip("│╭╰╮╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     words: list[str] = []
@@ -74,4 +105,4 @@ def _sentence(box: str, verb: str) -> str:
         if set(line) <= {"─"} and words:
             break
         words.append(line)
-    return " ".join(" ".join(words).split()) + f" (warploom {verb} --help lists the flags)"
+    return " ".join(" ".join(words).split())

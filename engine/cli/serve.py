@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -66,18 +67,16 @@ def run(argv: list[str]) -> int:
         from ..server.http_server import HTTPServer, log_without_blocking, raise_file_limit
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'warploom[serve]'") from None
-    from ..formats.model_info import load_config
 
     if flags.replicas < 1:
         raise InputError(f"replicas must be at least 1, got {flags.replicas}")
-    load_config(flags.llm.model)  # a wrong directory is told at once, before the server listens
     config, keys = named(flags), api_keys(flags)
-    if config.name in adapters(flags):
-        raise InputError(f"adapter {config.name!r} has the name of the model: choose another")
+    refuse_early(flags, config)
+    options = transport(flags)
     listener = listen(flags.host, flags.port) if flags.uds is None else listen_local(flags.uds)
     if not keys and listener.family != UNIX and _is_loopback(listener) and not config.allowed_hosts:
         config = replace(config, allowed_hosts=("localhost",))
-    flags, further, memory = further_models(flags, config)
+    flags, further, memory = further_models(flags)
     loader = Loader(flags, config, len(keys))
     log_without_blocking()
     raise_file_limit()
@@ -86,7 +85,7 @@ def run(argv: list[str]) -> int:
         end_streams = app.state.bridge.end_flows
     else:
         app, end_streams = front(loader, config, keys)
-    server = loader.server = HTTPServer(app, config, end_streams, **transport(flags))
+    server = loader.server = HTTPServer(app, config, end_streams, **options)
     where = address_of(listener, secure=flags.ssl_certfile is not None)
     if not keys and not _is_loopback(listener):
         print("warploom: WARNING: whoever reaches this address can use it; set --api-key-file", file=sys.stderr)
@@ -95,6 +94,36 @@ def run(argv: list[str]) -> int:
     if loader.error:
         raise loader.error
     return int(loader.failed)
+
+
+def refuse_early(flags: Flags, config: ServerConfig) -> None:
+    """Refuse what can be told before the server listens: nobody should meet a server that ends a second later."""
+    from ..device import pick_device
+    from ..formats.model_info import check_model
+    from ..serving.execution.lora import open_adapters
+
+    llm, own, further = flags.llm, adapters(flags), directories(flags.further_model, "further_model")
+    llm.check()
+    for source in (llm.model, *([llm.draft_model] if llm.draft_model else []), *further.values()):
+        check_model(source)
+    if Path(llm.model).exists():  # else its files are still to be fetched
+        open_adapters(own, Path(llm.model))
+    template_of(flags)
+    if flags.replicas == 1:  # else on other machines, perhaps
+        pick_device(llm.device)
+    taken = set(config.names)
+    for flag, names in (("adapter", own), ("further_model", further)):
+        if both := taken & names.keys():
+            raise InputError(f"{flag} {min(both)!r} has the name of another model: choose another")
+        taken |= names.keys()
+    if config.prompt_cache is None:
+        return
+    if flags.replicas > 1 or own or llm.draft_model or llm.tensor_parallel > 1:
+        raise InputError("prompt_cache needs a model in one process, without replicas, draft_model and adapters")
+    try:
+        config.prompt_cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"prompt_cache {config.prompt_cache}: {error.strerror or error}") from None
 
 
 class Loader:
@@ -148,10 +177,10 @@ def open_model(options: LLMOptions, adapters: dict[str, str], template: str | No
     return llm
 
 
-def further_models(flags: Flags, config: ServerConfig) -> tuple[Flags, dict[str, Any], int]:
+def further_models(flags: Flags) -> tuple[Flags, dict[str, Any], int]:
     """The further models, the flags with every model's part of the memory, and what the first leaves of it."""
-    if flags.replicas > 1 and (flags.further_model or config.prompt_cache):
-        raise InputError(f"replicas must be 1 with further_model or prompt_cache, got {flags.replicas}")
+    if flags.replicas > 1 and flags.further_model:
+        raise InputError(f"replicas must be 1 with further_model, got {flags.replicas}")
     if not flags.further_model:
         return flags, {}, 0
     from ..formats.model_info import load_config
@@ -163,10 +192,8 @@ def further_models(flags: Flags, config: ServerConfig) -> tuple[Flags, dict[str,
     options = replace(flags.llm, kv_memory=pages)
     flags, found = replace(flags, llm=options), {}
     for name, source in directories(flags.further_model, "further_model").items():
-        load_config(source)
-        if name in found or name in config.names or name in adapters(flags):
-            raise InputError(f"further_model {name!r} has the name of another model: choose another")
-        mine = replace(options, model=source)
+        most = options.max_seq_len and min(options.max_seq_len, load_config(source).max_seq_len)
+        mine = replace(options, model=source, max_seq_len=most)
         found[name] = FurtherModel(partial(open_model, mine, {}, None), model_size(source) + pages)
     left = memory - model_size(options.model) - pages
     return flags, found, max(left, 0)
@@ -187,9 +214,17 @@ def template_of(flags: Flags) -> str | None:
         return None
     from ...tokenizer.chat import compile_template
 
-    template = read_text(flags.chat_template)
+    template = text_of(flags.chat_template, "chat_template")
     compile_template(template)
     return template
+
+
+def text_of(path: Path, flag: str) -> str:
+    """Text of a file that a flag names."""
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror or error}") from None
 
 
 def described(llm: Any) -> str:
@@ -217,6 +252,12 @@ def transport(flags: Flags) -> dict[str, Any]:
         file = getattr(flags, name)
         if file is not None and not file.is_file():
             raise InputError(f"{name} {file} is not a file")
+    if flags.ssl_certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(flags.ssl_certfile, flags.ssl_keyfile)
+        except OSError as error:
+            pair = f"ssl_certfile {flags.ssl_certfile} and ssl_keyfile {flags.ssl_keyfile}"
+            raise InputError(f"{pair} are no pair in PEM: {error.strerror or error}") from None
     if flags.root_path and not flags.root_path.startswith("/"):
         raise InputError(f"root_path must begin with /, got {flags.root_path!r}")
     options: dict[str, Any] = {"root_path": flags.root_path.rstrip("/")}
@@ -245,11 +286,16 @@ def directories(given: tuple[str, ...], flag: str) -> dict[str, str]:
     for each, (name, _, directory) in zip(given, pairs):
         if not name or not directory:
             raise InputError(f"{flag} must be NAME=DIR, got {each!r}")
-    return {name: directory for name, _, directory in pairs}
+    found = {name: directory for name, _, directory in pairs}
+    if len(found) < len(pairs):
+        raise InputError(f"{flag}: two have the same name: {', '.join(given)}")
+    return found
 
 
 def named(flags: Flags) -> ServerConfig:
     """The server's configuration, with a name for the model."""
+    if not all(flags.server.served_model_name):
+        raise InputError("served_model_name must not be empty: leave it out for the directory's name")
     names = (*flags.server.served_model_name, Path(flags.llm.model).resolve().name)
     return replace(flags.server, name=flags.server.name or names[0])
 
@@ -260,9 +306,11 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 def api_keys(flags: Flags) -> tuple[str, ...]:
     """The keys from the flags, the file and the environment."""
+    if not all(key.strip() for key in flags.api_key):
+        raise InputError("api_key must not be empty: leave it out to serve without keys")
     keys = [*flags.api_key, *os.environ.get(KEYS, "").split(",")]
     if flags.api_key_file is not None:
-        lines = read_text(flags.api_key_file).splitlines()
+        lines = text_of(flags.api_key_file, "api_key_file").splitlines()
         written = [line.strip() for line in lines if not line.lstrip().startswith("#")]
         if not any(written):
             raise InputError(f"api_key_file {flags.api_key_file} has no key in it")
@@ -297,4 +345,5 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+        why = (error.strerror or str(error)).partition(" (while attempting")[0]
+        raise InputError(f"cannot listen at {host}:{port}: {why}") from None

@@ -34,8 +34,9 @@ class RunFlags(TrainConfig):
 
     data: tyro.conf.Positional[str]
     """A dataset directory (`warploom data`), 'stdlib', tasks:NAME (a task's solved problems; of a chat model,
-    conversations), or a file, folder or glob of texts or of conversations: JSON lines of messages, also as ShareGPT,
-    Alpaca, prompt and completion, or preference pairs (chosen and rejected, with loss dpo)."""
+    conversations), or a file, folder or glob of texts or of conversations: rows (JSON lines or array, parquet) of
+    messages, also as ShareGPT, Alpaca, prompt and completion, or preference pairs (chosen and rejected, with loss
+    dpo)."""
     model: tyro.conf.Suppress[None] = None
     resume: bool = False
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a

@@ -28,8 +28,9 @@ import numpy as np
 from ...tokenizer.assistant_mask import encode_conversation
 from ...tokenizer.chat import render
 from ..errors import InputError
-from .corpus import FEW, json_lines
+from .corpus import FEW
 from .sources import expand
+from .text_files import holds_rows, read_rows
 from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT
@@ -63,7 +64,7 @@ class Conversations:
     def read(self) -> Iterator[tuple[Conversation, ...]]:
         """The conversation of every line in order; of a preference pair, both."""
         for path in self.paths:
-            for line, row in json_lines(path):
+            for line, row in read_rows(path):
                 yield to_pair(row, line) if self.pairs else (to_conversation(row, line),)
 
     def texts(self) -> Iterator[str]:
@@ -72,11 +73,11 @@ class Conversations:
 
 
 def open_conversations(pattern: str | Path) -> Conversations | None:
-    """The conversations that a file, folder or glob holds, or None where its first line is not one."""
+    """The conversations that a file, folder or glob holds, or None where its first row is not one."""
     paths = expand([pattern])
-    if not paths[0].name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+    if not holds_rows(paths[0]):
         return None
-    row = next((row for _, row in json_lines(paths[0])), None)
+    row = next((row for _, row in read_rows(paths[0])), None)
     if not isinstance(row, Mapping):
         return None
     pairs = "chosen" in row and "rejected" in row

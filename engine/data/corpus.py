@@ -14,16 +14,11 @@ would have joined the two sides (a line end before a word), so the tokens of the
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 
@@ -110,56 +105,3 @@ def _mark_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
             yield held, False
             held = item
         yield held, True
-
-
-def json_texts(path: Path, field: str) -> Iterator[str]:
-    """The texts of a file with one JSON object a line."""
-    for line, row in json_lines(path):
-        try:
-            text = row[field]
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{line} is not a JSON object with a field {field!r}") from error
-        if not isinstance(text, str):
-            raise InputError(f"{line}: field {field!r} must be a string, not {type(text).__name__}")
-        yield text
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what each line of a file holds, with its place, `path:number`; empty lines are passed over."""
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number} is not a JSON object: {error}") from error
-        yield f"{path}:{number}", row
-
-
-def _open(path: Path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8", newline="")
-
-
-def text_blocks(path: Path) -> Iterator[str]:
-    with _open(path) as file, _explained(path):
-        while block := file.read(PASSAGE):
-            if "\0" in block:
-                raise InputError(f"{path} is a binary file (it contains zero bytes), not text")
-            yield block
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with _open(path) as file, _explained(path):
-        yield from file
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns a failure to decode or decompress into one sentence about the file."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is a binary file or not UTF-8 text (byte {error.start} of a block)") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise InputError(f"{path} is not a complete gzip file: {error}") from error

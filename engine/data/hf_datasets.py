@@ -19,7 +19,8 @@ from typing import Any
 
 from ...tokenizer.sources import write_text
 from ..errors import InputError
-from .corpus import Corpus, json_texts
+from .corpus import Corpus
+from .text_files import json_texts
 
 HUB = {
     "tinystories": {"path": "roneneldan/TinyStories"},

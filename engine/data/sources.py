@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import InputError
-from .corpus import Corpus, json_texts, text_blocks
+from .corpus import Corpus
 from .hf_datasets import HUB, hub
+from .text_files import holds_rows, json_texts, read_rows, text_blocks
 
 
 def stdlib(limit: int | None = None) -> Corpus:
@@ -41,9 +42,9 @@ def _source_text(path: Path) -> str | None:
 
 
 def files(patterns: Iterable[str | Path], field: str = "text", limit: int | None = None) -> Corpus:
-    """Local files: `.txt` (and any other text) is one document each, `.jsonl` one a line; either may be `.gz`.
+    """Local files: `.txt` (and any other text) is one document each, a table (text_files.py) has one a row.
 
-    `patterns` are paths, folders or globs; `field` names the text in a JSON line.
+    `patterns` are paths, folders or globs; `field` names the text in a row. A `.json` without it is plain text.
     """
     paths = expand(patterns)
 
@@ -75,9 +76,13 @@ def expand(patterns: Iterable[str | Path]) -> list[Path]:
 
 
 def _documents(path: Path, field: str) -> Iterator[Iterable[str]]:
-    if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+    if holds_rows(path) and (".json" not in path.suffixes or _first_row_has(path, field)):
         return ([text] for text in json_texts(path, field))
     return iter([text_blocks(path)])
+
+
+def _first_row_has(path: Path, field: str) -> bool:
+    return any(isinstance(row, dict) and field in row for _, row in itertools.islice(read_rows(path), 1))
 
 
 def open_corpus(

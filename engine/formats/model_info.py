@@ -15,7 +15,7 @@ from .families import from_hf_config, kind_of
 from .gguf_reader import is_gguf, open_gguf
 from .model_source import resolve_model
 from .packed_files import layouts_from
-from .weights import read_json
+from .weights import open_weights, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "qwen.tiktoken")
 
@@ -97,6 +97,15 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
     if is_gguf(directory):
         return open_gguf(directory).config()
     return from_hf_config(read_config(directory))
+
+
+def check_model(name: str | os.PathLike) -> None:
+    """Refuse what no model can be loaded from, by its configuration and by which files of weights are here."""
+    load_config(name)
+    found = resolve_model(name, weights=False)
+    if Path(name).exists() and not is_gguf(base := base_of(found)):  # else its files are still to be fetched
+        with open_weights(base, quantization_of(read_config(base))):
+            pass
 
 
 def base_of(directory: Path, weights: bool = True) -> Path:

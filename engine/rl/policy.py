@@ -157,7 +157,7 @@ class Policy:
         return hidden_1NC[0].index_select(0, packed.places_S)
 
     def _attend(self, packed: Packed) -> Attend:
-        """The trainer's own attention."""
+        """Dense causal attention of the training pass."""
         if self.model.device.type == "cuda":
             borders = torch.tensor([0, *np.cumsum(packed.lengths)], dtype=torch.int32, device=self.model.device)
             return within_documents(borders, max(packed.lengths))

@@ -1,4 +1,4 @@
-"""Prompts: which questions a step asks, as a function of (seed, step), and the seeds of their samples."""
+"""Prompts of a step, as a function of (seed, step), and the seeds of their samples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.corpus import json_lines
 from ..data.loader import generator
 from ..data.sources import expand
+from ..data.text_files import read_rows
 from ..errors import InputError
 from ..tasks import PREFIX, Task, open_task
 
@@ -76,7 +76,7 @@ def open_prompts(source: str, seed: int) -> Prompts:
         return Prompts(source, open_task(source), seed)
     rows = []
     for path in expand([source]):
-        for line, row in json_lines(path):
+        for line, row in read_rows(path):
             prompt = row.get("prompt") if isinstance(row, dict) else None
             if not prompt or not isinstance(prompt, (str, list)):
                 raise InputError(f'{line} needs a "prompt", a text or a list of messages: {json.dumps(row)[:200]}')

@@ -1,4 +1,4 @@
-"""Reward functions: what a sample is worth, by the user's own code or by a task.
+"""Reward functions: the user's own code, or a task's score.
 
     def correct(prompt, completion, answer, **_):          # columns of the prompt's line by name
         return float(completion.rsplit("=", 1)[-1].strip() == answer)

@@ -1,4 +1,4 @@
-"""Rollouts: what the model answers to the prompts of a step, and what that is worth.
+"""Rollouts: sampled completions of a step's prompts, and their rewards.
 
 They are a function of (weights, seed, step): a prompt's noise has a seed of its own, and its tokens do not depend on
 what else is in the batch. The samples of a group share the pages of their prompt.

@@ -162,7 +162,7 @@ class RLTrainer(Trainer):
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """Bring slices of the trained weights together in the model that samples; every process must ask."""
+        """Gather slices of the trained weights in the model that samples; a collective call."""
         if self.mesh.is_sharded:
             slices = {name: local(p.detach()) for name, p in self.state.model.named_parameters()}
             for name, whole in full_weights(self.state.shards, slices):

@@ -43,7 +43,7 @@ logger = logging.getLogger("warploom.server")
 
 
 class AsyncEngine:
-    """One engine, built by `make`, and everybody who waits for it."""
+    """Asynchronous front of one engine, which `make` builds, shared by all requests."""
 
     def __init__(
         self, make: Callable[[], Any], config: ServerConfig, on_failure: Callable[[], None] = lambda: None
@@ -248,10 +248,11 @@ class AsyncEngine:
                 self.llm = await asyncio.to_thread(self._make)
                 await asyncio.to_thread(self.llm.grammars.prepare)
                 await asyncio.to_thread(self._restore_prompts)
-            except InputError as error:  # a mistake of whoever started the server, who needs no traceback
+            except InputError as error:  # a mistake of whoever started the server, who is told it in one sentence
                 self.error = str(error)
-                logger.error("the engine could not be built: %s", error)
-                break
+                logger.info("the engine could not be built: %s", error)
+                self._state = "failed"
+                return self._on_failure()
             except Exception:
                 logger.exception("the engine could not be built")
                 break
@@ -310,7 +311,7 @@ class AsyncEngine:
                 return logger.critical("the engine has made no progress for %g s", self.config.stall_timeout)
 
     def _abandon(self) -> None:
-        """Fail everybody who waits for a broken engine, and let go of its memory."""
+        """Fail all requests of a broken engine and release its memory."""
         self._state = "restarting"
         for flow in list(self.flows):
             flow.fail(errors.failed())

@@ -1,4 +1,4 @@
-"""The door: who may enter, how much they may carry, and the book in which every visit is written.
+"""HTTP middleware: authentication, limits of request bodies in memory, and the access log.
 
 A plain ASGI middleware around everything, the playground included, so that no route can be forgotten. It gives each
 request an id, asks for a key, bounds the body, turns whatever was not caught into a 500 that tells nothing, and writes

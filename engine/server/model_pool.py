@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from ..errors import InputError
 from .async_engine import AsyncEngine
 from .handlers import Service
 from .openai import errors
+
+logger = logging.getLogger("warploom.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class ModelPool:
             await asyncio.sleep(0.01)
         if not bridge.engine_ready:
             await self._unload(name)
+            logger.error("the model %r could not be loaded: %s", name, bridge.error or "see above")
             raise errors.APIError(503, f"the model {name!r} could not be loaded: {bridge.error or 'see the log'}")
         return service
 

@@ -20,7 +20,7 @@ from .scheduling.step import ChunkResult
 
 
 class _Beam:
-    """A beam's owner: notes what the model says about its next token."""
+    """Listener of a beam's sequence: records the log-probabilities of its next token."""
 
     finished = False
     error: Exception | None = None

@@ -204,7 +204,7 @@ class Engine:
         pooling: str | None = None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> Generation:
-        """Ask for a generation; raises ValueError for what could never be served. `deadline` is in seconds from now.
+        """Submit a request; raises ValueError for one that could never be served. `deadline` is in seconds from now.
 
         With `pooling`, mean or last, the prompt's hidden states are pooled so, and `Continuation.pooled` has them.
         """
@@ -241,7 +241,7 @@ class Engine:
             self._enqueue(lambda: self._cancel_now(generation))
 
     def step(self) -> bool:
-        """One turn of the loop; False when there is nothing to do."""
+        """Run one iteration of the loop; False when idle."""
         with self._lock:
             try:
                 return self._turn()
@@ -348,7 +348,7 @@ class Engine:
                 sequence.listener.end(sequence.finish_reason, time.monotonic())
 
     def _stop(self, sequence: Sequence) -> None:
-        """The text says stop; that counts even if the last token allowed has just come."""
+        """Finish at a stop string; it takes precedence over the token limit."""
         if sequence.finish_reason is not None:
             sequence.finish_reason = "stop"
         self.scheduler.finish(sequence, "stop")

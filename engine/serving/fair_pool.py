@@ -50,7 +50,7 @@ class FairPool:
         return future
 
     def shutdown(self) -> None:
-        """Cancel what waits, and let the threads end after the call they are in."""
+        """Cancel queued calls; threads end after their current call."""
         with self._changed:
             self._closed = True
             waiting = [future for queue in self._queues.values() for future, _, _ in queue]

@@ -19,7 +19,7 @@ import torch
 from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
-from ..errors import InputError
+from ..errors import InputError, refuse_below
 from ..formats.model_directory import load_model, read_model
 from ..formats.model_info import base_of, refuse_repacking
 from ..formats.model_source import resolve_model
@@ -89,11 +89,20 @@ class LLM:
         adapters: Mapping[str, str | os.PathLike] | None = None,
     ):
         scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
-        _check_counts(
-            max_batch=max_batch, page_size=page_size, max_batch_tokens=max_batch_tokens, max_seq_len=max_seq_len,
-            draft_tokens=draft_tokens, tensor_parallel=tensor_parallel,
-        )  # fmt: skip
-        _check_exclusions(ngram_draft_tokens, draft_model, tensor_parallel, adapters)
+        refuse_below(0, ngram_draft_tokens=ngram_draft_tokens)
+        refuse_below(
+            1,
+            max_batch=max_batch,
+            page_size=page_size,
+            max_batch_tokens=max_batch_tokens,
+            max_seq_len=max_seq_len,
+            draft_tokens=draft_tokens,
+            tensor_parallel=tensor_parallel,
+        )
+        if tensor_parallel > 1 and adapters:
+            raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
+        if ngram_draft_tokens and draft_model is not None:
+            raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
         model, draft_model = _resolved(model), _resolved(draft_model)
         if scheme is not None and not isinstance(model, Transformer):
             refuse_repacking(base_of(model), quantize, scheme.bits)
@@ -119,7 +128,10 @@ class LLM:
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
             self.adapters = open_adapters(adapters or {}, model)
-            self.max_seq_len = min(max_seq_len or self.config.max_seq_len, self.config.max_seq_len)
+            limit = self.config.max_seq_len
+            if max_seq_len is not None and max_seq_len > limit:
+                raise InputError(f"max_seq_len is {max_seq_len}; the model reads at most {limit} tokens")
+            self.max_seq_len = max_seq_len or limit
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
@@ -316,21 +328,6 @@ class LLM:
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: a conversation cannot be encoded")
         return encode_chat(self.tokenizer, messages)
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise InputError(f"{name} must be at least 1, got {count}")
-
-
-def _check_exclusions(ngram_draft_tokens: int, draft_model: Any, tensor_parallel: int, adapters: Any) -> None:
-    if ngram_draft_tokens < 0:
-        raise InputError(f"ngram_draft_tokens must be at least 0, got {ngram_draft_tokens}")
-    if tensor_parallel > 1 and adapters:
-        raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
-    if ngram_draft_tokens and draft_model is not None:
-        raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
 
 
 def _resolved(model: Any) -> Any:

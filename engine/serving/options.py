@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import InputError, refuse_below
+
 if TYPE_CHECKING:
     from .llm import LLM
+
+
+COUNTS = ("max_batch", "page_size", "max_batch_tokens", "max_seq_len", "draft_tokens", "tensor_parallel")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,13 @@ class LLMOptions:
     """A request's tokens do not depend on its company; False lets PyTorch multiply as it likes."""
     prefix_cache: bool = True
     """Reuse what is already computed of a prompt's beginning."""
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever the model is."""
+        refuse_below(1, **{name: getattr(self, name) for name in COUNTS})
+        refuse_below(0, ngram_draft_tokens=self.ngram_draft_tokens)
+        if self.ngram_draft_tokens and self.draft_model is not None:
+            raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
 
     def open(self, adapters: Mapping[str, str] | None = None) -> LLM:
         """Load the model, and adapters of it by name."""

@@ -18,7 +18,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Metrics:
-    """When things happened (one monotonic clock, in seconds) and what they took."""
+    """Timestamps (one monotonic clock, in seconds) and durations of a request."""
 
     arrival: float
     first_token: float | None = None

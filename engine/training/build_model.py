@@ -31,7 +31,7 @@ from .distributed.sharded_state import ShardedState, local
 def build_model(
     config: TrainConfig, architecture: ModelConfig, mesh: ProcessMesh, dtype: torch.dtype
 ) -> tuple[Transformer, ShardedState]:
-    """This process's part of the model that a run starts with, in float32, and how it lies in the whole."""
+    """Build this process's part of a run's initial model in float32, with its placement in the full model."""
     with torch.device("meta"):
         model = Transformer(architecture)
     shards = ShardedState(mesh, model)

@@ -76,7 +76,7 @@ class Callback:
     """Methods that the trainer calls as things happen. All are optional."""
 
     def on_start(self, run: dict[str, Any]) -> None:
-        """The run begins: what it is, as `run.json` will say."""
+        """Take the description of a run at its start, as `run.json` will hold it."""
 
     def on_step(self, progress: Progress) -> None:
         """A step is done."""

@@ -1,4 +1,4 @@
-"""Checkpoints: everything the next step depends on, or nothing.
+"""Checkpoints: everything the next step depends on, written whole or not at all.
 
 A run is a function of its last step's state, so a checkpoint that holds all of it makes a killed run end exactly as an
 uninterrupted one would. `checkpoints/step-N/` holds

@@ -1,4 +1,4 @@
-"""LoRA as masters: what the optimizer sees are the factors A and B; the model holds W + s·B·A.
+"""LoRA masters: the optimizer updates the factors A and B; the model holds W + s·B·A.
 
 Masters are float32 numbers from which the model's weights are made after each step (`mixed_precision.py`). Nothing
 says that they must be those weights themselves. Here they are an adapter's factors, and making the weights is adding

@@ -106,7 +106,7 @@ def _markdown(run: dict[str, Any]) -> str:
 
 
 def _recipe(config: dict[str, Any]) -> str:
-    """The settings that decide what was learned, and those that are not their defaults."""
+    """Settings that affect the result, and those that differ from their defaults."""
     always = ("optimizer", "lr", "schedule", "batch_size", "order")
     default = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     aside = {"data", "out", "model", "seed", "resume", "overwrite", *always}

@@ -1,4 +1,4 @@
-"""A run as plain data: what it is made of, and everything its next step depends on.
+"""`RunState`: all state of a run that its next step depends on, as plain data.
 
 The trainer's loop changes it, checkpoints hold it, the report tells of it; nothing here acts.
 """

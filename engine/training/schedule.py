@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step: no state, so nothing to save and nothing to get out of step.
+"""Learning rate schedules: stateless functions of the step.
 
 `step` may be any measure of progress, as long as `warmup` and `total` are in the same unit: a share of time will do.
 Every schedule rises linearly from 0 at step 0 to `max_lr` at step `warmup`, because Adam's first estimates of the

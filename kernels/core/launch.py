@@ -53,10 +53,10 @@ class Launcher:
             self.definition.register_fake(function)
         self.operator = getattr(torch.ops.warploom, name).default
 
-    def __call__(self, *args):
-        if torch.compiler.is_compiling() or not is_real(args):
-            return self.operator(*args)
-        return self.function(*args)
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or not is_real((*args, *kwargs.values())):
+            return self.operator(*args, **kwargs)
+        return self.function(*args, **kwargs)
 
 
 @overload

@@ -163,6 +163,10 @@ class Op(Generic[P, R]):
     """Parameters written in place; tests compare them as if they were returned."""
     native: bool = False
     """Of the eager path all but products by PyTorch runs in the C++ extension, on a CPU where that is built."""
+    shapes: str = ""
+    """Sizes that must agree, a letter each: "x ... D, weight D"; `...` are any leading ones, the same for all.
+
+    A kernel addresses memory by them, so a fused call refuses what does not fit. Parameters that are None do."""
     rows: tuple[str, ...] = ()
     """Parameters whose first dimension counts rows that do not influence each other, to the last bit."""
     autocast: bool | None = False
@@ -179,6 +183,10 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, self.reference, updated=())
         self.name = self.name or self.reference.__name__
         self.__name__ = self.__qualname__ = self.name
+        self._names = tuple(inspect.signature(self.reference).parameters)
+        self._fitting: set[tuple] = set()
+        self._written = {i for i, name in enumerate(self._names) if name in self.mutates}
+        self._sizes = {name: sizes for name, *sizes in map(str.split, filter(None, self.shapes.split(",")))}
         _REGISTRY[self.name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -196,10 +204,43 @@ class Op(Generic[P, R]):
         if not self._takes_fused(device, args, kwargs) or self.fused is None:
             plain: Callable[..., R] = self.eager or self.reference
             return plain(*args, **kwargs)
+        args, kwargs = self._addressable(args, kwargs)
         if device.type != "cuda" or torch.compiler.is_compiling() or device.index == torch.cuda.current_device():
             return self.fused(*args, **kwargs)
         with torch.cuda.device(device):
             return self.fused(*args, **kwargs)
+
+    def _addressable(self, args: Sequence, kwargs: Mapping) -> tuple[Sequence, Mapping]:
+        """The arguments with vectors that lie in one piece, of shapes that fit together: what fitted once is known."""
+        given = (*args, *kwargs.values())
+        shapes = [x.shape if isinstance(x, torch.Tensor) else None for x in given]
+        if torch.compiler.is_compiling():  # whose guards are not to follow what is known
+            self._check_shapes(dict(zip(self._names, args)) | kwargs)
+        elif (key := (*kwargs, *shapes)) not in self._fitting:
+            self._check_shapes(dict(zip(self._names, args)) | kwargs)
+            if len(self._fitting) > 1000:
+                self._fitting.clear()
+            self._fitting.add(key)
+        if any(shape is not None and len(shape) == 1 and x.stride(0) != 1 for x, shape in zip(given, shapes)):
+            args = tuple(x if i in self._written else _dense(x) for i, x in enumerate(args))
+            kwargs = {name: x if name in self.mutates else _dense(x) for name, x in kwargs.items()}
+        return args, kwargs
+
+    def _check_shapes(self, given: Mapping) -> None:
+        known: dict[str, Any] = {}
+        for name, letters in self._sizes.items():
+            x = given.get(name)
+            if x is None:
+                continue
+            shape = x.shape
+            if letters[0] == "...":
+                inner = max(len(shape) - len(letters) + 1, 0)
+                shape = shape[:inner], *shape[inner:]
+            if len(shape) != len(letters) or any(known.setdefault(a, n) != n for a, n in zip(letters, shape)):
+                sizes = ", ".join(f"{a} = {tuple(n) if isinstance(n, tuple) else n}" for a, n in known.items())
+                raise ValueError(
+                    f"{self.name}: {name} is {tuple(x.shape)}; it must be ({', '.join(letters)}) with {sizes}"
+                )
 
     def _takes_fused(self, device, args, kwargs) -> bool:
         if _backend == "eager":
@@ -227,6 +268,11 @@ def _device_of(name: str, args, kwargs) -> torch.device:
     raise ValueError(
         f"{name} got no tensor; it needs {', '.join(inspect.signature(_REGISTRY[name].reference).parameters)}"
     )
+
+
+def _dense(x):
+    """A vector without gaps, as kernels read it; anything else as it is."""
+    return x.contiguous() if isinstance(x, torch.Tensor) and x.dim() == 1 and x.stride(0) != 1 else x
 
 
 def _cast(x, dtype: torch.dtype):

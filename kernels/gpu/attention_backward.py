@@ -67,7 +67,7 @@ def attention_dq_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries walks over the keys it sees."""
+    """Compute dq of one block of queries, in a loop over the keys that it sees."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL

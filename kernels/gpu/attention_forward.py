@@ -1,4 +1,4 @@
-"""Attention forward: one block of queries walks over the keys it may see, and the table of scores never exists.
+"""Attention forward: a program a block of queries, with online softmax over blocks of keys (FlashAttention).
 
 Softmax needs a row's largest score before the first exponential and the row's sum before the first result; the online
 form needs neither. It keeps, for each query, the largest score so far, the sum of exponentials relative to it and the

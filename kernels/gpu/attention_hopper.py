@@ -1,4 +1,4 @@
-"""Attention by the copy engine of Hopper GPUs: which launches take it, and what they need.
+"""Warp-specialized attention for Hopper by its copy engine (TMA): conditions and launches.
 
 The kernels are those of every GPU, with `TMA` set: loads by descriptor, warps split by role (`attention_tiles.py`).
 What the copy engine cannot address, numbers of more than 16 bits and heads of more than 128 they load by pointers.
@@ -66,7 +66,7 @@ def gives_up(kernel: str, error: Exception) -> bool:
 
 
 def works(kernel: str) -> None:
-    """A launch went well: what fails from now on is an error."""
+    """Record a kernel's first successful launch, after which a failure is an error."""
     _proven.add(kernel)
 
 

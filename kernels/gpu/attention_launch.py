@@ -76,12 +76,12 @@ def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: C
 
 
 class _Grid:
-    """Programs for every tile of every head, and the numbers by which a program finds its own."""
+    """Launch grid over tiles and heads, and the constants by which a program finds its tile."""
 
     def __init__(self, q, k, cu, block, heads, length, kv_len):
         B, D = q.shape[0], q.shape[3]
         sequences = 0 if cu is None else cu.shape[0] - 1
-        tiles = length // block + sequences if sequences else cdiv(length, block)
+        tiles = cdiv(length, block) if cu is None else length // block + sequences if sequences else 0
         shared = heads // k.shape[2]
         heads_in_l2 = shared * max(1, CACHED_BYTES // max(1, 2 * kv_len * D * q.itemsize))
         self.grid = (tiles * B * heads,)
@@ -109,7 +109,7 @@ def search_steps(sequences: int) -> int:
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
-    """Room for a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
+    """Allocate a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
     make = torch.empty if cu is None else torch.zeros
     return make(x.shape, dtype=x.dtype, device=x.device)
 
@@ -248,11 +248,27 @@ def check_scale(op: str, scale: float | None) -> None:
         raise ValueError(f"{op}: scale is {scale}; it must be greater than 0, or None for 1 / sqrt(head dim)")
 
 
+def check(q, k, v, window, cu_seqlens, scale, sinks):
+    """Refuse what does not fit together: a kernel would follow it out of its memory."""
+    H, K = q.shape[-2], k.shape[-2]
+    if H % K:
+        raise ValueError(f"attention: {H} query heads over {K} key heads; the former must be a multiple of the latter")
+    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or (q.shape[0] != k.shape[0] or q.dim() != k.dim()):
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}; it must be at least 1, or None for no limit")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"attention: sinks have shape {tuple(sinks.shape)}; they must be one a query head, ({H},)")
+    check_scale("attention", scale)
+    if q.dim() != (4 if cu_seqlens is None else 3):
+        raise ValueError(f"attention: q has {q.dim()} dimensions; it must be (B, T, H, D), or ragged with cu_seqlens")
+
+
 def attention_fused(
     q, k, v, *, causal=True, window=None, softcap=None, scale=None, sinks=None, cu_seqlens=None, max_seqlen=None
 ):
     """The fused twin of `attention`: same arguments, same meaning."""
-    check_scale("attention", scale)
+    check(q, k, v, window, cu_seqlens, scale, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     meaning = (sinks, cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
     if q.dim() == 4:

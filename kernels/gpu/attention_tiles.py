@@ -1,4 +1,4 @@
-"""Tile arithmetic that every attention kernel shares: who sees whom, which blocks a block walks, and where a tile lies.
+"""Tile arithmetic of all attention kernels: masks, ranges of visible blocks, and addresses of tiles.
 
 A query at row i of a sequence sits at key position i + shift, where shift = keys - queries: the mask is aligned at the
 end, so a chunk of new queries sees the whole past. `causal` hides the future; `window` hides what is W or more away.

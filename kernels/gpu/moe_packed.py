@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
-from ..core.launch import launch, launcher
+from ..core.launch import last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
 from ..packed_linear import PackedTensor, turned, widen, widen_arguments
 from .moe_experts import _tile_of_expert
@@ -77,14 +77,14 @@ def moe_packed_gemm(
     bits: int, group: int, table: Sequence[int], rotate: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Rows of assignments: of tokens `a`, of which each has `top_k`; or, with 0, of rows in line, by assignment."""
-    a = turned(a) if rotate else a
+    a = turned(a) if rotate else last_dim_contiguous(a)
     (A,), E, K = order.shape, len(offsets) - 1, a.shape[1]
     N, G = len(codes) // E, scales.shape[1]
     out = torch.empty(A, N, dtype=a.dtype, device=a.device)
     tile = _tile(a, A, E)
     columns = cdiv(N, tile["BLOCK_N"])
     weight = PackedTensor(codes, scales, minima, units, bits, group, table, rotate)
-    packed, strides, form = widen_arguments(weight)
+    packed, strides, form = widen_arguments(weight, K)
     launch(
         moe_packed_gemm_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         a, *packed, a if bias is None else bias, order, offsets, out, E, N, K, G, columns, a.stride(0), *strides,

@@ -1,4 +1,4 @@
-"""Routing without a sort: who goes to which expert, and where in the line.
+"""Expert routing without a sort: each assignment's expert and its place in the grouped order.
 
 The grouped product wants the assignments (token, choice) of each expert side by side. Sorting them would do; counting
 is enough. Every block of tokens counts its assignments to each expert while it routes; one program turns the counts

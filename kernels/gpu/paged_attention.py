@@ -283,7 +283,11 @@ def paged_attention_forward(
     k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    q, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, page_table))
+    q, page_table = last_dim_contiguous(q), last_dim_contiguous(page_table)
+    if not k_pages.stride(-1) == v_pages.stride(-1) == 1:
+        raise ValueError("paged_attention: the last dimension of the pages must be contiguous")
+    if k_scales is not None and v_scales is not None and not (k_scales.is_contiguous() and v_scales.is_contiguous()):
+        raise ValueError("paged_attention: k_scales and v_scales must be contiguous")
     T, H, D = q.shape
     N, width = page_table.shape
     page, K = k_pages.shape[1:3]

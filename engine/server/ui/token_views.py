@@ -63,7 +63,7 @@ def facts(tokens: int, first: float | None, elapsed: float, reason: str | None) 
 
 
 def heat_map(tokens: Sequence[str], weights: Sequence[Sequence[float]]) -> str:
-    """Rows ask, columns answer: how much of each token's attention goes to each token before it."""
+    """Attention heat map: a row a query token, a column a key token."""
     size, margin = len(tokens), 92
     cell = max(10, min(34, 640 // max(size, 1)))
     width = margin + size * cell

@@ -119,7 +119,7 @@ class DecodeGraphs:
         return hidden_TC[:T], drawn_T[:T]
 
     def _send(self, shape: Shape, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata | None) -> None:
-        """Copy a step, or nothing but padding, to the inputs of the graphs of this shape."""
+        """Copy a step's inputs, or padding alone, into the static inputs of this shape's graphs."""
         size = buffer_bytes(_inputs(shape))
         staged = torch.empty(size, dtype=torch.uint8, pin_memory=self.buffer.device.type == "cuda")
         T = len(tokens)
@@ -149,14 +149,14 @@ _PADDING = (0, "spare row", 0, -1, None, 0, 0, "end")
 
 
 def _inputs(shape: Shape) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes of what a step needs, in the order of `_PADDING`."""
+    """Dtypes and shapes of a step's inputs, in the order of `_PADDING`."""
     by_token, by_sequence = (torch.int64, (shape.size,)), (torch.int32, (shape.size,))
     starts = torch.int32, (shape.size + 1,)
     return [*[by_token] * 4, (torch.int32, (shape.size, shape.pages)), by_sequence, by_sequence, starts]
 
 
 def record_cuda() -> Record:
-    """Recorder of CUDA graphs: what one graph leaves of the pool's memory, the next one uses again."""
+    """Recorder of CUDA graphs that share one memory pool."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Run) -> Run:

@@ -33,7 +33,7 @@ MakeLinear = Callable[[Tensor, Tensor | None, str], nn.Module]
 
 
 class BatchInvariantLinear(nn.Module):
-    """A batch-invariant linear layer: the bits of a row do not depend on other rows."""
+    """Batch-invariant linear layer: a row's bits do not depend on the other rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()

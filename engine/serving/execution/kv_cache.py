@@ -151,7 +151,7 @@ class KernelAttention:
         return {name: each[layer.index] for name, each in zip(("k_scales", "v_scales"), self.store.scales)}
 
     def attend_pages(self, q_THD: Tensor, layer) -> Tensor:
-        """Attention over what the pages hold by now; of queries transformed as keys are, if the pages have 8 bits."""
+        """Attention over the pages written so far; 8-bit pages take queries rotated as their keys are."""
         options = {
             **self.scales(layer),
             "window": layer.window,

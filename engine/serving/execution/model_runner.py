@@ -45,7 +45,7 @@ ReadLogprobs = Callable[[], tuple[TokenLogprob, ...]]
 
 @dataclass(slots=True)
 class InFlightStep:
-    """A step under way: what was planned, and what is being computed."""
+    """A step in flight: its plan, and its results that are still being computed."""
 
     plan: StepPlan
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
@@ -102,7 +102,7 @@ class Runner:
         self.graphs = DecodeGraphs(self.model, self.store, self.tokens, self.table.shape[1], record, draw)
 
     def close(self) -> None:
-        """Release: nothing outlives a runner."""
+        """Release everything the runner holds."""
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan and wait for the result."""
@@ -309,7 +309,7 @@ def _accept(grammar: Any, tokens: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
-    """Bytes that the cache may have: on a GPU what the largest step leaves, found by making one; else a half."""
+    """Bytes for the KV cache: on a GPU what a profiled largest step leaves free; else half of the free memory."""
     if model.device.type != "cuda":
         return available_memory("cpu") // 2
     with torch.cuda.device(model.device):

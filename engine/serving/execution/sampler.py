@@ -1,4 +1,4 @@
-"""From logits to tokens: everything a request may ask for, row by row in one batch.
+"""Sampling: logits to tokens, each row of the batch by its own request's parameters.
 
 The rows of a step belong to different requests, each with its own parameters. `RowSettings` keeps these in tensors with
 one entry a row of the batch, written when a sequence takes the row; a step gathers those of the rows that sample. The

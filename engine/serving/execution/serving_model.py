@@ -60,7 +60,7 @@ FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class Head:
-    """Hidden states to logits: by the model's own head, or by a linear layer that stands for it."""
+    """Output head: hidden states to logits, by the model's own layer or a linear layer in its place."""
 
     def __init__(self, model: Transformer, linear: nn.Module | None = None):
         self.logits = model.logits if linear is None else linear

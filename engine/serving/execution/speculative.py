@@ -42,7 +42,7 @@ def ngram_draft(sequence: Sequence, most: int, longest: int = 4, shortest: int =
 
 
 def model_draft(sequence: Sequence, most: int) -> list[int]:
-    """Room for `most` drafts, which a `DraftRunner` will fill in."""
+    """Placeholders for `most` drafts, which a `DraftRunner` fills in."""
     return [UNKNOWN] * most
 
 

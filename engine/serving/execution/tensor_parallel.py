@@ -40,7 +40,7 @@ PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """All that a process must know to run its part."""
+    """Specification of a worker process's part."""
 
     rank: int
     size: int
@@ -126,7 +126,7 @@ class TPRunner:
             worker.stdin.flush()
 
     def _recv(self, task: str) -> list[bytes]:
-        """A line from every process, which says that it is done with a task."""
+        """Receive one message from every worker, each the acknowledgement of a task."""
         said = [worker.stdout.readline() for worker in self.workers]
         if not all(said):
             silent = said.index(b"") + 1

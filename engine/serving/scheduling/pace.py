@@ -20,7 +20,7 @@ class StepPace:
         self._rate: float | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A step has taken so long. Small ones say nothing about large ones: reading the weights is most of them."""
+        """Record a step's duration. Small steps are left out: reading the weights is most of their time."""
         if tokens < LEAST or seconds <= 0:
             return
         rate = tokens / seconds

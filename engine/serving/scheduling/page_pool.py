@@ -95,7 +95,7 @@ class PagePool:
         return True
 
     def forget(self) -> None:
-        """Empty the prefix cache: what pages hold was computed by weights that are no more."""
+        """Empty the prefix cache, whose pages were computed by replaced weights."""
         for page in list(self._published.values()):
             self._forget(page)
 
@@ -126,7 +126,7 @@ class PagePool:
         return page.chain
 
     def published(self) -> list[tuple[int, Hashable, Key]]:
-        """Findable pages that nobody holds, the most recently used first, so parents first: number, chain, key."""
+        """Cached pages without a reference, most recently used first (so parents first): number, chain, key."""
         found, page = [], self._ring.older
         while page is not self._ring:
             if page.key is not None:

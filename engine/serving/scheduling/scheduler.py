@@ -80,12 +80,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Sequences that hold nothing yet, in no particular order."""
+        """Sequences without pages or a row yet, in no particular order."""
         return [sequence for _, sequence in self._waiting if sequence.finish_reason is None]
 
     @property
     def idle(self) -> bool:
-        """Return whether there is nothing to plan and nothing under way."""
+        """Return whether there is nothing to plan and no step in flight."""
         return not self.running and not self._flights and all(sequence.finish_reason for _, sequence in self._waiting)
 
     def fit(self, prompt_length: int, max_tokens: int) -> int:
@@ -174,7 +174,7 @@ class Scheduler:
         )
 
     def commit(self, result: StepResult) -> list[Event]:
-        """Take in what the oldest plan brought: new tokens, finished sequences (in `ended`), pages to remember."""
+        """Apply the results of the oldest plan: new tokens, finished sequences (in `ended`), cached prefixes."""
         flight = self._flights.popleft()
         assert len(flight) == len(result.chunks), "a result must answer every chunk of its plan"
         return [
@@ -264,7 +264,7 @@ class Scheduler:
         return tokens + (UNKNOWN,) * (wanted - len(tokens))
 
     def _drafts(self, sequence: Sequence, wanted: int, budget: int) -> tuple[int, ...]:
-        """Guesses for the tokens after the next one, where there are budget and pages that nobody else needs."""
+        """Draft tokens for speculative decoding, where the step has budget and pages to spare."""
         bound = sequence.grammar is not None and sequence.grammar.active
         if self.draft is None or self.depth > 1 or sequence.manual or bound:
             return ()
@@ -274,7 +274,7 @@ class Scheduler:
         return tuple(self.draft(sequence, most)) if decoding and most > 0 else ()
 
     def _make_room(self, sequence: Sequence, start: int, end: int, step: dict[Sequence, _Share]) -> list | None:
-        """Pages of its own for positions start to end, and the copies that takes; None if it lost its row instead."""
+        """Allocate private pages for positions start to end, with copy-on-write; None if the sequence was preempted."""
         copies = []
         size = self.pool.page_size
         for index in range(start // size, self.pool.pages_for(end)):
@@ -343,7 +343,7 @@ class Scheduler:
         return True
 
     def _learn(self, sequence: Sequence, share: _Share, result: ChunkResult) -> tuple[int, ...]:
-        """Append what was sampled, as far as nothing ends the sequence; returns what is new."""
+        """Append sampled tokens up to the one that ends the sequence; returns the new ones."""
         chunk, sampled = share.chunk, result.tokens
         room = sequence.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
         ends = [i + 1 for i, token in enumerate(sampled) if token in sequence.stop_tokens]
@@ -412,5 +412,5 @@ class Scheduler:
 
 
 def _computed_before(sequence: Sequence, step: dict[Sequence, _Share]) -> int:
-    """Return how many of its tokens are in pages before the step being planned: what it could be copied from."""
+    """Return how many of its tokens have keys and values in pages before the step being planned."""
     return step[sequence].chunk.start if sequence in step else sequence.computed

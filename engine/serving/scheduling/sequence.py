@@ -70,7 +70,7 @@ class Sequence:
         return min(self.length, self.capacity) - self.computed
 
     def copy(self, listener: Any = None) -> "Sequence":
-        """The same sequence for another owner, holding nothing yet."""
+        """Copy of the sequence for another owner, without pages."""
         return Sequence(
             list(self.tokens),
             self.prompt_length,

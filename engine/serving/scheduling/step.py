@@ -13,7 +13,7 @@ UNKNOWN = -1  # stands for a token that the device has sampled or guessed, and t
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A sequence takes a row: all the runner must know to compute and sample it."""
+    """Assignment of a sequence to a row of the batch, with what the runner needs to compute and sample it."""
 
     row: int
     params: Any

@@ -47,7 +47,7 @@ class ShardWriter:
 
 
 def read_shards(directory: Path, blocks: dict[str, Tensor]) -> None:
-    """Fill this process's blocks, in place, from what any number of processes wrote."""
+    """Fill this process's blocks in place from shards written by any number of processes."""
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():

@@ -53,7 +53,7 @@ def _not_to_be_interrupted() -> None:
 
 
 def _is_first() -> bool:
-    """Is this the first process of its generation that fails? If the store has gone, nobody else can tell either."""
+    """Return whether this process is the first of its generation to fail; also where the store has gone."""
     import torch.distributed as dist
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -25,7 +25,7 @@ BUCKET = 1 << 22  # numbers that leave together: many small messages are slow, o
 
 @dataclass
 class Bucket:
-    """Weights whose gradients travel together, to the same processes."""
+    """Weights whose gradients are reduced together, over the same process group."""
 
     group: dist.ProcessGroup
     names: list[str] = field(default_factory=list)

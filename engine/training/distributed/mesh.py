@@ -81,7 +81,7 @@ class ProcessMesh:
         return self.device_mesh.get_group(axis) if self.axes[axis] > 1 else None
 
     def make_group(self, *along: str) -> dist.ProcessGroup | None:
-        """This process and those that differ from it along these axes, if there are any. Every process must ask."""
+        """Process group of this process and its neighbors along these axes, if there are any. A collective call."""
         size = math.prod(self.axes[axis] for axis in along)
         if size == 1:
             return None

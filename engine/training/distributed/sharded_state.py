@@ -1,4 +1,4 @@
-"""Sharded state: this process's shard of weights, moments and averages, and the full tensors that others know.
+"""Sharded state: this process's shard of weights, moments and averages, and their full tensors.
 
 A weight, its moments and its running average have one shape and are cut alike: by `tp` and `ep` as
 `sharding.shard_spec` says, by `fsdp` along the width of the stream. So a shard is one block of each matrix that is
@@ -44,14 +44,14 @@ class ShardedState:
         return whole
 
     def full(self, name: str, part: Tensor) -> Tensor:
-        """The tensor of which this process keeps `part`; every process must ask."""
+        """Gather the full tensor of which this process holds `part`; a collective call."""
         if not self.mesh.is_sharded:
             return part
         blocks = [block.full_tensor() for block in self.blocks(name, part).values()]
         return torch.cat(blocks, self.specs[name].tp or 0)
 
     def with_full_matrix(self, name: str, part: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """This process's part of what `rule` makes of the whole matrix; every process must ask, and computes all of it.
+        """Apply `rule` to the full matrix and return this process's part; a collective call, computed by every process.
 
         Whole experts are matrices of their own, for which nobody has to be asked.
         """
@@ -91,7 +91,7 @@ def local(p: Tensor) -> Tensor:
 
 
 def full_weights(shards: ShardedState, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Weights (or averages of them) as any other program knows them, one after the other; every process must ask."""
+    """Yield full weights (or averages of them) under their unsharded names; a collective call."""
     return ((name, shards.full(name, part)) for name, part in weights.items())
 
 

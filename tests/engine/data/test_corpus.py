@@ -1,5 +1,8 @@
+import bz2
 import gzip
 import json
+import lzma
+import subprocess
 
 import pytest
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from warploom.engine.data.corpus import cut
 from warploom.engine.data.sources import files, open_corpus, stdlib
+from warploom.engine.errors import InputError
 
 
 def texts(source):
@@ -42,6 +46,80 @@ def test_a_bad_file_gets_one_sentence_that_names_it(tmp_path, name, content, sen
         list(files([path]).passages())
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_compressed_files_are_read_whole(tmp_path):
+    """Each compression by its suffix, of several frames where a file has them."""
+    text = "學而時習之\n" * 1000
+    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    try:
+        import zstandard
+
+        packers[".zst"] = zstandard.ZstdCompressor().compress
+    except ImportError:
+        pass
+    for suffix, pack in packers.items():
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(pack(text.encode()) + pack(b"end"))
+        assert texts(files([path])) == [text + "end"], suffix
+        path.write_bytes(b"not compressed")
+        with pytest.raises(InputError, match="is not a complete"):
+            texts(files([path]))
+    rows = tmp_path / "rows.jsonl.xz"
+    rows.write_bytes(lzma.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert texts(files([rows])) == ["one", "two"]
+
+
+def test_json_array_is_a_table(tmp_path):
+    """An array of objects with the field is rows, as lines in a .json are; any other .json is text."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert texts(files([path])) == ["one", "two"]
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert texts(files([path])) == ["one", "two"]
+    for other in ('{\n "text": "one"\n}', "[1, 2]", '[{"name": "x"}]', "[unfinished", ""):
+        path.write_text(other)
+        if other != "[unfinished":
+            assert texts(files([path])) == [other]
+            continue
+        with pytest.raises(InputError, match="not a JSON array"):
+            texts(files([path]))
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], "n": [1, 2]}), path)
+    assert texts(files([path])) == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match="not a complete parquet"):
+        texts(files([path]))
+
+
+def test_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "人".encode())
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}')
+    assert texts(files([tmp_path])) == ["人", "x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "name"),
+    [
+        ("學而時習之，不亦說乎？" * 9, "gb18030", "GB18030"),
+        ("人", "utf-16", "UTF-16"),
+        ("déjà vu", "cp1252", "WINDOWS-1252"),
+    ],
+)
+def test_other_encoding_names_the_command(tmp_path, text, encoding, name):
+    """The sentence ends with a command that makes the file readable."""
+    path = tmp_path / "novel.txt"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=f"perhaps {name}") as error:
+        texts(files([path]))
+    subprocess.run(str(error.value).partition("convert it, ")[2], shell=True, check=True)
+    assert texts(files([tmp_path / "novel-utf8.txt"])) == [text]
 
 
 def test_unknown_names_say_what_is_valid(tmp_path):

@@ -72,6 +72,7 @@ def test_listening_wider_without_a_key_is_warned_about(directory):
         (["--api-key-file", os.devnull], "has no key in it"),
         (["--quantize", "int3"], "'int3'"),
         (["--kv-memory", "10", "--port", "0"], "kv_memory=10 bytes is less than one page"),
+        (["--max-seq-len", "400"], "max_seq_len is 400; the model reads at most 320 tokens"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line_and_exit_2(flags, says, directory, capsys):
@@ -81,10 +82,36 @@ def test_a_mistake_in_the_flags_is_one_line_and_exit_2(flags, says, directory, c
     assert says in error and error.splitlines()[-1].startswith("warploom serve: ")
 
 
-def test_serve_refuses_unknown_choice_before_listening(directory, capsys):
-    assert main(["serve", "--model", str(directory), "--port", "0", "--quantize", "int9"]) == 2
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--quantize", "int9"], "int9"),
+        (["--max-model-len", "128"], "--max-model-len is --max-seq-len here"),
+        (["--model", "EMPTY"], "has no weights"),
+        (["--adapter", "x=nowhere"], "adapter 'x': nowhere is not a directory"),
+        (["--adapter", "x=EMPTY"], "it has no adapter_config.json"),
+        (["--further-model", "x=EMPTY"], "has no weights"),
+        (["--draft-model", "nowhere"], "nowhere is not a directory"),
+        (["--chat-template", "nowhere"], "chat_template nowhere: No such file"),
+        (["--chat-template", "FILE"], "the chat template does not compile"),
+        (["--ssl-certfile", "FILE", "--ssl-keyfile", "FILE"], "are no pair in PEM"),
+        (["--api-key-file", "nowhere"], "api_key_file nowhere: No such file"),
+        (["--api-key", ""], "api_key must not be empty"),
+        (["--served-model-name", ""], "served_model_name must not be empty"),
+        (["--prompt-cache", "FILE"], "prompt_cache FILE: "),
+        (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
+        (["--device", "tpu"], "device 'tpu' is not known"),
+    ],
+)
+def test_serve_refuses_before_listening(flags, says, directory, tmp_path, monkeypatch, capsys):
+    """A wrong flag is one sentence, and nobody has met a server that ends a second later."""
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "EMPTY" / "config.json").write_text((directory / "config.json").read_text())
+    (tmp_path / "FILE").write_text("{% if %}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "--model", str(directory), "--port", "0", *flags]) == 2
     told = capsys.readouterr()
-    assert "http://" not in told.out and "int9" in told.err and len(told.err.splitlines()) == 1
+    assert "http://" not in told.out and says in told.err and len(told.err.splitlines()) == 1
 
 
 def test_serve_takes_every_engine_option(directory):
