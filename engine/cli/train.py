@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class RunFlags(TrainConfig):
     """Options of a training run: data, budget, optimization."""
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A dataset directory (`warploom data`), 'stdlib', tasks:NAME (a task's solved problems; of a chat model,
     conversations), or a file, folder or glob of texts or of conversations: rows (JSON lines or array, parquet) of
     messages, also as ShareGPT, Alpaca, prompt and completion, or preference pairs (chosen and rejected, with loss
@@ -103,16 +103,19 @@ def read(argv: list[str]) -> TrainConfig:
     settings = renamed_settings(_read_toml(given["config"])) if "config" in given else {}
     chosen = {**settings, **given}
     if chosen.get("resume"):
-        settings = {**saved_settings(chosen.get("out", TrainConfig.out), chosen.get("preset")), **settings}
+        saved = saved_settings(chosen.get("out", TrainConfig.out), chosen.get("preset"))
+        settings = {**(saved or {"data": NOTHING}), **settings}
     if any(name in chosen for name in BUDGETS):
         settings = {name: value for name, value in settings.items() if name in chosen or name not in BUDGETS}
     preset = given.get("preset") or settings.get("preset", TrainConfig.preset)
     flags = parse(Flags, argv, "train", _defaults(preset, settings))
+    check_given(flags.run.data, flags.run.out)
     chosen = {field.name: getattr(flags.run, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{**chosen, "preset": preset, "model": _model(flags.model)})
 
 
 JSON_FIELDS = ("rope_scaling", "local_rope")
+NOTHING = ""  # the data of a run that is to be resumed, and is not there
 OF_A_START = ("out", "device", "dp", "fsdp", "tp", "ep", "resume", "overwrite")  # may differ when a run goes on
 
 
@@ -127,6 +130,12 @@ def saved_settings(out: str, preset: str | None) -> dict[str, Any]:
                 name: value for name, value in {**({} if preset else model), **told}.items() if name not in OF_A_START
             }
     return {}
+
+
+def check_given(data: str, out: str) -> None:
+    """Refuse to resume what was never started, where no data is given to start with."""
+    if data == NOTHING:
+        raise InputError(f"{out} holds no checkpoint to resume: give the data to start a run")
 
 
 def _defaults(preset: str, settings: dict[str, Any]) -> Flags:

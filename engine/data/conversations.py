@@ -30,11 +30,10 @@ from ...tokenizer.chat import render
 from ..errors import InputError
 from .corpus import FEW
 from .sources import expand
-from .text_files import holds_rows, read_rows
+from .text_files import FORMS, holds_rows, read_rows
 from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT
-FORMS = "messages, conversations, instruction and output, prompt and completion"
 RESERVED = ("messages", "tools", "add_generation_prompt")  # which the row itself says, or training
 SHOWN = 300  # characters of a row that an error shows
 

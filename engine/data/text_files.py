@@ -24,6 +24,7 @@ from ..errors import InputError
 
 BLOCK = 1 << 20  # characters
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
+FORMS = "messages, conversations, instruction and output, prompt and completion"
 CONTROL = {*range(32), 127} - {*b"\t\n\f\r\x1a\x1b"}  # bytes that no text has
 
 
@@ -59,8 +60,8 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
         if not isinstance(row, dict) or field not in row:
             has = f"it has {', '.join(row) or 'nothing'}" if isinstance(row, dict) else f"it is {json.dumps(row)[:40]}"
             raise InputError(
-                f"{place} is not an object with a field {field!r}, nor a conversation: {has}; give the field that "
-                f"holds the text the name {field}"
+                f"{place} is not an object with a field {field!r}, nor a conversation ({FORMS}): {has}; rename its "
+                "fields to one of these"
             )
         if not isinstance(row[field], str):
             raise InputError(f"{place}: field {field!r} must be a string, not {type(row[field]).__name__}")

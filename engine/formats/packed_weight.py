@@ -91,11 +91,11 @@ class Segment:
         return Segment(layout, self.codes, *self._of_groups(lambda x: x.repeat_interleave(times, 1)), self.units)
 
     def at(self, rows: Tensor | slice) -> Segment:
-        """These rows, in this order."""
+        """Select rows, in this order."""
         return Segment(self.layout, self.codes[rows], *self._of_groups(lambda x: x[rows]), self.units[rows])
 
     def between(self, first: int, last: int) -> Segment:
-        """These columns, which are whole groups."""
+        """Select columns, which are whole groups."""
         layout = self.layout
         start, count = first // layout.group, layout.groups(last - first)
         groups, size = slice(start, start + count), layout.group * layout.bits // 8
@@ -120,7 +120,7 @@ class Segment:
 
     @property
     def tensor(self) -> PackedTensor:
-        """These rows as the kernels take them."""
+        """The rows as the kernels take them."""
         layout = self.layout
         codes = self.codes.view(torch.float8_e4m3fn) if layout.float8 else self.codes
         form = layout.bits, layout.group, layout.table, layout.rotate
@@ -156,7 +156,7 @@ class PackedWeight:
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
     def at(self, rows: Tensor) -> PackedWeight | None:
-        """These rows, in this order; None where rows of several layouts would change places."""
+        """Select rows, in this order; None where rows of several layouts would change places."""
         if len(self.segments) > 1 and bool((rows.diff() < 0).any()):
             return None
         found, first = [], 0
@@ -168,7 +168,7 @@ class PackedWeight:
         return PackedWeight(tuple(found), self.columns)
 
     def between(self, first: int, last: int) -> PackedWeight | None:
-        """These columns, in smaller groups if they need it; None where they are no whole groups."""
+        """Select columns, in smaller groups if they need it; None where they are no whole groups."""
         ends = first, 0 if last == self.columns else last
         steps = (TURNED if segment.layout.rotate else GROUPS[0] for segment in self.segments)
         if any(end % step for step in steps for end in ends):

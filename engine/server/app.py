@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -224,7 +226,8 @@ def _add_errors(app: FastAPI) -> None:
         headers = Headers(error.headers or {})
         says, path = str(error.detail), request.url.path[:100]
         if error.status_code == 404:
-            says = f"there is no {path} here; /docs lists the routes"
+            near = get_close_matches(path, [route.path for route in app.routes if isinstance(route, APIRoute)], 1)
+            says = f"there is no {path} here{f': did you mean {near[0]}?' if near else ';'} /docs lists the routes"
         elif allowed := headers.get("allow"):
             says = f"{path} takes {allowed}, not {request.method}"
         return answer(APIError(error.status_code, says, headers=dict(error.headers or {})))

@@ -103,7 +103,10 @@ class LLM:
             raise InputError(f"tensor_parallel must be 1 with adapters, got {tensor_parallel}: merge one instead")
         if ngram_draft_tokens and draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
-        model, draft_model = _resolved(model), _resolved(draft_model)
+        if isinstance(model, (str, os.PathLike)):
+            model = resolve_model(model)
+        if isinstance(draft_model, (str, os.PathLike)):
+            draft_model = resolve_model(draft_model)
         if scheme is not None and not isinstance(model, Transformer):
             refuse_repacking(base_of(model), quantize, scheme.bits)
         self._source = model
@@ -328,10 +331,6 @@ class LLM:
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: a conversation cannot be encoded")
         return encode_chat(self.tokenizer, messages)
-
-
-def _resolved(model: Any) -> Any:
-    return resolve_model(model) if isinstance(model, (str, os.PathLike)) else model
 
 
 def _open(model, tokenizer, device, dtype, group=None, packed=False) -> tuple[Transformer, Any]:

@@ -9,6 +9,7 @@ out of llguidance's limits on the way ends its own request, with an error.
 
 import contextlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -310,7 +311,7 @@ def _source(matcher, field: str, value) -> str:
 
     try:
         if field == "regex":
-            return matcher.grammar_from_regex(value)
+            return matcher.grammar_from_regex(_CLASSES.sub(lambda found: ASCII.get(found[0], found[0]), value))
         if field == "choice":  # one regular expression: linear, where a Lark rule is quadratic and ends at 2,000
             return matcher.grammar_from_regex("|".join(map(_escaped, value)))
         if field == "grammar":
@@ -318,6 +319,11 @@ def _source(matcher, field: str, value) -> str:
         return matcher.grammar_from_json_schema(json.loads(value), defaults={"whitespace_flexible": False})
     except Exception as error:  # the converter of GBNF has errors of its own: whatever it says is about this grammar
         raise InputError(f"{field} cannot be compiled: {_one_line(error)}") from None
+
+
+# As in JSON schemas' patterns: Rust's \d has 760 digits, and a model that may write any of them does.
+ASCII = {r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[0-9A-Za-z_]", r"\W": "[^0-9A-Za-z_]"}
+_CLASSES = re.compile(r"\\.", re.DOTALL)
 
 
 def _escaped(text: str) -> str:

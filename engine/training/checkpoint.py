@@ -152,7 +152,8 @@ class Checkpoints:
 
     def _write(self, step: int, scratch: Path, write_model, write_shards, tensors: dict, state: dict) -> None:
         try:
-            with saving(f"a checkpoint to {self.folder}", self.folder, "the one before it is intact"):
+            comfort = "the one before it is intact" if self.steps() else "free some space: there is none before it"
+            with saving(f"a checkpoint to {self.folder}", self.folder, comfort):
                 hashes = write_shards(scratch) if write_shards else {}
                 if not self.is_main:
                     return

@@ -27,7 +27,8 @@ class TrainConfig:
     """The architecture, or the fields in which it differs from `preset`. A vocab_size of 0 or none is the tokenizer's,
     and that of the preset for a tokenizer trained here."""
     preset: str = "llama-tiny"
-    """A known architecture to start from."""
+    """A known architecture to start from: llama-tiny, llama-characters, llama-15m, llama-110m, llama-1b, llama-8b,
+    gpt2-124m, qwen3-0.6b, moe-tiny, mixtral-8x7b."""
     init_from: str | None = None
     """A model directory whose weights to start from (fine-tuning)."""
     tokenizer: str = "bpe"
@@ -134,7 +135,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between samples of text; 0 = only at the end."""
     sample_prompt: str | None = None
-    """Prompt of the samples; None = the start of the validation text."""
+    """Prompt of the samples; None = the start of the validation text, or its first conversation up to the answer."""
     sample_tokens: int = 64
     """Tokens of a sample; 0 = no samples."""
     log_every: int = 10

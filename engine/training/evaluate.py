@@ -10,7 +10,7 @@ Only bits per byte compares across tokenizers: a larger vocabulary makes tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,21 @@ def validation_split(data: TokenData) -> TokenSplit | None:
     return split if split is not None and len(split) >= 2 else None
 
 
-def write_sample(model: Transformer, tokenizer: Any, prompt: list[int], tokens: int, seed: int) -> tuple[str, str]:
+def sample_prompt(split: TokenSplit) -> list[int]:
+    """The beginning of a split: of conversations, all that the first answer of the first one answers."""
+    if split.learn is None:
+        return [int(token) for token in np.asarray(split.tokens[:16])]
+    first = np.asarray(split.learn[: split.starts[1] if len(split.starts) > 1 else len(split)])
+    return [int(token) for token in np.asarray(split.tokens[: max(1, int(first.argmax()))])]
+
+
+def write_sample(
+    model: Transformer, tokenizer: Any, prompt: list[int], tokens: int, seed: int, stop: Sequence[int] = ()
+) -> tuple[str, str]:
     """The text of a prompt, and that of a continuation drawn at temperature 0.8."""
     was_training = model.training
     model.eval()
-    drawn = generate(model, prompt, tokens, temperature=0.8, seed=seed)
+    drawn = generate(model, prompt, tokens, temperature=0.8, seed=seed, stop=stop)
     drawn = [
         token for token in drawn if token < tokenizer.vocab_size
     ]  # a table may have more rows than there are tokens

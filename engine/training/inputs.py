@@ -93,8 +93,10 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     made = Path(config.out) / "data"
     if reuse and (made / "meta.json").is_file():
         data = TokenData(made)
-        if Path(config.data).is_file() and Path(config.data).name != Path(data.meta.source).name:
+        if not _is_source(config.data, data.meta.source):
             raise InputError(f"{made} was made of {data.meta.source}, not of {config.data}: choose another out")
+        if Path(config.data).is_file() and Path(config.data).stat().st_mtime > (made / "meta.json").stat().st_mtime:
+            note(f"{config.data} has changed since {made} was made of it: the run goes on with the tokens of then")
         return data
     source = config.data
     if is_hub_id(source):
@@ -115,6 +117,13 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
     note(f"tokens: {sizes}{_learned_share(data)}")
     return data
+
+
+def _is_source(data: str, source: str) -> bool:
+    """Return whether tokens made of `source` can be those of `data`, wherever both now lie; of the hub and of tasks
+    copies were made under other names."""
+    name = Path(data).name
+    return not name or name in Path(source).parts or data.startswith(TASKS) or is_hub_id(data)
 
 
 def _corpus(source: str) -> Corpus:

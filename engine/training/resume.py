@@ -116,7 +116,7 @@ def _check_same_run(run: RunState, directory: Path, before: dict[str, Any]) -> N
                 f"{directory} was trained with {field}={value!r}, but this run asks for "
                 f"{now['model'][field]!r}: resume with the same architecture, or choose another out"
             )
-    for name in ("optimizer", *LORA):
+    for name in ("optimizer", "tokenizer", *LORA):
         then, asked = before["config"].get(name), now["config"][name]
         if name in before["config"] and (tuple(then) if isinstance(then, list) else then) != asked:
             raise InputError(f"{directory} was trained with {name}={then!r}, not {asked!r}")

@@ -40,7 +40,7 @@ from .checkpoint import Checkpoints, lock_run, unlock_run
 from .config import TrainConfig
 from .distributed.grad_buckets import GradReducer
 from .distributed.mesh import ProcessMesh, local_device
-from .evaluate import evaluate, losses, token_bytes, validation_batches, validation_split, write_sample
+from .evaluate import evaluate, losses, sample_prompt, token_bytes, validation_batches, validation_split, write_sample
 from .first_state import loader_and_state
 from .inputs import RunInputs, prepare
 from .mixed_precision import Masters
@@ -349,16 +349,14 @@ class Trainer:
             write_weights(state, self.out)
 
     def _sample(self) -> None:
-        """Let the model continue `sample_prompt`, or the beginning of the validation text."""
+        """Let the model continue `sample_prompt`, or the beginning of the validation text; of conversations, answer."""
         state, config, tokenizer = self.state, self.config, self.state.inputs.tokenizer
-        if config.sample_prompt:
-            prompt = tokenizer.encode(config.sample_prompt)
-        else:
-            split = validation_split(state.inputs.data) or state.train_split
-            prompt = [int(token) for token in np.asarray(split.tokens[:16])]
+        split = validation_split(state.inputs.data) or state.train_split
+        prompt = tokenizer.encode(config.sample_prompt) if config.sample_prompt else sample_prompt(split)
         prompt = prompt[-(state.context // 2) :]
+        stop = () if split.learn is None else tuple(tokenizer.special.stop_ids())
         with state.ema.applied():
-            before, text = write_sample(state.model, tokenizer, prompt, config.sample_tokens, config.seed)
+            before, text = write_sample(state.model, tokenizer, prompt, config.sample_tokens, config.seed, stop)
         state.samples.append({"step": state.step, "prompt": before, "text": text})
         self.tell("on_sample", state.step, before, text)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from warploom.engine.cli import available, main
-from warploom.engine.config import ModelConfig
+from warploom.engine.config import PRESETS, ModelConfig
 from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_writer import save_model
@@ -51,6 +51,14 @@ def test_every_verb_explains_its_flags(verb, capsys):
         code = left.code
     assert code == 0
     assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_train_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(preset in shown for preset in PRESETS)
+    assert "[OPTIONS] DATA" in shown
 
 
 def test_an_unknown_verb_names_the_known_ones(capsys):

@@ -32,6 +32,13 @@ HARMLESS = {
     "service_tier": ("auto", "default"),
     "modalities": ["text"],
     "parallel_tool_calls": True,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "continuous_usage_stats": False,
+    "cache_prompt": True,
 }
 
 

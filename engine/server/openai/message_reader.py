@@ -149,6 +149,10 @@ class MessageReader(PlainReader):
     def _say(self, delta: Delta, final: bool) -> bool:
         """Read content up to where a call begins, and the call."""
         text, found = self._held, self._find(self._held)
+        if final and self._eager and self._is_begun(text[found or 0 :]):
+            self._pass_on(delta, text[: found or 0])
+            self._held = ""
+            return False
         if found is None:
             keep = 0 if final else self._keep(text)
             self._pass_on(delta, text[: len(text) - keep])
@@ -178,6 +182,13 @@ class MessageReader(PlainReader):
         else:
             self._pass_on(delta, text[:end])
         return True
+
+    def _is_begun(self, text: str) -> bool:
+        """Return whether a text is the beginning of a call, cut before its arguments."""
+        text, mark = text.strip(), self._row.mark
+        if self._count and self._fresh and text and mark.startswith(text):
+            return True
+        return text.startswith(mark) and _is_cut(text, self._row.heads[0])
 
     def _enter(self, head: regex.Pattern, delta: Delta, final: bool) -> bool | None:
         """Begin a call, if one begins here; None if none does, False if more must come."""
@@ -211,6 +222,9 @@ class MessageReader(PlainReader):
             return opened
         end = tail.match(self._held, partial=not final)
         if end is not None and end.partial:
+            return False
+        if final and end is None and _is_cut(self._held, tail, following):
+            self._held = ""
             return False
         rest = self._held[end.end() if end else 0 :]
         if self._row.only_first and not final and not rest.strip():
@@ -341,6 +355,12 @@ def new_call(name: str, arguments: str) -> dict[str, Any]:
     """A call in OpenAI's shape, with arguments as they were written."""
     function = {"name": name, "arguments": arguments}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _is_cut(text: str, *patterns: regex.Pattern | None) -> bool:
+    """Return whether a text ends in the middle of what surrounds calls: no part of the message."""
+    found = [pattern.match(text, partial=True) for pattern in patterns if pattern is not None]
+    return any(match is not None and match.partial for match in found)
 
 
 def _tail(text: str, marks: tuple[str, ...]) -> str:

@@ -74,11 +74,14 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="The schema in llama.cpp's spelling.")
 
     def grammar(self) -> dict[str, Any] | None:
         """The schema that the text must satisfy."""
         if self.type == "text":
             return None
+        if self.schema_ is not None and self.json_schema is None:
+            return self.schema_
         if self.type == "json_object":
             return {"type": "object"}
         if self.json_schema is None or self.json_schema.schema_ is None:
@@ -139,6 +142,9 @@ class Sampling(Body):
     metadata: Annotated[dict[str, str], at_most(64)] | None = Field(
         None, max_length=64, description="For the caller's own records; changes nothing."
     )
+    safety_identifier: str | None = Field(None, description="Changes nothing.")
+    prompt_cache_key: str | None = Field(None, description="Changes nothing: prefixes are found by their tokens.")
+    prompt_cache_retention: str | None = Field(None, description="Changes nothing.")
 
     @property
     def include_usage(self) -> bool:
@@ -264,6 +270,7 @@ class Message(Body):
     tool_call_id: str | None = None
     refusal: str | None = None
     parsed: Any = Field(None, exclude=True, description="As the openai client adds it; content counts.")
+    annotations: Any = Field(None, exclude=True, description="As OpenAI's answers have it; changes nothing.")
     reasoning_content: str | None = Field(default=None, description="What the assistant reasoned before it answered.")
 
     @property

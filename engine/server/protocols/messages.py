@@ -53,10 +53,12 @@ class MessagesRequest(AgentRequest):
     tool_choice: ToolChoice | None = None
 
     thinking: dict[str, Any] | None = Field(None, description="enabled or disabled, where the template has a switch.")
+    output_config: dict[str, Any] | None = Field(None, description="format: a json_schema; effort, as thinking.")
 
     @property
     def effort(self) -> str:
-        return {"enabled": "high", "disabled": "none"}.get((self.thinking or {}).get("type", ""), "")
+        named = {"enabled": "high", "disabled": "none"}.get((self.thinking or {}).get("type", ""), "")
+        return named or str((self.output_config or {}).get("effort") or "")
 
     def chat(self) -> ChatRequest:
         """The same as a chat."""
@@ -74,6 +76,7 @@ class MessagesRequest(AgentRequest):
             named = {"type": "function", "function": {"name": choice.name or ""}}
             body["tool_choice"] = {"any": "required", "tool": named}.get(choice.type, choice.type)
             body["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        body["response_format"] = (self.output_config or {}).get("format")
         body["continue_final_message"] = self.messages[-1].role == "assistant"
         return ChatRequest.model_validate(body)
 

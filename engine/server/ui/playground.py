@@ -27,6 +27,9 @@ from ..openai.requests import Message
 from ..request_body import client_of
 from .token_views import CSS, facts, heat_map, token_view
 
+# What the page asks for; whatever else comes here, a client of some API has mistaken.
+PATHS = {"", "gradio_api", "config", "theme.css", "static", "assets", "svelte", "favicon.ico", "manifest.json"}
+PATHS |= {"robots.txt", "pwa_icon"}
 REDRAW = 0.08  # seconds between two pictures of a growing text
 MAP_TOKENS = 48
 CHATS = "This model has a chat template: it answers."
@@ -50,7 +53,7 @@ class Playground:
         self._closing = asyncio.Event()
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
+        if scope["path"].removeprefix(scope.get("root_path", "")).split("/")[1] not in PATHS:
             raise HTTPException(404)
         state = self._service.bridge.state
         if self._page is None and self._service.bridge.llm is None:

@@ -51,6 +51,44 @@ def test_final_message_is_continued_where_it_ends(client):
     assert prefilled.json()["content"][0]["text"] == text_of(chat)
 
 
+def test_fields_that_change_nothing_are_taken(client):
+    """What OpenAI's, vLLM's and llama.cpp's clients send by default asks for what happens anyway."""
+    body = {"messages": [HI], "max_tokens": 4, "seed": 1}
+    idle = {"safety_identifier": "a", "prompt_cache_key": "b", "prompt_cache_retention": "24h", "cache_prompt": True}
+    idle |= {"skip_special_tokens": True, "include_stop_str_in_output": False, "length_penalty": 1.0}
+    idle |= {"stream_options": {"include_usage": True, "continuous_usage_stats": False}, "use_beam_search": False}
+    plain = text_of(client.post("/v1/chat/completions", json=body))
+    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
+    replayed = client.post("/v1/chat/completions", json={**body, "messages": [HI, answer, HI]})
+    assert replayed.status_code == 200, replayed.text
+    options = idle.pop("stream_options")
+    assert text_of(client.post("/v1/chat/completions", json={**body, **idle})) == plain
+    streamed = client.post("/v1/chat/completions", json={**body, "stream": True, "stream_options": options})
+    assert streamed.status_code == 200 and streamed.text.endswith("data: [DONE]\n\n")
+    for name, value in {"skip_special_tokens": False, "use_beam_search": True}.items():
+        refused = client.post("/v1/chat/completions", json={**body, name: value})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_schema_beside_the_type_holds(kind, client):
+    """llama.cpp's spelling of response_format; it was refused."""
+    pytest.importorskip("llguidance", reason="formats need llguidance")
+    given = {"type": kind, "schema": {"enum": ["yes", "no"]}}
+    body = {"prompt": "x", "max_tokens": 9, "response_format": given}
+    assert json.loads(text_of(client.post("/v1/completions", json=body))) in ("yes", "no")
+
+
+def test_messages_answer_in_a_format(client):
+    """`output_config.format` was passed over."""
+    pytest.importorskip("llguidance", reason="formats need llguidance")
+    given = {"format": {"type": "json_schema", "schema": {"enum": ["yes", "no"]}}, "effort": "low"}
+    body = {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], "output_config": given}
+    answer = client.post("/v1/messages", json=body)
+    assert answer.status_code == 200 and "x-warploom-ignored" not in answer.headers
+    assert json.loads(answer.json()["content"][0]["text"]) in ("yes", "no")
+
+
 def test_salt_separates_cached_prefixes(client):
     body = {"prompt": "a prompt of more than one page, shared or not", "max_tokens": 1}
 

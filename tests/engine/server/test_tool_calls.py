@@ -126,6 +126,16 @@ def test_arguments_come_as_they_are_written(name):
     assert len(streamed.calls) > len(pieces) and streamed.whole_calls()[0]["function"]["arguments"] == ONE
 
 
+@pytest.mark.parametrize("name", [row.name for row in FORMATS if row.heads])
+def test_cut_call_leaves_nothing_of_its_frame(name):
+    """Wherever `max_tokens` cuts a forced text, what stands around the arguments is no content."""
+    row = ROWS[name]
+    text = forced(row, CALLS)
+    for end in range(text.index(row.mark) + len(row.mark), len(text) + 1):
+        said = make_reader(row, SCHEMAS, None, None, eager=True).read(text[:end])
+        assert not said.content.strip(), text[:end]
+
+
 def forced(row, calls):
     """Calls exactly as a grammar of the format has them written."""
 

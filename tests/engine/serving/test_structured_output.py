@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+import torch
 
 from warploom.engine.serving import LLM, EngineError, SamplingParams
 from warploom.engine.serving import structured_output as grammar
@@ -25,6 +26,29 @@ def test_regex_constrained_text_matches(llm):
     assert all(re.fullmatch(r"[a-c]{3}-\d{2,4}", output.text) for output in outputs)
     assert len({output.text for output in outputs}) > 1
     assert all(output.finish_reason == "stop" for output in outputs)
+
+
+def test_regex_classes_are_ascii():
+    r"""As in JSON schemas' patterns, \d and \w are ASCII's, and a backslash is one: a model once wrote digits as 🯸."""
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, [], {"<|endoftext|>": 256}, "gpt4")
+    compiler = grammar.GrammarCompiler(tokenizer, 257)
+
+    def matches(pattern, text):
+        matcher = compiler.compile(SamplingParams(regex=pattern))()
+        for byte in (*text.encode(), tokenizer.eos_id):
+            matcher.mask(row := torch.zeros(257))
+            if row[byte] != 0:
+                return False
+            matcher.accept(byte)
+        return True
+
+    for pattern, text, other in (
+        (r"\d+", "12", "١٢"),
+        (r"[\w.-]+@x", "a_1.b-c@x", "é@x"),
+        (r"[^\d]\W", "é ", "éa"),
+        (r"\\d\n", "\\d\n", "\\1\n"),
+    ):
+        assert matches(pattern, text) and not matches(pattern, other), pattern
 
 
 def test_text_is_one_of_the_choices(llm):

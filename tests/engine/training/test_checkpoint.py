@@ -87,17 +87,20 @@ def test_only_the_last_checkpoints_are_kept(tiny):
 
 def test_a_full_disk_leaves_the_checkpoint_before_intact(tiny, monkeypatch):
     save = torch.save
-    count = 0
+    count, works = 0, 0
 
-    def fail_the_third(*arguments, **named):
+    def fail_at_last(*arguments, **named):
         nonlocal count
         count += 1
-        if count > 2:
+        if count > works:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*arguments, **named)
 
-    monkeypatch.setattr("warploom.engine.training.checkpoint.torch.save", fail_the_third)
+    monkeypatch.setattr("warploom.engine.training.checkpoint.torch.save", fail_at_last)
     config = tiny(eval_every=0)
+    with pytest.raises(ValueError, match=r"No space left on device; free some space: there is none before it"):
+        train(config)
+    count, works = 0, 2
     with pytest.raises(ValueError, match=r"No space left on device; the one before it is intact"):
         train(config)
     monkeypatch.undo()

@@ -56,6 +56,24 @@ def chat(tiny, base):
     return make
 
 
+def test_conversation_sample_answers_first_question(base, chat):
+    """The sample of a run is the answer to the first held-out conversation, which ends where a turn does."""
+    result = train(chat(steps=1, sample_tokens=6))
+    sample = json.loads((result.directory / "run.json").read_text())["samples"][-1]
+    assert re.fullmatch(r"<\|im_start\|>user\n\d+ and \d+\?<\|im_end\|>\n?<\|im_start\|>assistant\n", sample["prompt"])
+
+
+def test_eval_of_conversations_counts_answers(base, chat, capsys):
+    """The file that training reads can be evaluated: the loss of what the assistant says, as training measures it."""
+    rows = (base / "chats.jsonl").read_text().splitlines(keepends=True)
+    some = base / "some.jsonl"
+    some.write_text("".join(rows[:20]))
+    result = train(chat(data=str(some), splits=(0.5, 0.5), steps=1, eval_batches=0, sample_tokens=0))
+    (base / "held.jsonl").write_text("".join(rows[10:20]))
+    assert main(["eval", str(result.directory), str(base / "held.jsonl"), "--device", "cpu", "--dtype", "float32"]) == 0
+    assert f"loss {result.val_loss:.4f}" in capsys.readouterr().out
+
+
 def test_conversation_loss_and_gradients_equal_trl(base, chat, tmp_path):
     """Packed with borders and masked without tags; TRL pads, and needs its tags."""
     trl = pytest.importorskip("trl")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -65,12 +66,31 @@ def test_resume_needs_no_flag_takes_given(story, tmp_path, capsys):
         assert "resume with the same architecture" in capsys.readouterr().err
 
 
+def test_resume_with_other_text_or_tokenizer_is_refused(story, tmp_path, capsys):
+    """A folder, a built-in corpus or a tokenizer that the run was not made of; a text that has changed is told."""
+    (tmp_path / "texts").mkdir()
+    novel = tmp_path / "novel.txt"
+    novel.write_text(story.read_text())
+    run = ["train", "--out", str(tmp_path / "run"), "--device", "cpu", *TINY]
+    assert main([*run, "--resume", "--steps", "2"]) == 2
+    assert "run holds no checkpoint to resume: give the data" in capsys.readouterr().err
+    assert main([*run, str(novel), "--resume", "--steps", "2", "--tokenizer", "char"]) == 0
+    for other in (str(tmp_path / "texts"), "stdlib"):
+        assert main([*run, other, "--resume", "--steps", "3"]) == 2
+        assert f"not of {other}: choose another out" in capsys.readouterr().err
+    assert main([*run, "--resume", "--steps", "3", "--tokenizer", "bpe"]) == 2
+    assert "was trained with tokenizer='char', not 'bpe'" in capsys.readouterr().err
+    os.utime(novel, (4e9, 4e9))
+    assert main([*run, "--resume", "--steps", "3"]) == 0
+    assert "novel.txt has changed since" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["train", "x", "--stepz", "3"], "--stepz"),
         (["train", "x", "--steps", "many"], "--steps"),
-        (["train"], "dataset directory"),
+        (["train"], "train: DATA A dataset directory"),
         (["train", "no-such-file.txt"], "no file matches 'no-such-file.txt'"),
         (["train", "x", "--rope-scaling", "linear"], "rope_scaling must be JSON"),
         (["train", "x", "--preset", "llama-9b"], "preset 'llama-9b' is not known"),

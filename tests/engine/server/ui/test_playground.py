@@ -21,6 +21,14 @@ def page_server():
         yield server
 
 
+def test_api_clients_never_reach_the_page(page_server):
+    """A wrong route is told in the API's words at once; gradio once took seconds to build itself for its own 404."""
+    httpx = pytest.importorskip("httpx", reason="this test needs httpx")
+    for method, path in (("POST", "/chat/completions"), ("GET", "/props"), ("GET", "/v1"), ("POST", "/api/chat")):
+        refused = httpx.request(method, page_server.url + path, timeout=60)
+        assert refused.status_code == 404 and refused.json()["error"]["message"].startswith(f"there is no {path} here")
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
