@@ -52,16 +52,22 @@ gpu:
 	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom
 	$(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(if $(MORE),--more) $(ARGS)
 
+# Tests that reach C++, and AVX2's module once more. Modules of their own, beside links to the rest of the package.
+ENGINE := tests/kernels/cpu tests/engine/serving/execution
+SANITIZED := tests/tokenizer $(ENGINE) tests/engine/test_model.py tests/engine/test_executors.py \
+	$(addprefix tests/engine/serving/test_,adapters.py calibrate.py llm.py prompt_cache.py structured_output.py) \
+	$(addprefix tests/engine/training/test_,golden.py trainer.py) \
+	$(addprefix tests/engine/server/test_,adversarial.py faults.py fuzz.py)
+sanitize: export PYTHONPATH := $(CURDIR)/build/sanitized
+sanitize: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1
+sanitize: export UBSAN_OPTIONS := halt_on_error=1:print_stacktrace=1
+sanitize: SANITIZERS = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"
 sanitize: .venv/ready-dev
-	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1 \
-		$(BIN)/python -m pytest tests/tokenizer tests/kernels/cpu tests/engine/test_model.py \
-		tests/engine/serving/execution/test_serving_model.py tests/engine/serving/execution/test_kv_dtype.py \
-		tests/engine/serving/execution/test_packed_weight.py tests/engine/training/test_golden.py \
-		tests/engine/server/test_adversarial.py tests/engine/server/test_faults.py tests/engine/server/test_fuzz.py \
-		tests/engine/serving/test_prompt_cache.py --timeout 1500 -k "not leak" $(ARGS)
-	$(BIN)/python setup.py -q build_ext --inplace --force
+	@mkdir -p build/sanitized/warploom
+	@ln -sfn $(foreach part,__init__.py bench engine kernels tokenizer,"$(CURDIR)/$(part)") build/sanitized/warploom
+	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
+	$(SANITIZERS) $(BIN)/python -m pytest $(SHARED) $(SANITIZED) --timeout 1500 $(ARGS)
+	$(SANITIZERS) ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(SHARED) $(ENGINE) --timeout 1500 $(ARGS)
 
 TILES := csrc/tests/tiles.cpp $(addprefix csrc/cpu/serving/,matrix.cpp dense_matrix.cpp spin_pool.cpp weight_memory.cpp) \
 	$(wildcard csrc/cpu/serving/packed_*.cpp)
@@ -78,8 +84,8 @@ native-test:
 FUZZED := $(filter-out %/module.cpp %/bpe_trainer.cpp %/word_counter.cpp,$(filter-out csrc/tokenizer/bind_%,$(wildcard csrc/tokenizer/*.cpp)))
 fuzz:
 	@mkdir -p build/corpus
-	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -pthread -Icsrc \
-		csrc/tests/fuzz_tokenizer.cpp $(FUZZED) -o build/fuzz
+	clang++ -std=c++17 -O1 -g -D_GLIBCXX_ASSERTIONS -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=undefined -pthread -Icsrc csrc/tests/fuzz_tokenizer.cpp $(FUZZED) -o build/fuzz
 	build/fuzz build/corpus csrc/tests/corpus -max_total_time=$(SECONDS) -max_len=600 -print_final_stats=1 -verbosity=0
 
 lint: .venv/ready-dev

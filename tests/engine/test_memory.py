@@ -11,6 +11,7 @@ from warploom.engine.memory import keep_freed
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+@pytest.mark.unsanitized("its allocator is not glibc's")
 def test_freed_memory_is_kept_on_request():
     def resident_mb():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

@@ -25,7 +25,7 @@ def test_eight_threads_share_one_tokenizer(tok, texts):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer's locks do not survive a fork")
+@pytest.mark.unsanitized("its locks do not survive a fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_encodes_while_its_parent_does(tok, texts):
     text = "".join(texts) * 10
@@ -119,9 +119,7 @@ def test_importing_the_tokenizer_imports_no_torch():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif(
-    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer keeps what was freed for a while"
-)
+@pytest.mark.unsanitized("it keeps freed memory")
 def test_a_stream_of_any_length_takes_little_memory():
     code = """
 import os
@@ -141,6 +139,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.unsanitized("it keeps freed memory")
 def test_errors_leak_nothing():
     code = """
 import os
@@ -170,7 +169,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets RLIMIT_AS")
-@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer reserves memory of its own")
+@pytest.mark.unsanitized("it reserves memory of its own")
 def test_too_little_memory_is_a_memory_error():
     code = """
 import resource

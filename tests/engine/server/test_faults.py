@@ -4,7 +4,6 @@ import asyncio
 import gc
 import itertools
 import json
-import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -290,15 +289,12 @@ def left_behind():
     return [each for each in gc.get_objects() if type(each) in (RequestStream, Generation, Sequence)]
 
 
-sanitized = pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="ASan keeps freed memory")
-
-
 def resident():
     """Bytes of memory this process, server and clients, has."""
     return psutil.Process().memory_info().rss
 
 
-@sanitized
+@pytest.mark.unsanitized("it keeps freed memory")
 def test_two_thousand_vanishing_clients_leave_no_trace():
     async def vanish(host, port, number):
         reader, writer = await asyncio.open_connection(host, port)
@@ -330,7 +326,7 @@ def test_two_thousand_vanishing_clients_leave_no_trace():
         assert engine.generated_tokens - done <= 3, "nobody else is being served"
 
 
-@sanitized
+@pytest.mark.unsanitized("it keeps freed memory")
 def test_two_hundred_streams_complete(monkeypatch):
     """Two hundred streams at once are complete correct and none starves."""
     body = {"prompt": "together", "max_tokens": 16, "ignore_eos": True, "temperature": 0.8}
