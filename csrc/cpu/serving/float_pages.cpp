@@ -275,15 +275,17 @@ void attend(const Pages& pages, const Step& step, const AttentionOptions& option
                     }
                 }
         };
-        // Many: a head's rows of the whole round, widened; meanwhile pages of what comes next, from key `next` on, are fetched.
+        // Many: a head's rows of the whole round, widened; meanwhile a head's rows of what comes next, from key `next` on, are fetched,
+        // some with each tile: of many prefetches in a row the CPU drops some.
         const auto widen_round = [&](const T* side, int g) __attribute__((always_inline)) {
             for (int start = skip; start < keys; start += size)
                 widen_rows<V>(rows_of(side, at + start, g), stride, std::min(size, keys - start), D, padded, &s.rows[start * padded]);
         };
         const auto fetch_round = [&](const T* side, int64_t next, int g) __attribute__((always_inline)) {
             const int tiles = (Q + kTile - 1) / kTile;
-            return [=, &fetch_part](int i) __attribute__((always_inline)) {
-                for (int start = i * size; start < round; start += tiles * size) fetch_part(side, next + start, g);
+            return [=](int tile) __attribute__((always_inline)) {
+                for (int64_t key = next + tile * round / tiles; key < std::min(end, next + (tile + 1) * round / tiles); ++key)
+                    fetch(rows_of(side, key, g) + key % size * stride, D);
             };
         };
         if (direct)
