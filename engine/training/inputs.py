@@ -51,7 +51,10 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
         tokenizer.special.stops |= read_stop_ids(base_of(start))
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
-        raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
+        raise InputError(
+            f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}: give a shorter one, "
+            f"or, to a new model, max_seq_len={config.context}"
+        )
     return RunInputs(data, tokenizer, model)
 
 

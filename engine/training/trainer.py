@@ -53,6 +53,8 @@ from .run_state import RunState, TrainResult
 from .schedule import SCHEDULES
 from .signals import interruptible
 
+LARGE = 1 << 15  # tokens of a micro-batch; SmolLM2's default would be 16 rows of 8,192
+
 
 def train(config: TrainConfig, callbacks: Iterable[Callback] = ()) -> TrainResult:
     """Run `config` to its end, or until SIGINT or SIGTERM; `callbacks` hear what happens on the way."""
@@ -104,7 +106,9 @@ class Trainer:
         return prepare(self.config, self.note, reuse)
 
     def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Any, RunState]:
-        return start(self.config, inputs, self.mesh, dtype)
+        loader, state = start(self.config, inputs, self.mesh, dtype)
+        self._warn_of_size(state.micro_batch_rows, state.context)
+        return loader, state
 
     def _open_pairs(self, again: bool) -> PreferencePairs | None:
         """The preference pairs to evaluate on, after the reference has judged them and those to train on."""
@@ -117,6 +121,15 @@ class Trainer:
             path = self.out / name.format(pairs.split.name)
             add_reference(state.model, pairs, rows, path, self.mesh.is_main, again)
         return held_out
+
+    def _warn_of_size(self, rows: int, context: int) -> None:
+        """Name the flags that make a step smaller, where a published model's own context makes it too large for a CPU:
+        the system kills what it has no memory for, without a word."""
+        if self.config.grad_accum_steps and self.mesh.device.type == "cpu" and rows * context > LARGE:
+            self.note(
+                f"a micro-batch is {rows} rows of context={context} tokens: if that is slow or too large, give a "
+                "shorter context, or grad_accum_steps=0, which fits it to the memory"
+            )
 
     def _prepare_out(self, again: bool) -> None:
         config = self.config

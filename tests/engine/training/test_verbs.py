@@ -89,7 +89,9 @@ def test_resume_with_other_text_or_tokenizer_is_refused(story, tmp_path, capsys)
     ("argv", "sentence"),
     [
         (["train", "x", "--stepz", "3"], "--stepz"),
-        (["train", "x", "--steps", "many"], "--steps"),
+        (["train", "x", "--lr", "many"], "could not convert string to float: 'many' (warploom train --help"),
+        (["train", "x", "--steps", "many"], "--steps: it must be INT, not 'many' (warploom train --help"),
+        (["train", "x", "--optimiser", "muon"], "--optimiser, muon; perhaps --optimizer (warploom train --help"),
         (["train"], "train: DATA A dataset directory"),
         (["train", "no-such-file.txt"], "no file matches 'no-such-file.txt'"),
         (["train", "x", "--rope-scaling", "linear"], "rope_scaling must be JSON"),
