@@ -1,6 +1,6 @@
 """Profile of a decoding step on a GPU: each kernel's share, and how long the device waits for the host.
 
-python -m warploom.bench.decode_profile [--batch 32]
+python -m warploom.bench.decode_profile [--batch 1 32]
 """
 
 import argparse
@@ -13,29 +13,35 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..engine.config import ModelConfig
 from .random_model import save_random
-from .serve import Job, ours, workload
+from .serve import Job, Server, ours, workload
 
 PROMPT, OUTPUT = 128, 64
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve a few requests under PyTorch's profiler, and print what the device did."""
+    """Serve batches of requests under PyTorch's profiler, and print what the device did."""
     parser = argparse.ArgumentParser(prog="python -m warploom.bench.decode_profile", description=main.__doc__)
-    parser.add_argument("--batch", type=int, default=1)
-    batch = parser.parse_args(argv).batch
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 32))
+    batches = parser.parse_args(argv).batch
     config = ModelConfig.preset("qwen3-0.6b")
-    work = workload(batch, (PROMPT, PROMPT), (OUTPUT, OUTPUT), config.vocab_size)
     with TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
         save_random(config, "bfloat16", "cuda", directory, None)
-        server = ours(Job(directory, "bfloat16", "cuda", batch, (PROMPT + OUTPUT,) * batch))
-        server(work)  # compiles, and records graphs
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            server(work)
-            torch.cuda.synchronize()
-    spans = [(x.name, x.time_range) for x in profiled.events() or () if x.device_type.name == "CUDA"]
-    print("\n".join(table(spans, OUTPUT)))
+        for batch in batches:
+            server = ours(Job(directory, "bfloat16", "cuda", batch, (PROMPT + OUTPUT,) * batch))
+            work = workload(batch, (PROMPT, PROMPT), (OUTPUT, OUTPUT), config.vocab_size)
+            lines = table(profiled(server, work), OUTPUT)
+            print("\n".join([f"batch {batch}: {lines[0]}", *lines[1:]]), flush=True)
     return 0
+
+
+def profiled(server: Server, work: list) -> list[tuple]:
+    """Names and times of what a workload runs on the device, the second time: the first compiles and records graphs."""
+    server(work)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        server(work)
+        torch.cuda.synchronize()
+    return [(x.name, x.time_range) for x in found.events() or () if x.device_type.name == "CUDA"]
 
 
 def table(spans: list[tuple], steps: int) -> list[str]:

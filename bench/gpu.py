@@ -6,7 +6,7 @@ nothing runs in this process:
 
 1. a smoke test: a line for each thing without which the rest is in vain (`smoke.py`);
 2. each op is held to its oracle in bfloat16 by a process of its own (`warploom.kernels.tools.verify`), many at once;
-beside them the large cases that take longest are compiled, for the benches to find;
+beside both the large cases that take longest are compiled, for the benches to find;
 3. `PLAN`: parts of the benches by value, each in a slot of its own, so that one that hangs costs only that; one whose
 process dies is started again, without the part that killed it;
 4. the tests that need a GPU, where pytest is there; then the other precisions; then what else the benches have.
@@ -76,8 +76,8 @@ REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kern
 TIME_UP = "the time was up"
 """End of a process that had no time left: neither a pass nor a failure."""
 COMPILED = (("attention", None), ("attention", "0"), ("paged_attention", None), ("moe", None), ("linear", None))
-"""Ops whose large cases take longest to compile, one second a kernel, and WARPLOOM_HOPPER: beside the checks, where
-cores are idle. A part of `bench kernels` that compiled all of its own would count as hung."""
+"""Ops whose large cases take longest to compile, one second a kernel, and WARPLOOM_HOPPER: from the start, when all
+cores but one are idle. A part of `bench kernels` that compiled all of its own would count as hung."""
 FEWER_HOPPER = ("forward,dq", "forward", "0")
 """Values of WARPLOOM_HOPPER to fall back to, best first."""
 SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -182,10 +182,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
     """The checks, the plan, the tests and the rest: how the checks ended, and the tests' last lines."""
-    printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
-    say(printed.rstrip())
-    session.say(f"smoke: {ended or 'done'}")
     with compiling_ahead(session):
+        printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
+        say(printed.rstrip())
+        session.say(f"smoke: {ended or 'done'}")
         found = check_ops(session, " bfloat16 ")
     session.say("checks: done")
     broken = {name.split()[0] for name, ended in found.items() if ended}
@@ -208,8 +208,8 @@ def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str
     """Plan the second command: profiles, or what was wrong once more under compute-sanitizer; then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
-    printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 50)
-    say("\n".join(printed.rstrip().splitlines()[-12:]))
+    printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 70)
+    say("\n".join(line for line in printed.splitlines() if "µs" in line))
     session.say(f"profile of decoding: {ended or 'done'}")
     for name in wrong[:3]:
         session.run(["compute-sanitizer", "--tool", "memcheck", *check_command(name)], 60, SANITIZED)

@@ -265,7 +265,7 @@ def run_bench(
     code = environment.fingerprint(bench, rooms or environment.ROOMS)
     path = Path(options.results) / now.device / f"{bench}.json"
     record = load_record(path, bench, now.device)
-    parts = [_with_threads(part, options.threads) for part in _chosen(parts, options.only)]
+    parts = [_with_threads(part, options.threads) for part in chosen(parts, options.only)]
     due = {part.name: stale(record, part, now, code) or ("again" if options.again else None) for part in parts}
     failed: dict[str, str] = {}
     deadly = Deadly(path.with_suffix(".deadly"), code)
@@ -390,11 +390,12 @@ def _with_threads(part: Part, threads: int) -> Part:
     return replace(part, config={**part.config, "threads": threads}) if threads else part
 
 
-def _chosen(parts: list[Part], only: str) -> list[Part]:
+def chosen(parts: list[Part], only: str) -> list[Part]:
+    """The part of that name, or those whose name contains or matches it."""
     exact = [part for part in parts if part.name == only]
-    chosen = exact or [part for part in parts if only in part.name or fnmatch(part.name, only)]
-    if parts and not chosen:
+    found = exact or [part for part in parts if only in part.name or fnmatch(part.name, only)]
+    if parts and not found:
         raise InputError(
             f"--only is {only!r}, which names no part; there are: {', '.join(part.name for part in parts)}"
         )
-    return chosen
+    return found

@@ -11,6 +11,7 @@ three architectures, from a compiler that needs no device.
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ from ..kernels.core.op import Case, Maker, Op, backend, ops
 from ..kernels.gpu import attention_hopper
 from ..kernels.tools import tuning, verify
 from . import environment, harness, peers
-from .harness import Machine, Part
+from .harness import Machine, Part, chosen
 from .schema import Row
 from .timing import WallTimer, synchronize
 
@@ -76,7 +77,8 @@ def parts(options: Options) -> list[Part]:
     if options.budgets or device != "cuda":
         if device != "cuda":
             print("no GPU here: nothing is timed; these are static budgets, by the compiler alone", file=sys.stderr)
-        print_budgets()
+        named = chosen([part for op in fused_ops() for part in _parts_of(op, options.dtype)], options.only)
+        print_budgets(dict.fromkeys(str(part.config["op"]) for part in named))
         return []
     fused = [op for op in fused_ops() if op.name not in options.skip.split(",")]
     if options.tune:
@@ -97,10 +99,10 @@ def _parts_of(op: Op, dtype: str) -> list[Part]:
     return parts
 
 
-def print_budgets() -> None:
+def print_budgets(names: Iterable[str]) -> None:
     """The table of `warploom.kernels.tools.compile_offline`, which chooses its environment itself."""
     command = [sys.executable, "-m", f"{kernels.__name__}.tools.compile_offline", "--table"]
-    subprocess.run(command, check=False)
+    subprocess.run([*command, *names], check=False)
 
 
 def check(machine: Machine, op: str) -> list[Row]:

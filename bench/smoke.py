@@ -57,11 +57,12 @@ STEPS: dict[str, Callable[[], str]] = {
     "addmm into float32": addmm_float32,
     "rms_norm": lambda: small(kernels.rms_norm),
     "attention, portable": portable,
-    "attention": lambda: small(kernels.attention),
     "moe": lambda: small(kernels.moe),
     "paged_attention": lambda: small(kernels.paged_attention),
     "a graph of paged_attention": graph,
+    "attention": lambda: small(kernels.attention),
 }
+"""What is most likely to hang or to cost the process its GPU comes last."""
 
 
 def main() -> int:

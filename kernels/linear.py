@@ -264,6 +264,8 @@ def product(
     `squares` (M, parts) and an eps divide x by its root mean square; `join` is a stream (M, F), in place, a norm's
     weight (F,) and room for the stream's own square sums. `arrivals`, zeros that stay so, spare a launch where channels
     are split: never if the sum is asked for as a `whole`."""
+    if x.dtype != weight.dtype:
+        raise ValueError(f"{name}: x is {x.dtype} and weight {weight.dtype}; they must be of one dtype")
     x_MC, weight = last_dim_contiguous(as_rows(x)), last_dim_contiguous(weight)
     (M, C), F = x_MC.shape, len(weight)
     y = torch.empty(*x.shape[:-1], F // 2 if activation else F, dtype=x.dtype, device=x.device)

@@ -226,7 +226,8 @@ def _add_errors(app: FastAPI) -> None:
         headers = Headers(error.headers or {})
         says, path = str(error.detail), request.url.path[:100]
         if error.status_code == 404:
-            near = get_close_matches(path, [route.path for route in app.routes if isinstance(route, APIRoute)], 1)
+            routes = [route.path for route in app.routes if isinstance(route, APIRoute)]
+            near = get_close_matches(path, routes, 1, cutoff=0.75)
             says = f"there is no {path} here{f': did you mean {near[0]}?' if near else ';'} /docs lists the routes"
         elif allowed := headers.get("allow"):
             says = f"{path} takes {allowed}, not {request.method}"

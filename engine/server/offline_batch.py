@@ -84,7 +84,7 @@ async def _answer_all(app: Any, requests: list[dict[str, Any]], out: TextIO) -> 
         while bridge.state == "loading":
             await asyncio.sleep(0.01)
         if not bridge.engine_ready:
-            raise InputError("the model could not be opened")
+            raise InputError(bridge.error or "the model could not be opened")
         places = asyncio.Semaphore(bridge.llm.engine.scheduler.max_batch)
 
         async def answer(request: dict[str, Any]) -> None:

@@ -75,9 +75,7 @@ def save(llm: Any, path: Path) -> int:
 def restore(llm: Any, path: Path) -> int:
     """Take in the pages of a file, as far as they fit; how many. Raises InputError for a file that is no use."""
     store, pool = llm.engine.runner.store, llm.engine.scheduler.pool
-    header, parents, tokens, records = _open(path, pool.page_size, _page_bytes(store))
-    if header.get("fingerprint") != fingerprint(llm):
-        raise InputError(f"{path} is of another model, or computed it in another way")
+    header, parents, tokens, records = _open(path, fingerprint(llm), pool.page_size, _page_bytes(store))
     salts = [_salt(each) for each in header["salts"]]
     numbers: list[int] = []
     chains: list[Any] = []
@@ -117,8 +115,8 @@ def fingerprint(llm: Any) -> str:
     return hashlib.blake2b(what.encode() + bits, digest_size=32).hexdigest()
 
 
-def _open(path: Path, page_size: int, page_bytes: int) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
-    """A file's header, and its arrays, mapped."""
+def _open(path: Path, mark: str, page_size: int, page_bytes: int) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+    """A file's header, which must have the fingerprint `mark`, and its arrays, mapped."""
     wrong = InputError(f"{path} is no file of pages, or was cut off")
     begin = len(MAGIC) + 8
     if path.stat().st_size < begin:
@@ -131,9 +129,11 @@ def _open(path: Path, page_size: int, page_bytes: int) -> tuple[dict, np.ndarray
         raise wrong
     try:
         header = json.loads(whole[begin : begin + size].tobytes())
-        count, salts = header["pages"], header["salts"]
+        theirs, count, salts = header["fingerprint"], header["pages"], header["salts"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise wrong from None
+    if theirs != mark:  # first: pages of another format have another size
+        raise InputError(f"{path} is of another model, or computed it in another way")
     each = 4 + 4 * page_size + DIGEST + page_bytes
     if not isinstance(count, int) or not isinstance(salts, list) or len(whole) != begin + size + count * each:
         raise wrong

@@ -53,7 +53,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 def gives_up(kernel: str, error: Exception) -> bool:
     """Return whether a launch that failed was this kernel's first, as on a compiler that refuses it. It is not tried
     again."""
-    if kernel in _proven:
+    if kernel in _proven or isinstance(error, torch.OutOfMemoryError):
         return False
     hopper_kernels.discard(kernel)
     said = (str(error).splitlines() or [""])[0][:200]

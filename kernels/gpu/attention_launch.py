@@ -38,6 +38,8 @@ _TILES = {  # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and the 
     # instead, with the 99 KiB of shared memory of GPUs for desks, or AMD's 64
     ("forward", 80, "small"): {256: (64, 32, 8, 2)},
     ("dq", 80, "small"): {256: (32, 32, 8, 2)},
+    # instead, where `mma.sync` of sm_120 leaves two registers less: 64 keys would spill them in the loop
+    ("forward", 120): {64: (128, 32, 4, 3)},
 }
 
 
@@ -53,7 +55,8 @@ def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain
         M, N, warps, stages = side, side, 8, 1 if D > 128 else 2
     else:
         family = 80 if arch == AMD else arch
-        tiles = _TILES[kernel, family] | ({} if plain else _TILES.get((kernel, family, "other"), {}))
+        tiles = _TILES[kernel, family] | _TILES.get((kernel, architecture(device) // 10 * 10), {})
+        tiles |= {} if plain else _TILES.get((kernel, family, "other"), {})
         if shared_memory(architecture(device)) < 100 * 1024:
             tiles |= _TILES.get((kernel, family, "small"), {})
         M, N, warps, stages = tiles[min(256, max(64, next_power_of_2(D)))]
@@ -269,6 +272,8 @@ def attention_fused(
 ):
     """The fused twin of `attention`: same arguments, same meaning."""
     check(q, k, v, window, cu_seqlens, scale, sinks)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must be of one dtype")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     meaning = (sinks, cu_seqlens, causal, window or 0, float(softcap or 0.0), scale)
     if q.dim() == 4:

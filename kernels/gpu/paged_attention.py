@@ -291,6 +291,11 @@ def paged_attention_forward(
     T, H, D = q.shape
     N, width = page_table.shape
     page, K = k_pages.shape[1:3]
+    if len(starts) <= N or len(arrivals) < N * K:
+        raise ValueError(
+            f"paged_attention: {len(starts)} starts and {len(arrivals)} arrivals for {N} sequences and {K} key heads; "
+            f"they must be at least {N + 1} and {N * K}"
+        )
     G = H // K
     o_THD = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     R = 0 if q_turned is None else q_turned.shape[-1]

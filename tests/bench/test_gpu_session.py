@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from warploom import kernels
-from warploom.bench import decode_profile, environment, gpu, kernel_calls
+from warploom.bench import decode_profile, environment, gpu, kernel_calls, smoke
 from warploom.bench.gpu import Session, check_names, check_ops
 from warploom.bench.kernels import _parts_of, fused_ops
 from warploom.bench.schema import load_record
@@ -229,6 +229,22 @@ def test_large_cases_are_compiled_beside_the_checks(machine, tmp_path):
     assert sorted(command.split()[2] for command in compiled) == sorted(op for op, _ in gpu.COMPILED)
     timed = next(i for i, command in enumerate(machine.asked) if "bench serve" in command)
     assert all(machine.asked.index(command) < timed and "--arch 90" in command for command in compiled)
+
+
+def test_smoke_ends_with_what_may_hang():
+    first, *_, last = smoke.STEPS
+    assert (first, last) == ("toolchain", "attention")
+
+
+def test_decode_profile_of_two_batches(monkeypatch, capsys):
+    """One model directory; a table for each batch."""
+    span = SimpleNamespace(start=0, end=64)
+    monkeypatch.setattr(decode_profile, "save_random", lambda *_: None)
+    monkeypatch.setattr(decode_profile, "ours", lambda job: job)
+    monkeypatch.setattr(decode_profile, "profiled", lambda server, work: [("a", span)] * (server.batch == len(work)))
+    assert decode_profile.main([]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batch")]
+    assert lines == [f"batch {batch}: 1 µs a step, 100 % of it busy, 0 launches" for batch in (1, 32)]
 
 
 def test_profile_counts_busy_time_once():

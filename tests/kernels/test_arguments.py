@@ -143,6 +143,25 @@ def test_packed_weight_that_does_not_fit_refused():
                 op(**{**call, **other})
 
 
+def test_paged_attention_too_few_counters_refused():
+    op = kernels.paged_attention
+    call = given(op, op.cases[0])
+    sequences, key_heads = len(call["query_lens"]), call["k_pages"].shape[2]
+    few = torch.zeros(sequences * key_heads - 1, dtype=torch.int32)
+    with backend("triton"):
+        for more in ({"arrivals": few}, {"starts": torch.arange(sequences, dtype=torch.int32)}):
+            with pytest.raises(ValueError, match="they must be at least 4 and 6"):
+                op(**call, **more)
+
+
+@pytest.mark.parametrize("name", ["linear", "attention"])
+def test_op_of_two_dtypes_refused(name):
+    op = getattr(kernels, name)
+    first, *rest = op.cases[0].build(Maker())[0]
+    with backend("triton"), pytest.raises(ValueError, match="must be of one dtype"):
+        op(first.bfloat16(), *rest)
+
+
 def test_attention_without_sequences_is_zero():
     q, k, v = (torch.randn(5, 2, 16, requires_grad=True) for _ in range(3))
     with backend("triton"):

@@ -19,9 +19,10 @@ interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs t
 def test_no_gpu_budgets_printed_none_timed(monkeypatch, capsys):
     """Without a gpu budgets are printed and nothing is timed."""
     printed = []
-    monkeypatch.setattr(bench, "print_budgets", lambda: printed.append(True))
-    assert bench.parts(bench.Options(device="cpu")) == []
-    assert printed and "no GPU here" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "print_budgets", lambda names: printed.append([*names]))
+    assert bench.parts(bench.Options(device="cpu")) == bench.parts(bench.Options(device="cpu", only="rms_norm")) == []
+    assert len(printed[0]) > 20 and sorted(printed[1]) == ["add_rms_norm", "rms_norm"]
+    assert "no GPU here" in capsys.readouterr().err
 
 
 def test_gpu_session_checks_before_timing():

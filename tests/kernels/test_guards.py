@@ -1,5 +1,7 @@
 """What must be refused, taken another way or left alone, so that no kernel meets what it cannot do."""
 
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from warploom.kernels.core import lang
 from warploom.kernels.core.lang import AMD, HAS_TRITON, INTERPRET
 from warploom.kernels.gpu import attention_hopper, attention_launch
 
+write_pages_file = importlib.import_module("warploom.kernels.write_pages")
 interpreted = pytest.mark.skipif(not (HAS_TRITON and INTERPRET), reason="needs triton and TRITON_INTERPRET=1")
 
 
@@ -23,6 +26,17 @@ def test_attention_scale_not_positive_refused(op, scale):
     for name in backends:
         with backend(name), pytest.raises(ValueError, match=r"scale is .*; it must be greater than 0"):
             op(*args, scale=scale)
+
+
+@pytest.mark.parametrize("arch", [0, 80, 89])
+def test_float8_pages_of_older_gpus_refused(monkeypatch, arch):
+    """Triton would say that a type is not supported, in the middle of a kernel."""
+    pages = torch.zeros(1, 4, 1, 16, dtype=torch.float8_e4m3fn)
+    monkeypatch.setattr(write_pages_file, "architecture", lambda device: arch)
+    told = pytest.raises(ValueError, match="converts no float8_e4m3fn; make the pages int8")
+    with told if arch == 80 else contextlib.nullcontext():
+        write_pages_file.check_pages("write_pages", pages, pages, torch.zeros(1, 1, 4))
+    write_pages_file.check_pages("write_pages", *[pages.view(torch.float8_e5m2)] * 2, torch.zeros(1, 1, 4))
 
 
 @pytest.fixture
@@ -86,7 +100,8 @@ def test_hopper_first_launch_fails_portable_serves(hopper, monkeypatch, name):
 def test_hopper_failure_after_success_is_an_error(hopper):
     attention_hopper.works("dq")
     assert not attention_hopper.gives_up("dq", RuntimeError("an illegal memory access"))
-    assert "dq" in attention_hopper.hopper_kernels
+    assert not attention_hopper.gives_up("forward", torch.OutOfMemoryError("no room for descriptors"))
+    assert {"dq", "forward"} <= attention_hopper.hopper_kernels
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

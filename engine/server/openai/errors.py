@@ -7,6 +7,7 @@ to the log, under the request's id.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ KINDS = {
 }
 
 FIELDS = {"prompt", *SamplingParams.__dataclass_fields__}
+OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")  # pydantic's words for it
+SHOWN = 64  # characters of a value that is told again
 RENAMED = {"json_schema": "response_format"}
 
 
@@ -74,10 +77,15 @@ def from_validation(errors: Sequence[Any]) -> APIError:
     place = _place(first)
     if first["type"] == "extra_forbidden":
         return invalid(f"Unrecognized request argument supplied: {place}", place, "unknown_parameter")
-    field = first["loc"][0]
-    same = [error for error in errors if error["loc"][0] == field]  # a field of several types has an error for each
-    reasons = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in same)
-    return invalid(f"{place or 'the body'}: {'; or '.join(reasons)}", place)
+    path = first["loc"]
+    while path and not _is_name(path[-1]):
+        path = path[:-1]
+    several = path != first["loc"]  # a field of several types has an error for each
+    same = [error for error in errors if error["loc"][: len(path)] == path] if several else [first]
+    reasons = dict.fromkeys(OBJECT.sub("an object", error["msg"].removeprefix("Value error, ")) for error in same)
+    given = first.get("input")
+    got = f", got {given!r}" if isinstance(given, (str, int, float)) and len(str(given)) <= SHOWN else ""
+    return invalid(f"{place or 'the body'}: {'; or '.join(reasons)}{got}", place)
 
 
 def not_an_object() -> APIError:
@@ -87,8 +95,12 @@ def not_an_object() -> APIError:
 
 def _place(error: dict[str, Any]) -> str | None:
     """Path of a validation error in the body, without pydantic's names of types."""
-    parts = [str(part) for part in error["loc"] if part not in ("str", "int")]
-    return ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or None
+    return ".".join(str(part) for part in error["loc"] if _is_name(part)) or None
+
+
+def _is_name(part: str | int) -> bool:
+    """Return whether a part of a place is a field or a number, and no name of a type."""
+    return isinstance(part, int) or part.isdigit() or (part.isidentifier() and part not in ("str", "int"))
 
 
 def busy(seconds: int) -> APIError:

@@ -111,11 +111,30 @@ def test_malformed_bodies_are_400_in_openais_shape(client):
     assert lone.status_code == 400
 
 
+def test_mistake_names_field_value_and_what_is_valid(client):
+    """One sentence without Python's words; another field's mistake is not told with it."""
+    turn = {"role": "user", "content": "x"}
+    for body, says in (
+        ({"temperature": 3}, "temperature: Input should be less than or equal to 2, got 3"),
+        ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer, got '5'"),
+        ({"logit_bias": {"5": 200}}, "logit_bias.5: Input should be less than or equal to 100, got 200"),
+        ({"response_format": "json"}, "response_format: Input should be an object, got 'json'"),
+        ({"messages": [{**turn, "content": 5}]}, "messages.0.content: Input should be a valid string; or "),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type: Input should be 'function', got 'custom'"),
+        (
+            {"tool_choice": "any"},
+            "tool_choice: Input should be 'none', 'auto' or 'required'; or Input should be an obj",
+        ),
+    ):
+        refused = client.post("/v1/chat/completions", json={"messages": [turn], **body})
+        assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(says), refused.text
+
+
 def test_wrong_route_or_method_is_told_the_right_one(client):
     for method, path, status, says in (
         ("GET", "/v1/completion", 404, "there is no /v1/completion here: did you mean /v1/completions?"),
         ("POST", "/chat/completions", 404, "did you mean /v1/chat/completions? /docs lists the routes"),
-        ("POST", "/a/b/c", 404, "there is no /a/b/c here; /docs lists the routes"),
+        ("POST", "/v1/nowhere", 404, "there is no /v1/nowhere here; /docs lists the routes"),
         ("GET", "/v1/completions", 405, "/v1/completions takes POST, not GET"),
     ):
         refused = client.request(method, path)

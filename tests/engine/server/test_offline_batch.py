@@ -40,3 +40,6 @@ def test_batch_file_is_answered_and_resumed(tmp_path, capsys):
     assert main(command) == 0 and len(out.read_text().splitlines()) == 6, "what is answered is not asked again"
     batch.write_text(json.dumps({"custom_id": "a", "url": "/v1/nothing", "body": {}}))
     assert main(command) == 2 and "url must be one of" in capsys.readouterr().err
+    batch.write_text(json.dumps({**lines[0], "custom_id": "z"}))
+    assert main([*command, "--kv-memory", "10"]) == 2
+    assert "kv_memory=10 bytes is less than one page" in capsys.readouterr().err, "why it could not be opened"

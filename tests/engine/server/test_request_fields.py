@@ -65,6 +65,8 @@ def test_fields_that_change_nothing_are_taken(client):
     assert text_of(client.post("/v1/chat/completions", json={**body, **idle})) == plain
     streamed = client.post("/v1/chat/completions", json={**body, "stream": True, "stream_options": options})
     assert streamed.status_code == 200 and streamed.text.endswith("data: [DONE]\n\n")
+    asked = {"prompt": "x", "add_special_tokens": True, "return_token_strs": False}
+    assert client.post("/tokenize", json=asked).json()["count"] == 1
     for name, value in {"skip_special_tokens": False, "use_beam_search": True}.items():
         refused = client.post("/v1/chat/completions", json={**body, name: value})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == name

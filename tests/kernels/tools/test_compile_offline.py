@@ -143,7 +143,8 @@ from warploom.kernels.core.lang import shared_memory
 from warploom.kernels.tools.compile_offline import costs
 
 for op in ops():
-    for case in [case for case in op.cases if case.bench][:1] if op.fused else ():
+    cases = [case for case in op.cases if case.bench][:1] + [case for case in op.cases if "16 heads of 64" in case.name]
+    for case in cases if op.fused else ():
         for arch in (89, 120):
             for cost in costs(op, case, torch.bfloat16, arch):
                 if cost.shared > shared_memory(arch) or cost.loop_spills:
@@ -157,6 +158,32 @@ def test_every_op_fits_desk_gpus():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     done = subprocess.run([sys.executable, "-c", DESK], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == "done\n"
+
+
+EPILOGUE = """
+import re, torch
+from collections import Counter
+from warploom.kernels import Maker, backend, normed_linear
+from warploom.kernels.linear_residual import _summed
+from warploom.kernels.tools.compile_offline import compiling_for
+
+for arch in (80, 90, 100):
+    found = set()
+    for rows in (1, 64, 1024):
+        with backend("triton"), compiling_for(arch) as kernels:
+            normed_linear(*_summed(Maker(torch.bfloat16, "meta"), rows, 4096, 8192), activation="gelu")
+        ptx = re.split(r"wgmma|mma[.]sync|tcgen05[.]ld", kernels[-1].asm["ptx"])[-1]
+        count = Counter(re.findall(r"(fma|mul|ex2)[.](?:rn|approx|f32)", ptx))
+        found.add((count["fma"] / count["ex2"], count["mul"] / count["ex2"]))
+    print(arch, len(found))
+"""
+
+
+def test_product_epilogue_same_arithmetic_any_rows():
+    """What a compiler contracts behind the sums of a tile is the same in the tiles of few, some and many rows."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
+    done = subprocess.run([sys.executable, "-c", EPILOGUE], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["80", "1", "90", "1", "100", "1"]
 
 
 AMD = """
