@@ -25,15 +25,8 @@ SANITIZE = bool(os.environ.get("WARPLOOM_SANITIZE"))  # `make sanitize`: the sam
 flags = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
 link = []
 if SANITIZE:
-    flags = [
-        "-O1",
-        "-g1",
-        "-Wno-psabi",
-        "-fno-omit-frame-pointer",
-        "-D_GLIBCXX_ASSERTIONS",
-        "-fsanitize=address,undefined",
-    ]
     link = ["-fsanitize=address,undefined"]
+    flags = ["-O1", "-g1", "-Wno-psabi", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *link]
 
 
 # The CPU engine is compiled once for each size of registers; kernels/cpu/extension.py loads one by what PyTorch finds.

@@ -15,7 +15,6 @@
 
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything that takes vectors is inlined: no call passes one
-#pragma GCC diagnostic ignored "-Wignored-attributes"  // templates forget that vectors are aligned as floats
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #if !defined(__clang__)
@@ -38,18 +37,20 @@
 
 namespace warploom {
 
-typedef float f16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t i4 __attribute__((vector_size(16), aligned(4)));
-typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u8 __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t u4 __attribute__((vector_size(16), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-typedef uint16_t h8 __attribute__((vector_size(16), aligned(2)));
-typedef uint16_t h4 __attribute__((vector_size(8), aligned(2)));
-typedef float f8 __attribute__((vector_size(32), aligned(4)));
-typedef float f4 __attribute__((vector_size(16), aligned(4)));
+// Memory is copied into these and out of them (load, store) and never pointed at, so that it may lie anywhere. With a float's
+// alignment in the type, GCC 11 took each copy through the stack (norms at 0.2 of their speed), and GCC 12 those of f8.
+typedef float f16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef uint32_t u16 __attribute__((vector_size(64)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef uint16_t h4 __attribute__((vector_size(8)));
+typedef float f8 __attribute__((vector_size(32)));
+typedef float f4 __attribute__((vector_size(16)));
 
 // As large as a register: of larger ones, compilers keep sums in memory.
 #if defined(__AVX512F__)
@@ -282,6 +283,7 @@ template <class V>
 WARPLOOM_INLINE void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
     constexpr int n = lanes_of<V>;
     V x[n], y[n];
+#pragma GCC unroll 16  // else GCC 11 keeps the square in memory
     for (int i = 0; i < n; ++i) load_as(from + i * from_row, x[i]);
     for (int apart = n / 2, round = n; round > 1; round /= 2) {
         for (int i = 0; i < apart; ++i) zip(x[i], x[i + apart], y + 2 * i);
@@ -307,12 +309,6 @@ WARPLOOM_INLINE void widen_pairs(const bfloat16* p, V& even, V& odd) {
     std::memcpy(&bits, p, sizeof(V));
     const Words low = bits << 16, high = bits & 0xffff0000u;
     std::memcpy(&even, &low, sizeof(V)), std::memcpy(&odd, &high, sizeof(V));
-}
-WARPLOOM_INLINE void widen_pairs(const bfloat16* p, f16& even, f16& odd) {  // of any alignment, which templates forget
-    u16 bits;
-    std::memcpy(&bits, p, 64);
-    const u16 low = bits << 16, high = bits & 0xffff0000u;
-    std::memcpy(&even, &low, 64), std::memcpy(&odd, &high, 64);
 }
 
 WARPLOOM_INLINE float largest(f16 x) {

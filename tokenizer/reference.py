@@ -65,6 +65,35 @@ def tie_key(ties: str) -> Callable[[bytes, int], object]:
     raise ValueError(f'ties is {ties!r}; it must be "bytes", "hf" or "ids"')
 
 
+class PairCounts:
+    """How often two tokens stand side by side in words, as pairs are merged."""
+
+    def __init__(self, counts: WordCounts) -> None:
+        self.words, self.weights = [list(word) for word in counts], list(counts.values())
+        self.counts: Counter[tuple[int, int]] = Counter()
+        self.words_of: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+        for index, word in enumerate(self.words):
+            for pair in itertools.pairwise(word):
+                self.counts[pair] += self.weights[index]
+                self.words_of[pair].add(index)
+
+    def merge(self, pair: tuple[int, int], new: int) -> set[tuple[int, int]]:
+        """Replace a pair by a token in every word; return the pairs that come of it."""
+        made: set[tuple[int, int]] = set()
+        for index in self.words_of.pop(pair):
+            before, after = self.words[index], merge_pair(self.words[index], pair, new)
+            self.words[index] = after
+            for old in itertools.pairwise(before):
+                self.counts[old] -= self.weights[index]
+            for fresh in itertools.pairwise(after):
+                self.counts[fresh] += self.weights[index]
+                if new in fresh:
+                    made.add(fresh)
+                    self.words_of[fresh].add(index)
+        self.counts[pair] = 0
+        return made
+
+
 def train_merges(
     counts: WordCounts,
     num_merges: int,
@@ -76,25 +105,18 @@ def train_merges(
     """The merges that byte-pair encoding learns from word counts, in order."""
     rank = tie_key(ties)
     tokens = [bytes([byte]) for byte in range(256)]
-    words = [list(word) for word in counts]
-    weights = list(counts.values())
-    pair_counts: Counter[tuple[int, int]] = Counter()
-    words_of: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            pair_counts[pair] += weights[index]
-            words_of[pair].add(index)
+    pairs = PairCounts(counts)
 
     def entry(pair: tuple[int, int]) -> tuple:
         left, right = pair
-        return -pair_counts[pair], rank(tokens[left], left), rank(tokens[right], right), pair
+        return -pairs.counts[pair], rank(tokens[left], left), rank(tokens[right], right), pair
 
-    heap = [entry(pair) for pair in pair_counts]
+    heap = [entry(pair) for pair in pairs.counts]
     heapq.heapify(heap)
     merges: Merges = []
     while heap and len(merges) < num_merges:
         negative, *_, pair = heapq.heappop(heap)
-        count = pair_counts[pair]
+        count = pairs.counts[pair]
         if count < max(min_frequency, 1):
             continue
         if count != -negative:
@@ -103,23 +125,10 @@ def train_merges(
         left, right = tokens[pair[0]], tokens[pair[1]]
         if max_token_length is not None and len(left) + len(right) > max_token_length:
             continue
-        new = len(tokens)
         tokens.append(left + right)
         merges.append((left, right))
-        changed: set[tuple[int, int]] = set()
-        for index in words_of.pop(pair):
-            before, after = words[index], merge_pair(words[index], pair, new)
-            words[index] = after
-            for old in itertools.pairwise(before):
-                pair_counts[old] -= weights[index]
-            for fresh in itertools.pairwise(after):
-                pair_counts[fresh] += weights[index]
-                if new in fresh:
-                    changed.add(fresh)
-                    words_of[fresh].add(index)
-        pair_counts[pair] = 0
-        for fresh in changed:
-            heapq.heappush(heap, entry(fresh))
+        for made in pairs.merge(pair, len(tokens) - 1):
+            heapq.heappush(heap, entry(made))
         if progress:
             progress(len(merges), num_merges)
     return merges

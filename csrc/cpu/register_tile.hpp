@@ -47,11 +47,11 @@ WARPLOOM_INLINE void store_tile(const V (&sums)[ROWS][VECTORS], float* y, ptrdif
         for (int v = 0; v < VECTORS; ++v) store_as(y + r * row + v * lanes_of<V>, sums[r][v]);
 }
 
-// sums += a · b, in float32.
+// sums += a · b, in float32, of at least one term (else GCC 11 keeps the sums twice, for the loop and for none).
 template <class V, int ROWS, int VECTORS>
 WARPLOOM_INLINE void multiply_tile(V (&sums)[ROWS][VECTORS], TileRows<float> a, TileColumns<float> b, int terms) {
     constexpr int lanes = lanes_of<V>;
-    for (; terms > 0; --terms, a.at += a.term, b.at += b.term) {
+    do {
         V x[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) load_as(b.at + v * lanes / 16 * b.vector + v * lanes % 16, x[v]);
@@ -59,7 +59,8 @@ WARPLOOM_INLINE void multiply_tile(V (&sums)[ROWS][VECTORS], TileRows<float> a, 
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) sums[r][v] += x[v] * a.at[r * a.row];
-    }
+        a.at += a.term, b.at += b.term;
+    } while (--terms > 0);
 }
 
 #ifdef __AVX512F__

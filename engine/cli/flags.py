@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import tyro
 from ..errors import InputError
 
 T = TypeVar("T")
+MEANT = "Perhaps you meant:"
 
 RENAMED = {
     "step_tokens": "max_batch_tokens",
@@ -98,11 +100,18 @@ def _hint(argv: list[str]) -> str:
 
 
 def _sentence(box: str) -> str:
-    """Extract the sentence from tyro's error box: its text up to the first rule."""
+    """Extract the sentence from tyro's error box, which is drawn in ASCII for terminals without more: its text up to
+    the first rule, and the flags that it thinks of."""
     lines = [line.strip("│╭╰╮╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    words: list[str] = []
-    for line in lines[1:]:
-        if set(line) <= {"─"} and words:
-            break
-        words.append(line)
-    return " ".join(" ".join(words).split())
+    parts = [list(part) for is_rule, part in itertools.groupby(lines[1:], _is_rule) if not is_rule]
+    told = re.sub(
+        r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*",
+        r"it must be \1, not '\2'",
+        " ".join(" ".join(parts[0]).split()),
+    )
+    meant = [line.split()[0] for part in parts if MEANT in part for line in part if line.startswith("--")]
+    return f"{told}; perhaps {' or '.join(meant)}" if meant else told
+
+
+def _is_rule(line: str) -> bool:
+    return len(line) > 2 and set(line) <= {"─", "-"}

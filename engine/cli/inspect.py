@@ -37,7 +37,7 @@ def show_model(options: argparse.Namespace) -> None:
     total, active = config.parameter_count(), config.parameter_count(active=True)
     print(options.model)
     for field, value in config.to_dict().items():
-        if value not in (None, False, 0, ()):
+        if value not in (None, False, 0, ""):
             _row(field, value)
     print()
     _row("parameters", f"{total:,}")

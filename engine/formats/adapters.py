@@ -66,7 +66,7 @@ class LowRank:
     """All that lie in it, adapted or not."""
     sizes: tuple[int, ...]
     order: Tensor | None
-    """Which of their rows comes where in ours."""
+    """Permutation from their rows to ours."""
 
     def change(self, factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
         """s·B·A of all layers, as a matrix like the weight; layers without factors change nothing."""

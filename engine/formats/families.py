@@ -26,7 +26,7 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def kind_of(values: Mapping[str, Any]) -> str:
-    """Which entry of the table a config.json is of."""
+    """Name of the family of a config.json: its entry of the table."""
     kind = language_part(values).get("model_type")
     known = ALIASES.get(kind, kind)
     if known not in FAMILIES and kind != "warploom":

@@ -183,7 +183,7 @@ class WeightMapping:
     transposed: bool = False
     stacked: bool = False
     order: Tensor | None = None
-    """Which of their rows comes where in ours."""
+    """Permutation from their rows to ours."""
     offset: float = 0.0
     framed: bool = False
 

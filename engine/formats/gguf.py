@@ -171,7 +171,7 @@ def _interleave(rows: Tensor, heads: int) -> Tensor:
 
 
 def slowdown(c: ModelConfig) -> Tensor:
-    """By how much Llama 3's scaling slows each rotation: the angle a step makes without it, over that with it."""
+    """Factors by which Llama 3's scaling slows each rotation: the angle of a step without it over that with it."""
     (cos, sin), (plain_cos, plain_sin) = (
         kernels.rope_tables(c.head_size, 2, c.rope_theta, scaling) for scaling in (c.rope_scaling, None)
     )

@@ -386,7 +386,7 @@ class GGUFWeights(Weights):
         return segment if segment is None or order is None else segment.at(order)
 
     def _order(self, part: str, rows: int) -> Tensor | None:
-        """Which row comes where, if they change places: llama's neighbors rotate there, halves of a head here."""
+        """Permutation of rows, if they change places: llama's neighbors rotate there, halves of a head here."""
         if self.architecture != "llama" or part not in ("attn_q", "attn_k"):
             return None
         heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads

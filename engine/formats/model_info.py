@@ -124,7 +124,7 @@ def base_of(directory: Path, weights: bool = True) -> Path:
 
 
 def kind_in(directory: str | os.PathLike) -> str:
-    """Which published architecture the tensors of a model directory or GGUF file are named by."""
+    """Name of the family by which a model directory or GGUF file names its tensors."""
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     return open_gguf(directory).config_values()["model_type"] if is_gguf(directory) else kind_of(read_config(directory))
 

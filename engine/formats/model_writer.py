@@ -205,7 +205,7 @@ def _rename_over(staging: Path, directory: Path) -> None:
 
 
 def _text_bounds(tokenizer: Any) -> dict[str, int | list[int] | None]:
-    """Which tokens begin and end a text; where nothing marks a beginning, the end of the text before does."""
+    """Tokens that begin and end a text; where nothing marks a beginning, the end of the text before does."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     begin, end = tokenizer.bos_id, tokenizer.eos_id

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
@@ -87,23 +87,20 @@ class Segment:
         times = self.layout.group // group
         if times == 1:
             return self
-        minima = None if self.minima is None else self.minima.repeat_interleave(times, 1)
-        layout, scales = dataclasses.replace(self.layout, group=group), self.scales.repeat_interleave(times, 1)
-        return Segment(layout, self.codes, scales, minima, self.units)
+        layout = dataclasses.replace(self.layout, group=group)
+        return Segment(layout, self.codes, *self._of_groups(lambda x: x.repeat_interleave(times, 1)), self.units)
 
     def at(self, rows: Tensor | slice) -> Segment:
-        """These rows, in this order."""
-        minima = None if self.minima is None else self.minima[rows]
-        return Segment(self.layout, self.codes[rows], self.scales[rows], minima, self.units[rows])
+        """Select rows, in this order."""
+        return Segment(self.layout, self.codes[rows], *self._of_groups(lambda x: x[rows]), self.units[rows])
 
     def between(self, first: int, last: int) -> Segment:
-        """These columns, which are whole groups."""
+        """Select columns, which are whole groups."""
         layout = self.layout
         start, count = first // layout.group, layout.groups(last - first)
         groups, size = slice(start, start + count), layout.group * layout.bits // 8
-        minima = None if self.minima is None else self.minima[:, groups].contiguous()
         codes = self.codes[:, start * size : (start + count) * size].contiguous()
-        return Segment(layout, codes, self.scales[:, groups].contiguous(), minima, self.units)
+        return Segment(layout, codes, *self._of_groups(lambda x: x[:, groups].contiguous()), self.units)
 
     def dequantize(self, columns: int | None = None) -> Tensor:
         """The rows in float32, without the columns that fill the last group."""
@@ -112,15 +109,18 @@ class Segment:
     def to(self, device: torch.device | str) -> Segment:
         """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
         host = torch.device(device).type == "cpu"
-        scales, minima = (
-            x if x is None else x.to(device).contiguous() if host else x.T.contiguous().to(device).T
-            for x in (self.scales, self.minima)
+        scales_and_minima = self._of_groups(
+            lambda x: x.to(device).contiguous() if host else x.T.contiguous().to(device).T
         )
-        return Segment(self.layout, self.codes.to(device), cast(Tensor, scales), minima, self.units.to(device))
+        return Segment(self.layout, self.codes.to(device), *scales_and_minima, self.units.to(device))
+
+    def _of_groups(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Scales and minima, both changed."""
+        return change(self.scales), None if self.minima is None else change(self.minima)
 
     @property
     def tensor(self) -> PackedTensor:
-        """These rows as the kernels take them."""
+        """The rows as the kernels take them."""
         layout = self.layout
         codes = self.codes.view(torch.float8_e4m3fn) if layout.float8 else self.codes
         form = layout.bits, layout.group, layout.table, layout.rotate
@@ -156,7 +156,7 @@ class PackedWeight:
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
     def at(self, rows: Tensor) -> PackedWeight | None:
-        """These rows, in this order; None where rows of several layouts would change places."""
+        """Select rows, in this order; None where rows of several layouts would change places."""
         if len(self.segments) > 1 and bool((rows.diff() < 0).any()):
             return None
         found, first = [], 0
@@ -168,7 +168,7 @@ class PackedWeight:
         return PackedWeight(tuple(found), self.columns)
 
     def between(self, first: int, last: int) -> PackedWeight | None:
-        """These columns, in smaller groups if they need it; None where they are no whole groups."""
+        """Select columns, in smaller groups if they need it; None where they are no whole groups."""
         ends = first, 0 if last == self.columns else last
         steps = (TURNED if segment.layout.rotate else GROUPS[0] for segment in self.segments)
         if any(end % step for step in steps for end in ends):

@@ -35,13 +35,14 @@ from ..serving.llm import LLM
 from ..training.callbacks import Callback
 from ..training.distributed.failures import report_first_failure
 from ..training.distributed.sharded_state import full_weights, local
+from ..training.first_state import first_state
 from ..training.inputs import RunInputs
 from ..training.lora import LoraMasters
 from ..training.report import describe
 from ..training.resume import save_run
 from ..training.run_state import RunState, TrainResult
 from ..training.signals import interruptible
-from ..training.trainer import Trainer, first_state
+from ..training.trainer import Trainer
 from .config import RLConfig
 from .environments import Environment, play
 from .evaluate import FRESH, evaluate_task

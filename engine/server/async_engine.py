@@ -3,11 +3,7 @@
 The engine computes in a thread of its own and tells each new token through a callback. Those callbacks must cost the
 engine nothing: they put the piece into a mailbox and ring the loop's bell once, however many pieces lie there by the
 time the loop looks. On the loop's side a `RequestStream` is all that one HTTP request asked for, as an asynchronous
-iterator of batches of pieces. A client that reads slowly gets larger batches, not a longer queue of small ones: under
-load, several tokens share one chunk, and the server's cost per token falls when it matters.
-
-Whatever ends a request early (the client goes, its time is up, the server stops) ends its flow, and closing a flow
-cancels its generations before the engine's next step.
+iterator of batches of pieces.
 
 A supervisor watches the engine: a thread that died, steps that fail one after the other, or no progress at all mean
 that it is broken. Its requests fail, it is built anew, once; `/health` says so all along. When it breaks again within
@@ -23,19 +19,20 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ..errors import InputError
-from ..serving import Output, Piece, SamplingParams, prompt_cache
+from ..serving import Piece, SamplingParams, prompt_cache
 from ..serving import structured_output as grammars
 from ..serving.fair_pool import FairPool, PoolFull
 from .config import ServerConfig
 from .openai import errors
+from .request_stream import Event, RequestStream
 
 Result = TypeVar("Result")
 Ask = tuple[list[int], SamplingParams]
@@ -43,132 +40,6 @@ FAILURES = 3  # failed steps of single sequences, with no token between them, th
 HEALTHY = 3600.0  # seconds without a failure after which one more restart is due
 SHARE = 2  # a party's places by the free ones ("dynamic thresholds"): alone two thirds, two of them two fifths each
 logger = logging.getLogger("warploom.server")
-
-
-class Event(NamedTuple):
-    """A piece, which of the request's continuations it belongs to, and when it came."""
-
-    index: int
-    piece: Piece
-    time: float
-
-
-class RequestStream:
-    """Stream of one HTTP request, from the event loop's side."""
-
-    def __init__(self, bridge: AsyncEngine, count: int, streaming: bool, party: Any = None) -> None:
-        self.count, self.streaming, self.party = count, streaming, party
-        self.generations: list[Any] = []
-        self.prompt_tokens = 0
-        self.arrival = time.monotonic()
-        self.gone = False  # the client has left
-        self._bridge = bridge
-        self._events: list[Event] = []
-        self._bell = asyncio.Event()
-        self._unfinished = self.places = count
-        self._failure: errors.APIError | None = None
-        self._preparing: asyncio.Future | None = None
-        self._watcher: asyncio.Task | None = None
-        self._closed = False
-        limit = bridge.config.request_timeout
-        self._timer = asyncio.get_running_loop().call_later(limit, self.fail, errors.too_slow(limit))
-
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """Yield what has come since the last look, until all continuations have ended; raises what ends the flow
-        early."""
-        while self._unfinished and not self.gone:
-            await self._bell.wait()
-            self._bell.clear()
-            events, self._events = self._events, []
-            reasons = [event.piece.finish_reason for event in events if event.piece.finish_reason]
-            self._unfinished -= len(reasons)
-            if "error" in reasons:
-                raise self._error()
-            if self._failure and not self.gone:
-                raise self._failure
-            if events:
-                yield events
-
-    async def outputs(self) -> list[Output]:
-        """Wait for the end; all continuations, those of the first prompt first."""
-        async for _ in self.batches():
-            pass
-        if self.gone:
-            raise errors.gone()
-        return [stream.output() for stream in self.streams]
-
-    def _error(self) -> errors.APIError:
-        """Return what a failed continuation's client is told: what is wrong with its grammar, or that the engine
-        failed."""
-        causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
-        return errors.from_input_error(causes[0]) if causes else errors.failed()
-
-    @property
-    def streams(self) -> list[Any]:
-        """The engine's records of all continuations."""
-        return [stream for generation in self.generations for stream in generation.streams]
-
-    async def wait_for(self, preparation: Coroutine[Any, Any, None]) -> None:
-        """Wait until the request has been submitted, its time is up or its client has left."""
-        self._preparing = asyncio.ensure_future(preparation)
-        try:
-            await self._preparing
-        except asyncio.CancelledError:
-            if self.gone:
-                raise errors.gone() from None
-            raise self._failure or asyncio.CancelledError from None
-
-    def watch(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
-        """End the flow when the client disconnects; its body must have been read."""
-        self._watcher = asyncio.create_task(self._wait_for_leave(receive))
-
-    def deliver(self, event: Event) -> None:
-        """Take in a piece. On the event loop."""
-        if event.piece.finish_reason and not self._closed:  # its place is free, whenever the client reads
-            self.places -= 1
-            self._bridge.open -= 1
-            self._bridge.holds[self.party] -= 1
-        if not self.abandoned:
-            self._events.append(event)
-            self._bell.set()
-
-    def fail(self, error: errors.APIError) -> None:
-        """End the flow with an error."""
-        self._failure = self._failure or error
-        self._interrupt()
-
-    @property
-    def abandoned(self) -> bool:
-        """Return whether nobody listens any more."""
-        return self.gone or self._closed
-
-    def close(self) -> None:
-        """Disconnect: what still runs is cancelled before the engine's next step."""
-        if self._closed:
-            return
-        self._closed = True
-        self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-        self.cancel()
-        self._bridge.forget(self)
-
-    def cancel(self) -> None:
-        """Stop generating before the engine's next step."""
-        for generation in self.generations:
-            generation.cancel()
-
-    async def _wait_for_leave(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
-        self.cancel()
-        self._interrupt()
-
-    def _interrupt(self) -> None:
-        self._bell.set()
-        if self._preparing is not None:
-            self._preparing.cancel()
 
 
 class AsyncEngine:

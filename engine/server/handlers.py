@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from ..serving import SamplingParams
 from ..serving.sampling_params import GRAMMARS
-from .async_engine import Ask, AsyncEngine, RequestStream
+from .async_engine import Ask, AsyncEngine
 from .config import ServerConfig
 from .event_stream import EventStream
 from .metrics import Metrics
@@ -45,6 +45,7 @@ from .protocols.messages import MessagesWriter
 from .protocols.responses import ResponsesWriter
 from .protocols.tolerant import AgentRequest, as_chat
 from .request_body import client_of
+from .request_stream import RequestStream
 
 Writer = ChatWriter | CompletionWriter | MessagesWriter | ResponsesWriter
 DEFAULT_COMPLETION = 16  # OpenAI's

@@ -9,7 +9,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .async_engine import AsyncEngine, Event, RequestStream
+from .async_engine import AsyncEngine
+from .request_stream import Event, RequestStream
 
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 COUNTS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)

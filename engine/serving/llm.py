@@ -138,23 +138,15 @@ class LLM:
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
-            memory = kv_memory
-            if team or memory is None:  # the processes of a team measure in any case
-                measure = team.memory_for_pages if team else memory_for_pages
-                measured = measure(self.model, max_batch_tokens, max_batch)
-                memory = measured if memory is None else memory
-            tuned = (self.adapters or None, None)
-            latent = [keeps_latents(each.config, where, own) for each, own in zip(models, tuned)]
-            sizes = zip(models, latent)
-            page = page_size, cache_dtype, where
-            cost = sum(PagedKVCache.bytes_per_page(each.config, *page, own) for each, own in sizes)
+            memory = _cache_memory(team, self.model, kv_memory, max_batch_tokens, max_batch)
+            cost = self._page_bytes(models, page_size, cache_dtype, where)
+            if kv_memory is not None and kv_memory < cost:
+                raise InputError(
+                    f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
+                )
             if fitted:  # a quarter of the context each, as conversations are; who outgrows that may be preempted
                 max_batch = min(max_batch, max(16, memory // cost * page_size * 4 // self.max_seq_len))
-            enough = max_batch * -(-self.max_seq_len // page_size)
-            if kv_memory is not None and kv_memory < cost:
-                short = f"kv_memory={kv_memory} bytes is less than one page of {page_size} tokens, {cost} bytes"
-                raise InputError(short)
-            pages = max(1, min(enough, memory // cost))
+            pages = max(1, min(max_batch * -(-self.max_seq_len // page_size), memory // cost))
             options = {"pages": pages, "page_size": page_size, "quantize": quantize, "batch_invariant": batch_invariant}
             options |= {"max_batch": max_batch, "context": self.max_seq_len, "kv_dtype": cache_dtype}
             options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
@@ -175,6 +167,14 @@ class LLM:
         self.engine = Engine(scheduler, runner, self.tokenizer, _stop_ids(model, self.tokenizer))
         if paced:
             self.engine.pace = StepPace(max_batch_tokens)
+
+    def _page_bytes(self, models: list[Any], page_size: int, dtype: torch.dtype, where: torch.device) -> int:
+        """Bytes of a page of each model: ours, which may have adapters, and one that guesses."""
+        tuned = self.adapters or None, None
+        latent = (keeps_latents(each.config, where, own) for each, own in zip(models, tuned))
+        return sum(
+            PagedKVCache.bytes_per_page(each.config, page_size, dtype, where, own) for each, own in zip(models, latent)
+        )
 
     def _open_draft(self, source) -> Transformer:
         """A model that can guess for ours."""
@@ -355,6 +355,14 @@ def _stop_ids(model, tokenizer) -> frozenset[int]:
     """The ids that end a generation, by the tokenizer and by the model's own files."""
     named = frozenset() if isinstance(model, Transformer) else read_stop_ids(base_of(model))
     return named if tokenizer is None else named | tokenizer.stop_ids
+
+
+def _cache_memory(team: Any, model: Transformer, kv_memory: int | None, max_batch_tokens: int, max_batch: int) -> int:
+    """Bytes for pages: as many as were asked for, or as are free. The processes of a team measure in any case."""
+    if team is None and kv_memory is not None:
+        return kv_memory
+    free = (team.memory_for_pages if team else memory_for_pages)(model, max_batch_tokens, max_batch)
+    return free if kv_memory is None else kv_memory
 
 
 def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Transformer, page_size: int) -> torch.dtype:

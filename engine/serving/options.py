@@ -20,7 +20,7 @@ COUNTS = ("max_batch", "page_size", "max_batch_tokens", "max_seq_len", "draft_to
 
 @dataclass(frozen=True)
 class LLMOptions:
-    """Which model to load, and how to run it."""
+    """Options of a model to load, and how to run it."""
 
     model: str
     """The model directory."""

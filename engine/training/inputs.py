@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...tokenizer.files import read_stop_ids
 from ..config import ModelConfig
 from ..data.conversations import open_conversations, write_conversations
@@ -51,7 +53,10 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
         tokenizer.special.stops |= read_stop_ids(base_of(start))
     check_vocabulary(tokenizer, model, f"the tokenizer that made {data.directory}")
     if config.context and config.context > model.max_seq_len:
-        raise InputError(f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}")
+        raise InputError(
+            f"context={config.context} is longer than the model's max_seq_len={model.max_seq_len}: give a shorter one, "
+            f"or, to a new model, max_seq_len={config.context}"
+        )
     return RunInputs(data, tokenizer, model)
 
 
@@ -115,7 +120,7 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     write = write_conversations if chats else write_token_data
     data = write(corpus, tokenizer, made, config.splits)
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
-    note(f"tokens: {sizes}{_learned_share(data)}")
+    note(f"tokens: {sizes}{_learned_share(data)}{_unknown_share(data, tokenizer)}")
     return data
 
 
@@ -144,6 +149,14 @@ def _converses(model: str) -> bool:
     """Return whether a model answers conversations: it is asked a task's questions in its chat template then."""
     tokenizer = model_info.read_tokenizer(resolve_model(model, weights=False))
     return bool(tokenizer and tokenizer.chat_template)
+
+
+def _unknown_share(data: TokenData, tokenizer: Any) -> str:
+    """Characters or words that the tokenizer does not have, where they are a hundredth or more of the text's start."""
+    unknown = getattr(tokenizer, "unknown_id", None)
+    tokens = np.asarray(data.split("train").tokens[: 1 << 20])
+    share = float(np.mean(tokens == unknown)) if unknown is not None and len(tokens) else 0.0
+    return f"; {share:.0%} are unknown to its tokenizer" if share >= 0.01 else ""
 
 
 def _learned_share(data: TokenData) -> str:

@@ -29,29 +29,30 @@ import torch
 from torch import Tensor
 
 from ...tokenizer.sources import sweep
-from ..data.loader import Batch, Loader, open_loader, prefetch
+from ..data.loader import Batch, prefetch
 from ..data.pairs import PreferencePairs
 from ..device import measured_matmul_flops, pick_dtype
 from ..errors import InputError
 from ..memory import keep_freed
 from .batch_size_finder import find_grad_accum_steps
-from .build_model import build_model
 from .callbacks import Callback, JsonLog, Progress, TensorBoard, Wandb, check_packages
 from .checkpoint import Checkpoints, lock_run, unlock_run
 from .config import TrainConfig
 from .distributed.grad_buckets import GradReducer
-from .distributed.mesh import ProcessMesh, local_device, make_masters
+from .distributed.mesh import ProcessMesh, local_device
 from .evaluate import evaluate, losses, sample_prompt, token_bytes, validation_batches, validation_split, write_sample
+from .first_state import loader_and_state
 from .inputs import RunInputs, prepare
-from .lora import LoraMasters
-from .mixed_precision import EMA, LossScale, Masters
-from .optim import AdamW, clip_grad_norm, clip_scale, make_optimizer
+from .mixed_precision import Masters
+from .optim import AdamW, clip_grad_norm, clip_scale
 from .preferences import add_reference, evaluate_pairs, every_pair
 from .report import describe, write_card
 from .resume import resume_run, save_run, write_weights
 from .run_state import RunState, TrainResult
 from .schedule import SCHEDULES
 from .signals import interruptible
+
+LARGE = 1 << 15  # tokens of a micro-batch; SmolLM2's default would be 16 rows of 8,192
 
 
 def train(config: TrainConfig, callbacks: Iterable[Callback] = ()) -> TrainResult:
@@ -104,7 +105,9 @@ class Trainer:
         return prepare(self.config, self.note, reuse)
 
     def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Any, RunState]:
-        return start(self.config, inputs, self.mesh, dtype)
+        loader, state = loader_and_state(self.config, inputs, self.mesh, dtype)
+        self._warn_of_size(state.micro_batch_rows, state.context)
+        return loader, state
 
     def _open_pairs(self, again: bool) -> PreferencePairs | None:
         """The preference pairs to evaluate on, after the reference has judged them and those to train on."""
@@ -117,6 +120,15 @@ class Trainer:
             path = self.out / name.format(pairs.split.name)
             add_reference(state.model, pairs, rows, path, self.mesh.is_main, again)
         return held_out
+
+    def _warn_of_size(self, rows: int, context: int) -> None:
+        """Name the flags that make a step smaller, where a published model's own context makes it too large for a CPU:
+        the system kills what it has no memory for, without a word."""
+        if self.config.grad_accum_steps and self.mesh.device.type == "cpu" and rows * context > LARGE:
+            self.note(
+                f"a micro-batch is {rows} rows of context={context} tokens: if that is slow or too large, give a "
+                "shorter context, or grad_accum_steps=0, which fits it to the memory"
+            )
 
     def _prepare_out(self, again: bool) -> None:
         config = self.config
@@ -420,47 +432,6 @@ class Trainer:
 
     def note(self, text: str) -> None:
         self.tell("on_message", text)
-
-
-def start(config: TrainConfig, inputs: RunInputs, mesh: ProcessMesh, dtype: torch.dtype) -> tuple[Loader, RunState]:
-    """The batches of a run and its state before the first step."""
-    context = config.context or inputs.model.max_seq_len
-    split = inputs.data.split("train")
-    if inputs.data.meta.pairs:
-        loader = PreferencePairs(split, config.batch_size, context, config.seed, kind=config.loss, beta=config.beta)
-    else:
-        loader = open_loader(config.order, split, config.batch_size, context, config.seed, config.stride)
-    return loader, first_state(config, inputs, split, context, mesh, dtype, count_steps(config, loader))
-
-
-def first_state(
-    config: TrainConfig,
-    inputs: RunInputs,
-    split: Any,
-    context: int,
-    mesh: ProcessMesh,
-    dtype: torch.dtype,
-    steps: int,
-) -> RunState:
-    """The state of a run before the first step."""
-    model, shards = build_model(config, inputs.model, mesh, dtype)
-    masters = LoraMasters(model, dtype, shards, config) if config.lora else make_masters(model, dtype, mesh)
-    return RunState(
-        config, inputs, split, context, mesh, dtype, shards, steps, config.grad_accum_steps or 1,
-        model, masters, EMA(masters, config.ema),
-        make_optimizer(config, masters.named, dtype, shards.with_full_matrix), LossScale(dtype),
-    )  # fmt: skip
-
-
-def count_steps(config: TrainConfig, loader: Loader) -> int:
-    """The steps that a run's budget allows."""
-    if config.minutes is not None:
-        return 10**9  # replaced by an estimate as soon as the pace is known
-    if config.epochs is not None:
-        return max(1, math.ceil(config.epochs * len(loader)))
-    if config.tokens is not None:
-        return max(1, math.ceil(config.tokens / (config.batch_size * loader.context)))
-    return config.steps or 1000
 
 
 def _seed(device: torch.device, seed: int, step: int, dp_rank: int) -> None:

@@ -215,9 +215,9 @@ class Op(Generic[P, R]):
         given = (*args, *kwargs.values())
         shapes = [x.shape if isinstance(x, torch.Tensor) else None for x in given]
         if torch.compiler.is_compiling():  # whose guards are not to follow what is known
-            self._check_shapes(dict(zip(self._names, args)) | kwargs)
+            self._check_shapes({**dict(zip(self._names, args)), **kwargs})
         elif (key := (*kwargs, *shapes)) not in self._fitting:
-            self._check_shapes(dict(zip(self._names, args)) | kwargs)
+            self._check_shapes({**dict(zip(self._names, args)), **kwargs})
             if len(self._fitting) > 1000:
                 self._fitting.clear()
             self._fitting.add(key)

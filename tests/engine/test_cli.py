@@ -76,6 +76,7 @@ def test_inspect_model_reads_a_directory(directory, capsys):
     assert main(["inspect", "model", str(directory)]) == 0
     shown = capsys.readouterr().out
     assert f"{SMALL.parameter_count():,}" in shown
+    assert not re.search(r"^  \w+ *$", shown, flags=re.MULTILINE)
     assert re.search(
         r"family +llama\n.*as stored +float32\n.*in one C\+\+ call +yes\n.*GPU, fused +yes\n.*blocks +yes", shown
     )

@@ -298,8 +298,8 @@ void attend(const Pages& pages, const Step& step, const AttentionOptions& option
             transpose_keys<R>(s, keys, padded);
             dot_round<R>(g * Q, (g + 1) * Q, keys, padded, s, fetch_round(all_values, at, g));
         }
-        const auto keep = [&](int i, int j, const V& weight) __attribute__((always_inline)) { store_as(&s.scores[i * s.row + j], weight); };
-        weigh<V>(options.softcap, s, keep, [](int, int) {});
+        const auto keep = [](float* to, int, const V& weight) __attribute__((always_inline)) { store_as(to, weight); };
+        weigh<V>(options.softcap, s, [&](int) { return keep; }, [](int, int) {});
         if (direct)
             each_page([&](int start, int g, int i, int from, int to) __attribute__((always_inline)) {
                 if (i < 0) return fetch_part(start + size < keys ? all_values : all_keys, at + start + size, g);

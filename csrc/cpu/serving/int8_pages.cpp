@@ -122,11 +122,8 @@ WARPLOOM_INLINE void round_weights(int q, int count, Scratch& s) {
     V four[4];
     for (int i = 0; i < 4; ++i) {
         V best[4];
-        for (int n = 0; n < 4; ++n) {
-            const float* weights = &s.scores[size_t(q + std::min(4 * i + n, count - 1)) * s.row];
-            load_as(weights, best[n]);
-            for (int j = 16; j < end; j += 16) best[n] = Larger()(load_as<V>(weights + j), best[n]);
-        }
+        for (int n = 0; n < 4; ++n)
+            best[n] = largest_lanes<V>(&s.scores[size_t(q + std::min(4 * i + n, count - 1)) * s.row], end);
         four[i] = fold_four(best, Larger());
     }
     float most[kTogether];
@@ -195,8 +192,10 @@ WARPLOOM_INLINE void attend(const Pages& pages, const Step& step, const Attentio
                 std::memcpy(&s.value_scales[g * kRound + i * kTile], tiles.values[i] + kTile * D, kTile * sizeof(float));
         }
         using V = typename Isa::V;
-        const auto keep = [&](int i, int j, const V& weight) __attribute__((always_inline)) {
-            store_as(&s.scores[size_t(i) * s.row + j], weight * load_as<V>(&s.value_scales[i / Q * kRound + j]));
+        const auto keep = [&](int i) __attribute__((always_inline)) {
+            return [scales = &s.value_scales[i / Q * kRound]](float* to, int j, const V& weight) __attribute__((always_inline)) {
+                store_as(to, weight * load_as<V>(scales + j));
+            };
         };
         const auto then = [&](int i, int count) __attribute__((always_inline)) { round_weights<V>(i, count, s); };
         weigh<V>(options.softcap, s, keep, then);

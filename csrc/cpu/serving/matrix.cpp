@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kMost = 127 * 128;  // of a number of two bytes: high within ±127, low within −64 … 63
 
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
+typedef int8_t b16 __attribute__((vector_size(16)));
 
 WARPLOOM_INLINE int32_t sum(i16 x) {
     i8 a[2];

@@ -50,6 +50,14 @@ struct Round {
     }
 };
 
+// Of the first `end` numbers, lane by lane, the largest. (In a sum of its own: an element of an array, GCC keeps it in memory.)
+template <class V>
+WARPLOOM_INLINE V largest_lanes(const float* x, ptrdiff_t end) {
+    V most = load_as<V>(x);
+    for (ptrdiff_t j = 16; j < end; j += 16) most = Larger()(load_as<V>(x + j), most);
+    return most;
+}
+
 // The running maxima of up to kTogether queries from q on are brought up to date, and sums and outputs to the new maxima; scores
 // that a query does not see become -infinity.
 template <class V>
@@ -66,8 +74,7 @@ WARPLOOM_INLINE void raise_peaks(float softcap, int q, int count, Round& s) {
                 for (ptrdiff_t j = 0; j < end; j += 16) store_as(mine + j, tanh(load_as<V>(mine + j) * (1 / softcap)) * (softcap * kLog2e));
             if (s.from[q + each] > 0) std::fill(mine, mine + std::min<ptrdiff_t>(s.from[q + each], end), -INFINITY);
             if (s.to[q + each] < end) std::fill(mine + std::max(s.to[q + each], 0), mine + end, -INFINITY);
-            load_as(mine, best[n]);
-            for (ptrdiff_t j = 16; j < end; j += 16) best[n] = Larger()(load_as<V>(mine + j), best[n]);
+            best[n] = largest_lanes<V>(mine, end);
         }
         four[i] = fold_four(best, Larger());
     }
@@ -83,8 +90,8 @@ WARPLOOM_INLINE void raise_peaks(float softcap, int q, int count, Round& s) {
     }
 }
 
-// Scores of a round become weights: keep(i, j, weights) takes query i's of keys j to j + 15, and then(first, count) some
-// queries' after that. Of a query that sees none of the keys, scores mean nothing.
+// Scores of a round become weights: keep(i) of query i gives a function that takes (to, j, weights), those of keys j to j + 15,
+// and then(first, count) some queries' after that. Of a query that sees none of the keys, scores mean nothing.
 template <class V, class Keep, class Then>
 WARPLOOM_INLINE void weigh(float softcap, Round& s, const Keep& keep, const Then& then) {
     const int all = int(s.ends.size()), end = s.end;
@@ -93,11 +100,12 @@ WARPLOOM_INLINE void weigh(float softcap, Round& s, const Keep& keep, const Then
         raise_peaks<V>(softcap, q, count, s);
         for (int i = q; i < q + count; ++i) {
             if (s.from[i] >= s.to[i]) continue;  // its maximum may be that of no keys
-            const float *scores = &s.scores[size_t(i) * s.row], peak = s.peaks[i];
+            const auto keep_here = keep(i);
+            float *scores = &s.scores[size_t(i) * s.row], peak = s.peaks[i];
             V total = load_as<V>(&s.totals[i * 16]);
             for (int j = 0; j < end; j += 16) {
                 const V weight = exp2_negative(load_as<V>(scores + j) - peak);
-                keep(i, j, weight);
+                keep_here(scores + j, j, weight);
                 total += weight;
             }
             store_as(&s.totals[i * 16], total);

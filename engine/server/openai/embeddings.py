@@ -18,7 +18,8 @@ from pydantic import Field
 from ...serving import SamplingParams
 from ..request_body import FIRST_ERROR, client_of
 from . import errors
-from .requests import Body, Prompt, Text, listed
+from .body import Body
+from .requests import Prompt, Text, listed
 from .responses import to_json_in_parts
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 from ...serving import Piece, SamplingParams
-from ..async_engine import Event, RequestStream
+from ..request_stream import Event, RequestStream
 
 SLICE = 1 << 14  # elements of a list that are written in one call
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one each time

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ..openai.body import drop_nulls
 from ..openai.errors import from_validation, invalid
 from ..openai.message_reader import Delta
-from ..openai.requests import ChatRequest, drop_nulls
+from ..openai.requests import ChatRequest
 
 
 class Tolerant(BaseModel):

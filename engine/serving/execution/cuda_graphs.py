@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..scheduling.step import UNKNOWN
-from .kv_cache import AttentionMetadata, KernelAttention, PagedKVCache, cut, parcel_bytes
+from .kv_cache import AttentionMetadata, KernelAttention, PagedKVCache, buffer_bytes, buffer_views
 
 Run = Callable[[], tuple[Tensor, Tensor]]
 """Gives a step's hidden states and the tokens drawn from them."""
@@ -87,7 +87,7 @@ class DecodeGraphs:
         self.model, self.store, self.tokens, self.draw = model, store, tokens, draw
         self.replays: dict[Shape, Run] = {}
         known = shapes(len(tokens) - 1, most_pages, store.page_size)
-        largest = max(parcel_bytes(_inputs(shape)) for shape in known)
+        largest = max(buffer_bytes(_inputs(shape)) for shape in known)
         self.buffer = torch.zeros(largest, dtype=torch.uint8, device=tokens.device)
         self._record_all(known, record)
 
@@ -120,20 +120,20 @@ class DecodeGraphs:
 
     def _send(self, shape: Shape, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata | None) -> None:
         """Copy a step's inputs, or padding alone, into the static inputs of this shape's graphs."""
-        size = parcel_bytes(_inputs(shape))
-        parcel = torch.empty(size, dtype=torch.uint8, pin_memory=self.buffer.device.type == "cuda")
+        size = buffer_bytes(_inputs(shape))
+        staged = torch.empty(size, dtype=torch.uint8, pin_memory=self.buffer.device.type == "cuda")
         T = len(tokens)
         given = (tokens, rows, *layout.arrays()) if layout else [None] * len(_PADDING)
-        for there, here, padding in zip(cut(parcel, _inputs(shape)), given, _PADDING):
+        for there, here, padding in zip(buffer_views(staged, _inputs(shape)), given, _PADDING):
             there = there.numpy()
             if padding is not None:
                 there.fill(len(self.tokens) - 1 if padding == "spare row" else T if padding == "end" else padding)
             if here is not None:
                 there[tuple(slice(n) for n in here.shape)] = here
-        self.buffer[:size].copy_(parcel, non_blocking=True)
+        self.buffer[:size].copy_(staged, non_blocking=True)
 
     def _run(self, shape: Shape) -> tuple[Tensor, Tensor]:
-        tokens, rows, positions, *step = cut(self.buffer, _inputs(shape))
+        tokens, rows, positions, *step = buffer_views(self.buffer, _inputs(shape))
         tokens = torch.where(tokens == UNKNOWN, self.tokens[rows, positions].long(), tokens)
         self.tokens[rows, positions] = tokens.int()
         attend = KernelAttention(self.store, positions, *step)

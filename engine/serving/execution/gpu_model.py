@@ -49,7 +49,7 @@ def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn
 
 
 class ScaledStream(NamedTuple):
-    """A stream times the next norm's weight, not yet divided by its root mean square, which `square_sums` give."""
+    """A residual stream times the next norm's weight, not yet divided by its root mean square (`square_sums`)."""
 
     scaled: Tensor
     square_sums: Tensor
@@ -57,7 +57,7 @@ class ScaledStream(NamedTuple):
 
 
 def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
-    """A linear layer of a tensor or, if `takes_norms` says so, of a stream whose norm is part of it."""
+    """Apply a linear layer to a tensor or, if `takes_norms` says so, of a stream whose norm is part of it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
     if type(layer) is PackedLinear:
@@ -93,7 +93,7 @@ class GatedLinear(SwiGLU):
         return self.down(self.gated(x))
 
     def gated(self, x: Tensor | ScaledStream) -> Tensor:
-        """All but the way back."""
+        """All but the down product."""
         if type(self.gate_up) is BatchInvariantLinear or isinstance(x, ScaledStream):
             return product(self.gate_up, x, self.activation)
         return kernels.swiglu_packed(self.gate_up(x), self.activation)  # an adapter's layer adds to gates and ups
@@ -121,7 +121,7 @@ class PagedAttention(nn.Module):
         return self.output(self.gathered(x_1TC, attend))
 
     def gathered(self, x_1TC: Tensor | ScaledStream, attend: KernelAttention) -> Tensor:
-        """All but the last product."""
+        """All but the output product."""
         q_THD, k_TKD, v_TKD = product(self.qkv, x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q_THD = kernels.qk_norm_rope_write(
@@ -261,13 +261,13 @@ def shallow_copy(model: Transformer) -> Transformer:
 
 
 def replace_linear(module: nn.Module, make: MakeLinear) -> None:
-    """Every linear layer of float weights inside, by what `make` makes of weight, bias and path."""
+    """Replace every linear layer of float weights inside by what `make` makes of weight, bias and path."""
     for path, layer in [(path, layer) for path, layer in module.named_modules() if type(layer) is Linear]:
         module.set_submodule(path, make(layer.weight, layer.bias, path))
 
 
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Every module of a kind inside, by what `make` makes of it."""
+    """Replace every module of a kind inside by what `make` makes of it."""
     for name, child in module.named_children():
         if type(child) is kind:  # a subclass computes something else
             setattr(module, name, make(child))

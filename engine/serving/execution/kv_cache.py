@@ -1,4 +1,4 @@
-"""The pages themselves: keys and values of every layer, and the `attend` that writes and reads them.
+"""Paged KV cache: keys and values of every layer in pages, and the `attend` that writes and reads them.
 
 Two tensors (layers, pages, page size, K heads, D): page p of layer l is a contiguous block, so a copy of a page or a
 read of it is one run of memory. With latent attention on a GPU (`gpu_model.py`) the latents of a token lie where keys
@@ -202,36 +202,36 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors there, all in one copy that nobody waits for, instead of one each."""
+    """Arrays as tensors on a device, all in one asynchronous copy instead of one each."""
     tensors = [torch.from_numpy(array) for array in arrays]
     return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
 
 
-def parcel_bytes(kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> int:
+def buffer_bytes(kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """Bytes in which tensors of these dtypes and shapes lie side by side, each at a multiple of 16."""
     return sum(-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in kinds)
 
 
-def cut(parcel: Tensor, kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
-    """The tensors in such bytes."""
+def buffer_views(buffer: Tensor, kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    """Views of a buffer as tensors of these dtypes and shapes."""
     found, start = [], 0
     for dtype, shape in kinds:
-        found.append(parcel[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
-        start += parcel_bytes([(dtype, shape)])
+        found.append(buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+        start += buffer_bytes([(dtype, shape)])
     return found
 
 
 def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Side by side in memory that the device can read by itself; cut apart there."""
+    """Side by side in pinned memory, which the device reads by itself; views of one buffer there."""
     kinds = [(x.dtype, tuple(x.shape)) for x in tensors]
-    parcel = torch.empty(parcel_bytes(kinds), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for x, place in zip(tensors, cut(parcel, kinds)):
+    buffer = torch.empty(buffer_bytes(kinds), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, place in zip(tensors, buffer_views(buffer, kinds)):
         place.copy_(x)
-    return cut(parcel.to(device, non_blocking=True), kinds)
+    return buffer_views(buffer.to(device, non_blocking=True), kinds)
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:
-    """Copy to the host: return what gives a tensor's values, once asked. On a GPU they set out now, so that asking
+    """Begin a copy to the host; return what waits for it and gives the values. A GPU copies at once, so that this
     waits for no later work."""
     if tensor.device.type != "cuda":
         return tensor.tolist

@@ -1,4 +1,4 @@
-"""The runner: a plan in, a result out.
+"""Model runner: computes step plans.
 
 All chunks of a step, prompts and decodes alike, lie end to end in one row of tokens, and the model runs over it once.
 Its `attend` writes the new keys and values into pages and lets every chunk look at its own sequence through the page
@@ -9,8 +9,8 @@ What does not change from step to step stays in place, by row: page tables, samp
 a step needs a few small arrays from the host, and a token that was sampled by the step before is read on
 the device, before the host has seen it.
 
-A result must not depend on the company. Our own products give a row the same bits in any batch, and attention goes
-query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
+A result must not depend on the rest of the batch. Our own products give a row the same bits in any batch, and attention
+goes query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
 (`deterministic_min_rows`) and reached by padding.
 
 T tokens of the step, N chunks, R sampled positions.

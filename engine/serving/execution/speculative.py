@@ -1,4 +1,4 @@
-"""Guessing ahead: k tokens that are probably right cost the model hardly more than one.
+"""Speculative decoding: checking k guessed tokens costs the model hardly more than one.
 
 Decoding reads every weight to make one token; checking k guesses reads them once for k + 1. The model computes the
 guesses, the *drafts*, in the same step as the token before them, samples after each, and goes on as long as a draft is

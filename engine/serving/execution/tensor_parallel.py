@@ -1,4 +1,4 @@
-"""One model in several processes, for weights or speed beyond one device.
+"""Tensor-parallel serving: one model in several processes, for weights or speed beyond one device.
 
 The first process has the scheduler, the engine and its callers. It starts the others, and when they have met, each
 reads its share of the weights, so a model may be larger than the memory of any of them. From then on it sends each the
@@ -53,7 +53,7 @@ class WorkerSpec:
     largest: tuple[int, int]  # tokens of a step, sequences of a batch
 
     def join(self, store: dist.TCPStore) -> dist.ProcessGroup:
-        """Meet the others; returns when all are there."""
+        """Join the process group; returns when all are there."""
         torch.set_num_threads(self.threads)
         set_threads()
         backend = "nccl" if self.device.startswith("cuda") else "gloo"
@@ -195,7 +195,7 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints (NCCL_DEBUG, for one) is not said to the first process
-    share: WorkerSpec = _told()
+    share: WorkerSpec = _receive()
     store = dist.TCPStore("127.0.0.1", share.port, share.size, False, wait_for_workers=False, timeout=PATIENCE)
     print("here", file=said, flush=True)
     group = share.join(store)
@@ -207,12 +207,12 @@ def work() -> None:
         os._exit(1)  # the first process reads the same files, and says what is wrong
     print("loaded", file=said, flush=True)
     print(memory_for_pages(models[0], *share.largest), file=said, flush=True)
-    runner = make_runner(models, **_told())
+    runner = make_runner(models, **_receive())
     while True:
-        runner.launch(_told())
+        runner.launch(_receive())
 
 
-def _told():
+def _receive():
     try:
         return pickle.load(sys.stdin.buffer)
     except EOFError:

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from warploom.engine.errors import InputError
-from warploom.engine.server.async_engine import RequestStream
 from warploom.engine.server.config import ServerConfig
+from warploom.engine.server.request_stream import RequestStream
 from warploom.engine.serving import LLM, SamplingParams
 from warploom.engine.serving.engine import Generation
 from warploom.engine.serving.scheduling.sequence import Sequence

@@ -191,8 +191,8 @@ def test_memory_step_needs_no_cache(tiny_model, shape):
     largest_step(tiny_model(shape), 40, 3)
 
 
-def test_parcel_of_arrays_round_trips():
-    """Arrays that travel in one parcel arrive as they were."""
+def test_arrays_in_one_copy_round_trip():
+    """Arrays that are copied side by side arrive as they were."""
     numbers = np.random.default_rng(0)
     shapes = [((3,), np.int64), ((5, 7), np.int32), ((0,), np.int64), ((1,), np.float32), ((2, 3), np.int64)]
     sent = [numbers.integers(-9, 9, shape).astype(kind) for shape, kind in shapes]

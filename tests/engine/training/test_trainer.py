@@ -258,6 +258,16 @@ def test_fine_tuning_starts_from_directory(tiny, recorder):
     assert recorder.losses[0] < base.val_loss + 0.3
 
 
+def test_large_micro_batch_on_cpu_is_told(tiny, recorder, monkeypatch):
+    """Before the first step, which may take minutes or all memory, the flags that shrink it are named."""
+    monkeypatch.setattr("warploom.engine.training.trainer.LARGE", 127)
+    train(tiny(steps=1), [recorder])
+    assert any("4 rows of context=32 tokens: if that is slow or too large" in note for note in recorder.notes)
+    recorder.notes.clear()
+    train(tiny("other", steps=1, batch_size=2), [recorder])
+    assert not any("rows of context" in note for note in recorder.notes)
+
+
 def test_training_works_outside_the_main_thread(tiny):
     results = []
     thread = threading.Thread(target=lambda: results.append(train(tiny(steps=2, eval_every=0))))

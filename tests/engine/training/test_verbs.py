@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 
@@ -89,7 +90,9 @@ def test_resume_with_other_text_or_tokenizer_is_refused(story, tmp_path, capsys)
     ("argv", "sentence"),
     [
         (["train", "x", "--stepz", "3"], "--stepz"),
-        (["train", "x", "--steps", "many"], "--steps"),
+        (["train", "x", "--lr", "many"], "could not convert string to float: 'many' (warploom train --help"),
+        (["train", "x", "--steps", "many"], "--steps: it must be INT, not 'many' (warploom train --help"),
+        (["train", "x", "--optimiser", "muon"], "--optimiser, muon; perhaps --optimizer (warploom train --help"),
         (["train"], "train: DATA A dataset directory"),
         (["train", "no-such-file.txt"], "no file matches 'no-such-file.txt'"),
         (["train", "x", "--rope-scaling", "linear"], "rope_scaling must be JSON"),
@@ -129,6 +132,17 @@ def test_a_dataset_of_another_tokenizer_is_refused(story, tmp_path, capsys):
     assert main(["eval", out, str(tmp_path / "word")]) == 2
     assert main(["train", str(tmp_path / "word"), "--from", out, "--out", str(tmp_path / "b")]) == 2
     assert capsys.readouterr().err.count("another tokenizer") == 2
+
+
+def test_text_unknown_to_the_tokenizer_is_told(story, tmp_path, capsys):
+    """A character tokenizer of one script reads nothing of another: the share is on the line of the token counts."""
+    novel = tmp_path / "novel.txt"
+    novel.write_text("學而時習之，不亦說乎？\n" * 50)
+    flags = ["--steps", "1", "--device", "cpu", *TINY]
+    assert main(["train", str(novel), "--tokenizer", "char", "--out", str(tmp_path / "a"), *flags]) == 0
+    assert "% are unknown" not in capsys.readouterr().err
+    assert main(["train", str(story), "--tokenizer", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *flags]) == 0
+    assert re.search(r"; (9\d|100)% are unknown to its tokenizer", capsys.readouterr().err)
 
 
 def test_foreign_tokenizers_read_where_asked(tmp_path):
