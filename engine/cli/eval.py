@@ -76,8 +76,10 @@ def run(argv: list[str]) -> int:
             chats, name, tokens = open_conversations(flags.data), "train", Path(scratch) / "tokens"
             if chats and chats.pairs:
                 raise InputError(f"{flags.data} holds preference pairs: train --loss dpo evaluates them")
-            write = write_conversations if chats else write_token_data
-            data = write(chats or files([flags.data]), tokenizer, tokens, (1.0,))
+            if chats:
+                data = write_conversations(chats, tokenizer, tokens, (1.0,))
+            else:
+                data = write_token_data(files([flags.data]), tokenizer, tokens, (1.0,))
         split = data.split(name)
         if len(split) < 2:
             raise InputError(f"{flags.data} has {len(split)} tokens in {name!r}: at least 2 are needed")

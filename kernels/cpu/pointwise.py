@@ -212,3 +212,29 @@ def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: floa
     upstream_N = None if upstream_N is None else upstream_N.contiguous()
     _native.cross_entropy(ignore_index, smoothing, z_loss, logits_NV, targets_N, upstream_N, losses_N)
     return losses_N
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NV, targets_N, *options):
+        losses_N, log_sums_N = torch.empty(2, len(logits_NV))
+        _native.cross_entropy(*options, logits_NV, targets_N, None, losses_N, log_sums_N)
+        ctx.save_for_backward(logits_NV, targets_N, log_sums_N)
+        ctx.options = options
+        return losses_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream_N):
+        logits_NV, targets_N, log_sums_N = ctx.saved_tensors
+        gradient = torch.empty_like(logits_NV)
+        upstream_N = upstream_N.contiguous()
+        _native.cross_entropy(*ctx.options, logits_NV, targets_N, upstream_N, None, log_sums_N, gradient)
+        return gradient, None, None, None, None
+
+
+def cross_entropy(logits, targets, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
+    """`cross_entropy`, a loss a row."""
+    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    losses_N = _Entropy.apply(rows, targets.reshape(-1).contiguous(), ignore_index, smoothing, z_loss)
+    return losses_N.view(targets.shape)

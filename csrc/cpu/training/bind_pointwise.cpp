@@ -94,14 +94,17 @@ void rope(float sign, Tensor x, Tensor cos, Tensor sin, Tensor positions, Tensor
     });
 }
 
-void cross_entropy(int64_t ignore, float smoothing, float z, Tensor logits, Tensor targets, Tensor upstream,
-                   Tensor losses) {
+void cross_entropy(int64_t ignore, float smoothing, float z, Tensor logits, Tensor targets, Tensor upstream, Tensor losses,
+                   Tensor log_sums, Tensor gradient) {
+    if (!losses.given() && !log_sums.given()) throw py::value_error("a gradient without losses takes log_sums");
     const int N = size_of(logits.size(0)), V = size_of(logits.size(1));
     in_format(logits, [&](auto number) {
         using T = decltype(number);
         run(CrossEntropy<T>{N, V, ignore, smoothing, z, logits.numbers<T>("logits", int64_t(N) * V),
                             targets.numbers<const int64_t>("targets", N),
-                            upstream.numbers_or_none<const float>("upstream", N), losses.numbers<float>("losses", N)});
+                            upstream.numbers_or_none<const float>("upstream", N), losses.numbers_or_none<float>("losses", N),
+                            log_sums.numbers_or_none<float>("log_sums", N),
+                            gradient.numbers_or_none<T>("gradient", int64_t(N) * V)});
     });
 }
 
@@ -153,7 +156,9 @@ void bind_passes(py::module_& module) {
     module.def("gate_forward", &gate_forward);
     module.def("gate_backward", &gate_backward);
     module.def("rope", &rope);
-    module.def("cross_entropy", &cross_entropy);
+    module.def("cross_entropy", &cross_entropy, py::arg("ignore"), py::arg("smoothing"), py::arg("z"), py::arg("logits"),
+               py::arg("targets"), py::arg("upstream"), py::arg("losses"), py::arg("log_sums") = py::none(),
+               py::arg("gradient") = py::none());
     module.def("attention", &attention, py::arg("scale"), py::arg("stats"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("dq") = py::none(), py::arg("dk") = py::none(),
                py::arg("dv") = py::none());

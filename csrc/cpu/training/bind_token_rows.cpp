@@ -161,7 +161,8 @@ void head_loss(int64_t ignore, float smoothing, float z, Tensor hidden, Tensor f
         const HeadLoss<F> pass{
             hidden.rows<const F>("hidden", N, C), panels_of(forth.numbers<const F>("forth", count), C, V),
             panels_of(back.numbers_or_none<const F>("back", count), V, C),
-            {N, V, ignore, smoothing, z, nullptr, targets.numbers<const int64_t>("targets", N), scale, losses.numbers<float>("losses", N)},
+            {N, V, ignore, smoothing, z, nullptr, targets.numbers<const int64_t>("targets", N), scale, losses.numbers<float>("losses", N), nullptr,
+             nullptr},
             d_hidden.rows_or_none<F>("d_hidden", N, C), left.numbers_or_none<F>("left", room_of_tokens(N, V)),
             right.numbers_or_none<F>("right", room_of_tokens(N, C))};
         unlocked([&] { pass.run(); });

@@ -120,43 +120,56 @@ WARPLOOM_INLINE void rope_tokens(const Rope<T>& t, int first, int last) {
     }
 }
 
+// The loss of a row, and the logarithm of its sum of exponentials.
+template <class T>
+WARPLOOM_INLINE float row_loss(const CrossEntropy<T>& t, const T* x, int64_t target, float& log_sum) {
+    using V = SixteenIn<Register>;
+    const int whole = t.classes / 16 * 16;
+    V top[4], mass = {};  // one maximum would wait for itself
+    for (V& each : top) each = V{} - INFINITY;
+    int at = 0;
+    for (; at + 64 <= whole; at += 64)
+        for (int i = 0; i < 4; ++i) top[i] = Larger()(load_as<V>(x + at + 16 * i), top[i]);
+    for (; at < whole; at += 16) top[0] = Larger()(load_as<V>(x + at), top[0]);
+    float highest = largest(as_f16(Larger()(Larger()(top[0], top[1]), Larger()(top[2], top[3]))));
+    for (int c = whole; c < t.classes; ++c) highest = std::max(highest, widen(x[c]));
+    for (int c = 0; c < whole; c += 16) mass += exp(load_as<V>(x + c) - highest);
+    float weight = sum(as_f16(mass));
+    for (int c = whole; c < t.classes; ++c) weight += std::exp(widen(x[c]) - highest);
+    log_sum = highest + std::log(weight);
+    const float loss = log_sum - (1.0f - t.smoothing) * widen(x[target]) + t.z * log_sum * log_sum;
+    if (t.smoothing == 0) return loss;
+    V all = {};
+    for (int c = 0; c < whole; c += 16) all += load_as<V>(x + c);
+    float total = sum(as_f16(all));
+    for (int c = whole; c < t.classes; ++c) total += widen(x[c]);
+    return loss - t.smoothing / t.classes * total;
+}
+
 template <class T>
 WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
     using V = SixteenIn<Register>;
     for (int row = first; row < last; ++row) {
-        T* x = t.logits + int64_t(row) * t.classes;
+        const T* x = t.logits + int64_t(row) * t.classes;
+        T* dx = (t.gradient ? t.gradient : t.logits) + int64_t(row) * t.classes;
         const int64_t target = t.targets[row];
         if (target == t.ignore) {
-            t.losses[row] = 0;
-            if (t.upstream) std::fill(x, x + t.classes, T{});
+            if (t.losses) t.losses[row] = 0;
+            if (t.upstream) std::fill(dx, dx + t.classes, T{});
             continue;
         }
-        const int whole = t.classes / 16 * 16;
-        V top = V{} - INFINITY, all = {}, mass = {};
-        for (int c = 0; c < whole; c += 16) top = Larger()(load_as<V>(x + c), top);
-        float highest = largest(as_f16(top));
-        for (int c = whole; c < t.classes; ++c) highest = std::max(highest, widen(x[c]));
-        for (int c = 0; c < whole; c += 16) {
-            const V logits = load_as<V>(x + c);
-            mass += exp(logits - highest);
-            all += logits;
-        }
-        float weight = sum(as_f16(mass)), total = sum(as_f16(all));
-        for (int c = whole; c < t.classes; ++c) {
-            weight += std::exp(widen(x[c]) - highest);
-            total += widen(x[c]);
-        }
-        const float log_sum = highest + std::log(weight), hard = 1.0f - t.smoothing, soft = t.smoothing / t.classes;
-        float loss = log_sum - hard * widen(x[target]) + t.z * log_sum * log_sum;
-        if (t.smoothing != 0) loss -= soft * total;
-        t.losses[row] = loss;
+        float log_sum;
+        if (t.losses) t.losses[row] = row_loss(t, x, target, log_sum);
+        else log_sum = t.log_sums[row];
+        if (t.losses && t.log_sums) t.log_sums[row] = log_sum;
         if (!t.upstream) continue;
+        const float hard = 1.0f - t.smoothing, soft = t.smoothing / t.classes;
         const float scale = t.upstream[row], factor = scale * (1.0f + 2.0f * t.z * log_sum);
         const float at_target = factor * std::exp(widen(x[target]) - log_sum) - scale * (soft + hard);
-        for (int c = 0; c < whole; c += 16) store_as(x + c, exp(load_as<V>(x + c) - log_sum) * factor - scale * soft);
-        const int n = t.classes - whole;
-        if (n) store(x + whole, exp(load(x + whole, n) - log_sum) * factor - scale * soft, n);
-        narrow(at_target, x[target]);
+        const int whole = t.classes / 16 * 16, n = t.classes - whole;
+        for (int c = 0; c < whole; c += 16) store_as(dx + c, exp(load_as<V>(x + c) - log_sum) * factor - scale * soft);
+        if (n) store(dx + whole, exp(load(x + whole, n) - log_sum) * factor - scale * soft, n);
+        narrow(at_target, dx[target]);
     }
 }
 

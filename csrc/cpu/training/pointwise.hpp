@@ -74,8 +74,9 @@ struct Rope {
     void run() const;
 };
 
-// Cross-entropy of each row of logits and, where `upstream` is given, the logits' gradient in their place. A target that
-// is no class and not `ignore` is an out_of_range.
+// Cross-entropy of each row of logits and, where `upstream` is given, the logits' gradient, in their place if there is none of
+// its own. `log_sums` keep the logarithms of sums of exponentials for a gradient without `losses`. A target that is no class and
+// not `ignore` is an out_of_range.
 template <class T>
 struct CrossEntropy {
     int rows, classes;
@@ -85,6 +86,8 @@ struct CrossEntropy {
     const int64_t* targets;
     const float* upstream;
     float* losses;
+    float* log_sums;
+    T* gradient;
     void run_range(int first, int last) const;
     void run() const;
 };
