@@ -39,7 +39,6 @@ HARMLESS = {
     "length_penalty": 1.0,
     "continuous_usage_stats": False,
     "cache_prompt": True,
-    "add_special_tokens": True,
     "add_generation_prompt": True,
     "return_token_strs": (True, False),
 }

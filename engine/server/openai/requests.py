@@ -214,6 +214,7 @@ class CompletionRequest(Sampling):
     prompt: Prompt
     max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Default: 16.")
     echo: bool = Field(False, description="Put the prompt in front of the text.")
+    add_special_tokens: Literal[True] = Field(True, description="What the tokenizer puts before every text.")
     logprobs: int | None = Field(None, ge=0, le=100)
 
     @property
@@ -328,6 +329,7 @@ class ChatRequest(Sampling):
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
     add_generation_prompt: bool = Field(True, description="Ask for a new message.")
+    add_special_tokens: Literal[False] = Field(False, description="The chat template writes them.")
     continue_final_message: bool = Field(False, description="Continue the last message, which is the assistant's.")
 
     def sampling(self) -> SamplingParams:
@@ -378,6 +380,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], FIRST_ERROR, Field(min_length=1)] | None = None
+    add_special_tokens: Literal[True] = Field(True, description="What the tokenizer puts before every text.")
 
 
 class DetokenizeRequest(Body):

@@ -56,6 +56,7 @@ def test_fields_that_change_nothing_are_taken(client):
     body = {"messages": [HI], "max_tokens": 4, "seed": 1}
     idle = {"safety_identifier": "a", "prompt_cache_key": "b", "prompt_cache_retention": "24h", "cache_prompt": True}
     idle |= {"skip_special_tokens": True, "include_stop_str_in_output": False, "length_penalty": 1.0}
+    idle["add_special_tokens"] = False
     idle |= {"stream_options": {"include_usage": True, "continuous_usage_stats": False}, "use_beam_search": False}
     plain = text_of(client.post("/v1/chat/completions", json=body))
     answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
@@ -67,7 +68,7 @@ def test_fields_that_change_nothing_are_taken(client):
     assert streamed.status_code == 200 and streamed.text.endswith("data: [DONE]\n\n")
     asked = {"prompt": "x", "add_special_tokens": True, "return_token_strs": False}
     assert client.post("/tokenize", json=asked).json()["count"] == 1
-    for name, value in {"skip_special_tokens": False, "use_beam_search": True}.items():
+    for name, value in {"skip_special_tokens": False, "use_beam_search": True, "add_special_tokens": True}.items():
         refused = client.post("/v1/chat/completions", json={**body, name: value})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == name
 
