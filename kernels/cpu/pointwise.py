@@ -40,7 +40,7 @@ def find_openmp() -> tuple[int, ...] | None:
             functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
         except (OSError, AttributeError):
             continue
-        return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
     return None
 
 
