@@ -60,7 +60,7 @@ WARPLOOM_INLINE void multiply_tile(V (&sums)[ROWS][VECTORS], TileRows<float> a, 
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) sums[r][v] += x[v] * a.at[r * a.row];
         a.at += a.term, b.at += b.term;
-    } while (--terms > 0);
+    } while (--terms);
 }
 
 #ifdef __AVX512F__
