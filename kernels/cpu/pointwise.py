@@ -15,6 +15,7 @@ N rows, D columns.
 import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -46,12 +47,21 @@ def find_openmp() -> tuple[int, ...] | None:
 
 def mapped_libraries(*names: str) -> list[str]:
     """Paths of the shared libraries of these names that the process has loaded, in the order of the names."""
+    paths = _mapped_files()
+    return [path for name in names for path in paths if re.match(rf"{name}[.-]", Path(path).name)]
+
+
+def _mapped_files() -> list[str]:
+    """Paths of the files that the process has mapped, each once: by Linux's list, or by the dynamic linker of macOS."""
+    if sys.platform == "darwin":
+        dyld = ctypes.CDLL(None)
+        dyld._dyld_get_image_name.restype = ctypes.c_char_p
+        return [os.fsdecode(dyld._dyld_get_image_name(i) or b"") for i in range(dyld._dyld_image_count())]
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:  # not Linux
+    except OSError:  # neither
         return []
-    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if ".so" in line)
-    return [path for name in names for path in paths if re.match(rf"{name}[.-]", Path(path).name)]
+    return list(dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if "/" in line))
 
 
 _openmp = find_openmp() if HAS_NATIVE else None

@@ -1,8 +1,10 @@
 """Tensors that do not fit: every index and every size is checked where C++ reads or writes by it."""
 
+import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,18 @@ def test_team_is_found_whatever_its_name(tmp_path):
         spans = [line.split()[0].split("-") for line in lines if line.rstrip().endswith(openmp)]
     parallel = pointwise.find_openmp()[0]
     assert any(int(first, 16) <= parallel < int(end, 16) for first, end in spans)
+
+
+def test_team_on_a_mac_is_asked_of_its_linker(monkeypatch):
+    """Simulated: macOS has no list of mappings, but its dynamic linker counts the images and names each."""
+    images = b"/usr/lib/libSystem.B.dylib", b"/torch/lib/libomp.dylib", None, b"/torch/lib/libtorch_cpu.dylib"
+    dyld = SimpleNamespace(_dyld_image_count=lambda: len(images), _dyld_get_image_name=lambda i: images[i])
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: dyld)
+    assert pointwise.mapped_libraries("libtorch_cpu", "libomp") == [
+        "/torch/lib/libtorch_cpu.dylib",
+        "/torch/lib/libomp.dylib",
+    ]
 
 
 def test_passes_without_openmp_leave_threads_to_torch(monkeypatch):
