@@ -157,10 +157,15 @@ FORMS_BY_KEYS = {
 
 
 def write_conversations(
-    conversations: Conversations, tokenizer: Any, out: str | Path, splits: tuple[float, ...]
+    conversations: Conversations,
+    tokenizer: Any,
+    out: str | Path,
+    splits: tuple[float, ...],
+    on_progress: Callable[[int], None] | None = None,
 ) -> TokenData:
-    """Encode conversations into `out`/{train,val,test}.bin, with what is learned of each in `.learn`."""
-    edges, out = split_edges(splits), Path(out)
+    """Encode conversations into `out`/{train,val,test}.bin, with what is learned of each in `.learn`. `on_progress`
+    hears the number of bytes encoded so far."""
+    edges, out, done = split_edges(splits), Path(out), 0
     count = sum(1 for _ in itertools.islice(conversations.read(), FEW))
     if not count:
         raise InputError(f"{conversations.name} holds no conversation")
@@ -175,6 +180,9 @@ def write_conversations(
                 ids, learned = _encode(conversation, tokenizer)
                 size = len(tokenizer.decode(ids).encode("utf-8", "surrogatepass"))
                 writer.add(ids, True, size, learned)
+                done += size
+            if on_progress:
+                on_progress(done)
         meta = Meta(
             source=conversations.name,
             dtype=dtype,
