@@ -62,7 +62,7 @@ STEPS: dict[str, Callable[[], str]] = {
     "a graph of paged_attention": graph,
     "attention": lambda: small(kernels.attention),
 }
-"""What is most likely to hang or to cost the process its GPU comes last."""
+"""Checks in order: those most likely to hang, or to cost the process its GPU, come last."""
 
 
 def main() -> int:

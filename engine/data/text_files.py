@@ -47,10 +47,14 @@ def holds_rows(path: Path) -> bool:
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row of a file with its place, `path:number`, counted from 1; empty lines are passed over."""
-    if _kind(path) != ".parquet" and not _is_array(path):
+    if _kind(path) == ".parquet":
+        rows = _parquet_rows(path)
+    elif _is_array(path):
+        rows = iter(_array(path))
+    else:
         yield from _json_lines(path)
         return
-    for number, row in enumerate(_array(path) if _is_array(path) else _parquet_rows(path), 1):
+    for number, row in enumerate(rows, 1):
         yield f"{path}:{number}", row
 
 

@@ -1,4 +1,4 @@
-"""What a call is given, before any kernel runs: shapes that do not fit are refused, gaps between numbers closed."""
+"""Argument checks of ops before a launch: shapes that do not fit are refused, strided vectors made contiguous."""
 
 import pytest
 import torch
@@ -179,7 +179,7 @@ def test_rope_no_tokens_or_too_many():
 
 
 def test_moe_narrow_logits_within_groups():
-    """What is out of reach is put at −1e30, which float16 has not."""
+    """Router logits of masked groups are −1e30, a number that float16 lacks."""
     op = kernels.moe
     call = given(op, next(case for case in op.cases if case.name == "best of four groups"))
     narrow = call["router_logits"].detach().half()

@@ -52,7 +52,7 @@ def test_final_message_is_continued_where_it_ends(client):
 
 
 def test_fields_that_change_nothing_are_taken(client):
-    """What OpenAI's, vLLM's and llama.cpp's clients send by default asks for what happens anyway."""
+    """Default fields of OpenAI's, vLLM's and llama.cpp's clients are accepted: they ask for what happens anyway."""
     body = {"messages": [HI], "max_tokens": 4, "seed": 1}
     idle = {"safety_identifier": "a", "prompt_cache_key": "b", "prompt_cache_retention": "24h", "cache_prompt": True}
     idle |= {"skip_special_tokens": True, "include_stop_str_in_output": False, "length_penalty": 1.0}

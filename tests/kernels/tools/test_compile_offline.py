@@ -180,7 +180,7 @@ for arch in (80, 90, 100):
 
 
 def test_product_epilogue_same_arithmetic_any_rows():
-    """What a compiler contracts behind the sums of a tile is the same in the tiles of few, some and many rows."""
+    """Fused multiply-adds of the epilogue are as many in the tiles of few, some and many rows."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "WARPLOOM_TRITON": "1"}
     done = subprocess.run([sys.executable, "-c", EPILOGUE], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["80", "1", "90", "1", "100", "1"]
