@@ -130,12 +130,15 @@ tok = BPETokenizer.train([line], 400)
 def pieces(size):
     for _ in range(size // len(line.encode())): yield line
 for _ in tok.encode_iterable(pieces(2_000_000)): pass
-before = resident()
-for _ in tok.encode_iterable(pieces(50_000_000)): pass
-print(resident() - before)
+growth = []
+for _ in range(3):
+    before = resident()
+    for _ in tok.encode_iterable(pieces(20_000_000)): pass
+    growth.append(resident() - before)
+print(min(growth))  # what the allocator keeps once is no leak
 """
     done = run_alone(code)
-    assert int(done.stdout) < 2 << 20, done
+    assert int(done.stdout) < 1 << 20, done
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -160,12 +163,15 @@ def fail(times):
             try: call()
             except (KeyboardInterrupt, ValueError, TypeError): pass
 fail(20)
-before = resident()
-fail(60)
-print(resident() - before)
+growth = []
+for _ in range(3):
+    before = resident()
+    fail(20)
+    growth.append(resident() - before)
+print(min(growth))  # what the allocator keeps once is no leak
 """
     done = run_alone(code)
-    assert int(done.stdout) < 4 << 20, done
+    assert int(done.stdout) < 1 << 20, done
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets RLIMIT_AS")
