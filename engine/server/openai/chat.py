@@ -15,8 +15,9 @@ from typing import Any
 from ....tokenizer.chat import encode_chat
 from ...serving.structured_output import TriggeredGrammar
 from . import errors
+from .conversation import Message, NamedTool, Tool
 from .message_reader import PlainReader, make_reader
-from .requests import ChatRequest, Message, NamedTool, Tool
+from .requests import ChatRequest
 from .tool_formats import format_of, read_json, thoughts_of
 from .tool_grammar import answer_grammar, bound_grammar, call_grammar
 
