@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ...errors import InputError
 from ..request_body import FIRST_ERROR
@@ -92,3 +92,35 @@ class NamedTool(Body):
 
     type: Literal["function"]
     function: FunctionName
+
+
+class AllowedTools(Body):
+    """Tools that may be called, named or defined again, of those that the model is shown."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[Tool], FIRST_ERROR, Field(min_length=1, max_length=128)]
+
+
+class AllowedToolChoice(Body):
+    """Restriction of the calls that leaves the prompt, and with it the cached prefix, as it is."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else value
+    kinds = {"function": "one tool", "allowed_tools": "some tools"}
+    return kinds.get(kind, "a word") if isinstance(kind, str) else None
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("a word")]
+    | Annotated[NamedTool, Tag("one tool")]
+    | Annotated[AllowedToolChoice, Tag("some tools")],
+    Discriminator(
+        _kind_of_choice,
+        custom_error_type="tool_choice_type",
+        custom_error_message="must be none, auto, required, or an object of type function or allowed_tools",
+    ),
+]
