@@ -299,7 +299,7 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """Columns of a head that rotate."""
+        """Head dimensions that RoPE rotates."""
         return self.rope_dim if self.kv_rank else self.rotary_dim or self.head_size
 
     @property
@@ -321,7 +321,7 @@ class ModelConfig:
     # Layers by number.
 
     def kind(self, layer: int) -> str:
-        """The letter of a layer: w, f or n."""
+        """Attention kind of a layer as a letter: w (sliding window), f (full), n (full, without RoPE)."""
         letters = self.layers or ("w" if self.sliding_window else "f")
         return letters[layer % len(letters)]
 
@@ -333,7 +333,7 @@ class ModelConfig:
         return self.sliding_window if self.kind(layer) == "w" else None
 
     def rope(self, kind: str) -> tuple[float, dict[str, Any] | None] | None:
-        """Base and scaling of the rotation in layers of this kind; None where nothing rotates."""
+        """RoPE base and scaling of layers of this kind; None where RoPE is not applied."""
         if self.position != "rope" or kind == "n":
             return None
         if kind == "f" or self.local_rope is None:
@@ -346,7 +346,7 @@ class ModelConfig:
         return self.n_experts > 0 and layer >= self.n_dense_layers
 
     def ff_width(self, layer: int) -> int:
-        """Hidden width of a dense layer's feed-forward."""
+        """Hidden width of the dense feed-forward of a layer."""
         return self.dense_ff or self.ff_size if self.n_experts and layer < self.n_dense_layers else self.ff_size
 
     # Sizes, by arithmetic: no tensor is made.
@@ -418,7 +418,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """A known shape by name, with any field replaced: `ModelConfig.preset("llama-tiny", vocab_size=8192)`."""
+        """Return a named preset with fields replaced: `ModelConfig.preset("llama-tiny", vocab_size=8192)`."""
         if name not in PRESETS:
             raise InputError(f"preset {name!r} is not known; choose one of: {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **overrides})
@@ -441,13 +441,13 @@ class ModelConfig:
 
 
 def default_width(d_model: int, ffn: str) -> int:
-    """Hidden width of a feed-forward that nobody names: about as many parameters, gated or not."""
+    """Default hidden width of the feed-forward: about as many parameters with a gate as without."""
     wide = 8 * d_model / 3 if ffn in GATED else 4 * d_model
     return max(64, -(-int(wide) // 64) * 64)  # rounded up to what matrix units like
 
 
 def current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a configuration that an earlier version wrote, by their names of today."""
+    """Rename fields of a configuration written by an earlier version to their current names."""
     values = dict(values)
     if count := values.pop("n_shared_experts", 0):
         width = values.get("d_ff") or default_width(values.get("d_model", 512), values.get("ffn", "swiglu"))
@@ -456,7 +456,7 @@ def current_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def choices_of(config: type) -> dict[str, tuple[str, ...]]:
-    """The values of each field of a dataclass that is typed as a Literal."""
+    """The allowed values of each `Literal` field of a dataclass."""
     hints = typing.get_type_hints(config).items()
     return {name: typing.get_args(kind) for name, kind in hints if typing.get_origin(kind) is Literal}
 
