@@ -315,8 +315,8 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
 
 
 def widen_lone_experts(model: Transformer) -> None:
-    """Dequantize experts of layers whose two matrices are not both stacked: the kernel takes both or none, and each step
-    would dequantize them anew."""
+    """Dequantize experts of layers whose two matrices are not both stacked: the kernel takes both or none, and they
+    would otherwise be dequantized anew at each step."""
     for layer in model.modules():
         if not isinstance(layer, MoE) or layer.product is not expert_product:
             continue

@@ -247,7 +247,7 @@ def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize MXFP4 experts (E, rows, columns / 32, 16 bytes) to bfloat16 (E, columns, rows), the published shape."""
+    """Dequantize MXFP4 experts (E, rows, columns / 32, 16 bytes) to bfloat16 (E, columns, rows), as published."""
     low, high = blocks & 15, blocks >> 4
     numbers = FP4[torch.stack([low, high], -1).flatten(-2).int()]
     numbers = torch.ldexp(numbers, (scales.int() - 127).unsqueeze(-1))

@@ -290,7 +290,7 @@ def left_behind():
 
 
 def least_growth(act, *arguments):
-    """The fewest bytes this process grew by in one of some calls: a leak is in each, what the allocator keeps is not."""
+    """Least growth of this process over some calls, in bytes: a leak grows in each, allocator caches do not."""
     sizes = [psutil.Process().memory_info().rss]
     for argument in arguments:
         act(argument)
