@@ -206,6 +206,17 @@ i4 ints_like(const f4&);
 template <class V>
 using Ints = decltype(ints_like(V()));
 
+// 2 to the whole number that 1.5 · 2²³ was added to. Without a conversion: that of NaN is undefined, and Clang made a number of it.
+template <class V>
+WARPLOOM_INLINE V power_of_2(const V& shifted) {
+    Ints<V> exponent;
+    std::memcpy(&exponent, &shifted, sizeof(V));
+    exponent = (exponent << 23) + (127 << 23);
+    V scale;
+    std::memcpy(&scale, &exponent, sizeof(V));
+    return scale;
+}
+
 // x becomes exp(x) to about one unit in the last place, 0 far below and infinity far above. (By reference: Clang lets no
 // vector be an argument where one side is for another CPU, even where nothing is called.)
 template <class V>
@@ -213,7 +224,7 @@ WARPLOOM_INLINE void exponentiate(V& x) {
     const V low = V{} - 87.3f, high = V{} + 88.7f;
     const V y = x < low ? low : x > high ? high : x;
     const V shift = V{} + 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer
-    const V n = (y * 1.44269504f + shift) - shift;
+    const V shifted = y * 1.44269504f + shift, n = shifted - shift;
     const V r = y - n * 0.693359375f + n * 2.12194440e-4f;
     V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -221,10 +232,7 @@ WARPLOOM_INLINE void exponentiate(V& x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const Ints<V> exponent = (__builtin_convertvector(n, Ints<V>) + 127) << 23;
-    V scale;
-    std::memcpy(&scale, &exponent, sizeof(V));
-    x = x < low ? V{} : p * scale;
+    x = x < low ? V{} : p * power_of_2(shifted);
 }
 template <class V>
 WARPLOOM_INLINE V exp(V x) {
@@ -273,18 +281,14 @@ WARPLOOM_INLINE V exp2_negative(V x) {
     return p;
 }
 
-// eˣ of x ≤ 0, rounding aside, 0 below -87 and NaN of any NaN: two thirds of the instructions of `exp`.
+// eˣ of x ≤ 0, rounding aside, 0 below -87 and NaN of any NaN, in two thirds of the instructions of `exp`. Its relative error grows
+// by 8e-8 times -x, as its share of a sum falls.
 template <class V>
 WARPLOOM_INLINE V exp_negative(V x) {
     const V low = V{} - 87.0f, y = low > x ? low : x;
     const V shift = V{} + 12582912.0f;
     const V shifted = y * 1.44269504f + shift, p = exp2_of_rest(y * 1.44269504f - (shifted - shift));
-    Ints<V> exponent;
-    std::memcpy(&exponent, &shifted, sizeof(V));
-    exponent = (exponent << 23) + (127 << 23);
-    V scale;
-    std::memcpy(&scale, &exponent, sizeof(V));
-    return x < low ? V{} : p * scale;
+    return x < low ? V{} : p * power_of_2(shifted);
 }
 
 // tanh(x) to about 1e-7.
