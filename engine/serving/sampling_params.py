@@ -1,4 +1,4 @@
-"""Sampling parameters of a generation: one frozen record, checked when it is made.
+"""Sampling parameters: a frozen dataclass, validated on creation.
 
 Every field is checked in `__post_init__`, so a request that exists is a request that can be served; what depends on the
 model (context length, vocabulary) is checked when the request meets it, in `requests.py`.
@@ -19,7 +19,7 @@ GREEDY_BELOW = 1e-4  # as in kernels/sample.py: logits over such a temperature d
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters: how to choose tokens, when to stop, and what to report."""
+    """Sampling parameters: temperature and truncation, penalties, stop conditions, log-probabilities, grammars."""
 
     max_tokens: int | None = 128
     """Most tokens to generate; None: until the context is full. The context length always limits it too."""
@@ -82,17 +82,17 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Return whether the most likely token is always taken."""
+        """Return whether sampling is greedy (temperature 0)."""
         return self.temperature == 0
 
     @property
     def penalized(self) -> bool:
-        """Return whether the logits depend on the tokens before."""
+        """Return whether a penalty depends on earlier tokens."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def constrained(self) -> bool:
-        """Return whether a grammar decides which tokens are possible."""
+        """Return whether a grammar constrains the tokens."""
         return any(getattr(self, name) is not None for name in GRAMMARS)
 
     def _check_numbers(self) -> None:
