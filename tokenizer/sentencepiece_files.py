@@ -105,7 +105,7 @@ def _read(data: bytes) -> BPETokenizer:
         elif field == 3:
             normalizer = dict(_fields(value))
     if not pieces:
-        raise InputError("there is no piece in it")
+        raise InputError("it holds no SentencePiece vocabulary (no pieces)")
     if trainer.get(3, 1) != _BPE:
         raise InputError(f"trainer_spec.model_type is {trainer.get(3, 1)}; only {_BPE}, BPE, is implemented")
     rules = normalizer.get(1, b"").decode()

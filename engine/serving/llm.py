@@ -209,7 +209,7 @@ class LLM:
     def _refresh(self, runner: Runner) -> None:
         scheduler = self.engine.scheduler
         if not scheduler.idle:
-            raise InputError("refresh needs an engine at rest: requests under way began with the old weights")
+            raise InputError("refresh needs an idle engine: requests in progress began with the old weights")
         where, dtype, quantize, batch_invariant = self._packing
         model, _ = _open(self._source, None, where, dtype)
         native_pages = runner.store.layers is not None

@@ -148,7 +148,7 @@ def _salt(text: Any) -> Any:
         salt = ast.literal_eval(text)
         hash(salt)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        raise InputError("the file of pages has a salt that cannot be read") from None
+        raise InputError("the prompt cache file holds a cache_salt that cannot be read") from None
     return salt
 
 
