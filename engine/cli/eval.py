@@ -1,4 +1,4 @@
-"""Evaluate a model on a text, or at a task: `warploom eval DIR DATASET_OR_FILE`, `warploom eval DIR tasks:addition`."""
+"""`warploom eval`: evaluate a model on text (perplexity) or on a task (accuracy)."""
 
 from __future__ import annotations
 

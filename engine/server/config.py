@@ -1,4 +1,4 @@
-"""Server configuration: one record; the flags of `warploom serve` and the docs come from it."""
+"""Server configuration, from which the flags of `warploom serve` are made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Limits, keys and names of one server."""
+    """Limits, keys and names of a server."""
 
     name: str = ""
     """The model's name in requests; those that name another one get 404. Empty: its directory's name."""
@@ -49,7 +49,7 @@ class ServerConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names that mean the model itself."""
+        """All names of the model."""
         return tuple(dict.fromkeys(name for name in (self.name, *self.served_model_name) if name))
 
     def __post_init__(self) -> None:
