@@ -304,7 +304,7 @@ class Deadly:
         self.path, self.code = path, code
         lines = path.read_text().splitlines() if path.exists() else []
         self.names = {name for line in lines for key, _, name in [line.partition(" ")] if key == code}
-        if not self.names:  # of other code, which may have been deadlier
+        if not self.names:  # entries are of other code
             path.unlink(missing_ok=True)
 
     @contextmanager

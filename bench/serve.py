@@ -285,7 +285,7 @@ def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]
     def call() -> None:
         first = next(turn) % FIRST
         answers = started.func([replace(request, prompt=[first, *request.prompt[1:]]) for request in work])
-        same = replies.get(who, answers)  # of the first round, in which everyone was asked the same
+        same = replies.get(who, answers)  # of the first round, in which all contestants got the same prompts
         replies[who] = [replace(reply, times=answer.times) for reply, answer in zip(same, answers)]
         short = [(len(reply.tokens), request.tokens) for reply, request in zip(answers, work)]
         if wrong := [pair for pair in short if pair[0] != pair[1]]:

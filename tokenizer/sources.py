@@ -126,7 +126,7 @@ def atomic_directory(path: str | Path, merge: Callable[[Path, Path], None] | Non
     """
     path = Path(path)
     staging = unfinished(path)
-    shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process with the same pid
     staging.mkdir(parents=True)
     try:
         yield staging

@@ -1,4 +1,4 @@
-"""Export a model for other tools: `--to hf` (config.json + safetensors), `bin` (pytorch_model.bin), `gguf` (one file for
+"""Export a model for other tools: `--to hf` (config.json + safetensors), `bin` (pytorch_model.bin), `gguf` (a file for
 llama.cpp) or `tiktoken` (the tokenizer's rank file). A LoRA adapter is exported as an adapter, or with `--merge` merged
 into its base."""
 

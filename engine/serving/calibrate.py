@@ -30,7 +30,7 @@ from .llm import LLM
 from .sampling_params import SamplingParams
 from .scheme import Scheme
 
-DAMPING = 0.01  # of the mean of H's diagonal: columns that the text never uses stay where they are
+DAMPING = 0.01  # relative to the mean of H's diagonal; keeps columns that the text never activates
 BATCH = 4096  # tokens computed together
 
 

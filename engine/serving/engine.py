@@ -176,7 +176,7 @@ class Engine:
         self, scheduler: Scheduler, runner: PlanRunner, tokenizer: Any = None, eos: frozenset[int] = frozenset()
     ):
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, eos
-        self.failures = 0  # of steps
+        self.failures = 0  # failed steps
         self.failed_alone = 0  # failures of steps with at most one sequence
         self.last_error: BaseException | None = None
         self.generated_tokens = 0

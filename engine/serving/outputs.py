@@ -13,7 +13,7 @@ class Piece:
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None  # set in the last piece
     logprobs: tuple[TokenLogprob, ...] = ()
-    index: int = 0  # which of the `n` continuations
+    index: int = 0  # index of the continuation, below `n`
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Metrics:
     cached_tokens: int = 0
     preemptions: int = 0
     drafted: int = 0  # tokens guessed ahead and checked
-    accepted_drafts: int = 0  # of these, the ones that were kept
+    accepted_drafts: int = 0  # accepted draft tokens
 
     @property
     def time_to_first_token(self) -> float | None:

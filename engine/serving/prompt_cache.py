@@ -25,7 +25,7 @@ from .execution.model_runner import Runner
 from .sampling_params import SamplingParams
 
 MAGIC = b"warploom pages 1\n"
-MOST_BYTES = 1 << 30  # of pages in a file, the most recently used ones
+MOST_BYTES = 1 << 30  # maximum bytes of pages in a file; the most recently used are kept
 MOST_HEADER = 1 << 20
 BATCH = 256  # pages copied at a time
 DIGEST = 16

@@ -252,7 +252,7 @@ class GrammarCompiler:
     def _compile(self, key: tuple[str, Hashable]) -> Callable[[], Grammar]:
         field, source = key
         with self._keeping:
-            matcher = self._kept.get(key)  # somebody may have asked for the same in the meantime
+            matcher = self._kept.get(key)  # another request may have compiled it meanwhile
         if matcher is None:
             matcher = _build(self._vocabulary(), field, source)
         with self._keeping:

@@ -214,7 +214,7 @@ class Op(Generic[P, R]):
         """Arguments made contiguous and checked, as kernels need them; checked shapes are cached."""
         given = (*args, *kwargs.values())
         shapes = [x.shape if isinstance(x, torch.Tensor) else None for x in given]
-        if torch.compiler.is_compiling():  # whose guards are not to follow what is known
+        if torch.compiler.is_compiling():  # the cache of checked shapes must not become a guard
             self._check_shapes({**dict(zip(self._names, args)), **kwargs})
         elif (key := (*kwargs, *shapes)) not in self._fitting:
             self._check_shapes({**dict(zip(self._names, args)), **kwargs})

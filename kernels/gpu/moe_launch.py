@@ -186,7 +186,7 @@ def moe_backward(
     columns = cdiv(F, tile["BLOCK_N"])
     dgate_up = torch.empty_like(gate_up)
     weighted_AF = torch.empty(A, F, dtype=x.dtype, device=x.device)
-    make = torch.empty if here is None else torch.zeros  # what is not computed here is no share of the gradient
+    make = torch.empty if here is None else torch.zeros  # experts in other processes contribute no gradient here
     shares = make(columns, A, dtype=torch.float32, device=x.device)
     launch(
         moe_grouped_gemm_swiglu_bwd_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),

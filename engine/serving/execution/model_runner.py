@@ -50,7 +50,7 @@ class InFlightStep:
     plan: StepPlan
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
     draft_accepted: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
-    spans: list[range]  # of R, for each chunk
+    spans: list[range]  # range of sampled positions (R) of each chunk
     logprobs: dict[int, list[ReadLogprobs]]  # by chunk
     prompt_logprobs: dict[int, list[ReadLogprobs]]
     pooled: dict[int, np.ndarray]
@@ -79,7 +79,7 @@ class Runner:
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
         self.rows: dict[int, NewRow] = {}
-        self.sums: dict[int, np.ndarray] = {}  # of the hidden states of prompts under way, by row
+        self.sums: dict[int, np.ndarray] = {}  # running sums of prompts' hidden states (mean pooling), by row
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, PackedLinear)) for module in model.blocks.modules()
         )

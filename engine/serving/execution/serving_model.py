@@ -54,7 +54,7 @@ from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
 ROTATED = "fw"  # kinds of layers in the order of their rotations; those of kind n have none
-WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # where x stays float, rotation gains nothing and costs a launch
+WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # float activations: rotation gains nothing, costs a launch
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 

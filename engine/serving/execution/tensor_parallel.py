@@ -48,7 +48,7 @@ class WorkerSpec:
     threads: int
     device: str
     dtype: str | torch.dtype | None
-    directories: tuple[str, ...]  # of the model, and of a draft, which every process runs by itself
+    directories: tuple[str, ...]  # directories of the model, and of a draft, which every process runs whole
     packed: bool  # whether packed weights stay so: rounded anew, they are read as floats
     largest: tuple[int, int]  # tokens of a step, sequences of a batch
 
@@ -216,7 +216,7 @@ def _receive():
     try:
         return pickle.load(sys.stdin.buffer)
     except EOFError:
-        os._exit(0)  # without the farewells of torch.distributed, for which nobody waits
+        os._exit(0)  # skip torch.distributed's shutdown: the main process has gone
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class PagePool:
         """Put a computed page, the `index`-th of `tokens`, into the prefix cache behind `chain`; return its chain."""
         key = self._key(chain, tokens, index)
         if known := self._published.get(key):
-            return known.chain  # somebody computed the same text at the same time; theirs stays the one found
+            return known.chain  # another sequence published the same text first: its page stays the cached one
         page = self._pages[number]
         assert page.references > 0 and page.key is None, f"page {number} cannot be published"
         page.chain = next(self._chains)

@@ -66,17 +66,17 @@ class Scheduler:
             )
         self.pool = pool
         self.max_batch, self.max_batch_tokens, self.context = max_batch, max_batch_tokens, context
-        self.shared_tokens = max_batch_tokens  # of a step in which somebody decodes
+        self.shared_tokens = max_batch_tokens  # token budget of steps in which a sequence decodes
         self.patience, self.depth, self.draft, self.most_drafts = patience, depth, draft, most_drafts
         self.running: list[Sequence] = []
-        self.ended: list[Sequence] = []  # since somebody last looked and cleared it
+        self.ended: list[Sequence] = []  # until the engine reads and clears it
         self.preemptions = self.drafted = self.accepted_drafts = 0
         self._waiting: list[tuple[Order, Sequence]] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._rows = list(range(max_batch - 1, -1, -1))
         self._flights: deque[dict[Sequence, _Share]] = deque()
         self._arrivals = count()
-        self._suspects: list[Sequence] = []  # of a step that failed; the last one is being tried alone
+        self._suspects: list[Sequence] = []  # sequences of a failed step; the last one is being run alone
 
     @property
     def waiting(self) -> list[Sequence]:

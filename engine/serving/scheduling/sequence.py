@@ -24,7 +24,7 @@ class Sequence:
     grammar: Any = None
     listener: Any = None  # whom the engine tells; the scheduler never looks
     use_cache: bool = True
-    pooling: str | None = None  # of the prompt's hidden states, if they are wanted: mean or last
+    pooling: str | None = None  # pooling of the prompt's hidden states: mean, last or None
     manual: bool = False  # its owner chooses its tokens and ends it (beams); samples are only reported
     followers: tuple["Sequence", ...] = ()  # the same prompt again: they start when this one has computed it
     leader: "Sequence | None" = None
