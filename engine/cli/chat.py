@@ -45,7 +45,7 @@ class ChatOptions:
     system: str = ""
     """System message."""
     prompt: str | None = None
-    """Say this, print the answer, and leave."""
+    """Send this one message, print the answer, and exit."""
 
 
 def run(argv: list[str]) -> int:

@@ -52,11 +52,11 @@ class Flags:
     ssl_keyfile: Path | None = None
     """The certificate's private key."""
     root_path: str = ""
-    """The path under which a proxy shows this server, such as /llm."""
+    """Path prefix under which a reverse proxy publishes this server, such as /llm."""
     chat_template: Path | None = None
     """A Jinja file to use instead of the model's own chat template."""
     replicas: int = 1
-    """Engines to spread the requests over, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
+    """Data-parallel replicas, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
 
 

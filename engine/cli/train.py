@@ -42,7 +42,7 @@ class RunFlags(TrainConfig):
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a
     checkpoint, start."""
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """A model directory whose weights to start from (fine-tuning)."""
+    """Model directory to fine-tune: the run starts from its weights."""
     config: str | None = None
     """A TOML file with any of these flags as `name = value`, for example `batch_size = 32`."""
 
@@ -57,9 +57,9 @@ class ModelFlags(ModelConfig):
     vocab_size: int = 0
     """Rows of the embedding table, and the size of a tokenizer trained here; 0 = as the tokenizer (or preset) has."""
     rope_scaling: str | None = None
-    """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
+    """RoPE scaling for longer contexts, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
     local_rope: str | None = None
-    """The rotation of windowed layers where it is another, as JSON: {"rope_theta": 1e4}."""
+    """RoPE of sliding-window layers, where it differs, as JSON: {"rope_theta": 1e4}."""
 
     def __post_init__(self) -> None:
         """No check here: ModelConfig checks."""

@@ -75,11 +75,11 @@ class Case:
     make: Callable[["Maker"], tuple]
     options: Mapping[str, Any] = field(default_factory=dict)
     bench: bool = False
-    """Too large for the interpreter: timed on a GPU, and compiled ahead of time for its budget."""
+    """Benchmark case, too large for the interpreter: timed on a GPU, and compiled ahead of time for its budget."""
     expanded: bool = False
     """The gradient arrives expanded with stride 0, as from `.sum().backward()`."""
     steep: bool = False
-    """A rounding of its inputs changes the result by far more than one of the result does: see `verify`."""
+    """Ill-conditioned: a rounding of its inputs changes the result by far more than its own rounding; see `verify`."""
 
     def build(self, maker: "Maker") -> tuple[list, dict]:
         """Make the arguments of the call."""
@@ -101,13 +101,13 @@ class Budget:
     vector: bool = False
     """Must access global memory 16 bytes at a time."""
     copies: int = 0
-    """Tiles that its loop must load ahead of the product on sm_90."""
+    """Pipeline depth: tiles that its loop must load ahead of the product on sm_90."""
     products: int = 0
-    """Products that its loop must keep under way on sm_90: 0 where each is waited for at once."""
+    """wgmma products that its loop must keep in flight on sm_90: 0 where each is waited for at once."""
     tensor_share: float = 0.0
     """Part of its loop's time in which shared memory must leave tensor cores busy on sm_90."""
     streams: bool = False
-    """Its warps never wait for each other inside its loop."""
+    """Its loop has no barrier between warps."""
 
 
 class Maker:
@@ -162,7 +162,7 @@ class Op(Generic[P, R]):
     mutates: tuple[str, ...] = ()
     """Parameters written in place; tests compare them as if they were returned."""
     native: bool = False
-    """Of the eager path all but products by PyTorch runs in the C++ extension, on a CPU where that is built."""
+    """On a CPU, the eager path (except matrix products) runs in the C++ extension, where that is built."""
     shapes: str = ""
     """Sizes that must agree, a letter each: "x ... D, weight D"; `...` are any leading ones, the same for all.
 
