@@ -75,28 +75,28 @@ def family_table() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     common = set(FAMILIES["llama"].words.values())
     for kind, family in FAMILIES.items():
-        always = [f"{name}={value}" for name, value in sorted(family.granted.items())]
+        always = [f"{name}={value}" for name, value in sorted(family.fixed.items())]
         fields = {field for words in set(family.words.values()) - common for field in words.split("+")}
-        fields |= _fields_of(family) - family.granted.keys()
+        fields |= _fields_of(family) - family.fixed.keys()
         laid = [f"norm weights less {family.offset:g}"] if family.offset else []
-        laid += [f"rows of {part} in another order" for part in family.orders]
+        laid += [f"rows of {part} in another order" for part in family.row_order]
         laid += [f"{part} transposed" for part in family.transposed]
         cells = f"`{kind}`", family.title, *map(", ".join, (always, sorted(fields), laid))
         yield f"| {' | '.join(cells)} |"
 
 
 def _fields_of(family: Family) -> set[str]:
-    """Our fields that a family's custom conversions (`more`) set."""
+    """Our fields that a family's custom conversions set."""
     config = ModelConfig.preset("llama-tiny", query_growth={"beta": 0.1, "length": 64})
     values, found = {"model_type": ""}, set()
     for name in family.words:
         values |= dict.fromkeys(name.split("|"), 4)
-    for word in family.more:
+    for conversion in family.conversions:
         with suppress(ValueError, KeyError, TypeError, AttributeError):
-            values |= word.write(config)
-    for word in family.more:
+            values |= conversion.write(config)
+    for conversion in family.conversions:
         with suppress(ValueError, KeyError, TypeError, AttributeError):
-            found |= word.read(values).keys()
+            found |= conversion.read(values).keys()
     return found
 
 

@@ -32,7 +32,7 @@ NULLABLE = (
 
 
 @dataclass(frozen=True)
-class Word:
+class Conversion:
     """Custom conversion of some fields: `read` maps config.json to our fields, `write` maps a configuration back."""
 
     read: Callable[[Values], dict[str, Any]]
@@ -49,19 +49,19 @@ class Family:
     """Our module → the published one. Several are concatenated by rows; * stands for the number of an expert."""
     words: dict[str, str]
     """config.json key → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""
-    more: tuple[Word, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
     """Conversions that take more than renaming a key."""
-    granted: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     """Our fields that are constant in this family."""
-    assumed: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of config.json keys that a file omits."""
     refused: dict[str, tuple] = field(default_factory=dict)
     """Keys that must have one of these values; the first is written."""
-    orders: dict[str, Callable[[ModelConfig], Tensor]] = field(default_factory=dict)
+    row_order: dict[str, Callable[[ModelConfig], Tensor]] = field(default_factory=dict)
     """Our module → permutation of the concatenated published rows."""
     transposed: tuple[str, ...] = ()
     """Modules whose matrices are published as (inputs, outputs)."""
-    framed: tuple[str, ...] = ()
+    as_row: tuple[str, ...] = ()
     """Vectors that are published as a matrix of one row."""
     offset: float = 0.0
     """Constant added to published norm weights (1 for Gemma, whose norms multiply by 1 + w)."""
@@ -71,12 +71,12 @@ class Family:
     def read(self, values: Values) -> ModelConfig:
         """Convert a config.json to a `ModelConfig`; options that we would compute differently are refused by name."""
         said = {word for word, value in values.items() if value is not None or word in NULLABLE}
-        values = {**values, **{word: value for word, value in self.assumed.items() if word not in said}}
+        values = {**values, **{word: value for word, value in self.defaults.items() if word not in said}}
         values = {word: value for word, value in values.items() if value is not None}
         for word, accepted in self.refused.items():
             if values.get(word) not in (*accepted, None):
                 raise InputError(f"config.json: {word}={values[word]!r} is not supported (only {accepted[0]!r} is)")
-        fields = dict(self.granted)
+        fields = dict(self.fixed)
         for word, name in self.words.items():
             said = next((values[w] for w in word.split("|") if values.get(w) is not None), None)
             if said is not None:
@@ -84,8 +84,8 @@ class Family:
             elif name in NEEDED and name not in fields:
                 word, kind = word.split("|")[0], values["model_type"]
                 raise InputError(f"config.json has no field {word!r}, which model_type {kind!r} needs")
-        for word in self.more:
-            fields |= word.read(values)
+        for conversion in self.conversions:
+            fields |= conversion.read(values)
         if fields.get("experts_per_token") == 1 and fields.get("normalize_experts", True):
             raise InputError("config.json: top-1 routing with a weight of 1 is not supported (Switch routing is)")
         return ModelConfig(**_short(fields))
@@ -96,8 +96,8 @@ class Family:
         said = full(config) | {name: getattr(config, name) for name in TRAINING_ONLY}
         for word, name in self.words.items():
             values |= dict.fromkeys(word.split("|"), said[name.split("+")[0]])
-        for word in self.more:
-            values |= word.write(config)
+        for conversion in self.conversions:
+            values |= conversion.write(config)
         return values
 
     def fits(self, config: ModelConfig) -> bool:
@@ -185,13 +185,13 @@ class WeightMapping:
     order: Tensor | None = None
     """Permutation from their rows to ours."""
     offset: float = 0.0
-    framed: bool = False
+    as_row: bool = False
 
     def fill(self, target: Tensor, read: Callable[[str], Tensor]) -> None:
         """Copy the published tensors into our tensor, one at a time: nothing is ever held twice."""
         for part, name in self._parts(target):
             source = read(name)
-            source = source[0] if self.framed and source.ndim > 1 else source.mT if self.transposed else source
+            source = source[0] if self.as_row and source.ndim > 1 else source.mT if self.transposed else source
             if part.shape != source.shape:
                 wanted = tuple(part.mT.shape if self.transposed else part.shape)
                 raise InputError(f"tensor {name} has shape {tuple(read(name).shape)}, config.json says {wanted}")
@@ -208,7 +208,7 @@ class WeightMapping:
         if self.offset:
             tensor = tensor - self.offset
         for part, name in self._parts(tensor):
-            yield name, (part[None] if self.framed else part.mT if self.transposed else part).contiguous()
+            yield name, (part[None] if self.as_row else part.mT if self.transposed else part).contiguous()
 
     def _rows(self, tensor: Tensor) -> int:
         """Dimension of a tensor's rows: 1 behind the expert dimension, else 0."""
@@ -228,7 +228,7 @@ class WeightMapping:
 def mapping_of(family: Family, config: ModelConfig, name: str) -> WeightMapping:
     """The mapping of our tensor of this name."""
     c = config
-    layer, part, kind = dissect(name)
+    layer, part, kind = split_name(name)
     published = family.names[part]
     published = published(c) if callable(published) else published
     prefix, suffix = "" if layer is None else f"{family.layers}.{layer}.", f".{kind}" if kind else ""
@@ -236,11 +236,11 @@ def mapping_of(family: Family, config: ModelConfig, name: str) -> WeightMapping:
     stacked = "*" in names[0]
     copies = range(c.n_experts) if stacked else (0,)
     groups = tuple(tuple(x.replace("*", str(number)) for x in names) for number in copies)
-    order = family.orders.get(part)
+    order = family.row_order.get(part)
     norm = kind == "weight" and part.endswith(("norm", "_post"))
     return WeightMapping(
         name, groups, _sizes(c, part, layer) if len(names) > 1 else (), part in family.transposed and kind != "bias",
-        stacked, None if order is None else order(c), family.offset if norm else 0.0, part in family.framed,
+        stacked, None if order is None else order(c), family.offset if norm else 0.0, part in family.as_row,
     )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def _sizes(c: ModelConfig, part: str, layer: str | None) -> tuple[int, ...]:
     return (c.shared_ff if "shared" in part else c.ff_size,) * 2
 
 
-def dissect(name: str) -> tuple[str | None, str, str]:
+def split_name(name: str) -> tuple[str | None, str, str]:
     """Split a tensor name: blocks.3.attention.qkv.weight → ("3", "attention.qkv", "weight")."""
     layer = None
     if name.startswith("blocks."):

@@ -147,7 +147,7 @@ def _tensors(model: Transformer, kind: str) -> Iterator[tuple[str, Tensor]]:
         for new, piece in _split(part, tensor, c, kind):
             yield f"{prefix}{new}.{leaf}", piece
     if (c.rope_scaling or {}).get("rope_type") == "llama3":
-        yield "rope_freqs.weight", slowdown(c)
+        yield "rope_freqs.weight", rope_freq_factors(c)
 
 
 def _split(part: str, tensor: Tensor, c: ModelConfig, kind: str) -> list[tuple[str, Tensor]]:
@@ -170,7 +170,7 @@ def _interleave(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def slowdown(c: ModelConfig) -> Tensor:
+def rope_freq_factors(c: ModelConfig) -> Tensor:
     """Llama 3's RoPE scaling as GGUF's `rope_freqs`: by how much each frequency is divided."""
     (cos, sin), (plain_cos, plain_sin) = (
         kernels.rope_tables(c.head_size, 2, c.rope_theta, scaling) for scaling in (c.rope_scaling, None)

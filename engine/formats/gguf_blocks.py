@@ -27,7 +27,7 @@ def parts(x: Bytes, run: int, bits: int) -> Bytes:
     return (x.reshape(len(x), -1, 1, run) >> shifts & np.uint8((1 << bits) - 1)).reshape(len(x), -1)
 
 
-def five(low: Bytes, high: Bytes) -> Bytes:
+def q5_codes(low: Bytes, high: Bytes) -> Bytes:
     """Unpack 5-bit codes, whose fifth bits are stored apart."""
     bits = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
     return parts(low, 16, 4) | bits << 4
@@ -41,7 +41,7 @@ def _scales_and_minima(x: Bytes) -> tuple[Floats, Floats]:
     return scales.astype(np.float32), minima.astype(np.float32)
 
 
-def _spread(scales: Floats, codes: Floats) -> Floats:
+def _apply_group_scales(scales: Floats, codes: Floats) -> Floats:
     """Multiply codes by the scale of their group."""
     groups = scales.shape[1]
     return (scales[:, :, None] * codes.reshape(len(codes), groups, -1)).reshape(len(codes), -1)
@@ -55,7 +55,7 @@ def k_scales(x: Bytes) -> tuple[Floats, Floats]:
 
 def _k(x: Bytes, codes: Bytes) -> Floats:
     scales, minima = k_scales(x)
-    return _spread(scales, codes.astype(np.float32)) - np.repeat(minima, 32, axis=1)
+    return _apply_group_scales(scales, codes.astype(np.float32)) - np.repeat(minima, 32, axis=1)
 
 
 def q5_k_codes(x: Bytes) -> Bytes:
@@ -86,14 +86,14 @@ TYPES: dict[int, tuple[str, int, int, Callable[[Bytes], Floats]]] = {
     1: ("F16", 1, 2, half),
     2: ("Q4_0", 32, 18, lambda x: half(x[:, :2]) * (parts(x[:, 2:], 16, 4).astype(np.float32) - 8)),
     3: ("Q4_1", 32, 20, lambda x: half(x[:, :2]) * parts(x[:, 4:], 16, 4).astype(np.float32) + half(x[:, 2:4])),
-    6: ("Q5_0", 32, 22, lambda x: half(x[:, :2]) * (five(x[:, 6:], x[:, 2:6]).astype(np.float32) - 16)),
-    7: ("Q5_1", 32, 24, lambda x: half(x[:, :2]) * five(x[:, 8:], x[:, 4:8]).astype(np.float32) + half(x[:, 2:4])),
+    6: ("Q5_0", 32, 22, lambda x: half(x[:, :2]) * (q5_codes(x[:, 6:], x[:, 2:6]).astype(np.float32) - 16)),
+    7: ("Q5_1", 32, 24, lambda x: half(x[:, :2]) * q5_codes(x[:, 8:], x[:, 4:8]).astype(np.float32) + half(x[:, 2:4])),
     8: ("Q8_0", 32, 34, lambda x: half(x[:, :2]) * np.ascontiguousarray(x[:, 2:]).view(np.int8).astype(np.float32)),
     12: ("Q4_K", 256, 144, lambda x: _k(x, parts(x[:, 16:], 32, 4))),
     13: ("Q5_K", 256, 176, lambda x: _k(x, q5_k_codes(x))),
-    14: ("Q6_K", 256, 210, lambda x: _spread(q6_k_scales(x), q6_k_codes(x).astype(np.float32) - 32)),
+    14: ("Q6_K", 256, 210, lambda x: _apply_group_scales(q6_k_scales(x), q6_k_codes(x).astype(np.float32) - 32)),
     20: ("IQ4_NL", 32, 18, lambda x: half(x[:, :2]) * IQ4[parts(x[:, 2:], 16, 4)]),
-    23: ("IQ4_XS", 256, 136, lambda x: _spread(iq4_xs_scales(x), IQ4[parts(x[:, 8:], 16, 4)])),
+    23: ("IQ4_XS", 256, 136, lambda x: _apply_group_scales(iq4_xs_scales(x), IQ4[parts(x[:, 8:], 16, 4)])),
     30: ("BF16", 1, 2, lambda x: (np.ascontiguousarray(x).view("<u2").astype(np.uint32) << 16).view(np.float32)),
     39: ("MXFP4", 32, 17, lambda x: mxfp4_scales(x) * E2M1[parts(x[:, 1:], 16, 4)]),
 }

@@ -18,11 +18,11 @@ from .gguf_blocks import (
     TYPES,
     Bytes,
     Floats,
-    five,
     half,
     iq4_xs_scales,
     k_scales,
     mxfp4_scales,
+    q5_codes,
     q5_k_codes,
     q6_k_codes,
     q6_k_scales,
@@ -53,8 +53,8 @@ _IQ4, _E2M1 = tuple(int(value) for value in IQ4), tuple(int(value) for value in 
 PACKED: dict[int, tuple[int, int, bool, tuple[int, ...], Callable[[Bytes], Codes]]] = {
     2: (4, 32, False, (), lambda x: (pairs(x[:, 2:], 16), half(x[:, :2]), None)),
     3: (4, 32, True, (), lambda x: (pairs(x[:, 4:], 16), half(x[:, :2]), half(x[:, 2:4]))),
-    6: (8, 32, False, (), lambda x: (five(x[:, 6:], x[:, 2:6]) + np.uint8(128 - 16), half(x[:, :2]), None)),
-    7: (8, 32, True, (), lambda x: (five(x[:, 8:], x[:, 4:8]), half(x[:, :2]), half(x[:, 2:4]))),
+    6: (8, 32, False, (), lambda x: (q5_codes(x[:, 6:], x[:, 2:6]) + np.uint8(128 - 16), half(x[:, :2]), None)),
+    7: (8, 32, True, (), lambda x: (q5_codes(x[:, 8:], x[:, 4:8]), half(x[:, :2]), half(x[:, 2:4]))),
     8: (8, 32, False, (), lambda x: (_signed(x[:, 2:]), half(x[:, :2]), None)),
     12: (4, 32, True, (), lambda x: _k(x, pairs(x[:, 16:], 32))),
     13: (8, 32, True, (), lambda x: _k(x, q5_k_codes(x))),
@@ -63,7 +63,7 @@ PACKED: dict[int, tuple[int, int, bool, tuple[int, ...], Callable[[Bytes], Codes
     23: (4, 32, False, _IQ4, lambda x: (pairs(x[:, 8:], 16), iq4_xs_scales(x), None)),
     39: (4, 32, False, _E2M1, lambda x: (pairs(x[:, 1:], 16), mxfp4_scales(x), None)),
 }
-MADE = (12, 13, 14, 23, 39)  # types whose scales are computed; a power of two a row keeps them in float16's range
+COMPUTED_SCALES = (12, 13, 14, 23, 39)  # of these types; a power of two a row keeps them in float16's range
 
 
 def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
@@ -84,7 +84,7 @@ def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
         if minima is not None and least is not None:
             minima[at : at + step] = least.reshape(-1, columns // group)
     scale_NG, least_NG = torch.from_numpy(scales), None if minima is None else torch.from_numpy(minima)
-    units = row_units(scale_NG, least_NG) if kind in MADE else torch.ones(rows)
+    units = row_units(scale_NG, least_NG) if kind in COMPUTED_SCALES else torch.ones(rows)
     halves = (scale_NG / units[:, None]).half()
     if kind == 39 and not torch.allclose(halves * units[:, None], scale_NG, rtol=0, atol=0, equal_nan=True):
         return None

@@ -26,7 +26,7 @@ from ...tokenizer import BPETokenizer
 from ..config import ModelConfig
 from ..errors import InputError
 from .families import from_hf_config
-from .gguf import slowdown
+from .gguf import rope_freq_factors
 from .gguf_blocks import TYPES
 from .gguf_packed import PACKED, pack_blocks
 from .gguf_vocabulary import read_vocabulary
@@ -330,7 +330,7 @@ class GGUFFile:
             self._check("blk.0.attn_k", (config.kv_heads * config.head_size, config.d_model), "attention.head_count_kv")
         if (config.rope_scaling or {}).get("rope_type") == "llama3":
             written = self.read("rope_freqs.weight")
-            computed = slowdown(config)
+            computed = rope_freq_factors(config)
             if written.shape != computed.shape or not torch.allclose(written, computed, rtol=1e-3):
                 raise InputError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3, the only one read")
         return config

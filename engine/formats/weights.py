@@ -120,7 +120,7 @@ class Weights:
         """One of our matrices (or one for each expert) in packed form; None unless all its published parts have one."""
         if len(shape) == 3 and not piece.stacked:
             return self._whole_experts(piece, shape)
-        if piece.transposed or piece.framed or piece.offset:
+        if piece.transposed or piece.as_row or piece.offset:
             return None
         found: list[PackedWeight] = []
         for names in piece.groups:

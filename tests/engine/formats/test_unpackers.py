@@ -20,7 +20,7 @@ from warploom.engine.config import ModelConfig
 from warploom.engine.errors import InputError
 from warploom.engine.formats.gguf import save_gguf
 from warploom.engine.formats.gguf_blocks import TYPES
-from warploom.engine.formats.gguf_packed import MADE, PACKED, pack_blocks
+from warploom.engine.formats.gguf_packed import COMPUTED_SCALES, PACKED, pack_blocks
 from warploom.engine.formats.gguf_reader import GGUFFile
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_writer import save_packed
@@ -302,7 +302,7 @@ def test_packed_gguf_is_as_ggml_has_it(parts, spans, finite, seed):
     draw, columns = Draw(seed), 256 * spans
     segments, exact, reach = [], [], []
     for number, rows in parts:
-        finite_here = finite or number in MADE
+        finite_here = finite or number in COMPUTED_SCALES
         blocks = blocks_of(number, draw, rows * columns // TYPES[number][1], finite_here)
         with np.errstate(all="ignore"):
             segment = pack_blocks(number, blocks, rows)
@@ -314,7 +314,8 @@ def test_packed_gguf_is_as_ggml_has_it(parts, spans, finite, seed):
         each = segments[-1].scales.float().abs() * 2 ** (segment.layout.bits - (segment.minima is None))
         each = each if segment.minima is None else each + segments[-1].minima.float().abs()
         each = (each * segments[-1].units[:, None]).repeat_interleave(segment.layout.group, 1)
-        reach.append(each * (16 if segment.layout.table else 1) * (HALF if number in MADE and number != 39 else 0))
+        rounded = number in COMPUTED_SCALES and number != 39
+        reach.append(each * (16 if segment.layout.table else 1) * (HALF if rounded else 0))
     found, exact, reach = PackedWeight.joined(segments, columns).dequantize(), torch.cat(exact), torch.cat(reach)
     same = (found == exact) | (found.isnan() & exact.isnan())
     assert (same | ((found - exact).abs() <= reach) & (reach > 0)).all()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import InputError
-from .family import Values, Word
+from .family import Conversion, Values
 
 SIZES = {
     "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
@@ -144,11 +144,11 @@ def _write_alpha_rope(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-ROPE = Word(_read_rope, _write_rope)
-GROWING_ROPE = Word(_read_growing_rope, _write_growing_rope)
-PARTIAL_ROPE = Word(_read_partial, _write_partial)
-ROPE_BY_KIND = Word(_read_rope_by_kind, _write_rope_by_kind)
-ALPHA_ROPE = Word(_read_alpha_rope, _write_alpha_rope)
+ROPE = Conversion(_read_rope, _write_rope)
+GROWING_ROPE = Conversion(_read_growing_rope, _write_growing_rope)
+PARTIAL_ROPE = Conversion(_read_partial, _write_partial)
+ROPE_BY_KIND = Conversion(_read_rope_by_kind, _write_rope_by_kind)
+ALPHA_ROPE = Conversion(_read_alpha_rope, _write_alpha_rope)
 
 
 # Layers and their windows
@@ -157,7 +157,7 @@ WINDOW = {"sliding_window": "sliding_window"}  # of all layers
 NAMED = {"w": "sliding_attention", "f": "full_attention", "n": "full_attention"}
 
 
-def layer_types(full: str = "f", pattern: Callable[[Values], str] = lambda values: "f") -> Word:
+def layer_types(full: str = "f", pattern: Callable[[Values], str] = lambda values: "f") -> Conversion:
     """Conversion of `layer_types`; full attention becomes the letter f or n; `pattern` replaces a missing list."""
 
     def read(values: Values) -> dict[str, Any]:
@@ -172,10 +172,10 @@ def layer_types(full: str = "f", pattern: Callable[[Values], str] = lambda value
     def write(c: ModelConfig) -> dict[str, Any]:
         return {"layer_types": [NAMED[letter] for letter in c.kinds]}
 
-    return Word(read, write)
+    return Conversion(read, write)
 
 
-def every(count: int) -> Callable[[Values], str]:
+def full_every(count: int) -> Callable[[Values], str]:
     """Layer pattern: full attention in every `count`-th layer, sliding windows in the others."""
 
     def letters(values: Values) -> str:
@@ -215,12 +215,12 @@ def _read_no_rope(values: Values) -> dict[str, Any]:
 
 def _read_hybrid(values: Values) -> dict[str, Any]:
     """EXAONE-4: in models with sliding windows, full-attention layers have no RoPE."""
-    return layer_types("n" if values.get("sliding_window") else "f", every(4)).read(values)
+    return layer_types("n" if values.get("sliding_window") else "f", full_every(4)).read(values)
 
 
-QWEN_WINDOW = Word(_read_qwen_window, _write_qwen_window)
-NO_ROPE = Word(_read_no_rope, lambda c: {"no_rope_layers": [int(letter == "f") for letter in c.kinds]})
-HYBRID = Word(_read_hybrid, layer_types().write)
+QWEN_WINDOW = Conversion(_read_qwen_window, _write_qwen_window)
+NO_ROPE = Conversion(_read_no_rope, lambda c: {"no_rope_layers": [int(letter == "f") for letter in c.kinds]})
+HYBRID = Conversion(_read_hybrid, layer_types().write)
 
 
 # Activations
@@ -232,7 +232,7 @@ PLAIN = {
 }  # fmt: skip
 
 
-def activation(word: str, table: dict[str, str], silent: str) -> Word:
+def activation(word: str, table: dict[str, str], silent: str) -> Conversion:
     """Conversion of an activation name; `silent` is the default where a file names none."""
     names = {ours: theirs for theirs, ours in reversed(table.items())}
 
@@ -242,25 +242,25 @@ def activation(word: str, table: dict[str, str], silent: str) -> Word:
             raise InputError(f"config.json: {word}={said!r} is not supported (only {', '.join(table)} are)")
         return {"ffn": table[said]}
 
-    return Word(read, lambda c: {word: names[c.ffn]})
+    return Conversion(read, lambda c: {word: names[c.ffn]})
 
 
 # Multipliers, experts, latent attention
 
-SQRT_WIDTH = Word(lambda values: {"embedding_scale": values["hidden_size"] ** 0.5}, lambda c: {})
-LOGITS_DIVIDED = Word(
+SQRT_WIDTH = Conversion(lambda values: {"embedding_scale": values["hidden_size"] ** 0.5}, lambda c: {})
+LOGITS_DIVIDED = Conversion(
     lambda values: {"logit_scale": 1 / values.get("logits_scaling", 1.0)},
     lambda c: {"logits_scaling": 1 / c.logit_scale},
 )
-QUERY_SCALE = Word(
+QUERY_SCALE = Conversion(
     lambda values: {"attention_scale": values["query_pre_attn_scalar"] ** -0.5},
     lambda c: {"query_pre_attn_scalar": round(c.score_scale**-2)},
 )
 
 
-def shared_experts(word: str) -> Word:
+def shared_experts(word: str) -> Conversion:
     """Conversion of shared experts, which we merge into one of their total width."""
-    return Word(
+    return Conversion(
         lambda values: {"shared_ff": (values.get(word) or 0) * values["moe_intermediate_size"]},
         lambda c: {word: c.shared_ff // c.ff_size},
     )
@@ -273,11 +273,11 @@ def _read_latent(values: Values) -> dict[str, Any]:
     return {
         "kv_rank": values["kv_lora_rank"], "q_rank": values.get("q_lora_rank") or 0, "head_dim": size,
         "rope_dim": values["qk_rope_head_dim"], "value_dim": values["v_head_dim"], "n_kv_heads": None,
-        "rope_theta": theta, "rope_scaling": scaling, "attention_scale": size**-0.5 * _magnitude(scaling) ** 2,
+        "rope_theta": theta, "rope_scaling": scaling, "attention_scale": size**-0.5 * _yarn_mscale(scaling) ** 2,
     }  # fmt: skip
 
 
-def _magnitude(scaling: Values | None) -> float:
+def _yarn_mscale(scaling: Values | None) -> float:
     """YaRN's mscale, which DeepSeek multiplies into the attention scale."""
     weight, factor = (scaling or {}).get("mscale_all_dim", 0), (scaling or {}).get("factor", 1)
     return 0.1 * weight * math.log(factor) + 1 if weight and factor > 1 else 1.0
@@ -290,7 +290,7 @@ def _write_latent(c: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-LATENT = Word(_read_latent, _write_latent)
+LATENT = Conversion(_read_latent, _write_latent)
 
 
 def _read_falcon(values: Values) -> dict[str, Any]:
@@ -302,31 +302,31 @@ def _read_falcon(values: Values) -> dict[str, Any]:
     return {"n_kv_heads": 1 if values.get("multi_query", True) else None, "residual": "shared"}
 
 
-FALCON = Word(
+FALCON = Conversion(
     _read_falcon,
     lambda c: {
         "new_decoder_architecture": True, "num_kv_heads": c.kv_heads, "multi_query": True, "parallel_attn": True,
         "num_ln_in_parallel_attn": 1 if c.residual == "shared" else 2,
     },
 )  # fmt: skip
-FALCON_WIDTH = Word(
+FALCON_WIDTH = Conversion(
     lambda values: {"d_ff": values.get("ffn_hidden_size") or 4 * values["hidden_size"]},
     lambda c: {"ffn_hidden_size": c.ff_size},
 )
-INNER_WIDTH = Word(
+INNER_WIDTH = Conversion(
     lambda values: {"d_ff": values.get("n_inner") or 4 * values["n_embd"]}, lambda c: {"n_inner": c.ff_size}
 )
-PARALLEL = Word(
+PARALLEL = Conversion(
     lambda values: {"residual": "parallel" if values.get("use_parallel_residual", True) else "serial"},
     lambda c: {"use_parallel_residual": {"parallel": True, "serial": False}[c.residual]},
 )
-SHARED_NORM = Word(
+SHARED_NORM = Conversion(
     lambda values: {"residual": "shared" if values.get("use_parallel_residual", False) else "serial"},
     lambda c: {"use_parallel_residual": {"shared": True, "serial": False}[c.residual]},
 )
 
 
-def dense_layers_by_name(word: str = "mlp_layer_types") -> Word:
+def dense_layers_by_name(word: str = "mlp_layer_types") -> Conversion:
     """Conversion of a list of "dense" and "sparse" layers, of which the dense ones come first."""
 
     def read(values: Values) -> dict[str, Any]:
@@ -340,4 +340,4 @@ def dense_layers_by_name(word: str = "mlp_layer_types") -> Word:
         dense = min(c.n_dense_layers, c.n_layers)
         return {word: ["dense"] * dense + ["sparse"] * (c.n_layers - dense), "first_k_dense_replace": dense}
 
-    return Word(read, write)
+    return Conversion(read, write)
