@@ -7,8 +7,8 @@ beyond 200 levels are refused by the parser, so nothing behind it ever meets the
 
 A worker thread does not help the event loop while it is inside one call that holds Python's lock: 1.4 million empty
 lists kept it, with the garbage collector's rounds, for 0.4 s of CPU time. So lists, objects and values are counted
-first, by numpy, which does not hold it; what is parsed and validated then takes some 80 ms at most. That is done for one
-body at a time, and the loop gets a turn before each of the two calls: four at once made /health take a second.
+first, by numpy, which does not hold it; what is parsed and validated then takes some 80 ms at most. That is done for
+one body at a time, and the loop gets a turn before each of the two calls: four at once made /health take a second.
 """
 
 from __future__ import annotations
