@@ -166,9 +166,9 @@ def held_out_prompts(data: Path, tokenizer: Tokenizer, count: int = 3) -> list[s
 def farewell(directory: Path, completes: bool = True) -> str:
     lines = [f"the model is in {directory} (loss curve: {directory / 'loss.png'}). Now:"]
     verbs = {
-        "generate": f'warploom generate --model {directory} --prompt "def read_file("',
-        "chat": f"warploom chat --model {directory}",
-        "serve": f"warploom serve --model {directory}",
+        "generate": f'warploom generate {directory} --prompt "def read_file("',
+        "chat": f"warploom chat {directory}",
+        "serve": f"warploom serve {directory}",
         "inspect": f"warploom inspect model {directory}",
     }
     if not completes:

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from .model_argument import model_first
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")  # the last is --quantize q8_0, as it was once asked for
 QUANTIZED = ("q8_0", "q4_0", "q4_k_m")
@@ -21,7 +22,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="number format (default: as stored)")
     parser.add_argument("--quantize", choices=QUANTIZED, help="gguf only: 8 bits, 4 bits, or llama.cpp's Q4_K_M")
     parser.add_argument("--merge", action="store_true", help="of an adapter: write its base with the adapter merged")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(model_first(argv))
     if options.dtype == "q8_0":
         options.dtype, options.quantize = None, "q8_0"
     if options.quantize and options.to != "gguf":

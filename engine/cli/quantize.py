@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
+from .model_argument import model_first
 
 ROW = 512  # tokens of a row of the text
 
@@ -23,7 +24,7 @@ def run(argv: list[str]) -> int:
     calibrate = "a text file, of the kind the model will see; without one, the model's own samples"
     parser.add_argument("--calibrate", type=Path, nargs="?", const=True, metavar="TEXT", help=calibrate)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of it to use (default: 16384)")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(model_first(argv))
 
     from ..formats.model_directory import load_model
     from ..formats.model_info import refuse_repacking

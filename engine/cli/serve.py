@@ -1,4 +1,4 @@
-"""Put a model behind HTTP. `warploom serve --model DIR`, then http://127.0.0.1:8000."""
+"""Put a model behind HTTP. `warploom serve MODEL`, then http://127.0.0.1:8000."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..server.config import ServerConfig
 from ..serving.options import LLMOptions
 from .flags import parse
+from .model_argument import ModelOptions, model_first
 
 UNIX = getattr(socket, "AF_UNIX", None)  # not on Windows
 KEYS = "WARPLOOM_API_KEYS"
@@ -29,7 +30,7 @@ KEYS = "WARPLOOM_API_KEYS"
 class Flags:
     """An OpenAI-compatible server for one model, with a playground page."""
 
-    llm: LLMOptions
+    llm: ModelOptions
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=DIR: a LoRA adapter of the model, once for each; requests name it as their model. Many share one batch."""
     further_model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -61,7 +62,7 @@ class Flags:
 
 
 def run(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "serve")
+    flags = parse(Flags, model_first(argv), "serve")
     try:
         from ..server.app import create_app
         from ..server.http_server import HTTPServer, log_without_blocking, raise_file_limit
