@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import available
+from .flag_errors import Parser
 
 if TYPE_CHECKING:
     from ...tokenizer.base import Tokenizer
@@ -53,7 +54,7 @@ SIZES = {
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom demo", description=__doc__.split("\n")[0])
+    parser = Parser(prog="warploom demo", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--size", choices=SIZES, default="tiny", help="what to train (default: tiny, under five minutes on two cores)"
     )

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from .flag_errors import Parser
 from .model_argument import model_first
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")  # the last is --quantize q8_0, as it was once asked for
@@ -15,7 +16,7 @@ QUANTIZED = ("q8_0", "q4_0", "q4_k_m")
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom export", description=__doc__)
+    parser = Parser(prog="warploom export", description=__doc__)
     parser.add_argument("model", type=Path, help="the model directory to read")
     parser.add_argument("out", type=Path, help="the directory to write (hf, bin) or the file (gguf, tiktoken)")
     parser.add_argument("--to", choices=FORMATS, default="hf", help="what to write (default: hf)")

@@ -11,6 +11,7 @@ import tyro
 
 from ..errors import InputError
 from .flag_errors import sentence_of
+from .help_text import Help, unwrap_docstrings
 
 T = TypeVar("T")
 
@@ -73,9 +74,11 @@ def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING_NONPROP) -> T:
     """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one ValueError."""
-    argv, errors = renamed(argv), io.StringIO()
+    argv, errors, explained = renamed(argv), io.StringIO(), Help()
+    if "-h" in argv or "--help" in argv:
+        unwrap_docstrings(kind)
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(explained):
             return tyro.cli(
                 kind,
                 prog=f"warploom {verb}",
@@ -85,6 +88,7 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
             )
     except SystemExit as end:
         if end.code in (0, None):
+            print(explained.shown())
             raise
         told = sentence_of(errors.getvalue()) + (_hint(argv) if verb == "serve" else "")
         raise InputError(f"{told} (warploom {verb} --help lists the flags)") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..config import PRESETS, ModelConfig
 from ..errors import InputError
+from .flag_errors import Parser
 from .model_argument import model_first
 
 MAP_TOKENS = 96  # more could not be read on one picture
@@ -21,7 +22,7 @@ FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom inspect", description=__doc__)
+    parser = Parser(prog="warploom inspect", description=__doc__)
     topics = parser.add_subparsers(dest="topic", required=True, metavar="TOPIC")
     for name, (show, describe) in TOPICS.items():
         topic = topics.add_parser(name, help=show.__doc__, description=show.__doc__)

@@ -1,5 +1,6 @@
 """The command line: quick to answer, clear when it cannot."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -51,6 +52,46 @@ def test_every_verb_explains_its_flags(verb, capsys):
         code = left.code
     assert code == 0
     assert "usage" in capsys.readouterr().out.lower()
+
+
+MISTAKES = {
+    "generate": "MODEL is missing: ",
+    "eval": "MODEL and DATA are missing",
+    "generate m --seed a": "--seed must be a whole number, not 'a'",
+    "generate m --top-p a": "--top-p must be a number, not 'a'",
+    "generate m --quantize int3": "--quantize must be fp8, int4 or int8, not 'int3'",
+    "generate m --prompt": "--prompt needs a value",
+    "generate m --promt x": "--promt, x; perhaps --prompt",
+    "train x --steps": "argument --steps: expected one argument",
+    "quantize": "the following arguments are required: model, --out",
+    "inspect nothing": "invalid choice: 'nothing'",
+    "bench kernels --nothing": "unrecognized arguments: --nothing",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_in_the_flags_is_one_sentence(line, capsys):
+    assert main(line.split()) == 2
+    told = capsys.readouterr().err
+    assert MISTAKES[line] in told and told.count("\n") == 1 and f"(warploom {line.split()[0]}" in told, told
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("verb", ["generate", "eval", "train", "rl", "ladder", "data", "serve", "tokenizer train"])
+def test_help_breaks_lines_where_the_terminal_ends(verb, columns, capsys, monkeypatch):
+    """No line is wider, and none ends where the next word would still fit: a source's breaks are not a terminal's."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert "{None" not in shown
+    assert max(map(len, shown.splitlines())) <= columns
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    edge = next(line.index("show this help") for line in rows if "--help" in line)
+    for row, following in itertools.pairwise(rows):
+        text, goes_on = row[edge:-1].rstrip(), not following[1:edge].strip() and following[edge:-1].split()
+        if text and goes_on and row[edge - 2 : edge] == "  ":
+            assert edge + len(text) + 1 + len(goes_on[0]) > columns - 2, row
 
 
 def test_train_help_names_every_preset(capsys):
