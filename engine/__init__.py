@@ -1,4 +1,4 @@
-"""The model, and what runs it: configuration, training, serving, the server and the command line."""
+"""The model and the programs around it: configuration, training, serving, HTTP server, command line."""
 
 from .lazy import lazily
 

@@ -1,4 +1,4 @@
-"""Attention maps: the attention weights of every layer and head, as numbers one can draw.
+"""Attention maps: the attention weights of every layer and head, for plotting.
 
 Fused attention never holds these weights, so they are recomputed here by the plain formula, from the same queries and
 keys: the model hands them to whatever `attend` it is given.
@@ -18,7 +18,7 @@ from .model import Attention, Transformer
 
 @torch.no_grad()
 def attention_maps(model: Transformer, tokens: list[int]) -> list[Tensor]:
-    """For every layer, the weights `(head, asking token, answering token)`; each row sums to 1."""
+    """Attention weights of every layer, `(head, query position, key position)`; each row sums to 1."""
     maps = []
 
     def attend(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer: Attention) -> Tensor:

@@ -87,23 +87,23 @@ class ModelConfig:
     max_seq_len: int = 512
     """Longest sequence the model accepts."""
     layers: str = ""
-    """A letter a layer, repeated over the depth: w sees `sliding_window` tokens, f everything, n everything without
-    rotation (NoPE). Empty: all w where there is a sliding_window, else all f."""
+    """Attention pattern, a letter a layer, repeated over the depth: w = sliding window, f = full attention, n = full
+    attention without RoPE (NoPE). Empty: all w where there is a sliding_window, else all f."""
     norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"
     """Normalization of sublayers and before the head."""
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
     norm_place: Literal["before", "after", "both"] = "before"
-    """Place of the norms: before each sublayer, after it on what it adds to the stream (OLMo-2), or both (Gemma-2)."""
+    """Place of the norms: before each sublayer (pre-norm), on its output (OLMo-2), or both (Gemma-2)."""
     residual: Literal["serial", "parallel", "shared"] = "serial"
-    """Residual stream: the feed-forward reads it after attention, or both read the same (parallel: two norms, GPT-NeoX;
-    shared: one norm, GPT-J)."""
+    """Residual connection: serial = feed-forward after attention; parallel = both read the same stream, with two norms
+    (GPT-NeoX); shared = with one norm (GPT-J)."""
     embedding_scale: float = 1.0
     """Factor on the embeddings (Gemma: the root of d_model)."""
     residual_scale: float = 1.0
     """Factor on what each sublayer adds to the stream (Granite)."""
     logit_scale: float = 1.0
-    """Factor on the logits (Cohere), taken on the hidden states before the head."""
+    """Factor on the logits (Cohere), applied to the hidden states before the head."""
     attention_scale: float | None = None
     """Factor on attention scores; None = 1 / sqrt(head_dim)."""
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
@@ -114,24 +114,24 @@ class ModelConfig:
     n_experts: int = 0
     """Experts per layer; 0 = a dense feed-forward."""
     experts_per_token: int = 2
-    """Experts each token visits; 1 = Switch routing."""
+    """Top-k: experts a token is routed to; 1 = Switch routing."""
     n_dense_layers: int = 0
     """The first so many layers have no experts (DeepSeek)."""
     dense_ff: int | None = None
     """Hidden width of those layers; None = d_ff."""
     shared_ff: int = 0
-    """Hidden width of an expert that every token visits besides; 0 = there is none."""
+    """Hidden width of the shared expert, which every token uses; 0 = none."""
     shared_gate: bool = False
-    """Weigh the shared expert by a sigmoid gate of its own (Qwen2-MoE)."""
+    """Multiply the shared expert's output by its own sigmoid gate (Qwen2-MoE)."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """Function from router logits to expert weights."""
     router_bias: bool = False
     """A bias in the router (gpt-oss)."""
     choice_bias: bool = False
-    """A learned bias that moves the choice of experts, never their weight (DeepSeek-V3). In training its gradient is
-    the error of the load: balancing without an auxiliary loss."""
+    """A learned bias on the choice of experts, not on their weights (DeepSeek-V3's auxiliary-loss-free balancing): in
+    training its gradient is the load error."""
     expert_groups: int = 1
-    """Groups of experts, of which a token's experts come from the best `groups_used`."""
+    """Group-limited routing: groups of experts; a token's experts come from the best `groups_used` of them."""
     groups_used: int = 1
     """See `expert_groups`. A group is as good as its best expert; with `choice_bias`, as its best two together."""
     expert_bias: bool = False
@@ -139,38 +139,38 @@ class ModelConfig:
     normalize_experts: bool = True
     """Rescale the chosen experts' weights to sum to 1; for Switch (one expert) they are never rescaled."""
     expert_scale: float = 1.0
-    """Factor on the blend of the chosen experts (DeepSeek)."""
+    """Factor on the weighted sum of the chosen experts (DeepSeek's routed_scaling_factor)."""
     balance_loss: float = 0.01
-    """Weight of the load-balancing loss that keeps experts equally busy."""
+    """Weight of the router's load-balancing loss."""
     router_z_loss: float = 0.001
-    """Weight of the loss that keeps router logits small."""
+    """Weight of the router's z-loss, which keeps its logits small."""
     qk_norm: Literal["none", "head", "whole", "after"] = "none"
-    """RMS-normalize queries and keys: each head before rotation (Qwen3), all heads as one vector (OLMo-2), or each head
-    after rotation (Hunyuan). True means head."""
+    """RMSNorm of queries and keys: head = each head before RoPE (Qwen3), whole = all heads as one vector (OLMo-2),
+    after = each head after RoPE (Hunyuan). True means head."""
     tie_embeddings: bool = True
     """Use the embedding table as the output head too."""
     rope_theta: float = 1e4
-    """Base of the rotary wavelengths."""
+    """RoPE base (theta)."""
     rope_scaling: dict[str, Any] | None = None
-    """Longer contexts than trained for: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3"|"longrope", …}."""
+    """RoPE scaling for longer contexts: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3"|"longrope", …}."""
     local_rope: dict[str, Any] | None = None
-    """The rotation of w layers where it is another: {"rope_theta": …} and what `rope_scaling` may hold (Gemma 3)."""
+    """RoPE of sliding-window layers, where it differs: {"rope_theta": …} and what `rope_scaling` may hold (Gemma 3)."""
     query_growth: dict[str, float] | None = None
-    """{"beta": …, "length": …}: a query grows by 1 + beta ln(1 + ⌊position / length⌋) (Ministral 3)."""
+    """{"beta": …, "length": …}: queries are multiplied by 1 + beta ln(1 + ⌊position / length⌋) (Ministral 3)."""
     rotary_dim: int | None = None
-    """Columns of a head that rotate, from the first; None = all."""
+    """Partial RoPE: the first columns of a head that rotate; None = all."""
     kv_rank: int = 0
-    """Width of the latent vector that keys and values are decompressed from (MLA, DeepSeek); 0 = plain attention."""
+    """Rank of the KV latent, from which keys and values are up-projected (MLA, DeepSeek); 0 = plain attention."""
     q_rank: int = 0
-    """The same for queries; 0 = they are made from the stream."""
+    """Rank of the query latent of MLA; 0 = queries are projected directly."""
     rope_dim: int = 0
-    """With `kv_rank`: how many of a head's columns rotate, with one key for all heads."""
+    """With `kv_rank`: rotary columns of a head, whose key all heads share."""
     value_dim: int = 0
     """With `kv_rank`: width of a head's values."""
     attention_sinks: bool = False
-    """A learned logit a head that takes part in attention's softmax and says nothing (gpt-oss)."""
+    """Attention sinks: a learned logit a head that joins the softmax but has no value (gpt-oss)."""
     sliding_window: int | None = None
-    """Each token sees itself and this many less one before it; None = everything before it."""
+    """Tokens that a token attends to, itself included; None = all before it."""
     attention_softcap: float | None = None
     """Squash attention scores into ±cap by cap·tanh(score/cap)."""
     logit_softcap: float | None = None
@@ -184,7 +184,7 @@ class ModelConfig:
     ffn_bias: bool | None = None
     """Biases of the feed-forward alone; None = as `bias`."""
     norm_weight: bool = True
-    """Norms learn a factor a feature; False = layernorm without any parameter (OLMo)."""
+    """Norms have a learned weight; False = layernorm without parameters (OLMo)."""
     norm_bias: bool | None = None
     """Biases of LayerNorms alone; None = as `bias`."""
     head_bias: bool = False
@@ -299,7 +299,7 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """Columns of a head that rotate."""
+        """Head dimensions that RoPE rotates."""
         return self.rope_dim if self.kv_rank else self.rotary_dim or self.head_size
 
     @property
@@ -321,7 +321,7 @@ class ModelConfig:
     # Layers by number.
 
     def kind(self, layer: int) -> str:
-        """The letter of a layer: w, f or n."""
+        """Attention kind of a layer as a letter: w (sliding window), f (full), n (full, without RoPE)."""
         letters = self.layers or ("w" if self.sliding_window else "f")
         return letters[layer % len(letters)]
 
@@ -333,7 +333,7 @@ class ModelConfig:
         return self.sliding_window if self.kind(layer) == "w" else None
 
     def rope(self, kind: str) -> tuple[float, dict[str, Any] | None] | None:
-        """Base and scaling of the rotation in layers of this kind; None where nothing rotates."""
+        """RoPE base and scaling of layers of this kind; None where RoPE is not applied."""
         if self.position != "rope" or kind == "n":
             return None
         if kind == "f" or self.local_rope is None:
@@ -346,7 +346,7 @@ class ModelConfig:
         return self.n_experts > 0 and layer >= self.n_dense_layers
 
     def ff_width(self, layer: int) -> int:
-        """Hidden width of a dense layer's feed-forward."""
+        """Hidden width of the dense feed-forward of a layer."""
         return self.dense_ff or self.ff_size if self.n_experts and layer < self.n_dense_layers else self.ff_size
 
     # Sizes, by arithmetic: no tensor is made.
@@ -418,7 +418,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """A known shape by name, with any field replaced: `ModelConfig.preset("llama-tiny", vocab_size=8192)`."""
+        """Return a named preset with fields replaced: `ModelConfig.preset("llama-tiny", vocab_size=8192)`."""
         if name not in PRESETS:
             raise InputError(f"preset {name!r} is not known; choose one of: {', '.join(sorted(PRESETS))}")
         return cls(**{**PRESETS[name], **overrides})
@@ -441,13 +441,13 @@ class ModelConfig:
 
 
 def default_width(d_model: int, ffn: str) -> int:
-    """Hidden width of a feed-forward that nobody names: about as many parameters, gated or not."""
+    """Default hidden width of the feed-forward: about as many parameters with a gate as without."""
     wide = 8 * d_model / 3 if ffn in GATED else 4 * d_model
     return max(64, -(-int(wide) // 64) * 64)  # rounded up to what matrix units like
 
 
 def current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a configuration that an earlier version wrote, by their names of today."""
+    """Rename fields of a configuration written by an earlier version to their current names."""
     values = dict(values)
     if count := values.pop("n_shared_experts", 0):
         width = values.get("d_ff") or default_width(values.get("d_model", 512), values.get("ffn", "swiglu"))
@@ -456,7 +456,7 @@ def current_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def choices_of(config: type) -> dict[str, tuple[str, ...]]:
-    """The values of each field of a dataclass that is typed as a Literal."""
+    """The allowed values of each `Literal` field of a dataclass."""
     hints = typing.get_type_hints(config).items()
     return {name: typing.get_args(kind) for name, kind in hints if typing.get_origin(kind) is Literal}
 

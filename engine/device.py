@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device to run on: the one asked for, else CUDA where there is one, else Apple's MPS, else the CPU."""
+    """Select the device: the one asked for, else CUDA if available, else Apple's MPS, else the CPU."""
     if device is None or str(device) == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -39,7 +39,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.dtype:
-    """The number format for matrix products: bfloat16 where the hardware multiplies it, else float32."""
+    """Select the dtype of matrix products: bfloat16 where the hardware multiplies it, else float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None or dtype == "auto":
@@ -50,7 +50,7 @@ def pick_dtype(dtype: str | torch.dtype | None = None, device: torch.device | st
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bfloat16 faster than float32 (tensor cores, AMX tiles, AMD's AVX512-bf16)?
+    """Return whether bfloat16 products are faster than float32 here (tensor cores, AMX, AVX512-BF16).
 
     Intel's AVX512-bf16 alone does not: without AMX (a virtual machine may hide it) it runs at half the float32 rate.
     """
@@ -95,14 +95,14 @@ def memory_bytes(device: torch.device | str) -> int:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product here and now, by whoever is faster: the denominator of every utilization."""
+    """Measured peak FLOP/s: a large square product by the fastest implementation here; the denominator of MFU."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     ways = [lambda: a @ b]
@@ -113,7 +113,7 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def measured_copy_bytes(device: torch.device) -> float:
-    """Bytes per second, read plus written, of a copy far larger than the caches."""
+    """Measured memory bandwidth: bytes per second, read plus written, of a copy far larger than the caches."""
     count = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

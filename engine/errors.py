@@ -8,7 +8,7 @@ USER_ERRORS = (InputError, FileNotFoundError, IsADirectoryError, PermissionError
 
 
 def refuse_below(least: int, **counts: int | None) -> None:
-    """Refuse settings below `least`, by name; None is open."""
+    """Raise an InputError for settings below `least`, by name; None passes."""
     for name, count in counts.items():
         if count is not None and count < least:
             raise InputError(f"{name} must be at least {least}, got {count}")

@@ -1,4 +1,4 @@
-"""Executors: other ways of computing what the model's classes define.
+"""Executors: alternative implementations of `Block.forward` and its parts, each with the configurations it supports.
 
 `Block.forward` and its parts are the definition. An executor computes the same function faster on one kind of device
 (a fused training block, a decoder in C++, attention that knows its pages) or on several (tensor parallelism). Whoever
@@ -55,7 +55,7 @@ class Supported:
         return not self.refused(config) and self.where(config)
 
     def refused(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields, with their values, that this executor does not compute."""
+        """The fields, with their values, that this executor does not support."""
         found = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""The smallest memory a Transformer can generate with.
+"""Generation with a contiguous KV cache: the smallest decoding loop for a `Transformer`.
 
 Decoding one token needs the keys and values of all tokens before it. Recomputing them would make a text of n tokens
 cost n² forward passes of one token; keeping them makes it n. `KVCache` keeps them in one tensor a side, for a batch
@@ -18,7 +18,7 @@ from .model import Attention, Transformer, dense_attention
 
 
 class KVCache:
-    """Keys and values so far, and the `attend` that appends to them: `model(tokens, cache.positions(T), cache)`."""
+    """Contiguous KV cache with an `attend` that appends to it: `model(tokens, cache.positions(T), cache)`."""
 
     def __init__(self, model: Transformer, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None):
         c = model.config
@@ -30,7 +30,7 @@ class KVCache:
         self.length = 0
 
     def positions(self, count: int) -> Tensor:
-        """Positions of the next `count` tokens of every row, after making sure that they fit."""
+        """Positions of the next `count` tokens of every row; checks that they fit into the cache."""
         if self.length + count > self.capacity:
             raise InputError(
                 f"{self.length} tokens and {count} more do not fit the cache of {self.capacity} "
@@ -62,7 +62,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Tokens that continue `prompt`, one at a time: the same seed gives the same tokens. Temperature 0 is greedy."""
+    """Generate tokens one at a time; a seed gives the same tokens again. Temperature 0 is greedy."""
     if not prompt:
         raise InputError("the prompt is empty: give at least one token to continue from")
     cache = KVCache(model, 1, len(prompt) + max_tokens)

@@ -18,7 +18,7 @@ from .config import ModelConfig
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, with W stored (out, in) as the world's checkpoints do."""
+    """Linear layer y = x Wᵀ + b, with W stored (out, in) as published checkpoints do."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, std: float | None = None) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table with one learned vector a row: y = W[i]."""
+    """Embedding table: one learned vector a row, y = W[i]."""
 
     def __init__(self, rows: int, width: int, std: float = 1.0) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to unit root-mean-square, then by a learned weight per feature."""
+    """RMSNorm: scale each vector to unit root mean square, then by a learned weight per feature."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
     def add(self, delta: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalized sum, and the sum itself: one pass over memory instead of two."""
+        """Fused residual add and norm: (normalized sum, the sum itself), one pass over memory instead of two."""
         return kernels.add_rms_norm(delta, stream, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """Subtract each vector's mean, divide by its standard deviation, then scale and shift per feature."""
+    """LayerNorm: subtract each vector's mean, divide by its standard deviation, then scale and shift per feature."""
 
     def __init__(self, width: int, eps: float = 1e-5, bias: bool = True, weight: bool = True) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class SwiGLU(nn.Module):
-    """down(f(gate(x)) * up(x)): one half decides how much of the other half passes. f is silu, or what `ffn` says."""
+    """Gated feed-forward: down(f(gate(x)) * up(x)); f is SiLU (SwiGLU), GELU (GeGLU) or what `ffn` says."""
 
     def __init__(self, config: ModelConfig, width: int | None = None) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class SwiGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(f(up(x))) with f = GELU, ReLU or squared ReLU: the Transformer's original feed-forward."""
+    """Feed-forward without a gate (the original Transformer's): down(f(up(x))) with f = GELU, ReLU or squared ReLU."""
 
     def __init__(self, config: ModelConfig, width: int | None = None) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gate_of(config: ModelConfig) -> str:
-    """The activation of a gate by the kernels' name; experts are always gated."""
+    """Activation of the gate, by the kernels' name; experts are always gated."""
     return {"swiglu": "silu", "geglu": "gelu", "clamped_swiglu": "clamped"}.get(config.ffn, config.ffn)
 
 
@@ -162,15 +162,15 @@ def make_feed_forward(config: ModelConfig, width: int | None = None) -> nn.Modul
 
 
 class MoE(nn.Module):
-    """A router sends each token to a few of many small feed-forwards, and their answers are blended by its weights.
+    """Mixture of experts (MoE): a router sends each token to its top-k feed-forwards and sums them by its weights.
 
-    Parameters grow with the number of experts, cost per token only with how many it visits. Two losses keep the router
-    honest: one rewards equal load, one keeps its logits small. With one expert a token this is the Switch Transformer.
-    Experts are always gated: `ffn` names the function of their gate.
+    Parameters grow with the number of experts, cost per token only with how many it visits. Two losses regularize
+    the router: load balance, and the z-loss, which keeps its logits small. With one expert a token this is the Switch
+    Transformer. Experts are always gated; `ffn` names the activation of the gate.
     """
 
     product: Callable[..., tuple[Tensor, kernels.MoEAux]] | None = None
-    """Mixture of experts over packed weights: the product that stands for `kernels.moe`."""
+    """Replacement of `kernels.moe` where experts are packed (quantized)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class MoE(nn.Module):
         return {name: bias for name, bias in own.items() if bias is not None}
 
     def with_shared(self, y_BTC: Tensor, x_BTC: Tensor) -> Tensor:
-        """Sum of the routed experts, scaled, and the shared expert's output."""
+        """Add the shared expert's output to the scaled sum of the routed experts."""
         y_BTC = y_BTC * self.config.expert_scale if self.config.expert_scale != 1 else y_BTC
         if self.shared is None:
             return y_BTC
@@ -227,11 +227,11 @@ def routing_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def draw(weight: Tensor, std: float) -> None:
-    """Fresh normal weights where there is memory: on the meta device, `normal_` would import the whole compiler."""
+    """Initialize a weight with normal noise; no-op on the meta device, where `normal_` would import the compiler."""
     if not weight.is_meta:
         nn.init.normal_(weight, std=std)
 
 
 def output_std(inputs: int, config: ModelConfig) -> float:
-    """2 L contributions join the stream; each starts 1/√(2 L) small, so that their sum has unit scale at any depth."""
+    """Initial standard deviation of projections into the stream: 1/√(2 L), so that 2 L of them sum to unit scale."""
     return inputs**-0.5 / math.sqrt(2 * config.n_layers)

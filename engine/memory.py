@@ -1,4 +1,4 @@
-"""Memory: what a stretch of code takes at its peak, and what is left. Of the device on a GPU, else of this machine.
+"""Memory measurement: peak use of a block of code, and free memory; the GPU's on a GPU, else the host's.
 
 Linux keeps the high-water mark of resident memory and lets a process reset its own (`/proc/self/clear_refs`), so the
 peak of one contestant can be read without starting a process for it. Memory that was freed but not yet returned to the
@@ -57,7 +57,7 @@ class PeakMemory:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that this process may still take, those it holds unused included."""
+    """Bytes that this process may still allocate, including what it holds but does not use."""
     if device == "cuda":
         import torch
 
@@ -72,7 +72,7 @@ def available_memory(device: str) -> int:
 
 
 def left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
-    """Memory that the container (a control group with a limit) still allows; files kept in its cache do not count."""
+    """Memory left under the container's cgroup limit; its page cache counts as free."""
     try:
         limit, used = ((folder / f"memory.{what}").read_text().strip() for what in ("max", "current"))
         kept = next(

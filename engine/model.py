@@ -1,4 +1,4 @@
-"""The one Transformer: the same code trains, prefills and decodes.
+"""The Transformer: one implementation for training, prefill and decoding.
 
 A language model reads tokens and predicts the next one. It keeps one vector a token, the *residual stream*. Each block
 adds two things to it: what attention gathers from earlier tokens, and what a feed-forward computes from the token
@@ -8,11 +8,11 @@ Three ideas make this one file enough for every architecture and every way of ru
 
 - **An architecture is data.** `ModelConfig` decides which norm, which positions, which feed-forward; the classes here
   and in `layers.py` hold no more than that choice.
-- **Attention is asked, not owned.** A block computes queries, keys and values and hands them to `attend(q, k, v,
+- **Attention is passed in.** A block computes queries, keys and values and hands them to `attend(q, k, v,
   layer)`. Training passes dense causal attention; serving passes one that writes keys and values into pages and reads
-  them back; `KVCache` below is the smallest such memory. The model itself knows no cache.
-- **The stream and what is about to join it travel apart.** A block returns `(stream, delta)`; the next norm adds and
-  normalizes in one pass (`add_rms_norm`), which on a GPU halves the traffic of both.
+  them back; `generation.KVCache` is the smallest such cache. The model itself knows none.
+- **The residual addition is fused into the next norm.** A block returns `(stream, delta)`, the stream and what is still
+  to be added; the next norm adds and normalizes in one pass (`add_rms_norm`), which on a GPU halves their traffic.
 
 B batch, T time, C width of the stream (d_model), H query heads, K key/value heads, D head size, F feed-forward width,
 E experts, V vocabulary.
@@ -54,9 +54,9 @@ Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention; with fewer key/value heads than query heads, grouped-query attention (GQA).
+    """Multi-head causal self-attention (MHA, GQA, MQA).
 
-    With fewer key/value heads than query heads (GQA), each group of query heads shares one. One product makes q, k and
+    With fewer key/value heads than query heads, each group of query heads shares one. One product makes q, k and
     v together; `attend` does the gathering.
     """
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         return self.output(gathered_BTHD.flatten(-2))
 
     def turned(self, q_BTHD: Tensor, k_BTKD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normalized where the configuration says so and rotated."""
+        """Queries and keys after QK norm, if configured, and RoPE."""
         if self.qk_norm in ("head", "whole"):
             q_BTHD, k_BTKD = self._normed(q_BTHD, self.q_norm), self._normed(k_BTKD, self.k_norm)
         q_BTHD, k_BTKD = rotate(q_BTHD, k_BTKD)
@@ -102,10 +102,10 @@ class Attention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small vector a token.
+    """Multi-head latent attention (MLA, DeepSeek-V2): keys and values are up-projected from one latent a token.
 
     The first `rope_dim` columns of a head rotate, and their key is the same for all heads. Here the vector is
-    decompressed before attention, which is then plain: correct everywhere, at the memory of full keys and values.
+    up-projected before attention, which is then plain: correct everywhere, at the memory of full keys and values.
     """
 
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
@@ -136,12 +136,12 @@ class LatentAttention(nn.Module):
         return self.output(gathered_BTHD[..., :V].flatten(-2))
 
     def queries(self, x_BTC: Tensor) -> Tensor:
-        """Queries, whose first columns rotate."""
+        """Queries; the first `rope_dim` columns of each head are the rotary part."""
         asked_BTC = x_BTC if self.q_down is None else self.q_norm(self.q_down(x_BTC))
         return self.q_up(asked_BTC).unflatten(-1, (self.heads[0], self.head_size))
 
     def latents(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """A token's latent vector, and the part of its keys that rotates and that all heads share."""
+        """A token's KV latent, and the rotary part of its key, which all heads share."""
         latent_BTL, turning_BTR = self.kv_down(x_BTC).split(self.latent, dim=-1)
         return self.kv_norm(latent_BTL), turning_BTR.unsqueeze(-2)
 
@@ -151,13 +151,13 @@ LATENT_EPS = 1e-6  # of a latent vector's norms, whatever the config's norm_eps:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary embedding of queries and keys: turned by the rows of two tables, or as they are without."""
+    """RoPE of queries and keys by tables of cosines and sines; the identity without tables."""
 
     cos: Tensor | None = None
     sin: Tensor | None = None
     positions: Tensor | None = None
     growth: Tensor | None = None
-    """Factor of queries by position."""
+    """Scale of queries by position (`query_growth`)."""
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor) -> tuple[Tensor, Tensor]:
         if self.cos is None:
@@ -169,7 +169,7 @@ class Rotation:
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each reading the normalized stream and adding to it."""
+    """Transformer block: attention, then feed-forward, each with norms and a residual connection."""
 
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
@@ -184,7 +184,8 @@ class Block(nn.Module):
         self.dropout = c.dropout
 
     def forward(self, stream, delta, rotate, attend):
-        """(stream, what is about to join it) → the same after this layer, and the routing of its experts if any."""
+        """Run the block: (residual stream, output still to be added to it) → the same two after this block, and routing
+        statistics if it has experts."""
         normed, stream = self.attention_norm.add(delta, stream)
         attended = self.joining(self.attention(normed, rotate, attend), self.attention_post)
         if self.residual == "serial":
@@ -196,7 +197,7 @@ class Block(nn.Module):
         return stream, delta if self.residual == "serial" else attended + delta, routing
 
     def joining(self, delta: Tensor, post: nn.Module | None) -> Tensor:
-        """Output of a sublayer as it joins the stream."""
+        """A sublayer's output as it is added to the stream: after post-norm, residual scale and dropout."""
         delta = delta if post is None else post(delta)
         delta = delta if self.residual_scale == 1 else delta * self.residual_scale
         return F.dropout(delta, self.dropout, self.training) if self.dropout else delta
@@ -204,7 +205,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of a training step, in parts: the trainer shows them apart and descends on their `total`."""
+    """Parts of the training loss: reported one by one; `total` is what backward starts from."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -214,7 +215,7 @@ class Losses:
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits out; everything else about it is in `config`."""
+    """Decoder-only Transformer: token ids in, logits out. `config` holds every architectural choice."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -252,7 +253,7 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens_BT, positions, attend))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """The normalized stream after the last block, by `logit_scale`: everything but the head."""
+        """Final hidden states: the stream after the last block and the final norm, times `logit_scale`."""
         return self._run(tokens_BT, positions, attend)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -261,12 +262,12 @@ class Transformer(nn.Module):
         )
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Logits within the soft cap, if there is one."""
+        """Logits after soft-capping (cap · tanh(logits / cap)), if the model has a cap."""
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, **options) -> Tensor:
-        """Mean cross-entropy of the next token, plus what experts need to stay balanced."""
+        """Mean next-token cross-entropy plus the auxiliary losses of MoE routers."""
         return self.losses(tokens_BT, targets_BT, **options).total
 
     def losses(
@@ -280,7 +281,7 @@ class Transformer(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> Losses:
-        """The loss in parts. Targets of -100 do not count. The full logits are never held in memory.
+        """The loss in parts. Targets of -100 are ignored. The full logits are never materialized.
 
         `weights_BT` are factors on the cross-entropy of targets (advantages make it a policy gradient); its mean
         divides by the number of targets that count all the same.
@@ -309,15 +310,15 @@ class Transformer(nn.Module):
         attend: Attend | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The log-probability of each target, with gradient; 0 for targets of -100."""
+        """Log-probability of each target, differentiable; 0 for targets of -100."""
         hidden = self._run(tokens_BT, positions, attend)[0]
         losses = self.cross_entropy(hidden.flatten(0, -2), targets_BT.flatten(), reduction="none")
         return -losses.view(targets_BT.shape)
 
     def cross_entropy(self, hidden_NC: Tensor, targets_N: Tensor, **options) -> Tensor:
-        """The head and its loss in one."""
+        """Fused LM head and cross-entropy."""
         weight_VC = self.head_weight
-        if self.head_bias is not None:  # is one more column, which reads a one
+        if self.head_bias is not None:  # as one more column of the weight, multiplied by a constant 1
             hidden_NC, weight_VC = (
                 F.pad(hidden_NC, (0, 1), value=1.0),
                 torch.cat([weight_VC, self.head_bias[:, None]], 1),
@@ -345,7 +346,7 @@ class Transformer(nn.Module):
             raise ValueError(f"a sequence of {length} tokens is longer than the model's max_seq_len={limit}")
 
     def _embed(self, tokens_BT: Tensor, positions: Tensor | None) -> Tensor:
-        """The stream's start."""
+        """Input of the first block: token embeddings, with absolute position embeddings if configured."""
         c, stream = self.config, self.embedding(tokens_BT)
         stream = stream if c.embedding_scale == 1 else stream * c.embedding_scale
         if c.position == "rope":
@@ -363,7 +364,7 @@ class Transformer(nn.Module):
         return stream
 
     def rotation(self, kind: str, positions: Tensor | None = None) -> Rotation:
-        """Rotation of queries and keys in layers of a kind."""
+        """RoPE for layers of this kind at these positions."""
         if self.config.rope(kind) is None:
             return Rotation()
         same = kind == "f" or self.config.local_rope is None
@@ -375,33 +376,33 @@ class Transformer(nn.Module):
         return Rotation(cos, sin, positions, growth)
 
     def _table(self, name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Position tables are made once a device, not stored: a checkpoint holds only what was learned."""
+        """Position tables are cached per device, not stored: a checkpoint holds only what was learned."""
         key = self.device, name
         if key not in self._tables:
-            with torch.device("cpu"), torch.inference_mode(False):  # so that they outlive the context that asked first
+            with torch.device("cpu"), torch.inference_mode(False):  # tables outlive the first caller's context
                 self._tables[key] = tuple(table.to(self.device) for table in make())
         return self._tables[key]
 
 
 def rotary_tables(config: ModelConfig, kind: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a kind of layers: kernels.rope_tables of what the configuration says."""
+    """RoPE tables (cosines, sines) for layers of this kind; see `kernels.rope_tables`."""
     theta, scaling = config.rope(kind)
     return kernels.rope_tables(config.rotary_size, config.max_seq_len, theta, scaling)
 
 
 def growth_table(beta: float, length: float, size: int) -> Tensor:
-    """Factor of a query by its position."""
+    """Scale of queries by position: 1 + beta · ln(1 + ⌊position / length⌋), as in Llama 4 and Ministral 3."""
     return 1 + beta * torch.log(1 + torch.floor(torch.arange(size) / length))
 
 
 def dense_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, layer: Attention) -> Tensor:
-    """Training's `attend`: every token sees all tokens before it in its row."""
+    """Default `attend` (training): dense causal attention over each row."""
     options = {"window": layer.window, "softcap": layer.softcap, "scale": layer.scale, "sinks": layer.sinks}
     return kernels.attention(q_BTHD, k_BTKD, v_BTKD, **options)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Fixed position vectors: sines and cosines whose wavelengths grow from 2π to 10000·2π across the features."""
+    """Sinusoidal position embeddings: wavelengths grow from 2π to 10000·2π across the features."""
     frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
     angle = torch.arange(length)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

@@ -1,4 +1,4 @@
-"""Text to tokens on disk to batches."""
+"""Data pipeline: raw text or conversations → token files → batches."""
 
 from .corpus import Corpus
 from .loader import Batch, Epochs, PackedDocuments, RandomWindows, get_batch, open_loader, prefetch

@@ -1,4 +1,4 @@
-"""Human conversations without a download at run time: those in the PyPI package `chitchat-dataset`.
+"""Chat dataset that needs no download at run time: the PyPI package `chitchat-dataset`.
 
 7,168 chats of strangers, 258,145 messages, from the Chit-Chat Challenge of the PCC lab at Brigham Young University (MIT
 license, 8 MB). Their first speaker becomes the user, the second the assistant. Nothing of the package is imported but
@@ -19,7 +19,7 @@ ROLES = ("user", "assistant")
 
 
 def chitchat() -> Iterator[list[dict[str, str]]]:
-    """The conversations in which both have spoken, as messages; the last one is the assistant's."""
+    """Conversations in which both sides speak, as lists of messages; the last one is the assistant's."""
     found = importlib.util.find_spec(PACKAGE)
     path = Path(found.origin).parent / "dataset.json" if found is not None and found.origin else None
     if path is None or not path.is_file():

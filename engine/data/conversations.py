@@ -1,16 +1,16 @@
-"""Conversations: JSON lines in, tokens and what is learned of them out.
+"""Chat datasets: JSON lines of conversations to token files with a loss mask.
 
-One form is read, `{"messages": [{"role": …, "content": …}], "tools": […]}`; three others become it by renaming keys:
+One format is read, `{"messages": [{"role": …, "content": …}], "tools": […]}`; three others become it by renaming keys:
 
     ShareGPT            {"conversations": [{"from": "human" | "gpt", "value": …}]}
     Alpaca              {"instruction": …, "input": …, "output": …}
-    prompt, completion  {"prompt": …, "completion": …}, each a string or a list of messages; the prompt is not learned
+    prompt, completion  {"prompt": …, "completion": …}, strings or lists of messages; the prompt is masked in the loss
 
 Preference pairs are `{"prompt": …, "chosen": …, "rejected": …}`, strings or messages; without a prompt it is the
 messages that both begin with. A pair becomes two documents of one split, the chosen answer first.
 
-A conversation is a document of the token files, and a byte a token in `train.learn` says which are targets. Which
-conversation belongs to which split is decided as for texts: by its hash, or where there are few, by its place in line.
+A conversation is one document of the token files; `train.learn` is its loss mask, a byte a token. The split of a
+conversation is decided as for texts: by its hash, or where there are few, by its place in the file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .text_files import FORMS, holds_rows, read_rows
 from .tokens import SPLITS, Meta, SplitWriter, TokenData, directory_for, file_hash, split_edges
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}  # of ShareGPT
-RESERVED = ("messages", "tools", "add_generation_prompt")  # which the row itself says, or training
+RESERVED = ("messages", "tools", "add_generation_prompt")  # template variables that the row's own keys or training set
 SHOWN = 300  # characters of a row that an error shows
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, the line of the file they are from, and what else the template reads: the tools there are, and a
-    row's `chat_template_kwargs`."""
+    """A conversation: its messages, the line of the file it is from, and template variables (tools, a row's
+    `chat_template_kwargs`)."""
 
     messages: list[dict[str, Any]]
     variables: dict[str, Any]
@@ -50,7 +50,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Conversations:
-    """The conversations of some files, which can be read again and again."""
+    """Conversations of some files; can be iterated any number of times."""
 
     paths: list[Path]
     pairs: bool = False
@@ -61,18 +61,18 @@ class Conversations:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
 
     def read(self) -> Iterator[tuple[Conversation, ...]]:
-        """The conversation of every line in order; of a preference pair, both."""
+        """Yield the conversation of every line in order; of a preference pair, both."""
         for path in self.paths:
             for line, row in read_rows(path):
                 yield to_pair(row, line) if self.pairs else (to_conversation(row, line),)
 
     def texts(self) -> Iterator[str]:
-        """Text to train a tokenizer on: the training split is nearly all of it."""
+        """Rendered text to train a tokenizer on, of all splits: the training split is nearly all of it."""
         return (render(None, conversation.messages, {}) for each in self.read() for conversation in each)
 
 
 def open_conversations(pattern: str | Path) -> Conversations | None:
-    """The conversations that a file, folder or glob holds, or None where its first row is not one."""
+    """Open the conversations of a file, folder or glob; None if its first row is not one."""
     paths = expand([pattern])
     if not holds_rows(paths[0]):
         return None
@@ -84,7 +84,7 @@ def open_conversations(pattern: str | Path) -> Conversations | None:
 
 
 def to_conversation(row: Any, line: str) -> Conversation:
-    """A row of any of the four forms; `line` names it in errors."""
+    """Convert a row in any of the four formats to a `Conversation`; `line` names it in errors."""
     form = _form(row) if isinstance(row, Mapping) else None
     if form is None:
         raise InputError(f"{line} is no conversation: it needs {FORMS}, or chosen and rejected: {_show(row)}")
@@ -103,7 +103,7 @@ def to_conversation(row: Any, line: str) -> Conversation:
 
 
 def to_pair(row: Any, line: str) -> tuple[Conversation, Conversation]:
-    """A preference pair: the conversations that end in the chosen answer and in the rejected one."""
+    """Convert a row to a preference pair: the conversations that end in the chosen and in the rejected answer."""
     sides: list[Any] = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, Mapping) else [None]
     if not all(sides):
         raise InputError(f"{line} is no preference pair: it needs chosen and rejected: {_show(row)}")
@@ -163,8 +163,8 @@ def write_conversations(
     splits: tuple[float, ...],
     on_progress: Callable[[int], None] | None = None,
 ) -> TokenData:
-    """Encode conversations into `out`/{train,val,test}.bin, with what is learned of each in `.learn`. `on_progress`
-    hears the number of bytes encoded so far."""
+    """Tokenize conversations into `out`/{train,val,test}.bin, with loss masks in `.learn`. `on_progress` is called with
+    the number of bytes encoded so far."""
     edges, out, done = split_edges(splits), Path(out), 0
     count = sum(1 for _ in itertools.islice(conversations.read(), FEW))
     if not count:
@@ -205,7 +205,7 @@ def _encode(conversation: Conversation, tokenizer: Any) -> tuple[np.ndarray, np.
 
 
 def place_of(messages: list[dict[str, Any]]) -> float:
-    """A conversation's place between the edges of splits, by its hash."""
+    """Hash a conversation to [0, 1), which decides its split."""
     text = json.dumps(messages, sort_keys=True)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48

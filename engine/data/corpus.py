@@ -1,6 +1,6 @@
-"""Corpora: a corpus is something that can be read again and again, document by document.
+"""Text corpora: documents that can be re-read, their split by hash, and cutting into passages.
 
-Two questions have to be answered before any token is made, and both are answered here.
+Two questions are answered here, before any text is tokenized.
 
 *Which text belongs to which split?* A model must not be judged on text it has seen, so a split is decided by
 document: the hash of a document's beginning gives it a *place* in [0, 1), and the splits are intervals of places. The
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 
 PASSAGE = 1 << 20  # characters; a corpus of any size passes through memory in pieces of about this
-FEW = 100  # below this many documents, splits are cut inside each that is long
+FEW = 100  # below this many documents, each long document is itself cut into splits
 LONG = 500  # characters; what is shorter stays whole
 SEAMS = [re.compile(seam) for seam in (r"(?<=\n)(?=\w)", r"(?<=\w)(?= \w)", r"(?<=\n)")]
 
@@ -45,7 +45,7 @@ class Corpus:
     read: Callable[[], Iterator[Iterable[str]]]
 
     def passages(self) -> Iterator[Passage]:
-        """The whole text in order, cut into passages, each with its place."""
+        """Yield the whole text in order as passages, each with the place that decides its split."""
         lengths = [sum(map(len, blocks)) for blocks in itertools.islice(self.read(), FEW)]
         if not any(lengths):
             raise InputError(f"the corpus {self.name} is empty: there is no text to train on")
@@ -79,7 +79,7 @@ def _long_document(blocks: Iterable[str], length: int) -> Iterator[Passage]:
 
 
 def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
-    """Re-cut blocks of text into passages of `size` to 2 `size` characters that end at a seam where there is one."""
+    """Re-chunk blocks of text into passages of `size` to 2 `size` characters, cut at a seam where possible."""
     held = ""
     for block in blocks:
         held += block

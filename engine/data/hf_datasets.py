@@ -1,4 +1,4 @@
-"""Public data sets, from the Hugging Face hub through one local file.
+"""Datasets from the Hugging Face Hub, streamed into one local JSON-lines file.
 
 A large download breaks sooner or later, so it must be able to go on. Rows stream from the hub into
 `KEEP/documents.jsonl`; now and then `KEEP/state.json` notes how long that file is and where in the stream it ends (the
@@ -40,7 +40,7 @@ def hub(
     kind: str = "json",
     on_progress: Callable[[int], None] = lambda documents: None,
 ) -> Corpus:
-    """A public data set of at most `limit` documents, downloaded to the folder `keep` when it is first read.
+    """A Hub dataset of at most `limit` documents, downloaded to the folder `keep` on first use.
 
     `data_files` (of a `kind`: json, text, parquet) reads local copies instead. `on_progress` hears of new documents.
     """
@@ -63,12 +63,12 @@ def hub(
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name is a data set of the hub, org/name[/subset][:split][@revision], and no path here."""
+    """Return whether a name is a Hub dataset, org/name[/subset][:split][@revision], and no local path."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def fetch_rows(name: str, keep: str | Path) -> Path:
-    """The JSON lines of a data set of the hub (of its split `train`, if none is named), downloaded to `keep`."""
+    """Download a Hub dataset as JSON lines to `keep` (split `train` by default); return the file."""
     found = HUB_ID.fullmatch(name)
     if found is None:
         raise InputError(f"{name!r} is no data set of the hub: org/name[/subset][:split][@revision]")
@@ -102,7 +102,7 @@ def download(
     on_progress: Callable[[int], None] = lambda documents: None,
     columns: Callable[[dict], dict] = lambda row: {"text": row["text"]},
 ) -> None:
-    """Stream rows into `path`, from where an earlier call was interrupted; does nothing once all are there.
+    """Stream rows into `path`, continuing an interrupted download; no-op when complete.
 
     `begins` says whether a row begins a new document (None: every row is one), `columns` what of a row is kept.
     """
@@ -139,7 +139,7 @@ def download(
 
 
 def articles(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Wikitext comes as lines; an article begins at its title, ` = Title = ` (sections have more equals signs)."""
+    """Join Wikitext's lines into articles; one begins at its title, ` = Title = ` (sections have more equals signs)."""
     article: list[str] = []
     for line in lines:
         if article and TITLE.match(line):

@@ -1,4 +1,4 @@
-"""From token files to batches: four orders in which to walk through the same array.
+"""Data loaders: token files to batches, in random, sequential, shuffled or packed order.
 
 Every loader is a pure function of the step: `loader.batch(step)` draws what step `step` trains on from a counter-based
 generator keyed by (seed, step). So there is no iterator to save: the state of a loader *is* the step number, a resumed
@@ -32,7 +32,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs and the tokens that follow them. With `cu_seqlens`, flattened rows hold documents that must not mix."""
+    """Inputs and next-token targets. `cu_seqlens` delimits packed documents in the flattened rows."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def weight(self) -> Tensor:
-        """Denominator of the mean loss: the targets that count."""
+        """Denominator of the mean loss: the number of targets that are not IGNORE."""
         return (self.targets_BT != IGNORE).sum()
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -54,7 +54,7 @@ class Batch:
         return Batch(self.tokens_BT[start:stop], self.targets_BT[start:stop], positions, borders)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; pinned first where that makes the copy asynchronous."""
+        """Copy the batch to a device; through pinned memory on CUDA, so that the copy is asynchronous."""
         if device.type == "cpu":
             return self
 
@@ -84,7 +84,7 @@ class Loader(Protocol):
 
 
 def generator(seed: int, *counter: int) -> np.random.Generator:
-    """A generator that depends on (seed, counter) and on nothing else."""
+    """Counter-based random generator: a pure function of (seed, counter)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *counter])))
 
 
@@ -112,7 +112,7 @@ def _windows(tokens: np.ndarray, starts_B: np.ndarray, T: int, learn: np.ndarray
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """The rows of several batches of one context as one batch."""
+    """Concatenate batches of one context length into one batch."""
     T = batches[0].tokens_BT.shape[1]
     tokens_BT, targets_BT = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens_BT", "targets_BT")
@@ -137,7 +137,7 @@ def _require_length(length: int, T: int) -> None:
 
 
 class RandomWindows:
-    """Windows that start anywhere, drawn anew at each step."""
+    """Random windows: start positions drawn with replacement at every step."""
 
     def __init__(self, split: TokenSplit, batch_size: int, context: int, seed: int = 0) -> None:
         _require_length(len(split), context)
@@ -153,7 +153,7 @@ class RandomWindows:
 
 
 class _Rows:
-    """Rows numbered 0 to n-1 walked through once an epoch; the last batch of an epoch runs on into the next."""
+    """Base of loaders that walk through rows 0 … n−1 once an epoch; batches may straddle two epochs."""
 
     batch_size: int
     seed: int
@@ -177,14 +177,14 @@ class _Rows:
         return order
 
     def row_numbers(self, step: int) -> np.ndarray:
-        """Which rows step `step` uses: the epochs' orders end to end, cut into batches."""
+        """Rows of step `step`: the epochs' permutations concatenated, cut into batches."""
         rows, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.count(0)
         epochs = rows // count
         return np.concatenate([self.order(int(epoch))[rows[epochs == epoch] % count] for epoch in np.unique(epochs)])
 
 
 class Epochs(_Rows):
-    """Every window once an epoch. `stride` is the distance between windows: T by default, less to overlap them."""
+    """Every window once an epoch. `stride` is the distance between windows: T by default; less makes them overlap."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class Epochs(_Rows):
 
 
 class PackedDocuments(_Rows):
-    """Rows made of whole documents, each starting at position 0; a document longer than a row is cut into rows.
+    """Sequence packing: whole documents in each row, positions reset; longer documents are cut into rows.
 
     Pieces are fitted longest first into the fullest row that has room (best fit), once, for all epochs; what remains of
     a row is padding without a target. Epochs shuffle the rows.
@@ -251,9 +251,10 @@ class PackedDocuments(_Rows):
 
 
 def pack(starts: np.ndarray, total: int, T: int, learn: np.ndarray | None = None) -> list[list[tuple[int, int]]]:
-    """Rows of (start, inputs) pieces: at most T inputs a row, every piece followed by its own last target.
+    """Best-fit-decreasing packing: rows of (start, number of inputs) pieces, at most T inputs a row.
 
-    Pieces in which nothing is learned (the beginning of a conversation longer than a row) are left out.
+    Every piece is followed by its own last target. Pieces without a target (the beginning of a conversation longer than
+    a row) are left out.
     """
     ends = np.append(starts[1:], total)
     pieces = [
@@ -287,7 +288,7 @@ def pack(starts: np.ndarray, total: int, T: int, learn: np.ndarray | None = None
 def open_loader(
     kind: str, split: TokenSplit, batch_size: int, context: int, seed: int, stride: int | None = None
 ) -> Loader:
-    """The loader that `--order` names; `auto` is packed for conversations and random for other text."""
+    """Make the loader that `--order` names; `auto` is packed for conversations and random for other text."""
     if kind == "auto":
         kind = "random" if split.learn is None else "packed"
     if kind == "random":
@@ -300,7 +301,7 @@ def open_loader(
 
 
 def prefetch(loader: Loader, start: int, device: torch.device, workers: int = 1) -> Iterator[Batch]:
-    """Batches from step `start` on, made by `workers` threads ahead of their use (0: made when asked for)."""
+    """Yield batches from step `start` on, prefetched by `workers` threads (0: made when asked for)."""
     if workers == 0:
         step = start
         while True:

@@ -1,8 +1,8 @@
-"""Preference pairs: of two answers to one prompt, which is better.
+"""Preference pairs for DPO: batches of chosen and rejected answers with reference log-probabilities.
 
 In the token files a pair is two documents, the chosen one and then the rejected one. A row of a batch is a pair, and
-holds what the reference (the model before its first step) thinks of both answers: log-probabilities that are computed
-once for the whole split.
+holds the log-probabilities of both answers by the reference (the model before its first step), which are computed once
+for the whole split.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import InputError
 from .loader import IGNORE, Batch, _Rows
 from .tokens import TokenSplit
 
-LANES = 16  # rows are padded to a multiple of a vector
+LANES = 16  # rows are padded to a multiple of this many tokens, a SIMD vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class PairBatch(Batch):
 
 @dataclass
 class PreferencePairs(_Rows):
-    """Every pair once an epoch. An answer longer than the context is cut at its end."""
+    """Loader of preference pairs, each once an epoch. Answers longer than the context are truncated."""
 
     split: TokenSplit
     batch_size: int
@@ -83,7 +83,7 @@ class PreferencePairs(_Rows):
         return self.take(self.row_numbers(step))
 
     def take(self, rows: np.ndarray) -> PairBatch:
-        """The pairs of these row numbers."""
+        """Batch of the pairs with these row numbers."""
         spans = [self.spans[2 * self.pairs[row] + side] for row in rows for side in (0, 1)]
         T = -(-max(end - start - 1 for start, end in spans) // LANES) * LANES
         tokens, targets = np.zeros((len(spans), T), np.int64), np.full((len(spans), T), IGNORE, np.int64)

@@ -1,4 +1,4 @@
-"""Named sources of text: the standard library, local files, public data sets."""
+"""Named sources of text: the standard library, local files, Hub datasets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stdlib(limit: int | None = None) -> Corpus:
 
 
 def _source_text(path: Path) -> str | None:
-    """The file as text, or None when it is a table in disguise: character maps, escaped bytes, very long lines."""
+    """The file as text, or None for tables disguised as code: character maps, escaped bytes, very long lines."""
     try:
         text = path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except (UnicodeDecodeError, OSError):
@@ -42,7 +42,7 @@ def _source_text(path: Path) -> str | None:
 
 
 def files(patterns: Iterable[str | Path], field: str = "text", limit: int | None = None) -> Corpus:
-    """Local files: `.txt` (and any other text) is one document each, a table (text_files.py) has one a row.
+    """Local files: `.txt` (and any other text) is one document each, a table (text_files.py) one document a row.
 
     `patterns` are paths, folders or globs; `field` names the text in a row. A `.json` without it is plain text.
     """

@@ -1,4 +1,4 @@
-"""Local files as text or as rows, whatever they are packed in.
+"""Readers of local text files and tables (JSON lines, JSON, Parquet …), compressed or not.
 
 Text is UTF-8, and a byte order mark at its beginning is dropped. Rows are what a data set has: the lines of `.jsonl`,
 the elements of a JSON array (as Alpaca and ShareGPT were published), the rows of `.parquet`. Text may be compressed. No
@@ -31,7 +31,7 @@ CONTROL = {*range(32), 127} - {*b"\t\n\f\r\x1a\x1b"}  # bytes that no text has
 
 
 def text_blocks(path: Path) -> Iterator[str]:
-    """The text of a file, a block at a time; line ends stay as they are."""
+    """Yield the text of a file in blocks; line ends stay as they are."""
     with _open_text(path) as file:
         while block := file.read(BLOCK):
             if "\0" in block:
@@ -40,7 +40,7 @@ def text_blocks(path: Path) -> Iterator[str]:
 
 
 def holds_rows(path: Path) -> bool:
-    """Return whether a file is a table: by its name, or a `.json` that is an array, or lines, of objects."""
+    """Return whether a file is a table: JSON lines, Parquet, or a `.json` of an array or of lines of objects."""
     kind = _kind(path)
     if kind == ".json":
         return _is_array(path) or _is_object(_first_line(path))
@@ -48,7 +48,7 @@ def holds_rows(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a file with its place, `path:number`, counted from 1; empty lines are passed over."""
+    """Yield each row of a table with its place, `path:number`, counted from 1; empty lines are skipped."""
     if _kind(path) == ".parquet":
         rows = _parquet_rows(path)
     elif _is_array(path):
@@ -126,13 +126,13 @@ def _is_object(line: str) -> bool:
 
 
 def _kind(path: Path) -> str:
-    """The suffix of a file, or of what a compressed one holds."""
+    """Suffix of a file, under a compression suffix if there is one."""
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
-    """Open a text file, compressed or not; what cannot be read is one sentence about the file."""
+    """Open a text file, compressed or not; a file that cannot be read raises one sentence about it."""
     try:
         with _open_bytes(path) as data:
             yield io.TextIOWrapper(data, encoding="utf-8-sig", newline="")
@@ -156,7 +156,7 @@ def _open_bytes(path: Path) -> Any:
 
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
-    """The errors by which a decompressor says that a file is not what it wrote."""
+    """Exceptions that a decompressor raises for a damaged file."""
     if path.suffix == ".zst":
         return EOFError, _zstandard(path).ZstdError
     return (EOFError, OSError, lzma.LZMAError, zlib.error) if path.suffix in COMPRESSED else ()
@@ -170,7 +170,7 @@ def _zstandard(path: Path) -> Any:
 
 
 def _what_instead(path: Path) -> str:
-    """A guess at a file that is not UTF-8 text, and the command that converts it."""
+    """Describe a file that is not UTF-8 text: its likely encoding and the command that converts it."""
     with _open_bytes(path) as file:
         encoding = likely_encoding(file.read(4096))
     if encoding is None or path.suffix in COMPRESSED:
@@ -180,7 +180,7 @@ def _what_instead(path: Path) -> str:
 
 
 def likely_encoding(head: bytes) -> str | None:
-    """The likeliest encoding other than UTF-8 of a text that begins so; None for a binary file."""
+    """Guess the encoding, other than UTF-8, of a text that begins so; None for a binary file."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "UTF-16"
     if CONTROL & {*head}:

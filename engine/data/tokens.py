@@ -29,7 +29,7 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A split of a data set."""
+    """Size and hash of one split of a dataset."""
 
     tokens: int
     documents: int
@@ -58,7 +58,7 @@ class Meta:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """One split, mapped from disk: `tokens` in order, `starts` of the documents, `learn` of a conversation's tokens."""
+    """One memory-mapped split: `tokens`, `starts` of the documents, and the loss mask `learn`."""
 
     name: str
     tokens: np.ndarray
@@ -111,7 +111,7 @@ class TokenData:
         return np.memmap(path, np.uint8, "r") if info.tokens else np.empty(0, np.uint8)
 
     def tokenizer(self) -> Any:
-        """The tokenizer that made these tokens."""
+        """Load the tokenizer that made these tokens."""
         from ...tokenizer import load_tokenizer
 
         return load_tokenizer(self.directory)
@@ -125,7 +125,7 @@ def write_token_data(
     threads: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> TokenData:
-    """Encode a corpus into `out`/{train,val,test}.bin. `on_progress` hears the number of bytes read so far."""
+    """Tokenize a corpus into `out`/{train,val,test}.bin. `on_progress` is called with the bytes read so far."""
     edges = split_edges(splits)
     out = Path(out)
     with directory_for(out) as scratch:
@@ -156,7 +156,7 @@ def write_token_data(
 
 
 def split_edges(splits: Sequence[float]) -> np.ndarray:
-    """(0.8, 0.1, 0.1) -> the places where one split ends and the next begins."""
+    """Boundaries of the splits in [0, 1): (0.8, 0.1, 0.1) → [0.8, 0.9]."""
     parts = np.asarray(splits, dtype=float)
     if len(parts) not in (1, 2, 3) or (parts < 0).any() or parts[0] == 0 or not np.isclose(parts.sum(), 1):
         raise InputError(f"splits must be one to three shares (train, val, test) that sum to 1, not {list(splits)}")
@@ -164,7 +164,7 @@ def split_edges(splits: Sequence[float]) -> np.ndarray:
 
 
 def text_of(corpus: Corpus, split: int = 0, splits: Sequence[float] = (0.8, 0.1, 0.1)) -> Iterator[str]:
-    """The text of one split alone: what a tokenizer may be trained on."""
+    """Text of one split alone: a tokenizer may only be trained on the training split."""
     edges = split_edges(splits)
     return (passage.text for passage in corpus.passages() if _index(passage, edges) == split)
 
@@ -174,7 +174,7 @@ def _index(passage: Passage, edges: np.ndarray) -> int:
 
 
 def _groups(passages: Iterator[Passage], edges: np.ndarray) -> Iterator[tuple[int, list[Passage]]]:
-    """Passages of the same split, gathered until there is enough to keep all cores busy; order is kept in a split."""
+    """Group passages of the same split until a group keeps all cores busy; the order within a split is kept."""
     waiting: list[list[Passage]] = [[] for _ in range(len(edges) + 1)]
     sizes = [0] * len(waiting)
     for passage in passages:
@@ -195,7 +195,7 @@ def _encode(texts: list[str], tokenizer: Any, threads: int | None) -> tuple[np.n
 
 
 class SplitWriter:
-    """Appends documents to one split's files, hashing as it goes; with `learn`, also what is learned of each."""
+    """Writer of one split's files, hashing as it appends; with `learn`, also of the loss mask."""
 
     def __init__(self, stem: Path, dtype: str, end: int | None, learn: bool = False) -> None:
         self.file = open(stem.with_suffix(".bin"), "wb")  # noqa: SIM115
@@ -234,7 +234,7 @@ class SplitWriter:
 
 @contextmanager
 def directory_for(out: Path) -> Iterator[Path]:
-    """A scratch directory beside `out` that takes its place when the block succeeds and vanishes when it fails."""
+    """Staging directory beside `out`: renamed to it when the block succeeds, removed when it fails."""
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
         raise InputError(f"{out} exists and is no token directory: give an --out that is new or empty")
     with atomic_directory(out) as scratch:

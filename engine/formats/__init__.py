@@ -1,1 +1,1 @@
-"""Model files of the world: model directories, published families, GGUF."""
+"""Model file formats: model directories, `transformers` families, GGUF, quantized checkpoints, LoRA adapters."""

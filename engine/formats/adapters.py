@@ -1,9 +1,9 @@
-"""LoRA adapters as PEFT's files have them: `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 An adapter adds s·B·A to the weight W (outputs, inputs) of a linear layer: A (r, inputs) and B (outputs, r) hold few
-numbers, s = alpha/r, or alpha/√r with rslora (Hu et al., 2021; Kalajdzievski, 2023). Files name published layers, and a
+numbers, s = alpha/r, or alpha/√r with rsLoRA (Hu et al., 2021; Kalajdzievski, 2023). Files name published layers, and a
 weight of ours may pack several of them (q, k and v), in an order of its own. So a `LowRank` describes one weight: which
-layers lie in it, row by row. From their factors it makes the weight's change, and from the weight's gradient theirs:
+layers lie in it, row by row. It maps factors to the weight's update, and the weight's gradient to the factors':
 
     W' = W + s·B·A    dA = s·Bᵀ·dW'    dB = s·dW'·Aᵀ
 
@@ -47,18 +47,18 @@ ALIKE = 0.5  # correlation of such numbers: above 0.99 for a model in 4 bits, wi
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return whether a directory holds an adapter, not a model."""
+    """Return whether a directory holds a LoRA adapter instead of a model."""
     return (directory / CONFIG).is_file()
 
 
 def factor_names(layer: str) -> tuple[str, str]:
-    """Names of A and B of a published layer."""
+    """Names of the tensors A and B (`lora_A`, `lora_B`) of a published layer."""
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """Low-rank change of one weight of ours: the published layers packed in it, and where their rows come."""
+    """LoRA update of one weight of ours, which may pack several published layers (q, k and v)."""
 
     weight: str
     shape: tuple[int, int]
@@ -69,7 +69,7 @@ class LowRank:
     """Permutation from their rows to ours."""
 
     def change(self, factors: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
-        """s·B·A of all layers, as a matrix like the weight; layers without factors change nothing."""
+        """Weight update s·B·A of all packed layers, in our row order; zero rows for layers without factors."""
         rows = []
         for layer, size in zip(self.layers, self.sizes):
             a, b = (factors.get(name) for name in factor_names(layer))
@@ -83,7 +83,7 @@ class LowRank:
     def gradients(
         self, grad: Tensor, factors: Mapping[str, Tensor], scales: Mapping[str, float]
     ) -> Iterator[tuple[str, Tensor]]:
-        """The gradients of the factors, by name, from that of the weight (chain rule)."""
+        """Yield the gradients of the factors A and B, given the gradient of the weight (chain rule)."""
         if self.order is not None:
             grad = grad.index_select(0, self.order.argsort().to(grad.device))
         for layer, rows in zip(self.layers, grad.split(self.sizes)):
@@ -95,7 +95,7 @@ class LowRank:
 
 
 def low_rank_weights(config: ModelConfig, kind: str) -> list[LowRank]:
-    """Every weight of a linear layer in a model's blocks, but a router's and those of experts."""
+    """Weights that LoRA may adapt: all linear layers of the blocks except routers and experts."""
     with torch.device("meta"):
         blocks = Transformer(config).blocks
     found = []
@@ -128,12 +128,12 @@ class AdapterConfig:
     """A few numbers of the base, in a file of their own."""
 
     def scale(self, layer: str, rank: int) -> float:
-        """s of a published layer whose factors have this rank."""
+        """Scale s of a layer: alpha / rank, or alpha / √rank with rsLoRA; `alpha_pattern` applies."""
         alpha = next((alpha for pattern, alpha in self.alphas if _matches(pattern, layer)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def to_peft(self, transposed: bool) -> dict[str, Any]:
-        """As PEFT's LoraConfig; `transposed` says that published layers keep (inputs, outputs), as GPT-2's do."""
+        """Convert to PEFT's LoraConfig; `transposed`: the family stores (inputs, outputs), as GPT-2 does."""
         return {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base, "r": self.rank,
             "lora_alpha": self.alpha, "use_rslora": self.rslora, "target_modules": list(self.targets),
@@ -143,7 +143,7 @@ class AdapterConfig:
 
     @staticmethod
     def read(directory: Path) -> AdapterConfig:
-        """The configuration in a directory; what we would compute otherwise is refused by name."""
+        """Read `adapter_config.json`; options that change the function (DoRA, biases …) are refused by name."""
         path = directory / CONFIG
         values = read_json(path)
         if values.get("peft_type") != "LORA":
@@ -171,12 +171,12 @@ class AdapterConfig:
 
 
 def _matches(pattern: str, layer: str) -> bool:
-    """PEFT's rule: a pattern is the end of a name, after a dot."""
+    """PEFT's rule: a pattern matches the end of a name, after a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
 
 
 def choose_layers(weights: Iterable[LowRank], targets: tuple[str, ...]) -> list[str]:
-    """The published layers that targets name by their ends; all of them without targets."""
+    """Published layers whose names end in one of `targets` (all if there are none)."""
     layers = [layer for weight in weights for layer in weight.layers]
     for target in targets:
         if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
@@ -186,7 +186,7 @@ def choose_layers(weights: Iterable[LowRank], targets: tuple[str, ...]) -> list[
 
 
 class Adapter:
-    """The tensors of an adapter's directory, held against the model they are for."""
+    """A loaded LoRA adapter, its tensors checked against the shapes of the base model."""
 
     def __init__(self, directory: Path, config: ModelConfig, kind: str) -> None:
         self.config, path = AdapterConfig.read(directory), directory / TENSORS
@@ -228,7 +228,7 @@ class Adapter:
         self.scales[layer] = self.config.scale(layer, len(a))
 
     def _take_whole(self, tensors: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[str, Tensor]:
-        """Embedding and head, by our names; a head that is tied may be there too, as the embedding again."""
+        """Take embedding and head that were trained whole (`modules_to_save`); a tied head may be stored twice."""
         taken: dict[str, Tensor] = {}
         for name in WHOLE:
             (published,) = weight_map(config, [name], kind)[0].theirs
@@ -249,23 +249,23 @@ class Adapter:
         return name in self.weights or name in self.whole
 
     def check_base(self, base: str | os.PathLike, sample: Sequence[float]) -> None:
-        """Refuse a base that is another model; the same one rounded, packed or tuned further is near enough."""
+        """Refuse a different base model; the same one quantized or fine-tuned further passes."""
         ours, theirs = torch.tensor(self.base_sample), torch.tensor(sample)
         if len(ours) != len(theirs) or torch.cosine_similarity(ours, theirs, 0) < ALIKE:
             raise InputError(
-                f"{self.path} is of another model than {base}: numbers of its base that it remembers are not this "
-                f"one's; use it with the model it was trained on, {self.config.base}"
+                f"{self.path} was trained on another model than {base}: the sample of base weights saved with it "
+                f"differs; use it with the model it was trained on, {self.config.base}"
             )
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """A weight of the base, in float32, as the adapter changes it."""
+        """The base's weight, in float32, with the adapter merged in."""
         if name in self.whole:
             return self.whole[name].to(weight)
         return weight + self.weights[name].change(self.factors, self.scales).to(weight.device)
 
 
 def _read_sample(path: Path) -> list[float]:
-    """The numbers that an adapter remembers of its base; none of an adapter that others made."""
+    """Read the sample of base weights saved with the adapter; empty for adapters saved by PEFT itself."""
     if not path.is_file():
         return []
     try:

@@ -1,8 +1,8 @@
-"""The names the world gives to our tensors.
+"""Conversion to and from `transformers`: config.json and tensor names of every supported model family.
 
-Every published architecture that `Transformer` spans has its own vocabulary: `transformers` says `hidden_size` where we
-say `d_model`, stores q, k and v apart where we multiply once, and transposes GPT-2. `family_table.py` is the
-dictionary; here are its uses: `to_hf_config(config)` gives the published `config.json`, `from_hf_config(values)` reads
+Every published architecture names things in its own way: `transformers` says `hidden_size` where we say `d_model`,
+stores q, k and v apart where we multiply once, and transposes GPT-2. `family_table.py` is the table of differences;
+here are its uses: `to_hf_config(config)` gives the published `config.json`, `from_hf_config(values)` reads
 one back, and `weight_map(config)` lists, for each tensor of ours, the published tensors it is made of.
 """
 
@@ -21,12 +21,12 @@ from .family_table import ALIASES, FAMILIES
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """The first published architecture whose config.json, read back, is this configuration."""
+    """`model_type` of the first family whose config.json round-trips this configuration; else "warploom"."""
     return next((kind for kind, family in FAMILIES.items() if family.fits(config)), "warploom")
 
 
 def kind_of(values: Mapping[str, Any]) -> str:
-    """Name of the family of a config.json: its entry of the table."""
+    """The `model_type` of a config.json, aliases resolved; an unsupported one is refused."""
     kind = language_part(values).get("model_type")
     known = ALIASES.get(kind, kind)
     if known not in FAMILIES and kind != "warploom":
@@ -39,7 +39,7 @@ def kind_of(values: Mapping[str, Any]) -> str:
 
 
 def to_hf_config(config: ModelConfig, kind: str | None = None) -> dict[str, Any]:
-    """The published config.json of this architecture; our own (`model_type: warploom`) where no published one fits."""
+    """Convert to the family's config.json; our own (`model_type: warploom`) if no family fits."""
     kind = kind or architecture_of(config)
     if kind == "warploom":
         return {"model_type": kind, "architectures": ["Transformer"], "warploom": config.to_dict()}
@@ -51,7 +51,7 @@ def to_hf_config(config: ModelConfig, kind: str | None = None) -> dict[str, Any]
 
 
 def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The `ModelConfig` a published config.json describes; what we would compute differently is refused by name."""
+    """Convert a config.json to a `ModelConfig`; options that we would compute differently are refused by name."""
     kind = kind_of(values)
     if kind == "warploom":
         return ModelConfig.from_dict(values["warploom"])
@@ -61,7 +61,7 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a multimodal model's config.json, what it says of its language model."""
+    """The language model's part (`text_config`) of a multimodal model's config.json."""
     inner = values.get("text_config")
     if not isinstance(inner, Mapping):
         return values
@@ -70,7 +70,7 @@ def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def family_table() -> Iterator[str]:
-    """A Markdown table of the families: what each always has, what its config.json says, how its tensors lie."""
+    """Lines of the Markdown table of families: fixed fields, fields read from config.json, tensor layout."""
     yield "| `model_type` | class | always | said by the file | tensors |"
     yield "|---|---|---|---|---|"
     common = set(FAMILIES["llama"].words.values())
@@ -86,7 +86,7 @@ def family_table() -> Iterator[str]:
 
 
 def _fields_of(family: Family) -> set[str]:
-    """Our fields that the family's words of their own kind set, of a plain configuration as they say it."""
+    """Our fields that a family's custom conversions (`more`) set."""
     config = ModelConfig.preset("llama-tiny", query_growth={"beta": 0.1, "length": 64})
     values, found = {"model_type": ""}, set()
     for name in family.words:
@@ -104,7 +104,7 @@ def _fields_of(family: Family) -> set[str]:
 
 
 def weight_map(config: ModelConfig, names: list[str], kind: str | None = None) -> list[WeightMapping]:
-    """For each tensor of ours (by name), the published tensors it is made of."""
+    """For each tensor of ours (by name), the published tensors it is assembled from."""
     kind = kind or architecture_of(config)
     if kind == "warploom":
         return [WeightMapping(name, ((name,),)) for name in names]

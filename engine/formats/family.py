@@ -1,9 +1,9 @@
-"""A published architecture as data, both ways: its words for our fields and its names for our tensors.
+"""Declarative description of a model family: config.json keys to our fields, published tensors to ours, both ways.
 
-What families do otherwise than `Transformer` is, wherever possible, a change of variables and stays here. A rotation of
-neighboring pairs (GPT-J, GLM, Cohere) is one of halves after a permutation of the rows of q and k; packed matrices
+Where a family differs from `Transformer`, the difference is a change of variables wherever possible, and stays here.
+Interleaved RoPE (GPT-J, GLM, Cohere) is half-split RoPE after a permutation of the rows of q and k; packed matrices
 (GPT-NeoX a head at a time, Falcon a group) are permutations too; a norm that multiplies by 1 + w (Gemma) is one by its
-own weight after an addition. So no kernel learns of them.
+own weight after an addition. So no kernel has to know of them.
 
 A family fits a configuration if reading what it would write gives the configuration back: there is no second list of
 what a family can express.
@@ -23,17 +23,17 @@ from ..config import ModelConfig
 from ..errors import InputError
 
 Values = Mapping[str, Any]
-TRAINING_ONLY = ("dropout", "balance_loss", "router_z_loss")  # what a published config.json has no standard word for
+TRAINING_ONLY = ("dropout", "balance_loss", "router_z_loss")  # a published config.json has no standard key for these
 NEEDED = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "n_experts", "experts_per_token")
 NULLABLE = (
     "sliding_window", "head_dim", "num_key_value_heads", "final_logit_softcapping", "attn_logit_softcapping",
 )  # fmt: skip
-"""Words that mean something where they are null; else null is the same as silence."""
+"""Keys for which null is a value; for all others it is the same as leaving the key out."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """Some of our fields as config.json says them in a way of its own: values → fields, and configuration → values."""
+    """Custom conversion of some fields: `read` maps config.json to our fields, `write` maps a configuration back."""
 
     read: Callable[[Values], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
@@ -41,35 +41,35 @@ class Word:
 
 @dataclass(frozen=True)
 class Family:
-    """A published architecture: its names for our tensors, its words for our fields, and what it takes for granted."""
+    """Description of a family: tensor names, config.json keys, fixed values, defaults, tensor layout."""
 
     title: str
     """The class that transformers opens it with."""
     names: Mapping[str, str | tuple[str, ...] | Callable[[ModelConfig], str]]
-    """Our part → theirs. Several are joined by rows; * is one an expert."""
+    """Our module → the published one. Several are concatenated by rows; * stands for the number of an expert."""
     words: dict[str, str]
-    """config.json's word → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""
+    """config.json key → our field. `a|b`: either is read, both are written; `x+y`: both fields are set."""
     more: tuple[Word, ...] = ()
-    """Words that take more than a renaming."""
+    """Conversions that take more than renaming a key."""
     granted: dict[str, Any] = field(default_factory=dict)
-    """Our fields that have one value in this family."""
+    """Our fields that are constant in this family."""
     assumed: dict[str, Any] = field(default_factory=dict)
-    """config.json's values where a file is silent."""
+    """Defaults of config.json keys that a file omits."""
     refused: dict[str, tuple] = field(default_factory=dict)
-    """Words that must have one of these values; the first is written."""
+    """Keys that must have one of these values; the first is written."""
     orders: dict[str, Callable[[ModelConfig], Tensor]] = field(default_factory=dict)
-    """Our part → which of their rows, joined, comes where."""
+    """Our module → permutation of the concatenated published rows."""
     transposed: tuple[str, ...] = ()
-    """Parts whose matrices are published as (inputs, outputs)."""
+    """Modules whose matrices are published as (inputs, outputs)."""
     framed: tuple[str, ...] = ()
     """Vectors that are published as a matrix of one row."""
     offset: float = 0.0
-    """Offset that published norm weights lack."""
+    """Constant added to published norm weights (1 for Gemma, whose norms multiply by 1 + w)."""
     layers: str = "model.layers"
-    """Prefix of the layers' tensors."""
+    """Prefix of the names of the layers' tensors."""
 
     def read(self, values: Values) -> ModelConfig:
-        """The configuration that a config.json describes; what we would compute differently is refused by name."""
+        """Convert a config.json to a `ModelConfig`; options that we would compute differently are refused by name."""
         said = {word for word, value in values.items() if value is not None or word in NULLABLE}
         values = {**values, **{word: value for word, value in self.assumed.items() if word not in said}}
         values = {word: value for word, value in values.items() if value is not None}
@@ -91,7 +91,7 @@ class Family:
         return ModelConfig(**_short(fields))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """config.json's values of a configuration."""
+        """Convert a configuration to the keys of this family's config.json."""
         values = {word: accepted[0] for word, accepted in self.refused.items() if accepted[0] is not None}
         said = full(config) | {name: getattr(config, name) for name in TRAINING_ONLY}
         for word, name in self.words.items():
@@ -101,7 +101,7 @@ class Family:
         return values
 
     def fits(self, config: ModelConfig) -> bool:
-        """Is this family's config.json, read back, this configuration?"""
+        """Return whether a configuration survives the round trip through this family's config.json."""
         try:
             again = self.read({"model_type": "", **json.loads(json.dumps(self.write(config)))})
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
@@ -110,7 +110,7 @@ class Family:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal, up to the last digits of numbers: 1 / (1 / x) need not be x."""
+    """Equality up to floating-point rounding: 1 / (1 / x) need not be x."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -121,7 +121,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def full(config: ModelConfig) -> dict[str, Any]:
-    """Everything a configuration says, with nothing left at None: two that compute the same are equal."""
+    """All fields resolved, none left at None: equal for two configurations that compute the same."""
     c = config
     said = c.to_dict() | {
         "n_kv_heads": c.kv_heads, "head_dim": c.head_size, "d_ff": c.ff_size, "layers": c.kinds,
@@ -147,7 +147,7 @@ SPARSE_FIELDS = (
 
 
 def _short(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what follows from the other fields."""
+    """Reset fields to None where they have the value that follows from the others."""
     f = dict(fields)
     if f.get("head_dim") == f["d_model"] / f["n_heads"]:
         f["head_dim"] = None
@@ -175,7 +175,7 @@ def _short(fields: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One tensor of ours from published ones: joined by rows, put in order, perhaps one set an expert."""
+    """Assembly of one tensor of ours from published ones: concatenation, row permutation, stacking of experts."""
 
     ours: str
     groups: tuple[tuple[str, ...], ...]  # one group of joined tensors, or one for each expert
@@ -188,7 +188,7 @@ class WeightMapping:
     framed: bool = False
 
     def fill(self, target: Tensor, read: Callable[[str], Tensor]) -> None:
-        """Copy the published tensors into our tensor, piece by piece: nothing is ever held twice."""
+        """Copy the published tensors into our tensor, one at a time: nothing is ever held twice."""
         for part, name in self._parts(target):
             source = read(name)
             source = source[0] if self.framed and source.ndim > 1 else source.mT if self.transposed else source
@@ -202,7 +202,7 @@ class WeightMapping:
             target += self.offset
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Our tensor as the published ones."""
+        """Yield the published tensors of one of ours: the inverse of `fill`."""
         if self.order is not None:
             tensor = tensor.index_select(self._rows(tensor), self.order.argsort().to(tensor.device))
         if self.offset:
@@ -211,7 +211,7 @@ class WeightMapping:
             yield name, (part[None] if self.framed else part.mT if self.transposed else part).contiguous()
 
     def _rows(self, tensor: Tensor) -> int:
-        """The dimension of a tensor's rows: experts come before it."""
+        """Dimension of a tensor's rows: 1 behind the expert dimension, else 0."""
         return 1 if tensor.ndim == 3 or "b_gate_up" in self.ours else 0
 
     def _parts(self, tensor: Tensor) -> Iterator[tuple[Tensor, str]]:
@@ -226,7 +226,7 @@ class WeightMapping:
 
 
 def mapping_of(family: Family, config: ModelConfig, name: str) -> WeightMapping:
-    """The published tensors that our tensor of this name is made of."""
+    """The mapping of our tensor of this name."""
     c = config
     layer, part, kind = dissect(name)
     published = family.names[part]
@@ -253,7 +253,7 @@ def _sizes(c: ModelConfig, part: str, layer: str | None) -> tuple[int, ...]:
 
 
 def dissect(name: str) -> tuple[str | None, str, str]:
-    """blocks.3.attention.qkv.weight → ("3", "attention.qkv", "weight"); a bare parameter has no third."""
+    """Split a tensor name: blocks.3.attention.qkv.weight → ("3", "attention.qkv", "weight")."""
     layer = None
     if name.startswith("blocks."):
         _, layer, name = name.split(".", 2)

@@ -1,4 +1,4 @@
-"""The table of published architectures: each as a `Family`, from which both directions follow.
+"""Table of the supported model families, each a `Family`, used in both directions.
 
 To add one: its names for our parts (`LLAMA` and what differs), its words for our fields (`family_words.py` has those
 that several use), what it takes for granted, what its files leave unsaid, and what we do not compute. A test opens it
@@ -78,12 +78,12 @@ FALCON = {
 
 
 def pairs_to_halves(count: int) -> Tensor:
-    """Neighbors that rotate together, as halves that do."""
+    """Permutation from interleaved RoPE (rotating neighbors, GPT-J) to half-split RoPE (GPT-NeoX)."""
     return torch.cat([torch.arange(0, count, 2), torch.arange(1, count, 2)])
 
 
 def interleaved(c: ModelConfig) -> Tensor:
-    """Rows of q and k whose rotation turns neighbors, in the columns of a head that rotate."""
+    """Row permutation of q and k from interleaved to half-split RoPE, over the rotary columns of each head."""
     order = torch.arange(c.head_size)
     order[: c.rotary_size] = pairs_to_halves(c.rotary_size)
     turned = (torch.arange(c.n_heads + c.kv_heads)[:, None] * c.head_size + order).flatten()
@@ -91,7 +91,7 @@ def interleaved(c: ModelConfig) -> Tensor:
 
 
 def by_group(c: ModelConfig) -> Tensor:
-    """The queries of a key head, its key, its value, then the next (Falcon; GPT-NeoX has one query a key)."""
+    """Row permutation of a qkv packed group by group: its queries, its key, its value (Falcon, GPT-NeoX)."""
     rows = torch.arange((c.n_heads + 2 * c.kv_heads) * c.head_size).view(c.kv_heads, -1, c.head_size)
     return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
 
@@ -101,7 +101,7 @@ def gate_up_alternating(c: ModelConfig) -> Tensor:
 
 
 def latent_query(c: ModelConfig) -> Tensor:
-    """Each head's rotating part, which is published last and in pairs, comes first and in halves."""
+    """Row permutation of MLA's queries: published with the rotary part last and interleaved; here first, half-split."""
     still = c.head_size - c.rope_dim
     order = torch.cat([still + pairs_to_halves(c.rope_dim), torch.arange(still)])
     return (torch.arange(c.n_heads)[:, None] * c.head_size + order).flatten()

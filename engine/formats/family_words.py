@@ -1,5 +1,5 @@
-"""Configuration words that several published architectures share: in the same words: rotations, windows, activations,
-experts, multipliers."""
+"""Conversions of config.json keys that several families share: RoPE scaling, sliding windows, activations, experts,
+multipliers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DENSE_FIRST = _less(RMS, "intermediate_size") | {
 
 
 def _rotation(values: Values, parameters: Values, theta: float) -> tuple[float, dict[str, Any] | None, float]:
-    """Base, scaling and the share of a head that rotates, as `rope_parameters` or the older words say them."""
+    """RoPE base, scaling and rotary share of a head, from `rope_parameters` or the older keys."""
     said = dict(parameters)
     theta = said.pop("rope_theta", None) or theta
     kind = said.pop("rope_type", None) or said.pop("type", None) or "default"
@@ -70,7 +70,7 @@ def _read_rope(values: Values) -> dict[str, Any]:
 
 
 def _write_rope(c: ModelConfig) -> dict[str, Any]:
-    """Both spellings: `rope_parameters` is read by transformers 5, the other two by everything before it."""
+    """Both spellings: transformers 5 reads `rope_parameters`, earlier versions the other two."""
     return {
         "rope_parameters": {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta},
         "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling,
@@ -78,7 +78,7 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
 
 
 def _read_growing_rope(values: Values) -> dict[str, Any]:
-    """Ministral 3's: a factor of queries is among the words of the rotation."""
+    """Ministral 3: the scale of queries by position is one of the RoPE parameters."""
     said = dict(_rope_values(values))
     beta, _ = said.pop("llama_4_scaling_beta"), said.pop("max_position_embeddings", None)
     growth = {"beta": beta, "length": said["original_max_position_embeddings"]}
@@ -127,7 +127,7 @@ def _write_rope_by_kind(c: ModelConfig) -> dict[str, Any]:
 
 
 def _read_alpha_rope(values: Values) -> dict[str, Any]:
-    """Hunyuan's `dynamic` with an alpha is NTK scaling by a fixed factor."""
+    """Hunyuan: RoPE type `dynamic` with an alpha is NTK scaling by a fixed factor."""
     theta, scaling, _ = _rotation(values, _rope_values(values), values.get("rope_theta", 1e4))
     if scaling and scaling["rope_type"] == "dynamic" and scaling.get("alpha"):
         scaling = {"rope_type": "ntk", "factor": float(scaling["alpha"])}
@@ -158,7 +158,7 @@ NAMED = {"w": "sliding_attention", "f": "full_attention", "n": "full_attention"}
 
 
 def layer_types(full: str = "f", pattern: Callable[[Values], str] = lambda values: "f") -> Word:
-    """`layer_types`, where full attention is f or n; `pattern` gives the letters of a file without them."""
+    """Conversion of `layer_types`; full attention becomes the letter f or n; `pattern` replaces a missing list."""
 
     def read(values: Values) -> dict[str, Any]:
         names = values.get("layer_types")
@@ -176,7 +176,7 @@ def layer_types(full: str = "f", pattern: Callable[[Values], str] = lambda value
 
 
 def every(count: int) -> Callable[[Values], str]:
-    """Windows, but for every so manieth layer; older files say how many."""
+    """Layer pattern: full attention in every `count`-th layer, sliding windows in the others."""
 
     def letters(values: Values) -> str:
         period = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern") or count
@@ -214,7 +214,7 @@ def _read_no_rope(values: Values) -> dict[str, Any]:
 
 
 def _read_hybrid(values: Values) -> dict[str, Any]:
-    """EXAONE-4: where there are windows, full layers do not rotate."""
+    """EXAONE-4: in models with sliding windows, full-attention layers have no RoPE."""
     return layer_types("n" if values.get("sliding_window") else "f", every(4)).read(values)
 
 
@@ -233,7 +233,7 @@ PLAIN = {
 
 
 def activation(word: str, table: dict[str, str], silent: str) -> Word:
-    """An activation by its published name; `silent` where a file does not say."""
+    """Conversion of an activation name; `silent` is the default where a file names none."""
     names = {ours: theirs for theirs, ours in reversed(table.items())}
 
     def read(values: Values) -> dict[str, Any]:
@@ -259,7 +259,7 @@ QUERY_SCALE = Word(
 
 
 def shared_experts(word: str) -> Word:
-    """Shared experts that every token visits, which we keep as one of their width."""
+    """Conversion of shared experts, which we merge into one of their total width."""
     return Word(
         lambda values: {"shared_ff": (values.get(word) or 0) * values["moe_intermediate_size"]},
         lambda c: {word: c.shared_ff // c.ff_size},
@@ -278,7 +278,7 @@ def _read_latent(values: Values) -> dict[str, Any]:
 
 
 def _magnitude(scaling: Values | None) -> float:
-    """YaRN's mscale, which DeepSeek takes into the scale of the scores."""
+    """YaRN's mscale, which DeepSeek multiplies into the attention scale."""
     weight, factor = (scaling or {}).get("mscale_all_dim", 0), (scaling or {}).get("factor", 1)
     return 0.1 * weight * math.log(factor) + 1 if weight and factor > 1 else 1.0
 
@@ -327,7 +327,7 @@ SHARED_NORM = Word(
 
 
 def dense_layers_by_name(word: str = "mlp_layer_types") -> Word:
-    """A list of "dense" and "sparse", where the former come first."""
+    """Conversion of a list of "dense" and "sparse" layers, of which the dense ones come first."""
 
     def read(values: Values) -> dict[str, Any]:
         names = values.get(word) or ["dense"] * values.get("first_k_dense_replace", 1)

@@ -1,4 +1,4 @@
-"""GGUF: one file with the weights, the architecture and the vocabulary, as llama.cpp and its relatives read it.
+"""GGUF writer: weights, architecture and vocabulary in one file, as llama.cpp reads it.
 
     "GGUF" version counts | metadata: key, type, value … | tensors: name, shape, type, offset … | their data, aligned
 
@@ -48,7 +48,7 @@ ARCHITECTURES = {
 def save_gguf(
     model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None
 ) -> str:
-    """Write `model` to a GGUF file; return the architecture's name. `dtype` is a key of FILE_TYPES, None keeps."""
+    """Write `model` to a GGUF file; return the architecture's name. `dtype`: a key of FILE_TYPES, or None: as it is."""
     config, path = model.config, Path(path)
     dtype = dtype or str(model.embedding.weight.dtype).removeprefix("torch.")
     if dtype not in FILE_TYPES:
@@ -134,7 +134,7 @@ NAMES = {
 
 
 def _tensors(model: Transformer, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors by their names in the file, float32 or as the model has them."""
+    """Yield all tensors under their GGUF names, in float32 or the model's dtype."""
     c = model.config
     for name, parameter in model.named_parameters():
         tensor, prefix = parameter.detach().cpu(), ""
@@ -166,12 +166,12 @@ def _split(part: str, tensor: Tensor, c: ModelConfig, kind: str) -> list[tuple[s
 
 
 def _interleave(rows: Tensor, heads: int) -> Tensor:
-    """Row i of a head's first half, then row i of its second, for all i."""
+    """Row permutation from half-split to interleaved RoPE: row i of the first half, row i of the second, …"""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def slowdown(c: ModelConfig) -> Tensor:
-    """Factors by which Llama 3's scaling slows each rotation: the angle of a step without it over that with it."""
+    """Llama 3's RoPE scaling as GGUF's `rope_freqs`: by how much each frequency is divided."""
     (cos, sin), (plain_cos, plain_sin) = (
         kernels.rope_tables(c.head_size, 2, c.rope_theta, scaling) for scaling in (c.rope_scaling, None)
     )
@@ -192,7 +192,7 @@ def _type_of(name: str, tensor: Tensor, dtype: str, config: ModelConfig) -> str:
 
 
 def _mixed(name: str, config: ModelConfig) -> str:
-    """The type of a matrix in llama.cpp's mixture Q4_K_M: finer where errors cost most."""
+    """Type of a matrix in llama.cpp's mixture Q4_K_M: more bits where errors cost most."""
     if name.startswith("output.") or (name.startswith("token_embd") and config.tie_embeddings):
         return "q6_k"
     _, layer, part, *_ = [*name.split("."), "", ""]
@@ -238,7 +238,7 @@ KINDS: dict[type, tuple[int, Callable[[Any], bytes]]] = {
 
 
 def _value(value: Any) -> bytes:
-    """A metadata value with its type before it; a list with that of its members."""
+    """Encode a metadata value with its type; a list with the type of its elements."""
     if isinstance(value, list):
         number, write = KINDS[type(value[0])] if value else KINDS[str]
         number = 5 if number == 4 else number  # kinds of tokens are signed

@@ -1,4 +1,4 @@
-"""Block formats of GGUF, as numbers in float32: of N blocks (N, bytes), the numbers (N, count), bit for bit as ggml's.
+"""Dequantization of GGUF block formats: N blocks (N, bytes) to float32 (N, count), bit for bit as ggml does it.
 
 A block has a scale d (float16), with a minimum m in formats that end in 1. In K formats 256 numbers share d, and each
 16 or 32 of them have a scale of their own in 6 or 8 bits. Four bits lie in the low halves of a run of bytes and then in
@@ -22,19 +22,19 @@ def half(x: Bytes) -> Floats:
 
 
 def parts(x: Bytes, run: int, bits: int) -> Bytes:
-    """Fields of so many bits: of each run of bytes the lowest, then the next, as (N, numbers)."""
+    """Unpack bit fields: of each run of bytes the lowest field, then the next, as (N, numbers)."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return (x.reshape(len(x), -1, 1, run) >> shifts & np.uint8((1 << bits) - 1)).reshape(len(x), -1)
 
 
 def five(low: Bytes, high: Bytes) -> Bytes:
-    """Numbers of five bits, whose fifth lies apart."""
+    """Unpack 5-bit codes, whose fifth bits are stored apart."""
     bits = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
     return parts(low, 16, 4) | bits << 4
 
 
 def _scales_and_minima(x: Bytes) -> tuple[Floats, Floats]:
-    """Eight scales and eight minima of 6 bits in 12 bytes: four of each whole, the others from two places."""
+    """Unpack eight 6-bit scales and eight minima from 12 bytes (the K formats' bit layout)."""
     scale, minimum, rest = x[:, :4], x[:, 4:8], x[:, 8:]
     scales = np.hstack([scale & 63, rest & 15 | scale >> 2 & 48])
     minima = np.hstack([minimum & 63, rest >> 4 | minimum >> 2 & 48])
@@ -42,7 +42,7 @@ def _scales_and_minima(x: Bytes) -> tuple[Floats, Floats]:
 
 
 def _spread(scales: Floats, codes: Floats) -> Floats:
-    """Codes times the scale of their group."""
+    """Multiply codes by the scale of their group."""
     groups = scales.shape[1]
     return (scales[:, :, None] * codes.reshape(len(codes), groups, -1)).reshape(len(codes), -1)
 

@@ -1,4 +1,4 @@
-"""Blocks of GGUF as packed weights: the codes stay what they are, in another order; no number is rounded again.
+"""GGUF blocks as packed weights without requantization: the same codes in another order.
 
 Scales of simple formats are half precision already. K formats multiply two to get one, which is rounded to half
 precision (within 2⁻¹¹); a power of two a row keeps it away from the smallest numbers of that format. Five and six bits
@@ -37,7 +37,7 @@ def _signed(x: Bytes) -> Bytes:
 
 
 def pairs(x: Bytes, run: int) -> Bytes:
-    """Codes of 4 bits as they are packed: neighbors share a byte, where a run of bytes has those half a run apart."""
+    """Reorder 4-bit codes: neighbors share a byte, where ggml pairs codes half a run apart."""
     x = x.reshape(len(x), -1, run)
     even, odd = x[..., ::2], x[..., 1::2]
     return np.concatenate([even & 15 | odd << 4, even >> 4 | odd & 240], axis=-1).reshape(len(x), -1)
@@ -49,7 +49,7 @@ def _k(x: Bytes, codes: Bytes) -> Codes:
 
 
 _IQ4, _E2M1 = tuple(int(value) for value in IQ4), tuple(int(value) for value in E2M1)
-# Number of the type: bits and columns of a group, minima or not, table, and what blocks hold.
+# GGUF type → bits, group size, minima or not, code table, and the function that unpacks its blocks.
 PACKED: dict[int, tuple[int, int, bool, tuple[int, ...], Callable[[Bytes], Codes]]] = {
     2: (4, 32, False, (), lambda x: (pairs(x[:, 2:], 16), half(x[:, :2]), None)),
     3: (4, 32, True, (), lambda x: (pairs(x[:, 4:], 16), half(x[:, :2]), half(x[:, 2:4]))),
@@ -63,11 +63,11 @@ PACKED: dict[int, tuple[int, int, bool, tuple[int, ...], Callable[[Bytes], Codes
     23: (4, 32, False, _IQ4, lambda x: (pairs(x[:, 8:], 16), iq4_xs_scales(x), None)),
     39: (4, 32, False, _E2M1, lambda x: (pairs(x[:, 1:], 16), mxfp4_scales(x), None)),
 }
-MADE = (12, 13, 14, 23, 39)  # whose scales are made: they are counted in a power of two of the row
+MADE = (12, 13, 14, 23, 39)  # types whose scales are computed; a power of two a row keeps them in float16's range
 
 
 def pack_blocks(kind: int, blocks: Bytes, rows: int) -> Segment | None:
-    """Rows of blocks (N, bytes) as a segment; None where half precision cannot hold MXFP4's powers of two."""
+    """Repack rows of blocks (N, bytes) as a segment; None where float16 cannot hold MXFP4's powers of two."""
     bits, group, minimum, table, read = PACKED[kind]
     _, count, size, _ = TYPES[kind]
     columns = len(blocks) // rows * count

@@ -1,4 +1,4 @@
-"""Numbers as blocks of GGUF: (N, count) in float32 to (N, bytes), which gguf_blocks.py reads back.
+"""Quantization to GGUF block formats: (N, count) in float32 to (N, bytes); gguf_blocks.py is the inverse.
 
 Simple formats divide by the largest number of a block. Q4_K fits scale and minimum of 32 numbers by least squares from
 a few ranges, and then rounds them to 6 bits; Q6_K has a scale of 8 bits for 16 numbers.
@@ -61,24 +61,24 @@ def _half(x: Any) -> Bytes:
 
 
 def _extreme(x: Floats) -> Floats:
-    """The number that is largest by its size, with its sign, along the last dimension."""
+    """The number with the largest magnitude, sign kept, along the last dimension."""
     return np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
 
 
 def _codes(x: Floats, scale: Any, low: int, high: int) -> Floats:
-    """x in units of a scale, which half precision may have rounded; 0 where there is none."""
+    """Round x / scale to integers within low … high; 0 where the scale is 0."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     return np.clip(np.rint(x * inverse), low, high)
 
 
 def _nibbles(codes: Bytes, run: int) -> Bytes:
-    """Two numbers a byte: those of a run in the low halves, of the next in the high ones."""
+    """Pack two 4-bit codes a byte: one run in the low halves, the next run in the high halves."""
     pairs = codes.reshape(len(codes), -1, 2, run)
     return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
 
 
 def _ranges(x_NGC: Floats) -> tuple[Floats, Floats]:
-    """Scale and (subtracted) minimum of each group: of its range and of narrower ones, fitted, what loses least."""
+    """Least-squares search of the scale and minimum of each group, over its range and narrower ones."""
     low, high = np.minimum(x_NGC.min(-1), 0), np.maximum(x_NGC.max(-1), 0)
     best, found = np.full(low.shape, np.inf, np.float32), [np.zeros_like(low), np.zeros_like(low)]
     for part in np.linspace(1, 0.7, TRIES, dtype=np.float32):

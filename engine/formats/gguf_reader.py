@@ -1,4 +1,4 @@
-"""GGUF read: configuration, tokenizer and weights of one file, as those of a model directory.
+"""GGUF reader: configuration, tokenizer and weights of one file, by the interface of a model directory.
 
 The file is mapped; a tensor is dequantized when it is asked for (gguf_blocks.py), to float32, or to the 16 bits in
 which all matrices are stored. Metadata become the words of a config.json, and tensors answer to its names, so that
@@ -83,7 +83,7 @@ def is_gguf(path: Any) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """Place and type of a tensor in the file; the shape as PyTorch has it."""
+    """Offset, type and shape (in PyTorch's order) of a tensor in the file."""
 
     shape: tuple[int, ...]
     type: int
@@ -92,7 +92,7 @@ class Entry:
 
 
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
-    """The file with its head parsed; the last one stays so, for opening a model asks three times."""
+    """Parse a file's header; the last one is cached, for opening a model asks three times."""
     facts = os.stat(path)
     return _parsed(Path(path), facts.st_mtime_ns, facts.st_size, facts.st_ino)
 
@@ -103,7 +103,7 @@ def _parsed(path: Path, *version: int) -> GGUFFile:
 
 
 class GGUFFile:
-    """Metadata and tensors of a file."""
+    """Metadata and tensors of a GGUF file."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
@@ -163,7 +163,7 @@ class GGUFFile:
         return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:
-        """A vocabulary, in one loop: by `_string` it would be half of the time that opening a model takes."""
+        """Read an array of strings in one loop: by `_string` it would be half of the time of opening a model."""
         found, at, size, length_at = [], self.at, len(self.data), struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
@@ -200,19 +200,19 @@ class GGUFFile:
         return Entry(shape, kind, start, whole)
 
     def dtype(self) -> torch.dtype:
-        """That of the matrices, where all are in one of 16 bits; else float32, which holds every number exactly."""
+        """The matrices' dtype if all have the same 16-bit one; else float32, which holds every number exactly."""
         types = {entry.type for entry in self.tensors.values() if len(entry.shape) > 1}
         return {(1,): torch.float16, (30,): torch.bfloat16}.get(tuple(types), torch.float32)
 
     def sizes(self) -> Counter[str]:
-        """Bytes of tensors, by type."""
+        """Bytes of tensors by quantization type."""
         sizes: Counter[str] = Counter()
         for entry in self.tensors.values():
             sizes[TYPES[entry.type][0]] += entry.size
         return sizes
 
     def refuse_repacking(self, scheme: Any) -> None:
-        """Rounding twice adds up: what is packed already is no source for 4 bits."""
+        """Refuse to requantize packed weights to 4 bits: rounding errors would add up."""
         sizes = self.sizes()
         if packed := sizes.keys() - {"F32", "F16", "BF16"}:
             held = max(packed, key=sizes.__getitem__)
@@ -221,13 +221,13 @@ class GGUFFile:
             )
 
     def expert(self, name: str, number: int) -> Entry:
-        """Entry of one expert in a stacked tensor."""
+        """Entry of one expert inside a stacked tensor."""
         entry = self.tensors[name]
         size = entry.size // entry.shape[0]
         return Entry(entry.shape[1:], entry.type, entry.start + number * size, size)
 
     def read(self, name: str, entry: Entry | None = None) -> Tensor:
-        """A tensor, or one expert of it by its entry, in float32."""
+        """Dequantize a tensor, or one expert of it by its entry, to float32."""
         entry = entry or self.tensors[name]
         _, _, size, values = TYPES[entry.type]
         blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, size)
@@ -240,7 +240,7 @@ class GGUFFile:
         return torch.from_numpy(numbers).view(entry.shape)
 
     def read_packed(self, name: str, entry: Entry | None = None) -> Segment | None:
-        """A matrix as its blocks have it; None where it is not packed, or not in a way that is kept."""
+        """A matrix in its packed form; None where it is not packed, or in a format that is dequantized."""
         entry = entry or self.tensors[name]
         if entry.type not in PACKED or len(entry.shape) != 2:
             return None
@@ -255,7 +255,7 @@ class GGUFFile:
     # Configuration
 
     def config_values(self) -> dict[str, Any]:
-        """The configuration in the words of a config.json."""
+        """Metadata converted to the keys of a config.json."""
         kind = self.metadata.get("general.architecture")
         if kind not in ARCHITECTURES:
             raise InputError(f"{self.path}: architecture {kind!r} is not read; {', '.join(ARCHITECTURES)} are")
@@ -304,7 +304,7 @@ class GGUFFile:
         return {"rope_type": "llama3", "factor": float(self.read("rope_freqs.weight").max()), **LLAMA3}
 
     def config(self) -> ModelConfig:
-        """The architecture, as far as tensors bear it out."""
+        """The architecture as a `ModelConfig`, checked against the tensors that exist."""
         values = self.config_values()
         kind, family = self.metadata["general.architecture"], values["model_type"]
         layers = {name.split(".")[1] for name in self.tensors if name.startswith("blk.")}
@@ -348,7 +348,7 @@ class GGUFFile:
 
 
 class GGUFWeights(Weights):
-    """Tensors of a GGUF file by the names of safetensors."""
+    """Tensors of a GGUF file under their safetensors names."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         self.file, self.config, self.architecture = file, config, file.metadata["general.architecture"]
@@ -375,7 +375,7 @@ class GGUFWeights(Weights):
         return tensor if order is None else tensor[order]
 
     def packed(self, name: str) -> Segment | None:
-        """A matrix as it is stored, if it is packed and its rows stay rows."""
+        """A matrix in its packed form, if it has one and needs no permutation within rows."""
         stored = self.stored.get(name)
         part = "" if stored is None else stored.split(".")[-2]
         if stored is None or (self.architecture == "gpt2" and part in TRANSPOSED):
@@ -386,7 +386,7 @@ class GGUFWeights(Weights):
         return segment if segment is None or order is None else segment.at(order)
 
     def _order(self, part: str, rows: int) -> Tensor | None:
-        """Permutation of rows, if they change places: llama's neighbors rotate there, halves of a head here."""
+        """Row permutation of q and k: GGUF's llama rotates neighbors (interleaved RoPE), we rotate halves."""
         if self.architecture != "llama" or part not in ("attn_q", "attn_k"):
             return None
         heads = self.config.n_heads if part == "attn_q" else self.config.kv_heads

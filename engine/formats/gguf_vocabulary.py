@@ -1,4 +1,4 @@
-"""The vocabulary in the metadata of a GGUF file, read and written: byte-level BPE ("gpt2") and SentencePiece ("llama").
+"""Tokenizers in GGUF metadata, read and written: byte-level BPE ("gpt2") and SentencePiece ("llama").
 
 `tokenizer.ggml.pre` names the pretokenizer; what has no name there is not written, and a name that is not known is not
 read: another way to split words would be wrong in silence.

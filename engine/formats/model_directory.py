@@ -1,4 +1,4 @@
-"""Model directories: the unit of exchange.
+"""Model directories (config.json, model.safetensors, tokenizer.json): loading.
 
     config.json  model.safetensors  tokenizer.json  generation_config.json
 
@@ -44,7 +44,7 @@ def load_model(
     tp: ProcessGroup | None = None,
     packed: bool = False,
 ) -> tuple[Transformer, Any]:
-    """The model of a directory or a Hub id, ready to evaluate, and its tokenizer (None where it has none).
+    """Load a model and its tokenizer (None if it has none) from a directory, GGUF file or Hub id.
 
     `dtype=None` keeps the stored number format; `packed` leaves quantized weights as they are stored. With `tp`, the
     piece of the model that this process of the group keeps (`sharding.py`); it never holds more than that and one
@@ -62,7 +62,7 @@ def read_model(
     tp: ProcessGroup | None = None,
     packed: bool = False,
 ) -> Transformer:
-    """The model of a directory alone, whatever its tokenizer."""
+    """Load the model without its tokenizer."""
     directory = resolve_model(directory)
     config = load_config(directory)
     with torch.device("meta"):
@@ -91,7 +91,7 @@ def read_model(
 
 
 def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = None) -> Adapter:
-    """The adapter in a directory, held against its model, or against the one it is to be used with."""
+    """Open a LoRA adapter, checked against its own base model or against `base`."""
     directory = resolve_model(directory)
     if not is_adapter(directory):
         raise InputError(f"{directory} is no adapter: it has no {CONFIG}")
@@ -103,7 +103,7 @@ def open_adapter(directory: str | os.PathLike, base: str | os.PathLike | None = 
 
 
 def base_sample(base: str | os.PathLike) -> tuple[float, ...]:
-    """A few numbers of a model's first matrix in a block, by which an adapter knows its base again."""
+    """Sample of a model's first block matrix, by which an adapter recognizes its base."""
     floats = cast("Iterator[tuple[str, Tensor]]", read_weights(base))
     matrices = (weight for name, weight in floats if name.startswith("blocks.") and weight.ndim > 1)
     matrix = next(matrices).float().flatten()
@@ -116,7 +116,7 @@ def read_weights(
     dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> Read:
-    """A model directory's weights under our names, one after the other: none is held when the next is read.
+    """Yield a model directory's weights under our names, one at a time.
 
     `packed` leaves matrices as they are stored, those of experts on a GPU if all have one layout.
     Of an adapter's directory, its base's with the adapter merged.
@@ -145,7 +145,7 @@ def read_weights(
 def _own_packed(
     weights: Weights, config: ModelConfig, quantization: Any, device: Any, dtype: Any, packed: bool
 ) -> Read:
-    """The weights of `save_packed`."""
+    """Yield the weights of a directory that `save_packed` wrote."""
     for name, weight in packed_weights(weights, config, quantization):
         if isinstance(weight, Tensor):
             yield name, weight.to(device, dtype)
@@ -158,7 +158,7 @@ def _own_packed(
 def _published(
     weights: Any, config: ModelConfig, kind: str, adapter: Adapter | None, device: Any, dtype: Any, packed: bool
 ) -> Read:
-    """Weights under the names of their family as ours."""
+    """Yield the weights of a published model under our names."""
     with torch.device("meta"):
         empty = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
@@ -180,7 +180,7 @@ def _published(
 
 
 def _products(model: Transformer) -> set[str]:
-    """The names of weights that may be packed: of linear layers, of experts, of the head."""
+    """Names of weights that may be packed: linear layers, experts, the head."""
     found = {"head.weight"}
     for path, layer in model.named_modules():
         if type(layer) is Linear:
@@ -191,7 +191,7 @@ def _products(model: Transformer) -> set[str]:
 
 
 def _floats(weights: Any, piece: Any, shape: torch.Size, adapter: Adapter | None, device: Any, dtype: Any) -> Tensor:
-    """A weight in the number format asked for or stored, an adapter merged into it."""
+    """A float weight in the dtype asked for or stored, an adapter merged into it."""
     stored = weights.dtype(piece.theirs[0]) if piece.theirs else torch.float32
     kept = torch.promote_types(dtype or stored, torch.float32) if piece.offset else dtype or stored
     merged = adapter is not None and piece.ours in adapter
@@ -205,5 +205,5 @@ def _floats(weights: Any, piece: Any, shape: torch.Size, adapter: Adapter | None
 
 
 def _finite(tensor: Tensor) -> bool:
-    """One pass; the sum of finite numbers can only overflow in narrow formats, so it is taken in float32."""
+    """Check for NaN and infinity in one pass by the sum; in float32, as narrow formats could overflow."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -1,4 +1,4 @@
-"""Configuration, tokenizer and storage format of a model directory or GGUF file, without its weights."""
+"""Inspection of a model directory or GGUF file without its weights: configuration, tokenizer, storage format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.m
 
 
 def stored_as(directory: str | os.PathLike) -> str:
-    """Number formats of the weights of a model directory or GGUF file, as it holds them."""
+    """Describe the number formats in which a model's weights are stored."""
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     if is_gguf(directory):
         return ", ".join(f"{size / 1e6:,.1f} MB of {kind}" for kind, size in open_gguf(directory).sizes().most_common())
@@ -40,7 +40,7 @@ def stored_as(directory: str | os.PathLike) -> str:
 
 
 def refuse_repacking(directory: str | os.PathLike, scheme: Any, bits: int) -> None:
-    """Rounding twice adds up: what is packed already is no source for 4 bits, and ours needs no other scheme."""
+    """Refuse to requantize packed weights to 4 bits (rounding errors add up), and our own packed ones at all."""
     if is_gguf(directory):
         if bits == 4:
             open_gguf(directory).refuse_repacking(scheme)
@@ -71,7 +71,7 @@ def read_tokenizer(directory: str | os.PathLike) -> Any:
 
 
 def open_tokenizer(name: str | os.PathLike) -> Any:
-    """The tokenizer that a model's name, or a file or directory of a tokenizer alone, stands for."""
+    """Load the tokenizer of a model name, a tokenizer file or a directory that holds just a tokenizer."""
     path = resolve_model(name, weights=False)
     if not is_gguf(path):
         return load_tokenizer(path)
@@ -82,7 +82,7 @@ def open_tokenizer(name: str | os.PathLike) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, config: ModelConfig, name: str) -> None:
-    """Every ordinary token needs a row of the model's table; added ones (Gemma's <image_soft_token>) may lie past it.
+    """Check that every ordinary token has a row of the embedding; added ones (<image_soft_token>) may lie past it.
 
     A prompt that holds one of those is refused when it comes.
     """
@@ -100,7 +100,7 @@ def load_config(directory: str | os.PathLike) -> ModelConfig:
 
 
 def check_model(name: str | os.PathLike) -> None:
-    """Refuse what no model can be loaded from, by its configuration and by which files of weights are here."""
+    """Refuse early, by config.json and the names of weight files, what no model can be loaded from."""
     load_config(name)
     found = resolve_model(name, weights=False)
     if Path(name).exists() and not is_gguf(base := base_of(found)):  # else its files are still to be fetched
@@ -109,7 +109,7 @@ def check_model(name: str | os.PathLike) -> None:
 
 
 def base_of(directory: Path, weights: bool = True) -> Path:
-    """Return the directory of the model that an adapter is for; of a model, itself."""
+    """Directory of the base model of an adapter; a model's own directory."""
     if not is_adapter(directory):
         return directory
     base = AdapterConfig.read(directory).base
@@ -124,7 +124,7 @@ def base_of(directory: Path, weights: bool = True) -> Path:
 
 
 def kind_in(directory: str | os.PathLike) -> str:
-    """Name of the family by which a model directory or GGUF file names its tensors."""
+    """Model family whose tensor names a model directory or GGUF file uses."""
     directory = base_of(resolve_model(directory, weights=False), weights=False)
     return open_gguf(directory).config_values()["model_type"] if is_gguf(directory) else kind_of(read_config(directory))
 
@@ -140,7 +140,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def quantization_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of packed weights in a config.json; MLX names no method."""
+    """The quantization settings of a config.json; MLX's have no `quant_method`."""
     found = values.get("quantization_config") or values.get("quantization") or {}
     if not isinstance(found, dict):
         raise InputError(f"config.json: quantization_config must be an object, not {found!r}")

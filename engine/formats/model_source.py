@@ -1,4 +1,4 @@
-"""A model by the name that people give it: a directory, a `.gguf` file, or a Hub id `org/name[@revision]`.
+"""Model name resolution: a directory, a `.gguf` file, or a Hub id `org/name[@revision]`.
 
 Hub ids go through `huggingface_hub`: its cache, its tokens (HF_TOKEN), its offline mode (HF_HUB_OFFLINE), its progress
 bars. Of a repository only what a model directory holds is fetched: configuration, tokenizer, and one set of weights.
@@ -22,8 +22,8 @@ SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.in
 
 
 def resolve_model(name: str | os.PathLike, weights: bool = True) -> Path:
-    """Return the directory with the files of a model, fetched from the Hub if need be; without `weights`, only its
-    small ones."""
+    """Return the directory with a model's files, downloaded from the Hub if need be; without `weights` only the small
+    ones."""
     path = Path(name)
     if path.exists():
         return path

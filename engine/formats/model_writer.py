@@ -1,4 +1,4 @@
-"""Model directories written: weights in shards under published names, configuration, tokenizer; adapters as PEFT's.
+"""Writer of model directories: sharded safetensors under published names, config.json, tokenizer; PEFT adapters.
 
 Writing is atomic: a reader sees the old directory or the new one.
 """
@@ -57,7 +57,7 @@ def write_model(
     weights: Literal["safetensors", "bin"] = "safetensors",
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """The same of weights under our names that come one after the other: only those of one file are held at a time."""
+    """Write weights streamed under our names as a model directory; one shard at a time is held in memory."""
     directory = Path(directory)
     check_vocabulary(tokenizer, config, "the tokenizer")
     tensors = _published(config, ours, dtype)
@@ -71,7 +71,7 @@ def write_model(
 
 
 def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any = None) -> Path:
-    """Write a model of packed weights (`serving.calibrate`) to a directory that ours alone opens."""
+    """Write a quantized model (`serving.calibrate`) to a directory that only this library opens."""
     directory = Path(directory)
     check_vocabulary(tokenizer, model.config, "the tokenizer")
     packed = dict(packed_in(model))
@@ -89,7 +89,7 @@ def save_packed(model: Transformer, directory: str | os.PathLike, tokenizer: Any
 
 
 def _describe(staging: Path, config: Mapping[str, Any], tokenizer: Any, more: Mapping[str, Any]) -> None:
-    """Write config.json and generation_config.json of weights that lie there."""
+    """Write config.json and generation_config.json beside weights that are already there."""
     bounds = _text_bounds(tokenizer)
     _write_json(staging / "generation_config.json", bounds)
     _write_json(staging / "config.json", {**config, **bounds, **more})
@@ -105,7 +105,7 @@ def write_adapter(
     directory: str | os.PathLike,
     tokenizer: Any = None,
 ) -> Path:
-    """Write an adapter that PEFT opens: factors by their published names, embedding and head by ours."""
+    """Write a LoRA adapter that PEFT opens: factors by their published names, embedding and head by ours."""
     directory = Path(directory)
     published: dict[str, Tensor] = {}
     for name, tensor in tensors:
@@ -122,7 +122,7 @@ def write_adapter(
 
 
 def copy_adapter(source: Path, directory: Path) -> Adapter:
-    """Write the adapter of a directory, and nothing else that lies there, to another."""
+    """Copy the files of an adapter, and nothing else in its directory."""
     adapter, tokenizer = open_adapter(source), read_tokenizer(source)
     with replacing(directory, tokenizer) as staging:
         for name in (TENSORS, CONFIG, BASE_SAMPLE):
@@ -146,7 +146,7 @@ def _published(
 
 
 def _save_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:
-    """Files are numbered as they fill; only at the end is it known of how many."""
+    """Write tensors into shards of at most `shard_bytes`; names ("… of N") are given at the end, when N is known."""
     sizes: list[int] = []
     places: dict[str, int] = {}
     for part in _shards(tensors, shard_bytes):
@@ -180,8 +180,8 @@ def _bytes(shard: dict[str, Tensor]) -> int:
 
 @contextmanager
 def replacing(directory: Path, tokenizer: Any = None) -> Iterator[Path]:
-    """A staging directory, of this tokenizer, whose files take their place in `directory` when the block ends well, or
-    vanish.
+    """Staging directory, with the tokenizer in it, whose files replace those in `directory` when the block succeeds and
+    are removed when it fails.
 
     A new directory appears whole, by one rename. In an existing one each file is renamed over its predecessor,
     config.json last, and weights of the former model or adapter are removed, so that two never mix.
@@ -205,7 +205,7 @@ def _rename_over(staging: Path, directory: Path) -> None:
 
 
 def _text_bounds(tokenizer: Any) -> dict[str, int | list[int] | None]:
-    """Tokens that begin and end a text; where nothing marks a beginning, the end of the text before does."""
+    """bos and eos ids (all stop ids) for the configs; without a bos token, the eos of the previous text stands in."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     begin, end = tokenizer.bos_id, tokenizer.eos_id

@@ -1,4 +1,4 @@
-"""Integer weights of AWQ, GPTQ, compressed-tensors, MLX and bitsandbytes as packed rows.
+"""Readers of quantized checkpoints: AWQ, GPTQ, compressed-tensors, MLX, bitsandbytes.
 
 All but the last keep w = (q - z) · s with a scale s and a zero point z a group of input columns; they differ in which
 side of a matrix lies in 32-bit words, and in what order (`-` is a nibble or byte of a word):
@@ -37,7 +37,7 @@ BNB_STATES = "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"
 def read_integers(
     name: str, has: Callable[[str], bool], read: Callable[[str], Tensor], said: Mapping[str, Any]
 ) -> Segment | Tensor | None:
-    """A matrix of a checkpoint as it is packed; a tensor where its columns are in no order; None where it is plain."""
+    """Read a quantized matrix: packed, or dequantized if its columns are unordered; None where it is not quantized."""
     base, method = name.removesuffix(".weight"), said.get("quant_method")
 
     def take(part: str) -> Tensor:
@@ -92,7 +92,7 @@ def _gptq(base, has, take, said) -> Segment | Tensor:
 
 
 def _ordered(name: str, take, codes_NC: Tensor, zeros_NG: Tensor, scale_NG: Tensor) -> Tensor | None:
-    """Weights whose columns name their groups; None where these lie side by side."""
+    """Dequantize weights with a group index a column (act-order, `g_idx`); None where groups are contiguous."""
     index, columns, groups = take(name).long(), codes_NC.shape[1], scale_NG.shape[1]
     if len(index) != columns or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < groups):
         raise InputError(f"{name} does not name one of {groups} groups for each of {columns} columns")
@@ -125,7 +125,7 @@ def _compressed(base, has, take, said) -> Segment | Tensor:
 
 
 def groups_of(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Settings of compressed-tensors for the weights of each group of layers."""
+    """Weight settings of compressed-tensors' `config_groups`."""
     groups = said.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise InputError(f"quantization_config: config_groups must hold an object for each group, got {groups!r}")
@@ -146,7 +146,7 @@ def _mlx(base, take, said) -> Segment:
 
 
 def _bitsandbytes(name, has, take) -> Tensor:
-    """A matrix as a row of codes for sixteen numbers; the scales of its blocks may be codes themselves."""
+    """Dequantize a bitsandbytes 4-bit matrix (NF4, FP4), with nested (double) quantization of scales."""
     state = next((f"{name}.{state}" for state in BNB_STATES if has(f"{name}.{state}")), None)
     if state is None:
         raise InputError(f"{name} is packed by bitsandbytes in 4 bits and has none of {', '.join(BNB_STATES)}")
@@ -174,7 +174,7 @@ def _bitsandbytes(name, has, take) -> Tensor:
 
 
 def _minima(base: str, zeros_NG: Tensor, scale_NG: Tensor, bits: int) -> Tensor | None:
-    """The weights of code 0; None where all zero points are in the middle, which needs no minimum."""
+    """Minima of groups, from zero points; None where all zero points are in the middle (symmetric)."""
     if zeros_NG.shape != scale_NG.shape:
         raise InputError(f"{base}: zero points of shape {tuple(zeros_NG.shape)} for scales of {tuple(scale_NG.shape)}")
     return -zeros_NG * scale_NG if bool((zeros_NG != 1 << (bits - 1)).any()) else None
@@ -188,7 +188,7 @@ def _number(said: Mapping[str, Any], field: str, known: tuple[int, ...]) -> int:
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:
-    """The numbers in 32-bit words, the lowest bits first: (…, n) to (…, n, 32 / bits)."""
+    """Unpack bit fields of 32-bit words, the lowest first: (…, n) to (…, n, 32 / bits)."""
     if words.dtype is not torch.int32:
         raise RuntimeError(f"words are {words.dtype}, not int32".replace("torch.", ""))
     return words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & ((1 << bits) - 1)

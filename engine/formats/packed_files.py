@@ -1,4 +1,4 @@
-"""Packed weights in files of our own: the tensors of a weight beside each other, its layout in config.json by the kind
+"""Packed weights in our own file format: the parts of a weight as separate tensors, its layout in config.json by kind
 of matrix."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .weights import Weights
 
 
 def to_tensors(name: str, packed: PackedWeight | PackedExperts) -> Iterator[tuple[str, Tensor]]:
-    """A weight of one segment, or such ones of experts, as tensors of a file."""
+    """Yield a packed weight (one segment), or a layer's packed experts, as named tensors."""
     segments = [weight.segments[0] for weight in (packed if isinstance(packed, PackedExperts) else (packed,))]
     for part in PARTS:
         if getattr(segments[0], part) is not None:
@@ -29,7 +29,7 @@ def to_tensors(name: str, packed: PackedWeight | PackedExperts) -> Iterator[tupl
 def from_tensors(
     name: str, layout: Layout, shape: Sequence[int], read: Mapping[str, Tensor]
 ) -> PackedWeight | PackedExperts:
-    """A weight from the tensors of a file, held against the shape that the model has."""
+    """Read a packed weight from named tensors, checked against the model's shape."""
     *rows, columns = shape
     groups = layout.groups(columns)
     wanted = {
@@ -59,7 +59,7 @@ def from_tensors(
 
 
 def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The weights of `save_packed`: tensors under our names, and packed ones in their parts."""
+    """Yield the weights of a directory that `save_packed` wrote, packed and float ones."""
     layouts = layouts_from(said)
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
@@ -81,7 +81,7 @@ def packed_weights(weights: Weights, config: ModelConfig, said: Mapping[str, Any
 
 
 def layouts_from(said: Mapping[str, Any]) -> dict[str, Layout]:
-    """Layouts by kind of matrix, of a quantization_config of ours."""
+    """Layouts by kind of matrix, from the quantization_config of config.json."""
     layouts = said.get("layouts")
     if not isinstance(layouts, Mapping):
         raise InputError("config.json: quantization_config has no field 'layouts'")
@@ -91,7 +91,7 @@ def layouts_from(said: Mapping[str, Any]) -> dict[str, Layout]:
 
 
 def layout_from(values: Any) -> Layout:
-    """A layout as config.json has it."""
+    """Parse a layout in config.json."""
     fields = {field.name for field in dataclasses.fields(Layout)}
     if not isinstance(values, Mapping) or not values.keys() <= fields:
         raise InputError(f"a layout in quantization_config has the fields {', '.join(sorted(fields))}, got {values!r}")

@@ -1,10 +1,10 @@
-"""Weights of 8 or 4 bits as they are kept: codes, and a scale for each group of columns of a row.
+"""Packed weights: 8- or 4-bit codes with a scale for each group of columns of a row (group-wise quantization).
 
 `kernels/packed_linear.py` has the formula, and the product on a GPU; csrc/cpu/serving/packed_matrix.cpp that on a CPU.
-Scales and minima are half precision; the unit is a power of two of the row. With `rotate` codes are of each 64 columns
-after a Walsh-Hadamard transform, in which outliers are spread.
+Scales and minima are half precision; the unit is a power of two of the row. With `rotate`, each 64 columns were
+multiplied by a Walsh-Hadamard matrix before rounding, which spreads outliers.
 
-A matrix is a list of segments of rows: what files store apart, and in different formats, multiplies as one.
+A matrix is a list of segments of rows: q, k and v, stored apart and perhaps in different formats, multiply as one.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ GROUPS = 16, 32, 64
 
 
 def matrix_of(path: str) -> str:
-    """The member of MATRICES that a layer's path means: blocks.3.attention.qkv is attention.qkv."""
+    """Kind of matrix (a member of MATRICES) of a layer's path: blocks.3.attention.qkv → attention.qkv."""
     return NAMES.get(path.rpartition(".")[2], "ffn.up")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Encoding of a segment: bits, group, minimum, table, rotation; codes of 8 bits may be numbers in float8."""
+    """Quantization format: bits, group size, minima, code table, Hadamard rotation; 8-bit codes may be float8."""
 
     bits: int = 8
     group: int = 64
@@ -68,13 +68,13 @@ class Layout:
         return f"{'float8' if self.float8 else f'{self.bits} bits'} in groups of {self.group}"
 
     def groups(self, columns: int) -> int:
-        """Of a row: whole spans where it is rotated."""
+        """Groups of a row; with rotation, of columns padded to a multiple of 64."""
         return -(-columns // TURNED) * (TURNED // self.group) if self.rotate else -(-columns // self.group)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows of one layout: N rows, G groups."""
+    """Rows with one layout. N rows, G groups."""
 
     layout: Layout
     codes: Tensor  # uint8 (N, G · group · bits / 8)
@@ -83,7 +83,7 @@ class Segment:
     units: Tensor  # float32 (N)
 
     def in_groups(self, group: int) -> Segment:
-        """The same in groups of fewer columns."""
+        """Split groups into smaller ones that repeat their scale."""
         times = self.layout.group // group
         if times == 1:
             return self
@@ -95,7 +95,7 @@ class Segment:
         return Segment(self.layout, self.codes[rows], *self._of_groups(lambda x: x[rows]), self.units[rows])
 
     def between(self, first: int, last: int) -> Segment:
-        """Select columns, which are whole groups."""
+        """Select columns; both ends must be ends of groups."""
         layout = self.layout
         start, count = first // layout.group, layout.groups(last - first)
         groups, size = slice(start, start + count), layout.group * layout.bits // 8
@@ -103,11 +103,11 @@ class Segment:
         return Segment(layout, codes, *self._of_groups(lambda x: x[:, groups].contiguous()), self.units)
 
     def dequantize(self, columns: int | None = None) -> Tensor:
-        """The rows in float32, without the columns that fill the last group."""
+        """The rows in float32, without the columns that pad the last group."""
         return dequantize(self.tensor, columns)
 
     def to(self, device: torch.device | str) -> Segment:
-        """The same on a device; on a GPU what groups have lies side by side for all rows, as its kernel reads it."""
+        """Copy to a device; on a GPU scales and minima are stored group-major, as the kernel reads them."""
         host = torch.device(device).type == "cpu"
         scales_and_minima = self._of_groups(
             lambda x: x.to(device).contiguous() if host else x.T.contiguous().to(device).T
@@ -115,32 +115,32 @@ class Segment:
         return Segment(self.layout, self.codes.to(device), *scales_and_minima, self.units.to(device))
 
     def _of_groups(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Scales and minima, both changed."""
+        """Apply `change` to scales and minima."""
         return change(self.scales), None if self.minima is None else change(self.minima)
 
     @property
     def tensor(self) -> PackedTensor:
-        """The rows as the kernels take them."""
+        """The rows as the kernels' `PackedTensor`."""
         layout = self.layout
         codes = self.codes.view(torch.float8_e4m3fn) if layout.float8 else self.codes
         form = layout.bits, layout.group, layout.table, layout.rotate
         return PackedTensor(codes, self.scales, self.minima, self.units, *form)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x · rowsᵀ + bias."""
+        """Return x · rowsᵀ + bias from the packed codes."""
         return packed_linear(x, self.tensor, bias)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight (rows, columns) in segments whose groups have one size."""
+    """A packed weight (rows, columns): segments of one group size."""
 
     segments: tuple[Segment, ...]
     columns: int
 
     @classmethod
     def joined(cls, segments: Sequence[Segment], columns: int) -> PackedWeight:
-        """One weight of segments, whatever their groups; neighbors of one layout become one."""
+        """Concatenate segments to one weight of the smallest group size; adjacent ones of one layout are merged."""
         group, found = min(segment.layout.group for segment in segments), []
         for _, alike in groupby((segment.in_groups(group) for segment in segments), key=lambda each: each.layout):
             first, *rest = alike
@@ -152,11 +152,11 @@ class PackedWeight:
         return cls(tuple(found), columns)
 
     def dequantize(self) -> Tensor:
-        """The weight in float32: the definition that products are held to."""
+        """The weight in float32: the reference that packed products are tested against."""
         return torch.cat([segment.dequantize(self.columns) for segment in self.segments])
 
     def at(self, rows: Tensor) -> PackedWeight | None:
-        """Select rows, in this order; None where rows of several layouts would change places."""
+        """Select rows, in this order; None if that reorders rows across segments."""
         if len(self.segments) > 1 and bool((rows.diff() < 0).any()):
             return None
         found, first = [], 0
@@ -168,7 +168,7 @@ class PackedWeight:
         return PackedWeight(tuple(found), self.columns)
 
     def between(self, first: int, last: int) -> PackedWeight | None:
-        """Select columns, in smaller groups if they need it; None where they are no whole groups."""
+        """Select columns, in smaller groups if need be; None where no group size fits."""
         ends = first, 0 if last == self.columns else last
         steps = (TURNED if segment.layout.rotate else GROUPS[0] for segment in self.segments)
         if any(end % step for step in steps for end in ends):
@@ -192,7 +192,7 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a packed weight: on a GPU by the kernel, elsewhere by the definition."""
+    """Linear layer with a packed weight: the fused kernel on a GPU, dequantization elsewhere."""
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in float32, made when asked for."""
+        """The weight in float32, dequantized on every access."""
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ class PackedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _apply(self, fn, recurse=True):
-        """Go where the module goes; a change of number format is not meant for codes."""
+        """Move with the module (`.to`); a change of dtype does not apply to codes."""
         probe = self.packed.segments[0].codes[:0]
         self.packed = self.packed.to(fn(probe).device)
         return super()._apply(fn, recurse)
 
 
 class PackedExperts(tuple[PackedWeight, ...]):
-    """The matrices of a layer's experts, one each; as kernels read them all lie in a `stack`, one below the other."""
+    """Packed matrices of a layer's experts; for the kernels concatenated into one `stack`."""
 
     stack: Segment | None = None
 
@@ -232,11 +232,11 @@ class PackedExperts(tuple[PackedWeight, ...]):
 
     @property
     def alike(self) -> bool:
-        """Return whether all rows of all experts have one layout."""
+        """Return whether all experts have one layout, so that they can be stacked."""
         return len({segment.layout for packed in self for segment in packed.segments}) == 1
 
     def stacked(self, device: torch.device | str = "cpu") -> PackedExperts:
-        """The same in one stack, if they are alike, on a device."""
+        """Copy to a device as one stack, if all have one layout."""
         if not self.alike:
             return PackedExperts(packed.to(device) for packed in self)
         columns = self[0].columns
@@ -258,7 +258,7 @@ class PackedExperts(tuple[PackedWeight, ...]):
 
 
 def expert_product(x: Tensor, logits: Tensor, w_gate_up: Any, w_down: Any, top_k: int, **options) -> Any:
-    """`kernels.moe` of packed experts: where they are stacked from the codes, else by the definition."""
+    """`kernels.moe` with packed experts: the fused kernel where they are stacked, else dequantized."""
     up, down = getattr(w_gate_up, "stack", None), getattr(w_down, "stack", None)
     if up is not None and down is not None:
         return packed_moe(x, logits, up.tensor, down.tensor, len(w_down), top_k, **options)
@@ -267,7 +267,7 @@ def expert_product(x: Tensor, logits: Tensor, w_gate_up: Any, w_down: Any, top_k
 
 
 def packed_in(model: nn.Module) -> Iterator[tuple[str, PackedWeight | PackedExperts]]:
-    """Every packed weight of a model by its name."""
+    """Yield every packed weight of a model by name."""
     for path, layer in model.named_modules():
         if isinstance(layer, PackedLinear):
             yield f"{path}.weight", layer.packed
@@ -281,7 +281,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def describe(model: nn.Module) -> str | None:
-    """Describe in one line the packed and the dequantized weights with their bytes; None if nothing is packed."""
+    """One line on the packed and the float weights with their bytes; None if nothing is packed."""
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for _, found in packed_in(model):
@@ -297,7 +297,7 @@ def describe(model: nn.Module) -> str | None:
 
 
 def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -> None:
-    """Let a packed weight stand for the one of that name."""
+    """Replace a weight of the model by a packed one."""
     path = name.removesuffix(".weight")
     parent, _, leaf = path.rpartition(".")
     if isinstance(packed, PackedExperts):
@@ -315,8 +315,8 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
 
 
 def widen_lone_experts(model: Transformer) -> None:
-    """Dequantize experts of a layer whose two matrices are not both stacked: the kernel takes both or none, and the
-    definition would dequantize them anew each step."""
+    """Dequantize experts of layers whose two matrices are not both stacked: the kernel takes both or none, and they
+    would otherwise be dequantized anew at each step."""
     for layer in model.modules():
         if not isinstance(layer, MoE) or layer.product is not expert_product:
             continue
@@ -333,7 +333,7 @@ def widen_lone_experts(model: Transformer) -> None:
 def share_of(
     weight: PackedWeight | PackedExperts, spec: ShardSpec, rank: int, size: int
 ) -> PackedWeight | PackedExperts | Tensor:
-    """The share of a process under tensor parallelism, of each expert; floats where it is no whole groups."""
+    """Tensor-parallel shard of a packed weight (of each expert); floats if the cut splits a group."""
     if spec.tp is None:
         return weight
     if isinstance(weight, PackedExperts):
@@ -350,12 +350,12 @@ def share_of(
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """Codes of 4 bits, two a byte, the first in the low half."""
+    """Pack two 4-bit codes a byte, the first in the low half."""
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def row_units(scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """For each row the power of two that keeps its scales and minima in the normal range of half precision."""
+    """Power of two for each row that keeps its scales and minima within float16's normal range."""
     largest = scales.abs().amax(1)
     if minima is not None:
         largest = largest.maximum(minima.abs().amax(1))
@@ -363,5 +363,5 @@ def row_units(scales: Tensor, minima: Tensor | None = None) -> Tensor:
 
 
 def float8_finite(codes: Tensor) -> bool:
-    """Return whether no byte is the NaN of float8_e4m3fn, which has no infinity."""
+    """Return whether codes in float8_e4m3fn hold no NaN; the format has no infinity."""
     return not bool((codes.view(torch.uint8) & 127 == 127).any())

@@ -1,7 +1,7 @@
-"""Weights as files hold them: mapped, read by name when asked for, unpacked where they are published in 8 or 4 bits.
+"""Safetensors reader: memory-mapped tensors by published name, FP8 and MXFP4 dequantized or kept packed.
 
-Two ways of packing are undone on reading, where they are not kept: FP8 with a scale a tensor, a row, or a block (128 by
-128 in DeepSeek-V3 and Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, 32 numbers of 4 bits with a power of two for a scale
+Two formats are dequantized on reading unless they are kept packed: FP8 with a scale a tensor, a row, or a block (128 by
+128 in DeepSeek-V3 and Qwen3-FP8; MXFP8 has 1 by 32), and MXFP4, blocks of 32 4-bit numbers with a power-of-two scale
 (gpt-oss).
 """
 
@@ -36,9 +36,9 @@ OTHER_TOWERS = ("visual.", "model.visual.", "vision_tower.", "multi_modal_projec
 
 
 class Weights:
-    """Published tensors by name, read from mapped files only when asked for."""
+    """Published tensors by name, read from memory-mapped files on first use."""
 
-    keeps_fp8 = False  # a GPU's kernels widen it
+    keeps_fp8 = False  # whether FP8 stays packed, as the GPU's kernels read it
 
     def __init__(self, sources: Mapping[str, Any], path: Path, quantization: Mapping[str, Any] | None = None) -> None:
         self.sources, self.path, self.quantization = sources, path, quantization or {}
@@ -67,7 +67,7 @@ class Weights:
         raise InputError(f"{self.path}: tensor {found} is in FP8 and has no scale")
 
     def _blocks(self, name: str) -> tuple[Tensor, Tensor]:
-        """Blocks of MXFP4 and their scales, which fit each other."""
+        """Codes and scales of MXFP4, their shapes checked against each other."""
         codes, scales = self._take(name), self._take(f"{name.removesuffix('_blocks')}_scales")
         whole = codes.dtype == scales.dtype == torch.uint8 and codes.ndim == 4 and codes.shape[3] == 16
         if not whole or scales.shape != codes.shape[:3]:
@@ -78,9 +78,9 @@ class Weights:
         return codes, scales
 
     def dtype(self, name: str) -> torch.dtype:
-        """The number format that a tensor has once it is read."""
+        """Dtype that a tensor has once it is dequantized."""
         base = name.removesuffix(".weight")
-        for part in (name, f"{base}.scales", f"{base}.weight_scale"):  # of integers, their scales say it
+        for part in (name, f"{base}.scales", f"{base}.weight_scale"):  # of quantized weights, the dtype of the scales
             found = self._find(part)
             stored = None if found is None else self._stored(found)
             if stored is not None and stored.is_floating_point:
@@ -95,7 +95,7 @@ class Weights:
         return (part[:0] if part.get_shape() else source.get_tensor(found)).dtype
 
     def packed(self, name: str) -> Segment | None:
-        """A published matrix as it is packed, if it is, in a way that is kept."""
+        """A published matrix in packed form; None where it is not quantized or has to be dequantized."""
         integers = self._integers(name)
         found = self._find(name) if self.keeps_fp8 and integers is None else None
         if found is not None and self._stored(found) == torch.float8_e4m3fn:
@@ -117,7 +117,7 @@ class Weights:
         return found
 
     def as_packed(self, piece: WeightMapping, shape: Sequence[int]) -> PackedWeight | PackedExperts | None:
-        """One of our matrices, or one for each expert, if all published ones are packed and rows stay rows."""
+        """One of our matrices (or one for each expert) in packed form; None unless all its published parts have one."""
         if len(shape) == 3 and not piece.stacked:
             return self._whole_experts(piece, shape)
         if piece.transposed or piece.framed or piece.offset:
@@ -145,7 +145,7 @@ class Weights:
         return packed if piece.order is None or packed is None else packed.at(piece.order)
 
     def _whole_experts(self, piece: WeightMapping, shape: Sequence[int]) -> PackedExperts | None:
-        """MXFP4 of gpt-oss, whose tensors hold all experts: its blocks are rows, though the floats are transposed."""
+        """gpt-oss's MXFP4 experts, all in one tensor; blocks run along rows, though floats are published transposed."""
         blocks = self._find(f"{piece.theirs[0]}_blocks")
         E, rows, columns = shape
         if blocks is None or columns % 32:
@@ -160,11 +160,11 @@ class Weights:
         return PackedExperts(PackedWeight((s.at(order),), columns) for s in segments if s is not None)
 
     def unread(self, layers: int) -> list[str]:
-        """Return tensors that nobody asked for and is not known to be of another purpose."""
+        """Tensors that no weight used and that are not known to be irrelevant."""
         return [name for name in self.sources if name not in self.read and not self._ignorable(name, layers)]
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with that one."""
+        """Tensors whose names begin with `name` and a dot."""
         return {key: self._take(key) for key in self.sources if key.startswith(f"{name}.")}
 
     def _find(self, name: str) -> str | None:
@@ -182,7 +182,7 @@ class Weights:
         return source if isinstance(source, Tensor) else source.get_tensor(name)
 
     def _ignorable(self, name: str, layers: int) -> bool:
-        """Masks and tables of older files, predictors of a second next token, and what a model sees or hears with."""
+        """Buffers of older files, MTP layers, activation scales, and the towers of multimodal models."""
         if name.endswith((".attn.bias", "attn.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")):
             return True
         if name.endswith(("input_scale", "k_scale", "v_scale", "activation_scale", "weight_format")):  # of activations
@@ -194,7 +194,7 @@ class Weights:
 
 
 def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128, 128)) -> Tensor:
-    """Numbers in 8 bits times their scale: one, one a row, or one a block; bytes are exponents of two (E8M0)."""
+    """Dequantize FP8 with one scale, one a row, or one a block; scales in bytes are exponents (E8M0)."""
     scale = fp8_scale(tensor, scale, name, block)
     if scale.ndim and scale.shape[-1] > 1:
         scale = scale.repeat_interleave(min(block[1], tensor.shape[-1]), -1)[..., : tensor.shape[-1]]
@@ -202,7 +202,7 @@ def fp8(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int] = (128,
 
 
 def fp8_scale(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) -> Tensor:
-    """Scales in float32: one, one a row, or one for each row and block of columns."""
+    """Expand FP8 scales to float32: one in all, one a row, or one for each row and block of columns."""
     scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
     if scale.numel() != 1 and scale.shape != (*tensor.shape[:-1], 1):
         *_, rows, columns = 1, 1, *tensor.shape
@@ -217,7 +217,7 @@ def fp8_scale(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) 
 
 
 def fp8_rows(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) -> Segment | None:
-    """A matrix in FP8 as it is, its scales within 2⁻¹¹; None where blocks are no groups or scales too far apart."""
+    """Keep an FP8 matrix packed, scales rounded within 2⁻¹¹; None where blocks or scales do not fit our groups."""
     if tensor.ndim != 2 or not tensor.numel() or not float8_finite(tensor):
         return None
     (rows, columns), scale = tensor.shape, fp8_scale(tensor, scale, name, block)
@@ -236,7 +236,7 @@ def fp8_rows(tensor: Tensor, scale: Tensor, name: str, block: tuple[int, int]) -
 
 
 def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale in FP8, of a quantization_config; 128 each where it says none."""
+    """Rows and columns of an FP8 scale block, by quantization_config; (128, 128) by default."""
     given = [said.get("weight_block_size"), *(weights.get("block_structure") for weights in groups_of(said))]
     found: Any = next((block for block in given if block is not None), (128, 128))
     if isinstance(found, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", found):  # as old compressed-tensors write it
@@ -247,7 +247,7 @@ def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Experts in blocks (E, rows, columns / 32, 16 bytes) as (E, columns, rows), as they are published in bfloat16."""
+    """Dequantize MXFP4 experts (E, rows, columns / 32, 16 bytes) to bfloat16 (E, columns, rows), as published."""
     low, high = blocks & 15, blocks >> 4
     numbers = FP4[torch.stack([low, high], -1).flatten(-2).int()]
     numbers = torch.ldexp(numbers, (scales.int() - 127).unsqueeze(-1))
@@ -255,7 +255,7 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def mxfp4_rows(blocks: Tensor, scales: Tensor) -> Segment | None:
-    """Blocks (rows, columns / 32, 16 bytes) as they are; None where powers of two do not fit half precision."""
+    """Keep MXFP4 blocks (rows, columns / 32, 16 bytes) packed; None where float16 cannot hold their scales."""
     powers = scales.int() - 128  # of numbers that the table has doubled
     largest = powers.amax(1)
     relative = powers - largest[:, None] + 14
@@ -267,7 +267,7 @@ def mxfp4_rows(blocks: Tensor, scales: Tensor) -> Segment | None:
 
 @contextmanager
 def open_weights(directory: Path, quantization: Mapping[str, Any] | None = None) -> Iterator[Weights]:
-    """The weights of a model directory: one file, shards with an index, or a pickled state without code."""
+    """Open the weights of a model directory: one safetensors file, shards with an index, or a pickled state dict."""
     method = (quantization or {}).get("quant_method")
     if method is not None and method not in UNPACKED:
         raise InputError(

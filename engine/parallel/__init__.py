@@ -1,1 +1,1 @@
-"""Tensor and expert parallelism: collectives and sharded layers."""
+"""Tensor and expert parallelism: collectives with autograd, sharded layers."""

@@ -25,13 +25,13 @@ _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 
 def chunk_range(length: int, rank: int, size: int) -> slice:
-    """The range of chunk `rank` of `size`: equal, but for the last ones (as `torch.chunk` cuts)."""
+    """Range of chunk `rank` of `size`, equal up to the last ones, as `torch.chunk` cuts."""
     step = -(-length // size)
     return slice(min(rank * step, length), min((rank + 1) * step, length))
 
 
 class _Conjugates(torch.autograd.Function):
-    """A collective forward and its conjugate backward."""
+    """Autograd function: one collective forward, its conjugate backward."""
 
     @staticmethod
     def forward(ctx, x, group, collective, conjugate):
@@ -57,32 +57,32 @@ class _AllGatherLastDim(torch.autograd.Function):
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Identity forward, all-reduce backward: x enters a computation of which every process does a part."""
+    """Identity forward, all-reduce backward (Megatron's f): x enters a sharded computation."""
     return x if group is None else _Conjugates.apply(x, group, _identity, _sum)
 
 
 def all_reduce(y: Tensor, group: ProcessGroup | None) -> Tensor:
-    """All-reduce forward, identity backward."""
+    """All-reduce forward, identity backward (Megatron's g)."""
     return y if group is None else _Conjugates.apply(y, group, _sum, _identity)
 
 
 def scale_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """x, computed alike in every process behind a `copy_to_group`: each contributes an equal share of its gradient."""
+    """Identity forward, gradient / group size backward: x is computed redundantly in every process of the group."""
     return x if group is None else _Conjugates.apply(x, group, _identity, _share)
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """All-gather rows forward, reduce-scatter backward."""
+    """All-gather of rows forward, reduce-scatter backward."""
     return _Conjugates.apply(x, group, all_gather_detached, _reduce_scatter)
 
 
 def reduce_scatter(y: Tensor, group: ProcessGroup) -> Tensor:
-    """Reduce-scatter rows forward, all-gather backward."""
+    """Reduce-scatter of rows forward, all-gather backward."""
     return _Conjugates.apply(y, group, _reduce_scatter, all_gather_detached)
 
 
 def all_gather_last_dim(x: Tensor, length: int, group: ProcessGroup) -> Tensor:
-    """Concatenate the last dimension over processes, `length` long in all; backward takes this process's part."""
+    """All-gather of the last dimension, `length` long in all; backward takes this process's part."""
     return _AllGatherLastDim.apply(x, length, group)
 
 

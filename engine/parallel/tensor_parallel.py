@@ -67,7 +67,7 @@ is_supported = Supported(
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """Sharding of a parameter. A matrix may hold several, packed side by side (`parts`): each is cut by itself."""
+    """Sharding of a parameter. Packed matrices (`parts`) are cut one by one."""
 
     tp: int | None = None
     """The dimension that tensor parallelism cuts."""
@@ -80,7 +80,7 @@ class ShardSpec:
     """Sizes of what is packed along dimension `tp`."""
 
     def cut(self, whole: Tensor, rank: int, size: int, dim: int | None = None) -> Tensor:
-        """Process `rank`'s share of a tensor along `tp`, or of what counts its places along `dim`."""
+        """Shard of process `rank` of a tensor, along `tp` or along `dim`."""
         return _cut(whole, self.tp if dim is None else dim, self.parts, rank, size)
 
 
@@ -90,7 +90,7 @@ def _cut(whole: Tensor, dim: int, parts: tuple[int, ...], rank: int, size: int) 
 
 
 def shard_spec(config: ModelConfig, name: str) -> ShardSpec:
-    """The sharding of the parameter of this name."""
+    """Sharding of the parameter of this name."""
     c, words = config, (config.vocab_size,)
     q, kv = c.n_heads * c.head_size, c.kv_heads * c.head_size
     width, shared = c.ff_size, c.shared_ff
@@ -114,14 +114,14 @@ def shard_spec(config: ModelConfig, name: str) -> ShardSpec:
 
 
 def shard_specs(model: Transformer) -> dict[str, ShardSpec]:
-    """The sharding of each of a model's parameters, by name."""
+    """Sharding of each of a model's parameters, by name."""
     return {name: shard_spec(model.config, name) for name, _ in model.named_parameters()}
 
 
 def shard_weights(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], tp: ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:
-    """This process's shard of each whole weight; none is held when the next is asked for."""
+    """Yield this process's shard of each full weight, one at a time."""
     for name, whole in weights:
         where = shard_spec(config, name)
         yield name, whole if where.tp is None else where.cut(whole, tp.rank(), tp.size())
@@ -129,7 +129,7 @@ def shard_weights(
 
 
 def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
-    """Raise a ValueError if this architecture cannot be sharded into so many parts."""
+    """Raise an InputError if this architecture cannot be sharded into so many parts."""
     c = config
     for field, value in is_supported.refused(c).items() if tp * ep > 1 else ():
         raise InputError(f"tp and ep cannot shard a model with {field}={value!r}: use fsdp, or one process")
@@ -146,20 +146,20 @@ def check(config: ModelConfig, tp: int, ep: int = 1) -> None:
 
 
 class ShardedModule(nn.Module):
-    """Replaces a whole module: has its attributes, and the group of processes that hold the other shards."""
+    """Base of sharded modules: the attributes of the module it replaces, and the process group of the shards."""
 
     def __init__(self, whole: nn.Module, group: ProcessGroup | None) -> None:
         vars(self).update(vars(whole))
         self.group = group
 
     def keep(self, name: str, spec: ShardSpec) -> None:
-        """Of the matrix of this name, keep this process's share alone."""
+        """Replace a weight by this process's shard of it."""
         share = spec.cut(getattr(self, name).detach(), self.group.rank(), self.group.size())
         setattr(self, name, nn.Parameter(share.contiguous()))
 
 
 class ShardedLinear(ShardedModule, Linear):
-    """Linear layer of which this process has a share."""
+    """Linear layer with a sharded weight."""
 
     def __init__(self, whole: Linear, group: ProcessGroup, spec: ShardSpec) -> None:
         super().__init__(whole, group)
@@ -168,12 +168,12 @@ class ShardedLinear(ShardedModule, Linear):
         self.packed: nn.Module | None = None  # computes the product where the share of the weight is packed
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Return x · weightᵀ of this share, without the bias."""
+        """Return x · weightᵀ with this process's shard, without the bias."""
         return x @ self.weight.T if self.packed is None else self.packed(x)
 
 
 class ColumnParallel(ShardedLinear):
-    """Linear layer sharded by output features: the whole x in, this process's features of y out."""
+    """Column-parallel linear layer: full x in, this process's output features out."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(copy_to_group(x, self.group))
@@ -183,7 +183,7 @@ class ColumnParallel(ShardedLinear):
 
 
 class RowParallel(ShardedLinear):
-    """Linear layer sharded by input features: an all-reduce makes y whole; the bias joins once, after it."""
+    """Row-parallel linear layer: this process's input features in, all-reduced y out; the bias is added once."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = all_reduce(self.multiply(x), self.group)
@@ -191,7 +191,7 @@ class RowParallel(ShardedLinear):
 
 
 class VocabParallelEmbedding(ShardedModule, Embedding):
-    """Embedding sharded by tokens: zero for those of other processes, then an all-reduce."""
+    """Vocabulary-parallel embedding: zero for tokens of other processes, then an all-reduce."""
 
     def __init__(self, whole: Embedding, group: ProcessGroup, spec: ShardSpec) -> None:
         super().__init__(whole, group)
@@ -206,7 +206,7 @@ class VocabParallelEmbedding(ShardedModule, Embedding):
 
 
 class HeadNorm(ShardedModule, RMSNorm):
-    """QK norm under tensor parallelism: its weight gets the gradients of all processes' heads."""
+    """QK norm under tensor parallelism: the gradient of its shared weight is all-reduced over heads."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, copy_to_group(self.weight, self.group), self.eps)
@@ -215,7 +215,7 @@ class HeadNorm(ShardedModule, RMSNorm):
 def reduce_router_stats(
     aux: kernels.MoEAux, logits_BTE: Tensor, config: ModelConfig, data_group: ProcessGroup | None
 ) -> kernels.MoEAux:
-    """Router losses over the rows of a data group: f_e · P_e is no sum over rows, so shares are averaged first."""
+    """Router losses over the data group: balance loss is no sum over rows, so its factors are averaged first."""
     if data_group is None:
         return aux
     logits_TE = logits_BTE.flatten(0, -2).to(torch.promote_types(logits_BTE.dtype, torch.float32))
@@ -229,7 +229,7 @@ def reduce_router_stats(
 
 
 class TensorParallelMoE(ShardedModule, MoE):
-    """Mixture of experts whose processes of `tp` hold a slice of every expert, and route alike."""
+    """Tensor-parallel MoE: a slice of every expert in each process, routing replicated."""
 
     def __init__(self, whole: MoE, tp: ProcessGroup | None, data_group: ProcessGroup | None) -> None:
         super().__init__(whole, tp)
@@ -246,7 +246,7 @@ class TensorParallelMoE(ShardedModule, MoE):
 
 
 class ExpertParallelMoE(ShardedModule, MoE):
-    """Mixture of experts whose processes hold whole experts (or, under `tp`, slices) and rows of their own."""
+    """Expert-parallel MoE: whole experts (or slices of them under `tp`) and different rows in each process."""
 
     def __init__(
         self, whole: MoE, group: ProcessGroup, tp: ProcessGroup | None, data_group: ProcessGroup | None
@@ -272,7 +272,7 @@ class ExpertParallelMoE(ShardedModule, MoE):
 
 
 class VocabParallelTransformer(ShardedModule, Transformer):
-    """Transformer whose vocabulary is sharded over a group, in the embedding, the head and the loss."""
+    """Transformer with a vocabulary-parallel embedding, head and loss."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         hidden = copy_to_group(hidden, self.group)
@@ -293,7 +293,7 @@ def shard(
     ep: ProcessGroup | None = None,
     data_group: ProcessGroup | None = None,
 ) -> Transformer:
-    """Replace the modules of `model` by this process's shards of them; `model` itself is used up.
+    """Shard `model` in place for tensor and expert parallelism; `model` itself must not be used afterwards.
 
     `tp` cuts heads, features and vocabulary, and its processes must be given the same rows; `ep` spreads experts over
     processes that each have rows of their own (equally many). `data_group` are the processes whose rows together make a
@@ -354,7 +354,7 @@ def vocab_parallel_cross_entropy(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """`kernels.linear_cross_entropy` where each process has its own rows of the head.
+    """Vocabulary-parallel fused linear cross-entropy: each process holds its rows of the head.
 
     Per slab of rows a process makes its logits, and tells the others three numbers a row: the logsumexp of its logits,
     its logit of the target (0 if it is another's), their sum. From all processes' numbers follow the loss and, at once
@@ -398,7 +398,7 @@ class _VocabLoss(torch.autograd.Function):
 
 
 def _slab(x_SV, targets_S, weights_S, group, options, wants_grad):
-    """The weighted loss of a slab and the gradient of this process's logits."""
+    """Weighted loss of a slab of rows, and the gradient of this process's logits."""
     words, smoothing, z_loss, softcap = options
     if softcap is not None:
         x_SV = softcap * torch.tanh(x_SV / softcap)

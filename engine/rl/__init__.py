@@ -1,4 +1,4 @@
-"""Reinforcement learning and evaluation by tasks: where the trainer and the server meet."""
+"""Reinforcement learning (GRPO) and evaluation on tasks: sampling by the serving engine, updates by the trainer."""
 
 from ..lazy import lazily
 

@@ -1,4 +1,4 @@
-"""Configuration of reinforcement learning: a training run whose data are made by the model. No torch is imported."""
+"""Configuration of reinforcement learning: `TrainConfig` plus rewards, groups and sampling. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from ..training.config import TrainConfig
 
 @dataclass(frozen=True)
 class RLConfig(TrainConfig):
-    """A run of group policy gradient. `data` names the prompts, `batch_size` counts those of one step, over all
-    processes. Sampling is always untruncated at temperature 1: whatever else would sample from another policy than the
-    one whose gradient is taken."""
+    """Reinforcement learning run (GRPO). `data` names the prompts; `batch_size` counts the prompts of one step over all
+    processes. Samples are always drawn at temperature 1 without truncation: anything else would sample from another
+    policy than the one whose gradient is taken."""
 
     out: str = "runs/rl"
     """Directory of the run: a model directory with its checkpoints, log and curves."""
     reward: tuple[str, ...] = ()
-    """Reward functions, FILE.py:function; none = the score of the task."""
+    """Reward functions, each FILE.py:function; none = the score of the task."""
     reward_weights: tuple[float, ...] = ()
     """A factor for each reward function; none = 1 each."""
     reward_seconds: float = 60.0
     """Longest time that one call of a reward function may take."""
     environment: str | None = None
-    """A class, FILE.py:Class, that answers answers over several turns, instead of a reward (engine/rl/environments.py
-    has an example)."""
+    """Multi-turn environment, FILE.py:Class, which replies to answers and ends with a reward; instead of `reward`
+    (engine/rl/environments.py has an example)."""
     turns: int = 8
-    """With an environment: most answers of a sample."""
+    """Maximum turns (answers of the model) of an episode with an environment."""
     group: int = 16
-    """Samples of a prompt, whose rewards are compared with each other."""
+    """Samples a prompt (GRPO's group size); advantages are relative to their mean reward."""
     max_tokens: int = 64
-    """Most tokens of a sample."""
+    """Maximum tokens of a sample (of each answer, with an environment)."""
     normalize: Literal["mean", "std"] = "mean"
-    """The advantage of a sample is its reward minus the group's mean (Dr. GRPO), or that over the group's standard
-    deviation too (GRPO). Either is spread over all tokens of the step."""
+    """Advantages: mean = reward minus the group's mean (Dr. GRPO); std = that divided by the group's standard deviation
+    (GRPO). The loss is averaged over all tokens of the step."""
     kl: float = 0.0
-    """Weight of the KL divergence from the starting weights, which are kept for it as a second model; an adapter's base
-    is at hand without one."""
+    """Weight of the KL penalty towards the starting weights, which are kept as a second (reference) model; with LoRA
+    the base is the reference and no second model is needed."""
     updates: int = 1
     """Optimizer steps on the same samples; more than one makes them off-policy, and ratios are clipped."""
     clip: float = 0.2
-    """With several updates: how far a token's probability may move, as a ratio, before its gradient is cut."""
+    """PPO clipping range of importance ratios, with several updates: a token beyond it has no gradient."""
     exact: bool | None = None
-    """Let the trainer compute the very bits that sampled: in float32 on a CPU; on a GPU, by batch-invariant products,
-    only if True. None = on a CPU where that is possible."""
+    """Compute log-probabilities in training with the very bits of sampling: in float32 on a CPU; on a GPU, by
+    batch-invariant products, only if True. None = on a CPU, where possible."""
     max_mismatch: float = 0.015
-    """Largest KL estimate (k3) between what sampled and what is trained before the run stops."""
+    """Stop the run if the KL divergence (k3 estimate) between sampler and trainer exceeds this."""
     max_batch: int = 256
-    """Samples computed together; does not change them."""
+    """Samples generated concurrently; does not change them."""
     micro_tokens: int = 16384
     """Tokens of a micro-batch of the update."""
     eval_problems: int = 100
-    """Fresh problems of a task that an evaluation asks; 0 = none."""
+    """Fresh problems of the task in an evaluation; 0 = none."""
 
     steps: int | None = None
-    """Steps, each a batch of samples. With neither steps nor minutes: 100."""
+    """Steps, each with its own rollouts. With neither steps nor minutes: 100."""
     lr: float = 1e-4
     """Peak learning rate."""
     warmup: int | None = 5
-    """Steps of linear warm-up from 0: AdamW's first steps move every weight by the whole rate, whatever they know."""
+    """Steps of linear warm-up from 0: AdamW's first steps have full size however noisy the gradient is."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "constant"
     """Shape of the learning rate after the warm-up."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices; vectors never decay."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Format of activations and of the weights they meet. auto = float32 on a CPU, where the trainer then computes the
-    very bits that sampled; bfloat16 on a GPU that is made for it."""
+    """Compute dtype of weights and activations. auto = float32 on a CPU, where training is then exactly on-policy
+    (`exact`); bfloat16 on a GPU that is made for it."""
     save_every: int = 20
     """Steps between checkpoints; 0 = only at the end or when stopped."""
     eval_every: int = 0

@@ -1,4 +1,4 @@
-"""Environments: answers that are answered, over several turns, until there is a reward.
+"""Multi-turn RL environments: the environment replies to each answer until it gives a reward.
 
     class Guess:
         def reset(self, row):                 # a prompt's row → a text to continue, or messages
@@ -10,9 +10,9 @@
                 return 1.0
             return {"role": "tool", "content": "higher" if answer < self.secret else "lower"}
 
-Every sample plays in an object of its own. Only what the model wrote is learned; what the environment says has no
-weight. Tokens are never made twice: a turn's are those that were sampled, and what follows is what the chat template
-puts behind the answer. Pages of the conversation so far stay in the prefix cache.
+Every sample has an environment object of its own. Only tokens that the model sampled have a loss; the environment's
+replies are masked. Nothing is tokenized twice: a turn keeps the sampled tokens, and after it come the tokens that the
+chat template puts behind an answer. KV-cache pages of the conversation so far stay in the prefix cache.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from .rollouts import Rollouts, Sample, set_advantages
 
 
 class Environment(Protocol):
-    """Environment: the other side of a conversation."""
+    """Interface of a multi-turn environment, the other side of a conversation."""
 
     def reset(self, row: dict[str, Any]) -> str | list[dict]:
-        """Begin with a row of the prompts: the text to continue, or the messages to answer."""
+        """Start an episode from a prompt's row: return the text to continue, or the messages to answer."""
 
     def step(self, answer: str) -> str | dict | list[dict] | float:
-        """Answer the model: its next message (a text is a user's message, where there are messages), or its reward."""
+        """Reply to an answer with the next message (a text becomes a user message), or end with a reward."""
 
 
 class Game:
-    """A conversation of one sample with its environment."""
+    """Episode: one sample's conversation with its environment."""
 
     def __init__(self, llm: LLM, environment: Environment, row: dict[str, Any], seconds: float) -> None:
         self.llm, self.environment, self.seconds = llm, environment, seconds
@@ -57,7 +57,7 @@ class Game:
         self.ended, self.reward = True, None
 
     def take(self, output: Output) -> None:
-        """An answer, and what the environment says to it."""
+        """Append the model's answer and the environment's reply."""
         first = len(self.tokens)
         self.tokens += output.token_ids
         self.sampled += range(first, len(self.tokens))
@@ -86,11 +86,11 @@ class Game:
 
     @property
     def text(self) -> str:
-        """The conversation after the prompt."""
+        """Decoded conversation after the prompt."""
         return self.llm.tokenizer.decode(self.tokens[self.begin :])
 
     def sample(self) -> Sample:
-        """The conversation as a sample; one that never came to its end is worth nothing."""
+        """The episode as a `Sample`; an unfinished one has reward 0."""
         del self.tokens[self.sampled[-1] + 1 :]
         done = self.reward is not None
         reward = self.reward if done else 0.0
@@ -106,7 +106,7 @@ def _messages(said: str | dict | list[dict]) -> list[dict]:
 
 
 def continuation(tokenizer: Any, messages: list[dict], answer: str, new: list[dict]) -> list[int]:
-    """The ids that a chat template puts behind an answer: its end mark, new messages, the head of the next answer."""
+    """Tokens that the chat template puts between two answers: end of turn, new messages, generation prompt."""
     nonce = secrets.token_hex(8)
     fence = Fence(tokenizer.special.ids.keys() - tokenizer.special.plain)
     whole = fence.around([*messages, {"role": "assistant", "content": (answer.strip() or "…") + nonce}, *new])
@@ -121,7 +121,7 @@ def continuation(tokenizer: Any, messages: list[dict], answer: str, new: list[di
 def play(
     llm: LLM, make: Callable[[], Environment], prompts: Prompts, numbers: Iterable[int], step: int, config: RLConfig
 ) -> Rollouts:
-    """Let a group of samples play for each of these prompts, all of them a turn at a time."""
+    """Roll out multi-turn episodes: a group for each prompt, all of them batched turn by turn."""
     names = [(each, index) for each in numbers for index in range(config.group)]
     games = [Game(llm, make(), prompts.row(each), config.reward_seconds) for each, _ in names]
     for _ in range(config.turns):

@@ -1,8 +1,8 @@
-"""Evaluation of behavior: the share of a task's problems that a model solves.
+"""Evaluation on tasks: accuracy, pass@k and multiple choice.
 
 pass@1            mean score of a sample
 pass@k            chance that one of k samples is right, without bias from n ≥ k samples (Chen et al., 2021)
-multiple choice   the choice that the model finds most likely, of the rows that have choices
+multiple choice   the share of rows whose right choice has the highest log-probability, of the rows that have choices
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FRESH = 1 << 31
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Result of a model at a task."""
+    """Scores of a model on a task."""
 
     task: str
     problems: int
@@ -39,7 +39,7 @@ class TaskResult:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
-        """The figures by name, as logs have them."""
+        """Metrics by name, as logged."""
         return {"accuracy": self.accuracy, "answer_length": self.length, "answers_ended": self.ended}
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ def evaluate_task(
 
 
 def evaluate_choices(llm: LLM, task: Task, problems: int = 100, seed: int = 0) -> TaskResult:
-    """Let the model choose among a row's choices: the one with the highest log-probability after the question."""
+    """Multiple choice by log-likelihood: the choice with the highest log-probability after the question."""
     rows = [task.row(seed, index) for index in range(problems)]
     if any("choices" not in row for row in rows):
         raise InputError(f"task {task.name!r} has no choices to choose from: leave --choices out")
@@ -99,5 +99,5 @@ def evaluate_choices(llm: LLM, task: Task, problems: int = 100, seed: int = 0) -
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of these samples, drawn without replacement, hold a right one."""
+    """Unbiased pass@k: the chance that k of these samples, drawn without replacement, include a right one."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)

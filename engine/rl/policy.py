@@ -1,17 +1,17 @@
-"""The policy gradient as a weighted cross-entropy.
+"""Policy gradient as a weighted cross-entropy, optionally bit-identical to the sampler (exactly on-policy).
 
 The gradient of every objective here is Σ wₜ ∇(−log pₜ) with a weight a token:
 
-    on-policy                     w = A                                   the ratio is 1
+    on-policy                     w = A, the advantage                    the importance ratio is 1
     several updates, clipped      w = A r where r may still move, else 0   r = p now / p when sampled (PPO)
     with a KL penalty             w − β (1 − p₀ / p)                      the gradient of the estimator k3
 
-Samples lie end to end, none padded; only attention sees them side by side. Where the server's C++ attention and head
-run in float32 (`exact`), the forward pass takes both: what is trained then has the very bits of what was sampled, for
-norms, rotation and gates add up in one order in trainer and server anyway, and so do the products of a fused block. Of
-blocks with experts products are replaced by the server's too; as the router's are among them, tokens visit the experts
-that they visited when they were sampled. Other models (LayerNorm, norms after sublayers, ungated), and all on a GPU,
-are computed by the server once more, and their last hidden states replaced. The backward pass is the trainer's.
+Samples are concatenated without padding; only attention pads them. With `exact`, the forward pass gives the very bits
+of the server that sampled, and the backward pass is the trainer's. There are three ways. Where the server's C++
+attention and head run in float32, the forward pass calls both: norms, RoPE and gates sum in one order in trainer and
+server anyway, and so do the products of a fused block. In MoE blocks the products are replaced by the server's too, the
+router's included, so that tokens go to the experts that they went to when sampled. Other models (LayerNorm, post-norm,
+ungated), and all on a GPU, run the server's forward pass once more and take its last hidden states.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ..training.evaluate import within_documents
 from ..training.fused_block import FusedBlock
 from .rollouts import Sample
 
-PAGE = 16  # of `LLM`: sums over keys go page by page
+PAGE = 16  # page size of `LLM`: sums over keys go page by page
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Samples laid end to end: N inputs, of which `places` (S) predict a token that was sampled."""
+    """Samples packed end to end: N inputs; the hidden states at `places` (S) predict the sampled tokens."""
 
     tokens_1N: Tensor
     positions_1N: Tensor
@@ -52,7 +52,7 @@ class Packed:
 
 
 def pack(samples: list[Sample], device: torch.device) -> Packed:
-    """Samples as tensors."""
+    """Pack samples into tensors."""
     lengths = [len(sample.tokens) - 1 for sample in samples]
     starts = np.cumsum([0, *lengths[:-1]])
     inputs = np.concatenate([sample.tokens[:-1] for sample in samples])
@@ -68,7 +68,7 @@ def pack(samples: list[Sample], device: torch.device) -> Packed:
 
 
 def micro_batches(samples: list[Sample], tokens: int) -> list[list[Sample]]:
-    """Samples by length, so that attention pads little, in batches of at most so many tokens (or one sample)."""
+    """Group samples by length (less padding in attention) into batches of at most `tokens` tokens, or one sample."""
     parts: list[list[Sample]] = []
     room = 0
     for sample in sorted(samples, key=lambda sample: len(sample.tokens)):
@@ -81,7 +81,7 @@ def micro_batches(samples: list[Sample], tokens: int) -> list[list[Sample]]:
 
 
 def exact_obstacle(model: Transformer, llm: LLM, asked: bool = False) -> str | None:
-    """Say what keeps trainer and server from the same bits, if anything does; on a GPU it must be `asked` for."""
+    """Reason why trainer and server cannot compute the same bits, or None; on a GPU exactness must be `asked` for."""
     if _by_kernels(llm.engine.runner.model):
         return None if asked else "on a GPU its price is not measured: --exact True turns it on"
     if model.device.type != "cpu" or model.embedding.weight.dtype != torch.float32:
@@ -95,7 +95,7 @@ def exact_obstacle(model: Transformer, llm: LLM, asked: bool = False) -> str | N
 
 
 def _by_kernels(served: Transformer | NativeTransformer) -> bool:
-    """Are the products of a served model the batch-invariant kernels, as on a GPU?"""
+    """Return whether the served model uses the batch-invariant GPU kernels."""
     return isinstance(served, Transformer) and any(isinstance(part, BatchInvariantLinear) for part in served.modules())
 
 
@@ -104,7 +104,7 @@ def _is_fused(model: Transformer) -> bool:
 
 
 def _twins(served: Transformer) -> dict[str, nn.Module]:
-    """The layers of a served model that are the server's own, by path."""
+    """Layers of the served model that the server replaced by its own, by path."""
 
     def own(layer: nn.Module) -> bool:
         return isinstance(layer, NativeLinear) or isinstance(getattr(layer, "product", None), NativeExperts)
@@ -114,7 +114,7 @@ def _twins(served: Transformer) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def server_layers(model: Transformer, served: Transformer | NativeTransformer) -> Iterator[None]:
-    """Inside, layers called by themselves have the server's numbers, and the gradient of the trainer's."""
+    """Context in which those layers return the server's values, with the trainer's gradient."""
 
     def numbers_of(layer: nn.Module):
         def hook(_: nn.Module, given: tuple[Tensor], computed):
@@ -133,14 +133,14 @@ def server_layers(model: Transformer, served: Transformer | NativeTransformer) -
 
 
 class Policy:
-    """A model, seen from its samples: log-probabilities, and the gradient of a weighted loss."""
+    """The policy: log-probabilities of sampled tokens, and the hidden states that the loss is computed from."""
 
     def __init__(self, model: Transformer, llm: LLM | None = None) -> None:
-        """`llm` serves weights that are the model's own: then all is exact."""
+        """With an `llm` that serves these very weights, all values are bit-identical to sampling."""
         self.model, self.llm = model, llm
 
     def hidden(self, packed: Packed) -> Tensor:
-        """Hidden states (S, C) of the places that predict, with gradient."""
+        """Hidden states (S, C) at the positions that predict sampled tokens, differentiable."""
         given, model, attend = (packed.tokens_1N, packed.positions_1N), self.model, self._attend(packed)
         served = self.llm and self.llm.engine.runner.model
         if served is None:
@@ -157,7 +157,7 @@ class Policy:
         return hidden_1NC[0].index_select(0, packed.places_S)
 
     def _attend(self, packed: Packed) -> Attend:
-        """Dense causal attention of the training pass."""
+        """The trainer's `attend` over packed samples."""
         if self.model.device.type == "cuda":
             borders = torch.tensor([0, *np.cumsum(packed.lengths)], dtype=torch.int32, device=self.model.device)
             return within_documents(borders, max(packed.lengths))
@@ -165,7 +165,7 @@ class Policy:
 
     @torch.no_grad()
     def log_probs(self, hidden_SC: Tensor, targets_S: Tensor) -> Tensor:
-        """Log-probabilities of the targets; exact ones by the server's head, slab by slab."""
+        """Log-probabilities of the targets; with an `llm`, by the server's head in slabs of rows."""
         hidden_SC = hidden_SC.detach()
         if self.llm is None:
             return -self.model.cross_entropy(hidden_SC, targets_S, reduction="none").float()
@@ -180,7 +180,7 @@ class Policy:
 def token_weights(
     logp_S: Tensor, packed: Packed, clip: float | None = None, kl: float = 0.0, reference_S: Tensor | None = None
 ) -> Tensor:
-    """The weight of each token's −log p in the gradient; `clip` for samples that are no longer the policy's own."""
+    """Weight of each token's −log p: advantage, clipped importance ratio (PPO) for stale samples, KL penalty."""
     weights_S = packed.advantages_S
     if clip is not None:
         ratio_S = (logp_S - packed.sampled_S).exp()
@@ -192,7 +192,7 @@ def token_weights(
 
 
 def side_by_side(lengths: list[int]) -> Attend:
-    """An `attend` over sequences laid end to end, padded for it alone: one call for all of them."""
+    """An `attend` over packed sequences that pads them into one batch."""
     B, T = len(lengths), max(lengths)
     places_N = torch.cat([torch.arange(length) + row * T for row, length in enumerate(lengths)])
 
@@ -207,7 +207,7 @@ def side_by_side(lengths: list[int]) -> Attend:
 
 
 def server_attention(model: Transformer, lengths: list[int], by_kernels: bool = False) -> Attend:
-    """The server's `attend` over sequences laid end to end, on pages of its own."""
+    """The server's paged `attend` over packed sequences, with pages of its own."""
     config, pages = model.config, [-(-length // PAGE) for length in lengths]
     if not by_kernels:
         config = replace(config, n_layers=1)  # every layer uses the same pages, after the last
@@ -225,7 +225,7 @@ def server_attention(model: Transformer, lengths: list[int], by_kernels: bool = 
 
 
 def paged(exact: Attend, dense: Attend) -> Attend:
-    """An `attend` with the server's numbers and the gradient of `dense`."""
+    """An `attend` with the values of `exact` and the gradient of `dense`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer) -> Tensor:
         return _Replaced.apply(dense(q, k, v, layer), exact(q.detach(), k.detach(), v.detach(), layer))
@@ -234,7 +234,7 @@ def paged(exact: Attend, dense: Attend) -> Attend:
 
 
 class _Replaced(torch.autograd.Function):
-    """Other numbers for the same function: the gradient goes to where the first ones came from."""
+    """Straight-through replacement: forward returns other values, backward passes the gradient on."""
 
     @staticmethod
     def forward(ctx, computed: Tensor, exact: Tensor) -> Tensor:

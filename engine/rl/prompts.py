@@ -1,4 +1,4 @@
-"""Prompts of a step, as a function of (seed, step), and the seeds of their samples."""
+"""Prompts of an RL run, a pure function of (seed, step), and the seeds of their samples."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Row = dict[str, Any]
 
 
 def encode_prompt(llm: Any, prompt: str | list[dict]) -> list[int]:
-    """A prompt as token ids. A text is a message to a model with a chat template, and to any other its beginning."""
+    """Tokenize a prompt. A string becomes a user message if the model has a chat template."""
     if isinstance(prompt, str) and getattr(llm.tokenizer, "chat_template", None):
         prompt = [{"role": "user", "content": prompt}]
     return llm.encode(prompt) if isinstance(prompt, str) else llm.encode_chat(prompt)
 
 
 def sample_seed(*numbers: int) -> int:
-    """The seed of a prompt's samples, a function of (seed, step, row).
+    """Sampling seed of a prompt: a function of (seed, step, row).
 
     Noise is keyed by (seed, position): prompts of one length that shared a seed would all roll the same dice.
     """
@@ -42,7 +42,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a run: rows of a file, each once an epoch and shuffled, or fresh problems of a task."""
+    """Prompt dataset: rows of a file, shuffled once an epoch, or fresh problems of a task."""
 
     source: str
     rows: list[Row] | Task
@@ -54,7 +54,7 @@ class Prompts:
 
     @property
     def sha256(self) -> str:
-        """Identity of the prompts, which a resumed run must find again."""
+        """Hash of the prompts; a resumed run must find the same."""
         told = self.source if self.task else json.dumps(self.rows, sort_keys=True)
         return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -62,7 +62,7 @@ class Prompts:
         return 0 if self.task else len(self.rows)
 
     def row(self, number: int) -> Row:
-        """Prompt number `number` of the run, with its other columns: the epochs' orders end to end."""
+        """Prompt `number` of the run, with the row's other columns; epochs follow one another."""
         if self.task:
             row = self.task.row(self.seed, number)
             return {**row, "prompt": self.task.question(row)}
@@ -71,7 +71,7 @@ class Prompts:
 
 
 def open_prompts(source: str, seed: int) -> Prompts:
-    """The prompts that `tasks:NAME` or JSON lines with a `prompt` (a text, or messages) hold."""
+    """Open the prompts of `tasks:NAME`, or of JSON lines with a `prompt` (a string or messages)."""
     if source.startswith(PREFIX):
         return Prompts(source, open_task(source), seed)
     rows = []

@@ -1,4 +1,4 @@
-"""The report of a run: figures of a step, the run card, and the curves of reward and length."""
+"""Reports of an RL run: step metrics, run card, reward and length curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..training.run_state import TrainResult
 
 @dataclass(frozen=True, slots=True)
 class RLProgress:
-    """The figures of a step."""
+    """Metrics of an RL step."""
 
     step: int
     steps: int
@@ -51,11 +51,11 @@ class RLProgress:
 
     @property
     def curve(self) -> float:
-        """The figure to watch, drawn over the steps."""
+        """The metric to plot over the steps."""
         return self.reward
 
     def line(self) -> str:
-        """The figures in a line of a log."""
+        """The metrics as a line of a log."""
         return (
             f"step {self.step}/{self.steps}  reward {self.reward:.3f} ± {self.reward_std:.3f}  "
             f"length {self.length:.1f}  ended {self.ended:.0%}  entropy {self.entropy:.3f}  "
@@ -64,7 +64,7 @@ class RLProgress:
         )
 
     def rows(self, curve: str, evaluation: Any) -> Iterator[tuple[str, str, str]]:
-        """The figures in rows of the live panel: (name, figure, remark)."""
+        """The metrics as rows of the live panel: (name, value, remark)."""
         yield "reward", f"[bold]{self.reward:.3f}[/] ± {self.reward_std:.3f}", curve
         if evaluation is not None:
             yield "fresh problems", f"{evaluation.accuracy:.3f}", str(evaluation).split(", ", 1)[-1]

@@ -1,4 +1,4 @@
-"""Reward functions: the user's own code, or a task's score.
+"""Reward functions: user code (FILE.py:function) or a task's score.
 
     def correct(prompt, completion, answer, **_):          # columns of the prompt's line by name
         return float(completion.rsplit("=", 1)[-1].strip() == answer)
@@ -39,7 +39,7 @@ class Rewards:
     seconds: float
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[float]:
-        """The rewards of samples: dicts with `prompt`, `completion` and the columns of the prompt's row."""
+        """Rewards of samples given as dicts: `prompt`, `completion` and the columns of the prompt's row."""
         totals = [0.0] * len(rows)
         for function, weight in zip(self.functions, self.weights):
             for index, value in enumerate(self._one(function, rows)):
@@ -64,7 +64,7 @@ class Rewards:
 
 
 def call(function: RewardFunction, given: tuple, named: dict[str, Any], seconds: float, shown: dict[str, Any]) -> Any:
-    """Call a user's reward function; whatever goes wrong is said in a sentence that shows the sample."""
+    """Call a user's function with a time limit; any failure becomes one sentence that shows the sample."""
     try:
         with time_limit(seconds):
             return function(*given, **named)
@@ -76,12 +76,12 @@ def call(function: RewardFunction, given: tuple, named: dict[str, Any], seconds:
 
 
 def open_rewards(names: Sequence[str], weights: Sequence[float], seconds: float) -> Rewards:
-    """The functions that FILE.py:function name."""
+    """Import the reward functions FILE.py:function."""
     return Rewards([load_function(name) for name in names], weights or [1.0] * len(names), seconds)
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """Import the object that FILE.py:name names."""
+    """Import the object FILE.py:name."""
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not function:
         raise InputError(f"reward {name!r} must be FILE.py:function")
@@ -100,12 +100,12 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 class _TimeUpError(BaseException):
-    """Not an Exception, which a reward's own `except` might swallow."""
+    """Time limit of user code exceeded; no Exception, which the code's own `except` might swallow."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block after so many seconds, in the main thread and where there are such signals."""
+    """Interrupt the block after so many seconds (main thread only, where the system has SIGALRM)."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -123,7 +123,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def number(value: Any, function: RewardFunction, row: dict[str, Any]) -> float:
-    """A reward, if it is a finite number."""
+    """Check that a reward is a finite number."""
     try:
         found = float(value)
     except (TypeError, ValueError):

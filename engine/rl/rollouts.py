@@ -1,7 +1,7 @@
-"""Rollouts: sampled completions of a step's prompts, and their rewards.
+"""Rollouts: sampled completions of a step's prompts, with rewards and advantages.
 
-They are a function of (weights, seed, step): a prompt's noise has a seed of its own, and its tokens do not depend on
-what else is in the batch. The samples of a group share the pages of their prompt.
+They are a function of (weights, seed, step): every prompt has its own sampling seed, and tokens do not depend on what
+else is in the batch (batch invariance). The samples of a group share the KV-cache pages of their prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEVIATION = 1e-4  # added to a group's standard deviation, as TRL does
 
 @dataclass(slots=True)
 class Sample:
-    """An answer: all tokens from the prompt on, which of them were sampled, and how likely those were."""
+    """A sampled answer: all tokens from the prompt on, the indices of sampled ones, and their log-probabilities."""
 
     prompt: str
     text: str
@@ -37,19 +37,19 @@ class Sample:
 
 @dataclass(slots=True)
 class Rollouts:
-    """The samples of a step (this process's), group after group."""
+    """This process's samples of a step, group by group."""
 
     samples: list[Sample]
     seconds: float = 0.0
 
     @property
     def count(self) -> int:
-        """Tokens that were sampled."""
+        """Number of sampled tokens."""
         return sum(len(sample.sampled) for sample in self.samples)
 
 
 def roll_out(llm: LLM, prompts: Prompts, numbers: Iterable[int], step: int, config: RLConfig, score: Score) -> Rollouts:
-    """Sample a group for each of these prompts of the run, and give every sample its reward and advantage."""
+    """Sample a group of completions for each prompt, and set rewards and advantages."""
     rows = [prompts.row(number) for number in numbers]
     asked = [encode_prompt(llm, row["prompt"]) for row in rows]
     for row, ids in zip(rows, asked):
@@ -79,7 +79,7 @@ def roll_out(llm: LLM, prompts: Prompts, numbers: Iterable[int], step: int, conf
 
 
 def set_advantages(group: list[Sample], normalize: str = "mean") -> None:
-    """Compare the samples of a group: reward minus the mean (Dr. GRPO), with "std" over the deviation too (GRPO)."""
+    """Group-relative advantages: reward minus the mean (Dr. GRPO); "std" also divides by the deviation (GRPO)."""
     rewards = [sample.reward for sample in group]
     mean = fmean(rewards)
     scale = 1.0 if normalize == "mean" else 1 / (pstdev(rewards) * (len(group) / (len(group) - 1)) ** 0.5 + DEVIATION)

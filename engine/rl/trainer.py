@@ -6,8 +6,8 @@
         rewards; the advantage of a sample is its reward minus the group's mean
         one gradient step on −Σ advantage · log p, and the engine serves the new weights
 
-It is the trainer's loop (`training/trainer.py`) with other batches and another loss: checkpoints, resuming to the same
-bits, signals, logs, LoRA and data-parallel processes are the same.
+It is the loop of `training/trainer.py` with rollouts for batches and the policy gradient for a loss; checkpoints,
+bit-exact resume, signals, logs, LoRA and data parallelism are inherited.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def reinforce(
     callbacks: Iterable[Callback] = (),
     environment: Callable[[], Environment] | None = None,
 ) -> Iterator[RLProgress]:
-    """Run `config`, step by step: the figures of each.
+    """Run `config` as an iterator over steps that yields the metrics of each.
 
     `reward` is a function, or several, instead of `config.reward`; `environment` a class instead of its."""
     trainer = RLTrainer(config, list(callbacks), [reward] if callable(reward) else reward, environment)
@@ -68,7 +68,7 @@ def reinforce(
 
 
 def run_reinforce(config: RLConfig, callbacks: Iterable[Callback] = ()) -> TrainResult:
-    """The whole run."""
+    """Run `config` to its end."""
     trainer = RLTrainer(config, list(callbacks))
     with report_first_failure(), interruptible(trainer.stop):
         return trainer.run()
@@ -76,7 +76,7 @@ def run_reinforce(config: RLConfig, callbacks: Iterable[Callback] = ()) -> Train
 
 @dataclass(frozen=True)
 class PromptData:
-    """Description of a run's prompts, for its report and for resuming."""
+    """Stand-in for a dataset in run reports and resume checks: describes the prompts."""
 
     directory: str
     source: str
@@ -89,7 +89,7 @@ class PromptData:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over the samples of a step, and how far the trainer's log-probabilities are from the server's."""
+    """Sums over the samples of a step, and the mismatch between the trainer's and the server's log-probabilities."""
 
     tokens: int = 0
     trained: int = 0
@@ -99,7 +99,7 @@ class Tally:
 
 
 class RLTrainer(Trainer):
-    """The loop, with samples for batches and the policy gradient for a loss."""
+    """Trainer whose batches are rollouts and whose loss is the policy gradient."""
 
     state: RunState
     config: RLConfig
@@ -154,7 +154,7 @@ class RLTrainer(Trainer):
 
     @functools.cached_property
     def served(self) -> Transformer:
-        """The model that samples: the trained one, or where processes keep slices, a whole one beside it."""
+        """The model that samples: the trained one, or with sharded weights a full copy beside it."""
         state = self.state
         if not self.mesh.is_sharded:
             return state.model
@@ -162,7 +162,7 @@ class RLTrainer(Trainer):
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """Gather slices of the trained weights in the model that samples; a collective call."""
+        """All-gather sharded weights into the model that samples; a collective call."""
         if self.mesh.is_sharded:
             slices = {name: local(p.detach()) for name, p in self.state.model.named_parameters()}
             for name, whole in full_weights(self.state.shards, slices):
@@ -170,7 +170,7 @@ class RLTrainer(Trainer):
 
     @functools.cached_property
     def exact(self) -> bool:
-        """Compute the very bits that sampled?"""
+        """Return whether the trainer computes the very bits that sampled."""
         asked, obstacle = self.config.exact, "exact=False"
         if asked is not False:
             obstacle = exact_obstacle(self.state.model, self.llm, asked is True)
@@ -181,13 +181,13 @@ class RLTrainer(Trainer):
         return obstacle is None
 
     def policy(self, update: int) -> Policy:
-        """The policy that is trained: after the first update of a step the server's head has older weights."""
+        """The policy to update; exact only in the first update of a step, while the server's head has its weights."""
         exact = self.exact and update == 0
         return Policy(self.state.model, self.llm if exact else None)
 
     @functools.cached_property
     def reference(self) -> Transformer:
-        """The model with the starting weights, for the KL penalty; with an adapter, the trained one without it."""
+        """Reference model for the KL penalty (the starting weights); with LoRA, the model without its adapter."""
         state = self.state
         if isinstance(state.masters, LoraMasters) and not self.config.lora_embeddings:
             return state.model
@@ -215,7 +215,7 @@ class RLTrainer(Trainer):
         return roll_out(self.llm, *asked, self.score)
 
     def _numbers(self) -> range:
-        """The prompts of this step that are this process's."""
+        """Numbers of the prompts of this step that are this process's."""
         own = self.config.batch_size // self.mesh.dp_size
         first = self.state.step * self.config.batch_size + self.mesh.dp_rank * own
         return range(first, first + own)
@@ -227,7 +227,7 @@ class RLTrainer(Trainer):
         return f"; saved to {self.checkpoints.path(self.state.step)}: resume continues from there"
 
     def one_step(self, rollouts: Rollouts) -> tuple[Any, ...]:
-        """One step: as many updates as configured, and the engine serves the new weights."""
+        """One RL step on these rollouts: `updates` optimizer steps, then the engine gets the new weights."""
         state, began = self.state, time.perf_counter()
         self.rollouts, self.tally = rollouts, Tally()
         (tokens,) = self.mesh.all_reduce_sum(rollouts.count)
@@ -253,7 +253,7 @@ class RLTrainer(Trainer):
         return self._update(*self.accumulate_policy(parts, update))
 
     def accumulate_policy(self, parts: list, update: int) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the policy's loss over micro-batches."""
+        """Accumulate the policy gradient over micro-batches."""
         state, config, policy = self.state, self.config, self.policy(update)
         references = self._references(parts) if config.kl else [None] * len(parts)
         loss = torch.zeros((), device=state.device)
@@ -279,7 +279,7 @@ class RLTrainer(Trainer):
 
     @torch.no_grad()
     def _references(self, parts: list) -> list[Tensor]:
-        """Log-probabilities by the starting weights, of all micro-batches: weights change while they are computed."""
+        """Reference log-probabilities of all micro-batches at once: with LoRA the adapter is off meanwhile."""
         masters, policy = self.state.masters, Policy(self.reference)
         own = isinstance(masters, LoraMasters) and policy.model is self.state.model
         with masters.switched_off() if own else contextlib.nullcontext():
@@ -287,7 +287,7 @@ class RLTrainer(Trainer):
             return [policy.log_probs(policy.hidden(each), each.targets_S) for each in packed]
 
     def _compare(self, logp_S: Tensor, packed: Packed) -> None:
-        """Measure how far the trainer's log-probabilities are from the server's."""
+        """Record the mismatch between the trainer's and the server's log-probabilities."""
         change_S = logp_S.double() - packed.sampled_S
         self.tally.mismatch = max(self.tally.mismatch, float(change_S.abs().max()))
         self.tally.k3 += float((change_S.exp() - 1 - change_S).sum())
@@ -328,7 +328,7 @@ class RLTrainer(Trainer):
         return progress
 
     def _evaluate(self) -> None:
-        """Ask fresh problems of the task."""
+        """Evaluate on fresh problems of the task."""
         llm, task, problems = self.llm, self.prompts.task, self.config.eval_problems  # which every process makes
         if task is None or self.environment or not problems or not self.mesh.is_main:
             return
@@ -337,7 +337,7 @@ class RLTrainer(Trainer):
         self.tell("on_evaluation", self.state.step, found)
 
     def _sample(self) -> None:
-        """Show the first answer of the first two groups."""
+        """Report the first answer of the first two groups."""
         for sample in self.rollouts.samples[: 2 * self.config.group : self.config.group]:
             text = f"{sample.text}  (reward {sample.reward:g})"
             self.state.samples.append({"step": self.state.step, "prompt": sample.prompt, "text": text})

@@ -1,4 +1,4 @@
-"""The application: routes, errors, the door, and the life of the engine."""
+"""The application: errors, middleware, the routes of the server itself, and the life of the engine."""
 
 from __future__ import annotations
 
@@ -22,17 +22,12 @@ from .metrics import Metrics
 from .middleware import RequestMiddleware
 from .model_pool import FurtherModel, ModelPool
 from .openai import schemas
-from .openai.embeddings import EmbeddingRequest, ScoreRequest
 from .openai.errors import APIError
-from .openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .openai.schemas import answers
-from .protocols.messages import MessagesRequest, MessagesWriter
-from .protocols.responses import ResponsesRequest, ResponsesWriter
 from .request_body import BodyRoute
+from .routes import add_model_routes
 from .ui.playground import Playground, available
 from .ui.static_pages import docs_page, landing_page
-
-REFUSALS = (400, 404, 413, 415, 429, 500, 503, 504)
 
 
 def create_app(
@@ -78,7 +73,7 @@ def create_app(
     app.state.bridge, app.state.service, app.state.metrics = bridge, service, metrics
     app.state.models = models
     _add_errors(app)
-    _add_model_routes(app, models)
+    add_model_routes(app, models)
     _add_other_routes(app, bridge, metrics)
     playground = _add_page(app, service, config)
     app.add_middleware(RequestMiddleware, config=config, keys=keys, visits=metrics.visits)
@@ -92,83 +87,6 @@ def allowed_origins(config: ServerConfig) -> dict[str, Any]:
     """Which other pages may call this server from a browser, and how."""
     origins = {"allow_origins": config.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
     return {**origins, "expose_headers": ["x-request-id"]}
-
-
-def _add_model_routes(app: FastAPI, pool: ModelPool) -> None:
-    generating: dict[str, Any] = {"tags": ["generate"]}
-
-    @app.post("/v1/completions", responses=answers(schemas.Completion, *REFUSALS, stream=True), **generating)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue a text or token ids, or a list of either. With `stream`, server-sent events."""
-        async with pool.use(body.model) as service:
-            return await service.complete(body, request)
-
-    @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, *REFUSALS, stream=True), **generating)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """The next message of a conversation. With `stream`, server-sent events."""
-        async with pool.use(body.model) as service:
-            return await service.chat(body, request)
-
-    @app.post("/v1/responses", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **generating)
-    async def responses(body: ResponsesRequest, request: Request) -> Response:
-        """OpenAI's Responses, stateless: the next items of a conversation. With `stream`, server-sent events."""
-        async with pool.use(body.model) as service:
-            return await service.agent(body, request, ResponsesWriter)
-
-    @app.post("/v1/messages", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **generating)
-    async def messages(body: MessagesRequest, request: Request) -> Response:
-        """Anthropic's Messages: the next message of a conversation. With `stream`, server-sent events."""
-        async with pool.use(body.model) as service:
-            return await service.agent(body, request, MessagesWriter)
-
-    @app.post("/v1/messages/count_tokens", responses=answers(schemas.Whatever, *REFUSALS), **generating)
-    async def count_tokens(body: MessagesRequest, request: Request) -> Response:
-        """Count the tokens of a conversation, for `/v1/messages`."""
-        async with pool.use(body.model) as service:
-            return await service.count_tokens(body, request)
-
-    @app.post("/v1/embeddings", responses=answers(schemas.Embeddings, *REFUSALS), tags=["embed"])
-    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        """Texts as unit vectors: the mean of the last layer's hidden states, or the last token's."""
-        async with pool.use(body.model) as service:
-            return await service.embed(body, request)
-
-    @app.post("/v1/score", responses=answers(schemas.Scores, *REFUSALS), tags=["embed"])
-    async def score(body: ScoreRequest, request: Request) -> Response:
-        """Cosine similarity of pairs of texts, between their embeddings."""
-        async with pool.use(body.model) as service:
-            return await service.score(body, request)
-
-    @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **generating)
-    async def generate(body: GenerateRequest, request: Request) -> Response:
-        """Rows of token ids, or texts, in; the rows with their continuations, and those as text, out."""
-        async with pool.use(None) as service:
-            return await service.generate(body, request)
-
-    @app.get("/v1/models", responses=answers(schemas.ModelList), tags=["model"])
-    async def models() -> Response:
-        """The model that is served, and its adapters, each as a model."""
-        return JSONResponse({"object": "list", "data": pool.first.models()})
-
-    @app.get("/v1/models/{model:path}", responses=answers(schemas.Model, 404), tags=["model"])
-    async def model(model: str) -> Response:
-        """The model, or one of its adapters, by its name."""
-        found = {each["id"]: each for each in pool.first.models()}
-        if model not in found:
-            raise pool.first.not_served(model)
-        return JSONResponse(found[model])
-
-    @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
-    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """A text, or a conversation as the model reads it, as token ids."""
-        async with pool.use(body.model) as service:
-            return await service.tokenize(body, request)
-
-    @app.post("/detokenize", responses=answers(schemas.Detokenized, 400, 404, 413, 503), tags=["model"])
-    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """Token ids as text."""
-        async with pool.use(body.model) as service:
-            return await service.detokenize(body, request)
 
 
 def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> None:

@@ -85,16 +85,19 @@ class Service:
         body = body.with_defaults(self.defaults)
         params, words = body.sampling(), self.words
         hidden = self.llm.engine.eos.union(params.stop_token_ids)
-        asks = self._continuing(body.prompts, params, DEFAULT_COMPLETION, body.truncate_prompt_tokens)
-        flow = await self._submit(request, asks, len(body.prompts) * body.n, params, body, body.stream)
-        writer = CompletionWriter(self._head("cmpl", body, request), flow, words, hidden, body.logprobs)
+        default = DEFAULT_COMPLETION if body.limit is None else None
+        asks = self._continuing(body.prompts, params, default, body.truncate_prompt_tokens)
+        flow = await self._submit(request, asks, len(body.prompts) * params.n, params, body, body.stream)
+        head, tops = self._head("cmpl", body, request), (body.logprobs, body.prompt_logprobs)
+        writer = CompletionWriter(head, flow, words, hidden, body.n, *tops)
         return await self._answer(request, body.stream, flow, writer, params)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """/v1/chat/completions."""
         words = self.words
         flow, plan, params = await self._converse(body, request, body.stream)
-        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, params.logprobs, plan.reader)
+        tops = params.logprobs, params.prompt_logprobs
+        writer = ChatWriter(self._head("chatcmpl", body, request), flow, words, *tops, plan.reader)
         return await self._answer(request, body.stream, flow, writer, params)
 
     async def agent(self, body: AgentRequest, request: Request, writer: Callable[..., Writer]) -> Response:
@@ -246,7 +249,7 @@ class Service:
         )
 
     def _continuing(
-        self, prompts: list[str | list[int]], params: SamplingParams, default: int, truncate: int | None = None
+        self, prompts: list[str | list[int]], params: SamplingParams, default: int | None, truncate: int | None = None
     ) -> Callable[[Any], Iterable[Ask]]:
         def asks(llm: Any) -> Iterable[Ask]:
             for prompt in prompts:
@@ -283,7 +286,8 @@ class Service:
             return params
         pool = llm.engine.scheduler.pool
         room = min(context, pool.num_pages * pool.page_size) - len(tokens)
-        scored = None if params.logprobs is None else MOST_SCORES // count_scores(params, 0, params.n)
+        each = count_scores(params, 0, params.n)  # a token longer
+        scored = (MOST_SCORES - count_scores(params, len(tokens), 0)) // each if each else None
         limits = [limit for limit in (room, most, default, scored) if limit is not None]
         return replace(params, max_tokens=max(1, min(limits)))
 

@@ -1,4 +1,4 @@
-"""Tasks: questions with a score for every answer, for evaluation and as rewards of reinforcement learning.
+"""Tasks: questions with a scoring function, for evaluation and as RL rewards.
 
 `open_task("addition:3")` finds a task by name; `tasks:` in front says on the command line that a name is a task's.
 """

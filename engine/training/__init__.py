@@ -1,4 +1,4 @@
-"""Training: the loop, optimizers, mixed precision, checkpoints, distributed training."""
+"""Training: loop, optimizers, mixed precision, checkpoints, distributed training."""
 
 from ..lazy import lazily
 

@@ -1,9 +1,10 @@
-"""Batch-size finder: predicts the peak memory of a run, and cuts its steps into as few micro-batches as fit.
+"""Batch-size finder: predict a run's peak memory and choose the fewest gradient-accumulation steps that fit.
 
 A step needs what does not depend on the rows of a micro-batch (gradients, moments) and what grows with them (what the
-backward pass has to keep). So a few small steps tell of all others: take 1, 2, 4, … rows, note the peaks, and draw a
-line through the last two. It bends once, where the backward pass overtakes the optimizer's step as the worst moment; so
-the steps double until rows take most of the memory and the line foretells the next peak, or the next would not fit.
+backward pass has to keep). So a few small steps predict all others: run 1, 2, 4, … rows, measure the peaks, and
+extrapolate the last two linearly. The true curve bends once, where the backward pass overtakes the optimizer's step as
+the peak; so rows double until they take most of the memory and the line predicts the next peak, or the next would not
+fit.
 
 Nothing has to be known about the architecture, the kernels or the optimizer, which takes part with gradients and a rate
 of zero. On a GPU the peak is the allocator's. On a CPU it is what the system has given the process: a third more than
@@ -26,24 +27,24 @@ from .evaluate import losses
 from .run_state import RunState
 
 MARGIN = 0.9  # of the memory that is free
-STEPS = 3  # after which the gaps that freed tensors leave hardly change
-NEAR = 0.03  # a line that foretells a peak this closely is believed
+STEPS = 3  # steps of a probe; after them heap fragmentation hardly changes
+NEAR = 0.03  # relative error of a prediction at which the line is trusted
 
 
 @dataclass(frozen=True, slots=True)
 class LinearMemoryModel:
-    """Bytes that a run takes beyond what it holds before its first step, over the rows of a micro-batch."""
+    """Linear model of peak memory over the rows of a micro-batch, in bytes on top of what is held before step 1."""
 
     fixed: int
     per_row: int
 
     def peak(self, rows: int) -> int:
-        """The bytes at the worst moment, with micro-batches of `rows`."""
+        """Predicted peak, in bytes, with micro-batches of `rows`."""
         return self.fixed + rows * self.per_row
 
     @classmethod
     def through(cls, peaks: dict[int, int]) -> LinearMemoryModel:
-        """The line through the last two of the peaks at numbers of rows."""
+        """Fit a line through the last two measured peaks (rows → bytes)."""
         if len(peaks) == 1:
             return cls(peaks[1], 0)
         (fewer, low), (more, high) = list(peaks.items())[-2:]
@@ -52,7 +53,7 @@ class LinearMemoryModel:
 
 
 def predict(run: RunState, loader: Loader, parts: int = 1) -> LinearMemoryModel:
-    """The line of a run whose steps are cut into `parts` micro-batches (all numbers from 3 on need the same).
+    """Fit the memory model of a run with `parts` micro-batches a step (all numbers from 3 on need the same).
 
     Rows are those of one process. The run is as new afterwards.
     """
@@ -74,7 +75,7 @@ def predict(run: RunState, loader: Loader, parts: int = 1) -> LinearMemoryModel:
 
 
 def _kept_by_all(held: list[int]) -> int:
-    """Bytes that steps of any number of rows leave behind: products that a library compiled, for one.
+    """Bytes that the first step leaves behind whatever its rows, such as a library's compiled products.
 
     The first probe leaves those and what is for its own number of rows, the second only the latter.
     """
@@ -83,8 +84,8 @@ def _kept_by_all(held: list[int]) -> int:
 
 
 def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory:
-    """Predict the memory that a run with micro-batches of so many rows takes. The first step makes what all later ones
-    keep."""
+    """Measure the peak memory of steps with micro-batches of so many rows. The first step also allocates what all later
+    ones keep."""
     batch = loader.batch(0).rows(0, rows).to(run.device)
     run.optimizer.state.clear()
     with PeakMemory(run.device.type) as peak:
@@ -97,7 +98,7 @@ def _peak_of(run: RunState, loader: Loader, rows: int, parts: int) -> PeakMemory
 
 
 def _step(run: RunState, batch: Batch, parts: int) -> None:
-    """A step that changes no weight."""
+    """Run a training step that changes no weight."""
     for _ in range(parts):
         losses(run.model, batch, label_smoothing=run.config.label_smoothing).total.backward()
     for group in run.optimizer.param_groups:
@@ -111,7 +112,7 @@ def _step(run: RunState, batch: Batch, parts: int) -> None:
 
 
 def _copies_of_a_save(run: RunState) -> int:
-    """Bytes of the state that a save copies while training goes on, where that is the same memory."""
+    """Bytes of the state that an asynchronous checkpoint copies, where host and device memory are the same."""
     every = run.config.save_every
     if run.device.type != "cpu" or not 0 < every < run.steps:
         return 0
@@ -121,7 +122,7 @@ def _copies_of_a_save(run: RunState) -> int:
 
 
 def find_grad_accum_steps(run: RunState, loader: Loader, note: Callable[[str], None]) -> int:
-    """The fewest micro-batches with which a step fits the memory that is free, the same number in all processes."""
+    """Find the fewest gradient-accumulation steps that fit into free memory, the same in all processes."""
     total, size = run.config.batch_size, run.mesh.dp_size
     cuts = [n for n in range(1, total + 1) if total % n == 0 and total // n % size == 0]
     available = int(-run.mesh.all_reduce_max(-MARGIN * available_memory(run.device.type)))

@@ -1,4 +1,4 @@
-"""Build the model of a run, sharded from the start: no process ever holds the whole.
+"""Model initialization, sharded from the start: no process ever holds the full model.
 
 A model that is spread over processes may be larger than the memory of any of them. So it is made in three steps:
 
@@ -31,7 +31,7 @@ from .distributed.sharded_state import ShardedState, local
 def build_model(
     config: TrainConfig, architecture: ModelConfig, mesh: ProcessMesh, dtype: torch.dtype
 ) -> tuple[Transformer, ShardedState]:
-    """Build this process's part of a run's initial model in float32, with its placement in the full model."""
+    """Build this process's shard of the initial model in float32, and the `ShardedState` that places it."""
     with torch.device("meta"):
         model = Transformer(architecture)
     shards = ShardedState(mesh, model)
@@ -53,14 +53,14 @@ def build_model(
 
 @torch.no_grad()
 def fill(model: Transformer, shards: ShardedState, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Give a model this process's part of each whole weight."""
+    """Copy this process's shard of each full weight into the model."""
     for name, whole in weights:
         local(model.get_parameter(name)).copy_(shards.shard(name, whole))
         del whole  # else it would stand beside the next one
 
 
 def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The weights that `Transformer(architecture)` would draw, bit for bit; each overwrites the memory of the last."""
+    """Yield the weights that `Transformer(architecture)` would draw, bit for bit; each reuses the last one's memory."""
     with torch.device("meta"):
         model = Transformer(architecture)
     modules = [(path, module) for path, module in _as_constructed(model) if hasattr(module, "reset_parameters")]
@@ -75,7 +75,7 @@ def fresh_weights(architecture: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def _as_constructed(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules in the order in which they draw their numbers: parts before the whole, as `Module.apply` visits them."""
+    """Yield modules in the order in which they draw random numbers: children first, as `Module.apply` visits them."""
     for name, child in module.named_children():
         yield from _as_constructed(child, f"{path}{name}.")
     yield path, module

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The figures of a step."""
+    """Metrics of a training step."""
 
     step: int
     steps: int
@@ -50,18 +50,18 @@ class Progress:
 
     @property
     def curve(self) -> float:
-        """The figure to watch, drawn over the steps."""
+        """The metric to plot over the steps."""
         return self.loss
 
     def line(self) -> str:
-        """The figures in a line of a log."""
+        """The metrics as a line of a log."""
         return (
             f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.lr:.2e}  norm {self.grad_norm:.2f}  "
             f"{self.tokens_per_second:,.0f} tok/s  {self.utilization:.0%} of peak  {duration(self.seconds_left)} left"
         )
 
     def rows(self, curve: str, evaluation: Any) -> Iterator[tuple[str, str, str]]:
-        """The figures in rows of the live panel: (name, figure, remark)."""
+        """The metrics as rows of the live panel: (name, value, remark)."""
         yield "loss", f"[bold]{self.loss:.4f}[/]", curve
         if evaluation is not None:
             yield "validation", f"{evaluation.loss:.4f}", str(evaluation).split(", ", 1)[1]
@@ -73,25 +73,25 @@ class Progress:
 
 
 class Callback:
-    """Methods that the trainer calls as things happen. All are optional."""
+    """Interface of training callbacks. All methods are optional."""
 
     def on_start(self, run: dict[str, Any]) -> None:
-        """Take the description of a run at its start, as `run.json` will hold it."""
+        """The run starts; `run` is its description as `run.json` will hold it."""
 
     def on_step(self, progress: Progress) -> None:
-        """A step is done."""
+        """A step has ended."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """The validation split was read."""
+        """The validation split was evaluated."""
 
     def on_sample(self, step: int, prompt: str, text: str) -> None:
-        """The model wrote `text` after `prompt`."""
+        """A sample was generated: `text` after `prompt`."""
 
     def on_message(self, text: str) -> None:
-        """Something worth a sentence happened."""
+        """A message for people: a warning, a stop, a skipped step."""
 
     def on_end(self) -> None:
-        """The run ended, in whatever way."""
+        """The run ends, also by an error."""
 
 
 def duration(seconds: float) -> str:
@@ -104,7 +104,7 @@ def duration(seconds: float) -> str:
 
 
 class ConsoleLogger(Callback):
-    """Plain lines, for logs: the first steps, then one about every ten seconds."""
+    """Log lines on the console: the first steps, then one about every ten seconds."""
 
     def __init__(self, every_seconds: float = 10.0, stream: TextIO | None = None) -> None:
         self.every_seconds, self.stream = every_seconds, stream or sys.stderr
@@ -127,7 +127,7 @@ class ConsoleLogger(Callback):
 
 
 class LivePanel(Callback):
-    """One live panel on a terminal: where the run is, how the loss falls, how fast, how long still."""
+    """Live terminal panel: progress, loss curve, throughput, time left."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -162,7 +162,7 @@ class LivePanel(Callback):
         self.live.stop()
 
     def _draw(self):
-        """Four times a second, however fast the steps are."""
+        """Redraw, at most four times a second."""
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -179,7 +179,7 @@ class LivePanel(Callback):
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """Numbers as a row of bars, each the mean of its share of them."""
+    """Draw numbers as a row of bars, each the mean of a bucket."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -244,13 +244,13 @@ def _short(value: Any) -> Any:
 
 
 class Spikes:
-    """Notices a loss far above the recent ones: more than six deviations over their mean."""
+    """Loss-spike detector: more than six deviations above the mean of recent losses."""
 
     def __init__(self, window: int = 100) -> None:
         self.recent: deque[float] = deque(maxlen=window)
 
     def judge(self, loss: float) -> str | None:
-        """A sentence when `loss` is a spike."""
+        """Return a warning if `loss` is a spike."""
         found = None
         if len(self.recent) == self.recent.maxlen:
             mean = sum(self.recent) / len(self.recent)
@@ -262,14 +262,14 @@ class Spikes:
 
 
 def check_packages(tensorboard: bool, wandb: str | None) -> None:
-    """Refuse callbacks whose packages are not installed, before anything long begins."""
+    """Raise an InputError early if TensorBoard or wandb is asked for but not installed."""
     for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
         if wanted and not find_spec(package):
             raise InputError(f"{package}={wanted} needs the package {package}: pip install {package}")
 
 
 class TensorBoard(Callback):
-    """Event files for TensorBoard in `OUT/tensorboard`."""
+    """TensorBoard logger, in `OUT/tensorboard`."""
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -291,7 +291,7 @@ class TensorBoard(Callback):
 
 
 class Wandb(Callback):
-    """A Weights & Biases run."""
+    """Weights & Biases logger."""
 
     def __init__(self, project: str) -> None:
         import wandb

@@ -1,4 +1,4 @@
-"""Checkpoints: everything the next step depends on, written whole or not at all.
+"""Checkpoints: atomic, asynchronous, verified by hash; everything the next step depends on.
 
 A run is a function of its last step's state, so a checkpoint that holds all of it makes a killed run end exactly as an
 uninterrupted one would. `checkpoints/step-N/` holds
@@ -8,7 +8,7 @@ uninterrupted one would. `checkpoints/step-N/` holds
     scheduler.pt                                   loss scale, averaged weights, generators' states
     state.json                                     step, counters, and the SHA-256 of every file above
 
-Where weights are spread over processes, `shards/` stands for the model directory and the moments (`shards.py`).
+Where weights are sharded over processes, `shards/` replaces the model directory and the moments (`dcp.py`).
 
 It is written under another name, flushed to disk, and renamed: a name `step-N` means a complete checkpoint. A file that
 was torn or changed afterwards no longer matches its hash, and the checkpoint before it is used instead. Writing happens
@@ -39,7 +39,7 @@ from ..errors import InputError
 def save_checkpoint(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int, path_or_file: str | os.PathLike | BinaryIO
 ) -> None:
-    """Weights, optimizer and step in one file, for loops of one's own. A path is replaced atomically."""
+    """Save weights, optimizer and step to one file, for custom loops. A path is replaced atomically."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     if not isinstance(path_or_file, (str, os.PathLike)):
         torch.save(state, path_or_file)
@@ -66,7 +66,7 @@ def load_checkpoint(
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator a step may draw from, as tensors and numbers."""
+    """State of every random generator (Python, NumPy, torch, CUDA), as tensors and numbers."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     states = {
         "python": random.getstate(),
@@ -79,7 +79,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(states: dict[str, Any]) -> None:
-    """Put every generator back to where `rng_state` found it."""
+    """Restore the generators from `rng_state`."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]
@@ -90,7 +90,7 @@ def restore_rng_state(states: dict[str, Any]) -> None:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy on the CPU that later training steps cannot change."""
+    """Copy to the CPU, detached from later training steps."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def snapshot(value: Any) -> Any:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: writes them in a thread, keeps the last few, finds the last good one.
+    """The `checkpoints/` folder of a run: asynchronous saves, the last few kept, the last good one found.
 
     Where every process writes a part, the main process makes the whole appear.
     """
@@ -142,7 +142,7 @@ class Checkpoints:
         self._writer.start()
 
     def wait(self) -> None:
-        """Return when the last save is on disk; raises what went wrong with it."""
+        """Wait until the last save is on disk; re-raise its error."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -180,7 +180,7 @@ class Checkpoints:
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def latest(self, on_bad: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint and its state.json; damaged ones are named to `on_bad` and passed over."""
+        """Newest complete checkpoint and its state.json; damaged ones are reported to `on_bad` and skipped."""
         for step in self.steps():
             try:
                 return self.path(step), verify(self.path(step))
@@ -190,7 +190,7 @@ class Checkpoints:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose every file is as it was written, else an InputError that names the file."""
+    """Check every file of a checkpoint against its hash; return the state, or raise an InputError naming the file."""
     path = directory / "state.json"
     try:
         state = json.loads(path.read_text())
@@ -204,12 +204,12 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, name: str) -> Any:
-    """One of the NAME.pt files of a checkpoint; its tensors are read when they are looked at, and only where."""
+    """Load NAME.pt of a checkpoint, memory-mapped."""
     return torch.load(directory / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)
 
 
 def _flush(path: Path) -> None:
-    """Make a file or folder outlive a power cut, where the system offers it."""
+    """fsync a file or folder, where the system offers it."""
     if os.name != "posix" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -220,7 +220,7 @@ def _flush(path: Path) -> None:
 
 
 def lock_run(folder: Path) -> TextIO | None:
-    """Lock the folder of a run for as long as this process lives, or until the file is given to `unlock_run`."""
+    """Take the file lock of a run's folder, held until `unlock_run` or the end of this process."""
     try:
         import fcntl
     except ImportError:  # there is none on Windows
@@ -244,7 +244,7 @@ def unlock_run(file: TextIO | None) -> None:
 
 @contextlib.contextmanager
 def saving(what: str, folder: Path, comfort: str) -> Iterator[None]:
-    """Turns a failed write into one sentence: the writers of tensors do not say that a disk is full."""
+    """Context that turns failed writes (disk full …) into one sentence."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Training configuration: one dataclass, from which come the flags, the saved JSON and the defaults.
+"""Training configuration: one dataclass that defines the flags, the saved JSON and the defaults.
 
 No torch is imported here, so that `warploom train --help` answers at once.
 """
@@ -15,8 +15,8 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. `batch_size` counts the rows of one optimizer step over all micro-batches and processes, so what
-    a run computes does not depend on how it is cut up."""
+    """Training run. `batch_size` counts the rows of one optimizer step over all micro-batches and processes, so the
+    result does not depend on how they are divided."""
 
     data: str
     """A dataset directory (`warploom data`), a file, folder or glob of texts or of conversations, or 'stdlib'."""
@@ -27,10 +27,10 @@ class TrainConfig:
     """The architecture, or the fields in which it differs from `preset`. A vocab_size of 0 or none is the tokenizer's,
     and that of the preset for a tokenizer trained here."""
     preset: str = "llama-tiny"
-    """A known architecture to start from: llama-tiny, llama-characters, llama-15m, llama-110m, llama-1b, llama-8b,
+    """Preset architecture to start from: llama-tiny, llama-characters, llama-15m, llama-110m, llama-1b, llama-8b,
     gpt2-124m, qwen3-0.6b, moe-tiny, mixtral-8x7b."""
     init_from: str | None = None
-    """A model directory whose weights to start from (fine-tuning)."""
+    """Model directory to fine-tune: the run starts from its weights."""
     tokenizer: str = "bpe"
     """For raw text: bpe, char or word (trained on the training split), or a directory with a tokenizer.json."""
     splits: tuple[float, ...] = (0.9, 0.1)
@@ -40,12 +40,12 @@ class TrainConfig:
     """Train an adapter of this rank instead of the weights of init_from (LoRA); out becomes a directory that PEFT
     opens."""
     lora_alpha: float | None = None
-    """The adapter's change is multiplied by alpha / rank; None = twice the rank."""
+    """LoRA's alpha: the adapter's update is multiplied by alpha / rank; None = twice the rank."""
     lora_rslora: bool = False
-    """Divide by the root of the rank instead."""
+    """rsLoRA: scale by alpha / sqrt(rank) instead."""
     lora_targets: tuple[str, ...] = ()
-    """Last parts of the published names of the layers to adapt, such as q_proj v_proj; none = all linear layers of the
-    blocks, but routers and experts."""
+    """Layers to adapt, by the last part of their published names, such as q_proj v_proj; none = all linear layers of
+    the blocks except routers and experts."""
     lora_embeddings: bool = False
     """Also train the embedding and the head, whole (PEFT's modules_to_save)."""
 
@@ -56,26 +56,26 @@ class TrainConfig:
     tokens: int | None = None
     """Training tokens, instead of steps."""
     minutes: float | None = None
-    """Wall-clock budget, instead of steps; the schedule stretches to fit. Not exactly repeatable, by nature."""
+    """Wall-clock budget, instead of steps; the schedule stretches to fit. Not exactly reproducible."""
     batch_size: int = 16
     """Rows of one optimizer step, over all micro-batches and processes."""
     grad_accum_steps: int = 1
-    """Gradient accumulation: micro-batches one step is cut into; memory falls, the result stays. 0 = as few as the free
-    memory allows."""
+    """Gradient accumulation steps: micro-batches of one optimizer step; less memory, the same result. 0 = as few as fit
+    into free memory."""
     context: int | None = None
-    """Tokens a row; None = the model's max_seq_len."""
+    """Context length: tokens a row; None = the model's max_seq_len."""
     order: Literal["auto", "random", "epochs", "sequential", "packed"] = "auto"
-    """Random windows; each window once an epoch, shuffled or not; or whole documents, kept apart from each other.
-    auto = packed for conversations, random for other text."""
+    """random = random windows; epochs, sequential = each window once an epoch, shuffled or in order; packed = whole
+    documents that do not attend to each other. auto = packed for conversations, random for other text."""
     stride: int | None = None
     """Distance between windows for epochs and sequential; None = context, less = overlapping."""
     num_workers: int = 1
-    """Threads that prepare batches ahead; does not change their order. 0 = none."""
+    """Threads that prefetch batches; does not change their order. 0 = none."""
 
     loss: Literal["cross_entropy", "dpo", "ipo"] = "cross_entropy"
-    """cross_entropy of the next token; dpo or ipo for preference pairs, of which a step has batch_size."""
+    """cross_entropy of the next token; dpo or ipo for preference pairs (a row is then a pair)."""
     beta: float = 0.1
-    """Of dpo and ipo: how strongly the model is held to the weights it started from."""
+    """DPO's and IPO's beta: strength of the pull towards the starting weights."""
 
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     """adamw; muon (matrices orthogonalized, the rest adamw); sgd with 1/sqrt(t) decay."""
@@ -90,39 +90,39 @@ class TrainConfig:
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors never decay."""
     beta1: float = 0.9
-    """Memory of the mean gradient."""
+    """AdamW's beta1: decay of the mean gradient."""
     beta2: float = 0.95
-    """Memory of the mean squared gradient."""
+    """AdamW's beta2: decay of the mean squared gradient."""
     eps: float = 1e-8
-    """Added to the root of the mean squared gradient."""
+    """AdamW's epsilon, added to the root of the mean squared gradient."""
     max_grad_norm: float = 1.0
-    """Largest joint norm of the gradients; 0 = no clipping."""
+    """Gradient clipping: maximum global norm of the gradients; 0 = no clipping."""
     label_smoothing: float = 0.0
-    """Share of the target's probability spread over the vocabulary."""
+    """Label smoothing: share of the target's probability that is spread over the vocabulary."""
     z_loss: float = 0.0
-    """Weight of log²Z, which keeps logits from drifting."""
+    """Weight of the z-loss, log²Z, which keeps logits from drifting."""
     ema: float = 0.0
-    """Decay of a running average of the weights, which is what gets evaluated and saved; 0 = off."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of them; 0 = off."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Format of activations and of the weights they meet; masters stay float32. auto = bfloat16 where it is fast."""
+    """Compute dtype of weights and activations; master weights stay float32. auto = bfloat16 where it is fast."""
     dp: int | None = None
-    """Under torchrun: copies of the whole state; None = as many as the processes that fsdp, ep and tp leave."""
+    """Data-parallel replicas (under torchrun); None = the number of processes divided by fsdp, ep and tp."""
     fsdp: int = 1
-    """Processes that each keep a slice of all weights and optimizer state, and train on rows of their own."""
+    """FSDP: processes over which weights and optimizer state are sharded, each with rows of its own."""
     tp: int = 1
-    """Processes that each keep some heads, features and words, and train on the same rows."""
+    """Tensor parallelism: processes over which heads, features and vocabulary are sharded, all with the same rows."""
     ep: int = 1
-    """Processes that each keep some experts, and train on rows of their own."""
+    """Expert parallelism: processes over which experts are sharded, each with rows of its own."""
     compile: bool = False
     """torch.compile each block."""
     activation_checkpointing: bool = False
-    """Activation checkpointing: keep each block's input, recompute the rest in backward: less memory, a third more
-    work."""
+    """Activation checkpointing: keep only each block's input, recompute the rest in backward; less memory, a third more
+    compute."""
     seed: int = 0
-    """Of the weights, the order of the data, dropout and samples."""
+    """Seed of initial weights, data order, dropout and samples."""
 
     save_every: int = 500
     """Steps between checkpoints; 0 = only at the end or when stopped."""
@@ -141,7 +141,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of the log."""
     max_nonfinite_steps: int = 10
-    """Stop after this many steps in a row whose loss or gradient is not finite; fewer are skipped and counted."""
+    """Stop after this many steps in a row with NaN or infinity in loss or gradient; fewer are skipped and counted."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the package tensorboard)."""
     wandb: str | None = None

@@ -1,4 +1,4 @@
-"""Evaluation: loss, perplexity, bits per byte. Three scales for the same number.
+"""Evaluation of language modeling: loss, perplexity, bits per byte.
 
     loss            mean negative log-likelihood of a token, in nats
     perplexity      e^loss: as unsure as if choosing evenly among so many tokens
@@ -29,7 +29,7 @@ from .preferences import preference_losses
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The quality of a model on some text."""
+    """Evaluation result: mean loss and what follows from it."""
 
     loss: float
     bits_per_byte: float | None
@@ -41,7 +41,7 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def figures(self) -> dict[str, float | None]:
-        """The figures by name, as logs have them."""
+        """Metrics by name, as logged."""
         return {"val_loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Evaluation:
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray | None:
-    """Return how many bytes of text each token stands for (0 for special tokens), or None if that has no meaning."""
+    """UTF-8 bytes of each token (0 for special tokens), for bits per byte; None if tokens are no pieces of bytes."""
     if tokenizer is None or not hasattr(tokenizer, "token_bytes"):
         return None
     special = set(getattr(tokenizer, "special_tokens", {}).values())
@@ -64,7 +64,7 @@ def token_bytes(tokenizer: Any) -> np.ndarray | None:
 def evaluate(
     model: Transformer, batches: Iterable[Batch], bytes_of: np.ndarray | None = None, rows: int | None = None
 ) -> Evaluation:
-    """Mean loss over every target of `batches`, read so many `rows` at a time."""
+    """Mean loss over every target of `batches`, in micro-batches of `rows`."""
     was_training = model.training
     model.eval()
     total, tokens, size = 0.0, 0, 0
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def losses(model: Transformer, batch: Batch, **options: float):
-    """The model's losses on a batch; documents packed into one row are kept apart."""
+    """Losses of the model on a batch; packed documents do not attend to each other."""
     if isinstance(batch, PairBatch):
         return preference_losses(model, batch)
     if batch.cu_seqlens is None:
@@ -102,7 +102,7 @@ def losses(model: Transformer, batch: Batch, **options: float):
 
 
 def within_documents(cu_seqlens: torch.Tensor, longest: int):
-    """An `attend` for rows laid end to end: a token sees the tokens before it in its own document."""
+    """Variable-length causal `attend` for packed documents (block-diagonal mask by `cu_seqlens`)."""
 
     def attend(q_1NHD, k_1NKD, v_1NKD, layer):
         o_NHD = kernels.attention(
@@ -115,13 +115,13 @@ def within_documents(cu_seqlens: torch.Tensor, longest: int):
 
 
 def validation_split(data: TokenData) -> TokenSplit | None:
-    """The text to evaluate on, if there is any."""
+    """The validation split, or None if there is none to evaluate on."""
     split = data.split("val") if "val" in data.meta.splits else None
     return split if split is not None and len(split) >= 2 else None
 
 
 def sample_prompt(split: TokenSplit) -> list[int]:
-    """The beginning of a split: of conversations, all that the first answer of the first one answers."""
+    """Prompt for samples: the start of a split; for conversations, the first one up to its first answer."""
     if split.learn is None:
         return [int(token) for token in np.asarray(split.tokens[:16])]
     first = np.asarray(split.learn[: split.starts[1] if len(split.starts) > 1 else len(split)])
@@ -131,7 +131,7 @@ def sample_prompt(split: TokenSplit) -> list[int]:
 def write_sample(
     model: Transformer, tokenizer: Any, prompt: list[int], tokens: int, seed: int, stop: Sequence[int] = ()
 ) -> tuple[str, str]:
-    """The text of a prompt, and that of a continuation drawn at temperature 0.8."""
+    """Generate a sample at temperature 0.8: (text of the prompt, text of the continuation)."""
     was_training = model.training
     model.eval()
     drawn = generate(model, prompt, tokens, temperature=0.8, seed=seed, stop=stop)
@@ -143,7 +143,7 @@ def write_sample(
 
 
 def validation_batches(split: TokenSplit, batch_size: int, context: int, limit: int = 0) -> Iterable[Batch]:
-    """Every window of a split in order, or `limit` batches spread evenly over it; the last window may be short.
+    """Every window of a split in order, or `limit` batches spread evenly over it; the last one may be short.
 
     Conversations are packed instead, as in training.
     """

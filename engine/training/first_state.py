@@ -1,4 +1,4 @@
-"""State of a run before its first step: batches, model, masters, optimizer."""
+"""Initial state of a run: loader, model, masters, optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .run_state import RunState
 def loader_and_state(
     config: TrainConfig, inputs: RunInputs, mesh: ProcessMesh, dtype: torch.dtype
 ) -> tuple[Loader, RunState]:
-    """The batches of a run and its state before the first step."""
+    """Build the loader of a run and its state before the first step."""
     context = config.context or inputs.model.max_seq_len
     split = inputs.data.split("train")
     if inputs.data.meta.pairs:
@@ -41,7 +41,7 @@ def first_state(
     dtype: torch.dtype,
     steps: int,
 ) -> RunState:
-    """The state of a run before the first step."""
+    """Build the state of a run before the first step."""
     model, shards = build_model(config, inputs.model, mesh, dtype)
     masters = LoraMasters(model, dtype, shards, config) if config.lora else make_masters(model, dtype, mesh)
     return RunState(
@@ -52,7 +52,7 @@ def first_state(
 
 
 def count_steps(config: TrainConfig, loader: Loader) -> int:
-    """The steps that a run's budget allows."""
+    """Number of steps of a run, from its budget (steps, epochs, tokens, minutes)."""
     if config.minutes is not None:
         return 10**9  # replaced by an estimate as soon as the pace is known
     if config.epochs is not None:

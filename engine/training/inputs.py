@@ -1,4 +1,4 @@
-"""Inputs of a run: find or make its token files, its tokenizer and its architecture."""
+"""Inputs of a run: token files, tokenizer and architecture, found or made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunInputs:
 
 
 def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = False) -> RunInputs:
-    """The run's data, tokenizer and architecture, agreeing with each other; raw text is tokenized into OUT/data.
+    """Prepare a run's data, tokenizer and architecture, consistent with each other; raw text is tokenized to OUT/data.
 
     With `reuse`, tokens that are already there are not made again.
     """
@@ -64,7 +64,7 @@ def prepare(config: TrainConfig, note: Callable[[str], None], reuse: bool = Fals
 
 
 def architecture(config: TrainConfig, vocab_size: int) -> ModelConfig:
-    """The architecture a run names; `vocab_size` fills in for a vocabulary it leaves open."""
+    """The architecture that a run names; `vocab_size` fills in where it leaves the vocabulary open."""
     if config.init_from:
         return load_config(config.init_from)
     if isinstance(config.model, ModelConfig):
@@ -86,7 +86,7 @@ def _check_same_tokenizer(directory: Path, data: TokenData) -> None:
 
 
 def _hash_as_saved(directory: Path) -> str:
-    """The hash of a directory's tokenizer.json as this library writes it: other programs order its keys otherwise."""
+    """Hash of a directory's tokenizer.json as this library would write it: other programs order keys otherwise."""
     from ...tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +95,7 @@ def _hash_as_saved(directory: Path) -> str:
 
 
 def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> TokenData:
-    """The dataset directory `config.data` names, or one made of the text it names."""
+    """Open the token files `config.data`, or make them from the text it names."""
     if (Path(config.data) / "meta.json").is_file():
         return TokenData(config.data)
     made = Path(config.out) / "data"
@@ -128,7 +128,7 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
 
 
 def _reporter(note: Callable[[str], None], name: str) -> Callable[[int], None]:
-    """A function that reports the bytes done so far, at most every ten seconds."""
+    """Progress callback on bytes done that reports at most every ten seconds."""
     latest = time.monotonic()
 
     def report(done: int) -> None:
@@ -141,14 +141,14 @@ def _reporter(note: Callable[[str], None], name: str) -> Callable[[int], None]:
 
 
 def _is_source(data: str, source: str) -> bool:
-    """Return whether tokens made of `source` can be those of `data`, wherever both now lie; of the hub and of tasks
-    copies were made under other names."""
+    """Return whether token files `data` were made from `source`, wherever both now lie; Hub and task sources are copies
+    under other names."""
     name = Path(data).name
     return not name or name in Path(source).parts or data.startswith(TASKS) or is_hub_id(data)
 
 
 def _corpus(source: str) -> Corpus:
-    """The documents that `data` names: the standard library, a task's solved problems, or those of files."""
+    """Open the corpus that `data` names: the standard library, a task's solved problems, or files."""
     if source.startswith(TASKS):
         return _solved(source).corpus()
     return stdlib() if source == "stdlib" else files([source])
@@ -162,13 +162,13 @@ def _solved(source: str) -> GeneratedTask:
 
 
 def _converses(model: str) -> bool:
-    """Return whether a model answers conversations: it is asked a task's questions in its chat template then."""
+    """Return whether a model has a chat template for conversations, so that a task's questions become messages."""
     tokenizer = model_info.read_tokenizer(resolve_model(model, weights=False))
     return bool(tokenizer and tokenizer.chat_template)
 
 
 def _unknown_share(data: TokenData, tokenizer: Any) -> str:
-    """Characters or words that the tokenizer does not have, where they are a hundredth or more of the text's start."""
+    """Warning about unknown characters or words, where they are a hundredth or more of the first text."""
     unknown = getattr(tokenizer, "unknown_id", None)
     tokens = np.asarray(data.split("train").tokens[: 1 << 20])
     share = float(np.mean(tokens == unknown)) if unknown is not None and len(tokens) else 0.0
@@ -182,14 +182,14 @@ def _learned_share(data: TokenData) -> str:
 
 
 def open_tokenizer(config: TrainConfig, text: Iterable[str], note: Callable[[str], None]) -> Any:
-    """The tokenizer a run names: one on disk, or one trained on `text`."""
+    """Load the tokenizer a run names, or train it on `text`."""
     source = config.init_from if config.init_from and config.tokenizer == "bpe" else config.tokenizer
     vocab_size = architecture(config, ModelConfig.preset(config.preset).vocab_size).vocab_size
     return make_tokenizer(source, text, vocab_size, note)
 
 
 def make_tokenizer(source: str, text: Any, vocab_size: int, note: Callable[[str], None]) -> Any:
-    """`bpe`, `char` or `word` trained on `text`; a directory, tokenizer.json or tiktoken file loaded."""
+    """Train `bpe`, `char` or `word` on `text`, or load a directory, tokenizer.json or tiktoken file."""
     from ... import tokenizer as tokenizers
 
     if source == "char":

@@ -42,7 +42,7 @@ from .mixed_precision import Masters
 
 
 class LoraMasters(Masters):
-    """The factors of an adapter, and the embedding and head where they are trained whole."""
+    """Masters of a LoRA run: the factors, and embedding and head where they are trained whole."""
 
     separate = True
 
@@ -78,7 +78,7 @@ class LoraMasters(Masters):
 
     @torch.no_grad()
     def copy_to_model(self, but: Container[Tensor] = ()) -> None:
-        """Write W + s·B·A into the model's weights."""
+        """Merge: write W + s·B·A into the model's weights."""
         for name, weight in self.adapted.items():
             change = self.shards.shard(name, weight.change(self.factors, self.scales))
             local(self._parameters[name]).copy_(self.base[name] + change)
@@ -87,7 +87,7 @@ class LoraMasters(Masters):
 
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Inside, the model computes with the base's weights."""
+        """Context in which the model has the base's weights (adapter off)."""
         for name in self.adapted:
             _copy(self._parameters[name], self.base[name])
         try:
@@ -97,7 +97,7 @@ class LoraMasters(Masters):
 
     @torch.no_grad()
     def _collect(self, name: str, p: Tensor) -> None:
-        """Turn the gradient of one of the model's weights into those of its masters."""
+        """Gradient hook of a weight: accumulate the gradients of its factors by the chain rule."""
         grad, p.grad = local(p.grad).float(), None
         if name not in self.adapted:
             return self._add(name, grad)
@@ -113,7 +113,7 @@ class LoraMasters(Masters):
         master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     def write(self, directory: Path, weights: Iterable[tuple[str, Tensor]], tokenizer: Any) -> None:
-        """A directory that PEFT opens."""
+        """Write the adapter as a directory that PEFT opens."""
         config = self.model.config
         write_adapter(self.adapter, config, self.kind, _with_tied_head(weights, config), directory, tokenizer)
 
@@ -124,7 +124,7 @@ class LoraMasters(Masters):
 
 
 def adapter_config(config: TrainConfig, model: ModelConfig, layers: list[str], kind: str) -> AdapterConfig:
-    """Description of a run's adapter."""
+    """`AdapterConfig` of a run."""
     base = resolve_model(config.init_from, weights=False)
     if base_of(base, weights=False) != base:
         raise InputError(f"{config.init_from} is an adapter itself: merge it first, by warploom export --merge")
@@ -140,7 +140,7 @@ def adapter_config(config: TrainConfig, model: ModelConfig, layers: list[str], k
 
 
 def fresh_factors(weights: Iterable[LowRank], layers: list[str], rank: int, seed: int) -> dict[str, Tensor]:
-    """Factors before the first step: A uniform within 1/√inputs, as PEFT draws it, and B zero: nothing is changed."""
+    """Initial factors: A uniform within 1/√inputs (PEFT's initialization), B zero, so that the model is unchanged."""
     generator, factors = torch.Generator().manual_seed(seed), {}
     for weight in weights:
         for layer, outputs in zip(weight.layers, weight.sizes):
@@ -158,13 +158,13 @@ def _copy(p: Tensor, numbers: Tensor) -> None:
 
 
 def _narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a weight of the base, in the run's format where that loses nothing."""
+    """Copy of a base weight, in the run's dtype where that is lossless."""
     narrow = weight.to(dtype, copy=True)
     return narrow if torch.equal(narrow.float(), weight) else weight.clone()
 
 
 def _with_tied_head(weights: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Tensors with a tied embedding twice: PEFT gives each of the modules that it saves a tensor of its own."""
+    """Tensors with a tied embedding given twice: PEFT saves one for each of its modules_to_save."""
     for name, tensor in weights:
         yield name, tensor
         if name == WHOLE[0] and config.tie_embeddings:

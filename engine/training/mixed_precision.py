@@ -1,14 +1,15 @@
-"""Mixed precision: compute in bfloat16 (or float16), keep float32 master weights.
+"""Mixed precision: compute in bfloat16 or float16, float32 master weights, loss scaling, EMA.
 
-A matrix product in bfloat16 is several times faster, and its inputs need no more digits. A weight does: an update a
-thousandth of its size is lost in eight bits. So the model's own weights are rounded copies, and float32 *masters* are
-what the optimizer sees. Gradients leave the rounded weights as soon as they are complete and add up in float32, so
-accumulating micro-batches loses nothing. After each step the masters are copied to the model.
+A matrix product in bfloat16 is several times faster, and its inputs need no more precision. A weight does: an update a
+thousandth of its size is lost in bfloat16's eight bits. So the model's own weights are rounded copies, and float32
+*masters* are what the optimizer sees. Gradients leave the rounded weights as soon as they are complete and add up in
+float32, so accumulating micro-batches loses nothing. After each step the masters are copied to the model.
 
-With float32 the masters are the model's weights themselves, and all of this is nothing.
+In float32 the masters are the model's weights themselves, and nothing is copied.
 
 float16 has too little range for small gradients: the loss is multiplied by `LossScale.value` before the backward pass
-and the gradients divided by it afterwards. The scale halves when a gradient overflows and doubles after a long calm.
+and the gradients divided by it afterwards. The scale halves when a gradient overflows and doubles after many finite
+steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..parallel.tensor_parallel import shard_specs
 
 
 class Masters:
-    """The trained weights in float32, by name, behind a model that computes in `dtype`."""
+    """Float32 master weights, by name, of a model that computes in `dtype`."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
         self.model, self.dtype, self.specs = model, dtype, shard_specs(model)
@@ -42,7 +43,7 @@ class Masters:
             p.register_post_accumulate_grad_hook(_collector(master))
 
     def made_from(self, name: str) -> list[str]:
-        """The masters whose gradients come from that of the model's parameter of this name."""
+        """Names of the masters that get their gradients from the model's parameter of this name."""
         return [name]
 
     @property
@@ -51,7 +52,7 @@ class Masters:
 
     @torch.no_grad()
     def copy_to_model(self, but: Container[Tensor] = ()) -> None:
-        """Round the masters into the model, all `but` those that have been."""
+        """Copy the masters, rounded to `dtype`, into the model, except those in `but` (already copied)."""
         if not self.separate:
             return
         pairs = [(p, master) for p, master in zip(self._rounded, self.named.values()) if master not in but]
@@ -59,23 +60,23 @@ class Masters:
             torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
 
     def copies(self, smallest: int) -> dict[Tensor, Tensor]:
-        """Of the masters of at least so many weights on a GPU, those of the model: masters, if they are the same."""
+        """Large masters on a GPU (at least `smallest` weights) → the model's copies of them, for fused updates."""
         pairs = zip(self._rounded, self.named.values())
         return {master: p for p, master in pairs if master.is_cuda and master.numel() >= smallest}
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights by name; where a run spreads them over processes, this process's part of each."""
+        """Load weights by name; of sharded runs, this process's shards."""
         for name, master in self.named.items():
             master.copy_(weights[name])
         self.copy_to_model()
 
     def write(self, directory: Path, weights: Iterable[tuple[str, Tensor]], tokenizer: Any) -> None:
-        """A directory of (copies of) the masters by name, as others open it: a model."""
+        """Write weights by name as a model directory."""
         write_model(self.model.config, weights, torch.float32, directory, tokenizer)
 
     def read(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that `write` wrote, by name."""
+        """Yield the tensors that `write` wrote, by name."""
         return read_weights(directory)
 
     def zero_grad(self) -> None:
@@ -95,7 +96,7 @@ def _collector(master: Tensor):
 
 
 class LossScale:
-    """A factor that lifts float16 gradients out of the range where they vanish; 1 for other formats."""
+    """Dynamic loss scaling for float16; 1 for other dtypes."""
 
     def __init__(self, dtype: torch.dtype, patience: int = 1000) -> None:
         self.active = dtype == torch.float16
@@ -103,7 +104,7 @@ class LossScale:
         self.patience, self.calm = patience, 0
 
     def update(self, finite: bool) -> None:
-        """Learn from a step whose gradients were finite, or were not."""
+        """Adapt the scale after a step with finite or overflowing gradients."""
         if not self.active:
             return
         self.calm = self.calm + 1 if finite else 0
@@ -113,14 +114,14 @@ class LossScale:
             self.value, self.calm = self.value * 2, 0
 
     def unscale(self, parameters: Iterable[Tensor]) -> None:
-        """Divide the gradients by the factor."""
+        """Divide the gradients by the scale."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.active and grads:
             torch._foreach_mul_(grads, 1 / self.value)
 
 
 class EMA:
-    """Exponential moving average of the weights over about 1/(1-decay) steps: smoother than any one of them."""
+    """Exponential moving average (EMA) of the weights, over about 1/(1-decay) steps."""
 
     def __init__(self, masters: Masters, decay: float) -> None:
         self.masters, self.decay = masters, decay
@@ -134,7 +135,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model computes with the averaged weights, if there are any."""
+        """Context in which the model has the averaged weights, if there are any."""
         if not self.weights:
             yield
             return
@@ -146,5 +147,5 @@ class EMA:
             self.masters.load(live)
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Return the weights to evaluate and to save: the average where there is one, else the masters."""
+        """Weights to evaluate and save: the average if there is one, else the masters."""
         return self.weights or {name: p.detach() for name, p in self.masters.named.items()}

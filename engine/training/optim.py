@@ -1,4 +1,4 @@
-"""Optimizers: three rules for turning a gradient g into a step of the weights w.
+"""Optimizers: AdamW, Muon, SGD; gradient clipping and parameter groups.
 
     SGDDecay  w -= lr/√t · g                     the rule the theory of convex optimization knows best
     AdamW     w -= lr · m̂/(√v̂ + ε) + lr·λ·w      a step size of its own for every weight (Loshchilov & Hutter, 2019)
@@ -32,7 +32,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 
 
 class SGDDecay(torch.optim.Optimizer):
-    """Plain gradient descent whose step shrinks with the root of the step number."""
+    """SGD with learning rate lr / √t."""
 
     def __init__(self, params: Params, lr: float = 1e-1) -> None:
         _check(lr=lr)
@@ -52,7 +52,7 @@ class SGDDecay(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay. One fused pass over all weights where torch has one (CPU, CUDA)."""
+    """AdamW; one fused pass over all weights where torch has one (CPU, CUDA)."""
 
     ONE_PASS = 1 << 22
     """Weights from which on a GPU takes longer over a tensor than the host over a launch for it alone."""
@@ -81,8 +81,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_and_copy(self, copies: Mapping[Tensor, Tensor], grad_scale: Tensor) -> None:
-        """A step of which, for weights among `copies`, the gradient by `grad_scale`, the step and the copy in lower
-        precision are one pass: 40 bytes a weight over a step, where three passes are 52."""
+        """Fused step: for weights among `copies`, gradient scaling, AdamW and the copy to low precision are one pass,
+        which moves 40 bytes a weight instead of 52."""
         for group in self.param_groups:
             self._adamw(group, [p for p in group["params"] if p.grad is not None], copies, grad_scale)
 
@@ -138,7 +138,7 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of AdamW in place, as the paper writes it: the text to read, and the path without a fused pass."""
+    """Reference AdamW update, in place, as in the paper; the fallback where torch has no fused pass."""
     p.mul_(1 - lr * weight_decay)
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -147,7 +147,7 @@ def adamw_update(
 
 
 class Muon(AdamW):
-    """AdamW whose matrices take orthogonalized steps. A group with `orthogonal=False` stays with AdamW altogether.
+    """Muon (orthogonalized momentum) for matrices, AdamW for the rest (groups with `orthogonal=False`).
 
     Matrices are orthogonalized in `dtype`. Where this process keeps but a part of them, `on_whole(p, part, rule)` says
     which part of the rule's result belongs to the parameter p, given its part of what the rule is to see.
@@ -202,7 +202,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = torch.bfloat16) -> Tensor:
-    """Nearly U Vᵀ of the last two dimensions' U S Vᵀ, by Newton–Schulz iteration: matrix products and nothing else."""
+    """Orthogonalize matrices (U S Vᵀ → about U Vᵀ) by Newton–Schulz iteration, which needs only matrix products."""
     a, b, c = QUINTIC
     x = matrix.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -216,7 +216,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = to
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norm: Tensor | None = None) -> Tensor:
-    """Scale all gradients together so that their joint 2-norm is at most `max_norm`; returns the norm before.
+    """Clip gradients to a global 2-norm of at most `max_norm`; return the norm before.
 
     `norm` is the joint norm where these parameters are but a part of those that are clipped together.
     """
@@ -231,12 +231,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norm: Tensor |
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """The factor by which clipping scales gradients of this joint norm."""
+    """Factor by which clipping scales gradients of this global norm."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def parameter_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not; embeddings and the head are tables, which Muon leaves alone."""
+    """Parameter groups: weight decay for matrices, none for vectors; embedding and head are left out of Muon."""
     matrices, tables, vectors = [], [], []
     for name, p in named:
         is_table = name.split(".")[0] in ("embedding", "positions", "head")
@@ -268,7 +268,7 @@ def make_optimizer(
     dtype: torch.dtype,
     with_full_matrix: Callable[[str, Tensor, Rule], Tensor],
 ) -> torch.optim.Optimizer:
-    """The optimizer a run asks for; Muon reaches whole matrices through `with_full_matrix`, where they are sharded."""
+    """Make the optimizer of a run; Muon gets full matrices of sharded weights through `with_full_matrix`."""
     groups = parameter_groups(named.items(), config.weight_decay)
     if config.optimizer == "sgd":
         return SGDDecay(named.values(), config.lr)

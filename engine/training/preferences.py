@@ -27,7 +27,7 @@ from ..model import Losses, Transformer
 
 @dataclass(frozen=True, slots=True)
 class PairEvaluation:
-    """Evaluation of preferences: how well chosen answers are told from rejected ones."""
+    """Evaluation of preferences: loss, accuracy and reward margin over pairs."""
 
     loss: float
     accuracy: float
@@ -38,7 +38,7 @@ class PairEvaluation:
     bits_per_byte: None = None
 
     def figures(self) -> dict[str, float]:
-        """The figures by name, as logs have them."""
+        """Metrics by name, as logged."""
         return {"val_loss": self.loss, "val_accuracy": self.accuracy, "val_margin": self.margin}
 
     def __str__(self) -> str:
@@ -46,13 +46,13 @@ class PairEvaluation:
 
 
 def answer_log_probs(model: Transformer, batch: PairBatch) -> Tensor:
-    """The log-probability (B, 2) of each answer."""
+    """Log-probability of each answer (B, 2)."""
     flat = (x.flatten(0, 1) for x in (batch.tokens_BT, batch.targets_BT))
     return model.log_probs(*flat).float().sum(-1).view(-1, 2)
 
 
 def margins(model: Transformer, batch: PairBatch) -> Tensor:
-    """By how much more than the reference the model prefers the chosen answer, pair by pair."""
+    """Implicit reward margin of each pair: policy log-ratio minus reference log-ratio, chosen over rejected."""
     scores_B2 = answer_log_probs(model, batch) - batch.reference_B2
     if batch.kind == "ipo":
         scores_B2 = scores_B2 / (batch.targets_BT != IGNORE).sum(-1)
@@ -60,19 +60,19 @@ def margins(model: Transformer, batch: PairBatch) -> Tensor:
 
 
 def pair_losses(margins_B: Tensor, kind: str, beta: float) -> Tensor:
-    """The loss of each pair."""
+    """DPO or IPO loss of each pair."""
     return -F.logsigmoid(beta * margins_B) if kind == "dpo" else (margins_B - 1 / (2 * beta)).square()
 
 
 def preference_losses(model: Transformer, batch: PairBatch) -> Losses:
-    """The mean loss of the pairs of a batch."""
+    """Mean DPO or IPO loss of a batch of pairs."""
     loss = pair_losses(margins(model, batch), batch.kind, batch.beta).mean()
     return Losses(loss, loss)
 
 
 @torch.no_grad()
 def reference_log_probs(model: Transformer, pairs: PreferencePairs, rows: int) -> Tensor:
-    """Log-probabilities of all answers (pairs, 2), by so many pairs at a time."""
+    """Reference log-probabilities of all answers (pairs, 2), `rows` pairs at a time."""
     count, found = len(pairs.pairs), []
     for start in range(0, count, rows):
         batch = pairs.take(np.arange(start, min(start + rows, count))).to(model.device)
@@ -81,7 +81,7 @@ def reference_log_probs(model: Transformer, pairs: PreferencePairs, rows: int) -
 
 
 def add_reference(model: Transformer, pairs: PreferencePairs, rows: int, path: Path, keep: bool, reuse: bool) -> None:
-    """Compute the log-probabilities of the reference, or read those that the run began with; `keep` writes them."""
+    """Compute the reference log-probabilities, or read those the run began with; `keep` saves them."""
     shape = (len(pairs.pairs), 2)
     if reuse and path.is_file():
         held = np.load(path, allow_pickle=False)

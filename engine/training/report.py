@@ -1,4 +1,4 @@
-"""The run report: configuration and results for people (`RUN.md`), programs (`run.json`) and eyes (`loss.png`)."""
+"""Run report: configuration and results as `RUN.md`, `run.json` and `loss.png`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run_state import RunState, TrainResult
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine and the libraries of a run."""
+    """Describe the machine and library versions of a run."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -31,7 +31,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of this code, if it runs from a repository."""
+    """Git commit of this code, if it runs from a repository."""
     try:
         here = Path(__file__).parent
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
@@ -41,7 +41,7 @@ def commit() -> str | None:
 
 
 def describe(run: RunState) -> dict[str, Any]:
-    """A run as `run.json` tells it."""
+    """Description of a run for `run.json`."""
     meta = run.inputs.data.meta
     return {
         "config": run.config.to_dict(),
@@ -66,7 +66,7 @@ def describe(run: RunState) -> dict[str, Any]:
 def write_card(
     directory: Path, run: dict[str, Any], result: TrainResult, utilization: float, samples: list[dict[str, Any]]
 ) -> None:
-    """`run.json`, `RUN.md` and `loss.png` of a run."""
+    """Write `run.json`, `RUN.md` and `loss.png`."""
     bits = result.evaluation.bits_per_byte if result.evaluation else None
     outcome = {
         "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds, "val_loss": result.val_loss,
@@ -106,7 +106,7 @@ def _markdown(run: dict[str, Any]) -> str:
 
 
 def _recipe(config: dict[str, Any]) -> str:
-    """Settings that affect the result, and those that differ from their defaults."""
+    """One line of settings: those that always matter, and those that differ from their defaults."""
     always = ("optimizer", "lr", "schedule", "batch_size", "order")
     default = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     aside = {"data", "out", "model", "seed", "resume", "overwrite", *always}
@@ -119,7 +119,7 @@ def directory_title(path: str) -> str:
 
 
 def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss over the steps, as a PNG."""
+    """Plot training and validation loss as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

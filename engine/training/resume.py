@@ -22,7 +22,7 @@ from .run_state import RunState
 
 
 def save_run(run: RunState, checkpoints: Checkpoints) -> None:
-    """Write a checkpoint of a run: whole by the leader where one process has all, else by all, each its part."""
+    """Write a checkpoint of a run: by the main process alone if it holds everything, else a shard by each process."""
     if not (run.mesh.is_main or run.mesh.is_sharded):
         return
     state = {
@@ -56,7 +56,7 @@ def save_run(run: RunState, checkpoints: Checkpoints) -> None:
 
 
 def write_weights(run: RunState, out: Path) -> None:
-    """Write the weights of now (or their average) as a model directory."""
+    """Write the current weights (or their EMA) as a model directory."""
     weights = full_weights(run.shards, run.ema.best_weights())
     if not run.mesh.is_main:
         collections.deque(weights, maxlen=0)  # takes part in gathering each, keeps none
@@ -66,7 +66,7 @@ def write_weights(run: RunState, out: Path) -> None:
 
 
 def resume_run(run: RunState, checkpoints: Checkpoints, note: Callable[[str], None]) -> None:
-    """Put a run back to its last complete checkpoint."""
+    """Restore a run from its last complete checkpoint."""
     found = run.mesh.broadcast(checkpoints.latest(note) if run.mesh.is_main else None)
     if found is None:
         note(f"no checkpoint to resume in {checkpoints.folder}: starting from the beginning")
@@ -89,7 +89,7 @@ def resume_run(run: RunState, checkpoints: Checkpoints, note: Callable[[str], No
 
 
 def _load_state(run: RunState, directory: Path) -> None:
-    """Weights, moments and averages: this process's part of each, whoever wrote them, and no more than that at once."""
+    """Load this process's shards of weights, moments and averages, from checkpoints of any process mesh."""
     masters, shards, moments = run.masters, run.shards, load_tensors(directory, "optimizer")
     average = load_tensors(directory, "scheduler")["average"]
     empty = map_optimizer(masters, run.optimizer, moments, lambda name, _: torch.zeros_like(masters.named[name]))

@@ -1,4 +1,4 @@
-"""`RunState`: all state of a run that its next step depends on, as plain data.
+"""`RunState`: the complete training state, as plain data.
 
 The trainer's loop changes it, checkpoints hold it, the report tells of it; nothing here acts.
 """
@@ -24,8 +24,8 @@ from .mixed_precision import EMA, LossScale, Masters
 
 @dataclass
 class RunState:
-    """State of a run: all that its next step depends on. The first block is fixed by the configuration, the second
-    changes."""
+    """Training state: everything that the next step depends on. The first block of fields is fixed by the
+    configuration, the second changes."""
 
     config: TrainConfig
     inputs: RunInputs
@@ -60,7 +60,7 @@ class RunState:
 
     @property
     def trained_parameters(self) -> int:
-        """Count the trained numbers: all of the model's, or an adapter's."""
+        """Number of trained parameters: the model's, or the adapter's."""
         return sum(self.shards.shapes[name].numel() for name in self.masters.named)
 
     @property

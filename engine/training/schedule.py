@@ -1,4 +1,4 @@
-"""Learning rate schedules: stateless functions of the step.
+"""Learning rate schedules (cosine, linear, constant, WSD): stateless functions of the step.
 
 `step` may be any measure of progress, as long as `warmup` and `total` are in the same unit: a share of time will do.
 Every schedule rises linearly from 0 at step 0 to `max_lr` at step `warmup`, because Adam's first estimates of the
@@ -19,22 +19,22 @@ DECAY_SHARE = 0.2  # of `total`: the cool-down of wsd
 
 
 def cosine_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
-    """Half a cosine from `max_lr` at `warmup` to `min_lr` at `total`, and `min_lr` ever after."""
+    """Cosine decay from `max_lr` at `warmup` to `min_lr` at `total`, constant afterwards."""
     return _warm_then(lambda part: (1 + math.cos(math.pi * part)) / 2, step, max_lr, min_lr, warmup, total)
 
 
 def linear_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
-    """A straight line from `max_lr` at `warmup` to `min_lr` at `total`."""
+    """Linear decay from `max_lr` at `warmup` to `min_lr` at `total`."""
     return _warm_then(lambda part: 1 - part, step, max_lr, min_lr, warmup, total)
 
 
 def constant_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
-    """`max_lr` after the warm-up, without end."""
+    """Constant `max_lr` after the warm-up."""
     return _warm_then(lambda part: 1.0, step, max_lr, max_lr, warmup, total)
 
 
 def wsd_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:
-    """Warm up, stay at `max_lr`, and fall in a straight line to `min_lr` over the last fifth of the steps."""
+    """Warmup-stable-decay: `max_lr` after the warm-up, linear decay over the last fifth of the steps."""
     start = max(warmup, (1 - DECAY_SHARE) * total)
     if step <= start:
         return constant_schedule(step, max_lr, min_lr, warmup, total)

@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def interruptible(stop: Callable[[str], None]) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM call `stop` with the signal's name; a second SIGINT is a KeyboardInterrupt.
+    """Context in which SIGINT and SIGTERM call `stop` with the signal's name; a second SIGINT raises KeyboardInterrupt.
 
     Only the main thread may catch signals; elsewhere this does nothing.
     """

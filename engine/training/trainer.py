@@ -1,14 +1,14 @@
 """The training loop.
 
     for each step:
-        read the step's rows, a pure function of (seed, step)
+        read the step's batch, a pure function of (seed, step)
         loss and gradients, micro-batch by micro-batch (gradient accumulation); gradients add up in float32
         clip, set the learning rate, step the optimizer, round the masters back into the model
         now and then: evaluate and keep the best, save a checkpoint, write a sample
 
-Everything else here keeps that loop honest: it can be stopped and killed at any moment and resumes to the same bits, a
-step that is not finite is skipped and counted, and callbacks hear of it (`watch.py`). What the next step depends on is
-in a `RunState`; the trainer adds only what dies with the process.
+Everything else here makes that loop robust: it can be stopped or killed at any moment and resumes bit for bit, a step
+with a NaN or infinity is skipped and counted, and callbacks are told (`callbacks.py`). What the next step depends on is
+in a `RunState`; the trainer adds only what is not saved.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ LARGE = 1 << 15  # tokens of a micro-batch; SmolLM2's default would be 16 rows o
 
 
 def train(config: TrainConfig, callbacks: Iterable[Callback] = ()) -> TrainResult:
-    """Run `config` to its end, or until SIGINT or SIGTERM; `callbacks` hear what happens on the way."""
+    """Run `config` to its end, or until SIGINT or SIGTERM; `callbacks` are told of every event."""
     trainer = Trainer(config, list(callbacks))
     with interruptible(trainer.stop):
         return trainer.run()
 
 
 class Trainer:
-    """The loop over a `RunState`."""
+    """Training loop over a `RunState`."""
 
     result: TrainResult
 
@@ -110,7 +110,7 @@ class Trainer:
         return loader, state
 
     def _open_pairs(self, again: bool) -> PreferencePairs | None:
-        """The preference pairs to evaluate on, after the reference has judged them and those to train on."""
+        """Compute the reference log-probabilities of preference pairs; return those to evaluate on."""
         if not isinstance(self.loader, PreferencePairs):
             return None
         split, state, name = validation_split(self.state.inputs.data), self.state, "reference-{}.npy"
@@ -122,8 +122,8 @@ class Trainer:
         return held_out
 
     def _warn_of_size(self, rows: int, context: int) -> None:
-        """Name the flags that make a step smaller, where a published model's own context makes it too large for a CPU:
-        the system kills what it has no memory for, without a word."""
+        """Warn before a step that is too large for a CPU, as a published model's own context can make it: when memory
+        runs out, the system kills the process without a message."""
         if self.config.grad_accum_steps and self.mesh.device.type == "cpu" and rows * context > LARGE:
             self.note(
                 f"a micro-batch is {rows} rows of context={context} tokens: if that is slow or too large, give a "
@@ -157,13 +157,13 @@ class Trainer:
     # The loop
 
     def run(self) -> TrainResult:
-        """Train until the budget is used or a signal arrives."""
+        """Train until the budget is used up or a signal arrives."""
         for _ in self.steps():
             pass
         return self.result
 
     def steps(self) -> Iterator[Any]:
-        """The run step by step: the figures of each. `result` is there at the end."""
+        """Run as an iterator over steps that yields the metrics of each; `result` is set at the end."""
         state = self.state
         self.tell("on_start", describe(state))
         self.began = time.perf_counter() - state.seconds
@@ -216,7 +216,7 @@ class Trainer:
         return f"out of memory on {state.device} with micro-batches of {rows} rows: {', or '.join(ways)}"
 
     def one_step(self, batch: Batch) -> tuple[float, float, float, tuple[float, ...]]:
-        """One optimizer step: (loss, gradient norm, learning rate, least and most loaded expert)."""
+        """One optimizer step: (loss, gradient norm, learning rate, (least, most loaded expert))."""
         state = self.state
         _seed(state.device, self.config.seed, state.step, self.mesh.dp_rank)  # dropout is a function of the step
         figures = self._update(*self.accumulate(batch))
@@ -226,7 +226,7 @@ class Trainer:
         return figures
 
     def _update(self, loss: Tensor, load: list[Tensor]) -> tuple[float, float, float, tuple[float, ...]]:
-        """Step the optimizer by the gradients that have been accumulated."""
+        """Clip and apply the accumulated gradients, unless they are not finite."""
         state = self.state
         parameters = list(state.masters.named.values())
         self.reducer.wait()
@@ -234,7 +234,7 @@ class Trainer:
         limit, joint_norm = self.config.max_grad_norm or math.inf, self.mesh.grad_norm(state.masters)
         copies = self._one_pass_copies()
         clip_grad_norm([p for p in parameters if p not in copies], limit, joint_norm)
-        mine, norm, *figures = torch.stack([loss, joint_norm, *load]).tolist()  # a GPU is waited for only here
+        mine, norm, *figures = torch.stack([loss, joint_norm, *load]).tolist()  # the step's only GPU synchronization
         lost = self._reduce_step_stats(mine / self.mesh.axes["tp"])
         finite = math.isfinite(lost) and math.isfinite(norm)
         lr = self.learning_rate(state.step + 1)
@@ -252,7 +252,7 @@ class Trainer:
         return lost, norm, lr, tuple(figures)
 
     def _one_pass_copies(self) -> dict[Tensor, Tensor]:
-        """Large weights on a GPU, for which clipping, AdamW's step and the copy to the model are one pass."""
+        """Large weights on a GPU, for which clipping, AdamW and the copy to the model are one kernel."""
         whole = type(self.state.optimizer) is AdamW and type(self.state.masters) is Masters
         return self.state.masters.copies(AdamW.ONE_PASS) if whole else {}
 
@@ -263,25 +263,25 @@ class Trainer:
         """
         state, config = self.state, self.config
         rows = state.micro_batch_rows
-        targets = batch.weight.clamp(min=1)  # a window may hold none that is learned
+        targets = batch.weight.clamp(min=1)  # a batch may hold no target (masked prompts)
         loss = torch.zeros((), device=state.device)
         for start in range(0, config.batch_size, rows):
             if start + rows == config.batch_size:
-                self.reducer.arm()  # gradients leave as soon as they are complete
+                self.reducer.arm()  # all-reduce starts as soon as a bucket is complete
             micro = self.mesh.local_rows(batch.rows(start, start + rows))
             share = micro.weight / targets
             parts = losses(state.model, micro, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
             (parts.total * (share * state.loss_scale.value)).backward()
             loss += parts.cross_entropy.detach().float() * share
             load = parts.expert_load
-            del parts  # else what its graph keeps would stand beside that of the next micro-batch
+            del parts  # frees the graph before the next micro-batch's is built
         if load is None:
             return loss, []
         shares = load.float().mean(0) * load.shape[-1] / load.float().mean(0).sum()
         return loss, [shares.min(), shares.max()]
 
     def _reduce_step_stats(self, loss: float) -> float:
-        """Agree over all processes on the loss, on how much time has passed, and on whether one was told to stop."""
+        """All-reduce the loss, the elapsed time and the stop request of the step."""
         seconds = time.perf_counter() - self.began
         loss, stops, seconds = self.mesh.all_reduce_sum(loss, bool(self.told_to_stop), seconds)
         self.state.seconds = seconds / self.mesh.size
@@ -290,11 +290,11 @@ class Trainer:
         return loss
 
     def stop(self, reason: str) -> None:
-        """End the run after the step at hand, or the next one where other processes have to be told."""
+        """Request the end of the run after the current step (one later with several processes)."""
         self.told_to_stop = reason
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update number `step`, counted from 1; with a budget of time, of the share of it that is used."""
+        """Learning rate of update `step`, counted from 1; with a time budget, by the share of time used."""
         config, total = self.config, self.state.steps
         warmup = self.warmup
         if config.minutes is not None and config.warmup is None:
@@ -307,7 +307,7 @@ class Trainer:
         return min(500, self.state.steps // 20) if self.config.warmup is None else self.config.warmup
 
     def _fit_to_budget(self) -> None:
-        """With a budget of time, the number of steps is what the pace so far promises."""
+        """With a time budget, extrapolate the number of steps from the pace so far."""
         if self.config.minutes is None:
             return
         state, share = self.state, self.state.seconds / (60 * self.config.minutes)
@@ -345,7 +345,7 @@ class Trainer:
             save_run(state, self.checkpoints)
 
     def _evaluate(self) -> None:
-        """Read the validation split (or `eval_batches` of it), and write the model if it is the best so far."""
+        """Evaluate on the validation split (or `eval_batches` of it), and write the model if it is the best so far."""
         state, config = self.state, self.config
         split = validation_split(state.inputs.data)
         if split is None:
@@ -362,7 +362,7 @@ class Trainer:
             write_weights(state, self.out)
 
     def _sample(self) -> None:
-        """Let the model continue `sample_prompt`, or the beginning of the validation text; of conversations, answer."""
+        """Generate a sample from `sample_prompt` or the start of the validation text (for conversations, an answer)."""
         state, config, tokenizer = self.state, self.config, self.state.inputs.tokenizer
         split = validation_split(state.inputs.data) or state.train_split
         prompt = tokenizer.encode(config.sample_prompt) if config.sample_prompt else sample_prompt(split)
@@ -426,7 +426,7 @@ class Trainer:
         write_card(self.out, describe(self.state), result, self.utilization, self.state.samples)
 
     def tell(self, event: str, *details: Any) -> None:
-        """Report an event to every callback."""
+        """Call a method of every callback."""
         for callback in self.callbacks:
             getattr(callback, event)(*details)
 
@@ -435,7 +435,7 @@ class Trainer:
 
 
 def _seed(device: torch.device, seed: int, step: int, dp_rank: int) -> None:
-    """Processes that read the same rows drop the same numbers, others do not."""
+    """Seed dropout by (seed, step, dp_rank): processes with the same rows drop the same activations."""
     sequence = np.random.SeedSequence([seed, step], spawn_key=(dp_rank,) if dp_rank else ())
     number = int(sequence.generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(number)  # torch.manual_seed asks all kinds of devices, for half a millisecond

@@ -16,7 +16,7 @@ MOST_FIELDS = 128
 # Fields of OpenAI's that would change the answer and that nothing here could honor; why not.
 REFUSED = {
     "suffix": "filling in between a prompt and a suffix needs a model trained for it",
-    "best_of": "use n and choose by logprobs",
+    "best_of": "use n and choose by logprobs, or /v1/completions",
     "functions": "use tools",
     "function_call": "use tool_choice",
     "modalities": "this model reads and writes text",
@@ -28,7 +28,6 @@ REFUSED = {
 # Values that ask for what happens anyway.
 HARMLESS = {
     "best_of": 1,
-    "store": False,
     "service_tier": ("auto", "default"),
     "modalities": ["text"],
     "parallel_tool_calls": True,
@@ -64,8 +63,9 @@ class Body(BaseModel):
         data = drop_nulls(data)
         if not isinstance(data, dict):
             return data
-        kept = {name: value for name, value in data.items() if not _harmless(name, value)}
-        for name in kept.keys() & (REFUSED.keys() | HARMLESS.keys()) - cls.model_fields.keys():
+        known = cls.model_fields.keys()
+        kept = {name: value for name, value in data.items() if name in known or not _harmless(name, value)}
+        for name in kept.keys() & (REFUSED.keys() | HARMLESS.keys()) - known:
             raise invalid(_why_not(name), name, "unsupported_parameter")
         return kept
 

@@ -15,8 +15,9 @@ from typing import Any
 from ....tokenizer.chat import encode_chat
 from ...serving.structured_output import TriggeredGrammar
 from . import errors
+from .conversation import AllowedToolChoice, Message, NamedTool, Tool
 from .message_reader import PlainReader, make_reader
-from .requests import ChatRequest, Message, NamedTool, Tool
+from .requests import ChatRequest
 from .tool_formats import format_of, read_json, thoughts_of
 from .tool_grammar import answer_grammar, bound_grammar, call_grammar
 
@@ -93,13 +94,14 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     if effort:
         with suppress(errors.APIError):
             variables |= _effort(template or "", effort)
-    grammar, forced = body.grammar(), _forced(body)
+    grammar, (allowed, must_call) = body.grammar(), _callable(body)
+    forced = allowed if must_call else []
     if forced and grammar:
         raise errors.invalid("tool_choice and a format of the answer exclude each other: give one", "tool_choice")
     several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
     row, thoughts = format_of(template), thoughts_of(template)
     reasoning = _reasoning(tokenizer, thoughts, variables) if thoughts and not body.continue_final_message else None
-    schemas = {tool.function.name: tool.function.parameters or {} for tool in forced or tools or ()}
+    schemas = {tool.function.name: tool.function.parameters or {} for tool in allowed}
     if forced and row:
         try:
             grammar = {"grammar": call_grammar(tokenizer, row, schemas, several, reasoning)}
@@ -111,7 +113,7 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     if forced and row:
         return ChatPlan(tools, variables, grammar, partial(reader, eager=True))
     trigger = None
-    if tools and row and not grammar and not body.min_tokens:
+    if allowed and row and not grammar and not body.min_tokens:
         with suppress(AttributeError, TypeError, RecursionError):  # a strange schema: the calls are free
             grammar_of_calls = bound_grammar(tokenizer, row, schemas)
             quiet = row.quiet or (thoughts if reasoning else None)
@@ -120,17 +122,25 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
     return ChatPlan(tools, variables, grammar, reader, trigger)
 
 
-def _forced(body: ChatRequest) -> list[Tool]:
-    """The tools of which one must be called."""
+def _callable(body: ChatRequest) -> tuple[list[Tool], bool]:
+    """The tools that may be called, and whether one of them must be."""
     choice, tools = body.tool_choice, body.tools or []
     if isinstance(choice, NamedTool):
-        named = [tool for tool in tools if tool.function.name == choice.function.name]
-        if not named:
-            raise errors.invalid(f"tool_choice names {choice.function.name!r}, which is not in tools", "tool_choice")
-        return named
+        return _named(tools, [choice.function.name]), True
+    if isinstance(choice, AllowedToolChoice):
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        return _named(tools, names), choice.allowed_tools.mode == "required"
     if choice == "required" and not tools:
         raise errors.invalid("tool_choice is required, but there are no tools", "tool_choice")
-    return tools if choice == "required" else []
+    return ([] if choice == "none" else tools), choice == "required"
+
+
+def _named(tools: list[Tool], names: list[str]) -> list[Tool]:
+    """The tools of these names, each of which there must be."""
+    for name in names:
+        if not any(tool.function.name == name for tool in tools):
+            raise errors.invalid(f"tool_choice names {name!r}, which is not in tools", "tool_choice")
+    return [tool for tool in tools if tool.function.name in names]
 
 
 def _effort(template: str, effort: str) -> dict[str, Any]:

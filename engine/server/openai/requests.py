@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 from typing_extensions import Self
 
 from ...errors import InputError
 from ...serving import SamplingParams
 from ..request_body import FIRST_ERROR, at_most
 from .body import Body
+from .conversation import Message, Tool, ToolChoice
 from .errors import from_input_error, invalid
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -22,6 +23,7 @@ Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]  # a text that may begin one is looked at again and again
 Texts = Annotated[list[str], FIRST_ERROR, Field(min_length=1)]
 Rows = Annotated[list[TokenIds], FIRST_ERROR, Field(min_length=1)]
+Limit = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -129,6 +131,12 @@ class Sampling(Body):
     guided_regex: Text | None = None
     guided_choice: Annotated[list[Text], FIRST_ERROR, Field(min_length=1)] | None = None
     guided_grammar: Text | None = None
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="vLLM's: the prompt's log-probabilities, and those of so many likely tokens.",
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
@@ -142,6 +150,7 @@ class Sampling(Body):
     metadata: Annotated[dict[str, str], at_most(64)] | None = Field(
         None, max_length=64, description="For the caller's own records; changes nothing."
     )
+    store: bool = Field(False, description="Nothing is stored: true is named in the header x-warploom-ignored.")
     safety_identifier: str | None = Field(None, description="Changes nothing.")
     prompt_cache_key: str | None = Field(None, description="Changes nothing: prefixes are found by their tokens.")
     prompt_cache_retention: str | None = Field(None, description="Changes nothing.")
@@ -175,17 +184,33 @@ class Sampling(Body):
         """Check what one field alone cannot tell."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is allowed only with stream=true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs cannot be streamed: ask for them with stream=false", "prompt_logprobs")
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, -1 for what the context holds; None if the request leaves it open."""
+        named = {name: getattr(self, name, None) for name in ("max_tokens", "max_completion_tokens", "n_predict")}
+        given = {name: value for name, value in named.items() if value is not None}
+        if len(set(given.values())) > 1:
+            says = " contradicts ".join(f"{name}={value}" for name, value in given.items())
+            raise invalid(f"{says}: give one", next(iter(given)))
+        return next(iter(given.values()), None)
+
+    def ignored(self) -> list[str]:
+        """Names of what is passed over."""
+        return ["store"] if self.store else []
 
     def with_defaults(self, defaults: dict[str, Any]) -> Self:
         """The same request, with the model's own defaults for what it leaves open."""
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
-    def params(self, max_tokens: int | None, logprobs: int | None, **others: Any) -> SamplingParams:
-        """Sampling parameters of the request."""
+    def params(self, n: int, logprobs: int | None, **others: Any) -> SamplingParams:
+        """Sampling parameters of the request, for `n` continuations."""
         self.check()
         try:
             return SamplingParams(
-                max_tokens=max_tokens,
+                max_tokens=None if self.limit == -1 else self.limit,
                 temperature=self.temperature,
                 top_k=max(self.top_k, 0),
                 top_p=self.top_p,
@@ -199,7 +224,7 @@ class Sampling(Body):
                 ignore_eos=self.ignore_eos,
                 seed=self.seed,
                 min_tokens=self.min_tokens,
-                n=self.n,
+                n=n,
                 logprobs=logprobs,
                 **self.grammar(),
                 **others,
@@ -212,7 +237,11 @@ class CompletionRequest(Sampling):
     """Continue a text, or several."""
 
     prompt: Prompt
-    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Default: 16.")
+    max_tokens: Limit | None = Field(None, description="Default: 16; -1: what the context holds.")
+    n_predict: Limit | None = Field(None, description="llama.cpp's name of max_tokens.")
+    best_of: int | None = Field(
+        None, ge=1, le=128, description="Generate so many, and answer the n of the highest log-probability a token."
+    )
     echo: bool = Field(False, description="Put the prompt in front of the text.")
     add_special_tokens: Literal[True] = Field(True, description="What the tokenizer puts before every text.")
     logprobs: int | None = Field(None, ge=0, le=100)
@@ -224,104 +253,30 @@ class CompletionRequest(Sampling):
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters of each prompt."""
-        scores = self.logprobs if self.echo else None
-        return self.params(self.max_tokens, self.logprobs, echo=self.echo, prompt_logprobs=scores)
-
-
-class TextPart(Body):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _only_text(content: Any) -> Any:
-    """Refuse the first part that is no text by its kind, where pydantic would list what a part may be."""
-    for part in content if isinstance(content, list) else ():
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind != "text":
-            raise InputError(f"this model reads text, not parts of type {str(kind)[:64]!r}")
-    return content
-
-
-class FunctionCall(Body):
-    """Which function to call, and its arguments as JSON."""
-
-    name: str
-    arguments: str
-    parsed_arguments: Any = Field(None, exclude=True, description="As the openai client adds it; arguments count.")
-
-
-class ToolCall(Body):
-    """A call that the assistant made."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = Field(None, exclude=True, description="As streams have it; changes nothing.")
-
-
-class Message(Body):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | Annotated[list[TextPart], FIRST_ERROR] | None, BeforeValidator(_only_text)] = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FIRST_ERROR] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-    parsed: Any = Field(None, exclude=True, description="As the openai client adds it; content counts.")
-    annotations: Any = Field(None, exclude=True, description="As OpenAI's answers have it; changes nothing.")
-    reasoning_content: str | None = Field(default=None, description="What the assistant reasoned before it answered.")
-
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-class Function(Body):
-    """Function tool: what it is called, does and takes."""
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A function that the model may ask to be called."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Body):
-    """Name of a function."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The one function to call."""
-
-    type: Literal["function"]
-    function: FunctionName
+        if self.best_of is not None and self.best_of < self.n:
+            raise invalid(f"best_of is {self.best_of}, less than n, {self.n}", "best_of")
+        if self.stream and self.best_of is not None and self.best_of > self.n:
+            raise invalid("best_of cannot be streamed: which is best is known at the end", "best_of")
+        ranked = 0 if self.best_of is not None and self.logprobs is None else self.logprobs
+        echoed = self.logprobs if self.echo else None
+        scored = max((top for top in (echoed, self.prompt_logprobs) if top is not None), default=None)
+        return self.params(self.best_of or self.n, ranked, echo=self.echo, prompt_logprobs=scored)
 
 
 class ChatRequest(Sampling):
     """The next message of a conversation."""
 
     messages: Annotated[list[Message], FIRST_ERROR, Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The old name of max_completion_tokens.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default: what the context holds.")
+    max_tokens: Limit | None = Field(None, description="The old name of max_completion_tokens.")
+    max_completion_tokens: Limit | None = Field(None, description="Default, and -1: what the context holds.")
+    n_predict: Limit | None = Field(None, description="llama.cpp's name of max_completion_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], FIRST_ERROR, Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        None, description="required and a function's name force a call, with arguments that satisfy the schema."
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="required and a function's name force a call, with arguments that satisfy the schema; "
+        "allowed_tools names those of the tools that may be called.",
     )
     parallel_tool_calls: bool = Field(True, description="Several calls in one message.")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
@@ -340,15 +295,8 @@ class ChatRequest(Sampling):
         if self.continue_final_message and (last.role != "assistant" or last.tool_calls or not last.text):
             message = "continue_final_message needs a last message of the assistant's, with text and no tool_calls"
             raise invalid(message, "continue_final_message")
-        return self.params(self.limit, (self.top_logprobs or 0) if self.logprobs else None)
-
-    @property
-    def limit(self) -> int | None:
-        """Most tokens to generate, if the request says so."""
-        new, old = self.max_completion_tokens, self.max_tokens
-        if new is not None and old is not None and new != old:
-            raise invalid(f"max_tokens={old} contradicts max_completion_tokens={new}: give one", "max_tokens")
-        return old if new is None else new
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return self.params(self.n, top, prompt_logprobs=self.prompt_logprobs)
 
 
 class GenerateRequest(Body):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
+from statistics import fmean
 from typing import Any
 
 from ...serving import Piece, SamplingParams
@@ -137,9 +138,24 @@ def usage(flow: RequestStream) -> dict[str, Any]:
 
 
 def count_scores(params: SamplingParams, prompt: int, generated: int) -> int:
-    """Numbers in an answer: log-probabilities of so many tokens where they are asked for, alternatives included."""
-    echoed = 0 if params.prompt_logprobs is None else prompt * (1 + params.prompt_logprobs)
+    """Numbers in an answer: log-probabilities of so many tokens where they are asked for, alternatives included.
+
+    Each of a prompt's continuations is told with all of the prompt's."""
+    echoed = 0 if params.prompt_logprobs is None else params.n * prompt * (1 + params.prompt_logprobs)
     return echoed + (0 if params.logprobs is None else generated * (1 + params.logprobs))
+
+
+def prompt_scores(words: Words, leader: Any, top: int) -> list[dict[str, dict[str, Any]] | None]:
+    """A prompt's log-probabilities as vLLM tells them: of each token and of the `top` most likely, by token id."""
+    return [None, *(_ranked(words, entry, top) for entry in leader.prompt_logprobs)]
+
+
+def _ranked(words: Words, entry: Any, top: int) -> dict[str, dict[str, Any]]:
+    best = [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top[:top], 1)]
+    told: dict[str, dict[str, Any]] = {}
+    for token, logprob, rank in ((entry.token, entry.logprob, entry.rank), *best):
+        told.setdefault(str(token), {"logprob": logprob, "rank": rank, "decoded_token": words.text(token)})
+    return told
 
 
 # -- completions ------------------------------------------------------------------------------------------------------
@@ -184,19 +200,36 @@ class CompletionScores:
         return offset
 
 
+def most_likely(streams: Sequence, n: int) -> list:
+    """The `n` continuations of the highest mean log-probability a token; in their order where all are wanted."""
+
+    def mean(stream: Any) -> float:
+        return fmean(entry.logprob for entry in stream.logprobs) if stream.logprobs else 0.0
+
+    return sorted(streams, key=mean, reverse=True)[:n] if n < len(streams) else list(streams)
+
+
 class CompletionWriter:
     """Answers to one completion request: whole, or chunk by chunk."""
 
     end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
 
     def __init__(
-        self, head: dict[str, Any], flow: RequestStream, words: Words, hidden: frozenset[int], top: int | None
+        self,
+        head: dict[str, Any],
+        flow: RequestStream,
+        words: Words,
+        hidden: frozenset[int],
+        n: int,
+        top: int | None,
+        prompt_top: int | None,
     ) -> None:
-        self._head, self._flow, self._top = {**head, "object": "text_completion"}, flow, top
+        self._head, self._flow, self._words = {**head, "object": "text_completion"}, flow, words
+        self._n, self._prompt_top = n, prompt_top
         self.counts_usage = "usage" in head
         streams = flow.streams
         self._scores = [None if top is None else CompletionScores(words, top, hidden) for _ in streams]
-        self._first = [generation.streams[0] for generation in flow.generations for _ in generation.streams]
+        self._first = [generation.streams[0] for generation in flow.generations for _ in range(n)]
         self._echoing = top is not None and any(stream.sequence.params.echo for stream in streams)
         self._unsaid_echo = set(range(len(streams))) if self._echoing else set()
 
@@ -206,7 +239,8 @@ class CompletionWriter:
 
     def whole(self) -> dict[str, Any]:
         """The answer to a request that has ended."""
-        choices = map(self._whole_choice, *zip(*enumerate(self._flow.streams)))  # made one by one, as they are written
+        told = [stream for generation in self._flow.generations for stream in most_likely(generation.streams, self._n)]
+        choices = map(self._whole_choice, *zip(*enumerate(told)))  # made one by one, as they are written
         return {**self._head, "choices": choices, "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
@@ -218,7 +252,10 @@ class CompletionWriter:
         return {**self._head, "choices": [], "usage": usage(self._flow)}
 
     def _whole_choice(self, index: int, stream: Any) -> dict[str, Any]:
-        return self._choice(index, Part(stream.output().text, stream.logprobs, stream.sequence.finish_reason))
+        choice = self._choice(index, Part(stream.output().text, stream.logprobs, stream.sequence.finish_reason))
+        if self._prompt_top is not None:
+            choice["prompt_logprobs"] = prompt_scores(self._words, self._first[index], self._prompt_top)
+        return choice
 
     def _choice(self, index: int, part: Part) -> dict[str, Any]:
         scores = self._logprobs(index, part)
@@ -246,9 +283,16 @@ class ChatWriter:
     end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
 
     def __init__(
-        self, head: dict[str, Any], flow: RequestStream, words: Words, top: int | None, reader: Callable[[], Any]
+        self,
+        head: dict[str, Any],
+        flow: RequestStream,
+        words: Words,
+        top: int | None,
+        prompt_top: int | None,
+        reader: Callable[[], Any],
     ) -> None:
-        self._head, self._flow, self._words, self._top = head, flow, words, top
+        self._head, self._flow, self._words = head, flow, words
+        self._top, self._prompt_top = top, prompt_top
         self.counts_usage = "usage" in head
         self._readers = [reader() for _ in range(flow.count)]
         self._greeted: set[int] = set()
@@ -260,7 +304,10 @@ class ChatWriter:
     def whole(self) -> dict[str, Any]:
         """The answer to a request that has ended."""
         choices = map(self._message, *zip(*enumerate(self._flow.streams)))
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
+        whole = {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
+        if self._prompt_top is not None:
+            whole["prompt_logprobs"] = prompt_scores(self._words, self._flow.streams[0], self._prompt_top)
+        return whole
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
         """Chunk for one part, if it has something to show."""

@@ -40,11 +40,22 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptScore(BaseModel):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token id, the prompt's token first; none for the first token, which nothing comes before.
+PromptLogprobs = list[dict[str, PromptScore] | None]
+
+
 class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Reason | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -110,6 +121,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Whatever(BaseModel):

@@ -38,7 +38,7 @@ class ResponsesRequest(AgentRequest):
     parallel_tool_calls: bool = True
     text: dict[str, Any] | None = Field(None, description="format: text, json_object or json_schema.")
     reasoning: dict[str, Any] | None = Field(None, description="effort, where the chat template has a switch for it.")
-    store: bool | None = Field(None, description="Nothing is stored.")
+    store: bool | None = Field(None, description="Nothing is stored: true is named in x-warploom-ignored.")
     metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatRequest:
@@ -52,11 +52,11 @@ class ResponsesRequest(AgentRequest):
         body["max_tokens"] = self.max_output_tokens
         body |= {"parallel_tool_calls": self.parallel_tool_calls, "response_format": self._format()}
         choice = self.tool_choice
-        if isinstance(choice, dict):
-            named = {"type": "function", "function": {"name": str(choice.get("name"))}}
-            choice = named if choice.get("type") == "function" else None
-        body["tool_choice"] = choice
+        body["tool_choice"] = _tool_choice(choice) if isinstance(choice, dict) else choice
         return ChatRequest.model_validate(body)
+
+    def ignored(self) -> list[str]:
+        return super().ignored() + (["store"] if self.store else [])
 
     @property
     def effort(self) -> str:
@@ -76,6 +76,24 @@ class ResponsesRequest(AgentRequest):
         for item in items:
             _add(messages, item)
         return messages
+
+
+def _tool_choice(choice: dict[str, Any]) -> dict[str, Any] | str | None:
+    """A choice as chats have it; one of tools that are not functions is passed over."""
+    if choice.get("type") == "function":
+        return _function_name(choice)
+    if choice.get("type") != "allowed_tools":
+        return None
+    given = choice.get("tools")
+    tools = [tool for tool in given if isinstance(tool, dict)] if isinstance(given, list) else []
+    named = [_function_name(tool) for tool in tools if is_function(tool)]
+    if tools and not named:
+        return "none"
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
+
+
+def _function_name(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": str(tool.get("name"))}}
 
 
 def _add(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:

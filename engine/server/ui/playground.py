@@ -22,8 +22,8 @@ from ...serving import SamplingParams
 from ..async_engine import Ask
 from ..handlers import Service
 from ..openai.chat import encode_conversation
+from ..openai.conversation import Message
 from ..openai.errors import APIError
-from ..openai.requests import Message
 from ..request_body import client_of
 from .token_views import CSS, facts, heat_map, token_view
 

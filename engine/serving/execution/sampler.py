@@ -86,7 +86,9 @@ class Logprobs:
 
     def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
-        self._columns = [to_host(tokens_R), to_host(_possible(logprobs_RV.gather(-1, tokens_R[:, None])[:, 0]))]
+        own_R1 = logprobs_RV.gather(-1, tokens_R[:, None])
+        ranks_R = torch.count_nonzero(logprobs_RV > own_R1, -1) + 1
+        self._columns = [to_host(tokens_R), to_host(_possible(own_R1[:, 0])), to_host(ranks_R)]
         if top:
             best = logprobs_RV.topk(min(top, logits_RV.shape[-1]), -1)
             self._columns += [to_host(best.indices), to_host(_possible(best.values))]
@@ -98,8 +100,8 @@ class Logprobs:
     def read(self, first: int = 0, last: int | None = None, top: int | None = None) -> tuple[TokenLogprob, ...]:
         """One entry for each of these rows, with so many of the most likely tokens; waits for the device."""
         return tuple(
-            TokenLogprob(token, value, tuple(zip(*(column[:top] for column in best))))
-            for token, value, *best in self._rows[first:last]
+            TokenLogprob(token, value, tuple(zip(*(column[:top] for column in best))), rank)
+            for token, value, rank, *best in self._rows[first:last]
         )
 
 

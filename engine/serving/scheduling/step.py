@@ -51,11 +51,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a token, and of the most likely ones, best first."""
+    """The log-probability of a token and its rank, and the log-probabilities of the most likely ones, best first."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0  # among all tokens, 1 for the most likely
 
 
 @dataclass(frozen=True, slots=True)

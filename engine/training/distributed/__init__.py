@@ -1,1 +1,1 @@
-"""Many processes, one run: mesh, gradient reduction, sharded state and checkpoints."""
+"""Distributed training: process mesh, gradient reduction, sharded state, distributed checkpoints."""

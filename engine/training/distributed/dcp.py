@@ -1,4 +1,4 @@
-"""Distributed checkpoints (PyTorch's DCP): every process writes its blocks, and any grid of processes reads them.
+"""Distributed checkpoints (PyTorch DCP): every process writes its blocks; any process mesh can read them.
 
 PyTorch's distributed checkpoint does the work. Processes tell each other which blocks they have; of a block that
 several have, one writes. Files are safetensors, whose headers say where in the whole each block lies, so a reader asks
@@ -21,13 +21,13 @@ FOLDER = "shards"
 
 
 class ShardWriter:
-    """Writes this process's blocks, together with the others."""
+    """Writer of this process's blocks into a distributed checkpoint."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo")
 
     def write(self, blocks: dict[str, Tensor], directory: Path) -> dict[str, str]:
-        """Returns when every process has written: the hash of each file, by name."""
+        """Write collectively; return the hash of each file by name once all processes have written."""
         import torch.distributed.checkpoint as dcp
 
         folder = directory / FOLDER

@@ -1,4 +1,4 @@
-"""Failure reporting: of the processes of a run that fail, the first one reports the error.
+"""Failure reporting: of several failing processes, only the first one reports its error.
 
 A wrong flag is the same mistake in each of a thousand processes, and when one process fails the others lose it in the
 middle of a word. What people need is one sentence: that of the process that failed first. So whoever fails adds one to
@@ -26,7 +26,7 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "remot
 
 @contextlib.contextmanager
 def report_first_failure() -> Iterator[None]:
-    """Inside, of several processes that fail only the first raises its error; the others exit."""
+    """Context in which only the first process to fail raises its error; the others exit silently."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # alone, or started without torchrun
         yield
         return
@@ -47,13 +47,13 @@ def report_first_failure() -> Iterator[None]:
 
 
 def _not_to_be_interrupted() -> None:
-    """torchrun ends all processes once it sees that one has died: what this one is about to say should be heard."""
+    """Ignore SIGTERM while reporting: torchrun terminates all processes once one has died."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_first() -> bool:
-    """Return whether this process is the first of its generation to fail; also where the store has gone."""
+    """Return whether this process is the first of its generation to fail; True if the store is gone."""
     import torch.distributed as dist
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

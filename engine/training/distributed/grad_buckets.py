@@ -25,7 +25,7 @@ BUCKET = 1 << 22  # numbers that leave together: many small messages are slow, o
 
 @dataclass
 class Bucket:
-    """Weights whose gradients are reduced together, over the same process group."""
+    """Gradients that are all-reduced together, over one process group."""
 
     group: dist.ProcessGroup
     names: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Bucket:
 
 
 class GradReducer:
-    """All-reduces the gradients of `masters` over their replicas; FSDP reduces its slices by itself."""
+    """Bucketed all-reduce of the gradients of `masters` over replicas; FSDP reduces its own shards."""
 
     def __init__(self, mesh: ProcessMesh, masters: Masters) -> None:
         self.masters = masters
@@ -47,13 +47,13 @@ class GradReducer:
                     p.register_post_accumulate_grad_hook(functools.partial(self._complete, made))
 
     def arm(self) -> None:
-        """Let buckets go in the next backward pass, which completes the step's gradients."""
+        """Enable the reduction for the next backward pass, the last one of the step."""
         self.left = []
         for bucket in self.buckets:
             bucket.missing = len(bucket.names)
 
     def wait(self) -> None:
-        """Wait until all gradients are sums over processes."""
+        """Wait for all reductions; gradients are then sums over processes."""
         while len(self.left) < len(self.buckets):  # weights without a gradient have not told
             self._launch_bucket()
         for message in self.left:
@@ -70,7 +70,7 @@ class GradReducer:
 
     @torch.no_grad()
     def _launch_bucket(self) -> None:
-        """Start the all-reduce of the next bucket. Its gradients become views of the message."""
+        """Start the all-reduce of the next bucket; its gradients become views of the flat buffer."""
         bucket = self.buckets[len(self.left)]
         masters = [p for p in map(self.masters.named.get, bucket.names) if p.grad is not None]
         if not masters:
@@ -82,7 +82,7 @@ class GradReducer:
 
 
 def _fill_buckets(mesh: ProcessMesh, masters: Masters) -> list[Bucket]:
-    """The buckets in the order in which the backward pass completes them, nearly."""
+    """Assign gradients to buckets in about the order in which backward completes them."""
     groups = {"copied": mesh.make_group("dp", "ep"), "experts": mesh.make_group("dp")}  # no copies along ep
     groups["whole"] = mesh.make_group("dp", "fsdp", "ep")  # an adapter's factors, which no process has slices of
     filling: dict[str, Bucket] = {}

@@ -1,4 +1,4 @@
-"""The grid of processes of a run (DDP, FSDP, tensor and expert parallelism) and the few values they agree on.
+"""Process mesh of a run (dp, fsdp, tp, ep), its process groups, and collectives on plain values.
 
 Every process reads the same global batch (a pure function of the step) and takes its share of the rows. So the order of
 the data does not depend on how many processes there are, and each knows how many targets the whole step has: gradients
@@ -73,15 +73,15 @@ class ProcessMesh:
         return dist.init_device_mesh(kind, tuple(self.axes.values()), mesh_dim_names=tuple(self.axes))
 
     def mesh_of(self, device: torch.device) -> dist.DeviceMesh:
-        """The grid, for tensors on the run's device or for copies in the memory of its host."""
+        """The PyTorch device mesh, for tensors on the run's device or on the host."""
         return self.device_mesh if device.type == self.device.type else self.host_mesh
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """This process and those that differ from it along one axis; None if there are none."""
+        """Process group along one axis; None if it has length 1."""
         return self.device_mesh.get_group(axis) if self.axes[axis] > 1 else None
 
     def make_group(self, *along: str) -> dist.ProcessGroup | None:
-        """Process group of this process and its neighbors along these axes, if there are any. A collective call."""
+        """Process group over several axes; None if all have length 1. A collective call."""
         size = math.prod(self.axes[axis] for axis in along)
         if size == 1:
             return None
@@ -91,22 +91,22 @@ class ProcessMesh:
 
     @property
     def is_main(self) -> bool:
-        """True in the process that writes files and reports."""
+        """True in the process that writes files and logs."""
         return self.rank == 0
 
     @property
     def dp_rank(self) -> int:
-        """The number of this process's share of the rows; processes along tp have the same."""
+        """Data-parallel rank: which rows of the batch this process has; the same for all processes along tp."""
         return self.rank // self.axes["tp"]
 
     @property
     def is_sharded(self) -> bool:
-        """True if no process holds the whole state."""
+        """True if no process holds the full state."""
         return self.size > self.axes["dp"]
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block before the others do: files it writes are there for them."""
+        """Run the block in the main process first: the others find the files that it writes."""
         if not self.is_main:
             self.barrier()
         yield
@@ -114,12 +114,12 @@ class ProcessMesh:
             self.barrier()
 
     def destroy(self) -> None:
-        """Destroy the process group; only when all is well, for with a dead process even that would hang."""
+        """Destroy the process group; after a failure it must not be called: it would hang on dead processes."""
         if self.size > 1 and self.joined:
             dist.destroy_process_group()
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, in every process."""
+        """Broadcast the main process's value."""
         if self.size == 1:
             return value
         sent = [value]
@@ -131,12 +131,12 @@ class ProcessMesh:
             dist.barrier()
 
     def local_rows(self, batch: Batch) -> Batch:
-        """The rows of a micro-batch that are this process's."""
+        """This process's rows of a micro-batch."""
         rows = len(batch.tokens_BT) // self.dp_size
         return batch if self.dp_size == 1 else batch.rows(self.dp_rank * rows, (self.dp_rank + 1) * rows)
 
     def all_reduce_sum(self, *values: float) -> list[float]:
-        """Sums over all processes, the same in each of them."""
+        """Sums over all processes."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -144,7 +144,7 @@ class ProcessMesh:
         return tensor.tolist()
 
     def all_reduce_max(self, value: float) -> float:
-        """The largest of all processes' values."""
+        """Maximum over all processes."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -152,7 +152,7 @@ class ProcessMesh:
         return tensor.item()
 
     def grad_norm(self, masters: Masters) -> Tensor:
-        """The joint 2-norm of all gradients, those of other processes included: each number counts once."""
+        """Global 2-norm of the gradients; each number counts once, however many processes hold it."""
         held = [(name, p.grad) for name, p in masters.named.items() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([grad for _, grad in held]))
         if not self.is_sharded:
@@ -163,7 +163,7 @@ class ProcessMesh:
         return squared.sqrt().to(norms.dtype)
 
     def replicas(self, where: ShardSpec) -> int:
-        """Return how many processes keep the same numbers of a parameter."""
+        """Number of processes that hold the same numbers of a parameter."""
         parts = self.axes["fsdp"] if where.stream is not None else 1
         parts *= self.axes["ep"] if where.ep is not None else 1
         parts *= self.axes["tp"] if where.tp is not None else 1
@@ -171,7 +171,7 @@ class ProcessMesh:
 
 
 def _grid(config: TrainConfig, size: int) -> dict[str, int]:
-    """The length of each axis; copies are made of what the others leave, unless dp says how many."""
+    """Length of each mesh axis; dp is what the others leave, unless it is given."""
     others = config.fsdp * config.ep * config.tp
     axes = {"dp": config.dp or max(1, size // others), "fsdp": config.fsdp, "ep": config.ep, "tp": config.tp}
     if math.prod(axes.values()) != size:
@@ -181,7 +181,7 @@ def _grid(config: TrainConfig, size: int) -> dict[str, int]:
 
 
 def apply_tp_ep(model: Transformer, mesh: ProcessMesh) -> Transformer:
-    """Shard a model for tensor and expert parallelism (slices along fsdp come later, from `apply_fsdp`)."""
+    """Shard a model for tensor and expert parallelism (`apply_fsdp` follows)."""
     config, slices = model.config, mesh.axes["fsdp"]
     check(config, mesh.axes["tp"], mesh.axes["ep"])
     if config.d_model % slices:
@@ -191,7 +191,7 @@ def apply_tp_ep(model: Transformer, mesh: ProcessMesh) -> Transformer:
 
 
 def apply_fsdp(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> None:
-    """Of each weight keep a slice, from which `fully_shard` gathers a copy in `dtype` when its block needs it."""
+    """Shard a model by FSDP2 (`fully_shard`): float32 shards, gathered in `dtype` block by block."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
@@ -211,7 +211,7 @@ def apply_fsdp(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> Non
 
 
 class FSDPMasters(Masters):
-    """The float32 slices of a model that `apply_fsdp` has cut."""
+    """Masters of an FSDP model: its float32 shards."""
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.dtype, self.specs = model, torch.float32, shard_specs(model)
@@ -231,12 +231,12 @@ def _slice_collector(part: Tensor):
 
 
 def make_masters(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> Masters:
-    """The trained weights of this process: all that its model has, or slices of it."""
+    """The float32 masters of this process: of its full model, or of its shards."""
     return FSDPMasters(model) if mesh.axes["fsdp"] > 1 else Masters(model, dtype)
 
 
 def local_device(name: str) -> torch.device:
-    """Under torchrun, each process of a machine has a GPU of its own."""
+    """This process's device: under torchrun, one GPU a process."""
     device, number = pick_device(name), os.environ.get("LOCAL_RANK")
     if device.type != "cuda" or number is None:
         return device

@@ -1,4 +1,4 @@
-"""Rendezvous: how the processes of a run find each other, also after some of them were killed.
+"""Rendezvous: forming the process group, also after torchrun restarted killed processes.
 
 `torchrun` keeps one key-value store for as long as it lives, and processes leave their addresses in it. When one dies,
 torchrun ends the others and starts all of them anew, with the same store: a process that reads a peer's address before
@@ -23,7 +23,7 @@ _times = 0  # that this process has joined: it may train one model after another
 
 
 def join(backend: str) -> bool:
-    """Enter the process group that torchrun describes; tells whether processes before this one have tried."""
+    """Join torchrun's process group; return whether this is a restart."""
     global _times
     _times += 1
     store, rank, size = next(dist.rendezvous("env://"))

@@ -1,8 +1,8 @@
-"""Sharded state: this process's shard of weights, moments and averages, and their full tensors.
+"""Sharded training state: shards of weights, moments and averages, and conversion from and to full tensors.
 
 A weight, its moments and its running average have one shape and are cut alike: by `tp` and `ep` as
-`sharding.shard_spec` says, by `fsdp` along the width of the stream. So a shard is one block of each matrix that is
-packed in the weight, and PyTorch's DTensor, told where that block lies, can find the whole of it or write it to a
+`tensor_parallel.shard_spec` says, by `fsdp` along the width of the stream. So a shard is one block of each matrix that
+is packed in the weight, and PyTorch's DTensor, told where that block lies, can find the whole of it or write it to a
 checkpoint that any other grid of processes reads (`checkpoint.py`).
 """
 
@@ -20,7 +20,7 @@ from .mesh import ProcessMesh
 
 
 class ShardedState:
-    """Translates between this process's part of tensors shaped like weights and the whole, by the weights' names."""
+    """Conversion between this process's shards and full tensors, by the names of weights."""
 
     def __init__(self, mesh: ProcessMesh, whole: Transformer) -> None:
         self.mesh, self.specs = mesh, shard_specs(whole)
@@ -28,12 +28,12 @@ class ShardedState:
         self.parameters = sum(shape.numel() for shape in self.shapes.values())
 
     def add_whole(self, tensors: dict[str, Tensor]) -> None:
-        """Tensors beside the model's weights that every process has whole: an adapter's factors."""
+        """Register replicated tensors beside the model's weights: LoRA factors."""
         self.specs |= dict.fromkeys(tensors, ShardSpec(stream=None))
         self.shapes |= {name: tensor.shape for name, tensor in tensors.items()}
 
     def shard(self, name: str, whole: Tensor) -> Tensor:
-        """Return this process's shard of a whole tensor: a view of it where there is but one block."""
+        """This process's shard of a full tensor (a view if it is one contiguous block)."""
         where, axes = self.specs[name], self.mesh.axes
         if where.tp is not None and axes["tp"] > 1:
             whole = where.cut(whole, self._rank("tp"), axes["tp"])
@@ -44,22 +44,22 @@ class ShardedState:
         return whole
 
     def full(self, name: str, part: Tensor) -> Tensor:
-        """Gather the full tensor of which this process holds `part`; a collective call."""
+        """Gather the full tensor from its shards; a collective call."""
         if not self.mesh.is_sharded:
             return part
         blocks = [block.full_tensor() for block in self.blocks(name, part).values()]
         return torch.cat(blocks, self.specs[name].tp or 0)
 
     def with_full_matrix(self, name: str, part: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply `rule` to the full matrix and return this process's part; a collective call, computed by every process.
+        """Apply `rule` to the full matrix, in every process; return this process's shard. A collective call.
 
-        Whole experts are matrices of their own, for which nobody has to be asked.
+        Whole experts are matrices of their own and need no communication.
         """
         cut = self.mesh.axes["fsdp"] > 1 or (self.specs[name].tp is not None and self.mesh.axes["tp"] > 1)
         return self.shard(name, rule(self.full(name, part))) if cut else rule(part)
 
     def blocks(self, name: str, part: Tensor) -> dict[str, Tensor]:
-        """Views of a part, one a packed matrix, each knowing where in the whole matrix it lies."""
+        """Views of a shard as DTensors, one for each packed matrix, that know their place in it."""
         where, axes, whole = self.specs[name], self.mesh.axes, self.shapes[name]
         if where.tp is None:
             return {name: self._placed(name, part, whole)}
@@ -86,17 +86,17 @@ class ShardedState:
 
 
 def local(p: Tensor) -> Tensor:
-    """The numbers of a weight that this process has."""
+    """The local tensor of a DTensor; any other tensor as it is."""
     return p.to_local() if hasattr(p, "to_local") else p
 
 
 def full_weights(shards: ShardedState, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield full weights (or averages of them) under their unsharded names; a collective call."""
+    """Yield full weights (or averages of them) by name; a collective call."""
     return ((name, shards.full(name, part)) for name, part in weights.items())
 
 
 def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
-    """Every tensor of the state that this process keeps, by (kind, name of weight): to be saved, or to be filled."""
+    """Every sharded tensor of the training state by (kind, name of weight), to be saved or filled."""
     parts = {("model", name): p.detach() for name, p in masters.named.items()}
     parts |= {("average", name): part for name, part in average.items()}
     for name, p in masters.named.items():
@@ -105,7 +105,7 @@ def state_parts(masters: Masters, optimizer: torch.optim.Optimizer, average: dic
 
 
 def state_blocks(shards: ShardedState, parts: dict) -> dict[str, Tensor]:
-    """The same, cut into blocks that know where they lie."""
+    """The state as DTensor blocks, by name."""
     return {
         f"{kind}.{key}": block
         for (kind, name), part in parts.items()
@@ -120,7 +120,7 @@ def whole_state(
     average: dict[str, Tensor],
     weights: Iterable[tuple[str, Tensor]],
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """The same of a state that one process has written whole: (kind, name of weight, tensor), one after the other."""
+    """Yield the state from a checkpoint that one process wrote: (kind, name of weight, full tensor)."""
     yield from (("model", name, whole) for name, whole in weights)
     yield from (("average", name, whole) for name, whole in average.items())
     order = _order(masters, optimizer)
@@ -129,7 +129,7 @@ def whole_state(
 
 
 def map_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dict, change) -> dict:
-    """An optimizer's `state_dict` whose tensors shaped like a weight went through `change(name of weight, it)`."""
+    """Map the weight-shaped tensors of an optimizer's `state_dict` by `change(name of weight, tensor)`."""
     order = _order(masters, optimizer)
 
     def changed(name: str, value: object) -> object:
@@ -145,7 +145,7 @@ def map_optimizer(masters: Masters, optimizer: torch.optim.Optimizer, state: dic
 
 
 def _order(masters: Masters, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of the weights by the numbers that an optimizer's `state_dict` gives them."""
+    """Names of weights in the order in which an optimizer's `state_dict` numbers them."""
     names = {id(p): name for name, p in masters.named.items()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 

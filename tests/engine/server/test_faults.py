@@ -290,7 +290,7 @@ def left_behind():
 
 
 def least_growth(act, *arguments):
-    """The fewest bytes this process grew by in one of some calls: a leak is in each, what the allocator keeps is not."""
+    """The fewest bytes this process grew by in a call: a leak is in each, what the allocator keeps is not."""
     sizes = [psutil.Process().memory_info().rss]
     for argument in arguments:
         act(argument)

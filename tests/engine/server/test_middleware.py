@@ -121,10 +121,8 @@ def test_mistake_names_field_value_and_what_is_valid(client):
         ({"response_format": "json"}, "response_format: Input should be an object, got 'json'"),
         ({"messages": [{**turn, "content": 5}]}, "messages.0.content: Input should be a valid string; or "),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type: Input should be 'function', got 'custom'"),
-        (
-            {"tool_choice": "any"},
-            "tool_choice: Input should be 'none', 'auto' or 'required'; or Input should be an obj",
-        ),
+        ({"tool_choice": "any"}, "tool_choice: Input should be 'none', 'auto' or 'required', got 'any'"),
+        ({"tool_choice": {"type": "mcp"}}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
     ):
         refused = client.post("/v1/chat/completions", json={"messages": [turn], **body})
         assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(says), refused.text

@@ -73,6 +73,30 @@ def test_fields_that_change_nothing_are_taken(client):
         assert refused.status_code == 400 and refused.json()["error"]["param"] == name
 
 
+def test_store_is_taken_and_named_as_ignored(client):
+    """OpenAI's own examples send it; nothing is stored, which the header says, and Responses in their body."""
+    for path, body in (("chat/completions", {"messages": [HI]}), ("responses", {"input": "hi"})):
+        for store in (True, False):
+            answer = client.post(f"/v1/{path}", json={**body, "store": store})
+            assert answer.status_code == 200 and answer.json().get("store", False) is False
+            assert ("store" in answer.headers.get("x-warploom-ignored", "")) == store
+
+
+def test_limit_has_several_names_and_may_be_none(client):
+    """llama.cpp's n_predict, and -1 for no limit, as its clients and LM Studio's send it."""
+    plain = {"prompt": "x", "seed": 1, "ignore_eos": True}
+    chat = {"messages": [HI], "seed": 1, "ignore_eos": True}
+    for path, body in (("completions", plain), ("chat/completions", chat)):
+        for limit in ({"n_predict": 5}, {"max_tokens": 5, "n_predict": 5}):
+            answer = client.post(f"/v1/{path}", json={**body, **limit})
+            assert answer.json()["usage"]["completion_tokens"] == 5
+        for limit in ({"n_predict": -1}, {"max_tokens": -1}):
+            assert client.post(f"/v1/{path}", json={**body, **limit}).json()["usage"]["total_tokens"] == 320
+        refused = client.post(f"/v1/{path}", json={**body, "max_tokens": 4, "n_predict": 5})
+        assert refused.status_code == 400 and "contradicts" in refused.json()["error"]["message"]
+        assert client.post(f"/v1/{path}", json={**body, "max_tokens": -2}).status_code == 400
+
+
 @pytest.mark.parametrize("kind", ["json_object", "json_schema"])
 def test_schema_beside_the_type_holds(kind, client):
     """llama.cpp's spelling of response_format; it was refused."""

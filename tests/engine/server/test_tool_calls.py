@@ -279,6 +279,50 @@ def test_forced_call_satisfies_its_schema_in_each_format(name, client, server, m
         assert [each["function"] for each in message["tool_calls"]] == [call["function"]]
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_allowed_tools_bind_calls_and_leave_the_prompt(client, server, monkeypatch):
+    """All tools are shown, so that the cached prefix serves whichever are allowed; only those are called."""
+    pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    prompts = set()
+    for name in ("weather", "ping"):
+        for seed in range(4):
+            choice = {"tool_choice": allowed("required", name), "seed": seed, "parallel_tool_calls": False}
+            answer = ask(client, monkeypatch, server, ROWS["hermes"], **choice).json()
+            (call,) = answer["choices"][0]["message"]["tool_calls"]
+            assert call["function"]["name"] == name
+            prompts.add(answer["usage"]["prompt_tokens"])
+        flat = [{"type": "function", **tool["function"]} for tool in (OTHER, TOOL)]
+        named = [{"type": "function", "name": name}, {"type": "web_search"}]
+        choice = {"type": "allowed_tools", "mode": "required", "tools": named}
+        said = client.post("/v1/responses", json={"input": "hi", "tools": flat, "tool_choice": choice}).json()
+        assert {item["name"] for item in said["output"] if item["type"] == "function_call"} == {name}
+    assert len(prompts) == 1
+    free = ask(client, monkeypatch, server, ROWS["hermes"], max_tokens=4, tool_choice=allowed("auto", "ping")).json()
+    assert {free["usage"]["prompt_tokens"]} == prompts
+
+
+def test_call_of_a_tool_that_is_not_allowed_stays_text():
+    from warploom.engine.server.openai.chat import plan_chat
+    from warploom.engine.server.openai.requests import ChatRequest
+
+    from .conftest import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template_of(ROWS["hermes"])
+    hi = [{"role": "user", "content": "hi"}]
+    choice = allowed("auto", "note")
+    tools = [TOOL, {"type": "function", "function": {"name": "note"}}]
+    plan = plan_chat(tokenizer, ChatRequest(messages=hi, tools=tools, tool_choice=choice))
+    said = [f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>' for name in ("note", "weather")]
+    assert plain(plan.reader().read(said[0])) == ("", "", [("note", {})])
+    assert plain(plan.reader().read(said[1])) == ("", said[1], [])
+    assert len(plan.tools) == 2 and "note" in plan.trigger.grammar and "weather" not in plan.trigger.grammar
+
+
 class Led:
     """A grammar behind a text that the model has to write first, token by token."""
 
@@ -369,6 +413,7 @@ def test_tool_choice_that_cannot_be_met_is_refused(client, server, monkeypatch):
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "function": {"name": "nobody"}}, "tools": [TOOL]},
         {"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"tool_choice": allowed("auto", "weather", "nobody"), "tools": [TOOL]},
         {"reasoning_effort": "high"},
     ]
     for case in cases:

@@ -73,7 +73,7 @@ def test_adapter_of_another_base_is_refused(lora, tmp_path):
     torch.manual_seed(7)
     save_model(Transformer(model.config), base, tokenizer)
     for opened in (lambda: load_model(config.out), lambda: LLM(base, device="cpu", adapters={"own": config.out})):
-        with pytest.raises(InputError, match=r"is of another model than .*: numbers of its base that it remembers"):
+        with pytest.raises(InputError, match=r"was trained on another model than .*: the sample of base weights"):
             opened()
 
 
