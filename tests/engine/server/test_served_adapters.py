@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from tests.engine.serving.test_adapters import write
+from warploom.engine.cli.model_argument import ModelOptions
 from warploom.engine.cli.serve import Flags, adapters
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_writer import save_model
@@ -60,7 +61,7 @@ def test_adapters_are_models_of_their_own(server, folder):
 
 
 def test_adapter_flag_names_a_directory():
-    flags = Flags(LLMOptions("base"), adapter=("red=runs/a=b", "blue=c"))
+    flags = Flags(ModelOptions("base"), adapter=("red=runs/a=b", "blue=c"))
     assert adapters(flags) == {"red": "runs/a=b", "blue": "c"}
     with pytest.raises(InputError, match="adapter must be NAME=DIR, got 'runs/a'"):
-        adapters(Flags(LLMOptions("base"), adapter=("runs/a",)))
+        adapters(Flags(ModelOptions("base"), adapter=("runs/a",)))
