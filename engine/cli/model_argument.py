@@ -22,7 +22,8 @@ class ModelOptions(LLMOptions):
 
 
 def model_first(argv: list[str], after: int = 0) -> list[str]:
-    """The command line with the value of `--model` in the place of the positional argument, behind `after` others."""
+    """The command line with the value of `--model` in the place of the positional argument, behind `after` others; of
+    several the last, as of any flag."""
     rest, found = list(argv), []
     for word in argv:
         if word.partition("=")[0] != "--model":
@@ -32,7 +33,5 @@ def model_first(argv: list[str], after: int = 0) -> list[str]:
         if not value or not value[0] or value[0].startswith("-"):
             raise InputError(f"--model needs a value: {NAMED}")
         del rest[at : at + 1 + (word == "--model")]
-        found += value
-    if len(found) > 1:
-        raise InputError(f"--model was given {len(found)} times: {', '.join(found)}; give it once")
+        found = value
     return [*rest[:after], *found, *rest[after:]]
