@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from warploom.engine import throttle
 from warploom.engine.training import inputs
 from warploom.engine.training.config import TrainConfig
 
@@ -12,7 +13,7 @@ ROWS = [{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", 
 
 @pytest.mark.parametrize("name", ["novel.txt", "chats.jsonl"])
 def test_long_tokenization_reports_bytes(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "EVERY", -1.0)
+    monkeypatch.setattr(throttle, "EVERY", -1.0)
     path = tmp_path / name
     path.write_text("a b c\n" * 200 if name == "novel.txt" else "\n".join(map(json.dumps, ROWS)))
     notes: list[str] = []
