@@ -1,1 +1,1 @@
-"""Side-by-side measurements, their recorded results and their plots."""
+"""Benchmarks: side-by-side measurements with peers, their records and plots."""

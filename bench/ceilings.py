@@ -1,7 +1,7 @@
-"""Measured ceilings of the machine: the denominator of every share printed here.
+"""Measured ceilings of the machine (bandwidth, matmul FLOP/s): denominators of all utilization figures.
 
-A datasheet's peak is the limit of a machine nobody has. These are rates this machine reached minutes ago, under the
-same load and clocks as the contestants: `copy` (bytes read plus bytes written), `read` (bytes read), and
+A datasheet's peak is rarely reached. These are rates this machine reached minutes ago, under the same load and clocks
+as the contestants: `copy` (bytes read plus bytes written), `read` (bytes read), and
 `matmul <dtype>` (a large square product by the vendor's library, or by training's own where that is faster; FLOPs, two
 a multiply-add).
 """
@@ -14,7 +14,7 @@ RATES = ("copy", "read", "matmul float32", "matmul bfloat16", "matmul float16", 
 
 
 def measure(name: str, device: str, timer: Timer, *, rounds: int = 7, seconds: float = 3.0) -> float:
-    """The rate named `name` on `device`, in bytes or FLOPs a second: the best median among the ways to reach it."""
+    """Measure the rate `name` on `device`, in bytes or FLOPs a second: the best median of several implementations."""
     if name not in RATES:
         raise ValueError(f"ceiling is {name!r}; known are {', '.join(RATES)}")
     amount, ways = _matmul(name.split()[1], device, timer) if name.startswith("matmul") else _stream(name, device)
@@ -34,7 +34,7 @@ def _stream(name: str, device: str) -> tuple[float, dict[str, Call]]:
 
 
 def _matmul(dtype: str, device: str, timer: Timer) -> tuple[float, dict[str, Call]]:
-    """A square product, grown until one call takes some 20 ms or the size is large enough to amortize everything.
+    """Square matrix product, grown until one call takes some 20 ms or the size amortizes everything.
 
     Where a dtype is slow (float16 on most CPUs), growing keeps the probe itself from taking minutes."""
     import torch
@@ -57,7 +57,7 @@ def _product(torch, dtype: str, device: str, size: int) -> Call:
 
 
 def _ours(torch, dtype: str, device: str, size: int) -> dict[str, Call]:
-    """The same product as training does it on some CPUs: it is held to no ceiling lower than its own."""
+    """The same product by our GEMM, on CPUs where training uses it: the ceiling must not be lower than that."""
     from ..kernels.cpu import gemm
 
     if device != "cpu" or dtype == "int8":

@@ -1,4 +1,4 @@
-"""The README's chart, drawn from saved records: `warploom bench chart` writes docs/chart.svg.
+"""Chart of the README from saved records: `warploom bench chart` writes docs/chart.svg.
 
 An SVG written as text: the same records give the same bytes, so a test can tell whether the chart is what they say.
 Its colors show on a light page and on a dark one.
@@ -20,7 +20,7 @@ WIDTH, LABEL, BAR, LINE = 860, 250, 430, 17
 
 @dataclass(frozen=True)
 class Panel:
-    """One workload of a record, and how the chart calls it."""
+    """One workload of a record, with its title in the chart."""
 
     bench: str
     part: str
@@ -38,7 +38,7 @@ PANELS = (
 
 
 def draw(results: Path = RESULTS, device: str = DEVICE) -> str:
-    """The chart as SVG: a panel a workload, a bar a contestant, its length the speed beside the fastest."""
+    """Draw the chart as SVG: a panel a workload, a bar a contestant, scaled to the fastest."""
     body, top = [], 24
     for panel in PANELS:
         part = load_record(results / device / f"{panel.bench}.json", panel.bench, device).parts[panel.part]
@@ -49,7 +49,7 @@ def draw(results: Path = RESULTS, device: str = DEVICE) -> str:
 
 
 def _panel(title: str, part: PartRecord, top: int) -> tuple[list[str], int]:
-    """The lines of a panel, and where the next one begins."""
+    """Lines of a panel, and the y coordinate behind it."""
     extra = ("ours kv16", "ours http")  # variants of ours have a table of their own
     speeds = {row.who: (row.rate, row.unit) for row in part.rows if row.rate and row.who not in extra}
     fastest = max(rate for rate, _ in speeds.values())

@@ -1,4 +1,4 @@
-"""A cold start: from a process that does not exist yet to its first token.
+"""Cold-start benchmark: from process start to the first token.
 
 Each contestant is a short program, run in a new process every round: it loads the model directory and generates one
 token. The row is the time from the start of the process; `loaded_seconds` is the part of it after the interpreter's
@@ -43,7 +43,7 @@ print(clock() - begin, 1024 * int(peak), flush=True)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The process that every contestant starts."""
+    """Process in which every contestant starts."""
 
     directory: Path
     dtype: str
@@ -52,7 +52,7 @@ class Start:
     prompt: tuple[int, ...]
 
     def run(self, program: str, notes: dict[str, list[float]]) -> None:
-        """Run a program until it says that it has its first token."""
+        """Run a program until it reports its first token."""
         values = str(self.directory), self.dtype, self.device, self.quantize, self.prompt
         said, after = _first_line([sys.executable, "-c", BEFORE + program + AFTER, json.dumps(values)])
         if not said:
@@ -64,7 +64,7 @@ class Start:
 def measure(
     machine: Machine, preset: str, dtype: str, quantize: str | None = None, rivals: bool = True, **overrides: int
 ) -> list[Row]:
-    """Ours, by Python and by the command line, against every peer that can start on the same weights."""
+    """Measure ours, from Python and the command line, and every peer that can load the same weights."""
     from ..engine.config import ModelConfig
 
     config = ModelConfig.preset(preset, **overrides)
@@ -88,7 +88,7 @@ def measure(
 
 
 def _by_hand(start: Start) -> None:
-    """`warploom generate`, until it shows something."""
+    """Run `warploom generate` until its first output."""
     command = [sys.executable, "-m", f"{__package__.rpartition('.')[0]}.engine.cli", "generate"]
     command += ["--model", str(start.directory), "--prompt", "hello", "--max-tokens", "1", "--temperature", "0"]
     command += ["--dtype", start.dtype, "--device", start.device, "--ignore-eos"]
@@ -99,7 +99,7 @@ def _by_hand(start: Start) -> None:
 
 
 def _first_line(command: list[str]) -> tuple[str, str]:
-    """The first line that a program prints; what it complains of, where there is none."""
+    """Run a command; return its first line of output, else its error."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

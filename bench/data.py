@@ -1,4 +1,4 @@
-"""Preparing data: text into token files, in constant memory and on all cores.
+"""Tokenization benchmark: text to token files, in constant memory on all cores.
 
 The text is the standard library over and over: a stream of any length that no disk has to hold. Each size is tokenized
 by a process of its own, whose peak memory the operating system tells; were anything kept, ten times the text would
@@ -20,12 +20,12 @@ VOCABULARY = 8192
 
 
 def parts(options: Options) -> list[Part]:
-    """A gigabyte beside a tenth of it, and beside one thread."""
+    """A gigabyte, a tenth of it, and one thread."""
     return [Part("tokenize 1 GB", tokenize, {"megabytes": 1000}, minutes=3)]
 
 
 def tokenize(machine: Machine, megabytes: int) -> list[Row]:
-    """Rates and peak memory over sizes and threads."""
+    """Throughput and peak memory over sizes and threads."""
     rows = []
     with TemporaryDirectory() as folder:
         for size, threads in ((megabytes // 10, 1), (megabytes // 10, None), (megabytes, None)):
@@ -41,7 +41,7 @@ def tokenize(machine: Machine, megabytes: int) -> list[Row]:
 
 
 def _write(folder: str, size: int, threads: int | None) -> tuple[float, int, int]:
-    """Seconds, tokens and the process's peak memory for a corpus of `size` bytes."""
+    """Tokenize a corpus of `size` bytes; return seconds, tokens and the process's peak memory."""
     import resource
 
     from ..engine.data.corpus import Corpus

@@ -1,4 +1,4 @@
-"""Profile of a decoding step on a GPU: each kernel's share, and how long the device waits for the host.
+"""GPU profile of decoding steps: share of each kernel, and gaps in which the device waits for the host.
 
 python -m warploom.bench.decode_profile [--batch 1 32]
 """
@@ -19,7 +19,7 @@ PROMPT, OUTPUT = 128, 64
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve batches of requests under PyTorch's profiler, and print what the device did."""
+    """Serve batches under PyTorch's profiler and print the device's timeline."""
     parser = argparse.ArgumentParser(prog="python -m warploom.bench.decode_profile", description=main.__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=(1, 32))
     batches = parser.parse_args(argv).batch
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def profiled(server: Server, work: list) -> list[tuple]:
-    """Names and times of what a workload runs on the device, the second time: the first compiles and records graphs."""
+    """Kernel names and times of a workload's second run (the first compiles and captures graphs)."""
     server(work)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         server(work)
@@ -45,7 +45,7 @@ def profiled(server: Server, work: list) -> list[tuple]:
 
 
 def table(spans: list[tuple], steps: int) -> list[str]:
-    """Lines of a table from what ran on the device, in microseconds: the busiest kernels, and the gaps between all."""
+    """Format device spans, in microseconds: the busiest kernels, and the gaps between all."""
     if not spans:
         return ["the profiler saw nothing on the device"]
     total: Counter[str] = Counter()

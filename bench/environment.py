@@ -1,8 +1,8 @@
-"""The environment of a measurement: all it depends on besides the code under test: the machine, its load, the versions,
-the sources.
+"""Environment of a measurement: everything it depends on besides the code under test (machine, load, versions,
+sources).
 
 Nothing here needs more than the standard library. torch is asked only where it is already imported or where a GPU
-is to be found, so that benches of torch-free rooms stay torch-free.
+is to be found, so that benches of torch-free packages stay torch-free.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ ARM_FLAGS = ("asimd", "sve", "sve2", "bf16", "i8mm")
 
 
 def find_device(asked: str = "") -> str:
-    """The device asked for, if it is there; without a wish, `cuda` where torch sees a GPU and else `cpu`."""
+    """The device asked for, if available; by default `cuda` where torch sees a GPU, else `cpu`."""
     if asked not in ("", "cpu", "cuda"):
         raise InputError(f"device is {asked!r}; it must be cpu or cuda")
     if asked == "cpu":
@@ -51,7 +51,7 @@ def _sees_gpu() -> bool:
 
 
 def capture(device: str) -> Environment:
-    """The environment of a measurement on `device` (`cpu` or `cuda`), now."""
+    """Capture the environment of a measurement on `device` (`cpu` or `cuda`)."""
     cpu, flags = _cpu()
     gpu = _gpu() if device == "cuda" else None
     commit, dirty = _commit()
@@ -74,7 +74,7 @@ def capture(device: str) -> Environment:
 
 
 def fingerprint(bench: str, rooms: tuple[str, ...] = ROOMS) -> str:
-    """A hash of the sources a bench's numbers depend on: its rooms, its own file, and how time is taken.
+    """Hash of the sources that a benchmark's numbers depend on: its packages, its own file, the timing code.
 
     Unlike the commit it does not change with documentation or with the results themselves, and it exists without git.
     """
@@ -92,18 +92,18 @@ def _below(path: Path) -> list[Path]:
 
 
 def slug(name: str) -> str:
-    """A name fit for a folder: `AMD EPYC 9B45` -> `amd-epyc-9b45`."""
+    """Folder name of a device: `AMD EPYC 9B45` → `amd-epyc-9b45`."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") or "unknown"
 
 
 class OtherWork:
-    """Load by other processes: how busy they kept the machine since this object was made (Linux)."""
+    """Load by other processes since this object was made (Linux)."""
 
     def __init__(self) -> None:
         self.begin, self.all, self.own = time.monotonic(), _busy_seconds(), sum(os.times()[:4])
 
     def share(self) -> float | None:
-        """Processor time of other processes, over the time all cores had."""
+        """CPU time of other processes over the time of all cores."""
         busy = _busy_seconds()
         if busy is None or self.all is None:
             return None
@@ -121,7 +121,7 @@ def _busy_seconds() -> float | None:
 
 
 def threads() -> int:
-    """Threads that torch's operators use; an estimate before torch is loaded."""
+    """Number of torch's operator threads; an estimate before torch is loaded."""
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch else int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
 
@@ -169,7 +169,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit from git; on a machine that got a copy without it, from WARPLOOM_COMMIT."""
+    """Git commit; without git, from WARPLOOM_COMMIT."""
     commit = _ask("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not commit:
         return os.environ.get("WARPLOOM_COMMIT"), None

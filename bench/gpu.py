@@ -1,8 +1,8 @@
-"""Everything worth doing with a few minutes of a GPU: `make gpu MINUTES=9`.
+"""GPU session: checks, tests and benchmarks in a few minutes, unattended: `make gpu MINUTES=9`.
 
 For a machine on which nothing can be installed (torch, triton and numpy are enough), met rarely, and for kernels that
-may never have run before. A wrong address costs a process its GPU for good; a barrier nobody reaches hangs it. So
-nothing runs in this process:
+may never have run before. An illegal address costs a process its CUDA context; a barrier that is never reached hangs
+it. So nothing runs in this process:
 
 1. a smoke test: a line for each thing without which the rest is in vain (`smoke.py`);
 2. each op is held to its oracle in bfloat16 by a process of its own (`warploom.kernels.tools.verify`), many at once;
@@ -62,19 +62,19 @@ PLAN = (
     ("serve", 50, ["--only", "batch 32", *SHORT], ALONE),
     ("serve", 55, ["--only", "mixed", *SHORT], ALONE),
 )
-"""By value: which bench, its slot in seconds, its flags, its environment. The smoke test and the checks, about 90 s,
-and all slots fit into nine minutes, and leave a minute for the tests."""
+"""Most valuable first: benchmark, its slot in seconds, its flags, its environment. The smoke test and the checks (about
+90 s) and all slots fit into nine minutes, and leave a minute for the tests."""
 MORE = (
     ("kernels", 50, ["--only", "attention both", "--rounds", "5", "--seconds", "4"], FEW),
     ("serve", 50, ["--only", "batch 1", *SHORT], {}),
     ("train", 60, ["--only", "gpt2-124m", "--rounds", "5", "--seconds", "8"], {}),
 )
-"""Of the second command, after checks and profiles: attention's larger tiles, and what users ask first beside all
+"""Plan of the second command, after checks and profiles: attention's larger tiles, and the main workloads beside all
 peers. Three minutes are enough for it."""
 REST = (("kernels", 0.55, 3.0), ("train", 0.5, 6.0), ("serve", 1.0, 8.0), ("kernels", 1.0, 3.0), ("train", 1.0, 6.0))
-"""Which bench, its share of the time that is left, and the minutes after which one of its parts counts as hung."""
+"""Benchmark, its share of the time left, and the minutes after which one of its parts counts as hung."""
 TIME_UP = "the time was up"
-"""End of a process that had no time left: neither a pass nor a failure."""
+"""Result of a process that had no time left: neither a pass nor a failure."""
 COMPILED = (("attention", None), ("attention", "0"), ("paged_attention", None), ("moe", None), ("linear", None))
 """Ops whose large cases take longest to compile, one second a kernel, and WARPLOOM_HOPPER: from the start, when all
 cores but one are idle. A part of `bench kernels` that compiled all of its own would count as hung."""
@@ -91,7 +91,7 @@ WHOLE_FILES = ("*.json", "*.png", "gpu.log")
 
 @dataclass
 class Session:
-    """One run: how long it may take, and where things go."""
+    """State of a session: deadline, environment, output folders."""
 
     deadline: float
     folder: Path
@@ -104,11 +104,11 @@ class Session:
         return self.deadline - time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line with the seconds that are left: what took how long is seen at once."""
+        """Print a line with the seconds left."""
         say(f"{max(self.left(), 0):4.0f} s left  {text}")
 
     def run(self, command: list[str], seconds: float, extra: dict[str, str] | None = None) -> tuple[str, str]:
-        """Run a process; return what it printed and how it ended ("" is well), after these seconds at the latest."""
+        """Run a process with a timeout; return its output and how it ended ("" is well)."""
         if self.left() < 5:
             return "", TIME_UP
         started = subprocess.Popen(
@@ -128,7 +128,7 @@ class Session:
         return printed, "" if started.returncode == 0 else _ending(started.returncode)
 
     def keep(self) -> None:
-        """Copy what there is to the second folder: flat, without what is only of use here."""
+        """Copy results to the second folder, flat, without what is useful only here."""
         if self.copy is not None:
             self.copy.mkdir(parents=True, exist_ok=True)
             for path in [*(path for kind in WHOLE_FILES for path in self.folder.glob(kind)), tuned.FILE]:
@@ -137,7 +137,7 @@ class Session:
 
 
 def _stop(process: subprocess.Popen) -> str:
-    """End a process: it may save what it has, if it still listens."""
+    """Terminate a process, giving it time to save; kill it if it does not end."""
     for ask in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, ask)
@@ -151,7 +151,7 @@ def _ending(code: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, test and measure within the minutes given: 0 if all that was run is well, 1 if not, 2 without a GPU."""
+    """Check, test and measure within the minutes given: exit code 0 if all went well, 1 if not, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="where records go (default: %(default)s)")
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """The checks, the plan, the tests and the rest: how the checks ended, and the tests' last lines."""
+    """First command: checks, plan, tests, the rest; return the results of checks, and the tests' last lines."""
     with compiling_ahead(session):
         printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
         say(printed.rstrip())
@@ -205,7 +205,7 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
 
 
 def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """Plan the second command: profiles, or what was wrong once more under compute-sanitizer; then all peers."""
+    """Second command (`--more`): profiles, or failed checks under compute-sanitizer; then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
     printed, ended = session.run([sys.executable, "-m", "warploom.bench.decode_profile"], 70)
@@ -225,7 +225,7 @@ def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str
 
 @contextlib.contextmanager
 def compiling_ahead(session: Session) -> Iterator[None]:
-    """Fill Triton's cache with the kernels of `COMPILED` meanwhile, by compilers that touch no GPU."""
+    """Compile the kernels of `COMPILED` into Triton's cache in the background, without the GPU."""
     with ThreadPoolExecutor(len(COMPILED)) as pool:
         for op, hopper in COMPILED:
             command = [sys.executable, "-m", "warploom.kernels.tools.compile_offline", "--table", op]
@@ -235,7 +235,7 @@ def compiling_ahead(session: Session) -> Iterator[None]:
 
 
 def run_plan(session: Session, options: argparse.Namespace, plan: tuple, skip: list[str], *again: str) -> None:
-    """Parts of the benches, each in its slot, which ends it: by its own estimate each has time enough."""
+    """Run parts of the benchmarks, each in a time slot of its own."""
     for bench, seconds, flags, extra in plan:
         more = skip if bench == "kernels" else []
         limit = 0.75 if more else seconds / 60  # kernels are many parts
@@ -243,7 +243,7 @@ def run_plan(session: Session, options: argparse.Namespace, plan: tuple, skip: l
 
 
 def run_rest(session: Session, options: argparse.Namespace, skip: list[str], flags: list[str]) -> None:
-    """Whatever the benches have, most important first."""
+    """Run everything else the benchmarks have, most important first."""
     for bench, share, limit in REST:
         more = [*TIMED, *skip] if bench == "kernels" else []
         measure(session, bench, share * session.left(), limit, options.results, [*flags, *more])
@@ -251,7 +251,7 @@ def run_rest(session: Session, options: argparse.Namespace, skip: list[str], fla
 
 @contextlib.contextmanager
 def clocks(session: Session) -> Iterator[None]:
-    """Clocks and power every two seconds, between the other lines of the log: a rate without them says little."""
+    """Log GPU clocks and power every two seconds; a rate without them says little."""
     if not shutil.which("nvidia-smi"):
         yield
         return
@@ -265,7 +265,7 @@ def clocks(session: Session) -> Iterator[None]:
 
 
 def without_hopper(session: Session) -> bool:
-    """Is attention right with fewer of its Hopper kernels, or none? Then it stays so for what follows."""
+    """Try attention with fewer of its Hopper kernels; if a setting is right, keep it for all that follows."""
     fewer = [replace(session, environment={**session.environment, "WARPLOOM_HOPPER": kept}) for kept in FEWER_HOPPER]
     with ThreadPoolExecutor(len(fewer)) as pool:  # at once: where each hangs, that costs as much as one
         wrong = list(pool.map(lambda one: any(check_ops(one, "attention bfloat16 ").values()), fewer))
@@ -278,14 +278,14 @@ def without_hopper(session: Session) -> bool:
 
 
 def device_name() -> str | None:
-    """The GPU's name, if PyTorch sees one."""
+    """Name of the GPU, or None without one."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def capability() -> int:
-    """The GPU's compute capability as one number: 90."""
+    """Compute capability as one number: 90."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -293,7 +293,7 @@ def capability() -> int:
 
 
 def check_names() -> list[str]:
-    """A name for each op, precision and share of the op's cases, most important first: `attention bfloat16 1/3`."""
+    """Names of all checks (op, dtype, share of the op's cases), most important first: `attention bfloat16 1/3`."""
     from .kernels import fused_ops
 
     shares = {op.name: max(1, round(sum(not case.bench for case in op.cases) / CASES)) for op in fused_ops()}
@@ -301,7 +301,7 @@ def check_names() -> list[str]:
 
 
 def check_ops(session: Session, only: str = "", without: Container[str] = ()) -> dict[str, str]:
-    """Results of checks: how that of each name that contains `only` ended, but of no op among `without`; "" is right.
+    """Run the checks whose name contains `only`, except ops in `without`; return how each ended ("" is right).
     What is on record as right is not run again."""
     path = session.folder / "checks.json"
     code = environment.fingerprint("gpu", ("kernels",)) + session.environment.get("WARPLOOM_HOPPER", "")
@@ -325,19 +325,19 @@ def check_ops(session: Session, only: str = "", without: Container[str] = ()) ->
 
 
 def _known_right(path: Path) -> dict[str, list[str]]:
-    """Checks on record as right, by the code that they checked."""
+    """Checks on record as passed, by the code that they checked."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_command(name: str) -> list[str]:
-    """The process that checks `attention bfloat16 1/3`."""
+    """Command line of a check such as `attention bfloat16 1/3`."""
     op, dtype, share = name.split()
     command = [sys.executable, "-m", "warploom.kernels.tools.verify", op, "--dtype", dtype, "--share", share]
     return [*command, "--device", "cuda"]
 
 
 def run_tests(session: Session) -> str:
-    """The tests that need a GPU, or run on one if there is: pytest's last lines."""
+    """Run the tests that need or use a GPU; return pytest's last lines."""
     if not importlib.util.find_spec("pytest"):
         return "no pytest here"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=line"]
@@ -354,7 +354,7 @@ def measure(
     session: Session, bench: str, seconds: float, limit: float, results: Path, flags: list[str],
     extra: dict[str, str] | None = None, minutes: float = 0.0,
 ) -> None:  # fmt: skip
-    """Run a bench in a process of its own, again as long as each one loses its life to another part.
+    """Run a benchmark in a process of its own, and again as long as a process dies of another part.
 
     It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
     end = time.monotonic() + min(seconds, session.left())
@@ -378,7 +378,7 @@ def measure(
 
 
 def draw(session: Session) -> None:
-    """The roofline of what was timed, beside its record."""
+    """Draw the roofline of what was timed, beside its record."""
     from . import kernels
 
     path = session.folder / "kernels.json"
@@ -386,7 +386,7 @@ def draw(session: Session) -> None:
 
 
 def report(session: Session, found: dict[str, str], tests: str) -> int:
-    """Print what happened, in short; how many things are wrong."""
+    """Print a summary; return the number of failures."""
     late = sum(ended == TIME_UP for ended in found.values())
     wrong = {name: ended for name, ended in found.items() if ended not in ("", TIME_UP)}
     left = f", {late} left for the next run" if late else ""

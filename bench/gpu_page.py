@@ -1,6 +1,6 @@
-"""docs/gpu.md: per kernel its bytes, FLOPs, static limits, the roofline of a named device, and what was measured.
+"""Generator of docs/gpu.md: bytes and FLOPs of kernels, static resources, roofline, and measurements.
 
-    python -m warploom.bench.gpu_page            # writes the page anew; a test says when that is due
+    python -m warploom.bench.gpu_page            # rewrites the page; a test fails when that is due
 
 Nothing here needs a GPU: the work comes from the ops' records, the limits from compiling for GPUs that are not there,
 and the column of measurements from records, if there are any.
@@ -43,7 +43,7 @@ part of its loop in which shared memory leaves tensor cores busy on sm_90, the l
 
 
 def work_rows(measured: dict[tuple[str, str], str]) -> Iterable[str]:
-    """A line for each large case, forward and backward."""
+    """Rows of large cases, forward and backward."""
     yield "| op | case | pass | bytes | FLOPs | at best | measured |"
     yield "|---|---|---|---|---|---|---|"
     for op in ops():
@@ -60,7 +60,7 @@ def work_rows(measured: dict[tuple[str, str], str]) -> Iterable[str]:
 
 
 def limit_rows(costs: list[Cost]) -> Iterable[str]:
-    """A line for each kernel, the largest over its cases and architectures."""
+    """Rows of kernels: the largest resource use over cases and architectures."""
     columns = "registers on sm_80 / 90 / 100", "spilled bytes", "shared memory", "programs", "tensor"
     yield f"| op | kernel | warps | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -83,19 +83,19 @@ def limit_rows(costs: list[Cost]) -> Iterable[str]:
 
 
 def programs(cost: Cost) -> int:
-    """Programs of a kernel that a multiprocessor of sm_90 holds at once: 64 Ki registers, 227 KiB, 64 warps."""
+    """Occupancy on sm_90: programs a multiprocessor holds at once (64 Ki registers, 227 KiB, 64 warps)."""
     registers = cost.warps * 32 * -(-cost.registers // 8) * 8
     return min(65536 // registers, 227 * 1024 // (cost.shared + 1024), 64 // cost.warps, 32)
 
 
 def page(costs: list[Cost], measured: dict[tuple[str, str], str]) -> str:
-    """The text of the page."""
+    """Text of the page."""
     rows, limits = "\n".join(work_rows(measured)), "\n".join(limit_rows(costs))
     return f"{HEAD}\n{rows}\n{LIMITS}\nTriton {triton.__version__}:\n\n{limits}\n"
 
 
 def measurements() -> dict[tuple[str, str], str]:
-    """Our medians on record, by part and case, with the device's name where there are several."""
+    """Our recorded medians, by part and case, with the device's name where there are several."""
     found: dict[tuple[str, str], str] = {}
     for path in sorted((environment.ROOT / "bench" / "results").glob("*/kernels.json")):
         for part, record in load_record(path, "kernels", path.parent.name).parts.items():
@@ -106,21 +106,21 @@ def measurements() -> dict[tuple[str, str], str]:
 
 
 def _work(op: Op, case: Case, number: int) -> tuple[float, float]:
-    """Bytes and FLOPs of the forward pass, number 0, or of the backward."""
+    """(bytes, FLOPs) of the forward pass (number 0) or the backward."""
     args, options = case.build(Maker(torch.bfloat16, "meta"))
     moved, done = (each(*args, **options) if each else (0, 0) for each in (op.traffic, op.flops))
     return moved[number], done[number]
 
 
 def _short(x: float) -> str:
-    """Three digits with a prefix."""
+    """Format a number with three digits and a prefix."""
     prefixes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}
     prefix = next((prefix for prefix, size in prefixes.items() if x >= size), "n")
     return f"{x / prefixes[prefix]:.3g} {prefix}"
 
 
 def version_of(text: str) -> str:
-    """The version of Triton that a page was made with."""
+    """Triton version that a page was made with."""
     return next(line.split()[1].rstrip(":") for line in text.splitlines() if line.startswith("Triton "))
 
 

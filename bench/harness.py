@@ -1,4 +1,4 @@
-"""The harness every benchmark sits on: parts, comparisons, resumption.
+"""Benchmark harness: parts, comparisons, records, resumption.
 
 A bench is a module `bench/<name>.py`. Its `parts(options)` lists what it measures, most important first:
 
@@ -12,9 +12,8 @@ A bench is a module `bench/<name>.py`. Its `parts(options)` lists what it measur
 `run_bench` runs the parts that are not on record yet, or whose record no longer holds, and saves after each. A run
 that is stopped, by the budget, by Ctrl-C or by losing the machine, has lost at most the part under way.
 
-A part may take the whole process down: a kernel that reads a wrong address leaves a GPU no process can use again, and
-one that waits for what never comes hangs. So a part's name stands in a file beside the record while it runs. Who finds
-a name there at the start leaves that part out, and goes on with the others.
+A part may take the whole process down: an illegal address ends its CUDA context, and a deadlock hangs it. So a part's
+name is in a file beside the record while it runs. A process that finds a name there at its start skips that part.
 """
 
 import faulthandler
@@ -71,7 +70,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a bench that is measured, saved and resumed as a whole."""
+    """Unit of a benchmark that is measured, saved and resumed as a whole."""
 
     name: str
     run: Callable[..., list[Row]]
@@ -83,7 +82,7 @@ class Part:
 
 
 class Machine:
-    """The measuring instruments of a part: the device, its timer, its ceilings, and fair comparisons."""
+    """Measuring instruments of a part: device, timer, ceilings, fair comparison."""
 
     def __init__(self, device: str = "cpu", timer: Timer | None = None, *, rounds: int = 15, seconds: float = 30.0):
         self.device, self.timer = device, timer or timer_for(device)
@@ -94,7 +93,7 @@ class Machine:
 
     @classmethod
     def asked_for(cls, options: Options) -> "Machine":
-        """The machine as the command line wants it used."""
+        """Make the machine from the command line's options."""
         if options.threads:
             import torch
 
@@ -102,19 +101,19 @@ class Machine:
         return cls(environment.find_device(options.device), rounds=options.rounds, seconds=options.seconds)
 
     def ceiling(self, name: str) -> float:
-        """The rate `name` (see `ceilings.RATES`) of this machine, measured once a run."""
+        """The measured ceiling `name` (see `ceilings.RATES`), once a run."""
         if name not in self.ceilings:
             self.ceilings[name] = self.measure(name)
         return self.ceilings[name]
 
     def by_the_wall(self) -> "Machine":
-        """The same machine with the monotonic clock: for whole systems with threads and streams of their own."""
+        """The same machine with a wall clock, for whole systems with their own threads and streams."""
         twin = Machine(self.device, WallTimer(), rounds=self.rounds, seconds=self.seconds)
         twin.ceilings, twin.measure, twin.peers_until = self.ceilings, self.measure, self.peers_until
         return twin
 
     def has_time_for(self, who: str, ours: str) -> bool:
-        """Return whether a contestant may still be begun: ours always, so that slow peers do not cost our record."""
+        """Return whether a contestant may still start: ours always, so that slow peers cost no record of ours."""
         return who == ours or self.peers_until == math.inf or self.timer.clock() < self.peers_until
 
     def prepare(
@@ -159,7 +158,7 @@ class Machine:
         least: int = 3,
         ours: str = "ours",
     ) -> list[Row]:
-        """Time the contestants side by side, in alternating order, and return a row for each.
+        """Time contestants interleaved, in alternating order; return a row for each.
 
         amount, unit: the work of one call (`rate` is amount a second). limits: for each ceiling, the bytes or FLOPs
         one call must at least move or do. extra: more columns, by contestant; read after the measurement, so calls
@@ -185,7 +184,7 @@ class Machine:
         extra: Mapping[str, dict[str, Value]] | None = None,
         ours: str = "ours",
     ) -> list[Row]:
-        """Rows from seconds a call taken elsewhere (a fresh process, a server), one sample a round and contestant."""
+        """Rows from externally measured seconds (a fresh process, a server): one sample a round and contestant."""
         rates = {name: self.ceiling(name) for name in limits or {}}
         base = samples.get(ours)
         rows = []
@@ -211,7 +210,7 @@ class Machine:
         return rows
 
     def _warm_up(self, contestants: peers.Contestants, calls: int, ours: str) -> tuple[dict, dict, dict]:
-        """The calls that work, how long each took at first, and why the others do not."""
+        """Warm up; return the working calls, their first times, and the reasons of failures."""
         ready: dict[str, Callable[[], object]] = {}
         times: dict[str, list[float]] = {}
         missing: dict[str, str] = {}
@@ -233,12 +232,12 @@ class Machine:
 
 
 class DeviceLost(SystemExit):
-    """The GPU no longer answers this process; another one can go on where it stopped."""
+    """The GPU no longer answers this process; a new process can continue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Outcome of a run of a bench."""
+    """Result of a benchmark run."""
 
     record: Record
     path: Path
@@ -258,7 +257,7 @@ def run_bench(
     clock: Callable[[], float] = time.monotonic,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Outcome:
-    """Measure what `bench`'s record lacks, most important first, saving after each part."""
+    """Measure the parts that the record of `bench` lacks, most important first, saving after each."""
     begin = clock()
     machine = machine or Machine.asked_for(options)
     now = environment.capture(machine.device)
@@ -299,18 +298,18 @@ def run_bench(
 
 
 class Deadly:
-    """The names of parts that took their process down, or are about to show whether they do, in a file."""
+    """File of the parts that killed their process, or are running now and might."""
 
     def __init__(self, path: Path, code: str):
         self.path, self.code = path, code
         lines = path.read_text().splitlines() if path.exists() else []
         self.names = {name for line in lines for key, _, name in [line.partition(" ")] if key == code}
-        if not self.names:  # of other code, which may have been deadlier
+        if not self.names:  # entries are of other code
             path.unlink(missing_ok=True)
 
     @contextmanager
     def trying(self, name: str, minutes: float) -> Iterator[None]:
-        """Holds the name while a part runs, and ends the process if that takes longer than some minutes."""
+        """Mark the part as running, and end the process if it takes longer than `minutes`."""
         self.add(name)
         if minutes:
             faulthandler.dump_traceback_later(60 * minutes, exit=True)
@@ -322,7 +321,7 @@ class Deadly:
             self._write(self.names - {name})
 
     def add(self, name: str) -> None:
-        """From now on the part is known to be deadly."""
+        """Mark a part as deadly."""
         self._write(self.names | {name})
 
     def _write(self, names: set[str]) -> None:
@@ -334,8 +333,8 @@ class Deadly:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an orderly end: whoever asks the process to end (`timeout`, a shutdown) ends it in order: that
-    is no fault of the part."""
+    """Turn SIGTERM into SystemExit: a process that is asked to end (`timeout`, a shutdown) does so in order, and the
+    part is not blamed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -347,7 +346,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _insist_on_device(device: str, deadly: Deadly, name: str) -> None:
-    """After a failure: can this process still use its GPU?"""
+    """After a failure, check that this process can still use its GPU; raise DeviceLost if not."""
     try:
         synchronize(device)
     except Exception as error:
@@ -356,7 +355,7 @@ def _insist_on_device(device: str, deadly: Deadly, name: str) -> None:
 
 
 def stale(record: Record, part: Part, now: environment.Environment, code: str) -> str | None:
-    """Why `part` has to be measured (again); None where its record still holds."""
+    """Reason to measure `part` (again), or None if its record is still valid."""
     old = record.parts.get(part.name)
     if old is None:
         return "not measured yet"
@@ -386,7 +385,7 @@ def _measure(part: Part, machine: Machine, code: str, clock: Callable[[], float]
 
 
 def _with_threads(part: Part, threads: int) -> Part:
-    """A part measured with a number of threads of one's own choice is another measurement."""
+    """Part with a non-default number of threads, which is another measurement."""
     return replace(part, config={**part.config, "threads": threads}) if threads else part
 
 

@@ -1,4 +1,4 @@
-"""One call each of the kernels that decide speed, at their large cases, for a profiler that is told when to look.
+"""Profiling target: one call of each performance-critical kernel at its large cases.
 
     ncu --profile-from-start off --kernel-name regex:… python -m warploom.bench.kernel_calls
 
@@ -17,7 +17,7 @@ KERNELS = {
 
 
 def main() -> int:
-    """Call each op twice: the second time under the profiler."""
+    """Call each op twice, the second time under the profiler."""
     import torch
 
     from .. import kernels

@@ -1,4 +1,4 @@
-"""Every fused op beside its peers: right first, then how near to the machine's limit.
+"""Kernel benchmark: correctness first, then time against peers and the roofline.
 
 On a GPU, each op is first held to its oracle on the device, then timed at its large shapes, forward, and forward with
 backward, against PyTorch eager, `torch.compile`, and whatever peers know the op. A memory-bound op is measured against
@@ -48,7 +48,7 @@ CHECKS = 6
 MAX_RELATIVE_ERROR = 0.03
 """More than a few roundings of bfloat16, relative to the whole tensor."""
 EAGER_IS_ORACLE_AT_SIZE = {"attention", "linear", "moe", "paged_attention"}
-"""Ops whose reference no one would run at size: eager PyTorch's best way stands for it."""
+"""Ops whose reference is too slow at full size: eager PyTorch's best implementation stands in for it."""
 POINTWISE = {"rms_norm", "add_rms_norm", "swiglu", "swiglu_packed", "rope", "cross_entropy", "adamw_step"}
 """Ops that `torch.compile` can fuse; for the others it would only cost minutes."""
 
@@ -72,7 +72,7 @@ class Options(harness.Options):
 
 
 def parts(options: Options) -> list[Part]:
-    """For every op, most important first: is it right on this device, and then how fast."""
+    """Parts for every op, most important first: correctness, then speed."""
     device = options.device or environment.find_device()
     if options.budgets or device != "cuda":
         if device != "cuda":
@@ -87,7 +87,7 @@ def parts(options: Options) -> list[Part]:
 
 
 def fused_ops() -> list[Op]:
-    """The ops that have kernels, most important first."""
+    """Ops that have kernels, most important first."""
     return sorted((op for op in ops() if op.fused is not None), key=_rank)
 
 
@@ -100,13 +100,13 @@ def _parts_of(op: Op, dtype: str) -> list[Part]:
 
 
 def print_budgets(names: Iterable[str]) -> None:
-    """The table of `warploom.kernels.tools.compile_offline`, which chooses its environment itself."""
+    """Print the resource table of `warploom.kernels.tools.compile_offline`, in an environment of its own."""
     command = [sys.executable, "-m", f"{kernels.__name__}.tools.compile_offline", "--table"]
     subprocess.run([*command, *names], check=False)
 
 
 def check(machine: Machine, op: str) -> list[Row]:
-    """Raises unless the op's first small cases are as right on this device as eager PyTorch is.
+    """Raise unless the op's first small cases are as accurate on this device as eager PyTorch.
 
     A handful, since each compiles kernels of its own and minutes are few; the tests go through all of them.
     """
@@ -118,7 +118,7 @@ def check(machine: Machine, op: str) -> list[Row]:
 
 
 def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
-    """The op's large cases, ours beside the others."""
+    """Time the op's large cases, ours and peers."""
     rows = []
     for case in _large(_op(op)):
         args, options = case.build(Maker(getattr(torch, dtype), machine.device))
@@ -141,8 +141,7 @@ def compare(machine: Machine, op: str, pass_: str, dtype: str) -> list[Row]:
 
 
 def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
-    """Return how far our results lie from those of eager PyTorch; raises if that is far, or if they change between two
-    runs.
+    """Error of our results against eager PyTorch at full size; raise if it is large, or if two runs differ.
 
     The distance is ‖ours − eager‖ / ‖eager‖, the largest over results and gradients; of whole numbers, the share that
     differs (two draws may fall on either side of a rounding)."""
@@ -161,7 +160,7 @@ def check_at_size(op: Op, args: list, options: dict, pass_: str) -> float:
 
 
 def _results(function, args: list, options: dict, pass_: str) -> list[torch.Tensor]:
-    """Return what a call returns, and for "both" its gradients."""
+    """Results of a call, and for "both" its gradients."""
     with torch.set_grad_enabled(pass_ == "both"):
         results = verify.tensors(function(*args, **options))
         out = [x for x in results if x.requires_grad]
@@ -205,7 +204,7 @@ def _hopper(args: list) -> bool:
 
 
 def _trying(call, kernel: str, settings: dict):
-    """The same with another tile."""
+    """Variant of a call with other tile settings."""
 
     def tried(*args, **options):
         with tuned.trying(kernel, settings):
@@ -215,7 +214,7 @@ def _trying(call, kernel: str, settings: dict):
 
 
 def _portable(call):
-    """The same without Hopper's kernels: are they worth having?"""
+    """Variant of a call without Hopper's kernels."""
 
     def portable(*args, **options):
         chosen, attention_hopper.hopper_kernels = attention_hopper.hopper_kernels, set()
@@ -228,7 +227,7 @@ def _portable(call):
 
 
 def _step(function, args: list, options: dict, pass_: str):
-    """The call to time: without a graph, or with one and its gradients."""
+    """The call to time: forward alone without autograd, or forward and backward."""
     wanted = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
 
     def forward():
@@ -244,7 +243,7 @@ def _step(function, args: list, options: dict, pass_: str):
 
 
 def _remembered(make):
-    """The same gradient each time, so that filling it is not timed."""
+    """Make the upstream gradient once, so that filling it is not timed."""
     made = {}
 
     def get(x):
@@ -257,7 +256,7 @@ def _remembered(make):
 
 
 def host_microseconds(op: Op, machine: Machine, calls: int = 200) -> float:
-    """Measure the host time of a call: the time to enqueue it on inputs too small to keep the device busy."""
+    """Host time of a call: enqueueing it, on inputs too small to keep the device busy."""
     args, options = op.cases[0].build(Maker(torch.bfloat16, machine.device))
     step = _step(op, args, options, "forward")
     with backend("triton"):
@@ -269,7 +268,7 @@ def host_microseconds(op: Op, machine: Machine, calls: int = 200) -> float:
 
 
 def tune(machine: Machine, op: str, dtype: str) -> list[Row]:
-    """Searches the launch settings of the op's kernels at its large cases, and files what is faster."""
+    """Search launch settings of the op's kernels at its large cases, and save faster ones."""
     rows, done = [], set()
     for case in _large(_op(op)):
         args, options = case.build(Maker(getattr(torch, dtype), machine.device))
@@ -283,7 +282,7 @@ def tune(machine: Machine, op: str, dtype: str) -> list[Row]:
 
 
 def draw(record, path) -> None:
-    """A roofline of every timed case."""
+    """Draw a roofline of every timed case."""
     from .plots import roofline
 
     points, ceilings = [], {}
@@ -319,6 +318,6 @@ def _rank(op: Op) -> tuple:
 
 
 def _work(op: Op, args: list, options: dict, pass_: str) -> tuple[float, float]:
-    """The bytes a call must move and the FLOPs it must do."""
+    """(bytes moved at least, FLOPs) of a call."""
     both = [work(*args, **options) if work else (0, 0) for work in (op.traffic, op.flops)]
     return tuple(pair[0] + (pair[1] if pass_ == "both" else 0) for pair in both)

@@ -1,6 +1,6 @@
-"""Does a run survive anything? Kill it a hundred times, resume it each time, and compare the bits it ends with.
+"""Crash test: kill a training run a hundred times, resume it each time, compare the final bits.
 
-One run trains undisturbed. Its twin is killed (SIGKILL: no handler, no farewell) at random moments: in a step, in the
+One run trains undisturbed. A second one is killed (SIGKILL, which no handler sees) at random moments: in a step, in the
 middle of writing a checkpoint, while it evaluates or while it is still starting. Each time it is resumed in a new
 process, with another number of data workers. Both must end with the same weights, optimizer state and best model, to
 the last bit. The seconds are from one kill to the next: start-up, resuming, and at least one new checkpoint.
@@ -22,12 +22,12 @@ PRELOAD = ["warploom.engine.training.trainer", "warploom.tokenizer", "warploom.e
 
 
 def parts(options: Options) -> list[Part]:
-    """A small model with dropout, so that random numbers matter too."""
+    """A small model with dropout, so that random state matters too."""
     return [Part("100 kills", survive, {"kills": 100, "dtype": "float32"}, minutes=6)]
 
 
 def survive(machine: Machine, kills: int, dtype: str) -> list[Row]:
-    """The undisturbed run and the killed one, and whether they are identical."""
+    """Rows of the undisturbed and the killed run, and whether they end identically."""
     from ..engine.training import TrainConfig
 
     with TemporaryDirectory() as folder:
@@ -55,21 +55,21 @@ def survive(machine: Machine, kills: int, dtype: str) -> list[Row]:
 
 
 def processes():
-    """A server of processes that have imported everything already."""
+    """Fork server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
 
 
 def train(config) -> None:
-    """The run that is killed unless another is given."""
+    """Default run to kill."""
     from ..engine.training import train
 
     train(config)
 
 
 def run_once(context, config, run=train) -> None:
-    """A run in a process of its own, to its end."""
+    """Run to the end in a process of its own."""
     process = context.Process(target=run, args=(config,))
     process.start()
     process.join()
@@ -78,7 +78,7 @@ def run_once(context, config, run=train) -> None:
 
 
 def run_killed(context, config, kills: int, seed: int = 0, run=train) -> list[float]:
-    """Kill a run up to `kills` times, then let it finish; the seconds from kill to kill.
+    """Kill a run up to `kills` times, then let it finish; return the seconds between kills.
 
     Most deaths come up to a tenth of a second after a new checkpoint, or with the next one, if that is sooner; every
     fifth one comes wherever start-up has got to.
@@ -110,7 +110,7 @@ def run_killed(context, config, kills: int, seed: int = 0, run=train) -> list[fl
 
 
 def digest(config) -> str:
-    """SHA-256 over the weights, the optimizer's state and the best model (or adapter) of a finished run."""
+    """SHA-256 of the weights, optimizer state and best model (or adapter) of a finished run."""
     weights = "adapter_model.safetensors" if config.lora else "model.safetensors"
     last = Path(config.out) / "checkpoints" / f"step-{config.steps}"
     found = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Ours behind HTTP: `warploom serve` in a process of its own, asked by as many clients as there are requests.
+"""Our server over HTTP: `warploom serve` in its own process, with one client per request.
 
 The clients have to share the machine with the server, so they are frugal: whole answers by `/generate/`, streams read
 as they come and taken apart at the end.
@@ -23,7 +23,7 @@ PATIENCE = 180.0  # seconds for a model to load
 
 
 def start(directory: str, *flags: str) -> tuple[str, Callable[[], None]]:
-    """Start `warploom serve` on a free port; its address once it answers, and what ends it."""
+    """Start `warploom serve` on a free port; return its address once it answers, and a function that ends it."""
     if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise Unavailable(f"{' and '.join(absent)} not installed")
     command = [sys.executable, "-m", f"{__package__.rpartition('.')[0]}.engine.cli", "serve", "--model", directory]
@@ -51,7 +51,7 @@ def start(directory: str, *flags: str) -> tuple[str, Callable[[], None]]:
 
 
 def generate_all(address: str, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
-    """Greedy continuations of all prompts, each asked for by a client of its own at the same time."""
+    """Greedy continuations of all prompts, requested concurrently."""
 
     def ask(prompt: list[int], count: int) -> list[int]:
         body = {"idx": [prompt], "max_new_tokens": count, "temperature": 0.0}
@@ -66,7 +66,7 @@ def generate_all(address: str, prompts: list[list[int]], counts: list[int]) -> l
 
 
 def stream_all(address: str, prompts: list[list[int]], counts: list[int]) -> list[tuple[str, int]]:
-    """The same continuations as streams: each one's text, and how many tokens it took."""
+    """The same as streams: text and number of tokens of each."""
     host, port = address.removeprefix("http://").split(":")
 
     async def ask(prompt: list[int], count: int) -> tuple[str, int]:

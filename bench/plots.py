@@ -1,4 +1,4 @@
-"""Pictures of a record, drawn without a screen: bars of speed for each case, and a roofline for operations."""
+"""Plots of a record, without a display: bars of speed, rooflines."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ OURS, PEER = "#d1495b", "#8d99ae"
 
 
 def draw(record: Record, path: Path) -> None:
-    """Bars for every timed case of the record, one panel a case, each contestant with its quartiles."""
+    """Draw bars for every timed case: one panel a case, quartiles of each contestant."""
     panels = [
         (f"{name}: {case}", [row for row in part.rows if row.case == case and row.seconds and row.rate])
         for name, part in record.parts.items()
@@ -30,7 +30,7 @@ def draw(record: Record, path: Path) -> None:
 def roofline(
     points: Sequence[tuple[str, float, float]], *, bandwidth: float, peak: float, path: Path, title: str = ""
 ) -> None:
-    """Operations as points under the machine's roof.
+    """Draw operations as points under the machine's roofline.
 
     points: (label, FLOPs a byte, FLOPs a second reached). bandwidth (B/s), peak (FLOP/s): measured.
     """

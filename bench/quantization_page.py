@@ -1,4 +1,4 @@
-"""The tables of docs/quantization.md, from the record of `warploom bench quantization`.
+"""Generator of the tables in docs/quantization.md, from the record of `warploom bench quantization`.
 
 python -m warploom.bench.quantization_page   # writes them anew; a test says when that is due
 """
@@ -35,7 +35,7 @@ OURS = {"Q4_1": "ours as it is", "Q8_0": "ours int8"}  # beside a peer's format
 
 
 def loss_rows(record: Record) -> Iterable[str]:
-    """A line for each scheme that is on record."""
+    """Rows of recorded schemes."""
     yield LOSS
     yield "|---|---|---|---|---|"
     told = [row for part in record.parts.values() for row in part.rows if "kl" in row.extra]
@@ -47,7 +47,7 @@ def loss_rows(record: Record) -> Iterable[str]:
 
 
 def speed_rows(record: Record) -> Iterable[str]:
-    """A line for each workload that is on record; a dash where a peer was not measured."""
+    """Rows of recorded workloads; a dash where a peer was not measured."""
     yield SPEED
     yield "|---" * (1 + len(RATED)) + "|"
     for name, title in WORK.items():
@@ -57,7 +57,7 @@ def speed_rows(record: Record) -> Iterable[str]:
 
 
 def _rate(who: str, rates: dict[str, float]) -> str:
-    """Tokens a second; of a peer also how many times as fast ours is."""
+    """Tokens a second; for a peer also our speedup over it."""
     if who not in rates:
         return "–"
     ours = rates.get(OURS.get(who.rpartition(" ")[2], ""))
@@ -65,7 +65,7 @@ def _rate(who: str, rates: dict[str, float]) -> str:
 
 
 def page(text: str, record: Record) -> str:
-    """The page with its tables as the record has them."""
+    """The page with its tables updated from the record."""
     for rows in (list(loss_rows(record)), list(speed_rows(record))):
         lines = text.split("\n")
         first = next(at for at, line in enumerate(lines) if line.startswith(rows[0][:40]))
@@ -80,7 +80,7 @@ def measured() -> Record:
 
 
 def _short(value: float) -> str:
-    """Two digits that tell something: 0.0025, 0.041, 0.31."""
+    """Format with two significant digits: 0.0025, 0.041, 0.31."""
     return f"{value:.4f}" if value < 0.01 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 

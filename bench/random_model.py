@@ -1,11 +1,11 @@
-"""A model of random weights to serve: what it says does not matter to its speed."""
+"""Random-weight model for speed measurements."""
 
 from pathlib import Path
 from typing import Any
 
 
 def save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer: Any = None) -> None:
-    """A model directory of random weights, the same for every contestant."""
+    """Write a model directory of random weights, the same for every contestant."""
     import torch
 
     from ..engine.formats.model_writer import save_model
@@ -18,7 +18,7 @@ def save_random(config: Any, dtype: str, device: str, directory: Path, tokenizer
 
 
 def printable_tokenizer(config: Any) -> Any:
-    """One with a text for every token, so that every token of a stream is told: pairs of printable characters."""
+    """Tokenizer in which every token has printable text (pairs of characters), so that streams show each."""
     from ..tokenizer import BPETokenizer
 
     pairs = [(bytes([a]), bytes([b])) for a in range(33, 127) for b in range(33, 127)][: config.vocab_size - 256]

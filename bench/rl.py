@@ -1,4 +1,4 @@
-"""Reinforcement learning: what a step costs beside TRL's `GRPOTrainer`, and whether thinking pays.
+"""Reinforcement learning benchmark: cost of a step beside TRL's `GRPOTrainer`, and whether thinking is learned.
 
 Both start from the same small base, which is made here of a task's solved problems; both get the same prompts a step,
 group, rate and longest answer, and sample untruncated at temperature 1. Times are CPU seconds of the process, which
@@ -22,7 +22,7 @@ SIZES = {"batch_size": 16, "group": 16, "max_tokens": 64}
 
 
 def parts(options: Options) -> list[Part]:
-    """The picture first: it needs a base that can think."""
+    """Parts; first the curve of accuracy and answer length."""
     return [
         Part("thinking pays", think, {"task": "sums:8", "learn": 400, "habit": 200, "steps": 40}, minutes=6),
         Part("addition", duel, {"task": "addition:2", "learn": 300, "steps": 15}, minutes=3),
@@ -30,7 +30,7 @@ def parts(options: Options) -> list[Part]:
 
 
 def train_base(out: Path, data: str, steps: int, **changes) -> Path:
-    """A model that has read solved problems, by characters."""
+    """Train a small character model on solved problems."""
     from ..engine.training import TrainConfig, train
 
     settings = {"tokenizer": "char", "model": MODEL, "lr": 3e-3, "batch_size": 32, "dtype": "float32", "device": "cpu"}
@@ -46,7 +46,7 @@ def scratch() -> Iterator[Path]:
 
 
 def run_ours(base: Path, task: str, steps: int, out: Path, lr: float, problems: int = 0) -> tuple[list[float], list]:
-    """CPU seconds and figures of every step."""
+    """Run our RL; return CPU seconds and metrics of every step."""
     from ..engine.rl import RLConfig
     from ..engine.rl.trainer import RLTrainer
 
@@ -63,7 +63,7 @@ def run_ours(base: Path, task: str, steps: int, out: Path, lr: float, problems: 
 
 
 def think(machine: Machine, task: str, learn: int, habit: int, steps: int) -> list[Row]:
-    """From a base that knows a scratchpad and seldom uses it to one that thinks."""
+    """RL from a base that knows a scratchpad and seldom uses it, to one that thinks."""
     from ..engine.rl.evaluate import evaluate_task
     from ..engine.serving.llm import LLM
     from ..engine.tasks import open_task
@@ -96,7 +96,7 @@ def think(machine: Machine, task: str, learn: int, habit: int, steps: int) -> li
 
 
 def duel(machine: Machine, task: str, learn: int, steps: int) -> list[Row]:
-    """CPU seconds a step, ours and the peers', from a base that solves a quarter: every step has something to learn."""
+    """CPU seconds a step, ours and peers', from a base that solves a quarter, so that every step learns."""
     with scratch() as folder:
         base = train_base(folder / "base", task, learn)
         seconds, figures = run_ours(base, task, steps, folder / "run", 1e-4)

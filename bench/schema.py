@@ -1,4 +1,4 @@
-"""Records of benchmarks: one JSON file a bench and device, readable for years and resumable part by part.
+"""Benchmark records: one JSON file a benchmark and device, resumable part by part.
 
 A `Record` holds finished `PartRecord`s. A part is the unit of resumption: it is saved the moment it ends, together
 with everything its numbers depend on (configuration, code fingerprint, environment, ceilings measured beside it), so
@@ -24,7 +24,7 @@ Value = float | int | str | bool | None
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median and how far the samples lie around it."""
+    """Median with quartiles."""
 
     median: float
     low: float
@@ -40,7 +40,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: list[float]) -> "Spread":
-        """The spread of `samples` (at least one)."""
+        """Compute from `samples` (at least one)."""
         middle = median(samples)
         low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [middle] * 3
         mad = median(abs(sample - middle) for sample in samples)
@@ -49,7 +49,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contestant on one case."""
+    """Result of one contestant on one case."""
 
     case: str
     """The workload: a shape, a data set, a batch size."""
@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The machine and software a part was measured on."""
+    """Machine and software that a part was measured on."""
 
     date: str
     """UTC, ISO 8601, to the second."""
@@ -118,7 +118,7 @@ class PartRecord:
 
 @dataclass(slots=True)
 class Record:
-    """All finished parts of one bench on one device."""
+    """All finished parts of one benchmark on one device."""
 
     bench: str
     device: str
@@ -126,23 +126,23 @@ class Record:
     parts: dict[str, PartRecord] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = None) -> str:
-        """This record as JSON; one line unless `indent` is given."""
+        """Serialize to JSON; one line unless `indent` is given."""
         return json.dumps(dataclasses.asdict(self), indent=indent, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
-        """The record that `to_json` wrote."""
+        """Parse what `to_json` wrote."""
         data = json.loads(text)
         parts = {name: _part(part) for name, part in data["parts"].items()}
         return cls(bench=data["bench"], device=data["device"], schema=data["schema"], parts=parts)
 
     def save(self, path: Path) -> None:
-        """Write the whole record or, where that fails, leave the one before it."""
+        """Write atomically: on failure the previous record stays."""
         write_text(path, self.to_json(indent=1) + "\n")
 
 
 def load_record(path: Path, bench: str, device: str) -> Record:
-    """The record at `path`; an empty one where there is none, or where another schema wrote it."""
+    """Load the record at `path`; an empty one if there is none or its schema differs."""
     if not path.exists():
         return Record(bench, device)
     try:

@@ -1,4 +1,4 @@
-"""Serving speed: many requests of random tokens, answered together.
+"""Serving benchmark: throughput and latency of many random requests answered together.
 
 The shared protocol: a fixed seed, prompt and output lengths uniform in a range, random token ids on random weights,
 end of text ignored, greedy. Prompts begin differently in every round, so that no cache of prefixes helps. Its size is
@@ -70,12 +70,12 @@ class Job:
     temperature: float = 0.0
 
     def pages(self, size: int) -> int:
-        """Pages of `size` tokens for them."""
+        """Pages of `size` tokens that all requests need."""
         return sum(-(-length // size) for length in self.lengths)
 
     @property
     def kv_memory(self) -> int:
-        """Bytes of cache for them."""
+        """Bytes of KV cache that all requests need."""
         from ..engine.formats.model_info import load_config
 
         return self.pages(PAGE) * PAGE * load_config(self.directory).kv_bytes_per_token(ELEMENT[self.dtype])
@@ -131,7 +131,7 @@ def serve(
     temperature: float = 0.0,
     **overrides: int,
 ) -> list[Row]:
-    """Ours (also behind HTTP) against every peer that has weights of the same precision, or itself alone."""
+    """Ours (also over HTTP) against every peer with weights of the same precision, or alone."""
     from ..engine.config import ModelConfig
 
     config = ModelConfig.preset(preset, **overrides)
@@ -160,7 +160,7 @@ def serve(
 def _contest(
     machine: Machine, case: str, builders: peers.Builders, work: list[Request], limits: dict[str, float]
 ) -> tuple[list[Row], dict[str, list[Reply]]]:
-    """Start every server with one short request, then time all of them on the whole workload."""
+    """Start every server with one short request, then time the whole workload on each."""
     replies: dict[str, list[Reply]] = {}
     started, extra = machine.prepare({who: _starting(build, work) for who, build in builders.items()})
     for who in ("ours http", "ours stream"):
@@ -176,7 +176,7 @@ def _contest(
 
 
 def workload(count: int, prompt: tuple[int, int], output: tuple[int, int], vocab_size: int) -> list[Request]:
-    """`count` requests with lengths uniform in the (inclusive) ranges, the same on every machine."""
+    """`count` requests with lengths uniform in the (inclusive) ranges, reproducible on every machine."""
     import numpy as np
 
     draw = np.random.default_rng(0)
@@ -185,13 +185,13 @@ def workload(count: int, prompt: tuple[int, int], output: tuple[int, int], vocab
 
 
 def span(text: str) -> tuple[int, int]:
-    """`100-1024` as its two ends; `128` is both."""
+    """Parse a range: `100-1024`, or `128` for both ends."""
     low, _, high = text.partition("-")
     return int(low), int(high or low)
 
 
 def ours(job: Job, seeded: bool = True, steady: bool = True, kv_dtype: str | None = None) -> Server:
-    """`LLM`, and when each token came."""
+    """`LLM`, recording when each token arrived."""
     from ..engine.serving import LLM, SamplingParams
 
     llm = LLM(
@@ -219,7 +219,7 @@ def ours(job: Job, seeded: bool = True, steady: bool = True, kv_dtype: str | Non
 
 
 def behind_http(job: Job, stream: bool = False) -> Server:
-    """`warploom serve`, asked by as many clients as there are requests."""
+    """`warploom serve`, with one client per request."""
     from .over_http import generate_all, start, stream_all
 
     flags = {"dtype": job.dtype, "device": job.device, "max-batch": job.batch, "kv-memory": job.kv_memory}
@@ -253,7 +253,7 @@ def bounds(
     weight_bytes: int | None = None,
     cache_bytes: int | None = None,
 ) -> dict[str, float]:
-    """The least a workload must compute (prefill) or read (decode), by the ceiling it is held against."""
+    """Roofline of a workload: least FLOPs (prefill) or bytes (decode), by the ceiling it is held against."""
     if _prefill(work):
         tokens, name = sum(len(request.prompt) for request in work), "int8" if weight_bytes == 1 else dtype
         return {f"matmul {name}": tokens * config.flops_per_token(len(work[0].prompt), training=False)}
@@ -268,7 +268,7 @@ def _prefill(work: list[Request]) -> bool:
 
 
 def _starting(build: Callable[[], Server] | peers.Missing, work: list[Request]):
-    """A builder whose call answers one short request: what a cold start to the first token takes."""
+    """Builder whose call answers one short request: cold start to the first token."""
     if isinstance(build, peers.Missing):
         return build
     first = [Request(work[0].prompt[:16], 1)]
@@ -276,7 +276,7 @@ def _starting(build: Callable[[], Server] | peers.Missing, work: list[Request]):
 
 
 def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]], who: str):
-    """The call to time: the whole workload, by the server that was started; its replies are kept and counted."""
+    """Call to time: the whole workload on a started server; replies are kept and checked."""
     if isinstance(started, peers.Missing):
         return started
 
@@ -285,7 +285,7 @@ def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]
     def call() -> None:
         first = next(turn) % FIRST
         answers = started.func([replace(request, prompt=[first, *request.prompt[1:]]) for request in work])
-        same = replies.get(who, answers)  # of the first round, in which everyone was asked the same
+        same = replies.get(who, answers)  # of the first round, in which all contestants got the same prompts
         replies[who] = [replace(reply, times=answer.times) for reply, answer in zip(same, answers)]
         short = [(len(reply.tokens), request.tokens) for reply, request in zip(answers, work)]
         if wrong := [pair for pair in short if pair[0] != pair[1]]:
@@ -295,7 +295,7 @@ def _answering(started: Any, work: list[Request], replies: dict[str, list[Reply]
 
 
 def _gaps(reply: Reply) -> list[float]:
-    """Between one token and the next; their mean where only the ends are known."""
+    """Inter-token latencies; their mean where only the ends are known."""
     first, last, count = reply.times[0], reply.times[-1], len(reply.tokens)
     if len(reply.times) < count:
         return [(last - first) / (count - 1)]
@@ -303,7 +303,7 @@ def _gaps(reply: Reply) -> list[float]:
 
 
 def _notes(replies: list[Reply] | None, reference: list[Reply]) -> dict[str, Value]:
-    """Latencies, and agreement with our tokens."""
+    """Latency percentiles, and agreement with our tokens."""
     if not replies:
         return {}
     notes: dict[str, Value] = {}

@@ -1,4 +1,4 @@
-"""The first seconds on a GPU: a line for each thing that the rest needs, and that may never have run on one.
+"""GPU smoke test: one line for each prerequisite of the session, in its first seconds.
 
 python -m warploom.bench.smoke
 """
@@ -15,7 +15,7 @@ from ..kernels.tools import verify
 
 
 def toolchain() -> str:
-    """Key of the toolchain that a compiled kernel depends on: with the same key a cache made elsewhere serves here."""
+    """Key of the toolchain that compiled kernels depend on: a cache made with the same key is valid here."""
     import triton
     from triton.runtime.cache import triton_key
 
@@ -24,8 +24,8 @@ def toolchain() -> str:
 
 
 def addmm_float32() -> str:
-    """The products of `linear_cross_entropy`, which older versions of PyTorch refuse: the first into memory that may
-    hold anything."""
+    """Mixed-dtype products of `linear_cross_entropy`, which older PyTorch versions refuse; the first writes to
+    uninitialized memory."""
     a, b = (torch.randn(shape, device="cuda").bfloat16() for shape in ((64, 16), (16, 32)))
     total = torch.full((64, 32), torch.nan, device="cuda")
     for beta in (0, 1):
@@ -34,12 +34,12 @@ def addmm_float32() -> str:
 
 
 def small(op: kernels.Op) -> str:
-    """The op's first small case against its oracle, forward and backward."""
+    """Check the op's first small case against its oracle, forward and backward."""
     return "; ".join(verify.errors(op, op.cases[0], torch.bfloat16, "cuda")) or "right"
 
 
 def portable() -> str:
-    """Attention without Hopper's kernels."""
+    """Check attention without Hopper's kernels."""
     chosen, attention_hopper.hopper_kernels = attention_hopper.hopper_kernels, set()
     try:
         return small(kernels.attention)
@@ -48,7 +48,7 @@ def portable() -> str:
 
 
 def graph() -> str:
-    """The capture and replay of the op that serving lives on."""
+    """Capture and replay a CUDA graph of paged attention."""
     return "other bits" if verify.graph_replay_differs(kernels.paged_attention) else "same bits"
 
 
@@ -66,7 +66,7 @@ STEPS: dict[str, Callable[[], str]] = {
 
 
 def main() -> int:
-    """Run every step, whatever the others said: how many failed."""
+    """Run every step even if others fail; return the number of failures."""
     failed = 0
     for name, step in STEPS.items():
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A record as a table for people: rich where it is installed, plain columns elsewhere, Markdown for the docs."""
+"""Tables of a record: rich if installed, plain text, or Markdown for the docs."""
 
 from .schema import PartRecord, Record, Row, Value
 
@@ -8,7 +8,7 @@ FIRST = ("first_seconds", "peak_bytes")
 
 
 def si(value: float, unit: str) -> str:
-    """A number with its unit, prefixed where prefixes are usual: `1.25 TFLOP/s`, `3,247 tok/s`."""
+    """Format a number with its unit, prefixed where usual: `1.25 TFLOP/s`, `3,247 tok/s`."""
     if unit.split("/")[0] not in PREFIXED:
         return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -18,7 +18,7 @@ def si(value: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit one would say: `2.31 s`, `41.7 ms`, `9.05 µs`."""
+    """Format seconds: `2.31 s`, `41.7 ms`, `9.05 µs`."""
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
 
 
 def show(record: Record) -> None:
-    """Print each part of a record: what it ran on, then a row a contestant."""
+    """Print each part of a record: its environment, then a row a contestant."""
     for name, part in record.parts.items():
         title = f"{record.bench}: {name}"
         columns, lines = cells(part)
@@ -37,7 +37,7 @@ def show(record: Record) -> None:
 
 
 def brief(record: Record) -> list[str]:
-    """A line for each of our rows: the time, the rate, the share of each limit, and the ratio to the fastest peer."""
+    """One line for each of our rows: time, rate, share of each limit, ratio to the fastest peer."""
     lines = []
     for name, part in record.parts.items():
         for row in part.rows:
@@ -53,7 +53,7 @@ def brief(record: Record) -> list[str]:
 
 
 def subtitle(part: PartRecord) -> str:
-    """The machine, the commit and the ceilings of a part, in one line."""
+    """One line on a part's machine, commit and ceilings."""
     machine = part.environment
     commit = (machine.commit or "no commit")[:9] + ("+changes" if machine.dirty else "")
     rates = [f"{name} {si(rate, 'FLOP/s' if 'matmul' in name else 'B/s')}" for name, rate in part.ceilings.items()]
@@ -68,7 +68,7 @@ def _noise(part: PartRecord) -> str:
 
 
 def cells(part: PartRecord) -> tuple[list[str], list[list[str]]]:
-    """The headings and the text of every row; a column that no row fills is left out."""
+    """Headings and cells of a table; empty columns are left out."""
     limits = list(dict.fromkeys(name for row in part.rows for name in row.limits))
     extras = list(dict.fromkeys(name for row in part.rows for name in row.extra))
     extras.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
@@ -82,14 +82,14 @@ def cells(part: PartRecord) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(part: PartRecord) -> str:
-    """The table for a page of documentation, with the machine and the commit above it."""
+    """Format as Markdown, with machine and commit above."""
     columns, lines = cells(part)
     rows = [columns, ["---"] * len(columns), *lines]
     return "\n".join([subtitle(part), "", *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def plain(title: str, under: str, columns: list[str], lines: list[list[str]]) -> str:
-    """The table in aligned columns of plain text."""
+    """Format as aligned plain text."""
     widths = [max(map(len, column)) for column in zip(columns, *lines)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [columns, *lines]]
     return "\n".join([title, under, *rows, ""])

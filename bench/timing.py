@@ -1,4 +1,4 @@
-"""Taking time fairly: the same clock for all, contestants interleaved, medians with their spread.
+"""Fair timing: one clock for all, interleaved contestants, medians with quartiles.
 
 A machine drifts: it warms up, throttles, and serves other people. Measuring A ten times and then B ten times
 charges that drift to one of them. Here every round times each contestant once, each second round in reverse
@@ -21,13 +21,13 @@ Call = Callable[[], object]
 
 
 class WallTimer:
-    """Seconds a call by a monotonic clock; short calls are repeated until a sample lasts `min_sample` seconds."""
+    """Wall-clock timer; short calls are repeated until a sample lasts `min_sample` seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, min_sample: float = 0.005):
         self.clock, self.min_sample = clock, min_sample
 
     def calls(self, estimate: float) -> int:
-        """Return how often to call within one sample what takes `estimate` seconds."""
+        """Number of calls in a sample of what takes `estimate` seconds."""
         return min(100_000, max(1, math.ceil(self.min_sample / max(estimate, 1e-9))))
 
     def sample(self, call: Call, calls: int) -> float:
@@ -39,7 +39,7 @@ class WallTimer:
 
 
 class CudaTimer:
-    """Seconds a call by CUDA events, the L2 cache cold before each call."""
+    """CUDA-event timer, with a cold L2 cache before each call."""
 
     def __init__(self, min_sample: float = 0.005):
         import torch
@@ -49,7 +49,7 @@ class CudaTimer:
         self.evict = torch.ones(max(4 * cache_bytes, 256 * 2**20) // 4, device="cuda")
 
     def calls(self, estimate: float) -> int:
-        """Return how many calls make one sample of what takes `estimate` seconds."""
+        """Number of calls in a sample of what takes `estimate` seconds."""
         return min(50, max(1, math.ceil(self.min_sample / max(estimate, 1e-6))))
 
     def sample(self, call: Call, calls: int) -> float:
@@ -70,12 +70,12 @@ Timer = WallTimer | CudaTimer
 
 
 def timer_for(device: str) -> Timer:
-    """The timer of a device: events on a GPU, the monotonic clock elsewhere."""
+    """Timer of a device: CUDA events on a GPU, wall clock elsewhere."""
     return CudaTimer() if device == "cuda" else WallTimer()
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device == "cuda":
         import torch
 
@@ -117,7 +117,7 @@ def interleave(
 
 
 def host_seconds(call: Call, calls: int = 100, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds the host spends to issue one call, the device's own work not awaited."""
+    """Host time to issue one call, without waiting for the device."""
     call()
     begin = clock()
     for _ in range(calls):
@@ -127,7 +127,7 @@ def host_seconds(call: Call, calls: int = 100, clock: Callable[[], float] = time
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage collector does not run between samples of one contestant at the other's expense."""
+    """Disable Python's garbage collector, so that no contestant pays for another's garbage."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Tokenizer speed: encoding, decoding and training beside every tokenizer that can be installed.
+"""Tokenizer benchmark: encoding, decoding and training beside every installable tokenizer.
 
 All contestants get the same merges (GPT-2's, where --gpt2 or WARPLOOM_GPT2 names a folder with `vocab.json` and
 `merges.txt`; else ones trained here) and the same texts: this Python's own sources, and each `*.txt` of --texts.
@@ -39,7 +39,7 @@ DEVICE = "cpu"
 
 @dataclass(frozen=True)
 class Options(Common):
-    """The common flags, and where merges and texts come from."""
+    """Options of `warploom bench tokenizer`."""
 
     gpt2: str = field(
         default=os.environ.get("WARPLOOM_GPT2", ""), metadata={"help": "folder of GPT-2's vocab.json and merges.txt"}
@@ -102,7 +102,7 @@ def parts(options: Options) -> list[Part]:
 
 
 def text_of(options: Options, name: str, megabytes: float) -> str:
-    """The first megabytes of a text."""
+    """First megabytes of a text."""
     size = int(megabytes * 1e6)
     if name != "python":
         return (Path(options.texts) / f"{name}.txt").read_bytes()[:size].decode("utf-8", "ignore")
@@ -117,7 +117,7 @@ def text_of(options: Options, name: str, megabytes: float) -> str:
 
 
 def work_of(options: Options, text: str, threads: int = 1) -> Work:
-    """The merges, in every format, and the text, whole and in documents of a kilobyte."""
+    """Merges in every format, and the text, whole and as documents of a kilobyte."""
     if options.gpt2:
         folder = Path(options.gpt2)
         tokenizer = BPETokenizer.from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
@@ -133,14 +133,14 @@ def work_of(options: Options, text: str, threads: int = 1) -> Work:
 
 
 def one_thread(machine: Machine) -> Machine:
-    """A machine that measures CPU seconds."""
+    """Machine that measures CPU seconds."""
     return Machine("cpu", WallTimer(time.process_time), rounds=machine.rounds, seconds=machine.seconds)
 
 
 def compared(
     machine: Machine, case: str, builders: peers.Builders, amount: float, unit: str, same: Callable | None = None
 ) -> list[Row]:
-    """Rows of a comparison, cold first calls and memory among the columns; `same` judges a result beside ours."""
+    """Compare contestants, with cold first calls and memory as columns; `same` checks results against ours."""
     calls, extra = prepared(machine, builders)
     if same is not None:
         ours = calls["ours"]()
@@ -150,7 +150,7 @@ def compared(
 
 
 def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contestants, dict[str, dict]]:
-    """Each contestant's call, made once; how long loading and the first call took, and the memory the call added."""
+    """Build each contestant and call it once; record loading time, first-call time and memory."""
     calls: peers.Contestants = {}
     extra: dict[str, dict] = {}
     clock = machine.timer.clock
@@ -176,7 +176,7 @@ def prepared(machine: Machine, builders: peers.Builders) -> tuple[peers.Contesta
 
 
 def same_ids(theirs: object, ours: object) -> bool:
-    """Return whether two results hold the same ids, as arrays or lists, whole or one a document."""
+    """Return whether two results have the same ids, as arrays or lists, whole or per document."""
     return np.array_equal(_flat(theirs), _flat(ours))
 
 
@@ -199,7 +199,7 @@ def _flat(ids: object) -> np.ndarray:
 
 
 def encode(options: Options, task: str, machine: Machine, text: str, megabytes: float, merges: str) -> list[Row]:
-    """One large text to an array or a list, on one thread or two; or the same text as documents of a kilobyte."""
+    """One large text to an array or list, on one thread or two; or as documents of a kilobyte."""
     threads = 2 if task == "two threads" else 1
     work = work_of(options, text_of(options, text, megabytes), threads)
     size = len(work.text.encode())
@@ -232,7 +232,7 @@ def encode(options: Options, task: str, machine: Machine, text: str, megabytes: 
 
 
 def python_threads(machine: Machine, name: str, tok: BPETokenizer, text: bytes) -> list[Row]:
-    """Eight Python threads that encode a megabyte at a time; and that hash it: how much of two cores can be had so."""
+    """Eight Python threads that encode a megabyte at a time, or hash it, for the parallelism available."""
     pieces = [text[start : start + 1_000_000] for start in range(0, len(text), 1_000_000)] * 4
     rows = []
     with ThreadPoolExecutor(8) as pool:
@@ -266,7 +266,7 @@ def decode(options: Options, machine: Machine, text: str, megabytes: float, merg
 
 
 def adversarial(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:
-    """A megabyte without a break: where quadratic encoders take minutes, and backtracking patterns crash."""
+    """A megabyte without a break: quadratic encoders take minutes, and backtracking patterns crash."""
     draw = random.Random(0)
     texts = {
         "one letter": "a" * 1_000_000,
@@ -289,7 +289,7 @@ def _ours_array(work: Work) -> Callable[[], object]:
 
 
 def train(options: Options, machine: Machine, text: str) -> list[Row]:
-    """Learning a vocabulary of 1k, 10k and 32k from one text, in CPU seconds; whoever takes a second does it once."""
+    """Train vocabularies of 1k, 10k and 32k from one text, in CPU seconds."""
     rows = []
     corpus = text_of(options, text, 32)
     size = len(corpus.encode())
@@ -314,13 +314,13 @@ def train(options: Options, machine: Machine, text: str) -> list[Row]:
 
 
 def _trainers(path: Path, vocab_size: int) -> peers.Builders:
-    """Trainings of the same vocabulary by everybody."""
+    """Training functions of all contestants."""
     ours = partial(BPETokenizer.train, path, vocab_size, "gpt4", (), 1, ties="hf")
     return {"ours": lambda: ours} | peers.build("train_tokenizer", path, vocab_size, PATTERNS["gpt4"])
 
 
 def gigabyte(options: Options, machine: Machine, merges: str, megabytes: float) -> list[Row]:
-    """A gigabyte of text as a file: memory and time to train on it and to encode it, in a process of their own."""
+    """Memory and time to train on, and to encode, a file of a gigabyte, in processes of their own."""
     rows = []
     for task in ("train", "encode_file"):
         done = _alone(options, task)
@@ -343,7 +343,7 @@ def _alone(options: Options, task: str) -> dict:
 
 
 def gigabyte_task(task: str, gpt2: str, texts: str) -> None:
-    """Make a file of a gigabyte, train on it or encode it, and print time and memory as JSON."""
+    """Make a file of a gigabyte, train on it or encode it; print time and memory as JSON."""
     import resource
 
     options = Options(gpt2=gpt2, texts=texts)

@@ -1,4 +1,4 @@
-"""Training speed: one optimizer step of ours beside the same step of our peers.
+"""Training benchmark: one optimizer step beside the same step of peers.
 
 Every contestant trains the same architecture on the same tokens in the same number format, with AdamW and the gradient
 norm clipped to 1: a plain PyTorch loop as one would write it first, and `transformers`. Shares are model FLOPs
@@ -21,7 +21,7 @@ SLOW_BF16 = 1.2  # a CPU whose bf16 product is not this much faster than its flo
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Model and shape that a contestant trains."""
+    """Model and batch shape to train."""
 
     preset: str
     overrides: tuple[tuple[str, int], ...]
@@ -38,7 +38,7 @@ class Shape:
         return ModelConfig.preset(self.preset, **dict(self.overrides))
 
     def batches(self, count: int = 4) -> Iterator:
-        """Random tokens and the tokens that follow them, over and over."""
+        """Random tokens and next-token targets, cycled."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -49,8 +49,8 @@ class Shape:
 
 
 def parts(options: Options) -> list[Part]:
-    """On a CPU the demo's model, a 24M one and a small one over characters, in the format that is fast there; on a GPU
-    the shapes the world knows. Compiled peers come last."""
+    """On a CPU the demo's model, a 24M one and a small character model, in the fast dtype there; on a GPU well-known
+    shapes. Compiled peers come last."""
     from .environment import find_device
 
     if find_device(options.device) == "cuda":
@@ -99,7 +99,7 @@ def duel(
 
 
 def ours(shape: Shape) -> Callable[[], object]:
-    """The step of `warploom train`, as a run takes it: masters, clipping, schedule, checks, its own AdamW."""
+    """Our training step as a run does it: masters, clipping, schedule, checks, AdamW."""
     from ..engine.data.loader import Batch
     from ..engine.memory import keep_freed
     from ..engine.training import TrainConfig
@@ -125,7 +125,7 @@ def ours(shape: Shape) -> Callable[[], object]:
 
 
 def step_of(model, shape: Shape, loss_of: Callable) -> Callable[[], object]:
-    """A training step as most people write it: autocast, backward, clip, fused AdamW."""
+    """Training step as most people write it: autocast, backward, clip, fused AdamW."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

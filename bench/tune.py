@@ -1,9 +1,9 @@
-"""Tuning speed: one optimizer step on conversations, of all weights and of a LoRA adapter, beside TRL and PEFT.
+"""Fine-tuning benchmark: one step on conversations, full and LoRA, beside TRL and PEFT.
 
 Every contestant takes the same step: the same conversations of unequal length in the same template, the same targets
-(what the assistant says), AdamW, the gradient norm clipped to 1. What is counted are the conversations' tokens, so
-padding is nobody's gain: ours lays conversations side by side in rows with borders, TRL pads them (its packing needs
-FlashAttention; without it, conversations would see each other).
+(what the assistant says), AdamW, the gradient norm clipped to 1. Only the conversations' tokens count, not padding:
+ours packs conversations into rows, TRL pads them (its packing needs FlashAttention; without it, conversations would
+attend to each other).
 
 One more part asks what tuning is for: a real model's accuracy at a task before and after an adapter has learned it.
 """
@@ -33,7 +33,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A step to take: the base model's directory, with a tokenizer, and conversations beside it."""
+    """A step to time: directory of the base model, with tokenizer and conversations."""
 
     base: Path
     conversations: int
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def data(self) -> Path:
-        """The file of the conversations."""
+        """File of the conversations."""
         return self.base / "chats.jsonl"
 
     def rows(self) -> list[dict]:
@@ -50,7 +50,7 @@ class Job:
 
 
 def parts(options: Options) -> list[Part]:
-    """The demo's model and one of 24M, all weights and an adapter of rank 16, in float32."""
+    """The demo's model and one of 24M, full and with LoRA of rank 16, in float32."""
     larger = {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6}
     shapes = {"llama-tiny": {}, "llama-24m": larger}
     kinds = {"all weights": None, "lora 16": 16}
@@ -65,7 +65,7 @@ def parts(options: Options) -> list[Part]:
 def learn_task(
     machine: Machine, task: str, lora: int, steps: int, context: int, problems: int, model: str = ""
 ) -> list[Row]:
-    """Accuracy on fresh problems of a task, greedily, of SmolLM2-135M-Instruct (or another) before and after LoRA."""
+    """Greedy accuracy of SmolLM2-135M-Instruct (or another) on fresh problems, before and after LoRA."""
     from ..engine.rl.evaluate import FRESH, TaskResult, evaluate_task
     from ..engine.serving.llm import LLM
     from ..engine.tasks import open_task
@@ -118,7 +118,7 @@ def duel(machine: Machine, conversations: int, lora: int | None, **overrides: in
 
 
 def _first(build: Callable[[], Callable], losses: dict[str, float], who: str) -> Callable[[], None]:
-    """The call that a builder makes; it leaves the loss of its first step, before which all weights are the same."""
+    """Build the call; record the loss of its first step, before which all weights are the same."""
     call = build()
 
     def step() -> None:
@@ -128,7 +128,7 @@ def _first(build: Callable[[], Callable], losses: dict[str, float], who: str) ->
 
 
 def write_conversations(job: Job):
-    """Conversations of two to eight turns and their tokenizer."""
+    """Write conversations of two to eight turns, and their tokenizer."""
     from ..tokenizer import BPETokenizer
 
     draw = random.Random(0)
@@ -147,7 +147,7 @@ def write_conversations(job: Job):
 
 
 def ours(job: Job) -> tuple[int, Callable[[], float]]:
-    """The tokens of a step of `warploom train` on all conversations, and the step."""
+    """Tokens of a `warploom train` step on all conversations, and the step."""
     from ..engine.training import TrainConfig
     from ..engine.training.trainer import Trainer
 

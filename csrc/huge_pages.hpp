@@ -1,4 +1,4 @@
-// Zeroed memory in huge pages where the system has them: reading it then rarely waits for an address translation.
+// Zeroed memory in huge pages where the system has them: fewer TLB misses.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -12,7 +12,7 @@ namespace warploom {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// At a multiple of 128 bytes, of a huge page if it is as large as one; given back by `release`, which is told its size.
+// Aligned to 128 bytes, or to a huge page if it is that large; freed by `release`, which needs its size.
 inline void* allocate_zeroed(size_t size) {
 #if defined(__linux__)
     if (size >= kHugePage) {

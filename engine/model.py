@@ -146,7 +146,7 @@ class LatentAttention(nn.Module):
         return self.kv_norm(latent_BTL), turning_BTR.unsqueeze(-2)
 
 
-LATENT_EPS = 1e-6  # of a latent vector's norms, whatever the config's norm_eps: published models leave it at that
+LATENT_EPS = 1e-6  # norm epsilon of MLA's latents, whatever norm_eps is: published models hard-code it
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One file an op: an eager reference, a fused Triton twin, and the `Op` record that ties them."""
+"""Kernels, one file an op: eager reference, Triton kernel, and the `Op` record with its tests."""
 
 from .adamw import adamw_step
 from .attention import attention

@@ -1,9 +1,9 @@
-"""Fused AdamW step over a tensor, in one pass.
+"""Fused AdamW step: one pass over each tensor, with stochastic rounding or float32 masters.
 
 Adam keeps a running mean m of the gradient and a running mean v of its square, and steps by m / √v: every coordinate
-moves at about the learning rate, whatever the scale of its gradient. The W is for weight decay that shrinks weights
-directly, not through those averages. Eager PyTorch walks the five tensors a dozen times; fused, each is read once and
-written once.
+moves at about the learning rate, whatever the scale of its gradient. The W is for decoupled weight decay, which shrinks
+weights directly, not through those averages. Eager PyTorch passes over the five tensors a dozen times; fused, each is
+read once and written once.
 
 The clip coefficient comes in as `grad_scale` and multiplies the gradient on the fly, so clipping needs no pass of its
 own. A low-precision parameter can have a float32 `master`, which takes the step and is rounded into the parameter; or
@@ -38,7 +38,7 @@ def _adamw_step(
     master: torch.Tensor | None = None,
     seed: int | None = None,
 ) -> None:
-    """Updates `param`, both moments and `master` in place, as step number `step` (from 1).
+    """Update `param`, both moments and `master` in place; `step` counts from 1.
 
     `lr`, `step` and `grad_scale` may be tensors of one element, so that nothing waits for the device.
     """
@@ -58,7 +58,7 @@ def _adamw_step(
 
 
 def round_stochastically(x: torch.Tensor, seed: int, step: int | torch.Tensor) -> torch.Tensor:
-    """float32 to bfloat16, up or down at random so that the mean is exact: add 16 random bits, cut off 16."""
+    """Stochastic rounding of float32 to bfloat16: add 16 random bits, truncate 16; unbiased."""
     row = torch.zeros(1, dtype=torch.int64, device=x.device)
     noise = random_bits(row + seed, row + step, x.numel()).view(x.shape) & 0xFFFF
     bits = (x.view(torch.int32) + noise.to(torch.int32)) & -0x10000
@@ -70,13 +70,13 @@ def round_stochastically(x: torch.Tensor, seed: int, step: int | torch.Tensor) -
 
 @triton.jit
 def _number(x, x_ptr, POINTER: tl.constexpr):
-    """A number that came as itself or in a tensor, as float32."""
+    """Load a number given as itself or in a tensor, as float32."""
     return tl.load(x_ptr).to(tl.float32) if POINTER else tl.full([], x, tl.float32)
 
 
 @triton.jit
 def _one_minus_power(step, LOG_BETA: tl.constexpr):
-    """1 − βᵗ; near zero by a series, since the subtraction would leave few digits when β is near one."""
+    """1 − βᵗ, by a series near zero, where the subtraction would cancel."""
     y = step * LOG_BETA
     series = -y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y / 720)))))
     return tl.where(y > -0.25, series, 1 - tl.exp(y))
@@ -190,7 +190,7 @@ def _state(m, *shape, **options):
 
 
 def _mixed(m, *shape):
-    """A bfloat16 parameter and gradient with float32 moments and master weights."""
+    """Test case: bfloat16 parameter and gradient, float32 moments and master weights."""
     master, exp_avg, deviation = (m.normal(*shape, dtype=torch.float32, grad=False) for _ in range(3))
     options = {"weight_decay": 0.1, "grad_scale": m.tensor(0.5), "master": master}
     return master.to(m.dtype), m.normal(*shape, grad=False), exp_avg, deviation.square(), 1e-2, 3, options

@@ -1,7 +1,7 @@
 """Attention: softmax(q · kᵀ · scale) · v with causal masks, windows, grouped heads, soft caps and sinks.
 
-The reference builds the T×S table of scores, which is what the formula says and what long contexts cannot afford. The
-fused twin walks over keys in blocks with a running maximum and a running sum, so that the table never exists.
+The reference builds the T×S matrix of scores, which is what the formula says and what long contexts cannot afford. The
+fused kernel goes over keys in blocks with a running maximum and a running sum, so the matrix is never materialized.
 
 What a query may see: with `causal`, keys at its own position and before (a query shorter than the keys is aligned at
 the end: the last query sees all keys); with `window`, only the last `window` of those, itself included. H query heads
@@ -24,7 +24,7 @@ from .gpu.attention_launch import attention_fused, check
 
 
 def visible(T: int, S: int, causal: bool, window: int | None, device=None) -> torch.Tensor:
-    """The (T, S) table that is True where a query may look at a key."""
+    """The attention mask (T, S), True where a query sees a key."""
     distance_TS = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     seen = distance_TS >= 0 if causal else torch.ones_like(distance_TS, dtype=torch.bool)
     return seen & (distance_TS.abs() < window) if window is not None else seen
@@ -72,8 +72,8 @@ def _attention(
 def _attention_eager(
     q, k, v, *, causal=True, window=None, softcap=None, scale=None, sinks=None, cu_seqlens=None, max_seqlen=None
 ):
-    """PyTorch's own attention, where its meaning is ours: it knows no soft cap and no sinks, and a row without keys is
-    NaN there."""
+    """PyTorch's scaled_dot_product_attention where it computes the same: it has no soft cap and no sinks, and a row
+    without keys is NaN there."""
     options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "sinks": sinks}
     check(q, k, v, window, cu_seqlens, scale, sinks)
     if cu_seqlens is not None:
@@ -115,7 +115,7 @@ def _qkv(m, B, T, S, H, K, D, scale=1.0):
 
 
 def _packed(m, B, T, H, K, D):
-    """Views into one projection, as a model makes them."""
+    """Test case: q, k and v as views into one QKV projection, as in a model."""
     return m.normal(B, T, H + 2 * K, D, grad=False).split((H, K, K), 2)
 
 
@@ -126,8 +126,8 @@ def _ragged(m, lengths, H, K, D):
 
 
 def _pairs(q, k, causal=True, window=None, cu_seqlens=None, **_):
-    """Return how many (query, key) pairs are seen, over batch and heads; sequences of a ragged batch count as equally
-    long."""
+    """Count the visible (query, key) pairs over batch and heads, for FLOPs; sequences of a ragged batch count as
+    equally long."""
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     T, S = (x.shape[-3] if cu_seqlens is None else x.shape[-3] // sequences for x in (q, k))
     seen = T * S - (T * (T - 1) // 2 if causal else 0)

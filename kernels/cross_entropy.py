@@ -32,7 +32,7 @@ def _cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """The loss of `logits` (…, V) against class numbers `targets` (…), in float32, reduced over targets that count."""
+    """Cross-entropy of `logits` (…, V) and class numbers `targets` (…), in float32, reduced over counted targets."""
     check_reduction(reduction)
     x = logits.to(wide(logits))
     if softcap is not None:
@@ -47,7 +47,7 @@ def _cross_entropy(
 
 
 def reduce(losses: torch.Tensor, counted: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Losses as they are, their sum, or their mean over the `counted` ones."""
+    """Reduce losses: none, sum, or mean over the `counted` ones."""
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
@@ -61,7 +61,7 @@ def check_reduction(reduction: str) -> None:
 def _cross_entropy_eager(
     logits, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"
 ):
-    """One pass in C++ over what it takes, else PyTorch's own over float32 logits where no option asks for more."""
+    """C++ pass where supported; else PyTorch's own on float32 logits where no option asks for more."""
     check_reduction(reduction)
     if softcap is None and logits.shape[-1] and pointwise.is_supported(logits):
         losses = pointwise.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss)
@@ -78,7 +78,7 @@ def _cross_entropy_eager(
 
 @triton.jit
 def capped(x, CAP: tl.constexpr):
-    """c · tanh(x / c), with tanh as 2 σ(2x) − 1."""
+    """Soft cap c · tanh(x / c), with tanh as 2 σ(2x) − 1."""
     return CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1) if CAP is not None else x
 
 
@@ -86,7 +86,7 @@ def capped(x, CAP: tl.constexpr):
 def row_statistics(
     row_ptr, x_col, V, SMOOTHING: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):
-    """The logsumexp of a row of logits, and their sum if smoothing needs it.
+    """Logsumexp of a row of logits, and their sum if label smoothing needs it.
 
     Maximum and sum are kept by eight neighbors, which a thread reads at once, and merged once: a maximum of a whole
     piece would make the warps wait for each other at every one. An eighth more exponentials, in base 2."""
@@ -114,13 +114,13 @@ def row_statistics(
 
 @triton.jit
 def load_target(row_ptr, x_col, target, V):
-    """The logit of a target; NaN for a class that there is not, which the host cannot refuse without waiting."""
+    """Logit of the target; NaN for an invalid class, which the host cannot refuse without synchronizing."""
     return tl.load(row_ptr + target * x_col, mask=(target >= 0) & (target < V), other=float("nan"))
 
 
 @triton.jit
 def row_loss(picked, V, lse, total, SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr):
-    """The loss of a row, given the logit of its target and its statistics."""
+    """Loss of a row, from the target's logit and the row's statistics."""
     picked = capped(picked.to(tl.float32), CAP)
     loss = lse - (1 - SMOOTHING) * picked + Z * lse * lse
     return loss - SMOOTHING * (total / V) if SMOOTHING > 0 else loss
@@ -131,7 +131,7 @@ def row_gradient(
     row_ptr, out_ptr, x_col, out_col, V, target, lse, upstream,
     SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Writes upstream · d loss / d logits, formed in float32 and rounded once; `out` may be the row itself."""
+    """Write upstream · d loss / d logits, formed in float32 and rounded once; in place allowed."""
     LOG2E: tl.constexpr = 1.4426950408889634
     slope = upstream * (1 + 2 * Z * lse)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
@@ -184,8 +184,8 @@ def cross_entropy_bwd_kernel(
 
 
 def tile_of(kernel: str, x: torch.Tensor) -> dict:
-    """Pieces of 4096 columns: 16 numbers a thread, so that each thread's two loads are as wide as they get. With more
-    than one of STAGES the next pieces are fetched while one is worked on."""
+    """Tile of 4096 columns: 16 numbers a thread, so that each thread's two loads are as wide as they get. With more
+    than one of STAGES, loads are pipelined."""
     width = next_power_of_2(x.shape[-1])
     block = min(4096, max(width, 128))
     return tuned(kernel, x.device, width, {"BLOCK": block, "STAGES": 1, "num_warps": max(4, block // 512)})
@@ -263,7 +263,7 @@ def _rows(m, N, V, scale=1.0, ignored=True):
 
 
 def _peaked(m, N, V):
-    """Logits so sure of the target that softmax rounds to one: where careless gradients lose all accuracy."""
+    """Test case: logits so peaked that softmax rounds to one, where careless gradients lose all accuracy."""
     targets = m.integers(0, V, N)
     hot = torch.nn.functional.one_hot(targets, V) * 20.0
     logits = m.normal(N, V, grad=False) + hot.to(m.device, m.dtype)

@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform of heads, which spreads what is large in a few channels over all of them.
+"""Walsh-Hadamard transform of heads, which spreads outlier channels before quantization.
 
 Keys are rotated by it before they are rounded to 8 bits with a common scale, and queries likewise, which leaves their
 products alone (QuaRot's idea: on a real model keys lose a quarter of what they lose without; values would gain a tenth
@@ -22,7 +22,7 @@ WIDEST = 256
 
 
 def _hadamard(x: torch.Tensor, back: bool = False) -> torch.Tensor:
-    """x (…, D) transformed, or `back`."""
+    """Transform x (…, D), forward or `back`."""
     parts, rest = [], x.to(wide(x))
     while rest.shape[-1]:
         size = min(WIDEST, 1 << rest.shape[-1].bit_length() - 1)
@@ -39,7 +39,7 @@ def _hadamard(x: torch.Tensor, back: bool = False) -> torch.Tensor:
 
 @triton.jit
 def _butterfly(x, level, D: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums and differences of columns `APART` apart, where a block is larger: sums over pairs, shuffles in a warp."""
+    """One butterfly level of the fast transform: sums and differences of columns `APART` apart."""
     if APART < COLUMNS:
         pairs = tl.reshape(x, [ROWS, COLUMNS // (2 * APART), 2, APART])
         sign = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, None, :, None]
@@ -51,7 +51,7 @@ def _butterfly(x, level, D: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def transformed(x, D: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows x (ROWS, COLUMNS) of float32 whose first D columns are a head, transformed."""
+    """Transform rows x (ROWS, COLUMNS) in float32, of which the first D columns are a head."""
     column = tl.arange(0, COLUMNS)[None, :]
     highest = ((column ^ D).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # bit in which they differ
     level = tl.where(column < D, tl.minimum(highest, 8), 0)  # a block has 2 ** level columns
@@ -70,7 +70,7 @@ def transformed(x, D: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, COLU
 def hadamard_heads_kernel(
     x_ptr, y_ptr, heads, x_row, D: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Some heads."""
+    """Transform a block of heads."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < heads) & (column < D)

@@ -1,4 +1,4 @@
-"""Batch-invariant linear layer with a matrix a head.
+"""Batch-invariant linear layer with one matrix per head (MLA's absorbed projections).
 
 Latent attention carries queries into the latent space and means of latents back by a matrix a head. As one product of
 all heads (`torch.bmm`) that would be cuBLAS, whose order of sums follows the number of rows (see `linear.py`); here it
@@ -17,7 +17,7 @@ from .core.tuned import tuned
 
 
 def _head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (M, H, C) times each head's weight (H, F, C), transposed: (M, H, F), accumulated in float32."""
+    """x (M, H, C) · weight (H, F, C)ᵀ per head: (M, H, F), accumulated in float32."""
     y_HMF = x.to(wide(x)).transpose(0, 1) @ weight.to(wide(x)).transpose(1, 2)
     return y_HMF.transpose(0, 1).to(x.dtype)
 
@@ -30,7 +30,7 @@ def head_linear_kernel(
     x_ptr, weight_ptr, y_ptr, M, F, C, x_row, x_head, x_col, weight_head, weight_row, weight_col, y_row,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one head. The features are the rows of the product, as in `linear_kernel`."""
+    """A tile of one head. Features are the rows of the product, as in `linear_kernel`."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     head = tl.program_id(2).to(tl.int64)

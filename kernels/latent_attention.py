@@ -1,4 +1,4 @@
-"""Latent attention over a paged cache (MLA, DeepSeek-V2), absorbed: the cache holds what keys and values are made of.
+"""Latent attention over a paged cache (MLA, DeepSeek-V2), with absorbed projections.
 
 A token's keys and values of all heads come from one latent vector c, k = W_k c and v = W_v c, and one small rotated key
 that all heads share. Attention needs neither k nor v: q · (W_k c) = (W_kᵀ q) · c, and the mean of W_v c is W_v times
@@ -37,8 +37,8 @@ def _latent_attention(
     starts: torch.Tensor | None = None,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of q_latent (T, H, L) and q_turned (T, H, R) over pages of `latents` (P, page, 1, L) and
-    `turned` keys (P, page, 1, R): the weighted means (T, H, L) of latents.
+    """Causal attention of q_latent (T, H, L) and rotary q_turned (T, H, R) over pages of `latents` (P, page, 1, L) and
+    rotary keys `turned` (P, page, 1, R): the attention-weighted means of latents (T, H, L).
 
     The rest is as in `paged_attention`; `arrivals` are at least N·H zeros. With `k_scales` of latents and `v_scales` of
     turned keys the means are of latents as the pages hold them: rotated."""
@@ -55,7 +55,7 @@ def _latent_attention(
 
 
 def _batch(m, contexts, queries, H, L, R, page, padding=0, dtype=None):
-    """Sequences with these lengths, in pages handed out back to front."""
+    """Test case: sequences with these lengths, in pages allocated back to front."""
     per_sequence = max(-(-c // page) for c in contexts)
     total = per_sequence * len(contexts) + 1
     table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)

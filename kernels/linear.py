@@ -5,10 +5,10 @@ and they sum in different orders: the last bits of a request's logits, and now a
 many others are in the batch. Here every output is one sum over the channels, from the first to the last, by the same
 instruction. What the number of rows decides is only how many of them share a tile.
 
-Decoding has few rows, and its time is that of reading W once. So there, a tile is a narrow stripe of W against all the
-rows, several loads ahead of the product. Many rows are a matter of arithmetic, and of tiles as large as registers
-allow. W's features are the rows of each product and the tokens its columns: tensor cores want at least 64 of the
-former, and do with 16 of the latter.
+Decoding has few rows and is bound by reading W once. So its tile is a narrow stripe of W against all the rows, several
+loads ahead of the product. Many rows are bound by arithmetic, and take tiles as large as registers allow. W's features
+are the rows of each product and the tokens its columns: tensor cores want at least 64 of the former and 16 of the
+latter.
 
 Split-K. Stripes of 64 features are programs too few to read a narrow W as fast as memory goes: 16 of 1024 reach a third
 of it. So the channels of a narrow W are cut into segments, as many as its shape says and never the number of rows:
@@ -37,7 +37,7 @@ def _linear(
     *,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (…, C) · weightᵀ + bias for a `weight` (F, C), accumulated in float32.
+    """Linear layer x (…, C) · weightᵀ + bias for a `weight` (F, C), accumulated in float32.
 
     `arrivals`, the weight's `arrival_counters`, spare the fused twin a launch and leave it no gradient."""
     y = nn.linear(x.to(wide(x)), weight.to(wide(x)), None if bias is None else bias.to(wide(x)))
@@ -62,7 +62,7 @@ SEGMENT = 256
 
 @triton.jit
 def _square_sums(y, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, HALVINGS: tl.constexpr):
-    """(ROWS, BLOCK_F / 2 / 2^HALVINGS): sums of squares of groups of features, neighbors first.
+    """Sums of squares of groups of features, pairwise: (ROWS, BLOCK_F / 2 / 2^HALVINGS).
 
     Sum by sum, for the order of a `tl.sum` follows the tile's layout, which follows the number of rows."""
     a, b = tl.split(tl.reshape(y, [ROWS, BLOCK_F // 2, 2]))
@@ -78,7 +78,7 @@ def _segment(
     x_ptr, weight_ptr, m, f, M, F, x_row, weight_row, begin, end,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile's sum over the channels from `begin` to `end`."""
+    """Partial sum of a tile over the channels from `begin` to `end`."""
     total = tl.zeros([BLOCK_F, ROWS], tl.float32)
     for start in range(begin, end, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -92,7 +92,7 @@ def _segment(
 
 @triton.jit
 def _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS: tl.constexpr, BLOCK_F: tl.constexpr, ROWS: tl.constexpr):
-    """Split-K sum in a fixed order: (the sum of all segments of a tile, whether this program is the last to arrive).
+    """Split-K sum in a fixed order: (the sum of a tile's segments, whether this program is the last to arrive).
 
     All segments are fetched at once."""
     tile = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -111,8 +111,8 @@ def _sum_in_order(total, partial_ptr, arrivals_ptr, SEGMENTS: tl.constexpr, BLOC
 
 @triton.jit
 def tile_features(F, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Features of this program's tile: in a row, or with an ACTIVATION eight gates and their eight ups by turns, which
-    a thread of the tensor core's tile holds together."""
+    """Features of this program's tile: contiguous, or with an ACTIVATION eight gates and their eight ups in turn, which
+    one thread of the tensor core's tile holds together."""
     own = tl.arange(0, BLOCK_F)
     if ACTIVATION == "":
         f = tl.program_id(1).to(tl.int64) * BLOCK_F + own
@@ -124,7 +124,7 @@ def tile_features(F, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def rows_square_sum(squares_ptr, m, M, squares_row, squares_part, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Square sums of rows, their PARTS added in order."""
+    """Sums of squares of rows, from PARTS partial sums added in order."""
     square_sum = tl.zeros([ROWS], tl.float32)
     for part in tl.range(0, PARTS, loop_unroll_factor=4):
         at = squares_ptr + m * squares_row + tl.cast(part, tl.int64) * squares_part
@@ -139,7 +139,7 @@ def finish_tile(
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, JOIN: tl.constexpr,
     GROUP: tl.constexpr, HALVINGS: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """All that a product does with its sums `total` (BLOCK_F, ROWS): see `linear_kernel`."""
+    """Epilogue of a product `total` (BLOCK_F, ROWS): bias, RMS division, gate, residual add; see `linear_kernel`."""
     if PARTS > 0:
         total *= tl.rsqrt(square_sum / C + EPS)[None, :]
     if BIAS:
@@ -172,8 +172,8 @@ def linear_kernel(
     SEGMENTS: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, or with SPLIT one segment of it. Tiles of the same features come one after the other, to find W in
-    the cache.
+    """A tile of y, or with SPLIT one of its K segments. Tiles of the same features are adjacent in the grid, so that W
+    is found in the cache.
 
     With an ACTIVATION, y has half of W's F features, gates · ups.
 
@@ -207,14 +207,14 @@ def linear_kernel(
 
 
 def segment_length(F: int, C: int) -> int:
-    """Split-K segment length of a weight (F, C), in channels: by its shape alone, for a row's bits follow."""
+    """Split-K segment length of a weight (F, C), in channels; by its shape alone, for batch invariance."""
     count = max(1, min(PROGRAMS // cdiv(max(F, 1), GROUP), C // SEGMENT, 8))
     return SEGMENT * cdiv(max(C, 1), SEGMENT * count)
 
 
 def arrival_counters(weight: torch.Tensor) -> torch.Tensor | None:
-    """Zeros in which programs count the segments of a tile that are done, for products with this weight one after the
-    other; each leaves them zero. None for a weight that is not split."""
+    """Zeroed counters of finished split-K segments, for successive products with this weight; each leaves them zero.
+    None for a weight that is not split."""
     F, C = weight.shape
     if segment_length(F, C) >= C:
         return None
@@ -222,13 +222,13 @@ def arrival_counters(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def _tile(name: str, x: torch.Tensor, M: int, split: bool) -> dict:
-    """ROWS of x and BLOCK_F features a tile, BLOCK_C channels at a time, by how many rows there are."""
+    """Tile: ROWS of x, BLOCK_F features, BLOCK_C channels at a time, by the number of rows."""
     arch = generation(x.device)
     many = 256 if arch >= 90 and not split else 128  # a second accumulator as large would not fit into registers
     size, rows = ("few", 16) if M <= 16 else ("some", 64) if M <= MANY else ("many", many)
     if arch == 0:
         rows, default = 16, {"BLOCK_F": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1}
-    elif x.dtype == torch.float32:  # no tensor cores, hence one tile for all: nobody says in which order they sum
+    elif x.dtype == torch.float32:  # no tensor cores, whose order of summation is undocumented, hence one tile for all
         rows, default = 16, {"BLOCK_F": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3}
     elif size == "many":
         default = {
@@ -259,7 +259,7 @@ def product(
     arrivals: torch.Tensor | None = None,
     whole: bool = False,
 ) -> torch.Tensor:
-    """x · weightᵀ + bias, with the launch settings of the op of that name; through a gate, if there is one.
+    """Launch x · weightᵀ + bias with the settings of op `name`, with an optional gate, norm and residual.
 
     `squares` (M, parts) and an eps divide x by its root mean square; `join` is a stream (M, F), in place, a norm's
     weight (F,) and room for the stream's own square sums. `arrivals`, zeros that stay so, spare a launch where channels

@@ -1,4 +1,4 @@
-"""Fused linear cross-entropy: output layer and loss in chunks, without ever holding all logits.
+"""Fused linear cross-entropy: LM head and loss in chunks, without materializing all logits.
 
 At 8192 tokens and 128K classes the logits alone are 2 GB in bfloat16, their gradient as much again. But each row
 needs its logits only for a moment: so walk over the rows in chunks, and for each chunk multiply, take the loss, turn
@@ -36,7 +36,7 @@ from .cross_entropy import (
 
 
 class Options(NamedTuple):
-    """Options of a loss: what it depends on besides its tensors."""
+    """Options of the loss (all but its tensors)."""
 
     ignore_index: int
     label_smoothing: float
@@ -56,7 +56,7 @@ def _linear_cross_entropy(
     reduction: str = "mean",
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy` of the logits hidden (…, C) · weightᵀ (V, C) against `targets` (…), with its options.
+    """`cross_entropy` of the logits hidden (…, C) · weightᵀ (V, C) against `targets` (…).
 
     `weights` (…) are factors on the losses of targets. A mean divides by the number of targets that count all the same.
     """
@@ -116,7 +116,7 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Products(NamedTuple):
-    """The products of a slab of rows, by PyTorch: the interface of `gemm.Packed` over a weight as it lies."""
+    """PyTorch products of a slab of rows, with the interface of `gemm.Packed`."""
 
     weight_VC: torch.Tensor
 
@@ -131,7 +131,7 @@ class _Products(NamedTuple):
 
 
 def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, want_weight=False):
-    """Losses of all rows and, given each row's upstream gradient, the gradients of hidden and weight."""
+    """Losses of all rows; given their upstream gradients, also the gradients of hidden and weight."""
     N, V = len(hidden_NC), len(weight_VC)
     if options.softcap is None and head_loss.fits(hidden_NC, weight_VC):
         return head_loss.walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden, want_weight)
@@ -154,12 +154,12 @@ def _walk(hidden_NC, weight_VC, targets_N, options, scale_N, want_hidden=False, 
 
 
 def rows_per_slab(V: int) -> int:
-    """About a million logits stay in a CPU's cache; yet fewer rows would read and write d weight too often."""
+    """Rows of a slab on a CPU: about a million logits fit the cache; fewer rows would rewrite d weight too often."""
     return max(256, (1 << 20) // V)
 
 
 def _slab(logits_SV, targets_S, options, scale_S):
-    """Losses of a slab and, given each row's upstream gradient, the gradient of its logits."""
+    """Losses of a slab; given upstream gradients, also the gradient of its logits."""
     ignore_index, smoothing, z_loss, softcap, _ = options
     if softcap is None and pointwise.is_supported(logits_SV):
         losses_S = pointwise.entropy(logits_SV, targets_S, scale_S, ignore_index, smoothing, z_loss)
@@ -198,7 +198,7 @@ def linear_cross_entropy_kernel(
     SMOOTHING: tl.constexpr, Z: tl.constexpr, CAP: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss and then, over the logits themselves, their gradient."""
+    """One row: its loss, then its gradient written over the logits."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + row * x_row
     target = tl.load(target_ptr + row).to(tl.int64)
@@ -219,13 +219,12 @@ def linear_cross_entropy_kernel(
 
 
 def gpu_rows_per_slab(V: int) -> int:
-    """Half a billion logits: a slab of 1 GB in bfloat16, tall enough for matrix products at full speed."""
+    """Rows of a slab on a GPU: half a billion logits (1 GB in bfloat16), enough for products at full speed."""
     return max(128, (1 << 29) // V // 128 * 128)
 
 
 def _add_gradient(sum_VC, a_SV, b_SC, first=False):
-    """sum += aᵀ · b in the wide format: where possible within the product, without a pass of its own. The `first` is no
-    addition, and the sum may be anything before.
+    """sum += aᵀ · b in the wide dtype, inside the product where possible. With `first`, the sum is overwritten instead.
 
     PyTorch 2.11 cannot trace a product that adds to a wider sum, but one with a wider result."""
     a_VS, beta = a_SV.T, 0 if first else 1
@@ -239,7 +238,7 @@ def _add_gradient(sum_VC, a_SV, b_SC, first=False):
 
 
 def _walk_fused(hidden_NC, weight_VC, targets_N, upstream_N, options, want_hidden, want_weight):
-    """As `_walk`, with one slab of memory for all chunks; gradients that nobody wants are empty."""
+    """Triton version of `_walk`, with one slab of memory for all chunks; unwanted gradients are empty."""
     ignore_index, smoothing, z_loss, softcap = options
     (N, C), V = hidden_NC.shape, len(weight_VC)
     device = hidden_NC.device
@@ -362,7 +361,7 @@ def _batch(m, N, C, V, scale=1.0):
 
 
 def _weighted(m, N, C, V):
-    """Advantages of both signs, and a target that counts for nothing."""
+    """Test case: advantages of both signs, and an ignored target."""
     weights = m.normal(N, grad=False, dtype=torch.promote_types(m.dtype, torch.float32))
     if m.device.type != "meta":
         weights[1] = 0.0

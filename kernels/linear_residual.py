@@ -1,4 +1,4 @@
-"""Linear layers fused with RMSNorm and the residual: the norm's sums in one epilogue, its division in the next.
+"""Linear layers fused with residual add and RMSNorm: sums of squares in one epilogue, the division in the next.
 
 In a pre-norm block each sublayer ends with a product whose result joins the stream, and the next begins with a norm of
 the stream and a product: y = W (x / rms(x) · g). Decoding one token is hundreds of small launches, and the norm between
@@ -30,8 +30,8 @@ def _linear_residual(
     *,
     arrivals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds the linear layer's x (…, C) · weightᵀ (F, C) + bias to `stream` (…, F), in place; -> stream · `norm_weight`
-    (…, F), and the square sums (M, P) of the stream's rows, for the products of `normed_linear`.
+    """`stream` += x (…, C) · weightᵀ (F, C) + bias, in place; returns stream · `norm_weight` (…, F) and sums of squares
+    (M, P) of the stream's rows, the inputs of `normed_linear`.
 
     `arrivals`, the weight's `arrival_counters`, spare the fused twin a launch."""
     stream.add_(linear.reference(x.to(wide(x)), weight, bias))
@@ -50,8 +50,8 @@ def _normed_linear(
     *,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The linear layer of rows x (…, C) divided by sqrt(sum(square_sums (M, P)) / C + eps); through the gate of
-    `swiglu_packed` with an `activation`. `arrivals` are those of `linear_residual`."""
+    """Linear layer of rows x (…, C) divided by sqrt(sum(square_sums (M, P)) / C + eps); with an `activation` through
+    the gate of `swiglu_packed`. `arrivals` as in `linear_residual`."""
     inverse_rms = torch.rsqrt(square_sums.to(wide(x)).sum(-1) / x.shape[-1] + eps).view(*x.shape[:-1], 1)
     y = linear.reference(x.to(wide(x)) * inverse_rms, weight, bias)
     return (swiglu_packed.reference(y, activation) if activation else y).to(x.dtype)

@@ -1,9 +1,8 @@
-"""A gated linear layer in one launch: f(x · Wgᵀ) · (x · Wuᵀ).
+"""Gated linear layer in one launch: f(x · Wgᵀ) · (x · Wuᵀ).
 
-Decoding one token is hundreds of small launches. Between the product that makes gates and ups and the one that takes
-their product there is no need for another: who holds a gate's sum and its up's can multiply them. So a tile of
-`linear` takes eight rows of Wg and the same eight of Wu by turns, and stores half as many numbers. They are rounded
-once where the separate ops round twice.
+Decoding one token is hundreds of small launches. The gate needs none of its own: a thread that holds a gate's sum and
+its up's can multiply them. So a tile of `linear` takes eight rows of Wg and the same eight of Wu in turn, and stores
+half as many numbers. They are rounded once where the separate ops round twice.
 
 M rows, C input channels, F features: `weight` (2 F, C) is all of Wg, then all of Wu.
 """

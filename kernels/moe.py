@@ -1,4 +1,4 @@
-"""Mixture of experts: top-k routing and the grouped products of the chosen feed-forward layers.
+"""Mixture of experts: top-k routing and the grouped GEMMs of the chosen feed-forwards.
 
 The router scores every expert for every token; the best `top_k` are kept, their scores (normalized or not) become
 weights, and the token's output is the weighted sum of what those experts say. Parameters grow with the number of
@@ -30,7 +30,7 @@ from .swiglu import swiglu_packed
 
 
 class MoEAux(NamedTuple):
-    """Auxiliary outputs of routing: terms of the router's losses and the load of each expert."""
+    """Auxiliary outputs of routing: router losses and the load of each expert."""
 
     load_balance: torch.Tensor
     z: torch.Tensor
@@ -46,7 +46,7 @@ def route(
     choice_bias: torch.Tensor | None = None,
     groups: tuple[int, int] = (1, 1),
 ) -> tuple[torch.Tensor, torch.Tensor, MoEAux]:
-    """Weights and numbers of each token's `top_k` experts (T, top_k), and statistics; ties go to the lower number.
+    """Top-k routing: weights and numbers of each token's experts (T, top_k), and `MoEAux`; ties go to the lower number.
 
     The experts chosen are those of the highest scores. `choice_bias` (E,) is added to them for the choice, not for the
     weight (DeepSeek-V3's balancing without an auxiliary loss). `groups` = (G, n): experts in G groups, and only the n
@@ -78,7 +78,7 @@ def _within_best_groups(merits_TE, count, used, best):
 
 
 def _with_load_error(aux, choice_bias):
-    """Give `choice_bias` a gradient, by how much too often each expert is chosen; the loss keeps its value."""
+    """Give `choice_bias` the load error as gradient (auxiliary-loss-free balancing); the loss keeps its value."""
     share_E = aux.tokens_per_expert / aux.tokens_per_expert.sum().clamp(min=1)
     pull = (choice_bias * (share_E - 1 / len(share_E)).to(choice_bias.dtype)).sum()
     return aux._replace(load_balance=aux.load_balance + (pull - pull.detach()).to(aux.load_balance.dtype))
@@ -173,8 +173,8 @@ def _moe_eager(
 
 
 def _parts(piece_TC):
-    """On a CPU, oneDNN compiles and keeps a bfloat16 product for every number of rows that it ever sees. So it sees
-    few: 256 at a time, and of the rest (`_filled`) a multiple of 64."""
+    """Split rows into few distinct sizes: on a CPU, oneDNN compiles and keeps a bfloat16 product for every number of
+    rows that it ever sees. 256 at a time, and of the rest (`_filled`) a multiple of 64."""
     return piece_TC.split(256) if _is_kept(piece_TC) else [piece_TC]
 
 
@@ -199,7 +199,7 @@ def _moe_fused(x, router_logits, w_gate_up, w_down, top_k, **options):
 
 
 def by_highest_logits(run, router_logits, top_k, choice_bias=None, groups=(1, 1), **options):
-    """Run experts by kernels that choose the highest logits: those that are not chosen are put out of reach."""
+    """Adapt kernels that choose the highest logits to other routing rules: logits of unchosen experts are masked."""
     if choice_bias is None and groups[0] == 1:
         y, *aux = run(router_logits, **options)
         return y, MoEAux(*aux)
@@ -216,8 +216,8 @@ def by_highest_logits(run, router_logits, top_k, choice_bias=None, groups=(1, 1)
 
 
 def _moe_unfused(x, *args, **options):
-    """Eager experts for what no kernel knows. Neither a CUDA graph being recorded nor a tensor without numbers can say
-    how many tokens an expert got, so there each gets all."""
+    """Eager experts for what no kernel supports. Under CUDA-graph capture and with fake tensors the number of tokens of
+    an expert is unknown, so there each expert computes all."""
     unknown = x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     return (_moe if unknown else _moe_eager)(x, *args, **options)
 
@@ -228,7 +228,7 @@ def _batch(m, T, C, E, F_, logits=None):
 
 
 def _some(m, T, C, E, F_, experts):
-    """The weights of some experts only."""
+    """Test case: the weights of some experts only (expert parallelism)."""
     x, logits, up, down = _batch(m, T, C, E, F_)
     return x, logits, *(w.detach()[experts].clone().requires_grad_() for w in (up, down))
 

@@ -1,4 +1,4 @@
-"""A linear layer whose weights are codes of 8 or 4 bits, with a scale a group of columns.
+"""Linear layer with packed weights: 8- or 4-bit codes with a scale per group of columns.
 
 When a model decodes one token at a time, each step reads every weight once and does almost nothing with it: the time is
 the bytes. Codes of 4 bits and a scale of 16 for 64 of them are 0.27 of bfloat16's. A tile of codes is widened to x's
@@ -40,7 +40,7 @@ MANY = 256  # rows above which the weight is widened once
 
 
 class PackedTensor(NamedTuple):
-    """Rows of a weight as codes, with the scales and the layout that say which numbers they stand for."""
+    """Packed rows of a weight: codes, scales, and the layout by which they are dequantized."""
 
     codes: torch.Tensor  # (F, G · group · bits / 8), bytes or float8
     scales: torch.Tensor  # (F, G), float16
@@ -57,7 +57,7 @@ class PackedTensor(NamedTuple):
 
 
 def dequantize(weight: PackedTensor, columns: int | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The numbers (F, columns) of a packed weight, without the columns that fill the last group."""
+    """Dequantize a packed weight to (F, columns), without the columns that pad the last group."""
     codes, scales, minima, units, bits, group, table, rotate = weight
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
@@ -75,7 +75,7 @@ def dequantize(weight: PackedTensor, columns: int | None = None, dtype: torch.dt
 
 
 def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard matrix of a power of two, symmetric and its own inverse."""
+    """Orthonormal Walsh-Hadamard matrix of size n (a power of two), symmetric and its own inverse."""
     h = torch.ones(1, 1, dtype=dtype, device=device)
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -83,7 +83,7 @@ def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | 
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """x (…, C) with each 64 columns transformed; the last ones are filled up with zeros."""
+    """x (…, C) with each 64 columns Hadamard-transformed, zero-padded to a multiple."""
     x = nn.pad(x, (0, -x.shape[-1] % TURNED))
     return (x.unflatten(-1, (-1, TURNED)) @ hadamard(TURNED, x.dtype, x.device)).flatten(-2)
 
@@ -111,7 +111,7 @@ def widen(
     BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Weights of rows f and BLOCK_C columns from `start`, which is a multiple of the block, in float32.
+    """Dequantize rows f and BLOCK_C columns from `start` on (a multiple of the block) to float32.
 
     FIRST and SECOND are a table's sixteen bytes, eight each. Codes in int8 are the bits of float8: sign, four of the
     exponent, three digits, which in half precision stand seven places higher."""
@@ -152,7 +152,7 @@ def packed_linear_kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, as in `linear`, with its norms and gate. Tiles of the same features come one after the other."""
+    """A tile of y, as in `linear_kernel`, with fused norms and gate; tiles of the same features are adjacent."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     f = tile_features(F, ACTIVATION, BLOCK_F)
     square_sum = rows_square_sum(squares_ptr, m, M, squares_row, squares_part, PARTS, ROWS)
@@ -179,7 +179,7 @@ def widen_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight (F, C), in w's format."""
+    """Dequantize a tile of the weight (F, C) to w's dtype."""
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.program_id(1).to(tl.int64) * BLOCK_C
     w = widen(
@@ -192,7 +192,7 @@ def widen_kernel(
 
 
 def _tile(x: torch.Tensor, M: int) -> dict:
-    """ROWS of x, BLOCK_F features, BLOCK_C channels at a time: a multiple of every group, and of all rotated ones."""
+    """Tile: ROWS of x, BLOCK_F features, BLOCK_C channels at a time (a multiple of every group and of 64)."""
     arch = generation(x.device)
     if arch == 0:
         return {"ROWS": 16, "BLOCK_F": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1}
@@ -202,25 +202,25 @@ def _tile(x: torch.Tensor, M: int) -> dict:
 
 
 def table_bytes(table: Sequence[int]) -> tuple[int, int]:
-    """A table's numbers as two integers of eight bytes."""
+    """Pack a code table into two 8-byte integers."""
     packed = bytes(value & 255 for value in table).ljust(16, b"\0")
     return int.from_bytes(packed[:8], "little", signed=True), int.from_bytes(packed[8:], "little", signed=True)
 
 
 def code_bits(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as kernels take them: float8 in int8, whatever formats the GPU has."""
+    """Codes as kernels take them: float8 viewed as int8, whatever dtypes the GPU has."""
     return codes.view(torch.int8) if codes.dtype.is_floating_point else codes
 
 
 def turned(x_MC: torch.Tensor) -> torch.Tensor:
-    """`rotated` by the kernel of heads, of which 64 columns are one."""
+    """`rotated` by the Hadamard kernel, on heads of 64 columns."""
     M, C = x_MC.shape
     x_MC = nn.pad(x_MC, (0, -C % TURNED)) if C % TURNED else x_MC
     return hadamard_launch(x_MC.reshape(M * x_MC.shape[1] // TURNED, TURNED), False).view(x_MC.shape)
 
 
 def widen_arguments(weight: PackedTensor, columns: int) -> tuple[tuple, tuple, dict]:
-    """A packed weight, which must have so many columns, as `widen` takes it: tensors, strides, constants."""
+    """Arguments of `widen` for a packed weight of so many columns: tensors, strides, constants."""
     codes, scales, minima, units, bits, group, table, _ = weight
     F, held = len(scales), min(scales.shape[1] * group, codes.shape[1] * 8 // bits)
     if not len(codes) == len(units) == F or columns > held:
@@ -244,7 +244,7 @@ def packed_product(
     squares: tuple[torch.Tensor, float] | None = None,
     join: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`product` with a packed weight."""
+    """`linear.product` with a packed weight."""
     x_MC = last_dim_contiguous(as_rows(x))
     x_MC = turned(x_MC) if weight.rotate else x_MC
     (M, C), (F, G) = x_MC.shape, weight.scales.shape
@@ -315,7 +315,7 @@ E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4's numb
 
 
 def packed_batch(m, M, C, F, bits=8, group=64, minimum=False, table=(), rotate=False, bias=False, float8=False):
-    """Scales and minima lie as a GPU reads them: those of a group side by side."""
+    """Test case: packed weight with scales and minima as a GPU reads them, group-major."""
     G = cdiv(C, max(group, TURNED if rotate else group)) * (TURNED // group if rotate else 1)
     codes = m.integers(0, 256, F, G * group * bits // 8, dtype=torch.uint8)
     codes = (codes & 0xBF).view(torch.float8_e4m3fn) if float8 else codes  # below two, and so no NaN

@@ -1,4 +1,4 @@
-"""A mixture of experts whose weights are codes of 8 or 4 bits: `moe` of the numbers that they stand for.
+"""Mixture of experts with packed weights: 8- or 4-bit codes, as in `packed_linear`.
 
 Experts are nearly all of a model's weights, and a batch that decodes reads most of them, since tokens choose apart.
 Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes
@@ -18,7 +18,7 @@ from .swiglu import swiglu_packed
 
 
 def widened(weight: PackedTensor, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """The numbers (E · N, columns) of a packed weight, in the dtype of `like`."""
+    """Dequantize (E · N, columns) to the dtype of `like`."""
     return dequantize(weight, columns, torch.promote_types(like.dtype, torch.float32)).to(like.dtype)
 
 
@@ -31,8 +31,8 @@ def _packed_moe(
     top_k: int,
     **options,
 ) -> tuple[torch.Tensor, MoEAux]:
-    """x (…, C) through the experts chosen by `router_logits`, of which the weights of so many are here; the options
-    are those of `moe`."""
+    """x (…, C) through the experts chosen by `router_logits`, of which `experts` are in this process; options as in
+    `moe`."""
     return _by(moe.reference, x, router_logits, gate_up, down, experts, top_k, options)
 
 
@@ -65,7 +65,7 @@ def _product(rows, places, weight, bias, top_k):
 
 
 def _batch(m, T, C, E, F, layout=(), biases=False, **more):
-    """Layout: bits, group, minimum, table, rotate, bias, float8."""
+    """Test case. Layout: bits, group, minimum, table, rotate, bias, float8."""
 
     def weight(rows, columns):
         return packed_batch(m, 1, columns, E * rows, *layout)[1]

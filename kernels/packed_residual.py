@@ -1,4 +1,4 @@
-"""RMSNorm without a launch of its own, around products with packed weights: `linear_residual` and `normed_linear`, by
+"""`linear_residual` and `normed_linear` with packed weights: RMSNorm and residual fused into the products.
 codes as `packed_linear` widens them.
 
 The division by the root mean square commutes with a rotation of the columns as it does with the product.

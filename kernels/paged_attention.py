@@ -1,4 +1,4 @@
-"""Attention over a paged K/V cache, for prefill chunks and decode rows in one batch.
+"""Attention over a paged KV cache, for prefill chunks and decode rows in one batch.
 
 Keys and values live in pages of a fixed number of tokens; a sequence's row of the page table lists its pages in
 order, so memory never has to be contiguous and a prefix can be shared. Sequence b brings its newest `query_lens[b]`
@@ -89,14 +89,14 @@ def _each_sequence(attend, q, k_pages, v_pages, page_table, context_lens, query_
 
 
 def cached(pages: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantize what pages (N, page, K, D) with scales (N, K, page) hold: (N · page, K, D) in a dtype."""
+    """Dequantize pages (N, page, K, D) with scales (N, K, page) to (N · page, K, D)."""
     if scales is None:
         return pages.to(dtype).flatten(0, 1)
     return (pages.to(wide(scales)) * scales.transpose(1, 2)[..., None]).to(dtype).flatten(0, 1)
 
 
 def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None):
-    """Sequences with these lengths, in pages handed out back to front."""
+    """Test case: sequences with these lengths, in pages allocated back to front."""
     per_sequence = max(-(-c // page) for c in contexts)
     total = per_sequence * len(contexts) + 1
     table = torch.arange(total - 1, 0, -1, dtype=torch.int32).view(len(contexts), per_sequence).to(m.device)
@@ -107,7 +107,7 @@ def _batch(m, contexts, queries, H, K, D, page, padding=0, dtype=None):
 
 
 def filled_pages(m, total, page, K, widths, dtype=None):
-    """Pages of keys and values of a dtype, and their scales as options if it has 8 bits."""
+    """Test case: filled pages of keys and values, with scales as options if they have 8 bits."""
     if dtype is None or dtype.itemsize > 1:
         return [m.normal(total, page, K, width, dtype=dtype, grad=False) for width in widths], {}
     most = 127 if dtype == torch.int8 else 16
@@ -117,7 +117,7 @@ def filled_pages(m, total, page, K, widths, dtype=None):
 
 
 def _flops(q, k_pages, v_pages, page_table, *_, **__):
-    """As if all sequences brought equally many tokens and filled their pages."""
+    """FLOPs as if all sequences brought equally many tokens and filled their pages."""
     (T, H, D), N = q.shape, len(page_table)
     pairs = T * (page_table.shape[1] * k_pages.shape[1] - (T // max(N, 1) - 1) / 2)
     return 4 * D * H * pairs, 0

@@ -32,7 +32,7 @@ def _penalize(
     presence: torch.Tensor,
     frequency: torch.Tensor,
 ) -> torch.Tensor:
-    """`logits` (R, V) after the penalties (R,) of each row, for the sequence `sequences[r]` of `tokens` (S, L).
+    """`logits` (R, V) after each row's penalties (R,), for the sequence `sequences[r]` of `tokens` (S, L).
 
     Of that sequence count the first `lengths[r]` tokens; the first `prompt_lens[r]` of them are its prompt.
     """
@@ -110,7 +110,7 @@ def penalize_launch(
 
 
 def _rows(m, R, V, lengths, repetition, presence, frequency, L=None):
-    """Sequences in reverse order, half of each its prompt; few different tokens, so that they repeat."""
+    """Test case: sequences in reverse order, half of each its prompt; few distinct tokens, so that they repeat."""
     tokens = m.integers(0, min(V, 40), R, L or max(lengths) + 2, dtype=torch.int32)
     sequences = m.tensor(list(range(R))[::-1])
     prompts, lengths = m.tensor([n // 2 for n in lengths], dtype=torch.int32), m.tensor(lengths)

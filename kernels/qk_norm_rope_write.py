@@ -36,7 +36,7 @@ def _qk_norm_rope_write(
     k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q (T, H, D) normalized and rotated; k likewise and v (T, K, D) go to `slots` (T,) of the pages, in place.
+    """Normalize and rotate q (T, H, D) and k; write k and v (T, K, D) to `slots` (T,) of the pages, in place.
 
     `cos` and `sin` are tables of `rope_tables`, `positions` (T,) their rows; negative slots are padding. With
     pages of 8 bits, which have scales (P, K, page), q is transformed for the product with what they hold.
@@ -58,7 +58,7 @@ def _prepare_heads(
     TRANSFORM: tl.constexpr, BACK: tl.constexpr, LIMIT: tl.constexpr, PAGE: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, normalized, rotated, with TRANSFORM transformed, and stored at a slot."""
+    """Norm, RoPE, Hadamard transform (with TRANSFORM) and cache write of all heads of one token."""
     head = tl.arange(0, HEADS).to(tl.int64)[:, None]
     pair = tl.arange(0, HALF).to(tl.int64)[None, :]
     a_col, b_col = (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, pair + R)
@@ -105,7 +105,7 @@ def qk_norm_rope_kv_write_kernel(
     LIMIT: tl.constexpr, PAGE: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One token: with a LIMIT, which pages of 8 bits have, heads are transformed and keys and values have scales."""
+    """One token; with LIMIT (8-bit pages), heads are Hadamard-transformed and keys and values get scales."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token).to(tl.int64)
     cos, sin = angles_of(cos_ptr, sin_ptr, tl.load(position_ptr + token), table_row, R, HALF)

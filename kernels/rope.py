@@ -63,7 +63,7 @@ def _frequencies(dim: int, max_len: int, theta: float, scaling: Mapping, device)
 
 
 def _llama3(frequencies, factor, original, scaling):
-    """Long waves turn `factor` times slower, short ones as before, and a ramp joins the two."""
+    """Llama 3's scaling: low frequencies are divided by `factor`, high ones kept, with a ramp between."""
     low, high = _required(scaling, "llama3", "low_freq_factor"), _required(scaling, "llama3", "high_freq_factor")
     wavelength = 2 * math.pi / frequencies
     slow = torch.where(wavelength > original / low, frequencies / factor, frequencies)
@@ -74,7 +74,7 @@ def _llama3(frequencies, factor, original, scaling):
 
 
 def _yarn(periods, dim, theta, factor, original, scaling):
-    """Waves that turn often within the trained context stay; those that turn less than once are interpolated."""
+    """YaRN: frequencies that turn often within the trained context are kept, slow ones interpolated."""
 
     def column(turns):
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -98,7 +98,7 @@ def _yarn(periods, dim, theta, factor, original, scaling):
 
 
 def _longrope(periods, max_len, scaling):
-    """A learned factor a wave (Phi-3): one set up to the trained context, another for a model that reads further.
+    """LongRoPE (Phi-3): a learned factor per frequency, one set up to the trained context, another beyond.
 
     transformers changes sets when a sequence passes the trained length; a cache of rotated keys cannot, so here the
     longest sequence that the model accepts decides.
@@ -129,7 +129,7 @@ def _rope(
     positions: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates queries (…, T, H, D) and keys (…, T, K, D) by the table rows of `positions` (…, T), or of 0 … T−1."""
+    """Rotate queries (…, T, H, D) and keys (…, T, K, D) by the table rows of `positions` (…, T), or of 0 … T−1."""
     cos_TR, sin_TR = (cos[: q.shape[-3]], sin[: q.shape[-3]]) if positions is None else (cos[positions], sin[positions])
     return _rotate(q, cos_TR, sin_TR, interleaved), _rotate(k, cos_TR, sin_TR, interleaved)
 
@@ -159,7 +159,7 @@ def _rope_eager(q, k, cos, sin, positions=None, interleaved=False):
 
 @triton.jit
 def rotate(a, b, cos, sin):
-    """The points (a, b) turned by the angle."""
+    """Rotate the pairs (a, b) by an angle."""
     return a * cos - b * sin, b * cos + a * sin
 
 
@@ -169,7 +169,7 @@ def rotate_heads(
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token: R pairs are turned, the other D − 2R columns are copied."""
+    """Rotate all heads of one token: R pairs are rotated, the other D − 2R columns copied."""
     head = tl.arange(0, HEADS).to(tl.int64)[:, None]
     if INTERLEAVED:
         col = tl.arange(0, 2 * HALF).to(tl.int64)[None, :]
@@ -195,7 +195,7 @@ def rotate_heads(
 
 @triton.jit
 def angles_of(cos_ptr, sin_ptr, position, table_row, R: tl.constexpr, HALF: tl.constexpr):
-    """The table row of a position, as (1, HALF)."""
+    """Cosines and sines of a position, each (1, HALF)."""
     col = tl.arange(0, HALF)[None, :]
     place = position.to(tl.int64) * table_row + col
     cos = tl.load(cos_ptr + place, mask=col < R, other=0.0).to(tl.float32)
@@ -211,7 +211,7 @@ def rope_kernel(
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, POSITIONS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One token: its angles are read once for all heads of q and k."""
+    """One token; its angles are read once for all heads of q and k."""
     token = tl.program_id(0).to(tl.int64)
     batch, time = token // T, token % T
     position = tl.load(positions_ptr + token) if POSITIONS else time

@@ -1,4 +1,4 @@
-"""Sampling of the next token by temperature, top-k, top-p and min-p, each row with its own settings and random state.
+"""Token sampling by temperature, top-k, top-p and min-p, each row with its own settings and random state.
 
 Greedy is a temperature below 1e-4, whose reciprocal might not be a number. Otherwise, logits / temperature become
 probabilities p; `top_k` keeps the k largest, `top_p` the smallest set of largest whose share of what top_k left
@@ -45,7 +45,7 @@ def _sample(
     positions: torch.Tensor,
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token (B,) for each row of `logits` (B, V), under that row's settings (all (B,)).
+    """Sample one token (B,) for each row of `logits` (B, V), under that row's settings (all (B,)).
 
     `temperature` 0 is greedy, `top_k` 0, `top_p` 1 and `min_p` 0 keep everything. A token depends on its own row only.
     With an `index` (B,), settings and seeds are those of a larger batch, and row b's are at `index[b]`.
@@ -82,27 +82,27 @@ def _kept(x_BV, top_k, top_p, min_p):
 
 @triton.jit
 def _ordered(x):
-    """Floats as integers in the same order."""
+    """Map floats to integers that order alike."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _float_of(order):
-    """The float at a place of that order."""
+    """Inverse of `_ordered`."""
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scaled(row_ptr, col, col_stride, V, scale):
-    """Logits over the temperature; −inf for a NaN and past the end."""
+    """Logits divided by the temperature; −inf for NaN and past the end."""
     x = tl.load(row_ptr + col.to(tl.int64) * col_stride, mask=col < V, other=-float("inf")).to(tl.float32) * scale
     return tl.where(x == x, x, -float("inf"))
 
 
 @triton.jit
 def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
-    """The largest scaled logit, the first token that has it, and the maxima of BLOCK interleaved groups of tokens."""
+    """Largest scaled logit, its first token, and the maxima of BLOCK interleaved groups of tokens."""
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
@@ -116,7 +116,7 @@ def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _survey(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
-    """Of the scaled logits above `floor`: how many, the least, their weight; and the weight of those that reach it."""
+    """Count, minimum and total weight of the scaled logits above `floor`, and the weight of those at or above it."""
     more = tl.zeros([BLOCK], tl.int32)
     least = tl.full([BLOCK], float("inf"), tl.float32)
     weight_more = tl.zeros([BLOCK], tl.float32)
@@ -134,7 +134,7 @@ def _survey(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kth_group(best, k):
-    """The k-th largest of the groups' maxima, by bisection over the order of floats.
+    """k-th largest of the groups' maxima, by bisection over ordered floats.
 
     It is no larger than that of all tokens, and as the k largest tokens rarely share a group, nearly always equal.
     """
@@ -149,7 +149,7 @@ def _kth_group(best, k):
 
 @triton.jit
 def _kth_token(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
-    """The k-th largest scaled logit, by the same bisection over the whole row: for k too large for the groups."""
+    """k-th largest scaled logit, by bisection over the whole row; for k too large for the groups."""
     low = tl.full([], -2139095041, tl.int64)  # the place of −inf
     high = _ordered(highest).to(tl.int64)
     while low < high:
@@ -166,7 +166,7 @@ def _kth_token(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _race(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.constexpr):
-    """The winner among tokens above `floor`: its place and its scaled logit."""
+    """Gumbel-max race among tokens above `floor`: the winner's index and scaled logit."""
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
@@ -259,7 +259,7 @@ def _sample_fused(logits, temperature, top_k, top_p, min_p, seeds, positions, in
 
 
 def _chosen(m, V, index):
-    """Rows with the settings of a larger batch."""
+    """Test case: rows with the settings of a larger batch."""
     _, *settings, _ = _rows(m, 4, [1.0, 0.0, 0.7, 1.5], [0, 3, 9, 40], [0.9, 0.8, 1.0, 0.5], [0.0, 0.1, 0.05, 0.0])
     positions = m.tensor(list(range(7, 7 + len(index))))
     return m.normal(len(index), V, scale=2.0, grad=False), *settings, positions, {"index": m.tensor(index)}

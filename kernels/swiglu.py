@@ -44,7 +44,7 @@ def _swiglu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> t
 
 
 def _swiglu_packed(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """The same for one tensor (…, 2F) that holds the gate in its first half and `up` in its second."""
+    """`_swiglu` for one tensor (…, 2F) with the gate in its first half and `up` in its second."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu_packed: the last dimension is {gate_up.shape[-1]}; it must be even: gate, then up")
     return _swiglu(*gate_up.chunk(2, -1), activation)
@@ -76,7 +76,7 @@ def check_activation(name: str):
 
 @triton.jit
 def activate(g, ACTIVATION: tl.constexpr):
-    """The activation of float32 numbers and its slope. The tanh form of GELU is g · σ(2u): no tanh is needed."""
+    """Activation and its derivative in float32. GELU's tanh form is g · σ(2u): no tanh is needed."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(g)
         value, slope = g * s, s * (1 + g * (1 - s))
@@ -147,7 +147,7 @@ def _launch_backward(gate_NF, up_NF, dy, dgate_NF, dup_NF, activation):
 
 
 def _tiles(kernel, x_NF):
-    """About a thousand columns a program: wider tiles need twice the registers in the backward and gain nothing."""
+    """Tile of about a thousand columns: wider ones need twice the registers in the backward and gain nothing."""
     N, F_ = x_NF.shape
     width = next_power_of_2(F_)
     block = min(1024, width)

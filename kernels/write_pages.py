@@ -1,4 +1,4 @@
-"""Write new keys and values into the paged KV cache.
+"""Write of new keys and values into the paged KV cache, quantizing to 8-bit pages.
 
 Token t goes to slot `slots[t]` of the cache seen as one long row of slots (page · page size + offset). A negative slot
 is padding and writes nothing.
@@ -21,14 +21,14 @@ from .hadamard import hadamard, transformed
 
 
 def page_limit(dtype: torch.dtype) -> float:
-    """The largest number that pages of 8 bits hold; 0 of wider ones, which need no scales."""
+    """Largest value of an 8-bit page dtype; 0 for wider ones, which need no scales."""
     if dtype.itemsize > 1:
         return 0.0
     return torch.finfo(dtype).max if dtype.is_floating_point else 127.0
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (…, D) as numbers of an 8-bit dtype, and the scale of each row."""
+    """Quantize x (…, D) to an 8-bit dtype: (codes, scale of each row)."""
     limit, peak = page_limit(dtype), x.abs().amax(-1)
     x = x * torch.where(peak > 0, limit / peak, 0)[..., None]
     return (x if dtype.is_floating_point else x.round()).to(dtype), peak / limit
@@ -43,7 +43,7 @@ def _write_pages(
     k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None,
 ) -> None:
-    """Writes k and v (T, K, D) into the pages (P, page, K, D) at `slots` (T,), in place; negative slots are skipped.
+    """Write k and v (T, K, D) into the pages (P, page, K, D) at `slots` (T,), in place; negative slots are skipped.
     v and its pages may have another D.
 
     Pages of 8 bits have scales (P, K, page) in float32, and hold keys rotated."""
@@ -67,7 +67,7 @@ def store_heads(
     x, pages_ptr, scales_ptr, slot, heads, write,
     D: tl.constexpr, LIMIT: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Heads x (HEADS, BLOCK) of a token, in float32, into its slot; with a LIMIT divided by a scale each."""
+    """Store heads x (HEADS, BLOCK) of a token, in float32, into its slot; with LIMIT, scaled to 8 bits."""
     head, col = tl.arange(0, HEADS).to(tl.int64), tl.arange(0, BLOCK).to(tl.int64)[None, :]
     mask = (head < heads)[:, None] & (col < D) & write
     if LIMIT > 0:
@@ -90,7 +90,7 @@ def kv_write_kernel(
     D: tl.constexpr, V_D: tl.constexpr, LIMIT: tl.constexpr, PAGE: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token: all its heads."""
+    """One token, all its heads."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
@@ -104,7 +104,7 @@ def kv_write_kernel(
 
 
 def check_pages(op: str, k_pages: torch.Tensor, v_pages: torch.Tensor, *scales: torch.Tensor | None) -> None:
-    """Refuse pages and scales that do not lie in one piece, and pages of 8 bits without scales."""
+    """Refuse pages and scales that are not contiguous, and 8-bit pages without scales."""
     if not all(x.is_contiguous() for x in (k_pages, v_pages, *scales) if x is not None):
         raise ValueError(f"{op}: the pages and their scales must be contiguous")
     if k_pages.dtype == torch.float8_e4m3fn and 80 <= architecture(k_pages.device) < 89:
@@ -143,7 +143,7 @@ def _write_pages_fused(k, v, k_pages, v_pages, slots, k_scales=None, v_scales=No
 
 
 def page_scales(m, *pages: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Room for the scales of keys and values in such pages, as options of a case."""
+    """Test case: scale tensors of keys and values, as options."""
     shapes = [(len(each), each.shape[2], each.shape[1]) for each in pages]
     return {name: torch.zeros(shape, device=m.device) for name, shape in zip(("k_scales", "v_scales"), shapes)}
 

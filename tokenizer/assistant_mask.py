@@ -1,8 +1,8 @@
-"""Assistant masks: which tokens of a conversation a model learns, for any chat template.
+"""Assistant mask: the loss mask of a conversation, for any chat template.
 
 A model is to learn what the assistant says, and to stop; not the questions, nor the template's headers. Some templates
-say where that is, by `{% generation %}` tags; nearly all stock ones do not, and taking their mask by the tags gives one
-of zeros. So each assistant message is fenced, a nonce before and another behind it, and the template rendered:
+mark that by `{% generation %}` tags; nearly all stock ones do not, and a mask by tags is then all zeros. So each
+assistant message is fenced, a nonce before and another behind it, and the template rendered:
 
     <|im_start|>assistant\n⟨Blue.⟩<|im_end|>\n
 
@@ -31,7 +31,7 @@ TAGS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 def encode_conversation(
     tokenizer: "Tokenizer", messages: list[dict], /, **variables: Any
 ) -> tuple[list[int], list[bool]]:
-    """The token ids of a conversation, and of each whether it is learned.
+    """Tokenize a conversation; return the ids and the loss mask.
 
     An assistant message with `weight` 0 is not learned. Raises InputError where nothing is.
     """
@@ -48,7 +48,7 @@ def encode_conversation(
 
 
 class _Places:
-    """A nonce for each end of each span: written into strings, found in what is rendered."""
+    """Nonces for the ends of spans: inserted into strings, located in the rendered text."""
 
     def __init__(self) -> None:
         self.nonce = secrets.token_hex(8)
@@ -61,7 +61,7 @@ class _Places:
         return f"{self.nonce}e{number}z"
 
     def take(self, rendered: str) -> tuple[str, dict[tuple[str, int], list[int]]]:
-        """The text without nonces, and where each stood in it."""
+        """Remove the nonces; return the text and the positions of each."""
         found: dict[tuple[str, int], list[int]] = {}
         parts, done, at = [], 0, 0
         for match in self.pattern.finditer(rendered):
@@ -73,7 +73,7 @@ class _Places:
 
 
 def _tagged_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tuple[int, int]]]:
-    """Spans that `{% generation %}` tags mark."""
+    """Assistant spans by the template's `{% generation %}` tags."""
     places = _Places()
     marked = dict(zip(GENERATION, (places.begin(0), places.end(0))))
     text, found = places.take(tokenizer.apply_chat_template(messages, **variables, **marked))
@@ -87,7 +87,7 @@ def _tagged_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tupl
 
 
 def _fenced_spans(tokenizer, fence, messages, variables) -> tuple[str, list[tuple[int, int]]]:
-    """Spans of the assistant messages in the rendered text."""
+    """Assistant spans by fencing messages with nonces."""
     places = _Places()
     marked = [_mark(message, places, number) for number, message in enumerate(messages)]
     text, found = places.take(tokenizer.apply_chat_template(marked, **variables))
@@ -119,7 +119,7 @@ def _is_learned(message: dict) -> bool:
 
 
 def _mark(message: dict, places: _Places, number: int) -> dict:
-    """An assistant message with nonces around its words, or behind the name of the last function it calls."""
+    """Assistant message with nonces around its content, or behind the name of its last tool call."""
     if message.get("role") != "assistant":
         return message
     content, calls = message.get("content"), message.get("tool_calls")
@@ -143,14 +143,14 @@ def _mark(message: dict, places: _Places, number: int) -> dict:
 
 
 def _around(text: str, begin: str, end: str) -> str:
-    """Nonces around a text, within its white space, which templates may trim."""
+    """Insert nonces around a text, inside its surrounding white space, which templates may trim."""
     inner = text.strip()
     start = text.index(inner)
     return f"{text[:start]}{begin}{inner}{end}{text[start + len(inner) :]}"
 
 
 def _end_of_prompt(tokenizer, before, variables, text: str, limit: int) -> int | None:
-    """End of the generation prompt, if the text begins with it."""
+    """End of the generation prompt, if the rendered text begins with it."""
     try:
         prompt = tokenizer.apply_chat_template(before, **{**variables, "add_generation_prompt": True})
     except ValueError:  # some templates refuse a conversation that begins with an answer
@@ -159,7 +159,7 @@ def _end_of_prompt(tokenizer, before, variables, text: str, limit: int) -> int |
 
 
 def _end_of_turn(text: str, at: int, marks: list[tuple[int, int, int]], stops: frozenset[int] | None) -> int:
-    """End of the end-of-turn mark behind a message; with `stops`, the first of these that follows."""
+    """End of the end-of-turn token behind a message; with `stops`, the first of these that follows."""
     behind = [mark for mark in marks if mark[0] >= at]
     if stops is not None:
         behind = [mark for mark in behind if mark[2] in stops] or behind

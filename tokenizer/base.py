@@ -1,4 +1,4 @@
-"""Base class: what every tokenizer can do, written once over two primitives.
+"""Tokenizer base class: everything derived from two primitives, `_encode_stretch` and `token_bytes`.
 
 A kind of tokenizer (BPE, characters, words) says how ordinary text becomes ids (`_encode_stretch`) and which bytes an
 id stands for (`token_bytes`). Everything else here follows from that: special tokens, arrays, batches, streams, files.
@@ -24,7 +24,7 @@ Allowed = Literal["none", "all"] | Iterable[str]
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back."""
+    """Interface of all tokenizers: text to token ids and back."""
 
     def __init__(
         self, special_tokens: dict[str, int] | SpecialTokens | None = None, chat_template: str | None = None
@@ -46,11 +46,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_stretch(self, text: str) -> list[int]:
-        """Ids of one of `_stretches`, in which no added token is recognized."""
+        """Ids of a stretch of ordinary text, without added tokens in it."""
 
     @abstractmethod
     def _spans(self, text: str, ids: list[int]) -> Iterable[tuple[int, int]]:
-        """The span of characters that each id of ordinary text touches."""
+        """Span of characters that each id of ordinary text covers."""
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -66,44 +66,44 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _safe_cut(self, text: str, limit: int) -> int:
-        """The last position up to `limit` where cutting the text changes no id; 0 if there is none."""
+        """Last position up to `limit` where cutting the text changes no id; 0 if there is none."""
 
     # -- what is in the vocabulary ----------------------------------------------------------------------------------
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Added tokens and their ids: special ones, and plain ones, which are vocabulary (`special.plain`)."""
+        """Added tokens and their ids: special ones, and plain ones that are ordinary vocabulary (`special.plain`)."""
         return dict(self.special.ids)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the greatest id: the number of rows an embedding needs."""
+        """Largest id plus one: the rows of an embedding."""
         if self._vocab_size is None:
             self._vocab_size = 1 + max(max(self.vocab.values(), default=-1), max(self.special.texts, default=-1))
         return self._vocab_size
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest of uint16 and uint32 that holds every id; what `encode_array` returns."""
+        """Smallest of uint16 and uint32 that holds every id; the dtype of `encode_array`."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @property
     def eos_id(self) -> int | None:
-        """The id that ends a document, or None if the vocabulary has no such token."""
+        """Id of the end-of-document token, or None."""
         return self.special.end_of_text()
 
     @property
     def bos_id(self) -> int | None:
-        """The id that begins a document, or None if the vocabulary has no such token."""
+        """Id of the beginning-of-document token, or None."""
         return self.special.begin_of_text()
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end a generation: `eos_id`, what config files add to it, and ends of a turn."""
+        """Ids that end a generation: `eos_id`, those of config files, ends of turn."""
         return self.special.stop_ids()
 
     def add_special_tokens(self, tokens: Iterable[str]) -> list[int]:
-        """Add special tokens after the last id and return their ids; one that exists keeps its id."""
+        """Append special tokens and return their ids; existing ones keep theirs."""
         ids = dict(self.special.ids)
         size = self.vocab_size
         for token in tokens:
@@ -120,7 +120,7 @@ class Tokenizer(ABC):
     # -- text to ids ------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, allowed_special: Allowed = "none") -> list[int]:
-        """Token ids of `text`. Special tokens are recognized only when `allowed_special` names them (or is "all")."""
+        """Tokenize `text`. Special tokens are recognized only if `allowed_special` names them (or is "all")."""
         ids: list[int] = []
         for piece, added_id, _ in self._stretches(text, allowed_special):
             ids += self._encode_stretch(piece) if added_id is None else [added_id]
@@ -129,34 +129,34 @@ class Tokenizer(ABC):
     def encode_part(
         self, text: str, follows: Follows, allowed_special: Allowed = "none", threads: int | None = None
     ) -> np.ndarray:
-        """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
+        """Tokenize a part of a text that follows its start, an added token or other text; see `cut_stream`."""
         return self.encode_array(text, allowed_special, threads)
 
     def _cut_behind(self, allowed_special: Allowed) -> dict[str, int]:
-        """The added tokens behind which a stream may be cut."""
+        """Added tokens behind which a stream may be cut."""
         return self.special.allowed(allowed_special)
 
     def encode_array(self, text: str, allowed_special: Allowed = "none", threads: int | None = None) -> np.ndarray:
-        """Token ids as a NumPy array of `dtype`."""
+        """Tokenize to a NumPy array of `dtype`."""
         return np.array(self.encode(text, allowed_special), dtype=self.dtype)
 
     def encode_batch(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
     ) -> list[list[int]]:
-        """Token ids of each text."""
+        """Tokenize each text."""
         return [self.encode(text, allowed_special) for text in texts]
 
     def encode_batch_array(
         self, texts: Sequence[str], allowed_special: Allowed = "none", threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All ids in one array and the n + 1 offsets (int64) where each text begins and the last one ends."""
+        """Tokenize texts into one array; return it with n + 1 offsets (int64) of the texts."""
         arrays = [self.encode_array(text, allowed_special) for text in texts]
         offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
         np.cumsum([len(array) for array in arrays], out=offsets[1:])
         return np.concatenate(arrays) if arrays else np.empty(0, self.dtype), offsets
 
     def encode_iterable(self, pieces: Iterable[str], allowed_special: Allowed = "none") -> Iterator[int]:
-        """Ids of the pieces' concatenation, one at a time, in constant memory wherever the text can be cut."""
+        """Tokenize a stream of text pieces, yielding ids in constant memory wherever the text can be cut."""
         allowed = self._cut_behind(allowed_special)
         for text, follows in cut_stream(pieces, self.special, allowed, self._safe_cut, 1 << 16):
             yield from self.encode_part(text, follows, allowed_special).tolist()
@@ -169,7 +169,7 @@ class Tokenizer(ABC):
         allowed_special: Allowed = "none",
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Encode a UTF-8 text file into a flat file of little-endian ids of `dtype`; returns how many there are.
+        """Tokenize a UTF-8 file into a flat file of little-endian ids of `dtype`; return their number.
 
         `progress` is called with (bytes read, bytes of the file)."""
         allowed = self._cut_behind(allowed_special)
@@ -185,13 +185,13 @@ class Tokenizer(ABC):
         return total
 
     def count(self, text: str, allowed_special: Allowed = "none") -> int:
-        """Return how many ids `encode` would give."""
+        """Number of tokens of a text."""
         return len(self.encode_array(text, allowed_special))
 
     def encode_with_offsets(
         self, text: str, allowed_special: Allowed = "none"
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the span of characters it touches; tokens may share a character."""
+        """Tokenize with offsets: ids, and the character span of each; tokens may share a character."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         for piece, added_id, start in self._stretches(text, allowed_special):
@@ -207,7 +207,7 @@ class Tokenizer(ABC):
     def _stretches(
         self, text: str, allowed_special: Allowed, follows: Follows = "start"
     ) -> Iterator[tuple[str, int | None, int]]:
-        """Stretches of ordinary text, each with None, and added tokens, each with its id; and where they begin."""
+        """Split a text at added tokens: (stretch, None or the added token's id, position)."""
         start = 0
         for piece, added_id in self.special.split(text, self.special.allowed(allowed_special)):
             yield piece, added_id, start
@@ -216,15 +216,15 @@ class Tokenizer(ABC):
     # -- ids to text ------------------------------------------------------------------------------------------------
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids, joined."""
+        """Decode ids to bytes."""
         return b"".join(map(self.token_bytes, id_array(ids, self._bad_id).tolist()))
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD, or as `errors` says (see `bytes.decode`)."""
+        """Decode ids to text; invalid UTF-8 becomes U+FFFD, or as `errors` says (see `bytes.decode`)."""
         return self.decode_bytes(ids).decode("utf-8", errors)
 
     def stream(self, continues: bool = False) -> StreamDecoder:
-        """A decoder that takes ids one by one and never returns half a character.
+        """Streaming decoder: takes ids one by one and never returns half a character.
 
         continues: the ids go on a text, so that what `decode` takes away where one begins (a space that SentencePiece
             puts there) is kept.
@@ -255,7 +255,7 @@ class Tokenizer(ABC):
         write_text(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
     def apply_chat_template(self, messages: list[dict], /, add_generation_prompt: bool = True, **variables) -> str:
-        """The prompt a conversation becomes, by the tokenizer's own Jinja template."""
+        """Render a conversation with the tokenizer's Jinja chat template."""
         variables = {**self.special.roles(), **variables, "add_generation_prompt": add_generation_prompt}
         return render(self.chat_template, messages, variables)
 
@@ -270,7 +270,7 @@ class Tokenizer(ABC):
 
 
 def default_threads(threads: int | None) -> int:
-    """The number of threads to use: what was asked for, or as many as this process may run on."""
+    """Number of threads: as asked for, or as many CPUs as this process may use."""
     if threads is None:
         return available_cpus()
     if threads < 1:
@@ -279,7 +279,7 @@ def default_threads(threads: int | None) -> int:
 
 
 def id_array(ids: Iterable[int], bad_id: Callable[[object], InputError]) -> np.ndarray:
-    """Ids in whatever form as a flat array of whole numbers."""
+    """Ids in any form as a flat integer array."""
     if not isinstance(ids, np.ndarray):
         ids = list(ids)
         try:

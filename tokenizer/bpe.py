@@ -1,11 +1,10 @@
-"""BPE: any text becomes ids, no text is unknown, and frequent strings become single ids.
+"""Byte-pair encoding (BPE), byte-level or SentencePiece.
 
 Byte-level vocabularies (GPT-2 and most since) start from bytes, SentencePiece's (Llama 2, Mistral, Gemma) from
 characters, which is nearly the same: metaspace.py.
 
-This file is the public face. The work is done by one of two engines that give identical results: the C++ extension
-(csrc/), or the pure-Python twin (reference.py), which `WARPLOOM_NATIVE=0` selects and which also stands in where the
-extension was not built.
+This file is the public API. The work is done by one of two engines that give identical results: the C++ extension
+(csrc/), or the pure-Python reference.py, selected by `WARPLOOM_NATIVE=0` and used where the extension was not built.
 """
 
 import unicodedata
@@ -31,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-pair-encoding tokenizer.
+    """Byte-pair-encoding tokenizer.
 
     vocab: the id of each token. Bytes that are none are dropped from text before merging, as published vocabularies
         that lack some (Pythia, SmolLM2) want it.
@@ -72,7 +71,7 @@ class BPETokenizer(Tokenizer):
         self._build_engine()
 
     def _build_engine(self) -> None:
-        """Native encoder and decoder: what encodes and decodes; added tokens have a say in how wide ids are."""
+        """Build the native encoder and decoder; added tokens decide how wide ids are as well."""
         self._native: Any = native.extension()
         self._engine: Any
         self._scans = bool(self._native and pattern_name(self.pattern))  # text can go straight to C++
@@ -94,7 +93,7 @@ class BPETokenizer(Tokenizer):
         self._encode_bare: Any = self._engine.bare_encode() if bare else None
 
     def __getstate__(self) -> dict:
-        """Everything but the engine, so that tokenizers can be copied and sent to other processes."""
+        """State without the engine, for copying and pickling."""
         rebuilt = ("_native", "_engine", "_encode_bare", "_finders", "_decoder")
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
@@ -117,7 +116,7 @@ class BPETokenizer(Tokenizer):
         progress: Progress | None = None,
         reading: Progress | None = None,
     ) -> "BPETokenizer":
-        """Learn a vocabulary: 256 bytes, then merges, then special tokens, `vocab_size` in all.
+        """Train a vocabulary: 256 bytes, then merges, then special tokens, `vocab_size` in all.
 
         corpus: a path, a list of paths, or an iterable of texts; read as a stream, so its size is no limit.
         special_tokens: never merged across; where they stand in the corpus they separate documents.
@@ -186,7 +185,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def merges(self) -> Merges:
-        """Merged pairs of tokens, in the order learned."""
+        """Merges, in the order learned."""
         return self._merges
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -210,7 +209,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the greatest id: the number of rows an embedding needs."""
+        """Largest id plus one: the rows of an embedding."""
         if self._vocab_size is None:
             self._vocab_size = 1 + max(*self._tokens, *self.special.texts, -1)
         return self._vocab_size
@@ -226,7 +225,7 @@ class BPETokenizer(Tokenizer):
         return self._stretch_ids(text, None).tolist()
 
     def _stretch_ids(self, text: str, threads: int | None) -> np.ndarray:
-        """Ids of one of `_stretches`, in which no added token is recognized."""
+        """Ids of a stretch of ordinary text, without added tokens in it."""
         if self._scans:
             return self._engine.encode_array(text, None, default_threads(threads), self._native.Follows.text)
         if self._native:
@@ -238,7 +237,7 @@ class BPETokenizer(Tokenizer):
         return self.metaspace.normalize(text) if self.metaspace else text
 
     def _direct(self, text: str) -> str | None:
-        """The text that the native encoder may be given for this one, added tokens and all; None if there is none."""
+        """Text that the native encoder can take as a whole, added tokens included; None if it cannot."""
         if self._is_verbatim:
             return text
         if not self._scans:
@@ -254,12 +253,12 @@ class BPETokenizer(Tokenizer):
         return None if any(old in text for old, _ in self.metaspace.replaces) or any(late) else text
 
     def _direct_all(self, texts: Sequence[str]) -> list[str] | None:
-        """`_direct` of each text, if the native encoder may be given all of them."""
+        """`_direct` of each text, or None if it fails for one."""
         direct = [part for text in texts if (part := self._direct(text)) is not None]
         return direct if len(direct) == len(texts) else None
 
     def _finder(self, allowed_special: Allowed) -> object | None:
-        """The native finder of the added tokens that a text may hold."""
+        """Native finder of the added tokens that text may contain."""
         key = allowed_special if isinstance(allowed_special, str) else frozenset(allowed_special)
         if key not in self._finders:
             special = self.special
@@ -289,7 +288,7 @@ class BPETokenizer(Tokenizer):
     def encode_part(
         self, text: str, follows: Follows, allowed_special: Allowed = "none", threads: int | None = None
     ) -> np.ndarray:
-        """Ids of a part of a text that follows its start, an added token or other text; see `cut_stream`."""
+        """Tokenize a part of a text that follows its start, an added token or other text; see `cut_stream`."""
         if (direct := self._direct(text)) is not None:
             place = getattr(self._native.Follows, follows)
             return self._engine.encode_array(direct, self._finder(allowed_special), default_threads(threads), place)
@@ -302,10 +301,10 @@ class BPETokenizer(Tokenizer):
     def _stretches(
         self, text: str, allowed_special: Allowed, follows: Follows = "start"
     ) -> Iterator[tuple[str, int | None, int]]:
-        """Normalized stretches of ordinary text, each with None, and added tokens, each with its id.
+        """Normalize and split a text at added tokens: (stretch, None or the added token's id, position).
 
-        And where they begin in the normalized text, to which no spaces put in front belong. Tokens are looked for
-        before normalization; those that say so (`special.normalized`), after it.
+        Positions are in the normalized text, without a space put in front. Tokens are matched before normalization;
+        those of `special.normalized`, after it.
         """
         text.encode()  # a lone surrogate is an error
         allowed = self.special.allowed(allowed_special)
@@ -327,7 +326,7 @@ class BPETokenizer(Tokenizer):
     def _normalized_stretches(
         self, text: str, late: dict[str, int], follows: Follows
     ) -> Iterator[tuple[str, int | None, int]]:
-        """The same within a text that holds no added tokens but those which are looked for after normalization."""
+        """The same for text with only those added tokens that are matched after normalization."""
         text, metaspace, start = self._normalize(text), self.metaspace, 0
         # A space that the normalizer puts in front belongs to a token behind it; the pre-tokenizer puts it there later.
         prepends = metaspace is not None and metaspace.prefix == "always" and not metaspace.if_missing
@@ -395,7 +394,7 @@ class BPETokenizer(Tokenizer):
     # -- ids to text ------------------------------------------------------------------------------------------------
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids, joined."""
+        """Decode ids to bytes."""
         if not self._native:
             return super().decode_bytes(ids)
         if self._decoder is None:
@@ -404,7 +403,7 @@ class BPETokenizer(Tokenizer):
         return self._decoder.decode(id_array(ids, self._bad_id))
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD, or as `errors` says (see `bytes.decode`).
+        """Decode ids to text; invalid UTF-8 becomes U+FFFD, or as `errors` says (see `bytes.decode`).
 
         A space that SentencePiece puts in front of a text is taken away again.
         """
@@ -415,7 +414,7 @@ class BPETokenizer(Tokenizer):
         return (opening + self.decode_bytes(ids[1:])).decode("utf-8", errors)
 
     def stream(self, continues: bool = False) -> StreamDecoder:
-        """A decoder that takes ids one by one and never returns half a character.
+        """Streaming decoder: takes ids one by one and never returns half a character.
 
         continues: the ids go on a text, so that a space in front of them is kept.
         """

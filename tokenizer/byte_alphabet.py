@@ -1,4 +1,4 @@
-"""The byte alphabet: GPT-2's way to write any bytes as printable text.
+"""GPT-2's byte alphabet: a printable character for every byte.
 
 `vocab.json`, `merges.txt` and `tokenizer.json` are text, tokens are bytes, and half a character is no text. So each of
 the 256 bytes gets a printable character: itself where it is one in Latin-1, otherwise the next one from U+0100 on.
@@ -18,12 +18,12 @@ HF_ORDER = [sorted(BYTE_TO_CHAR.values()).index(BYTE_TO_CHAR[byte]) for byte in 
 
 
 def to_text(token: bytes) -> str:
-    """Bytes as printable text."""
+    """Bytes → printable text."""
     return "".join(map(BYTE_TO_CHAR.__getitem__, token))
 
 
 def to_bytes(text: str) -> bytes:
-    """The bytes that printable text stands for."""
+    """Printable text → bytes."""
     found = from_alphabet(text)
     if found is None:
         alien = next(char for char in text if char not in CHAR_TO_BYTE)
@@ -32,7 +32,7 @@ def to_bytes(text: str) -> bytes:
 
 
 def from_alphabet(text: str) -> bytes | None:
-    """The same; None for text of other characters."""
+    """Printable text → bytes; None for text with other characters."""
     try:
         return bytes(map(CHAR_TO_BYTE.__getitem__, text))
     except KeyError:

@@ -1,4 +1,4 @@
-"""Chat templates: the Jinja program that turns a list of messages into a prompt, rendered as `transformers` does.
+"""Chat templates: Jinja in a sandbox, rendered as `transformers` does, safe against injected special tokens.
 
 It comes with a model, so it is foreign code: it runs in Jinja's sandbox, with nothing in reach but its variables.
 
@@ -31,7 +31,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thin
 
 
 def render(source: str | None, messages: list[dict], variables: Mapping[str, Any]) -> str:
-    """The prompt of a conversation: `messages` are dicts with `role` and `content`."""
+    """Render a chat template; `messages` are dicts with `role` and `content`."""
     given = {"tools": None, "documents": None, **variables, "messages": list(map(_name_reasoning, messages))}
     try:
         return compile_template(source or DEFAULT).render(given)
@@ -42,14 +42,14 @@ def render(source: str | None, messages: list[dict], variables: Mapping[str, Any
 
 @lru_cache(maxsize=16)
 def compile_template(source: str) -> Any:
-    """Compile a chat template, or say in one sentence what is wrong with it."""
+    """Compile a chat template; a syntax error becomes one sentence."""
     import jinja2.nodes
     import jinja2.utils
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant says, for training; the text is the same without it."""
+        """Jinja extension for `{% generation %}`, which marks assistant text for training; it renders as nothing."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -60,7 +60,7 @@ def compile_template(source: str) -> Any:
             return [begin, *body, end]
 
     class Namespace(jinja2.utils.Namespace):
-        """Jinja's own lets a template store, and so reach, attributes such as __class__."""
+        """Namespace that refuses private attributes: Jinja's own could reach __class__."""
 
         def __init__(self, *args, **kwargs):
             attributes = dict(*args, **kwargs)
@@ -93,7 +93,7 @@ def compile_template(source: str) -> Any:
 def encode_chat(
     tokenizer: "Tokenizer", messages: list[dict], /, continue_last: bool = False, **variables: Any
 ) -> list[int]:
-    """The token ids that ask a model for the next message; nothing inside a message becomes a special token.
+    """Tokenize a conversation for generation; special tokens inside messages stay text.
 
     With `continue_last` they end with the last message's content instead, for the model to go on with.
     """
@@ -118,7 +118,7 @@ def encode_chat(
 def encode_rendered(
     tokenizer: "Tokenizer", fence: "Fence", text: str, spans: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[list[int], bool]]:
-    """The ids of a rendered text piece by piece, each with whether `spans` hold it; no token crosses their borders."""
+    """Tokenize a rendered text in pieces, each flagged if inside `spans`; no token crosses a span's border."""
     borders = sorted({border for span in spans for border in span})
     done, follows = 0, "start"
     for begin, end, token in [*find_marks(tokenizer, fence, text), (len(text), len(text), None)]:
@@ -133,7 +133,7 @@ def encode_rendered(
 
 
 def find_marks(tokenizer: "Tokenizer", fence: "Fence", text: str) -> list[tuple[int, int, int]]:
-    """Begin, end and id of each special token in a rendered text that no message has put there."""
+    """Special tokens of a rendered text that the template put there: (begin, end, id)."""
     special = tokenizer.special
     return [
         (begin, end, special.ids[token])
@@ -143,7 +143,7 @@ def find_marks(tokenizer: "Tokenizer", fence: "Fence", text: str) -> list[tuple[
 
 
 class Fence:
-    """A nonce before and another behind every special token that a message holds."""
+    """Nonces before and behind every special token inside a message, to tell it from the template's own."""
 
     def __init__(self, marks: set[str]) -> None:
         self._open, self._close = secrets.token_hex(8), secrets.token_hex(8)
@@ -151,7 +151,7 @@ class Fence:
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def around(self, value: Any) -> Any:
-        """The same value with each string in it, keys included, fenced."""
+        """Fence every string in a value, dict keys included."""
         if isinstance(value, str):
             return self._marks.sub(lambda mark: f"{self._open}{mark.group()}{self._close}", value)
         if isinstance(value, (list, tuple)):
@@ -161,16 +161,16 @@ class Fence:
         return value
 
     def holds(self, text: str, begin: int, end: int) -> bool:
-        """Return whether what stands there in a rendered text is fenced."""
+        """Return whether that range of a rendered text is fenced."""
         return text.endswith(self._open, 0, begin) or text.startswith(self._close, end)
 
     def remove(self, text: str) -> str:
-        """The text without fences."""
+        """Remove the nonces."""
         return text.replace(self._open, "").replace(self._close, "")
 
 
 def _name_reasoning(message: Any) -> Any:
-    """Give a message's reasoning under the names that templates read."""
+    """Copy a message's reasoning to the field names that templates read."""
     if not isinstance(message, Mapping):
         return message
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)

@@ -1,4 +1,4 @@
-"""Processors that this process may use: its affinity, and the quota of its control group (a container's CPU limit).
+"""Usable CPUs of this process: its affinity mask and cgroup quota (a container's CPU limit).
 
 Threads beyond a quota are not slower but stopped: once its share of a period (100 ms) is used up, all of them wait for
 the next. A quota of 2.5 processors is two threads, since pools spin while they wait.
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def available_cpus(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Processors of the affinity mask, or fewer where a control group has a quota; at least one."""
+    """CPUs of the affinity mask, or fewer under a cgroup quota; at least one."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus, int(cpu_quota(groups, membership))))
 
 
 def cpu_quota(groups: Path, membership: Path) -> float:
-    """Least quota of this process's control groups and those around them, in processors; without one, more than any
-    machine has. Version 2 says it in `cpu.max`, version 1 in `cpu.cfs_quota_us` and `cpu.cfs_period_us`."""
+    """Smallest quota of this process's cgroups and their parents, in CPUs; without one, more than any machine has.
+    Version 2 has it in `cpu.max`, version 1 in `cpu.cfs_quota_us` and `cpu.cfs_period_us`."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux
@@ -36,7 +36,7 @@ def cpu_quota(groups: Path, membership: Path) -> float:
 
 
 def _quota_of(group: Path) -> float:
-    """Quota of one group."""
+    """Quota of one cgroup."""
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
             quota, period, *_ = " ".join((group / name).read_text() for name in names).split()

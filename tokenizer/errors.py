@@ -1,8 +1,8 @@
-"""The error that users cause. It lives on the ground floor, so that every room above can raise it."""
+"""`InputError`, the error that users cause. It lives in the lowest package, so that every other can raise it."""
 
 
 class InputError(ValueError):
-    """Something that was given cannot be used: one sentence names it, its value, and what to do.
+    """Invalid input: one sentence that names it, its value, and the fix.
 
     The command line prints it and exits 2, the server answers 400. Any other ValueError is a bug of ours, and looks
     like one: a traceback, a 500.

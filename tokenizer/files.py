@@ -1,4 +1,4 @@
-"""Loading: `tokenizer.json`, `tokenizer.model` or `tekken.json`, and what lies beside it in a model directory.
+"""Loading of tokenizers: `tokenizer.json`, `tokenizer.model`, `tekken.json`, and the config files beside them.
 
 What a file asks for is either done exactly or refused by name (pipeline.py). What does not change ids (post-processors,
 chat templates) is kept, and saved as it was read.
@@ -57,7 +57,7 @@ def _read_json_tokenizer(file: Path) -> Tokenizer:
 
 
 def _read_neighbors(tokenizer: Tokenizer, directory: Path) -> None:
-    """Read what other files of a model directory say about its tokenizer."""
+    """Read the tokenizer settings of a model directory's other files (chat template, stop ids …)."""
 
     def read(name: str) -> dict:
         return read_json(directory / name) if (directory / name).is_file() else {}
@@ -75,7 +75,7 @@ def _read_neighbors(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def read_stop_ids(directory: Path) -> frozenset[int]:
-    """The ids that a model directory's files name as `eos_token_id`, all together.
+    """All ids that a model directory's files name as `eos_token_id`.
 
     The union, because neither file alone is right: Phi-3.5's generation_config.json lacks one that its config.json has.
     """
@@ -140,7 +140,7 @@ def _bpe_from_json(data: dict, model: dict, special: SpecialTokens) -> BPETokeni
 
 
 def _halves(merge: object, vocab: dict[str, int]) -> tuple[str, str]:
-    """A merge's halves; both have letters, so that no merge can make what it is made of."""
+    """Split a merge into its two tokens; neither may be empty, so that no merge can contain itself."""
     match merge.split(" ") if isinstance(merge, str) else merge:
         case [str(left), str(right)] if left and right:
             if left in vocab and right in vocab and left + right in vocab:
@@ -151,7 +151,7 @@ def _halves(merge: object, vocab: dict[str, int]) -> tuple[str, str]:
 
 
 def _read_byte_level(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes], dict]:
-    """The tokens of a byte-level vocabulary, and what BPETokenizer must know besides."""
+    """Tokens of a byte-level vocabulary, and BPETokenizer's options for it."""
     decoder = data.get("decoder") or {}
     if decoder.get("type") != "ByteLevel":
         raise InputError(
@@ -163,7 +163,7 @@ def _read_byte_level(data: dict, spelled: dict[str, int]) -> tuple[dict[str, byt
 
 
 def _read_pieces(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes], dict]:
-    """The tokens of a SentencePiece vocabulary, and what BPETokenizer must know besides."""
+    """Tokens of a SentencePiece vocabulary, and BPETokenizer's options for it."""
     alone = {text: int(text[3:5], 16) for text in spelled if len(text) == 6 and _BYTE_TOKEN.fullmatch(text)}
     form, metaspace = metaspace_of(data, {byte: spelled[text] for text, byte in alone.items()})
     tokens = {text: text.replace(SPACE, " ").encode() for text in spelled if text not in alone}
@@ -171,7 +171,7 @@ def _read_pieces(data: dict, spelled: dict[str, int]) -> tuple[dict[str, bytes],
 
 
 def _from_tekken(data: dict) -> BPETokenizer:
-    """Mistral's tekken.json: ranks as tiktoken's, of which the first few are used, behind the special tokens."""
+    """Load Mistral's tekken.json: tiktoken ranks, of which the first few are used, after the special tokens."""
     config = data["config"]
     first = int(config["default_num_special_tokens"])
     entries = data["vocab"][: int(config["default_vocab_size"]) - first]

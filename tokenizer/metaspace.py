@@ -1,4 +1,4 @@
-"""SentencePiece BPE in terms of byte-level BPE.
+"""SentencePiece BPE expressed as byte-level BPE.
 
 A byte-level vocabulary starts from bytes; a SentencePiece one starts from characters, and from bytes (`<0x0A>`) for
 characters it lacks. That is the same if *a character is a merge of its bytes that comes before all others*, so the
@@ -24,7 +24,7 @@ WHOLE_TEXT = r"(?s:.)+"
 
 @dataclass(frozen=True, slots=True)
 class Metaspace:
-    """SentencePiece BPE: what such a vocabulary has besides tokens and merges."""
+    """SentencePiece's options beyond tokens and merges."""
 
     byte_tokens: dict[int, int]
     """The id of each byte's own token, by which a character that is no token is spelled."""
@@ -38,31 +38,31 @@ class Metaspace:
     """Strings that are replaced in a text first, with what takes their place (ChatGLM)."""
 
     def puts_space(self, text: str, follows: str) -> bool:
-        """Return whether a stretch of text gets a space in front."""
+        """Return whether a stretch of text gets a space in front (dummy prefix)."""
         if not text or self.prefix == "never" or follows == "text" or (self.prefix == "first" and follows == "added"):
             return False
         return not (self.if_missing and text[0] in (SPACE, " "))
 
     def normalize(self, text: str) -> str:
-        """The text with spaces for ▁ and what else is replaced."""
+        """Apply the normalizer: spaces for ▁, and other replacements."""
         for old, new in self.replaces:
             text = text.replace(old, new)
         return text.replace(SPACE, " ")
 
     def opening(self, token: bytes) -> bytes:
-        """Decode the first token: what decoding makes of the first token of a text."""
+        """Decode the first token of a text, which may lose its dummy-prefix space."""
         if self.strip == "token":
             return token.replace(b" ", b"")
         return token.removeprefix(b" ") if self.strip == "space" else token
 
 
 def spell_piece(token: bytes) -> str:
-    """A token as SentencePiece's files write it."""
+    """A token as SentencePiece spells it (▁ for spaces)."""
     return token.decode().replace(" ", SPACE)
 
 
 def bytes_of(vocab: dict[bytes, int], metaspace: Metaspace | None) -> list[int | None]:
-    """The id that each byte of a text starts as, or None where it has none."""
+    """Initial id of each byte, or None where it has none."""
     fallback = metaspace.byte_tokens if metaspace else {}
     own = 0x80 if metaspace else 0x100  # from there on a byte is no character
     return [vocab.get(bytes([byte]), fallback.get(byte)) if byte < own else fallback.get(byte) for byte in range(256)]
@@ -71,7 +71,7 @@ def bytes_of(vocab: dict[bytes, int], metaspace: Metaspace | None) -> list[int |
 def character_merges(
     vocab: dict[bytes, int], byte_ids: list[int | None], first_id: int
 ) -> list[tuple[Symbol, Symbol, int]]:
-    """Merges (left, right, result) that make every character of a vocabulary from its bytes.
+    """Merges (left, right, result) that build every character of the vocabulary from its bytes.
 
     Beginnings of characters get ids from `first_id` on.
     """
@@ -90,6 +90,6 @@ def character_merges(
 
 
 def pattern_for(merges: Merges, whole_words: bool) -> Pattern:
-    """Rules of cutting: how text may be cut without changing what these merges make of it."""
+    """Pretokenizer pattern that may cut text without changing what these merges make of it."""
     before = {left[-1:] for left, right in merges if right[:1] == b" " and left.strip(b" ")}
     return "spaces" if before <= {b">"} and not whole_words else WHOLE_TEXT

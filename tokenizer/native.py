@@ -1,4 +1,4 @@
-"""The C++ tokenizer, if there is one: how it is found, fed with a vocabulary, and given corpora.
+"""Bindings of the C++ tokenizer extension: loading, vocabularies, corpora.
 
 `WARPLOOM_NATIVE=0` in the environment, or an extension that was not built, leaves the pure-Python twin.
 """
@@ -23,7 +23,7 @@ _NO_TOKEN = 0xFFFFFFFF  # of a byte that is dropped
 
 
 def extension() -> ModuleType | None:
-    """The module `warploom._tokenizer`, or None where the twin is to be used."""
+    """The module `warploom._tokenizer`, or None where reference.py is used instead."""
     if os.environ.get("WARPLOOM_NATIVE") == "0":
         return None
     try:
@@ -48,7 +48,7 @@ def build_encoder(
     metaspace: Metaspace | None,
     wide: bool,
 ) -> Any:
-    """A native encoder for a vocabulary; for a pattern it has no scanner for, only `encode_pieces` may be used.
+    """Build a native encoder; without a scanner for the pattern only `encode_pieces` may be used.
 
     wide: ids are uint32 instead of uint16.
     """
@@ -70,12 +70,12 @@ def build_encoder(
 
 
 def build_decoder(native: ModuleType, every: dict[int, bytes]) -> Any:
-    """A native decoder: the bytes of each id."""
+    """Build a native decoder from the bytes of each id."""
     return native.Decoder(list(every.items()))
 
 
 def byte_ends(text: str, pattern: Pattern) -> list[int]:
-    """Ends of the pieces of a text, in bytes of its UTF-8."""
+    """Ends of a text's pretokenizer pieces, as UTF-8 byte offsets."""
     pieces = split(text, pattern)
     return list(accumulate(map(len, pieces if text.isascii() else map(str.encode, pieces))))
 
@@ -83,7 +83,7 @@ def byte_ends(text: str, pattern: Pattern) -> list[int]:
 def file_blocks(
     native: ModuleType, path: str | Path, specials: Any, pattern: Pattern, threads: int
 ) -> Iterator[tuple[memoryview, Any]]:
-    """A UTF-8 file as blocks that can be encoded one by one, each with what it follows (`native.Follows`).
+    """Split a UTF-8 file into blocks that can be encoded one by one, each with what it follows (`native.Follows`).
 
     A block is valid until the next one is asked for.
     """
@@ -125,7 +125,7 @@ def train_merges(
     progress: Progress | None,
     reading: Progress | None = None,
 ) -> Merges:
-    """The merges of a corpus; what `reference.train_merges` does."""
+    """Native version of `reference.train_merges`."""
     name, done, total = pattern_name(pattern), 0, size_of(corpus) if reading else 0
     counter = native.WordCounter(name or "gpt4", threads)
     finder = native.Specials([(token.encode(), 0, False, False) for token in specials]) if specials else None

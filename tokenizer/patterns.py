@@ -1,4 +1,4 @@
-r"""Pretokenization: cutting text into the pieces that BPE never merges across.
+r"""Pretokenizer patterns: how text is cut into pieces that BPE never merges across.
 
 A pattern is a regular expression; its successive matches are the pieces. Without it BPE would spend its vocabulary on
 "dog.", "dog!" and "dog?"; with it, "dog" is learned once. Those known by name have hand-written scanners in C++
@@ -70,7 +70,7 @@ _PART = 4096
 
 
 def compose(text: str, unsafe: regex.Pattern) -> str | None:
-    """NFC of a text, or None where that would compose or make what `unsafe` finds.
+    """NFC-normalize a text; None where that would compose or create what `unsafe` matches.
 
     Part by part, because most parts are ASCII, which need not be looked at: 7 times faster than the whole at once.
     """
@@ -89,8 +89,8 @@ def compose(text: str, unsafe: regex.Pattern) -> str | None:
 
 
 def composed_with(tokens: Iterable[str]) -> regex.Pattern:
-    """Pattern of places where composing a text would change which of some ASCII tokens are found in it: a mark behind
-    one, or a character that becomes one of ASCII."""
+    """Pattern of places where NFC would change which of some ASCII tokens are found: a combining mark behind one, or a
+    character that normalizes to ASCII."""
     ends = "".join(sorted({regex.escape(token[-1]) for token in tokens}))
     return regex.compile(rf"[{ends}]\p{{M}}|[\u037e\u1fef\u212a]" if ends else r"(?!)")
 
@@ -105,7 +105,7 @@ _ALIASES = {
 
 
 def pattern_steps(pattern: Pattern) -> tuple[str, ...]:
-    """The regular expressions that a pattern stands for; each cuts the pieces of the one before."""
+    """Regular expressions of a pattern; each cuts the pieces of the one before."""
     if isinstance(pattern, tuple):
         return tuple(part for step in pattern for part in pattern_steps(step))
     known = PATTERNS.get(pattern, pattern)
@@ -113,7 +113,7 @@ def pattern_steps(pattern: Pattern) -> tuple[str, ...]:
 
 
 def pattern_name(pattern: Pattern) -> str | None:
-    """The name of the scanner that splits exactly as a pattern does, if there is one."""
+    """Name of the C++ scanner that splits exactly as a pattern does, or None."""
     spellings = (_ALIASES.get(step, step) for step in pattern_steps(pattern))
     steps = tuple(part for step in spellings for part in pattern_steps(step))
     return next((name for name in PATTERNS if pattern_steps(name) == steps), None)
@@ -121,7 +121,7 @@ def pattern_name(pattern: Pattern) -> str | None:
 
 @lru_cache(maxsize=64)
 def compile_pattern(pattern: Pattern) -> tuple[regex.Pattern, ...]:
-    """Compile the steps of a pattern, or say in one sentence what is wrong with it."""
+    """Compile the steps of a pattern; an error becomes one sentence."""
     try:
         return tuple(map(regex.compile, pattern_steps(pattern)))
     except regex.error as error:
@@ -132,7 +132,7 @@ def compile_pattern(pattern: Pattern) -> tuple[regex.Pattern, ...]:
 
 
 def split(text: str, pattern: Pattern) -> list[str]:
-    """The pieces of `text`, in order; joined they give `text` back."""
+    """Split `text` into pieces; joined they give `text` back."""
     pieces = [text] if text else []
     for step in compile_pattern(pattern):
         pieces = [part for piece in pieces for part in _split_once(piece, step)]
@@ -140,7 +140,7 @@ def split(text: str, pattern: Pattern) -> list[str]:
 
 
 def _split_once(text: str, step: regex.Pattern) -> Iterator[str]:
-    """Matches and what stands between them."""
+    """Yield matches and the text between them."""
     position = 0
     for match in step.finditer(text):
         start, end = match.span()
@@ -158,7 +158,7 @@ _CUT_AT_SPACE = regex.compile(r"(?r)(?<=[\p{L}\p{N}]) ")
 
 
 def safe_cut(text: str, limit: int, pattern: Pattern) -> int:
-    """The last position up to `limit` where a pattern always cuts, whatever stands before or after; 0 if none.
+    """Last position up to `limit` where the pattern always cuts, whatever the context; 0 if there is none.
 
     A letter or digit followed by space or punctuation ends a piece in each of the named patterns; an apostrophe might
     begin a contraction and a combining mark might continue a word, so they are no such place. One character after the

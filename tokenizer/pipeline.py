@@ -1,4 +1,4 @@
-"""The stages of a `tokenizer.json` as what our tokenizers know: normalizer, pre-tokenizer, added tokens and the rest.
+"""Parser of `tokenizer.json` pipelines: normalizer, pre-tokenizer, post-processor, decoder, added tokens.
 
 What a file asks for is either done exactly or refused by name: a stage that would change ids and that we do not
 implement is a `ValueError` which names it.
@@ -23,7 +23,7 @@ from .specials import SpecialTokens
 
 
 def flat(stage: dict | None, members: str) -> list[dict]:
-    """A pipeline stage as a flat list of steps."""
+    """Flatten a stage to a list of steps."""
     if stage is None:
         return []
     if stage["type"] == "Sequence":
@@ -32,7 +32,7 @@ def flat(stage: dict | None, members: str) -> list[dict]:
 
 
 def added_tokens(entries: list[dict]) -> SpecialTokens:
-    """Added tokens with their flags."""
+    """Parse the added tokens and their flags."""
     special = SpecialTokens({entry["content"]: entry["id"] for entry in entries})
     if odd := next((entry["content"] for entry in entries if entry.get("single_word")), None):
         raise InputError(f"added_tokens: {odd!r} sets single_word, which is not implemented")
@@ -43,7 +43,7 @@ def added_tokens(entries: list[dict]) -> SpecialTokens:
 
 
 def check_overlaps(special: SpecialTokens) -> None:
-    """Refuse tokens that could overlap although one is looked for before normalization and the other after it."""
+    """Refuse tokens that could overlap if one is matched before normalization and the other after it."""
     late, early = special.normalized, special.ids.keys() - special.normalized
     if not late:
         return
@@ -62,7 +62,7 @@ def check_overlaps(special: SpecialTokens) -> None:
 
 
 def normalizer_of(stage: dict | None) -> str | None:
-    """The Unicode normalization form that text gets."""
+    """Unicode normalization form of the normalizer."""
     steps = [step["type"] for step in flat(stage, "normalizers")]
     if not steps:
         return None
@@ -72,7 +72,7 @@ def normalizer_of(stage: dict | None) -> str | None:
 
 
 def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, Metaspace]:
-    """The normalization form of a SentencePiece pipeline, and the rest of it."""
+    """Normalization form and `Metaspace` options of a SentencePiece pipeline."""
     form, spaced = None, False
     fields: dict[str, Any] = {}
     replaces: dict[str, str] = {}
@@ -105,12 +105,12 @@ def metaspace_of(data: dict, byte_tokens: dict[int, int]) -> tuple[str | None, M
 
 
 def _scheme(step: dict) -> str:
-    """Metaspace scheme: where a Metaspace step puts spaces; older files say it in other words."""
+    """Prepend scheme of a Metaspace step; older files spell it differently."""
     return step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
 
 
 def _strip_of(stage: dict | None) -> Strip:
-    """Count of spaces that the decoder of a SentencePiece pipeline takes away in front."""
+    """Number of leading spaces that a SentencePiece decoder strips."""
     strip: Strip = "never"
     for step in flat(stage, "decoders"):
         kind = step["type"]
@@ -124,7 +124,7 @@ def _strip_of(stage: dict | None) -> Strip:
 
 
 def pattern_of(stage: dict | None, tokens: Iterable[bytes] = ()) -> Pattern:
-    """The pattern of a byte-level pre-tokenizer, by which a vocabulary of `tokens` is merged as its steps want it."""
+    """Pattern of a byte-level pre-tokenizer, for a vocabulary of `tokens`."""
     steps = flat(stage, "pretokenizers")
     levels = [number for number, step in enumerate(steps) if step["type"] == "ByteLevel"]
     if not levels:
@@ -142,7 +142,7 @@ def pattern_of(stage: dict | None, tokens: Iterable[bytes] = ()) -> Pattern:
 
 
 def _byte_patterns(step: dict[str, Any], tokens: Iterable[bytes]) -> list[str]:
-    """Patterns of a step behind ByteLevel, which sees bytes by its alphabet (Falcon's).
+    """Patterns of a step behind ByteLevel, which sees text in the byte alphabet (Falcon).
 
     Digits there are bytes in the middle of characters too (that of ½ whose letter is ½). Such a cut changes nothing
     where no token reaches across it, so that is asked of the vocabulary instead.
@@ -160,7 +160,7 @@ def _byte_patterns(step: dict[str, Any], tokens: Iterable[bytes]) -> list[str]:
 
 
 def split_pattern(step: dict[str, Any]) -> str:
-    """The regular expression whose matches are pieces as this step makes them."""
+    """Regular expression whose matches are the pieces of a Split step."""
     kind, behavior = step["type"], step.get("behavior", "Isolated")
     if kind == "Digits":
         return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
@@ -189,8 +189,7 @@ def split_pattern(step: dict[str, Any]) -> str:
 
 
 def prefix_of(stage: dict | None) -> list[int]:
-    """Special tokens that a post-processor puts before a text: the special tokens in front of the sequence of a
-    template."""
+    """Special tokens that a post-processor puts before a text: those in front of the sequence of a template."""
     ids: list[int] = []
     for step in flat(stage, "processors"):
         if step["type"] != "TemplateProcessing":
@@ -212,7 +211,7 @@ BPE_FLAGS = {
 
 
 def stages_of(pattern: Pattern, form: str | None, metaspace: Metaspace | None) -> dict:
-    """The stages of a tokenizer.json for a pipeline that was not read from one."""
+    """Stages of a tokenizer.json for a tokenizer that was not loaded from one."""
     normalizers: list[dict] = [{"type": form}] if form else []
     if metaspace is None:
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

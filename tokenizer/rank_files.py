@@ -1,4 +1,4 @@
-"""Vocabularies in the forms before `tokenizer.json`: tiktoken's rank files, GPT-2's `vocab.json` and `merges.txt`."""
+"""Older vocabulary formats: tiktoken rank files, GPT-2's `vocab.json` and `merges.txt`."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ from .sources import read_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
+    """Read a JSON file that holds an object."""
     try:
         data = json.loads(path.read_text("utf-8"))
     except RecursionError:
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tiktoken(path: str | Path) -> dict[bytes, int]:
-    """The ranks of a tiktoken file: lines of a base64 token and its rank."""
+    """Read a tiktoken rank file: lines of a base64 token and its rank."""
     vocab: dict[bytes, int] = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line:
@@ -43,7 +43,7 @@ def read_tiktoken(path: str | Path) -> dict[bytes, int]:
 
 
 def merges_of_ranks(vocab: dict[bytes, int]) -> tuple[Merges, bool]:
-    """The merges that ranks imply, and whether pieces are looked up as a whole first.
+    """Merges implied by ranks, and whether whole pieces are looked up first.
 
     tiktoken merges two neighbors whenever their concatenation is a token, lowest rank first, after looking the whole
     piece up. In a vocabulary that BPE learned, every token has just one way to come about: the two parts that its bytes
@@ -74,7 +74,7 @@ def _learned_merges(vocab: dict[bytes, int], by_rank: list[bytes]) -> Merges | N
 
 
 def tiktoken_lines(vocab: dict[bytes, int], merges: Merges) -> str:
-    """The content of a rank file; ids are the ranks, so they must rise in the order of the merges."""
+    """Content of a rank file; ids are ranks, so they must rise in the order of the merges."""
     ids = [vocab[left + right] for left, right in merges]
     if ids != sorted(ids):
         raise InputError("tiktoken needs ids that rise in the order of the merges; this vocabulary's do not")
@@ -85,7 +85,7 @@ def tiktoken_lines(vocab: dict[bytes, int], merges: Merges) -> str:
 def read_gpt2_files(
     vocab_json: str | Path, merges_txt: str | Path, special_tokens: Iterable[str]
 ) -> tuple[dict[bytes, int], Merges, dict[str, int]]:
-    """Vocabulary, merges and special tokens of `vocab.json` and `merges.txt`."""
+    """Read vocabulary, merges and special tokens from `vocab.json` and `merges.txt`."""
     vocab = read_json(Path(vocab_json))
     specials = {token: vocab.pop(token) for token in special_tokens if token in vocab}
     merges = []

@@ -1,4 +1,4 @@
-"""Byte-pair encoding in plain Python: the text to read, the oracle of the C++ extension, and its stand-in.
+"""Reference BPE in pure Python: test oracle and fallback of the C++ extension.
 
 Training: count the distinct words; look at every word as a sequence of bytes; find the most frequent pair of
 neighbors; make it a token; replace it everywhere; repeat. Two ideas keep that from being quadratic. An index from each
@@ -32,7 +32,7 @@ _CACHE_LIMIT = 1 << 16
 def count_words(
     corpus: Corpus, pattern: Pattern, specials: Iterable[str] = (), reading: Progress | None = None
 ) -> WordCounts:
-    """Word counts: how often each distinct piece of a corpus occurs: all that training needs to know about it."""
+    """Count the distinct pieces of a corpus: all that BPE training needs to know about it."""
     done, total = 0, size_of(corpus) if reading else 0
     cut = partial(safe_cut, pattern=pattern)
     special = SpecialTokens({token: number for number, token in enumerate(dict.fromkeys(specials))})
@@ -50,8 +50,7 @@ def count_words(
 
 
 def tie_key(ties: str) -> Callable[[bytes, int], object]:
-    """Tie-break: how equally frequent pairs are ranked: a key of each half (its bytes, its id); the smallest pair of
-    keys wins.
+    """Tie-break among equally frequent pairs: a key of each half (its bytes, its id); the smallest pair of keys wins.
 
     `bytes` prefers the lexicographically greatest bytes, `ids` the smallest ids, and `hf` the smallest ids too, with
     single bytes in the order in which Hugging Face's byte alphabet lists them.
@@ -66,7 +65,7 @@ def tie_key(ties: str) -> Callable[[bytes, int], object]:
 
 
 class PairCounts:
-    """How often two tokens stand side by side in words, as pairs are merged."""
+    """Frequencies of adjacent token pairs over all words, updated as pairs are merged."""
 
     def __init__(self, counts: WordCounts) -> None:
         self.words, self.weights = [list(word) for word in counts], list(counts.values())
@@ -78,7 +77,7 @@ class PairCounts:
                 self.words_of[pair].add(index)
 
     def merge(self, pair: tuple[int, int], new: int) -> set[tuple[int, int]]:
-        """Replace a pair by a token in every word; return the pairs that come of it."""
+        """Replace a pair by a new token in every word; return the pairs that this creates."""
         made: set[tuple[int, int]] = set()
         for index in self.words_of.pop(pair):
             before, after = self.words[index], merge_pair(self.words[index], pair, new)
@@ -102,7 +101,7 @@ def train_merges(
     max_token_length: int | None = None,
     progress: Progress | None = None,
 ) -> Merges:
-    """The merges that byte-pair encoding learns from word counts, in order."""
+    """Train BPE: learn merges from word counts, in order."""
     rank = tie_key(ties)
     tokens = [bytes([byte]) for byte in range(256)]
     pairs = PairCounts(counts)
@@ -135,7 +134,7 @@ def train_merges(
 
 
 def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with each occurrence of the pair, from the left, replaced by `new`."""
+    """Replace each occurrence of the pair in a word, leftmost first, by `new`."""
     out: list[int] = []
     i = 0
     while i < len(word):
@@ -149,7 +148,7 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 class PythonBPE:
-    """Encoding and decoding with a list of merges; what `warploom._tokenizer.BPE` does, in Python."""
+    """Pure-Python BPE encoder and decoder, equal to `warploom._tokenizer.BPE`."""
 
     def __init__(
         self,
@@ -159,7 +158,7 @@ class PythonBPE:
         whole_words: bool,
         byte_tokens: dict[int, int] | None = None,
     ) -> None:
-        """`byte_tokens`: words start from characters, and from these for characters that are no tokens."""
+        """With `byte_tokens`, words start from characters, and from these for characters that are no tokens."""
         self.pattern = pattern
         self.whole_words = vocab if whole_words else {}
         self.characters = None if byte_tokens is None else vocab
@@ -172,7 +171,7 @@ class PythonBPE:
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text."""
+        """Encode ordinary text."""
         text.encode()  # a lone surrogate is an error
         ids: list[int] = []
         cache = self._cache
@@ -188,7 +187,7 @@ class PythonBPE:
         return ids
 
     def encode_word(self, word: bytes) -> list[int]:
-        """Ids of one piece."""
+        """Encode one pretokenizer piece."""
         if word in self.whole_words:
             return [self.whole_words[word]]
         ids = self._first_ids(word)
@@ -212,7 +211,7 @@ class PythonBPE:
         return [token_id for token_id in ids if token_id >= 0]
 
     def _first_ids(self, word: bytes) -> list[int]:
-        """Initial symbols: what a word is before any merge: its bytes or its characters."""
+        """Initial symbols of a word: its bytes or its characters."""
         if self.characters is None:
             return [token_id for byte in word if (token_id := self.byte_ids[byte]) is not None]
         ids: list[int] = []

@@ -1,4 +1,4 @@
-"""SentencePiece BPE as its own files hold it: `tokenizer.model`, and the vocabulary of a GGUF file.
+"""SentencePiece vocabularies (BPE with scores): `tokenizer.model`, GGUF metadata.
 
 Such a vocabulary has no merges but scores: of two neighbors that together are a piece, those with the best are joined
 first. Every way to cut a piece into two pieces is therefore a merge, in the order of the scores.
@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
 
 def from_pieces(pieces: Iterable[Piece], prefix: bool) -> BPETokenizer:
-    """The tokenizer of a SentencePiece vocabulary, whose ids are the places of its pieces.
+    """Build a tokenizer from SentencePiece pieces, whose positions are the ids.
 
     prefix: put a space before a text.
     """
@@ -59,7 +59,7 @@ def from_pieces(pieces: Iterable[Piece], prefix: bool) -> BPETokenizer:
 
 
 def to_pieces(tokenizer: BPETokenizer) -> dict[int, Piece]:
-    """The pieces of a SentencePiece vocabulary by their ids; `from_pieces` backwards.
+    """SentencePiece pieces of a tokenizer by id; the inverse of `from_pieces`.
 
     Scores say which piece comes first, so each piece must be made by all of its cuts, one after the other.
     """
@@ -83,7 +83,7 @@ def to_pieces(tokenizer: BPETokenizer) -> dict[int, Piece]:
 
 
 def read_sentencepiece(path: Path) -> BPETokenizer:
-    """The tokenizer of a `tokenizer.model`."""
+    """Load a `tokenizer.model`."""
     try:
         return _read(path.read_bytes())
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
@@ -105,7 +105,7 @@ def _read(data: bytes) -> BPETokenizer:
         elif field == 3:
             normalizer = dict(_fields(value))
     if not pieces:
-        raise InputError("there is no piece in it")
+        raise InputError("it holds no SentencePiece vocabulary (no pieces)")
     if trainer.get(3, 1) != _BPE:
         raise InputError(f"trainer_spec.model_type is {trainer.get(3, 1)}; only {_BPE}, BPE, is implemented")
     rules = normalizer.get(1, b"").decode()
@@ -128,7 +128,7 @@ def _byte_of(text: str) -> int:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer message, each an int, a float or bytes, with its number."""
+    """Yield the fields of a protobuf message: number, and int, float or bytes."""
     at = 0
 
     def varint() -> int:

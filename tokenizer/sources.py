@@ -1,4 +1,4 @@
-"""Sources and targets: corpora as streams, outputs that appear whole or not at all."""
+"""File input and output: corpora as streams, atomic writes."""
 
 import codecs
 import os
@@ -16,7 +16,7 @@ _CHUNK = 1 << 20
 
 
 def documents(corpus: Corpus) -> Iterator[str | Path]:
-    """The documents of a corpus: a Path is a file, a str is text.
+    """Documents of a corpus: a Path is a file, a str is text.
 
     A corpus is a path, a list of paths, or an iterable of texts. In a list of strings, all of which name existing
     files, the strings are paths; a list in which only some do is refused, because it is more likely a slip.
@@ -42,14 +42,14 @@ def documents(corpus: Corpus) -> Iterator[str | Path]:
 
 
 def size_of(corpus: Corpus) -> int:
-    """Bytes of a corpus that is files; 0 for texts, which nobody has counted."""
+    """Bytes of a corpus of files; 0 for texts."""
     if not isinstance(corpus, (str, Path, list, tuple)):
         return 0
     return sum(document.stat().st_size for document in documents(corpus) if isinstance(document, Path))
 
 
 def existing(path: str | Path) -> Path:
-    """The path, if it is a file."""
+    """Check that the path is a file."""
     if not _is_file(path):
         shown = str(path) if len(str(path)) < 100 else str(path)[:100] + "…"
         raise InputError(f"corpus {shown!r} is not a file; pass a path, a list of paths, or an iterable of texts")
@@ -64,7 +64,7 @@ def _is_file(path: str | Path) -> bool:
 
 
 def read_pieces(path: str | Path, size: int = _CHUNK) -> Iterator[str]:
-    """The text of a UTF-8 file, a piece at a time; newlines stay as they are."""
+    """Yield the text of a UTF-8 file in pieces; newlines stay as they are."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     with open(path, "rb") as file:
@@ -84,18 +84,18 @@ def read_pieces(path: str | Path, size: int = _CHUNK) -> Iterator[str]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; newlines stay as they are."""
+    """Read a UTF-8 file; newlines stay as they are."""
     return "".join(read_pieces(path))
 
 
 def unfinished(path: str | Path) -> Path:
-    """Return the path where this process writes a file or a folder before it takes its name."""
+    """Temporary path of this process for a file or folder that is renamed when complete."""
     path = Path(path)
     return path.parent / f".{path.name}.{os.getpid()}.partial"
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes have left unfinished in a folder: all of it, or what was to have one name.
+    """Remove temporary files that killed processes have left: all in a folder, or those of one name.
 
     For whoever alone writes there. The number in a name tells nothing: those of processes come again.
     """
@@ -106,7 +106,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when everything was written."""
+    """Open a file that appears under its name only when completely written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = unfinished(path)
@@ -120,13 +120,13 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_directory(path: str | Path, merge: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
-    """A staging directory that appears as `path` when the block ends well, and vanishes when it fails.
+    """Staging directory, renamed to `path` when the block succeeds, removed when it fails.
 
     Where `path` exists already it is replaced whole, or `merge(staging, path)` moves the files over.
     """
     path = Path(path)
     staging = unfinished(path)
-    shutil.rmtree(staging, ignore_errors=True)  # of a process of the same number that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process with the same pid
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -139,7 +139,7 @@ def atomic_directory(path: str | Path, merge: Callable[[Path, Path], None] | Non
 
 
 def replace_directory(staging: Path, path: Path) -> None:
-    """Give a finished directory its name, in place of one that has it."""
+    """Rename a finished directory to `path`, replacing one that exists."""
     old = unfinished(f"{path}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -149,6 +149,6 @@ def replace_directory(staging: Path, path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, atomically."""
+    """Write a text file atomically."""
     with atomic_writer(path) as file:
         file.write(text.encode())

@@ -1,4 +1,4 @@
-"""Added tokens: strings that are one token wherever they stand, found before the rest of the text is split.
+"""Added tokens: strings that are one token wherever they occur, matched before pretokenization.
 
 There are two kinds, as in `tokenizers`. *Special* tokens such as <|endoftext|> are markup outside the text: they are
 recognized only when the caller allows them, so that a user's text can never forge one. *Plain* ones (runs of spaces in
@@ -25,7 +25,7 @@ _SPACES_BACKWARD = regex.compile(r"(?r)\s*")
 
 
 class SpecialTokens:
-    """The added tokens of a vocabulary and the ways to find them in text."""
+    """The added tokens of a vocabulary, their flags and roles, and how to find them in text."""
 
     def __init__(self, ids: dict[str, int]) -> None:
         for token, token_id in ids.items():
@@ -46,7 +46,7 @@ class SpecialTokens:
         self.normalized: frozenset[str] = frozenset()  # looked for after normalization, not before
 
     def with_ids(self, ids: dict[str, int]) -> "SpecialTokens":
-        """The same flags and roles for other ids."""
+        """Copy with other ids."""
         changed = SpecialTokens(ids)
         for name in ("stops", "plain", "lstrip", "rstrip", "normalized"):
             setattr(changed, name, getattr(self, name))
@@ -54,7 +54,7 @@ class SpecialTokens:
         return changed
 
     def allowed(self, allowed_special: str | Iterable[str]) -> dict[str, int]:
-        """The tokens that text may contain, with their ids: plain ones and those that `allowed_special` names."""
+        """Added tokens that text may contain, with ids: plain ones and those that `allowed_special` names."""
         if allowed_special == "all":
             return self.ids
         if allowed_special == "none":
@@ -67,7 +67,7 @@ class SpecialTokens:
         return {name: self.ids[name] for name in names | self.plain}
 
     def find(self, text: str, allowed: Iterable[str]) -> Iterator[tuple[int, int, str]]:
-        """Begin and end, white space that is taken along included, of each token in a text, in order."""
+        """Yield (begin, end, token) of each added token in a text, with the white space it strips."""
         done = 0
         for start, end in finder(frozenset(allowed)).finditer(text):
             token = text[start:end]
@@ -81,7 +81,7 @@ class SpecialTokens:
             done = end
 
     def split(self, text: str, allowed: dict[str, int]) -> Iterator[tuple[str, int | None]]:
-        """Stretches of ordinary text, each with None, and added tokens, each with its id, in order."""
+        """Split a text at added tokens: (stretch, None) or (token, id), in order."""
         position = 0
         for start, end, token in self.find(text, allowed):
             if start > position:
@@ -113,18 +113,18 @@ class SpecialTokens:
         return self.ids.get(self.eos) if self.eos else None
 
     def stop_ids(self) -> frozenset[int]:
-        """Every id after which a model has said what it had to say: ends of text and ends of a turn."""
+        """Ids after which generation stops: ends of text and ends of turn."""
         end = self.end_of_text()
         turns = {self.ids[name] for name in _TURN_ENDS if name in self.ids}
         return self.stops | turns | (set() if end is None else {end})
 
     def roles(self) -> dict[str, str]:
-        """Names that chat templates and `tokenizer_config.json` call the tokens that begin and end a text."""
+        """Role names (`bos_token`, `eos_token` …) of added tokens, as in `tokenizer_config.json`."""
         return {role: token for role, token in (("bos_token", self.bos), ("eos_token", self.eos)) if token}
 
 
 class Finder:
-    """Finds the leftmost, then longest, of some strings: thousands of them cost no more than one."""
+    """Multi-string matcher, leftmost-longest; thousands of strings cost no more than one."""
 
     def __init__(self, tokens: frozenset[str]) -> None:
         self._tokens = tokens
@@ -135,7 +135,7 @@ class Finder:
         self._first = regex.compile(f"[{''.join(map(regex.escape, self._lengths))}]" if tokens else r"(?!)")
 
     def finditer(self, text: str) -> Iterator[tuple[int, int]]:
-        """Begin and end of each occurrence, in order."""
+        """Yield (begin, end) of each occurrence."""
         position = 0
         while match := self._first.search(text, position):
             start = match.start()
@@ -147,7 +147,7 @@ class Finder:
                 position += 1
 
     def split(self, text: str) -> Iterator[str]:
-        """Split into what stands before, between and behind the occurrences."""
+        """Split a text into matches and what is between them."""
         position = 0
         for start, end in self.finditer(text):
             yield text[position:start]
@@ -165,7 +165,7 @@ def cut_stream(
     ordinary_cut: Callable[[str, int], int],
     size: int,
 ) -> Iterator[tuple[str, Follows]]:
-    """Regroup a stream of text into blocks of about `size` that can be treated one by one, as if they were one text.
+    """Re-chunk a text stream into blocks of about `size` that can be tokenized independently.
 
     `ordinary_cut(text, limit)` gives the last position up to `limit` where ordinary text may be cut. What comes after
     the cut waits for more, together with as much as an added token might need to become visible.
@@ -194,7 +194,7 @@ def cut_stream(
 def _cut_between(
     text: str, limit: int, found: Iterable[tuple[int, int, str]], ordinary_cut: Callable[[str, int], int]
 ) -> tuple[int, Follows]:
-    """The last position up to `limit` (or just after an added token) where the text may be cut, 0 if there is none."""
+    """Last position up to `limit` (or just after an added token) where the text may be cut; 0 if there is none."""
     begin, end = 0, len(text)
     for start, stop, _ in found:
         if start >= limit or stop == len(text):  # white space that a token takes along may go on

@@ -1,4 +1,4 @@
-"""Tokenizers one can understand at a glance: a character, or a word, is a token.
+"""Character and word tokenizers, for small models and for learners.
 
 `CharTokenizer` is what a first model is trained with: a few dozen ids for an English novel, a few thousand for a
 Chinese one. `WordTokenizer` shows the opposite end: short sequences, a large vocabulary, and words it has never seen.
@@ -28,7 +28,7 @@ _LAST_SPACE = regex.compile(r"(?r)\s")
 
 
 class _Vocabulary(Tokenizer):
-    """A tokenizer whose tokens are whole strings, looked up in a dictionary."""
+    """Base of tokenizers whose tokens are whole strings in a dictionary."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class _Vocabulary(Tokenizer):
 
 
 class CharTokenizer(_Vocabulary):
-    """One id a character."""
+    """Character tokenizer."""
 
     kind = "char"
 
     @classmethod
     def train(cls, corpus: Corpus, special_tokens: Iterable[str] = (UNK, "<|endoftext|>")) -> "CharTokenizer":
-        """Collect the characters of a corpus (any UTF-8), in code point order, after the special tokens."""
+        """Collect the characters of a corpus in code point order, after the special tokens."""
         specials = list(dict.fromkeys([*special_tokens, UNK]))
         characters: set[str] = set()
         for block in _blocks(corpus, specials, lambda text, limit: limit):
@@ -115,7 +115,7 @@ class CharTokenizer(_Vocabulary):
 
 
 class WordTokenizer(_Vocabulary):
-    """One id a word or sign; decoding puts single spaces between them."""
+    """Word tokenizer: one id a word or punctuation mark; decoding joins them by single spaces."""
 
     kind = "word"
 
@@ -132,7 +132,7 @@ class WordTokenizer(_Vocabulary):
         lowercase: bool = True,
         special_tokens: Iterable[str] = (PAD, UNK, BOS, EOS),
     ) -> "WordTokenizer":
-        """Keep the most frequent words of a corpus (among equals, in code point order), after the special tokens."""
+        """Keep the most frequent words of a corpus (ties in code point order), after the special tokens."""
         specials = list(dict.fromkeys([*special_tokens, UNK]))
         if vocab_size <= len(specials):
             raise InputError(f"vocab_size is {vocab_size}; it must exceed the {len(specials)} special tokens")
@@ -159,11 +159,11 @@ class WordTokenizer(_Vocabulary):
         return _cut_at_space(text, limit)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The words, with a space between each two."""
+        """Decode ids to words joined by spaces."""
         return b" ".join(map(self.token_bytes, id_array(ids, self._bad_id).tolist()))
 
     def stream(self, continues: bool = False) -> StreamDecoder:
-        """A decoder that takes ids one by one."""
+        """Streaming decoder."""
         return _SpacedStream(self)
 
     def _json_parts(self) -> dict:
@@ -180,7 +180,7 @@ class WordTokenizer(_Vocabulary):
 
 
 class _SpacedStream(StreamDecoder):
-    """Streaming decode of words."""
+    """Streaming decoder of words."""
 
     def __init__(self, tokenizer: WordTokenizer) -> None:
         super().__init__(tokenizer.token_bytes)
@@ -202,7 +202,7 @@ def _words(text: str, lowercase: bool) -> list[str]:
 
 
 def _lower(word: str) -> str:
-    """Lowercase without regard to context: a Greek sigma stays the same at the end of a word, so that cuts are safe."""
+    """Context-free lowercase: a final Greek sigma stays σ, so that cutting text changes nothing."""
     return "".join(map(str.lower, word)) if "Σ" in word else word.lower()
 
 
@@ -220,10 +220,10 @@ def _blocks(corpus: Corpus, specials: list[str], cut) -> Iterable[str]:
 
 
 def is_char_split(pattern: str) -> bool:
-    """Return whether a regular expression found in a tokenizer.json matches exactly one character, whatever it is."""
+    """Return whether a tokenizer.json's regular expression matches exactly one character, whatever it is."""
     return pattern in (r"[\s\S]", r"(?s:.)", r"(?s).", r"[\S\s]")
 
 
 def is_word_split(pattern: str) -> bool:
-    """Return whether a regular expression found in a tokenizer.json is the one `WordTokenizer` uses."""
+    """Return whether a tokenizer.json's regular expression is `WordTokenizer`'s."""
     return re.sub(r"\s", "", pattern) == _WORD_PATTERN

@@ -1,4 +1,4 @@
-"""Adapters around other projects, so that every number has a neighbor.
+"""Peers: adapters around other projects, measured beside ours.
 
 A peer is a module here. `NEEDS` names what must be importable (default: nothing); a function named after a task
 returns what to time, by the name to print:
@@ -26,13 +26,13 @@ from types import ModuleType
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why a peer cannot be measured here."""
+    """Reason why a peer cannot be measured here."""
 
     reason: str
 
 
 class Unavailable(Exception):
-    """Raised by an adapter that cannot do what is asked, with the reason as one clause."""
+    """Raised by an adapter that cannot do what is asked; the message is one clause."""
 
 
 Contestants = dict[str, Callable[[], object] | Missing]
@@ -40,7 +40,7 @@ Builders = dict[str, Callable[[], Callable[[], object]] | Missing]
 
 
 def names(package: str = __name__) -> list[str]:
-    """The peers there are."""
+    """Names of all peers."""
     path = importlib.import_module(package).__path__
     return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
 
@@ -48,8 +48,8 @@ def names(package: str = __name__) -> list[str]:
 def build(
     task: str, *args: object, only: Iterable[str] | None = None, package: str = __name__, **options: object
 ) -> Contestants:
-    """Return the functions to time for `task` from every peer that knows it (or those in `only`); each gets the same
-    arguments."""
+    """Build the contestants of `task`: the functions to time, from every peer that knows it (or those in `only`), with
+    the same arguments."""
     contestants: Contestants = {}
     chosen = os.environ.get("WARPLOOM_PEERS")
     for name in names(package) if only is None else only:
@@ -66,7 +66,7 @@ def build(
 
 
 def compiled(call: Callable[..., object]) -> Callable[..., object] | Missing:
-    """`torch.compile(call)`; where time is short nothing is compiled, for that takes ten seconds a shape."""
+    """`torch.compile(call)`; Missing where time is short, as compiling takes ten seconds a shape."""
     if "WARPLOOM_PEERS" in os.environ:
         return Missing("nothing is compiled where WARPLOOM_PEERS is set")
     import torch
@@ -94,6 +94,6 @@ def _installed(name: str) -> bool:
 
 
 def failure(error: BaseException) -> str:
-    """An exception as one short line."""
+    """Format an exception as one short line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

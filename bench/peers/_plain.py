@@ -1,4 +1,4 @@
-"""A transformer in nothing but `torch.nn`: what our engine has to be faster than to be worth having."""
+"""Plain PyTorch transformer, by `torch.nn` alone: the baseline that our engine has to beat."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class PlainTransformer(nn.Module):
-    """GPT-2 or Llama, by the configuration's norm, position and feed-forward; returns the loss."""
+    """GPT-2 or Llama, by the configuration; returns the loss."""
 
     def __init__(self, config, time: int):
         super().__init__()
@@ -34,7 +34,7 @@ class PlainTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward with residuals."""
+    """Transformer block."""
 
     def __init__(self, c):
         super().__init__()

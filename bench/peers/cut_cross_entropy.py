@@ -1,10 +1,10 @@
-"""Apple's cut cross-entropy, which forms no logits in memory at all."""
+"""Apple's Cut Cross-Entropy, which materializes no logits."""
 
 NEEDS = ("cut_cross_entropy",)
 
 
 def kernel(op, args, options):
-    """Its one op."""
+    """Linear cross-entropy, its one op."""
     if op != "linear_cross_entropy" or options:
         return {}
     from cut_cross_entropy import linear_cross_entropy

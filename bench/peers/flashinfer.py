@@ -4,7 +4,7 @@ NEEDS = ("flashinfer",)
 
 
 def kernel(op, args, options):
-    """Its normalization and its sort-free sampling (from one generator for all rows, unlike ours)."""
+    """FlashInfer's RMSNorm and sort-free sampling (one generator for all rows, unlike ours)."""
     import flashinfer
 
     if op == "rms_norm":

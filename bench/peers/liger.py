@@ -4,7 +4,7 @@ NEEDS = ("liger_kernel",)
 
 
 def kernel(op, args, options):
-    """Liger's op of the same meaning, where it has one and takes these options."""
+    """Liger's equivalent of the op, if it has one with these options."""
     from liger_kernel.transformers import functional as liger
 
     if options:

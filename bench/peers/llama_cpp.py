@@ -1,16 +1,16 @@
-"""llama.cpp by its Python binding: the program most people run a model on a CPU with."""
+"""llama.cpp through its Python binding."""
 
 NEEDS = ("llama_cpp",)
 STEP = 2048  # tokens of one call, at most
 
 
 def serve(job):
-    """Continuous batching as its server does it: prompts of new requests join the next tokens of the others."""
+    """Continuous batching as llama.cpp's server does it."""
     return {f"llama.cpp {'q8_0' if job.quantize else job.dtype}": lambda: batching(job)}
 
 
 def cold_start(start):
-    """From nothing to a token by its high-level class, from a GGUF file that is there already."""
+    """Load a GGUF file and generate one token by the high-level class."""
     from ...engine.formats.gguf import save_gguf
     from ...engine.formats.model_directory import load_model
 
@@ -64,7 +64,7 @@ def batching(job):
     batch = llama_cpp.llama_batch_init(STEP, 0, 1)
 
     def step(pieces):
-        """Compute (row, position, tokens) pieces; the most likely token after each."""
+        """Decode (row, position, tokens) pieces; return the most likely next token of each."""
         batch.n_tokens = 0
         for row, position, tokens in pieces:
             for offset, token in enumerate(tokens, 1):

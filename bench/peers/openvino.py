@@ -4,12 +4,12 @@ NEEDS = ("openvino_genai", "openvino_tokenizers")
 
 
 def serve(job):
-    """Batches in the order of arrival, each until its longest request is done."""
+    """Static batches in the order of arrival, each until its longest request is done."""
     return {"OpenVINO GenAI q8_0": lambda: static(job)} if job.quantize else {}
 
 
 def quantization(job, folder):
-    """The file as it is, and the same weights in Q8_0."""
+    """The GGUF file as it is, and its weights in Q8_0."""
     from .xllamacpp import q8_0
 
     name = job.file.stem.rpartition(".")[2]
@@ -20,12 +20,12 @@ def quantization(job, folder):
 
 
 def opening(job):
-    """The file opened, and a token."""
+    """Open the file and generate one token."""
     return {f"OpenVINO {job.file.stem.rpartition('.')[2]}": lambda: together(job, job.file)()}
 
 
 def cold_start(start):
-    """From nothing to a token by its pipeline, from a GGUF file that is there already."""
+    """Load a GGUF file and generate one token by its pipeline."""
     if not start.quantize:
         return {}
     program = f"""
@@ -40,7 +40,7 @@ pipe.generate(inputs, max_new_tokens=1, ignore_eos=True, do_sample=False)
 
 
 def gguf(directory):
-    """The model as the file that it reads; one without a vocabulary is refused."""
+    """Export the model to GGUF; one without a tokenizer is refused."""
     from ...engine.formats.gguf import save_gguf
     from ...engine.formats.model_directory import load_model
     from ...tokenizer import BPETokenizer
@@ -55,7 +55,7 @@ def gguf(directory):
 
 
 def pipeline(path):
-    """A function of prompts and a number of tokens: its pipeline with as many threads as torch has."""
+    """Generate function by OpenVINO's pipeline, with as many threads as torch has."""
     import numpy as np
     import openvino
     import openvino_genai
@@ -79,7 +79,7 @@ def pipeline(path):
 
 
 def together(job, path):
-    """A job's prompts, others each turn, in one batch."""
+    """Run a job's prompts as one batch, new ones at each call."""
     from itertools import count
 
     generate, turns = pipeline(path), count()

@@ -1,4 +1,4 @@
-"""Google's sentencepiece, whose BPE merges characters within whitespace words: another algorithm, for scale."""
+"""Google's SentencePiece; merges characters within whitespace words: another algorithm, for comparison."""
 
 NEEDS = ("sentencepiece",)
 

@@ -1,10 +1,10 @@
-"""Plain PyTorch: the model and loop one writes first, after nanoGPT's recipe and with the shape asked for."""
+"""Plain PyTorch training, eager or compiled: nanoGPT's recipe at the given shape."""
 
 NEEDS = ("torch",)
 
 
 def train(shape, compiled: bool = False):
-    """A GPT-2 or Llama of the shape in `torch.nn`, its full logits into cross-entropy."""
+    """GPT-2 or Llama in `torch.nn`, full logits into cross-entropy."""
 
     def build():
         import torch

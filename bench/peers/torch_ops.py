@@ -1,10 +1,10 @@
-"""Peers from PyTorch itself, beyond eager code: its best attention backend, grouped products, fused AdamW."""
+"""PyTorch's own fused ops: scaled_dot_product_attention's backends, grouped products, fused AdamW."""
 
 NEEDS = ("torch",)
 
 
 def kernel(op, args, options):
-    """PyTorch's own fused way to do what the op does, if it has one."""
+    """PyTorch's fused equivalent of the op, if it has one."""
     known = {"attention": _attention, "moe": _grouped_experts, "adamw_step": _fused_adamw, "rms_norm": _rms_norm}
     return known[op](args, options) if op in known else {}
 

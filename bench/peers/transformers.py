@@ -1,4 +1,4 @@
-"""Hugging Face `transformers`: the library most people train and generate with."""
+"""Hugging Face `transformers`: training, generation, continuous batching."""
 
 NEEDS = ("torch", "transformers")
 PAGE = 256  # tokens: theirs, by default
@@ -6,7 +6,7 @@ STATIC = 128  # rows of a padded batch: with more, its cache would not fit besid
 
 
 def train(shape, compiled: bool = False):
-    """The causal language model of the same architecture, its own loss, in the same loop."""
+    """The same architecture as a causal LM with its own loss, in the same loop."""
 
     def build():
         import torch
@@ -33,7 +33,7 @@ def serve(job):
 
 
 def static(job):
-    """Batches in the order of arrival; each runs until its longest request is done."""
+    """Static batches in the order of arrival, each until its longest request is done."""
     import time
 
     import torch
@@ -72,7 +72,7 @@ def static(job):
 
 
 def continuous(job):
-    """Their continuous batching, started once and kept running, with a cache that holds the whole batch."""
+    """Continuous batching, started once, with a cache that holds the whole batch."""
     import time
 
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -103,7 +103,7 @@ def continuous(job):
 
 
 def cold_start(start):
-    """From nothing to a token by `generate`, as its documentation begins."""
+    """Load and generate one token by `generate`."""
     if start.quantize:
         return {}
     program = """
@@ -118,7 +118,7 @@ model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, 
 
 
 def loaded(job):
-    """Their model from the directory that we wrote."""
+    """Load the model directory that we wrote."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -129,7 +129,7 @@ def loaded(job):
 
 
 def causal_lm(config):
-    """A randomly initialized model of theirs with the architecture of a `ModelConfig`."""
+    """Randomly initialized model of a `ModelConfig`'s architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ...engine.formats.families import to_hf_config

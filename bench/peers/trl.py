@@ -1,4 +1,4 @@
-"""TRL: `GRPOTrainer` with transformers' generation."""
+"""TRL's `GRPOTrainer` with transformers' generation."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ NEEDS = ("trl", "datasets", "transformers")
 
 
 def rl(base: Path, task: str, steps: int, sizes: dict) -> dict:
-    """A run of so many steps: CPU seconds and mean reward of each."""
+    """Run so many steps; return CPU seconds and mean reward of each."""
     try:
         from trl import GRPOConfig, GRPOTrainer
     except Exception as error:  # an import may fail in many ways

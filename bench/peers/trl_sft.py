@@ -1,10 +1,10 @@
-"""TRL's SFTTrainer, with PEFT's adapters: what most people tune with."""
+"""TRL's SFTTrainer with PEFT's LoRA."""
 
 NEEDS = ("torch", "trl", "peft", "datasets")
 
 
 def tune(job):
-    """Its collator and loss on the same conversations, in the loop that its trainer runs."""
+    """Its collator and loss on the same conversations, in its trainer's loop."""
 
     def build():
         import datasets

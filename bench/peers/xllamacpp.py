@@ -1,10 +1,10 @@
-"""llama.cpp by xllamacpp, a binding that comes built: its own server, asked in the same process."""
+"""llama.cpp through xllamacpp, a prebuilt binding: its own server, in this process."""
 
 NEEDS = ("xllamacpp",)
 
 
 def quantization(job, folder):
-    """The file as it is, and the same weights in Q8_0."""
+    """The GGUF file as it is, and its weights in Q8_0."""
     name = job.file.stem.rpartition(".")[2]
     return {
         f"llama.cpp {name}": lambda: serve(job, job.file),
@@ -13,12 +13,12 @@ def quantization(job, folder):
 
 
 def opening(job):
-    """The file opened, and a token."""
+    """Open the file and generate one token."""
     return {f"llama.cpp {job.file.stem.rpartition('.')[2]}": lambda: serve(job, job.file)()}
 
 
 def q8_0(file, folder):
-    """The file's weights in Q8_0."""
+    """Requantize the file's weights to Q8_0."""
     from ...engine.formats.gguf import save_gguf
     from ...engine.formats.model_directory import load_model
 

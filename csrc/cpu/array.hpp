@@ -1,4 +1,4 @@
-// A tensor as it comes through the door: where it lies, of what numbers, how many and how far apart.
+// Tensor arguments from Python: address, number format, shape and strides, checked before use.
 //
 // Python hands over the tensor itself (PyTorch's or NumPy's), never an address. What C++ takes from it is checked against
 // what it is about to read or write, so no mistake of a caller's reaches memory that is not the tensor's. Whoever keeps
@@ -33,7 +33,7 @@ public:
         return kind_ == kind_of<T>();
     }
 
-    // The numbers of a tensor without gaps, of which there are `count`.
+    // Data of a contiguous tensor of `count` elements.
     template <class T>
     T* numbers(const char* name, int64_t count) const {
         require<T>(name);
@@ -42,7 +42,7 @@ public:
         return static_cast<T*>(data_);
     }
 
-    // Rows with unit stride inside: a matrix, or any tensor of so many numbers without gaps.
+    // Rows with unit stride inside: a matrix, or any contiguous tensor of so many elements.
     template <class T>
     Rows<T> rows(const char* name, int64_t rows, int64_t columns) const {
         const bool matrix = dims_ == 2 && shape_[0] == rows && shape_[1] == columns && (strides_[1] == 1 || columns <= 1);
@@ -59,7 +59,7 @@ public:
         return given_ ? numbers<T>(name, count) : nullptr;
     }
 
-    // (batch, time, heads, width) with unit stride inside the heads; the strides are the caller's to ask for.
+    // (batch, time, heads, width) with unit stride inside heads; other strides are free.
     template <class T>
     T* heads(const char* name, std::array<int64_t, 4> shape) const {
         require<T>(name);
@@ -117,7 +117,7 @@ const char* Array::kind_of() {
     return "uint8";
 }
 
-// Calls body(number) with a number of the tensor's format, of which the passes know two.
+// Dispatch on dtype: calls body(x) with x a float or a bfloat16.
 template <class Body>
 auto in_format(const Array& x, const Body& body) {
     if (x.holds<bfloat16>()) return body(bfloat16{});

@@ -1,4 +1,4 @@
-// Norm, gate and rotation of a row: what training and serving share. Numbers are float or bfloat16 in memory, float32 in
+// Norms, gated activations and RoPE of a row, shared by training and serving. float or bfloat16 in memory, float32 in
 // registers.
 #pragma once
 #include <cmath>
@@ -44,7 +44,7 @@ WARPLOOM_INLINE f16 erf(f16 x) {
     return select(x > f16{}, value, -value);
 }
 
-// The activation and its slope. The tanh form of GELU is x · sigmoid(2u): no tanh is needed.
+// The activation and its derivative. The tanh form of GELU is x · sigmoid(2u): no tanh is needed.
 template <Gate kind>
 WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
     if (kind == Gate::silu) {
@@ -70,7 +70,7 @@ WARPLOOM_INLINE void activate(f16 x, f16& value, f16& slope) {
     }
 }
 
-// What the activation of a gate multiplies.
+// The factor `up` of a gated unit; for clamped_swiglu clamped, plus one.
 template <Gate kind>
 WARPLOOM_INLINE f16 other_half(f16 up) {
     if (kind != Gate::clamped) return up;
@@ -78,7 +78,7 @@ WARPLOOM_INLINE f16 other_half(f16 up) {
     return select(below > -most, below, -most) + 1.0f;
 }
 
-// Its gradient, which a bound takes away.
+// Gradient of that factor: zero where it was clamped.
 template <Gate kind>
 WARPLOOM_INLINE f16 where_free(f16 up, f16 gradient) {
     if (kind != Gate::clamped) return gradient;
@@ -86,7 +86,7 @@ WARPLOOM_INLINE f16 where_free(f16 up, f16 gradient) {
     return select(size > f16{} + kClamp, f16{}, gradient);
 }
 
-// Calls body(kind) with the gate as a constant.
+// Calls body(kind) with the gate as a compile-time constant.
 template <class Body>
 WARPLOOM_INLINE void with_gate(Gate kind, const Body& body) {
     switch (kind) {
@@ -99,7 +99,7 @@ WARPLOOM_INLINE void with_gate(Gate kind, const Body& body) {
     }
 }
 
-// A head's columns i and i + half, turned by the angle of i; `sign` -1 turns back. x and y may be the same.
+// RoPE of a head: columns i and i + half, rotated by the angle of i; `sign` -1 rotates back. x and y may be the same.
 template <class T>
 WARPLOOM_INLINE void rotate_head(const T* x, T* y, int half, const float* cos, const float* sin, float sign = 1) {
     across(half, [&](int c, int n) __attribute__((always_inline)) {

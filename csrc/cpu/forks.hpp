@@ -1,4 +1,4 @@
-// What a forked child must forget: it has none of its parent's threads, and locks as they were at that moment.
+// Fork handlers: a forked child has none of its parent's threads, and locks in whatever state they were.
 #pragma once
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>

@@ -1,4 +1,4 @@
-// Indices out of tensors, which anybody may have written.
+// Bounds check of indices that come from tensors.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -11,7 +11,7 @@ namespace warploom {
                             std::to_string(count));
 }
 
-// An index within what it indexes, or an exception with both: an IndexError in Python.
+// Returns the index if it is within range, else throws with both numbers: an IndexError in Python.
 inline __attribute__((always_inline)) int64_t within(int64_t index, int64_t count, const char* name) {
     if (uint64_t(index) >= uint64_t(count)) refuse_index(name, index, count);
     return index;

@@ -1,5 +1,5 @@
-// Register tiles: the innermost loop of products. ROWS × VECTORS vectors of sums stay in registers; each vector loaded from the
-// right serves all rows, each number from the left all vectors. A sum runs from its first term to its last.
+// GEMM micro-kernel (register tile). ROWS × VECTORS vectors of sums stay in registers; each vector loaded from the right
+// serves all rows, each number from the left all vectors. A sum runs from its first term to its last.
 //
 // Loops over sums are unrolled by name: else GCC 11 and 12 keep some of the sums in memory, at a third of the speed.
 #pragma once

@@ -1,4 +1,4 @@
-// The trainer: word counts become merges.
+// BPE trainer: word counts to merges, with an incremental pair index and a lazy heap.
 //
 // All distinct words lie in one array of symbols, a mark between each two. A token starts where its first byte stood; the
 // place of its last byte says how long it is, so both neighbors of a token are found in one step, and merging two tokens is

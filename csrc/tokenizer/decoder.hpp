@@ -1,4 +1,4 @@
-// The decoder: ids to bytes. Most tokens are short, so each is copied as 16 bytes whatever its length; the next token
+// Decoder: ids to bytes. Most tokens are short, so each is copied as 16 bytes whatever its length; the next token
 // overwrites what was too much. Lengths are a table of bytes, which stays in the nearest cache, and so are the starts of
 // all tokens, side by side: nothing that is loaded for a token waits for something else to be loaded.
 #pragma once

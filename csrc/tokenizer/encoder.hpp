@@ -1,4 +1,4 @@
-// The encoder: text to token ids. It splits, looks each piece up in the word cache, and merges what is new.
+// BPE encoder: text to token ids. Pretokenizes, looks each piece up in a word cache, merges what is new.
 //
 // Words are looked up 128 at a time (look_up.hpp), so that what waits for memory waits together. A word that is new is
 // first cut where no token reaches across, then merged, then remembered. Merging waits for memory too: new words leave
@@ -65,7 +65,7 @@ private:
 extern template class IdBuffer<uint16_t>;
 extern template class IdBuffer<uint32_t>;
 
-// One text or many, that are somebody else's.
+// View of one text or many.
 struct Texts {
     const TextView* first;
     size_t count;
@@ -76,7 +76,7 @@ struct Texts {
     const TextView* end() const { return first + count; }
 };
 
-// A text of characters turned out to hold a lone surrogate.
+// Thrown for a text with a lone surrogate.
 struct NoUtf8 : std::exception {};
 
 // How SentencePiece treats spaces: ▁ in text is one (`marks`), and a stretch of text may get one in front.

@@ -1,4 +1,4 @@
-// Work on several threads that can be stopped.
+// Interruptible parallel work: threads that stop on Ctrl-C or an exception.
 //
 // The calling thread works too, since a thread that only waits costs as much to wake as one that works; and it alone may
 // ask Python whether Ctrl-C was pressed. Threads live for one call, so nothing of this survives into a forked child.

@@ -1,4 +1,5 @@
-// Looking up words, 128 at a time: the inner loop of encoding. Included by simd_loops.hpp, once per instruction set.
+// Batched word-cache look-up, 128 words at a time: the inner loop of encoding. Included by simd_loops.hpp, once per
+// instruction set.
 //
 // First the keys of all are made, then their hashes, many at once where the machine can, and their places requested; then
 // the answers are collected, when they have arrived. A long word that falls apart (Merges::gaps) is looked up by its

@@ -1,4 +1,4 @@
-// What `classify` finds out about 64 bytes: one bit a byte.
+// Character-class bit masks of 64 bytes, as `classify` makes them.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Merging sixteen new words side by side: one word a lane. Included by simd_avx512.cpp.
+// SIMD BPE merging: sixteen new words at once, one word a lane. Included by simd_avx512.cpp.
 //
 // Merging one word is a chain of waits: the least rank tells which symbols merge, and what they become tells where in the
 // pair table to look for the ranks of their neighbors, which must arrive before the next least rank is known. Sixteen words

@@ -1,4 +1,4 @@
-// The rank (place among the merges) of a pair of symbols: the question that merging asks at every step.
+// Perfect-hash table from pairs of symbols to merge ranks, the look-up at every merging step.
 //
 // A table in which no look-up has to search on, so that sixteen can be made at once (merge_x16.hpp): pairs fall
 // into small buckets, and each bucket has a displacement, found when the table is built, under which all its pairs land

@@ -1,4 +1,4 @@
-// Scanners: the end of the piece that begins at p, by each of the named patterns, exactly as the regular expression
+// Pretokenizer scanners: the end of the piece that begins at p, for each named pattern, exactly as its regular expression
 // would match (tokenizer/patterns.py has the expressions, tests compare the two over all of Unicode).
 //
 // A regular expression tries its alternatives in order, each with backtracking. For these patterns one look at the
@@ -19,10 +19,10 @@ enum class Pattern : uint8_t { kGpt2, kDigits, kGpt4, kQwen2, kQwen35, kO200k, k
 constexpr const char* kPatternNames[] = {"gpt2", "digits", "gpt4", "qwen2", "qwen3.5", "o200k", "tekken", "spaces", "deepseek", "falcon"};
 constexpr size_t kPatterns = sizeof kPatternNames / sizeof *kPatternNames;
 
-// Words break where case changes.
+// Whether words break where case changes.
 constexpr bool is_cased(Pattern pattern) { return pattern == Pattern::kO200k || pattern == Pattern::kTekken; }
 
-// Each digit is a piece.
+// Whether each digit is a piece.
 constexpr bool is_single_digit(Pattern pattern) {
     return pattern == Pattern::kDigits || pattern == Pattern::kQwen2 || pattern == Pattern::kQwen35 || pattern == Pattern::kTekken;
 }

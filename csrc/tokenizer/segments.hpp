@@ -1,4 +1,4 @@
-// Segments: a text cut at its added tokens, and between them where every pattern cuts.
+// Cutting of text into segments for threads: at added tokens, and between them where every pattern cuts.
 #pragma once
 
 #include <cstddef>
@@ -55,7 +55,7 @@ private:
     size_t longest_ = 1;
 };
 
-// What stands before a stretch of text.
+// Context before a stretch of text.
 enum class Follows : uint8_t { kStart, kAdded, kText };
 
 // A stretch of ordinary text; an added token if begin == limit; an empty text if there is no text.

@@ -1,4 +1,4 @@
-// Kernels: the loops that exist once per instruction set, and the choice among them.
+// SIMD dispatch: loops that are compiled once per instruction set, and the run-time choice among them.
 //
 // simd_avx512.cpp, simd_avx2.cpp and simd_any.cpp compile the same loops (simd_loops.hpp), each with its own means. Which one
 // runs is decided at run time, when the first text is encoded, so the build knows nothing about the machine it is made on.

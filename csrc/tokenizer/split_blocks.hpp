@@ -1,4 +1,4 @@
-// Splitting 64 bytes at once. Included by simd_loops.hpp, once per instruction set.
+// SIMD pretokenizer: splits 64 bytes at once. Included by simd_loops.hpp, once per instruction set.
 //
 // Each class of characters becomes a 64-bit mask, bit i for byte i. Shifting a mask left by one asks about the previous
 // character, so "a letter that does not follow a letter or a blank" is `letter & ~((letter | blank) << 1)`: the rules of

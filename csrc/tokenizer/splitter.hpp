@@ -1,4 +1,4 @@
-// The splitter: text to piece boundaries, many at a time.
+// Pretokenizer: text to piece boundaries, many at a time.
 //
 // 64 bytes are classified at once into bit masks, and a few shifts and ands give the places where a piece begins
 // (split_blocks.hpp). Where the masks cannot tell, the scanners of scanner.hpp go character by character. The block code

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, imported only when it is called.
+"""Command line `warploom VERB`: one file a verb, imported only when called.
 
 `warploom --help` prints the table below and imports nothing else, so it answers at once. A verb is a module of this
 folder with `run(argv) -> exit code`; its flags are the fields of a dataclass, read by tyro.
@@ -15,21 +15,21 @@ from ...tokenizer.cpus import available_cpus
 from ..errors import USER_ERRORS
 
 VERBS = {
-    "demo": "the whole loom in a few minutes: corpus, tokenizer, training, samples",
-    "data": "turn text into token files",
+    "demo": "the whole pipeline in a few minutes: corpus, tokenizer, training, samples",
+    "data": "tokenize text to token files",
     "tokenizer": "train a tokenizer; encode, decode, show",
-    "train": "train a model from a dataset directory or a text file",
-    "rl": "reinforcement learning from rewards, by group policy gradient",
+    "train": "pretrain or fine-tune (LoRA, DPO) from token files, text or conversations",
+    "rl": "reinforcement learning (GRPO) from a reward function or task",
     "eval": "loss, perplexity and bits per byte; accuracy at a task",
     "generate": "continue a prompt, or a file of prompts",
     "chat": "talk to a model in the terminal",
     "serve": "HTTP server and playground page",
-    "ladder": "train each rung from a bare MLP to a MoE Llama, side by side",
-    "inspect": "look inside: a model's sizes, a text's tokens, where its heads look",
+    "ladder": "ablation from a bare MLP to a MoE Llama, one idea a rung",
+    "inspect": "show a model's sizes, a text's tokens, attention maps, training data",
     "bench": "measure against peers and the machine's limits",
-    "quantize": "round a model to 8 or 4 bits, calibrated on a text",
+    "quantize": "quantize a model to 8 or 4 bits, calibrated on a text (GPTQ)",
     "export": "write a model for other tools",
-    "doctor": "what this machine is, and what is missing",
+    "doctor": "report of this machine: device, backends, missing packages",
 }
 
 
@@ -69,7 +69,7 @@ def _run(argv: list[str]) -> int:
 
 
 def available() -> dict[str, str]:
-    """Verbs that exist here, with what they do."""
+    """Available verbs with their help."""
     return {verb: does for verb, does in VERBS.items() if find_spec(f"{__name__}.{verb}")}
 
 

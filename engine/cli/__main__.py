@@ -1,4 +1,4 @@
-"""`python -m warploom.engine.cli VERB` is `warploom VERB`."""
+"""Entry point of `python -m warploom.engine.cli VERB`, the same as `warploom VERB`."""
 
 import sys
 

@@ -25,7 +25,7 @@ BENCHES = ("kernels", "tokenizer", "train", "tune", "serve", "quantization", "rl
 
 
 def run(argv: list[str]) -> int:
-    """Run the bench that `argv` names, or all there are; 1 if a part failed."""
+    """Run the benchmark that `argv` names, or all; exit code 1 if a part failed."""
     if argv[:1] == ["chart"]:
         return _chart(argv[1:])
     bench = _chooser().parse_args(argv if argv[:1] in (["-h"], ["--help"]) else argv[:1]).bench
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
 
 
 def _run_one(bench: str, argv: list[str], spent: float) -> int:
-    """Run one bench with what is left of the minutes; how many of its parts failed."""
+    """Run one benchmark within the remaining minutes; return the number of failed parts."""
     module = importlib.import_module(_module_name(bench))
     options = _options(bench, getattr(module, "Options", Options), argv)
     device = options.device or getattr(module, "DEVICE", "")
@@ -103,7 +103,7 @@ def _options(bench: str, kind: type[Options], argv: list[str]) -> Options:
 
 
 def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
-    """A flag for each field of the dataclass: its name, type, default and help."""
+    """Add a flag for each field of the dataclass: name, type, default, help."""
     for name, hint in get_type_hints(kind, include_extras=True).items():
         default, (convert, *text) = getattr(kind, name), get_args(hint) or (hint,)
         flag, text = f"--{name.replace('_', '-')}", " ".join(text)

@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal.
+"""`warploom chat`: talk to a model in the terminal.
 
     warploom chat MODEL
     echo "What is a loom?" | warploom chat MODEL
@@ -45,11 +45,11 @@ class ChatOptions:
     system: str = ""
     """System message."""
     prompt: str | None = None
-    """Say this, print the answer, and leave."""
+    """Send this one message, print the answer, and exit."""
 
 
 def run(argv: list[str]) -> int:
-    """The verb `chat`."""
+    """Entry point of `warploom chat`."""
     options = parse(ChatOptions, model_first(argv), "chat")
     chat = Chat(options.llm.open(), options.sampling, options.system)
     chat.llm.engine.start()  # in its own thread, where Ctrl-C does not break a step
@@ -61,7 +61,7 @@ def run(argv: list[str]) -> int:
 
 
 class Chat:
-    """A conversation: its messages, how to sample, and what the commands change."""
+    """Chat session: messages, sampling parameters, and the slash commands that change them."""
 
     def __init__(self, llm, params: SamplingParams, system: str = ""):
         self.llm, self.params, self.system = llm, params, system
@@ -79,7 +79,7 @@ class Chat:
         }
 
     def loop(self) -> int:
-        """Read lines until the end, "quit" or "exit"."""
+        """Read lines until end of input, "quit" or "exit"."""
         for line in _lines():
             line = line.strip()
             if line.removeprefix("/") in ("quit", "exit"):
@@ -91,7 +91,7 @@ class Chat:
         return 0
 
     def command(self, line: str) -> str:
-        """Obey a slash command; the answer is what to show."""
+        """Run a slash command; return its output."""
         name, _, rest = line.partition(" ")
         if name not in self._commands:
             return f"{name} is not a command; /help lists them"
@@ -101,7 +101,7 @@ class Chat:
             return str(error)
 
     def say(self, text: str) -> int:
-        """Say something and stream the answer; Ctrl-C cuts it short."""
+        """Send a message and stream the answer; Ctrl-C stops it."""
         self.messages.append({"role": "user", "content": text})
         answer, status = "", 0
         try:
@@ -119,7 +119,7 @@ class Chat:
         return status
 
     def prompt(self) -> list[int]:
-        """The conversation as tokens, without its oldest exchanges if they no longer fit beside the answer."""
+        """Tokenize the conversation, dropping the oldest exchanges if they no longer fit beside the answer."""
         context = self.llm.max_seq_len
         room = context - min(self.params.max_tokens or 1, context // 2)
         first = 0
@@ -161,7 +161,7 @@ class Chat:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of a person at a terminal, with a prompt and history, or of a pipe."""
+    """Yield lines from a terminal, with prompt and history, or from a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

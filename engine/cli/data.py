@@ -1,4 +1,4 @@
-"""Turn text into token files: `warploom data --source stdlib --tokenizer bpe --out data/stdlib`."""
+"""`warploom data`: tokenize a corpus to token files."""
 
 from __future__ import annotations
 

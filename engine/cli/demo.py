@@ -1,4 +1,4 @@
-"""The whole pipeline in a few minutes: corpus → tokenizer → training → samples → a model directory to chat with.
+"""`warploom demo`: the whole pipeline in a few minutes, from corpus and tokenizer to a model to chat with.
 
 The corpus is the Python standard library of the interpreter that runs this: real text of tens of megabytes that every
 machine already has. Files, not lines, are split between training and validation, so nothing leaks. What comes out is
@@ -38,7 +38,7 @@ FIRST = 0.6  # of the time of --chat, for the base
 
 @dataclass(frozen=True)
 class Size:
-    """Model and budget of a `--size`."""
+    """Model and budget of a demo `--size`."""
 
     preset: str
     minutes: float
@@ -90,7 +90,7 @@ def _train(options: argparse.Namespace, data: str, out: str, share: float = 1.0,
 
 
 def learn_to_converse(options: argparse.Namespace) -> int:
-    """Train a base on what people wrote to each other, tune it on the answers, and show a conversation as it is."""
+    """Train a base on people's conversations, fine-tune it on the answers, and show a conversation unedited."""
     out = Path(options.out)
     texts, chats = write_conversations(out / "conversations")
     base = _train(options, str(texts), str(out / "base"), FIRST)
@@ -106,7 +106,7 @@ def learn_to_converse(options: argparse.Namespace) -> int:
 
 
 def write_conversations(folder: Path) -> tuple[Path, Path]:
-    """Files of the texts to train a base on and of the conversations to tune it on, whose held-out part no text has."""
+    """Write the base's texts and the conversations to tune on; the held-out part of these is in no text."""
     from ...tokenizer.chat import render
     from ..data.chitchat import chitchat
     from ..data.conversations import place_of
@@ -123,7 +123,7 @@ def write_conversations(folder: Path) -> tuple[Path, Path]:
 
 
 def show_conversation(directory: Path, seed: int) -> None:
-    """A short exchange with the saved model, as anyone will have it who chats with it."""
+    """Show a short exchange with the saved model."""
     from ..serving import LLM, SamplingParams
 
     llm, messages = LLM(directory), []
@@ -139,7 +139,7 @@ def show_conversation(directory: Path, seed: int) -> None:
 
 
 def show_samples(directory: Path, seed: int) -> None:
-    """Completions of prompts at several temperatures, by the saved model: what anyone who loads it will see."""
+    """Show completions by the saved model at several temperatures."""
     from ..formats.model_directory import load_model
     from ..generation import generate
 
@@ -156,7 +156,7 @@ def show_samples(directory: Path, seed: int) -> None:
 
 
 def held_out_prompts(data: Path, tokenizer: Tokenizer, count: int = 3) -> list[str]:
-    """Heads of functions and classes from the validation text, which the model has never seen."""
+    """First lines of functions and classes from the validation text, unseen in training."""
     from ..data import TokenData
 
     text = tokenizer.decode(TokenData(data).split("val").tokens[:100_000].tolist())

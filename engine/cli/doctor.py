@@ -1,4 +1,4 @@
-"""Report of this machine: device, which of Triton, C++ and PyTorch runs each op, what is missing and how to get it."""
+"""`warploom doctor`: report of device, backend of each op (Triton, C++, PyTorch), and missing packages."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _ops(device) -> None:
 
 
 def _backend(op, device) -> str:
-    """Triton, C++ or PyTorch: the one that runs an op here, in the number formats that it knows."""
+    """Backend that runs an op here (Triton, C++ or PyTorch), with the dtypes it supports."""
     import torch
 
     from ...kernels.core.lang import HAS_TRITON

@@ -1,4 +1,4 @@
-"""Evaluate a model on a text or at a task: `warploom eval MODEL DATA_OR_FILE`, `warploom eval MODEL tasks:addition`."""
+"""`warploom eval`: evaluate a model on text (perplexity) or on a task (accuracy)."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class Flags:
     context: int | None = None
     """Tokens a window; None = the model's max_seq_len."""
     batch_size: int = 16
-    """Windows at a time."""
+    """Windows in a batch."""
     limit: int = 0
-    """Read only this many batches, spread evenly (0 = everything); of a task, so many problems (0 = 100)."""
+    """Read only this many batches, spread evenly (0 = everything); for a task, so many problems (0 = 100)."""
     samples: int = 1
-    """Of a task: answers a problem; more than one also give pass@k."""
+    """For a task: samples a problem; more than one also give pass@k."""
     choices: bool = False
-    """Of a task: choose the likeliest of a problem's choices instead of writing an answer."""
+    """For a task: multiple choice by likelihood instead of generating an answer."""
     temperature: float = 1.0
-    """Of a task: divides the logits of answers; 0 = the likeliest token."""
+    """For a task: sampling temperature; 0 = greedy."""
     max_tokens: int = 128
-    """Of a task: most tokens of an answer."""
+    """For a task: maximum tokens of an answer."""
     seed: int = 0
-    """Of a task: another seed is other problems; none are those of `train` or `rl`."""
+    """For a task: seed of the problems, which are never those of `train` or `rl`."""
     run_code: bool = False
-    """Of tasks:human-eval: allow it to run what the model writes, in a process with limits."""
+    """For tasks:human-eval: allow running the model's code, in a process with limits."""
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     dtype: str = "auto"

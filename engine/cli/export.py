@@ -1,6 +1,6 @@
-"""Write a model for other tools: `--to hf` (config.json + safetensors), `bin` (pytorch_model.bin), `gguf` (one file for
-llama.cpp and its relatives) or `tiktoken` (the tokenizer's rank file). An adapter is written as an adapter, or with
-`--merge` as the model that it makes of its base."""
+"""Export a model for other tools: `--to hf` (config.json + safetensors), `bin` (pytorch_model.bin), `gguf` (a file for
+llama.cpp) or `tiktoken` (the tokenizer's rank file). A LoRA adapter is exported as an adapter, or with `--merge` merged
+into its base."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _write_tiktoken(options: argparse.Namespace) -> None:
 
 
 def _file(out: Path, name: str) -> Path:
-    """A file to write: `out` itself, or inside it where that is a directory."""
+    """Output file: `out` itself, or a file inside it if it is a directory."""
     return out / name if out.is_dir() else out
 
 

@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def sentence_of(box: str) -> str:
-    """Extract the sentence from tyro's error box, which is drawn in ASCII for terminals without more: its text up to
-    the first rule, and the flags that it thinks of."""
+    """Extract the sentence from tyro's error box (drawn in ASCII where the terminal has no more): its text up to the
+    first rule, and the suggested flags."""
     drawn = [line.strip("│╭╰╮╯|+\n") for line in STYLE.sub("", box).splitlines()]
     parts = [list(part) for is_rule, part in itertools.groupby(drawn[1:], _is_rule) if not is_rule]
     if parts[0][0].strip().startswith("Missing from"):

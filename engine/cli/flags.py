@@ -1,4 +1,4 @@
-"""Flags from dataclasses by tyro, with errors as one line."""
+"""Command-line flags from dataclasses (tyro), with one-line errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ELSEWHERE = {
 
 
 def renamed(argv: list[str]) -> list[str]:
-    """The command line with today's names of flags; a warning for each old one."""
+    """Replace old names of flags by current ones, with a warning for each."""
     return [_renamed(word) for word in argv]
 
 
@@ -68,12 +68,12 @@ def _renamed(word: str) -> str:
 
 
 def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Saved settings under today's names."""
+    """Saved settings under current names."""
     return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING_NONPROP) -> T:
-    """The dataclass `kind` from a command line: flat kebab-case flags. Mistakes become one ValueError."""
+    """Parse a command line into the dataclass `kind`, with flat kebab-case flags; mistakes raise one InputError."""
     argv, errors, explained = renamed(argv), io.StringIO(), Help()
     if "-h" in argv or "--help" in argv:
         unwrap_docstrings(kind)
@@ -95,7 +95,7 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
 
 
 def _hint(argv: list[str]) -> str:
-    """Names here of flags that other servers have."""
+    """Our names for flags of vLLM and llama.cpp's server."""
     flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
     known = {flag: ELSEWHERE.get(flag[2:].replace("-", "_")) for flag in flags}
     return "".join(f"; {flag} is --{name.replace('_', '-')} here" for flag, name in known.items() if name)

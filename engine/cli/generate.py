@@ -1,4 +1,4 @@
-"""Continue a prompt, or every prompt of a file.
+"""`warploom generate`: continue a prompt, or every prompt of a file.
 
     warploom generate MODEL --prompt "Once upon a time"
     warploom generate MODEL --prompts-file prompts.jsonl --out results.jsonl
@@ -53,7 +53,7 @@ class GenerateOptions:
 
 
 def run(argv: list[str]) -> int:
-    """The verb `generate`."""
+    """Entry point of `warploom generate`."""
     options = parse(GenerateOptions, model_first(argv), "generate")
     given = [options.prompt is not None, options.prompts_file is not None, options.batch is not None]
     if sum(given) > 1:
@@ -93,7 +93,7 @@ def _answer_batch(options: GenerateOptions, batch: Path) -> int:
 
 @contextmanager
 def _output(path: Path | None) -> Iterator[TextIO]:
-    """The file that results are appended to; standard output where none is named."""
+    """File to append results to; standard output if none is given."""
     if path is None:
         yield sys.stdout
         return
@@ -102,7 +102,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 
 
 def _insist_on_search(params: SamplingParams) -> None:
-    """A search draws nothing: what says how to draw must not be given and silently do nothing."""
+    """Refuse sampling parameters with beam search, which would silently have no effect."""
     for entry in dataclasses.fields(params):
         if entry.name not in ("max_tokens", "seed") and getattr(params, entry.name) != entry.default:
             flag = f"--{entry.name.replace('_', '-')}"
@@ -161,7 +161,7 @@ def _continue_file(options: GenerateOptions) -> int:
 
 
 def _answers(llm, jobs: list[tuple[int, Any, SamplingParams]]):
-    """(index, output or error) of all jobs as they finish, with enough of them submitted to fill the batch."""
+    """Yield (index, output or error) of jobs as they finish, keeping enough submitted to fill the batch."""
     queue, running = iter(jobs), {}
     try:
         while True:
@@ -199,7 +199,7 @@ def _result(index: int, output, llm) -> dict[str, Any]:
 
 
 def _logprobs(name: str, entries) -> dict[str, Any]:
-    """The log-probability of each token, and where they were asked for the most likely ones, as [token id, value]."""
+    """Log-probability of each token, and if requested of the most likely ones, as [token id, value]."""
     if entries is None:
         return {}
     best = [[list(pair) for pair in entry.top] for entry in entries]
@@ -207,7 +207,7 @@ def _logprobs(name: str, entries) -> dict[str, Any]:
 
 
 def _read_prompts(path: Path, params: SamplingParams) -> list[tuple[Any, SamplingParams]]:
-    """The file's prompts with their parameters; a mistake names its line."""
+    """Read prompts with their parameters from a file; errors name the line."""
     lines = read_text(path).split("\n")
     if path.suffix not in (".jsonl", ".json"):
         return [(line, params) for line in lines if line]
@@ -236,7 +236,7 @@ def _read_prompt(value: Any, params: SamplingParams) -> tuple[Any, SamplingParam
 
 
 def _read_results(path: Path | None) -> set[int]:
-    """Which prompts are answered in the output file; errors and a line torn by an interruption are taken out of it."""
+    """Indices answered in the output file; errors and a torn last line are removed from it."""
     if path is None or not path.exists():
         return set()
     text = read_text(path)

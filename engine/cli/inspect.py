@@ -1,6 +1,5 @@
-"""Look inside: `inspect model` shows what a model is made of, without making it; `inspect tokens` how a text splits;
-`inspect attention` where each head looks; `inspect data` what a run learns of its data; `inspect families` which
-published architectures open."""
+"""`warploom inspect`: `model` shows parameters, FLOPs and memory without loading weights; `tokens` how a text is split;
+`attention` attention maps; `data` the loss mask of training data; `families` the supported architectures."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def run(argv: list[str]) -> int:
 
 
 def show_model(options: argparse.Namespace) -> None:
-    """Parameters, FLOPs and memory of a model directory or a preset."""
+    """Show parameters, FLOPs and memory of a model directory or preset."""
     config = _config_of(options.model)
     length = options.sequence or config.max_seq_len
     total, active = config.parameter_count(), config.parameter_count(active=True)
@@ -66,7 +65,7 @@ def show_model(options: argparse.Namespace) -> None:
 
 
 def _executors(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Faster ways to compute than the definition, each with the fields that it does not know."""
+    """Executors that do not support a configuration, each with the fields it lacks."""
     from ..serving.execution.gpu_model import PagedAttention, PagedLatentAttention
     from ..serving.execution.serving_model import NativeTransformer
     from ..training.fused_block import is_supported as is_fused
@@ -80,14 +79,14 @@ def _executors(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def show_families(options: argparse.Namespace) -> None:
-    """Published architectures that open, field by field, as the table of docs/models.md."""
+    """Print the table of supported families (docs/models.md)."""
     from ..formats.families import family_table
 
     print(*family_table(), sep="\n")
 
 
 def show_tokens(options: argparse.Namespace) -> None:
-    """Show the tokens of a text: their ids, and the characters each covers."""
+    """Show the tokens of a text: ids and the characters each covers."""
     from ..formats.model_info import open_tokenizer
     from . import tokenizer
 
@@ -119,7 +118,7 @@ def show_attention(options: argparse.Namespace) -> None:
 
 
 def show_data(options: argparse.Namespace) -> None:
-    """The first documents of a run's training split, what is learned of them in green (in ⟦ ⟧ where color is off)."""
+    """Show the first training documents, with the tokens in the loss in green (⟦ ⟧ without color)."""
     from ..data import TokenData
 
     made = options.run / "data"
@@ -137,14 +136,14 @@ def show_data(options: argparse.Namespace) -> None:
 
 
 def _styled(text: str, style: str, without: str = "") -> str:
-    """A text in an ANSI style, or between the two characters of `without` where color is off."""
+    """Text in an ANSI style, or between the two characters of `without` where color is off."""
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         return "\n".join(f"\x1b[{style}m{line}\x1b[0m" if line else line for line in text.split("\n"))
     return f"{without[:1]}{text}{without[1:]}"
 
 
 def _habit(weights_TS) -> str:
-    """Name a head's main pattern: the share of attention that stays, goes one back, or goes to the first."""
+    """Name a head's main attention pattern: to itself, to the previous token, or to the first (sink)."""
     later_TS = weights_TS[1:]  # the first token has no choice
     if not len(later_TS):
         return "has one token to look at"

@@ -1,4 +1,4 @@
-"""Climb from a bare MLP to a mixture of experts: `warploom ladder` trains every rung on the same data for as long.
+"""`warploom ladder`: ablation from a bare MLP to a mixture of experts, each rung on the same data and budget.
 
 Each rung is the one below with a single idea more, and all have about the same number of parameters a token uses. So
 the differences between neighbors are what the ideas are worth, at this size, on this text, for one seed.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rung:
-    """One idea: its name, what it changes in the rung below, and what for."""
+    """One rung: name, change to the configuration below, and the idea."""
 
     name: str
     lesson: str
@@ -112,7 +112,7 @@ def run(argv: list[str]) -> int:
 
 
 def share_data(flags: Flags) -> str:
-    """The dataset directory that every rung reads; raw text is tokenized once, into OUT/data."""
+    """Token files that all rungs share; raw text is tokenized once, to OUT/data."""
     from ..training.config import TrainConfig
     from ..training.inputs import open_data
 
@@ -123,7 +123,7 @@ def share_data(flags: Flags) -> str:
 
 
 def architectures(flags: Flags) -> dict[str, dict[str, Any]]:
-    """Describe each rung: its own idea and those of all rungs below included."""
+    """Configuration of each rung: its change on top of all below."""
     width = ModelConfig(vocab_size=1, d_model=flags.d_model, n_heads=flags.n_heads).ff_size
     named = {"heads": flags.n_heads, "kv_heads": max(1, flags.n_heads // 2), "expert": max(8, width // 2)}
     model = dict(d_model=flags.d_model, n_layers=flags.n_layers, max_seq_len=flags.context)
@@ -136,7 +136,7 @@ def architectures(flags: Flags) -> dict[str, dict[str, Any]]:
 
 
 def plan(flags: Flags, models: dict[str, dict[str, Any]], data: str) -> list[tuple[TrainConfig, Rung]]:
-    """The runs, bottom rung first."""
+    """Training configurations of all rungs, bottom first."""
     from ..training.config import TrainConfig
 
     runs = []
@@ -153,7 +153,7 @@ def plan(flags: Flags, models: dict[str, dict[str, Any]], data: str) -> list[tup
 
 
 def finished(config: TrainConfig) -> bool:
-    """Was exactly this run made before, to its end?"""
+    """Return whether exactly this run was completed before."""
     path = Path(config.out) / "run.json"
     if not path.is_file():
         return False
@@ -163,7 +163,7 @@ def finished(config: TrainConfig) -> bool:
 
 
 def read(rung: Rung, directory: Path) -> dict[str, Any]:
-    """Read the result of a rung, from its run card and log."""
+    """Result of a rung, from its run card and log."""
     from ..training.callbacks import JsonLog
 
     card = json.loads((directory / "run.json").read_text("utf-8"))
@@ -174,7 +174,7 @@ def read(rung: Rung, directory: Path) -> dict[str, Any]:
 
 
 def markdown(results: list[dict[str, Any]]) -> list[str]:
-    """The table: what each rung changed, and what that was worth."""
+    """Markdown table: what each rung changed, and what it gained."""
     lines = [
         "| rung | what it adds | parameters | validation loss | against the rung below | bits per byte | tokens/s |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -189,7 +189,7 @@ def markdown(results: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Every rung's validation loss over the steps."""
+    """Plot the validation loss of all rungs."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Progress of a long command: bars on a terminal, a line every ten seconds in a log; on stderr, so results pipe."""
+"""Progress bars on a terminal, log lines every ten seconds otherwise; on stderr, so that results can be piped."""
 
 import sys
 import time

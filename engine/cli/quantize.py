@@ -1,4 +1,4 @@
-"""Round a model to 8 or 4 bits, and write a model directory that serves as it is.
+"""`warploom quantize`: quantize a model to 8 or 4 bits, optionally calibrated, and write a model directory.
 
 With `--calibrate TEXT` the errors of rounding cancel in the activations of that text, or without TEXT in those of one
 that the model writes itself; the last tenth is held out, and what the model loses on it is printed."""
@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
 
 
 def _rows(options: argparse.Namespace, tokenizer, length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of the text to calibrate on, and rows that are held out."""
+    """Split a text into calibration rows and held-out rows."""
     if tokenizer is None:
         raise InputError(f"{options.model} has no tokenizer, so there is no text it could be calibrated on")
     ids = tokenizer.encode(options.calibrate.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Reinforcement learning: `warploom rl PROMPTS --from DIR --reward FILE.py:function --out RUN`, or `rl tasks:NAME`."""
+"""`warploom rl`: reinforcement learning (GRPO) with a reward function, a task, or an environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRUNCATES = "--temperature", "--top-k", "--top-p", "--min-p"
 
 @dataclass(frozen=True)
 class RLFlags(RLConfig):
-    """Teach a model by rewards: groups of samples of each prompt, and a policy gradient toward the better ones."""
+    """Reinforcement learning (GRPO): sample a group of answers a prompt, reinforce those better than their mean."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """JSON lines, each with a "prompt" (a text, or messages) and columns for the reward; or tasks:NAME, fresh problems
@@ -58,7 +58,7 @@ class RLFlags(RLConfig):
     sample_tokens: Hidden[int] = RLConfig.sample_tokens
 
     def __post_init__(self) -> None:
-        """Checked when it becomes an RLConfig."""
+        """No check here: RLConfig checks."""
 
 
 def run(argv: list[str]) -> int:
@@ -77,7 +77,7 @@ def run(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> RLConfig:
-    """The run that a command line describes."""
+    """Parse a command line into an `RLConfig`."""
     for flag in (word.partition("=")[0] for word in argv):
         if flag in TRUNCATES:
             raise InputError(

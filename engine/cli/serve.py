@@ -1,4 +1,4 @@
-"""Put a model behind HTTP. `warploom serve MODEL`, then http://127.0.0.1:8000."""
+"""`warploom serve`: an OpenAI-compatible HTTP server for a model."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Flags:
     ssl_keyfile: Path | None = None
     """The certificate's private key."""
     root_path: str = ""
-    """The path under which a proxy shows this server, such as /llm."""
+    """Path prefix under which a reverse proxy publishes this server, such as /llm."""
     chat_template: Path | None = None
     """A Jinja file to use instead of the model's own chat template."""
     replicas: int = 1
-    """Engines to spread the requests over, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
+    """Data-parallel replicas, through Ray Serve (needs warploom[cluster]); on a GPU machine, one a GPU."""
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
 
 
@@ -98,7 +98,7 @@ def run(argv: list[str]) -> int:
 
 
 def refuse_early(flags: Flags, config: ServerConfig) -> None:
-    """Refuse what can be told before the server listens: nobody should meet a server that ends a second later."""
+    """Refuse what can be checked before the server listens."""
     from ..device import pick_device
     from ..formats.model_info import check_model
     from ..serving.execution.lora import open_adapters
@@ -128,7 +128,7 @@ def refuse_early(flags: Flags, config: ServerConfig) -> None:
 
 
 class Loader:
-    """Builds the engine; a mistake in the flags that shows only then stops the server."""
+    """Loads the engine; an error in the flags that only shows then stops the server."""
 
     def __init__(self, flags: Flags, config: ServerConfig, keys: int) -> None:
         self.flags, self.config, self.keys = flags, config, keys
@@ -146,17 +146,17 @@ class Loader:
             raise
 
     def give_up(self, error: InputError) -> None:
-        """There is nothing to serve."""
+        """Stop the server: there is nothing to serve."""
         self.error = error
         self.stop()
 
     def stop(self) -> None:
-        """The engine has failed for good: the process ends with an exit code that says so."""
+        """Exit with an error code: the engine has failed for good."""
         self.failed = self.server.should_exit = True
 
 
 def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[Any, Callable[[], None]]:
-    """The application that hands requests on to replicas, each of which loads the model; what ends its streams."""
+    """Make the proxy application over replicas, and a function that ends its streams."""
     flags = loader.flags
     try:
         from ..server.cluster.proxy import create_front
@@ -171,7 +171,7 @@ def front(loader: Loader, config: ServerConfig, keys: tuple[str, ...]) -> tuple[
 
 
 def open_model(options: LLMOptions, adapters: dict[str, str], template: str | None) -> Any:
-    """Load the model, with another chat template if there is one."""
+    """Load the model, with another chat template if given."""
     llm = options.open(adapters)
     if template is not None and llm.tokenizer is not None:
         llm.tokenizer.chat_template = template
@@ -179,7 +179,7 @@ def open_model(options: LLMOptions, adapters: dict[str, str], template: str | No
 
 
 def further_models(flags: Flags) -> tuple[Flags, dict[str, Any], int]:
-    """The further models, the flags with every model's part of the memory, and what the first leaves of it."""
+    """The further models, the flags with every model's memory share, and what the first leaves."""
     if flags.replicas > 1 and flags.further_model:
         raise InputError(f"replicas must be 1 with further_model, got {flags.replicas}")
     if not flags.further_model:
@@ -201,7 +201,7 @@ def further_models(flags: Flags) -> tuple[Flags, dict[str, Any], int]:
 
 
 def model_size(source: str) -> int:
-    """Bytes of a model's files of weights."""
+    """Bytes of a model's weight files."""
     from ..formats.model_source import resolve_model
 
     path = resolve_model(source)
@@ -210,7 +210,7 @@ def model_size(source: str) -> int:
 
 
 def template_of(flags: Flags) -> str | None:
-    """The chat template of `--chat-template`, once it is known to compile."""
+    """The chat template of `--chat-template`, checked to compile."""
     if flags.chat_template is None:
         return None
     from ...tokenizer.chat import compile_template
@@ -221,7 +221,7 @@ def template_of(flags: Flags) -> str | None:
 
 
 def text_of(path: Path, flag: str) -> str:
-    """Text of a file that a flag names."""
+    """Read the text file that a flag names."""
     try:
         return read_text(path)
     except OSError as error:
@@ -229,7 +229,7 @@ def text_of(path: Path, flag: str) -> str:
 
 
 def described(llm: Any) -> str:
-    """One line about what will be served."""
+    """Describe in one line what is served."""
     from ..serving.execution.kv_cache import HAS_NATIVE
 
     scheduler, model, runner = llm.engine.scheduler, llm.model, llm.engine.runner
@@ -268,7 +268,7 @@ def transport(flags: Flags) -> dict[str, Any]:
 
 
 def address_of(listener: socket.socket, secure: bool) -> str:
-    """The address of a listening socket, as clients write it."""
+    """URL of a listening socket."""
     if listener.family == UNIX:
         return f"unix:{listener.getsockname()}"
     address, port = listener.getsockname()[:2]
@@ -277,12 +277,12 @@ def address_of(listener: socket.socket, secure: bool) -> str:
 
 
 def adapters(flags: Flags) -> dict[str, str]:
-    """The directories of adapters by name."""
+    """Adapter directories by name."""
     return directories(flags.adapter, "adapter")
 
 
 def directories(given: tuple[str, ...], flag: str) -> dict[str, str]:
-    """Directories by name, of a repeatable flag NAME=DIR."""
+    """Parse a repeatable flag NAME=DIR."""
     pairs = [each.partition("=") for each in given]
     for each, (name, _, directory) in zip(given, pairs):
         if not name or not directory:
@@ -294,7 +294,7 @@ def directories(given: tuple[str, ...], flag: str) -> dict[str, str]:
 
 
 def named(flags: Flags) -> ServerConfig:
-    """The server's configuration, with a name for the model."""
+    """The server's configuration, with the model's name filled in."""
     if not all(flags.server.served_model_name):
         raise InputError("served_model_name must not be empty: leave it out for the directory's name")
     names = (*flags.server.served_model_name, Path(flags.llm.model).resolve().name)
@@ -306,7 +306,7 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def api_keys(flags: Flags) -> tuple[str, ...]:
-    """The keys from the flags, the file and the environment."""
+    """API keys from flags, file and environment."""
     if not all(key.strip() for key in flags.api_key):
         raise InputError("api_key must not be empty: leave it out to serve without keys")
     keys = [*flags.api_key, *os.environ.get(KEYS, "").split(",")]
@@ -320,7 +320,7 @@ def api_keys(flags: Flags) -> tuple[str, ...]:
 
 
 def listen_local(path: Path) -> socket.socket:
-    """A listening socket in the file system, for this user alone."""
+    """Listen at a Unix socket, for this user only."""
     if UNIX is None:
         raise InputError("uds: this system has no Unix domain sockets")
     try:
@@ -339,7 +339,7 @@ def listen_local(path: Path) -> socket.socket:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket."""
+    """Listen at a TCP port."""
     if not 0 <= port <= 65535:
         raise InputError(f"port must be between 0 and 65535, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

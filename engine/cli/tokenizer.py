@@ -1,4 +1,4 @@
-"""Tokenizers on the command line: `warploom tokenizer train|encode|decode|show`."""
+"""`warploom tokenizer train|encode|decode|show`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ warploom tokenizer ACTION --help explains the flags."""
 
 @dataclass(frozen=True)
 class Train:
-    """Learn a tokenizer from text files and write OUT/tokenizer.json, which Hugging Face tools open too."""
+    """Train a tokenizer on text files and write OUT/tokenizer.json, which Hugging Face tools open too."""
 
     corpus: tuple[Path, ...]
     """UTF-8 text files."""
@@ -86,7 +86,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Show:
-    """Say what a tokenizer holds; with a text, how the text splits into tokens."""
+    """Describe a tokenizer; with a text, show how it is split into tokens."""
 
     tokenizer: Path
     """A directory with tokenizer.json, or such a file."""
@@ -187,7 +187,7 @@ def show(flags: Show) -> None:
 
 
 def show_tokens(tokenizer, text: str) -> None:
-    """Print how a text splits: a token a line, with its id and the characters it covers."""
+    """Print the tokens of a text, one a line, with id and the characters covered."""
     ids, spans = tokenizer.encode_with_offsets(text)
     for token_id, (start, end) in zip(ids, spans):
         print(f"{token_id:>8}  {start:>5}-{end:<5} {_text(tokenizer.token_bytes(token_id))!r}")

@@ -1,4 +1,4 @@
-"""Train a model: `warploom train DATA --out DIR`, from a dataset directory or straight from text files.
+"""`warploom train`: pretraining, fine-tuning, LoRA and DPO, from token files or raw text.
 
 Every field of `TrainConfig` and of `ModelConfig` is a flag. `--preset` sets their defaults, then the run that
 `--resume` continues, then `--config FILE.toml`; flags override all.
@@ -42,27 +42,27 @@ class RunFlags(TrainConfig):
     """Continue from the last complete checkpoint in `out`, with the flags of that run unless given again; without a
     checkpoint, start."""
     init_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """A model directory whose weights to start from (fine-tuning)."""
+    """Model directory to fine-tune: the run starts from its weights."""
     config: str | None = None
     """A TOML file with any of these flags as `name = value`, for example `batch_size = 32`."""
 
     def __post_init__(self) -> None:
-        """Checked when it becomes a TrainConfig."""
+        """No check here: TrainConfig checks."""
 
 
 @dataclass(frozen=True)
 class ModelFlags(ModelConfig):
-    """The architecture; every default is the preset's."""
+    """Architecture; defaults are the preset's."""
 
     vocab_size: int = 0
     """Rows of the embedding table, and the size of a tokenizer trained here; 0 = as the tokenizer (or preset) has."""
     rope_scaling: str | None = None
-    """Longer contexts than trained for, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
+    """RoPE scaling for longer contexts, as JSON: {"rope_type": "linear"|"ntk"|"dynamic"|"yarn"|"llama3", …}."""
     local_rope: str | None = None
-    """The rotation of windowed layers where it is another, as JSON: {"rope_theta": 1e4}."""
+    """RoPE of sliding-window layers, where it differs, as JSON: {"rope_theta": 1e4}."""
 
     def __post_init__(self) -> None:
-        """Checked when it becomes a ModelConfig."""
+        """No check here: ModelConfig checks."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def run(argv: list[str]) -> int:
 
 
 def callback() -> Callback:
-    """A live panel on a terminal, plain lines in a log."""
+    """Live panel on a terminal, log lines elsewhere."""
     from ..training.callbacks import ConsoleLogger, LivePanel
 
     return LivePanel() if sys.stderr.isatty() else ConsoleLogger()
 
 
 def read(argv: list[str]) -> TrainConfig:
-    """The run that a command line describes."""
+    """Parse a command line into a `TrainConfig`."""
     early = Parser(prog="warploom train", add_help=False, allow_abbrev=False)
     for name in ("config", "preset", "out", *BUDGETS):
         early.add_argument(f"--{name}")
@@ -120,7 +120,7 @@ OF_A_START = ("out", "device", "dp", "fsdp", "tp", "ep", "resume", "overwrite") 
 
 
 def saved_settings(out: str, preset: str | None) -> dict[str, Any]:
-    """Return the settings that the run in `out` had when it last saved; no architecture if a preset names one."""
+    """Settings of the run in `out` when it last saved; without the architecture if a preset is given."""
     states = Path(out, "checkpoints").glob("step-*/state.json")
     for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn: training will say so
@@ -133,7 +133,7 @@ def saved_settings(out: str, preset: str | None) -> dict[str, Any]:
 
 
 def check_given(data: str, out: str) -> None:
-    """Refuse to resume what was never started, where no data is given to start with."""
+    """Refuse to resume without data where no run was saved."""
     if data == NOTHING:
         raise InputError(f"{out} holds no checkpoint to resume: give the data to start a run")
 
@@ -155,7 +155,7 @@ def _defaults(preset: str, settings: dict[str, Any]) -> Flags:
 
 
 def _model(flags: ModelFlags) -> dict[str, Any]:
-    """The fields of a ModelConfig; vocab_size 0 waits for the tokenizer."""
+    """Fields of a ModelConfig from the flags; vocab_size 0 is filled in from the tokenizer."""
     fields = dataclasses.asdict(flags)
     for name in JSON_FIELDS:
         try:

@@ -87,7 +87,7 @@ class Family:
         for word in self.more:
             fields |= word.read(values)
         if fields.get("experts_per_token") == 1 and fields.get("normalize_experts", True):
-            raise InputError("config.json: one expert a token with a weight of 1 is not supported")
+            raise InputError("config.json: top-1 routing with a weight of 1 is not supported (Switch routing is)")
         return ModelConfig(**_short(fields))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

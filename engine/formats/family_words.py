@@ -47,7 +47,7 @@ def _rotation(values: Values, parameters: Values, theta: float) -> tuple[float, 
     theta = said.pop("rope_theta", None) or theta
     kind = said.pop("rope_type", None) or said.pop("type", None) or "default"
     said.pop("type", None)
-    said.pop("mrope_section", None), said.pop("mrope_interleaved", None)  # of pictures; a text's positions are equal
+    said.pop("mrope_section", None), said.pop("mrope_interleaved", None)  # M-RoPE of images: for text plain RoPE
     part = said.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor") or 1.0
     kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
     if kind == "default":

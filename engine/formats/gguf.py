@@ -38,7 +38,7 @@ STORED = {  # numbers of the tensor types
     "float32": 0, "float16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q4_k": 12, "q6_k": 14, "bfloat16": 30,
 }  # fmt: skip
 FILE_TYPES = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "bfloat16": 32}
-NARROWER = {"q4_k": "q5_0", "q6_k": "q8_0"}  # where rows are no whole blocks of 256
+NARROWER = {"q4_k": "q5_0", "q6_k": "q8_0"}  # fallback for rows that are no multiple of 256
 ARCHITECTURES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
@@ -212,7 +212,7 @@ def _encode(tensor: Tensor, stored: str) -> bytes:
     if stored not in QUANTIZERS:
         return tensor.to(getattr(torch, stored)).contiguous().view(torch.uint8).numpy().tobytes()
     blocks = tensor.float().reshape(-1, TYPES[STORED[stored]][1]).numpy()
-    with np.errstate(all="ignore"):  # of blocks that are all zero
+    with np.errstate(all="ignore"):  # division by zero in all-zero blocks
         return b"".join(QUANTIZERS[stored](blocks[at : at + 4096]).tobytes() for at in range(0, len(blocks), 4096))
 
 

@@ -232,7 +232,7 @@ class GGUFFile:
         _, _, size, values = TYPES[entry.type]
         blocks = np.frombuffer(self.data, np.uint8, entry.size, entry.start).reshape(-1, size)
         numbers = np.empty(math.prod(entry.shape), np.float32)
-        step = max(1, (1 << 16) // size)  # in the cache, and no second copy of the tensor
+        step = max(1, (1 << 16) // size)  # stays in cache, and needs no second copy of the tensor
         per = numbers.size // len(blocks)
         for at in range(0, len(blocks), step):
             with np.errstate(all="ignore"):  # a NaN is refused later, by name

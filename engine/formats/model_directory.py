@@ -82,7 +82,7 @@ def read_model(
             install(model, name, weight.to(where))
         else:
             kept[name] = weight
-    for name in floats:  # what tensor parallelism cuts within a group
+    for name in floats:  # weights whose groups tensor parallelism would split
         kept[name] = kept[name].to(kept["embedding.weight"])
     model.load_state_dict(kept, assign=True)
     if where.type != "cpu":

@@ -61,7 +61,7 @@ def read_integers(
             return _segment(base, take(name).int() + 128, take(f"{base}.SCB").float().view(-1, 1) / 127, None, 8)
         if method == "bitsandbytes" and has(f"{name}.absmax"):
             return _bitsandbytes(name, has, take)
-    except RuntimeError as error:  # of tensors whose shapes do not go together
+    except RuntimeError as error:  # mismatching shapes
         raise InputError(f"{base}: its packed tensors do not fit each other: {str(error).splitlines()[0]}") from None
     return None
 

@@ -239,7 +239,7 @@ def fp8_block(said: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of an FP8 scale block, by quantization_config; (128, 128) by default."""
     given = [said.get("weight_block_size"), *(weights.get("block_structure") for weights in groups_of(said))]
     found: Any = next((block for block in given if block is not None), (128, 128))
-    if isinstance(found, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", found):  # as old compressed-tensors write it
+    if isinstance(found, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", found):  # format of older compressed-tensors
         found = [int(side) for side in found.split("x")]
     if not isinstance(found, (list, tuple)) or len(found) != 2 or any(type(n) is not int or n < 1 for n in found):
         raise InputError(f"quantization_config: a block of FP8 is two numbers of at least 1, got {found!r}")
@@ -256,7 +256,7 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 def mxfp4_rows(blocks: Tensor, scales: Tensor) -> Segment | None:
     """Keep MXFP4 blocks (rows, columns / 32, 16 bytes) packed; None where float16 cannot hold their scales."""
-    powers = scales.int() - 128  # of numbers that the table has doubled
+    powers = scales.int() - 128  # minus 1, as the table E2M1 is doubled
     largest = powers.amax(1)
     relative = powers - largest[:, None] + 14
     if int(relative.min()) < -24 or int(scales.max()) == 255:

@@ -83,6 +83,6 @@ def set_advantages(group: list[Sample], normalize: str = "mean") -> None:
     rewards = [sample.reward for sample in group]
     mean = fmean(rewards)
     scale = 1.0 if normalize == "mean" else 1 / (pstdev(rewards) * (len(group) / (len(group) - 1)) ** 0.5 + DEVIATION)
-    alike = min(rewards) == max(rewards)  # whose mean may differ from them by a rounding
+    alike = min(rewards) == max(rewards)  # equal rewards: their mean may differ by a rounding error
     for sample in group:
         sample.advantage = 0.0 if alike else (sample.reward - mean) * scale

@@ -1,1 +1,1 @@
-"""HTTP: the OpenAI protocol, metrics and the playground page."""
+"""HTTP server: OpenAI-compatible protocols, metrics, playground page."""

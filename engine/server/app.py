@@ -1,4 +1,4 @@
-"""The application: errors, middleware, the routes of the server itself, and the life of the engine."""
+"""ASGI application (FastAPI): routes, error handlers, middleware, lifespan of the engine."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def create_app(
 
 
 def allowed_origins(config: ServerConfig) -> dict[str, Any]:
-    """Which other pages may call this server from a browser, and how."""
+    """CORS settings: which other origins may call this server from a browser."""
     origins = {"allow_origins": config.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
     return {**origins, "expose_headers": ["x-request-id"]}
 
@@ -100,7 +100,7 @@ def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> No
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=unhealthy, tags=["server"])
     async def health() -> Response:
-        """200 if requests are served, else 503 and why not. Needs no key."""
+        """200 if requests are served, else 503 with the reason. Needs no key."""
         ready = bridge.engine_ready
         return JSONResponse({"status": "ok" if ready else bridge.state}, 200 if ready else 503)
 
@@ -113,12 +113,12 @@ def _add_other_routes(app: FastAPI, bridge: AsyncEngine, metrics: Metrics) -> No
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        """The routes and their fields, on one page that loads nothing from elsewhere."""
+        """API reference on one page that loads nothing from elsewhere."""
         return HTMLResponse(docs_page(app.openapi()))
 
 
 def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> Playground | None:
-    """The page at /: the playground, or how to get it. The playground takes whatever no other route does."""
+    """Add the page at /: the playground (which gets all routes nobody else has), or a landing page."""
     if config.ui and available():
         playground = Playground(service)
         app.router.default = playground
@@ -126,7 +126,7 @@ def _add_page(app: FastAPI, service: Service, config: ServerConfig) -> Playgroun
 
     @app.get("/", include_in_schema=False)
     async def landing() -> Response:
-        """Plain page that says what there is and how to get the page."""
+        """Landing page that says what is served and how to get the playground."""
         return HTMLResponse(landing_page(config))
 
     return None
@@ -156,7 +156,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """FastAPI documents a 422 that we never send: mistakes in a body are OpenAI's 400."""
+    """Fix the OpenAPI description: FastAPI documents a 422 that we never send (invalid bodies get OpenAI's 400)."""
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:

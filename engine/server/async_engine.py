@@ -43,7 +43,7 @@ logger = logging.getLogger("warploom.server")
 
 
 class AsyncEngine:
-    """Asynchronous front of one engine, which `make` builds, shared by all requests."""
+    """Asynchronous interface of one engine, shared by all requests; `make` builds its `LLM`."""
 
     def __init__(
         self, make: Callable[[], Any], config: ServerConfig, on_failure: Callable[[], None] = lambda: None
@@ -65,12 +65,12 @@ class AsyncEngine:
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
-        """Begin to load the model; requests are refused with 503 until it is there."""
+        """Start loading the model; requests get 503 until it is ready."""
         self._loop = asyncio.get_running_loop()
         self._tasks = [asyncio.create_task(self._live())]
 
     async def stop(self) -> None:
-        """Cancel what is left and end the engine's thread."""
+        """Cancel all requests and stop the engine's thread."""
         was_ready, self._state = self.engine_ready, "stopping"
         for task in self._tasks:
             task.cancel()
@@ -84,7 +84,7 @@ class AsyncEngine:
         self._workers.shutdown()
 
     async def offload(self, work: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
-        """Do something slow with what a client sent (tokenizing, a large body) beside the event loop, in turn."""
+        """Run slow work for a client (tokenizing, a large body) in a thread pool, fair among clients."""
         limit = self.config.request_timeout
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self._workers.submit(client, work, *arguments)), limit)
@@ -97,7 +97,7 @@ class AsyncEngine:
 
     @property
     def state(self) -> str:
-        """loading, ready, restarting, stopping or failed."""
+        """State of the engine: loading, ready, restarting, stopping or failed."""
         dead = self._state == "ready" and not self.llm.engine.alive
         return "failed" if dead else self._state
 
@@ -108,7 +108,7 @@ class AsyncEngine:
 
     @property
     def capacity(self) -> int:
-        """Return how many continuations may be under way, waiting ones included."""
+        """Maximum number of continuations in progress, queued ones included."""
         return self.llm.engine.scheduler.max_batch + self.config.max_queue
 
     async def submit(
@@ -127,7 +127,7 @@ class AsyncEngine:
         party: Any = None,
         receive: Callable[[], Awaitable[MutableMapping[str, Any]]] | None = None,
     ) -> RequestStream:
-        """Ask for `count` continuations; `asks(llm)` gives the prompts' tokens, and may take its time.
+        """Submit `count` continuations; `asks(llm)` yields the prompts' tokens, in a worker thread.
 
         `params` says whether there is a grammar to compile, `grammar` makes one that has been; `client` is whose turn
         it takes, `receive` tells when that client leaves; its body must have been read. A `party` is one of several
@@ -164,12 +164,12 @@ class AsyncEngine:
         return flow
 
     def end_flows(self) -> None:
-        """Fail whatever is under way: the server stops."""
+        """Fail all requests in progress, at shutdown."""
         for flow in list(self.flows):
             flow.fail(errors.unavailable("stopping"))
 
     def forget(self, flow: RequestStream) -> None:
-        """A flow has been closed."""
+        """Remove a closed request."""
         self.flows.discard(flow)
         self.open -= flow.places
         self.holds[flow.party] -= flow.places
@@ -185,7 +185,7 @@ class AsyncEngine:
         await self.offload(self._submit, flow, asks, options, client=client)
 
     async def compile(self, params: SamplingParams, client: Any) -> Callable[[], Any]:
-        """A request's grammar; 400 if it takes too long itself, 503 if those before it do."""
+        """Compile a request's grammar; 400 if it takes too long itself, 503 if those before it do."""
         if self.llm is None:
             raise errors.unavailable(self.state)
         try:
@@ -220,7 +220,7 @@ class AsyncEngine:
                 return flow.cancel()
 
     def _post(self, engine: Any, flow: RequestStream, base: int, piece: Piece) -> None:
-        """Called by the engine's thread for each piece; must be quick and must not fail."""
+        """Callback of the engine's thread for each piece; must be fast and must not raise."""
         if piece.token_ids:
             self._good_failures = engine.failed_alone
         if not flow.streaming and piece.finish_reason is None:
@@ -241,7 +241,7 @@ class AsyncEngine:
         return min(max(math.ceil(self._duration), 1), 60)
 
     async def _live(self) -> None:
-        """Load, watch, and if need be load again: once, and once more after every hour of health."""
+        """Supervise: load, watch, and reload a broken engine once, and once more after every hour of health."""
         restarted = False
         while True:
             try:
@@ -285,14 +285,14 @@ class AsyncEngine:
             logger.warning("prompt cache: starting without: %s", error)
 
     def _save_prompts(self) -> None:
-        """Write what is in the cache of an engine at rest; a failure costs nothing but the next start's time."""
+        """Save the prefix cache of an idle engine; a failure only costs the next start's time."""
         try:
             prompt_cache.save(self.llm, self._prompt_file())
         except Exception:
             logger.exception("prompt cache: not saved")
 
     async def _watch(self) -> None:
-        """Return when the engine is broken."""
+        """Wait until the engine is broken."""
         engine, progress, since, failures = self.llm.engine, None, time.monotonic(), 0
         while True:
             await asyncio.sleep(0.1)

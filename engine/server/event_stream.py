@@ -1,4 +1,4 @@
-"""Server-sent events as a response that has begun: what goes wrong later is told as an event."""
+"""Server-sent events; errors after the first event become events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .openai.responses import server_sent
 
 
 class EventStream(Response):
-    """Server-sent events; an error after the first one is told as an event."""
+    """Response of server-sent events; an error after the first one becomes an event."""
 
     media_type = "text/event-stream"
 
@@ -24,7 +24,7 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send everything, unless the client reads so slowly that its time is long up."""
+        """Send all events, unless the client reads too slowly for too long."""
         await asyncio.wait_for(self._send_all(send), self._seconds)
 
     async def _send_all(self, send: Any) -> None:

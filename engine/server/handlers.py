@@ -1,4 +1,4 @@
-"""Request handlers: check a request against the model, run it, answer it whole or as a stream."""
+"""Request handlers: check a request against the model, submit it, respond whole or streaming."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LAST_EVENTS = 5.0  # seconds beyond a request's time for a client to read the ev
 
 
 class Service:
-    """The model behind the routes."""
+    """Handlers of all model routes."""
 
     def __init__(self, bridge: AsyncEngine, config: ServerConfig, metrics: Metrics) -> None:
         self.bridge, self.config, self.metrics = bridge, config, metrics
@@ -65,19 +65,19 @@ class Service:
 
     @property
     def llm(self) -> Any:
-        """The engine's model; 503 while there is none."""
+        """The engine's `LLM`; 503 while there is none."""
         if not self.bridge.engine_ready:
             raise errors.unavailable(self.bridge.state)
         return self.bridge.llm
 
     @cached_property
     def words(self) -> Words:
-        """The names of the model's tokens."""
+        """Texts of the model's tokens, for log-probabilities."""
         return Words(self.llm.tokenizer)
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Sampling parameters that the model's authors recommend, unless the server was told not to use them."""
+        """Recommended sampling parameters of the model (generation_config.json), unless disabled."""
         return sampling_defaults(self.llm) if self.config.model_defaults else {}
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -101,7 +101,7 @@ class Service:
         return await self._answer(request, body.stream, flow, writer, params)
 
     async def agent(self, body: AgentRequest, request: Request, writer: Callable[..., Writer]) -> Response:
-        """/v1/responses and /v1/messages: a chat in other words."""
+        """/v1/responses and /v1/messages: translated to a chat."""
         chat = as_chat(body)
         flow, plan, params = await self._converse(chat, request, body.stream, body.effort)
         made = writer(body, self._head("", body, request), flow, plan, params)
@@ -122,7 +122,7 @@ class Service:
     async def _converse(
         self, body: ChatRequest, request: Request, stream: bool, effort: str | None = None
     ) -> tuple[RequestStream, ChatPlan, SamplingParams]:
-        """Submit a conversation. With `effort`, the client is an agent: what it cannot know is fitted to the model."""
+        """Submit a chat. With `effort`, the client is an agent: options it cannot know are adapted to the model."""
         body = body.with_defaults(self.defaults)
         params, is_agent = body.sampling(), effort is not None
         plan = await self.bridge.offload(plan_chat, self.llm.tokenizer, body, effort, client=client_of(request.scope))
@@ -141,7 +141,7 @@ class Service:
         return await self._submit(request, asks, body.n, params, body, stream, bound), plan, params
 
     async def _bind(self, trigger: Trigger, request: Request) -> Callable[[], Any] | None:
-        """A maker of grammars that bind once a call begins; None where there can be none: the calls are free then."""
+        """Factory of grammars that constrain from the start of a tool call on; None where calls are unconstrained."""
         params = SamplingParams(grammar=trigger.grammar)
         try:
             return trigger.bind(await self.bridge.compile(params, client_of(request.scope)), self.llm.tokenizer)
@@ -197,7 +197,7 @@ class Service:
         return json_response({"prompt": text})
 
     def models(self) -> list[dict[str, Any]]:
-        """/v1/models: the one there is, then its adapters, then the others, of which nothing is known before."""
+        """/v1/models: the model, its adapters, then the further models."""
         longest = self.bridge.llm.max_seq_len if self.bridge.llm else None
         model = {"object": "model", "created": self.started, "owned_by": "warploom", "max_model_len": longest}
         known = [{"id": name, **model} for name in (*self.config.names, *self.adapters)]
@@ -205,11 +205,11 @@ class Service:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of adapters, once they are loaded."""
+        """Names of the loaded adapters."""
         return tuple(self.bridge.llm.adapters) if self.bridge.llm else ()
 
     def adapter_of(self, name: str | None) -> str | None:
-        """The adapter that a request's `model` names, if it is one; what is not served is refused."""
+        """The adapter that a request's `model` names, or None; 404 for a name that is not served."""
         if name is None or name in self.config.names:
             return None
         if name not in self.adapters:
@@ -217,7 +217,7 @@ class Service:
         return name
 
     def not_served(self, name: str) -> errors.APIError:
-        """Error for a model that is not here: 404, and the names of those that are."""
+        """404 error that lists the served names."""
         served = ", ".join(map(repr, (*self.config.names, *self.adapters, *self.further)))
         message = f"the model {name[:LOGGED]!r} is not served here; there is {served}"
         return errors.APIError(404, message, param="model", code="model_not_found")
@@ -261,7 +261,7 @@ class Service:
     def tokens_of(
         self, llm: Any, prompt: str | list[int], params: SamplingParams, truncate: int | None = None
     ) -> list[int]:
-        """A prompt's tokens, or the last ones of them; a prompt far beyond the context is refused unread."""
+        """Tokenize a prompt (or its end); one far beyond the context is refused before tokenizing."""
         if truncate is None:
             refuse_long(llm, prompt)
         return truncated(llm, llm.encode(prompt), params, truncate)
@@ -269,7 +269,7 @@ class Service:
     def _fit(
         self, llm: Any, tokens: list[int], params: SamplingParams, default: int | None = None, at_most: bool = False
     ) -> SamplingParams:
-        """Refuse more tokens than the context holds if that many were asked for; take what there is if none were.
+        """Clamp max_tokens to the context, or refuse if it was given explicitly and does not fit.
 
         With `at_most` the number asked for is a bound, as other protocols mean it.
         """
@@ -294,7 +294,7 @@ class Service:
     def _head(
         self, kind: str, body: CompletionRequest | ChatRequest | AgentRequest, request: Request
     ) -> dict[str, Any]:
-        """Fields with which every answer and every chunk begins with."""
+        """Fields common to every response and chunk."""
         visit = request.scope["visit"]
         if body.user is not None:
             visit.record["user"] = body.user[:LOGGED]
@@ -324,11 +324,11 @@ class Service:
             self.close(request, flow)
 
     async def respond(self, request: Request, make: Callable[[], bytes], size: int) -> Response:
-        """The answer that `make` writes, of about `size` numbers."""
+        """Response written by `make`, of about `size` numbers."""
         return Response(await self._write(request, make, size), media_type="application/json")
 
     async def _write(self, request: Request, make: Callable[[], bytes], size: int) -> bytes:
-        """Serialized body by `make`; in a worker thread where the event loop would stand still too long."""
+        """Serialize the body, in a worker thread if it would block the event loop too long."""
         if size <= INLINE:
             return make()
         return await self.bridge.offload(make, client=client_of(request.scope))
@@ -357,7 +357,7 @@ class Service:
             self.close(request, flow)
 
     def close(self, request: Request, flow: RequestStream) -> None:
-        """End a request, and write down what it was."""
+        """Close a request and log it."""
         flow.close()
         self.metrics.request(flow)
         streams = flow.streams
@@ -374,7 +374,7 @@ def _events(writer: Writer, parts: list, encode: Callable[[Any], bytes]) -> byte
 
 
 def json_response(value: Any) -> Response:
-    """A value as JSON, made as fast as the standard library can."""
+    """JSON response by the standard library's fastest path."""
     return Response(to_json(value), media_type="application/json")
 
 

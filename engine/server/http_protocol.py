@@ -1,4 +1,4 @@
-"""HTTP/1.1 with limits: uvicorn's httptools protocol, which by itself waits for ever and remembers whatever it is sent.
+"""HTTP/1.1 with limits on head size and time (uvicorn's httptools protocol has none).
 
 llhttp leaves limits to its caller (nodejs/llhttp issue 213). Without them one unfinished header of 300 MB held the
 event loop for seven seconds, and 4,000 idle connections stayed for ever. A head may have 64 kB and 100 fields (431
@@ -30,7 +30,7 @@ class Limits:
 
 
 class AnyLength(int):
-    """Length of a body that ends with its connection, whatever uvicorn counts."""
+    """Body length of a response that ends with its connection."""
 
     def __lt__(self, other: int) -> bool:
         return False
@@ -57,7 +57,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        """Give the client some seconds for its first request."""
+        """Start the timeout for the first request."""
         super().connection_made(transport)
         self._arm(self._limits.head_seconds)
 
@@ -69,7 +69,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser, as long as the head stays within its limits."""
+        """Feed the parser, within the limits of the head."""
         for start in range(0, len(data), SLICE):
             if self._refused or self.transport.is_closing():
                 return
@@ -101,12 +101,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._arm(self._limits.head_seconds)
 
     def on_url(self, url: bytes) -> None:
-        """Part of a request's target."""
+        """Part of the request target."""
         super().on_url(url)
         self._grow(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A complete field."""
+        """A complete header field."""
         if not self._refused:
             super().on_header(name, value)
             self._grow(len(name) + len(value) + 4)
@@ -134,7 +134,7 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request has arrived."""
+        """The request is complete."""
         self._in_body = False
         self._disarm()
         if not self._refused and self.cycle is not None:
@@ -160,7 +160,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(408 if self._head_fed or self._in_body else None)
 
     def _refuse(self, status: int | None) -> None:
-        """Close the connection, with a status where none has been sent."""
+        """Close the connection, with a status if none was sent."""
         if self.transport.is_closing():
             return
         if status is not None and not (self._answering and self.cycle.response_started):
@@ -170,12 +170,12 @@ class LimitedProtocol(HttpToolsProtocol):
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is written to."""
+        """Flow control: the client reads too slowly."""
         super().pause_writing()
         self._watch_buffer()
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Flow control: the client has caught up."""
         super().resume_writing()
         if self._blocked is not None:
             self._blocked.cancel()

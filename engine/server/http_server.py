@@ -1,4 +1,4 @@
-"""uvicorn with limits on connections, a log that never blocks, and an orderly end of streams."""
+"""uvicorn server with connection limits, non-blocking logs and graceful shutdown of streams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAST_WORDS = 2  # seconds for the last events of streams that the drain limit en
 
 
 class HTTPServer(uvicorn.Server):
-    """Serves an application; `end_streams` fails what is left when the drain limit has passed."""
+    """uvicorn server; `end_streams` fails what is left after the drain timeout."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class HTTPServer(uvicorn.Server):
         self._drain, self._end_streams = config.drain_timeout, end_streams or (lambda: None)
 
     async def shutdown(self, sockets: list | None = None) -> None:
-        """Let requests finish; those that do not are told so, before uvicorn cancels them."""
+        """Let requests finish; after the drain timeout tell the rest, before uvicorn cancels them."""
         local = [name for name in (each.getsockname() for each in sockets or ()) if isinstance(name, str)]
         timer = asyncio.get_running_loop().call_later(self._drain, self._end_streams)
         try:
@@ -60,14 +60,14 @@ class HTTPServer(uvicorn.Server):
 
 
 def log_without_blocking() -> None:
-    """Send warnings of all libraries through the writer thread."""
+    """Route warnings of all libraries to the writer thread."""
     handler = LogHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def raise_file_limit() -> None:
-    """Allow as many connections as the system lets this process: 1,024 are a common default, and soon full."""
+    """Raise the limit of open files as far as the system allows: 1,024 is a common default, and soon full."""
     with suppress(ImportError, ValueError, OSError):  # not on Windows; not where a container forbids it
         import resource
 

@@ -1,4 +1,4 @@
-"""Log lines that never block: a full disk, or a pipe nobody reads, costs lines and not answers.
+"""Non-blocking log: a full disk or an unread pipe drops lines instead of delaying responses.
 
 Written from a thread, through a bounded queue; what does not fit is dropped and counted. Standard error is unbuffered:
 a `print` on the event loop once reset finished answers (/dev/full) and froze the server at the 369th request (a pipe).
@@ -16,7 +16,7 @@ LINES = 10_000  # that may wait
 
 
 class LineWriter:
-    """Writes lines to a stream from a thread of its own."""
+    """Background thread that writes lines to a stream."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream  # None: standard error, whatever it is when a line is written
@@ -26,7 +26,7 @@ class LineWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
-        """Queue a line, or drop it."""
+        """Queue a line, or drop it if the queue is full."""
         if self._thread is None:
             self._start()
         try:
@@ -35,7 +35,7 @@ class LineWriter:
             self._dropped += 1
 
     def flush(self, seconds: float = 2.0) -> None:
-        """Wait until the lines so far are written, or give up."""
+        """Wait until queued lines are written, or the time is up."""
         if self._thread is not None:
             written = threading.Event()
             try:
@@ -70,7 +70,7 @@ WRITER = LineWriter()
 
 
 class LogHandler(logging.Handler):
-    """Hands the records of `logging` to the writer."""
+    """`logging` handler that uses the writer."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record."""

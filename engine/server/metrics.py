@@ -1,4 +1,4 @@
-"""Metrics: Prometheus metrics, named as the leaders name theirs, with our prefix."""
+"""Prometheus metrics, named as vLLM names them, with our prefix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATES = ("loading", "ready", "restarting", "stopping", "failed")
 
 
 class Metrics:
-    """The metrics of one server."""
+    """Metrics of one server."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -38,11 +38,11 @@ class Metrics:
         self.visits = count_visits(self.registry)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def stream(self, events: list[Event], last: dict[int, float]) -> None:
-        """The gaps between the pieces of a stream; `last` remembers when each continuation spoke."""
+        """Record inter-token latencies; `last` has the time of each continuation's last piece."""
         for index, piece, now in events:
             if piece.token_ids:
                 if index in last:
@@ -50,7 +50,7 @@ class Metrics:
                 last[index] = now
 
     def request(self, flow: RequestStream) -> None:
-        """A request that has been answered."""
+        """Record a finished request."""
         for generation in flow.generations:
             leader = generation.streams[0]
             length = leader.sequence.prompt_length
@@ -82,12 +82,12 @@ VISITS = "warploom:http_requests"
 
 
 def count_visits(registry: CollectorRegistry) -> Counter:
-    """Counters of the middleware."""
+    """HTTP request counters of the middleware."""
     return Counter(VISITS, "HTTP requests.", ("method", "route", "status"), registry=registry)
 
 
 def join_replicas(texts: Iterable[tuple[str, str]]) -> bytes:
-    """The metrics of several servers as one text, each with its name as the label `replica`; not what came to doors."""
+    """Merge the metrics of replicas, labeled `replica`, without HTTP counters (the proxy has these)."""
     families: dict[str, Metric] = {}
     for replica, text in texts:
         for family in text_string_to_metric_families(text):
@@ -100,7 +100,7 @@ def join_replicas(texts: Iterable[tuple[str, str]]) -> bytes:
 
 
 class _Given:
-    """Metrics that somebody else has collected."""
+    """Collector of metrics that were parsed from elsewhere."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -110,7 +110,7 @@ class _Given:
 
 
 class _Engines:
-    """Figures read from the engines that are there when somebody asks, each with its model's name as `model_name`."""
+    """Collector that reads all engines when scraped, labeled `model_name`."""
 
     def __init__(self, engines: Callable[[], Mapping[str, AsyncEngine]]) -> None:
         self._engines = engines

@@ -1,4 +1,4 @@
-"""HTTP middleware: authentication, limits of request bodies in memory, and the access log.
+"""ASGI middleware: API keys, body-size limit, request ids, JSON access log.
 
 A plain ASGI middleware around everything, the playground included, so that no route can be forgotten. It gives each
 request an id, asks for a key, bounds the body, turns whatever was not caught into a 500 that tells nothing, and writes
@@ -56,7 +56,7 @@ Send = Callable[[dict], Awaitable[None]]
 
 
 class RequestMiddleware:
-    """ASGI middleware; `record(request)` in the scope is what handlers may add to the log line."""
+    """ASGI middleware; `record(request)` in the scope lets handlers add to the log line."""
 
     def __init__(self, app: Any, config: ServerConfig, keys: tuple[str, ...], visits: Any) -> None:
         if any(not key for key in keys):
@@ -115,7 +115,7 @@ class RequestMiddleware:
             visit.scope["party"] = visit.scope["salt"]
 
     def _check_host(self, host: str) -> None:
-        """Refuse a name that is not this server's; an address is the one that was connected to."""
+        """Refuse foreign host names (DNS rebinding); addresses are always accepted."""
         names = self._config.allowed_hosts
         name = urlsplit(f"//{host}").hostname if host else None
         if names and name and name not in names and not _is_address(name):
@@ -130,7 +130,7 @@ class RequestMiddleware:
         return bounded
 
     def _hold(self, visit: RequestContext, size: int) -> None:
-        """Count a body's bytes, which are kept until its request ends; nobody may hold more than is left for others."""
+        """Account a body's bytes until its request ends; one client may not hold more than is left for others."""
         most, client = self._config.max_body_bytes, client_of(visit.scope)
         visit.held += size
         self._held[client] += size
@@ -150,7 +150,7 @@ class RequestMiddleware:
 
 
 class RequestContext:
-    """One request, from the door's side."""
+    """State of one request in the middleware."""
 
     def __init__(self, scope: dict, send: Send) -> None:
         self.scope, self._send = scope, send
@@ -167,7 +167,7 @@ class RequestContext:
         scope["visit"] = self
 
     async def send(self, message: dict) -> None:
-        """Pass a message on, with the request's id."""
+        """Send a message, with the request id in its headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
@@ -177,7 +177,7 @@ class RequestContext:
         await self._send(message)
 
     async def refuse(self, error: APIError) -> None:
-        """Answer with an error, if nothing has been said yet."""
+        """Respond with an error, if the response has not begun."""
         if self.status:
             return
         body = json.dumps(error.body).encode()

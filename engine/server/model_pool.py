@@ -1,4 +1,4 @@
-"""Several models in one server: the first is always there, the others are loaded on first use.
+"""Several models in one server, loaded on first use and evicted by LRU.
 
 What they may take together is bounded; the one that was least recently used, and has nothing to do, goes first. Loading
 happens beside everything else: only requests for the model itself wait for it.
@@ -24,14 +24,14 @@ logger = logging.getLogger("warploom.server")
 
 @dataclass(frozen=True, slots=True)
 class FurtherModel:
-    """A model that may be asked for: how to load it, and the bytes of its weights and pages."""
+    """A model that can be loaded: loader, bytes of its weights and pages."""
 
     make: Callable[[], Any]
     size: int
 
 
 class ModelPool:
-    """The models of a server, by the names that requests use."""
+    """Pool of models by the names that requests use."""
 
     def __init__(self, first: Service, further: Mapping[str, FurtherModel], memory: int) -> None:
         for name, model in further.items():
@@ -46,7 +46,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Service]:
-        """The service of a model, loaded if it has to be, and kept while the block lasts."""
+        """Context with a model's service, loaded if need be and kept while the block lasts."""
         if name is None or name not in self._further:
             yield self.first
             return
@@ -58,12 +58,12 @@ class ModelPool:
 
     @property
     def engines(self) -> dict[str, AsyncEngine]:
-        """The engines that are there now, by the names of their models."""
+        """Loaded engines by model name."""
         services = {self.first.config.name: self.first, **self.loaded}
         return {name: service.bridge for name, service in services.items()}
 
     async def stop(self) -> None:
-        """Stop all but the first."""
+        """Stop all engines but the first."""
         async with self._changing:
             for name in list(self.loaded):
                 await self._unload(name)

@@ -1,4 +1,4 @@
-"""OpenAI's batch files, answered without a server: a request a line in, a response a line out.
+"""OpenAI's batch files without a server: a request a line in, a response a line out.
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": […]}}
     {"id": "…", "custom_id": "a", "response": {"status_code": 200, "request_id": "…", "body": {…}}, "error": null}
@@ -33,7 +33,7 @@ WEEK = 7 * 86400.0  # nobody waits for one of many
 
 
 def read_batch(file: Path) -> list[dict[str, Any]]:
-    """The requests of a batch file."""
+    """Read the requests of a batch file."""
     requests, seen = [], set()
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
@@ -55,7 +55,7 @@ def read_batch(file: Path) -> list[dict[str, Any]]:
 
 
 def answered(out: Path | None) -> set[str]:
-    """The `custom_id`s that a file of responses has a good one for."""
+    """The `custom_id`s that a file of responses has successful ones for."""
     if out is None or not out.exists():
         return set()
     done = set()
@@ -68,7 +68,7 @@ def answered(out: Path | None) -> set[str]:
 
 
 def answer_batch(make: Callable[[], Any], requests: list[dict[str, Any]], out: TextIO) -> int:
-    """Answer requests with the model that `make` opens, each as it is done; how many of them failed.
+    """Answer requests with the model that `make` opens, writing each as it finishes; return the failures.
 
     Whatever model they name is the one there is.
     """
@@ -102,7 +102,7 @@ async def _answer_all(app: Any, requests: list[dict[str, Any]], out: TextIO) -> 
 
 
 async def _ask(app: Any, url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """One request to an ASGI application, and its answer."""
+    """Send one request to an ASGI application."""
     content, sent, asked = json.dumps(body).encode(), [], False
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}

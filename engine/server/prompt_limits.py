@@ -1,4 +1,4 @@
-"""Limits of prompts: what is refused before it is tokenized, cut, or too much to answer."""
+"""Prompt limits: refusal before tokenizing, truncation, response size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_SCORES = 1 << 20  # log-probabilities in one answer: some 100 MB while it i
 
 
 def bounded(asks: Callable[[Any], Iterable[Ask]], llm: Any) -> Iterable[Ask]:
-    """Prompts to be asked, as long as the answer can hold the log-probabilities they ask for."""
+    """Yield prompts as long as the response can hold the requested log-probabilities."""
     scores = 0
     for tokens, params in asks(llm):
         scores += count_scores(params, len(tokens), params.n * (params.max_tokens or 0))
@@ -25,7 +25,7 @@ def bounded(asks: Callable[[Any], Iterable[Ask]], llm: Any) -> Iterable[Ask]:
 
 
 def truncated(llm: Any, tokens: list[int], params: SamplingParams, most: int | None) -> list[int]:
-    """The last `most` tokens of a prompt, -1 being what the context has room for; None keeps them all."""
+    """The last `most` tokens of a prompt (-1: what the context has room for; None: all)."""
     if most is None:
         return tokens
     if most < 0:
@@ -36,7 +36,7 @@ def truncated(llm: Any, tokens: list[int], params: SamplingParams, most: int | N
 
 
 def refuse_long(llm: Any, text: str | list[int]) -> None:
-    """Refuse a text far longer than the context by its beginning alone: tokenizing 4 MB takes a second.
+    """Refuse a text far longer than the context from its beginning: tokenizing 4 MB takes a second.
 
     English has four or five characters a token; a sixteenth of the longest beginning decides only where it alone has
     twice the tokens of the context, so that where it was cut does not matter.

@@ -1,4 +1,4 @@
-"""Request bodies: JSON parsed and validated in bounded time and memory, large ones beside the event loop.
+"""Request bodies: JSON parsing and validation bounded in time and memory, large ones in a worker thread.
 
 What a hostile body may cost: pydantic gathers an error for every element of a list and for every arm of a union, 4 MB
 of `[]` once took 50 seconds and 6 GB. Here the first element chooses a union's arm, the first wrong element ends a list
@@ -41,7 +41,7 @@ FIRST_ERROR = _FirstError()
 
 
 def at_most(count: int) -> BeforeValidator:
-    """Refuse a mapping with more entries, before any of them is validated."""
+    """Validator that refuses mappings with more entries, before any is validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > count:
@@ -52,10 +52,10 @@ def at_most(count: int) -> BeforeValidator:
 
 
 class BodyRoute(APIRoute):
-    """Route whose `body` argument is read here; FastAPI only documents it. Endpoints take `(body, request)`."""
+    """FastAPI route that parses `body` itself. Endpoints take `(body, request)`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Handler of a request."""
+        """FastAPI's hook: handler of a request."""
         if self.body_field is None:
             return super().get_route_handler()
         kind, endpoint = self.body_field.field_info.annotation, self.endpoint
@@ -71,7 +71,7 @@ class BodyRoute(APIRoute):
 
 
 def parse(kind: type[Kind], content: bytes, lenient: bool = False) -> tuple[Kind, list[str]]:
-    """A request from its JSON, and the names of fields that are passed over; raises APIError."""
+    """Parse a request; return it with the names of ignored fields; raises APIError."""
     if len(content) > INLINE:
         _refuse_many(content)
     try:
@@ -90,7 +90,7 @@ def parse(kind: type[Kind], content: bytes, lenient: bool = False) -> tuple[Kind
 
 
 def _refuse_many(content: bytes) -> None:
-    """Refuse JSON of more parts than anything one would ask here, by its commas and brackets outside of strings."""
+    """Refuse JSON with too many elements, by counting commas and brackets outside of strings."""
     signs = np.frombuffer(content.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
     outside = np.cumsum(signs == ord('"'), dtype=np.uint8) & 1 == 0  # an even number of quotes before
     containers = np.count_nonzero(outside & (signs | 32 == ord("{")))  # [ is { with one bit less
@@ -113,13 +113,12 @@ async def _read(kind: type[Kind], request: Request) -> tuple[Kind, list[str]]:
 
 
 def client_of(scope: Any) -> Any:
-    """Client identity: who asks, as far as that can be told: by key, else by address."""
+    """Client identity for fairness: API key, else address."""
     return scope.get("salt") or (scope.get("client") or (None,))[0]
 
 
 def _is_json(header: str) -> bool:
-    """Return whether a content type is JSON; a browser's form can send none that is, so other sites cannot forge
-    requests."""
+    """Return whether a content type is JSON, which no HTML form can send (protection against CSRF)."""
     message = email.message.Message()
     message["content-type"] = header
     kind = message.get_content_type()

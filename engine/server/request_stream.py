@@ -1,4 +1,4 @@
-"""Stream of one HTTP request: what the engine makes for it, as the event loop reads it.
+"""Stream of one HTTP request between engine thread and event loop.
 
 A client that reads slowly gets larger batches, not a longer queue of small ones: under load, several tokens share one
 chunk, and the server's cost per token falls when it matters. Whatever ends a request early (the client goes, its time
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Event(NamedTuple):
-    """A piece, which of the request's continuations it belongs to, and when it came."""
+    """A piece with its continuation's number and arrival time."""
 
     index: int
     piece: Piece
@@ -29,7 +29,7 @@ class Event(NamedTuple):
 
 
 class RequestStream:
-    """Stream of one HTTP request, from the event loop's side."""
+    """Stream of one HTTP request, on the event loop."""
 
     def __init__(self, bridge: AsyncEngine, count: int, streaming: bool, party: Any = None) -> None:
         self.count, self.streaming, self.party = count, streaming, party
@@ -49,7 +49,7 @@ class RequestStream:
         self._timer = asyncio.get_running_loop().call_later(limit, self.fail, errors.too_slow(limit))
 
     async def batches(self) -> AsyncIterator[list[Event]]:
-        """Yield what has come since the last look, until all continuations have ended; raises what ends the flow
+        """Yield batches of new events until all continuations have ended; raise errors of the stream.
         early."""
         while self._unfinished and not self.gone:
             await self._bell.wait()
@@ -65,7 +65,7 @@ class RequestStream:
                 yield events
 
     async def outputs(self) -> list[Output]:
-        """Wait for the end; all continuations, those of the first prompt first."""
+        """Wait for the end; return all continuations, those of the first prompt first."""
         async for _ in self.batches():
             pass
         if self.gone:
@@ -73,18 +73,18 @@ class RequestStream:
         return [stream.output() for stream in self.streams]
 
     def _error(self) -> errors.APIError:
-        """Return what a failed continuation's client is told: what is wrong with its grammar, or that the engine
+        """Error for a failed continuation: its grammar's, or an engine failure.
         failed."""
         causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
         return errors.from_input_error(causes[0]) if causes else errors.failed()
 
     @property
     def streams(self) -> list[Any]:
-        """The engine's records of all continuations."""
+        """The engine's `Continuation`s."""
         return [stream for generation in self.generations for stream in generation.streams]
 
     async def wait_for(self, preparation: Coroutine[Any, Any, None]) -> None:
-        """Wait until the request has been submitted, its time is up or its client has left."""
+        """Wait until the request is submitted, its time is up or its client has left."""
         self._preparing = asyncio.ensure_future(preparation)
         try:
             await self._preparing
@@ -94,11 +94,11 @@ class RequestStream:
             raise self._failure or asyncio.CancelledError from None
 
     def watch(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]]) -> None:
-        """End the flow when the client disconnects; its body must have been read."""
+        """Close the stream when the client disconnects; its body must have been read."""
         self._watcher = asyncio.create_task(self._wait_for_leave(receive))
 
     def deliver(self, event: Event) -> None:
-        """Take in a piece. On the event loop."""
+        """Append an event, on the event loop."""
         if event.piece.finish_reason and not self._closed:  # its place is free, whenever the client reads
             self.places -= 1
             self._bridge.open -= 1
@@ -108,17 +108,17 @@ class RequestStream:
             self._bell.set()
 
     def fail(self, error: errors.APIError) -> None:
-        """End the flow with an error."""
+        """Fail the stream with an error."""
         self._failure = self._failure or error
         self._interrupt()
 
     @property
     def abandoned(self) -> bool:
-        """Return whether nobody listens any more."""
+        """Return whether nobody reads the stream any more."""
         return self.gone or self._closed
 
     def close(self) -> None:
-        """Disconnect: what still runs is cancelled before the engine's next step."""
+        """Close; unfinished generations are cancelled before the engine's next step."""
         if self._closed:
             return
         self._closed = True
@@ -129,7 +129,7 @@ class RequestStream:
         self._bridge.forget(self)
 
     def cancel(self) -> None:
-        """Stop generating before the engine's next step."""
+        """Cancel the generations before the engine's next step."""
         for generation in self.generations:
             generation.cancel()
 

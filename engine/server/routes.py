@@ -1,4 +1,4 @@
-"""Routes of the models: each finds the model that a request names, and hands the request to its service."""
+"""Routes of the models: each finds the model that a request names and calls its handler."""
 
 from __future__ import annotations
 
@@ -20,61 +20,61 @@ GENERATE: dict[str, Any] = {"tags": ["generate"]}
 
 
 def add_model_routes(app: FastAPI, pool: ModelPool) -> None:
-    """Routes of everything that a model can be asked."""
+    """Add all routes that a model answers."""
     for add in (_add_completions, _add_agent_protocols, _add_embeddings, _add_models, _add_tokens):
         add(app, pool)
 
 
 def _add_completions(app: FastAPI, pool: ModelPool) -> None:
-    """Continuations of texts and of conversations."""
+    """Routes of completions and chat."""
 
     @app.post("/v1/completions", responses=answers(schemas.Completion, *REFUSALS, stream=True), **GENERATE)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue a text or token ids, or a list of either. With `stream`, server-sent events."""
+        """Complete a text or token ids, or a list of either. With `stream`, server-sent events."""
         async with pool.use(body.model) as service:
             return await service.complete(body, request)
 
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, *REFUSALS, stream=True), **GENERATE)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """The next message of a conversation. With `stream`, server-sent events."""
+        """Generate the next message of a conversation. With `stream`, server-sent events."""
         async with pool.use(body.model) as service:
             return await service.chat(body, request)
 
     @app.post("/generate/", responses=answers(schemas.Generated, *REFUSALS), **GENERATE)
     async def generate(body: GenerateRequest, request: Request) -> Response:
-        """Rows of token ids, or texts, in; the rows with their continuations, and those as text, out."""
+        """Rows of token ids (or texts) in; rows with their continuations out, as ids and text."""
         async with pool.use(None) as service:
             return await service.generate(body, request)
 
 
 def _add_agent_protocols(app: FastAPI, pool: ModelPool) -> None:
-    """Protocols of agents: the same conversation in other words."""
+    """Routes of agent protocols (Responses, Messages), translated to chats."""
 
     @app.post("/v1/responses", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **GENERATE)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
-        """OpenAI's Responses, stateless: the next items of a conversation. With `stream`, server-sent events."""
+        """OpenAI's Responses API, stateless: the next items of a conversation. With `stream`, server-sent events."""
         async with pool.use(body.model) as service:
             return await service.agent(body, request, ResponsesWriter)
 
     @app.post("/v1/messages", responses=answers(schemas.Whatever, *REFUSALS, stream=True), **GENERATE)
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        """Anthropic's Messages: the next message of a conversation. With `stream`, server-sent events."""
+        """Anthropic's Messages API: the next message of a conversation. With `stream`, server-sent events."""
         async with pool.use(body.model) as service:
             return await service.agent(body, request, MessagesWriter)
 
     @app.post("/v1/messages/count_tokens", responses=answers(schemas.Whatever, *REFUSALS), **GENERATE)
     async def count_tokens(body: MessagesRequest, request: Request) -> Response:
-        """Count the tokens of a conversation, for `/v1/messages`."""
+        """Count the tokens of a conversation, as `/v1/messages` takes it."""
         async with pool.use(body.model) as service:
             return await service.count_tokens(body, request)
 
 
 def _add_embeddings(app: FastAPI, pool: ModelPool) -> None:
-    """Embeddings and the cosines between them."""
+    """Routes of embeddings and scores."""
 
     @app.post("/v1/embeddings", responses=answers(schemas.Embeddings, *REFUSALS), tags=["embed"])
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        """Texts as unit vectors: the mean of the last layer's hidden states, or the last token's."""
+        """Embed texts as unit vectors: mean- or last-token-pooled hidden states of the last layer."""
         async with pool.use(body.model) as service:
             return await service.embed(body, request)
 
@@ -86,16 +86,16 @@ def _add_embeddings(app: FastAPI, pool: ModelPool) -> None:
 
 
 def _add_models(app: FastAPI, pool: ModelPool) -> None:
-    """List of models."""
+    """Routes that list the models."""
 
     @app.get("/v1/models", responses=answers(schemas.ModelList), tags=["model"])
     async def models() -> Response:
-        """The model that is served, and its adapters, each as a model."""
+        """List the served model and its adapters, each as a model."""
         return JSONResponse({"object": "list", "data": pool.first.models()})
 
     @app.get("/v1/models/{model:path}", responses=answers(schemas.Model, 404), tags=["model"])
     async def model(model: str) -> Response:
-        """The model, or one of its adapters, by its name."""
+        """Describe one model or adapter by name."""
         found = {each["id"]: each for each in pool.first.models()}
         if model not in found:
             raise pool.first.not_served(model)
@@ -103,16 +103,16 @@ def _add_models(app: FastAPI, pool: ModelPool) -> None:
 
 
 def _add_tokens(app: FastAPI, pool: ModelPool) -> None:
-    """Tokenizer in both directions."""
+    """Routes of the tokenizer."""
 
     @app.post("/tokenize", responses=answers(schemas.Tokenized, 400, 404, 413, 503), tags=["model"])
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """A text, or a conversation as the model reads it, as token ids."""
+        """Tokenize a text, or a conversation by the chat template."""
         async with pool.use(body.model) as service:
             return await service.tokenize(body, request)
 
     @app.post("/detokenize", responses=answers(schemas.Detokenized, 400, 404, 413, 503), tags=["model"])
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """Token ids as text."""
+        """Decode token ids to text."""
         async with pool.use(body.model) as service:
             return await service.detokenize(body, request)

@@ -1,4 +1,4 @@
-"""Requests, pages, scheduler, runner, sampling, text, and the `LLM` facade.
+"""Inference engine: requests, continuous batching, paged KV cache, sampling, and the `LLM` facade.
 
 `scheduling/`, `sampling_params` and `detokenizer` import no torch; the names below are loaded on first use.
 """

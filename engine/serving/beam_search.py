@@ -1,4 +1,4 @@
-"""Beam search: keep the few best continuations, step by step.
+"""Beam search on the scheduler's sequences, with pages shared copy-on-write.
 
 Every beam is a sequence of the scheduler whose tokens are chosen here instead of sampled. In each round all beams
 report the best next tokens and their log-probabilities; of all extensions the best survive. A beam that survives more
@@ -39,7 +39,7 @@ class _Beam:
 
 
 def beam_search(engine: Engine, prompt: list[int], width: int, max_tokens: int, length_penalty: float) -> list[Output]:
-    """Up to `width` continuations of the prompt, best first."""
+    """Beam search: up to `width` continuations of the prompt, best first."""
     if not 1 <= width <= 50:
         raise InputError(f"beam_width must be between 1 and 50, got {width}")
     if width > engine.scheduler.max_batch:
@@ -62,7 +62,7 @@ def beam_search(engine: Engine, prompt: list[int], width: int, max_tokens: int, 
 
 
 class _Search:
-    """The beams that go on, and the continuations that have ended as (score, tokens, reason)."""
+    """State of a search: the open beams, and the finished ones as (score, tokens, finish reason)."""
 
     def __init__(self, engine, root: Sequence, width: int, length_penalty: float):
         self.scheduler, self.eos, self.width, self.length_penalty = engine.scheduler, engine.eos, width, length_penalty
@@ -71,7 +71,7 @@ class _Search:
         engine.call(lambda: self.scheduler.add(root))
 
     def advance(self, last: bool) -> bool:
-        """Extend the best beams by a token; False when no beam can improve the result."""
+        """Extend the best beams by one token; False when no beam can improve the result."""
         error = next((beam.listener.error for beam in self.beams if beam.finish_reason), None)
         if any(beam.finish_reason for beam in self.beams):
             raise EngineError(f"the engine failed while computing a beam: {error}") from error
@@ -89,11 +89,11 @@ class _Search:
         return True
 
     def ranking(self) -> list[tuple[float, tuple[int, ...], str]]:
-        """The best ended continuations, best first."""
+        """Finished continuations, best first."""
         return sorted(self.ended, key=lambda entry: -entry[0])[: self.width]
 
     def end(self) -> None:
-        """Give everything back."""
+        """End all beams and release their pages."""
         for beam in self.beams:
             self.scheduler.finish(beam, "cancelled")
 
@@ -103,7 +103,7 @@ class _Search:
         self.ended.append((self._score(score, len(tokens)), tokens, reason))
 
     def _settled(self, best: tuple[float, Sequence, int]) -> bool:
-        """Return whether enough have ended with scores that the best beam does not reach."""
+        """Return whether enough have finished with scores that the best open beam cannot reach."""
         worst = self.ranking()[-1][0] if len(self.ended) >= self.width else -math.inf
         return self._score(best[0], len(best[1].tokens) - self.start + 1) <= worst
 

@@ -1,7 +1,7 @@
-"""Calibration: weights rounded so that their errors cancel in the activations of a text (GPTQ).
+"""Calibrated quantization (GPTQ): rounding errors are fed back so that they cancel on the activations of a text.
 
-Rounding to the nearest treats columns alone. But activations are correlated: what the rounding of one column adds to a
-product, the columns after it can take away, if one knows how they move together. That is the inverse of the Hessian of
+Round-to-nearest treats each column by itself. But activations are correlated: the error that one rounded column adds to
+a product can be compensated by the columns after it. How much each takes follows from the inverse of the Hessian of
 a layer's squared error, H = Σ x xᵀ over the tokens of the text: with the upper Cholesky factor U of H⁻¹, column j takes
 U[c, j] / U[c, c] of the error of column c. x is rotated as the weights are (csrc/cpu/serving/hadamard.hpp), and a
 layer sees the activations that rounded layers before it make.
@@ -30,12 +30,12 @@ from .llm import LLM
 from .sampling_params import SamplingParams
 from .scheme import Scheme
 
-DAMPING = 0.01  # of the mean of H's diagonal: columns that the text never uses stay where they are
+DAMPING = 0.01  # relative to the mean of H's diagonal; keeps columns that the text never activates
 BATCH = 4096  # tokens computed together
 
 
 class Correlations:
-    """H of a layer, gathered by a hook on its inputs, or by whoever adds them."""
+    """GPTQ's Hessian H = Σ x xᵀ of a layer's inputs, accumulated by a forward hook or by `add`."""
 
     def __init__(self, layout: Layout, layer: torch.nn.Module | None = None) -> None:
         self.layout, self.total = layout, torch.zeros(0)
@@ -51,7 +51,7 @@ class Correlations:
         self.total = self.total + product.double() if self.total.numel() else product.double()
 
     def feedback(self) -> Tensor | None:
-        """Row c: what each later column takes of column c's error; None where no row was seen."""
+        """GPTQ error feedback, row c: shares of column c's error that later columns take; None without inputs."""
         if self.hook is not None:
             self.hook.remove()
         if not self.total.numel():
@@ -70,7 +70,7 @@ def quantize(
     rows: Sequence[list[int]] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Replace the model's matrices by packed ones; with rows of tokens, of one length, calibrated on them."""
+    """Quantize the model's matrices in place; with `rows` of tokens (all of one length) calibrated on them."""
     total = len(model.blocks) + 1
     parts = torch.tensor(rows).split(max(1, BATCH // len(rows[0]))) if rows else ()
     state = [(stream := model._embed(part, None), torch.zeros_like(stream)) for part in parts]
@@ -83,7 +83,7 @@ def quantize(
             seen = {path: Correlations(layouts[path], layer) for path, layer in layers.items()}
             for stream, delta in state:
                 block(stream, delta, rotate, dense_attention)
-        for path, inputs in mixtures.items():  # by the router as it is
+        for path, inputs in mixtures.items():  # by the router before it is quantized
             for name, experts in _experts(block.get_submodule(path), scheme, inputs.taken()).items():
                 install(block, f"{path}.{name}", experts)
         for path, layer in layers.items():
@@ -104,10 +104,10 @@ def quantize(
 def sampled_rows(
     llm: LLM, count: int, length: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[list[int]]:
-    """Rows of tokens that a model samples itself, for want of a text: the same ones every time.
+    """Calibration data sampled from the model itself (reproducible), for want of a text.
 
-    They begin as texts do, and every other one as a user's message, if there is a chat template: the model asks, and
-    answers (Magpie). An end of text does not end a row.
+    Rows start with the beginning of a text, and every other one, if there is a chat template, with that of a user's
+    message: the model writes the question and the answer (Magpie). An end of text does not end a row.
     """
     tokenizer, starts = llm.tokenizer, [[0]]
     if tokenizer is not None:
@@ -130,7 +130,7 @@ def sampled_rows(
 
 
 class Inputs:
-    """Recorder of a layer's input activations, as rows."""
+    """Forward hook that records a layer's inputs, as rows."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         self.parts: list[Tensor] = []
@@ -142,7 +142,7 @@ class Inputs:
 
 
 def _experts(moe: Any, scheme: Scheme, x_TC: Tensor | None) -> dict[str, PackedExperts]:
-    """Packed experts, each calibrated on the tokens that choose it."""
+    """Quantize a layer's experts, each calibrated on the tokens routed to it."""
     c, options = moe.config, routing_options(moe.config)
     activation, up, down = options.pop("activation"), scheme.layout("ffn.up"), scheme.layout("ffn.down")
     chosen_TE = None

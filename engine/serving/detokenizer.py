@@ -1,4 +1,4 @@
-"""Token ids to text, as it streams.
+"""Streaming detokenization and stop strings.
 
 A stream obeys one law: *the pieces, joined, are the text*. The text is all the tokens decoded together and cut before
 the first stop string; it does not matter how they were grouped when they arrived. Two things make that harder than it
@@ -15,14 +15,14 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """Interface of `tokenizer.stream()`: text as soon as it is certain."""
+    """Interface of `tokenizer.stream()`: emits text once no later token can change it."""
 
     def push(self, token: int) -> str: ...
     def finish(self) -> str: ...
 
 
 class StopFinder:
-    """Passes text through until the first stop string, keeping back only what might be the beginning of one."""
+    """Stop-string matcher over a text stream; holds back only what may be the beginning of a stop string."""
 
     def __init__(self, stops: Sequence[str] = ()):
         self._stops = tuple(stops)
@@ -31,7 +31,7 @@ class StopFinder:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Return the text that is certain to come before any stop string."""
+        """Return the text that certainly comes before any stop string."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -47,7 +47,7 @@ class StopFinder:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """The text that was kept back for a stop string that never came."""
+        """Return the held-back text at the end of the stream."""
         held, self._held = self._held, ""
         return held
 
@@ -56,7 +56,7 @@ class StopFinder:
 
 
 class TextStream:
-    """The text of one sequence: push token ids, get the pieces of text that are certain by now."""
+    """Incremental text of one sequence: token ids in, text out, stop strings applied."""
 
     def __init__(
         self, decoder: Decoder | None, stops: Sequence[str] = (), skip_ids: Iterable[int] = (), start: str = ""
@@ -69,21 +69,21 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Everything said so far."""
+        """All text emitted so far."""
         return "".join(self._parts)
 
     @property
     def stopped(self) -> bool:
-        """Return whether a stop string has come."""
+        """Return whether a stop string was found."""
         return self._stops.found is not None
 
     @property
     def stop_string(self) -> str | None:
-        """Return which stop string has come."""
+        """The stop string that was found, or None."""
         return self._stops.found
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; nothing after a stop string."""
+        """Return the text that this token completes; nothing after a stop string."""
         if self._decoder is None or token in self._hidden or self.stopped:
             return ""
         try:
@@ -93,7 +93,7 @@ class TextStream:
         return self._say(self._stops.push(text))
 
     def finish(self) -> str:
-        """The end of the text: whatever was kept back."""
+        """Return the held-back rest of the text."""
         if self._decoder is None or self._closed:
             return ""
         self._closed = True

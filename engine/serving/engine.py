@@ -1,10 +1,10 @@
-"""The engine: one loop that plans, computes and tells.
+"""Engine loop: plan a step, run it, deliver tokens.
 
-`step()` is the whole loop body: take in what others asked for, launch as many plans as may be under way, read the
-oldest result, hand every new token to its listener. Whoever waits for a result may drive the loop by hand, as
-`LLM.generate` does; a server starts the thread instead. `submit` and `cancel` may be called from any thread at any
-moment: they check, leave a note and return; the loop acts on the notes between two steps. The sequences
-of a step that fails are computed again, each alone: the one that fails again ends with the error, the others go on.
+`step()` is the whole loop body: run queued commands, launch as many plans as may be in flight, collect the oldest
+result, hand every new token to its listener. A caller that waits for a result may drive the loop itself, as
+`LLM.generate` does; a server starts the thread instead. `submit` and `cancel` are thread-safe: they validate, enqueue a
+command and return; the loop runs the commands between two steps. If a step fails, its sequences are computed again,
+each alone: the one that fails again ends with the error, the others go on.
 """
 
 import atexit
@@ -27,37 +27,35 @@ from .scheduling.step import ChunkResult, StepPlan, StepResult
 from .structured_output import MinTokens
 
 Result = TypeVar("Result")
-LAST_STEP = (
-    10.0  # seconds that the end of the program waits for the step under way; one that hangs has no claim to more
-)
+LAST_STEP = 10.0  # seconds that interpreter exit waits for the current step
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class PlanRunner(Protocol):
-    """Executor of step plans: one model in this process, a model and its draft, or several processes."""
+    """Interface of a runner of step plans: one model, a model with its draft, or several processes."""
 
     model: Any
 
     @property
     def alive(self) -> bool:
-        """Return whether it can compute further plans."""
+        """Return whether the runner can run further plans."""
         ...
 
     def launch(self, plan: StepPlan) -> Any:
-        """Start computing a plan."""
+        """Start running a plan, asynchronously on a GPU."""
         ...
 
     def collect(self, flight: Any) -> StepResult:
-        """Wait for a launched plan."""
+        """Wait for a launched plan; return its result."""
         ...
 
     def close(self) -> object:
-        """Release what it holds."""
+        """Release all resources."""
         ...
 
 
 class Continuation:
-    """One continuation under way, seen from its caller's side."""
+    """Output side of one sequence: collects tokens, text and log-probabilities, and emits `Piece`s."""
 
     def __init__(self, sequence: Sequence, text: TextStream, index: int, tell: Callable[[Piece], None]):
         self.sequence, self.index = sequence, index
@@ -73,7 +71,7 @@ class Continuation:
             tell(Piece(text.text, index=index))
 
     def receive(self, tokens: tuple[int, ...], result: ChunkResult, now: float) -> bool:
-        """Take in new tokens; whether a stop string has come."""
+        """Append new tokens; return whether a stop string was found."""
         if result.prompt_logprobs and self._computed_again != self.sequence.preemptions:
             self._computed_again = self.sequence.preemptions
             self.prompt_logprobs.clear()  # a prompt that lost its pages is scored again from its beginning
@@ -97,7 +95,7 @@ class Continuation:
         return self._text.stopped
 
     def end(self, reason: str, now: float) -> None:
-        """No more tokens will come."""
+        """Finish: emit the last piece."""
         self.finished = True
         self.metrics.finished = now
         for count in ("preemptions", "drafted", "accepted_drafts"):
@@ -106,11 +104,11 @@ class Continuation:
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that has come, if one has."""
+        """The stop string that was found, or None."""
         return self._text.stop_string
 
     def output(self) -> Output:
-        """The whole of it, once it has finished."""
+        """The complete `Output`, once finished."""
         sequence, params = self.sequence, self.sequence.params
         start = sequence.prompt_length
         return Output(
@@ -125,7 +123,7 @@ class Continuation:
 
 
 class Generation:
-    """A submitted request: its `n` streams, and the pieces they have brought."""
+    """Handle of a submitted request: its `n` continuations and the queue of pieces."""
 
     def __init__(self, engine: "Engine"):
         self._engine = engine
@@ -138,11 +136,11 @@ class Generation:
         return all(stream.finished for stream in self.streams)
 
     def cancel(self) -> None:
-        """Stop generating; from any thread, at any moment, more than once."""
+        """Cancel the request; thread-safe and idempotent."""
         self._engine.cancel(self)
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come, until all continuations have ended; leaving early cancels."""
+        """Yield pieces as they arrive, until all continuations have ended; leaving early cancels."""
         ended = 0
         try:
             while ended < len(self.streams):
@@ -155,7 +153,7 @@ class Generation:
             self.cancel()
 
     def result(self) -> Output:
-        """Wait for the end, and return all of it."""
+        """Wait for the end and return the complete output."""
         self._engine.wait(self)
         self._raise_error()
         first, *others = (stream.output() for stream in self.streams)
@@ -172,14 +170,14 @@ class Generation:
 
 
 class Engine:
-    """One model, one pool, one loop."""
+    """Inference engine: a scheduler, a runner, and the loop that connects them."""
 
     def __init__(
         self, scheduler: Scheduler, runner: PlanRunner, tokenizer: Any = None, eos: frozenset[int] = frozenset()
     ):
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, eos
-        self.failures = 0  # of steps
-        self.failed_alone = 0  # of steps with one sequence, or none
+        self.failures = 0  # failed steps
+        self.failed_alone = 0  # failures of steps with at most one sequence
         self.last_error: BaseException | None = None
         self.generated_tokens = 0
         self.pace: StepPace | None = None  # None: every step may have all its tokens
@@ -204,7 +202,7 @@ class Engine:
         pooling: str | None = None,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> Generation:
-        """Submit a request; raises ValueError for one that could never be served. `deadline` is in seconds from now.
+        """Submit a request; an InputError refuses one that could never be served. `deadline` is in seconds from now.
 
         With `pooling`, mean or last, the prompt's hidden states are pooled so, and `Continuation.pooled` has them.
         """
@@ -213,14 +211,14 @@ class Engine:
         generation = Generation(self)
         limit = self.scheduler.context if params.max_tokens is None else params.max_tokens
         limit = self.scheduler.fit(len(tokens), limit)
-        with self._arriving:  # of two threads, the one whose clock says it came first also leaves its note first
+        with self._arriving:  # commands are enqueued in the order of arrival times
             now = time.monotonic()
             for index in range(params.n):
                 sequence = Sequence(list(tokens), len(tokens), params, _nth_seed(seed, index), limit)
                 ends = frozenset() if params.ignore_eos else self.eos
                 sequence.stop_tokens = frozenset(params.stop_token_ids) | ends
                 sequence.arrival, sequence.priority, sequence.adapter = now, priority, adapter
-                sequence.salt = salt if adapter is None else (adapter, salt)  # its keys and values are its own
+                sequence.salt = salt if adapter is None else (adapter, salt)  # never shared over adapters
                 sequence.deadline = None if deadline is None else now + deadline
                 sequence.grammar = grammar() if grammar else None
                 if params.min_tokens and not grammar:
@@ -236,7 +234,7 @@ class Engine:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """End a generation wherever it is; its pages are free before the next step."""
+        """Cancel a generation in any state; its pages are free before the next step."""
         if not generation.finished:
             self._enqueue(lambda: self._cancel_now(generation))
 
@@ -252,7 +250,7 @@ class Engine:
                 return True
 
     def call(self, action: Callable[[], Result]) -> Result:
-        """Do something with the scheduler between two steps."""
+        """Run `action` on the scheduler between two steps."""
         with self._lock:
             self._read_notes()
             result = action()
@@ -261,7 +259,7 @@ class Engine:
         return result
 
     def drive(self, until: Callable[[], bool]) -> None:
-        """Turn the loop, or wait for the thread that does, until a condition holds."""
+        """Step the loop (or wait for its thread) until a condition holds."""
         while not until():
             if self._thread is None:
                 self.step()
@@ -269,16 +267,16 @@ class Engine:
                 time.sleep(0.0005)
 
     def pump(self, generation: Generation) -> None:
-        """Drive the loop until the generation has a piece to read, unless the thread does that."""
+        """Step the loop until the generation has a piece to read; no-op if the thread runs it."""
         while self._thread is None and generation.pieces.empty() and not generation.finished:
             self.step()
 
     def wait(self, generation: Generation) -> None:
-        """Return when the generation has ended."""
+        """Wait until the generation has ended."""
         self.drive(lambda: generation.finished)
 
     def start(self) -> None:
-        """Run the loop in a thread of its own from now on."""
+        """Start a background thread that runs the loop."""
         if self._thread is None:
             self._stopping = False
             self._thread = threading.Thread(target=self._loop, name="warploom-engine", daemon=True)
@@ -286,13 +284,13 @@ class Engine:
             atexit.register(self._end_thread, LAST_STEP)
 
     def stop(self) -> None:
-        """End the thread after the step it is in; what is under way can be driven by hand again."""
+        """Stop the thread after its current step; requests in progress can still be driven by hand."""
         self._end_thread()
         self._thread = None
         atexit.unregister(self._end_thread)
 
     def _end_thread(self, seconds: float | None = None) -> None:
-        """Wait for it too: a thread that Python finds in C++ when it ends takes the process down (`std::terminate`)."""
+        """Stop and join the thread: one inside C++ at interpreter exit would abort the process (`std::terminate`)."""
         thread, self._stopping = self._thread, True
         if thread is not None:
             self._wake.set()
@@ -300,13 +298,13 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Return whether requests will be served: the runner can, and the thread, if there is one, is running."""
+        """Return whether requests will be served: the runner is alive, and so is the thread, if there is one."""
         return self.runner.alive and (self._thread is None or self._thread.is_alive())
 
     def _loop(self) -> None:
         while True:
             self._wake.clear()
-            if self._stopping:  # asked after clearing: whoever stops the loop sets this first, and then rings
+            if self._stopping:  # checked after clearing: `stop` sets the flag before the event
                 return
             if not self.step():
                 self._wake.wait()
@@ -348,19 +346,19 @@ class Engine:
                 sequence.listener.end(sequence.finish_reason, time.monotonic())
 
     def _stop(self, sequence: Sequence) -> None:
-        """Finish at a stop string; it takes precedence over the token limit."""
+        """Finish with reason "stop", which takes precedence over "length"."""
         if sequence.finish_reason is not None:
             sequence.finish_reason = "stop"
         self.scheduler.finish(sequence, "stop")
 
     def _fail(self, error: BaseException) -> None:
-        """A step went wrong: end the sequence that causes it, found by computing each alone; keep everything else."""
+        """Recover from a failed step: end the sequence that caused it, found by rerunning each alone."""
         self.failures += 1
         self.last_error = error
         self._flights.clear()
         if isinstance(error, Exception) and self.runner.alive:
             culprits = [culprit] if (culprit := self.scheduler.isolate()) else []
-            self.failed_alone += not self.scheduler.suspects  # it was one sequence, or the loop itself
+            self.failed_alone += not self.scheduler.suspects  # one sequence, or the loop itself
             for sequence in self.scheduler.suspects:
                 if sequence.grammar is not None:
                     sequence.grammar.rewind(sequence.tokens[sequence.prompt_length :])
@@ -402,6 +400,6 @@ class Engine:
 
 
 def _nth_seed(seed: int, index: int) -> int:
-    """The seed of the index-th continuation: the request's own for the first."""
+    """Seed of the index-th continuation; the first has the request's own."""
     mixed = (seed + index * _GOLDEN) % 2**64
     return mixed - 2**64 if mixed >= 2**63 else mixed

@@ -1,4 +1,4 @@
-"""Fidelity of a quantized model: its log-probabilities beside those of the exact one, on the same texts.
+"""Quality of a quantized model: log-probabilities against those of the exact model on the same texts.
 
 Two figures tell most: the root mean square of the change of a token's log-probability, and the KL divergence over the
 vocabulary, which is the steadier of the two: for a model that is not biased the perplexity rises by about as much.
@@ -21,7 +21,7 @@ Texts = Sequence[list[int]]
 
 
 def log_probabilities(llm: LLM, texts: Texts) -> list[Tensor]:
-    """Of the whole vocabulary, after each token of a text but the last: (T - 1, V) each."""
+    """Log-probabilities over the whole vocabulary after each token of a text but the last: (T - 1, V) each."""
     runner: Any = llm.engine.runner
     head, given, found = runner.head, [], []
 
@@ -43,7 +43,7 @@ def log_probabilities(llm: LLM, texts: Texts) -> list[Tensor]:
 
 
 def loss_of(llm: LLM, texts: Texts, exact: Sequence[Tensor]) -> dict[str, float]:
-    """`rms`, `kl` and the share `perplexity` rises by, against the exact log-probabilities."""
+    """Quality loss against the exact log-probabilities: `rms`, `kl`, and relative increase of `perplexity`."""
     change, spread = [], []
     for text, a_TV, b_TV in zip(texts, exact, log_probabilities(llm, texts)):
         change.append((b_TV - a_TV).gather(1, torch.tensor(text[1:])[:, None]))

@@ -1,10 +1,10 @@
-"""`LLM`: a model ready to generate, in one object.
+"""`LLM`: the Python API for generation.
 
     llm = LLM("runs/demo")
     print(llm.generate("Once upon a time", SamplingParams(max_tokens=50)).text)
 
-It puts the pieces together (model, pages, scheduler, runner, engine) and offers them as plain calls. Everything goes
-through the one engine, so calls from several threads share its batches.
+It assembles model, KV cache, scheduler, runner and engine, and offers plain calls. Everything goes through one engine,
+so calls from several threads share its batches.
 """
 
 import functools
@@ -44,11 +44,11 @@ from .scheme import Scheme, scheme_of
 from .structured_output import GrammarCompiler
 
 Prompt = str | Items[int]
-MOST_ROWS = 256  # of a batch, unless more are asked for: 160 streams were 19 % faster together than 64 at a time
+MOST_ROWS = 256  # default maximum batch: 160 streams were 19 % faster together than 64 at a time
 
 
 class LLM:
-    """Generates with a model directory, a Hub id or a `Transformer`.
+    """Generation with a model directory, a Hub id or a `Transformer`.
 
     `max_batch` bounds the sequences computed together; by default it is 256 on a CPU, or what memory holds a
     quarter of the context for, and 64 elsewhere. `kv_memory` bounds the cache in bytes; by default it is what
@@ -169,7 +169,7 @@ class LLM:
             self.engine.pace = StepPace(max_batch_tokens)
 
     def _page_bytes(self, models: list[Any], page_size: int, dtype: torch.dtype, where: torch.device) -> int:
-        """Bytes of a page of each model: ours, which may have adapters, and one that guesses."""
+        """Bytes of a page for each model: the served one and its draft."""
         tuned = self.adapters or None, None
         latent = (keeps_latents(each.config, where, own) for each, own in zip(models, tuned))
         return sum(
@@ -177,7 +177,7 @@ class LLM:
         )
 
     def _open_draft(self, source) -> Transformer:
-        """A model that can guess for ours."""
+        """Load the draft model, checked to have the same vocabulary."""
         draft_model, tokenizer = _open(source, None, self.model.device, self.model.embedding.weight.dtype)
         ours, theirs = self.config.vocab_size, draft_model.config.vocab_size
         if ours != theirs or not _same_tokens(self.tokenizer, tokenizer):
@@ -189,17 +189,17 @@ class LLM:
 
     @functools.cached_property
     def plain_model(self) -> Transformer:
-        """The model with every step in PyTorch, to look inside; read again if it came from a directory."""
+        """The model with every step in PyTorch, for inspection; read again if it came from a directory."""
         given = self._source
         return given.eval() if isinstance(given, Transformer) else read_model(given, self.model.device)
 
     def close(self) -> None:
-        """Stop the engine, and the processes of `tensor_parallel`; happens by itself when the program ends."""
+        """Stop the engine and the worker processes; automatic at program exit."""
         self.engine.stop()
         self.engine.runner.close()
 
     def refresh(self) -> None:
-        """Serve the weights that the given `Transformer` has by now: pack them anew, forget cached prefixes."""
+        """Reload the current weights of the given `Transformer`: requantize, and drop cached prefixes."""
         runner = self.engine.runner
         if not isinstance(self._source, Transformer) or not isinstance(runner, Runner):
             raise InputError("refresh needs an LLM of a Transformer, in one process and without draft_model")
@@ -209,7 +209,7 @@ class LLM:
     def _refresh(self, runner: Runner) -> None:
         scheduler = self.engine.scheduler
         if not scheduler.idle:
-            raise InputError("refresh needs an engine at rest: requests under way began with the old weights")
+            raise InputError("refresh needs an idle engine: requests in progress began with the old weights")
         where, dtype, quantize, batch_invariant = self._packing
         model, _ = _open(self._source, None, where, dtype)
         native_pages = runner.store.layers is not None
@@ -222,8 +222,8 @@ class LLM:
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None, **options
     ) -> Generation:
-        """Ask for a generation without waiting, by the model or with an adapter; `options` are those of
-        `Engine.submit`. For servers."""
+        """Submit a request without waiting, to the model or an adapter; `options` are those of `Engine.submit`. For
+        servers."""
         params = params or SamplingParams()
         if adapter is not None and adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
@@ -253,7 +253,7 @@ class LLM:
         *,
         adapter: str | Items[str | None] | None = None,
     ) -> Output | list[Output]:
-        """Continue prompts, together; one prompt gives one Output, a list gives a list in its order.
+        """Generate for prompts as one batch; one prompt gives one Output, a list gives a list in its order.
 
         `params` and `adapter` are those of all prompts, or a list of one for each.
         """
@@ -286,17 +286,17 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Iterator[Piece]:
-        """Pieces of the text as they become certain; joined, they are the text. Leaving the loop cancels."""
+        """Stream pieces of text; joined, they are the whole text. Leaving the loop cancels."""
         return iter(self.submit(prompt, params, adapter=adapter))
 
     def chat(self, messages: list[dict], params: SamplingParams | None = None, *, adapter: str | None = None) -> Output:
-        """The next message of a conversation: [{"role": "user", "content": "…"}, …]."""
+        """Generate the next message of a conversation: [{"role": "user", "content": "…"}, …]."""
         return self.submit(self.encode_chat(messages), params, adapter=adapter).result()
 
     def beam_search(
         self, prompt: Prompt, beam_width: int = 4, max_tokens: int = 64, length_penalty: float = 1.0
     ) -> list[Output]:
-        """The most likely continuations found by keeping the best `beam_width` at every step, best first."""
+        """Beam search: keep the best `beam_width` continuations at every step; best first."""
         return beam_search(self.engine, self.encode(prompt), beam_width, max_tokens, length_penalty)
 
     @overload
@@ -314,7 +314,7 @@ class LLM:
         return scores[0] if _is_prompt(texts) else scores
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt as token ids; text never becomes a special token.
+        """Tokenize a prompt; special tokens in text are not recognized.
 
         A text gets the tokens that its tokenizer's post-processor puts before every text (Llama's <s>), unless they
         are there already; a conversation does not: its template writes them.
@@ -327,7 +327,7 @@ class LLM:
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """A conversation as token ids, by the tokenizer's chat template or a plain one."""
+        """Tokenize a conversation with the tokenizer's chat template, or a plain one."""
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: a conversation cannot be encoded")
         return encode_chat(self.tokenizer, messages)
@@ -352,13 +352,13 @@ def _open(model, tokenizer, device, dtype, group=None, packed=False) -> tuple[Tr
 
 
 def _stop_ids(model, tokenizer) -> frozenset[int]:
-    """The ids that end a generation, by the tokenizer and by the model's own files."""
+    """Token ids that end a generation, from the tokenizer and the model's files."""
     named = frozenset() if isinstance(model, Transformer) else read_stop_ids(base_of(model))
     return named if tokenizer is None else named | tokenizer.stop_ids
 
 
 def _cache_memory(team: Any, model: Transformer, kv_memory: int | None, max_batch_tokens: int, max_batch: int) -> int:
-    """Bytes for pages: as many as were asked for, or as are free. The processes of a team measure in any case."""
+    """Bytes for the KV cache: as given, or as free. Tensor-parallel processes measure in any case."""
     if team is None and kv_memory is not None:
         return kv_memory
     free = (team.memory_for_pages if team else memory_for_pages)(model, max_batch_tokens, max_batch)
@@ -366,7 +366,7 @@ def _cache_memory(team: Any, model: Transformer, kv_memory: int | None, max_batc
 
 
 def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Transformer, page_size: int) -> torch.dtype:
-    """The number format of keys and values."""
+    """Dtype of the KV cache."""
     device, formats = model.device, {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if kv_dtype is None:
         eight = quantize is not None or is_packed(model)
@@ -383,7 +383,7 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
 
 
 def _same_tokens(ours, theirs) -> bool:
-    """Return whether two tokenizers, as far as both are there, have the same tokens at the same ids."""
+    """Return whether two tokenizers agree on the ids of all tokens; True if one is missing."""
     return ours is None or theirs is None or getattr(ours, "vocab", None) == getattr(theirs, "vocab", None)
 
 
@@ -392,5 +392,5 @@ def _is_prompt(prompts: Prompt | Items[Prompt]) -> TypeGuard[Prompt]:
 
 
 def _prompts(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
-    """One prompt, or several, as a list."""
+    """Normalize one prompt or several to a list."""
     return [prompts] if _is_prompt(prompts) else list(cast("Items[Prompt]", prompts))

@@ -1,4 +1,4 @@
-"""The settings of an `LLM` as a dataclass: what the command line and the server show as flags. Imports no torch."""
+"""Options of `LLM` as a dataclass, from which the flags of the CLI and server are made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ COUNTS = ("max_batch", "page_size", "max_batch_tokens", "max_seq_len", "draft_to
 
 @dataclass(frozen=True)
 class LLMOptions:
-    """Options of a model to load, and how to run it."""
+    """Model to serve, and how to run it."""
 
     model: str
-    """The model directory."""
+    """Model directory, GGUF file or Hub id."""
     device: str | None = None
     """Device: auto, cpu, cuda, cuda:0, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Number format of weights and cache; by default as stored."""
+    """Dtype of weights and KV cache; by default as stored."""
     max_batch: int | None = None
-    """Most sequences computed together; by default 256 at most, as memory holds a quarter of the context for each."""
+    """Maximum sequences in a batch; by default as many as memory holds at a quarter of the context, at most 256."""
     kv_memory: int | None = None
-    """Bytes for keys and values; by default what max_batch full contexts need, as far as memory goes."""
+    """KV cache size in bytes; by default enough for max_batch full contexts, as far as memory allows."""
     page_size: int = 16
-    """Tokens a page of the cache."""
+    """Tokens in a page of the KV cache."""
     quantize: Literal["int8", "int4", "fp8"] | None = None
-    """Keep weights in 8 bits, 4 (on a CPU) or fp8 (on a GPU); on a CPU, activations, keys and values are rounded to 8
-    bits too. Without it, files that are quantized stay as they are."""
+    """Quantize weights to int8, int4 (on a CPU) or fp8 (on a GPU); on a CPU, activations and KV cache are in 8 bits
+    too. Without it, quantized files stay as they are."""
     kv_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = None
-    """Number format of keys and values; by default the model's, or as a rule int8 on a CPU with quantize."""
+    """Dtype of the KV cache; by default the model's, or on a CPU with quantize usually int8."""
     max_batch_tokens: int | None = None
-    """Most tokens computed in one step; by default so that nobody waits longer than 200 ms for the next token."""
+    """Token budget of a step (chunked prefill); by default steps that others wait for take at most 200 ms."""
     max_seq_len: int | None = None
-    """Longest sequence to serve; by default the model's own limit."""
+    """Maximum sequence length, prompt included; by default the model's own limit."""
     ngram_draft_tokens: int = 0
-    """Tokens to guess ahead by n-gram lookup; changes the speed, not the output."""
+    """Speculative decoding by n-gram lookup: draft tokens a step; changes the speed, not the output."""
     draft_model: str | None = None
-    """The directory of a smaller model of the same vocabulary that guesses ahead; changes the speed, not the output."""
+    """Speculative decoding by a smaller model of the same vocabulary (its directory); the output stays the same."""
     draft_tokens: int = 4
-    """Tokens the draft model guesses ahead."""
+    """Draft tokens a step with draft_model."""
     tensor_parallel: int = 1
-    """Processes to spread the model over, each with a GPU of its own where there are GPUs."""
+    """Tensor parallelism: processes to shard the model over, each with its own GPU where there are GPUs."""
     batch_invariant: bool = True
-    """A request's tokens do not depend on its company; False lets PyTorch multiply as it likes."""
+    """Batch invariance: a request's tokens do not depend on other requests; False uses PyTorch's own products."""
     prefix_cache: bool = True
-    """Reuse what is already computed of a prompt's beginning."""
+    """Prefix caching: reuse the KV-cache pages of prompts that begin alike."""
 
     def check(self) -> None:
-        """Refuse what is wrong whatever the model is."""
+        """Check what can be checked without the model."""
         refuse_below(1, **{name: getattr(self, name) for name in COUNTS})
         refuse_below(0, ngram_draft_tokens=self.ngram_draft_tokens)
         if self.ngram_draft_tokens and self.draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
 
     def open(self, adapters: Mapping[str, str] | None = None) -> LLM:
-        """Load the model, and adapters of it by name."""
+        """Load the model with adapters by name."""
         watched = gc.isenabled()
-        gc.disable()  # PyTorch brings a quarter of a million objects to stay: a tenth of its import is looking among
+        gc.disable()  # importing PyTorch makes a quarter of a million permanent objects; a tenth of the import
         try:
-            from .llm import LLM  # them for garbage
+            from .llm import LLM  # would be spent on garbage collection
 
             gc.freeze()
         finally:

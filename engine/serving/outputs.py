@@ -1,4 +1,4 @@
-"""Outputs: pieces while it streams, an `Output` at the end."""
+"""Outputs: streamed `Piece`s, and an `Output` at the end."""
 
 from dataclasses import dataclass, field
 
@@ -7,13 +7,13 @@ from .scheduling.step import TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Piece of a streamed output: text that may be shown, and the tokens that came."""
+    """Increment of a stream: new text and new tokens."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None  # set in the last piece
     logprobs: tuple[TokenLogprob, ...] = ()
-    index: int = 0  # which of the `n` continuations
+    index: int = 0  # index of the continuation, below `n`
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Metrics:
     cached_tokens: int = 0
     preemptions: int = 0
     drafted: int = 0  # tokens guessed ahead and checked
-    accepted_drafts: int = 0  # of these, the ones that were kept
+    accepted_drafts: int = 0  # accepted draft tokens
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -46,7 +46,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One continuation of one prompt; with `n` above 1, the further ones are in `others`."""
+    """Result of one continuation; with `n` above 1, the further ones are in `others`."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -64,4 +64,4 @@ class Output:
 
 
 class EngineError(RuntimeError):
-    """The engine failed while it computed a request; other requests go on."""
+    """The engine failed while computing a request; other requests continue."""

@@ -1,4 +1,4 @@
-"""Computed pages of prompts in a file, over a restart.
+"""Persistent prompt cache: prefix-cache pages saved to a file and restored after a restart.
 
 What is kept is the prefix cache: full pages, each with its text and the page it follows. Pages are only good for the
 very model that computed them, so the file has a fingerprint: of the model's files, of how pages are stored, and of the
@@ -25,7 +25,7 @@ from .execution.model_runner import Runner
 from .sampling_params import SamplingParams
 
 MAGIC = b"warploom pages 1\n"
-MOST_BYTES = 1 << 30  # of pages in a file, the most recently used ones
+MOST_BYTES = 1 << 30  # maximum bytes of pages in a file; the most recently used are kept
 MOST_HEADER = 1 << 20
 BATCH = 256  # pages copied at a time
 DIGEST = 16
@@ -33,13 +33,13 @@ PROBE = ("prompt cache",)  # the salt of the text that is computed anew
 
 
 def check(llm: Any) -> None:
-    """Refuse a model whose pages do not lie in this process alone, or are not its own."""
+    """Refuse models in several processes, or with a draft model or adapters."""
     if not isinstance(llm.engine.runner, Runner) or llm.adapters:
         raise InputError("prompt_cache needs a model in one process, without draft_model and adapters")
 
 
 def save(llm: Any, path: Path) -> int:
-    """Write the pages of an engine at rest; how many."""
+    """Save the cached pages of an idle engine; return their number."""
     store, pool = llm.engine.runner.store, llm.engine.scheduler.pool
     mark = fingerprint(llm)  # first: it takes a page
     found = pool.published()[: max(MOST_BYTES // _page_bytes(store), 1)]
@@ -73,7 +73,7 @@ def save(llm: Any, path: Path) -> int:
 
 
 def restore(llm: Any, path: Path) -> int:
-    """Take in the pages of a file, as far as they fit; how many. Raises InputError for a file that is no use."""
+    """Restore pages from a file, as many as fit; return their number. An unusable file raises InputError."""
     store, pool = llm.engine.runner.store, llm.engine.scheduler.pool
     header, parents, tokens, records = _open(path, fingerprint(llm), pool.page_size, _page_bytes(store))
     salts = [_salt(each) for each in header["salts"]]
@@ -97,7 +97,7 @@ def restore(llm: Any, path: Path) -> int:
 
 
 def fingerprint(llm: Any) -> str:
-    """Hash of what pages depend on: the model's files, their own format, and the bits of a page of known text."""
+    """Hash of everything that pages depend on: model files, page format, and the bits of a sample page."""
     store, pool = llm.engine.runner.store, llm.engine.scheduler.pool
     source = llm._source
     files = [source] if isinstance(source, Path) and source.is_file() else []
@@ -116,7 +116,7 @@ def fingerprint(llm: Any) -> str:
 
 
 def _open(path: Path, mark: str, page_size: int, page_bytes: int) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
-    """A file's header, which must have the fingerprint `mark`, and its arrays, mapped."""
+    """Open a file, check its header against the fingerprint `mark`, and map its arrays."""
     wrong = InputError(f"{path} is no file of pages, or was cut off")
     begin = len(MAGIC) + 8
     if path.stat().st_size < begin:
@@ -148,7 +148,7 @@ def _salt(text: Any) -> Any:
         salt = ast.literal_eval(text)
         hash(salt)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        raise InputError("the file of pages has a salt that cannot be read") from None
+        raise InputError("the prompt cache file holds a cache_salt that cannot be read") from None
     return salt
 
 
@@ -162,7 +162,7 @@ def _page_bytes(store: Any) -> int:
 
 
 def _read(store: Any, numbers: list[int]) -> np.ndarray:
-    """Pages as bytes, a row each: keys of all layers, values, scales."""
+    """Pages as bytes, one row each: keys of all layers, values, scales."""
     index = torch.tensor(numbers, device=store.keys.device)
     parts = [part[:, index].transpose(0, 1).flatten(1) for part in store.parts]
     return torch.cat(parts, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Sampling parameters of a generation: one frozen record, checked when it is made.
+"""Sampling parameters: a frozen dataclass, validated on creation.
 
 Every field is checked in `__post_init__`, so a request that exists is a request that can be served; what depends on the
 model (context length, vocabulary) is checked when the request meets it, in `requests.py`.
@@ -19,16 +19,16 @@ GREEDY_BELOW = 1e-4  # as in kernels/sample.py: logits over such a temperature d
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters: how to choose tokens, when to stop, and what to report."""
+    """Sampling parameters: temperature and truncation, penalties, stop conditions, log-probabilities, grammars."""
 
     max_tokens: int | None = 128
-    """Most tokens to generate; None: until the context is full. The context length always limits it too."""
+    """Maximum tokens to generate; None: until the context is full. The context length always limits it too."""
     temperature: float = 1.0
-    """Divides the logits; 0, or less than 0.0001, always takes the most likely token."""
+    """Softmax temperature; 0, or less than 0.0001, is greedy."""
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest most likely tokens whose probabilities reach this sum."""
+    """Nucleus sampling: keep the fewest most likely tokens whose probabilities reach this sum."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: float = 1.0
@@ -40,11 +40,11 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids; -100 bans a token in effect, 100 forces it."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
+    """Stop strings: the text ends before the first of these."""
     stop_token_ids: tuple[int, ...] = ()
     """Generation ends with any of these tokens, which is not shown in the text."""
     ignore_eos: bool = False
-    """Go on after the end-of-text token."""
+    """Continue after the end-of-text token."""
     min_tokens: int = 0
     """Tokens to generate before one may end the generation (a stop string still may)."""
     seed: int | None = None
@@ -54,15 +54,15 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the log-probability of each token and of this many most likely alternatives."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt."""
+    """Log-probabilities of the prompt's tokens, with this many most likely alternatives."""
     json_schema: str | None = None
-    """The text is JSON that satisfies this schema (in code, a dict will do)."""
+    """Structured output: JSON that satisfies this schema (in code, a dict will do)."""
     regex: str | None = None
-    """The text matches this regular expression."""
+    """Structured output: text that matches this regular expression."""
     choice: tuple[str, ...] | None = None
-    """The text is one of these strings."""
+    """Structured output: one of these strings."""
     grammar: str | None = None
-    """The text satisfies this grammar, in llguidance's variant of Lark."""
+    """Structured output: text of this grammar, in llguidance's variant of Lark."""
     echo: bool = False
     """Put the prompt in front of the text."""
 
@@ -82,17 +82,17 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Return whether the most likely token is always taken."""
+        """Return whether sampling is greedy (temperature 0)."""
         return self.temperature == 0
 
     @property
     def penalized(self) -> bool:
-        """Return whether the logits depend on the tokens before."""
+        """Return whether a penalty depends on earlier tokens."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def constrained(self) -> bool:
-        """Return whether a grammar decides which tokens are possible."""
+        """Return whether a grammar constrains the tokens."""
         return any(getattr(self, name) is not None for name in GRAMMARS)
 
     def _check_numbers(self) -> None:

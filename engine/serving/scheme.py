@@ -1,4 +1,4 @@
-"""Quantization schemes, the values of `quantize=`: bits, groups and what stays finer."""
+"""Quantization schemes, the values of `quantize=`: bits, group size, and matrices kept at higher precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = 1_000_000_000  # parameters below which 4 bits leave the down products i
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Quantization of the weights of a float model."""
+    """Quantization scheme for the weights of a float model."""
 
     bits: int = 8
     """Of a weight: 8 or 4."""
@@ -43,7 +43,7 @@ class Scheme:
             self.layout(name)
 
     def layout(self, name: str) -> Layout:
-        """Of the matrix of that name."""
+        """Layout of the matrix of this name."""
         bits = self.head if name == "head" else self.bits
         bits = next((kept for pattern, kept in self.keep.items() if fnmatch(name, pattern)), bits)
         return Layout(bits, self.group, not self.symmetric and bits == self.bits, (), self.rotate, self.float8)
@@ -54,7 +54,7 @@ FP8 = Scheme(rotate=False, float8=True)
 
 
 def scheme_of(quantize: str | Scheme | None, parameters: int, calibrated: bool = False) -> Scheme | None:
-    """The scheme of a name, for a model of so many parameters.
+    """Look up a scheme by name, for a model of this many parameters.
 
     A head of 4 bits costs SmolLM2-135M KL 0.008 where it is calibrated, and 0.07 by the nearest codes.
     """

@@ -1,4 +1,4 @@
-"""Structured output: only tokens that keep the text inside a grammar are possible.
+"""Structured output: token masks from JSON schemas, regular expressions, choices and grammars (llguidance).
 
 `llguidance` compiles a JSON schema, a regular expression, a list of choices or a Lark grammar into a matcher that says,
 before each token, which tokens may come. Compiling takes milliseconds, happens before a request reaches the loop, in
@@ -31,7 +31,7 @@ NAMES = ", ".join(GRAMMARS[:-1]) + f" and {GRAMMARS[-1]}"
 
 
 class GrammarError(InputError):
-    """A grammar that outgrew its limits while the text was being generated."""
+    """A grammar exceeded its limits during generation."""
 
 
 class Grammar:
@@ -51,17 +51,17 @@ class Grammar:
         return self.error is not None or self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
-        """The token that was chosen."""
+        """Advance by the sampled token."""
         if not self.finished and not self._matcher.consume_token(token):
             self.error = GrammarError(f"the grammar refused token {token}: {_one_line(self._matcher.get_error())}")
 
     def rewind(self, tokens: list[int]) -> None:
-        """Stand again where these tokens lead, whatever was accepted since."""
+        """Reset to the state after these tokens."""
         self._matcher.reset()
         self._matcher.consume_tokens(tokens)
 
     def mask(self, logits_V: Tensor) -> None:
-        """Make impossible, in place, every token that would leave the grammar."""
+        """Mask, in place, the logits of tokens that would violate the grammar."""
         if self.finished:
             return
         try:
@@ -77,7 +77,7 @@ class Grammar:
 
 
 class TriggeredGrammar:
-    """Grammar that binds from a mark in the text on until it is complete; all other text is free.
+    """Grammar that starts at a trigger in the text and constrains until it is complete; other text is free.
 
     The grammar describes the text from the mark on. With `first_only` a mark counts at the beginning alone, or behind
     what was bound before. `quiet` are marks around text in which nothing counts, such as reasoning: at the beginning
@@ -108,7 +108,7 @@ class TriggeredGrammar:
         return self._inner is not None
 
     def accept(self, token: int) -> None:
-        """The token that was chosen."""
+        """Advance by the sampled token."""
         if self._inner is not None:
             self._inner.accept(token)
             if self._inner.finished:
@@ -129,7 +129,7 @@ class TriggeredGrammar:
             self._over = True
 
     def rewind(self, tokens: list[int]) -> None:
-        """Stand again where these tokens lead."""
+        """Reset to the state after these tokens."""
         self._quiet, self._inside = self._start
         self._over = False  # no mark will count any more
         self._begin()
@@ -137,7 +137,7 @@ class TriggeredGrammar:
             self.accept(token)
 
     def mask(self, logits_V: Tensor) -> None:
-        """Make impossible, in place, every token that would leave the grammar."""
+        """Mask, in place, the logits of tokens that would violate the grammar."""
         if self._inner is not None:
             self._inner.mask(logits_V)
 
@@ -146,7 +146,7 @@ class TriggeredGrammar:
         self._recent: list[tuple[int, bytes]] = []  # tokens that the mark may have begun in, and their text
 
     def _is_heard(self, token: int) -> bool:
-        """Return whether a mark that comes now counts."""
+        """Return whether a trigger at this point counts."""
         opened, closed = self._quiet or (b"", b"")
         text = b"".join(data for _, data in self._recent)
         if not self._inside:
@@ -167,7 +167,7 @@ class TriggeredGrammar:
         return True
 
     def _bind(self, place: int) -> None:
-        """Hold the text to the grammar from the token on that the mark begins in; leave it if it has gone astray."""
+        """Start the grammar at the token in which the trigger begins; stop if the text already violates it."""
         while len(self._recent[0][1]) <= place:
             place -= len(self._recent.pop(0)[1])
         tokens, self._inner = [token for token, _ in self._recent], self._make()
@@ -177,13 +177,13 @@ class TriggeredGrammar:
             self._begin()
 
     def _forget(self, size: int) -> None:
-        """Keep no more tokens than the last `size` bytes lie in."""
+        """Keep only the tokens that the last `size` bytes lie in."""
         while sum(len(data) for _, data in self._recent[1:]) >= size:
             self._recent.pop(0)
 
 
 class MinTokens:
-    """Grammar in which the tokens that end a generation are impossible at first."""
+    """Mask of the end tokens until `min_tokens` have been generated."""
 
     error, finished = None, False
 
@@ -196,21 +196,21 @@ class MinTokens:
         self._count, self._seen, self._ends = count, 0, sorted(ends)
 
     def accept(self, token: int) -> None:
-        """The token that was chosen."""
+        """Advance by the sampled token."""
         self._seen += 1
 
     def rewind(self, tokens: list[int]) -> None:
-        """Stand again where these tokens lead."""
+        """Reset to the state after these tokens."""
         self._seen = len(tokens)
 
     def mask(self, logits_V: Tensor) -> None:
-        """Make the end impossible, in place, while it is too early."""
+        """Mask the end tokens, in place, while it is too early."""
         if self._seen < self._count:
             logits_V[self._ends] = -torch.inf
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and a model's `vocabulary` rows, and keeps the last ones."""
+    """Compiler of grammars for one tokenizer and vocabulary size, with an LRU cache."""
 
     def __init__(self, tokenizer, vocabulary: int):
         self._tokenizer, self._rows = tokenizer, vocabulary
@@ -219,20 +219,20 @@ class GrammarCompiler:
         self._ready = self._pool = None
 
     def prepare(self) -> None:
-        """Build the vocabulary that all grammars share, if structured output is available: 0.1 s for 49,152 tokens."""
+        """Build the vocabulary that all grammars share, if llguidance is installed: 0.1 s for 49,152 tokens."""
         with contextlib.suppress(InputError):
             self._check()
             self._vocabulary()
 
     def compile(self, params: SamplingParams) -> Callable[[], Grammar]:
-        """Compile a request's grammar into a factory of matchers; raises InputError where that is impossible."""
+        """Compile a request's grammar into a factory of matchers; raise InputError if it is invalid."""
         try:
             return self.start(params).result(TIME_LIMIT)
         except TooLong:
             raise too_slow(params) from None
 
     def start(self, params: SamplingParams, client: Hashable = None) -> Future:
-        """The same as a future; raises InputError at once for what is too large, PoolFull if too many wait."""
+        """Compile in the background; raises InputError at once for what is too large, PoolFull if too many wait."""
         self._check()
         field = field_of(params)
         key = (field, getattr(params, field))
@@ -252,7 +252,7 @@ class GrammarCompiler:
     def _compile(self, key: tuple[str, Hashable]) -> Callable[[], Grammar]:
         field, source = key
         with self._keeping:
-            matcher = self._kept.get(key)  # somebody may have asked for the same in the meantime
+            matcher = self._kept.get(key)  # another request may have compiled it meanwhile
         if matcher is None:
             matcher = _build(self._vocabulary(), field, source)
         with self._keeping:
@@ -284,12 +284,12 @@ def _one_line(error: object) -> str:
 
 
 def field_of(params: SamplingParams) -> str:
-    """Which kind of grammar a request gives."""
+    """Name of the field that holds a request's grammar."""
     return next(name for name in GRAMMARS if getattr(params, name) is not None)
 
 
 def too_slow(params: SamplingParams) -> InputError:
-    """Error for whoever sent a grammar that takes too long."""
+    """Error for a grammar that takes too long to compile."""
     return InputError(f"{field_of(params)} takes more than {TIME_LIMIT:.0f} seconds to compile: simplify it")
 
 
@@ -327,12 +327,12 @@ _CLASSES = re.compile(r"\\.", re.DOTALL)
 
 
 def _escaped(text: str) -> str:
-    """A text as a regular expression of Rust's, which knows fewer escapes than Python's."""
+    """Escape a text for Rust's regular expressions, which know fewer escapes than Python's."""
     return "".join(f"\\{sign}" if sign in "\\.+*?()|[]{}^$#&-~/" else sign for sign in text)
 
 
 def _vocabulary(tokenizer, size: int):
-    """The tokens as llguidance wants them: bytes by id, special ones marked by a byte that text never has."""
+    """The vocabulary as llguidance wants it: bytes by id, special tokens marked by a byte that text never has."""
     import llguidance
 
     special = tuple(tokenizer.special_tokens.values())

@@ -9,7 +9,7 @@ from ..errors import InputError
 from .sandbox import runs
 from .task import Row
 
-ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\n@")  # what follows a function
+ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\n@")  # text that ends a function's body
 
 
 class HumanEval:

@@ -26,7 +26,7 @@ from ..memory import PeakMemory, available_memory
 from .evaluate import losses
 from .run_state import RunState
 
-MARGIN = 0.9  # of the memory that is free
+MARGIN = 0.9  # share of free memory to use
 STEPS = 3  # steps of a probe; after them heap fragmentation hardly changes
 NEAR = 0.03  # relative error of a prediction at which the line is trusted
 

@@ -73,7 +73,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():  # of this process's GPU: where the run goes on there may be fewer
+    if torch.cuda.is_available():  # of this process's GPU only: a resumed run may have fewer GPUs
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-DECAY_SHARE = 0.2  # of `total`: the cool-down of wsd
+DECAY_SHARE = 0.2  # share of `total` that is WSD's cool-down
 
 
 def cosine_schedule(step: float, max_lr: float, min_lr: float, warmup: float, total: float) -> float:

@@ -183,7 +183,7 @@ class Trainer:
                 self._run_periodic()
                 if len(self.step_seconds) == 1:
                     gc.collect()
-                    gc.freeze()  # what exists now lives as long as the run: no need to search it for garbage
+                    gc.freeze()  # objects alive now live as long as the run: the collector need not scan them
                 yield progress
             state.seconds = time.perf_counter() - self.began
             self.result = self._finish()
@@ -191,7 +191,7 @@ class Trainer:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise InputError(self._how_to_shrink()) from error
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):  # what torch says on a CPU, without a class for it
+            if "can't allocate memory" in str(error):  # torch's out-of-memory error on a CPU has no class
                 raise InputError(self._how_to_shrink()) from error
             raise
         finally:

@@ -1,1 +1,1 @@
-"""The frame of an op: `Op` records, kernel launch under autograd and torch.compile, Triton itself or its stand-in."""
+"""Op framework: `Op` records, kernel launch under autograd and torch.compile, optional Triton."""

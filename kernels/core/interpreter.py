@@ -1,4 +1,4 @@
-"""Corrections to Triton's interpreter, which runs kernels on CPU tensors for tests.
+"""Fixes for Triton's interpreter, which runs kernels on CPU tensors for tests.
 
 It keeps bfloat16 as raw 16-bit integers. Its matrix product multiplies those integers, and its casts from float32 cut
 bits off where a GPU rounds to the nearest even, and of float8 it drops a carry. And its float32 products depend on the
@@ -6,9 +6,9 @@ order of the operands, as the host's BLAS blocks them: (A·B)ᵀ and Bᵀ·Aᵀ 
 what the hardware does.
 Its loop bounds are arrays of one number, which Triton 3.6 hands to NumPy as a number; since 2.5 NumPy refuses that.
 
-And where it would follow any pointer, here an address outside the kernel's arguments is an error that names the kernel.
-Where a program stands in its grid is one variable for all threads: two that interpreted at once would take each other's
-places, and write wherever these led them. So one waits for the other.
+The interpreter would follow any pointer; here an address outside the kernel's arguments is an error that names the
+kernel. Its program id is a global variable: two threads that interpreted at once would take each other's ids and write
+to wrong places. So a lock lets one run at a time.
 """
 
 import threading
@@ -34,7 +34,7 @@ FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 class Arena:
-    """The memory a kernel may touch: from the first to the last element of each of its arguments."""
+    """Valid address range of a kernel launch: from the first to the last element of each argument."""
 
     def __init__(self, kernel: str, arguments) -> None:
         self.kernel = kernel
@@ -53,7 +53,7 @@ class Arena:
                 yield x.data_ptr(), x.data_ptr() + span * x.element_size()
 
     def check(self, addresses: np.ndarray, mask: np.ndarray, size: int, what: str) -> None:
-        """Every address that the mask lets through holds `size` bytes of an argument, or an IndexError says not."""
+        """Bounds check: raise IndexError unless every unmasked address of `size` bytes lies in an argument."""
         wanted = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)].astype(np.uint64)
         place = np.searchsorted(self.firsts, wanted, side="right")
         outside = place == 0
@@ -108,7 +108,7 @@ def _take_turns() -> None:
 
 
 def correct() -> None:
-    """Patch the interpreter; calling it again changes nothing."""
+    """Patch the interpreter; idempotent."""
     if getattr(InterpreterBuilder, "corrected", False):
         return
     InterpreterBuilder.corrected = True

@@ -1,4 +1,4 @@
-"""Kernel launch under PyTorch: direct calls in plain eager, registered operators everywhere else.
+"""Kernel launch under PyTorch: direct calls in eager mode, registered operators under torch.compile and tracing.
 
 A *launcher* is a function that allocates outputs and launches kernels. `torch.compile`, fake tensors and tracing need
 it as an operator with a schema; plain eager does not, and the operator boundary costs tens of microseconds a call. So
@@ -21,12 +21,12 @@ _REAL = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_real(args: tuple) -> bool:
-    """Return whether these tensors hold numbers: not fake, not functional, not any other subclass."""
+    """Return whether these are plain tensors with data: not fake, functional or any other subclass."""
     return all(type(x) in _REAL for x in args if isinstance(x, torch.Tensor))
 
 
 def launch(kernel, grid: tuple, *args, **options) -> None:
-    """Runs a kernel on a grid, or records it when the tensors are traced; an empty grid runs nothing."""
+    """Launch a kernel on a grid, or record it while tracing; an empty grid launches nothing."""
     if 0 in grid:
         return
     if not is_real(args):
@@ -38,14 +38,14 @@ def launch(kernel, grid: tuple, *args, **options) -> None:
 
 
 class Launcher:
-    """A function that launches kernels, and its twin among PyTorch's operators."""
+    """Function that launches kernels, with its registered PyTorch operator."""
 
     def __init__(self, function: Callable, mutates: tuple[str, ...] = ()):
         functools.update_wrapper(self, function)
         self.function = function
         self.operator = None
         if not HAS_TRITON:
-            return  # nobody could call it, and registering operators imports half of the compiler, a second or two
+            return  # never callable, and registering operators imports half of the compiler, a second or two
         name = function.__name__.strip("_")
         register = torch.library.custom_op if INTERPRET else torch.library.triton_op
         self.definition = register(f"warploom::{name}", function, mutates_args=mutates)
@@ -64,12 +64,12 @@ def launcher(function: Callable) -> Launcher: ...
 @overload
 def launcher(*, mutates: tuple[str, ...]) -> Callable[[Callable], Launcher]: ...
 def launcher(function: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
-    """Makes a `Launcher` of a function; `mutates` names the arguments it writes to."""
+    """Wrap a function as a `Launcher`; `mutates` names the arguments it writes to."""
     return functools.partial(Launcher, mutates=mutates) if function is None else Launcher(function, mutates)
 
 
 class AutogradOp:
-    """A forward launcher with a gradient: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
+    """Differentiable launcher: `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs."""
 
     def __init__(self, forward: Launcher, save: Callable, backward: Callable):
         self.forward = forward
@@ -96,18 +96,18 @@ class AutogradOp:
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x with neighboring elements in its last dimension: what is expanded or strided there is copied."""
+    """x with unit stride in its last dimension; copied only if it is expanded or strided there."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (…, D) as (N, D): a view wherever strides allow one, expanded gradients included."""
+    """View x (…, D) as (N, D); copied only where strides allow no view."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 @functools.cache
 def sm_count(device: torch.device) -> int:
-    """Return how many multiprocessors to fill: where there is no GPU, those of an H100, or a token few to interpret."""
+    """Number of multiprocessors to fill: an H100's without a GPU, a few in the interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if device.type == "meta" else 3

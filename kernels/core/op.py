@@ -1,15 +1,15 @@
-"""Op records: a reference, a fused twin and a spec; and the choice between them.
+"""Op records: reference, fused kernel, test cases and budgets, and the dispatch between backends.
 
-An `Op` ties together everything one needs to know about a fused operation. `reference` is the text to read and the
-oracle to beat: plain PyTorch, differentiable, exact in float64. `fused` is the Triton twin with the same signature.
+An `Op` ties together everything one needs to know about a fused operation. `reference` is the definition and the test
+oracle: plain PyTorch, differentiable, exact in float64. `fused` is the Triton implementation with the same signature.
 `eager` is optional: where PyTorch has something faster with the same meaning (on a CPU, say), the eager path calls it
 instead of the reference; tests hold it to the same oracle. The rest of the record is the spec from which parity tests,
-gradient checks, budgets and roofline rows are generated, so an op that exists is an op that is checked.
+gradient checks, budgets and roofline rows are generated, so every op is tested.
 
 Calling an `Op` runs the path that `backend` selects:
 
     with backend("eager"): ...     # PyTorch only
-    with backend("triton"): ...    # the fused twins; on a CPU this needs TRITON_INTERPRET=1
+    with backend("triton"): ...    # the fused kernels; on a CPU this needs TRITON_INTERPRET=1
     with backend("auto"): ...      # the default: fused on a GPU, eager elsewhere
 
 `WARPLOOM_BACKEND` sets the default of the process.
@@ -49,7 +49,7 @@ _backend = _valid_backend(os.environ.get("WARPLOOM_BACKEND", "auto"), "WARPLOOM_
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops called inside on one backend: "eager", "triton" or "auto". Holds for the whole process."""
+    """Context that selects the backend of ops: "eager", "triton" or "auto"; process-wide."""
     global _backend
     before, _backend = _backend, _valid_backend(name, "backend")
     try:
@@ -59,13 +59,13 @@ def backend(name: str) -> Iterator[None]:
 
 
 def ops() -> list["Op"]:
-    """Every op of the package, in alphabetical order."""
+    """Every op of the package, alphabetically."""
     return [_REGISTRY[name] for name in sorted(_REGISTRY)]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call of an op worth testing or timing.
+    """Test or benchmark case: one call of an op.
 
     `make` receives a `Maker` and returns the positional arguments; `options` are the keyword arguments, or those
     of them that are no tensors: `make` may end with a mapping of more.
@@ -75,14 +75,14 @@ class Case:
     make: Callable[["Maker"], tuple]
     options: Mapping[str, Any] = field(default_factory=dict)
     bench: bool = False
-    """Too large for the interpreter: timed on a GPU, and compiled ahead of time for its budget."""
+    """Benchmark case, too large for the interpreter: timed on a GPU, and compiled ahead of time for its budget."""
     expanded: bool = False
     """The gradient arrives expanded with stride 0, as from `.sum().backward()`."""
     steep: bool = False
-    """A rounding of its inputs changes the result by far more than one of the result does: see `verify`."""
+    """Ill-conditioned: a rounding of its inputs changes the result by far more than its own rounding; see `verify`."""
 
     def build(self, maker: "Maker") -> tuple[list, dict]:
-        """The arguments and keyword arguments of the call."""
+        """Make the arguments of the call."""
         *args, last = self.make(maker)
         if isinstance(last, dict):
             return args, {**self.options, **last}
@@ -91,7 +91,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Resource budget of a kernel. Stack bytes are spills: the default forbids them; in a loop nothing allows them."""
+    """Resource budget of a kernel: registers, spills (stack bytes), shared memory. Loops may never spill."""
 
     registers: int = 255
     stack: int = 0
@@ -101,34 +101,34 @@ class Budget:
     vector: bool = False
     """Must access global memory 16 bytes at a time."""
     copies: int = 0
-    """Tiles that its loop must load ahead of the product on sm_90."""
+    """Pipeline depth: tiles that its loop must load ahead of the product on sm_90."""
     products: int = 0
-    """Products that its loop must keep under way on sm_90: 0 where each is waited for at once."""
+    """wgmma products that its loop must keep in flight on sm_90: 0 where each is waited for at once."""
     tensor_share: float = 0.0
     """Part of its loop's time in which shared memory must leave tensor cores busy on sm_90."""
     streams: bool = False
-    """Its warps never wait for each other inside its loop."""
+    """Its loop has no barrier between warps."""
 
 
 class Maker:
-    """Makes the tensors of a case: the same numbers on every device and in every dtype, up to rounding."""
+    """Factory of a case's tensors: the same numbers on every device and in every dtype, up to rounding."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0):
         self.dtype, self.device = dtype, torch.device(device)
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype=None, grad: bool = True):
-        """Gaussian numbers; a leaf that wants a gradient unless told otherwise."""
+        """Normal noise; a leaf that requires a gradient by default."""
         x = self._draw(torch.randn, shape) * scale + shift
         return x.to(self.device, dtype or self.dtype).requires_grad_(grad)
 
     def strided(self, *shape: int, grad: bool = True):
-        """The same, but every other column of a tensor twice as wide."""
+        """Normal noise with stride 2 in the last dimension."""
         x = self._draw(torch.randn, (*shape[:-1], 2 * shape[-1]))
         return x.to(self.device, self.dtype)[..., ::2].detach().requires_grad_(grad)
 
     def padded(self, *shape: int, grad: bool = True):
-        """The same, but with rows that are the head of longer rows: unit stride inside, a gap between."""
+        """Normal noise whose rows have a gap between them (unit stride inside)."""
         x = self._draw(torch.randn, (*shape[:-1], shape[-1] + 8))
         return x.to(self.device, self.dtype)[..., : shape[-1]].detach().requires_grad_(grad)
 
@@ -139,7 +139,7 @@ class Maker:
         return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
 
     def tensor(self, values, dtype=None):
-        """These very values."""
+        """A tensor of these values."""
         return torch.tensor(values, dtype=dtype).to(self.device)
 
     def _draw(self, sampler, shape):
@@ -152,7 +152,7 @@ class Maker:
 
 @dataclass(eq=False, kw_only=True)
 class Op(Generic[P, R]):
-    """A fused operation: call it like its reference, whose signature it has. See the module's docstring."""
+    """Fused operation, called with its reference's signature. See the module's docstring."""
 
     reference: Callable[P, R]
     fused: Callable[..., R] | None = None
@@ -162,7 +162,7 @@ class Op(Generic[P, R]):
     mutates: tuple[str, ...] = ()
     """Parameters written in place; tests compare them as if they were returned."""
     native: bool = False
-    """Of the eager path all but products by PyTorch runs in the C++ extension, on a CPU where that is built."""
+    """On a CPU, the eager path (except matrix products) runs in the C++ extension, where that is built."""
     shapes: str = ""
     """Sizes that must agree, a letter each: "x ... D, weight D"; `...` are any leading ones, the same for all.
 
@@ -211,10 +211,10 @@ class Op(Generic[P, R]):
             return self.fused(*args, **kwargs)
 
     def _addressable(self, args: Sequence, kwargs: Mapping) -> tuple[Sequence, Mapping]:
-        """The arguments with vectors that lie in one piece, of shapes that fit together: what fitted once is known."""
+        """Arguments made contiguous and checked, as kernels need them; checked shapes are cached."""
         given = (*args, *kwargs.values())
         shapes = [x.shape if isinstance(x, torch.Tensor) else None for x in given]
-        if torch.compiler.is_compiling():  # whose guards are not to follow what is known
+        if torch.compiler.is_compiling():  # the cache of checked shapes must not become a guard
             self._check_shapes({**dict(zip(self._names, args)), **kwargs})
         elif (key := (*kwargs, *shapes)) not in self._fitting:
             self._check_shapes({**dict(zip(self._names, args)), **kwargs})
@@ -271,7 +271,7 @@ def _device_of(name: str, args, kwargs) -> torch.device:
 
 
 def _dense(x):
-    """A vector without gaps, as kernels read it; anything else as it is."""
+    """A contiguous vector; anything else unchanged."""
     return x.contiguous() if isinstance(x, torch.Tensor) and x.dim() == 1 and x.stride(0) != 1 else x
 
 

@@ -1,8 +1,8 @@
-"""Random numbers without state: Philox-4x32-10, a function of (seed, position, index) and nothing else.
+"""Counter-based random numbers: Philox-4x32-10, a pure function of (seed, position, index).
 
 A counter-based generator scrambles a counter under a key: ten rounds of multiplying, xoring and swapping make 128 bits
-that pass every known test. There is no stream to advance, so the number that token 17 of request A sees does not depend
-on who else is in the batch, and any device computes the same bits. Salmon et al., SC 2011.
+that pass every known test. There is no state to advance, so the noise of token 17 of request A does not depend on the
+rest of the batch, and any device computes the same bits. Salmon et al., SC 2011.
 
 The key is the 64-bit seed, the counter is (index / 4, position low, position high, 0), and index i takes output word
 i mod 4: four neighbors share a scramble.
@@ -36,7 +36,7 @@ def _scramble(c0, c1, c2, k0, k1):
 
 
 def exponential(bits: torch.Tensor) -> torch.Tensor:
-    """Exponentially distributed float32 numbers, −log(1 − v) of a uniform v.
+    """Exponentially distributed float32 noise: −log(1 − v) of a uniform v.
 
     Of many such numbers the smallest counts, so v keeps all 32 bits near zero, and there a series replaces the
     logarithm of 1 − v, which would round them away.
@@ -50,7 +50,7 @@ def exponential(bits: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def philox_bits(seed, position, first, COUNT: tl.constexpr):
-    """`random_bits` of indices first … first + COUNT − 1, as uint32; `first` and COUNT are multiples of four."""
+    """Triton version of `random_bits` for indices first … first + COUNT − 1; both must be multiples of four."""
     c0 = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
     zero = c0 ^ c0
     c1 = zero + (position & 0xFFFFFFFF).to(tl.uint32)
@@ -71,7 +71,7 @@ def philox_bits(seed, position, first, COUNT: tl.constexpr):
 
 @triton.jit
 def philox_exponential(seed, position, first, COUNT: tl.constexpr):
-    """`exponential` of the same."""
+    """Triton version of `exponential`."""
     bits = philox_bits(seed, position, first, COUNT)
     v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
     return tl.where(v < 0.015625, v * (1 + v * (0.5 + v * (0.3333333333333333 + v * 0.25))), -tl.log(1 - v))

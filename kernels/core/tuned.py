@@ -1,7 +1,7 @@
-"""Launch settings found by measuring, checked in per family of devices; an analytic default for everything else.
+"""Tuned launch settings by device family and kernel, checked in; an analytic default for everything else.
 
 `tuned.json` maps family → kernel → key → settings. A key describes what the settings may depend on: widths and head
-sizes, never the number of rows, for a row's result must not depend on its neighbors. Nothing is tuned at run time:
+sizes, never the number of rows, for batch invariance. Nothing is tuned at run time:
 `warploom bench kernels --tune` searches on a GPU and rewrites the file.
 """
 
@@ -27,7 +27,7 @@ def _table() -> dict:
 
 
 def family(device: torch.device) -> str:
-    """The name under which a device's settings are filed: "sm_90" for a Hopper GPU, "none" without one.
+    """Device family of the tuning file: "sm_90" for a Hopper GPU, "none" without a GPU.
 
     Meta tensors stand for the GPU that is compiled for, so that budgets hold for what was tuned."""
     if device.type == "cpu":
@@ -37,7 +37,7 @@ def family(device: torch.device) -> str:
 
 
 def tuned(kernel: str, device: torch.device, key: object, default: dict) -> dict:
-    """The settings to launch `kernel` with: those on file for this family and key, over `default`."""
+    """Launch settings of a kernel: tuned ones for this family and key, over `default`."""
     asked[kernel] = (str(key), default)
     if _trial and kernel in _trial:
         return {**default, **_trial[kernel]}
@@ -47,7 +47,7 @@ def tuned(kernel: str, device: torch.device, key: object, default: dict) -> dict
 
 @contextmanager
 def trying(kernel: str, settings: dict) -> Iterator[None]:
-    """Launch `kernel` with these settings inside: how the tuner compares them."""
+    """Context that forces these settings for `kernel`, for the tuner."""
     _trial[kernel] = settings
     try:
         yield
@@ -56,7 +56,7 @@ def trying(kernel: str, settings: dict) -> Iterator[None]:
 
 
 def record(device: torch.device, kernel: str, key: str, settings: dict) -> None:
-    """File what the tuner found."""
+    """Write a tuning result to the file."""
     table = _table()
     table.setdefault(family(device), {}).setdefault(kernel, {})[key] = settings
     temporary = FILE.with_suffix(".tmp")

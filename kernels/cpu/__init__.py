@@ -1,1 +1,1 @@
-"""Bindings of the C++ training kernels as differentiable functions."""
+"""CPU kernels for training: bindings of the C++ extension as differentiable functions."""

@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU, one fused pass in C++ (csrc/cpu/training/dense_attention.cpp).
+"""Fused causal attention for CPU training, in C++ (csrc/cpu/training/dense_attention.cpp).
 
 Register tiles that never leave the cache, and nothing above the diagonal: twice as fast as PyTorch's in float32. On a
 CPU of AMD with avx512_bf16 products of bfloat16 heads are of pairs: weights and the gradients of scores are rounded
@@ -19,7 +19,7 @@ LONGEST = 4096  # the scores of 64 queries stay in the cache
 
 
 def cpu_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float | None) -> Tensor | None:
-    """softmax(q · k · scale) v, each query over the keys up to its own; None where PyTorch's own attention is to."""
+    """Fused causal attention; None where PyTorch's own is to be used."""
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     if fuses(q_BTHD, k_BTKD, v_BTKD):
         return _Fused.apply(q_BTHD, k_BTKD, v_BTKD, scale)
@@ -27,7 +27,7 @@ def cpu_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float |
 
 
 def fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Is this a call that the pass is for: float32 or bfloat16, on a CPU, heads of whole vectors?"""
+    """Return whether the fused pass applies: float32 or bfloat16, on a CPU, head sizes of whole SIMD vectors."""
     return 1 < q.shape[1] == k.shape[1] <= LONGEST and q.shape[-1] % 16 == 0 and pointwise.is_supported(q, k, v)
 
 

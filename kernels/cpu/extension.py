@@ -1,4 +1,4 @@
-"""The CPU engine in C++, `warploom._native`: one place that loads it, and says so where it is missing."""
+"""Loading of the C++ extension `warploom._native`, by SIMD level."""
 
 import os
 import warnings
@@ -16,7 +16,7 @@ MODULES = {
 
 
 def import_native() -> ModuleType:
-    """The extension compiled for the largest registers that this CPU has; ImportError says why there is none."""
+    """Import the extension of the widest SIMD level this CPU has; ImportError says why there is none."""
     reasons = []
     for name in MODULES.get(torch.backends.cpu.get_cpu_capability(), ("_native",)):
         try:
@@ -27,7 +27,7 @@ def import_native() -> ModuleType:
 
 
 def load() -> ModuleType | None:
-    """The extension, or None where PyTorch is to do its work: it was not built, or WARPLOOM_NATIVE=0 asks for that."""
+    """The extension, or None where PyTorch is used instead: not built, or disabled by WARPLOOM_NATIVE=0."""
     if os.environ.get("WARPLOOM_NATIVE") == "0":
         return None
     if __name__.startswith("kernels."):  # transformers looks for such a package, and a clone's root is on sys.path

@@ -1,4 +1,4 @@
-"""A layer's rows on a CPU: all that it does with each token by itself, as two differentiable functions.
+"""Fused Transformer block for CPU training: everything token-wise, as two differentiable functions.
 
     norm_qkv_rope    (delta, stream) → (q, k, v, stream)        join, norm, projection, rotation
     out_proj_mlp     (gathered, stream) → (delta, stream)       projection, join, norm, gated feed-forward
@@ -39,7 +39,7 @@ if HAS_FUSED_BLOCK:
 
 
 def is_supported(stream_BTC: Tensor, *weights: Tensor) -> bool:
-    """Can the two functions take a stream and a layer's weights?"""
+    """Return whether the fused functions take this stream and a layer's weights."""
     dtype = stream_BTC.dtype
     return (
         HAS_FUSED_BLOCK
@@ -63,7 +63,7 @@ def norm_qkv_rope(
     sin: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (B, T, H, D), k and v (B, T, K, D) of the normalized sum of `delta` and `stream`, and the sum.
+    """Fused residual add, RMSNorm, QKV projection and RoPE: q (B, T, H, D), k and v (B, T, K, D), new stream.
 
     q and k are turned as by `rope`, where there are tables for it."""
     return _NormQkvRope.apply(delta_BTC, stream_BTC, norm_C, eps, qkv_JC, heads, cos, sin, positions)
@@ -78,7 +78,7 @@ def out_proj_mlp(
     gate_up: Tensor,
     down: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what a SwiGLU feed-forward adds to the stream that attention's heads have joined, and that stream."""
+    """Fused output projection, residual add, RMSNorm and SwiGLU: (what the MLP adds to the stream, the stream)."""
     return _OutProjMlp.apply(gathered_BTHD, stream_BTC, output, norm_C, eps, gate_up, down)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products for training on a CPU, in C++ (csrc/cpu/training/gemm.cpp), where they are faster than PyTorch's.
+"""GEMM for CPU training, in C++ (csrc/cpu/training/gemm.cpp), used where it is faster than PyTorch's.
 
 On a CPU of AMD they are: Intel's library takes no AVX-512 there (100 GFLOP/s of a Zen 5 core's 263 in float32; ours
 200 to 250), and oneDNN multiplies bfloat16 at 440 of 527 (ours 480 to 500, once a weight is packed). Elsewhere
@@ -25,17 +25,17 @@ _FAST = {
 
 
 def is_fast(dtype: torch.dtype) -> bool:
-    """Return whether products of this format are faster here than in PyTorch."""
+    """Return whether our products of this dtype are faster than PyTorch's here."""
     return _FAST.get(dtype, False)
 
 
 def room(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for tokens that C++ packs as an operand of `weight_gradient`."""
+    """Allocate an operand of `weight_gradient` for tokens that C++ packs."""
     return torch.empty((tokens + BLOCK - 1) // BLOCK * BLOCK, columns, dtype=dtype)
 
 
 def fits(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
-    """Return whether these products take this weight for these tokens, and are faster by themselves.
+    """Return whether our GEMM takes this weight and these tokens, and is faster for one product alone.
 
     In float32 only: in bfloat16 packing costs what oneDNN's product takes longer, unless it is done by the way.
     """
@@ -43,13 +43,13 @@ def fits(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
 
 
 def takes(x: Tensor, weight_OI: Tensor, *more: Tensor) -> bool:
-    """Return whether these products are for such a weight and tokens, in a format in which they are fast."""
+    """Return whether our GEMM takes this weight and these tokens, in a dtype in which it is fast."""
     whole = is_fast(x.dtype) and not any(n % GRAIN[x.dtype] for n in weight_OI.shape)
     return whole and op._backend != "triton" and pointwise.is_supported(x, weight_OI, *more)
 
 
 class Packed:
-    """A weight (O, I) laid out for products with rows (N, I) and with their gradients (N, O)."""
+    """Weight (O, I) packed for products with rows (N, I), forward, and with gradients (N, O), backward."""
 
     def __init__(self, weight_OI: Tensor, both: bool = True) -> None:
         self.weight = weight_OI.contiguous()
@@ -75,21 +75,21 @@ class Packed:
 
 
 def packed_tokens(x_NI: Tensor, left: bool) -> Tensor:
-    """Rows as an operand of `weight_gradient`."""
+    """Pack rows as an operand of `weight_gradient`."""
     packed = room(*x_NI.shape, x_NI.dtype)
     _native.pack_tokens(x_NI, left, packed)
     return packed
 
 
 def weight_gradient(left: Tensor, right: Tensor, tokens: int) -> Tensor:
-    """dW (O, I) of packed gradients of outputs and packed inputs, summed in float32, in the operands' format."""
+    """dW (O, I) from packed output gradients and packed inputs, accumulated in float32, in their dtype."""
     out = torch.empty(left.shape[1], right.shape[1], dtype=left.dtype)
     _native.multiply_tokens(left, right, tokens, out, False, torch.get_num_threads())
     return out
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x (…, I) · weightᵀ + bias, of operands that fit."""
+    """Differentiable linear layer, x (…, I) · weightᵀ + bias, for operands that `fits`."""
     return _Linear.apply(x, weight_OI, bias_O)
 
 

@@ -1,4 +1,4 @@
-"""The output layer and its loss on a CPU whose products are ours (gemm.py), 64 rows at a time.
+"""Fused LM head and cross-entropy on a CPU, on our GEMM (gemm.py), 64 rows at a time.
 
 A tile's logits stay in the cache of its thread: product, loss, gradient, product with the weight, and their packing as
 an operand of the weight's gradient, which is a sum in float32 over slabs of rows (csrc/cpu/training/token_rows.cpp).
@@ -19,12 +19,12 @@ SLAB = 1 << 23  # logits: their gradients, 16 MB in bfloat16, are read once more
 
 
 def fits(hidden_NC: Tensor, weight_VC: Tensor) -> bool:
-    """Return whether the loss can go that way, and is faster for it."""
+    """Return whether the fused loss applies, and is faster."""
     return hidden_NC.dtype == torch.bfloat16 and gemm.takes(hidden_NC, weight_VC)
 
 
 def rows_per_slab(V: int) -> int:
-    """Whole blocks of rows, so that a weight's gradient adds up in the same order whatever their number."""
+    """Rows of a slab: whole blocks, so that weight gradients sum in one order whatever the number of rows."""
     return max(1, SLAB // V // gemm.BLOCK) * gemm.BLOCK
 
 
@@ -37,7 +37,7 @@ def walk(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses of all rows and, given each row's upstream gradient, the gradients of hidden and weight."""
+    """Losses of all rows; given their upstream gradients, also the gradients of hidden and weight."""
     (N, C), V, dtype = hidden_NC.shape, len(weight_VC), hidden_NC.dtype
     hidden_NC, targets_N, weight_VC = hidden_NC.contiguous(), targets_N.contiguous(), weight_VC.contiguous()
     packed = gemm.Packed(weight_VC, want_hidden)

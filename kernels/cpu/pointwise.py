@@ -1,5 +1,5 @@
-"""Passes over rows on a CPU, in C++ (csrc/cpu/training/pointwise.cpp): norms, gates, rotations and losses, forward and
-backward.
+"""Pointwise and row-wise CPU kernels in C++ (csrc/cpu/training/pointwise.cpp): norms, gates, RoPE and losses, forward
+and backward.
 
 Eager PyTorch walks memory once an operation. Beside matrix products, that is where a training step on a CPU spends its
 time: a gate takes three passes forward and seven back, a norm with its residual nine and twelve. Here each reads its
@@ -30,7 +30,7 @@ CHUNK = 64  # rows a partial sum: NormBackward::kChunk
 
 
 def find_openmp() -> tuple[int, ...] | None:
-    """The addresses of three functions of the OpenMP library whose threads torch uses; None where there is none.
+    """Addresses of three functions of the OpenMP runtime that torch uses; None if there is none.
 
     GNU's library and LLVM's and Intel's all have them. Whichever it is and wherever it lies, it is among the libraries
     that torch's own depends on, and a symbol is looked up in all of those.
@@ -46,13 +46,13 @@ def find_openmp() -> tuple[int, ...] | None:
 
 
 def mapped_libraries(*names: str) -> list[str]:
-    """Paths of the shared libraries of these names that the process has loaded, in the order of the names."""
+    """Paths of the loaded shared libraries of these names, in the order of the names."""
     paths = _mapped_files()
     return [path for name in names for path in paths if re.match(rf"{name}[.-]", Path(path).name)]
 
 
 def _mapped_files() -> list[str]:
-    """Paths of the files that the process has mapped, each once: by Linux's list, or by the dynamic linker of macOS."""
+    """Paths of the files mapped into the process, by /proc or by macOS's dynamic linker."""
     if sys.platform == "darwin":
         dyld = ctypes.CDLL(None)
         dyld._dyld_get_image_name.restype = ctypes.c_char_p
@@ -71,7 +71,7 @@ HAS_OPENMP = _openmp is not None
 
 
 def is_supported(*tensors: torch.Tensor) -> bool:
-    """Return whether the C++ loops take these: on a CPU, of one number format that C++ knows, and holding numbers.
+    """Return whether the C++ loops take these tensors: on a CPU, of one supported dtype, with data.
 
     And they have all the threads that torch's own operations would have."""
     dtype = tensors[0].dtype
@@ -86,13 +86,13 @@ def is_supported(*tensors: torch.Tensor) -> bool:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x (…, D) as (N, D) with unit stride inside its rows: a view where possible."""
+    """View x (…, D) as (N, D) with unit stride inside rows, where possible."""
     rows = as_rows(x)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class _Norm(torch.autograd.Function):
-    """(normed, sum) of x and a residual, or (normed, x)."""
+    """Autograd function of (optional residual add and) RMSNorm: (normed, sum) or (normed, x)."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
@@ -123,12 +123,12 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`rms_norm`."""
+    """C++ version of `rms_norm`."""
     return _Norm.apply(x, None, weight, eps)
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
-    """`add_rms_norm`."""
+    """C++ version of `add_rms_norm`."""
     return _Norm.apply(x, residual, weight, eps)
 
 
@@ -172,12 +172,12 @@ class _PackedGate(torch.autograd.Function):
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """`swiglu`."""
+    """C++ version of `swiglu`."""
     return _Gate.apply(gate, up, activation)
 
 
 def packed_gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """`swiglu_packed`."""
+    """C++ version of `swiglu_packed`."""
     return _PackedGate.apply(gate_up, activation)
 
 
@@ -205,19 +205,19 @@ def _rotated(x, cos, sin, positions, sign) -> torch.Tensor:
 
 
 def rope(q, k, cos, sin, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rope` of half-split pairs."""
+    """C++ version of `rope`, half-split."""
     return _Rope.apply(q, k, cos, sin, positions)
 
 
 def attention(q, k, v, o, stats, scale: float, *gradients: torch.Tensor) -> None:
-    """Causal attention of (B, T, H, D) over (B, T, K, D) into o and each query's statistics (2, B, H, T).
+    """Causal attention of (B, T, H, D) over (B, T, K, D), into o and each query's softmax statistics (2, B, H, T).
 
     Given (dq, dk, dv) too, the gradients instead, from that of the result in the place of o and the statistics."""
     _native.attention(scale, stats, q, k, v, o, *gradients)
 
 
 def entropy(logits_NV, targets_N, upstream_N, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
-    """Losses of the rows; given each row's upstream gradient, the logits are replaced by theirs."""
+    """Losses of the rows; given their upstream gradients, overwrites the logits with their gradients."""
     losses_N, targets_N = torch.empty(len(logits_NV)), targets_N.contiguous()
     upstream_N = None if upstream_N is None else upstream_N.contiguous()
     _native.cross_entropy(ignore_index, smoothing, z_loss, logits_NV, targets_N, upstream_N, losses_N)
@@ -244,7 +244,7 @@ class _Entropy(torch.autograd.Function):
 
 
 def cross_entropy(logits, targets, ignore_index: int, smoothing: float, z_loss: float) -> torch.Tensor:
-    """`cross_entropy`, a loss a row."""
+    """C++ version of `cross_entropy`, unreduced."""
     rows = logits.reshape(-1, logits.shape[-1]).contiguous()
     losses_N = _Entropy.apply(rows, targets.reshape(-1).contiguous(), ignore_index, smoothing, z_loss)
     return losses_N.view(targets.shape)

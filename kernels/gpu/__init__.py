@@ -1,1 +1,1 @@
-"""Triton kernels too large for their op's file, and their launches."""
+"""Large Triton kernels and their launches."""

@@ -42,7 +42,7 @@ def attention_delta_kernel(
     tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta: the row sums of o · do."""
+    """FlashAttention's delta: row sums of o · do."""
     batch, head, row, first, _token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, False
     )
@@ -67,7 +67,7 @@ def attention_dq_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one block of queries, in a loop over the keys that it sees."""
+    """dq of one block of queries, in a loop over visible keys."""
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     batch, head, row, first, token, stats, q_len, k_len = tile_coordinates(
         cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences, BLOCK_M, SEARCH_STEPS, CAUSAL
@@ -117,7 +117,7 @@ def _hide_keys(
     p, position, key, keys, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, BLOCK_M): p, and zero where a row does not see a key. `position` is the first row's."""
+    """Mask (BLOCK_N, BLOCK_M) probabilities: zero where a row does not see a key. `position`: of the first row."""
     if TMA or not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
         there = position + tl.arange(0, BLOCK_M)
         if CAUSAL:
@@ -140,7 +140,7 @@ def attention_dkdv_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys walks over the queries that see it, head after head of those that share it, in one loop:
+    """dk and dv of one block of keys, in one loop over the queries that see it, over all heads of its group.
     a loop in a loop cost 45 registers. Keys are the rows here, so that P and dS feed their products from registers.
 
     Rows behind the last query arrive as zeros and add nothing, keys behind the last are not stored: neither is masked.

@@ -1,7 +1,7 @@
-"""Warp-specialized attention for Hopper by its copy engine (TMA): conditions and launches.
+"""Warp-specialized attention for Hopper (TMA): conditions and launches.
 
 The kernels are those of every GPU, with `TMA` set: loads by descriptor, warps split by role (`attention_tiles.py`).
-What the copy engine cannot address, numbers of more than 16 bits and heads of more than 128 they load by pointers.
+Tensors that TMA cannot address, dtypes of more than 16 bits and heads of more than 128 are loaded by pointers.
 """
 
 import os
@@ -17,7 +17,7 @@ NAMES = ("forward", "dq", "dkdv")
 
 
 def _chosen(setting: str) -> set[str]:
-    """The kernels that WARPLOOM_HOPPER names."""
+    """Kernels selected by WARPLOOM_HOPPER."""
     named = {"1": set(NAMES), "0": set()}.get(setting, set(setting.split(",")))
     if named - set(NAMES):
         raise ValueError(f"WARPLOOM_HOPPER is {setting!r}; valid are 0, 1 and names out of {','.join(NAMES)}")
@@ -30,7 +30,7 @@ _proven: set[str] = set()
 
 
 def tma_can_address(kernel: str, *tensors: torch.Tensor) -> bool:
-    """Return whether the copy engine can address these tensors (B, T, H, D), and this device has one that we know."""
+    """Return whether TMA can address these tensors (B, T, H, D), on a device where we use it."""
     q = tensors[0]
     if kernel not in hopper_kernels or architecture(q.device) != 90:
         return False
@@ -38,20 +38,20 @@ def tma_can_address(kernel: str, *tensors: torch.Tensor) -> bool:
 
 
 def _addressable(x: torch.Tensor) -> bool:
-    """The copy engine wants neighbors in the last dimension, all else at multiples of 16 bytes, and no stride of 0,
-    as that of a gradient expanded over tokens or heads."""
+    """TMA's alignment rules: unit stride in the last dimension, all other strides multiples of 16 bytes and not 0 (as
+    in gradients expanded over tokens or heads)."""
     base = x.data_ptr() if is_real((x,)) and x.device.type != "meta" else x.storage_offset() * x.itemsize
     steps = (*(n * x.itemsize for n in x.stride()[:3]), base)
     return x.numel() > 0 and x.stride(3) == 1 and min(x.stride()[1:3]) > 0 and not any(n % 16 for n in steps)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Room for the descriptors that programs write, on the device of the launch, which is the current one."""
+    """Workspace for the tensor descriptors that programs write, on the device of the launch."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def gives_up(kernel: str, error: Exception) -> bool:
-    """Return whether a launch that failed was this kernel's first, as on a compiler that refuses it. It is not tried
+    """Return whether a failed launch was this kernel's first one, as on a compiler that refuses it; it is not tried
     again."""
     if kernel in _proven or isinstance(error, torch.OutOfMemoryError):
         return False
@@ -66,13 +66,13 @@ def gives_up(kernel: str, error: Exception) -> bool:
 
 
 def works(kernel: str) -> None:
-    """Record a kernel's first successful launch, after which a failure is an error."""
+    """Record a kernel's first successful launch; any later failure is an error."""
     _proven.add(kernel)
 
 
 def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Four warps, which the compiler multiplies by three; with more it ignores the split. Overflow checks
-    (TRITON_DEBUG=1) would put branches into the loop: they stay off.
+    """Launch settings: four warps, which the compiler triples; with more, it ignores warp specialization. Overflow
+    checks (TRITON_DEBUG=1) would put branches into the loop: they stay off.
 
     To be called before each launch, in its thread: Triton asks this thread's allocator for the descriptors' room, ours
     where nobody has set one."""

@@ -1,4 +1,4 @@
-"""Launching the attention kernels: which tiles, which grid, and how the pieces join PyTorch's autograd.
+"""Launch of the attention kernels: tiles, grid, autograd.
 
 The tiles below are reasoned, not searched: the largest whose accumulators stay in registers, by head size and
 architecture, each compiled ahead of time and found free of spills.
@@ -66,7 +66,7 @@ def tile_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, plain
 
 
 def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: Callable) -> None:
-    """`run(tile)` with Hopper's tile of this kernel or, if its first launch fails or without, the portable one."""
+    """Launch with Hopper's tile of this kernel, or with the portable one if there is none or its first launch fails."""
     D, dtype, device = q.shape[3], q.dtype, q.device
     if hopper:
         try:
@@ -79,7 +79,7 @@ def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: C
 
 
 class _Grid:
-    """Launch grid over tiles and heads, and the constants by which a program finds its tile."""
+    """Launch grid over tiles and heads, with the constants by which a program finds its tile."""
 
     def __init__(self, q, k, cu, block, heads, length, kv_len):
         B, D = q.shape[0], q.shape[3]
@@ -107,20 +107,19 @@ def _meaning(q, k, cu, causal, window, softcap, scale):
 
 
 def search_steps(sequences: int) -> int:
-    """Steps of a bisection among so many, in fours: a step too many does nothing, a kernel too many is compiled."""
+    """Bisection steps to find a sequence among so many, rounded up to fours: fewer kernel variants to compile."""
     return max(4, 4 * cdiv((sequences - 1).bit_length(), 4))
 
 
 def _blank(x: torch.Tensor, cu: torch.Tensor | None) -> torch.Tensor:
-    """Allocate a result shaped like x; tokens behind the last sequence of a ragged batch stay zero."""
+    """Allocate a result shaped like x; padding behind the last sequence of a ragged batch is zero."""
     make = torch.empty if cu is None else torch.zeros
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _statistics(*shape: int, cu: torch.Tensor | None, device: torch.device, zero: bool) -> torch.Tensor:
-    """Room for a number a query. Each row, and of a ragged batch each sequence, begins at a multiple of 16 bytes; what
-    fills up a row is zero, as `zero` makes all of it, for kernels that read whole tiles and multiply what they must not
-    use by zero."""
+    """Allocate a number a query. Rows (and sequences of a ragged batch) start at multiples of 16 bytes; padding is
+    zero, as kernels read whole tiles and multiply what they must not use by zero. `zero` clears all of it."""
     *outer, T = shape
     whole = 4 * cdiv(T, 4) if cu is None else 4 * cdiv(T, 4) + 4 * len(cu)
     make = torch.zeros if zero or (cu is None and whole > T) else torch.empty
@@ -218,7 +217,7 @@ def attention_backward(
 
 
 def _sinks_gradient(sinks: torch.Tensor | None, lse_2BHT: torch.Tensor, delta_BHT: torch.Tensor) -> torch.Tensor:
-    """A sink has no value, so the gradient of its score is its probability times minus delta, summed over queries."""
+    """Gradient of sinks: minus probability times delta, summed over queries (a sink has no value)."""
     if sinks is None:
         return lse_2BHT.new_empty(0)
     p_BHT = torch.exp2((sinks.float() * math.log2(math.e))[:, None] - lse_2BHT[0])
@@ -246,13 +245,13 @@ _attend = AutogradOp(attention_forward, _save, _gradient)
 
 
 def check_scale(op: str, scale: float | None) -> None:
-    """The largest score is looked for before it is scaled, so a scale must keep their order."""
+    """Refuse a scale that is not positive: the row maximum is taken before scaling."""
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale is {scale}; it must be greater than 0, or None for 1 / sqrt(head dim)")
 
 
 def check(q, k, v, window, cu_seqlens, scale, sinks):
-    """Refuse what does not fit together: a kernel would follow it out of its memory."""
+    """Check shapes and options: a kernel would read out of bounds."""
     H, K = q.shape[-2], k.shape[-2]
     if H % K:
         raise ValueError(f"attention: {H} query heads over {K} key heads; the former must be a multiple of the latter")
@@ -270,7 +269,7 @@ def check(q, k, v, window, cu_seqlens, scale, sinks):
 def attention_fused(
     q, k, v, *, causal=True, window=None, softcap=None, scale=None, sinks=None, cu_seqlens=None, max_seqlen=None
 ):
-    """The fused twin of `attention`: same arguments, same meaning."""
+    """Fused implementation of `attention`."""
     check(q, k, v, window, cu_seqlens, scale, sinks)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must be of one dtype")

@@ -1,4 +1,4 @@
-"""Tile arithmetic of all attention kernels: masks, ranges of visible blocks, and addresses of tiles.
+"""Shared tile arithmetic of the attention kernels: masks, ranges of visible blocks, tile addresses.
 
 A query at row i of a sequence sits at key position i + shift, where shift = keys - queries: the mask is aligned at the
 end, so a chunk of new queries sees the whole past. `causal` hides the future; `window` hides what is W or more away.
@@ -13,15 +13,15 @@ sequence s, a number a query, begin at (cu[s] + 4 s) & ~3: at a multiple of 16 b
 Products that reach an address are 64-bit; row numbers, which masks compare, are 32-bit.
 
 The same kernels load tiles in two ways. By pointers (`TMA` false): any tensor, any GPU. Or by descriptors: base, shape
-and strides of a matrix, from which the copy engine (TMA) of a Hopper GPU finds a tile, with zeros where it overhangs.
-Loads by descriptor let Triton split a program by roles (`warp_specialize`): one warp group, the producer, only asks the
-copy engine for tiles; two others, the consumers, multiply and take exponentials, one half of the rows each, so that
-while one waits for the tensor cores the other keeps them busy. mbarriers say which tile is full and which is free.
-Within a group, every `wgmma` is waited for at once: softmax and products of one group do not overlap, as they do in
-FlashAttention-3, whose ablation puts a price on it: 582 against 661 TFLOP/s.
+and strides of a matrix, from which Hopper's copy engine (TMA) loads a tile, zero-padded where it overhangs. Loads by
+descriptor let Triton specialize warps (`warp_specialize`): one warp group, the producer, only issues TMA loads; two
+others, the consumers, multiply and take exponentials, one half of the rows each, so that while one waits for the tensor
+cores the other keeps them busy. mbarriers say which tile is full and which is free. Within a group, every `wgmma` is
+waited for at once: softmax and products of one group do not overlap, as they do in FlashAttention-3, whose ablation
+puts a price on it: 582 against 661 TFLOP/s.
 
-The split wants one loop, no branch inside, no early return. Hence a tile without work walks no keys, in both forms, and
-with descriptors every block is masked, which otherwise a branch spares those inside of the run.
+Warp specialization wants one loop, no branch inside, no early return. Hence a tile without work runs an empty loop, and
+with descriptors every block is masked, where a branch otherwise skips the mask for fully visible blocks.
 """
 
 from ..core.lang import tl, triton
@@ -33,7 +33,7 @@ UNSPECIALIZED = ("tiles", "batch_heads", "heads_in_l2", "q_len", "k_len", "seque
 
 @triton.jit
 def sequence_of_tile(tile, cu, sequences, BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr):
-    """The sequence that owns a tile of a ragged batch, by bisection: the last s with cu[s] // BLOCK + s <= tile.
+    """Sequence that owns a tile of a ragged batch, by bisection: the last s with cu[s] // BLOCK + s <= tile.
 
     A fixed number of halvings without a branch: a loop that ends when it is done defeats warp specialization."""
     low = tl.cast(0, tl.int32)
@@ -51,8 +51,8 @@ def tile_coordinates(
     cu, tiles, batch_heads, heads, heads_in_l2, q_len, k_len, sequences,
     BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr, REVERSE_TILES: tl.constexpr,
 ):  # fmt: skip
-    """-> (batch, head, row of the tile, its token, first token of the sequence, where its statistics begin, its
-    queries, its keys).
+    """Decode a program id: (batch, head, row of the tile, its token, first token of the sequence, offset of its
+    statistics, number of queries, number of keys).
 
     Programs start in order, so heads go in groups of `heads_in_l2`, whose keys and values fit the L2 cache, and in a
     group the tiles with the most work go first: the short ones then fill the gaps at the end, which balances a causal
@@ -90,19 +90,19 @@ def tile_offsets(rows, stride, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def head_of(x, batch, head, token, stride_b, stride_t, stride_h):
-    """Offset of the row of a token: where it begins, in one head."""
+    """Offset of a token's row in one head."""
     return x + batch * stride_b + head * stride_h + token * stride_t
 
 
 @triton.jit
 def tile_of_head(x, batch, head, token, rows, stride_b, stride_t, stride_h, BLOCK_D: tl.constexpr):
-    """Pointers to a (rows, BLOCK_D) tile of one head, its rows counted from a token."""
+    """Pointers to a (rows, BLOCK_D) tile of one head, rows counted from a token."""
     return head_of(x, batch, head, token, stride_b, stride_t, stride_h) + tile_offsets(rows, stride_t, BLOCK_D)
 
 
 @triton.jit
 def load_tile(pointers, rows, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile with zeros where it overhangs."""
+    """Load a tile, zero-padded where it overhangs."""
     mask = rows[:, None] < limit
     if BLOCK_D != D:
         mask = mask & (tl.arange(0, BLOCK_D)[None, :] < D)
@@ -111,7 +111,7 @@ def load_tile(pointers, rows, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def rows_of(base, length, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """Address of a head's rows (length, D): a descriptor, or pointers to the first tile of BLOCK."""
+    """Address of a head's rows (length, D): a TMA descriptor, or pointers to the first tile of BLOCK rows."""
     if TMA:
         rows = tl.make_tensor_descriptor(base, [tl.maximum(length, 1), D], [stride_t, 1], [BLOCK, BLOCK_D])
     else:
@@ -123,7 +123,7 @@ def rows_of(base, length, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_
 def load_rows(
     rows, first, length, stride_t, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
 ):
-    """(BLOCK, BLOCK_D) of `rows_of` from row `first` on, with zeros where the tile overhangs."""
+    """Load (BLOCK, BLOCK_D) of `rows_of` from row `first` on, zero-padded."""
     if TMA:
         tile = rows.load([first, 0])
     else:
@@ -150,7 +150,7 @@ def load_head_rows(
     rows, head, first, length, stride_h, stride_t,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, BLOCK_D) of one of the heads from row `first` on."""
+    """Load (BLOCK, BLOCK_D) of one of the heads from row `first` on."""
     if TMA:
         tile = rows.load([head, first, 0]).reshape(BLOCK, BLOCK_D)
     else:
@@ -160,8 +160,8 @@ def load_head_rows(
 
 @triton.jit
 def load_numbers(base, first, length, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """(BLOCK): a number a row from row `first` on, zero behind the last. By the copy engine too, if by it at all: the
-    split cannot halve what is loaded otherwise."""
+    """Load (BLOCK) per-row numbers from row `first` on, zero behind the last. By TMA if the tiles are: warp
+    specialization cannot halve other loads."""
     if TMA:
         numbers = tl.make_tensor_descriptor(base, [tl.maximum(length, 1)], [1], [BLOCK]).load([first])
     else:
@@ -172,7 +172,7 @@ def load_numbers(base, first, length, BLOCK: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def head_numbers_of(base, heads, length, stride_h, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """Address of the numbers of several heads, for `load_head_numbers`."""
+    """Address of the per-row numbers of several heads, for `load_head_numbers`."""
     if TMA:
         numbers = tl.make_tensor_descriptor(base, [heads, tl.maximum(length, 1)], [stride_h, 1], [1, BLOCK])
     else:
@@ -182,7 +182,7 @@ def head_numbers_of(base, heads, length, stride_h, BLOCK: tl.constexpr, TMA: tl.
 
 @triton.jit
 def load_head_numbers(numbers, head, first, length, stride_h, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """(1, BLOCK) of one of the heads from row `first` on."""
+    """Load (1, BLOCK) numbers of one of the heads from row `first` on."""
     if TMA:
         found = numbers.load([head, first])
     else:
@@ -200,7 +200,7 @@ def store_tile(pointers, tile, rows, limit, D: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def visible(q_pos, k_pos, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """May the query at key position q_pos see the key at k_pos? Operands broadcast."""
+    """Attention mask of positions: True where the query at q_pos sees the key at k_pos. Operands broadcast."""
     seen = k_pos < k_len
     if CAUSAL:
         seen = seen & (k_pos <= q_pos)
@@ -213,7 +213,7 @@ def visible(q_pos, k_pos, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def all_visible(q_first, q_last, k_first, k_last, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Does every query at q_first..q_last see every key at k_first..k_last?"""
+    """Return whether every query at q_first..q_last sees every key at k_first..k_last (no mask needed)."""
     seen = k_last < k_len
     if CAUSAL:
         seen = seen & (k_last <= q_first)
@@ -226,7 +226,7 @@ def all_visible(q_first, q_last, k_first, k_last, k_len, CAUSAL: tl.constexpr, W
 
 @triton.jit
 def last_visible(rows, q_len, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """The last key that each query row sees: what a block of keys is compared with, once."""
+    """Last key that each query row sees, computed once to be compared with blocks of keys."""
     last = rows * 0 + (k_len - 1)
     if CAUSAL:
         last = tl.minimum(last, rows + (k_len - q_len))
@@ -240,7 +240,7 @@ def hide(
     x, fill, position, rows, last, key, q_len, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N): x, and `fill` where a row does not see a key. `position` is the first row's."""
+    """Mask (BLOCK_M, BLOCK_N): x, or `fill` where a row does not see a key. `position`: of the first row."""
     if TMA or not all_visible(position, position + BLOCK_M - 1, key, key + BLOCK_N - 1, k_len, CAUSAL, WINDOW):
         keys = key + tl.arange(0, BLOCK_N)
         seen = keys[None, :] <= last[:, None]
@@ -252,7 +252,7 @@ def hide(
 
 @triton.jit
 def key_run(first, last, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys seen by any query at positions first..last: (begin, end), begin a multiple of BLOCK."""
+    """Range of keys seen by any query at positions first..last: (begin, end), begin a multiple of BLOCK."""
     begin = 0
     end = k_len
     if CAUSAL:
@@ -267,7 +267,7 @@ def key_run(first, last, k_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOC
 
 @triton.jit
 def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """Query rows that see any of the keys first..last: (begin, end), begin a multiple of BLOCK."""
+    """Range of query rows that see any of the keys first..last: (begin, end), begin a multiple of BLOCK."""
     begin = 0
     end = q_len
     if CAUSAL:
@@ -282,7 +282,7 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 @triton.jit
 def first_peak(sinks, heads, ROWS: tl.constexpr):
-    """Maximum (ROWS) of an online softmax before its first key: none, or each row's sink, whose weight is 1 then."""
+    """Initial maximum (ROWS) of an online softmax: −inf, or each row's sink, whose weight is then 1."""
     if sinks is None:
         peak = tl.full([ROWS], float("-inf"), tl.float32)
     else:
@@ -292,7 +292,7 @@ def first_peak(sinks, heads, ROWS: tl.constexpr):
 
 @triton.jit
 def capped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(SCALE * scores / SOFTCAP), by one exponential that cannot overflow into a NaN; no cap is 0."""
+    """Soft cap SOFTCAP · tanh(SCALE · scores / SOFTCAP), by one exponential without NaN by overflow; 0 is no cap."""
     if SOFTCAP > 0:
         grown = tl.exp2(scores * (2.0 * SCALE / SOFTCAP * LOG2E))
         scores = SOFTCAP - 2.0 * SOFTCAP / (1.0 + grown)
@@ -301,7 +301,7 @@ def capped(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def through_cap(ds, scores, SOFTCAP: tl.constexpr):
-    """The gradient of capped scores, carried back through the cap."""
+    """Gradient through the soft cap."""
     if SOFTCAP > 0:
         ds = ds * (1.0 - scores * scores * (1.0 / SOFTCAP / SOFTCAP))
     return ds

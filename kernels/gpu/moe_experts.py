@@ -1,4 +1,4 @@
-"""Grouped products: every expert's matrix times the rows that chose it, in one launch.
+"""Grouped GEMM of mixture of experts: every expert's matrix times its rows, in one launch.
 
 The assignments of expert e lie at places offsets[e] .. offsets[e + 1]; `offsets` begins at the first expert that is
 here. Counted from there, tile number t belongs to the last expert with offsets[e] // BLOCK_M + e <= t: each expert owns
@@ -14,7 +14,7 @@ from ..swiglu import activate
 
 @triton.jit
 def _tile_of_expert(tile, offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """-> (expert, first place of the tile, end of the expert's places); empty tiles begin at the end."""
+    """(expert, first row of the tile, end of the expert's rows); empty tiles begin at the end."""
     number = tl.arange(0, BLOCK_E)
     start = tl.load(offsets)
     begins = tl.load(offsets + number, mask=number < E, other=0) - start
@@ -32,7 +32,7 @@ def moe_grouped_gemm_swiglu_kernel(
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h = activation(x · W_gate) · (x · W_up), rows gathered from x; gate and up are kept if a backward will come.
+    """Grouped GEMM with gate: h = activation(x · W_gate) · (x · W_up), rows gathered from x; gate and up may be saved.
 
     A tile takes eight gates and their eight ups by turns, as `linear_swiglu` does: one product twice as wide reads the
     rows from shared memory once."""
@@ -77,7 +77,7 @@ def moe_grouped_gemm_kernel(
     E, N, K, columns, stride_we, stride_wn, stride_wk,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[assignment] = a[place] · W[expert]ᵀ: rows in line go in, rows by token and choice come out."""
+    """Grouped GEMM, out[assignment] = a[row] · W[expert]ᵀ: rows grouped by expert in, by token and choice out."""
     pid = tl.program_id(0)
     expert, first, end = _tile_of_expert(pid // columns, offsets, E, BLOCK_M, BLOCK_E)
     if first >= end:
@@ -103,7 +103,7 @@ def moe_combine_kernel(
     parts, weights, experts, out, T, C, first_expert, end_expert,
     TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, SOME: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[token]: the (weighted) sum of its choices' rows, first to last; of SOME experts, those that are here."""
+    """Weighted sum of each token's expert outputs, in order; with SOME, of the experts in this process."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (token[:, None] < T) & (channel[None, :] < C)
@@ -125,7 +125,7 @@ def moe_combine_kernel(
 def _through_gate(
     dh, weight, place, end, begin, F, gate_up, dgate_up, weighted, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Compute what follows from dh = dy · W_down, WIDTH features from `begin` on; returns each row's sum of dh · h."""
+    """Backward of the gate from dh = dy · W_down, WIDTH features from `begin` on; return each row's sum of dh · h."""
     feature = begin + tl.arange(0, WIDTH)
     mask = (place[:, None] < end) & (feature[None, :] < F)
     narrow = place.to(tl.int64)[:, None] * F + feature[None, :]
@@ -150,7 +150,7 @@ def moe_grouped_gemm_swiglu_bwd_kernel(
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From dy: the gradients of gate and up, the weighted h that dW_down needs, and the weights' gradient.
+    """Grouped backward from dy: gradients of gate and up, the weighted h that dW_down needs, the weights' gradients.
 
     An assignment's weight multiplies y = h · W_downᵀ, so its gradient is dy · y = (dy · W_down) · h: what is computed
     here anyway, and y need not be kept. Each tile of features gives a share, added up later in order."""
@@ -192,7 +192,7 @@ def moe_grouped_dw_kernel(
     TOP_K: tl.constexpr, GATHER_P: tl.constexpr, GATHER_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dW[expert] = pᵀ · q over the expert's places, in order; an expert nobody chose gets zeros.
+    """Grouped weight gradient, dW[expert] = pᵀ · q over the expert's rows, in order; zeros for unused experts.
 
     p and q are rows in line, or rows of tokens that are gathered: these are looked up a step early, or no copy could
     begin before its turn."""

@@ -1,4 +1,4 @@
-"""Launching the kernels of the mixture of experts, and how the pieces join PyTorch's autograd.
+"""Launch of the mixture-of-experts kernels, and their autograd.
 
 Forward: route and count, offsets, scatter, the gated product, the way back, the combination: six launches. Kept for the
 backward: the gate and up products, and the lines. Shapes depend on T, E and top_k alone, so a CUDA graph can hold all.
@@ -25,7 +25,7 @@ LARGE = 128
 
 
 def _tile(kernel: str, x: torch.Tensor, assignments: int, w: torch.Tensor) -> dict:
-    """Tiles of the grouped products: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum.
+    """Tile of the grouped GEMMs: BLOCK_M of assignments, BLOCK_N of columns, BLOCK_K of the sum.
 
     Rows of odd widths are read a number at a time, each by an address of its own in two registers: small tiles."""
     arch = generation(x.device)
@@ -46,7 +46,7 @@ def _tile(kernel: str, x: torch.Tensor, assignments: int, w: torch.Tensor) -> di
 
 
 def _rows_of_route(E: int) -> int:
-    """Tokens a program routes: its table of tokens and experts should stay in registers."""
+    """Tokens a program routes, so that its (tokens, experts) tile stays in registers."""
     return max(1, min(16, 4096 // next_power_of_2(E)))
 
 
@@ -125,7 +125,7 @@ def _route(logits, top_k, softmax, normalize):
 
 
 def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):
-    """Each expert's rows of `a` times its matrix W (N, K), given by strides; results by assignment."""
+    """Grouped GEMM: each expert's rows of `a` times its matrix W (N, K), given by strides; results by assignment."""
     A, K = a_AK.shape
     E = w.shape[0]
     out = torch.empty(A, N, dtype=a_AK.dtype, device=a_AK.device)
@@ -140,12 +140,12 @@ def _rows_product(name, a_AK, w, strides, N, order_A, offsets_E):
 
 
 def _here(logits, w, first):
-    """The numbers of the experts whose weights these are: their first and their end; None if all are here."""
+    """Range of the experts whose weights are in this process; None if all are."""
     return None if len(w) == logits.shape[1] else (first, first + len(w))
 
 
 def _combine(parts_AC, weights_TK, experts_TK, x, here):
-    """The rows of a token's choices, summed in order; without weights, they count as they are."""
+    """Sum the outputs of a token's experts in order, by weight if weights are given."""
     T, C = x.shape
     out = torch.empty(T, C, dtype=x.dtype, device=x.device)
     launch(
@@ -186,7 +186,7 @@ def moe_backward(
     columns = cdiv(F, tile["BLOCK_N"])
     dgate_up = torch.empty_like(gate_up)
     weighted_AF = torch.empty(A, F, dtype=x.dtype, device=x.device)
-    make = torch.empty if here is None else torch.zeros  # what is not computed here is no share of the gradient
+    make = torch.empty if here is None else torch.zeros  # experts in other processes contribute no gradient here
     shares = make(columns, A, dtype=torch.float32, device=x.device)
     launch(
         moe_grouped_gemm_swiglu_bwd_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
@@ -218,7 +218,7 @@ def moe_backward(
 
 
 def _weights_product(p, q, w, order_A, offsets_E, top_k, gather_p):
-    """The gradient of W (E, N, M): for each expert pᵀ · q, where one of the two is by token and gathered."""
+    """Weight gradient (E, N, M): for each expert pᵀ · q, one of which is indexed by token and gathered."""
     E, N, M = w.shape
     dw = torch.empty(E, N, M, dtype=w.dtype, device=w.device)
     tile = _tile("moe_weights", q, LARGE * E, w)
@@ -254,7 +254,7 @@ _experts = AutogradOp(moe_forward, _save, _gradient)
 def moe_fused(
     x, router_logits, w_gate_up, w_down, top_k, *, score="softmax", normalize=True, activation="silu", first=0
 ):
-    """-> (y, load_balance, z, tokens_per_expert), of which the fused twin of `moe` makes its result.
+    """Fused implementation of `moe`: (y, load_balance, z, tokens_per_expert).
 
     Under autocast the products run in its dtype, as a linear layer's would; routing never does."""
     kind = x.device.type

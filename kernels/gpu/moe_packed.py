@@ -1,4 +1,4 @@
-"""Grouped products of packed weights: every expert's codes times the rows that chose it, in one launch.
+"""Grouped GEMM with packed weights (8 or 4 bits), in one launch.
 
 `moe_experts.py` with a tile of codes widened on its way to the product (`packed_linear.py`): the same sums in the same
 order, so the bits of experts of widened weights. The codes of all experts lie one below the other, so a row of an
@@ -29,8 +29,8 @@ def moe_packed_gemm_kernel(
     TABLE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = a · W[expert]ᵀ + bias. With TOP_K rows are gathered from tokens and come out in line; without, rows in line
-    go in and come out by token and choice."""
+    """Grouped GEMM out = a · W[expert]ᵀ + bias, dequantizing W. With TOP_K, rows are gathered from tokens and grouped
+    by expert; without, grouped rows go in and come out by token and choice."""
     pid = tl.program_id(0)
     found = _tile_of_expert(pid // columns, offsets, E, BLOCK_M, BLOCK_E)
     expert, first, end = found[0], found[1], found[2]
@@ -76,7 +76,7 @@ def moe_packed_gemm(
     codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None, units: torch.Tensor,
     bits: int, group: int, table: Sequence[int], rotate: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Rows of assignments: of tokens `a`, of which each has `top_k`; or, with 0, of rows in line, by assignment."""
+    """Grouped GEMM over packed weights: tokens `a` with `top_k` experts each, or with 0 rows grouped by expert."""
     a = turned(a) if rotate else last_dim_contiguous(a)
     (A,), E, K = order.shape, len(offsets) - 1, a.shape[1]
     N, G = len(codes) // E, scales.shape[1]
@@ -100,7 +100,7 @@ def moe_packed_route(
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
-    """Weights, numbers, order and offsets of assignments to the experts from `first` on; and what routing tells."""
+    """Route to the experts from `first` on: weights, numbers, order, offsets, and the routing statistics."""
     weights_TK, experts_TK, order_A, offsets_E, counts_E, balance, z = _route(logits, top_k, softmax, normalize)
     some = offsets_E if experts == logits.shape[1] else offsets_E[first : first + experts + 1].clone()
     return weights_TK, experts_TK, order_A, some, counts_E, balance, z
@@ -116,5 +116,5 @@ def moe_packed_combine(
     here: int,
     whole: int,
 ) -> torch.Tensor:
-    """The weighted sum of each token's choices, of those that are here."""
+    """Weighted sum of the outputs of each token's experts that are in this process."""
     return _combine(parts, weights, experts, x, None if here == whole else (first, first + here))

@@ -1,4 +1,4 @@
-"""Expert routing without a sort: each assignment's expert and its place in the grouped order.
+"""Top-k expert routing with a counting sort: each assignment's expert and its place in the grouped order.
 
 The grouped product wants the assignments (token, choice) of each expert side by side. Sorting them would do; counting
 is enough. Every block of tokens counts its assignments to each expert while it routes; one program turns the counts
@@ -16,7 +16,7 @@ from ..core.lang import tl, triton
 
 @triton.jit
 def _scores(logits, inside, SOFTMAX: tl.constexpr):
-    """Scores of all experts, the probabilities that count for balance, and the logsumexp of each row."""
+    """Scores of all experts, the probabilities for the balance loss, and each row's logsumexp."""
     peak = tl.max(logits, 1)
     exps = tl.where(inside, tl.exp(logits - peak[:, None]), 0.0)
     total = tl.sum(exps, 1)
@@ -35,7 +35,7 @@ def moe_route_kernel(
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens: choose, weigh, count."""
+    """Route ROWS tokens: choose top-k, compute weights, count assignments."""
     block = tl.program_id(0).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
@@ -75,7 +75,7 @@ def moe_offsets_kernel(
     counts, probabilities, squares, begins, offsets, totals, balance, z,
     blocks, E, balance_scale, z_scale, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Where each expert's assignments begin, and those of each block among them; all in order, by one program."""
+    """Prefix sums of the counts: offsets of experts and of each block's assignments; one program, in order."""
     expert = tl.arange(0, BLOCK_E)
     own = tl.arange(0, BLOCK_B)
     at = own[:, None].to(tl.int64) * E + expert[None, :]
@@ -107,7 +107,7 @@ def moe_scatter_kernel(
     experts, begins, order,
     T, E, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The same ROWS tokens: give each assignment its place in line."""
+    """Write each assignment of ROWS tokens to its place in the grouped order."""
     block = tl.program_id(0).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
@@ -127,7 +127,7 @@ def moe_route_backward_kernel(
     T, E, stride_t, stride_e,
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits, from those of the weights and of the two losses."""
+    """Gradient of the router logits, from those of the weights and of both router losses."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
     real = row < T

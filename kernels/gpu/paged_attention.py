@@ -1,4 +1,4 @@
-"""One kernel for paged attention: prefill chunks and decode rows of one batch, in one grid that never changes.
+"""Paged attention with split-KV (flash decoding): prefill chunks and decode rows in one launch.
 
 Split-KV (flash decoding): a decode row is one query against a long context, nothing to compute and everything to read.
 So the query heads that share a key head form one tile (its keys are read once), and segments of the context are read at
@@ -48,14 +48,13 @@ UNSPECIALIZED = ("tokens", "sequences", "grid_splits", "split_programs", "stride
 
 @triton.jit
 def _rescale(m_i, new_m):
-    """Rescaling factor: what sums relative to the maximum `m_i` are multiplied by to be relative to `new_m`; a row
-    without keys is 0."""
+    """Online-softmax rescaling factor from maximum `m_i` to `new_m`; 0 for a row without keys."""
     return tl.exp2(m_i - tl.where(new_m == float("-inf"), 0.0, new_m))
 
 
 @triton.jit
 def _add_segment(m_i, l_i, acc, m_s, l_s, acc_s):
-    """Online softmax over segments: the maximum, the sum and the weighted values of what came before, and of one more.
+    """Merge one more segment into an online softmax: maxima, sums and weighted values.
 
     Adding the first segment to nothing gives that segment, to the bit."""
     new_m = tl.maximum(m_i, m_s)
@@ -66,7 +65,7 @@ def _add_segment(m_i, l_i, acc, m_s, l_s, acc_s):
 
 @triton.jit
 def _normalized(l_i, acc):
-    """The weighted mean of the values; a row without keys is zero."""
+    """Divide by the sum; a row without keys is zero."""
     return acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
 
 
@@ -75,7 +74,7 @@ def _add_stored_segments(
     partial, stats, sinks, first_head, count, stride_ps, stride_ph, stride_ss, stride_sh,
     Q_PER_KV: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """(Q_PER_KV, D): a decode row's segments, merged in order."""
+    """Merge a decode row's stored segments, in order: (Q_PER_KV, D)."""
     head = tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     m_i = first_peak(sinks, first_head + head % Q_PER_KV, ROWS)
@@ -107,7 +106,7 @@ def paged_attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G_ROWS: tl.constexpr, UNROLL: tl.constexpr,
     SCALED: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Programs below `split_programs` take one segment of one sequence that decodes, the others a tile of a chunk."""
+    """Programs below `split_programs`: a segment of a decoding sequence; the others: a query tile of a chunk."""
     BLOCK_Q: tl.constexpr = BLOCK_M // Q_PER_KV
     SCALE_LOG2: tl.constexpr = LOG2E if SOFTCAP > 0 else SCALE * LOG2E
     pid = tl.program_id(0)
@@ -237,7 +236,7 @@ def paged_attention_kernel(
 
 
 def _tile(G: int, D: int, R: int, eight: bool, dtype: torch.dtype, device: torch.device) -> dict:
-    """By the model and the device alone, never by the batch: a row's bits must not depend on its neighbors."""
+    """Tile by the model and device alone, never by the batch, for batch invariance."""
     rows = next_power_of_2(G)
     arch = generation(device)
     if arch == 0 or dtype == torch.float32:
@@ -257,12 +256,12 @@ def _tile(G: int, D: int, R: int, eight: bool, dtype: torch.dtype, device: torch
 
 
 def query_starts(query_lens: torch.Tensor) -> torch.Tensor:
-    """Cumulative query lengths: where the queries of each sequence begin, and where the last one's end (N + 1)."""
+    """Cumulative query lengths (N + 1), like cu_seqlens."""
     return torch.nn.functional.pad(query_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def arrival_counters(sequences: int, key_heads: int, device: torch.device) -> torch.Tensor:
-    """Room to count which segments are done, for calls one after the other; each leaves it as it found it: zero."""
+    """Counters of finished segments; each call leaves them zero for the next."""
     return torch.zeros(sequences * key_heads, dtype=torch.int32, device=device)
 
 
@@ -323,7 +322,7 @@ def paged_attention_fused(
     q, k_pages, v_pages, page_table, context_lens, query_lens,
     *, window=None, softcap=None, scale=None, sinks=None, k_scales=None, v_scales=None, starts=None, arrivals=None,
 ):  # fmt: skip
-    """The fused twin of `paged_attention`: same arguments, same meaning."""
+    """Fused implementation of `paged_attention`."""
     check_scale("paged_attention", scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if starts is None:
@@ -340,7 +339,7 @@ def latent_attention_fused(
     q_latent, q_turned, latents, turned, page_table, context_lens, query_lens,
     *, window=None, softcap=None, scale, k_scales=None, v_scales=None, starts=None, arrivals=None,
 ):  # fmt: skip
-    """The fused twin of `latent_attention`: same arguments, same meaning."""
+    """Fused implementation of `latent_attention`."""
     check_scale("latent_attention", scale)
     groups = q_latent.shape[1] // math.gcd(q_latent.shape[1], LATENT_HEADS)
     latents, turned = (pages.expand(-1, -1, groups, -1) for pages in (latents, turned))

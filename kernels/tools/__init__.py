@@ -1,1 +1,1 @@
-"""Tools of the kernel engineer: correctness checks, tuning, ahead-of-time compilation."""
+"""Kernel engineering tools: correctness checks, tuning, ahead-of-time compilation."""

@@ -29,16 +29,16 @@ COMPARISONS = {"slt": operator.lt, "sle": operator.le, "sgt": operator.gt, "sge"
 
 
 class Results(list):
-    """Results of a loop, where it is several values."""
+    """Several values returned by a loop."""
 
 
 class Hazard(Exception):
-    """A schedule under which the kernel hangs or reads what it should not."""
+    """Schedule under which the kernel deadlocks or reads a tile it should not (a race)."""
 
 
 @dataclass(slots=True)
 class Barrier:
-    """An mbarrier: its phase turns when all have arrived and all bytes have landed."""
+    """mbarrier: its phase flips when all threads have arrived and all bytes have landed."""
 
     count: int
     pending: int
@@ -46,7 +46,7 @@ class Barrier:
     phase: int = 0
 
     def arrive(self, count: int = 0, expected: int = 0) -> None:
-        """Count arrivals, and bytes that are expected (or have landed, below 0)."""
+        """Count arrivals and expected bytes (negative: landed)."""
         self.pending -= count
         self.missing_bytes += expected
         if self.pending < 0:
@@ -57,7 +57,7 @@ class Barrier:
 
 @dataclass(slots=True)
 class Tile:
-    """A tile of shared memory: which copy it holds, and who is at it."""
+    """Tile of shared memory: which copy it holds, and who reads or writes it."""
 
     copy: int = -1
     copying: bool = False
@@ -65,7 +65,7 @@ class Tile:
 
 
 def check(kernel: Region, arguments: Mapping[str, object], schedules: int) -> None:
-    """Raise the first `Hazard` of a program's run, with these arguments, under so many schedules.
+    """Run a program under so many random schedules; raise the first `Hazard`.
 
     Arguments left out are 16, as strides are; `pid` is the program's number."""
     for seed in range(schedules):
@@ -88,7 +88,7 @@ class Run:
         self.roles: dict[object, Role] = {}
 
     def to_the_end(self) -> None:
-        """Run what comes before the roles, then all of them."""
+        """Run the common part, then all warp roles."""
         for _ in self._statements(self.kernel, self.scope, "prologue"):
             pass
         if not self.roles:
@@ -114,7 +114,7 @@ class Run:
                 waiting[party] = condition
 
     def _land(self, party: tuple) -> None:
-        """Any of the copies on their way into an allocation."""
+        """Let one of the pending copies into an allocation land."""
         index = self.choose.choice([i for i, (*_, where) in enumerate(self.landing) if where[0] == party[1]])
         barrier, size, tile, _ = self.landing.pop(index)
         tile.copying = False
@@ -129,7 +129,7 @@ class Run:
                 scope[statement.result] = self._value(statement, [_find(scope, name) for name in statement.operands])
 
     def _value(self, statement: Statement, given: list) -> object:
-        """Value of a scalar or of the address of a tile; None if it is of no importance."""
+        """Value of a scalar or tile address; None if irrelevant."""
         kind, text = statement.name.rpartition(".")[2], statement.text.strip()
         if kind == "constant":
             found = re.match(r"(-?\d+) :|(true)|(false)", text)
@@ -222,21 +222,21 @@ class Run:
             tile.readers -= 1
 
     def _in_order(self, place: tuple, tile: Tile, reader: tuple) -> None:
-        """The n-th read of a ring of tiles must find its n-th copy."""
+        """Check that the n-th read of a ring of tiles finds its n-th copy."""
         if self.depths[place[0]] > 1 and tile.copy != self.reads[reader]:
             raise Hazard(f"role {reader[0]} reads copy {tile.copy} of a ring in place of copy {self.reads[reader]}")
         self.reads[reader] += 1
 
 
 def _find(scope: Mapping, name: str) -> Any:
-    """A value by its name; `%loop#2` is the third of several."""
+    """Look up a value by name; `%loop#2` is the third of several."""
     base, _, index = name.partition("#")
     value = scope.get(base)
     return value[int(index or 0)] if isinstance(value, Results) else value
 
 
 def _number(statement: Statement) -> int:
-    """The first number behind a barrier: a count, or bytes."""
+    """First number behind a barrier operand: a count, or bytes."""
     return int(matched(r", (\d+)", statement.text)[1])
 
 

@@ -1,4 +1,4 @@
-"""Clocks of tensor cores and of shared memory in a kernel's hot loops, counted in its PTX: the larger one bounds it.
+"""Roofline of hot loops from PTX: clocks of tensor cores and of shared memory; the larger one bounds a loop.
 
 A multiprocessor of sm_90 multiplies 2048 pairs of 16-bit numbers a clock: a `wgmma` of m64nNk16 takes N / 2 clocks.
 Shared memory moves 128 bytes a clock. The product reads its right side, 32 · N bytes, and its left, 2048 bytes unless
@@ -13,7 +13,7 @@ BULK = re.compile(r"expect_tx[^;]*,\s*(0x[0-9a-f]+|\d+)\s*;")
 
 
 def hot_loop_clocks(loops: list[str], warps: int, specialized: bool) -> tuple[int, int]:
-    """(tensor cores', shared memory's) clocks of one iteration of the innermost loops, all warp groups together.
+    """(tensor-core clocks, shared-memory clocks) of one iteration of the innermost loops, over all warp groups.
 
     In a warp-specialized kernel each group has a loop of its own, and so has who copies."""
     groups = 1 if specialized else max(1, warps // 4)
@@ -28,5 +28,5 @@ def hot_loop_clocks(loops: list[str], warps: int, specialized: bool) -> tuple[in
 
 
 def tensor_share(tensor: int, shared: int) -> float:
-    """The part of a loop's time in which tensor cores can be busy; 1 without products."""
+    """Upper bound on tensor-core utilization in a loop; 1 without products."""
     return tensor / max(tensor, shared, 1) if tensor else 1.0

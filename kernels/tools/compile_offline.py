@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what kernels cost on GPUs that are not there.
+"""Ahead-of-time compilation: registers, spills and shared memory of kernels on GPUs that are not present.
 
 Triton's compiler needs no GPU. So: install a driver that only answers "which target?", turn every launch into a
 compilation, and call the real op on meta tensors, which have shapes and strides but no memory. What compiles is
@@ -45,7 +45,7 @@ SCALAR_ACCESS = re.compile(r"(?:ld|st)\.global[.\w:]*\.b(?:8|16) ")
 
 @dataclass(slots=True)
 class Cost:
-    """Resources that one kernel of one call takes on one architecture."""
+    """Resources of one compiled kernel on one architecture."""
 
     op: str
     case: str
@@ -93,7 +93,7 @@ class _AbsentDevice:
 
 @contextlib.contextmanager
 def compiling_for(arch: int | str) -> Iterator[list]:
-    """Yields the list of kernels that calls made inside would launch on sm_<arch>, or "gfx942"; nothing runs."""
+    """Context that records, instead of running, the kernels launched inside for sm_<arch> or "gfx942"."""
     found, launch = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup=False, **options):
@@ -112,12 +112,12 @@ def compiling_for(arch: int | str) -> Iterator[list]:
 
 
 def costs(op: Op, case: Case, dtype: torch.dtype, arch: int) -> list[Cost]:
-    """One line for every different kernel that the forward and backward of a case launch."""
+    """Resources of every distinct kernel in the forward and backward of a case."""
     return [_cost(op, case, dtype, arch, kernel) for kernel in compiled(op, case, dtype, arch)]
 
 
 def compiled(op: Op, case: Case, dtype: torch.dtype, arch: int | str) -> list:
-    """Every different kernel that the forward and backward of a case launch."""
+    """Compile every distinct kernel in the forward and backward of a case."""
     with backend("triton"), compiling_for(arch) as kernels:
         args, options = case.build(Maker(dtype, "meta"))
         result = op(*args, **options)
@@ -163,12 +163,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def disassembled(cubin: bytes) -> str:
-    """SASS of a kernel."""
+    """SASS of a kernel (cubin)."""
     return _told("nvdisasm", "-c", cubin)
 
 
 def _told(tool: str, flag: str, cubin: bytes) -> str:
-    """Output of one of the tools that come with Triton."""
+    """Output of a binary tool that comes with Triton."""
     path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -177,7 +177,7 @@ def _told(tool: str, flag: str, cubin: bytes) -> str:
 
 
 def innermost_loops(assembly: str) -> list[str]:
-    """The text of every loop that holds no other, of PTX or SASS: from a label to a branch back to it.
+    """Innermost loops of PTX or SASS, as text: from a label to a branch back to it.
 
     A warp-specialized kernel's warps wait for work in a loop around all they do; it is none of these."""
     lines, labels, found = assembly.splitlines(), {}, []
@@ -201,7 +201,7 @@ def _most(pattern: str, texts: list[str]) -> int:
 
 
 def int32_offset_products(ttir: str) -> list[str]:
-    """32-bit products that are offsets into memory, as lines of TTIR: beyond 2³¹ elements they would wrap.
+    """Lines of TTIR with 32-bit products used as memory offsets, which would wrap beyond 2³¹ elements.
 
     An offset is what is added to a pointer, and what sums to that. A 64-bit product is a safe offset, and its factors
     are mere indices (a row, a page), which may be 32-bit. Columns counted from zero need no product at all, and a
@@ -229,7 +229,7 @@ def _operands(text: str) -> list[str]:
 
 
 def violations(cost: Cost, budget: Budget) -> list[str]:
-    """Sentences, one for each way in which a kernel exceeds its budget."""
+    """One sentence for each way in which a kernel exceeds its budget."""
     if cost.failure:
         return [f"does not compile: {cost.failure}"]
     found = []
@@ -262,7 +262,7 @@ def budget_of(op: Op, kernel: str) -> Budget:
 
 
 def survey(names: list[str], architectures=ARCHITECTURES, dtype=torch.bfloat16, small=False) -> Iterator[Cost]:
-    """The costs of every large case (or every small one) of the named ops (of all ops, without names)."""
+    """Resources of every large case (or every small one) of the named ops (of all, without names)."""
     for op in ops():
         if op.fused is None or (names and op.name not in names):
             continue
@@ -279,7 +279,7 @@ def survey(names: list[str], architectures=ARCHITECTURES, dtype=torch.bfloat16, 
 
 
 def row(cost: Cost) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     return (
         f"{cost.op:20} {cost.case[:26]:26} sm_{cost.arch:<3} {cost.kernel:30} {cost.warps:2} warps"
         f" {cost.registers:3} registers {cost.stack:3} stack {cost.shared:6} shared {'wgmma' if cost.wgmma else '':5}"

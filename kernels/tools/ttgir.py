@@ -1,4 +1,4 @@
-"""Parser for TTGIR, Triton's last form of a kernel that still knows tiles, barriers and roles of warps.
+"""Parser for TTGIR, Triton's last IR in which tiles, barriers and warp roles are explicit.
 
 It keeps what decides when a warp waits and which tile it touches: barriers, copies, reads of shared tiles, control
 flow, and the scalars these are computed from. Tensors, which only carry numbers, are dropped.
@@ -21,7 +21,7 @@ EFFECTS = {
 
 @dataclass(slots=True)
 class Region:
-    """A block of statements; a loop's parameters are its counter and what it carries."""
+    """Block of statements; a loop's parameters are its counter and loop-carried values."""
 
     parameters: list[str]
     body: "list[Statement]"
@@ -29,7 +29,7 @@ class Region:
 
 @dataclass(slots=True)
 class Statement:
-    """One operation. `text` is what stands behind its name, without attributes and locations."""
+    """One operation. `text` is what follows its name, without attributes and locations."""
 
     name: str
     result: str
@@ -39,7 +39,7 @@ class Statement:
 
 
 def parse(ttgir: str) -> Region:
-    """The kernel's parameters and statements, without those that only compute tensors."""
+    """Parse a kernel's parameters and statements, without those that only compute tensors."""
     lines = [LOCATION.sub("", line).strip() for line in ttgir.splitlines() if not line.startswith("#")]
     begin = next(n for n, line in enumerate(lines) if line.startswith("tt.func public"))
     end = next(n for n in range(begin, len(lines)) if lines[n].endswith("{"))
@@ -52,7 +52,7 @@ def parse(ttgir: str) -> Region:
 
 
 def matched(pattern: str | re.Pattern, text: str) -> re.Match:
-    """The first match of a pattern that has to be there."""
+    """Match a pattern that must be present."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"TTGIR {text[:120]!r} is not understood")
@@ -60,7 +60,7 @@ def matched(pattern: str | re.Pattern, text: str) -> re.Match:
 
 
 def _block(lines: list[str], n: int) -> tuple[list[Statement], int]:
-    """The statements until the closing brace, and its line."""
+    """Statements up to the closing brace, and its line."""
     body: list[Statement] = []
     while not lines[n].startswith("}"):
         if not lines[n]:
@@ -101,7 +101,7 @@ def _branch(lines: list[str], n: int, statement: Statement) -> int:
 
 
 def _roles(lines: list[str], n: int, statement: Statement) -> int:
-    """Of `warp_specialize`: what the first warps do, and what each partition does with what it is handed."""
+    """Regions of `warp_specialize`: the default warps' and each partition's, with its arguments."""
     statement.operands = re.findall(NAME, statement.text.split(")")[0])
     n += 1
     while lines[n].startswith(("default", "partition")):
@@ -116,7 +116,7 @@ _REGIONS = {"scf.for": _loop, "scf.if": _branch, "ttg.warp_specialize": _roles}
 
 
 def _operands(body: list[Statement], needed: set[str]) -> set[str]:
-    """Operands of all that has an effect, or defines something needed."""
+    """Operands of all statements that have an effect or define something needed."""
     found: set[str] = set()
     for statement in body:
         if _is_kept(statement, needed):

@@ -1,4 +1,4 @@
-"""The search behind `warploom bench kernels --tune`: which settings launch a kernel fastest on this device?
+"""Launch-setting search behind `warploom bench kernels --tune`.
 
 Candidates are the defaults with one or two of their numbers halved or doubled. Many of them are not worth a GPU's time:
 their loops spill, or they ask for more shared memory than there is. The compiler needs no GPU to say so, so all are
@@ -29,7 +29,7 @@ Prune = Callable[[str, list[dict]], list[dict]]
 
 
 def candidates(default: dict) -> list[dict]:
-    """The default, and what differs from it by a step in one number or two: 33 for a kernel with four of them."""
+    """The default, and neighbors that differ by a step in one or two settings: 33 for a kernel with four."""
     choices = []
     for name, value in default.items():
         low, high = RANGES.get(name, (1, 16384))
@@ -43,7 +43,7 @@ def candidates(default: dict) -> list[dict]:
 def search(
     step: Callable, timer, device: torch.device, prune: Prune = lambda kernel, found: found, done: set | None = None
 ) -> Iterator[tuple[str, float, float, dict]]:
-    """For each kernel that `step` launches: its name, seconds by default and at best, and the best settings, filed.
+    """Tune each kernel that `step` launches: yield name, default seconds, best seconds, best settings (recorded).
 
     A kernel and key in `done` are left alone; what is searched here is added to it."""
     tuned.asked.clear()
@@ -75,7 +75,7 @@ def _seconds(step: Callable, timer, kernel: str, settings: dict, calls: int) -> 
 
 
 def pruned_by_compiler(op: str, case: str, dtype: str, arch: int) -> Prune:
-    """Keeps what compiles for an architecture and spills no more inside a loop than the default (the first)."""
+    """Keep settings that compile for an architecture and spill no more inside loops than the default (the first)."""
 
     def prune(kernel: str, found: list[dict]) -> list[dict]:
         workers = max(1, min(len(found), (os.cpu_count() or 2) - 1))
@@ -109,8 +109,8 @@ def _compile_all(requests: Iterable[dict]) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """For each settings of a request: how often its loops touch spilled registers (without loops, the bytes spilled);
-    null where it does not compile or does not fit."""
+    """For each settings of a request: spills inside loops (without loops, bytes spilled); null where it does not
+    compile or does not fit."""
     from ..core.op import ops
     from .compile_offline import costs
 

@@ -1,4 +1,4 @@
-"""Is a fused twin, or an eager one, right? Tests ask it on a CPU, benchmarks on a GPU before they time anything.
+"""Correctness check of fused and eager implementations against float64; for tests on a CPU and benchmarks on a GPU.
 
 The rule: our largest error is at most twice that of the same formula in eager PyTorch at the same precision, both
 measured against float64, plus a floor of a few roundings of the result. Gradients are held to the same.
@@ -23,7 +23,7 @@ from ..core.op import Case, Maker, Op, backend, ops
 
 
 def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "triton") -> list[str]:
-    """Sentences, one for each result or gradient of a case that is wrong on backend `path`; none if all is well."""
+    """One sentence for each wrong result or gradient of a case on backend `path`."""
     exact = call(op, case, op.reference, Maker(dtype), double)
     plain = [call(op, case, op.reference, Maker(dtype, device))]
     if case.steep:
@@ -43,7 +43,7 @@ def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "tri
 def call(
     op: Op, case: Case, function: Callable, maker: Maker, convert: Callable = lambda x: x
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Run a case; return what it returns or writes in place, and the gradients of all inputs that want one."""
+    """Run a case; return its results (or what it writes in place) and the gradients of all inputs that require one."""
     args, options = case.build(maker)
     args, options = [convert(x) for x in args], {name: convert(x) for name, x in options.items()}
     outputs = tensors(function(*args, **options))
@@ -58,31 +58,31 @@ def call(
 
 
 def upstream(seeds: Maker, x: torch.Tensor, expanded: bool) -> torch.Tensor:
-    """A gradient to send back from the result x; `expanded` has stride 0, as from `.sum()`."""
+    """Upstream gradient of result x; `expanded` has stride 0, as from `.sum()`."""
     if expanded and x.dim():
         return seeds.normal(1, grad=False).to(x.dtype).expand(x.shape)
     return seeds.normal(*x.shape, grad=False).to(x.dtype)
 
 
 def tensors(result) -> list[torch.Tensor]:
-    """The tensors of whatever an op returned, in order."""
+    """Flatten an op's results to tensors, in order."""
     return [result] if isinstance(result, torch.Tensor) else [x for item in result or () for x in tensors(item)]
 
 
 def parameters(op: Op) -> list[str]:
-    """The names of an op's parameters."""
+    """Parameter names of an op."""
     return list(inspect.signature(op.reference).parameters)
 
 
 def double(x):
-    """A floating-point tensor as float64, with a gradient if it wants one; anything else as it is."""
+    """A float tensor as float64, requiring a gradient if it did; anything else unchanged."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype.itemsize == 1:
         return x
     return x.detach().double().requires_grad_(x.requires_grad)
 
 
 def nudged(seed: int) -> Callable:
-    """`double`, with every number off by a random rounding of float32, in which ops compute whatever they are given."""
+    """`double` with random perturbations of float32's rounding size: the conditioning of the case."""
     generator, ulp = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps
 
     def convert(x):
@@ -118,7 +118,7 @@ def nondeterministic(op: Op, case: Case, dtype: torch.dtype, device: str) -> boo
 
 
 def synchronizes(op: Op) -> str:
-    """Return what PyTorch says if the op's first case makes the host wait for the GPU."""
+    """Return PyTorch's message if the op's first case synchronizes with the GPU."""
     case = op.cases[0]
     with backend("triton"):
         call(op, case, op, Maker(torch.bfloat16, "cuda"))  # compiles, which may wait
@@ -137,7 +137,7 @@ def synchronizes(op: Op) -> str:
 
 
 def graph_replay_differs(op: Op) -> bool:
-    """Return whether a CUDA graph of the op's first case gives other bits than a plain call."""
+    """Return whether replaying a CUDA graph of the op's first case gives other bits than a plain call."""
     with backend("triton"), torch.no_grad():
         args, options = op.cases[0].build(Maker(torch.bfloat16, "cuda"))
         kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
@@ -152,7 +152,7 @@ def graph_replay_differs(op: Op) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """One op, all its small cases, one precision; a line for each thing that is wrong, and how many there are."""
+    """Check all small cases of one op in one dtype; print a line for each error, return their number."""
     parser = argparse.ArgumentParser(prog="python -m warploom.kernels.tools.verify", description=main.__doc__)
     parser.add_argument("op", choices=[op.name for op in ops() if op.fused is not None])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))

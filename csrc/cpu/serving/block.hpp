@@ -1,4 +1,4 @@
-// One layer of the model in one call: norm, attention over pages, norm, feed-forward.
+// A Transformer block in one call: norm, paged attention, norm, feed-forward.
 #pragma once
 #include <memory>
 #include <vector>
@@ -18,7 +18,7 @@ struct Norm {
     std::vector<float> weight, bias;
 };
 
-// What has come joins the stream, of which `normed` becomes the norm.
+// Residual add and norm: stream += delta, normed = norm(stream).
 void join_and_normalize(const Norm& norm, float* stream, const float* delta, int n, float* normed);
 
 // The hidden layer of a feed-forward in place; `up` holds gate and up when it is gated.
@@ -53,7 +53,7 @@ struct Rotation {  // (max length, columns) of cosines and sines; no columns: no
     int64_t rows;
 };
 
-// The C++ twin of the model's Block. `stream` and `delta` (tokens, width) become what they are after this layer.
+// C++ executor of the model's Block. `stream` and `delta` (tokens, width) are updated in place.
 class Block {
 public:
     Block(BlockShape shape, BlockNorms norms, std::shared_ptr<Matrix> qkv, std::shared_ptr<Matrix> output,

@@ -26,8 +26,8 @@ public:
     using Matrix::multiply;
     void multiply(const Activations& x, float* y) const override;
 
-    // A product is so many parts, blocks of outputs, each computed by one thread. With `places`, row r of a part is added
-    // to row places[r] of y.
+    // Parts of a product, blocks of outputs, each computed by one thread. With `places` (scatter), row r of a part is
+    // added to row places[r] of y.
     int parts() const;
     void multiply_part(int part, const Activations& x, float* y, int64_t y_stride, const int* places = nullptr) const;
 

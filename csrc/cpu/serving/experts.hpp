@@ -1,4 +1,4 @@
-// A layer's experts in one call: tokens are sorted by expert, and each expert multiplies its own together.
+// A layer's experts in one call (grouped GEMM): tokens are sorted by expert, each expert multiplies its own as one batch.
 #pragma once
 #include <memory>
 #include <vector>

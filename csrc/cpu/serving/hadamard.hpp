@@ -1,4 +1,4 @@
-// The Walsh–Hadamard transform: a rotation that spreads a large number evenly over its group.
+// Walsh–Hadamard transform: a rotation that spreads outliers evenly over their group before quantization (QuaRot).
 //
 // Before numbers are rounded to 8 bits with a common scale they are rotated, x → Hx / √n, where H has only ±1: an outlier
 // becomes a little of everybody's, and the group looks Gaussian (relative error of the activations of a real model: 1.1–1.5 %

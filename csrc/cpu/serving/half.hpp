@@ -1,4 +1,4 @@
-// IEEE half precision, where scales of weights are kept.
+// Conversion from and to IEEE half precision, in which scales of weights are stored.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// Keys and values in 8 bits: pages of half the size, and attention that multiplies whole numbers.
+// int8 KV cache: pages of half the size, and attention by integer dot products.
 //
 // Decoding reads all keys and values of all requests once a token, so their bytes are its time. Each token's key and
 // value of a head is rounded when it is written, with a scale of its own: nothing that comes later changes it. Keys, whose

@@ -1,5 +1,5 @@
-// Products of a round of 8-bit pages: scores of some queries with the keys of its tiles, and their weighted values, by
-// dot-product instructions where the CPU has them, else in float32.
+// Products of int8 attention over a round of keys: scores of some queries with the keys of its tiles, and the weighted
+// values, by VNNI where the CPU has it, else in float32.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -37,7 +37,7 @@ struct Tiles {
     const float *key_scales, *value_scales;
 };
 
-// Some queries' numbers in float, with the keys of a tile in the lanes; and their weights, with columns in the lanes.
+// Float fallback: scores with the keys of a tile in the lanes; weighted values with columns in the lanes.
 template <class R>
 struct Loops {
     using V = SixteenIn<R>;

@@ -1,4 +1,4 @@
-// LoRA adapters beside the products of a layer: y += s·B·(A·x), each token by the adapter that it asked for.
+// Multi-LoRA: y += s·B·(A·x) beside a layer's products, each token with its own adapter.
 #pragma once
 #include <memory>
 #include <vector>
@@ -11,7 +11,7 @@ namespace warploom {
 struct AdapterTokens {
     std::vector<int> tokens, begin;
 
-    // `chosen` (count): the adapter of each token, or -1. One that there is not is an out_of_range.
+    // `chosen` (count): the adapter of each token, or -1. An invalid one throws out_of_range.
     void sort(const int32_t* chosen, int count, int adapters);
 };
 

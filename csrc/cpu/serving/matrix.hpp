@@ -1,4 +1,4 @@
-// A weight matrix as the decoder keeps it: packed for the order in which it is read, multiplied row by row.
+// Interface of weight matrices for serving: packed in reading order, batch-invariant products.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,18 +10,18 @@ namespace warploom {
 constexpr int kTurned = 64;           // columns that are rotated together
 constexpr float kRotated = 1.0f / 8;  // 1 / √64: what `hadamard` leaves out
 
-// What numbers are: float32 as they come, rounded to bfloat16, or quantized to 8 bits.
+// Format of activations: float32, rounded to bfloat16, or quantized to 8 bits.
 enum class Format { floats, halves, int8 };
 
-// What a matrix multiplies with. Whole numbers have a scale for every `group` columns; rotated in spans of 64 before; of two
-// bytes if `wide`.
+// Activation format that a matrix asks for. Integers have a scale for every `group` columns, are Hadamard-rotated in spans
+// of 64 before, and have two bytes if `wide`.
 struct RowFormat {
     Format number = Format::floats;
     int group = 64;
     bool rotate = false, wide = false;
 };
 
-// Activations: float rows `stride` apart, and the same in the format that the matrix asks for, prepared row by row.
+// Activations: float rows `stride` apart, and the same converted (quantized) to the matrix's format, row by row.
 struct Activations {
     const float* values = nullptr;
     int64_t stride = 0;

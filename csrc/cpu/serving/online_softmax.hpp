@@ -14,10 +14,10 @@ constexpr int kRound = 128;   // keys after which maxima, sums and outputs are b
 constexpr int kTogether = 16;  // queries whose maxima are computed side by side
 constexpr float kLog2e = 1.44269504f;
 
-// Of queries, so that scores are logarithms to base 2; those that are capped become so afterwards.
+// Scale of queries, by which scores are logarithms to base 2; capped scores become so afterwards.
 inline float score_scale(const AttentionOptions& options) { return options.softcap > 0 ? options.scale : options.scale * kLog2e; }
 
-// What is known of some queries after some rounds, and of the round that comes next.
+// Online-softmax state of some queries: running maxima, sums and outputs, and the next round.
 struct Round {
     Floats outputs;             // (queries, width): weighted values
     Floats totals, peaks;       // (queries, 16), (queries): sums of weights, and the largest score

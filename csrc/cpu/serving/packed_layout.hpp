@@ -1,4 +1,4 @@
-// How packed weights lie in memory, and the loops that multiply them, one per instruction set.
+// Memory layout of packed (quantized) weights, and the interface of the micro-kernels, one per instruction set.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace warploom {
 
-// Weights of 8 or 4 bits in groups of columns with a scale: code · scale + minimum, or table[code] · scale; without either, a
-// code is offset by 128 or 8. `rotate`: of the weights that `hadamard` makes of each 64 columns.
+// Quantization format: 8 or 4 bits in groups of columns with a scale: code · scale + minimum, or table[code] · scale;
+// without either, codes are offset by 128 or 8. `rotate`: each 64 columns were Hadamard-transformed.
 struct Layout {
     int bits = 8, group = 64;  // 16, 32 or 64 columns
     bool minimum = false, rotate = true, has_table = false;
@@ -31,8 +31,8 @@ inline size_t group_bytes(const Layout& l, int vectors) {
     return scales_at(l, vectors) + size_t(vectors * (l.minimum ? 2 : 1) + 1) / 2 * 64;
 }
 
-// A block of outputs for some rows: y (rows, width) = x · weightsᵀ · units + bias. Weights `ahead` bytes further are requested
-// meanwhile: of every `mask` + 1 lines the one numbered `phase`.
+// A block of outputs for some rows: y (rows, width) = x · weightsᵀ · units + bias. Weights `ahead` bytes further are
+// prefetched: of every `mask` + 1 lines the one numbered `phase`.
 struct Tile {
     const Layout* layout;
     const uint8_t* data;

@@ -1,13 +1,13 @@
-// A weight matrix in 8 or 4 bits, multiplied by activations in whole numbers.
+// Quantized weight matrix (8 or 4 bits), multiplied by quantized activations with integer arithmetic (W8A8, W4A8).
 //
 // Decoding is bound by reading weights, and 8 bits are a quarter of float32. Weights and activations (when they arrive) are
-// rounded in groups of columns with a scale of their own, so that one large number costs its neighbors no precision; our own
-// formats rotate them first (hadamard.hpp). Products and sums of integers are exact, and the groups are added in one fixed
+// rounded in groups of columns with a scale of their own, which confines the damage of an outlier; our own formats rotate
+// them first (hadamard.hpp). Products and sums of integers are exact, and the groups are added in one fixed
 // order: a row's result does not depend on how many rows there are, nor on the CPU's vectors.
 //
-// A matrix is a list of segments of rows, each with its layout: what a file stores apart, and in different formats, is one
-// product here. The groups of all segments have one size, for they meet the same activations. Weights lie as the dot-product
-// instruction wants them, one stream in the order of reading (packed_layout.hpp).
+// A matrix is a list of segments of rows, each with its layout: q, k and v, stored apart and perhaps in different formats,
+// are one product here. The groups of all segments have one size, as they share the activations. Weights are stored as the
+// dot-product instruction wants them, one stream in the order of reading (packed_layout.hpp).
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -17,7 +17,7 @@
 
 namespace warploom {
 
-// How many groups a row of weights has: whole spans where it is rotated.
+// Number of groups in a row of weights; with rotation, of columns padded to whole spans.
 int groups_of(const Layout& layout, int columns);
 
 // Rows of weights as files and Python hold them: (rows, groups · group) codes, of 4 bits two a byte, the first in the low half;
@@ -74,7 +74,7 @@ private:
     std::vector<Segment> segments_;
 };
 
-// Which loops are used from now on: "avx512", "avxvnni", "avx2", "plain" or "best". False where this CPU or build has them not.
+// Selects the micro-kernels: "avx512", "avxvnni", "avx2", "plain" or "best". False where this CPU or build lacks them.
 bool use_packed_loops(const char* name);
 
 }  // namespace warploom

@@ -1,5 +1,5 @@
-// The tile of packed weights, written once for all instruction sets. A file that includes it has defined TILE_TARGET, the
-// attribute of its functions, and in its own namespace:
+// Micro-kernel for packed weights, written once for all instruction sets. A file that includes it has defined TILE_TARGET,
+// the attribute of its functions, and in its own namespace:
 //
 //   Ints, Floats          sixteen lanes
 //   Bytes                 a line: sixteen outputs, four columns each

@@ -1,4 +1,4 @@
-// Attention over keys and values that lie in pages, read where they lie.
+// Paged attention: KV-cache writes, and attention that reads keys and values in place.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace warploom {
 
-// The tokens of one step: where each stands, whose it is, and where its keys and values go.
+// Attention metadata of a step: position, sequence and KV-cache slot of each token, and page tables.
 struct Step {
     int tokens;
     const int64_t* positions;  // (tokens)
@@ -18,7 +18,7 @@ struct Step {
     int rows, width;
 };
 
-// The pages of one layer: (pages, page size, kv heads, head dim) of float32 or bfloat16, or tiles of int8_pages.hpp.
+// KV-cache pages of one layer: (pages, page size, kv heads, head dim) of float32 or bfloat16, or tiles of int8_pages.hpp.
 struct Pages {
     void* keys;
     void* values;
@@ -40,8 +40,8 @@ struct QueryBlock {
     int first, tokens, group, groups;
 };
 
-// Calls work(token) for every token. Neighbors whose places are neighbors stay in one thread: in 8 bits they share cache
-// lines, over which two threads would fight.
+// Calls work(token) for every token. Tokens in adjacent slots stay in one thread: in 8 bits they share cache lines (false
+// sharing).
 template <class Work>
 void each_token(const Step& step, const Work& work) {
     constexpr int run = 16;
@@ -57,8 +57,8 @@ void each_token(const Step& step, const Work& work) {
     });
 }
 
-// Writes one token's k and v, kv_heads · head_dim floats, into the pages; a negative slot is none. A slot that the pages
-// lack is an out_of_range, and so are, below, a sequence, a position or a page that there is not.
+// Writes one token's k and v, kv_heads · head_dim floats, into the pages; negative slots are skipped. An invalid slot
+// throws out_of_range, and so do, below, an invalid sequence, position or page.
 void write_page(const Pages&, int64_t slot, const float* k, const float* v);
 
 // Every token's queries (rows `q_stride` apart) over all keys up to their own position; `out` is (tokens, heads, D).

@@ -1,4 +1,4 @@
-// Drawing one token from one row of logits: the C++ twin of kernels/sample.py, with the same numbers.
+// Token sampling from one row of logits: as kernels/sample.py, with the same random numbers.
 #pragma once
 #include <cstdint>
 

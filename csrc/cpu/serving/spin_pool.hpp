@@ -1,4 +1,4 @@
-// SpinPool: a few threads that share loops of a few microseconds.
+// SpinPool: thread pool for parallel loops of a few microseconds (spin-waiting workers, work stealing).
 //
 // A decoding step is some hundred loops over small pieces of work, each too short to wake a sleeping thread for. So workers
 // look for the next loop for a moment before they sleep. Each thread has a run of neighboring tasks, whose memory it reads
@@ -22,7 +22,7 @@ class SpinPool {
 public:
     static SpinPool& shared();
 
-    // How many threads work on a loop, the caller included; fewer where the system has no more.
+    // Sets the number of threads of a loop, the caller included; fewer where the system has no more.
     void resize(int threads);
     int size() const { return size_.load(std::memory_order_relaxed); }
 
@@ -61,7 +61,7 @@ private:
     std::atomic<int> size_{1}, wanted_;
     std::atomic<bool> stop_{false}, failed_{false};
     std::exception_ptr failure_;  // what the first task that failed threw
-    // What those who wait look at lies apart from what is written meanwhile.
+    // On a cache line of its own: workers poll it while others write (false sharing).
     alignas(64) std::atomic<unsigned> epoch_{0};
     std::atomic<bool> open_{false};
     Call call_ = nullptr;

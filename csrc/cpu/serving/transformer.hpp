@@ -1,4 +1,4 @@
-// The whole model but its head, in one call: embedding, layers, last norm.
+// The whole model except its head, in one call: embedding, blocks, final norm.
 #pragma once
 #include <memory>
 #include <vector>
@@ -22,7 +22,7 @@ public:
 
     // `hidden` (tokens, width) becomes the normalized stream after the last layer; `pages` are those of each layer,
     // which names one of the `rotations`; `chosen` is the adapter of each token, -1 for none, or no adapters at all. A
-    // token, a position or an adapter that there is not is an out_of_range.
+    // token, position or adapter out of range throws out_of_range.
     void run(const int64_t* tokens, const Step& step, const std::vector<Pages>& pages,
              const std::vector<Rotation>& rotations, const int32_t* chosen, float* hidden) const;
 

@@ -1,9 +1,9 @@
-// Matrix products for training, of float32 or of bfloat16 with float32 sums. Each sum runs from its first term to its last, so
-// a number depends neither on the numbers beside it nor on the number of threads.
+// GEMM for training, in float32, or bfloat16 with float32 sums. Each sum runs from its first term to its last, so a result
+// depends neither on other rows nor on the number of threads.
 //
 // A weight matrix is packed (as BLIS packs it) in panels of 48, 32 or 16 columns, each panel from its first term to its
 // last: what the micro-kernel reads next is what comes next in memory. A few dozen rows are multiplied at the rate of
-// thousands, so that whoever owns the rows can go on with them while they are in the cache.
+// thousands, so that a fused pass can go on with these rows while they are in the cache.
 #pragma once
 #include <cstdint>
 
@@ -46,11 +46,11 @@ void pack_tokens(Rows<const T> x, int first, int last, int columns, bool left, T
 template <class T, class Y>
 void multiply_tokens(const T* left, const T* right, int tokens, int outputs, int inputs, Y* y, bool add, int threads);
 
-// Whether this CPU has the registers for such tiles, and the instruction for products of bfloat16 at twice their rate.
+// Whether this CPU has the registers for these tiles, and a bfloat16 dot product at twice the rate of float32.
 bool has_panels();
 bool has_fast_pairs();
 
-// Whether these products are faster than those of PyTorch's library: Intel's takes no AVX-512 on a CPU of AMD.
+// Whether these products are faster than PyTorch's: Intel's MKL uses no AVX-512 on AMD CPUs.
 bool outruns_library();
 
 }  // namespace warploom

@@ -8,7 +8,7 @@
 
 namespace warploom {
 
-// Whether this CPU multiplies pairs fast, and the heads are of whole words of them.
+// Whether this CPU has fast bfloat16 dot products, and heads have an even width.
 bool has_pair_attention(int width);
 
 // A task: one key head of a sequence, with the query heads that share it.

@@ -1,7 +1,7 @@
-// What a layer does with each token by itself, which is all of it but attention, in two passes over tiles of 64 rows:
+// Fused token-wise parts of a Transformer block (everything but attention), in two passes over tiles of 64 rows:
 //
-//     NormQkvRope      what has come joins the stream; norm; queries, keys and values; rotation
-//     OutProjMlp    output projection; it joins the stream; norm; gated feed-forward
+//     NormQkvRope   residual add, norm, QKV projection, RoPE
+//     OutProjMlp    output projection, residual add, norm, gated feed-forward
 //
 // Between one product and the next a tile stays in the cache of its thread. Only what the backward pass reads is written
 // to memory: the sums, 1 / rms, q, k, v and the gate's two halves. Backward, the same tiles go the other way, make the
@@ -65,7 +65,7 @@ struct OutProjMlp {
     void backward(const Gradients& d) const;
 };
 
-// The output layer and its loss, in tiles too: logits, losses, and where rows have upstream gradients those of logits, of hidden
+// Fused LM head and cross-entropy, in tiles too: logits, losses, and where rows have upstream gradients those of logits, of hidden
 // rows and the operands of the weight's. No logits are kept.
 template <class T>
 struct HeadLoss {

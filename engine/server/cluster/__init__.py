@@ -1,1 +1,1 @@
-"""Several engines behind one port: proxy, Ray replicas, prefix-aware routing."""
+"""Data-parallel serving: proxy, Ray replicas, prefix-aware routing."""

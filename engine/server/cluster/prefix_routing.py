@@ -1,4 +1,4 @@
-"""Which replica a request goes to: the one that has its beginning in its cache, unless that one is too busy.
+"""Prefix-aware routing: send a request to the replica that has its prefix cached, unless it is too busy.
 
 Each replica remembers the keys and values of the prompts it has seen, so a conversation that comes back to the same
 replica costs only what is new in it. Three rules, all of them local, none of which asks a replica anything:
@@ -28,7 +28,7 @@ Chain = tuple[int, ...]
 
 
 def prefix_hashes(body: bytes, salt: Hashable = None) -> Chain:
-    """The chained hashes of a request's prompt, block by block; nothing for a request without one."""
+    """Chained hashes of a request's prompt, block by block; empty for a request without one."""
     try:
         asked = json.loads(body)
         prompt = _prompt(asked) if isinstance(asked, dict) else None
@@ -47,14 +47,14 @@ def prefix_hashes(body: bytes, salt: Hashable = None) -> Chain:
 
 
 class Affinity:
-    """Prefix table of the replicas: who has served which beginnings, and who should serve the next."""
+    """Table of which replicas have served which prefixes."""
 
     def __init__(self, slack: float = 1.25, few: int = 4, remembered: int = 1 << 16) -> None:
         self._slack, self._few, self._remembered = slack, few, remembered
         self._served: OrderedDict[int, dict[str, None]] = OrderedDict()  # block to replicas, least recently used first
 
     def rank(self, chain: Chain, loads: Mapping[str, int]) -> list[str]:
-        """All replicas, the one to ask first; `loads` says how many requests each has under way.
+        """Rank all replicas, best first; `loads` has the requests in progress on each.
 
         Requests without a prompt (pages, descriptions) all have the same first choice, whatever its load: a page that
         keeps a conversation with its server finds that server again.
@@ -69,12 +69,12 @@ class Affinity:
         return sorted(order, key=lambda name: (name not in free, name not in known, loads[name] if known else 0))
 
     def limit(self, loads: Iterable[int]) -> int:
-        """From how many requests on a replica takes no further one; always above the least loaded one's."""
+        """Load from which a replica gets no further request; always above the least loaded one's."""
         loads = list(loads)
         return max(self._few, math.ceil(self._slack * (sum(loads) + 1) / len(loads)))
 
     def remember(self, chain: Chain, name: str) -> None:
-        """A replica has been given this prompt."""
+        """Record that a replica was given this prompt."""
         for block in chain:
             self._served.setdefault(block, {})[name] = None
             self._served.move_to_end(block)
@@ -82,7 +82,7 @@ class Affinity:
             self._served.popitem(last=False)
 
     def _holders(self, chain: Chain, names: Sequence[str]) -> set[str]:
-        """Those that have served the longest beginning that any of them has."""
+        """Replicas that have served the longest cached prefix."""
         for block in reversed(chain):
             if found := self._served.get(block, {}).keys() & set(names):
                 return found

@@ -1,4 +1,4 @@
-"""The front: one door before several engines, `warploom serve --replicas N`.
+"""Reverse proxy over several engines: `warploom serve --replicas N`.
 
 It knows no route but two. It asks for the key, writes the log, and hands each request on to a replica (`replicas.py`),
 as ASGI messages both ways, so that a stream stays a stream and nothing about the protocol is said twice. /health and
@@ -48,7 +48,7 @@ def create_front(
     gpus: bool,
     on_mistake: Callable[[InputError], None],
 ) -> tuple[Any, Callable[[], None]]:
-    """The application of a server with replicas, and a call that ends its streams.
+    """Make the proxy's ASGI application, and a function that ends its streams.
 
     `make()` builds an `LLM`, and is sent to each replica; `on_mistake` hears the InputError of a `make()` that can
     never succeed.
@@ -60,7 +60,7 @@ def create_front(
 
 
 class Front:
-    """The ASGI application at the port."""
+    """ASGI application of the proxy."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Front:
 
     @asynccontextmanager
     async def life(self) -> AsyncIterator[None]:
-        """Start the replicas, which takes a while; end them."""
+        """Lifespan: start the replicas (slow), stop them at the end."""
         starting = asyncio.create_task(self._start())
         yield
         starting.cancel()
@@ -130,12 +130,12 @@ class Front:
             refused += (answer.replica,)
 
     def end_streams(self) -> None:
-        """Fail whatever is under way: the server stops."""
+        """Fail all requests in progress, at shutdown."""
         for answer in list(self._answers):
             answer.fail(errors.unavailable("stopping"))
 
     def _well(self) -> asyncio.Future[int]:
-        """Return how many replicas are well; Ray is asked once in a while, however many ask here."""
+        """Number of healthy replicas; Ray is asked at most once in a while."""
         now = asyncio.get_running_loop().time()
         if self._health_cache is None or now > self._census_until:
             asking = asyncio.to_thread(self._cluster.running)
@@ -143,7 +143,7 @@ class Front:
         return asyncio.shield(self._health_cache)
 
     async def _health(self) -> Response:
-        """Return whether anybody serves."""
+        """Health response: 200 if any replica serves."""
         with suppress(Exception):  # no word from Ray is a word too
             if self._handle and (well := await self._well()):
                 return JSONResponse({"status": "ok", "replicas": well, "wanted": self._count})
@@ -151,7 +151,7 @@ class Front:
         return JSONResponse({"status": state, "replicas": 0, "wanted": self._count}, 503)
 
     async def _metrics(self) -> Response:
-        """Everybody's, each with the replica's name, and the front's own."""
+        """Metrics of all replicas, labeled by name, and of the proxy."""
         texts: list[Any] = []
         if self._handle is not None:
             with suppress(Exception):  # those that do not answer are not there
@@ -161,7 +161,7 @@ class Front:
 
 
 class Answer:
-    """One replica's answer on its way to the client."""
+    """Response of a replica on its way to the client."""
 
     def __init__(self, messages: Any, visit: Any, send: Any, limit: float, well: Callable[[], Any]) -> None:
         self._messages, self._visit, self._send, self._limit, self._well = messages, visit, send, limit, well
@@ -170,7 +170,7 @@ class Answer:
         self._started = self._ended = self._gone = self._stream = False
 
     async def relay(self, receive: Any, keep_refusal: bool) -> bool:
-        """Pass everything on; True if the replica has refused, which the client has not been told unless it should."""
+        """Forward the response; return True if the replica refused and the client has not been told."""
         watchers = asyncio.create_task(self._watch(receive)), asyncio.create_task(self._ask_for_replicas())
         timer = asyncio.get_running_loop().call_later(self._limit + GRACE, self._give_up)
         try:
@@ -190,7 +190,7 @@ class Answer:
         return False
 
     def _give_up(self) -> None:
-        """No replica has taken the request, or none has said that its time is up."""
+        """Answer 504: no response began within the time limit."""
         self.fail(errors.too_slow(self._limit))
 
     def fail(self, error: errors.APIError) -> None:
@@ -199,7 +199,7 @@ class Answer:
         self._messages.cancel()
 
     async def _ask_for_replicas(self) -> None:
-        """While there is no answer: is there anybody to give one?"""
+        """While there is no answer, check that any replica is alive."""
         await asyncio.sleep(PATIENCE)
         while not self._started:
             with suppress(Exception):  # without a word from Ray, a replica may yet answer
@@ -229,7 +229,7 @@ class Answer:
             self._messages.cancel()
 
     async def _end(self, error: BaseException) -> None:
-        """The replica's answer has broken off: because the client left, the server stops, or the replica died."""
+        """The replica's response broke off: the client left, the server stops, or the replica died."""
         if self._gone:
             self._visit.record["client_left"] = True
             self._visit.status = self._visit.status or 499
@@ -257,14 +257,14 @@ async def _read(receive: Any) -> bytes:
 
 
 def _portable(scope: dict) -> dict:
-    """A scope that can travel, with the id that its visit was given."""
+    """Serializable ASGI scope, with the request's id."""
     headers = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
     kept = {name: scope[name] for name in SCOPE if name in scope}
     return {**kept, "headers": [*headers, (b"x-request-id", scope["visit"].id.encode())]}
 
 
 async def _live(life: Any, receive: Any, send: Any) -> None:
-    """The ASGI lifespan protocol around a context manager."""
+    """ASGI lifespan protocol around a context manager."""
     await receive()
     async with life():
         await send({"type": "lifespan.startup.complete"})

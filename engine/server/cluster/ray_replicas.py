@@ -1,4 +1,4 @@
-"""The replicas: the whole server several times, in Ray Serve's care.
+"""Ray Serve replicas: the whole server several times, each in an actor.
 
 Every replica is what `warploom serve` is without replicas, in a Ray actor: the same application with the same routes,
 its bridge and its engine, asked by ASGI messages instead of at a port. Ray Serve starts the replicas, asks each every
@@ -46,7 +46,7 @@ STORE = 80 << 20  # bytes of shared memory for Ray's objects, of which we have n
 
 
 class Replica:
-    """One engine and its application, in an actor."""
+    """Ray actor with one engine and its application."""
 
     async def __init__(self, make: Callable[[], Any], config: ServerConfig) -> None:
         self._mistake = ""
@@ -67,7 +67,7 @@ class Replica:
             raise
 
     async def visit(self, scope: dict[str, Any], body: bytes, **_: Any) -> AsyncIterator[list[dict]]:
-        """Answer a request: ASGI messages, as many at a time as there are; at the end, what the log should say."""
+        """Handle a request: yield batches of ASGI messages, and at the end the fields of the log line."""
         told: asyncio.Queue[dict] = asyncio.Queue()
         gone = asyncio.Event()
         sent = [{"type": "http.request", "body": body}]
@@ -102,15 +102,15 @@ class Replica:
             gone.set()
 
     async def metrics(self) -> tuple[str, str]:
-        """This replica's name, and its metrics as Prometheus reads them."""
+        """Name of this replica and its Prometheus metrics."""
         return self._name, self._app.state.metrics.text().decode()
 
     async def mistake(self) -> str:
-        """Return what is wrong with what the server was told, if the engine says so."""
+        """Configuration error that the engine reports, if any."""
         return self._mistake
 
     def check_health(self) -> None:
-        """Ray asks; an engine that has failed for good is replaced, replica and all."""
+        """Ray's health check; fails for an engine that has failed for good, so that Ray replaces the replica."""
         if self._bridge.state == "failed" and not self._mistake:
             raise RuntimeError("the engine has failed")
 
@@ -123,16 +123,16 @@ class Replica:
 
 
 class PrefixRouter(RequestRouter):
-    """Ray Serve's question, which replica; the answer is `Affinity`'s. It runs in the front's process."""
+    """Ray Serve's request router, by `Affinity`; runs in the proxy's process."""
 
     def initialize_state(self, **_: Any) -> None:
-        """Called by Ray Serve."""
+        """Ray Serve's hook: initialize."""
         self._affinity = Affinity()
         self._loads: Counter[str] = Counter()
         self._under_way: dict[str, str] = {}
 
     async def choose_replicas(self, candidate_replicas: list, pending_request: Any = None) -> list[list]:
-        """The replicas, best first, each a rank of its own."""
+        """Rank the replicas, each in a rank of its own."""
         if pending_request is None:
             return [candidate_replicas]
         asked, future = pending_request.kwargs, pending_request.future
@@ -145,12 +145,12 @@ class PrefixRouter(RequestRouter):
         return [[names[name]] for name in order]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        """A replica has taken a request."""
+        """Ray Serve's hook: a replica has taken a request."""
         self._count(pending_request.metadata.internal_request_id, replica_id.unique_id)
         self._affinity.remember(pending_request.kwargs.get("chain", ()), replica_id.unique_id)
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-        """A request has ended, one way or another."""
+        """Ray Serve's hook: a request has ended."""
         self._count(internal_request_id, None)
 
     def _count(self, request: str, name: str | None) -> None:
@@ -163,7 +163,7 @@ class PrefixRouter(RequestRouter):
 
 
 class Cluster:
-    """Ray, and our replicas in its care.
+    """Ray and the replicas deployed on it.
 
     To ask a Ray that has been ended is to start another one, whoever in whichever thread it is: so all asking is done
     here, under a lock, and after `end` no more.
@@ -173,7 +173,7 @@ class Cluster:
         self._asking, self._ended = threading.Lock(), False
 
     def deploy(self, make: Callable[[], Any], config: ServerConfig, replicas: int, gpus: bool) -> Any:
-        """Start the replicas, and wait until they have loaded; what to call them by."""
+        """Deploy the replicas and wait until they have loaded; return the handle to call them."""
         with self._ray():
             _connect(replicas)
         with self._ray():
@@ -185,11 +185,11 @@ class Cluster:
         return handle
 
     def running(self) -> int:
-        """Return how many replicas are well, as far as Ray knows."""
+        """Number of healthy replicas, as far as Ray knows."""
         return self._application().deployments[Replica.__name__].replica_states.get("RUNNING", 0)
 
     def end(self) -> None:
-        """End the replicas, and Ray if it is our own."""
+        """Delete the replicas, and stop Ray if we started it."""
         self._ended = True
         with self._asking:
             with suppress(Exception):

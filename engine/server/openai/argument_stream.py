@@ -1,4 +1,4 @@
-"""Arguments of a tool call as JSON in pieces, while the model is writing them.
+"""Incremental conversion of a tool call's arguments to JSON while the model writes them.
 
 What is read here is held to its schema by a grammar, so it is passed on as it comes: JSON as it stands, tags pair by
 pair. Only where it ends has to be found.
@@ -13,15 +13,15 @@ from .tool_formats import PAIRS, properties_of, typed
 
 
 class ArgumentStream(Protocol):
-    """Reader of one call's arguments."""
+    """Incremental parser of one call's arguments."""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """JSON for more of the text, and the rest behind the arguments once they have ended."""
+        """Return JSON for the new text, and the rest behind the arguments once they have ended."""
         ...
 
 
 class JsonArguments:
-    """An object in JSON."""
+    """Arguments written as a JSON object."""
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._escaped = 0, False, False
@@ -43,7 +43,7 @@ class JsonArguments:
 
 
 class TaggedArguments:
-    """Pairs of tags; a schema says which of them are strings and which JSON."""
+    """Arguments written as tagged pairs; the schema tells strings from JSON values."""
 
     def __init__(self, style: str, schema: dict) -> None:
         self._opening, self._closing, self._pair = PAIRS[style]
@@ -69,5 +69,5 @@ class TaggedArguments:
 
 
 def argument_stream(style: str, schema: dict) -> ArgumentStream:
-    """The reader of one call's arguments in a notation."""
+    """Make the parser for a notation."""
     return JsonArguments() if style == "json" else TaggedArguments(style, schema)

@@ -1,4 +1,4 @@
-"""Bodies of requests in general: strict, of at most so many fields; `null` means absent, as OpenAI's clients send it.
+"""Base of request bodies: strict pydantic models with a field limit, where `null` means absent.
 
 A field of OpenAI's that asks for something this server does not do is refused, with the reason: what was accepted has
 been honored.
@@ -44,7 +44,7 @@ HARMLESS = {
 
 
 def drop_nulls(data: Any) -> Any:
-    """An object without its null fields, which mean absent ones; too many fields are refused."""
+    """Remove null fields, which mean absent; refuse too many fields."""
     if not isinstance(data, dict):
         return data
     if len(data) > MOST_FIELDS:
@@ -53,7 +53,7 @@ def drop_nulls(data: Any) -> Any:
 
 
 class Body(BaseModel):
-    """Strict: no unknown fields, no "5" for 5, no NaN."""
+    """Strict request body: no unknown fields, no "5" for 5, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -71,7 +71,7 @@ class Body(BaseModel):
 
     @classmethod
     def unknown(cls, data: dict[str, Any]) -> list[str]:
-        """Names of the fields that would be refused whatever they hold."""
+        """Names of unknown fields."""
         return [name for name, value in data.items() if name not in cls.model_fields and not _harmless(name, value)]
 
 

@@ -1,4 +1,4 @@
-"""Conversations: messages to the prompt the model was trained on, and how its answer is to be constrained and read.
+"""Chat: prompt by the chat template, constraint on the answer, parser of the answer.
 
 The prompt itself is made by `tokenizer.chat`, which keeps what a user wrote from forging turns. How the model writes
 tool calls and reasoning follows from its chat template (`tool_formats.py`).
@@ -31,7 +31,7 @@ def encode_conversation(
     variables: dict[str, Any] | None = None,
     continue_last: bool = False,
 ) -> list[int]:
-    """The token ids that ask a model for the next message, or to go on with the last one."""
+    """Tokenize a conversation for the next message, or to continue the last one."""
     if tokenizer is None:
         raise errors.invalid("this model has no tokenizer: it cannot chat; send token ids to /v1/completions")
     variables = dict(variables or {})
@@ -46,7 +46,7 @@ def encode_conversation(
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """Grammar that binds from a mark on, and when that counts; the fields of `TriggeredGrammar`."""
+    """Trigger of a grammar in free text: the arguments of `TriggeredGrammar`."""
 
     grammar: str
     mark: str
@@ -56,14 +56,14 @@ class Trigger:
     repeated: bool
 
     def bind(self, make: Callable[[], Any], tokenizer: Any) -> Callable[[], TriggeredGrammar]:
-        """Maker of such grammars from the compiled one."""
+        """Factory of triggered grammars from a compiled one."""
         when = (self.first_only, self.quiet, self.inside, self.repeated)
         return lambda: TriggeredGrammar(make, tokenizer, self.mark, *when)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPlan:
-    """Plan of a chat: its prompt, the constraint on the answer, the reader of it."""
+    """Plan of a chat: prompt, constraint on the answer, parser of the answer."""
 
     tools: list[Tool] | None
     variables: dict[str, Any]
@@ -74,13 +74,13 @@ class ChatPlan:
     """Grammar of calls that the model may begin or not."""
 
     def encode(self, tokenizer: Any, body: ChatRequest) -> list[int]:
-        """The prompt's token ids."""
+        """Tokenize the prompt."""
         variables = self.variables | ({} if body.add_generation_prompt else {"add_generation_prompt": False})
         return encode_conversation(tokenizer, body.messages, self.tools, variables, body.continue_final_message)
 
 
 def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> ChatPlan:
-    """Decide by the model's chat template what a request's tools, reasoning and answer format mean.
+    """Decide, by the model's chat template, how tools, reasoning and answer format are handled.
 
     `effort` is a wish that is passed over where the template has no switch for it; the body's own is refused then.
     """
@@ -123,7 +123,7 @@ def plan_chat(tokenizer: Any, body: ChatRequest, effort: str | None = None) -> C
 
 
 def _callable(body: ChatRequest) -> tuple[list[Tool], bool]:
-    """The tools that may be called, and whether one of them must be."""
+    """The tools that may be called, and whether a call is required."""
     choice, tools = body.tool_choice, body.tools or []
     if isinstance(choice, NamedTool):
         return _named(tools, [choice.function.name]), True
@@ -136,7 +136,7 @@ def _callable(body: ChatRequest) -> tuple[list[Tool], bool]:
 
 
 def _named(tools: list[Tool], names: list[str]) -> list[Tool]:
-    """The tools of these names, each of which there must be."""
+    """The tools of these names; an unknown name is refused."""
     for name in names:
         if not any(tool.function.name == name for tool in tools):
             raise errors.invalid(f"tool_choice names {name!r}, which is not in tools", "tool_choice")
@@ -144,7 +144,7 @@ def _named(tools: list[Tool], names: list[str]) -> list[Tool]:
 
 
 def _effort(template: str, effort: str) -> dict[str, Any]:
-    """Variables of the chat template that say how much to reason."""
+    """Template variables for the reasoning effort."""
     if "reasoning_effort" in template:
         return {"reasoning_effort": effort}
     if "enable_thinking" in template:
@@ -154,7 +154,7 @@ def _effort(template: str, effort: str) -> dict[str, Any]:
 
 
 def _reasoning(tokenizer: Any, thoughts: tuple[str, str], variables: dict[str, Any]) -> str | None:
-    """State of the reasoning when the answer begins: inside it, free to begin with it, or none."""
+    """Reasoning state at the start of the answer: inside, optional, or none."""
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], **variables).rstrip()
     if prompt.endswith(thoughts[0].rstrip()):
         return "inside"
@@ -162,7 +162,7 @@ def _reasoning(tokenizer: Any, thoughts: tuple[str, str], variables: dict[str, A
 
 
 def _plain(message: Message, template: str) -> dict[str, Any]:
-    """A message as templates expect it: content a string, arguments a dictionary."""
+    """Message as templates expect it: content a string, arguments a dict."""
     plain = message.model_dump(exclude_none=True)
     plain["content"] = message.text
     if message.role == "developer" and "developer" not in template:
@@ -177,5 +177,5 @@ def _plain(message: Message, template: str) -> dict[str, Any]:
 
 
 def _joins_arguments(template: str) -> bool:
-    """Return whether a template puts the arguments' text together with others, as DeepSeek's: it needs a string."""
+    """Return whether the template concatenates arguments as a string (DeepSeek)."""
     return not any(word in template for word in ("tojson", "items", "mapping"))

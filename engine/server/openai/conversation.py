@@ -1,4 +1,4 @@
-"""Parts of a chat request: messages and their parts, tools, and which of them to call."""
+"""Parts of chat requests: messages, content parts, tools, tool choice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .body import Body
 
 
 class TextPart(Body):
-    """A part of a message."""
+    """Text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 def _only_text(content: Any) -> Any:
-    """Refuse the first part that is no text by its kind, where pydantic would list what a part may be."""
+    """Refuse content parts that are no text, with a shorter error than pydantic's."""
     for part in content if isinstance(content, list) else ():
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind != "text":
@@ -28,7 +28,7 @@ def _only_text(content: Any) -> Any:
 
 
 class FunctionCall(Body):
-    """Which function to call, and its arguments as JSON."""
+    """Function name and arguments (JSON) of a call."""
 
     name: str
     arguments: str
@@ -36,7 +36,7 @@ class FunctionCall(Body):
 
 
 class ToolCall(Body):
-    """A call that the assistant made."""
+    """Tool call made by the assistant."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -45,7 +45,7 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One turn of a conversation."""
+    """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | Annotated[list[TextPart], FIRST_ERROR] | None, BeforeValidator(_only_text)] = None
@@ -59,14 +59,14 @@ class Message(Body):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """Content as one string."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
 
 class Function(Body):
-    """Function tool: what it is called, does and takes."""
+    """Function tool: name, description, parameters."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -75,7 +75,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A function that the model may ask to be called."""
+    """Tool that the model may call."""
 
     type: Literal["function"]
     function: Function
@@ -88,21 +88,21 @@ class FunctionName(Body):
 
 
 class NamedTool(Body):
-    """The one function to call."""
+    """The one function to call (tool_choice)."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 class AllowedTools(Body):
-    """Tools that may be called, named or defined again, of those that the model is shown."""
+    """Subset of the tools that may be called, by name or definition (tool_choice: allowed_tools)."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[Tool], FIRST_ERROR, Field(min_length=1, max_length=128)]
 
 
 class AllowedToolChoice(Body):
-    """Restriction of the calls that leaves the prompt, and with it the cached prefix, as it is."""
+    """Restriction of the callable tools that leaves the prompt, and so its cached prefix, unchanged."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools

@@ -1,4 +1,4 @@
-"""Embeddings and scores: texts as pooled hidden states of the last layer, and how near two of them are.
+"""Embeddings and scores: pooled hidden states of the last layer, and their cosine similarity.
 
 A language model is no embedding model: what its hidden states are good for depends on the model, so the answer says how
 they were pooled. They are of length 1, so that their product is the cosine of the angle between them.
@@ -31,7 +31,7 @@ NOTHING = SamplingParams(max_tokens=0)
 
 
 class PoolingRequest(Body):
-    """Fields of embeddings and scores."""
+    """Fields common to embeddings and scores."""
 
     model: str | None = Field(None, description="The served model's name, or nothing.")
     pooling: Literal["mean", "last"] = Field("mean", description="Of the last layer's states: their mean, or the last.")
@@ -42,7 +42,7 @@ class PoolingRequest(Body):
 
 
 class EmbeddingRequest(PoolingRequest):
-    """Texts, or token ids, to be embedded."""
+    """Texts or token ids to embed."""
 
     input: Prompt
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: float32, little-endian.")
@@ -60,7 +60,7 @@ class ScoreRequest(PoolingRequest):
 
 
 async def embed(service: Service, body: EmbeddingRequest, request: Request) -> tuple[Callable[[], bytes], int]:
-    """/v1/embeddings: what writes the answer, and how many numbers it holds."""
+    """/v1/embeddings: writer of the response, and how many numbers it holds."""
     vectors, tokens = await _vectors(service, body, listed(body.input), request)
     rest = _rest(service, body, tokens)
 
@@ -96,7 +96,7 @@ async def score(service: Service, body: ScoreRequest, request: Request) -> dict[
 async def _vectors(
     service: Service, body: PoolingRequest, inputs: list[str | list[int]], request: Request
 ) -> tuple[list[np.ndarray], int]:
-    """The unit vectors of texts, and how many tokens these have."""
+    """Unit vectors of texts, and their token count."""
     if len(inputs) > MOST_INPUTS:
         raise errors.invalid(f"{len(inputs)} inputs in one request; at most {MOST_INPUTS}", "input")
     size, wanted = service.llm.config.d_model, getattr(body, "dimensions", None)

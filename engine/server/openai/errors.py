@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and `{"error": {"message", "type", "param", "code"}}`.
+"""Errors in OpenAI's format: a status and `{"error": {"message", "type", "param", "code"}}`.
 
 A client decides by these whether to raise, and what, and whether to try again; so the status is part of the meaning.
 The message is for a person and names field, value and what is valid. It never holds a path or a stack trace: those go
@@ -35,7 +35,7 @@ RENAMED = {"json_schema": "response_format"}
 
 
 class APIError(Exception):
-    """Error body: what a client is told instead of an answer."""
+    """Error response."""
 
     def __init__(
         self,
@@ -52,25 +52,25 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON a client reads."""
+        """JSON body of the error."""
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
-    """A request that can never be served: 400."""
+    """400: the request can never be served."""
     return APIError(400, message, param=param, code=code)
 
 
 def from_input_error(error: InputError) -> APIError:
-    """A refusal by the engine or the tokenizer, in its words; the first one may be the name of a field."""
+    """400 from an InputError of the engine or tokenizer; its first word may be the field."""
     message = " ".join(str(error).split())
     first = message.removeprefix("the ").split(" ", 1)[0]
     return invalid(message, RENAMED.get(first, first if first in FIELDS else None))
 
 
 def from_validation(errors: Sequence[Any]) -> APIError:
-    """The first field that is wrong, and what it could have been, in one sentence."""
+    """400 from pydantic: the first wrong field, and what it could be, in one sentence."""
     first = errors[0]
     if not first["loc"]:
         return not_an_object()
@@ -89,22 +89,22 @@ def from_validation(errors: Sequence[Any]) -> APIError:
 
 
 def not_an_object() -> APIError:
-    """The body is no JSON object, or does not say that it is one."""
+    """400: the body is no JSON object, or does not say that it is one."""
     return invalid("send a JSON object, with the header content-type: application/json")
 
 
 def _place(error: dict[str, Any]) -> str | None:
-    """Path of a validation error in the body, without pydantic's names of types."""
+    """Path of a validation error in the body, without pydantic's type names."""
     return ".".join(str(part) for part in error["loc"] if _is_name(part)) or None
 
 
 def _is_name(part: str | int) -> bool:
-    """Return whether a part of a place is a field or a number, and no name of a type."""
+    """Return whether a part of the path is a field or an index, not a type name."""
     return isinstance(part, int) or part.isdigit() or (part.isidentifier() and part not in ("str", "int"))
 
 
 def busy(seconds: int) -> APIError:
-    """The queue is full: 429, and when to come back."""
+    """429: the queue is full, with Retry-After."""
     return APIError(
         429,
         f"the server is busy and its queue is full: try again in {seconds} s",
@@ -114,26 +114,26 @@ def busy(seconds: int) -> APIError:
 
 
 def unavailable(state: str) -> APIError:
-    """No engine to serve with, at the moment or at all: 503."""
+    """503: no engine to serve with."""
     return APIError(503, f"the engine is {state}", code="engine_unavailable", headers={"retry-after": "2"})
 
 
 def compiling() -> APIError:
-    """Too many grammars of others are being compiled: 503, and when to come back."""
+    """503: too many grammars of other clients are being compiled, with Retry-After."""
     return APIError(503, "too many grammars are being compiled: try again", headers={"retry-after": "2"})
 
 
 def failed() -> APIError:
-    """The engine broke while it computed the request: 500."""
+    """500: the engine failed while computing the request."""
     return APIError(500, "the engine failed while computing this request", code="engine_error")
 
 
 def too_slow(seconds: float) -> APIError:
-    """The request used up its time: 504; trying again would take as long, which the client is told too."""
+    """504: the request's time limit is up."""
     message = f"the request was not finished within {seconds:g} s, the limit of this server"
     return APIError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
 
 
 def gone() -> APIError:
-    """The client left before the answer came; nobody reads this but the access log."""
+    """499 for the access log: the client left."""
     return APIError(499, "the client has closed the connection", code="client_closed_request")

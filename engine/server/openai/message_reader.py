@@ -1,4 +1,4 @@
-"""Readers of a model's text: what it reasons, what it says, and which tools it calls.
+"""Incremental parsers of a model's output: reasoning, content, tool calls.
 
 A text comes in pieces, cut anywhere. A reader passes on at once what is certain and keeps back the rest, and its
 results do not depend on the cuts: the answer in a stream is the answer in one piece. Where a grammar holds the model to
@@ -23,14 +23,14 @@ from .tool_formats import FORMATS, Call, Schemas, ToolFormat, read_json
 
 @dataclass(slots=True)
 class Delta:
-    """Part of a message; parts of calls come with their numbers: the first has id and name, others arguments alone."""
+    """Increment of a message; increments of calls carry their index, the first also id and name."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def whole_calls(self) -> list[dict[str, Any]]:
-        """The calls with all their arguments, when the message has ended."""
+        """Complete calls, once the message has ended."""
         calls: dict[int, dict[str, Any]] = {}
         for number, part in self.calls:
             if "id" in part:
@@ -47,17 +47,17 @@ class Delta:
 
 
 class PlainReader:
-    """Passes text through, and counts calls for the readers that find some."""
+    """Parser of plain text (no tools, no reasoning); base of the others."""
 
     def __init__(self, limit: int | None = None) -> None:
         self._count, self._limit = 0, limit
 
     def read(self, text: str, final: bool = True) -> Delta:
-        """Parse more of the text: the deltas that are certain now; with `final`, all that are left."""
+        """Parse more text; return what is certain, or with `final` everything."""
         return Delta(content=text)
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """Why the message ended: to call tools, if it does."""
+        """Finish reason; "tool_calls" if there are any."""
         return "tool_calls" if reason == "stop" and self._count else reason
 
     def _add_calls(self, delta: Delta, calls: Iterable[Call]) -> None:
@@ -67,14 +67,14 @@ class PlainReader:
                 self._count += 1
 
     def _open_call(self, delta: Delta, name: str) -> None:
-        """A call begins; its arguments follow."""
+        """Start a call."""
         self._muted = self._full
         if not self._muted:
             delta.calls.append((self._count, new_call(name, "")))
             self._count += 1
 
     def _add_arguments(self, delta: Delta, text: str) -> None:
-        """Part of the last call's arguments."""
+        """Append to the last call's arguments."""
         if text and not self._muted:
             delta.calls.append((self._count - 1, {"function": {"arguments": text}}))
 
@@ -84,7 +84,7 @@ class PlainReader:
 
 
 class MessageReader(PlainReader):
-    """Splits a text into reasoning between two marks, content, and calls in one of the formats."""
+    """Parser of text with reasoning between marks and calls in one of the formats."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class MessageReader(PlainReader):
         return delta
 
     def _start(self, delta: Delta, final: bool) -> bool:
-        """Reasoning may begin, with its mark."""
+        """Parse the beginning, where reasoning may start."""
         text, mark = self._held.lstrip(), self._thoughts[0]
         if not final and mark.startswith(text) and len(text) < len(mark):
             return False
@@ -147,7 +147,7 @@ class MessageReader(PlainReader):
         return True
 
     def _say(self, delta: Delta, final: bool) -> bool:
-        """Read content up to where a call begins, and the call."""
+        """Parse content up to a call, and start the call."""
         text, found = self._held, self._find(self._held)
         if final and self._eager and self._is_begun(text[found or 0 :]):
             self._pass_on(delta, text[: found or 0])
@@ -191,7 +191,7 @@ class MessageReader(PlainReader):
         return text.startswith(mark) and _is_cut(text, self._row.heads[0])
 
     def _enter(self, head: regex.Pattern, delta: Delta, final: bool) -> bool | None:
-        """Begin a call, if one begins here; None if none does, False if more must come."""
+        """Start a call here: True if one starts, None if not, False if more text is needed."""
         begin = head.match(self._held, partial=not final)
         if begin is not None and begin.partial:
             return False
@@ -204,7 +204,7 @@ class MessageReader(PlainReader):
         return True
 
     def _read_arguments(self, delta: Delta, final: bool) -> bool:
-        """Pass on arguments up to their end."""
+        """Forward arguments up to their end."""
         piece, rest = self._stream.push(self._held)
         self._add_arguments(delta, piece)
         self._held = rest or ""
@@ -214,7 +214,7 @@ class MessageReader(PlainReader):
         return True
 
     def _after_call(self, delta: Delta, final: bool) -> bool:
-        """Read what stands between a call and what follows."""
+        """Parse what follows a call."""
         if not final and not self._held.strip():
             return False
         _, tail, following = self._row.heads
@@ -233,7 +233,7 @@ class MessageReader(PlainReader):
         return True
 
     def _find(self, text: str) -> int | None:
-        """The place at which a call may begin."""
+        """Position where a call may start."""
         if self._row and self._row.only_first:
             start = len(text) - len(text.lstrip())
             return start if self._fresh and text.startswith(self._opens, start) else None
@@ -241,7 +241,7 @@ class MessageReader(PlainReader):
         return min(places, default=None)
 
     def _keep(self, text: str) -> int:
-        """Length of the end that may yet begin a call."""
+        """Length of the suffix that may start a call."""
         if self._row and self._row.only_first:
             rest = text.lstrip()
             return len(rest) if self._fresh and any(mark.startswith(rest) for mark in self._opens) else 0
@@ -256,7 +256,7 @@ class MessageReader(PlainReader):
 
 
 class HarmonyReader(PlainReader):
-    """Reads the channels of gpt-oss: analysis is reasoning, a recipient makes it a call, the rest is content."""
+    """Parser of gpt-oss's channels: analysis is reasoning, a recipient makes a call, the rest is content."""
 
     _END = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
     _HEADS = ("<|channel|>", "<|start|>", "to=functions.")
@@ -278,7 +278,7 @@ class HarmonyReader(PlainReader):
         return delta
 
     def _head(self, delta: Delta, final: bool) -> bool:
-        """Read up to where a message's text begins; a text without any head is content."""
+        """Parse a message's header; text without one is content."""
         held = self._held.lstrip()
         if self._first and not any(mark.startswith(held) or held.startswith(mark) for mark in self._HEADS):
             self._kind, self._first = "content", False
@@ -338,7 +338,7 @@ def make_reader(
     limit: int | None = None,
     eager: bool = False,
 ) -> PlainReader:
-    """The reader of one message; `eager` where a grammar sees to it that what begins like a call is one."""
+    """Make the parser of one message; `eager` if a grammar guarantees that what starts like a call is one."""
     if thoughts == FORMATS[1].thoughts:
         return HarmonyReader(schemas, limit, eager)
     if reasoning is None and not schemas:
@@ -347,23 +347,23 @@ def make_reader(
 
 
 def as_call(name: str, arguments: dict) -> dict[str, Any]:
-    """A call in OpenAI's shape."""
+    """Tool call in OpenAI's format."""
     return new_call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
 
 def new_call(name: str, arguments: str) -> dict[str, Any]:
-    """A call in OpenAI's shape, with arguments as they were written."""
+    """Tool call in OpenAI's format, with arguments as written."""
     function = {"name": name, "arguments": arguments}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _is_cut(text: str, *patterns: regex.Pattern | None) -> bool:
-    """Return whether a text ends in the middle of what surrounds calls: no part of the message."""
+    """Return whether a text ends inside the markup around calls, which is no content."""
     found = [pattern.match(text, partial=True) for pattern in patterns if pattern is not None]
     return any(match is not None and match.partial for match in found)
 
 
 def _tail(text: str, marks: tuple[str, ...]) -> str:
-    """The longest end of a text that begins one of the marks."""
+    """Longest suffix of a text that is a prefix of one of the marks."""
     longest = min(max(map(len, marks), default=1) - 1, len(text))
     return next((text[-n:] for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), "")

@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's fields, the ones vLLM and others added to them, and nothing else.
+"""Request bodies of the OpenAI protocol, with vLLM's extensions.
 
 A field that is not written down here is refused by name (`body.py`).
 """
@@ -28,7 +28,7 @@ TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 def _prompt_kind(value: Any) -> str | None:
-    """Which arm of `Prompt` a value is, by its first element: each arm tried costs an error an element."""
+    """Discriminator of `Prompt`'s union, by the first element: trying each arm costs an error an element."""
     if isinstance(value, str):
         return "a text"
     first = value[0] if isinstance(value, list) and value else None
@@ -50,13 +50,13 @@ Prompt = Annotated[
 
 
 def listed(prompt: Any) -> list[str | list[int]]:
-    """A prompt, or several, as a list."""
+    """Normalize one prompt or several to a list."""
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     return prompt if several else [prompt]
 
 
 class StreamOptions(Body):
-    """Options of a stream: what it tells besides the text."""
+    """OpenAI's stream_options."""
 
     include_usage: bool = Field(False, description="A last chunk with the token counts.")
     include_obfuscation: Literal[False] = Field(False, description="Chunks are not padded.")
@@ -72,14 +72,14 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """Free text, any JSON object, or JSON that satisfies a schema."""
+    """Response format: text, any JSON object, or a JSON schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="The schema in llama.cpp's spelling.")
 
     def grammar(self) -> dict[str, Any] | None:
-        """The schema that the text must satisfy."""
+        """Schema that the text must satisfy, if any."""
         if self.type == "text":
             return None
         if self.schema_ is not None and self.json_schema is None:
@@ -92,7 +92,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """vLLM's spelling of what the text must satisfy: one of these."""
+    """vLLM's structured_outputs: one kind of constraint."""
 
     json_: dict[str, Any] | Text | None = Field(None, alias="json", description="A JSON schema, or its text.")
     json_object: bool = False
@@ -102,7 +102,7 @@ class StructuredOutputs(Body):
 
 
 class Sampling(Body):
-    """Sampling fields: what completions and chat have in common."""
+    """Sampling fields common to completions and chat."""
 
     model: str | None = Field(None, description="The served model's name, or nothing.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the most likely token.")
@@ -161,8 +161,7 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def grammar(self) -> dict[str, Any]:
-        """Grammar of the request: what the text must satisfy, as a field of `SamplingParams`, from whichever spelling
-        was used."""
+        """Constraint on the text as a field of `SamplingParams`, from whichever spelling was used."""
         other = self.structured_outputs or StructuredOutputs()
         given = {
             "response_format": ("json_schema", self.response_format and self.response_format.grammar()),
@@ -181,7 +180,7 @@ class Sampling(Body):
         return dict(given.values())
 
     def check(self) -> None:
-        """Check what one field alone cannot tell."""
+        """Check combinations of fields."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is allowed only with stream=true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
@@ -189,7 +188,7 @@ class Sampling(Body):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate, -1 for what the context holds; None if the request leaves it open."""
+        """Maximum tokens to generate, -1 for what the context holds; None if the request leaves it open."""
         named = {name: getattr(self, name, None) for name in ("max_tokens", "max_completion_tokens", "n_predict")}
         given = {name: value for name, value in named.items() if value is not None}
         if len(set(given.values())) > 1:
@@ -198,15 +197,15 @@ class Sampling(Body):
         return next(iter(given.values()), None)
 
     def ignored(self) -> list[str]:
-        """Names of what is passed over."""
+        """Names of ignored fields."""
         return ["store"] if self.store else []
 
     def with_defaults(self, defaults: dict[str, Any]) -> Self:
-        """The same request, with the model's own defaults for what it leaves open."""
+        """Copy with the model's defaults for fields that were left open."""
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
     def params(self, n: int, logprobs: int | None, **others: Any) -> SamplingParams:
-        """Sampling parameters of the request, for `n` continuations."""
+        """Convert to `SamplingParams`."""
         self.check()
         try:
             return SamplingParams(
@@ -248,11 +247,11 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts as a list, whatever they came as."""
+        """The prompts as a list."""
         return listed(self.prompt)
 
     def sampling(self) -> SamplingParams:
-        """Sampling parameters of each prompt."""
+        """`SamplingParams` of each prompt."""
         if self.best_of is not None and self.best_of < self.n:
             raise invalid(f"best_of is {self.best_of}, less than n, {self.n}", "best_of")
         if self.stream and self.best_of is not None and self.best_of > self.n:
@@ -288,7 +287,7 @@ class ChatRequest(Sampling):
     continue_final_message: bool = Field(False, description="Continue the last message, which is the assistant's.")
 
     def sampling(self) -> SamplingParams:
-        """Sampling parameters of the request."""
+        """Convert to `SamplingParams`."""
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
         last = self.messages[-1]
@@ -300,7 +299,7 @@ class ChatRequest(Sampling):
 
 
 class GenerateRequest(Body):
-    """The learner's call: token ids or a text in, token ids and text out."""
+    """Minimal request: token ids or text in, token ids and text out."""
 
     idx: Rows | None = Field(None, description="Token ids, a row a prompt.")
     prompt: str | Texts | None = None
@@ -312,18 +311,18 @@ class GenerateRequest(Body):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts as a list, from whichever field they came."""
+        """The prompts as a list, from whichever field."""
         if (self.idx is None) == (self.prompt is None):
             raise invalid("give either idx (rows of token ids) or prompt (a text)", "idx")
         return self.idx or ([self.prompt] if isinstance(self.prompt, str) else self.prompt)
 
     def sampling(self) -> SamplingParams:
-        """Sampling parameters of each prompt."""
+        """`SamplingParams` of each prompt."""
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p, seed=self.seed)
 
 
 class TokenizeRequest(Body):
-    """A text, or a conversation, to be split into tokens."""
+    """Text or conversation to tokenize."""
 
     model: str | None = None
     prompt: str | None = None
@@ -332,7 +331,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    """Token ids to be joined into a text."""
+    """Token ids to decode."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], FIRST_ERROR]

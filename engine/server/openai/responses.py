@@ -1,4 +1,4 @@
-"""Response bodies: choices, log-probabilities, token counts, chunks of a stream.
+"""Response bodies: choices, log-probabilities, usage, stream chunks.
 
 Plain dictionaries in OpenAI's shapes: a token is answered thousands of times a second, and a model class a token would
 cost more than the token. `schemas.py` says the same shapes for `/openapi.json`, and the tests hold the two together.
@@ -22,12 +22,12 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # 
 
 
 def to_json(value: Any) -> bytes:
-    """Compact JSON, with text as it is."""
+    """Compact JSON, without ASCII escapes."""
     return _encode(value).encode()
 
 
 def to_json_in_parts(value: Any, levels: int = 5) -> bytes:
-    """The same by a call of the encoder for each part `levels` down: a call of 40 MB would keep all threads waiting.
+    """JSON with one encoder call for each part `levels` down: one call of 40 MB would hold the GIL too long.
 
     Five levels lead to the entries of log-probabilities; a long list is written in slices wherever it stands.
     """
@@ -46,7 +46,7 @@ def _in_parts(value: Any, levels: int) -> str:
 
 
 def server_sent(value: dict[str, Any], encode: Callable[[Any], bytes] = to_json) -> bytes:
-    """One event of a stream, under its name where it has a type."""
+    """Server-sent event, named if it has a type."""
     name = f"event: {value['type']}\n".encode() if "type" in value else b""
     return name + b"data: " + encode(value) + b"\n\n"
 
@@ -55,14 +55,14 @@ END_OF_STREAM = b"data: [DONE]\n\n"
 
 
 class Words:
-    """Token ids as clients see them in log-probabilities."""
+    """Texts of tokens as clients see them in log-probabilities."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.text = lru_cache(1 << 16)(self._text)
 
     def bytes(self, token: int) -> bytes:
-        """The bytes of a token; none for a row of the model's table that the tokenizer has no token for."""
+        """Bytes of a token; empty for embedding rows without a token."""
         try:
             return self._tokenizer.token_bytes(token) if self._tokenizer else b""
         except ValueError:
@@ -78,27 +78,27 @@ class Words:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def stream(self) -> Any:
-        """A decoder of tokens that come one by one, if there is a tokenizer."""
+        """Streaming decoder, if there is a tokenizer."""
         return self._tokenizer and self._tokenizer.stream()
 
 
 @dataclass(slots=True)
 class Part:
-    """Delta of one continuation: some text, the tokens it took, and whether it has ended."""
+    """Increment of one continuation: text, tokens, and whether it has ended."""
 
     text: str = ""
     logprobs: list = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
-        """The next piece of the same continuation."""
+        """Merge the next piece."""
         self.text += piece.text
         self.logprobs += piece.logprobs
         self.finish_reason = piece.finish_reason or self.finish_reason
 
 
 class Collector:
-    """Joins the pieces of a batch into one part a continuation; keeps back what has nothing to show yet.
+    """Merges the pieces of a batch into one increment a continuation; holds back those with nothing to show.
 
     A token that ends in the middle of a character, or in what may become a stop string, has no text yet: its
     log-probability waits for the text it belongs to, so that no empty chunk is ever sent. With `wait_for_tokens`, so
@@ -111,7 +111,7 @@ class Collector:
         self._started: set[int] = set()
 
     def collect(self, events: Sequence[Event]) -> list[tuple[int, Part]]:
-        """The parts that can be sent now."""
+        """Increments that can be sent now."""
         touched = dict.fromkeys(event.index for event in events)
         for index, piece, _ in events:
             self._parts.setdefault(index, Part()).add(piece)
@@ -125,7 +125,7 @@ class Collector:
 
 
 def usage(flow: RequestStream) -> dict[str, Any]:
-    """The token counts of a request that has ended."""
+    """Token counts of a finished request."""
     metrics = [stream.metrics for stream in flow.streams]
     completion = sum(each.generated_tokens for each in metrics)
     cached = sum(generation.streams[0].metrics.cached_tokens for generation in flow.generations)
@@ -138,7 +138,7 @@ def usage(flow: RequestStream) -> dict[str, Any]:
 
 
 def count_scores(params: SamplingParams, prompt: int, generated: int) -> int:
-    """Numbers in an answer: log-probabilities of so many tokens where they are asked for, alternatives included.
+    """Number of log-probabilities in a response, alternatives included.
 
     Each of a prompt's continuations is told with all of the prompt's."""
     echoed = 0 if params.prompt_logprobs is None else params.n * prompt * (1 + params.prompt_logprobs)
@@ -162,7 +162,7 @@ def _ranked(words: Words, entry: Any, top: int) -> dict[str, dict[str, Any]]:
 
 
 class CompletionScores:
-    """The `logprobs` of one continuation in the shape of completions: parallel lists, with offsets into the text."""
+    """`logprobs` in the format of completions: parallel lists with text offsets."""
 
     def __init__(self, words: Words, top: int, hidden: frozenset[int]) -> None:
         self._words, self._top, self._hidden = words, top, hidden
@@ -170,7 +170,7 @@ class CompletionScores:
         self._length = 0
 
     def echoed(self, tokens: Sequence[int], logprobs: Sequence) -> dict[str, list]:
-        """Those of an echoed prompt: its first token has none."""
+        """Those of an echoed prompt, whose first token has none."""
         return {
             "tokens": [self._words.text(token) for token in tokens],
             "token_logprobs": [None, *(entry.logprob for entry in logprobs)],
@@ -179,7 +179,7 @@ class CompletionScores:
         }
 
     def generated(self, logprobs: Sequence) -> dict[str, list]:
-        """Those of the tokens that came."""
+        """Those of generated tokens."""
         return {
             "tokens": [self._words.text(entry.token) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
@@ -210,7 +210,7 @@ def most_likely(streams: Sequence, n: int) -> list:
 
 
 class CompletionWriter:
-    """Answers to one completion request: whole, or chunk by chunk."""
+    """Writer of completion responses and chunks."""
 
     end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
 
@@ -234,21 +234,21 @@ class CompletionWriter:
         self._unsaid_echo = set(range(len(streams))) if self._echoing else set()
 
     def collector(self) -> Collector:
-        """Accumulator that joins the pieces of the stream."""
+        """Collector of the stream's pieces."""
         return Collector(wait_for_tokens=self._echoing)
 
     def whole(self) -> dict[str, Any]:
-        """The answer to a request that has ended."""
+        """Complete response."""
         told = [stream for generation in self._flow.generations for stream in most_likely(generation.streams, self._n)]
         choices = map(self._whole_choice, *zip(*enumerate(told)))  # made one by one, as they are written
         return {**self._head, "choices": choices, "usage": usage(self._flow)}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Chunk for one part."""
+        """Chunk for one increment."""
         return [{**self._head, "choices": [self._choice(index, part)]}]
 
     def last(self) -> dict[str, Any]:
-        """The token counts that end a stream."""
+        """Usage chunk that ends a stream."""
         return {**self._head, "choices": [], "usage": usage(self._flow)}
 
     def _whole_choice(self, index: int, stream: Any) -> dict[str, Any]:
@@ -278,7 +278,7 @@ class CompletionWriter:
 
 
 class ChatWriter:
-    """Answers to one chat request: whole, or chunk by chunk."""
+    """Writer of chat responses and chunks."""
 
     end, error = END_OF_STREAM, staticmethod(attrgetter("body"))
 
@@ -298,11 +298,11 @@ class ChatWriter:
         self._greeted: set[int] = set()
 
     def collector(self) -> Collector:
-        """Accumulator that joins the pieces of the stream."""
+        """Collector of the stream's pieces."""
         return Collector()
 
     def whole(self) -> dict[str, Any]:
-        """The answer to a request that has ended."""
+        """Complete response."""
         choices = map(self._message, *zip(*enumerate(self._flow.streams)))
         whole = {**self._head, "object": "chat.completion", "choices": choices, "usage": usage(self._flow)}
         if self._prompt_top is not None:
@@ -310,7 +310,7 @@ class ChatWriter:
         return whole
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Chunk for one part, if it has something to show."""
+        """Chunk for one increment, if it has something to show."""
         reader = self._readers[index]
         said = reader.read(part.text, part.finish_reason is not None)
         if not (said or part.finish_reason or part.logprobs):
@@ -328,7 +328,7 @@ class ChatWriter:
         return [{**self._head, "object": "chat.completion.chunk", "choices": [choice]}]
 
     def last(self) -> dict[str, Any]:
-        """The token counts that end a stream."""
+        """Usage chunk that ends a stream."""
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(self._flow)}
 
     def _message(self, index: int, stream: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The shapes of answers, for `/openapi.json` and `/docs`; `answers.py` builds them."""
+"""Response schemas for `/openapi.json` and `/docs`; `responses.py` builds the responses."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required
 
 
 def answers(model: type[BaseModel], *statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route: what it answers, and with which statuses it can refuse."""
+    """The `responses` of a route: its schema, and the error statuses."""
     described: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in (*statuses, 401)}
     described[200] = {"model": model}
     if stream:

@@ -1,4 +1,4 @@
-"""Tool calls as models write them: one row a format, recognized by the chat template that taught it.
+"""Tool-call formats of model families, one row each, recognized by the chat template.
 
     Hermes, Qwen       <tool_call>{"name": "f", "arguments": {…}}</tool_call>
     Llama 3            {"name": "f", "parameters": {…}}
@@ -34,7 +34,7 @@ BEGINNING = 4096  # characters that tell whether something is JSON
 
 
 def scan_json(head: str, tail: str) -> Scanner:
-    """Scanner of JSON between two patterns: arguments if the head has a group `name`, else a call or a list of them."""
+    """Scanner of JSON between two patterns: arguments if the head has a group `name`, else a call or a list."""
     heads, tails = regex.compile(head), regex.compile(tail)
 
     def scan(text: str, schemas: Schemas, final: bool) -> Scan:
@@ -72,7 +72,7 @@ PAIRS = {
 
 
 def scan_tagged(close: str, name: str, style: str) -> Scanner:
-    """Scanner of arguments between tags; a schema says which of them are strings and which JSON."""
+    """Scanner of tagged arguments; the schema tells strings from JSON values."""
     closes, names, pairs = regex.compile(close), regex.compile(name), PAIRS[style][2]
 
     def scan(text: str, schemas: Schemas, final: bool) -> Scan:
@@ -90,7 +90,7 @@ def scan_tagged(close: str, name: str, style: str) -> Scanner:
 
 
 def scan_gemma(text: str, schemas: Schemas, final: bool) -> Scan:
-    """Scanner of Gemma's notation: JSON with bare keys, and strings between marks instead of quotes."""
+    """Scanner of Gemma's notation: JSON with bare keys and marks instead of quotes."""
     begin = regex.match(r"<\|tool_call>call:([\w.-]+)(?={)", text, partial=not final)
     if begin is None:
         return TEXT
@@ -108,7 +108,7 @@ def scan_gemma(text: str, schemas: Schemas, final: bool) -> Scan:
 
 
 def end_of_json(text: str, start: int) -> int | None:
-    """End of the object or list that begins there, if it is complete; of anything else, where it begins.
+    """End of the JSON object or list at `start`, if complete; for anything else, `start`.
 
     Its beginning is parsed first: a text of marks, each before a bracket, would else be read to its end from every one.
     """
@@ -133,7 +133,7 @@ def _may_be_json(text: str) -> bool:
 
 
 def read_json(text: str) -> Any:
-    """JSON that any client can read: no NaN, no half of a surrogate pair, 200 levels at most; else None."""
+    """Parse JSON that any client can read (no NaN, no lone surrogates, at most 200 levels); else None."""
     try:
         value = from_json(text, allow_inf_nan=False)
         json.dumps(value, allow_nan=False)  # 1e999 is infinite
@@ -152,7 +152,7 @@ def _call(value: Any) -> Call | None:
 
 
 def typed(text: str, schema: Any) -> Any:
-    """A tag's text as its schema wants it."""
+    """Convert a tag's text to the type in its schema."""
     if isinstance(schema, dict) and is_text(schema):
         return text
     value = read_json(text)
@@ -160,14 +160,14 @@ def typed(text: str, schema: Any) -> Any:
 
 
 def is_text(schema: dict) -> bool:
-    """Return whether a schema describes a string and nothing else."""
+    """Return whether a schema describes only a string."""
     choices = schema.get("enum")
     listed = isinstance(choices, list) and bool(choices) and all(isinstance(value, str) for value in choices)
     return listed or (choices is None and schema.get("type") == "string")
 
 
 def properties_of(schema: dict) -> dict:
-    """The properties of an object's schema; a client may send anything as one."""
+    """Properties of an object schema; robust against anything a client sends."""
     properties = schema.get("properties")
     return properties if isinstance(properties, dict) else {}
 
@@ -177,7 +177,7 @@ _BRACKETS = regex.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', regex.DOTALL)
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """Tool-call format of a family of models."""
+    """Tool-call format of a model family."""
 
     name: str
     marks: tuple[str, ...]
@@ -207,12 +207,12 @@ class ToolFormat:
 
     @property
     def mark(self) -> str:
-        """Marker that begins a call and nothing else."""
+        """Marker that only a call begins with."""
         return self.trigger or self.opens[0]
 
     @cached_property
     def heads(self) -> tuple[regex.Pattern, regex.Pattern, regex.Pattern | None] | None:
-        """Patterns of a forced call: up to its arguments, what ends it, and both where another follows in a list."""
+        """Patterns of a forced call: up to its arguments, its end, and both where another follows in a list."""
         if self.style == "gemma" or self.name == "harmony":
             return None
         before, _, rest = self.call.partition("NAME")
@@ -226,7 +226,7 @@ class ToolFormat:
 
 
 def _spaced(text: str) -> str:
-    """A text as a pattern that does not mind how much white space there is."""
+    """Pattern of a text with flexible white space."""
     return r"\s*".join(map(regex.escape, regex.split(r"\s+", text)))
 
 
@@ -350,14 +350,14 @@ FORMATS = (
 
 
 def format_of(template: str | None) -> ToolFormat | None:
-    """The format that a chat template teaches; None where it knows no tools, or writes calls in no known way."""
+    """Tool-call format of a chat template; None if it has no tools or an unknown format."""
     if not template or "tools" not in template:
         return None
     return next((row for row in FORMATS if all(mark in template for mark in row.marks)), None)
 
 
 def thoughts_of(template: str | None) -> tuple[str, str] | None:
-    """The marks around a model's reasoning, if its chat template shows that it reasons."""
+    """Reasoning marks of a chat template, if it has reasoning."""
     row = format_of(template)
     marks = (row.thoughts,) if row else ()
     known = (*marks, ("<think>", "</think>"), FORMATS[1].thoughts)

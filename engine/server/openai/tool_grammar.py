@@ -1,4 +1,4 @@
-"""Grammars of tool calls and of reasoning before an answer, in llguidance's Lark.
+"""Grammars (llguidance's Lark) for tool calls, and for reasoning before a constrained answer.
 
 `tool_choice` required, or the name of a tool, is a grammar of one or several calls in the model's own format, with
 arguments that satisfy the tool's schema. A model that reasons may do so first: a grammar that forbade it would make it
@@ -16,19 +16,19 @@ COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 
 
 class Lark:
-    """A grammar under construction; special tokens in its strings are tokens."""
+    """Grammar builder; special tokens inside strings become tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._rules = tokenizer, []
 
     def rule(self, body: str, options: str = "") -> str:
-        """The name of a new rule."""
+        """Add a rule; return its name."""
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}{options}: {body}")
         return name
 
     def text(self, text: str) -> str:
-        """This text and no other."""
+        """Exactly this text."""
         special = self._tokenizer.special
         parts = special.split(text, special.ids)
         return " ".join(
@@ -36,27 +36,27 @@ class Lark:
         )
 
     def until(self, close: str) -> str:
-        """Any text and then this one."""
+        """Any text up to and including this one."""
         ids = self._tokenizer.special.ids
         if mark := next((mark for mark in ids if close.startswith(mark)), None):
             return f"/(?s:.*)/ {self.text(mark)} {self.text(close[len(mark) :])}"
         return self.rule("/(?s:.*)/", f"[suffix={json.dumps(close, ensure_ascii=False)}]")
 
     def json(self, schema: dict) -> str:
-        """JSON that satisfies a schema, written as models write it."""
+        """JSON that satisfies a schema, in the spacing that models use."""
         return self.rule(f"%json {json.dumps({'x-guidance': COMPACT, **schema})}")
 
     def one_of(self, choices: list[str]) -> str:
-        """One of several expressions."""
+        """Alternatives."""
         return choices[0] if len(choices) == 1 else f"({' | '.join(choices)})"
 
     def source(self, start: str) -> str:
-        """The grammar."""
+        """Source of the grammar."""
         return "\n".join([f"start: {start}", *self._rules])
 
 
 def call_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas, parallel: bool, reasoning: str | None) -> str:
-    """One call of these tools, or several, after reasoning where `reasoning` says that there may be some."""
+    """One call of these tools, or several, after optional reasoning."""
     lark = Lark(tokenizer)
     calls = lark.one_of([_call(lark, row, name, schema) for name, schema in schemas.items()])
     one = lark.rule(calls)
@@ -66,7 +66,7 @@ def call_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas, parallel: bo
 
 
 def bound_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas) -> str:
-    """A call from its mark on, where the model was free to begin one; several where the format has a list of them."""
+    """A call from its trigger on; several where the format has a list of them."""
     lark = Lark(tokenizer)
     special = any(token is not None for _, token in tokenizer.special.split(row.mark, tokenizer.special.ids))
     mark = lark.text(row.mark) if special else lark.until(row.mark)
@@ -79,7 +79,7 @@ def bound_grammar(tokenizer: Any, row: ToolFormat, schemas: Schemas) -> str:
 
 
 def answer_grammar(tokenizer: Any, schema: dict, reasoning: str) -> str:
-    """JSON that satisfies a schema, after the reasoning of a model that reasons."""
+    """JSON that satisfies a schema, after optional reasoning."""
     lark, pair = Lark(tokenizer), thoughts_of(tokenizer.chat_template) or ("", "")
     final = lark.text("<|channel|>final<|message|>") if pair[0].startswith("<|channel|>") else ""
     plain = {"x-guidance": {"whitespace_flexible": False}, **schema}
@@ -129,7 +129,7 @@ def _tags(before: str, between: str, after: str) -> Any:
 
 
 def _defined(schema: Any, whole: dict) -> dict:
-    """A property's schema with the definitions that it may refer to."""
+    """Property schema with the definitions it may refer to."""
     schema = schema if isinstance(schema, dict) else {}
     return {**schema, **{name: whole[name] for name in ("$defs", "definitions") if name in whole}}
 

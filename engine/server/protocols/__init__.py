@@ -1,1 +1,1 @@
-"""Other protocols over the same conversations: OpenAI's Responses and Anthropic's Messages."""
+"""Other protocols, translated to chats: OpenAI's Responses, Anthropic's Messages."""

@@ -1,4 +1,4 @@
-"""Anthropic's Messages: `/v1/messages`, as a chat in other words."""
+"""Anthropic's Messages API (`/v1/messages`), translated to and from a chat."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class Turn(Tolerant):
-    """One message: a text, or blocks."""
+    """Message: a text, or content blocks."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[dict[str, Any]], FIRST_ERROR]
 
 
 class ToolChoice(Tolerant):
-    """Tool choice: whether one is to be called, and which."""
+    """Anthropic's tool_choice."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -61,7 +61,7 @@ class MessagesRequest(AgentRequest):
         return named or str((self.output_config or {}).get("effort") or "")
 
     def chat(self) -> ChatRequest:
-        """The same as a chat."""
+        """Convert to a chat."""
         messages = [{"role": "system", "content": text_of(self.system, "system")}] if self.system else []
         for turn in self.messages:
             messages += _assistant(turn) if turn.role == "assistant" else _user(turn)
@@ -123,7 +123,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 class MessagesWriter:
-    """Answers to one request: whole, or as events."""
+    """Writer of responses and events."""
 
     end = b""
 
@@ -140,18 +140,18 @@ class MessagesWriter:
         self._started = False
 
     def collector(self) -> Collector:
-        """Accumulator that joins the pieces of the stream."""
+        """Collector of the stream's pieces."""
         return Collector()
 
     def whole(self) -> dict[str, Any]:
-        """The answer to a request that has ended."""
+        """Complete response."""
         (stream,) = self._flow.streams
         events = self._blocks.events(self._reader.read(stream.output().text), final=True)
         content = [_block(kind, value) for event, kind, value in events if event == "end"]
         return {**self._head, "content": content, **self._stop(stream), "usage": self._usage()}
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Events for one part."""
+        """Events for one increment."""
         final = part.finish_reason is not None
         events = [] if self._started else [self._start()]
         for event, kind, value in self._blocks.events(self._reader.read(part.text, final), final):
@@ -163,7 +163,7 @@ class MessagesWriter:
         return events
 
     def error(self, error: errors.APIError) -> dict[str, Any]:
-        """The event of an error."""
+        """Error event."""
         return {"type": "error", **error.body}
 
     def _start(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OpenAI's Responses: `/v1/responses`, as a chat in other words. Stateless: the client sends the whole conversation."""
+"""OpenAI's Responses API (`/v1/responses`), stateless, translated to and from a chat."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ResponsesRequest(AgentRequest):
     metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatRequest:
-        """The same as a chat."""
+        """Convert to a chat."""
         for name, why in STATEFUL.items():
             if (self.model_extra or {}).get(name):
                 raise errors.invalid(f"{name} is not supported: {why}", name, "unsupported_parameter")
@@ -97,7 +97,7 @@ def _function_name(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
-    """Add an item; what the assistant reasons, says and calls in a row is one message."""
+    """Add an item; consecutive reasoning, text and calls of the assistant become one message."""
     kind = item.get("type", "message")
     if kind == "function_call_output":
         text = text_of(item.get("output"), "input.output")
@@ -133,7 +133,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 class ResponsesWriter:
-    """Answers to one request: whole, or as events."""
+    """Writer of responses and events."""
 
     end = b""
 
@@ -163,17 +163,17 @@ class ResponsesWriter:
         }
 
     def collector(self) -> Collector:
-        """Accumulator that joins the pieces of the stream."""
+        """Collector of the stream's pieces."""
         return Collector()
 
     def whole(self) -> dict[str, Any]:
-        """The answer to a request that has ended."""
+        """Complete response."""
         (stream,) = self._flow.streams
         self._happen(self._reader.read(stream.output().text), final=True)
         return self._response(stream)
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Events for one part."""
+        """Events for one increment."""
         events = []
         if self._sequence < 0:
             begun = {**self._head, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
@@ -186,13 +186,13 @@ class ResponsesWriter:
         return events
 
     def error(self, error: errors.APIError) -> dict[str, Any]:
-        """The event of an error."""
+        """Error event."""
         self._sequence += 1
         given = {"code": error.code, "message": error.message, "param": error.param}
         return {"type": "error", **given, "sequence_number": self._sequence}
 
     def _happen(self, said: Delta, final: bool) -> list[dict[str, Any]]:
-        """Events of what is said, and of its end; the output grows with them."""
+        """Events of new output and of its end; `output` grows with them."""
         made = []
         for event, kind, value in self._blocks.events(said, final):
             index = self._blocks.count

@@ -1,4 +1,4 @@
-"""Parts that both protocols share: bodies that grow with their vendors' clients, and messages as runs of blocks.
+"""Shared parts of the translated protocols: tolerant bodies, messages as content blocks.
 
 Agents send whatever their vendor's newest interface knows. Fields and tools that mean nothing here are passed over, and
 named in the answer's header, instead of being refused.
@@ -18,7 +18,7 @@ from ..openai.requests import ChatRequest
 
 
 class Tolerant(BaseModel):
-    """Strict about what it knows, silent about the rest; null means absent."""
+    """Body that validates known fields and ignores unknown ones; null means absent."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -29,7 +29,7 @@ class Tolerant(BaseModel):
 
 
 class AgentRequest(Tolerant):
-    """A request that can be said as a chat."""
+    """Base of requests that can be translated to a chat."""
 
     model: str | None = None
     stream: bool = False
@@ -37,26 +37,26 @@ class AgentRequest(Tolerant):
 
     @property
     def include_usage(self) -> bool:
-        """Return whether chunks carry a usage field: these protocols tell it in events of their own."""
+        """False: these protocols report usage in events of their own."""
         return False
 
     @property
     def effort(self) -> str:
-        """Reasoning effort, if the request names one; else empty."""
+        """Reasoning effort of the request; empty if it names none."""
         return ""
 
     def ignored(self) -> list[str]:
-        """Names of what is passed over."""
+        """Names of ignored fields."""
         tools = [tool for tool in getattr(self, "tools", None) or [] if not is_function(tool)]
         return sorted(self.model_extra or {}) + [f"tools.{str(tool.get('type'))[:64]}" for tool in tools]
 
     def chat(self) -> ChatRequest:
-        """The same as a chat."""
+        """Convert to a chat."""
         raise NotImplementedError
 
 
 def as_chat(body: AgentRequest) -> ChatRequest:
-    """The same as a chat; raises APIError where it cannot be said so."""
+    """Convert to a chat; raise APIError where that is impossible."""
     try:
         return body.chat()
     except ValidationError as error:
@@ -64,12 +64,12 @@ def as_chat(body: AgentRequest) -> ChatRequest:
 
 
 def is_function(tool: dict[str, Any]) -> bool:
-    """Return whether a tool is a function of the client's, in either protocol."""
+    """Return whether a tool is a client-side function, in either protocol."""
     return tool.get("type") == "function" or (tool.get("type", "custom") == "custom" and "input_schema" in tool)
 
 
 def text_of(content: Any, where: str) -> str:
-    """The text of a content: a string, or blocks of text."""
+    """Text of a content: a string, or text blocks."""
     if isinstance(content, str) or not content:
         return content or ""
     if not isinstance(content, list):
@@ -82,7 +82,7 @@ def text_of(content: Any, where: str) -> str:
 
 
 class Blocks:
-    """Deltas of a message as runs of one kind each: where a block begins, grows and ends."""
+    """Splits a message's increments into content blocks: where each begins, grows and ends."""
 
     def __init__(self) -> None:
         self.count = 0  # blocks that have ended
@@ -90,7 +90,7 @@ class Blocks:
         self.value: Any = ""  # … and what it has so far: a text, or a call
 
     def feed(self, delta: Delta) -> Iterator[tuple[str, str, Any]]:
-        """Events, as (begin, grow or end; kind; what has come, at an end all of it)."""
+        """Yield (begin, grow or end; kind; new content, at an end all of it)."""
         for kind, text in (("reasoning", delta.reasoning), ("text", delta.content)):
             if text:
                 if self.kind != kind:
@@ -106,14 +106,14 @@ class Blocks:
                 yield "grow", "call", function["arguments"]
 
     def close(self) -> Iterator[tuple[str, str, Any]]:
-        """End the block that is open."""
+        """End the open block."""
         if self.kind is not None:
             kind, value, self.kind, self.value = self.kind, self.value, None, ""
             yield "end", kind, value
             self.count += 1
 
     def events(self, delta: Delta, final: bool) -> Iterator[tuple[str, str, Any]]:
-        """Events of what is said, and with `final` those of its end."""
+        """Yield the events of an increment, and with `final` those of its end."""
         yield from self.feed(delta)
         if final:
             yield from self.close()

@@ -1,1 +1,1 @@
-"""The playground and the static pages."""
+"""Playground and static pages."""

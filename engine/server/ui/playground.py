@@ -1,4 +1,4 @@
-"""The playground: a page to talk to the model, to watch it choose, and to look inside.
+"""Playground (Gradio): chat, completion with token probabilities, attention maps.
 
 Gradio builds the page from what is written here and ships its own fonts and scripts, so it works without a network. It
 takes seconds to import, so it is imported when somebody first opens the page: a server nobody looks at never pays.
@@ -43,7 +43,7 @@ def available() -> bool:
 
 
 class Playground:
-    """An ASGI application that becomes the page when it is first asked for."""
+    """ASGI application that builds the Gradio page on first use."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -66,13 +66,13 @@ class Playground:
         await self._page(scope, receive, send)
 
     async def close(self) -> None:
-        """End the page's own tasks."""
+        """Stop the page's tasks."""
         self._closing.set()
         if self._life is not None:
             await self._life
 
     async def _live(self) -> None:
-        """Gradio's life must begin and end in one task."""
+        """Run Gradio's lifespan in one task, as it requires."""
         try:
             page = await asyncio.to_thread(build, self._service)
             async with page.router.lifespan_context(page):
@@ -84,7 +84,7 @@ class Playground:
 
 
 def build(service: Service) -> Any:
-    """The page as an ASGI application."""
+    """Build the page as an ASGI application."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
     from fastapi import FastAPI
@@ -161,7 +161,7 @@ def _chat_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
     async def answer(
         request: Any, turns: list[dict], system: str | None, chosen: tuple, begun: str = ""
     ) -> AsyncIterator[Any]:
-        """Answer the turns, or go on with what has begun; yields history, message, speed and whether to continue."""
+        """Generate the answer, or continue it; yields history, message, speed and whether it can continue."""
         said = [{"role": "system", "content": system}] if system else []
         said += [*turns, *([{"role": "assistant", "content": begun}] if begun else [])]
         messages = [Message(role=turn["role"], content=_plain(turn["content"])) for turn in said]
@@ -230,7 +230,7 @@ def _completion_tab(gradio: Any, service: Service, settings: list[Any]) -> None:
             yield *shown, *buttons(progress.reason is None)
 
     def buttons(runs: bool = False) -> tuple[Any, Any]:
-        """Continue or Stop, whichever means something."""
+        """Enable Continue or Stop, whichever applies."""
         return gradio.Button(visible=not runs), gradio.Button(visible=runs)
 
     both = [start, stop]
@@ -265,7 +265,7 @@ def _attention_tab(gradio: Any, service: Service) -> None:
 
 
 class _Progress:
-    """A generation as far as it has come."""
+    """Progress of a generation."""
 
     def __init__(self) -> None:
         self.text, self.entries, self.facts = "", [], facts(0, None, 0, None)
@@ -273,7 +273,7 @@ class _Progress:
 
 
 async def _generate(gradio: Any, service: Service, asks: Any, request: Any) -> AsyncIterator[_Progress]:
-    """Run a generation and show it now and then; however it ends, its pages are free."""
+    """Run a generation with periodic updates; its pages are always freed."""
     progress, start, first, drawn = _Progress(), time.monotonic(), None, 0.0
     try:
         scope = request.request.scope
@@ -318,7 +318,7 @@ def _params(chosen: tuple) -> SamplingParams:
 
 
 def _plain(content: Any) -> str:
-    """A turn as text: Gradio gives some as lists of parts."""
+    """Text of a turn: Gradio gives some as lists of parts."""
     if isinstance(content, list):
         return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
     return str(content)

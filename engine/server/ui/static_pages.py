@@ -1,4 +1,4 @@
-"""Two small pages that load nothing from anywhere: the reference at /docs, and / where there is no playground."""
+"""Static pages without external resources: API reference at /docs, landing page at /."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--soft); } small { op
 
 
 def docs_page(schema: dict[str, Any]) -> str:
-    """All routes with their fields, from the OpenAPI description."""
+    """API reference from the OpenAPI description."""
     routes = [
         _route(schema, method, path, operation)
         for path, operations in schema["paths"].items()
@@ -31,7 +31,7 @@ def docs_page(schema: dict[str, Any]) -> str:
 
 
 def landing_page(config: ServerConfig) -> str:
-    """List of what is served here, where there is no playground."""
+    """Landing page where there is no playground."""
     missing = "The playground was left out with --no-ui."
     if config.ui:
         missing = "For a playground on this page: <code>pip install gradio</code>, and start the server again."

@@ -1,4 +1,4 @@
-"""Token and attention views of the playground, besides text: tokens colored by probability, and attention as a heat
+"""HTML and SVG views for the playground: tokens colored by probability, attention heat maps.
 map. HTML and SVG, made here, so that the page needs no library and no network."""
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ LEGEND = "<div class=loom-legend>unlikely<i></i>likely · hover over a token to 
 
 
 def token_view(prompt: str, entries: Sequence[Any], words: Words) -> str:
-    """The prompt, and each generated token in the color of its probability with its alternatives."""
+    """Prompt and generated tokens, colored by probability, with alternatives."""
     spans = "".join(_token(entry, words) for entry in entries)
     return f"<div class=loom-tokens><i>{escape(prompt)}</i>{spans}</div>{LEGEND}"
 
 
 def facts(tokens: int, first: float | None, elapsed: float, reason: str | None) -> str:
-    """One line about a generation's speed."""
+    """One line on a generation's speed."""
     if first is None:
         return "<div class=loom-facts>waiting for the first token …</div>"
     rate = (tokens - 1) / (elapsed - first) if tokens > 1 and elapsed > first else 0

@@ -1,1 +1,1 @@
-"""Execution of a step plan: model runner, paged KV cache, sampler, and the executors of each device."""
+"""Execution of step plans: model runner, paged KV cache, sampler, executors for each device."""

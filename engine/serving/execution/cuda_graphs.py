@@ -1,9 +1,10 @@
-"""CUDA graphs for decoding: a step's hundreds of small launches become one, from the tokens before to the tokens drawn.
+"""CUDA graphs for decoding steps, from input tokens to sampled tokens.
 
-A graph replays the very launches it recorded, at the addresses it recorded. So all that a step needs from the host goes
-in one copy to a buffer that never moves, and batches are padded to a few shapes: a number of sequences, and pages for
-the longest of them, from which the grid of attention follows. Padding rows have no queries and write to a row that
-nobody reads. Where logits are to be changed or described, the runner draws again, from the hidden states.
+A step's hundreds of small launches become one. A graph replays the very launches it recorded, at the addresses it
+recorded. So all that a step needs from the host goes in one copy to a buffer that never moves, and batches are padded
+to a few shapes: a number of sequences, and pages for the longest of them, from which the grid of attention follows.
+Padding rows have no queries and write to a row that nobody reads. Where logits are to be changed or described, the
+runner draws again, from the hidden states.
 
 All shapes are recorded at start-up, largest first, into one pool of memory that the smaller ones use again, and for
 which `graph_memory` keeps room beside the pages. Nothing here may take serving down: what cannot be recorded is warned
@@ -26,28 +27,28 @@ from ..scheduling.step import UNKNOWN
 from .kv_cache import AttentionMetadata, KernelAttention, PagedKVCache, buffer_bytes, buffer_views
 
 Run = Callable[[], tuple[Tensor, Tensor]]
-"""Gives a step's hidden states and the tokens drawn from them."""
+"""Returns a step's hidden states and the tokens sampled from them."""
 Record = Callable[[Run], Run]
 SHORTEST = 1024
-"""Tokens of the smallest shape. Others double: at most half of the segments that attention looks for are not there."""
+"""Context of the smallest shape, in tokens. Others double: at most half of attention's grid is idle."""
 NODE_BYTES = 8192
 """Memory of one recorded launch; an assumption, on the safe side."""
 
 
 class Shape(NamedTuple):
-    """Sequences of a batch, and pages of the longest."""
+    """Shape of a graph: sequences of the batch, and pages of the longest."""
 
     size: int
     pages: int
 
 
 def enabled() -> bool:
-    """Return whether the environment lets graphs be recorded."""
+    """Return whether CUDA graphs are enabled (WARPLOOM_GRAPHS)."""
     return os.environ.get("WARPLOOM_GRAPHS", "1") != "0"
 
 
 def shapes(max_batch: int, most_pages: int, page_size: int) -> list[Shape]:
-    """Sizes to record, largest first. Products take 16 or 64 rows at a time, so more sizes would save nothing."""
+    """Batch shapes to capture, largest first. Products take 16 or 64 rows at a time: more sizes would save nothing."""
     sizes = {min(size, max_batch) for size in (1, 2, 4, 8, 16, 32, *range(64, max_batch + 64, 64))}
     doubled = {-(-SHORTEST // page_size) << i for i in range(most_pages.bit_length())}
     return sorted(
@@ -58,7 +59,7 @@ def shapes(max_batch: int, most_pages: int, page_size: int) -> list[Shape]:
 
 
 def graph_memory(config, max_batch: int, context: int, itemsize: int) -> int:
-    """Bytes that recorded graphs take: the pool they share, as large as the largest step, and their launches."""
+    """Estimated bytes of all graphs: the shared pool, as large as the largest step, and their nodes."""
     rows, heads = max_batch, config.n_heads + 2 * config.kv_heads
     experts = config.experts_per_token if config.n_experts else 1
     widest = max(2 * heads * config.head_size, 3 * experts * config.d_ff + experts * config.d_model)
@@ -70,10 +71,10 @@ def graph_memory(config, max_batch: int, context: int, itemsize: int) -> int:
 
 
 class DecodeGraphs:
-    """Runs the model for steps in which every sequence computes one token and draws the next.
+    """Captured graphs of decoding steps, in which every sequence computes one token and samples the next.
 
-    `tokens` is what the runner knows of each row's tokens, and one row more, where padding writes. `draw` makes tokens
-    of hidden states, for these rows at these positions."""
+    `tokens` holds each row's tokens, and one row more, where padding writes. `draw` samples tokens from hidden states,
+    for these rows at these positions."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class DecodeGraphs:
                 return
 
     def __call__(self, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata) -> tuple[Tensor, Tensor] | None:
-        """The hidden states of one token of each sequence, and the tokens drawn; None if no graph is large enough."""
+        """Replay: (hidden states of one token a sequence, sampled tokens); None if no graph is large enough."""
         T, pages = layout.tables.shape
         shape = min((one for one in self.replays if one.size >= T and one.pages >= pages), default=None)
         if shape is None:
@@ -119,7 +120,7 @@ class DecodeGraphs:
         return hidden_TC[:T], drawn_T[:T]
 
     def _send(self, shape: Shape, tokens: np.ndarray, rows: np.ndarray, layout: AttentionMetadata | None) -> None:
-        """Copy a step's inputs, or padding alone, into the static inputs of this shape's graphs."""
+        """Copy a step's inputs, or padding, into the static input buffer of this shape."""
         size = buffer_bytes(_inputs(shape))
         staged = torch.empty(size, dtype=torch.uint8, pin_memory=self.buffer.device.type == "cuda")
         T = len(tokens)
@@ -149,14 +150,14 @@ _PADDING = (0, "spare row", 0, -1, None, 0, 0, "end")
 
 
 def _inputs(shape: Shape) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes of a step's inputs, in the order of `_PADDING`."""
+    """Dtypes and shapes of a graph's inputs, in the order of `_PADDING`."""
     by_token, by_sequence = (torch.int64, (shape.size,)), (torch.int32, (shape.size,))
     starts = torch.int32, (shape.size + 1,)
     return [*[by_token] * 4, (torch.int32, (shape.size, shape.pages)), by_sequence, by_sequence, starts]
 
 
 def record_cuda() -> Record:
-    """Recorder of CUDA graphs that share one memory pool."""
+    """Make a capture function; all its graphs share one memory pool."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Run) -> Run:

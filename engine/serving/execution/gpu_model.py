@@ -1,14 +1,14 @@
-"""Executors for serving on a GPU: batch-invariant products, and attention with one launch before it.
+"""GPU executors: batch-invariant linear layers, and blocks with few launches (fused norms, RoPE, KV-cache writes).
 
 A step that makes one token for each of a few sequences is hundreds of small launches, and each costs microseconds
-however little it does. Between the product that makes q, k and v and attention there would be four: two norms, a
-rotation, a write into pages. `PagedAttention` is `Attention` with one.
+however little it does. Between the QKV projection and attention there would be four: two QK norms, RoPE, the write into
+the KV cache. `PagedAttention` is `Attention` with one.
 
 `BatchInvariantLinear` is `Linear` by `kernels.linear` (batch invariance): a library's product would sum in another
 order when the batch grows. `GatedLinear` is `SwiGLU` whose gate is part of the product before it, and `FusedBlock` is
-`Block` whose norms are parts of the products around them, packed ones too: six launches a layer.
+`Block` whose norms are fused into the products around them, packed ones too: six launches a layer.
 
-The twin shares its weights with the model, and is a `Transformer` in everything else.
+The resulting model shares its weights with the original, and is a `Transformer` in everything else.
 """
 
 import copy
@@ -49,7 +49,7 @@ def batch_invariant_linear(weight: Tensor, bias: Tensor | None, path: str) -> nn
 
 
 class ScaledStream(NamedTuple):
-    """A residual stream times the next norm's weight, not yet divided by its root mean square (`square_sums`)."""
+    """Residual stream times the next norm's weight; the next product divides by the RMS (`square_sums`)."""
 
     scaled: Tensor
     square_sums: Tensor
@@ -57,7 +57,7 @@ class ScaledStream(NamedTuple):
 
 
 def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
-    """Apply a linear layer to a tensor or, if `takes_norms` says so, of a stream whose norm is part of it."""
+    """Apply a linear layer, gated if `activation` is given, to a tensor or a stream whose norm is fused into it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
     if type(layer) is PackedLinear:
@@ -68,7 +68,7 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
 
 
 def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
-    """Add what a linear layer makes of x to the stream, in place, and prepare the norm that reads it next."""
+    """Fused residual add: stream += layer(x), in place, with the next norm's inputs prepared."""
     if type(layer) is PackedLinear:
         weight = layer.packed.segments[0].tensor
         joined = kernels.packed_linear_residual(x, weight, stream, norm.weight, layer.bias)
@@ -78,8 +78,8 @@ def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
 
 
 def takes_norms(layer: Any) -> bool:
-    """Return whether a norm can be part of a linear layer: one weight for all features, whose columns, if they are
-    rotated, fill their last 64."""
+    """Return whether a norm can be fused into a linear layer: one float weight, or one packed segment whose rotated
+    columns are a multiple of 64."""
     if type(layer) is not PackedLinear:
         return type(layer) is BatchInvariantLinear
     segment, *more = layer.packed.segments
@@ -87,22 +87,22 @@ def takes_norms(layer: Any) -> bool:
 
 
 class GatedLinear(SwiGLU):
-    """`SwiGLU` with two launches instead of three, for as long as its first layer is what it was made for."""
+    """`SwiGLU` with the gate fused into the first product, unless an adapter has replaced that product."""
 
     def forward(self, x: Tensor | ScaledStream) -> Tensor:
         return self.down(self.gated(x))
 
     def gated(self, x: Tensor | ScaledStream) -> Tensor:
-        """All but the down product."""
+        """Everything before the down projection."""
         if type(self.gate_up) is BatchInvariantLinear or isinstance(x, ScaledStream):
             return product(self.gate_up, x, self.activation)
-        return kernels.swiglu_packed(self.gate_up(x), self.activation)  # an adapter's layer adds to gates and ups
+        return kernels.swiglu_packed(self.gate_up(x), self.activation)  # an adapter changes gate_up
 
 
 class PagedAttention(nn.Module):
-    """`Attention` that writes its own pages: the tables of its rotation are its own, `rotate` is not asked."""
+    """`Attention` with one launch for QK norm, RoPE (by its own tables, not `rotate`) and the KV-cache write."""
 
-    is_supported = Supported(  # all but attention is the definition's
+    is_supported = Supported(  # attention alone is replaced
         computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES}
         | {"rotary_dim", "ffn", "n_experts", "attention_sinks"},
         only={"qk_norm": ("none", "head")},
@@ -117,11 +117,11 @@ class PagedAttention(nn.Module):
         self.tables = tables
 
     def forward(self, x_1TC: Tensor, rotate: Callable, attend: KernelAttention) -> Tensor:
-        """As `Attention.forward`, for a step's tokens end to end."""
+        """As `Attention.forward`, for the concatenated tokens of a step."""
         return self.output(self.gathered(x_1TC, attend))
 
     def gathered(self, x_1TC: Tensor | ScaledStream, attend: KernelAttention) -> Tensor:
-        """All but the output product."""
+        """Everything before the output projection."""
         q_THD, k_TKD, v_TKD = product(self.qkv, x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q_THD = kernels.qk_norm_rope_write(
@@ -132,10 +132,10 @@ class PagedAttention(nn.Module):
 
 
 class PagedLatentAttention(LatentAttention):
-    """`LatentAttention` over pages of latents (DeepSeek-V2's absorbed form): keys and values of heads are never made.
+    """MLA over pages of latents, with absorbed projections (DeepSeek-V2): full keys and values are never materialized.
 
-    `into` and `back` are what makes them, each head's matrix, by which queries go into the latents' space and results
-    come back. They stay as precise as they are when other products are in 8 bits."""
+    `into` and `back` are each head's key and value up-projections: queries are mapped into the latents' space by the
+    one, results mapped back by the other. They are not quantized when other products are."""
 
     is_supported = Supported(
         computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT} | {"ffn", "n_experts"},
@@ -146,7 +146,7 @@ class PagedLatentAttention(LatentAttention):
 
     @classmethod
     def install(cls, attention: Any, original: Any, dtype: torch.dtype) -> None:
-        """Make one of a copied `LatentAttention`, whose products may be others than the original's."""
+        """Convert a copied `LatentAttention` in place; `kv_up` is taken from the original, before quantization."""
         kv_up = original.kv_up.packed.dequantize() if type(original.kv_up) is PackedLinear else original.kv_up.weight
         H, D, V, (L, R) = attention.heads[0], attention.head_size, attention.value_dim, attention.latent
         keys_HSL, values_HVL = kv_up.detach().to(dtype).view(H, D - R + V, L).split((D - R, V), 1)
@@ -168,14 +168,14 @@ class PagedLatentAttention(LatentAttention):
 
 
 def keeps_latents(config: ModelConfig, device: torch.device, adapters: object = None) -> bool:
-    """Return whether the pages of a model hold latents; an adapter's layers would not be asked then."""
+    """Return whether a model's pages hold latents; not with adapters, whose layers the absorbed form would skip."""
     return device.type == "cuda" and adapters is None and PagedLatentAttention.is_supported(config)
 
 
 class FusedBlock(Block):
-    """`Block` without launches for its norms, if its parts are those of `fused_model` and stay so.
+    """`Block` with norms fused into the products around them, as installed by `fused_model`.
 
-    `next_norm` is the norm of the block behind if that is such a one too: then what it gets is a `ScaledStream`."""
+    `next_norm` is the first norm of the next block if that is fused too; it then receives a `ScaledStream`."""
 
     is_supported = Supported(
         computed=(
@@ -208,21 +208,21 @@ class FusedBlock(Block):
 
 
 def fuse_norms(model: Transformer) -> None:
-    """Let blocks whose products all take norms have these as parts of them."""
+    """Fuse the norms of all blocks whose products support it."""
     behind: Any = None
     block: Any
     for block in reversed(model.blocks):
         if not _takes_norms(block):
             behind = None
             continue
-        block.__class__, block.__dict__["next_norm"] = FusedBlock, behind  # no module of this one's own
+        block.__class__, block.__dict__["next_norm"] = FusedBlock, behind  # not registered as a submodule
         behind = block.attention_norm
 
 
 def _takes_norms(block: Any) -> bool:
     if type(block.attention) is not PagedAttention or type(block.ffn) is not GatedLinear:
         return False
-    if block.ffn_norm.weight.dtype == torch.float16:  # whose range a scaled stream might leave
+    if block.ffn_norm.weight.dtype == torch.float16:  # a scaled stream might overflow
         return False
     return all(map(takes_norms, (block.attention.qkv, block.attention.output, block.ffn.gate_up, block.ffn.down)))
 
@@ -230,9 +230,8 @@ def _takes_norms(block: Any) -> bool:
 def fused_model(
     model: Transformer, make_linear: MakeLinear | None, norms: bool = True, latent: bool = False
 ) -> Transformer:
-    """A model on the same weights with executors installed; `make_linear` makes layers of float weights, if
-    given. Without `norms` these keep launches of their own, for layers that are exchanged afterwards. `latent`: its
-    pages hold latents."""
+    """Executor of a model on the same weights; `make_linear` replaces float linear layers, if given. Without `norms`,
+    norms stay separate launches, for layers that are replaced afterwards. `latent`: pages hold latents."""
     twin = shallow_copy(model)
     if make_linear is not None:
         replace_linear(twin.blocks, make_linear)
@@ -252,7 +251,7 @@ def fused_model(
 
 
 def shallow_copy(model: Transformer) -> Transformer:
-    """A second model on the same weights, whose layers may be exchanged."""
+    """Copy of a model on the same weights, whose layers can be replaced."""
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     shared = {id(tensor): tensor for tensor in model.parameters()}
@@ -261,13 +260,13 @@ def shallow_copy(model: Transformer) -> Transformer:
 
 
 def replace_linear(module: nn.Module, make: MakeLinear) -> None:
-    """Replace every linear layer of float weights inside by what `make` makes of weight, bias and path."""
+    """Replace every float linear layer inside by `make(weight, bias, path)`."""
     for path, layer in [(path, layer) for path, layer in module.named_modules() if type(layer) is Linear]:
         module.set_submodule(path, make(layer.weight, layer.bias, path))
 
 
 def replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace every module of a kind inside by what `make` makes of it."""
+    """Replace every module of exactly this class inside by `make(module)`."""
     for name, child in module.named_children():
         if type(child) is kind:  # a subclass computes something else
             setattr(module, name, make(child))

@@ -1,4 +1,4 @@
-"""Paged KV cache: keys and values of every layer in pages, and the `attend` that writes and reads them.
+"""Paged KV cache, and the `attend` that writes and reads it.
 
 Two tensors (layers, pages, page size, K heads, D): page p of layer l is a contiguous block, so a copy of a page or a
 read of it is one run of memory. With latent attention on a GPU (`gpu_model.py`) the latents of a token lie where keys
@@ -34,12 +34,12 @@ TILE = 16  # tokens
 
 
 def tile_bytes(head_size: int) -> int:
-    """Bytes of a tile: sixteen keys, or values, of a head, and their scales."""
+    """Bytes of a tile: sixteen keys (or values) of a head, and their scales."""
     return TILE * (-(-head_size // 16) * 16 + 4)
 
 
 class PagedKVCache:
-    """Keys and values in `num_pages` pages."""
+    """Paged KV cache of all layers: `num_pages` pages."""
 
     def __init__(
         self, config, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, latent: bool = False
@@ -66,7 +66,7 @@ class PagedKVCache:
 
     @staticmethod
     def bytes_per_page(config, page_size: int, dtype: torch.dtype, device: torch.device, latent: bool = False) -> int:
-        """Bytes of one page, over all layers."""
+        """Bytes of a page over all layers."""
         if dtype == torch.int8 and _in_cpp(dtype, device, latent):
             return 2 * config.n_layers * config.kv_heads * page_size // TILE * tile_bytes(config.head_size)
         scales = (2 if latent else 2 * config.kv_heads) * 4 * config.n_layers if dtype.itemsize == 1 else 0
@@ -74,11 +74,11 @@ class PagedKVCache:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors (layers, pages, …) of which a page is a block each, as bytes."""
+        """Byte views (layers, pages, …) of keys, values and scales, to copy or save pages."""
         return tuple(x.view(torch.uint8) for x in (self.keys, self.values, *self.scales))
 
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
-        """Copy pages: all are read before any is written."""
+        """Copy pages (copy-on-write); all are read before any is written."""
         if pairs:
             sources, targets = torch.tensor(pairs, device=self.keys.device).T
             for pages in self.parts:
@@ -87,8 +87,8 @@ class PagedKVCache:
     def layout(
         self, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, counts: np.ndarray
     ) -> "AttentionMetadata":
-        """Attention metadata of a step: where its tokens lie: chunks of `counts` tokens of these rows at these
-        positions, then padding."""
+        """Build the attention metadata of a step: chunks of `counts` tokens of these rows at these positions, then
+        padding."""
         ends = counts.cumsum()
         contexts = (positions[ends - 1] + 1).astype(np.int32)
         T, longest = int(ends[-1]), max(contexts.tolist())
@@ -103,13 +103,13 @@ class PagedKVCache:
         return AttentionMetadata(positions, sequences, slots, tables, contexts, counts, starts)
 
     def attend(self, layout: "AttentionMetadata", step: list[Tensor]) -> "NativeAttend | KernelAttention":
-        """The attention of one step; `step` is the layout on the device."""
+        """Make the `attend` of one step; `step` is the metadata on the device."""
         return KernelAttention(self, *step) if self.layers is None else NativeAttend(self.layers, layout)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """A step's tokens (T) and sequences (N) as arrays; a negative slot is padding."""
+    """Attention metadata of a step of T tokens and N sequences; a negative slot is padding."""
 
     positions: np.ndarray  # (T)
     sequences: np.ndarray  # (T): whose token it is
@@ -120,15 +120,15 @@ class AttentionMetadata:
     starts: np.ndarray  # (N + 1): where each sequence's new tokens begin, and where the last one's end
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """Arguments of the kernels."""
+        """The kernels' arguments, in order."""
         return self.positions, self.slots, self.tables, self.contexts, self.counts, self.starts
 
 
 class KernelAttention:
-    """`attend` by the kernels, on any device."""
+    """`attend` by the Triton kernels or their references, on any device."""
 
     def __init__(self, store: PagedKVCache, positions: Tensor, slots: Tensor, *batch: Tensor):
-        """`batch` is the tables, contexts, counts and starts of the sequences. What all layers share is made once."""
+        """`batch`: page tables, context lengths, token counts and starts. Buffers that layers share are made once."""
         self.store, self.positions, self.slots, self.batch = store, positions, slots, batch[:3]
         arrivals = torch.zeros(len(batch[1]) * store.key_heads, dtype=torch.int32, device=slots.device)
         self.shared = {"starts": batch[3], "arrivals": arrivals}
@@ -139,19 +139,19 @@ class KernelAttention:
         return self.attend_pages(q_THD, layer)[None]
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, layer) -> None:
-        """Put keys and values at the slots of the step's tokens."""
+        """Write keys and values into the cache at the step's slots."""
         kernels.write_pages(k_TKD, v_TKD, *self.pages(layer), self.slots, **self.scales(layer))
 
     def pages(self, layer) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values."""
+        """The pages of a layer: keys, values."""
         return self.store.keys[layer.index], self.store.values[layer.index]
 
     def scales(self, layer) -> dict[str, Tensor]:
-        """Those of its pages, as arguments, if they have 8 bits."""
+        """Scales of a layer's 8-bit pages, as keyword arguments; empty for wider pages."""
         return {name: each[layer.index] for name, each in zip(("k_scales", "v_scales"), self.store.scales)}
 
     def attend_pages(self, q_THD: Tensor, layer) -> Tensor:
-        """Attention over the pages written so far; 8-bit pages take queries rotated as their keys are."""
+        """Paged attention; for 8-bit pages, queries must be Hadamard-rotated as the keys are."""
         options = {
             **self.scales(layer),
             "window": layer.window,
@@ -162,18 +162,18 @@ class KernelAttention:
         return kernels.paged_attention(q_THD, *self.pages(layer), *self.batch, **options, **self.shared)
 
     def attend_latents(self, q_THL: Tensor, q_THR: Tensor, layer) -> Tensor:
-        """The same of latents, by queries in two parts."""
+        """Paged attention over latents (MLA); queries come in a latent and a rotary part."""
         options = {**self.scales(layer), "window": layer.window, "softcap": layer.softcap, "scale": layer.scale}
         return kernels.latent_attention(q_THL, q_THR, *self.pages(layer), *self.batch, **options, **self.shared)
 
 
 def _in_cpp(dtype: torch.dtype, device: torch.device, latent: bool) -> bool:
-    """Return whether pages are written and read by the C++ extension."""
+    """Return whether the C++ extension reads and writes these pages."""
     return HAS_NATIVE and device.type == "cpu" and dtype in PAGE_FORMATS and not latent
 
 
 class NativeAttend:
-    """`attend` in C++."""
+    """`attend` by the C++ extension."""
 
     def __init__(self, layers: list, layout: AttentionMetadata):
         self.layers, self.layout = layers, layout
@@ -189,7 +189,7 @@ class NativeAttend:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU by NumPy, which asks the system for them: memory that no page uses yet is never touched.
+    """Zeros, on a CPU allocated lazily by the system: unused pages take no memory.
 
     They begin with a cache line, so that a row of keys lies in as few of them as it can.
     """
@@ -202,13 +202,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def to_device(arrays: Iterable[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors on a device, all in one asynchronous copy instead of one each."""
+    """Copy arrays to a device in one asynchronous transfer."""
     tensors = [torch.from_numpy(array) for array in arrays]
     return tensors if device.type == "cpu" else _in_one_copy(tensors, device)
 
 
 def buffer_bytes(kinds: list[tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """Bytes in which tensors of these dtypes and shapes lie side by side, each at a multiple of 16."""
+    """Bytes of tensors of these dtypes and shapes in one buffer, each aligned to 16 bytes."""
     return sum(-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in kinds)
 
 
@@ -222,7 +222,7 @@ def buffer_views(buffer: Tensor, kinds: list[tuple[torch.dtype, tuple[int, ...]]
 
 
 def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Side by side in pinned memory, which the device reads by itself; views of one buffer there."""
+    """Pack tensors into one pinned buffer and copy it; return views on the device."""
     kinds = [(x.dtype, tuple(x.shape)) for x in tensors]
     buffer = torch.empty(buffer_bytes(kinds), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for x, place in zip(tensors, buffer_views(buffer, kinds)):
@@ -231,7 +231,7 @@ def _in_one_copy(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def to_host(tensor: Tensor) -> Callable[[], list]:
-    """Begin a copy to the host; return what waits for it and gives the values. A GPU copies at once, so that this
+    """Start an asynchronous copy to the host; return a function that waits for it and returns the values. On a GPU it
     waits for no later work."""
     if tensor.device.type != "cuda":
         return tensor.tolist
@@ -247,12 +247,12 @@ def to_host(tensor: Tensor) -> Callable[[], list]:
 
 
 def set_threads() -> None:
-    """Let the C++ kernels use as many threads as torch does, and no more than a container's quota allows."""
+    """Set the C++ kernels' threads to torch's, at most the container's CPU quota."""
     if HAS_NATIVE:
         _native.set_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def _rows(x_BTHD: Tensor) -> Tensor:
-    """Float rows whose heads lie side by side; the rows themselves may lie apart."""
+    """Float32 with heads contiguous within a token; tokens may be strided."""
     x = x_BTHD.float()
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()

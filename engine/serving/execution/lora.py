@@ -1,11 +1,11 @@
-"""Several LoRA adapters in one batch: a layer adds to each token the change of the adapter that its row asked for.
+"""Multi-LoRA serving: several adapters in one batch (S-LoRA, Punica).
 
     y = W x + s·B·(A x)
 
 Merged, an adapter takes a copy of the weights, and rows of different adapters could not share a product (that is what
 a directory of an adapter does that is served as a model: one adapter, at the speed of a plain model). Here all rows go
 through the base's product, and the tokens of each adapter through two narrow ones beside it (S-LoRA's and Punica's
-idea). Those are batch-invariant too and see that adapter's tokens alone: a row's bits do not depend on its company.
+idea). Those are batch-invariant too: a row's bits do not depend on the rest of the batch.
 
 The C++ executor of whole models has these products in its call (csrc/cpu/serving/low_rank.hpp); elsewhere layers are
 wrapped and run one by one, for recorded GPU graphs know no adapters.
@@ -36,7 +36,7 @@ Products = tuple[nn.Module, nn.Module]  # A x and s·B z
 def open_adapters(
     directories: Mapping[str, str | os.PathLike], model: str | os.PathLike | Transformer
 ) -> dict[str, Adapter]:
-    """Adapters by name, each held against the model that is served, whatever base they say they have."""
+    """Open adapters by name, each checked against the served model, whatever base it names."""
     found = {}
     for name, directory in directories.items():
         try:
@@ -53,7 +53,7 @@ def open_adapters(
 
 
 class ServedAdapters:
-    """The adapters of a model by name, and which tokens of the step under way are theirs."""
+    """Registry of a model's adapters, and which tokens of the current step belong to which."""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         self.adapters = dict(adapters)
@@ -62,7 +62,7 @@ class ServedAdapters:
         self.tokens: list[tuple[str, Tensor | slice]] = []
 
     def begin_step(self, names: Iterable[str | None], counts: Sequence[int], device: torch.device) -> None:
-        """Take in the adapter of each chunk of a step, and how many tokens it has."""
+        """Set the adapter and token count of each chunk of the step."""
         numbers = [-1 if name is None else self.numbers[name] for name in names]
         chosen_T = np.repeat(np.array(numbers, dtype=np.int32), counts)
         used = {name: number for name, number in self.numbers.items() if number in numbers}
@@ -72,9 +72,9 @@ class ServedAdapters:
     def install(
         self, served: Transformer, model: Transformer, linear: Callable[[Tensor, Transformer], nn.Module]
     ) -> Transformer:
-        """The model with the layers wrapped that some adapter changes; the original stays as it is.
+        """Wrap the layers that some adapter changes; the original model is untouched.
 
-        `linear` makes the products with factors.
+        `linear` makes the layers for the factors.
         """
         served = shallow_copy(served) if served is model else served
         changed = {name for adapter in self.adapters.values() for name in adapter.weights}
@@ -89,12 +89,12 @@ class ServedAdapters:
         return served
 
     def low_rank(self, name: str, make: Callable) -> list:
-        """The factors of a weight in C++, by adapter, made by `make`; None for those that leave it as it is."""
+        """C++ factors of a weight for each adapter, made by `make`; None for adapters that do not change it."""
         return [make(*_factors(adapter, name)) if name in adapter else None for adapter in self.adapters.values()]
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer as it is served, and what adapters add to it."""
+    """Linear layer plus the LoRA updates of the adapters in the batch."""
 
     def __init__(self, linear: nn.Module, products: dict[str, Products], step: ServedAdapters) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class AdaptedLinear(nn.Module):
 
 
 def _places(tokens: np.ndarray, device: torch.device) -> Tensor | slice:
-    """Places of tokens; side by side, they need no copy."""
+    """Indices of an adapter's tokens; a slice if contiguous, which needs no gather."""
     if tokens[-1] - tokens[0] == len(tokens) - 1:
         return slice(tokens[0], tokens[-1] + 1)
     return torch.from_numpy(tokens).to(device)
 
 
 def _factors(adapter: Adapter, name: str) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-    """A of all layers packed in a weight, one below the other; s·B of each, with its first row and its place in A x."""
+    """Stacked A of the layers packed in a weight; s·B of each with its first row and its offset in A x."""
     weight, downs, ups = adapter.weights[name], [], []
     row = rank = 0
     for layer, size in zip(weight.layers, weight.sizes):
@@ -142,6 +142,6 @@ def _joined(ups: list[tuple[int, int, Tensor]], rows: int, ranks: int) -> Tensor
 
 
 def _products(adapter: Adapter, name: str, linear: Callable[[Tensor], nn.Module]) -> Products:
-    """The two products of an adapter for a weight: of all layers packed in it at once."""
+    """The two LoRA products of a weight, over all layers packed in it."""
     down, ups = _factors(adapter, name)
     return linear(down), linear(_joined(ups, adapter.weights[name].shape[0], len(down)))

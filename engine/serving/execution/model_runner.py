@@ -1,6 +1,6 @@
-"""Model runner: computes step plans.
+"""Model runner: runs step plans on one model.
 
-All chunks of a step, prompts and decodes alike, lie end to end in one row of tokens, and the model runs over it once.
+All chunks of a step, prefill and decode alike, are concatenated to one row of tokens, and the model runs over it once.
 Its `attend` writes the new keys and values into pages and lets every chunk look at its own sequence through the page
 table; nothing else in the model knows that there are several sequences. Then the head runs on the few positions that
 sample.
@@ -9,9 +9,9 @@ What does not change from step to step stays in place, by row: page tables, samp
 a step needs a few small arrays from the host, and a token that was sampled by the step before is read on
 the device, before the host has seen it.
 
-A result must not depend on the rest of the batch. Our own products give a row the same bits in any batch, and attention
-goes query by query. PyTorch's products on a CPU do so once the batch has some minimum of rows, which is measured once
-(`deterministic_min_rows`) and reached by padding.
+Batch invariance: a result must not depend on the rest of the batch. Our own products give a row the same bits in any
+batch, and attention goes query by query. PyTorch's products on a CPU do so from some number of rows on, which is
+measured once (`deterministic_min_rows`) and reached by padding.
 
 T tokens of the step, N chunks, R sampled positions.
 """
@@ -45,19 +45,19 @@ ReadLogprobs = Callable[[], tuple[TokenLogprob, ...]]
 
 @dataclass(slots=True)
 class InFlightStep:
-    """A step in flight: its plan, and its results that are still being computed."""
+    """A launched step: its plan, and results that are still being computed."""
 
     plan: StepPlan
     sampled: Callable[[], list[int]]  # token ids, R; waits for them
     draft_accepted: Callable[[], list[bool]]  # R: whether a draft stood where the token now stands, and was the same
-    spans: list[range]  # of R, for each chunk
+    spans: list[range]  # range of sampled positions (R) of each chunk
     logprobs: dict[int, list[ReadLogprobs]]  # by chunk
     prompt_logprobs: dict[int, list[ReadLogprobs]]
     pooled: dict[int, np.ndarray]
 
 
 class Runner:
-    """Runs plans on one model and the pages of its cache."""
+    """Runner of one model and its paged KV cache."""
 
     alive = True
 
@@ -79,7 +79,7 @@ class Runner:
         self.table = np.zeros((max_batch, -(-context // store.page_size)), dtype=np.int32)
         self.tokens = torch.zeros(max_batch + 1, context + 1, dtype=torch.int32, device=self.device)
         self.rows: dict[int, NewRow] = {}
-        self.sums: dict[int, np.ndarray] = {}  # of the hidden states of prompts under way, by row
+        self.sums: dict[int, np.ndarray] = {}  # running sums of prompts' hidden states (mean pooling), by row
         by_torch = not isinstance(model, NativeTransformer) and any(
             isinstance(module, (Linear, PackedLinear)) for module in model.blocks.modules()
         )
@@ -94,7 +94,7 @@ class Runner:
             self.record_graphs(cuda_graphs.record_cuda())
 
     def record_graphs(self, record: cuda_graphs.Record) -> None:
-        """Record steps in which every sequence computes one token and draws the next."""
+        """Capture CUDA graphs of decoding steps."""
 
         def draw(hidden_RC: Tensor, rows_R: Tensor, positions_R: Tensor) -> Tensor:
             return self.settings.draw(self.head(hidden_RC), rows_R, positions_R)
@@ -102,15 +102,15 @@ class Runner:
         self.graphs = DecodeGraphs(self.model, self.store, self.tokens, self.table.shape[1], record, draw)
 
     def close(self) -> None:
-        """Release everything the runner holds."""
+        """Release all resources."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a plan and wait for the result."""
+        """Run a plan and wait for the result."""
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Start computing a plan; on a GPU this returns before it is done."""
+        """Start running a plan; asynchronous on a GPU."""
         if self.model.training:
             self.model.eval()
         self.store.copy(plan.copies)
@@ -122,7 +122,7 @@ class Runner:
 
     @torch.inference_mode()
     def collect(self, flight: InFlightStep) -> StepResult:
-        """Wait for a step, and report it."""
+        """Wait for a step and return its result."""
         sampled = flight.sampled()
         drafts = any(len(span) > 1 for span in flight.spans)
         draft_accepted = flight.draft_accepted() if drafts else ()
@@ -151,7 +151,7 @@ class Runner:
         self.tokens[row, : len(tokens)] = tokens
 
     def _forward(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, Tensor | None]:
-        """The hidden states of all chunks' tokens, end to end; and if a graph drew the next ones, these."""
+        """Hidden states of all chunks, concatenated; and the sampled tokens if a CUDA graph sampled them."""
         counts = [len(chunk.tokens) for chunk in chunks]
         T, rows = sum(counts), np.array([chunk.row for chunk in chunks])
         padded = max(T, self.least_tokens)
@@ -210,20 +210,20 @@ class Runner:
         return self.head(hidden_RC)[: len(places)].float()
 
     def _changed(self, rows: list[int]) -> list[int]:
-        """Places of the rows whose logits are to be changed."""
+        """Indices of rows whose logits a grammar, bias or penalty changes."""
         return [
             r for r, row in enumerate(rows) if self.settings.params[row].penalized
             or row in self.settings.bias or _binds(self.rows[row].grammar)
         ]  # fmt: skip
 
     def _described(self, flight: InFlightStep) -> list[int]:
-        """Chunks whose log-probabilities are asked for."""
+        """Indices of chunks whose request wants log-probabilities."""
         chunks = zip(flight.plan.chunks, flight.spans)
         asked = (bool(span) and self.settings.params[chunk.row].logprobs is not None for chunk, span in chunks)
         return [i for i, one in enumerate(asked) if one]
 
     def _apply_logits_processors(self, logits_RV: Tensor, rows: list[int], positions: np.ndarray) -> Tensor:
-        """The logits after grammar, bias and penalties, for the rows that ask for them."""
+        """Apply penalties, logit bias and grammar masks to the rows that have them."""
         changed = self._changed(rows)
         if not changed:
             return logits_RV
@@ -244,7 +244,7 @@ class Runner:
         return logits_RV
 
     def _describe(self, flight: InFlightStep, logits_RV: Tensor, sampled_R: Tensor) -> None:
-        """Log-probabilities of the sampled tokens, in one pass over the rows of all chunks that ask for them."""
+        """Start reading the log-probabilities of sampled tokens, in one pass over all chunks that want them."""
         asked = self._described(flight)
         if not asked:
             return
@@ -272,7 +272,7 @@ class Runner:
             ]
 
     def _pool_prompts(self, flight: InFlightStep, hidden_TC: Tensor, ends: list[int]) -> None:
-        """Pool hidden states, one token after the other: the same bits whatever chunks a prompt is computed in."""
+        """Pool prompts' hidden states token by token: the same bits for any chunking of the prompt."""
         for index, (chunk, end) in enumerate(zip(flight.plan.chunks, ends)):
             row, length = chunk.row, self.rows[chunk.row].prompt_length
             if (pooling := self.rows[row].pooling) is None or chunk.start >= length:
@@ -285,7 +285,7 @@ class Runner:
                 flight.pooled[index] = self.sums.pop(row) / length if pooling == "mean" else states[-1]
 
     def _record_tokens(self, rows_N: Tensor, positions_N: Tensor, tokens_N: Tensor) -> None:
-        """Write down which tokens stand where; on a CPU by NumPy, for PyTorch would wake all its threads for it."""
+        """Store tokens by row and position; on a CPU by NumPy, as PyTorch would wake all its threads for it."""
         if self.device.type == "cpu":
             self.tokens.numpy()[rows_N.numpy(), positions_N.numpy()] = tokens_N.numpy()
         else:
@@ -300,7 +300,7 @@ def _binds(grammar: Any) -> bool:
 
 
 def _accept(grammar: Any, tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """Tell a grammar which tokens came; those that stand: drafts end where it begins to bind."""
+    """Advance a grammar; return the tokens that stand: drafts end where it begins to constrain."""
     for number, token in enumerate(tokens, 1):
         grammar.accept(token)
         if grammar.active:
@@ -309,7 +309,7 @@ def _accept(grammar: Any, tokens: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) -> int:
-    """Bytes for the KV cache: on a GPU what a profiled largest step leaves free; else half of the free memory."""
+    """Bytes for the KV cache: on a GPU what a profiled largest step leaves free, else half of free memory."""
     if model.device.type != "cuda":
         return available_memory("cpu") // 2
     with torch.cuda.device(model.device):
@@ -325,7 +325,7 @@ def memory_for_pages(model: Transformer, max_batch_tokens: int, max_batch: int) 
 
 @torch.inference_mode()
 def largest_step(model: Transformer, max_batch_tokens: int, max_batch: int) -> None:
-    """The model on a full step, without its cache, and the log-probabilities of a full batch."""
+    """Run the largest possible step, without cache, to measure its peak memory."""
     tokens = torch.zeros(1, max_batch_tokens, dtype=torch.int64, device=model.device)
     hidden_BTC = model.hidden(tokens, tokens, lambda q, k, v, layer: q)
     torch.log_softmax(model.logits(hidden_BTC[0, :max_batch]).float(), -1)

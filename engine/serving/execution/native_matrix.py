@@ -1,4 +1,4 @@
-"""Weights as the C++ engine keeps them: in a number format, or packed."""
+"""Weight matrices of the C++ engine: float, or packed (quantized)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .kv_cache import HAS_NATIVE, _native
 
 
 def keeps_packed(device: torch.device | str) -> bool:
-    """Return whether products on a device are computed from the codes of packed weights."""
+    """Return whether products on this device run from packed weights."""
     return HAS_NATIVE if torch.device(device).type == "cpu" else torch.device(device).type == "cuda"
 
 
 def stored(layer: Any) -> Tensor | PackedWeight:
-    """The weight of a linear layer as it is kept."""
+    """Weight of a linear layer as stored: float or packed."""
     return layer.packed if isinstance(layer, PackedLinear) else layer.weight
 
 
 def native_matrix(weight: Tensor | PackedWeight, bias: Tensor | None, form: str | Scheme, name: str):
-    """A matrix in a number format, or as the scheme has the matrix of that name; a packed one as it is."""
+    """C++ matrix of a weight: packed as it is, quantized by a `Scheme`, or in a float format."""
     if isinstance(weight, PackedWeight):
         return packed_matrix(weight, bias)
     rows, offset = _floats(weight), None if bias is None else _floats(bias)
@@ -35,15 +35,15 @@ def native_matrix(weight: Tensor | PackedWeight, bias: Tensor | None, form: str 
 
 
 def packed_matrix(weight: PackedWeight, bias: Tensor | None = None, wide: bool = False):
-    """A matrix of a weight that is packed already."""
+    """C++ matrix of a packed weight."""
     parts = [(native_layout(s.layout), s.codes, s.scales, s.minima, s.units) for s in weight.segments]
     return _native.PackedMatrix(parts, weight.columns, None if bias is None else _floats(bias), wide)
 
 
 def pack(weight: Tensor, layout: Layout, feedback: Tensor | None = None) -> PackedWeight:
-    """A float weight (rows, columns), rounded as `native_matrix` rounds it; with the error fed back, calibrated.
+    """Quantize a float weight (rows, columns) as the C++ engine does; with GPTQ `feedback`, calibrated.
 
-    On a GPU, in 8 bits, in float8, and without the extension, codes are the nearest."""
+    On a GPU without minima, in float8, and without the extension, by rounding to nearest."""
     near = layout.float8 or (weight.is_cuda and not layout.minimum)
     if _native is None or (near and feedback is None):
         return nearest(weight, layout).to(weight.device)

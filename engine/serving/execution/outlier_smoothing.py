@@ -1,9 +1,9 @@
-"""Exact, data-free outlier smoothing before a layer is rounded to 8 bits (SmoothQuant's idea).
+"""Exact, data-free outlier smoothing before quantization to 8 bits (SmoothQuant's idea).
 
 Numbers in 8 bits share scales: an activation or a weight with the other 63 of its group, a key or value with its
 head. Trained models have channels that are fifty times larger than the rest, and beside one of them the others keep
-two bits of eight. But the size of many a channel is the layer's own affair: what one product makes larger the next
-may make smaller. So a channel is divided by some s where it is made, and what reads it is multiplied by s:
+two bits of eight. But many a channel can be rescaled without changing what the layer computes: it is divided by some s
+where it is produced, and the weights that read it are multiplied by s:
 
     gains of a norm  →  columns of the products that follow
     values           →  columns of the output product
@@ -15,10 +15,10 @@ itself what differs by a factor of two or so. So only an s of at least four is u
 0.0026 nats (KL) with these, 0.0027 with none and 0.0030 with all of them; channels 64 times larger than the rest cost
 six times the loss with none.
 
-No data is needed: how large a channel gets follows from the weights that make it. Where both sides are rounded they
-share the burden, s = √(size made / largest weight that reads it); keys become equal, for queries have 16 bits. A small
-gain stays small: it may tame a channel that is large by itself. And each s is a power of two, so no number is rounded
-on the way, and the layer gives the very same bits as before.
+No data is needed: the magnitude of a channel is estimated from the weights that produce it. Where both sides are
+rounded, the scale is split between them, s = √(magnitude / largest weight that reads it); keys are made equal, for
+queries have 16 bits. A small norm weight stays small: it may compensate a channel that is large by itself. Each s is a
+power of two, so nothing is rounded on the way, and the layer gives the very same bits as before.
 
 E experts, F features, C width of the stream, H query heads, K key heads, D head dim.
 """
@@ -44,7 +44,7 @@ is_supported = Supported(
 
 @torch.no_grad()
 def balanced(block: Block, config: ModelConfig) -> Block:
-    """The same layer with its channels evened out, if what it computes is known here; else as it is."""
+    """Copy of a block with outliers smoothed, if its configuration is supported; else the block itself."""
     if not is_supported(config):
         return block
     block = copy.deepcopy(block)
@@ -66,7 +66,7 @@ def balanced(block: Block, config: ModelConfig) -> Block:
 
 
 def has_tall_keys(block: Block) -> bool:
-    """Return whether a key channel's bias is far larger than what its weights say; for what `is_supported` knows."""
+    """Return whether key biases dwarf the keys' magnitude, so that 8-bit keys would lose too much (Qwen2)."""
     attention = block.attention
     if attention.qkv.bias is None or attention.k_norm is not None:
         return False
@@ -117,7 +117,7 @@ def _even_heads(attention: Attention, norm: nn.Module, turned: bool) -> None:
 
 
 def _even_features(gate_up: Tensor, down: Tensor, norm: nn.Module) -> None:
-    """Of a gated layer, or of several experts: (E, 2 F, C) and (E, C, F)."""
+    """Smooth the features of gated feed-forwards, also of stacked experts: (E, 2 F, C) and (E, C, F)."""
     gate_F, up_F = _sizes(gate_up, norm).chunk(2, -1)
     s_F = _whole(_relative(_shares(gate_F * up_F, down.abs().amax(-2).float())))
     _scale(down, s_F.unsqueeze(-2))
@@ -125,7 +125,7 @@ def _even_features(gate_up: Tensor, down: Tensor, norm: nn.Module) -> None:
 
 
 def _sizes(weight: Tensor, norm: nn.Module) -> Tensor:
-    """Estimate how large the outputs of a product are that follows a norm (root mean square)."""
+    """Estimate the RMS of a product's outputs behind a norm."""
     gain_C = getattr(norm, "weight", weight.new_ones(weight.shape[-1]))
     return (weight.float().square() @ gain_C.float().square()).sqrt()
 
@@ -135,17 +135,17 @@ def _shares(made: Tensor, read: Tensor) -> Tensor:
 
 
 def _relative(s: Tensor) -> Tensor:
-    """With a geometric mean of one."""
+    """Normalize to a geometric mean of one."""
     return s / s.log().mean(-1, keepdim=True).exp()
 
 
 def _floored(x: Tensor) -> Tensor:
-    """Clamp scales: what is next to nothing is not blown up."""
+    """Clamp from below, so that near-zero channels are not blown up."""
     return x.clamp(min=1e-3 * x.max().clamp(min=1e-30))
 
 
 def _whole(s: Tensor) -> Tensor:
-    """To powers of two, and to one where the rotation is enough."""
+    """Round to powers of two; factors below four become one, as the Hadamard rotation suffices there."""
     exponent = s.log2().round()
     return torch.where(exponent.abs() >= 2, exponent, 0).exp2()
 

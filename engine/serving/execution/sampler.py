@@ -1,4 +1,4 @@
-"""Sampling: logits to tokens, each row of the batch by its own request's parameters.
+"""Sampler: logits to tokens, with sampling parameters per row.
 
 The rows of a step belong to different requests, each with its own parameters. `RowSettings` keeps these in tensors with
 one entry a row of the batch, written when a sequence takes the row; a step gathers those of the rows that sample. The
@@ -25,7 +25,7 @@ _FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.fl
 
 
 class RowSettings:
-    """The sampling parameters of every row of the batch, as tensors on the device."""
+    """Sampling parameters of all rows of the batch, as tensors on the device."""
 
     def __init__(self, rows: int, device: torch.device):
         self.numbers = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in _FIELDS.items()}
@@ -35,7 +35,7 @@ class RowSettings:
         self.device = device
 
     def admit(self, row: int, params: SamplingParams, seed: int) -> None:
-        """A new sequence takes the row."""
+        """Set the parameters of a row for a new sequence."""
         for name, tensor in self.numbers.items():
             tensor[row] = getattr(params, name)
         self.seeds[row] = seed
@@ -46,14 +46,14 @@ class RowSettings:
             self.bias[row] = tokens, torch.tensor(list(params.logit_bias.values()), device=self.device)
 
     def choose(self, logits_RV: Tensor, rows: list[int], index_R: Tensor, positions_R: Tensor) -> Tensor:
-        """One token for each row of logits; `positions_R` are where the tokens will stand."""
+        """Sample one token for each row of logits; `positions_R` are the positions of the new tokens."""
         native = HAS_NATIVE and self.device.type == "cpu"
         if not native and all(self.params[row].greedy for row in rows):
             return logits_RV.masked_fill(logits_RV.isnan(), -torch.inf).argmax(-1)  # the rule of `kernels.sample`
         return self.draw(logits_RV, index_R, positions_R)
 
     def draw(self, logits_RV: Tensor, index_R: Tensor, positions_R: Tensor) -> Tensor:
-        """The same in one launch that needs no word from the host, so that a CUDA graph can hold it."""
+        """Sample in one launch without host synchronization, so that a CUDA graph can capture it."""
         settings = *self.numbers.values(), self.seeds, positions_R
         if HAS_NATIVE and self.device.type == "cpu":
             return _sample_native(logits_RV, index_R, *settings)
@@ -61,7 +61,7 @@ class RowSettings:
 
 
 def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Tensor:
-    """The same draw in C++, which looks the settings up by itself."""
+    """Sample in C++, with the settings looked up by row."""
     logits_RV = logits_RV.float().contiguous()
     tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
     _native.sample(logits_RV, index_R, *settings, tokens_R)
@@ -71,7 +71,7 @@ def _sample_native(logits_RV: Tensor, index_R: Tensor, *settings: Tensor) -> Ten
 def penalize(
     logits_RV: Tensor, params: list[SamplingParams], tokens: Tensor, rows: list[int], prompts: list[int], lengths
 ) -> Tensor:
-    """The logits after each row's repetition, presence and frequency penalties: one launch, and no wait for it.
+    """Apply each row's repetition, presence and frequency penalties, in one launch without synchronization.
 
     Row r has written the first `lengths[r]` of `tokens[rows[r]]`, of which the first `prompts[r]` are its prompt."""
     kinds = "repetition_penalty", "presence_penalty", "frequency_penalty"
@@ -82,7 +82,7 @@ def penalize(
 
 
 class Logprobs:
-    """The log-probabilities of tokens and of the `top` most likely ones, by the model alone."""
+    """Log-probabilities of tokens and of the `top` most likely ones, before penalties, bias or grammar."""
 
     def __init__(self, logits_RV: Tensor, tokens_R: Tensor, top: int):
         logprobs_RV = torch.log_softmax(logits_RV.float(), -1)
@@ -98,7 +98,7 @@ class Logprobs:
         return list(zip(*(column() for column in self._columns)))
 
     def read(self, first: int = 0, last: int | None = None, top: int | None = None) -> tuple[TokenLogprob, ...]:
-        """One entry for each of these rows, with so many of the most likely tokens; waits for the device."""
+        """Read the entries of these rows, with `top` alternatives each; waits for the device."""
         return tuple(
             TokenLogprob(token, value, tuple(zip(*(column[:top] for column in best))), rank)
             for token, value, rank, *best in self._rows[first:last]

@@ -1,17 +1,16 @@
-"""The model as it serves: on a CPU in C++, all layers in one call; with `quantize="int8"`, in 8 bits.
+"""Serving executors: the whole model in one C++ call on a CPU, quantized weights, or the GPU's fused model.
 
 Decoding reads every weight once a token, so its speed is the weights' bytes, and everything between the products is
-overhead. `serving_model` gives a twin of the model that is one C++ call from tokens to hidden states, and a head that
-is another, with weights packed in the order in which they are read. A product there gives a row the same bits in any
-batch.
+overhead. `serving_model` returns an executor of the model that is one C++ call from tokens to hidden states, and a head
+that is another, with weights packed in the order in which they are read. Its products are batch-invariant.
 
 In 8 bits, weights and activations are rounded in groups of 64 columns, each with a scale, after a Walsh-Hadamard
 transform of the group (csrc/cpu/serving/hadamard.hpp): products of whole numbers are four times as many an instruction.
 What that costs SmolLM2-135M: log-probabilities move by 0.08 (root mean square; bfloat16 moves them by 0.02), KL 0.0025;
-a tenth of that in models trained for minutes. `scheme.py` has what else there is. Channels far larger than their
-neighbors are taken apart beforehand (`outlier_smoothing.py`). A block with experts is no single call: its products are,
-and each expert's. On a GPU the twin is `gpu_model.py`'s. Without the extension the model serves as it is. In both,
-packed layers are `kernels.packed_linear`, and weights alone are rounded.
+a tenth of that in models trained for minutes. `scheme.py` has the other schemes. Outlier channels are smoothed
+beforehand (`outlier_smoothing.py`). A MoE block is several calls: one for each of its products and one for its experts.
+On a GPU the executor is `gpu_model.py`'s; without the extension the model runs in PyTorch. In both cases packed layers
+are `kernels.packed_linear`, and only weights are quantized, not activations.
 """
 
 import dataclasses
@@ -55,12 +54,12 @@ from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
 
 ROTATED = "fw"  # kinds of layers in the order of their rotations; those of kind n have none
-WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # where x stays float, rotation gains nothing and costs a launch
+WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # float activations: rotation gains nothing, costs a launch
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class Head:
-    """Output head: hidden states to logits, by the model's own layer or a linear layer in its place."""
+    """LM head: hidden states to logits, by the model's own layer or an executor of it, with soft-capping."""
 
     def __init__(self, model: Transformer, linear: nn.Module | None = None):
         self.logits = model.logits if linear is None else linear
@@ -73,7 +72,7 @@ class Head:
 
 
 class NativeLinear(nn.Module):
-    """A linear layer in C++."""
+    """Linear layer in C++, float or quantized."""
 
     def __init__(
         self, weight: Tensor | PackedWeight, bias: Tensor | None, form: str | Scheme = INT8, name: str = "ffn.up"
@@ -90,7 +89,7 @@ class NativeLinear(nn.Module):
 
 
 class PaddedLinear(nn.Module):
-    """A linear layer by PyTorch without a bias, with as many rows as make a row's bits the same in any batch."""
+    """Bias-free PyTorch linear layer made batch-invariant by padding to `deterministic_min_rows`."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -102,7 +101,7 @@ class PaddedLinear(nn.Module):
 
 
 def factor_linear(weight: Tensor, model: Transformer) -> nn.Module:
-    """A product with an adapter's factor beside the products of a model."""
+    """Linear layer for a LoRA factor, batch-invariant on this device."""
     if model.device.type == "cpu" and HAS_NATIVE:
         return NativeLinear(weight, None, "float32")
     weight = weight.to(model.device, model.embedding.weight.dtype).contiguous()
@@ -111,7 +110,7 @@ def factor_linear(weight: Tensor, model: Transformer) -> nn.Module:
 
 @cache
 def deterministic_min_rows(dtype: torch.dtype) -> int:
-    """From how many rows on a product on this CPU gives each row the same bits, whatever the number of rows."""
+    """Least number of rows from which PyTorch's product on this CPU gives a row the same bits in any batch."""
     generator = torch.Generator().manual_seed(0)
     x, weights = (torch.randn(shape, generator=generator).to(dtype) for shape in ((256, 256), (384, 256)))
     whole = x @ weights.T
@@ -120,7 +119,7 @@ def deterministic_min_rows(dtype: torch.dtype) -> int:
 
 
 class NativeTransformer:
-    """The whole model but its head, in C++; the twin of `Transformer`, as far as a runner asks."""
+    """C++ executor of the whole model except its head."""
 
     is_supported = Supported(
         computed={
@@ -166,7 +165,7 @@ class NativeTransformer:
         self.native = _native.Transformer(c.d_model, *tables, c.embedding_scale, blocks, _native_norm(model.norm, c))
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, attend: NativeAttend) -> Tensor:
-        """Compute what `Transformer.hidden` gives; the positions are those of `attend`."""
+        """As `Transformer.hidden`; positions are those of `attend`."""
         hidden_BTC = torch.empty(*tokens_BT.shape, self.config.d_model)
         chosen_T = None if self.adapters is None else self.adapters.chosen_T
         self.native.run(tokens_BT, attend.step, attend.layers, self.rotations, self.growth, hidden_BTC, chosen_T)
@@ -174,7 +173,7 @@ class NativeTransformer:
 
 
 class NativeExperts:
-    """Experts in one C++ call: a `MoE.product` that has weights of its own, whole experts or slices of them."""
+    """C++ executor of a layer's experts (a `MoE.product`), whole or sharded."""
 
     is_supported = Supported(  # whatever surrounds the experts
         computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT}
@@ -192,7 +191,7 @@ class NativeExperts:
 
     @classmethod
     def install(cls, module: nn.Module, form: str | Scheme) -> None:
-        """Let every mixture of experts inside compute so, and let go of its weights."""
+        """Replace the experts of every MoE layer inside, and release their weights."""
         for moe in module.modules():
             if isinstance(moe, MoE):
                 moe.product = cls(moe, form)
@@ -217,9 +216,9 @@ def serving_model(
     native_pages: bool = True,
     adapters: ServedAdapters | None = None,
 ) -> tuple[Transformer | NativeTransformer, Head]:
-    """The model as it is served, and its head; what need not change is shared with the original.
+    """Executor of a model for serving, and its head; whatever need not change is shared with the original.
 
-    `release` lets go of the original's layers as they are packed: it cannot be used afterwards. Without
+    `release` frees the original's layers as they are packed: it cannot be used afterwards. Without
     `batch_invariant`, products of 16 bits and more are PyTorch's; without `native_pages`, attention is the kernels'.
     With `adapters`, channels in 8 bits are as large as the factors know them.
     """
@@ -251,7 +250,7 @@ def _serving_model(
     dtype = model.embedding.weight.dtype
     form = scheme or FORMATS.get(dtype)
     native = HAS_NATIVE and model.device.type == "cpu" and form is not None
-    if type(model) is not Transformer or (quantize is None and not native):  # a model in pieces talks in between
+    if type(model) is not Transformer or (quantize is None and not native):  # shards communicate
         _pack_in_place(model, scheme, by_weight, form)
         return model, Head(model)
     if not native:
@@ -277,7 +276,7 @@ def _serving_model(
 def _pack_in_place(
     model: Transformer, scheme: Scheme | None, by_weight: Scheme | None, form: str | Scheme | None
 ) -> None:
-    """Pack what this process has of a model whose layers stay apart, for products in C++ where these are to be had."""
+    """Quantize in place a model with sharded or PyTorch layers; products run in C++ where available."""
     in_cpp = HAS_NATIVE and model.device.type == "cpu"
     if scheme is not None and in_cpp:
         _pack_shares(model, partial(_native_layer, form=scheme))
@@ -299,7 +298,7 @@ def _native_layer(weight: Tensor, bias: Tensor | None, path: str, form: str | Sc
 
 
 def _pack_shares(model: Transformer, make: MakeLinear) -> None:
-    """Under tensor parallelism: pack this process's share of each linear layer, which lets go of the floats."""
+    """Quantize this process's shards of linear layers under tensor parallelism, and release the floats."""
     replace_linear(model.blocks, make)
     for path, layer in model.named_modules():
         if isinstance(layer, ShardedLinear) and layer.packed is None:
@@ -309,7 +308,7 @@ def _pack_shares(model: Transformer, make: MakeLinear) -> None:
 
 
 def _pack_experts(module: nn.Module, scheme: Scheme | None) -> None:
-    """Pack experts of float weights, each matrix in one stack, as the kernel reads it."""
+    """Quantize float experts, each matrix as one stack, as the kernel reads it."""
     for moe in [m for m in module.modules() if isinstance(m, MoE)] if scheme else ():
         for name in ("w_gate_up", "w_down"):
             weight = getattr(moe, name)
@@ -319,20 +318,20 @@ def _pack_experts(module: nn.Module, scheme: Scheme | None) -> None:
 
 
 def _kernel_head(model: Transformer, make: MakeLinear | None) -> nn.Module | None:
-    """The head by the kernels, packed as it is stored or made of float weights; None where the model's own stays."""
+    """LM head by our kernels, packed as stored or made by `make`; None to keep the model's own."""
     if isinstance(model.head, PackedLinear):
         return model.head
     return make and make(model.head_weight, model.head_bias, "head")
 
 
 def _low_rank(adapters: ServedAdapters, index: int, config: ModelConfig) -> list[list]:
-    """Low-rank products of the adapters for the four linear layers of a block, in C++."""
+    """C++ LoRA factors of the four linear layers of a block, for all adapters."""
     paths = "attention.qkv", "attention.output", "ffn.gate_up" if config.gated else "ffn.up", "ffn.down"
     return [adapters.low_rank(f"blocks.{index}.{path}.weight", _native.LowRank) for path in paths]
 
 
 def _native_block(block: Block, config, form: str | Scheme, adapters: list[list]):
-    """A whole layer in C++: the twin of `Block`."""
+    """C++ executor of a `Block`."""
     c, attention, ffn = config, block.attention, block.ffn
     layers = attention.qkv, attention.output, ffn.gate_up if c.gated else ffn.up, ffn.down
     around = block.attention_norm, block.attention_post, block.ffn_norm, block.ffn_post

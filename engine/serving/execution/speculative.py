@@ -1,11 +1,11 @@
-"""Speculative decoding: checking k guessed tokens costs the model hardly more than one.
+"""Speculative decoding by n-gram lookup or a draft model; the output is exactly that of a run without.
 
-Decoding reads every weight to make one token; checking k guesses reads them once for k + 1. The model computes the
-guesses, the *drafts*, in the same step as the token before them, samples after each, and goes on as long as a draft is
+Decoding reads every weight to make one token; verifying k drafts reads them once for k + 1. The model computes the
+*drafts* in the same step as the token before them, samples after each, and goes on as long as a draft is
 what it sampled itself. The draw at a position depends only on (seed, position) and the logits there, so the tokens are
 exactly those of a run without drafts, at any temperature; only the number of steps changes.
 
-Two ways to guess:
+Two ways to draft:
 
 * `ngram_draft` looks for the last few tokens earlier in the sequence and proposes what followed them there;
 * a `DraftRunner` asks a smaller model of the same vocabulary. Its cache lies in pages of the same numbers: page 7 of
@@ -29,7 +29,7 @@ from .serving_model import serving_model
 
 
 def ngram_draft(sequence: Sequence, most: int, longest: int = 4, shortest: int = 2, window: int = 2048) -> list[int]:
-    """Up to `most` tokens that once followed the sequence's last `longest` to `shortest` tokens."""
+    """Prompt-lookup drafts: up to `most` tokens that followed an earlier occurrence of the last few tokens."""
     tokens = sequence.tokens[-window:]
     last = len(tokens) - 1
     candidates = [i for i in range(last - 1, -1, -1) if tokens[i] == tokens[last]]
@@ -47,7 +47,7 @@ def model_draft(sequence: Sequence, most: int) -> list[int]:
 
 
 class DraftRunner:
-    """A runner that lets a small one run ahead: first it fills in the plan's drafts, then the large one checks them."""
+    """Runner with a draft model: the draft fills in the plan's drafts, then the model verifies them."""
 
     alive = True
     close = Runner.close
@@ -56,7 +56,7 @@ class DraftRunner:
         self.model, self.runner, self.draft = runner.model, runner, draft
 
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Start computing a plan; the drafts go from one model to the other on the device."""
+        """Start running a plan; drafts go from model to model on the device."""
         silent = {"logprobs": None, "prompt_logprobs": None}
         admitted = (replace(each, params=replace(each.params, **silent), grammar=None, pooling=None)
                     for each in plan.admitted)  # fmt: skip
@@ -72,7 +72,7 @@ class DraftRunner:
         return self.runner.launch(plan)
 
     def collect(self, flight: InFlightStep):
-        """Wait for a step, and report it."""
+        """Wait for a step and return its result."""
         return self.runner.collect(flight)
 
 
@@ -89,7 +89,7 @@ def make_runner(
     batch_invariant: bool,
     adapters: ServedAdapters | None = None,
 ) -> Runner | DraftRunner:
-    """A runner for a model, or for a model and its draft, each with a cache of so many pages.
+    """Make the runner of a model, or of a model and its draft, with a KV cache of `pages` pages each.
 
     `release` says for each whether it may be used up, because nobody else has it. `adapters` are of the first: what a
     draft guesses without them is checked as ever.
@@ -108,12 +108,12 @@ def make_runner(
 
 
 def _known(chunk: Chunk) -> int:
-    """The position of the chunk's first draft."""
+    """Position of a chunk's first draft."""
     return chunk.start + len(chunk.tokens) - max(chunk.sampled - 1, 0)
 
 
 def _follow(chunk: Chunk) -> Chunk:
-    """The draft's part of a step: the same tokens up to the first draft, which it samples.
+    """The draft model's chunk: the same tokens up to the first draft, which it samples.
 
     It starts one token early, for a draft that proved right and that nothing was guessed after was never computed.
     """

@@ -1,13 +1,13 @@
-"""Tensor-parallel serving: one model in several processes, for weights or speed beyond one device.
+"""Tensor-parallel serving: one model sharded over several processes.
 
-The first process has the scheduler, the engine and its callers. It starts the others, and when they have met, each
-reads its share of the weights, so a model may be larger than the memory of any of them. From then on it sends each the
-plan that it gives its own runner, a few hundred bytes a step. All of them run that plan on their share of the heads and
-features (engine/parallel/tensor_parallel.py), in pages of the same numbers, and meet inside the model; the whole logits
-are known to each, and a draw depends on (seed, position) alone, so all choose the same tokens and nothing has to come
+The main process has the scheduler, the engine and its callers. It starts the workers; once they have joined the process
+group, each reads its shard of the weights, so a model may be larger than the memory of any of them. From then on it
+sends each worker the plan that it gives its own runner, a few hundred bytes a step. All run that plan on their heads
+and features (engine/parallel/tensor_parallel.py), in pages of the same numbers, with collectives inside the model; each
+has the full logits, and sampling depends on (seed, position) alone, so all choose the same tokens and send nothing
 back.
 
-A process that dies breaks the team: the step under way fails, and so does every later one, with a sentence that says
+A process that dies ends the service: the current step fails, and so does every later one, with a sentence that says
 which process it was. The others read their plans from a pipe that ends when the first process does, however it ends,
 so none is left behind.
 """
@@ -40,7 +40,7 @@ PATIENCE = timedelta(minutes=10)  # for the slowest step of the slowest process
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """Specification of a worker process's part."""
+    """Everything a worker process needs to start."""
 
     rank: int
     size: int
@@ -48,12 +48,12 @@ class WorkerSpec:
     threads: int
     device: str
     dtype: str | torch.dtype | None
-    directories: tuple[str, ...]  # of the model, and of a draft, which every process runs by itself
+    directories: tuple[str, ...]  # directories of the model, and of a draft, which every process runs whole
     packed: bool  # whether packed weights stay so: rounded anew, they are read as floats
     largest: tuple[int, int]  # tokens of a step, sequences of a batch
 
     def join(self, store: dist.TCPStore) -> dist.ProcessGroup:
-        """Join the process group; returns when all are there."""
+        """Join the process group; returns when all have joined."""
         torch.set_num_threads(self.threads)
         set_threads()
         backend = "nccl" if self.device.startswith("cuda") else "gloo"
@@ -62,7 +62,7 @@ class WorkerSpec:
 
 
 class TPRunner:
-    """A runner whose plans are carried out by several processes: they meet, load the model, and `begin`.
+    """Runner that broadcasts its plans to worker processes.
 
     A `with` block around these three ends the processes if something goes wrong inside."""
 
@@ -82,14 +82,14 @@ class TPRunner:
             self.close()
 
     def memory_for_pages(self, model: Transformer, *largest: int) -> int:
-        """Bytes that a cache in all processes may have; `model` is this process's share."""
+        """Bytes for the KV cache over all processes, by the one with the least; `model` is this process's shard."""
         self._recv("load the model")
         mine = memory_for_pages(model, *largest)  # on GPUs a step of all processes
         least = min(mine, *map(int, self._recv("make its largest step")))
         return least if model.device.type == "cpu" else least * self.group.size()  # a CPU's memory is the same for all
 
     def begin(self, models: list[Transformer], options: dict) -> "TPRunner":
-        """Make the runner, here and there, with these options of `make_runner`."""
+        """Create the runners in all processes, with these options of `make_runner`."""
         self._broadcast(options)
         self.runner = make_runner(models, **options)
         self.model = self.runner.model
@@ -97,11 +97,11 @@ class TPRunner:
 
     @property
     def alive(self) -> bool:
-        """Return whether all processes are there."""
+        """Return whether all processes are alive."""
         return self.broken is None and all(worker.poll() is None for worker in self.workers)
 
     def launch(self, plan: StepPlan) -> InFlightStep:
-        """Start computing a plan, everywhere."""
+        """Start running a plan, in all processes."""
         try:
             if not self.alive:
                 raise ConnectionError("not all processes are there")
@@ -116,7 +116,7 @@ class TPRunner:
             raise RuntimeError(f"tensor_parallel: {self.broken}; make the LLM anew") from error
 
     def collect(self, flight: InFlightStep):
-        """Wait for a step, and report it."""
+        """Wait for a step and return its result."""
         return self.runner.collect(flight)
 
     def _broadcast(self, told: object) -> None:
@@ -146,7 +146,7 @@ class TPRunner:
 def start_team(
     directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, packed: bool, *largest: int
 ) -> TPRunner:
-    """Start the processes that share a model (and each run a draft, if there is a second directory)."""
+    """Start the processes that share a model; each also runs a whole draft, if a second directory is given."""
     if not all(isinstance(place, (str, os.PathLike)) for place in directories):
         raise InputError("tensor_parallel needs models in directories, which each process can read: use save_model")
     check(load_config(directories[0]), size)
@@ -175,7 +175,7 @@ def _start(share: WorkerSpec) -> subprocess.Popen:
 
 
 def _dismiss(workers: list[subprocess.Popen]) -> None:
-    """End the other processes; those that wait for a plan go by themselves, the rest after a moment."""
+    """Shut the workers down: idle ones exit by themselves, the others are killed after a moment."""
     for worker in workers:
         with contextlib.suppress(OSError):  # it has gone
             worker.stdin.close()
@@ -191,7 +191,7 @@ def _dismiss(workers: list[subprocess.Popen]) -> None:
 
 
 def work() -> None:
-    """Main loop of the other processes: meet, load their share, and run plans until there are no more."""
+    """Entry point of a worker: join, load its shard, run plans until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints (NCCL_DEBUG, for one) is not said to the first process
@@ -216,7 +216,7 @@ def _receive():
     try:
         return pickle.load(sys.stdin.buffer)
     except EOFError:
-        os._exit(0)  # without the farewells of torch.distributed, for which nobody waits
+        os._exit(0)  # skip torch.distributed's shutdown: the main process has gone
 
 
 if __name__ == "__main__":

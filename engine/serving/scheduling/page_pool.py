@@ -1,4 +1,4 @@
-"""Pages: the memory of the KV cache, shared, remembered and reused.
+"""Page pool: allocator of KV-cache pages with reference counts, copy-on-write and a prefix cache (LRU).
 
 The cache of a sequence is cut into pages of `page_size` tokens, and a sequence holds a list of page numbers. That one
 indirection buys four things:
@@ -6,10 +6,10 @@ indirection buys four things:
 * no fragmentation: any free page serves any sequence, and a sequence wastes at most one page;
 * sharing: a page has a reference count, so forks (`n`, beams) hold the same pages and copy one only when they are about
   to write into it (copy-on-write);
-* memory: a full page is *published* under the exact text it holds. Whoever later starts with the same text takes the
-  page instead of computing it. A released page stays published until its memory is needed by someone else;
-* forgetting in the right order: released pages queue up in a doubly linked list threaded through the records
-  themselves. The front is the least recently used; taking a page out of the middle (a prefix hit) is O(1).
+* prefix caching: a full page is *published* under the exact text it holds. A later request that starts with the same
+  text takes the page instead of computing it. A released page stays published until its memory is needed;
+* LRU eviction: released pages form a doubly linked list threaded through the records themselves. The front is the least
+  recently used; taking a page out of the middle (a prefix hit) is O(1).
 
 A published page is found by its chain: its key is (the chain number of the page before it, its own tokens), and the
 predecessor of a first page is the salt. Hashing that key costs one page whatever the length of the text before it, and
@@ -25,7 +25,7 @@ Key = tuple[Hashable, tuple[int, ...]]
 
 
 class _Page:
-    """One page's record, and its link in the list of free pages."""
+    """Record of a page, and its links in the list of free pages."""
 
     __slots__ = ("chain", "key", "newer", "number", "older", "references")
 
@@ -39,7 +39,7 @@ class _Page:
 
 
 class PagePool:
-    """`num_pages` pages of `page_size` tokens, with reference counts and a cache of prefixes."""
+    """Pool of `num_pages` pages of `page_size` tokens, with reference counts and a prefix cache."""
 
     def __init__(self, num_pages: int, page_size: int = 16, cache_prefixes: bool = True):
         if num_pages < 1 or page_size < 1:
@@ -56,11 +56,11 @@ class PagePool:
             self._append_free(page)
 
     def pages_for(self, tokens: int) -> int:
-        """Return how many pages hold `tokens` tokens."""
+        """Number of pages that `tokens` tokens need."""
         return -(-tokens // self.page_size)
 
     def allocate(self) -> int | None:
-        """A page with one reference whose content is undefined, or None when all are held."""
+        """Allocate a page (evicting the least recently used cached one); None if all are in use."""
         if not self.num_free:
             return None
         page = self._ring.newer
@@ -70,14 +70,14 @@ class PagePool:
         return page.number
 
     def retain(self, pages: Iterable[int]) -> None:
-        """One more holder of each of these held pages."""
+        """Add a reference to each of these pages."""
         for number in pages:
             page = self._pages[number]
             assert page.references > 0, f"page {number} is free and cannot be shared"
             page.references += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder less of each page; the text in them stays findable until the memory is needed."""
+        """Drop a reference to each of these pages; free ones stay in the prefix cache until evicted."""
         for number in reversed(pages):
             page = self._pages[number]
             assert page.references > 0, f"page {number} was released more often than held"
@@ -86,8 +86,8 @@ class PagePool:
                 self._append_free(page)
 
     def make_writable(self, number: int) -> bool:
-        """Return whether the caller is the only holder and may write into the page; the prefix cache then forgets
-        it."""
+        """Return whether the caller holds the only reference and may write into the page; if so, it leaves the prefix
+        cache. Otherwise copy it (copy-on-write)."""
         page = self._pages[number]
         if page.references > 1:
             return False
@@ -95,12 +95,12 @@ class PagePool:
         return True
 
     def forget(self) -> None:
-        """Empty the prefix cache, whose pages were computed by replaced weights."""
+        """Clear the prefix cache, after weights have changed."""
         for page in list(self._published.values()):
             self._forget(page)
 
     def match(self, tokens: Sequence[int], salt: Hashable = None) -> tuple[list[int], Hashable]:
-        """The longest published run of full pages that `tokens` starts with, retained, and the chain they end in."""
+        """Prefix lookup: the longest run of cached pages that `tokens` starts with (retained), and their chain."""
         found: list[int] = []
         chain = self.root(salt)
         wanted = len(tokens) // self.page_size
@@ -113,10 +113,10 @@ class PagePool:
         return found, chain
 
     def publish(self, number: int, chain: Hashable, tokens: Sequence[int], index: int) -> Hashable:
-        """Make a computed page, the `index`-th of `tokens`, findable after `chain`; returns the chain up to it."""
+        """Put a computed page, the `index`-th of `tokens`, into the prefix cache behind `chain`; return its chain."""
         key = self._key(chain, tokens, index)
         if known := self._published.get(key):
-            return known.chain  # somebody computed the same text at the same time; theirs stays the one found
+            return known.chain  # another sequence published the same text first: its page stays the cached one
         page = self._pages[number]
         assert page.references > 0 and page.key is None, f"page {number} cannot be published"
         page.chain = next(self._chains)
@@ -126,7 +126,7 @@ class PagePool:
         return page.chain
 
     def published(self) -> list[tuple[int, Hashable, Key]]:
-        """Cached pages without a reference, most recently used first (so parents first): number, chain, key."""
+        """Cached pages without a reference, most recently used first (parents first): (number, chain, key)."""
         found, page = [], self._ring.older
         while page is not self._ring:
             if page.key is not None:
@@ -135,7 +135,7 @@ class PagePool:
         return found
 
     def root(self, salt: Hashable = None) -> Hashable:
-        """The chain of an empty text."""
+        """Chain of the empty prefix for a salt."""
         return ("salt", salt)
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:

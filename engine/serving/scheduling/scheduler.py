@@ -1,20 +1,20 @@
-"""Continuous batching: which sequence computes how many tokens in the next step.
+"""Scheduler: continuous batching with chunked prefill, preemption and prefix sharing.
 
-Chunked prefill: there is no prefill phase and no decode phase. Every sequence has some tokens, and of those some are
-*computed* (their keys and values lie in pages). A step is a set of chunks `{sequence: how many more tokens to compute}`
-under one budget of tokens: a decoding sequence asks for one, a fresh prompt for as many as the budget still allows. A
-chunk that reaches a sequence's last token also samples the next one.
+Chunked prefill, as in vLLM's V1 scheduler: there is no prefill phase and no decode phase. Every sequence has some
+tokens, and of those some are *computed* (their keys and values lie in pages). A step is a set of chunks `{sequence: how
+many more tokens to compute}` under one budget of tokens: a decoding sequence asks for one, a fresh prompt for as many
+as the budget still allows. A chunk that reaches a sequence's last token also samples the next one.
 
 `plan()` says what to compute, `commit()` learns what came out; between the two, the runner works. Up to `depth` plans
 may be under way at once: a plan made before the tokens of the one before are read writes UNKNOWN for them, and the
 device fills them in.
 
-Who goes first is one number fixed on arrival: `arrival + priority * patience`. A request of a worse priority is treated
-as if it had come later, never as if it had no right to come; so nobody starves. Decoding sequences come before prompts,
-then the order decides. When the pool is empty, the running sequence that loses the least work gives its pages back and
-is computed again later, from the prefix cache as far as that reaches. The first in order is never chosen, and it always
-fits (what could never fit was refused on arrival), so every step brings somebody closer to the end. A sequence is only
-let in when there are pages for all it has, and not in a step that had to preempt: no thrash.
+The order is one number fixed on arrival: `arrival + priority * patience`. A request of a worse priority is treated as
+if it had come later, so nobody starves. Decoding sequences come before prompts, then the order decides. When the pool
+is empty, the running sequence that loses the least work is preempted: its pages are freed and computed again later,
+from the prefix cache as far as that reaches. The first in order is never preempted, and it always fits (what could
+never fit was refused on arrival), so every step makes progress. A sequence is admitted only when there are pages for
+all its tokens, and not in a step that had to preempt: no thrashing.
 
 Pure Python; knows no torch, no text and no model.
 """
@@ -37,7 +37,7 @@ Event = tuple[Sequence, tuple[int, ...], ChunkResult]
 
 @dataclass(slots=True)
 class _Share:
-    """Work of one sequence in the step being planned."""
+    """Part of one sequence in the step being planned."""
 
     chunk: Chunk
     copies: list[tuple[int, int]]
@@ -46,7 +46,7 @@ class _Share:
 
 
 class Scheduler:
-    """Turns sequences into plans. `draft(sequence, most)` may propose tokens to be checked along with the next one."""
+    """Continuous-batching scheduler. `draft(sequence, most)` may propose tokens for speculative decoding."""
 
     def __init__(
         self,
@@ -66,21 +66,21 @@ class Scheduler:
             )
         self.pool = pool
         self.max_batch, self.max_batch_tokens, self.context = max_batch, max_batch_tokens, context
-        self.shared_tokens = max_batch_tokens  # of a step in which somebody decodes
+        self.shared_tokens = max_batch_tokens  # token budget of steps in which a sequence decodes
         self.patience, self.depth, self.draft, self.most_drafts = patience, depth, draft, most_drafts
         self.running: list[Sequence] = []
-        self.ended: list[Sequence] = []  # since somebody last looked and cleared it
+        self.ended: list[Sequence] = []  # until the engine reads and clears it
         self.preemptions = self.drafted = self.accepted_drafts = 0
         self._waiting: list[tuple[Order, Sequence]] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._rows = list(range(max_batch - 1, -1, -1))
         self._flights: deque[dict[Sequence, _Share]] = deque()
         self._arrivals = count()
-        self._suspects: list[Sequence] = []  # of a step that failed; the last one is being tried alone
+        self._suspects: list[Sequence] = []  # sequences of a failed step; the last one is being run alone
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Sequences without pages or a row yet, in no particular order."""
+        """Queued sequences, which have no pages or row yet, in no particular order."""
         return [sequence for _, sequence in self._waiting if sequence.finish_reason is None]
 
     @property
@@ -89,7 +89,7 @@ class Scheduler:
         return not self.running and not self._flights and all(sequence.finish_reason for _, sequence in self._waiting)
 
     def fit(self, prompt_length: int, max_tokens: int) -> int:
-        """Return how many tokens can be generated; refuses, with the numbers, what could never be served."""
+        """Return how many tokens can be generated at most; refuse requests that could never be served."""
         if prompt_length < 1:
             raise InputError("the prompt is empty: it must have at least 1 token")
         if prompt_length + min(max_tokens, 1) > self.context:
@@ -104,7 +104,7 @@ class Scheduler:
         return max_tokens
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; its followers come when its prompt is computed."""
+        """Queue a sequence; its followers (same prompt, `n` > 1) start when its prompt is computed."""
         family = (sequence, *sequence.followers)
         for member in family:
             member.max_tokens = self.fit(member.prompt_length, member.max_tokens)
@@ -116,7 +116,7 @@ class Scheduler:
         self._queue(sequence)
 
     def fork(self, parent: Sequence, listener: object = None) -> Sequence:
-        """A copy of a sequence that shares its pages until one of them writes; without a free row it has to queue."""
+        """Copy a sequence, sharing its pages copy-on-write; without a free row the copy is queued."""
         assert not parent.pending, "only a sequence whose tokens are all read can be forked"
         child = parent.copy(listener)
         child.order = (parent.order[0], next(self._arrivals))
@@ -131,7 +131,7 @@ class Scheduler:
         return child
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence wherever it is; its pages are free at once."""
+        """End a sequence in any state; its pages are free at once."""
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
@@ -141,7 +141,7 @@ class Scheduler:
         self._call_followers(sequence)
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
-        """Plan the next step; None when there is nothing to compute, or nothing before the next commit."""
+        """Plan the next step; None if there is nothing to compute, or nothing before the next commit."""
         while self._deadlines and self._deadlines[0][0] <= now:
             self.finish(heapq.heappop(self._deadlines)[2], "cancelled")
         while self._suspects and self._suspects[-1].finish_reason is not None:
@@ -162,7 +162,7 @@ class Scheduler:
         return self._launched(step)
 
     def _launched(self, step: dict[Sequence, _Share]) -> StepPlan | None:
-        """The plan of a step, which is under way from now on."""
+        """Make the plan of a step and mark it as in flight."""
         if not step:
             return None
         self._flights.append(step)
@@ -174,7 +174,7 @@ class Scheduler:
         )
 
     def commit(self, result: StepResult) -> list[Event]:
-        """Apply the results of the oldest plan: new tokens, finished sequences (in `ended`), cached prefixes."""
+        """Apply the result of the oldest plan: new tokens, finished sequences (in `ended`), published pages."""
         flight = self._flights.popleft()
         assert len(flight) == len(result.chunks), "a result must answer every chunk of its plan"
         return [
@@ -184,15 +184,15 @@ class Scheduler:
         ]
 
     def abandon(self) -> list[Sequence]:
-        """Give up the plans under way, whose results will not come; the sequences they were for."""
+        """Drop all plans in flight, whose results will not come; return their sequences."""
         involved = {sequence: None for flight in self._flights for sequence in flight}
         self._flights.clear()
         return [sequence for sequence in involved if sequence.finish_reason is None]
 
     def isolate(self) -> Sequence | None:
-        """After a failed step, compute its sequences again, each alone until it brings a token, the newest first.
+        """After a failed step: preempt its sequences, to rerun each alone, the newest first.
 
-        Returns the one to blame if it was alone already; the others are then taken for innocent until they fail again.
+        Returns the culprit if it was alone already; the rest are no longer suspects until they fail again.
         """
         involved = self.abandon()
         for sequence in involved:
@@ -204,7 +204,7 @@ class Scheduler:
 
     @property
     def suspects(self) -> tuple[Sequence, ...]:
-        """The sequences of a failed step that still have to show that they did not cause it."""
+        """Sequences of a failed step that have not yet run alone successfully."""
         return tuple(self._suspects)
 
     def check(self) -> None:
@@ -219,7 +219,7 @@ class Scheduler:
             assert 0 <= sequence.computed <= sequence.capacity
 
     def _try_alone(self, suspect: Sequence) -> dict[Sequence, _Share]:
-        """A step of one sequence, which gets whatever pages it needs; it may be empty if its owner has to choose."""
+        """Step of a single suspect, which gets all the pages it needs; empty if it waits for its owner (beams)."""
         step: dict[Sequence, _Share] = {}
         while suspect.uncomputed > 0 or not suspect.running:
             if not suspect.running:
@@ -235,7 +235,7 @@ class Scheduler:
         return step
 
     def _advance(self, sequence: Sequence, budget: int, step: dict[Sequence, _Share]) -> int:
-        """Give a running sequence its part of the step, as far as budget and pages go; how many tokens that is."""
+        """Add a running sequence to the step, within budget and pages; return its number of tokens."""
         wanted = min(sequence.uncomputed, budget)
         if wanted <= 0 or (sequence.grammar is not None and sequence.pending):  # a grammar must see the token first
             return 0
@@ -264,7 +264,7 @@ class Scheduler:
         return tokens + (UNKNOWN,) * (wanted - len(tokens))
 
     def _drafts(self, sequence: Sequence, wanted: int, budget: int) -> tuple[int, ...]:
-        """Draft tokens for speculative decoding, where the step has budget and pages to spare."""
+        """Draft tokens for speculative decoding, if the step has budget and pages to spare."""
         bound = sequence.grammar is not None and sequence.grammar.active
         if self.draft is None or self.depth > 1 or sequence.manual or bound:
             return ()
@@ -295,7 +295,7 @@ class Scheduler:
         return copies
 
     def _take_page(self, sequence: Sequence, step: dict[Sequence, _Share]) -> int | None:
-        """A free page, if need be of whoever loses the least work; None if that is the sequence itself."""
+        """Allocate a page, preempting the sequence that loses the least work if need be; None if that is this one."""
         while (page := self.pool.allocate()) is None:
             first = min(self.running, key=lambda other: other.order)
             victim = min((other for other in self.running if other is not first), key=lambda other: other.computed)
@@ -307,7 +307,7 @@ class Scheduler:
         return page
 
     def _admit(self, budget: int, step: dict[Sequence, _Share]) -> None:
-        """Let waiting sequences in, strictly in order, while rows, pages and budget last."""
+        """Admit waiting sequences, strictly in order, while rows, pages and budget last."""
         while self._waiting and self._rows and budget:
             _, sequence = self._waiting[0]
             if sequence.finish_reason is not None:
@@ -321,7 +321,7 @@ class Scheduler:
             budget -= self._advance(sequence, budget, step)
 
     def _enter(self, sequence: Sequence, step: dict[Sequence, _Share]) -> bool:
-        """Give a waiting sequence a row and pages for all it has, if there are enough; shared ones where possible."""
+        """Give a waiting sequence a row and pages, cached prefix pages first; False if there are too few."""
         pool, length = self.pool, sequence.length
         pages, chain = pool.match(sequence.tokens[: length - 1], sequence.salt) if sequence.use_cache else ([], None)
         published, computed = len(pages), len(pages) * pool.page_size
@@ -343,7 +343,7 @@ class Scheduler:
         return True
 
     def _learn(self, sequence: Sequence, share: _Share, result: ChunkResult) -> tuple[int, ...]:
-        """Append sampled tokens up to the one that ends the sequence; returns the new ones."""
+        """Append sampled tokens up to the one that ends the sequence; return the new ones."""
         chunk, sampled = share.chunk, result.tokens
         room = sequence.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
         ends = [i + 1 for i, token in enumerate(sampled) if token in sequence.stop_tokens]
@@ -395,7 +395,7 @@ class Scheduler:
         self._queue(sequence)
 
     def _preempt_held(self) -> bool:
-        """Take the pages of a sequence that only waits for its owner's choice, so that the others can get there."""
+        """Preempt a sequence that waits for its owner's choice (beams), so that others can advance."""
         held = next((sequence for sequence in self.running if sequence.uncomputed <= 0), None)
         if held:
             self._preempt(held)
@@ -412,5 +412,5 @@ class Scheduler:
 
 
 def _computed_before(sequence: Sequence, step: dict[Sequence, _Share]) -> int:
-    """Return how many of its tokens have keys and values in pages before the step being planned."""
+    """Number of the sequence's tokens in the KV cache before the step being planned."""
     return step[sequence].chunk.start if sequence in step else sequence.computed

@@ -1,4 +1,4 @@
-"""A sequence: one continuation of one prompt, and how far it has come."""
+"""Sequence: scheduler state of one continuation of a prompt."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ Order = tuple[float, int]
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Scheduler state of one continuation. The first part is given, the second is the scheduler's own."""
+    """Scheduler state of one continuation. The first fields are given, the others are the scheduler's own."""
 
     tokens: list[int]
     prompt_length: int
@@ -24,7 +24,7 @@ class Sequence:
     grammar: Any = None
     listener: Any = None  # whom the engine tells; the scheduler never looks
     use_cache: bool = True
-    pooling: str | None = None  # of the prompt's hidden states, if they are wanted: mean or last
+    pooling: str | None = None  # pooling of the prompt's hidden states: mean, last or None
     manual: bool = False  # its owner chooses its tokens and ends it (beams); samples are only reported
     followers: tuple["Sequence", ...] = ()  # the same prompt again: they start when this one has computed it
     leader: "Sequence | None" = None
@@ -46,31 +46,31 @@ class Sequence:
 
     @property
     def running(self) -> bool:
-        """Return whether it holds a row and pages."""
+        """Return whether it has a row and pages."""
         return self.row >= 0
 
     @property
     def length(self) -> int:
-        """Return how many tokens there are, read or not."""
+        """Number of tokens, including sampled ones that the host has not read yet."""
         return len(self.tokens) + self.pending
 
     @property
     def generated(self) -> int:
-        """Return how many of them come after the prompt."""
+        """Number of tokens after the prompt."""
         return self.length - self.prompt_length
 
     @property
     def capacity(self) -> int:
-        """Return how many tokens will ever have to be in pages: the last one generated need not."""
+        """Maximum number of tokens in the KV cache: the last generated one is never computed."""
         return self.prompt_length + max(self.max_tokens - 1, 0)
 
     @property
     def uncomputed(self) -> int:
-        """Return how many tokens could be computed now."""
+        """Number of tokens that could be computed now."""
         return min(self.length, self.capacity) - self.computed
 
     def copy(self, listener: Any = None) -> "Sequence":
-        """Copy of the sequence for another owner, without pages."""
+        """Copy for another owner, without pages."""
         return Sequence(
             list(self.tokens),
             self.prompt_length,

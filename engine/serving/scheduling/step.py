@@ -1,4 +1,4 @@
-"""Step plan and result: all that crosses the line between scheduler and runner: a plan one way, a result the other, and
+"""Step plan and step result: the interface between scheduler and runner. A plan goes one way, a result the other, and
 nothing else.
 
 Both are frozen records of plain numbers. A *row* is a slot of the batch: a sequence keeps its row while it runs, so the
@@ -13,7 +13,7 @@ UNKNOWN = -1  # stands for a token that the device has sampled or guessed, and t
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """Assignment of a sequence to a row of the batch, with what the runner needs to compute and sample it."""
+    """Assignment of a sequence to a batch row, with all the runner needs to compute and sample it."""
 
     row: int
     params: Any
@@ -27,9 +27,9 @@ class NewRow:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One row's part of a step: compute `tokens` at positions `start`…, and sample after each of the last `sampled`.
+    """Part of one row in a step: compute `tokens` at positions `start`…, sample after each of the last `sampled`.
 
-    All but the first of those are drafts: guesses at what the sample before them will be.
+    All but the first of those tokens are drafts (speculative decoding).
     """
 
     row: int
@@ -42,7 +42,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Plan of a step for the runner, in this order: copy pages, take in rows, compute chunks."""
+    """Plan of a step, executed in this order: copy pages, assign rows, compute chunks."""
 
     chunks: tuple[Chunk, ...]
     admitted: tuple[NewRow, ...] = ()
@@ -51,7 +51,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a token and its rank, and the log-probabilities of the most likely ones, best first."""
+    """Log-probability and rank of a token, and log-probabilities of the most likely ones, best first."""
 
     token: int
     logprob: float
@@ -61,7 +61,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """Result of a chunk: if it samples, one token, and one more for each draft that proved right."""
+    """Result of a chunk: if it samples, one token, plus one for each accepted draft."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -71,6 +71,6 @@ class ChunkResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One `ChunkResult` for each chunk of the plan, in its order."""
+    """Result of a step: one `ChunkResult` for each chunk, in order."""
 
     chunks: tuple[ChunkResult, ...]

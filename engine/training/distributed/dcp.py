@@ -41,7 +41,7 @@ class ShardWriter:
         dist.all_gather_object(hashes, own, group=self.group)
         found = {name: digest for some in hashes for name, digest in some.items()}
         missing = [name for name in found if not (directory / name).exists()]
-        if missing and dist.get_rank() == 0:  # who may by now have renamed the folder, so nobody else can tell
+        if missing and dist.get_rank() == 0:  # only rank 0 can check: it may have renamed the folder by now
             raise InputError(f"{missing[0]} was written on another machine: all must see one and the same folder")
         return found
 

@@ -205,7 +205,7 @@ def apply_fsdp(model: Transformer, dtype: torch.dtype, mesh: ProcessMesh) -> Non
         fully_shard(module, mesh=fsdp, mp_policy=policy, shard_placement_fn=lambda p: Shard(dimension[p]))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # which nobody writes to
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # the view is never written to
     for method in ("losses", "log_probs", "hidden", "logits"):
         register_fsdp_forward_method(model, method)
 

@@ -19,7 +19,7 @@ import uuid
 
 import torch.distributed as dist
 
-_times = 0  # that this process has joined: it may train one model after another
+_times = 0  # groups that this process has joined: it may train several models in turn
 
 
 def join(backend: str) -> bool:

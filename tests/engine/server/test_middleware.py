@@ -241,7 +241,7 @@ def test_the_docs_curl_command_works_and_streams_too(server):
     here = command.replace("http://127.0.0.1:8000", server.url)
 
     def curl(command):
-        return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=60).stdout
 
     answer = json.loads(curl(here))
     text = answer["choices"][0]["text"]

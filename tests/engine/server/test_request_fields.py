@@ -171,7 +171,7 @@ def test_model_says_how_it_wants_to_be_sampled(tmp_path):
         with serving(lambda: LLM(directory), model_defaults=model_defaults) as server:
             texts = {text_of(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)) for _ in range(3)}
             assert (len(texts) == 1) == model_defaults
-            own = {**body, "temperature": 2.0, "top_k": 0}
+            own = {**body, "temperature": 2.0, "top_k": 0, "ignore_eos": True}
             texts = {text_of(httpx.post(f"{server.url}/v1/completions", json=own, timeout=60)) for _ in range(3)}
             assert len(texts) == 3
 
