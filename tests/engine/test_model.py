@@ -72,7 +72,7 @@ def test_no_token_sees_a_later_one(name):
     changed = data.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % SMALL["vocab_size"]
     before, after = model(data), model(changed)
-    torch.testing.assert_close(before[:, :12], after[:, :12], atol=1e-6, rtol=0)
+    torch.testing.assert_close(before[:, :12], after[:, :12], atol=1e-5, rtol=0)  # experts sum in other company
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 

@@ -91,10 +91,13 @@ def test_weights_do_not_depend_on_threads_nor_batch(tiny):
 def test_killed_run_ends_with_the_same_bits(tiny, monkeypatch, changes):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = tiny("whole", steps=30, save_every=1, group=8, batch_size=8, **changes)
-    killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"))
     run_once(forkserver(), whole, run_reinforce)
-    assert run_killed(forkserver(), killed, 3, run=run_reinforce)
-    assert digest(killed) == digest(whole)
+    kills = []
+    while not any(kills):  # on a busy machine a run may end before its killer looks again
+        assert len(kills) < 4
+        killed = dataclasses.replace(whole, out=whole.out.replace("whole", f"killed-{len(kills)}"))
+        kills.append(len(run_killed(forkserver(), killed, 3, run=run_reinforce)))
+        assert digest(killed) == digest(whole)
 
 
 def samples_of(trainer):

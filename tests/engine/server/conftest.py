@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("LANGSMITH_TRACING", "false")
+os.environ.pop("WARPLOOM_API_KEYS", None)  # of whoever runs the tests
 
 import re
 import socket

@@ -670,7 +670,7 @@ def test_prompt_far_beyond_the_context_is_not_tokenized(client, server, monkeypa
 def test_host_header_of_stranger_refused(client):
     """Host of a stranger is refused where names are known."""
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 200, "any host, unless told"
-    with serving(allowed_hosts=("localhost",)) as server, httpx.Client(base_url=server.url) as client:
+    with serving(allowed_hosts=("localhost",)) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         for host in ("localhost:8000", "localhost", "127.0.0.1:9", "[::1]:8000"):
             assert client.get("/health", headers={"host": host}).status_code == 200, host
         for host in ("evil.example", "localhost.evil.example:80", "127.0.0.1.evil.example"):

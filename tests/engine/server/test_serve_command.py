@@ -163,7 +163,7 @@ def test_start_line_says_what_is_served(directory):
         assert "context 320" in line and "pages of 16 tokens" in line and "256 sequences a batch" in line
         assert "on cpu (" in line and line.endswith("2 keys\n")
         wait_ready(process, url)
-        assert httpx.head(f"{url}/health").status_code == 200
+        assert httpx.head(f"{url}/health", timeout=60).status_code == 200
         client = httpx.Client(base_url=url, headers={"authorization": "Bearer a"}, timeout=60)
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["x", "y"]
         assert client.get("/version").json()["version"]

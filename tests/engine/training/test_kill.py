@@ -18,7 +18,10 @@ def test_killed_run_ends_with_same_bits(tiny, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = {**tiny().model, "dropout": 0.1}
     whole = tiny("whole", model=model, steps=8 * KILLS, save_every=3, eval_every=9, dtype="bfloat16")
-    killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"))
     run_once(processes(), whole)
-    assert len(run_killed(processes(), killed, KILLS)) >= 0.6 * KILLS
-    assert digest(killed) == digest(whole)
+    kills = []
+    while max(kills, default=0) < 0.6 * KILLS:  # on a busy machine a run may end before its killer looks again
+        assert len(kills) < 4, kills
+        killed = dataclasses.replace(whole, out=whole.out.replace("whole", f"killed-{len(kills)}"))
+        kills.append(len(run_killed(processes(), killed, KILLS)))
+        assert digest(killed) == digest(whole)

@@ -1,8 +1,8 @@
 """The page, as a person uses it: a real browser types, watches, presses Stop, moves a slider."""
 
 import json
-import re
 import shutil
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,8 +15,13 @@ pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
 @pytest.fixture(scope="module")
 def page_server():
+    """A page whose every answer goes on to its limit: where a random model ends by itself is chance."""
     pytest.importorskip("gradio", reason="the playground needs gradio")
-    with serving(HeldLLM, ui=True) as server:
+    from warploom.engine.server.ui import playground
+
+    params = playground._params
+    with serving(HeldLLM, ui=True) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(playground, "_params", lambda chosen: replace(params(chosen), ignore_eos=True))
         server.bridge.llm.free()
         yield server
 
@@ -60,6 +65,28 @@ def find(browser, selector):
     return browser.find_element("css selector", selector)
 
 
+def set_length(browser, server, count):
+    """In the box beside the slider, until the slider follows: what happens before the page listens is lost."""
+    script = (
+        "const input = type => document.querySelector(`#max-tokens input[type=${type}]`);"
+        "const [box, slider] = ['number', 'range'].map(input);"
+        "box.value = arguments[0];"
+        "for (const each of ['input', 'change']) box.dispatchEvent(new Event(each, {bubbles: true}));"
+        "return new Promise(then => setTimeout(() => then(slider.value === String(arguments[0])), 50))"
+    )
+    server.wait(lambda: browser.execute_script(script, count))
+
+
+def answers(browser, server):
+    """The chat's answers, once the last has come to its end."""
+    script = (
+        "return [document.querySelector('#chat-speed').textContent,"
+        "[...document.querySelectorAll('#chat [data-testid=bot]')].map(each => each.ariaLabel)]"
+    )
+    speed, said = browser.execute_script(script)
+    return said if "limit" in speed and not server.bridge.open else []
+
+
 def open_tab(browser, name):
     browser.find_element("xpath", f"//button[@role='tab'][contains(., '{name}')]").click()
 
@@ -91,18 +118,15 @@ def test_a_prompt_streams_tokens_and_stop_ends_them(page, page_server):
 
 def test_playground_chat_keeps_slider_length(page, page_server):
     """A chat answers with the length that the slider says."""
-    box = find(page, "#max-tokens input[type=number]")
-    page.execute_script("arguments[0].value = 7; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))", box)
-    page.execute_script("arguments[0].dispatchEvent(new Event('change', {bubbles: true}))", box)
+    set_length(page, page_server, 7)
     slider = find(page, "#temperature input[type=range]")
     before = slider.get_attribute("value")
     slider.send_keys("\ue014\ue014")  # two presses of the right arrow
     assert slider.get_attribute("value") != before
     find(page, "#message textarea, #message input").send_keys("hello")
     find(page, "#message .submit-button").click()
-    page_server.wait(lambda: "tokens ·" in find(page, "#chat-speed").text and not page_server.bridge.open)
-    count = int(find(page, "#chat-speed").text.split()[0])
-    assert 1 <= count <= 7
+    page_server.wait(lambda: answers(page, page_server))
+    assert find(page, "#chat-speed").text.split()[0] == "7"
     assert "hello" in find(page, "#chat").text
     page_server.assert_nothing_left()
 
@@ -150,10 +174,11 @@ def test_chat_fits_and_keeps_its_box_in_view(page, page_server, width, height):
         page_server.wait(lambda: page.execute_script(fits))
         box = "document.querySelector('#message').getBoundingClientRect()"
         seen = f"return {box}.bottom > 0 && {box}.bottom <= {height}"
-        for _ in range(2):
+        set_length(page, page_server, 20)
+        for count in (1, 2):
             page_server.wait(lambda: page.execute_script(seen))
             say(page, "hi")
-            page_server.wait(lambda: "tokens ·" in find(page, "#chat-speed").text and not page_server.bridge.open)
+            page_server.wait(lambda count=count: len(answers(page, page_server)) == count)
             page.execute_script("window.scrollTo(0, 0)")
         log = "const log = document.querySelector('#chat [role=log]'); return log.scrollHeight > 0"
         assert page.execute_script(log)
@@ -174,28 +199,19 @@ def test_one_button_sends_and_stops(page, page_server):
 
 
 def test_answer_can_be_continued_and_tried_again(page, page_server):
-    box = find(page, "#max-tokens input[type=number]")
-    page.execute_script("arguments[0].value = 5; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))", box)
-    page.execute_script("arguments[0].dispatchEvent(new Event('change', {bubbles: true}))", box)
+    set_length(page, page_server, 5)
 
-    said = "return [...document.querySelectorAll('#chat [data-testid=bot]')].map(each => each.ariaLabel).join('|')"
-
-    def answered(differs_from):
-        facts = "return document.querySelector('#chat-speed').textContent"
-        ended = re.search("limit|itself", page.execute_script(facts))
-        return ended and page.execute_script(said) != differs_from and not page_server.bridge.open
+    def other_than(before):
+        page_server.wait(lambda: answers(page, page_server) not in ([], before))
+        return answers(page, page_server)
 
     say(page, "count")
-    page_server.wait(lambda: answered(""))
-    first = page.execute_script(said)
-    page.execute_script("document.querySelector('#continue-chat')?.click()")
-    page_server.wait(lambda: answered(first))
-    longer = page.execute_script(said)
+    (first,) = other_than([])
+    page.execute_script("arguments[0].click()", find(page, "#continue-chat"))
+    (longer,) = other_than([first])
     assert len(longer) > len(first)
-    page.execute_script("document.querySelector('#chat [aria-label=Retry]').click()")
-    page_server.wait(lambda: answered(longer))
-    answers = page.find_elements("css selector", "#chat [data-testid=bot]")
-    assert len(answers) == 1, "one answer, in place of the other"
+    page.execute_script("arguments[0].click()", find(page, "#chat [aria-label=Retry]"))
+    assert len(other_than([longer])) == 1, "one answer, in place of the other"
     page_server.assert_nothing_left()
 
 
