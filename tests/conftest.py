@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # not even a question whether somebody is there
 for name in ("no_proxy", "NO_PROXY"):  # clients here ask servers of this machine, which a proxy cannot see
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+for name in ("COLUMNS", "FORCE_COLOR"):  # of a terminal: lines would break elsewhere, words hold colors
+    os.environ.pop(name, None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np

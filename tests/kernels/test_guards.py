@@ -93,7 +93,7 @@ def test_hopper_first_launch_fails_portable_serves(hopper, monkeypatch, name):
         again = both()
         attention_hopper.hopper_kernels.clear()
         portable = both()
-    assert len(said) == 1
+    assert len([each for each in said if each.category is UserWarning]) == 1
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, portable))
 
 

@@ -172,7 +172,7 @@ def test_metrics_are_prometheus_and_count_what_happened(client):
     with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         answer.read()
     finished = ("warploom:http_requests_total", "POST", "/v1/completions", "200")
-    for _ in range(500):  # a stream is counted when its connection is done with it, after the last byte
+    for _ in range(3000):  # a stream is counted when its connection is done with it, after the last byte
         after = scrape()
         if after.get(finished, 0) - before.get(finished, 0) == 2:
             break

@@ -77,9 +77,10 @@ def test_graphs_failed_recording_serves(model, fails_at):
     recorder = Recorder(fails_at)
     with pytest.warns(UserWarning, match=r"recording . sequences of 16 pages failed \(operation not permitted") as said:
         llm = graphed(model, recorder)
-    assert len(said) == 1 and recorder.recorded == fails_at
+    assert len([each for each in said if each.category is UserWarning]) == 1, "others may be of anything collected here"
+    assert recorder.recorded == fails_at
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert tokens_of(llm) == tokens_of(LLM(model))
     assert bool(recorder.replayed) == (fails_at > 1)
 
