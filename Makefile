@@ -52,7 +52,7 @@ gpu:
 	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/warploom
 	$(PYTHON) -m warploom.bench.gpu --minutes $(MINUTES) $(if $(MORE),--more) $(ARGS)
 
-# Tests that reach C++, and AVX2's module once more. Modules of their own, beside links to the rest of the package.
+# Tests that reach C++, and those of the engine once more by AVX2's module and by that without AVX. Modules of their own, beside links to the rest of the package.
 ENGINE := tests/kernels/cpu tests/engine/serving/execution
 SANITIZED := tests/tokenizer $(ENGINE) tests/engine/test_model.py tests/engine/test_executors.py \
 	$(addprefix tests/engine/serving/test_,adapters.py calibrate.py llm.py prompt_cache.py structured_output.py) \
@@ -68,6 +68,7 @@ sanitize: .venv/ready-dev
 	WARPLOOM_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
 	$(SANITIZERS) $(BIN)/python -m pytest $(SHARED) $(SANITIZED) --timeout 1500 $(ARGS)
 	$(SANITIZERS) ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(SHARED) $(ENGINE) --timeout 1500 $(ARGS)
+	$(SANITIZERS) ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(SHARED) $(ENGINE) --timeout 1500 $(ARGS)
 
 TILES := csrc/tests/tiles.cpp $(addprefix csrc/cpu/serving/,matrix.cpp dense_matrix.cpp spin_pool.cpp weight_memory.cpp) \
 	$(wildcard csrc/cpu/serving/packed_*.cpp)

@@ -49,6 +49,10 @@ WARPLOOM_INLINE Sixteen<R> exp2_negative(Sixteen<R> x) {
     WARPLOOM_EACH_PART(exp2_negative(x.part[i]));
 }
 template <class R>
+WARPLOOM_INLINE Sixteen<R> exp_negative(Sixteen<R> x) {
+    WARPLOOM_EACH_PART(exp_negative(x.part[i]));
+}
+template <class R>
 WARPLOOM_INLINE Sixteen<R> tanh(Sixteen<R> x) {
     WARPLOOM_EACH_PART(tanh(x.part[i]));
 }

@@ -13,6 +13,14 @@
 #include "tokenizer/interruptible_threads.hpp"
 #include "cpu/serving/spin_pool.hpp"
 
+#if defined(__SANITIZE_THREAD__)
+#define UNDER_TSAN 1
+#elif defined(__has_feature)  // Clang's name for it
+#define UNDER_TSAN __has_feature(thread_sanitizer)
+#else
+#define UNDER_TSAN 0
+#endif
+
 using namespace warploom;
 
 namespace {
@@ -103,7 +111,7 @@ int main() {
     SpinPool::shared().resize(4);
     beside(failures, 300, loops, 1000);
     stoppable();
-#if !defined(__SANITIZE_THREAD__)  // which cannot follow threads into a child
+#if !UNDER_TSAN  // which cannot follow threads into a child
     forks(200, false);
     forks(200, true);
 #endif

@@ -34,24 +34,27 @@ std::vector<float> numbers(size_t n) {
 template <class V>
 void exponentials() {
     for (int i = 0; i < 20000; ++i) {
-        float x[16], y[16], z[16];
+        float x[16], y[16], z[16], w[16];
         for (float& each : x) each = normal() * 30;
         V all;
         load_as(x, all);
         V copy = all;
         exponentiate(copy);
-        store_as(y, copy), store_as(z, exp2_negative(all));
+        store_as(y, copy), store_as(z, exp2_negative(all)), store_as(w, exp_negative(all));
         for (int lane = 0; lane < lanes_of<V>; ++lane) {
             const double right = std::exp(double(x[lane]));
             if (std::fabs(x[lane]) < 87) check(std::fabs(y[lane] - right) <= 2.5e-7 * right, "exponentiate");
+            if (x[lane] <= 0 && x[lane] > -86) check(std::fabs(w[lane] - right) <= (2.5e-7 - 8e-8 * x[lane]) * right, "exp_negative");
             const double power = std::exp2(double(x[lane]));
             if (x[lane] <= 0) check(std::fabs(z[lane] - power) <= 2.5e-7 * power + 1e-36, "exp2_negative");
         }
     }
     V low = V{} - 200.0f, unknown = V{} + NAN;
     const V nothing = exp2_negative(V{} - INFINITY), unknown_power = exp2_negative(unknown);
+    const V none = exp_negative(V{} - INFINITY), unknown_weight = exp_negative(unknown);
     exponentiate(low), exponentiate(unknown);
     check(nothing[0] < 1e-36f && std::isnan(unknown_power[0]) && low[0] == 0 && std::isnan(unknown[0]), "the ends of exp");
+    check(none[0] == 0 && std::isnan(unknown_weight[0]), "the ends of exp_negative");
 }
 
 // Sixteen vectors are each reduced to one number, by the same tree in any register.

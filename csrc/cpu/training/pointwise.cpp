@@ -11,6 +11,8 @@ namespace warploom {
 
 namespace {
 
+constexpr int kMostRows = 16;
+
 template <class T>
 WARPLOOM_INLINE void norm_rows(const NormForward<T>& t, int first, int last) {
     for (int row = first; row < last; ++row) {
@@ -120,57 +122,127 @@ WARPLOOM_INLINE void rope_tokens(const Rope<T>& t, int first, int last) {
     }
 }
 
-// The loss of a row, and the logarithm of its sum of exponentials.
+// The exponentials of training's losses, and faster ones for logits that were given, in the last few columns too.
+struct Exp {
+    static constexpr bool in_tails = false;
+    template <class V>
+    WARPLOOM_INLINE V operator()(V x) const {
+        return exp(x);
+    }
+};
+struct ExpNegative {
+    static constexpr bool in_tails = true;
+    template <class V>
+    WARPLOOM_INLINE V operator()(V x) const {
+        return exp_negative(x);
+    }
+};
+
 template <class T>
-WARPLOOM_INLINE float row_loss(const CrossEntropy<T>& t, const T* x, int64_t target, float& log_sum) {
+WARPLOOM_INLINE float row_maximum(const T* x, int classes) {
     using V = SixteenIn<Register>;
-    const int whole = t.classes / 16 * 16;
-    V top[4], mass = {};  // one maximum would wait for itself
+    const int whole = classes / 16 * 16;
+    V top[4];  // one maximum would wait for itself
     for (V& each : top) each = V{} - INFINITY;
     int at = 0;
     for (; at + 64 <= whole; at += 64)
         for (int i = 0; i < 4; ++i) top[i] = Larger()(load_as<V>(x + at + 16 * i), top[i]);
     for (; at < whole; at += 16) top[0] = Larger()(load_as<V>(x + at), top[0]);
+    if (whole && whole < classes) top[1] = Larger()(load_as<V>(x + classes - 16), top[1]);  // some of them once more
     float highest = largest(as_f16(Larger()(Larger()(top[0], top[1]), Larger()(top[2], top[3]))));
-    for (int c = whole; c < t.classes; ++c) highest = std::max(highest, widen(x[c]));
-    for (int c = 0; c < whole; c += 16) mass += exp(load_as<V>(x + c) - highest);
-    float weight = sum(as_f16(mass));
-    for (int c = whole; c < t.classes; ++c) weight += std::exp(widen(x[c]) - highest);
-    log_sum = highest + std::log(weight);
-    const float loss = log_sum - (1.0f - t.smoothing) * widen(x[target]) + t.z * log_sum * log_sum;
-    if (t.smoothing == 0) return loss;
-    V all = {};
-    for (int c = 0; c < whole; c += 16) all += load_as<V>(x + c);
-    float total = sum(as_f16(all));
-    for (int c = whole; c < t.classes; ++c) total += widen(x[c]);
-    return loss - t.smoothing / t.classes * total;
+    for (int c = 0; c < classes && !whole; ++c) highest = std::max(highest, widen(x[c]));
+    return highest;
+}
+
+// The sum of a row's exponentials.
+template <class Exponential, class T>
+WARPLOOM_INLINE float row_weight(const T* x, int classes, float highest) {
+    using V = SixteenIn<Register>;
+    static const float others[32] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY,
+                                     -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    const Exponential exponential;
+    const int whole = classes / 16 * 16, rest = classes - whole;
+    V sums = {};
+    for (int c = 0; c < whole; c += 16) sums += exponential(load_as<V>(x + c) - highest);
+    const bool overlap = Exponential::in_tails && whole && rest;  // the last sixteen, without those that were added
+    if (overlap) sums += exponential(load_as<V>(x + classes - 16) + load_as<V>(others + rest) - highest);
+    float weight = sum(as_f16(sums));
+    for (int c = whole; c < classes && !overlap; ++c) weight += std::exp(widen(x[c]) - highest);
+    return weight;
+}
+
+template <class T>
+WARPLOOM_INLINE float row_total(const T* x, int classes) {
+    using V = SixteenIn<Register>;
+    const int whole = classes / 16 * 16;
+    V sums = {};
+    for (int c = 0; c < whole; c += 16) sums += load_as<V>(x + c);
+    float total = sum(as_f16(sums));
+    for (int c = whole; c < classes; ++c) total += widen(x[c]);
+    return total;
+}
+
+// Losses of a few rows, and the logarithms of their sums of exponentials. Each step for all of them, since the steps of one row wait
+// for each other.
+template <class Exponential, class T>
+WARPLOOM_INLINE void block_losses(const CrossEntropy<T>& t, int first, int count, float* log_sums) {
+    float weights[kMostRows];
+    const auto each_counted = [&](auto&& step) __attribute__((always_inline)) {
+        for (int i = 0; i < count; ++i)
+            if (t.targets[first + i] != t.ignore) step(i, t.logits + int64_t(first + i) * t.classes);
+    };
+    std::fill(t.losses + first, t.losses + first + count, 0.0f);
+    each_counted([&](int i, const T* x) __attribute__((always_inline)) { log_sums[i] = row_maximum(x, t.classes); });
+    each_counted([&](int i, const T* x) __attribute__((always_inline)) {
+        weights[i] = row_weight<Exponential>(x, t.classes, log_sums[i]);
+    });
+    each_counted([&](int i, const T* x) __attribute__((always_inline)) {
+        const float log_sum = log_sums[i] += std::log(weights[i]);
+        float& loss = t.losses[first + i];
+        loss = log_sum - (1.0f - t.smoothing) * widen(x[t.targets[first + i]]) + t.z * log_sum * log_sum;
+        if (t.smoothing != 0) loss -= t.smoothing / t.classes * row_total(x, t.classes);
+    });
+}
+
+template <class Exponential, class T>
+WARPLOOM_INLINE void row_gradient(const CrossEntropy<T>& t, int row, float log_sum) {
+    using V = SixteenIn<Register>;
+    const T* x = t.logits + int64_t(row) * t.classes;
+    T* dx = (t.gradient ? t.gradient : t.logits) + int64_t(row) * t.classes;
+    const int64_t target = t.targets[row];
+    if (target == t.ignore) {
+        std::fill(dx, dx + t.classes, T{});
+        return;
+    }
+    const float hard = 1.0f - t.smoothing, soft = t.smoothing / t.classes;
+    const float scale = t.upstream[row], factor = scale * (1.0f + 2.0f * t.z * log_sum);
+    const float at_target = factor * std::exp(widen(x[target]) - log_sum) - scale * (soft + hard);
+    const int whole = t.classes / 16 * 16, n = t.classes - whole;
+    const auto sixteen = [&](int c) __attribute__((always_inline)) {
+        store_as(dx + c, Exponential()(load_as<V>(x + c) - log_sum) * factor - scale * soft);
+    };
+    for (int c = 0; c < whole; c += 16) sixteen(c);
+    if (Exponential::in_tails && whole && n && dx != x) sixteen(t.classes - 16);
+    else if (n) store(dx + whole, exp(load(x + whole, n) - log_sum) * factor - scale * soft, n);
+    narrow(at_target, dx[target]);
+}
+
+template <class Exponential, class T>
+WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
+    const int most = std::min(kMostRows, std::max(1, 4096 / std::max(1, t.classes)));  // which the first cache holds
+    for (int row = first; row < last; row += most) {
+        const int count = std::min(most, last - row);
+        float own[kMostRows], *log_sums = t.log_sums ? t.log_sums + row : own;
+        if (t.losses) block_losses<Exponential>(t, row, count, log_sums);
+        if (!t.upstream) continue;
+        for (int i = 0; i < count; ++i) row_gradient<Exponential>(t, row + i, log_sums[i]);
+    }
 }
 
 template <class T>
 WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
-    using V = SixteenIn<Register>;
-    for (int row = first; row < last; ++row) {
-        const T* x = t.logits + int64_t(row) * t.classes;
-        T* dx = (t.gradient ? t.gradient : t.logits) + int64_t(row) * t.classes;
-        const int64_t target = t.targets[row];
-        if (target == t.ignore) {
-            if (t.losses) t.losses[row] = 0;
-            if (t.upstream) std::fill(dx, dx + t.classes, T{});
-            continue;
-        }
-        float log_sum;
-        if (t.losses) t.losses[row] = row_loss(t, x, target, log_sum);
-        else log_sum = t.log_sums[row];
-        if (t.losses && t.log_sums) t.log_sums[row] = log_sum;
-        if (!t.upstream) continue;
-        const float hard = 1.0f - t.smoothing, soft = t.smoothing / t.classes;
-        const float scale = t.upstream[row], factor = scale * (1.0f + 2.0f * t.z * log_sum);
-        const float at_target = factor * std::exp(widen(x[target]) - log_sum) - scale * (soft + hard);
-        const int whole = t.classes / 16 * 16, n = t.classes - whole;
-        for (int c = 0; c < whole; c += 16) store_as(dx + c, exp(load_as<V>(x + c) - log_sum) * factor - scale * soft);
-        if (n) store(dx + whole, exp(load(x + whole, n) - log_sum) * factor - scale * soft, n);
-        narrow(at_target, dx[target]);
-    }
+    if (t.log_sums) return entropy_rows<ExpNegative>(t, first, last);
+    entropy_rows<Exp>(t, first, last);
 }
 
 // One compiled version a CPU and a number format.
