@@ -23,6 +23,7 @@ WORDED = (
     (r"Error parsing (-\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 must be a whole number, not \2"),
     (r"Error parsing (-\S+): could not convert string to float: (.*)", r"\1 must be a number, not \2"),
     (r"Error parsing (-\S+): Could not find valid parse for arguments: \[(.*)\]", r"\1 cannot be \2"),
+    (r"Error parsing \[.*\]: Could not find valid parse for arguments: \[(.*)\]", r"the arguments cannot be \1"),
     (r"Error parsing [^-]\S*: (.*)", r"\1"),  # a check of several flags together
     (r"Missing value for argument '(?:\w+\.)?(\w+)'\. .*", lambda found: f"{found[1].upper()} is missing"),
     (r"Missing value for argument '(-\S+)'\. .*", r"\1 needs a value"),

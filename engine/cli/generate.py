@@ -97,6 +97,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         yield file
 
@@ -133,6 +134,8 @@ def _search(llm, prompt: str, options: GenerateOptions) -> int:
 def _continue_file(options: GenerateOptions) -> int:
     """Answer every prompt of the file that has no answer yet."""
     jobs = _read_prompts(options.prompts_file, options.sampling)
+    if not jobs:
+        raise InputError(f"{options.prompts_file} holds no prompt: write one a line")
     done = _read_results(options.out)
     missing = [(index, prompt, params) for index, (prompt, params) in enumerate(jobs) if index not in done]
     if done:

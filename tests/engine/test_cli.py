@@ -1,5 +1,6 @@
 """The command line: quick to answer, clear when it cannot."""
 
+import errno
 import itertools
 import os
 import re
@@ -74,6 +75,42 @@ def test_a_mistake_in_the_flags_is_one_sentence(line, capsys):
     assert main(line.split()) == 2
     told = capsys.readouterr().err
     assert MISTAKES[line] in told and told.count("\n") == 1 and f"(warploom {line.split()[0]}" in told, told
+
+
+WRONG_FILES = {
+    "generate MODEL --prompts-file FOLDER": "FOLDER is a directory: a file is needed there",
+    "generate MODEL --prompts-file NONE": "NONE does not exist",
+    "generate MODEL --prompts-file EMPTY": "EMPTY holds no prompt",
+    "data --files TEXT --tokenizer char --out EMPTY": "EMPTY is a file; token files are written to a directory",
+    "tokenizer train --corpus TEXT --out EMPTY": "EMPTY exists already and is a file: a directory is needed there",
+    "tokenizer train --corpus EMPTY --out new": "EMPTY is empty: there is no text to train on",
+    "tokenizer decode --tokenizer MODEL x": "the arguments cannot be 'x'",
+    "train FOLDER --out new": "FOLDER is a folder without files",
+    "bench chart --results FOLDER": "train.json has no 'llama-24m float32 compiled'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_FILES)
+def test_a_wrong_file_is_one_sentence(line, directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "TEXT").write_text("the loom weaves\n" * 9)
+    assert main([str(directory) if word == "MODEL" else word for word in line.split()]) == 2
+    told = capsys.readouterr().err
+    assert WRONG_FILES[line] in told and told.count("\n") == 1
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    """Named as the user named it, not by the name that an unfinished file has."""
+    from warploom.engine.cli import doctor
+
+    def fill(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/.model.77.partial/model.safetensors")
+
+    monkeypatch.setattr(doctor, "run", fill)
+    assert main(["doctor"]) == 2
+    assert "doctor: runs/model/model.safetensors does not fit on the disk: make room" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [80, 120])
