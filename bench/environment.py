@@ -76,7 +76,7 @@ def capture(device: str) -> Environment:
 def fingerprint(bench: str, rooms: tuple[str, ...] = ROOMS) -> str:
     """Hash of the sources that a benchmark's numbers depend on: its packages, its own file, the timing code.
 
-    Unlike the commit it does not change with documentation or with the results themselves, and it exists without git.
+    Unlike the commit it does not change with docs/ or with the results themselves, and it exists without git.
     """
     own = [ROOT / "bench" / f"{name}.py" for name in (bench, "timing", "ceilings")]
     rooms_files = [path for room in rooms for path in _below(ROOT / room) if path.suffix in SOURCES]
