@@ -46,7 +46,7 @@ def _docstrings(kind: type) -> dict[str, str | None]:
 class Help(io.StringIO):
     """What tyro prints as help, drawn as for standard output, to be shown with `shown`."""
 
-    encoding = property(lambda self: sys.__stdout__ and sys.__stdout__.encoding)
+    encoding = property(lambda self: sys.__stdout__ and sys.__stdout__.encoding)  # type: ignore[assignment]
 
     def isatty(self) -> bool:
         return sys.__stdout__ is not None and sys.__stdout__.isatty()
