@@ -42,8 +42,8 @@ class Environment(Protocol):
         """Reply to an answer with the next message (a text becomes a user message), or end with a reward."""
 
 
-class Game:
-    """Episode: one sample's conversation with its environment."""
+class Episode:
+    """One sample's conversation with its environment."""
 
     def __init__(self, llm: LLM, environment: Environment, row: dict[str, Any], seconds: float) -> None:
         self.llm, self.environment, self.seconds = llm, environment, seconds
@@ -118,23 +118,25 @@ def continuation(tokenizer: Any, messages: list[dict], answer: str, new: list[di
     return [token for ids, is_behind in pieces if is_behind for token in ids]
 
 
-def play(
+def roll_out_episodes(
     llm: LLM, make: Callable[[], Environment], prompts: Prompts, numbers: Iterable[int], step: int, config: RLConfig
 ) -> Rollouts:
     """Roll out multi-turn episodes: a group for each prompt, all of them batched turn by turn."""
     names = [(each, index) for each in numbers for index in range(config.group)]
-    games = [Game(llm, make(), prompts.row(each), config.reward_seconds) for each, _ in names]
+    episodes = [Episode(llm, make(), prompts.row(each), config.reward_seconds) for each, _ in names]
     for _ in range(config.turns):
-        playing = [(game, name) for game, name in zip(games, names) if game.reward is None]
-        if not playing:
+        unfinished = [(episode, name) for episode, name in zip(episodes, names) if episode.reward is None]
+        if not unfinished:
             break
         params = [
             SamplingParams(config.max_tokens, seed=sample_seed(config.seed, step, *name), logprobs=0)
-            for _, name in playing
+            for _, name in unfinished
         ]
-        for (game, _), output in zip(playing, llm.generate([game.tokens for game, _ in playing], params)):
-            game.take(output)
-    samples = [game.sample() for game in games]
+        for (episode, _), output in zip(
+            unfinished, llm.generate([episode.tokens for episode, _ in unfinished], params)
+        ):
+            episode.take(output)
+    samples = [episode.sample() for episode in episodes]
     for start in range(0, len(samples), config.group):
         set_advantages(samples[start : start + config.group], config.normalize)
     return Rollouts(samples)

@@ -89,7 +89,7 @@ def exact_obstacle(model: Transformer, llm: LLM, asked: bool = False) -> str | N
     runner = llm.engine.runner
     if runner.store.layers is None or llm.engine.scheduler.pool.page_size != PAGE:
         return "the C++ attention does not serve this model here"
-    if not _is_fused(model) and not isinstance(runner.model, NativeTransformer) and not _twins(runner.model):
+    if not _is_fused(model) and not isinstance(runner.model, NativeTransformer) and not _replaced_layers(runner.model):
         return "neither the fused C++ block nor the C++ decoder computes this model here"
     return None
 
@@ -103,7 +103,7 @@ def _is_fused(model: Transformer) -> bool:
     return all(isinstance(block, FusedBlock) for block in model.blocks)
 
 
-def _twins(served: Transformer) -> dict[str, nn.Module]:
+def _replaced_layers(served: Transformer) -> dict[str, nn.Module]:
     """Layers of the served model that the server replaced by its own, by path."""
 
     def own(layer: nn.Module) -> bool:
@@ -121,13 +121,13 @@ def server_layers(model: Transformer, served: Transformer | NativeTransformer) -
             with torch.no_grad():
                 exact = layer(given[0].detach())
             if isinstance(computed, tuple):  # of experts, with how they were chosen
-                return _Replaced.apply(computed[0], exact[0]), *computed[1:]
-            return _Replaced.apply(computed, exact)
+                return _StraightThrough.apply(computed[0], exact[0]), *computed[1:]
+            return _StraightThrough.apply(computed, exact)
 
         return hook
 
     with contextlib.ExitStack() as hooks:
-        for path, layer in ({} if isinstance(served, NativeTransformer) else _twins(served)).items():
+        for path, layer in ({} if isinstance(served, NativeTransformer) else _replaced_layers(served)).items():
             hooks.callback(model.get_submodule(path).register_forward_hook(numbers_of(layer)).remove)
         yield
 
@@ -149,11 +149,11 @@ class Policy:
             exactly: Any = server_attention(model, packed.lengths, by_kernels=_by_kernels(served))
             with torch.no_grad():
                 exact_1NC = served.hidden(*given, exactly)
-            hidden_1NC = _Replaced.apply(model.hidden(*given, attend), exact_1NC)
+            hidden_1NC = _StraightThrough.apply(model.hidden(*given, attend), exact_1NC)
         else:
             exactly = server_attention(model, packed.lengths)
             with server_layers(model, served):
-                hidden_1NC = model.hidden(*given, paged(exactly, attend))
+                hidden_1NC = model.hidden(*given, straight_through_attention(exactly, attend))
         return hidden_1NC[0].index_select(0, packed.places_S)
 
     def _attend(self, packed: Packed) -> Attend:
@@ -161,7 +161,7 @@ class Policy:
         if self.model.device.type == "cuda":
             borders = torch.tensor([0, *np.cumsum(packed.lengths)], dtype=torch.int32, device=self.model.device)
             return within_documents(borders, max(packed.lengths))
-        return side_by_side(packed.lengths)
+        return padded_attention(packed.lengths)
 
     @torch.no_grad()
     def log_probs(self, hidden_SC: Tensor, targets_S: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def token_weights(
     return weights_S
 
 
-def side_by_side(lengths: list[int]) -> Attend:
+def padded_attention(lengths: list[int]) -> Attend:
     """An `attend` over packed sequences that pads them into one batch."""
     B, T = len(lengths), max(lengths)
     places_N = torch.cat([torch.arange(length) + row * T for row, length in enumerate(lengths)])
@@ -224,16 +224,16 @@ def server_attention(model: Transformer, lengths: list[int], by_kernels: bool = 
     return NativeAttend(store.layers * model.config.n_layers, layout)
 
 
-def paged(exact: Attend, dense: Attend) -> Attend:
+def straight_through_attention(exact: Attend, dense: Attend) -> Attend:
     """An `attend` with the values of `exact` and the gradient of `dense`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer) -> Tensor:
-        return _Replaced.apply(dense(q, k, v, layer), exact(q.detach(), k.detach(), v.detach(), layer))
+        return _StraightThrough.apply(dense(q, k, v, layer), exact(q.detach(), k.detach(), v.detach(), layer))
 
     return attend
 
 
-class _Replaced(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     """Straight-through replacement: forward returns other values, backward passes the gradient on."""
 
     @staticmethod

@@ -44,7 +44,7 @@ from ..training.run_state import RunState, TrainResult
 from ..training.signals import interruptible
 from ..training.trainer import Trainer
 from .config import RLConfig
-from .environments import Environment, play
+from .environments import Environment, roll_out_episodes
 from .evaluate import FRESH, evaluate_task
 from .policy import Packed, Policy, exact_obstacle, micro_batches, pack, token_weights
 from .prompts import Prompts, open_prompts
@@ -88,7 +88,7 @@ class PromptData:
 
 
 @dataclass(slots=True)
-class Tally:
+class StepStats:
     """Sums over the samples of a step, and the mismatch between the trainer's and the server's log-probabilities."""
 
     tokens: int = 0
@@ -117,7 +117,7 @@ class RLTrainer(Trainer):
         self.environment = load_function(config.environment) if config.environment else environment
         self.score = None if self.environment else self._open_rewards(config, rewards)
         super().__init__(config, callbacks)
-        self.tally = Tally()
+        self.stats = StepStats()
 
     def _open_rewards(self, config: RLConfig, given: Sequence[RewardFunction]) -> Rewards:
         if given:
@@ -211,7 +211,7 @@ class RLTrainer(Trainer):
     def _roll_out(self) -> Rollouts:
         asked = self.prompts, self._numbers(), self.state.step, self.config
         if self.environment:
-            return play(self.llm, self.environment, *asked)
+            return roll_out_episodes(self.llm, self.environment, *asked)
         return roll_out(self.llm, *asked, self.score)
 
     def _numbers(self) -> range:
@@ -229,16 +229,16 @@ class RLTrainer(Trainer):
     def one_step(self, rollouts: Rollouts) -> tuple[Any, ...]:
         """One RL step on these rollouts: `updates` optimizer steps, then the engine gets the new weights."""
         state, began = self.state, time.perf_counter()
-        self.rollouts, self.tally = rollouts, Tally()
+        self.rollouts, self.stats = rollouts, StepStats()
         (tokens,) = self.mesh.all_reduce_sum(rollouts.count)
-        self.tally.tokens = int(tokens)
+        self.stats.tokens = int(tokens)
         for update in range(self.config.updates):
             figures = self._one_update(rollouts, update)
         self._gather()
         self.llm.refresh()
-        self.tally.seconds = time.perf_counter() - began
+        self.stats.seconds = time.perf_counter() - began
         state.step += 1
-        state.tokens += self.tally.tokens
+        state.tokens += self.stats.tokens
         return figures
 
     def _one_update(self, rollouts: Rollouts, update: int) -> tuple[Any, ...]:
@@ -271,7 +271,7 @@ class RLTrainer(Trainer):
                 self._compare(logp_S, packed)
             weights_S = token_weights(logp_S, packed, config.clip if update else None, config.kl, reference_S)
             part = state.model.cross_entropy(
-                hidden_SC, packed.targets_S, weights=weights_S / self.tally.tokens, reduction="sum"
+                hidden_SC, packed.targets_S, weights=weights_S / self.stats.tokens, reduction="sum"
             )
             (part * state.loss_scale.value).backward()
             loss += part.detach().float()
@@ -289,9 +289,9 @@ class RLTrainer(Trainer):
     def _compare(self, logp_S: Tensor, packed: Packed) -> None:
         """Record the mismatch between the trainer's and the server's log-probabilities."""
         change_S = logp_S.double() - packed.sampled_S
-        self.tally.mismatch = max(self.tally.mismatch, float(change_S.abs().max()))
-        self.tally.k3 += float((change_S.exp() - 1 - change_S).sum())
-        self.tally.trained += len(change_S)
+        self.stats.mismatch = max(self.stats.mismatch, float(change_S.abs().max()))
+        self.stats.k3 += float((change_S.exp() - 1 - change_S).sum())
+        self.stats.trained += len(change_S)
 
     # What is told
 
@@ -305,18 +305,18 @@ class RLTrainer(Trainer):
             sum(sample.ended for sample in samples),
             -math.fsum(value for sample in samples for value in sample.logprobs),
             sum(any(sample.advantage for sample in group) for group in groups),
-            self.tally.k3,
-            self.tally.trained,
+            self.stats.k3,
+            self.stats.trained,
         )
         count, reward, squared, ended, surprise, mixed, k3, trained = sums
-        mean, tokens = reward / count, self.tally.tokens
+        mean, tokens = reward / count, self.stats.tokens
         pace = sum(self.step_seconds) / len(self.step_seconds)
         progress = RLProgress(
             step=state.step, steps=state.steps, reward=mean, reward_std=math.sqrt(max(0.0, squared / count - mean**2)),
             mixed=mixed * config.group / count, length=tokens / count, ended=ended / count, entropy=surprise / tokens,
-            mismatch=self.mesh.all_reduce_max(self.tally.mismatch), mismatch_k3=k3 / max(trained, 1), lr=lr,
+            mismatch=self.mesh.all_reduce_max(self.stats.mismatch), mismatch_k3=k3 / max(trained, 1), lr=lr,
             grad_norm=norm, samples=int(count), tokens=state.tokens, sampled_per_second=tokens / self.rollouts.seconds,
-            trained_per_second=trained / self.tally.seconds, seconds=state.seconds,
+            trained_per_second=trained / self.stats.seconds, seconds=state.seconds,
             seconds_left=(state.steps - state.step) * pace, bad_steps=state.bad_steps,
         )  # fmt: skip
         self.tell("on_step", progress)

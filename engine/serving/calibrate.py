@@ -34,7 +34,7 @@ DAMPING = 0.01  # relative to the mean of H's diagonal; keeps columns that the t
 BATCH = 4096  # tokens computed together
 
 
-class Correlations:
+class Hessian:
     """GPTQ's Hessian H = Σ x xᵀ of a layer's inputs, accumulated by a forward hook or by `add`."""
 
     def __init__(self, layout: Layout, layer: torch.nn.Module | None = None) -> None:
@@ -80,7 +80,7 @@ def quantize(
         rotate, seen = model.rotation(block.kind), {}
         mixtures = {path: Inputs(layer) for path, layer in block.named_modules() if type(layer) is MoE}
         if rows:
-            seen = {path: Correlations(layouts[path], layer) for path, layer in layers.items()}
+            seen = {path: Hessian(layouts[path], layer) for path, layer in layers.items()}
             for stream, delta in state:
                 block(stream, delta, rotate, dense_attention)
         for path, inputs in mixtures.items():  # by the router before it is quantized
@@ -94,7 +94,7 @@ def quantize(
     seen = None
     if rows:
         head, norm = torch.nn.Identity(), cast(Any, model.norm)
-        seen = Correlations(scheme.layout("head"), head)
+        seen = Hessian(scheme.layout("head"), head)
         for stream, delta in state:
             head(norm.add(delta, stream)[0])
     install(model, "head.weight", _packed(model.head_weight, scheme.layout("head"), seen))
@@ -154,7 +154,7 @@ def _experts(moe: Any, scheme: Scheme, x_TC: Tensor | None) -> dict[str, PackedE
     biases = none if moe.b_gate_up is None else moe.b_gate_up
     found: dict[str, list[PackedWeight]] = {"w_gate_up": [], "w_down": []}
     for e, (w_gate_up, bias, w_down) in enumerate(zip(moe.w_gate_up, biases, moe.w_down)):
-        before, between = Correlations(up), Correlations(down)
+        before, between = Hessian(up), Hessian(down)
         if chosen_TE is not None and x_TC is not None and chosen_TE[:, e].any():
             rows_NC = x_TC[chosen_TE[:, e]]
             before.add(rows_NC)
@@ -164,5 +164,5 @@ def _experts(moe: Any, scheme: Scheme, x_TC: Tensor | None) -> dict[str, PackedE
     return {name: PackedExperts(weights) for name, weights in found.items()}
 
 
-def _packed(weight: Tensor, layout: Layout, seen: Correlations | None) -> PackedWeight:
+def _packed(weight: Tensor, layout: Layout, seen: Hessian | None) -> PackedWeight:
     return pack(weight, layout, None if seen is None else seen.feedback())

@@ -182,7 +182,7 @@ class Engine:
         self.generated_tokens = 0
         self.pace: StepPace | None = None  # None: every step may have all its tokens
         self._collected = 0.0  # when the last step ended
-        self._notes: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], None]] = deque()
         self._flights: deque = deque()
         self._lock, self._arriving = threading.Lock(), threading.RLock()
         self._wake = threading.Event()
@@ -252,7 +252,7 @@ class Engine:
     def call(self, action: Callable[[], Result]) -> Result:
         """Run `action` on the scheduler between two steps."""
         with self._lock:
-            self._read_notes()
+            self._run_commands()
             result = action()
             self._tell_ended()
         self._wake.set()
@@ -310,7 +310,7 @@ class Engine:
                 self._wake.wait()
 
     def _turn(self) -> bool:
-        self._read_notes()
+        self._run_commands()
         if self.pace is not None:
             self.scheduler.shared_tokens = self.pace.tokens
         while plan := self.scheduler.plan(began := time.monotonic()):
@@ -335,9 +335,9 @@ class Engine:
         self._tell_ended()
         return True
 
-    def _read_notes(self) -> None:
-        while self._notes:
-            self._notes.popleft()()
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
 
     def _tell_ended(self) -> None:
         ended, self.scheduler.ended = self.scheduler.ended, []
@@ -373,8 +373,8 @@ class Engine:
         for stream in generation.streams:
             self.scheduler.finish(stream.sequence, "cancelled")
 
-    def _enqueue(self, note: Callable[[], None]) -> None:
-        self._notes.append(note)
+    def _enqueue(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
         self._wake.set()
 
     def _text(self, tokens: list[int], params: SamplingParams) -> TextStream:

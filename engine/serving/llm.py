@@ -33,7 +33,7 @@ from .execution.kv_cache import HAS_NATIVE, TILE, PagedKVCache, set_threads
 from .execution.lora import ServedAdapters, open_adapters
 from .execution.model_runner import Runner, memory_for_pages
 from .execution.native_matrix import keeps_packed, refuse_float8
-from .execution.outlier_smoothing import has_tall_keys, is_supported
+from .execution.outlier_smoothing import has_outlier_key_biases, is_supported
 from .execution.serving_model import serving_model
 from .execution.speculative import make_runner, model_draft, ngram_draft
 from .outputs import Output, Piece
@@ -118,16 +118,16 @@ class LLM:
         max_batch_tokens = max(max_batch_tokens or (8192 if where.type == "cuda" else 512), max_batch)
         refuse_float8(scheme is not None and scheme.float8 and where.type == "cpu" and HAS_NATIVE)
         packed = quantize is None and keeps_packed(where)
-        team = None
+        tp_runner = None
         if tensor_parallel > 1:
-            from .execution.tensor_parallel import start_team
+            from .execution.tensor_parallel import start_workers
 
-            team = start_team(sources, tensor_parallel, where, dtype, packed, max_batch_tokens, max_batch)
-        with team or nullcontext():
-            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, team and team.group, packed)
+            tp_runner = start_workers(sources, tensor_parallel, where, dtype, packed, max_batch_tokens, max_batch)
+        with tp_runner or nullcontext():
+            self.model, self.tokenizer = _open(model, tokenizer, where, dtype, tp_runner and tp_runner.group, packed)
             self.packing = describe(self.model)
             halves = self.model.embedding.weight.dtype == torch.float16
-            if packed and self.packing and halves and where.type == "cpu" and team is None:
+            if packed and self.packing and halves and where.type == "cpu" and tp_runner is None:
                 self.model.float()  # what is not packed: C++ knows float32 and bfloat16
             self._packing = where, dtype, quantize, batch_invariant
             self.config = self.model.config
@@ -139,7 +139,7 @@ class LLM:
             cache_dtype = _page_dtype(kv_dtype, quantize, self.model, page_size)
             set_threads()
             models = [self.model] if draft_model is None else [self.model, self._open_draft(draft_model)]
-            memory = _cache_memory(team, self.model, kv_memory, max_batch_tokens, max_batch)
+            memory = _cache_memory(tp_runner, self.model, kv_memory, max_batch_tokens, max_batch)
             cost = self._page_bytes(models, page_size, cache_dtype, where)
             if kv_memory is not None and kv_memory < cost:
                 raise InputError(
@@ -152,7 +152,7 @@ class LLM:
             options |= {"max_batch": max_batch, "context": self.max_seq_len, "kv_dtype": cache_dtype}
             options |= {"release": tuple(not isinstance(source, Transformer) for source in sources)}
             served = ServedAdapters(self.adapters) if self.adapters else None
-            runner = team.begin(models, options) if team else make_runner(models, **options, adapters=served)
+            runner = tp_runner.begin(models, options) if tp_runner else make_runner(models, **options, adapters=served)
         self.model = runner.model
         guess = ngram_draft if ngram_draft_tokens else None if draft_model is None else model_draft
         scheduler = Scheduler(
@@ -358,11 +358,13 @@ def _stop_ids(model, tokenizer) -> frozenset[int]:
     return named if tokenizer is None else named | tokenizer.stop_ids
 
 
-def _cache_memory(team: Any, model: Transformer, kv_memory: int | None, max_batch_tokens: int, max_batch: int) -> int:
+def _cache_memory(
+    tp_runner: Any, model: Transformer, kv_memory: int | None, max_batch_tokens: int, max_batch: int
+) -> int:
     """Bytes for the KV cache: as given, or as free. Tensor-parallel processes measure in any case."""
-    if team is None and kv_memory is not None:
+    if tp_runner is None and kv_memory is not None:
         return kv_memory
-    free = (team.memory_for_pages if team else memory_for_pages)(model, max_batch_tokens, max_batch)
+    free = (tp_runner.memory_for_pages if tp_runner else memory_for_pages)(model, max_batch_tokens, max_batch)
     return free if kv_memory is None else kv_memory
 
 
@@ -372,7 +374,11 @@ def _page_dtype(kv_dtype: str | None, quantize: str | Scheme | None, model: Tran
     if kv_dtype is None:
         eight = quantize is not None or is_packed(model)
         eight = eight and device.type == "cpu" and HAS_NATIVE and page_size % TILE == 0
-        eight = eight and is_supported(model.config) and not any(map(has_tall_keys, cast("list[Block]", model.blocks)))
+        eight = (
+            eight
+            and is_supported(model.config)
+            and not any(map(has_outlier_key_biases, cast("list[Block]", model.blocks)))
+        )
         return torch.int8 if eight else model.embedding.weight.dtype
     if kv_dtype not in formats:
         raise InputError(f"kv_dtype must be None or one of {', '.join(formats)}, got {kv_dtype!r}")

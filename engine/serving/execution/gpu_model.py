@@ -56,7 +56,7 @@ class ScaledStream(NamedTuple):
     eps: float
 
 
-def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
+def apply_linear(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tensor:
     """Apply a linear layer, gated if `activation` is given, to a tensor or a stream whose norm is fused into it."""
     if not isinstance(x, ScaledStream):
         return kernels.linear_swiglu(x, layer.weight, layer.bias, activation) if activation else layer(x)
@@ -67,7 +67,7 @@ def product(layer: Any, x: Tensor | ScaledStream, activation: str = "") -> Tenso
     return kernels.normed_linear(x.scaled, x.square_sums, *own, arrivals=layer.arrivals)
 
 
-def join(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
+def residual_add(layer: Any, x: Tensor, stream: Tensor, norm: Any) -> ScaledStream:
     """Fused residual add: stream += layer(x), in place, with the next norm's inputs prepared."""
     if type(layer) is PackedLinear:
         weight = layer.packed.segments[0].tensor
@@ -95,7 +95,7 @@ class GatedLinear(SwiGLU):
     def gated(self, x: Tensor | ScaledStream) -> Tensor:
         """Everything before the down projection."""
         if type(self.gate_up) is BatchInvariantLinear or isinstance(x, ScaledStream):
-            return product(self.gate_up, x, self.activation)
+            return apply_linear(self.gate_up, x, self.activation)
         return kernels.swiglu_packed(self.gate_up(x), self.activation)  # an adapter changes gate_up
 
 
@@ -122,7 +122,9 @@ class PagedAttention(nn.Module):
 
     def gathered(self, x_1TC: Tensor | ScaledStream, attend: KernelAttention) -> Tensor:
         """Everything before the output projection."""
-        q_THD, k_TKD, v_TKD = product(self.qkv, x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
+        q_THD, k_TKD, v_TKD = (
+            apply_linear(self.qkv, x_1TC)[0].unflatten(-1, (-1, self.head_size)).split(self.heads, dim=-2)
+        )
         norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q_THD = kernels.qk_norm_rope_write(
             q_THD, k_TKD, v_TKD, *norms, *self.tables, attend.positions, *attend.pages(self), attend.slots,
@@ -134,15 +136,15 @@ class PagedAttention(nn.Module):
 class PagedLatentAttention(LatentAttention):
     """MLA over pages of latents, with absorbed projections (DeepSeek-V2): full keys and values are never materialized.
 
-    `into` and `back` are each head's key and value up-projections: queries are mapped into the latents' space by the
+    `k_up` and `v_up` are each head's key and value up-projections: queries are mapped into the latents' space by the
     one, results mapped back by the other. They are not quantized when other products are."""
 
     is_supported = Supported(
         computed={*SHAPE, *OUTSIDE, *SCALED, *STREAM, *WINDOWS, *ROUTING, *BIASES, *LATENT} | {"ffn", "n_experts"},
         where=lambda config: config.kv_rank > 0,
     )
-    into: Tensor  # (heads, kv_rank, still columns)
-    back: Tensor  # (heads, value_dim, kv_rank)
+    k_up: Tensor  # (heads, kv_rank, still columns)
+    v_up: Tensor  # (heads, value_dim, kv_rank)
 
     @classmethod
     def install(cls, attention: Any, original: Any, dtype: torch.dtype) -> None:
@@ -151,20 +153,20 @@ class PagedLatentAttention(LatentAttention):
         H, D, V, (L, R) = attention.heads[0], attention.head_size, attention.value_dim, attention.latent
         keys_HSL, values_HVL = kv_up.detach().to(dtype).view(H, D - R + V, L).split((D - R, V), 1)
         attention.__class__ = cls
-        attention.into, attention.back = keys_HSL.transpose(1, 2), values_HVL
+        attention.k_up, attention.v_up = keys_HSL.transpose(1, 2), values_HVL
 
     def forward(self, x_1TC: Tensor, rotate: Callable, attend: Any) -> Tensor:
         R = self.latent[1]
         q_1THD, (latent_1TL, turning_1T1R) = self.queries(x_1TC), self.latents(x_1TC)
         q_1THR, k_1T1R = rotate(q_1THD[..., :R], turning_1T1R)
         attend.write(latent_1TL[0].unsqueeze(1), k_1T1R[0], self)
-        q_THL = kernels.head_linear(q_1THD[0, ..., R:], self.into)
+        q_THL = kernels.head_linear(q_1THD[0, ..., R:], self.k_up)
         if attend.store.scales:  # pages of 8 bits hold latents rotated
             q_THL = kernels.hadamard(q_THL, back=True)
         means_THL = attend.attend_latents(q_THL, q_1THR[0], self)
         if attend.store.scales:
             means_THL = kernels.hadamard(means_THL, back=True)
-        return self.output(kernels.head_linear(means_THL, self.back).flatten(-2)[None])
+        return self.output(kernels.head_linear(means_THL, self.v_up).flatten(-2)[None])
 
 
 def keeps_latents(config: ModelConfig, device: torch.device, adapters: object = None) -> bool:
@@ -201,10 +203,10 @@ class FusedBlock(Block):
         normed = delta
         if not isinstance(delta, ScaledStream):
             normed, stream = self.attention_norm.add(delta, stream)
-        normed = join(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm)
+        normed = residual_add(attention.output, attention.gathered(normed, attend), stream, self.ffn_norm)
         if self.next_norm is None:
             return stream, ffn(normed), None
-        return stream, join(ffn.down, ffn.gated(normed), stream, self.next_norm), None
+        return stream, residual_add(ffn.down, ffn.gated(normed), stream, self.next_norm), None
 
 
 def fuse_norms(model: Transformer) -> None:

@@ -33,7 +33,7 @@ from ...config import ModelConfig
 from ...executors import BIASES, OUTSIDE, ROUTING, SCALED, SHAPE, STREAM, WINDOWS, Supported
 from ...model import Attention, Block, MoE
 
-TALL = 8  # times the usual size of a head's keys: a bias like that is too large for the rest to share 8 bits with
+OUTLIER = 8  # times the usual size of a head's keys: a bias like that is too large for the rest to share 8 bits with
 
 is_supported = Supported(
     computed={*SHAPE, *OUTSIDE, *SCALED, *WINDOWS, *ROUTING, *BIASES, *STREAM, "n_experts"}
@@ -43,7 +43,7 @@ is_supported = Supported(
 
 
 @torch.no_grad()
-def balanced(block: Block, config: ModelConfig) -> Block:
+def smoothed(block: Block, config: ModelConfig) -> Block:
     """Copy of a block with outliers smoothed, if its configuration is supported; else the block itself."""
     if not is_supported(config):
         return block
@@ -57,15 +57,15 @@ def balanced(block: Block, config: ModelConfig) -> Block:
         first = ffn.gate_up if config.gated else ffn.up
         readers.append(first.weight)
         features += [(first.weight, ffn.down.weight)] if config.gated and first.bias is None else []
-    _even_gain(block.attention_norm, [block.attention.qkv.weight])
-    _even_gain(block.ffn_norm, readers)
-    _even_heads(block.attention, block.attention_norm, config.position == "rope")
+    _smooth_gain(block.attention_norm, [block.attention.qkv.weight])
+    _smooth_gain(block.ffn_norm, readers)
+    _smooth_heads(block.attention, block.attention_norm, config.position == "rope")
     for gate_up, down in features:
-        _even_features(gate_up, down, block.ffn_norm)
+        _smooth_features(gate_up, down, block.ffn_norm)
     return block
 
 
-def has_tall_keys(block: Block) -> bool:
+def has_outlier_key_biases(block: Block) -> bool:
     """Return whether key biases dwarf the keys' magnitude, so that 8-bit keys would lose too much (Qwen2)."""
     attention = block.attention
     if attention.qkv.bias is None or attention.k_norm is not None:
@@ -74,38 +74,38 @@ def has_tall_keys(block: Block) -> bool:
     keys = slice(H * D, (H + K) * D)
     said_KD = _sizes(attention.qkv.weight[keys], block.attention_norm).unflatten(0, (K, D))
     bias_KD = attention.qkv.bias[keys].float().abs().unflatten(0, (K, D))
-    return bool((bias_KD.amax(-1) > TALL * said_KD.square().mean(-1).sqrt()).any())
+    return bool((bias_KD.amax(-1) > OUTLIER * said_KD.square().mean(-1).sqrt()).any())
 
 
-def _even_gain(norm: nn.Module, readers: Sequence[Tensor]) -> None:
+def _smooth_gain(norm: nn.Module, readers: Sequence[Tensor]) -> None:
     if not hasattr(norm, "weight"):
         return
     parts = [part for part in (norm.weight, getattr(norm, "bias", None)) if part is not None]
     made_C = torch.stack([part.float().square() for part in parts]).sum(0).sqrt()
     read_C = torch.stack([weight.abs().flatten(0, -2).amax(0).float() for weight in readers]).amax(0)
     s_C = _shares(made_C, read_C)
-    s_C = _whole((s_C / s_C.median()).clamp(min=1))
+    s_C = _round_to_pow2((s_C / s_C.median()).clamp(min=1))
     for part in parts:
         _scale(part, 1 / s_C)
     for weight in readers:
         _scale(weight, s_C)
 
 
-def _even_heads(attention: Attention, norm: nn.Module, turned: bool) -> None:
+def _smooth_heads(attention: Attention, norm: nn.Module, rotary: bool) -> None:
     (H, K, _), D, qkv = attention.heads, attention.head_size, attention.qkv
     size_nD = _sizes(qkv.weight, norm)
     if qkv.bias is not None:
         size_nD = torch.hypot(size_nD, qkv.bias.float())
     size_nD = size_nD.unflatten(0, (-1, D))
     output_CKGD = attention.output.weight.unflatten(1, (K, H // K, D))
-    value_KD = _whole(_relative(_shares(size_nD[H + K :], output_CKGD.abs().amax((0, 2)).float())))
+    value_KD = _round_to_pow2(_relative(_shares(size_nD[H + K :], output_CKGD.abs().amax((0, 2)).float())))
     _scale(output_CKGD, value_KD[:, None])
 
     normed = attention.k_norm is not None
     key_KD = attention.k_norm.weight.float().abs()[None] if normed else size_nD[H : H + K]
-    if turned:
+    if rotary:
         key_KD = key_KD.unflatten(-1, (2, -1)).square().mean(-2).sqrt().repeat(1, 2)
-    key_KD = _whole(_relative(_floored(key_KD)))
+    key_KD = _round_to_pow2(_relative(_floored(key_KD)))
     if normed:
         _scale(attention.k_norm.weight, 1 / key_KD[0])
         _scale(attention.q_norm.weight, key_KD[0])
@@ -116,10 +116,10 @@ def _even_heads(attention: Attention, norm: nn.Module, turned: bool) -> None:
         _scale(qkv.bias, s_N)
 
 
-def _even_features(gate_up: Tensor, down: Tensor, norm: nn.Module) -> None:
+def _smooth_features(gate_up: Tensor, down: Tensor, norm: nn.Module) -> None:
     """Smooth the features of gated feed-forwards, also of stacked experts: (E, 2 F, C) and (E, C, F)."""
     gate_F, up_F = _sizes(gate_up, norm).chunk(2, -1)
-    s_F = _whole(_relative(_shares(gate_F * up_F, down.abs().amax(-2).float())))
+    s_F = _round_to_pow2(_relative(_shares(gate_F * up_F, down.abs().amax(-2).float())))
     _scale(down, s_F.unsqueeze(-2))
     _scale(gate_up.chunk(2, -2)[1], 1 / s_F.unsqueeze(-1))
 
@@ -144,7 +144,7 @@ def _floored(x: Tensor) -> Tensor:
     return x.clamp(min=1e-3 * x.max().clamp(min=1e-30))
 
 
-def _whole(s: Tensor) -> Tensor:
+def _round_to_pow2(s: Tensor) -> Tensor:
     """Round to powers of two; factors below four become one, as the Hadamard rotation suffices there."""
     exponent = s.log2().round()
     return torch.where(exponent.abs() >= 2, exponent, 0).exp2()

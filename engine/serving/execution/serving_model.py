@@ -50,8 +50,8 @@ from .gpu_model import (
 from .kv_cache import HAS_NATIVE, NativeAttend, _native
 from .lora import ServedAdapters
 from .native_matrix import native_matrix, pack, stored
-from .outlier_smoothing import balanced
 from .outlier_smoothing import is_supported as can_smooth
+from .outlier_smoothing import smoothed
 
 ROTATED = "fw"  # kinds of layers in the order of their rotations; those of kind n have none
 WEIGHT_ONLY = dataclasses.replace(INT8, rotate=False)  # float activations: rotation gains nothing, costs a launch
@@ -148,7 +148,7 @@ class NativeTransformer:
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             changes = [] if adapters is None else _low_rank(adapters, index, c)
-            blocks.append(_native_block(balanced(block, c) if smooth else block, c, form, changes))
+            blocks.append(_native_block(smoothed(block, c) if smooth else block, c, form, changes))
             if release:  # so that no more than one layer is ever held twice
                 model.blocks[index] = nn.Identity()
         kinds = ROTATED if c.local_rope else ROTATED[:1]
@@ -265,7 +265,7 @@ def _serving_model(
     twin = shallow_copy(model)
     smooth = isinstance(form, Scheme) and can_smooth(model.config) and adapters is None
     for index, block in enumerate(twin.blocks):
-        twin.blocks[index] = block = balanced(block, model.config) if smooth else block
+        twin.blocks[index] = block = smoothed(block, model.config) if smooth else block
         if NativeExperts.is_supported(model.config):
             NativeExperts.install(block, form)
         for path, layer in [(path, m) for path, m in block.named_modules() if type(m) in (Linear, PackedLinear)]:

@@ -60,7 +60,7 @@ class DraftRunner:
         silent = {"logprobs": None, "prompt_logprobs": None}
         admitted = (replace(each, params=replace(each.params, **silent), grammar=None, pooling=None)
                     for each in plan.admitted)  # fmt: skip
-        self.draft.launch(StepPlan(tuple(map(_follow, plan.chunks)), tuple(admitted), plan.copies))
+        self.draft.launch(StepPlan(tuple(map(_draft_chunk, plan.chunks)), tuple(admitted), plan.copies))
         guessing = [chunk for chunk in plan.chunks if chunk.sampled > 1]
         for n in range(2, max((chunk.sampled for chunk in guessing), default=0)):
             going = (chunk for chunk in guessing if n < chunk.sampled)
@@ -112,7 +112,7 @@ def _known(chunk: Chunk) -> int:
     return chunk.start + len(chunk.tokens) - max(chunk.sampled - 1, 0)
 
 
-def _follow(chunk: Chunk) -> Chunk:
+def _draft_chunk(chunk: Chunk) -> Chunk:
     """The draft model's chunk: the same tokens up to the first draft, which it samples.
 
     It starts one token early, for a draft that proved right and that nothing was guessed after was never computed.

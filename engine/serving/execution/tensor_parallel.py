@@ -69,7 +69,7 @@ class TPRunner:
     def __init__(self, share: WorkerSpec, store: dist.TCPStore):
         self.broken: str | None = None
         self.workers = [_start(replace(share, rank=rank, device=_device(share, rank))) for rank in range(1, share.size)]
-        self.close = weakref.finalize(self, _dismiss, self.workers)
+        self.close = weakref.finalize(self, _stop_workers, self.workers)
         with self:
             self._recv("start")
             self.group = share.join(store)
@@ -143,7 +143,7 @@ class TPRunner:
         return "a step has failed"
 
 
-def start_team(
+def start_workers(
     directories: list, size: int, device: torch.device, dtype: str | torch.dtype | None, packed: bool, *largest: int
 ) -> TPRunner:
     """Start the processes that share a model; each also runs a whole draft, if a second directory is given."""
@@ -174,7 +174,7 @@ def _start(share: WorkerSpec) -> subprocess.Popen:
     return worker
 
 
-def _dismiss(workers: list[subprocess.Popen]) -> None:
+def _stop_workers(workers: list[subprocess.Popen]) -> None:
     """Shut the workers down: idle ones exit by themselves, the others are killed after a moment."""
     for worker in workers:
         with contextlib.suppress(OSError):  # it has gone
@@ -190,7 +190,7 @@ def _dismiss(workers: list[subprocess.Popen]) -> None:
         dist.destroy_process_group()
 
 
-def work() -> None:
+def worker_main() -> None:
     """Entry point of a worker: join, load its shard, run plans until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first one's affair
     said = os.fdopen(os.dup(1), "w")
@@ -220,4 +220,4 @@ def _receive():
 
 
 if __name__ == "__main__":
-    work()
+    worker_main()

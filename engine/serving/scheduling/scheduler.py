@@ -178,7 +178,7 @@ class Scheduler:
         flight = self._flights.popleft()
         assert len(flight) == len(result.chunks), "a result must answer every chunk of its plan"
         return [
-            (sequence, self._learn(sequence, share, chunk), chunk)
+            (sequence, self._append_tokens(sequence, share, chunk), chunk)
             for (sequence, share), chunk in zip(flight.items(), result.chunks)
             if sequence.finish_reason is None
         ]
@@ -225,7 +225,7 @@ class Scheduler:
             if not suspect.running:
                 self._waiting.remove((suspect.order, suspect))
                 heapq.heapify(self._waiting)
-                while not self._rows or not self._enter(suspect, step):
+                while not self._rows or not self._try_admit(suspect, step):
                     self._preempt(next(other for other in self.running if other is not suspect))
             if self._advance(suspect, self.max_batch_tokens, step):
                 return step
@@ -249,11 +249,11 @@ class Scheduler:
             sequence.manual or sequence.generated < sequence.max_tokens
         )
         sampled = 1 + len(tokens) - wanted if reaches_end else 0
-        pages = tuple(sequence.pages[sequence.told_pages :])
-        chunk = Chunk(sequence.row, start, tokens, sampled, sequence.told_pages, pages)
+        pages = tuple(sequence.pages[sequence.sent_pages :])
+        chunk = Chunk(sequence.row, start, tokens, sampled, sequence.sent_pages, pages)
         admission = None if sequence.announced else self._announce(sequence)
         step[sequence] = _Share(chunk, copies, admission, sequence.preemptions)
-        sequence.told_pages = len(sequence.pages)
+        sequence.sent_pages = len(sequence.pages)
         sequence.computed = end
         sequence.pending += sampled > 0
         return len(tokens)
@@ -291,7 +291,7 @@ class Scheduler:
                 copies.append((sequence.pages[index], page))
             self.pool.release([sequence.pages[index]])
             sequence.pages[index] = page
-            sequence.told_pages = min(sequence.told_pages, index)
+            sequence.sent_pages = min(sequence.sent_pages, index)
         return copies
 
     def _take_page(self, sequence: Sequence, step: dict[Sequence, _Share]) -> int | None:
@@ -313,14 +313,14 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 heapq.heappop(self._waiting)
                 continue
-            if sequence.pending or not self._enter(sequence, step):
+            if sequence.pending or not self._try_admit(sequence, step):
                 if step or self._flights or not self._preempt_held():
                     return
                 continue
             heapq.heappop(self._waiting)
             budget -= self._advance(sequence, budget, step)
 
-    def _enter(self, sequence: Sequence, step: dict[Sequence, _Share]) -> bool:
+    def _try_admit(self, sequence: Sequence, step: dict[Sequence, _Share]) -> bool:
         """Give a waiting sequence a row and pages, cached prefix pages first; False if there are too few."""
         pool, length = self.pool, sequence.length
         pages, chain = pool.match(sequence.tokens[: length - 1], sequence.salt) if sequence.use_cache else ([], None)
@@ -342,7 +342,7 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _learn(self, sequence: Sequence, share: _Share, result: ChunkResult) -> tuple[int, ...]:
+    def _append_tokens(self, sequence: Sequence, share: _Share, result: ChunkResult) -> tuple[int, ...]:
         """Append sampled tokens up to the one that ends the sequence; return the new ones."""
         chunk, sampled = share.chunk, result.tokens
         room = sequence.max_tokens - (len(sequence.tokens) - sequence.prompt_length)
@@ -406,7 +406,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._rows.append(sequence.row)
         sequence.row, sequence.announced = -1, False
-        sequence.pages, sequence.told_pages = [], 0
+        sequence.pages, sequence.sent_pages = [], 0
         sequence.computed = sequence.published = 0
         sequence.chain = None
 

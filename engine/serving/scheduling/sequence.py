@@ -33,7 +33,7 @@ class Sequence:
     row: int = -1  # -1: not running
     announced: bool = False  # whether the runner knows that the row is ours
     pages: list[int] = field(default_factory=list)
-    told_pages: int = 0  # how many of them the runner knows
+    sent_pages: int = 0  # how many of them the runner knows
     computed: int = 0  # tokens whose keys and values are in the pages, or will be by the plans under way
     pending: int = 0  # tokens sampled and not read yet
     published: int = 0  # pages published to the prefix cache

@@ -7,7 +7,7 @@ from warploom.engine.cli import main
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_directory import load_model
 from warploom.engine.formats.model_writer import save_model
-from warploom.engine.rl.environments import Game, continuation
+from warploom.engine.rl.environments import Episode, continuation
 from warploom.engine.rl.trainer import RLTrainer, reinforce
 from warploom.engine.serving import SamplingParams
 
@@ -74,14 +74,14 @@ def test_turns_are_those_of_the_template(tiny, chatty):
     trainer = RLTrainer(tiny(init_from=str(chatty), reward=(), max_tokens=20), [], environment=Told)
     llm, kinds = trainer.llm, set()
     for seed in range(40):
-        game = Game(llm, Told(), {"prompt": "1+1="}, 60.0)
-        assert game.tokens == llm.encode_chat(game.messages)
-        output = llm.generate([game.tokens], SamplingParams(max_tokens=20, seed=seed, logprobs=0))[0]
+        episode = Episode(llm, Told(), {"prompt": "1+1="}, 60.0)
+        assert episode.tokens == llm.encode_chat(episode.messages)
+        output = llm.generate([episode.tokens], SamplingParams(max_tokens=20, seed=seed, logprobs=0))[0]
         if llm.tokenizer.unknown_id in output.token_ids:  # which no text has
             continue
-        game.take(output)
+        episode.take(output)
         kinds.add(output.finish_reason)
-        assert game.tokens == llm.encode_chat(game.messages)
+        assert episode.tokens == llm.encode_chat(episode.messages)
     assert kinds == {"stop", "length"}
 
 

@@ -16,7 +16,7 @@ from warploom.bench.kills import processes as forkserver
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_directory import load_model
-from warploom.engine.rl.policy import Policy, micro_batches, pack, side_by_side, token_weights
+from warploom.engine.rl.policy import Policy, micro_batches, pack, padded_attention, token_weights
 from warploom.engine.rl.rollouts import Sample, set_advantages
 from warploom.engine.rl.trainer import RLTrainer, reinforce, run_reinforce
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
@@ -106,7 +106,7 @@ def test_gradient_is_that_of_the_formula(tiny, make_base, changes):
     trainer = RLTrainer(tiny(init_from=str(make_base(**changes)), micro_tokens=60), [])
     rollouts = next(trainer._batches())
     trainer.rollouts = rollouts
-    trainer.tally.tokens = rollouts.count
+    trainer.stats.tokens = rollouts.count
     trainer.accumulate_policy(micro_batches([s for s in rollouts.samples if s.advantage], 60), 0)
     exact, _ = load_model(trainer.config.init_from, "cpu", torch.float64)
     loss = 0.0
@@ -154,7 +154,7 @@ def test_attention_side_by_side_sees_each_sequence_alone(base):
     together = policy.log_probs(policy.hidden(packed), packed.targets_S)
     alone = [model.log_probs(torch.tensor([row[:-1]]), torch.tensor([row[1:]]))[0] for row in rows]
     torch.testing.assert_close(together, torch.cat(alone).detach(), atol=2e-6, rtol=1e-5)
-    assert side_by_side([1, 2]) is not None
+    assert padded_attention([1, 2]) is not None
 
 
 def test_groups_of_one_mind_cost_nothing(tiny, recorder, monkeypatch):

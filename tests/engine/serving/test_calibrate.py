@@ -14,7 +14,7 @@ from warploom.engine.formats.model_writer import save_model
 from warploom.engine.formats.packed_weight import Layout, PackedLinear
 from warploom.engine.layers import Linear
 from warploom.engine.serving import LLM
-from warploom.engine.serving.calibrate import Correlations, sampled_rows
+from warploom.engine.serving.calibrate import Hessian, sampled_rows
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
 from warploom.engine.serving.execution.native_matrix import pack
 from warploom.engine.serving.fidelity import log_probabilities, loss_of
@@ -32,7 +32,7 @@ def test_fed_back_errors_cancel_in_correlated_columns(layout, columns):
     x_NC = torch.randn(2000, columns, generator=generator) @ mixed.T
     weight = torch.randn(80, columns, generator=generator)
     layer = torch.nn.Identity()
-    seen = Correlations(layout, layer)
+    seen = Hessian(layout, layer)
     layer(x_NC[:1000]), layer(x_NC[1000:])
 
     def lost(packed):

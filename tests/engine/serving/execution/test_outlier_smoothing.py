@@ -8,7 +8,7 @@ import torch
 from warploom.engine.serving import LLM
 from warploom.engine.serving.execution import serving_model as quantize
 from warploom.engine.serving.execution.kv_cache import HAS_NATIVE
-from warploom.engine.serving.execution.outlier_smoothing import balanced
+from warploom.engine.serving.execution.outlier_smoothing import smoothed
 
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="needs the C++ extension")
 LARGE = 64.0
@@ -22,7 +22,7 @@ def test_a_balanced_layer_gives_the_very_same_bits(tiny_model, shape, changes):
     for vector in (p for p in model.parameters() if p.dim() == 1):
         vector.data += torch.randn_like(vector) * (3 * torch.randn_like(vector)).exp()  # gains and biases of all sizes
     even = copy.deepcopy(model)
-    even.blocks = torch.nn.ModuleList(balanced(block, model.config) for block in model.blocks)
+    even.blocks = torch.nn.ModuleList(smoothed(block, model.config) for block in model.blocks)
     assert not torch.equal(even.blocks[0].attention.qkv.weight, model.blocks[0].attention.qkv.weight)
     tokens = torch.arange(90)[None]
     assert torch.equal(even(tokens), model(tokens))
@@ -37,7 +37,7 @@ def test_what_outliers_take_from_eight_bits_is_given_back(tiny_model, monkeypatc
     usual, error = ((torch.tensor(LLM(m, quantize="int8").score(TEXT)) - expected).norm() for m in (model, grown))
     if HAS_NATIVE:
         assert error < 1.25 * usual
-        monkeypatch.setattr(quantize, "balanced", lambda block, config: block)
+        monkeypatch.setattr(quantize, "smoothed", lambda block, config: block)
         assert (torch.tensor(LLM(grown, quantize="int8").score(TEXT)) - expected).norm() > 4 * usual
 
 
