@@ -472,7 +472,7 @@ def test_refresh_serves_changed_weights(tiny_model, shape, quantize):
     assert (again.token_ids, again.logprobs) == (new.token_ids, new.logprobs) != (before.token_ids, before.logprobs)
     under_way = llm.submit(prompt, params)
     llm.engine.step()
-    with pytest.raises(InputError, match="engine at rest"):
+    with pytest.raises(InputError, match="idle engine"):
         llm.refresh()
     under_way.cancel()
 
