@@ -1,19 +1,19 @@
 """Linear layer with packed weights: 8- or 4-bit codes with a scale per group of columns.
 
 When a model decodes one token at a time, each step reads every weight once and does almost nothing with it: the time is
-the bytes. Codes of 4 bits and a scale of 16 for 64 of them are 0.27 of bfloat16's. A tile of codes is widened to x's
-format on its way from memory to the product, so a weight means the same number in every batch:
+the bytes. Codes of 4 bits and a scale of 16 for 64 of them are 0.27 of bfloat16's. A tile of codes is dequantized
+to x's format on its way from memory to the product, so a weight means the same number in every batch:
 
     w = (code · scale + minimum) · unit        with a minimum
     w = table[code] · scale · unit             with a table of sixteen values
     w = (code - 128) · scale · unit            8 bits without; 4 bits: code - 8
     w = code · scale · unit                    8 bits in float8_e4m3fn, as the codes' dtype says
 
-rounded once, and the product is that of `linear` on those numbers, bit for bit. Widening is work for each tile of rows,
-though; so for many rows the weight is widened once, and `linear` multiplies (Marlin, which does not, is slower than 16
-bits from 128 rows on).
+rounded once, and the product is that of `linear` on those numbers, bit for bit. Dequantizing is work for each tile
+of rows, though; so for many rows the weight is dequantized once, and `linear` multiplies (Marlin, which does not, is
+slower than 16 bits from 128 rows on).
 
-Kernels widen float8 by its bits, which every GPU can, the NaN (127 and 255) to ±480: no weight has it.
+Kernels convert float8 by its bits, which every GPU can, the NaN (127 and 255) to ±480: no weight has it.
 
 Scales and minima are half precision, the unit of a row a power of two. Codes of 4 bits lie two a byte, the first in the
 low half. With `rotate` the codes are of each 64 columns after a Walsh-Hadamard transform (QuaRot), and x is transformed
@@ -36,7 +36,7 @@ from .hadamard import hadamard_launch
 from .linear import GROUP, finish_tile, product, rows_square_sum, tile_features
 
 TURNED = 64  # columns that are rotated together
-MANY = 256  # rows above which the weight is widened once
+MANY = 256  # rows above which the weight is dequantized once
 
 
 class PackedTensor(NamedTuple):

@@ -1,9 +1,9 @@
 """Mixture of experts with packed weights: 8- or 4-bit codes, as in `packed_linear`.
 
 Experts are nearly all of a model's weights, and a batch that decodes reads most of them, since tokens choose apart.
-Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes
-(`gpu/moe_packed.py`), for few rows and for many, and give the bits of `moe` on the widened weights, rounded once. The
-gate stays a launch of its own, as biases and gpt-oss's clamped gate are no case of their own then.
+Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes (`gpu/moe_packed.py`), for few rows and for many,
+and give the bits of `moe` on the dequantized weights, rounded once. The gate stays a launch of its own, as biases and
+gpt-oss's clamped gate are no case of their own then.
 
 A packed weight has the rows of all experts (E · N), one below the other.
 """

@@ -1,5 +1,5 @@
-"""`linear_residual` and `normed_linear` with packed weights: RMSNorm and residual fused into the products.
-codes as `packed_linear` widens them.
+"""`linear_residual` and `normed_linear` with packed weights: RMSNorm and residual fused into the
+products, codes dequantized as in `packed_linear`.
 
 The division by the root mean square commutes with a rotation of the columns as it does with the product.
 

@@ -1,8 +1,8 @@
 """Grouped GEMM with packed weights (8 or 4 bits), in one launch.
 
-`moe_experts.py` with a tile of codes widened on its way to the product (`packed_linear.py`): the same sums in the same
-order, so the bits of experts of widened weights. The codes of all experts lie one below the other, so a row of an
-expert is a row of one tall matrix, and widening needs not know of experts. A tile is features times rows, as in
+`moe_experts.py` with a tile of codes dequantized on its way to the product (`packed_linear.py`): the same sums in the
+same order, so the bits of experts of dequantized weights. The codes of all experts lie one below the other, so a row of
+an expert is a row of one tall matrix, and dequantizing needs not know of experts. A tile is features times rows, as in
 `packed_linear`: then a few rows are the short side of the product.
 """
 
