@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from ..engine.errors import InputError
 from .harness import RESULTS
 from .plots import OURS, PEER
 from .schema import PartRecord, load_record
@@ -41,7 +42,12 @@ def draw(results: Path = RESULTS, device: str = DEVICE) -> str:
     """Draw the chart as SVG: a panel a workload, a bar a contestant, scaled to the fastest."""
     body, top = [], 24
     for panel in PANELS:
-        part = load_record(results / device / f"{panel.bench}.json", panel.bench, device).parts[panel.part]
+        record = results / device / f"{panel.bench}.json"
+        part = load_record(record, panel.bench, device).parts.get(panel.part)
+        if part is None:
+            raise InputError(
+                f"{record} has no {panel.part!r}: warploom bench {panel.bench} makes it, or give other --results"
+            )
         lines, top = _panel(panel.title, part, top)
         body += lines
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" font-family="sans-serif" '

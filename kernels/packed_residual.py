@@ -1,5 +1,5 @@
-"""`linear_residual` and `normed_linear` with packed weights: RMSNorm and residual fused into the
-products, codes dequantized as in `packed_linear`.
+"""`linear_residual` and `normed_linear` with packed weights: RMSNorm and residual fused into the products, by
+codes as `packed_linear` dequantizes them.
 
 The division by the root mean square commutes with a rotation of the columns as it does with the product.
 
@@ -96,7 +96,7 @@ def _summed(m, M, C, F, bits=8, **how):
 
 BUDGET = {
     "packed_linear_kernel": Budget(vector=True, wgmma=True, copies=2, products=1),
-    "dequantize_kernel": Budget(registers=64, vector=True),
+    "widen_kernel": Budget(registers=64, vector=True),
     "linear_kernel": Budget(stack=16, vector=True, wgmma=True, copies=2, products=1),
 }
 

@@ -1,6 +1,7 @@
 """The processes of one run, as torchrun would start them, without the seconds that it takes."""
 
 import ctypes
+import dataclasses
 import multiprocessing
 import os
 
@@ -29,6 +30,17 @@ def run_processes(main, count=2, **given):
     finally:  # whatever ended the test, none goes on beside the next
         for process in team:
             process.kill()
+
+
+def kill(context, whole, kills, least=1, **given):
+    """Kill a twin of a run, and let it finish; returns its config. On a busy machine one may end before it is hit."""
+    from warploom.bench.kills import run_killed
+
+    for attempt in range(4):
+        twin = dataclasses.replace(whole, out=whole.out.replace("whole", f"killed-{attempt}"))
+        if len(run_killed(context, twin, kills, **given)) >= least:
+            return twin
+    raise AssertionError(f"no run was killed {least} times")
 
 
 def give_memory_back():

@@ -5,6 +5,7 @@ the next. A quota of 2.5 processors is two threads, since pools spin while they 
 """
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -14,9 +15,13 @@ def available_cpus(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Pat
     return max(1, min(cpus, int(cpu_quota(groups, membership))))
 
 
+@lru_cache(maxsize=16)
 def cpu_quota(groups: Path, membership: Path) -> float:
     """Smallest quota of this process's cgroups and their parents, in CPUs; without one, more than any machine has.
-    Version 2 has it in `cpu.max`, version 1 in `cpu.cfs_quota_us` and `cpu.cfs_period_us`."""
+    Version 2 has it in `cpu.max`, version 1 in `cpu.cfs_quota_us` and `cpu.cfs_period_us`.
+
+    Read once: it is asked for with every text that is tokenized, and a dozen files take longer than a message's tokens.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # not Linux

@@ -13,7 +13,7 @@ import openai
 
 def main(model: str, port: int = 8000) -> str:
     """Start `warploom serve`, complete a text, chat with streaming, and stop the server."""
-    command = [sys.executable, "-m", "warploom.engine.cli", "serve", "--model", model, "--port", str(port), "--no-ui"]
+    command = [sys.executable, "-m", "warploom.engine.cli", "serve", model, "--port", str(port), "--no-ui"]
     server = subprocess.Popen(command)
     try:
         url = f"http://127.0.0.1:{port}"

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from ...tokenizer.cpus import available_cpus
-from ..errors import USER_ERRORS
+from ..errors import InputError, describe_error
 
 VERBS = {
     "demo": "the whole pipeline in a few minutes: corpus, tokenizer, training, samples",
@@ -61,10 +61,11 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nwarploom: interrupted", file=sys.stderr)
         return 130
-    except USER_ERRORS as error:
-        if os.environ.get("WARPLOOM_DEBUG"):
+    except (InputError, OSError) as error:
+        told = describe_error(error)
+        if told is None or os.environ.get("WARPLOOM_DEBUG"):
             raise
-        print(f"warploom {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"warploom {verb}: {' '.join(told.split())}", file=sys.stderr)
         return 2
 
 

@@ -19,6 +19,7 @@ from ...bench import table
 from ...bench.harness import Options, Outcome, run_bench
 from ...tokenizer.sources import write_text
 from ..errors import InputError
+from .flag_errors import Parser
 
 BENCHES = ("kernels", "tokenizer", "train", "tune", "serve", "quantization", "rl", "data", "kills")
 
@@ -60,7 +61,7 @@ def _chart(argv: list[str]) -> int:
     """Draw the README's chart from the saved records."""
     from ...bench import chart
 
-    parser = argparse.ArgumentParser(prog="warploom bench chart", description=chart.__doc__.splitlines()[0])
+    parser = Parser(prog="warploom bench chart", description=chart.__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=chart.RESULTS, help="where the records are")
     parser.add_argument("--device", default=chart.DEVICE, help="whose records (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/chart.svg"), help="default: %(default)s")
@@ -86,8 +87,8 @@ def _module_name(bench: str) -> str:
     return f"{benches.__name__}.{bench}"
 
 
-def _chooser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="warploom bench", description=__doc__.splitlines()[0])
+def _chooser() -> Parser:
+    parser = Parser(prog="warploom bench", description=__doc__.splitlines()[0])
     parser.add_argument(
         "bench", choices=(*BENCHES, "all", "chart"), help="what to measure; NAME --help shows its flags"
     )
@@ -96,7 +97,7 @@ def _chooser() -> argparse.ArgumentParser:
 
 
 def _options(bench: str, kind: type[Options], argv: list[str]) -> Options:
-    parser = argparse.ArgumentParser(prog=f"warploom bench {bench}")
+    parser = Parser(prog=f"warploom bench {bench}")
     _add_flags(parser, kind)
     return kind(**vars(parser.parse_args(argv)))
 

@@ -1,7 +1,7 @@
 """`warploom chat`: talk to a model in the terminal.
 
-    warploom chat --model DIR
-    echo "What is a loom?" | warploom chat --model DIR
+    warploom chat MODEL
+    echo "What is a loom?" | warploom chat MODEL
 
 The conversation is formatted by the model's own chat template, or a plain one. When it outgrows the context, the model
 no longer sees the oldest exchanges; it always sees the system prompt, and /save writes everything.
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from ...tokenizer.sources import write_text
 from ..errors import InputError
-from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.sampling_params import SamplingParams
 from .flags import parse
+from .model_argument import ModelOptions, model_first
 
 HELP = """\
 /temp V     temperature: 0 is always the most likely token
@@ -40,7 +40,7 @@ quit, exit  leave"""
 class ChatOptions:
     """Talk to a model in the terminal."""
 
-    llm: LLMOptions
+    llm: ModelOptions
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=256, temperature=0.8))
     system: str = ""
     """System message."""
@@ -50,7 +50,7 @@ class ChatOptions:
 
 def run(argv: list[str]) -> int:
     """Entry point of `warploom chat`."""
-    options = parse(ChatOptions, argv, "chat")
+    options = parse(ChatOptions, model_first(argv), "chat")
     chat = Chat(options.llm.open(), options.sampling, options.system)
     chat.llm.engine.start()  # in its own thread, where Ctrl-C does not break a step
     if options.prompt is not None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import available
+from .flag_errors import Parser
 
 if TYPE_CHECKING:
     from ...tokenizer.base import Tokenizer
@@ -53,7 +54,7 @@ SIZES = {
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom demo", description=__doc__.split("\n")[0])
+    parser = Parser(prog="warploom demo", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--size", choices=SIZES, default="tiny", help="what to train (default: tiny, under five minutes on two cores)"
     )
@@ -166,9 +167,9 @@ def held_out_prompts(data: Path, tokenizer: Tokenizer, count: int = 3) -> list[s
 def farewell(directory: Path, completes: bool = True) -> str:
     lines = [f"the model is in {directory} (loss curve: {directory / 'loss.png'}). Now:"]
     verbs = {
-        "generate": f'warploom generate --model {directory} --prompt "def read_file("',
-        "chat": f"warploom chat --model {directory}",
-        "serve": f"warploom serve --model {directory}",
+        "generate": f'warploom generate {directory} --prompt "def read_file("',
+        "chat": f"warploom chat {directory}",
+        "serve": f"warploom serve {directory}",
         "inspect": f"warploom inspect model {directory}",
     }
     if not completes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+from .flag_errors import Parser
 
 PACKAGES = {  # what it is for, and how to get it
     "torch": ("everything", "pip install torch"),
@@ -27,7 +28,7 @@ PACKAGES = {  # what it is for, and how to get it
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom doctor", description=__doc__)
+    parser = Parser(prog="warploom doctor", description=__doc__)
     parser.add_argument("--measure", action="store_true", help="also measure matmul and memory rates (seconds)")
     options = parser.parse_args(argv)
 

@@ -12,6 +12,7 @@ import tyro
 from ..errors import InputError
 from ..tasks import PREFIX, open_task
 from .flags import parse
+from .model_argument import model_first
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Flags:
     conversations (of what the assistant says); or the share of a task's problems that it solves."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model directory."""
+    """The model: a directory, a .gguf file or a Hub id, org/name[@revision]."""
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A dataset directory made with the model's tokenizer, a file of text or conversations, or tasks:NAME (addition,
     sums, sorting, reversal, brackets, dates, each with :LEVEL if wanted; reasoning-gym/NAME; human-eval)."""
@@ -51,7 +52,7 @@ class Flags:
 
 
 def run(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "eval")
+    flags = parse(Flags, model_first(argv), "eval")
     if flags.data.startswith(PREFIX):
         return _evaluate_task(flags)
     from ..data import TokenData, write_token_data

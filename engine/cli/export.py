@@ -8,20 +8,22 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from .flag_errors import Parser
+from .model_argument import model_first
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")  # the last is --quantize q8_0, as it was once asked for
 QUANTIZED = ("q8_0", "q4_0", "q4_k_m")
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom export", description=__doc__)
+    parser = Parser(prog="warploom export", description=__doc__)
     parser.add_argument("model", type=Path, help="the model directory to read")
     parser.add_argument("out", type=Path, help="the directory to write (hf, bin) or the file (gguf, tiktoken)")
     parser.add_argument("--to", choices=FORMATS, default="hf", help="what to write (default: hf)")
     parser.add_argument("--dtype", choices=DTYPES, help="number format (default: as stored)")
     parser.add_argument("--quantize", choices=QUANTIZED, help="gguf only: 8 bits, 4 bits, or llama.cpp's Q4_K_M")
     parser.add_argument("--merge", action="store_true", help="of an adapter: write its base with the adapter merged")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(model_first(argv))
     if options.dtype == "q8_0":
         options.dtype, options.quantize = None, "q8_0"
     if options.quantize and options.to != "gguf":

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
-import re
 import sys
 from typing import Any, TypeVar
 
 import tyro
 
 from ..errors import InputError
+from .flag_errors import sentence_of
+from .help_text import Help, unwrap_docstrings
 
 T = TypeVar("T")
-MEANT = "Perhaps you meant:"
 
 RENAMED = {
     "step_tokens": "max_batch_tokens",
@@ -75,9 +74,11 @@ def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING_NONPROP) -> T:
     """Parse a command line into the dataclass `kind`, with flat kebab-case flags; mistakes raise one InputError."""
-    argv, errors = renamed(argv), io.StringIO()
+    argv, errors, explained = renamed(argv), io.StringIO(), Help()
+    if "-h" in argv or "--help" in argv:
+        unwrap_docstrings(kind)
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(explained):
             return tyro.cli(
                 kind,
                 prog=f"warploom {verb}",
@@ -87,8 +88,9 @@ def parse(kind: type[T], argv: list[str], verb: str, default: Any = tyro.MISSING
             )
     except SystemExit as end:
         if end.code in (0, None):
+            print(explained.shown())
             raise
-        told = _sentence(errors.getvalue()) + (_hint(argv) if verb == "serve" else "")
+        told = sentence_of(errors.getvalue()) + (_hint(argv) if verb == "serve" else "")
         raise InputError(f"{told} (warploom {verb} --help lists the flags)") from None
 
 
@@ -97,21 +99,3 @@ def _hint(argv: list[str]) -> str:
     flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
     known = {flag: ELSEWHERE.get(flag[2:].replace("-", "_")) for flag in flags}
     return "".join(f"; {flag} is --{name.replace('_', '-')} here" for flag, name in known.items() if name)
-
-
-def _sentence(box: str) -> str:
-    """Extract the sentence from tyro's error box (drawn in ASCII where the terminal has no more): its text up to the
-    first rule, and the suggested flags."""
-    lines = [line.strip("│╭╰╮╯ \n") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    parts = [list(part) for is_rule, part in itertools.groupby(lines[1:], _is_rule) if not is_rule]
-    told = re.sub(
-        r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*",
-        r"it must be \1, not '\2'",
-        " ".join(" ".join(parts[0]).split()),
-    )
-    meant = [line.split()[0] for part in parts if MEANT in part for line in part if line.startswith("--")]
-    return f"{told}; perhaps {' or '.join(meant)}" if meant else told
-
-
-def _is_rule(line: str) -> bool:
-    return len(line) > 2 and set(line) <= {"─", "-"}

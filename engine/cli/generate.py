@@ -1,7 +1,7 @@
 """`warploom generate`: continue a prompt, or every prompt of a file.
 
-    warploom generate --model DIR --prompt "Once upon a time"
-    warploom generate --model DIR --prompts-file prompts.jsonl --out results.jsonl
+    warploom generate MODEL --prompt "Once upon a time"
+    warploom generate MODEL --prompts-file prompts.jsonl --out results.jsonl
 
 A prompts file has one prompt a line: a JSON string, an object with "prompt" and any sampling parameters of its own, or,
 in a file that does not end in .jsonl, plain text. Results are appended as they come, one JSON object a line with the
@@ -23,10 +23,10 @@ from typing import Any, TextIO
 
 from ...tokenizer.sources import read_text, write_text
 from ..errors import InputError
-from ..serving.options import LLMOptions
 from ..serving.outputs import EngineError
 from ..serving.sampling_params import SamplingParams
 from .flags import parse
+from .model_argument import ModelOptions, model_first
 from .progress import progress
 
 RESULT = '{"index": '  # how each line of results begins
@@ -36,7 +36,7 @@ RESULT = '{"index": '  # how each line of results begins
 class GenerateOptions:
     """Continue a prompt, or every prompt of a file."""
 
-    llm: LLMOptions
+    llm: ModelOptions
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prompt: str | None = None
     """The text to continue; without it and without a prompts file, standard input."""
@@ -54,7 +54,7 @@ class GenerateOptions:
 
 def run(argv: list[str]) -> int:
     """Entry point of `warploom generate`."""
-    options = parse(GenerateOptions, argv, "generate")
+    options = parse(GenerateOptions, model_first(argv), "generate")
     given = [options.prompt is not None, options.prompts_file is not None, options.batch is not None]
     if sum(given) > 1:
         raise InputError("give one of --prompt, --prompts-file and --batch")
@@ -97,6 +97,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         yield file
 
@@ -133,6 +134,8 @@ def _search(llm, prompt: str, options: GenerateOptions) -> int:
 def _continue_file(options: GenerateOptions) -> int:
     """Answer every prompt of the file that has no answer yet."""
     jobs = _read_prompts(options.prompts_file, options.sampling)
+    if not jobs:
+        raise InputError(f"{options.prompts_file} holds no prompt: write one a line")
     done = _read_results(options.out)
     missing = [(index, prompt, params) for index, (prompt, params) in enumerate(jobs) if index not in done]
     if done:

@@ -13,18 +13,21 @@ from pathlib import Path
 
 from ..config import PRESETS, ModelConfig
 from ..errors import InputError
+from .flag_errors import Parser
+from .model_argument import model_first
 
 MAP_TOKENS = 96  # more could not be read on one picture
 FONTS = ("DejaVu Sans Mono", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei", "Noto Sans")
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom inspect", description=__doc__)
+    parser = Parser(prog="warploom inspect", description=__doc__)
     topics = parser.add_subparsers(dest="topic", required=True, metavar="TOPIC")
     for name, (show, describe) in TOPICS.items():
         topic = topics.add_parser(name, help=show.__doc__, description=show.__doc__)
         describe(topic)
-    options = parser.parse_args(argv)
+    names_one = argv[:1] in (["model"], ["attention"])
+    options = parser.parse_args(model_first(argv, 1) if names_one else argv)
     TOPICS[options.topic][0](options)
     return 0
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from ..throttle import throttled
+
 Advance = Callable[..., None]
-EVERY = 10.0  # seconds between lines
 
 
 @contextmanager
@@ -20,14 +21,11 @@ def progress(*names: str, unit: str = "") -> Iterator[list[Advance]]:
         return f", {amount / seconds:,.0f} {unit}/s" if unit else ""
 
     if not sys.stderr.isatty():
-        latest = began
 
+        @throttled
         def line(name: str, done: int, total: int | None = None, amount: float | None = None) -> None:
-            nonlocal latest
-            if time.perf_counter() - latest > EVERY:
-                latest = time.perf_counter()
-                of = "" if total is None else f" of {total:,}"
-                print(f"{name}: {done:,}{of}{rate(done if amount is None else amount)}", file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total:,}"
+            print(f"{name}: {done:,}{of}{rate(done if amount is None else amount)}", file=sys.stderr, flush=True)
 
         yield [partial(line, name) for name in names]
         return

@@ -11,19 +11,21 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
+from .flag_errors import Parser
+from .model_argument import model_first
 
 ROW = 512  # tokens of a row of the text
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="warploom quantize", description=__doc__)
+    parser = Parser(prog="warploom quantize", description=__doc__)
     parser.add_argument("model", help="the model directory, GGUF file or Hub id to read, of float weights")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (default: 8)")
     calibrate = "a text file, of the kind the model will see; without one, the model's own samples"
     parser.add_argument("--calibrate", type=Path, nargs="?", const=True, metavar="TEXT", help=calibrate)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of it to use (default: 16384)")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(model_first(argv))
 
     from ..formats.model_directory import load_model
     from ..formats.model_info import refuse_repacking

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,6 +11,7 @@ import tyro
 from ..errors import InputError
 from ..rl.config import RLConfig
 from ..training.config import BUDGETS
+from .flag_errors import Parser
 from .flags import parse
 from .train import NOTHING, callback, check_given, saved_settings
 
@@ -84,7 +84,7 @@ def read(argv: list[str]) -> RLConfig:
                 f"{flag} is not for rl: samples are untruncated at temperature 1, for others come from another policy "
                 "than the one whose gradient is taken"
             )
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = Parser(prog="warploom rl", add_help=False, allow_abbrev=False)
     early.add_argument("--out", default=RLConfig.out)
     early.add_argument("--resume", action="store_true")
     for name in BUDGETS:

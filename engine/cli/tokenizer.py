@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ...tokenizer.sources import size_of
 from ..errors import InputError
 from .flags import parse
 from .progress import progress
@@ -111,6 +112,8 @@ def train(flags: Train) -> None:
     from ...tokenizer import BPETokenizer, CharTokenizer, WordTokenizer
 
     began, files = time.perf_counter(), list(flags.corpus)
+    if not size_of(files):
+        raise InputError(f"corpus {', '.join(map(str, files))} is empty: there is no text to train on")
     if flags.kind == "char":
         tokenizer = CharTokenizer.train(files, special_tokens=flags.special_tokens)
     elif flags.kind == "word":

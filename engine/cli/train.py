@@ -6,7 +6,6 @@ Every field of `TrainConfig` and of `ModelConfig` is a flag. `--preset` sets the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -22,6 +21,7 @@ from ..config import ModelConfig, current_names
 from ..errors import InputError
 from ..training.config import BUDGETS, TrainConfig
 from ..training.distributed.failures import report_first_failure
+from .flag_errors import Parser
 from .flags import parse, renamed_settings
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def callback() -> Callback:
 
 def read(argv: list[str]) -> TrainConfig:
     """Parse a command line into a `TrainConfig`."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = Parser(prog="warploom train", add_help=False, allow_abbrev=False)
     for name in ("config", "preset", "out", *BUDGETS):
         early.add_argument(f"--{name}")
     early.add_argument("--resume", action="store_true")

@@ -48,7 +48,7 @@ class Corpus:
         """Yield the whole text in order as passages, each with the place that decides its split."""
         lengths = [sum(map(len, blocks)) for blocks in itertools.islice(self.read(), FEW)]
         if not any(lengths):
-            raise InputError(f"the corpus {self.name} is empty: there is no text to train on")
+            raise InputError(f"the corpus {self.name} is empty: there is no text in it")
         if len(lengths) == FEW:
             for blocks in self.read():
                 yield from _one_of_many(blocks)

@@ -285,12 +285,17 @@ def pack(starts: np.ndarray, total: int, T: int, learn: np.ndarray | None = None
     return rows
 
 
+def is_packed(kind: str, split: TokenSplit) -> bool:
+    """Whether the rows of `--order` are whole documents."""
+    return kind == "packed" or (kind == "auto" and split.learn is not None)
+
+
 def open_loader(
     kind: str, split: TokenSplit, batch_size: int, context: int, seed: int, stride: int | None = None
 ) -> Loader:
     """Make the loader that `--order` names; `auto` is packed for conversations and random for other text."""
     if kind == "auto":
-        kind = "random" if split.learn is None else "packed"
+        kind = "packed" if is_packed(kind, split) else "random"
     if kind == "random":
         return RandomWindows(split, batch_size, context, seed)
     if kind in ("epochs", "sequential"):

@@ -65,6 +65,8 @@ def expand(patterns: Iterable[str | Path]) -> list[Path]:
             matches = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
         else:
             matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        if not matches and path.is_dir():
+            raise InputError(f"{pattern} is a folder without files: give a text file, or a folder of some")
         if not matches:
             raise InputError(
                 f"no file matches {pattern!r}: give a text file, a folder, or a glob such as 'texts/*.txt'"

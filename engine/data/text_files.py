@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import InputError
+from .packed_text import XZ_MEMORY, open_xz, whole_frames
 
 BLOCK = 1 << 20  # characters
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
+MEMORY = {".xz": XZ_MEMORY >> 20, ".zst": 128}  # MiB, the latter by the package
 FORMS = "messages, conversations, instruction and output, prompt and completion"
 CONTROL = {*range(32), 127} - {*b"\t\n\f\r\x1a\x1b"}  # bytes that no text has
 
@@ -137,19 +139,26 @@ def _open_text(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is {_what_instead(path)}") from error
     except _damage(path) as error:
+        if "memory" in str(error).lower():
+            raise InputError(
+                f"{path} would take more than {MEMORY[path.suffix]} MiB to unpack: pack it again at an ordinary level"
+            ) from error
         raise InputError(f"{path} is not a complete {COMPRESSED[path.suffix]} file: {error}") from error
 
 
 def _open_bytes(path: Path) -> Any:
     if path.suffix == ".zst":
-        return _zstandard(path).ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+        decompressor = _zstandard(path).ZstdDecompressor()
+        return decompressor.stream_reader(whole_frames(open(path, "rb")), read_across_frames=True)
+    if path.suffix in COMPRESSED and path.is_file() and not path.stat().st_size:
+        raise EOFError("it is empty")  # which gzip takes for nothing, packed
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": open_xz}.get(path.suffix, open)(path, "rb")
 
 
 def _damage(path: Path) -> tuple[type[Exception], ...]:
     """Exceptions that a decompressor raises for a damaged file."""
     if path.suffix == ".zst":
-        return (_zstandard(path).ZstdError,)
+        return EOFError, _zstandard(path).ZstdError
     return (EOFError, OSError, lzma.LZMAError, zlib.error) if path.suffix in COMPRESSED else ()
 
 

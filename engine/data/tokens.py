@@ -235,6 +235,8 @@ class SplitWriter:
 @contextmanager
 def directory_for(out: Path) -> Iterator[Path]:
     """Staging directory beside `out`: renamed to it when the block succeeds, removed when it fails."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; token files are written to a directory")
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
         raise InputError(f"{out} exists and is no token directory: give an --out that is new or empty")
     with atomic_directory(out) as scratch:

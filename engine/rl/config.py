@@ -79,7 +79,7 @@ class RLConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fields = (
-            ("init_from", self.init_from is not None, "name the model to start from (--from DIR)"),
+            ("init_from", self.init_from is not None, "the model to start from (--from MODEL)"),
             ("group", 2 <= self.group <= 256, "between 2 and 256: samples are compared with each other"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("updates", self.updates >= 1, "at least 1"),

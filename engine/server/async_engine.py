@@ -62,6 +62,7 @@ class AsyncEngine:
         self._good_failures = 0  # the engine's count of such steps when it last brought a token
         self._duration = 1.0  # of a request, a running mean
         self._workers = FairPool(4, name="warploom-text")
+        self._readers = FairPool(1, name="warploom-bodies")  # more would only wait for each other
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -82,12 +83,25 @@ class AsyncEngine:
             if was_ready and self.config.prompt_cache is not None:
                 await asyncio.to_thread(self._save_prompts)
         self._workers.shutdown()
+        self._readers.shutdown()
+
+    async def read(self, parse: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
+        """Parse a large body in a thread of its own; the event loop gets a turn before each of the long calls."""
+        return await self._run(self._readers, client, parse, *arguments, self._let_loop_turn)
 
     async def offload(self, work: Callable[..., Result], *arguments: Any, client: Any = None) -> Result:
-        """Run slow work for a client (tokenizing, a large body) in a thread pool, fair among clients."""
+        """Run slow work for a client (tokenizing, a template) in a thread pool, fair among clients."""
+        return await self._run(self._workers, client, work, *arguments)
+
+    def _let_loop_turn(self) -> None:
+        turned = threading.Event()
+        self._loop.call_soon_threadsafe(turned.set)
+        turned.wait(1.0)  # a loop that takes longer has ended
+
+    async def _run(self, pool: FairPool, client: Any, work: Callable[..., Result], *arguments: Any) -> Result:
         limit = self.config.request_timeout
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(self._workers.submit(client, work, *arguments)), limit)
+            return await asyncio.wait_for(asyncio.wrap_future(pool.submit(client, work, *arguments)), limit)
         except PoolFull:
             raise errors.busy(self._retry_after()) from None
         except (TimeoutError, asyncio.TimeoutError):

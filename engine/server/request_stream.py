@@ -49,8 +49,8 @@ class RequestStream:
         self._timer = asyncio.get_running_loop().call_later(limit, self.fail, errors.too_slow(limit))
 
     async def batches(self) -> AsyncIterator[list[Event]]:
-        """Yield batches of new events until all continuations have ended; raise errors of the stream.
-        early."""
+        """Yield batches of new events until all continuations have ended; raise the error that ends
+        the stream."""
         while self._unfinished and not self.gone:
             await self._bell.wait()
             self._bell.clear()
@@ -73,8 +73,7 @@ class RequestStream:
         return [stream.output() for stream in self.streams]
 
     def _error(self) -> errors.APIError:
-        """Error for a failed continuation: its grammar's, or an engine failure.
-        failed."""
+        """Error for a failed continuation: its grammar's, or an engine failure."""
         causes = [stream.error for stream in self.streams if isinstance(stream.error, grammars.GrammarError)]
         return errors.from_input_error(causes[0]) if causes else errors.failed()
 

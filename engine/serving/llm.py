@@ -20,6 +20,7 @@ from ...tokenizer.chat import encode_chat
 from ...tokenizer.files import read_stop_ids
 from ..device import DTYPES, pick_device, pick_dtype
 from ..errors import InputError, refuse_below
+from ..formats.adapters import Adapter
 from ..formats.model_directory import load_model, read_model
 from ..formats.model_info import base_of, refuse_repacking
 from ..formats.model_source import resolve_model
@@ -86,7 +87,7 @@ class LLM:
         prefix_cache: bool = True,
         tensor_parallel: int = 1,
         batch_invariant: bool = True,
-        adapters: Mapping[str, str | os.PathLike] | None = None,
+        adapters: Mapping[str, str | os.PathLike | Adapter] | None = None,
     ):
         scheme = scheme_of(quantize, 0)  # a wrong name is refused before anything is loaded
         refuse_below(0, ngram_draft_tokens=ngram_draft_tokens)

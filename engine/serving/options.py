@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import InputError, refuse_below
 
 if TYPE_CHECKING:
+    from ..formats.adapters import Adapter
     from .llm import LLM
 
 
@@ -63,7 +64,7 @@ class LLMOptions:
         if self.ngram_draft_tokens and self.draft_model is not None:
             raise InputError("ngram_draft_tokens and draft_model are two ways to guess ahead: give one of them")
 
-    def open(self, adapters: Mapping[str, str] | None = None) -> LLM:
+    def open(self, adapters: Mapping[str, str | Adapter] | None = None) -> LLM:
         """Load the model with adapters by name."""
         watched = gc.isenabled()
         gc.disable()  # importing PyTorch makes a quarter of a million permanent objects; a tenth of the import

@@ -63,7 +63,7 @@ class TrainConfig:
     """Gradient accumulation steps: micro-batches of one optimizer step; less memory, the same result. 0 = as few as fit
     into free memory."""
     context: int | None = None
-    """Context length: tokens a row; None = the model's max_seq_len."""
+    """Tokens a row; None = all the model reads, or with init_from as many as the longest document has, at most 1024."""
     order: Literal["auto", "random", "epochs", "sequential", "packed"] = "auto"
     """random = random windows; epochs, sequential = each window once an epoch, shuffled or in order; packed = whole
     documents that do not attend to each other. auto = packed for conversations, random for other text."""

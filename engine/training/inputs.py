@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,8 @@ from ..formats.model_info import base_of, check_vocabulary, load_config
 from ..formats.model_source import resolve_model
 from ..tasks import PREFIX as TASKS
 from ..tasks import GeneratedTask, open_task
+from ..throttle import throttled
 from .config import TrainConfig
-
-EVERY = 10.0  # seconds between reports of a long tokenization
 
 
 @dataclass(frozen=True)
@@ -120,24 +118,12 @@ def open_data(config: TrainConfig, note: Callable[[str], None], reuse: bool) -> 
     note(f"tokenizing {corpus.name} …")
     if made.exists():
         shutil.rmtree(made)
+    report = throttled(lambda done: note(f"tokenizing {corpus.name}: {done:,} bytes"))
     write = write_conversations if chats else write_token_data
-    data = write(corpus, tokenizer, made, config.splits, on_progress=_reporter(note, f"tokenizing {corpus.name}"))
+    data = write(corpus, tokenizer, made, config.splits, on_progress=report)
     sizes = ", ".join(f"{name} {info.tokens:,}" for name, info in data.meta.splits.items() if info.tokens)
     note(f"tokens: {sizes}{_learned_share(data)}{_unknown_share(data, tokenizer)}")
     return data
-
-
-def _reporter(note: Callable[[str], None], name: str) -> Callable[[int], None]:
-    """Progress callback on bytes done that reports at most every ten seconds."""
-    latest = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal latest
-        if time.monotonic() - latest > EVERY:
-            latest = time.monotonic()
-            note(f"{name}: {done:,} bytes")
-
-    return report
 
 
 def _is_source(data: str, source: str) -> bool:

@@ -41,7 +41,7 @@ from .config import TrainConfig
 from .distributed.grad_buckets import GradReducer
 from .distributed.mesh import ProcessMesh, local_device
 from .evaluate import evaluate, losses, sample_prompt, token_bytes, validation_batches, validation_split, write_sample
-from .first_state import loader_and_state
+from .first_state import describe_rows, loader_and_state
 from .inputs import RunInputs, prepare
 from .mixed_precision import Masters
 from .optim import AdamW, clip_grad_norm, clip_scale
@@ -106,6 +106,8 @@ class Trainer:
 
     def _start(self, inputs: RunInputs, dtype: torch.dtype) -> tuple[Any, RunState]:
         loader, state = loader_and_state(self.config, inputs, self.mesh, dtype)
+        if state.context not in (self.config.context, inputs.model.max_seq_len):
+            self.note(describe_rows(state.context, inputs, self.config.order))
         self._warn_of_size(state.micro_batch_rows, state.context)
         return loader, state
 

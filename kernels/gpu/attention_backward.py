@@ -140,7 +140,7 @@ def attention_dkdv_kernel(
     SEARCH_STEPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_LSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, in one loop over the queries that see it, over all heads of its group.
+    """dk and dv of one block of keys, in one loop over the queries that see it, over all heads of its group:
     a loop in a loop cost 45 registers. Keys are the rows here, so that P and dS feed their products from registers.
 
     Rows behind the last query arrive as zeros and add nothing, keys behind the last are not stored: neither is masked.

@@ -1,5 +1,7 @@
 """The command line: quick to answer, clear when it cannot."""
 
+import errno
+import itertools
 import os
 import re
 import subprocess
@@ -53,6 +55,82 @@ def test_every_verb_explains_its_flags(verb, capsys):
     assert "usage" in capsys.readouterr().out.lower()
 
 
+MISTAKES = {
+    "generate": "MODEL is missing: ",
+    "eval": "MODEL and DATA are missing",
+    "generate m --seed a": "--seed must be a whole number, not 'a'",
+    "generate m --top-p a": "--top-p must be a number, not 'a'",
+    "generate m --quantize int3": "--quantize must be fp8, int4 or int8, not 'int3'",
+    "generate m --prompt": "--prompt needs a value",
+    "generate m --promt x": "--promt, x; perhaps --prompt",
+    "train x --steps": "argument --steps: expected one argument",
+    "quantize": "the following arguments are required: model, --out",
+    "inspect nothing": "invalid choice: 'nothing'",
+    "bench kernels --nothing": "unrecognized arguments: --nothing",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_in_the_flags_is_one_sentence(line, capsys):
+    assert main(line.split()) == 2
+    told = capsys.readouterr().err
+    assert MISTAKES[line] in told and told.count("\n") == 1 and f"(warploom {line.split()[0]}" in told, told
+
+
+WRONG_FILES = {
+    "generate MODEL --prompts-file FOLDER": "FOLDER is a directory: a file is needed there",
+    "generate MODEL --prompts-file NONE": "NONE does not exist",
+    "generate MODEL --prompts-file EMPTY": "EMPTY holds no prompt",
+    "data --files TEXT --tokenizer char --out EMPTY": "EMPTY is a file; token files are written to a directory",
+    "tokenizer train --corpus TEXT --out EMPTY": "EMPTY exists already and is a file: a directory is needed there",
+    "tokenizer train --corpus EMPTY --out new": "EMPTY is empty: there is no text to train on",
+    "tokenizer decode --tokenizer MODEL x": "the arguments cannot be 'x'",
+    "train FOLDER --out new": "FOLDER is a folder without files",
+    "bench chart --results FOLDER": "train.json has no 'llama-24m float32 compiled'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_FILES)
+def test_a_wrong_file_is_one_sentence(line, directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "TEXT").write_text("the loom weaves\n" * 9)
+    assert main([str(directory) if word == "MODEL" else word for word in line.split()]) == 2
+    told = capsys.readouterr().err
+    assert WRONG_FILES[line] in told and told.count("\n") == 1
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    """Named as the user named it, not by the name that an unfinished file has."""
+    from warploom.engine.cli import doctor
+
+    def fill(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/.model.77.partial/model.safetensors")
+
+    monkeypatch.setattr(doctor, "run", fill)
+    assert main(["doctor"]) == 2
+    assert "doctor: runs/model/model.safetensors does not fit on the disk: make room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("verb", ["generate", "eval", "train", "rl", "ladder", "data", "serve", "tokenizer train"])
+def test_help_breaks_lines_where_the_terminal_ends(verb, columns, capsys, monkeypatch):
+    """No line is wider, and none ends where the next word would still fit: a source's breaks are not a terminal's."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert "{None" not in shown
+    assert max(map(len, shown.splitlines())) <= columns
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    edge = next(line.index("show this help") for line in rows if "--help" in line)
+    for row, following in itertools.pairwise(rows):
+        text, goes_on = row[edge:-1].rstrip(), not following[1:edge].strip() and following[edge:-1].split()
+        if text and goes_on and row[edge - 2 : edge] == "  ":
+            assert edge + len(text) + 1 + len(goes_on[0]) > columns - 2, row
+
+
 def test_train_help_names_every_preset(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
@@ -80,6 +158,35 @@ def test_inspect_model_reads_a_directory(directory, capsys):
     assert re.search(
         r"family +llama\n.*as stored +float32\n.*in one C\+\+ call +yes\n.*GPU, fused +yes\n.*blocks +yes", shown
     )
+
+
+NAMING = {
+    "generate": ["generate", "MODEL", "--prompts-file", "none.txt"],
+    "chat": ["chat", "MODEL", "--prompt", "hi"],
+    "serve": ["serve", "MODEL", "--port", "0"],
+    "eval": ["eval", "MODEL", "text.txt"],
+    "inspect model": ["inspect", "model", "MODEL"],
+    "inspect attention": ["inspect", "attention", "MODEL", "--prompt", "hi"],
+    "export": ["export", "MODEL", "out"],
+    "quantize": ["quantize", "MODEL", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize("verb", NAMING)
+def test_a_model_is_named_by_position_or_by_its_flag(verb, capsys, tmp_path, monkeypatch):
+    """Every verb that opens a model hears of the same one, wherever the flag stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.txt").write_text("hi\n")
+    argv, broken = NAMING[verb], tmp_path / "broken" / "model"
+    broken.mkdir(parents=True)
+    words = [word for word in argv if word != "MODEL"]
+    ways = [[str(broken) if word == "MODEL" else word for word in argv]]
+    ways += [[*words, "--model", "none", "--model", str(broken)], [*words, f"--model={broken}"]]
+    for way in ways:
+        assert main(way) == 2
+        assert f"{broken}" in capsys.readouterr().err, way
+    assert main([*words, "--model"]) == 2
+    assert "--model needs a value" in capsys.readouterr().err
 
 
 def test_inspect_model_names_unknown_fields(tmp_path, capsys):

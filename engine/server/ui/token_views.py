@@ -1,5 +1,6 @@
 """HTML and SVG views for the playground: tokens colored by probability, attention heat maps.
-map. HTML and SVG, made here, so that the page needs no library and no network."""
+
+Made here, so that the page needs no library and no network."""
 
 from __future__ import annotations
 

@@ -34,13 +34,15 @@ Products = tuple[nn.Module, nn.Module]  # A x and s·B z
 
 
 def open_adapters(
-    directories: Mapping[str, str | os.PathLike], model: str | os.PathLike | Transformer
+    directories: Mapping[str, str | os.PathLike | Adapter], model: str | os.PathLike | Transformer
 ) -> dict[str, Adapter]:
     """Open adapters by name, each checked against the served model, whatever base it names."""
     found = {}
     for name, directory in directories.items():
         try:
-            if isinstance(model, Transformer):
+            if isinstance(directory, Adapter):
+                adapter = directory
+            elif isinstance(model, Transformer):
                 adapter = Adapter(resolve_model(directory), model.config, architecture_of(model.config))
             else:
                 adapter = open_adapter(directory, model)

@@ -1,8 +1,11 @@
 import bz2
 import gzip
+import io
 import json
 import lzma
+import resource
 import subprocess
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +71,55 @@ def test_compressed_files_are_read_whole(tmp_path):
     rows = tmp_path / "rows.jsonl.xz"
     rows.write_bytes(lzma.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     assert texts(files([rows])) == ["one", "two"]
+
+
+def pack_zstandard(data):
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+def pack_parquet(data):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"text": data.decode().splitlines()}), sink := io.BytesIO())
+    return sink.getvalue()
+
+
+PACKERS = {
+    "a.txt.gz": gzip.compress,
+    "a.txt.bz2": bz2.compress,
+    "a.txt.xz": lzma.compress,
+    "a.txt.zst": pack_zstandard,
+    "a.parquet": pack_parquet,
+}
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_truncated_file_is_refused_wherever_it_was_cut(tmp_path, name):
+    """In one sentence that names it; a second frame that is missing as a whole nobody can miss."""
+    path, part = tmp_path / name, PACKERS[name]("".join(f"line {n * n % 97} of it\n" for n in range(500)).encode())
+    packed = part if name == "a.parquet" else part + part
+    cuts = {*range(0, len(packed), 1 + len(packed) // 60), *range(len(packed) - 9, len(packed))} - {len(part)}
+    for cut_at in sorted(cuts):
+        path.write_bytes(packed[:cut_at])
+        with pytest.raises(InputError, match=r"is not a complete|is empty") as error:
+            texts(files([path]))
+        assert str(path) in str(error.value) and "\n" not in str(error.value), cut_at
+    path.write_bytes(packed)
+    assert "".join(texts(files([path]))).count("line") == 500 * (len(packed) // len(part))
+
+
+def test_window_that_a_forged_header_asks_for_is_not_allocated(tmp_path):
+    """4 GiB by xz's largest dictionary, 2 GiB by a Zstandard frame."""
+    xz = bytearray(lzma.compress(b"text"))
+    xz[16] = 40  # the block header's dictionary size
+    xz[20:24] = zlib.crc32(xz[12:20]).to_bytes(4, "little")
+    (tmp_path / "a.txt.xz").write_bytes(xz)
+    zstandard = bytes.fromhex("28b52ffd 00 a8 210000 74657874")  # magic, descriptor, window, one raw block
+    (tmp_path / "a.txt.zst").write_bytes(zstandard)
+    for name in ("a.txt.xz", "a.txt.zst"):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(InputError, match=f"{name} would take more than .* MiB to unpack"):
+            texts(files([tmp_path / name]))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
 def test_json_array_is_a_table(tmp_path):

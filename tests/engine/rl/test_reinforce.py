@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.rl import member
-from warploom.bench.kills import digest, run_killed, run_once
+from tests.processes import kill
+from warploom.bench.kills import digest, run_once
 from warploom.bench.kills import processes as forkserver
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
@@ -92,12 +93,7 @@ def test_killed_run_ends_with_the_same_bits(tiny, monkeypatch, changes):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = tiny("whole", steps=30, save_every=1, group=8, batch_size=8, **changes)
     run_once(forkserver(), whole, run_reinforce)
-    kills = []
-    while not any(kills):  # on a busy machine a run may end before its killer looks again
-        assert len(kills) < 4
-        killed = dataclasses.replace(whole, out=whole.out.replace("whole", f"killed-{len(kills)}"))
-        kills.append(len(run_killed(forkserver(), killed, 3, run=run_reinforce)))
-        assert digest(killed) == digest(whole)
+    assert digest(kill(forkserver(), whole, 3, run=run_reinforce)) == digest(whole)
 
 
 def samples_of(trainer):

@@ -124,21 +124,40 @@ def test_large_text_may_hold_any_signs():
         assert parse(CompletionRequest, json.dumps({"prompt": prompt}).encode())[0].prompt == prompt
 
 
-def test_health_answers_while_large_bodies_are_judged():
-    """Bodies over 64 kB are parsed in a worker thread."""
-    content = HOSTILE["empty messages"][1]
-    with serving() as server, httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(1) as other:
-        offload, offloaded = server.bridge.offload, []
+def test_event_loop_turns_between_the_long_calls_of_large_bodies(monkeypatch):
+    """Each keeps Python's lock for some 50 ms: /health waits for one of them at each turn, whatever number has come."""
+    from warploom.engine.server import request_body
+    from warploom.engine.server.openai.requests import CompletionRequest
 
-        async def watched(work, *arguments, **options):
-            offloaded.append(work)
-            return await offload(work, *arguments, **options)
+    content, log = json.dumps({"prompt": [[5] * 60] * 600}).encode(), []
 
-        server.bridge.offload = watched
-        asked = other.submit(httpx.post, f"{server.url}/v1/chat/completions", content=content, headers=JSON)
-        while not asked.done():
-            assert client.get("/health").status_code == 200
-        assert asked.result().status_code == 400 and offloaded
+    def logged(call):
+        def long_call(*arguments):
+            log.append("begin")
+            time.sleep(0.01)  # without the lock: what would run beside it does
+            log.append("end")
+            return call(*arguments)
+
+        return long_call
+
+    monkeypatch.setattr(request_body, "from_json", logged(request_body.from_json))
+    monkeypatch.setattr(CompletionRequest, "model_validate", logged(CompletionRequest.model_validate))
+    with serving() as server, ThreadPoolExecutor(4) as clients:
+        loop, turning = server.bridge._loop, True
+
+        def turn():
+            log.append("turn")
+            if turning:
+                loop.call_soon(turn)
+
+        loop.call_soon_threadsafe(turn)
+        asked = [clients.submit(httpx.post, f"{server.url}/v1/completions", content=content, headers=JSON)
+                 for _ in range(8)]  # fmt: skip
+        assert {each.result().status_code for each in asked} == {400}
+        turning = False
+    calls = [number for number, what in enumerate(log) if what == "begin"]
+    ends = [number for number, what in enumerate(log) if what == "end"]
+    assert len(calls) == 16 and all("turn" in log[end:begin] for end, begin in zip(ends, calls[1:]))
 
 
 def test_prompt_of_wrong_kind_is_told_what_a_prompt_is(client):

@@ -13,9 +13,9 @@ import pytest
 
 from warploom.engine.cli import main
 from warploom.engine.cli.flags import parse
+from warploom.engine.cli.model_argument import ModelOptions
 from warploom.engine.cli.serve import Flags, api_keys
 from warploom.engine.formats.model_writer import save_model
-from warploom.engine.serving.options import LLMOptions
 
 from .conftest import make_model, make_tokenizer, start, wait_ready
 
@@ -116,8 +116,8 @@ def test_serve_refuses_before_listening(flags, says, directory, tmp_path, monkey
 
 def test_serve_takes_every_engine_option(directory):
     """One class says what an engine may be told: `serve` and `generate` read the same flags from it."""
-    options = Flags(LLMOptions("x")).llm
-    argv = ["--model", str(directory)]
+    options = Flags(ModelOptions("x")).llm
+    argv = [str(directory)]
     changed = {"batch_invariant": False, "prefix_cache": False, "max_batch": 7, "quantize": "int8", "device": "cpu"}
     for name, value in changed.items():
         flag = name.replace("_", "-")

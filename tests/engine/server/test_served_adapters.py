@@ -1,11 +1,13 @@
 """Adapters over HTTP: each is a model of its own name."""
 
+import shutil
 import threading
 
 import pytest
 
 from tests.engine.serving.test_adapters import write
-from warploom.engine.cli.serve import Flags, adapters
+from warploom.engine.cli.model_argument import ModelOptions
+from warploom.engine.cli.serve import Flags, Loader, adapters, open_early
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_writer import save_model
 from warploom.engine.server.config import ServerConfig
@@ -60,7 +62,16 @@ def test_adapters_are_models_of_their_own(server, folder):
 
 
 def test_adapter_flag_names_a_directory():
-    flags = Flags(LLMOptions("base"), adapter=("red=runs/a=b", "blue=c"))
+    flags = Flags(ModelOptions("base"), adapter=("red=runs/a=b", "blue=c"))
     assert adapters(flags) == {"red": "runs/a=b", "blue": "c"}
     with pytest.raises(InputError, match="adapter must be NAME=DIR, got 'runs/a'"):
-        adapters(Flags(LLMOptions("base"), adapter=("runs/a",)))
+        adapters(Flags(ModelOptions("base"), adapter=("runs/a",)))
+
+
+def test_adapter_is_read_once_and_before_the_server_listens(folder, tmp_path):
+    red = shutil.copytree(folder / "red", tmp_path / "red")
+    flags = Flags(ModelOptions(str(folder / "base"), max_batch=2), adapter=(f"red={red}",))
+    tuned = open_early(flags)
+    shutil.rmtree(red)
+    llm = Loader(flags, ServerConfig("tiny"), 0, tuned)()
+    assert llm.generate("hello", SamplingParams(max_tokens=2), adapter="red").token_ids

@@ -243,6 +243,14 @@ def ask(client, monkeypatch, server, row, **body):
 
 def test_forced_arguments_are_streamed_in_pieces(client, server, monkeypatch):
     pytest.importorskip("llguidance", reason="structured output needs llguidance")
+    runner, launch = server.bridge.llm.engine.runner, server.bridge.llm.engine.runner.launch
+
+    def launch_once_delivered(plan):  # on a busy machine the event loop would find several tokens at once
+        for _ in range(3):
+            server.bridge._let_loop_turn()
+        return launch(plan)
+
+    monkeypatch.setattr(runner, "launch", launch_once_delivered)
     answer = ask(client, monkeypatch, server, ROWS["hermes"], stream=True, tools=[TOOL], tool_choice="required")
     chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
     parts = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]

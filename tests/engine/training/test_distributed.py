@@ -60,7 +60,7 @@ def test_ddp_fsdp_tp_train_as_one_process(tiny, together):
     train(one)
     for name, grid in (("copies", {"dp": 2}), ("slices", {"fsdp": 2}), ("pieces", {"tp": 2})):
         config = dataclasses.replace(one, out=one.out.replace("one", name), **grid)
-        assert together(config) == pytest.approx(losses(one), abs=1e-6), name
+        assert together(config) == pytest.approx(losses(one), rel=2e-6), name
 
 
 @pytest.mark.skipif(not RESET.exists(), reason="only Linux tells the peak memory of a process")
@@ -99,7 +99,7 @@ def test_experts_train_as_one_process(tiny, together, grid):
     one = tiny("one", model={**PAIRED, **experts}, steps=20, save_every=50, eval_every=0)
     train(one)
     config = dataclasses.replace(one, out=one.out.replace("one", "two"), **grid)
-    assert together(config) == pytest.approx(losses(one), abs=1e-6)
+    assert together(config) == pytest.approx(losses(one), rel=2e-6)
 
 
 def test_muon_orthogonalizes_whole_matrices(tiny, together):
@@ -108,7 +108,7 @@ def test_muon_orthogonalizes_whole_matrices(tiny, together):
     train(one)
     for grid in ({"fsdp": 2}, {"tp": 2}, {"ep": 2}):
         config = dataclasses.replace(one, out=one.out.replace("one", str(*grid)), **grid)
-        assert together(config) == pytest.approx(losses(one), abs=1e-6), grid
+        assert together(config) == pytest.approx(losses(one), rel=2e-6), grid
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_run_changes_its_processes_at_a_checkpoint(tiny, together, tmp_path, g
         save_model(resumed.state.model, tmp_path / "alone")
     assert digest(tmp_path / "alone" / "model.safetensors") == digest(Path(two.out) / "model.safetensors")
     train(dataclasses.replace(one, steps=11))
-    assert together(dataclasses.replace(one, **grid)) == pytest.approx(losses(steady), abs=1e-6)
+    assert together(dataclasses.replace(one, **grid)) == pytest.approx(losses(steady), rel=2e-6)
 
 
 def test_a_torn_shard_is_passed_over_with_a_message(tiny, together, recorder):

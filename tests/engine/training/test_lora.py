@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.engine.training import member
-from warploom.bench.kills import digest, run_killed, run_once
+from tests.processes import kill
+from warploom.bench.kills import digest, run_once
 from warploom.bench.kills import processes as commands
 from warploom.engine.cli import main
 from warploom.engine.errors import InputError
@@ -96,10 +97,8 @@ def test_lora_trains_the_weights_that_are_merged(lora, dtype):
 def test_lora_run_killed_ends_with_same_bits(lora, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = lora("whole", steps=24, save_every=3, eval_every=9, lora_embeddings=True, ema=0.5)
-    killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"))
     run_once(commands(), whole)
-    assert run_killed(commands(), killed, 3)
-    assert digest(killed) == digest(whole)
+    assert digest(kill(commands(), whole, 3)) == digest(whole)
 
 
 @pytest.mark.parametrize("grid", [{"dp": 2}, {"fsdp": 2}, {"dp": 2, "fsdp": 2}], ids="-".join)
@@ -111,11 +110,11 @@ def test_lora_processes_train_as_one(lora, processes, grid):
     shared = dataclasses.replace(one, out=one.out.replace("one", "shared"), steps=6, **grid)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert processes(member.main, size, size=size, port=store.port, config=shared) == [0] * size
-    assert losses(shared) == pytest.approx(losses(one)[:6], abs=1e-6)
+    assert losses(shared) == pytest.approx(losses(one)[:6], rel=2e-6)
     merged, _ = load_model(shared.out, "cpu")
     assert torch.isfinite(merged(TOKENS)).all()
     train(dataclasses.replace(one, out=shared.out, resume=True))
-    assert losses(shared) == pytest.approx(losses(one), abs=1e-6)
+    assert losses(shared) == pytest.approx(losses(one), rel=2e-6)
 
 
 def test_lora_resumed_with_another_rank_is_refused(lora):

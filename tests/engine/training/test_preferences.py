@@ -1,6 +1,5 @@
 """Preference tuning: TRL's loss on the same pairs, one loss however a step is cut, exact resume, bad pairs."""
 
-import dataclasses
 import json
 import random
 
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 from tests.engine.training.conftest import save_chat_model, write_rows
-from warploom.bench.kills import digest, processes, run_killed, run_once
+from tests.processes import kill
+from warploom.bench.kills import digest, processes, run_once
 from warploom.engine.data.conversations import to_pair
 from warploom.engine.errors import InputError
 from warploom.engine.formats.model_directory import load_model
@@ -83,7 +83,7 @@ def test_preference_loss_and_gradient_equal_trl(base, tune, tmp_path, kind):
     assert int(padded["completion_mask"].sum()) == int((batch.targets_BT != -100).sum())
     theirs = dpo.compute_loss(policy.eval(), dict(padded))
     theirs.backward()
-    assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=5e-6)
     expected, found = policy.model.embed_tokens.weight.grad, ours.embedding.weight.grad
     assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
 
@@ -102,7 +102,7 @@ def test_preference_loss_in_micro_batches_is_the_same(tune, recorders):
         recorder = recorders()
         train(tune(f"parts{parts}", grad_accum_steps=parts), [recorder])
         curves.append(recorder.losses)
-    assert curves[0] == pytest.approx(curves[1], abs=1e-6) and curves[0][-1] < curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], abs=5e-6) and curves[0][-1] < curves[0][0]
 
 
 @pytest.mark.timeout(300)
@@ -111,10 +111,8 @@ def test_preference_run_killed_ends_with_same_bits(tune, monkeypatch, lora):
     """The reference stays the model before the first step, whatever has been learned since."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = tune("whole", steps=24, save_every=3, eval_every=9, lora=lora)
-    killed = dataclasses.replace(whole, out=whole.out.replace("whole", "killed"))
     run_once(processes(), whole)
-    assert run_killed(processes(), killed, 2)
-    assert digest(killed) == digest(whole)
+    assert digest(kill(processes(), whole, 2)) == digest(whole)
 
 
 def test_pair_losses_at_known_margins():

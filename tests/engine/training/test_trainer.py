@@ -116,7 +116,7 @@ def test_run_independent_of_how_it_is_cut(tiny, recorders):
     assert losses(num_workers=0) == whole == losses(num_workers=3)
     assert same(last_weights(ends[0]), last_weights(ends[1])) and same(last_weights(ends[0]), last_weights(ends[2]))
     assert losses(grad_accum_steps=4) == pytest.approx(whole, abs=2e-5)
-    assert losses(activation_checkpointing=True) == pytest.approx(whole, abs=1e-6)
+    assert losses(activation_checkpointing=True) == pytest.approx(whole, rel=2e-6)
     assert losses(seed=1) != whole
 
 

@@ -90,10 +90,10 @@ def test_resume_with_other_text_or_tokenizer_is_refused(story, tmp_path, capsys)
     ("argv", "sentence"),
     [
         (["train", "x", "--stepz", "3"], "--stepz"),
-        (["train", "x", "--lr", "many"], "could not convert string to float: 'many' (warploom train --help"),
-        (["train", "x", "--steps", "many"], "--steps: it must be INT, not 'many' (warploom train --help"),
+        (["train", "x", "--lr", "many"], "--lr must be a number, not 'many' (warploom train --help"),
+        (["train", "x", "--steps", "many"], "--steps must be a whole number, not 'many' (warploom train --help"),
         (["train", "x", "--optimiser", "muon"], "--optimiser, muon; perhaps --optimizer (warploom train --help"),
-        (["train"], "train: DATA A dataset directory"),
+        (["train"], "train: DATA is missing (warploom train --help"),
         (["train", "no-such-file.txt"], "no file matches 'no-such-file.txt'"),
         (["train", "x", "--rope-scaling", "linear"], "rope_scaling must be JSON"),
         (["train", "x", "--preset", "llama-9b"], "preset 'llama-9b' is not known"),

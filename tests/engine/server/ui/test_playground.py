@@ -70,6 +70,7 @@ def set_length(browser, server, count):
     script = (
         "const input = type => document.querySelector(`#max-tokens input[type=${type}]`);"
         "const [box, slider] = ['number', 'range'].map(input);"
+        "if (!box || !slider) return false;"
         "box.value = arguments[0];"
         "for (const each of ['input', 'change']) box.dispatchEvent(new Event(each, {bubbles: true}));"
         "return new Promise(then => setTimeout(() => then(slider.value === String(arguments[0])), 50))"
@@ -80,7 +81,7 @@ def set_length(browser, server, count):
 def answers(browser, server):
     """The chat's answers, once the last has come to its end."""
     script = (
-        "return [document.querySelector('#chat-speed').textContent,"
+        "return [document.querySelector('#chat-speed')?.textContent ?? '',"
         "[...document.querySelectorAll('#chat [data-testid=bot]')].map(each => each.ariaLabel)]"
     )
     speed, said = browser.execute_script(script)
