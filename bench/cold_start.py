@@ -80,7 +80,7 @@ def measure(
         }
         calls["ours generate"] = partial(_by_hand, start)
         case = f"{preset if not overrides else 'llama'} {quantize or dtype}, process start → first token"
-        rows = machine.by_the_wall().compare(case, calls, unit="start", warmup=1, least=min(3, machine.rounds))
+        rows = machine.with_wall_clock().compare(case, calls, unit="start", warmup=1, least=min(3, machine.rounds))
     for row in rows:
         row.extra.pop("first_seconds", None)
         row.extra.update({name: median(values[1:]) for name, values in notes.get(row.who, {}).items() if values[1:]})

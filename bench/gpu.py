@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(deadline, folder, options.out)
     with clocks(session):
-        found, tests = look_closer(session, options) if options.more else first_look(session, options)
+        found, tests = second_pass(session, options) if options.more else first_pass(session, options)
     failures = report(session, found, tests)
     with contextlib.suppress(Exception):  # a picture is welcome, not needed
         draw(session)
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
+def first_pass(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
     """First command: checks, plan, tests, the rest; return the results of checks, and the tests' last lines."""
     with compiling_ahead(session):
         printed, ended = session.run([sys.executable, "-m", "warploom.bench.smoke"], 40)
@@ -204,7 +204,7 @@ def first_look(session: Session, options: argparse.Namespace) -> tuple[dict[str,
     return found, tests
 
 
-def look_closer(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
+def second_pass(session: Session, options: argparse.Namespace) -> tuple[dict[str, str], str]:
     """Second command (`--more`): profiles, or failed checks under compute-sanitizer; then all peers."""
     found = check_ops(session, " bfloat16 ")
     wrong = [name for name, ended in found.items() if ended]
@@ -358,8 +358,8 @@ def measure(
 
     It has so many seconds, and `minutes` by its own estimate: with more than there are, each part is at least begun."""
     end = time.monotonic() + min(seconds, session.left())
-    deadly = session.folder / f"{bench}.deadly"
-    before = deadly.read_text() if deadly.exists() else None
+    crashed = session.folder / f"{bench}.deadly"
+    before = crashed.read_text() if crashed.exists() else None
     while end - time.monotonic() > 15:
         left = end - time.monotonic()
         command = [sys.executable, "-m", "warploom.engine.cli", "bench", bench]
@@ -367,7 +367,7 @@ def measure(
         command += ["--results", str(results), "--limit", f"{limit:.2f}", *flags]
         _, ended = session.run(command, left, extra)
         session.say(f"{bench} {' '.join(flags[:2])}: {ended or 'done'}")
-        names = deadly.read_text() if deadly.exists() else None
+        names = crashed.read_text() if crashed.exists() else None
         if names == before:
             return
         before = names
@@ -398,8 +398,8 @@ def report(session: Session, found: dict[str, str], tests: str) -> int:
     failed = len(wrong) + ("failed" in tests or "error" in tests.lower())
     for bench in dict.fromkeys(name for name, *_ in REST):
         record = load_record(session.folder / f"{bench}.json", bench, session.folder.name)
-        deadly = session.folder / f"{bench}.deadly"
-        lost = [line.partition(" ")[2] for line in deadly.read_text().splitlines()] if deadly.exists() else []
+        crashed = session.folder / f"{bench}.deadly"
+        lost = [line.partition(" ")[2] for line in crashed.read_text().splitlines()] if crashed.exists() else []
         say("\n".join([f"{bench}:", *table.brief(record), *(f"  took its process down: {name}" for name in lost)]))
         failed += len(lost)
     say(f"all of it: {session.folder}" + (f" and {session.copy}" if session.copy else ""))

@@ -3,9 +3,9 @@
 A bench is a module `bench/<name>.py`. Its `parts(options)` lists what it measures, most important first:
 
     def parts(options):
-        return [Part("float32", duel, config={"dtype": "float32"}, minutes=1)]
+        return [Part("float32", compare_step, config={"dtype": "float32"}, minutes=1)]
 
-    def duel(machine, dtype):
+    def compare_step(machine, dtype):
         contestants = {"ours": our_step(...)} | peers.build("train", ...)
         return machine.compare("llama-tiny", contestants, amount=4096, unit="tok", limits={f"matmul {dtype}": flops})
 
@@ -92,7 +92,7 @@ class Machine:
         self.peers_until = math.inf
 
     @classmethod
-    def asked_for(cls, options: Options) -> "Machine":
+    def from_options(cls, options: Options) -> "Machine":
         """Make the machine from the command line's options."""
         if options.threads:
             import torch
@@ -106,7 +106,7 @@ class Machine:
             self.ceilings[name] = self.measure(name)
         return self.ceilings[name]
 
-    def by_the_wall(self) -> "Machine":
+    def with_wall_clock(self) -> "Machine":
         """The same machine with a wall clock, for whole systems with their own threads and streams."""
         twin = Machine(self.device, WallTimer(), rounds=self.rounds, seconds=self.seconds)
         twin.ceilings, twin.measure, twin.peers_until = self.ceilings, self.measure, self.peers_until
@@ -259,7 +259,7 @@ def run_bench(
 ) -> Outcome:
     """Measure the parts that the record of `bench` lacks, most important first, saving after each."""
     begin = clock()
-    machine = machine or Machine.asked_for(options)
+    machine = machine or Machine.from_options(options)
     now = environment.capture(machine.device)
     code = environment.fingerprint(bench, rooms or environment.ROOMS)
     path = Path(options.results) / now.device / f"{bench}.json"
@@ -267,11 +267,11 @@ def run_bench(
     parts = [_with_threads(part, options.threads) for part in chosen(parts, options.only)]
     due = {part.name: stale(record, part, now, code) or ("again" if options.again else None) for part in parts}
     failed: dict[str, str] = {}
-    deadly = Deadly(path.with_suffix(".deadly"), code)
+    crashed = CrashedParts(path.with_suffix(".deadly"), code)
     for part in parts:
         if not due[part.name]:
             continue
-        if part.name in deadly.names and not options.again:
+        if part.name in crashed.names and not options.again:
             failed[part.name] = "it took its process down; --again tries it once more"
             continue
         left = options.minutes - (clock() - begin) / 60
@@ -280,7 +280,7 @@ def run_bench(
             continue
         say(f"{bench}: {part.name} ({due[part.name]}" + (f", about {part.minutes:g} min)" if part.minutes else ")"))
         try:
-            with deadly.trying(part.name, options.limit):
+            with crashed.trying(part.name, options.limit):
                 measured = _measure(part, machine, code, clock, options.limit)
                 Record(bench, now.device, parts={part.name: measured}).to_json()  # refuses what is no number
         except KeyboardInterrupt:
@@ -289,7 +289,7 @@ def run_bench(
         except Exception as error:
             traceback.print_exc()
             failed[part.name] = peers.failure(error)
-            _insist_on_device(machine.device, deadly, part.name)
+            _check_device(machine.device, crashed, part.name)
             continue
         record.parts[part.name] = measured
         record.save(path)
@@ -297,7 +297,7 @@ def run_bench(
     return Outcome(record, path, {name: reason for name, reason in due.items() if reason}, failed)
 
 
-class Deadly:
+class CrashedParts:
     """File of the parts that killed their process, or are running now and might."""
 
     def __init__(self, path: Path, code: str):
@@ -321,7 +321,7 @@ class Deadly:
             self._write(self.names - {name})
 
     def add(self, name: str) -> None:
-        """Mark a part as deadly."""
+        """Mark a part as one that ends its process."""
         self._write(self.names | {name})
 
     def _write(self, names: set[str]) -> None:
@@ -345,12 +345,12 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _insist_on_device(device: str, deadly: Deadly, name: str) -> None:
+def _check_device(device: str, crashed: CrashedParts, name: str) -> None:
     """After a failure, check that this process can still use its GPU; raise DeviceLost if not."""
     try:
         synchronize(device)
     except Exception as error:
-        deadly.add(name)
+        crashed.add(name)
         raise DeviceLost(f"{name} lost the device: {peers.failure(error)}") from error
 
 

@@ -81,7 +81,7 @@ def speed(file: Path, machine: Machine, model: str, kind: str, batch: int) -> li
     """Speed of each scheme beside llama.cpp."""
     prompt, tokens = WORK[kind](batch)
     job = Job(file, batch, prompt, tokens)
-    machine = machine.by_the_wall()
+    machine = machine.with_wall_clock()
     with TemporaryDirectory() as folder:
         rivals = peers.build("quantization", job, Path(folder))
         builders: peers.Builders = {f"ours {name}": partial(ours, job, name) for name in SCHEMES}
@@ -96,7 +96,7 @@ def opening(file: Path, machine: Machine, model: str) -> list[Row]:
     job = Job(file, batch=1, prompt=1, tokens=1)
     calls: peers.Contestants = {"ours as it is": lambda: ours(job, "as it is")(), **peers.build("opening", job)}
     case, size = f"{model}, opened, and a token", file.stat().st_size / 1e6
-    return machine.by_the_wall().compare(case, calls, amount=size, unit="MB", ours="ours as it is")
+    return machine.with_wall_clock().compare(case, calls, amount=size, unit="MB", ours="ours as it is")
 
 
 def ours(job: Job, scheme: str) -> Callable[[], object]:

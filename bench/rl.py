@@ -25,7 +25,7 @@ def parts(options: Options) -> list[Part]:
     """Parts; first the curve of accuracy and answer length."""
     return [
         Part("thinking pays", think, {"task": "sums:8", "learn": 400, "habit": 200, "steps": 40}, minutes=6),
-        Part("addition", duel, {"task": "addition:2", "learn": 300, "steps": 15}, minutes=3),
+        Part("addition", compare_step, {"task": "addition:2", "learn": 300, "steps": 15}, minutes=3),
     ]
 
 
@@ -95,7 +95,7 @@ def think(machine: Machine, task: str, learn: int, habit: int, steps: int) -> li
     return [Row(task, "ours", Spread.of(seconds[1:]), extra=told)]
 
 
-def duel(machine: Machine, task: str, learn: int, steps: int) -> list[Row]:
+def compare_step(machine: Machine, task: str, learn: int, steps: int) -> list[Row]:
     """CPU seconds a step, ours and peers', from a base that solves a quarter, so that every step learns."""
     with scratch() as folder:
         base = train_base(folder / "base", task, learn)

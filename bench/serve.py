@@ -140,7 +140,7 @@ def serve(
     limits = bounds(
         config, dtype, work, batch, 1 if quantize else None, 1 if quantize and machine.device == "cpu" else None
     )
-    machine = machine.by_the_wall()
+    machine = machine.with_wall_clock()
     for name in limits:
         machine.ceiling(name)
     with TemporaryDirectory() as folder:

@@ -62,7 +62,7 @@ def parts(options: Options) -> list[Part]:
     larger = tiny | {"n_layers": 12, "d_model": 384, "n_heads": 6, "n_kv_heads": 6, "vocab_size": 8192}
     small = tiny | {"preset": "llama-characters", "batch": 12, "time": 64}
     shapes = {"llama-tiny": tiny, "llama-24m": larger, "llama-characters": small}
-    parts = [Part(f"{name} {dtype}", duel, shape, minutes=1.5) for name, shape in shapes.items()]
+    parts = [Part(f"{name} {dtype}", compare_step, shape, minutes=1.5) for name, shape in shapes.items()]
     return parts + [replace(p, name=f"{p.name} compiled", config=p.config | {"compiled": True}) for p in parts]
 
 
@@ -71,14 +71,14 @@ def _gpu_parts() -> list[Part]:
     billion = {"preset": "llama-1b", "batch": 4, "time": 2048, "dtype": "bfloat16"}
     tiny = {"preset": "llama-tiny", "batch": 256, "time": 256, "dtype": "bfloat16"}
     return [
-        Part("gpt2-124m", duel, gpt2, minutes=1),
-        Part("llama-1b", duel, billion, minutes=1.5),
-        Part("gpt2-124m compiled", duel, gpt2 | {"compiled": True}, minutes=3),
-        Part("llama-tiny", duel, tiny, minutes=1),
+        Part("gpt2-124m", compare_step, gpt2, minutes=1),
+        Part("llama-1b", compare_step, billion, minutes=1.5),
+        Part("gpt2-124m compiled", compare_step, gpt2 | {"compiled": True}, minutes=3),
+        Part("llama-tiny", compare_step, tiny, minutes=1),
     ]
 
 
-def duel(
+def compare_step(
     machine: Machine, preset: str, batch: int, time: int, dtype: str, compiled: bool = False, **overrides: int
 ) -> list[Row]:
     """Ours against every peer, eager or compiled, on one shape."""

@@ -56,7 +56,7 @@ def parts(options: Options) -> list[Part]:
     kinds = {"all weights": None, "lora 16": 16}
     task = {"task": "sorting:4", "lora": 16, "steps": 120, "context": 512, "problems": 200}
     return [Part("SmolLM2-135M at a task", learn_task, task, minutes=6)] + [
-        Part(f"{name}, {kind}", duel, {"conversations": 16, "lora": rank, **shape}, minutes=1.5)
+        Part(f"{name}, {kind}", compare_step, {"conversations": 16, "lora": rank, **shape}, minutes=1.5)
         for name, shape in shapes.items()
         for kind, rank in kinds.items()
     ]
@@ -91,7 +91,7 @@ def learn_task(
     return [Row(case, "ours", extra=told)]
 
 
-def duel(machine: Machine, conversations: int, lora: int | None, **overrides: int) -> list[Row]:
+def compare_step(machine: Machine, conversations: int, lora: int | None, **overrides: int) -> list[Row]:
     """Ours against TRL on one shape."""
     import torch
 

@@ -7,7 +7,8 @@ and from csrc/cpu/serving/hadamard.hpp.
 
 A head is cut into powers of two up to 256, the largest first, and each is transformed, times a power of two near
 1 / √size. `back` takes the smaller one where √size is none, so that a head there and back is itself, and a product of a
-key there and a query back is theirs. Activations that meet rotated weights are heads of 64 (`packed_linear.turned`).
+key there and a query back is theirs. Activations that meet rotated weights are heads of 64
+(`packed_linear.hadamard_rotated`).
 
 T tokens, H heads, D head dim.
 """

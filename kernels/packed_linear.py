@@ -1,19 +1,19 @@
 """Linear layer with packed weights: 8- or 4-bit codes with a scale per group of columns.
 
 When a model decodes one token at a time, each step reads every weight once and does almost nothing with it: the time is
-the bytes. Codes of 4 bits and a scale of 16 for 64 of them are 0.27 of bfloat16's. A tile of codes is widened to x's
-format on its way from memory to the product, so a weight means the same number in every batch:
+the bytes. Codes of 4 bits and a scale of 16 for 64 of them are 0.27 of bfloat16's. A tile of codes is dequantized
+to x's format on its way from memory to the product, so a weight means the same number in every batch:
 
     w = (code · scale + minimum) · unit        with a minimum
     w = table[code] · scale · unit             with a table of sixteen values
     w = (code - 128) · scale · unit            8 bits without; 4 bits: code - 8
     w = code · scale · unit                    8 bits in float8_e4m3fn, as the codes' dtype says
 
-rounded once, and the product is that of `linear` on those numbers, bit for bit. Widening is work for each tile of rows,
-though; so for many rows the weight is widened once, and `linear` multiplies (Marlin, which does not, is slower than 16
-bits from 128 rows on).
+rounded once, and the product is that of `linear` on those numbers, bit for bit. Dequantizing is work for each tile
+of rows, though; so for many rows the weight is dequantized once, and `linear` multiplies (Marlin, which does not, is
+slower than 16 bits from 128 rows on).
 
-Kernels widen float8 by its bits, which every GPU can, the NaN (127 and 255) to ±480: no weight has it.
+Kernels convert float8 by its bits, which every GPU can, the NaN (127 and 255) to ±480: no weight has it.
 
 Scales and minima are half precision, the unit of a row a power of two. Codes of 4 bits lie two a byte, the first in the
 low half. With `rotate` the codes are of each 64 columns after a Walsh-Hadamard transform (QuaRot), and x is transformed
@@ -36,7 +36,7 @@ from .hadamard import hadamard_launch
 from .linear import GROUP, finish_tile, product, rows_square_sum, tile_features
 
 TURNED = 64  # columns that are rotated together
-MANY = 256  # rows above which the weight is widened once
+MANY = 256  # rows above which the weight is dequantized once
 
 
 class PackedTensor(NamedTuple):
@@ -106,7 +106,7 @@ def _by_dtype(dtype, x, weight, bias):
 
 
 @triton.jit
-def widen(
+def dequantize_tile(
     codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
     BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -161,7 +161,7 @@ def packed_linear_kernel(
         c = start + tl.arange(0, BLOCK_C).to(tl.int64)
         inside = (c >= 0) if WHOLE else (c < C)
         x = tl.load(x_ptr + m[None, :] * x_row + c[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
-        w = widen(
+        w = dequantize_tile(
             codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
             BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
         )  # fmt: skip
@@ -174,7 +174,7 @@ def packed_linear_kernel(
 
 
 @triton.jit
-def widen_kernel(
+def dequantize_kernel(
     codes_ptr, scales_ptr, minima_ptr, units_ptr, w_ptr, F, C, G, codes_row, scales_row, scales_column,
     BITS: tl.constexpr, GROUP: tl.constexpr, MINIMUM: tl.constexpr, TABLE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, WHOLE: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -182,7 +182,7 @@ def widen_kernel(
     """Dequantize a tile of the weight (F, C) to w's dtype."""
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     start = tl.program_id(1).to(tl.int64) * BLOCK_C
-    w = widen(
+    w = dequantize_tile(
         codes_ptr, scales_ptr, minima_ptr, units_ptr, f, start, F, G, codes_row, scales_row, scales_column,
         BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_F, BLOCK_C,
     )  # fmt: skip
@@ -212,15 +212,15 @@ def code_bits(codes: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.int8) if codes.dtype.is_floating_point else codes
 
 
-def turned(x_MC: torch.Tensor) -> torch.Tensor:
+def hadamard_rotated(x_MC: torch.Tensor) -> torch.Tensor:
     """`rotated` by the Hadamard kernel, on heads of 64 columns."""
     M, C = x_MC.shape
     x_MC = nn.pad(x_MC, (0, -C % TURNED)) if C % TURNED else x_MC
     return hadamard_launch(x_MC.reshape(M * x_MC.shape[1] // TURNED, TURNED), False).view(x_MC.shape)
 
 
-def widen_arguments(weight: PackedTensor, columns: int) -> tuple[tuple, tuple, dict]:
-    """Arguments of `widen` for a packed weight of so many columns: tensors, strides, constants."""
+def dequantize_arguments(weight: PackedTensor, columns: int) -> tuple[tuple, tuple, dict]:
+    """Arguments of `dequantize_tile` for a packed weight of so many columns: tensors, strides, constants."""
     codes, scales, minima, units, bits, group, table, _ = weight
     F, held = len(scales), min(scales.shape[1] * group, codes.shape[1] * 8 // bits)
     if not len(codes) == len(units) == F or columns > held:
@@ -246,21 +246,21 @@ def packed_product(
 ) -> torch.Tensor:
     """`linear.product` with a packed weight."""
     x_MC = last_dim_contiguous(as_rows(x))
-    x_MC = turned(x_MC) if weight.rotate else x_MC
+    x_MC = hadamard_rotated(x_MC) if weight.rotate else x_MC
     (M, C), (F, G) = x_MC.shape, weight.scales.shape
-    packed, strides, form = widen_arguments(weight, C)
+    packed, strides, form = dequantize_arguments(weight, C)
     shape = *x.shape[:-1], F // 2 if activation else F
     if (bias is not None and len(bias) != F) or (squares and len(squares[0]) != M) or (join and len(join[1]) != F):
         raise ValueError(f"bias, norm weight and square sums must be those of {M} rows and {F} features")
     if M > MANY and C % 64 == 0:  # rows that cannot be read 16 bytes at a time would cost `linear` its registers
         tile = {"BLOCK_F": 16, "BLOCK_C": 64}
-        widened = torch.empty(F, C, dtype=x.dtype, device=x.device)
+        dequantized = torch.empty(F, C, dtype=x.dtype, device=x.device)
         launch(
-            widen_kernel, (cdiv(F, tile["BLOCK_F"]), cdiv(C, tile["BLOCK_C"])), *packed, widened, F, C, G, *strides,
-            **form, WHOLE=True, **tile, num_warps=4,
+            dequantize_kernel, (cdiv(F, tile["BLOCK_F"]), cdiv(C, tile["BLOCK_C"])), *packed, dequantized, F, C, G,
+            *strides, **form, WHOLE=True, **tile, num_warps=4,
         )  # fmt: skip
         name = "linear_residual" if join else "normed_linear" if squares else "linear"
-        return product(name, x_MC, widened, bias, activation, squares, join, whole=True).view(shape)
+        return product(name, x_MC, dequantized, bias, activation, squares, join, whole=True).view(shape)
     tile = _tile(x, M)
     if join:
         tile["BLOCK_F"] = max(tile["BLOCK_F"], GROUP)
@@ -364,7 +364,7 @@ packed_linear = Op(
     traffic=lambda *args, **_: (_moved(*args), _moved(*args)),
     budget={
         "packed_linear_kernel": Budget(registers=168, vector=True, wgmma=True, copies=2, products=1),
-        "widen_kernel": Budget(registers=64, vector=True),
+        "dequantize_kernel": Budget(registers=64, vector=True),
         "hadamard_heads_kernel": Budget(registers=96, vector=True),
         "linear_kernel": Budget(registers=255, vector=True, wgmma=True, copies=2, products=1),
     },

@@ -1,9 +1,9 @@
 """Mixture of experts with packed weights: 8- or 4-bit codes, as in `packed_linear`.
 
 Experts are nearly all of a model's weights, and a batch that decodes reads most of them, since tokens choose apart.
-Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes
-(`gpu/moe_packed.py`), for few rows and for many, and give the bits of `moe` on the widened weights, rounded once. The
-gate stays a launch of its own, as biases and gpt-oss's clamped gate are no case of their own then.
+Codes are 0.27 to 0.52 of bfloat16's bytes. Products take the codes (`gpu/moe_packed.py`), for few rows and for many,
+and give the bits of `moe` on the dequantized weights, rounded once. The gate stays a launch of its own, as biases and
+gpt-oss's clamped gate are no case of their own then.
 
 A packed weight has the rows of all experts (E · N), one below the other.
 """
@@ -17,7 +17,7 @@ from .packed_linear import E2M1, PackedTensor, dequantize, packed_batch
 from .swiglu import swiglu_packed
 
 
-def widened(weight: PackedTensor, columns: int, like: torch.Tensor) -> torch.Tensor:
+def dequantized(weight: PackedTensor, columns: int, like: torch.Tensor) -> torch.Tensor:
     """Dequantize (E · N, columns) to the dtype of `like`."""
     return dequantize(weight, columns, torch.promote_types(like.dtype, torch.float32)).to(like.dtype)
 
@@ -42,7 +42,7 @@ def _packed_moe_eager(x, router_logits, gate_up, down, experts, top_k, **options
 
 def _by(run, x, router_logits, gate_up, down, experts, top_k, options):
     C, F = x.shape[-1], len(gate_up.codes) // experts // 2
-    weights = widened(gate_up, C, x).view(experts, 2 * F, C), widened(down, F, x).view(experts, C, F)
+    weights = dequantized(gate_up, C, x).view(experts, 2 * F, C), dequantized(down, F, x).view(experts, C, F)
     return run(x, router_logits, *weights, top_k, **options)
 
 

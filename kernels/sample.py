@@ -115,7 +115,7 @@ def _row_maximum(row_ptr, col_stride, V, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _survey(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
+def _stats_above(row_ptr, col_stride, V, scale, highest, floor, BLOCK: tl.constexpr):
     """Count, minimum and total weight of the scaled logits above `floor`, and the weight of those at or above it."""
     more = tl.zeros([BLOCK], tl.int32)
     least = tl.full([BLOCK], float("inf"), tl.float32)
@@ -165,8 +165,8 @@ def _kth_token(row_ptr, col_stride, V, scale, highest, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _race(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.constexpr):
-    """Gumbel-max race among tokens above `floor`: the winner's index and scaled logit."""
+def _gumbel_argmax(row_ptr, col_stride, V, scale, seed, position, floor, BLOCK: tl.constexpr):
+    """Gumbel-max sample among tokens above `floor`: its index and scaled logit."""
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
@@ -208,18 +208,18 @@ def sample_kernel(
                     kth = _kth_group(best, limit)
                 else:
                     kth = _kth_token(row_ptr, x_col, V, scale, highest, limit, BLOCK)
-            more, above, _, left = _survey(row_ptr, x_col, V, scale, highest, kth, BLOCK)
+            more, above, _, left = _stats_above(row_ptr, x_col, V, scale, highest, kth, BLOCK)
             while (limit < V) & (more >= limit):
                 kth = above
-                more, above, _, left = _survey(row_ptr, x_col, V, scale, highest, kth, BLOCK)
+                more, above, _, left = _stats_above(row_ptr, x_col, V, scale, highest, kth, BLOCK)
             mass = top_p * left
         floor = tl.full([], -float("inf"), tl.float32)
         searching = True
         while searching:
-            token, x = _race(row_ptr, x_col, V, scale, seed, position, floor, BLOCK)
+            token, x = _gumbel_argmax(row_ptr, x_col, V, scale, seed, position, floor, BLOCK)
             searching = x < least
             if (limit < V) | (top_p < 1):
-                more, _, weight, _ = _survey(row_ptr, x_col, V, scale, highest, x, BLOCK)
+                more, _, weight, _ = _stats_above(row_ptr, x_col, V, scale, highest, x, BLOCK)
                 searching = searching | (more >= limit) | (weight >= mass)
             searching = searching & (x < highest)
             floor = x

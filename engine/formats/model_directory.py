@@ -31,7 +31,7 @@ from .gguf_reader import GGUFWeights, is_gguf, open_gguf
 from .model_info import base_of, kind_in, load_config, quantization_of, read_config, read_tokenizer
 from .model_source import resolve_model
 from .packed_files import packed_weights
-from .packed_weight import PackedExperts, PackedWeight, install, share_of, widen_lone_experts
+from .packed_weight import PackedExperts, PackedWeight, dequantize_lone_experts, install, share_of
 from .weights import Weights, open_weights
 
 Read = Iterator[tuple[str, Tensor | PackedWeight | PackedExperts]]
@@ -86,7 +86,7 @@ def read_model(
         kept[name] = kept[name].to(kept["embedding.weight"])
     model.load_state_dict(kept, assign=True)
     if where.type != "cpu":
-        widen_lone_experts(model)
+        dequantize_lone_experts(model)
     return model.eval()
 
 

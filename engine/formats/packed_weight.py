@@ -314,7 +314,7 @@ def install(model: nn.Module, name: str, packed: PackedWeight | PackedExperts) -
     setattr(model.get_submodule(parent), leaf, PackedLinear(packed, getattr(layer, "bias", None)))
 
 
-def widen_lone_experts(model: Transformer) -> None:
+def dequantize_lone_experts(model: Transformer) -> None:
     """Dequantize experts of layers whose two matrices are not both stacked: the kernel takes both or none, and they
     would otherwise be dequantized anew at each step."""
     for layer in model.modules():

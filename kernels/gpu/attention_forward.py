@@ -19,9 +19,9 @@ from .attention_tiles import (
     LOG2E,
     UNSPECIALIZED,
     capped,
-    first_peak,
     head_of,
     hide,
+    initial_max,
     key_run,
     last_visible,
     load_rows,
@@ -62,7 +62,7 @@ def attention_forward_kernel(
     begin, end = key_run(position, position + BLOCK_M - 1, k_len, CAUSAL, WINDOW, BLOCK_N)
     end = tl.where(idle, begin, end)
     last = last_visible(rows, q_len, k_len, CAUSAL, WINDOW)
-    m_i = first_peak(sinks, head, BLOCK_M)
+    m_i = initial_max(sinks, head, BLOCK_M)
     l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(begin, end, BLOCK_N, warp_specialize=TMA):

@@ -50,7 +50,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def gives_up(kernel: str, error: Exception) -> bool:
+def disable_after_first_failure(kernel: str, error: Exception) -> bool:
     """Return whether a failed launch was this kernel's first one, as on a compiler that refuses it; it is not tried
     again."""
     if kernel in _proven or isinstance(error, torch.OutOfMemoryError):
@@ -65,7 +65,7 @@ def gives_up(kernel: str, error: Exception) -> bool:
     return True
 
 
-def works(kernel: str) -> None:
+def mark_working(kernel: str) -> None:
     """Record a kernel's first successful launch; any later failure is an error."""
     _proven.add(kernel)
 

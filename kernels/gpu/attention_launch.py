@@ -71,9 +71,9 @@ def _launch_either(name: str, hopper: bool, q: torch.Tensor, plain: bool, run: C
     if hopper:
         try:
             run(attention_hopper.tile_of(name, D, dtype, device))
-            return attention_hopper.works(name)
+            return attention_hopper.mark_working(name)
         except Exception as error:  # a compiler's refusal has many types
-            if not attention_hopper.gives_up(name, error):
+            if not attention_hopper.disable_after_first_failure(name, error):
                 raise
     run(tile_of(name, D, dtype, device, plain))
 

@@ -281,7 +281,7 @@ def query_run(first, last, q_len, shift, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 
 @triton.jit
-def first_peak(sinks, heads, ROWS: tl.constexpr):
+def initial_max(sinks, heads, ROWS: tl.constexpr):
     """Initial maximum (ROWS) of an online softmax: −inf, or each row's sink, whose weight is then 1."""
     if sinks is None:
         peak = tl.full([ROWS], float("-inf"), tl.float32)

@@ -1,8 +1,8 @@
 """Grouped GEMM with packed weights (8 or 4 bits), in one launch.
 
-`moe_experts.py` with a tile of codes widened on its way to the product (`packed_linear.py`): the same sums in the same
-order, so the bits of experts of widened weights. The codes of all experts lie one below the other, so a row of an
-expert is a row of one tall matrix, and widening needs not know of experts. A tile is features times rows, as in
+`moe_experts.py` with a tile of codes dequantized on its way to the product (`packed_linear.py`): the same sums in the
+same order, so the bits of experts of dequantized weights. The codes of all experts lie one below the other, so a row of
+an expert is a row of one tall matrix, and dequantizing needs not know of experts. A tile is features times rows, as in
 `packed_linear`: then a few rows are the short side of the product.
 """
 
@@ -13,7 +13,7 @@ import torch
 from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
-from ..packed_linear import PackedTensor, turned, widen, widen_arguments
+from ..packed_linear import PackedTensor, dequantize_arguments, dequantize_tile, hadamard_rotated
 from .moe_experts import _tile_of_expert
 from .moe_launch import _combine, _route
 
@@ -48,7 +48,7 @@ def moe_packed_gemm_kernel(
         rows = tl.load(
             a + source[None, :] * stride_a + k[:, None], mask=(place < end)[None, :] & inside[:, None], other=0.0
         )
-        w = widen(
+        w = dequantize_tile(
             codes, scales, minima, units, row, start, last, G, codes_row, scales_row, scales_column,
             BITS, GROUP, MINIMUM, TABLE, FIRST, SECOND, WHOLE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -77,14 +77,14 @@ def moe_packed_gemm(
     bits: int, group: int, table: Sequence[int], rotate: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Grouped GEMM over packed weights: tokens `a` with `top_k` experts each, or with 0 rows grouped by expert."""
-    a = turned(a) if rotate else last_dim_contiguous(a)
+    a = hadamard_rotated(a) if rotate else last_dim_contiguous(a)
     (A,), E, K = order.shape, len(offsets) - 1, a.shape[1]
     N, G = len(codes) // E, scales.shape[1]
     out = torch.empty(A, N, dtype=a.dtype, device=a.device)
     tile = _tile(a, A, E)
     columns = cdiv(N, tile["BLOCK_N"])
     weight = PackedTensor(codes, scales, minima, units, bits, group, table, rotate)
-    packed, strides, form = widen_arguments(weight, K)
+    packed, strides, form = dequantize_arguments(weight, K)
     launch(
         moe_packed_gemm_kernel, ((A // tile["BLOCK_M"] + E) * columns if A else 0,),
         a, *packed, a if bias is None else bias, order, offsets, out, E, N, K, G, columns, a.stride(0), *strides,

@@ -33,7 +33,7 @@ from ..core.lang import cdiv, generation, next_power_of_2, tl, triton
 from ..core.launch import last_dim_contiguous, launch, launcher
 from ..core.tuned import tuned
 from .attention_launch import check_scale, search_steps
-from .attention_tiles import LOG2E, capped, first_peak, sequence_of_tile, visible
+from .attention_tiles import LOG2E, capped, initial_max, sequence_of_tile, visible
 
 SEGMENT = 256
 """Keys of a segment: a smaller one is read before a program has started. A multiple of every BLOCK_N."""
@@ -77,7 +77,7 @@ def _add_stored_segments(
     """Merge a decode row's stored segments, in order: (Q_PER_KV, D)."""
     head = tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    m_i = first_peak(sinks, first_head + head % Q_PER_KV, ROWS)
+    m_i = initial_max(sinks, first_head + head % Q_PER_KV, ROWS)
     l_i = tl.full([ROWS], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     row_stats = stats + head * stride_sh
@@ -163,7 +163,7 @@ def paged_attention_kernel(
         k_scales += (0 if R > 0 else head) * PAGE  # latents are one head, which every group reads
         v_scales += (0 if R > 0 else head) * PAGE
 
-    m_i = first_peak(sinks, row_head, BLOCK_M)
+    m_i = initial_max(sinks, row_head, BLOCK_M)
     l_i = tl.full([BLOCK_M], 0.0 if sinks is None else 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m_s = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -158,16 +158,16 @@ def _cost(op, case, dtype, arch, kernel) -> Cost:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _told("cuobjdump", "-res-usage", cubin)).groups()
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _tool_output("cuobjdump", "-res-usage", cubin)).groups()
     return int(registers), int(stack)
 
 
 def disassembled(cubin: bytes) -> str:
     """SASS of a kernel (cubin)."""
-    return _told("nvdisasm", "-c", cubin)
+    return _tool_output("nvdisasm", "-c", cubin)
 
 
-def _told(tool: str, flag: str, cubin: bytes) -> str:
+def _tool_output(tool: str, flag: str, cubin: bytes) -> str:
     """Output of a binary tool that comes with Triton."""
     path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -27,7 +27,7 @@ def errors(op: Op, case: Case, dtype: torch.dtype, device: str, path: str = "tri
     exact = call(op, case, op.reference, Maker(dtype), double)
     plain = [call(op, case, op.reference, Maker(dtype, device))]
     if case.steep:
-        plain += [call(op, case, op.reference, Maker(dtype), nudged(seed)) for seed in range(16)]
+        plain += [call(op, case, op.reference, Maker(dtype), perturbed(seed)) for seed in range(16)]
     with backend(path):
         ours = call(op, case, op, Maker(dtype, device))
     found = []
@@ -81,7 +81,7 @@ def double(x):
     return x.detach().double().requires_grad_(x.requires_grad)
 
 
-def nudged(seed: int) -> Callable:
+def perturbed(seed: int) -> Callable:
     """`double` with random perturbations of float32's rounding size: the conditioning of the case."""
     generator, ulp = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps
 

@@ -8,7 +8,7 @@ import torch
 from warploom.bench import peers
 from warploom.bench.harness import Machine, Options
 from warploom.bench.peers._plain import PlainTransformer
-from warploom.bench.train import Shape, duel, parts
+from warploom.bench.train import Shape, compare_step, parts
 from warploom.engine.formats.families import to_hf_config
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 16}
@@ -23,7 +23,7 @@ def machine() -> Machine:
 
 def test_train_bench_same_tokens_plausible_loss(machine):
     """Every contestant trains on the same tokens at a plausible loss."""
-    rows = {row.who: row for row in duel(machine, "llama-tiny", batch=2, time=16, dtype="float32", **TINY)}
+    rows = {row.who: row for row in compare_step(machine, "llama-tiny", batch=2, time=16, dtype="float32", **TINY)}
     assert {"ours", "torch", "transformers"} <= set(rows)
     for row in rows.values():
         if row.missing and "not installed" in row.missing:
@@ -35,7 +35,7 @@ def test_train_bench_same_tokens_plausible_loss(machine):
 
 
 def test_bfloat16_that_is_emulated_is_not_measured(machine):
-    (row,) = duel(machine, "llama-tiny", batch=1, time=16, dtype="bfloat16", **TINY)
+    (row,) = compare_step(machine, "llama-tiny", batch=1, time=16, dtype="bfloat16", **TINY)
     assert "no faster than float32" in row.missing
 
 

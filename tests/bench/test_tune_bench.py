@@ -4,7 +4,7 @@ import pytest
 
 from warploom.bench import tune
 from warploom.bench.harness import Machine
-from warploom.bench.tune import duel, learn_task
+from warploom.bench.tune import compare_step, learn_task
 from warploom.engine import ModelConfig, Transformer
 from warploom.engine.formats.model_writer import save_model
 from warploom.tokenizer import CharTokenizer
@@ -16,7 +16,7 @@ TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1}
 def test_tune_bench_first_loss_equals_trl(lora):
     for name in ("trl", "peft", "datasets"):
         pytest.importorskip(name)
-    ours, theirs = duel(Machine("cpu", rounds=1, seconds=1), 4, lora, **TINY)
+    ours, theirs = compare_step(Machine("cpu", rounds=1, seconds=1), 4, lora, **TINY)
     assert theirs.missing is None and theirs.who == ("TRL with PEFT" if lora else "TRL")
     assert ours.extra["loss"] == pytest.approx(theirs.extra["loss"], abs=1e-5) and ours.rate > 0
 

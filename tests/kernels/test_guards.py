@@ -98,9 +98,11 @@ def test_hopper_first_launch_fails_portable_serves(hopper, monkeypatch, name):
 
 
 def test_hopper_failure_after_success_is_an_error(hopper):
-    attention_hopper.works("dq")
-    assert not attention_hopper.gives_up("dq", RuntimeError("an illegal memory access"))
-    assert not attention_hopper.gives_up("forward", torch.OutOfMemoryError("no room for descriptors"))
+    attention_hopper.mark_working("dq")
+    assert not attention_hopper.disable_after_first_failure("dq", RuntimeError("an illegal memory access"))
+    assert not attention_hopper.disable_after_first_failure(
+        "forward", torch.OutOfMemoryError("no room for descriptors")
+    )
     assert {"dq", "forward"} <= attention_hopper.hopper_kernels
 
 

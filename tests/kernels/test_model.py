@@ -12,10 +12,10 @@ from warploom.engine.formats.packed_weight import (
     PackedExperts,
     PackedLinear,
     Segment,
+    dequantize_lone_experts,
     install,
     is_packed,
     packed_in,
-    widen_lone_experts,
 )
 from warploom.engine.formats.rounding import nearest
 from warploom.engine.generation import generate
@@ -250,7 +250,7 @@ def test_lone_packed_experts_are_widened():
     model = Transformer(ModelConfig(**SPARSE)).to(DEVICE)
     numbers = packed_experts(model, LAYOUTS[0])
     install(model, "blocks.0.ffn.w_down", PackedExperts(nearest(w, LAYOUTS[0]) for w in numbers[1].cpu()))
-    widen_lone_experts(model)
+    dequantize_lone_experts(model)
     assert [name for name, _ in packed_in(model)] == ["blocks.1.ffn.w_gate_up", "blocks.1.ffn.w_down"]
     kept = model.state_dict()
     assert torch.equal(kept["blocks.0.ffn.w_gate_up"], numbers[0]) and "blocks.0.ffn.w_down" in kept
