@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--more", action="store_true", help="look closer, after a first run")
     parser.add_argument("--tune", action="store_true", help="search launch settings before anything is timed")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts this in the background has it ignored
     deadline = time.monotonic() + 60 * options.minutes  # loading PyTorch from a cold disk takes of it, too
     device = device_name()
     if device is None:

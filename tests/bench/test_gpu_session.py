@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,18 @@ def test_a_process_is_a_group_of_the_same_session(session):
     session.folder.mkdir()
     printed, _ = session.run([sys.executable, "-c", "import os; print(os.getsid(0), os.getpgrp() == os.getpid())"], 30)
     assert printed.split() == [str(os.getsid(0)), "True"]
+
+
+def test_interrupt_reaches_a_part_though_the_session_began_in_the_background(machine, tmp_path):
+    """A shell starts what is in the background with the interrupt ignored, and so would be every process from here: a
+    part whose slot is over would be killed before it is told, and count as one that took its process down."""
+    program = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.default_int_handler)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+        assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
