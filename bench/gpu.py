@@ -28,12 +28,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..kernels.core import tuned
 from ..tokenizer.sources import write_text
@@ -86,6 +88,8 @@ NCU = (
     "ncu", "--clock-control", "none", "--profile-from-start", "off", "--set", "basic",
     "--section", "ComputeWorkloadAnalysis", "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats",
 )  # fmt: skip
+APART: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+"""A group of its own, to be ended whole; but of this session, so that who ends that leaves nothing on the GPU."""
 WHOLE_FILES = ("*.json", "*.png", "gpu.log")
 
 
@@ -96,8 +100,9 @@ class Session:
     deadline: float
     folder: Path
     copy: Path | None = None
-    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: dict[str, str] = field(default_factory=lambda: os.environ | compiler_cache())
     saving: threading.Lock = field(default_factory=threading.Lock)
+    copying: threading.Lock = field(default_factory=threading.Lock)
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -113,7 +118,7 @@ class Session:
             return "", TIME_UP
         started = subprocess.Popen(
             command, cwd=ROOT, env=self.environment | (extra or {}), text=True, errors="replace",
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **APART,
         )  # fmt: skip
         hung = False
         try:
@@ -129,11 +134,15 @@ class Session:
 
     def keep(self) -> None:
         """Copy results to the second folder, flat, without what is useful only here."""
-        if self.copy is not None:
-            self.copy.mkdir(parents=True, exist_ok=True)
+        if self.copy is None:
+            return
+        self.copy.mkdir(parents=True, exist_ok=True)
+        with self.copying:
             for path in [*(path for kind in WHOLE_FILES for path in self.folder.glob(kind)), tuned.FILE]:
                 if path.exists():
-                    shutil.copy(path, self.copy)
+                    half = self.copy / f"{path.name}.half"  # who is killed here leaves the last copy whole
+                    shutil.copy(path, half)
+                    half.replace(self.copy / path.name)
 
 
 def _stop(process: subprocess.Popen) -> str:
@@ -161,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--more", action="store_true", help="look closer, after a first run")
     parser.add_argument("--tune", action="store_true", help="search launch settings before anything is timed")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts this in the background has it ignored
     deadline = time.monotonic() + 60 * options.minutes  # loading PyTorch from a cold disk takes of it, too
     device = device_name()
     if device is None:
@@ -171,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.results / environment.slug(device)
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(deadline, folder, options.out)
-    with clocks(session):
+    with clocks(session), keeping(session):
         found, tests = second_pass(session, options) if options.more else first_pass(session, options)
     failures = report(session, found, tests)
     with contextlib.suppress(Exception):  # a picture is welcome, not needed
@@ -247,6 +257,38 @@ def run_rest(session: Session, options: argparse.Namespace, skip: list[str], fla
     for bench, share, limit in REST:
         more = [*TIMED, *skip] if bench == "kernels" else []
         measure(session, bench, share * session.left(), limit, options.results, [*flags, *more])
+
+
+@contextlib.contextmanager
+def keeping(session: Session, every: float = 5.0) -> Iterator[None]:
+    """Copy to the second folder every few seconds: a bench saves its parts one by one, and a session may be killed."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(every):
+            with contextlib.suppress(OSError):  # a file replaced meanwhile: the next round has it
+                session.keep()
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def compiler_cache() -> dict[str, str]:
+    """TRITON_HOME in the checkout where the home directory takes no files: without a cache Triton compiles nothing."""
+    if os.environ.get("TRITON_CACHE_DIR"):
+        return {}
+    cache = Path(os.environ.get("TRITON_HOME") or Path("~").expanduser()) / ".triton"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return {}
+    except OSError:
+        return {"TRITON_HOME": str(ROOT / "build")}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,26 @@ def test_bench_hanging_process_is_ended(session):
     assert "os.abort" in (session.copy / "gpu.log").read_text()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="subprocess has no process_group")
+def test_a_process_is_a_group_of_the_same_session(session):
+    """A shell that was killed takes its session along: a process in one of its own would stay on the GPU."""
+    session.folder.mkdir()
+    printed, _ = session.run([sys.executable, "-c", "import os; print(os.getsid(0), os.getpgrp() == os.getpid())"], 30)
+    assert printed.split() == [str(os.getsid(0)), "True"]
+
+
+def test_interrupt_reaches_a_part_though_the_session_began_in_the_background(machine, tmp_path):
+    """A shell starts what is in the background with the interrupt ignored, and so would be every process from here: a
+    part whose slot is over would be killed before it is told, and count as one that took its process down."""
+    program = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.default_int_handler)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        gpu.main(["--results", str(tmp_path), "--minutes", "0.5"])
+        assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_gpu_session_wrong_op_not_timed(machine, tmp_path, capsys):
     """Wrong ops are not timed and what was right is not checked again."""
     bad = "moe bfloat16, switch: bad", "exit 1"
@@ -187,6 +208,34 @@ def test_checks_killed_midway_keep_what_was_right(machine, session):
         check_ops(session)
     (right,) = json.loads((session.folder / "checks.json").read_text()).values()
     assert right == ["attention bfloat16 1/1"]
+
+
+def test_record_of_a_running_bench_is_in_the_second_folder(session):
+    """A bench saves part after part; a session that is killed must have lost at most the part under way."""
+    session.folder.mkdir()
+    record, kept = session.folder / "kernels.json", session.copy / "kernels.json"
+    program = f"""
+import pathlib, time
+pathlib.Path({str(record)!r}).write_text("a part")
+end = time.monotonic() + 20
+while not pathlib.Path({str(kept)!r}).exists():
+    assert time.monotonic() < end
+    time.sleep(0.02)
+"""
+    with gpu.keeping(session, every=0.02):
+        assert session.run([sys.executable, "-c", program], 30) == ("", "")
+    assert [path.name for path in sorted(session.copy.iterdir())] == ["gpu.log", "kernels.json"]
+
+
+def test_kernels_compile_where_home_takes_no_files(monkeypatch, tmp_path):
+    """Triton keeps what it compiled below the home directory, and without a cache compiles nothing."""
+    for name in ("TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert gpu.compiler_cache() == {}
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert Session(0.0, tmp_path).environment["TRITON_HOME"] == str(environment.ROOT / "build")
 
 
 def test_gpu_tests_collect_without_hypothesis():
