@@ -96,7 +96,7 @@ def _summed(m, M, C, F, bits=8, **how):
 
 BUDGET = {
     "packed_linear_kernel": Budget(vector=True, wgmma=True, copies=2, products=1),
-    "widen_kernel": Budget(registers=64, vector=True),
+    "dequantize_kernel": Budget(registers=64, vector=True),
     "linear_kernel": Budget(stack=16, vector=True, wgmma=True, copies=2, products=1),
 }
 

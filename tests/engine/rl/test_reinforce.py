@@ -227,7 +227,7 @@ def test_failing_reward_loses_nothing(tiny):
     ("changes", "said"),
     [
         ({"group": 1}, "group must be between 2 and 256"),
-        ({"init_from": None}, "name the model to start from"),
+        ({"init_from": None}, "the model to start from"),
         ({"tp": 2}, "the server holds whole weights"),
         ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1 rewards"),
         ({"data": "nothing.jsonl"}, "no file matches"),
