@@ -69,12 +69,11 @@ class FairPool:
     def _run(self) -> None:
         while call := self._next():
             future, work, arguments = call
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
             del call, future, work, arguments  # an idle thread holds on to no request
 
     def _next(self) -> tuple | None:

@@ -40,7 +40,7 @@ def test_demo_chat_ends_in_a_conversation(package, tmp_path, monkeypatch, capsys
     assert main(["demo", "--chat", "--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert said.count("\nmodel: ") == said.count("you:   ") == 4
-    assert "warploom chat --model runs/demo" in said and "generate" not in said
+    assert "warploom chat runs/demo" in said and "generate" not in said
     texts = (tmp_path / "runs/demo/conversations/texts.jsonl").read_text().splitlines()
     held_out = json.loads((tmp_path / "runs/demo/data/meta.json").read_text())["splits"]["val"]["documents"]
     assert held_out > 5 and len(texts) == 150 - held_out, "what is held out of tuning is in no text of the base"

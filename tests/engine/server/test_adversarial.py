@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -198,6 +199,26 @@ def test_fair_pool_serves_clients_in_turn():
     pool.shutdown()
     with pytest.raises(PoolFull):
         pool.submit("a", order.append, "late")
+
+
+def test_fair_pool_keeps_no_cancelled_call():
+    """An idle thread held the last request for as long as no other came, if its client had left before its turn."""
+    from warploom.engine.serving.fair_pool import FairPool
+
+    class Request:
+        pass
+
+    pool, go, request = FairPool(1), threading.Event(), Request()
+    running, kept = pool.submit("a", go.wait), weakref.ref(request)
+    pool.submit("a", print, request).cancel()
+    del request
+    go.set()
+    running.result(30)
+    end = time.monotonic() + 60
+    while kept() is not None and time.monotonic() < end:
+        time.sleep(0.001)
+    assert kept() is None
+    pool.shutdown()
 
 
 def test_large_answers_are_written_beside_the_loop(monkeypatch):
