@@ -30,7 +30,7 @@ WORDED = (
     (r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.",
      lambda found: f"{found[2]} must be {_one_of(found[3])}, not '{found[1]}'"),
 )  # fmt: skip
-"""What tyro says, and what is said instead."""
+"""Error messages of tyro (regular expressions) and their replacements."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -44,7 +44,7 @@ def _docstrings(kind: type) -> dict[str, str | None]:
 
 
 class Help(io.StringIO):
-    """What tyro prints as help, drawn as for standard output, to be shown with `shown`."""
+    """Output stream for tyro's help, formatted as for standard output; `shown` wraps it to the terminal."""
 
     encoding = property(lambda self: sys.__stdout__ and sys.__stdout__.encoding)  # type: ignore[assignment]
 

@@ -286,7 +286,7 @@ def pack(starts: np.ndarray, total: int, T: int, learn: np.ndarray | None = None
 
 
 def is_packed(kind: str, split: TokenSplit) -> bool:
-    """Whether the rows of `--order` are whole documents."""
+    """Return whether `--order` packs whole documents into rows (sequence packing)."""
     return kind == "packed" or (kind == "auto" and split.learn is not None)
 
 

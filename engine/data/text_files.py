@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import InputError
-from .packed_text import XZ_MEMORY, open_xz, whole_frames
+from .compressed_files import XZ_MEMORY, open_xz, whole_frames
 
 BLOCK = 1 << 20  # characters
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}

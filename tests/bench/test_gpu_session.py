@@ -108,7 +108,7 @@ def test_a_process_is_a_group_of_the_same_session(session):
     assert printed.split() == [str(os.getsid(0)), "True"]
 
 
-def test_interrupt_reaches_a_part_though_the_session_began_in_the_background(machine, tmp_path):
+def test_gpu_session_in_background_interrupts_its_parts(machine, tmp_path):
     """A shell starts what is in the background with the interrupt ignored, and so would be every process from here: a
     part whose slot is over would be killed before it is told, and count as one that took its process down."""
     program = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.default_int_handler)"

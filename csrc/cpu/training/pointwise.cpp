@@ -241,6 +241,7 @@ WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last)
 
 template <class T>
 WARPLOOM_INLINE void entropy_rows(const CrossEntropy<T>& t, int first, int last) {
+    // Only logits that were given come with log_sums; the head's tiles (HeadLoss) have none and keep training's bits.
     if (t.log_sums) return entropy_rows<ExpNegative>(t, first, last);
     entropy_rows<Exp>(t, first, last);
 }

@@ -290,7 +290,7 @@ def left_behind():
 
 
 def still_grows(act, bound):
-    """Whether each of twelve rounds takes `bound` bytes more: a leak is in each, what an allocator keeps is not."""
+    """Detect a memory leak: resident memory grows by `bound` in each of twelve rounds, not just in some."""
     for _ in range(12):
         before = psutil.Process().memory_info().rss
         act()

@@ -35,7 +35,7 @@ def test_long_tokenization_reports_bytes(name, tmp_path, monkeypatch):
         (2000, 1024, "18 of 18 documents are cut, --context 4028 takes as much as the model can"),
     ],
 )
-def test_rows_are_as_long_as_conversations_not_as_what_a_model_reads(words, tokens, told, tmp_path, capsys):
+def test_default_context_fits_longest_conversation(words, tokens, told, tmp_path, capsys):
     """A published model reads 8,192 tokens and more: rows of that are padding, and a CPU takes minutes a step."""
     chats = tmp_path / "chats.jsonl"
     answer = {"role": "assistant", "content": " ".join("c" * words)}

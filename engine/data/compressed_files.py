@@ -1,5 +1,7 @@
-"""Compressed files whose readers are too trusting: Zstandard's package takes a truncated file for a whole one, and xz
-allocates whatever dictionary a file asks for."""
+"""Guarded readers of Zstandard and xz files: truncation is an error, and xz has a memory limit.
+
+The Zstandard package takes a truncated file for a whole one, and xz allocates whatever dictionary a file asks for.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ FRAME, SKIPPABLE = 0xFD2FB528, 0x184D2A5
 
 
 def whole_frames(file: BinaryIO) -> BinaryIO:
-    """The file; EOFError unless the last frame of a Zstandard file ends with the file, by the sizes of its blocks
-    (RFC 8878, section 3.1); where other bytes stand, decompression will say so."""
+    """Check a Zstandard file for truncation: EOFError unless its last frame ends with the file, by the sizes of its
+    blocks (RFC 8878, section 3.1). Where other bytes stand, decompression will say so."""
     size, at = file.seek(0, io.SEEK_END), 0
     while at < size:
         magic = _number(file, at, 4)
@@ -32,7 +34,7 @@ def whole_frames(file: BinaryIO) -> BinaryIO:
 
 
 def _end_of_frame(file: BinaryIO, at: int) -> int:
-    """The place where the frame that begins at `at` says that it ends."""
+    """Offset of the end of the frame that begins at `at`."""
     described = _number(file, at + 4, 1)
     is_single, has_checksum = described >> 5 & 1, described >> 2 & 1
     dictionary, content = (0, 1, 2, 4)[described & 3], (is_single, 2, 4, 8)[described >> 6]
@@ -52,7 +54,7 @@ def _number(file: BinaryIO, at: int, count: int) -> int:
 
 
 def open_xz(path: Path, mode: str) -> io.BufferedReader:
-    """The content of an xz file, of one stream or several, within `XZ_MEMORY`."""
+    """Open an xz file, of one stream or several, decompressed within `XZ_MEMORY`."""
     return io.BufferedReader(_XzReader(open(path, mode)), CHUNK)
 
 
@@ -78,7 +80,7 @@ class _XzReader(io.RawIOBase):
                 return len(unpacked)
 
     def _next_stream(self) -> bytes:
-        """What follows the end of a stream and its padding, which is zeros."""
+        """First bytes of the next stream, behind the zero padding; empty at the end of the file."""
         packed = self._stream.unused_data
         while not (packed := packed.lstrip(b"\0")):
             if not (packed := self._file.read(CHUNK)):
